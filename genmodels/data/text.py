@@ -1,0 +1,267 @@
+"""Text datasets: characters as tokens, windows of them, and the count table that a model has to beat."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import stat
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, Protocol
+
+import numpy as np
+
+from genmodels.errors import DataError, RequestError
+from genmodels.family import TextInfo
+
+MAX_BYTES = 2**30
+MIN_CHARACTERS = 2_000
+
+
+class Tokenizer(Protocol):
+    """Text to token ids and back. Another kind needs a class of this form and a case in `load_tokenizer`."""
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a prompt. Raises RequestError (400) naming what the model has never seen."""
+
+    def decode(self, tokens: Iterable[int]) -> str:
+        """The text of token ids."""
+
+    def to_json(self) -> bytes:
+        """What `load_tokenizer` reads."""
+
+
+def load_tokenizer(content: bytes) -> Tokenizer:
+    """The tokenizer stored as `tokenizer.json`. Raises DataError where it is damaged or of an unknown type."""
+    try:
+        fields = json.loads(content)
+        if fields["type"] == "char":
+            return CharTokenizer.from_json(content)
+    except (ValueError, KeyError, TypeError) as error:
+        raise DataError(f"tokenizer.json is damaged: {error!r}") from error
+    raise DataError(f"tokenizer.json has type {fields['type']!r}, known here: 'char'")
+
+
+class CharTokenizer:
+    """One token per character; ids follow the sorted vocabulary."""
+
+    def __init__(self, vocab: str) -> None:
+        if len(set(vocab)) != len(vocab) or not vocab:
+            raise ValueError("the vocabulary of a character tokenizer must be different characters, at least one")
+        self.vocab = vocab
+        self._ids = {character: token for token, character in enumerate(vocab)}
+
+    @classmethod
+    def from_text(cls, text: str) -> CharTokenizer:
+        """A tokenizer of all characters of the text."""
+        return cls("".join(sorted(set(text))))
+
+    @classmethod
+    def from_json(cls, content: bytes) -> CharTokenizer:
+        return cls(json.loads(content)["vocab"])
+
+    @property
+    def vocab_size(self) -> int:
+        return len(self.vocab)
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a prompt. Raises RequestError (400) naming the characters that the model has never seen."""
+        unknown = sorted(set(text) - self._ids.keys())
+        if unknown:
+            named = " ".join(map(repr, unknown[:10])) + (" and others" if len(unknown) > 10 else "")
+            raise RequestError(
+                f"prompt has characters that this model has never seen: {named}; it knows {''.join(self.vocab[:200])!r}"
+                + (" and others" if self.vocab_size > 200 else ""),
+                param="prompt",
+                code="unknown_characters",
+            )
+        return [self._ids[character] for character in text]
+
+    def encode_array(self, text: str) -> np.ndarray:
+        """Token ids of a text whose characters are all known, as the smallest unsigned integers: (len(text),)."""
+        codes = np.array([ord(character) for character in self.vocab])
+        ids = np.zeros(codes.max() + 1, np.min_scalar_type(self.vocab_size - 1))
+        ids[codes] = np.arange(self.vocab_size)
+        starts = range(0, len(text), 2**24)  # four bytes a character for a while: not for all of 1 GiB at once
+        parts = (text[start : start + 2**24].encode("utf-32-le") for start in starts)
+        return np.concatenate([ids[np.frombuffer(part, "<u4")] for part in parts])
+
+    def decode(self, tokens: Iterable[int]) -> str:
+        return "".join(self.vocab[token] for token in tokens)
+
+    def to_json(self) -> bytes:
+        return json.dumps({"type": "char", "vocab": self.vocab}, ensure_ascii=False).encode()
+
+
+class TextData:
+    """A text, its first nine tenths for training and the last tenth for validation, by position."""
+
+    def __init__(self, text: str, notes: list[str] | None = None) -> None:
+        self.tokenizer = CharTokenizer.from_text(text)
+        self.info = TextInfo(vocab_size=self.tokenizer.vocab_size)
+        self.digest = hashlib.sha256(text.encode()).hexdigest()
+        self.notes = notes or []
+        tokens = self.tokenizer.encode_array(text)
+        border = len(tokens) * 9 // 10
+        self.train, self.val = tokens[:border], tokens[border:]
+
+    def assets(self) -> dict[str, bytes]:
+        """Files that travel with a checkpoint: the tokenizer."""
+        return {"tokenizer.json": self.tokenizer.to_json()}
+
+    def split(self, name: Literal["train", "val"], block_size: int | None = None) -> TrainWindows | ValWindows:
+        """Windows of `block_size` tokens of `train` or `val`. Raises DataError where the text has not one."""
+        if block_size is None:
+            raise ValueError("windows of a text need a block_size")
+        if name == "val":
+            return ValWindows(self.val, block_size)
+        if len(self.train) < 2 * block_size:
+            raise DataError(
+                f"the training text has {len(self.train):,} characters, block_size {block_size} needs at least "
+                f"{2 * block_size:,}: set model.block_size to {len(self.train) // 2} or less, or bring more text"
+            )
+        return TrainWindows(self.train, block_size)
+
+
+def read_text(path: Path) -> TextData:
+    """A person's own text file (UTF-8).
+
+    Raises:
+        DataError: it is missing, no regular file, too large or too short, or not UTF-8 text.
+    """
+    try:
+        status = path.stat()
+        if not stat.S_ISREG(status.st_mode):
+            raise DataError(f"data.path: {path} is not a regular file")
+        if status.st_size > MAX_BYTES:
+            raise DataError(f"data.path: {path} has {status.st_size:,} bytes, at most {MAX_BYTES:,} (1 GiB) are read")
+        content = path.read_bytes()
+    except OSError as error:
+        raise DataError(f"data.path: {path} cannot be read: {error.strerror}") from error
+    try:
+        text = content.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"data.path: {path} is not UTF-8 text: byte {error.start:,} is 0x{content[error.start]:02x}. "
+            f"Save it as UTF-8, for example: iconv -f WINDOWS-1252 -t UTF-8 '{path.name}' > converted.txt"
+        ) from error
+    if "\0" in text:
+        raise DataError(f"data.path: {path} is not a text file: it has NUL bytes")
+    text = text.replace("\r\n", "\n").replace("\r", "\n")
+    if len(text) < MIN_CHARACTERS:
+        raise DataError(
+            f"data.path: {path} has {len(text):,} characters, too little to learn from: bring "
+            f"{MIN_CHARACTERS:,} or more"
+        )
+    data = TextData(text)
+    data.notes.append(
+        f"{path.name}: {len(text):,} characters, {data.info.vocab_size} different ones; "
+        f"the last {len(data.val):,} are for validation"
+    )
+    return data
+
+
+@dataclass(frozen=True)
+class TrainWindows:
+    """Windows that do not overlap, from an offset that each epoch has its own; the same number in each epoch."""
+
+    tokens: np.ndarray
+    block_size: int
+
+    def __len__(self) -> int:
+        return (len(self.tokens) - self.block_size) // self.block_size
+
+    def take(self, index: np.ndarray, epoch: np.ndarray) -> dict[str, np.ndarray]:
+        """`tokens` and the `targets` that follow them, int64 (n, block_size) both; index and epoch are (n,)."""
+        start = _mix(epoch) % self.block_size + index * self.block_size
+        window = self.tokens[start[:, None] + np.arange(self.block_size + 1)].astype(np.int64)
+        return {"tokens": window[:, :-1].copy(), "targets": window[:, 1:].copy()}
+
+
+@dataclass(frozen=True)
+class ValWindows:
+    """Windows from the start, one after the other: every character but the first is predicted exactly once.
+
+    The last window is padded: `targets` are -1 there, which losses ignore.
+    """
+
+    tokens: np.ndarray
+    block_size: int
+
+    def __len__(self) -> int:
+        return (len(self.tokens) - 2) // self.block_size + 1
+
+    def take(self, index: np.ndarray, epoch: np.ndarray) -> dict[str, np.ndarray]:
+        """`tokens` and the `targets` that follow them, int64 (n, block_size) both; the same in every epoch."""
+        position = index[:, None] * self.block_size + np.arange(self.block_size + 1)
+        inside = position < len(self.tokens)
+        window = self.tokens[np.where(inside, position, 0)].astype(np.int64)
+        return {
+            "tokens": np.where(inside, window, 0)[:, :-1].copy(),
+            "targets": np.where(inside, window, -1)[:, 1:].copy(),
+        }
+
+
+def ngram_loss(train_tokens: np.ndarray, val_tokens: np.ndarray, n: int, vocab_size: int) -> float:
+    """Nats per token that a table of n-gram counts reaches on a text: the baseline beside a model's loss.
+
+    Interpolated Kneser-Ney smoothing with one discount per order (R. Kneser and H. Ney, "Improved backing-off for
+    m-gram language modeling", 1995; S. Chen and J. Goodman, "An empirical study of smoothing techniques", 1999): the
+    highest order counts n-grams, the lower ones in how many contexts a token was seen, the lowest mixes with the
+    uniform distribution. Like a model's exact loss it covers `val_tokens[1:]`, each with the tokens before it.
+
+    Args:
+        train_tokens, val_tokens: token ids, (length,) each; val_tokens longer than n.
+        n: tokens looked at, the predicted one included: 1 to 7 at 65 symbols (vocab_size ** n must fit in 63 bits).
+    """
+    if vocab_size**n >= 2**63:
+        raise ValueError(f"n = {n} is too large for {vocab_size} symbols")
+    probability = np.full(len(val_tokens) - 1, 1.0 / vocab_size)
+    for order in range(1, n + 1):
+        first = max(order - 2, 0)  # the first predictions have too few tokens before them for this order
+        grams, counts = _counts(train_tokens, order, n, vocab_size)
+        contexts, start, kinds = np.unique(grams // vocab_size, return_index=True, return_counts=True)
+        totals = np.add.reduceat(counts, start)
+        ones, twos = np.sum(counts == 1), np.sum(counts == 2)
+        discount = ones / (ones + 2 * twos) if ones else 0.5
+        seen = _codes(val_tokens, order, vocab_size)[1 if order == 1 else 0 :]
+        total = _lookup(contexts, totals, seen // vocab_size)
+        mass = np.maximum(_lookup(grams, counts, seen) - discount, 0)
+        lower = discount * _lookup(contexts, kinds, seen // vocab_size) * probability[first:]
+        probability[first:] = np.where(total > 0, (mass + lower) / np.maximum(total, 1), probability[first:])
+    return float(-np.log(probability).mean())
+
+
+def _counts(tokens: np.ndarray, order: int, n: int, vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """The n-grams of an order, sorted by code, and their counts: how often, or below n after how many other tokens."""
+    if order == n:
+        return np.unique(_codes(tokens, order, vocab_size), return_counts=True)
+    longer = np.unique(_codes(tokens, order + 1, vocab_size))
+    return np.unique(longer % vocab_size**order, return_counts=True)
+
+
+def _codes(tokens: np.ndarray, order: int, vocab_size: int) -> np.ndarray:
+    """Every n-gram as a number: its tokens are the digits, the last one the lowest."""
+    count = len(tokens) - order + 1
+    codes = np.zeros(count, np.int64)
+    for place in range(order):
+        codes = codes * vocab_size + tokens[place : place + count]
+    return codes
+
+
+def _lookup(keys: np.ndarray, values: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """The values of the wanted keys, 0 where there is none; keys are sorted."""
+    place = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
+    return np.where(keys[place] == wanted, values[place], 0)
+
+
+def _mix(number: np.ndarray) -> np.ndarray:
+    """A fixed hash (splitmix64, G. Steele et al. 2014) of non-negative integers, as non-negative int64."""
+    z = number.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(0x9E3779B97F4A7C15)
+    z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return ((z ^ (z >> np.uint64(31))) >> np.uint64(1)).astype(np.int64)

@@ -1,0 +1,94 @@
+"""Every exception of the library.
+
+    GenmodelsError                  one clear line for the person who sees it
+    ├── SpecError                   a job spec or an option is wrong; names the field path
+    ├── DataError                   a dataset is missing, damaged or too small
+    ├── StorageError
+    │   ├── KeyNotFound             no object under that key
+    │   ├── Conflict                a conditional put lost: somebody else wrote first
+    │   └── StorageUnavailable      the store did not answer; trying again may help
+    ├── CheckpointError             a checkpoint or version is incomplete or damaged
+    ├── TrainingDiverged            a loss or gradient is no longer finite
+    ├── Superseded                  a newer attempt of this run has started: stop writing
+    └── RequestError                a request to an endpoint is wrong; has an HTTP status
+        └── ModelNotFound           no such model, version or alias
+"""
+
+from __future__ import annotations
+
+
+class GenmodelsError(Exception):
+    """Base of all errors whose message is meant for the user as it stands."""
+
+
+class SpecError(GenmodelsError):
+    """A job spec is wrong. `problems` holds one line per wrong field: `path: what is wrong; remedy`."""
+
+    def __init__(self, *problems: str) -> None:
+        super().__init__("\n".join(problems))
+        self.problems = problems
+
+
+class DataError(GenmodelsError):
+    """A dataset is missing, damaged, or does not fit; the message says what to do."""
+
+
+class StorageError(GenmodelsError):
+    """An operation on the object store failed."""
+
+
+class KeyNotFound(StorageError):
+    """No object is stored under the key."""
+
+
+class Conflict(StorageError):
+    """A conditional put found another object than expected; nothing was written."""
+
+
+class StorageUnavailable(StorageError):
+    """The object store did not answer in time or answered with a server error."""
+
+
+class CheckpointError(GenmodelsError):
+    """A checkpoint or a published version is incomplete, damaged, or of another shape."""
+
+
+class TrainingDiverged(GenmodelsError):
+    """A loss or gradient became NaN or infinite; the weights are as they were before that step."""
+
+    def __init__(self, step: int, what: str) -> None:
+        super().__init__(
+            f"step {step}: {what} is not finite; the weights before this step are kept. "
+            "Lower train.learning_rate, set train.clip_norm, or add train.warmup_steps"
+        )
+        self.step = step
+        self.what = what
+
+    def __reduce__(self) -> tuple[type, tuple[int, str]]:
+        return type(self), (self.step, self.what)  # crosses process borders under Ray
+
+
+class Superseded(GenmodelsError):
+    """A newer attempt of the run has started; this one must not write any more."""
+
+
+class RequestError(GenmodelsError):
+    """A request cannot be answered. `status` is the HTTP status, `param` the field at fault."""
+
+    def __init__(self, message: str, *, param: str | None = None, status: int = 400, code: str | None = None) -> None:
+        super().__init__(message)
+        self.message, self.param, self.status, self.code = message, param, status, code
+
+    def __reduce__(self) -> tuple[object, ...]:
+        return _request_error, (type(self), self.message, self.param, self.status, self.code)
+
+
+class ModelNotFound(RequestError):
+    """No such model, version or alias, or it does not offer what was asked."""
+
+    def __init__(self, message: str, *, param: str | None = "model", status: int = 404, code: str | None = "model_not_found") -> None:
+        super().__init__(message, param=param, status=status, code=code)
+
+
+def _request_error(kind: type[RequestError], message: str, param: str | None, status: int, code: str | None) -> RequestError:
+    return kind(message, param=param, status=status, code=code)

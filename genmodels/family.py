@@ -1,0 +1,237 @@
+"""The contract of a model family.
+
+A family is one file under `genmodels/models/`: it subclasses `ImageFamily` or `TextFamily`, and the spec, the training
+loop, checkpoints and serving pick it up from there. One instance is one model: its networks, how they are trained
+(`roles`), how they are judged (`measure`, `metrics`), and how they answer (`sample_latents`, `decode`, `logits`, ...).
+
+Importing this module does not load torch, so that specs can be checked quickly.
+"""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, Literal, TypeAlias, TypeVar
+
+from pydantic import BaseModel, ConfigDict, Field
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor, nn
+    from torch.optim import Optimizer
+
+Batch: TypeAlias = Mapping[str, "Tensor"]
+
+
+class Section(BaseModel):
+    """A part of a spec or request: unknown keys and values of another type are errors, numbers are finite."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, strict=True, validate_default=True)
+
+
+class ImageInfo(Section):
+    """What a family must know of an image dataset to build its networks."""
+
+    kind: Literal["image"] = "image"
+    channels: int
+    height: int
+    width: int
+    num_classes: int | None = None
+
+    @property
+    def shape(self) -> tuple[int, int, int]:
+        """(channels, height, width)"""
+        return self.channels, self.height, self.width
+
+
+class TextInfo(Section):
+    """What a family must know of a text dataset to build its networks."""
+
+    kind: Literal["text"] = "text"
+    vocab_size: int
+
+
+DataInfo = Annotated[ImageInfo | TextInfo, Field(discriminator="kind")]
+
+
+class OptimizerConfig(Section):
+    """The optimizer's part of a spec's `train` section."""
+
+    optimizer: Literal["adamw", "muon"] = "adamw"
+    learning_rate: float = Field(1e-3, gt=0)
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field((0.9, 0.99), strict=False)
+    weight_decay: float = Field(0.01, ge=0)
+    muon_learning_rate: float = Field(0.02, gt=0, description="for the matrices, when optimizer is muon")
+
+
+@dataclass(frozen=True)
+class Role:
+    """One player of training: what it minimises and with which optimizers.
+
+    `loss` is a module whose parameters are exactly what this role trains. The training loop wraps it in
+    DistributedDataParallel and calls it as `loss(batch, progress)`, where `progress` is a 0-dim float tensor
+    (samples seen / samples in all, 0 to 1). It returns a dict of 0-dim tensors: `loss` is minimised, the rest is
+    logged by name. The global RNG is seeded by (seed, step, rank) before the call, so it may use it freely.
+    Networks of other roles that a loss only looks through must not be registered as its submodules, and must not
+    collect gradients (`requires_grad_(False)` during the forward pass).
+    """
+
+    name: str
+    loss: nn.Module
+    optimizers: Sequence[Optimizer]
+    compilable: bool = True  # False where the loss differentiates a gradient: torch.compile has no double backward
+
+
+ConfigT = TypeVar("ConfigT", bound=Section)
+RequestT = TypeVar("RequestT", bound=Section)
+
+
+class Family(ABC, Generic[ConfigT, RequestT]):
+    """One model. `network` is what is served, averaged (EMA) and written to `model.safetensors`."""
+
+    Config: ClassVar[type[Section]]
+    Request: ClassVar[type[Section]]  # options of a generation request that only this family knows
+    metric_names: ClassVar[tuple[str, ...]]  # what `metrics` returns; a gate may name any of them
+    kind: ClassVar[str]  # "image" or "text": which datasets it learns from
+
+    config: ConfigT
+    data: ImageInfo | TextInfo
+    network: nn.Module
+
+    @classmethod
+    def family_name(cls) -> str:
+        """The name used in specs: that of the file the family lives in."""
+        return cls.__module__.rpartition(".")[2]
+
+    @classmethod
+    @abstractmethod
+    def check(cls, config: ConfigT, data: ImageInfo | TextInfo) -> None:
+        """Raise SpecError (naming `model.<field>`) if this config cannot work on data of this shape."""
+
+    @abstractmethod
+    def __init__(self, config: ConfigT, data: ImageInfo | TextInfo) -> None:
+        """Build the networks on the CPU, initialised from the global RNG."""
+
+    def to(self, device: torch.device) -> None:
+        """Move every network, in place."""
+        from torch import nn
+
+        for value in vars(self).values():
+            if isinstance(value, nn.Module):
+                value.to(device)
+
+    @abstractmethod
+    def roles(self, optimizer: OptimizerConfig) -> list[Role]:
+        """The players, in the order they take their step. Called once, after the networks are on their device."""
+
+    @abstractmethod
+    def measure(self, batch: Batch) -> dict[str, Tensor]:
+        """Sums over one validation batch, float64, of any fixed shape: the loop adds them over batches and ranks."""
+
+    @abstractmethod
+    def metrics(self, sums: Mapping[str, Tensor]) -> dict[str, float]:
+        """The `val_*` figures from the sums over the whole validation set; exactly those in `metric_names`."""
+
+    def fit(self, batches: Iterable[Batch], seed: int) -> None:
+        """Fit what serving needs beside the weights (a density over latents) on training batches. Default: nothing."""
+
+    def assets(self) -> dict[str, bytes]:
+        """What `fit` found, as files (safetensors or JSON). Default: none."""
+        return {}
+
+    def load_assets(self, assets: Mapping[str, bytes]) -> None:
+        """Take over what `assets` gave. Names of others (the tokenizer's) are ignored."""
+
+    @property
+    @abstractmethod
+    def verbs(self) -> frozenset[str]:
+        """What an endpoint of this model answers: `complete`, or of `generate encode decode reconstruct denoise interpolate`."""
+
+    @abstractmethod
+    def probe(self) -> dict[str, Tensor]:
+        """Outputs for fixed inputs, no randomness: the publisher stores them, a host recomputes and compares them."""
+
+
+class ImageFamily(Family[ConfigT, RequestT]):
+    """A family that answers with images. Images are float32 (n, C, H, W) in [0, 1]; latents are (n, latent_dim)."""
+
+    kind = "image"
+    data: ImageInfo
+
+    @property
+    @abstractmethod
+    def latent_dim(self) -> int: ...
+
+    @abstractmethod
+    def sample_latents(self, n: int, seed: int, request: RequestT) -> Tensor:
+        """(n, latent_dim); row i depends on (seed, i) and the request alone, not on n."""
+
+    @abstractmethod
+    def decode(self, latents: Tensor, request: RequestT) -> Tensor:
+        """Images of latents: (n, latent_dim) -> (n, C, H, W) in [0, 1]."""
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Latents of images: (n, C, H, W) -> (n, latent_dim). Only where `verbs` has `encode`."""
+        raise NotImplementedError
+
+    def denoise(self, images: Tensor) -> Tensor:
+        """Clean images of noisy ones, (n, C, H, W) both. Only where `verbs` has `denoise`."""
+        raise NotImplementedError
+
+    @abstractmethod
+    def interpolate(self, start: Tensor, end: Tensor, steps: int) -> Tensor:
+        """Latents on the way from `start` to `end` (latent_dim,) in the geometry of the latent space: (steps, latent_dim)."""
+
+    def preview(self, images: Tensor, seed: int) -> dict[str, Tensor]:
+        """Pictures to look at while training goes on, by name, each (n, C, H, W).
+
+        Args:
+            images: validation images, (n, C, H, W); the same ones each time.
+        """
+        request = self.Request()
+        pictures = {"samples": self.decode(self.sample_latents(len(images), seed, request), request)}  # type: ignore[arg-type]
+        if "reconstruct" in self.verbs:
+            pictures["reconstructions"] = self.decode(self.encode(images), request)  # type: ignore[arg-type]
+        return pictures
+
+    def probe(self) -> dict[str, Tensor]:
+        import torch
+
+        request: Any = self.Request()
+        latents = torch.linspace(-1, 1, 2 * self.latent_dim).view(2, -1)
+        outputs = {"decode": self.decode(latents, request)}
+        if "encode" in self.verbs:
+            outputs["encode"] = self.encode(torch.linspace(0, 1, 2 * math.prod(self.data.shape)).view(2, *self.data.shape))
+        return outputs
+
+
+class TextFamily(Family[ConfigT, RequestT]):
+    """A family that continues sequences of token ids; text and tokenizer are the engine's."""
+
+    kind = "text"
+    data: TextInfo
+
+    @property
+    @abstractmethod
+    def block_size(self) -> int:
+        """The longest sequence the network sees at once, in tokens."""
+
+    @abstractmethod
+    def logits(self, tokens: Tensor) -> Tensor:
+        """(n, t) token ids, t <= block_size -> (n, t, vocab_size) unnormalised log-probabilities of the next token."""
+
+    @abstractmethod
+    def generate(self, prompt: Sequence[int], seed: int, request: RequestT) -> Iterator[int]:
+        """The continuation of a prompt (at least one token), token by token; depends on the arguments alone."""
+
+    @property
+    def verbs(self) -> frozenset[str]:
+        return frozenset({"complete"})
+
+    def probe(self) -> dict[str, Tensor]:
+        import torch
+
+        length = min(self.block_size, 64)
+        return {"logits": self.logits(torch.arange(length).remainder(self.data.vocab_size).view(1, -1))}
