@@ -1,0 +1,46 @@
+"""Keys and bytes: a local folder or an S3-compatible object store behind the same few verbs.
+
+A key is a path of names joined by "/", relative to the storage's root. Objects are replaced whole: a reader sees the
+old one or the new one, never a part. Conditional puts (`if_absent`, `if_match`) have exactly one winner on both.
+
+Endpoint and credentials of S3 come from the environment alone (AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, ...), never from a
+URL, so that nobody who writes a spec can have requests signed for a host of theirs. For the same reason error messages
+name the operation, the object and the kind of failure, and never repeat what the client library says.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+from urllib.parse import unquote
+
+from genmodels.errors import StorageError
+from genmodels.storage.base import UNPRINTABLE, Storage, check_key
+from genmodels.storage.documents import decode_floats, encode_floats, read_document, write_document
+from genmodels.storage.folder import FolderStorage
+
+__all__ = ["Storage", "decode_floats", "encode_floats", "open_storage", "read_document", "write_document"]
+
+
+def open_storage(url: str) -> Storage:
+    """The storage at `file:///folder` or `s3://bucket/prefix`. Makes no request: errors of the store come on use.
+
+    Raises:
+        StorageError: the URL is of another form.
+    """
+    shown = re.sub("//.*@", "//***@", url.partition("?")[0])  # no secret that someone put into a URL
+    scheme, _, rest = url.partition("://")
+    if "?" in url or "#" in url:
+        raise StorageError(
+            f"storage URL {shown!r}: options are not taken from a URL; "
+            "set AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY in the environment"
+        )
+    if scheme == "file" and rest.startswith("/") and not UNPRINTABLE.search(unquote(rest)):
+        return FolderStorage(Path(os.path.normpath(unquote(rest))))
+    bucket, _, prefix = rest.partition("/")
+    if scheme == "s3" and re.fullmatch("[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]", bucket):
+        from genmodels.storage.s3 import S3Storage  # boto3 takes a quarter of a second to import
+
+        return S3Storage(bucket, check_key(prefix.removesuffix("/")) if prefix else "")
+    raise StorageError(f"storage URL {shown!r}: must be file:///absolute/folder or s3://bucket/prefix")

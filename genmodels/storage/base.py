@@ -1,0 +1,107 @@
+"""What every storage offers, and which keys there are."""
+
+from __future__ import annotations
+
+import re
+import secrets
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import tenacity
+
+from genmodels.errors import StorageError, StorageUnavailable
+
+RESERVED = ".storage"  # first name of no key: a local folder keeps its lock and temporary files there
+UNPRINTABLE = re.compile("[\x00-\x1f\x7f\ud800-\udfff]")
+
+
+class Storage(ABC):
+    """Objects under a root. Cheap to make, safe to share between threads; `open_storage(self.url)` is the same storage.
+
+    Every method raises StorageError where the key, the credentials or the bucket are wrong, and StorageUnavailable
+    where the store does not answer: then a put may or may not have happened.
+    """
+
+    url: str
+
+    @abstractmethod
+    def get(self, key: str) -> tuple[bytes, str]:
+        """An object and its etag, which names this content (opaque). Raises KeyNotFound."""
+
+    @abstractmethod
+    def put(self, key: str, data: bytes, *, if_absent: bool = False, if_match: str | None = None) -> str:
+        """Store an object durably and return its etag.
+
+        Args:
+            if_absent: only if there is no object under this key.
+            if_match: only if the object there has this etag.
+
+        Raises:
+            Conflict: the condition does not hold. It may be the caller's own write that broke it, if its answer was
+                lost and the client tried again; `write_document` tells these apart.
+        """
+
+    @abstractmethod
+    def list(self, prefix: str) -> list[str]:
+        """All keys that start with the string `prefix`, sorted. `a/` means a folder; `a` would find `ab/c` as well."""
+
+    @abstractmethod
+    def delete(self, key: str) -> None:
+        """Remove an object; one that is not there is fine."""
+
+    @abstractmethod
+    def exists(self, key: str) -> bool:
+        """Whether there is an object under exactly this key."""
+
+    @abstractmethod
+    def upload(self, path: Path, key: str) -> None:
+        """Store a file of any size, durably and whole."""
+
+    @abstractmethod
+    def download(self, key: str, path: Path) -> None:
+        """Fetch an object of any size into a file, which appears only when complete. Raises KeyNotFound."""
+
+
+class PassingFailure(StorageUnavailable):
+    """A failure after which the next try is likely to succeed."""
+
+
+retry_passing = tenacity.retry(
+    retry=tenacity.retry_if_exception_type(PassingFailure),
+    wait=tenacity.wait_random_exponential(multiplier=0.05, max=1.0),
+    stop=tenacity.stop_after_attempt(8),
+    reraise=True,
+)
+
+
+def check_key(key: str) -> str:
+    names = key.split("/")
+    if UNPRINTABLE.search(key) or any(name in ("", ".", "..") or len(name.encode()) > 255 for name in names):
+        raise StorageError(
+            f"key {key[:300]!r}: must be names of 1 to 255 bytes joined by '/', none of them '.' or '..'"
+        )
+    if names[0] == RESERVED:
+        raise StorageError(f"key {key!r}: {RESERVED!r} is reserved for lock and temporary files")
+    return key
+
+
+def check_prefix(prefix: str) -> str:
+    folder, slash, _ = prefix.rpartition("/")
+    if slash:
+        check_key(folder)
+    return prefix
+
+
+@contextmanager
+def appears_whole(path: Path) -> Iterator[Path]:
+    """A path to write to; the file is renamed to `path` at the end, and removed if that is not reached."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")
+    try:
+        yield temporary
+        temporary.replace(path)
+    finally:
+        temporary.unlink(missing_ok=True)

@@ -1,0 +1,171 @@
+"""Storage in a local folder."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import secrets
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import BinaryIO
+
+from filelock import FileLock, Timeout
+
+from genmodels.errors import Conflict, KeyNotFound, StorageError, StorageUnavailable
+from genmodels.storage.base import RESERVED, Storage, appears_whole, check_key, check_prefix
+
+LOCK_TIMEOUT = 30.0  # seconds until a lock that a stopped process holds counts as an outage
+STALE_TEMPORARY = 86_400.0  # seconds until a temporary file must be one that a killed process left behind
+
+
+class FolderStorage(Storage):
+    """Objects as files: written to a temporary file, synced, renamed while a lock is held. Reading takes no lock."""
+
+    def __init__(self, root: Path) -> None:
+        self.url = root.as_uri()
+        self._root = root
+        self._hidden = root / RESERVED
+        # One lock for the whole folder: it is held for a comparison and a rename, not while data is written.
+        self._lock = FileLock(self._hidden / "lock", LOCK_TIMEOUT, poll_interval=0.005, fallback_to_soft=False)
+        self._swept = False
+
+    def get(self, key: str) -> tuple[bytes, str]:
+        with self._errors("get", key), self._open(key) as file:
+            data = file.read()
+        return data, _sha256(data)
+
+    def put(self, key: str, data: bytes, *, if_absent: bool = False, if_match: str | None = None) -> str:
+        path = self._path(key)
+        with self._errors("put", key), self._temporary() as temporary:
+            temporary.write_bytes(data)
+            _sync(temporary)
+            with self._lock:
+                if if_absent and path.is_file():
+                    raise Conflict(f"{self.url}/{key}: exists already")
+                if if_match is not None and (not path.is_file() or _sha256(path.read_bytes()) != if_match):
+                    raise Conflict(f"{self.url}/{key}: is not the object that was read")
+                _move(temporary, path)
+        return _sha256(data)
+
+    def list(self, prefix: str) -> list[str]:
+        folder = self._root / check_prefix(prefix).rpartition("/")[0]
+        with self._errors("list", prefix):
+            files = (Path(top, name) for top, _, names in os.walk(folder, onerror=_raise_unless_gone) for name in names)
+            keys = (file.relative_to(self._root).as_posix() for file in files)
+            return sorted(key for key in keys if key.startswith(prefix) and not key.startswith(f"{RESERVED}/"))
+
+    def delete(self, key: str) -> None:
+        path = self._path(key)
+        if not self.exists(key):
+            return
+        with self._errors("delete", key):
+            self._hidden.mkdir(exist_ok=True)
+            with self._lock:
+                if path.is_file():
+                    _remove(path, self._root)
+
+    def exists(self, key: str) -> bool:
+        path = self._path(key)
+        with self._errors("exists", key):
+            return path.is_file()
+
+    def upload(self, path: Path, key: str) -> None:
+        target = self._path(key)
+        with open(path, "rb") as source, self._errors("upload", key), self._temporary() as temporary:
+            _copy(source, temporary)
+            _sync(temporary)
+            with self._lock:
+                _move(temporary, target)
+
+    def download(self, key: str, path: Path) -> None:
+        with self._errors("download", key), self._open(key) as source, appears_whole(path) as temporary:
+            _copy(source, temporary)
+
+    def _path(self, key: str) -> Path:
+        return self._root / check_key(key)
+
+    def _open(self, key: str) -> BinaryIO:
+        try:
+            return self._path(key).open("rb")
+        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
+            raise KeyNotFound(f"{self.url}/{key}: no such object") from None
+
+    @contextmanager
+    def _temporary(self) -> Iterator[Path]:
+        """A new path in the hidden folder, so on the same file system as the objects."""
+        self._hidden.mkdir(parents=True, exist_ok=True)
+        if not self._swept:
+            self._swept = True
+            _sweep(self._hidden)
+        path = self._hidden / f"{secrets.token_hex(16)}.tmp"
+        try:
+            yield path
+        finally:
+            path.unlink(missing_ok=True)
+
+    @contextmanager
+    def _errors(self, action: str, key: str) -> Iterator[None]:
+        where = f"{self.url}/{key}: {action}"
+        try:
+            yield
+        except Timeout:
+            raise StorageUnavailable(f"{where}: another process has held the lock for {LOCK_TIMEOUT:.0f} s") from None
+        except OSError as error:
+            passing = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE)
+            raise (StorageUnavailable if passing else StorageError)(f"{where}: {error}") from error
+
+
+def _copy(source: BinaryIO, path: Path) -> None:
+    with open(path, "xb") as target:
+        shutil.copyfileobj(source, target, 1 << 20)
+
+
+def _move(temporary: Path, path: Path) -> None:
+    """Rename durably, making the folders on the way."""
+    new = [folder for folder in path.parents if not folder.exists()]
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary.replace(path)
+    except (FileExistsError, NotADirectoryError, IsADirectoryError) as error:
+        raise StorageError(f"{path}: a key cannot be an object and the folder of others: {error.strerror}") from error
+    for folder in (path.parent, *(folder.parent for folder in new)):
+        _sync(folder)
+
+
+def _remove(path: Path, root: Path) -> None:
+    """Unlink durably, with the folders that this leaves empty: an object may want one of their names."""
+    path.unlink()
+    folder = path.parent
+    while folder != root and not any(folder.iterdir()):
+        folder.rmdir()
+        folder = folder.parent
+    _sync(folder)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _sweep(hidden: Path) -> None:
+    """Remove temporary files so old that a killed process must have left them."""
+    for path in hidden.glob("*.tmp"):
+        with suppress(FileNotFoundError):
+            if time.time() - path.stat().st_mtime > STALE_TEMPORARY:
+                path.unlink()
+
+
+def _sha256(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def _raise_unless_gone(error: OSError) -> None:
+    if not isinstance(error, (FileNotFoundError, NotADirectoryError)):
+        raise error

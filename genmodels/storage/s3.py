@@ -1,0 +1,185 @@
+"""Storage in a bucket of an S3-compatible store; the only place that knows boto3."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Any
+from urllib.parse import urlsplit
+
+import boto3
+from botocore import exceptions as boto
+from botocore.config import Config
+
+from genmodels.errors import Conflict, KeyNotFound, StorageError, StorageUnavailable
+from genmodels.storage.base import PassingFailure, Storage, appears_whole, check_key, check_prefix, retry_passing
+
+CONNECT_TIMEOUT, READ_TIMEOUT = 5.0, 30.0  # seconds, of one try; boto makes AWS_MAX_ATTEMPTS of them (3 unless set)
+_CREDENTIALS = "check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN, AWS_ENDPOINT_URL in the environment"
+
+
+class S3Storage(Storage):
+    """Objects in a bucket, under a prefix. The client is made on first use, once, and shared by threads."""
+
+    def __init__(self, bucket: str, prefix: str) -> None:
+        self.url = f"s3://{bucket}/{prefix}".removesuffix("/")
+        self._bucket = bucket
+        self._prefix = f"{prefix}/" if prefix else ""
+        self._made: Any = None
+        self._making = threading.Lock()
+
+    def get(self, key: str) -> tuple[bytes, str]:
+        name = self._name(key)
+
+        @retry_passing  # boto itself does not try again when an answer breaks off in the middle
+        def fetch() -> tuple[bytes, str]:
+            with self._errors("get", key):
+                answer = self._client.get_object(Bucket=self._bucket, Key=name)
+                return answer["Body"].read(), answer["ETag"]
+
+        return fetch()
+
+    def put(self, key: str, data: bytes, *, if_absent: bool = False, if_match: str | None = None) -> str:
+        name = self._name(key)
+        condition = {"IfNoneMatch": "*"} if if_absent else {}
+        if if_match is not None:
+            condition["IfMatch"] = if_match
+
+        @retry_passing  # 409: another conditional put was under way
+        def store() -> str:
+            with self._errors("put", key):
+                answer = self._client.put_object(Bucket=self._bucket, Key=name, Body=data, **condition)
+                return str(answer["ETag"])
+
+        try:
+            return store()
+        except KeyNotFound:  # how S3 says that nothing is there to match; SeaweedFS says 412
+            raise Conflict(f"{self.url}/{key}: is gone") from None
+
+    def list(self, prefix: str) -> list[str]:
+        name = self._prefix + check_prefix(prefix)
+        with self._errors("list", prefix):
+            pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=self._bucket, Prefix=name)
+            names = [item["Key"] for page in pages for item in page.get("Contents", ())]
+        # names that end in "/" are folder markers of other tools
+        return sorted(name.removeprefix(self._prefix) for name in names if not name.endswith("/"))
+
+    def delete(self, key: str) -> None:
+        name = self._name(key)
+        with self._errors("delete", key):
+            self._client.delete_object(Bucket=self._bucket, Key=name)
+
+    def exists(self, key: str) -> bool:
+        name = self._name(key)
+        with self._errors("exists", key):
+            # not HEAD: its answer has no body, so a missing bucket would look like a missing object
+            found = self._client.list_objects_v2(Bucket=self._bucket, Prefix=name, MaxKeys=1)
+        return any(item["Key"] == name for item in found.get("Contents", ()))
+
+    def upload(self, path: Path, key: str) -> None:
+        name = self._name(key)
+
+        @retry_passing  # the end of a multipart upload whose answer was lost: see `_answer_error`
+        def send() -> None:
+            with open(path, "rb") as source, self._errors("upload", key):
+                self._client.upload_fileobj(source, self._bucket, name)
+
+        send()
+
+    def download(self, key: str, path: Path) -> None:
+        name = self._name(key)
+
+        # One stream, not boto's download_file: that checks no checksum, takes a missing bucket for a missing object,
+        # and leaves connections open where it fails.
+        @retry_passing
+        def fetch() -> None:
+            with (
+                self._errors("download", key),
+                appears_whole(path) as temporary,
+                open(temporary, "xb") as file,
+                closing(self._client.get_object(Bucket=self._bucket, Key=name)["Body"]) as body,
+            ):
+                for chunk in body.iter_chunks(1 << 20):
+                    file.write(chunk)
+
+        fetch()
+
+    @property
+    def _client(self) -> Any:
+        with self._making:
+            if self._made is None:
+                self._made = _make_client()
+            return self._made
+
+    def _name(self, key: str) -> str:
+        name = self._prefix + check_key(key)
+        if len(name.encode()) > 1024:
+            raise StorageError(f"key {key[:40]!r}...: at most 1024 bytes together with the storage's prefix")
+        return name
+
+    @contextmanager
+    def _errors(self, action: str, key: str) -> Iterator[None]:
+        """Turn boto's errors into ours; `from None`, because theirs may quote a signed request's headers."""
+        where = f"{self.url}/{key}: {action}"
+        try:
+            yield
+        except boto.ClientError as error:
+            status, code = error.response["ResponseMetadata"]["HTTPStatusCode"], error.response["Error"].get("Code", "")
+            raise _answer_error(where, status, code) from None
+        except (boto.NoCredentialsError, boto.PartialCredentialsError):
+            raise StorageError(f"{where}: no credentials; {_CREDENTIALS}") from None
+        except (boto.ResponseStreamingError, boto.IncompleteReadError, boto.FlexibleChecksumError) as error:
+            raise PassingFailure(f"{where}: the answer broke off ({type(error).__name__})") from None
+        except boto.HTTPClientError as error:
+            if isinstance(error.kwargs.get("error"), ValueError):  # a header that cannot be sent
+                raise StorageError(f"{where}: credentials with a line break or space in them; {_CREDENTIALS}") from None
+            raise StorageUnavailable(f"{where}: {self._no_answer(error)}") from None
+        except (boto.ConnectionError, boto.CredentialRetrievalError) as error:
+            raise StorageUnavailable(f"{where}: {self._no_answer(error)}") from None
+        except boto.BotoCoreError as error:
+            raise StorageError(
+                f"{where}: {type(error).__name__}; check the AWS_ variables of the environment"
+            ) from None
+        except OSError as error:
+            raise StorageError(f"{where}: {error}") from error
+
+    def _no_answer(self, error: Exception) -> str:
+        host = urlsplit(self._client.meta.endpoint_url).netloc.rpartition("@")[2]
+        return f"no answer from {host} ({type(error).__name__})"
+
+
+def _answer_error(where: str, status: int, code: str) -> StorageError:
+    """What an S3 error answer means."""
+    if code == "NoSuchBucket":
+        return StorageError(f"{where}: the bucket does not exist; create it or mend the storage URL")
+    if code == "NoSuchUpload":  # boto repeats a multipart upload's end, after which there is no such upload
+        return PassingFailure(f"{where}: the upload is gone")
+    if status == 404:
+        return KeyNotFound(f"{where}: no such object")
+    if status == 412:
+        return Conflict(f"{where}: exists already, or is not the object that was read")
+    if status in (401, 403) or code in ("ExpiredToken", "InvalidToken"):
+        return StorageError(f"{where}: not allowed ({status} {code}); {_CREDENTIALS}")
+    if status == 409:
+        return PassingFailure(f"{where}: others write there ({status} {code})")
+    if status >= 500 or status == 429 or code == "RequestTimeout":
+        return StorageUnavailable(f"{where}: the store failed ({status} {code})")
+    return StorageError(f"{where}: refused ({status} {code})")
+
+
+def _make_client() -> Any:
+    # At an endpoint of one's own boto addresses buckets by path, for such a store rarely has a host name for each.
+    config = Config(
+        connect_timeout=CONNECT_TIMEOUT,
+        read_timeout=READ_TIMEOUT,
+        retries={"mode": "standard"},
+    )
+    try:
+        return boto3.session.Session().client("s3", config=config)  # boto3's default session is not safe for threads
+    except ValueError:
+        raise StorageError(
+            "an AWS_ variable of the environment is wrong: AWS_ENDPOINT_URL must be http://host:port or https://host, "
+            "AWS_DEFAULT_REGION a name like us-east-1, AWS_MAX_ATTEMPTS a number"
+        ) from None

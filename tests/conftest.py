@@ -1,0 +1,41 @@
+from __future__ import annotations
+
+import os
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from s3_server import S3Server
+
+from genmodels.storage import Storage, open_storage
+
+
+@pytest.fixture(scope="session")
+def s3_server() -> Iterator[S3Server]:
+    """One real S3 server for the whole session."""
+    with S3Server() as server:
+        yield server
+
+
+@pytest.fixture
+def s3_storage(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> Storage:
+    """An empty storage on the S3 server, whose endpoint and credentials are in the environment."""
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    for name, value in s3_server.environment.items():
+        monkeypatch.setenv(name, value)
+    return open_storage(f"s3://{s3_server.bucket}/{uuid.uuid4().hex}")
+
+
+@pytest.fixture
+def file_storage(tmp_path: Path) -> Storage:
+    """An empty storage in a local folder."""
+    return open_storage((tmp_path / "storage").as_uri())
+
+
+@pytest.fixture(params=["file", "s3"])
+def storage(request: pytest.FixtureRequest) -> Storage:
+    """Each test that uses this runs on a local folder and on S3."""
+    storage: Storage = request.getfixturevalue(f"{request.param}_storage")
+    return storage

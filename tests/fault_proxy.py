@@ -1,0 +1,188 @@
+"""An HTTP proxy in front of one server, that fails on command. Signed requests pass: the Host header stays as it is."""
+
+from __future__ import annotations
+
+import contextlib
+import http.client
+import re
+import socket
+import struct
+import threading
+from dataclasses import dataclass
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+from urllib.parse import urlsplit
+
+MODES = "ok | reset | drop-answer | cut-answer | hang | slow | a status such as 503 | 503 SlowDown"
+
+
+@dataclass
+class _Fault:
+    mode: str
+    times: int | None
+    method: str
+    path: str
+
+
+class FaultProxy:
+    """with FaultProxy(server.url) as proxy: proxy.fail("drop-answer", times=1, method="PUT"); use proxy.url
+
+    Modes:
+        ok            forward
+        503, ...      answer with that status, and an S3 error code if one follows, without forwarding
+        reset         reset the connection without forwarding
+        drop-answer   forward, then reset the connection instead of answering
+        cut-answer    forward, then break off in the middle of the answer's body
+        hang          neither forward nor answer until healed
+        slow          forward after `delay` seconds
+    """
+
+    def __init__(self, upstream: str, delay: float = 0.2) -> None:
+        self.upstream = urlsplit(upstream).netloc
+        self.delay = delay
+        self.seen: list[tuple[str, str, str]] = []  # method, path, mode of each request
+        self.lock = threading.Lock()
+        self.healed = threading.Event()
+        self.connections: set[socket.socket] = set()
+        self._faults: list[_Fault] = []
+        self._server = _Server(("127.0.0.1", 0), _Handler)
+        self._server.proxy = self
+        self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
+        self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
+
+    def fail(self, mode: str, *, times: int | None = None, method: str = "", path: str = "") -> None:
+        """Fail the next `times` requests (all, if None) of this method whose path and query contain `path`."""
+        if not re.fullmatch(r"ok|reset|drop-answer|cut-answer|hang|slow|\d{3}( \w+)?", mode):
+            raise ValueError(f"mode {mode!r}: must be one of {MODES}")
+        with self.lock:
+            self.healed.clear()
+            self._faults.append(_Fault(mode, times, method, path))
+
+    def heal(self) -> None:
+        """Forward everything again, and let go what hangs."""
+        with self.lock:
+            self._faults.clear()
+            self.healed.set()
+
+    def count(self, method: str, mode: str | None = None) -> int:
+        """How many requests of this method (and mode) have come."""
+        with self.lock:
+            return sum(seen == method and mode in (None, how) for seen, _, how in self.seen)
+
+    def __enter__(self) -> FaultProxy:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.heal()
+        self._server.shutdown()
+        self._server.server_close()
+        self._thread.join()
+        with self.lock:
+            for connection in self.connections:  # clients keep theirs open
+                with contextlib.suppress(OSError):
+                    connection.shutdown(socket.SHUT_RDWR)
+
+    def take(self, method: str, path: str) -> str:
+        """The mode for this request."""
+        with self.lock:
+            for fault in self._faults:
+                if fault.times != 0 and fault.method in ("", method) and fault.path in path:
+                    if fault.times is not None:
+                        fault.times -= 1
+                    break
+            else:
+                fault = _Fault("ok", None, "", "")
+            self.seen.append((method, path, fault.mode))
+            return fault.mode
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+    proxy: FaultProxy
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A connection that broke is what this proxy is for."""
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+    server: _Server
+
+    def setup(self) -> None:
+        super().setup()
+        with self.server.proxy.lock:
+            self.server.proxy.connections.add(self.connection)
+
+    def finish(self) -> None:
+        with self.server.proxy.lock:
+            self.server.proxy.connections.discard(self.connection)
+        super().finish()
+
+    def serve(self) -> None:
+        proxy = self.server.proxy
+        body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        mode = proxy.take(self.command, self.path)
+        if mode in ("hang", "slow"):
+            proxy.healed.wait(None if mode == "hang" else proxy.delay)
+        answer = self._find_answer(mode, body)
+        if answer is None:
+            self._reset()
+        else:
+            self._answer(*answer, cut=mode == "cut-answer")
+
+    do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = serve
+
+    def _find_answer(self, mode: str, body: bytes) -> tuple[int, list[tuple[str, str]], bytes] | None:
+        if mode in ("reset", "hang"):
+            return None
+        if mode[0].isdigit():
+            status, _, code = mode.partition(" ")
+            error = f"<Error><Code>{code or 'Fault'}</Code></Error>"
+            return int(status), [("Content-Type", "application/xml")], error.encode()
+        try:
+            answer = self._forward(body)
+        except OSError:
+            return None
+        return None if mode == "drop-answer" else answer
+
+    def _forward(self, body: bytes) -> tuple[int, list[tuple[str, str]], bytes]:
+        connection = http.client.HTTPConnection(self.server.proxy.upstream, timeout=60)
+        try:
+            connection.putrequest(self.command, self.path, skip_host=True, skip_accept_encoding=True)
+            for name, value in self.headers.items():
+                if name.lower() not in ("connection", "expect", "keep-alive"):
+                    connection.putheader(name, value)
+            connection.endheaders(body)
+            answer = connection.getresponse()
+            return answer.status, answer.getheaders(), answer.read()
+        finally:
+            connection.close()
+
+    def _answer(self, status: int, headers: list[tuple[str, str]], body: bytes, cut: bool = False) -> None:
+        length = str(len(body))
+        self.send_response_only(status)
+        for name, value in headers:
+            if name.lower() == "content-length" and self.command == "HEAD":
+                length = value
+            elif name.lower() not in ("connection", "content-length", "transfer-encoding"):
+                self.send_header(name, value)
+        if status != 204:
+            self.send_header("Content-Length", length)
+        self.end_headers()
+        if self.command == "HEAD":
+            return
+        self.wfile.write(body[: len(body) // 2] if cut else body)
+        if cut:
+            self._reset(abort=False)
+
+    def _reset(self, abort: bool = True) -> None:
+        if abort:  # RST instead of FIN
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        self.close_connection = True
+        self.rfile.close()
+        self.wfile.close()
+        self.connection.close()
+
+    def log_message(self, *_: object) -> None:
+        """Tests read `proxy.seen`."""
