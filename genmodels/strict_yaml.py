@@ -1,0 +1,241 @@
+"""YAML (or JSON) written by people, read without surprises.
+
+What ordinary loaders do wrong, and this one does not: a few hundred bytes of aliases grow to millions of values, deep
+nesting ends the process, `1e-4` is a string, `no` is false, a second `seed:` silently wins, tags run code. Here a
+document is a tree of mappings with text keys, sequences, and scalars of the YAML 1.2 core schema; anchors, aliases and
+tags are refused. PyYAML's pure-Python parser gives events one by one, so depth is capped before anything recurses.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any, NoReturn
+
+import yaml
+
+from genmodels.errors import SpecError
+
+MAX_BYTES = 64 * 1024
+MAX_DEPTH = 32
+MOST = 20  # problems that anyone wants to read at once
+
+Path = tuple[str | int, ...]
+
+
+@dataclass(frozen=True)
+class Document:
+    """What a document says, and the line each of its values begins at (1 is the first)."""
+
+    value: dict[str, Any]
+    lines: dict[Path, int]
+
+
+def read(data: bytes, source: str, max_bytes: int = MAX_BYTES) -> Document:
+    """Read one document whose top is a mapping.
+
+    Raises:
+        SpecError: with one line `source:line: what is wrong; remedy` for each thing found.
+    """
+    text = _text(data, source, max_bytes)
+    reader = _Reader(source)
+    try:
+        value = reader.document(yaml.parse(text, Loader=yaml.SafeLoader))  # never the C loader: 200 KB of "[" crash it
+    except yaml.reader.ReaderError as error:
+        line = text.count("\n", 0, error.position) + 1
+        _fail(source, line, f"the character U+{error.character:04X} cannot stand in YAML; remove it")
+    except yaml.MarkedYAMLError as error:
+        mark = error.problem_mark or error.context_mark
+        where = " ".join(filter(None, [error.context, error.problem]))
+        hint = "indent with spaces, not tabs" if "'\\t'" in where else "look at the indentation and the quotes there"
+        _fail(source, mark.line + 1 if mark else None, f"not valid YAML: {where}; {hint}")
+    except (ValueError, OverflowError):  # an escape such as \UFFFFFFFF or a version of 5,000 digits
+        _fail(source, None, "not valid YAML: a number in an escape or a directive is out of range")
+    if reader.problems:
+        raise SpecError(*reader.problems)
+    return Document(value, reader.lines)
+
+
+def write(value: dict[str, Any]) -> bytes:
+    """YAML that `read` reads back as it was (tuples as lists)."""
+    text: str = yaml.dump(
+        value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, default_flow_style=None, width=120
+    )
+    return text.encode()
+
+
+def scalar(text: str) -> Any:
+    """The value of a plain (unquoted) scalar by the YAML 1.2 core schema; huge numbers raise OverflowError."""
+    if text in _CONSTANTS:
+        return _CONSTANTS[text]
+    for pattern, base in ((_DECIMAL, 10), (_OCTAL, 8), (_HEXADECIMAL, 16)):
+        if pattern.fullmatch(text):
+            return _bounded(text if base == 10 else text[2:], base)
+    if not _FLOAT.fullmatch(text):
+        return text
+    number = float(text)
+    if math.isinf(number):
+        raise OverflowError(text)
+    return number
+
+
+_CONSTANTS: dict[str, Any] = {
+    **dict.fromkeys(("", "~", "null", "Null", "NULL"), None),
+    **dict.fromkeys(("true", "True", "TRUE"), True),
+    **dict.fromkeys(("false", "False", "FALSE"), False),
+    **dict.fromkeys((".nan", ".NaN", ".NAN"), math.nan),
+    **{sign + word: float(sign + "inf") for sign in ("", "+", "-") for word in (".inf", ".Inf", ".INF")},
+}
+_DECIMAL = re.compile(r"[-+]?[0-9]+")
+_OCTAL = re.compile(r"0o[0-7]+")
+_HEXADECIMAL = re.compile(r"0x[0-9a-fA-F]+")
+_FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
+
+
+def _bounded(digits: str, base: int) -> int:
+    if len(digits) > 64:  # int() is quadratic in the digits, and refuses 4,300 of them with advice for programmers
+        raise OverflowError(digits)
+    number = int(digits, base)
+    if not -(2**63) <= number < 2**63:
+        raise OverflowError(digits)
+    return number
+
+
+def _text(data: bytes, source: str, max_bytes: int) -> str:
+    if len(data) > max_bytes:
+        _fail(source, None, f"larger than {max_bytes // 1024} KiB, which no job spec needs; is it the right file?")
+    if data.startswith((b"\xff\xfe", b"\xfe\xff")):
+        _fail(source, None, "written in UTF-16; save it as UTF-8")
+    if b"\0" in data:
+        line = data.count(b"\n", 0, data.index(b"\0")) + 1
+        _fail(source, line, "a NUL byte: this is no text file; write YAML in UTF-8")
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        line = data.count(b"\n", 0, error.start) + 1
+        _fail(source, line, f"the byte 0x{data[error.start]:02x} is not UTF-8; save the file as UTF-8")
+    if text.lstrip().startswith("{"):  # JSON may be indented with tabs, which PyYAML does not take
+        text = re.sub(r"(?m)^[ \t]+", lambda blank: " " * len(blank[0]), text)
+    return text
+
+
+@dataclass
+class _Reader:
+    """Builds values from parser events. What can be passed over is collected in `problems`, the rest raises."""
+
+    source: str
+    problems: list[str] = field(default_factory=list)
+    lines: dict[Path, int] = field(default_factory=dict)
+
+    def document(self, events: Iterator[yaml.Event]) -> dict[str, Any]:
+        next(events)  # the stream's start
+        if isinstance(next(events), yaml.StreamEndEvent):
+            _fail(self.source, None, "empty; write a job spec, beginning with `name:`")
+        top = next(events)
+        value: Any = self._node(top, events, ())
+        next(events)  # the document's end
+        after = next(events)
+        if not isinstance(after, yaml.StreamEndEvent):
+            _fail(self.source, _line(after), "a second document begins here; keep one per file")
+        if not isinstance(value, dict) and not self.problems:
+            _fail(self.source, _line(top), "expected a mapping with the keys of a job spec, beginning with `name:`")
+        return value
+
+    def _node(self, event: yaml.Event, events: Iterator[yaml.Event], path: Path) -> Any:
+        if len(path) > MAX_DEPTH:
+            _fail(self.source, _line(event), f"nested more than {MAX_DEPTH} deep, which no job spec needs")
+        self.lines[path] = _line(event)
+        if isinstance(event, yaml.AliasEvent):
+            self._note(event, f"the alias *{event.anchor:.40} is not allowed; write the value out")
+            return None
+        assert isinstance(event, yaml.ScalarEvent | yaml.CollectionStartEvent)
+        if event.anchor is not None:
+            self._note(event, f"the anchor &{event.anchor:.40} is not allowed; write repeated values out")
+        if event.tag is not None:
+            tag = event.tag.replace("tag:yaml.org,2002:", "!!")
+            self._note(event, f"the tag {_short(tag)} is not allowed; remove it")
+        if isinstance(event, yaml.ScalarEvent):
+            return self._scalar(event)
+        return (
+            self._sequence(events, path) if isinstance(event, yaml.SequenceStartEvent) else self._mapping(events, path)
+        )
+
+    def _sequence(self, events: Iterator[yaml.Event], path: Path) -> list[Any]:
+        items: list[Any] = []
+        while not isinstance(event := next(events), yaml.SequenceEndEvent):
+            items.append(self._node(event, events, (*path, len(items))))
+        return items
+
+    def _mapping(self, events: Iterator[yaml.Event], path: Path) -> dict[str, Any]:
+        items: dict[str, Any] = {}
+        first: dict[str, int] = {}
+        while not isinstance(event := next(events), yaml.MappingEndEvent):
+            key = self._node(event, events, (*path, "?"))
+            value_event = next(events)
+            if not isinstance(key, str):
+                self._note(event, f"the key {_short(key)} is not text; put it in quotes if it is meant")
+                key = "?"
+            elif key in first:
+                self._note(event, f"the key {_short(key)} stands twice, first in line {first[key]}; keep one")
+            first.setdefault(key, _line(event))
+            items[key] = self._node(value_event, events, (*path, key))
+            self.lines[(*path, key)] = _line(event)
+        return items
+
+    def _scalar(self, event: yaml.ScalarEvent) -> Any:
+        try:
+            value = scalar(event.value) if event.style is None else event.value
+        except OverflowError:
+            self._note(event, f"the number {_short(event.value)} is too large")
+            return None
+        if isinstance(value, float) and not math.isfinite(value):
+            self._note(event, f"{_short(event.value)} is not allowed; write a finite number")
+            return None
+        if not isinstance(value, str):
+            return value
+        if "\0" in value:
+            self._note(event, "the character U+0000 is escaped here; remove it")
+        if value.isascii():
+            return value
+        try:  # JSON writes a character beyond U+FFFF as two escapes
+            return value.encode("utf-16", "surrogatepass").decode("utf-16")
+        except UnicodeDecodeError:
+            self._note(event, "half of a surrogate pair is escaped here; write the character itself")
+            return None
+
+    def _note(self, event: yaml.Event, problem: str) -> None:
+        if len(self.problems) < MOST:
+            self.problems.append(f"{self.source}:{_line(event)}: {problem}")
+
+
+class _Dumper(yaml.SafeDumper):
+    def ignore_aliases(self, data: Any) -> bool:
+        return True
+
+
+def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
+    # PyYAML quotes what YAML 1.1 would take for another type; `1e-4` and `0o17` are numbers only since 1.2.
+    # Some line breaks of Unicode it does not escape unless told to, and then folds them when it reads.
+    try:
+        plain = isinstance(scalar(text), str) and text.isprintable()
+    except OverflowError:
+        plain = False
+    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=None if plain else '"')
+
+
+_Dumper.add_representer(str, _represent_text)
+
+
+def _line(event: yaml.Event) -> int:
+    return event.start_mark.line + 1 if event.start_mark else 1
+
+
+def _short(value: Any) -> str:
+    shown = repr(value)
+    return shown if len(shown) <= 40 else shown[:37] + "..."
+
+
+def _fail(source: str, line: int | None, problem: str) -> NoReturn:
+    raise SpecError(f"{source}:{line}: {problem}" if line else f"{source}: {problem}")

@@ -1,0 +1,144 @@
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+import textwrap
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+import genmodels.spec
+from genmodels.errors import DataError
+from services import cli
+
+Run = Callable[..., tuple[int, str, list[str]]]
+
+GOOD = """\
+name: study
+models:
+  - name: tiny
+    model: {family: minigpt, n_embd: 64, n_head: 4}
+    data: {path: my.txt}
+    train: {learning_rate: 1e-4}
+"""
+
+
+@pytest.fixture
+def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
+    """Runs the command line in a folder of its own: (exit code, output, lines of errors)."""
+    monkeypatch.chdir(tmp_path)
+
+    def run(*arguments: str) -> tuple[int, str, list[str]]:
+        monkeypatch.setattr(sys, "argv", ["genmodels", *arguments])
+        with pytest.raises(SystemExit) as ended:
+            cli.main()
+        out, err = capsys.readouterr()
+        return int(ended.value.code or 0), out, err.splitlines()
+
+    return run
+
+
+def test_a_sound_spec_is_summed_up(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "job.yaml").write_text(GOOD + GOOD[GOOD.index("  - name") :].replace("tiny", "small"))
+    assert run("validate", "job.yaml") == (0, "ok: job.yaml: job study, 2 models (minigpt, minigpt)\n", [])
+
+
+def test_each_problem_is_one_line_and_the_exit_code_2(run: Run, tmp_path: Path) -> None:
+    (tmp_path / "job.yaml").write_text(GOOD.replace("1e-4", "fast").replace("name: tiny", "name: ../tiny"))
+    assert run("validate", "job.yaml") == (
+        2,
+        "",
+        [
+            "error: job.yaml:3: models[0].name: got '../tiny', expected at most 63 lower-case letters, digits and '-', "
+            "with no '-' at the ends; write e.g. tiny",
+            "error: job.yaml:6: models[0].train.learning_rate: got 'fast', expected a number; write e.g. 0.001",
+        ],
+    )
+
+
+def test_a_path_that_is_no_readable_file(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run("validate", "jobs/x.yaml")[::2] == (
+        2,
+        ["error: jobs/x.yaml: no such file; write the path of a job spec, e.g. jobs/quickstart.yaml"],
+    )
+    assert run("validate", ".")[::2] == (2, ["error: .: a directory; write the path of a job spec in it"])
+    (tmp_path / "big.yaml").write_bytes(b"name: x\n" * 1_250_000)
+    assert run("validate", "big.yaml")[::2] == (
+        2,
+        ["error: big.yaml: larger than 64 KiB, which no job spec needs; is it the right file?"],
+    )
+    assert run("validate", "/dev/zero")[0] == 2
+    (code, _, errors) = run("validate", "x" * 300)
+    assert (code, len(errors)) == (2, 1)
+    assert "cannot be read: File name too long" in errors[0]
+
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(Path, "open", refuse)
+    assert run("validate", "big.yaml")[::2] == (2, ["error: big.yaml: cannot be read: Permission denied"])
+
+
+@pytest.mark.parametrize("arguments", [(), ("validate",), ("validate", "a", "b"), ("validat", "a"), ("schema", "--x")])
+def test_wrong_usage_ends_with_2(run: Run, arguments: tuple[str, ...]) -> None:
+    assert run(*arguments)[0] == 2
+
+
+@pytest.mark.parametrize(("error", "code"), [(DataError("no data"), 1), (KeyboardInterrupt(), 130)])
+def test_other_ends(run: Run, monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int) -> None:
+    def fail(_: Path) -> None:
+        raise error
+
+    monkeypatch.setattr(genmodels.spec, "read_spec", fail)
+    assert run("validate", "job.yaml")[::2] == (code, ["error: no data"] if code == 1 else [])
+
+
+def test_schema_is_json_with_a_choice_of_families(run: Run) -> None:
+    code, out, errors = run("schema")
+    assert (code, errors) == (0, [])
+    schema = json.loads(out)
+    assert schema["$schema"] == "https://json-schema.org/draft/2020-12/schema"
+    families = [
+        choice["properties"]["family"]["const"]
+        for choice in schema["$defs"]["ModelSpec"]["properties"]["model"]["oneOf"]
+    ]
+    assert "minigpt" in families
+    assert families == sorted(families)
+
+
+def test_what_the_outline_shows_is_told_within_a_second_and_without_torch(tmp_path: Path) -> None:
+    """In a fresh process: bytes, YAML, keys, names, an unknown family or dataset, and sections that disagree."""
+    mistakes = {
+        "bytes": GOOD.encode("utf-16"),
+        "yaml": b"a: [",
+        "bomb": b"a: &a [x]\nb: [*a, *a]",
+        "brackets": b"[" * 60_000,
+        "twice": GOOD.encode() + b"name: b\n",
+        "key": GOOD.replace("train:", "trian:").encode(),
+        "family": GOOD.replace("minigpt", "mingpt").encode(),
+        "dataset": GOOD.replace("path: my.txt", "dataset: tiny").encode(),
+        "batch": GOOD.replace("{learning", "{accumulation_steps: 3, learning").encode(),
+    }
+    for name, data in mistakes.items():
+        (tmp_path / name).write_bytes(data)
+    program = """
+        import sys, time
+        from services import cli
+        for name in sys.argv[1:]:
+            sys.argv = ["genmodels", "validate", name]
+            try:
+                cli.main()
+            except SystemExit as end:
+                print(name, end.code)
+        print("loaded", *sorted({"torch", "ray"} & set(sys.modules)))
+        print(time.process_time())
+    """
+    command = [sys.executable, "-c", textwrap.dedent(program), *mistakes]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=True)
+    *lines, loaded, seconds = done.stdout.splitlines()
+    assert lines == [f"{name} 2" for name in mistakes]
+    assert loaded == "loaded"
+    assert len(done.stderr.splitlines()) == len(mistakes) + 2, done.stderr  # the bomb holds an anchor and two aliases
+    assert float(seconds) < 1.5  # all nine together, with what they import
