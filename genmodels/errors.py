@@ -1,17 +1,17 @@
 """Every exception of the library.
 
-    GenmodelsError                  one clear line for the person who sees it
-    ├── SpecError                   a job spec or an option is wrong; names the field path
-    ├── DataError                   a dataset is missing, damaged or too small
-    ├── StorageError
-    │   ├── KeyNotFound             no object under that key
-    │   ├── Conflict                a conditional put lost: somebody else wrote first
-    │   └── StorageUnavailable      the store did not answer; trying again may help
-    ├── CheckpointError             a checkpoint or version is incomplete or damaged
-    ├── TrainingDiverged            a loss or gradient is no longer finite
-    ├── Superseded                  a newer attempt of this run has started: stop writing
-    └── RequestError                a request to an endpoint is wrong; has an HTTP status
-        └── ModelNotFound           no such model, version or alias
+GenmodelsError                  one clear line for the person who sees it
+├── SpecError                   a job spec or an option is wrong; names the field path
+├── DataError                   a dataset is missing, damaged or too small
+├── StorageError
+│   ├── KeyNotFound             no object under that key
+│   ├── Conflict                a conditional put lost: somebody else wrote first
+│   └── StorageUnavailable      the store did not answer; trying again may help
+├── CheckpointError             a checkpoint or version is incomplete or damaged
+├── TrainingDiverged            a loss or gradient is no longer finite
+├── Superseded                  a newer attempt of this run has started: stop writing
+└── RequestError                a request to an endpoint is wrong; has an HTTP status
+    └── ModelNotFound           no such model, version or alias
 """
 
 from __future__ import annotations
@@ -86,9 +86,13 @@ class RequestError(GenmodelsError):
 class ModelNotFound(RequestError):
     """No such model, version or alias, or it does not offer what was asked."""
 
-    def __init__(self, message: str, *, param: str | None = "model", status: int = 404, code: str | None = "model_not_found") -> None:
+    def __init__(
+        self, message: str, *, param: str | None = "model", status: int = 404, code: str | None = "model_not_found"
+    ) -> None:
         super().__init__(message, param=param, status=status, code=code)
 
 
-def _request_error(kind: type[RequestError], message: str, param: str | None, status: int, code: str | None) -> RequestError:
+def _request_error(
+    kind: type[RequestError], message: str, param: str | None, status: int, code: str | None
+) -> RequestError:
     return kind(message, param=param, status=status, code=code)

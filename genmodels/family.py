@@ -61,7 +61,9 @@ class OptimizerConfig(Section):
 
     optimizer: Literal["adamw", "muon"] = "adamw"
     learning_rate: float = Field(1e-3, gt=0)
-    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field((0.9, 0.99), strict=False)
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
+        (0.9, 0.99), strict=False
+    )
     weight_decay: float = Field(0.01, ge=0)
     muon_learning_rate: float = Field(0.02, gt=0, description="for the matrices, when optimizer is muon")
 
@@ -147,7 +149,7 @@ class Family(ABC, Generic[ConfigT, RequestT]):
     @property
     @abstractmethod
     def verbs(self) -> frozenset[str]:
-        """What an endpoint of this model answers: `complete`, or of `generate encode decode reconstruct denoise interpolate`."""
+        """What an endpoint answers: `complete`, or of `generate encode decode reconstruct denoise interpolate`."""
 
     @abstractmethod
     def probe(self) -> dict[str, Tensor]:
@@ -182,7 +184,7 @@ class ImageFamily(Family[ConfigT, RequestT]):
 
     @abstractmethod
     def interpolate(self, start: Tensor, end: Tensor, steps: int) -> Tensor:
-        """Latents on the way from `start` to `end` (latent_dim,) in the geometry of the latent space: (steps, latent_dim)."""
+        """The way from `start` to `end`, (latent_dim,) both, as the latent space wants it: (steps, latent_dim)."""
 
     def preview(self, images: Tensor, seed: int) -> dict[str, Tensor]:
         """Pictures to look at while training goes on, by name, each (n, C, H, W).
@@ -203,7 +205,9 @@ class ImageFamily(Family[ConfigT, RequestT]):
         latents = torch.linspace(-1, 1, 2 * self.latent_dim).view(2, -1)
         outputs = {"decode": self.decode(latents, request)}
         if "encode" in self.verbs:
-            outputs["encode"] = self.encode(torch.linspace(0, 1, 2 * math.prod(self.data.shape)).view(2, *self.data.shape))
+            outputs["encode"] = self.encode(
+                torch.linspace(0, 1, 2 * math.prod(self.data.shape)).view(2, *self.data.shape)
+            )
         return outputs
 
 

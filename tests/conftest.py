@@ -6,9 +6,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from ray_cluster import ray_cluster
 from s3_server import S3Server
 
 from genmodels.storage import Storage, open_storage
+
+__all__ = ["ray_cluster"]
 
 
 @pytest.fixture(scope="session")

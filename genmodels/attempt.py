@@ -1,0 +1,129 @@
+"""One attempt of a run, as every worker of its group executes it: find the checkpoint, claim the attempt, train.
+
+The same under Ray, in plain processes with a process group, and alone.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+from genmodels import __version__, checkpoint, models
+from genmodels.checkpoint import Lineage, Manifest, Place
+from genmodels.data import Dataset, open_dataset
+from genmodels.errors import CheckpointError, SpecError
+from genmodels.family import Batch, Family, TextFamily
+from genmodels.recorder import RunRecorder
+from genmodels.run import Run
+from genmodels.spec import JobSpec, ModelSpec, load_stored, model_digest
+from genmodels.storage import Storage
+from genmodels.train import Group, spread, to_tensors, train
+
+FIT_EXAMPLES, FIT_BATCH = 4096, 256
+
+
+def stored_job(storage: Storage, job: str) -> JobSpec:
+    data, _ = storage.get(f"jobs/{job}/spec.yaml")
+    return load_stored(data)
+
+
+def stored_model(storage: Storage, job: str, model: str) -> ModelSpec:
+    return next(spec for spec in stored_job(storage, job).models if spec.name == model)
+
+
+def run_attempt(storage: Storage, job: str, model: str, attempt: int, group: Group) -> bool:
+    """Train one model of a job from its newest whole checkpoint on, as attempt number `attempt`.
+
+    Returns:
+        True when `max_steps` is reached, False if it left on a wish. Either way everything is in storage.
+
+    Raises:
+        Superseded: another attempt has taken over.
+        TrainingDiverged, DataError, SpecError: the user's to mend.
+    """
+    spec = stored_model(storage, job, model)
+    dataset = open_dataset(spec.data)
+    run = Run(storage, job, model)
+    torch.manual_seed(spec.train.seed)
+    family, served, scratch = (build(spec, dataset) for _ in range(3))
+    with checkpoint.scratch_folder() as name:
+        parent = _claim(run, attempt, group, Path(name))
+        resume = (parent.folder, parent.manifest) if parent else None
+        if group.rank > 0:
+            return train(spec, family, served, dataset, group, None, resume)
+        lineage = Lineage(
+            spec_digest=model_digest(spec),
+            data_digest=dataset.digest,
+            code_version=__version__,
+            world_size=group.world_size,
+            parent=parent.place if parent else None,
+        )
+        with RunRecorder(
+            run, attempt, spec, scratch, dataset.assets(), lambda: fit_batches(dataset, scratch), lineage
+        ) as recorder:
+            return train(spec, family, served, dataset, group, recorder, resume)
+
+
+def build(spec: ModelSpec, dataset: Dataset) -> Family[Any, Any]:
+    """A fresh model for a dataset.
+
+    Raises:
+        SpecError: family and dataset do not fit.
+    """
+    cls = models.load(spec.family)
+    if cls.kind != dataset.info.kind:
+        raise SpecError(f"data: {spec.family} learns from {cls.kind}s, this dataset has {dataset.info.kind}s")
+    cls.check(spec.model, dataset.info)
+    return cls(spec.model, dataset.info)
+
+
+def fit_batches(dataset: Dataset, family: Family[Any, Any]) -> Iterator[Batch]:
+    """A bounded, fixed part of the training data for `Family.fit`."""
+    split = dataset.split("train", family.block_size if isinstance(family, TextFamily) else None)
+    chosen = spread(len(split), FIT_EXAMPLES)
+    for index in np.array_split(chosen, -(-len(chosen) // FIT_BATCH)):
+        yield to_tensors(split.take(index, np.zeros_like(index)), torch.device("cpu"))
+
+
+@dataclass(frozen=True)
+class Parent:
+    """The checkpoint an attempt goes on from, fetched and verified."""
+
+    place: Place
+    folder: Path
+    manifest: Manifest
+
+
+def _claim(run: Run, attempt: int, group: Group, folder: Path) -> Parent | None:
+    """Rank 0 picks the newest checkpoint that is whole and writes `start.json`; the others follow what it says."""
+    parent = None
+    if group.rank == 0:
+        parent = _newest_whole(run, folder)
+        run.start(attempt, parent.place if parent else None, group.world_size)
+    if dist.is_initialized():
+        dist.barrier()
+    if group.rank == 0:
+        return parent
+    place = run.chain()[-1].parent
+    return _fetch(run, place, folder) if place else None
+
+
+def _newest_whole(run: Run, folder: Path) -> Parent | None:
+    for place in reversed(run.checkpoints()):
+        try:
+            return _fetch(run, place, folder)
+        except CheckpointError:
+            continue  # damaged, or cleaned away meanwhile: the one before will do
+    return None
+
+
+def _fetch(run: Run, place: Place, folder: Path) -> Parent:
+    target = folder / f"{place.attempt}-{place.step}"
+    target.mkdir()
+    return Parent(place, target, checkpoint.fetch(run.storage, run.checkpoint_prefix(place), target))

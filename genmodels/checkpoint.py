@@ -1,0 +1,264 @@
+"""A checkpoint: a directory to resume training from or to publish, whole or invisible.
+
+    model.safetensors      the served weights (the EMA where there is one)
+    config.json            family, its config, and the shape of the data: enough to build the networks
+    assets/                tokenizer, fitted density: what serving needs beside the weights
+    state/<role>.safetensors, state/<role>.optimizer-<i>.safetensors       raw weights and optimizers, to resume
+    manifest.json          every file with size and sha256, step, metrics, lineage, and its own digest; written last
+
+Nothing reads a directory in storage that has no manifest, and nothing is unpickled: tensors are safetensors, the rest
+JSON.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import tempfile
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+
+from genmodels import models
+from genmodels.errors import CheckpointError, KeyNotFound, SpecError, StorageError
+from genmodels.family import DataInfo, Family
+from genmodels.storage import Storage, encode_floats, write_document
+from genmodels.storage.base import check_key
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+MANIFEST = "manifest.json"
+WEIGHTS = "model.safetensors"
+CONFIG = "config.json"
+
+
+class Document(BaseModel):
+    """Something stored as JSON: an older process reads what a newer one wrote."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+
+class File(Document):
+    size: int
+    sha256: str
+
+
+class Place(Document):
+    """Where in a run a checkpoint stands."""
+
+    attempt: int
+    step: int
+
+
+class Lineage(Document):
+    """What a checkpoint came from."""
+
+    spec_digest: str
+    data_digest: str
+    code_version: str
+    world_size: int
+    parent: Place | None  # the checkpoint its attempt went on from
+
+
+# Metrics may be NaN: they are stored as text, since JSON has no word for it.
+Metrics = dict[str, Annotated[float, Field(allow_inf_nan=True)]]
+
+
+class Manifest(Document):
+    step: int
+    samples: int  # seen by all workers together: the position in the data
+    metrics: Metrics
+    lineage: Lineage
+    files: dict[str, File]
+
+
+@dataclass(frozen=True)
+class Snapshot:
+    """Everything a checkpoint holds, as CPU copies that training no longer touches."""
+
+    step: int
+    samples: int
+    metrics: dict[str, float]
+    served: dict[str, Tensor]
+    roles: dict[str, dict[str, Tensor]]  # raw weights
+    optimizers: dict[str, list[dict[str, Tensor]]]  # per role and optimizer: "<parameter index>.<name>" -> tensor
+
+
+def optimizer_tensors(state: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The tensors of `Optimizer.state_dict()`, flat. Hyper-parameters are the spec's and are not stored."""
+    return {
+        f"{index}.{name}": value.detach().cpu().clone()
+        for index, values in state["state"].items()
+        for name, value in values.items()
+    }
+
+
+def load_optimizer(optimizer: Any, tensors: Mapping[str, Tensor]) -> None:
+    """Put what `optimizer_tensors` gave back into an optimizer of the same parameters."""
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        index, _, name = key.partition(".")
+        state.setdefault(int(index), {})[name] = value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def write_files(folder: Path, family: Family[Any, Any], snapshot: Snapshot) -> None:
+    """Write all files of a checkpoint but the manifest and the assets."""
+    from safetensors.torch import save_file
+
+    (folder / "state").mkdir(parents=True, exist_ok=True)
+    (folder / "assets").mkdir(exist_ok=True)
+    save_file(snapshot.served, folder / WEIGHTS)
+    write_config(folder, family)
+    for role, weights in snapshot.roles.items():
+        save_file(weights, folder / "state" / f"{role}.safetensors")
+        for i, tensors in enumerate(snapshot.optimizers[role]):
+            save_file(tensors, folder / "state" / f"{role}.optimizer-{i}.safetensors")
+
+
+def write_config(folder: Path, family: Family[Any, Any]) -> None:
+    config, data = family.config.model_dump(mode="json"), family.data.model_dump(mode="json")
+    document = {"family": family.family_name(), "config": config, "data": data}
+    (folder / CONFIG).write_text(json.dumps(document, indent=2, sort_keys=True) + "\n")
+
+
+def write_assets(folder: Path, assets: Mapping[str, bytes]) -> None:
+    for name, data in assets.items():
+        (folder / "assets" / name).write_bytes(data)
+
+
+def describe_files(folder: Path) -> dict[str, File]:
+    """Size and sha256 of every file under `folder`."""
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    found = {path.relative_to(folder).as_posix(): path for path in paths}
+    return {name: File(size=path.stat().st_size, sha256=sha256_of(path)) for name, path in found.items()}
+
+
+def sha256_of(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def upload(storage: Storage, prefix: str, folder: Path, manifest: Manifest, fence: Callable[[], None]) -> None:
+    """Bring a checkpoint's files to storage, then, past the fence, its manifest: from then on it exists."""
+    for name in manifest.files:
+        storage.upload(folder / name, f"{prefix}/{name}")
+    fence()
+    document = encode_floats(manifest.model_dump(mode="json"))
+    write_document(storage, f"{prefix}/{MANIFEST}", {**document, "digest": _digest(document)})
+
+
+def read_manifest(storage: Storage, prefix: str) -> Manifest:
+    """The manifest of a checkpoint in storage.
+
+    Raises:
+        CheckpointError: it is not there or cannot be read.
+    """
+    try:
+        data, _ = storage.get(f"{prefix}/{MANIFEST}")
+    except KeyNotFound:
+        raise CheckpointError(f"{prefix}: no complete checkpoint (it has no {MANIFEST})") from None
+    try:
+        # Not `read_document`: what it raises for damage could as well be missing rights, and is no reason to fall back.
+        document = json.loads(data)
+        written, _ = document.pop("digest"), document.pop("nonce")
+        manifest = Manifest.model_validate(document)
+    except (ValueError, KeyError, AttributeError, TypeError) as error:
+        raise CheckpointError(f"{prefix}/{MANIFEST}: damaged ({type(error).__name__})") from error
+    if written != _digest(document):
+        raise CheckpointError(f"{prefix}/{MANIFEST}: damaged (its digest differs from its content)")
+    return manifest
+
+
+def download(storage: Storage, keys: Mapping[str, str], files: Mapping[str, File], folder: Path) -> None:
+    """Fetch files and prove each against its size and sha256.
+
+    Args:
+        keys: where in storage each file of `files` lies.
+        folder: an empty folder to fill.
+
+    Raises:
+        CheckpointError: a file is missing or differs.
+    """
+    for name, expected in files.items():
+        try:
+            check_key(name)
+        except StorageError:
+            raise CheckpointError(f"{name!r}: is not the name of a file in a checkpoint") from None
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            storage.download(keys[name], path)
+        except KeyNotFound:
+            raise CheckpointError(f"{keys[name]}: missing") from None
+        if path.stat().st_size != expected.size or sha256_of(path) != expected.sha256:
+            raise CheckpointError(f"{keys[name]}: damaged (size or sha256 differs from the manifest)")
+
+
+def fetch(storage: Storage, prefix: str, folder: Path) -> Manifest:
+    """Download a checkpoint and verify every byte of it.
+
+    Raises:
+        CheckpointError: it is incomplete or damaged.
+    """
+    manifest = read_manifest(storage, prefix)
+    download(storage, {name: f"{prefix}/{name}" for name in manifest.files}, manifest.files, folder)
+    return manifest
+
+
+def load_tensors(path: Path) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise CheckpointError(f"{path.name}: not readable as safetensors ({error})") from error
+
+
+def load_family(folder: Path, weights: Mapping[str, Tensor] | None = None) -> Family[Any, Any]:
+    """The model of a checkpoint or version, ready to answer: served weights, assets, eval mode, on the CPU.
+
+    Args:
+        folder: holds `config.json`, `assets/` and, unless `weights` is given, `model.safetensors`.
+        weights: the served weights, where they are in memory already.
+
+    Raises:
+        CheckpointError: config, weights and code do not fit together.
+    """
+    import torch
+
+    try:
+        document = json.loads((folder / CONFIG).read_text())
+        cls = models.load(document["family"])
+        # Lenient: a newer release may have added settings. Where they matter, shapes or the probe differ.
+        config = cls.Config.model_validate(document["config"], strict=False, extra="ignore")
+        data: Any = TypeAdapter(DataInfo).validate_python(document["data"], strict=False, extra="ignore")
+        with torch.random.fork_rng(devices=[]):  # building draws initial weights: leave the caller's RNG alone
+            family = cls(config, data)
+    except (OSError, KeyError, TypeError, ValueError, SpecError) as error:
+        raise CheckpointError(f"{CONFIG}: {' '.join(str(error).split())}") from error
+    try:
+        family.network.load_state_dict(dict(weights if weights is not None else load_tensors(folder / WEIGHTS)))
+    except RuntimeError as error:
+        raise CheckpointError(f"{WEIGHTS}: {' '.join(str(error).split())}") from error
+    family.load_assets(read_assets(folder))
+    family.network.eval().requires_grad_(False)
+    return family
+
+
+def read_assets(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in sorted((folder / "assets").glob("*")) if path.is_file()}
+
+
+def scratch_folder() -> tempfile.TemporaryDirectory[str]:
+    """A folder for the files of one checkpoint; with `with`, gone at the end."""
+    return tempfile.TemporaryDirectory(prefix="genmodels-", ignore_cleanup_errors=True)
+
+
+def _digest(document: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(document, sort_keys=True).encode()).hexdigest()

@@ -1,0 +1,266 @@
+"""Image requests: pictures from seeds, latents and other pictures."""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import numpy as np
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from genmodels.data.images import decode_image, grid, png
+from genmodels.engine.loaded import ImageModel, Loaded
+from genmodels.engine.requests import MAX_N, Count, Request, Seed, seed_or_random
+from genmodels.errors import RequestError
+
+CHUNK = 16  # rows in every pass through a network; see `_in_chunks`
+
+Many = Field(min_length=1, max_length=MAX_N)
+
+
+class ImageRequest(Request):
+    """Options of the family (`temperature`, ...) stand beside the fields of each request."""
+
+    verb: ClassVar[str]
+
+
+class GenerateRequest(ImageRequest):
+    verb = "generate"
+
+    n: Count = 1
+    seed: Seed | None = None
+    size: str = Field("auto", max_length=32, description="`auto`, or the model's own size as WIDTHxHEIGHT")
+    grid: bool = Field(False, description="all images as one picture")
+
+
+class EncodeRequest(ImageRequest):
+    verb = "encode"
+
+    images: list[Any] = Many
+
+
+class DecodeRequest(ImageRequest):
+    verb = "decode"
+
+    latents: list[list[float]] = Many
+    grid: bool = False
+
+
+class ReconstructRequest(ImageRequest):
+    verb = "reconstruct"
+
+    images: list[Any] = Many
+    grid: bool = False
+
+
+class DenoiseRequest(ImageRequest):
+    verb = "denoise"
+
+    images: list[Any] = Many
+    grid: bool = False
+
+
+class InterpolateRequest(ImageRequest):
+    """Each end is a seed (a whole number), a latent (a list of numbers) or an image, as in the other requests."""
+
+    verb = "interpolate"
+
+    start: Any
+    end: Any
+    steps: int = Field(8, ge=2, le=MAX_N)
+    grid: bool = False
+
+
+@dataclass(frozen=True)
+class ImageAnswer:
+    """`images` are PNG files; with `grid` it is one."""
+
+    model: str
+    images: tuple[bytes, ...] = ()
+    latents: tuple[list[float], ...] = ()
+    seed: int | None = None
+
+
+def answer(loaded: Loaded, request: ImageRequest) -> ImageAnswer:
+    """Answer any image request.
+
+    Raises:
+        ModelNotFound: the model does not answer this verb.
+        RequestError: the request does not fit the model; names the field.
+    """
+    options = loaded.options(request.verb, request)
+    assert isinstance(loaded, ImageModel)
+    return _VERBS[type(request).verb](loaded, request, options)
+
+
+def generate(model: ImageModel, request: GenerateRequest, options: Any) -> ImageAnswer:
+    info = model.family.data
+    native = f"{info.width}x{info.height}"
+    if request.size not in ("auto", native):
+        raise _wrong("size", f"got {request.size!r}, this model makes {native}; send {native!r} or 'auto'")
+    seed = seed_or_random(request.seed)
+    latents = model.family.sample_latents(request.n, seed, options)
+    return _drawn(model, _decode(model, latents, options), request.grid, seed=seed)
+
+
+def encode(model: ImageModel, request: EncodeRequest, options: Any) -> ImageAnswer:
+    latents = _encode(model, read_images(model, request.images, "images"))
+    return ImageAnswer(model.name, latents=tuple(_finite(latents, "images").tolist()))
+
+
+def decode(model: ImageModel, request: DecodeRequest, options: Any) -> ImageAnswer:
+    latents = torch.stack([_latent(model, row, f"latents[{i}]") for i, row in enumerate(request.latents)])
+    return _drawn(model, _decode(model, latents, options), request.grid)
+
+
+def reconstruct(model: ImageModel, request: ReconstructRequest, options: Any) -> ImageAnswer:
+    latents = _encode(model, read_images(model, request.images, "images"))
+    return _drawn(model, _decode(model, latents, options), request.grid)
+
+
+def denoise(model: ImageModel, request: DenoiseRequest, options: Any) -> ImageAnswer:
+    return _drawn(model, _in_chunks(model.family.denoise, read_images(model, request.images, "images")), request.grid)
+
+
+def interpolate(model: ImageModel, request: InterpolateRequest, options: Any) -> ImageAnswer:
+    start, end = (_end(model, value, name, options) for value, name in ((request.start, "start"), (request.end, "end")))
+    latents = model.family.interpolate(start, end, request.steps)
+    return _drawn(model, _decode(model, latents, options), request.grid, columns=request.steps)
+
+
+def read_images(model: ImageModel, values: Sequence[Any], param: str) -> Tensor:
+    """Images of a request: base64 of a PNG (or JPEG, WebP) file, or nested lists of numbers in [0, 1].
+
+    Returns:
+        float32 (n, C, H, W); H and W have to be the model's.
+
+    Raises:
+        RequestError: one cannot be read or is of another size.
+    """
+    return torch.stack([_image(model, value, f"{param}[{i}]") for i, value in enumerate(values)])
+
+
+def _image(model: ImageModel, value: Any, param: str) -> Tensor:
+    if isinstance(value, str):
+        return torch.from_numpy(_picture(model, value, param))
+    channels, height, width = model.family.data.shape
+    shape = f"{height} x {width}" if channels == 1 else f"{channels} x {height} x {width}"
+    pixels = _numbers(value, param, f"base64 of a PNG file, or {shape} numbers from 0 to 1 in nested lists")
+    if pixels.ndim == 2 and channels == 1:
+        pixels = pixels[None]
+    if pixels.shape != model.family.data.shape:
+        found = " x ".join(map(str, pixels.shape))
+        raise _wrong(param, f"has {found} numbers, this model takes {shape}")
+    if pixels.min() < 0 or pixels.max() > 1:
+        raise _wrong(param, "has numbers outside 0 to 1; divide pixels by 255")
+    return torch.from_numpy(pixels)
+
+
+def _picture(model: ImageModel, value: str, param: str) -> np.ndarray:
+    if value.startswith("data:"):
+        value = value.partition(",")[2]
+    try:
+        return decode_image(base64.b64decode(value, validate=True), model.family.data)
+    except (binascii.Error, ValueError):
+        raise _wrong(param, "is not base64 of a PNG file") from None
+    except RequestError as error:
+        raise RequestError(
+            f"{param}: {error.message}", param=param, status=error.status, code="invalid_value"
+        ) from None
+
+
+def _end(model: ImageModel, value: Any, param: str, options: Any) -> Tensor:
+    """A latent (latent_dim,) from a seed, a latent, or an image."""
+    if isinstance(value, int) and not isinstance(value, bool):
+        if not 0 <= value < 2**63:
+            raise _wrong(param, f"got {value}, a seed is from 0 to 2^63 - 1")
+        return model.family.sample_latents(1, value, options)[0]
+    if isinstance(value, list) and value and not isinstance(value[0], list):
+        return _latent(model, value, param)
+    if isinstance(value, str | list):
+        if "encode" not in model.family.verbs:
+            raise _wrong(param, f"{model.name} has no encoder; send a seed or a latent instead of an image")
+        return _finite(_encode(model, _image(model, value, param)[None])[0], param)
+    raise _wrong(param, "send a seed (a whole number), a latent (a list of numbers) or an image")
+
+
+def _latent(model: ImageModel, value: Sequence[Any], param: str) -> Tensor:
+    size = model.family.latent_dim
+    numbers = _numbers(value, param, f"{size} numbers")
+    if numbers.shape != (size,):
+        found = " x ".join(map(str, numbers.shape))
+        raise _wrong(param, f"has {found} numbers, this model's latents have {size}")
+    return torch.from_numpy(numbers)
+
+
+def _numbers(value: Any, param: str, expected: str) -> np.ndarray:
+    """Nested lists as float32; every number finite, no list shorter than its neighbour."""
+    try:
+        numbers = np.asarray(value)
+    except (ValueError, OverflowError):
+        numbers = np.empty(0, dtype=object)
+    if numbers.dtype.kind not in "fiu" or not numbers.size:
+        raise _wrong(param, f"expected {expected}")
+    with np.errstate(over="ignore"):
+        numbers = numbers.astype(np.float32)
+    if not np.isfinite(numbers).all():
+        raise _wrong(param, "has numbers that are not finite as float32")
+    return numbers
+
+
+def _encode(model: ImageModel, images: Tensor) -> Tensor:
+    return _in_chunks(model.family.encode, images)
+
+
+def _decode(model: ImageModel, latents: Tensor, options: Any) -> Tensor:
+    return _in_chunks(lambda rows: model.family.decode(rows, options), latents)
+
+
+def _in_chunks(function: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
+    """Apply a network to rows, always `CHUNK` of them at once, the last ones padded.
+
+    Matrix products of another height round differently; with one height, a row's result does not depend on how many
+    others the request asks for.
+    """
+    parts = []
+    for chunk in rows.split(CHUNK):
+        padding = chunk.new_zeros(CHUNK - len(chunk), *chunk.shape[1:])
+        parts.append(function(torch.cat((chunk, padding)))[: len(chunk)])
+    return torch.cat(parts)
+
+
+def _wrong(param: str, text: str) -> RequestError:
+    return RequestError(f"{param}: {text}", param=param, code="invalid_value")
+
+
+def _finite(values: Tensor, param: str) -> Tensor:
+    if not torch.isfinite(values).all():
+        raise RequestError(
+            f"{param}: the model's answer to this is not finite; send something nearer to its data",
+            param=param,
+            code="not_finite",
+        )
+    return values
+
+
+def _drawn(
+    model: ImageModel, images: Tensor, as_grid: bool, *, columns: int | None = None, seed: int | None = None
+) -> ImageAnswer:
+    pixels = _finite(images, "latents").cpu().numpy()
+    files = (png(grid(pixels, columns)),) if as_grid else tuple(map(png, pixels))
+    return ImageAnswer(model.name, files, seed=seed)
+
+
+_VERBS: dict[str, Callable[[ImageModel, Any, Any], ImageAnswer]] = {
+    "generate": generate,
+    "encode": encode,
+    "decode": decode,
+    "reconstruct": reconstruct,
+    "denoise": denoise,
+    "interpolate": interpolate,
+}

@@ -1,0 +1,87 @@
+"""A version in memory, proved to be what was published."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from genmodels import checkpoint
+from genmodels.data.text import Tokenizer, load_tokenizer
+from genmodels.engine.requests import Request, parse_options
+from genmodels.errors import CheckpointError, DataError, ModelNotFound
+from genmodels.family import Family, ImageFamily, TextFamily
+from genmodels.registry import Registry, Version, verify_probe
+
+TOKENIZER = "tokenizer.json"
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A model that can answer; `name` is that of its version, as in `shapes@3`."""
+
+    name: str
+    family: Family[Any, Any]
+
+    def options(self, verb: str, request: Request) -> Any:
+        """The family's own part of a request.
+
+        Raises:
+            ModelNotFound: the model does not answer this verb; the message says which it does.
+            RequestError: an option is unknown or wrong.
+        """
+        verbs = self.family.verbs
+        if verb not in verbs:
+            family, answered = self.family.family_name(), ", ".join(sorted(verbs))
+            raise ModelNotFound(
+                f"{self.name} ({family}) has no {verb!r}; it answers: {answered}", code="verb_not_supported"
+            )
+        return parse_options(self.family.Request, request)
+
+
+@dataclass(frozen=True)
+class ImageModel(Loaded):
+    family: ImageFamily[Any, Any]
+
+
+@dataclass(frozen=True)
+class TextModel(Loaded):
+    family: TextFamily[Any, Any]
+    tokenizer: Tokenizer
+
+
+def load(registry: Registry, version: Version) -> Loaded:
+    """Fetch a version, verify every byte, build the model, and compare its outputs with those of its publication.
+
+    Raises:
+        CheckpointError: a file is missing or damaged, or the outputs differ.
+    """
+    with checkpoint.scratch_folder() as scratch:
+        folder = Path(scratch)
+        registry.fetch(version, folder)
+        loaded = load_folder(folder, version.name)
+        verify_probe(loaded.family, folder)
+    return loaded
+
+
+def load_folder(folder: Path, name: str) -> Loaded:
+    """The model of a checkpoint's folder, whose files somebody else has verified.
+
+    Raises:
+        CheckpointError: config, weights, assets and code do not fit together.
+    """
+    family = checkpoint.load_family(folder)
+    if isinstance(family, ImageFamily):
+        return ImageModel(name, family)
+    assert isinstance(family, TextFamily)
+    content = checkpoint.read_assets(folder).get(TOKENIZER)
+    if content is None:
+        raise CheckpointError(f"assets/{TOKENIZER}: missing; a text model cannot answer without it")
+    try:
+        tokenizer = load_tokenizer(content)
+    except DataError as error:
+        raise CheckpointError(f"assets/{error}") from error
+    found, expected = tokenizer.vocab_size, family.data.vocab_size
+    if found != expected:
+        raise CheckpointError(f"assets/{TOKENIZER}: has {found} tokens, the model has {expected}")
+    return TextModel(name, family, tokenizer)

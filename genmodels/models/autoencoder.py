@@ -1,0 +1,236 @@
+"""Autoencoder: images through a narrow latent space and back; with noise, also a denoiser.
+
+Compression: Hinton & Salakhutdinov 2006, "Reducing the Dimensionality of Data with Neural Networks".
+Denoising: Vincent et al. 2008, "Extracting and Composing Robust Features with Denoising Autoencoders".
+Latent penalty and the density fitted over latents: Ghosh et al. 2020, "From Variational to Deterministic Autoencoders".
+
+With `noise_std` > 0 the encoder sees noisy images and the target is clean. `latent_dim` numbers cannot
+hold all the detail of an image, so `denoise` also hands the encoder's feature maps across to the decoder
+(symmetric skip connections: Mao et al. 2016); encode, decode and reconstruct use the same weights without them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from genmodels.errors import RequestError
+from genmodels.family import ImageFamily, ImageInfo, OptimizerConfig, Role, Section, TextInfo
+from genmodels.latent import GaussianMixture, first_rows, lerp
+from genmodels.networks import ImageDecoder, ImageEncoder, Norm, check_shape, inference, placed, psnr
+from genmodels.optim import make_optimizers
+
+if TYPE_CHECKING:
+    from genmodels.family import Batch
+
+DENSITY_FILE = "density.safetensors"
+MEASURE_SEED = 0  # the same noise at each evaluation, so that figures of different steps compare
+
+
+class AutoencoderConfig(Section):
+    """The `model` section."""
+
+    latent_dim: int = Field(32, ge=1, le=4096)
+    width: int = Field(16, ge=1, le=512, description="channels at half size; coarser sizes have up to four times that")
+    blocks: int = Field(1, ge=0, le=8, description="residual blocks at each size")
+    norm: Norm = "group"
+    noise_std: float = Field(
+        0.0, ge=0, le=2, description="above 0: also a denoiser, of noise up to this (pixels are 0 to 1)"
+    )
+    loss: Literal["bce", "mse"] = Field("bce", description="of a pixel: cross-entropy on its grey, or squared error")
+    latent_penalty: float = Field(
+        3e-4, ge=0, description="weight of the mean squared latent, beside the mean loss of a pixel"
+    )
+    density_components: int = Field(30, ge=1, le=500, description="Gaussians in the density of latents, for generation")
+
+
+class AutoencoderRequest(Section):
+    """Options of a generation request."""
+
+    temperature: float = Field(1.0, ge=0, le=2, description="spread around the means of the density's components")
+
+
+class Autoencoder(ImageFamily[AutoencoderConfig, AutoencoderRequest]):
+    """An autoencoder, and a denoiser where `noise_std` is above 0."""
+
+    Config = AutoencoderConfig
+    Request = AutoencoderRequest
+    metric_names = ("val_loss", "val_psnr", "val_denoise_psnr")
+
+    network: AutoencoderNetwork
+
+    @classmethod
+    def check(cls, config: AutoencoderConfig, data: ImageInfo | TextInfo) -> None:
+        check_shape("autoencoder", config.latent_dim, data)
+
+    def __init__(self, config: AutoencoderConfig, data: ImageInfo | TextInfo) -> None:
+        self.check(config, data)
+        assert isinstance(data, ImageInfo)
+        self.config = config
+        self.data = data
+        self.network = AutoencoderNetwork(config, data.shape)
+        self.density: GaussianMixture | None = None
+
+    def roles(self, optimizer: OptimizerConfig) -> list[Role]:
+        loss = AutoencoderLoss(self.network, self.config)
+        return [Role("model", loss, make_optimizers(loss, optimizer))]
+
+    def measure(self, batch: Batch) -> dict[str, Tensor]:
+        images = batch["images"]
+        with inference(self.network):
+            logits = self.network(images)
+            quality = denoised_quality = psnr(logits.float().sigmoid(), images)
+            losses = _pixel_losses(logits, images, self.config.loss)
+        if self.config.noise_std > 0:
+            noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(MEASURE_SEED))
+            noisy = images + self.config.noise_std * noise.to(images.device)
+            denoised_quality = psnr(self.denoise(noisy), images)
+        sums = {
+            "loss": losses.mean((1, 2, 3)),
+            "psnr": quality,
+            "denoise_psnr": denoised_quality,
+            "images": torch.ones(len(images)),
+        }
+        return {name: values.double().sum().to(images.device) for name, values in sums.items()}
+
+    def metrics(self, sums: Mapping[str, Tensor]) -> dict[str, float]:
+        """Means over images.
+
+        `val_loss` is per pixel, of clean images through the latent space, `val_psnr` of the same in dB;
+        `val_denoise_psnr` of images with noise of `noise_std`, clamped to [0, 1]; it equals `val_psnr` without noise.
+        """
+        return {f"val_{name}": float(sums[name] / sums["images"]) for name in ("loss", "psnr", "denoise_psnr")}
+
+    def fit(self, batches: Iterable[Batch], seed: int) -> None:
+        latents = first_rows(self.encode(batch["images"]) for batch in batches)
+        self.density = GaussianMixture.fit(latents, self.config.density_components, seed)
+
+    def assets(self) -> dict[str, bytes]:
+        return {DENSITY_FILE: self.density.to_bytes()} if self.density else {}
+
+    def load_assets(self, assets: Mapping[str, bytes]) -> None:
+        if DENSITY_FILE in assets:
+            self.density = GaussianMixture.from_bytes(assets[DENSITY_FILE])
+
+    @property
+    def verbs(self) -> frozenset[str]:
+        verbs = {"generate", "encode", "decode", "reconstruct", "interpolate"}
+        return frozenset(verbs | {"denoise"} if self.config.noise_std > 0 else verbs)
+
+    @property
+    def latent_dim(self) -> int:
+        return self.config.latent_dim
+
+    def sample_latents(self, n: int, seed: int, request: AutoencoderRequest) -> Tensor:
+        """From the density over the training images' latents.
+
+        Raises:
+            RequestError: `fit` has not been called, so nothing is known of where the latents lie.
+        """
+        if self.density is None:
+            raise RequestError(
+                "this checkpoint has no density over latents yet, so it cannot generate: ask a published version",
+                code="not_fitted",
+            )
+        return self.density.sample(n, seed, request.temperature)
+
+    def encode(self, images: Tensor) -> Tensor:
+        with inference(self.network):
+            return self.network.encoder(placed(images, self.network)).float()
+
+    def decode(self, latents: Tensor, request: AutoencoderRequest) -> Tensor:
+        with inference(self.network):
+            return self.network.decoder(placed(latents, self.network)).float().sigmoid()
+
+    def denoise(self, images: Tensor) -> Tensor:
+        """Clean images of noisy ones, (n, C, H, W) both; noise beyond [0, 1] is clamped first, as in training."""
+        with inference(self.network):
+            return self.network.denoise(placed(images, self.network).clamp(0, 1)).float().sigmoid()
+
+    def interpolate(self, start: Tensor, end: Tensor, steps: int) -> Tensor:
+        return lerp(start, end, steps)
+
+    def preview(self, images: Tensor, seed: int) -> dict[str, Tensor]:
+        request = self.Request()
+        pictures = {"reconstructions": self.decode(self.encode(images), request)}
+        if self.density:
+            pictures["samples"] = self.decode(self.sample_latents(len(images), seed, request), request)
+        if "denoise" in self.verbs:
+            noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(seed))
+            pictures["noisy"] = (images + self.config.noise_std * noise.to(images.device)).clamp(0, 1)
+            pictures["denoised"] = self.denoise(pictures["noisy"])
+        return pictures
+
+    def probe(self) -> dict[str, Tensor]:
+        outputs = super().probe()
+        if "denoise" in self.verbs:
+            outputs["denoise"] = self.denoise(
+                torch.linspace(0, 1, 2 * math.prod(self.data.shape)).view(2, *self.data.shape)
+            )
+        return outputs
+
+
+class AutoencoderNetwork(nn.Module):
+    """Images (n, C, H, W) in [0, 1] -> latents (n, latent_dim) -> logits of images (n, C, H, W)."""
+
+    def __init__(self, config: AutoencoderConfig, shape: tuple[int, int, int]) -> None:
+        super().__init__()
+        width, blocks, norm = config.width, config.blocks, config.norm
+        self.encoder = ImageEncoder(shape, config.latent_dim, width=width, blocks=blocks, norm=norm)
+        self.decoder = ImageDecoder(
+            config.latent_dim, shape, width=width, blocks=blocks, norm=norm, skips=config.noise_std > 0
+        )
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.decoder(self.encoder(images))
+
+    def denoise(self, images: Tensor) -> Tensor:
+        """Logits of clean images, through the latent space and across the skip connections."""
+        features = self.encoder.features(images)
+        return self.decoder(self.encoder.head(features[-1]), features)
+
+
+class AutoencoderLoss(nn.Module):
+    """Mean loss of a pixel; with noise, that of reconstructing plus that of denoising.
+
+    The noise is new for each image and its strength uniform between 0 and `noise_std`: so one model serves any strength
+    up to that without being told which, and clean images stay among what it knows. Noisy pixels are clamped to [0, 1],
+    for no picture that is sent to an endpoint holds others.
+    """
+
+    def __init__(self, network: AutoencoderNetwork, config: AutoencoderConfig) -> None:
+        super().__init__()
+        self.network = network
+        self.config = config
+
+    def forward(self, batch: Batch, progress: Tensor) -> dict[str, Tensor]:
+        images, config, network = batch["images"], self.config, self.network
+        noisy = images
+        if config.noise_std > 0:
+            strength = config.noise_std * torch.rand(len(images), 1, 1, 1, device=images.device)
+            noisy = (images + strength * torch.randn_like(images)).clamp(0, 1)
+        features = network.encoder.features(noisy)
+        latents = network.encoder.head(features[-1])
+        parts = {"reconstruction": _pixel_losses(network.decoder(latents), images, config.loss).mean()}
+        if config.noise_std > 0:
+            parts["denoising"] = _pixel_losses(network.decoder(latents, features), images, config.loss).mean()
+        penalty = latents.float().square().mean()
+        loss = sum(parts.values()) + config.latent_penalty * penalty
+        return {
+            "loss": loss,
+            **{name: part.detach() for name, part in parts.items()},
+            "latent_square": penalty.detach(),
+        }
+
+
+def _pixel_losses(logits: Tensor, images: Tensor, loss: Literal["bce", "mse"]) -> Tensor:
+    """(n, C, H, W) in float32, whatever autocast gave."""
+    if loss == "bce":
+        return F.binary_cross_entropy_with_logits(logits.float(), images, reduction="none")
+    return (logits.float().sigmoid() - images).square()

@@ -1,0 +1,313 @@
+"""Mini-GPT: a decoder-only transformer that continues text, token by token.
+
+The plain settings (as in jobs/study.yaml: learned positions, LayerNorm, ReLU, biases, untied head) are GPT-2's
+pre-norm block as taught in Karpathy's "Let's build GPT". The defaults are what has proved better since.
+
+GPT-2: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners"
+Rotary positions: Su et al. 2021, https://arxiv.org/abs/2104.09864
+QK-norm: Henry et al. 2020, https://arxiv.org/abs/2010.04245
+RMSNorm: Zhang & Sennrich 2019, https://arxiv.org/abs/1910.07467
+SwiGLU: Shazeer 2020, https://arxiv.org/abs/2002.05202
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field, ValidationInfo, field_validator
+from torch import Tensor, nn
+
+from genmodels.errors import RequestError, SpecError
+from genmodels.family import ImageInfo, OptimizerConfig, Role, Section, TextFamily, TextInfo
+from genmodels.optim import make_optimizers
+
+if TYPE_CHECKING:
+    from genmodels.family import Batch
+
+ROTARY_BASE = 10_000.0  # wavelengths of the rotary positions: 2 pi to 2 pi * base, in tokens
+
+
+class MiniGPTConfig(Section):
+    """The `model` section. The defaults are modern; jobs/study.yaml spells out the plain settings."""
+
+    n_layer: int = Field(4, ge=1, le=128)
+    n_head: int = Field(4, ge=1, le=256)
+    positions: Literal["learned", "rotary"] = "rotary"
+    n_embd: int = Field(128, ge=1, le=16_384)  # after those it is checked against
+    block_size: int = Field(128, ge=2, le=65_536, description="the longest context, in tokens")
+    dropout: float = Field(0.0, ge=0, lt=1)
+    norm: Literal["layer", "rms"] = "rms"
+    mlp: Literal["relu", "gelu", "swiglu"] = "swiglu"
+    qk_norm: bool = Field(True, description="normalise queries and keys, which keeps attention scores bounded")
+    tied_head: bool = Field(False, description="the head uses the token embedding's weights")
+    bias: bool = Field(False, description="biases in norms and in all projections except queries, keys and values")
+
+    @field_validator("n_embd")
+    @classmethod
+    def _heads_share_the_width(cls, n_embd: int, info: ValidationInfo) -> int:
+        n_head = info.data.get("n_head")
+        if n_head is None:  # wrong itself, and reported as such
+            return n_embd
+        rotary = info.data.get("positions") == "rotary"
+        unit = 2 * n_head if rotary else n_head
+        if n_embd % unit == 0:
+            return n_embd
+        need = f"a multiple of n_head ({n_head})" + (" whose heads have an even size, for rotary positions" * rotary)
+        near = [size for size in (n_embd // unit * unit, (n_embd // unit + 1) * unit) if size]
+        raise ValueError(f"got {n_embd}, expected {need}; write {' or '.join(map(str, near))}")
+
+
+class MiniGPTRequest(Section):
+    """Options of a completion."""
+
+    max_tokens: int = Field(200, ge=1, le=4096)
+    temperature: float = Field(0.8, ge=0, le=100, description="0 always takes the most probable token")
+    top_k: int | None = Field(None, ge=1, description="choose among the k most probable tokens only")
+    top_p: float = Field(1.0, gt=0, le=1, description="choose among the most probable tokens that make up p")
+
+
+class MiniGPT(TextFamily[MiniGPTConfig, MiniGPTRequest]):
+    """A mini-GPT over the tokens of one dataset."""
+
+    Config = MiniGPTConfig
+    Request = MiniGPTRequest
+    metric_names = ("val_loss", "val_bits_per_char")
+
+    network: Transformer
+
+    @classmethod
+    def check(cls, config: MiniGPTConfig, data: ImageInfo | TextInfo) -> None:
+        if not isinstance(data, TextInfo):
+            raise SpecError(f"model.family: minigpt learns from text, but data.dataset holds {data.kind}s; name a text")
+
+    def __init__(self, config: MiniGPTConfig, data: ImageInfo | TextInfo) -> None:
+        self.check(config, data)
+        assert isinstance(data, TextInfo)
+        self.config = config
+        self.data = data
+        self.network = Transformer(config, data.vocab_size)
+
+    @property
+    def block_size(self) -> int:
+        return self.config.block_size
+
+    def roles(self, optimizer: OptimizerConfig) -> list[Role]:
+        loss = NextTokenLoss(self.network)
+        outputs = [] if self.network.head is None else [self.network.head]
+        return [Role("model", loss, make_optimizers(loss, optimizer, outputs))]
+
+    def measure(self, batch: Batch) -> dict[str, Tensor]:
+        with _evaluating(self.network):
+            losses = _cross_entropy(self.network(batch["tokens"]), batch["targets"], reduction="none")
+        counted = batch["targets"] != IGNORED
+        return {"nll": losses.double().sum(), "tokens": counted.sum().double()}
+
+    def metrics(self, sums: Mapping[str, Tensor]) -> dict[str, float]:
+        """`val_loss` in nats per token; `val_bits_per_char`, as a token is a character."""
+        nats = float(sums["nll"] / sums["tokens"])
+        return {"val_loss": nats, "val_bits_per_char": nats / math.log(2)}
+
+    def logits(self, tokens: Tensor) -> Tensor:
+        with _evaluating(self.network):
+            return self.network(tokens.to(self.network.token_embedding.weight.device)).float()
+
+    def generate(self, prompt: Sequence[int], seed: int, request: MiniGPTRequest) -> Iterator[int]:
+        """The plain reference: the whole window anew for each token, one sequence at a time.
+
+        Raises:
+            RequestError: the prompt is empty.
+        """
+        if not prompt:
+            raise RequestError("prompt is empty; send at least one character to go on from", param="prompt")
+        window = list(prompt)
+        for index in range(request.max_tokens):
+            if len(window) > self.block_size:
+                window = window[-(self.block_size // 2) :]  # starts again at position 0; room for another half
+            token = choose(self.logits(torch.tensor([window]))[0, -1], seed, index, request)
+            window.append(token)
+            yield token
+
+
+def choose(logits: Tensor, seed: int, index: int, request: MiniGPTRequest) -> int:
+    """The next token. Its randomness depends on `seed` and `index`, the token's number in the answer, alone.
+
+    Args:
+        logits: (vocab_size,)
+    """
+    logits = logits.double().cpu()
+    if request.temperature == 0:
+        return int(logits.argmax())
+    probabilities = ((logits - logits.max()) / request.temperature).softmax(-1)
+    descending, order = probabilities.sort(descending=True, stable=True)
+    mass_before = descending.cumsum(-1) - descending
+    dropped = mass_before >= request.top_p
+    if request.top_k is not None:
+        dropped[request.top_k :] = True
+    probabilities[order[dropped]] = 0.0
+    # summed up in the order of ids: rounding that swaps two equally probable tokens then hardly moves the sums
+    cumulative = probabilities.cumsum(-1)
+    return int(torch.searchsorted(cumulative, uniform(seed, index) * cumulative[-1], right=True))
+
+
+def uniform(seed: int, index: int) -> float:
+    """A random number in [0, 1) that is a function of its arguments: the same in every process, on every device."""
+    digest = hashlib.blake2b(f"{seed}/{index}".encode(), digest_size=6).digest()
+    return int.from_bytes(digest, "big") / 2**48  # 48 bits: products with it stay below the other factor
+
+
+class NextTokenLoss(nn.Module):
+    """Mean cross-entropy of the next token, in nats."""
+
+    def __init__(self, network: Transformer) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, batch: Batch, progress: Tensor) -> dict[str, Tensor]:
+        return {"loss": _cross_entropy(self.network(batch["tokens"]), batch["targets"])}
+
+
+class Transformer(nn.Module):
+    """Token ids (n, t) -> logits (n, t, vocab_size)."""
+
+    def __init__(self, config: MiniGPTConfig, vocab_size: int) -> None:
+        super().__init__()
+        learned = config.positions == "learned"
+        self.token_embedding = nn.Embedding(vocab_size, config.n_embd)
+        self.position_embedding = nn.Embedding(config.block_size, config.n_embd) if learned else None
+        self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
+        self.norm = _norm(config)
+        self.head = None if config.tied_head else nn.Linear(config.n_embd, vocab_size, bias=config.bias)
+        self.head_size = config.n_embd // config.n_head
+        self._initialise(config.n_layer)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        positions = torch.arange(tokens.shape[1], device=tokens.device)
+        x = self.token_embedding(tokens)
+        rotation = None
+        if self.position_embedding is None:
+            rotation = rotations(positions, self.head_size)
+        else:
+            x = x + self.position_embedding(positions)
+        for block in self.blocks:
+            x = block(x, rotation)
+        x = self.norm(x)
+        return F.linear(x, self.token_embedding.weight) if self.head is None else self.head(x)
+
+    def _initialise(self, n_layer: int) -> None:
+        """As in GPT-2: normal 0.02; what layers add to the residual stream is scaled so that the sum keeps its size."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear | nn.Embedding):
+                nn.init.normal_(module.weight, std=0.02)
+            if isinstance(module, nn.Linear) and module.bias is not None:
+                nn.init.zeros_(module.bias)
+        for module in self.modules():
+            if isinstance(module, Attention | MLP):
+                nn.init.normal_(module.output.weight, std=0.02 / math.sqrt(2 * n_layer))
+
+
+class Block(nn.Module):
+    def __init__(self, config: MiniGPTConfig) -> None:
+        super().__init__()
+        self.attention_norm = _norm(config)
+        self.attention = Attention(config)
+        self.mlp_norm = _norm(config)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, rotation: Tensor | None) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), rotation)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class Attention(nn.Module):
+    """Causal self-attention with n_head heads."""
+
+    def __init__(self, config: MiniGPTConfig) -> None:
+        super().__init__()
+        width = config.n_embd
+        self.query = nn.Linear(width, width, bias=False)
+        self.key = nn.Linear(width, width, bias=False)
+        self.value = nn.Linear(width, width, bias=False)
+        self.output = nn.Linear(width, width, bias=config.bias)
+        self.n_head = config.n_head
+        self.qk_norm = config.qk_norm
+        self.dropout = config.dropout
+
+    def forward(self, x: Tensor, rotation: Tensor | None) -> Tensor:
+        query, key, value = (self._heads(project(x)) for project in (self.query, self.key, self.value))
+        if self.qk_norm:
+            query, key = (F.rms_norm(part, part.shape[-1:]) for part in (query, key))
+        if rotation is not None:
+            query, key = rotate(query, rotation), rotate(key, rotation)
+        dropout = self.dropout if self.training else 0.0
+        y = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, is_causal=True)
+        y = self.output(y.transpose(1, 2).flatten(2))
+        return F.dropout(y, self.dropout, self.training)
+
+    def _heads(self, x: Tensor) -> Tensor:
+        """(n, t, n_embd) -> (n, n_head, t, head_size)"""
+        return x.unflatten(-1, (self.n_head, -1)).transpose(1, 2)
+
+
+class MLP(nn.Module):
+    """The feed-forward part; SwiGLU's hidden size is 2/3 of the others', which makes the parameters equal."""
+
+    def __init__(self, config: MiniGPTConfig) -> None:
+        super().__init__()
+        self.kind = config.mlp
+        hidden = 4 * config.n_embd if config.mlp != "swiglu" else -(-8 * config.n_embd // 24) * 8
+        self.input = nn.Linear(config.n_embd, hidden, bias=config.bias)
+        self.gate = nn.Linear(config.n_embd, hidden, bias=config.bias) if config.mlp == "swiglu" else None
+        self.output = nn.Linear(hidden, config.n_embd, bias=config.bias)
+        self.dropout = config.dropout
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.input(x)
+        if self.gate is not None:
+            hidden = F.silu(self.gate(x)) * hidden
+        else:
+            hidden = F.relu(hidden) if self.kind == "relu" else F.gelu(hidden)
+        return F.dropout(self.output(hidden), self.dropout, self.training)
+
+
+def rotations(positions: Tensor, head_size: int) -> Tensor:
+    """The angles' cosines and sines for rotary positions, float32: (t,) -> (2, t, head_size / 2)."""
+    exponents = torch.arange(head_size // 2, device=positions.device, dtype=torch.float32) / (head_size // 2)
+    angles = positions.float()[:, None] * ROTARY_BASE**-exponents
+    return torch.stack((angles.cos(), angles.sin()))
+
+
+def rotate(x: Tensor, rotation: Tensor) -> Tensor:
+    """Turn each pair (i, i + head_size / 2) of (..., t, head_size) by its angle, so that scores see distances only."""
+    cosine, sine = rotation
+    first, second = x.float().chunk(2, dim=-1)  # in bf16 far positions would fall together
+    return torch.cat((first * cosine - second * sine, first * sine + second * cosine), dim=-1).to(x.dtype)
+
+
+IGNORED = -1  # a target that does not count: padding of a text's last window
+
+
+def _cross_entropy(logits: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
+    """Nats; over the mean of all that count, or each by itself (n * t,)."""
+    return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction=reduction)
+
+
+def _norm(config: MiniGPTConfig) -> nn.Module:
+    return nn.RMSNorm(config.n_embd) if config.norm == "rms" else nn.LayerNorm(config.n_embd, bias=config.bias)
+
+
+@contextmanager
+def _evaluating(network: nn.Module) -> Iterator[None]:
+    """No dropout and no gradients; leaves the network in the mode it found it in."""
+    training = network.training
+    network.eval()
+    try:
+        with torch.inference_mode():
+            yield
+    finally:
+        network.train(training)

@@ -1,0 +1,237 @@
+"""Variational autoencoder: a latent space with a prior to draw from, trained on the evidence lower bound (ELBO).
+
+Kingma & Welling 2014, "Auto-Encoding Variational Bayes".
+KL warm-up: Bowman et al. 2016; beta: Higgins et al. 2017; free bits: Kingma et al. 2016.
+Dynamic binarisation: Salakhutdinov & Murray 2008. Learned variance of the Gaussian likelihood: Rybkin et al. 2021.
+Fitted prior: Ghosh et al. 2020. Active units: Burda et al. 2016.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from typing import TYPE_CHECKING, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from genmodels.errors import RequestError
+from genmodels.family import ImageFamily, ImageInfo, OptimizerConfig, Role, Section, TextInfo
+from genmodels.latent import GaussianMixture, first_rows, slerp, standard_normal
+from genmodels.networks import ImageDecoder, ImageEncoder, Norm, check_shape, inference, placed, psnr
+from genmodels.optim import make_optimizers
+
+if TYPE_CHECKING:
+    from genmodels.family import Batch
+
+DENSITY_FILE = "density.safetensors"
+MEASURE_SEED = 0  # the same draws at each evaluation, so that figures of different steps compare
+ACTIVE_VARIANCE = 0.01  # a latent counts as used when its mean varies more than this over images (Burda et al. 2016)
+
+Likelihood = Literal["bernoulli", "bernoulli-binarized", "gaussian"]
+
+
+class VAEConfig(Section):
+    """The `model` section.
+
+    Likelihoods: `bernoulli` is the usual cross-entropy on greys, not a true likelihood of them; `bernoulli-binarized`
+    draws black or white pixels anew each time, with the grey as probability (dynamic binarisation); `gaussian` has one
+    learned standard deviation for all pixels.
+    """
+
+    latent_dim: int = Field(16, ge=1, le=4096)
+    width: int = Field(16, ge=1, le=512, description="channels at half size; coarser sizes have up to four times that")
+    blocks: int = Field(1, ge=0, le=8, description="residual blocks at each size")
+    norm: Norm = "group"
+    likelihood: Likelihood = "bernoulli"
+    beta: float = Field(1.0, ge=0, description="weight of the KL divergence; 1 is the ELBO")
+    kl_warmup: float = Field(0.1, ge=0, le=1, description="fraction of training over which that weight rises from 0")
+    free_bits: float = Field(
+        0.0, ge=0, description="nats of KL divergence that each latent dimension has free of charge"
+    )
+    density_components: int = Field(30, ge=1, le=500, description="Gaussians in the fitted prior")
+
+
+class VAERequest(Section):
+    """Options of a generation request."""
+
+    temperature: float = Field(1.0, ge=0, le=2, description="spread of the draw; lower is more typical, less varied")
+    prior: Literal["auto", "standard", "fitted"] = Field(
+        "auto",
+        description="standard: N(0, I); fitted: a mixture over training images; auto: fitted where there is one",
+    )
+
+
+class VAE(ImageFamily[VAEConfig, VAERequest]):
+    """A VAE with a diagonal Gaussian posterior."""
+
+    Config = VAEConfig
+    Request = VAERequest
+    metric_names = ("val_loss", "val_reconstruction", "val_kl", "val_psnr", "val_active_units")
+
+    network: VAENetwork
+
+    @classmethod
+    def check(cls, config: VAEConfig, data: ImageInfo | TextInfo) -> None:
+        check_shape("vae", config.latent_dim, data)
+
+    def __init__(self, config: VAEConfig, data: ImageInfo | TextInfo) -> None:
+        self.check(config, data)
+        assert isinstance(data, ImageInfo)
+        self.config = config
+        self.data = data
+        self.network = VAENetwork(config, data.shape)
+        self.density: GaussianMixture | None = None
+
+    def roles(self, optimizer: OptimizerConfig) -> list[Role]:
+        loss = ELBO(self.network, self.config)
+        return [Role("model", loss, make_optimizers(loss, optimizer))]
+
+    def measure(self, batch: Batch) -> dict[str, Tensor]:
+        greys = batch["images"]
+        generator = torch.Generator().manual_seed(MEASURE_SEED)
+        with inference(self.network):
+            images = greys
+            if self.config.likelihood == "bernoulli-binarized":
+                images = (torch.rand(greys.shape, generator=generator).to(greys) < greys).to(greys)
+            mean, log_variance = self.network.posterior(images)
+            noise = torch.randn(mean.shape, generator=generator).to(mean)
+            logits = self.network.decoder(mean + noise * (0.5 * log_variance).exp())
+            quality = psnr(self.network.decoder(mean).float().sigmoid(), greys)
+            reconstruction = self.network.nll(logits, images)
+        mean = mean.double()
+        return {
+            "images": mean.new_tensor(len(greys)),
+            "reconstruction": reconstruction.double().sum(),
+            "kl": kl_divergence(mean, log_variance.double()).sum(),
+            "psnr": quality.double().sum(),
+            "means": mean.sum(0),
+            "square_means": mean.square().sum(0),
+        }
+
+    def metrics(self, sums: Mapping[str, Tensor]) -> dict[str, float]:
+        """Means over images.
+
+        `val_loss` is the negative ELBO under `likelihood` (one draw of the latents, beta 1), `val_reconstruction` and
+        `val_kl` are its parts, in nats per image; `val_psnr` is of decoded posterior means, in dB.
+        """
+        n = sums["images"]
+        reconstruction, kl = float(sums["reconstruction"] / n), float(sums["kl"] / n)
+        variance = sums["square_means"] / n - (sums["means"] / n).square()
+        return {
+            "val_loss": reconstruction + kl,
+            "val_reconstruction": reconstruction,
+            "val_kl": kl,
+            "val_psnr": float(sums["psnr"] / n),
+            "val_active_units": float((variance > ACTIVE_VARIANCE).sum()),
+        }
+
+    def fit(self, batches: Iterable[Batch], seed: int) -> None:
+        """A mixture over the aggregate posterior: over draws of the latents, as their means lie closer together."""
+        means, log_variances = first_rows(torch.cat(self._posterior(batch["images"]), 1) for batch in batches).chunk(
+            2, 1
+        )
+        draws = means + standard_normal(len(means), self.latent_dim, seed) * (0.5 * log_variances).exp()
+        self.density = GaussianMixture.fit(draws, self.config.density_components, seed)
+
+    def assets(self) -> dict[str, bytes]:
+        return {DENSITY_FILE: self.density.to_bytes()} if self.density else {}
+
+    def load_assets(self, assets: Mapping[str, bytes]) -> None:
+        if DENSITY_FILE in assets:
+            self.density = GaussianMixture.from_bytes(assets[DENSITY_FILE])
+
+    @property
+    def verbs(self) -> frozenset[str]:
+        return frozenset({"generate", "encode", "decode", "reconstruct", "interpolate"})
+
+    @property
+    def latent_dim(self) -> int:
+        return self.config.latent_dim
+
+    def sample_latents(self, n: int, seed: int, request: VAERequest) -> Tensor:
+        """From N(0, I) or the fitted prior.
+
+        Raises:
+            RequestError: the fitted prior is asked for by name, and `fit` has not been called.
+        """
+        if request.prior == "fitted" and self.density is None:
+            raise RequestError(
+                "this checkpoint has no fitted prior yet: ask for prior standard, or a published version", param="prior"
+            )
+        if request.prior == "standard" or self.density is None:
+            return standard_normal(n, self.latent_dim, seed, request.temperature)
+        return self.density.sample(n, seed, request.temperature)
+
+    def encode(self, images: Tensor) -> Tensor:
+        """Posterior means, (n, C, H, W) -> (n, latent_dim)."""
+        return self._posterior(images)[0]
+
+    def decode(self, latents: Tensor, request: VAERequest) -> Tensor:
+        with inference(self.network):
+            return self.network.decoder(placed(latents, self.network)).float().sigmoid()
+
+    def interpolate(self, start: Tensor, end: Tensor, steps: int) -> Tensor:
+        return slerp(start, end, steps)
+
+    def _posterior(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        with inference(self.network):
+            return self.network.posterior(placed(images, self.network))
+
+
+class VAENetwork(nn.Module):
+    """Encoder to the posterior q(z|x), decoder to the logits of pixels in [0, 1]."""
+
+    def __init__(self, config: VAEConfig, shape: tuple[int, int, int]) -> None:
+        super().__init__()
+        width, blocks, norm = config.width, config.blocks, config.norm
+        self.encoder = ImageEncoder(shape, 2 * config.latent_dim, width=width, blocks=blocks, norm=norm)
+        self.decoder = ImageDecoder(config.latent_dim, shape, width=width, blocks=blocks, norm=norm)
+        self.log_std = nn.Parameter(torch.tensor(-1.0)) if config.likelihood == "gaussian" else None
+
+    def posterior(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """Means and log-variances of the Gaussian q(z|x): (n, C, H, W) -> (n, latent_dim) twice, float32."""
+        mean, log_variance = self.encoder(images).float().chunk(2, dim=1)
+        return mean, log_variance.clamp(-12, 6)  # exp stays finite, however odd the image
+
+    def nll(self, logits: Tensor, images: Tensor) -> Tensor:
+        """-log p(x|z) in nats per image, in float32: (n, C, H, W) twice -> (n,)."""
+        if self.log_std is None:
+            return F.binary_cross_entropy_with_logits(logits.float(), images, reduction="none").sum((1, 2, 3))
+        errors = (logits.float().sigmoid() - images) * (-self.log_std).exp()
+        return (0.5 * errors.square() + self.log_std + 0.5 * math.log(2 * math.pi)).sum((1, 2, 3))
+
+
+class ELBO(nn.Module):
+    """The negative ELBO, in nats per image, by one reparametrised draw of the latents."""
+
+    def __init__(self, network: VAENetwork, config: VAEConfig) -> None:
+        super().__init__()
+        self.network = network
+        self.config = config
+
+    def forward(self, batch: Batch, progress: Tensor) -> dict[str, Tensor]:
+        images = batch["images"]
+        if self.config.likelihood == "bernoulli-binarized":
+            images = (torch.rand_like(images) < images).to(images)
+        mean, log_variance = self.network.posterior(images)
+        latents = mean + torch.randn_like(mean) * (0.5 * log_variance).exp()
+        reconstruction = self.network.nll(self.network.decoder(latents), images).mean()
+        kl = kl_divergence(mean, log_variance).mean(0)  # (latent_dim,)
+        charged = kl.clamp_min(self.config.free_bits).sum()
+        loss = reconstruction + kl_weight(self.config, progress) * charged
+        return {"loss": loss, "reconstruction": reconstruction.detach(), "kl": kl.sum().detach()}
+
+
+def kl_divergence(mean: Tensor, log_variance: Tensor) -> Tensor:
+    """KL(N(mean, exp(log_variance)) || N(0, 1)) of each latent, in nats: (n, d) twice -> (n, d)."""
+    return 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance)
+
+
+def kl_weight(config: VAEConfig, progress: Tensor) -> Tensor:
+    """Rises in a straight line to `beta` over the first `kl_warmup` of training."""
+    if config.kl_warmup == 0:
+        return torch.full_like(progress, config.beta)
+    return config.beta * (progress / config.kl_warmup).clamp(max=1)

@@ -1,0 +1,211 @@
+"""What rank 0 writes while it trains: heartbeats, metrics, samples, and checkpoints, all beside the steps.
+
+Two threads, so that a slow or absent store holds no step up: one beats, writes metrics and samples, and looks for
+wishes; the other takes one snapshot at a time from a queue of one, and brings it to storage, manifest last. Where too
+much waits already, the next save, row or sample waits too: memory stays bounded. A store that does not answer is tried
+again until it does.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterable, Sized
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+from genmodels import checkpoint, registry
+from genmodels.checkpoint import Lineage, Manifest, Place, Snapshot
+from genmodels.errors import StorageUnavailable
+from genmodels.family import Batch, Family
+from genmodels.run import Heartbeat, Phase, Run, patiently
+from genmodels.spec import ModelSpec
+
+BEAT_SECONDS = 1.0
+METRICS_SECONDS = 5.0
+MOST_ROWS, MOST_PICTURES = 10_000, 64  # that wait for the store
+
+T = TypeVar("T")
+
+
+class RunRecorder:
+    """A `Recorder` for one attempt. Use as a context manager: leaving it waits for the last checkpoint.
+
+    Errors of the background threads (a newer attempt has taken over, a full disk) are raised by the next call.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        attempt: int,
+        spec: ModelSpec,
+        scratch: Family[Any, Any],
+        assets: dict[str, bytes],
+        fit_batches: Callable[[], Iterable[Batch]],
+        lineage: Lineage,
+    ) -> None:
+        """Args:
+        scratch: an instance of the model for the upload thread alone, to fit densities with a snapshot's weights.
+        assets: the dataset's files for serving (the tokenizer).
+        fit_batches: training batches for `Family.fit`, the same each time.
+        """
+        self.run, self.attempt, self.spec, self.lineage = run, attempt, spec, lineage
+        self.scratch, self.assets, self.fit_batches = scratch, assets, fit_batches
+        self.heartbeat = Heartbeat(phase="starting", max_steps=spec.train.max_steps)
+        self.rows: list[dict[str, Any]] = []
+        self.pictures: list[tuple[int, str, bytes]] = []
+        self.flushing = threading.Lock()
+        self.leave = threading.Event()
+        self.error: BaseException | None = None
+        self.closing = threading.Event()
+        self.snapshots: queue.Queue[Snapshot | None] = queue.Queue(maxsize=1)
+        self.pace: tuple[float, int] | None = None  # when this attempt's first step ended, and its number
+        self.beater = threading.Thread(target=self._guard, args=(self._beat,), name="beat", daemon=True)
+        self.uploader = threading.Thread(target=self._guard, args=(self._upload,), name="upload", daemon=True)
+
+    def __enter__(self) -> RunRecorder:
+        self.beater.start()
+        self.uploader.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None or issubclass(kind, Exception):
+            self._drain()
+        self.closing.set()
+        self.beater.join()
+        if kind is None and self.error:
+            raise self.error
+
+    def tick(self, phase: Phase, step: int, loss: float | None = None) -> None:
+        if self.error:
+            raise self.error
+        now = time.monotonic()
+        if phase == "training" and self.pace is None:
+            self.pace = now, step
+        seconds_left = None
+        if self.pace and step > self.pace[1]:
+            seconds_left = (now - self.pace[0]) / (step - self.pace[1]) * (self.spec.train.max_steps - step)
+        last = self.heartbeat
+        self.heartbeat = Heartbeat(
+            phase=phase,
+            step=step,
+            max_steps=last.max_steps,
+            tick=last.tick + 1,
+            loss=last.loss if loss is None else loss,
+            seconds_left=seconds_left,
+        )
+
+    def log(self, row: dict[str, Any]) -> None:
+        self.rows.append(row)
+        self._wait_for_room(self.rows, MOST_ROWS, row["step"])
+
+    def sample(self, step: int, name: str, data: bytes) -> None:
+        self.pictures.append((step, name, data))
+        self._wait_for_room(self.pictures, MOST_PICTURES, step)
+
+    def save(self, snapshot: Snapshot) -> None:
+        while True:
+            try:
+                return self.snapshots.put(snapshot, timeout=0.5)
+            except queue.Full:
+                self.tick("waiting for storage", snapshot.step)
+
+    def should_leave(self) -> bool:
+        return self.leave.is_set()
+
+    def _wait_for_room(self, unwritten: Sized, most: int, step: int) -> None:
+        while len(unwritten) > most:
+            self.tick("waiting for storage", step)
+            time.sleep(0.1)
+
+    def _drain(self) -> None:
+        """Let what was saved arrive, also when training failed: the weights before a NaN are worth keeping."""
+        while self.uploader.is_alive():
+            try:
+                self.snapshots.put(None, timeout=0.5)
+            except queue.Full:
+                continue
+            self.uploader.join()
+
+    def _guard(self, work: Callable[[], None]) -> None:
+        try:
+            work()
+        except BaseException as error:  # handed to the training thread, which raises it
+            self.error = self.error or error
+
+    def _beat(self) -> None:
+        """Heartbeats that changed, metrics and samples every few seconds, and a look for wishes."""
+        written, flushed = None, time.monotonic()
+        while not self.closing.wait(BEAT_SECONDS):
+            with contextlib.suppress(StorageUnavailable):  # the next round writes what this one could not
+                if self.heartbeat is not written:
+                    self.run.beat(self.attempt, latest := self.heartbeat)
+                    written = latest
+                if time.monotonic() - flushed >= METRICS_SECONDS:
+                    self._flush()
+                    flushed = time.monotonic()
+                if self.run.wishes(self.attempt):
+                    self.leave.set()
+        self._persist(self._flush)
+        self._persist(lambda: self.run.beat(self.attempt, self.heartbeat))
+
+    def _flush(self) -> None:
+        with self.flushing:
+            while self.pictures:
+                self.run.write_sample(self.attempt, *self.pictures[0])
+                del self.pictures[0]
+            if rows := self.rows[:]:
+                self.run.write_metrics(self.attempt, rows)
+                del self.rows[: len(rows)]
+
+    def _upload(self) -> None:
+        while (snapshot := self.snapshots.get()) is not None:
+            self._upload_one(snapshot)
+
+    def _upload_one(self, snapshot: Snapshot) -> None:
+        with checkpoint.scratch_folder() as name:
+            folder = Path(name)
+            checkpoint.write_files(folder, self.scratch, snapshot)
+            self.scratch.network.load_state_dict(snapshot.served)
+            self.scratch.fit(self.fit_batches(), self.spec.train.seed)
+            checkpoint.write_assets(folder, self.scratch.assets() | self.assets)
+            manifest = Manifest(
+                step=snapshot.step,
+                samples=snapshot.samples,
+                metrics=snapshot.metrics,
+                lineage=self.lineage,
+                files=checkpoint.describe_files(folder),
+            )
+            self._persist(self._flush)  # who resumes from this checkpoint has the metrics up to it
+            prefix = self.run.checkpoint_prefix(Place(attempt=self.attempt, step=snapshot.step))
+            self._persist(lambda: checkpoint.upload(self.run.storage, prefix, folder, manifest, self._fence))
+        for key in self._persist(lambda: self._unneeded(snapshot.step)):
+            self._persist(partial(self._delete, key))
+
+    def _fence(self) -> None:
+        self.run.fence(self.attempt)
+
+    def _unneeded(self, step: int) -> list[str]:
+        """What nobody needs, in the order to delete it.
+
+        First the files of checkpoints whose manifest went at an earlier save, then the manifests of all but the newest
+        and the best. So a reader that has begun on a checkpoint has a save's time to end.
+        """
+        leftovers = self.run.leftovers(before_step=step)
+        whole = list(self.run.manifests())
+        keep = [place for place, _ in whole[-self.spec.checkpoints.num_to_keep :]]
+        if self.spec.serve.gate and whole:
+            keep.append(registry.best(self.spec.serve.gate, whole)[0])
+        doomed = [place for place, _ in whole if place not in keep]
+        return leftovers + [f"{self.run.checkpoint_prefix(place)}/{checkpoint.MANIFEST}" for place in doomed]
+
+    def _delete(self, key: str) -> None:
+        self._fence()
+        self.run.storage.delete(key)
+
+    def _persist(self, work: Callable[[], T]) -> T:
+        """Write, however long the store is away."""
+        return patiently(work, lambda: self.tick("waiting for storage", self.heartbeat.step))

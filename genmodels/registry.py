@@ -1,0 +1,278 @@
+"""Published models: immutable versions, and aliases that point at them.
+
+    models/<model>/blobs/<sha256>               files of versions, each stored once
+    models/<model>/versions/00000003.json       put-if-absent; one for each run and step
+    models/<model>/aliases/<alias>.json         target and history; compare-and-swap
+
+A version is a checkpoint's served files (not its optimizer state) and `probe.safetensors`: outputs for fixed inputs,
+computed from the weights as saved, on the CPU in float32. A host computes them again and serves only what agrees.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+from pydantic import Field, TypeAdapter, ValidationError
+
+from genmodels import checkpoint
+from genmodels.checkpoint import Document, File, Lineage, Manifest, Metrics, Place
+from genmodels.errors import CheckpointError, Conflict, KeyNotFound, ModelNotFound, SpecError
+from genmodels.family import Family
+from genmodels.run import GateResult, Run, now
+from genmodels.spec import LABEL, Gate
+from genmodels.spec import Alias as AliasName
+from genmodels.storage import Storage, read_document, write_document
+
+PROBE = "probe.safetensors"
+
+
+class Version(Document):
+    model: str
+    version: int
+    family: str
+    job: str
+    place: Place  # the checkpoint it was published from
+    metrics: Metrics
+    gate: GateResult | None
+    lineage: Lineage
+    created: str
+    files: dict[str, File]
+
+    @property
+    def name(self) -> str:
+        return f"{self.model}@{self.version}"
+
+
+class Move(Document):
+    version: int
+    time: str
+    reason: str
+
+
+class Alias(Document):
+    version: int
+    history: list[Move] = Field(default_factory=list)
+
+
+class Registry:
+    def __init__(self, storage: Storage) -> None:
+        self.storage = storage
+
+    def models(self) -> list[str]:
+        """Names of models that have a version."""
+        found = (re.fullmatch(r"models/([^/]+)/versions/\d+\.json", key) for key in self.storage.list("models/"))
+        return sorted({match[1] for match in found if match})
+
+    def versions(self, model: str) -> list[int]:
+        found = (re.fullmatch(r".*/(\d+)\.json", key) for key in self.storage.list(f"models/{model}/versions/"))
+        return sorted(int(match[1]) for match in found if match)
+
+    def version(self, model: str, number: int) -> Version:
+        try:
+            document, _ = read_document(self.storage, _version_key(model, number))
+        except KeyNotFound:
+            raise ModelNotFound(self._what_there_is(model, f"version {number}")) from None
+        return Version.model_validate(document)
+
+    def aliases(self, model: str) -> dict[str, Alias]:
+        keys = self.storage.list(f"models/{model}/aliases/")
+        return {Path(key).stem: Alias.model_validate(read_document(self.storage, key)[0]) for key in keys}
+
+    def resolve(self, name: str) -> Version:
+        """The version a name means: `m` (its alias production), `m@alias`, `m@3`, or `m@latest`.
+
+        Raises:
+            ModelNotFound: there is none; the message says what there is.
+        """
+        model, _, reference = name.partition("@")
+        if not re.fullmatch(LABEL, model):
+            raise ModelNotFound(f"no model {model!r}: names are lower-case letters, digits and dashes")
+        if "@" in name and not re.fullmatch(LABEL, reference):
+            raise ModelNotFound(f"{name!r}: after @ comes an alias, a version number, or `latest`")
+        if reference.isdecimal():
+            return self.version(model, int(reference))
+        if reference == "latest":
+            return self._latest(model)
+        alias = reference or "production"
+        try:
+            document, _ = read_document(self.storage, _alias_key(model, alias))
+        except KeyNotFound:
+            raise ModelNotFound(self._what_there_is(model, f"alias {alias!r}")) from None
+        return self.version(model, Alias.model_validate(document).version)
+
+    def publish(self, run: Run, place: Place, manifest: Manifest, folder: Path, gate: GateResult | None) -> Version:
+        """Make a checkpoint a version of the run's model; the same run and step again give the same version.
+
+        Args:
+            folder: the checkpoint's files, verified.
+        """
+        model = run.model
+        known, number = self._look(run, place)
+        if known:
+            return known
+        family = checkpoint.load_family(folder)
+        write_probe(family, folder)
+        files = {name: f for name, f in checkpoint.describe_files(folder).items() if not name.startswith("state/")}
+        for name, file in files.items():
+            key = _blob_key(model, file.sha256)
+            if not self.storage.exists(key):
+                self.storage.upload(folder / name, key)
+        while True:
+            version = Version(
+                model=model,
+                version=number,
+                family=family.family_name(),
+                job=run.job,
+                place=place,
+                metrics=manifest.metrics,
+                gate=gate,
+                lineage=manifest.lineage,
+                created=now(),
+                files=files,
+            )
+            document = version.model_dump(mode="json")
+            try:
+                write_document(self.storage, _version_key(model, number), document, if_absent=True)
+                return version
+            except Conflict:  # somebody else took the number, maybe to publish the same checkpoint
+                known, number = self._look(run, place)
+                if known:
+                    return known
+
+    def promote(self, model: str, alias: str, number: int, reason: str, *, forward_only: bool = False) -> Alias:
+        """Point an alias at a version.
+
+        Args:
+            forward_only: leave the alias alone if it was ever at this version or a higher one, so that a publisher
+                that runs again never undoes a person's rollback.
+        """
+        check_alias(alias)
+        self.version(model, number)
+        while True:
+            try:
+                document, etag = read_document(self.storage, _alias_key(model, alias))
+                current = Alias.model_validate(document)
+            except KeyNotFound:
+                current, etag = None, None
+            history = current.history if current else []
+            highest = max((move.version for move in history), default=0)
+            if current and (current.version == number or (forward_only and number <= highest)):
+                return current
+            moved = Alias(version=number, history=[*history, Move(version=number, time=now(), reason=reason)])
+            body = moved.model_dump(mode="json")
+            try:
+                write_document(self.storage, _alias_key(model, alias), body, if_absent=etag is None, if_match=etag)
+                return moved
+            except Conflict:
+                continue  # somebody else moved it: look again
+
+    def fetch(self, version: Version, folder: Path) -> None:
+        """Download a version's files into an empty folder and verify every byte."""
+        keys = {name: _blob_key(version.model, file.sha256) for name, file in version.files.items()}
+        checkpoint.download(self.storage, keys, version.files, folder)
+
+    def _look(self, run: Run, place: Place) -> tuple[Version | None, int]:
+        """The version that was published from a checkpoint, if there is one, and the next free number."""
+        numbers = self.versions(run.model)
+        versions = (self.version(run.model, number) for number in numbers)
+        known = next((version for version in versions if (version.job, version.place) == (run.job, place)), None)
+        return known, max(numbers, default=0) + 1
+
+    def _latest(self, model: str) -> Version:
+        numbers = self.versions(model)
+        if not numbers:
+            raise ModelNotFound(self._what_there_is(model, "version"))
+        return self.version(model, numbers[-1])
+
+    def _what_there_is(self, model: str, missing: str) -> str:
+        numbers = self.versions(model)
+        if not numbers:
+            return f"no model {model!r}; there are: {', '.join(self.models()) or 'none yet'}"
+        aliases = ", ".join(self.aliases(model)) or "none"
+        return f"model {model!r} has no {missing}; aliases: {aliases}; versions: {', '.join(map(str, numbers))}"
+
+
+def judge(gate: Gate | None, metrics: dict[str, float]) -> GateResult | None:
+    """Whether metrics pass a gate; without a gate there is nothing to judge."""
+    if gate is None:
+        return None
+    value = metrics.get(gate.metric, math.nan)
+    if gate.max is not None:
+        reached, bound = value <= gate.max, f"<= {gate.max:g}"
+    else:
+        assert gate.min is not None
+        reached, bound = value >= gate.min, f">= {gate.min:g}"
+    passed = reached and math.isfinite(value)
+    reason = f"{gate.metric} {value:.4g} is {'' if passed else 'not '}{bound}"
+    return GateResult(metric=gate.metric, value=value, passed=passed, reason=reason)
+
+
+def best(gate: Gate | None, candidates: list[tuple[Place, Manifest]]) -> tuple[Place, Manifest]:
+    """The checkpoint to publish: best by the gate's metric where it is finite, else the last."""
+    if gate is None:
+        return candidates[-1]
+    sign = 1 if gate.max is not None else -1
+    scores = [sign * manifest.metrics.get(gate.metric, math.nan) for _, manifest in candidates]
+    finite = [(score, i) for i, score in enumerate(scores) if math.isfinite(score)]
+    return candidates[min(finite)[1]] if finite else candidates[-1]
+
+
+def write_probe(family: Family[Any, Any], folder: Path) -> None:
+    """Store the outputs for the fixed inputs.
+
+    Raises:
+        CheckpointError: some are not finite: no host would serve this version.
+    """
+    import torch
+    from safetensors.torch import save_file
+
+    outputs = {name: tensor.contiguous() for name, tensor in family.probe().items()}
+    spoiled = [name for name, tensor in outputs.items() if not torch.isfinite(tensor).all()]
+    if spoiled:
+        raise CheckpointError(f"probe output {spoiled[0]!r} is not finite: the weights are spoiled")
+    save_file(outputs, folder / PROBE)
+
+
+def verify_probe(family: Family[Any, Any], folder: Path, tolerance: float = 1e-4) -> None:
+    """Compute the outputs for the fixed inputs again and compare.
+
+    Args:
+        tolerance: largest absolute difference; float32 on another machine differs by rounding.
+
+    Raises:
+        CheckpointError: they differ or are not finite: this version would not answer as the trained model did.
+    """
+    import torch
+
+    expected = checkpoint.load_tensors(folder / PROBE)
+    found = family.probe()
+    for name, tensor in expected.items():
+        value = found.get(name)
+        if value is None or value.shape != tensor.shape or not torch.isfinite(value).all():
+            raise CheckpointError(f"probe output {name!r} is missing, of another shape, or not finite")
+        difference = (value.cpu() - tensor).abs().max().item()
+        if not difference <= tolerance * max(1.0, tensor.abs().max().item()):  # NaN compares as false
+            raise CheckpointError(f"probe output {name!r} differs by {difference:.2g} from what was published")
+
+
+def check_alias(alias: str) -> None:
+    """Raise SpecError unless the name can be an alias: the rule is the spec's."""
+    try:
+        TypeAdapter(AliasName).validate_python(alias, strict=True)
+    except ValidationError as error:
+        raise SpecError(f"alias: {error.errors()[0]['msg']}") from None
+
+
+def _version_key(model: str, number: int) -> str:
+    return f"models/{model}/versions/{number:08d}.json"
+
+
+def _alias_key(model: str, alias: str) -> str:
+    return f"models/{model}/aliases/{alias}.json"
+
+
+def _blob_key(model: str, sha256: str) -> str:
+    return f"models/{model}/blobs/{sha256}"

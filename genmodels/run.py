@@ -1,0 +1,340 @@
+"""A run's objects in storage: who writes what, and which of it counts.
+
+    runs/<job>/<model>/status.json                  the dispatcher alone, compare-and-swap
+    runs/<job>/<model>/wishes/<seq>.json            anyone, put-if-absent
+    runs/<job>/<model>/attempt-<n>/start.json       rank 0, put-if-absent; names the checkpoint it goes on from
+                                  /heartbeat.json   the driver until rank 0 runs, then rank 0, then the driver again
+                                  /result.json      the driver, at the end
+                                  /checkpoints/step-00000500/...   rank 0
+                                  /metrics/00000001.jsonl          rank 0; immutable parts, named by their first step
+                                  /samples/00000500/...            rank 0
+
+A run's history is a chain: the highest attempt that has a `start.json`, and through each one's parent checkpoint the
+attempts before it. A process that was paused and wakes may still write, but outside the chain, where nobody reads.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any, Literal, TypeVar
+
+from pydantic import Field
+from tenacity import Retrying, retry_if_exception_type, wait_random_exponential
+
+from genmodels import checkpoint
+from genmodels.checkpoint import Document, Manifest, Metrics, Place
+from genmodels.errors import CheckpointError, Conflict, KeyNotFound, StorageUnavailable, Superseded
+from genmodels.storage import Storage, decode_floats, encode_floats, read_document, write_document
+
+State = Literal["queued", "starting", "running", "publishing", "succeeded", "failed", "cancelled"]
+Phase = Literal["starting", "training", "evaluating", "saving", "waiting for storage", "publishing", "ended"]
+
+LONGEST_WAIT_SECONDS = 10.0  # between two tries of what waits for the store
+
+T = TypeVar("T")
+
+
+class Change(Document):
+    state: State
+    time: str
+    reason: str
+
+
+class Status(Document):
+    """A run's state and how it came to it. Only the dispatcher writes it."""
+
+    state: State
+    attempt: int = 0  # the highest number given out
+    history: list[Change] = Field(default_factory=list)
+
+    def to(self, state: State, reason: str, attempt: int | None = None) -> Status:
+        change = Change(state=state, time=now(), reason=reason)
+        number = self.attempt if attempt is None else attempt
+        return Status(state=state, attempt=number, history=[*self.history, change])
+
+    @property
+    def reason(self) -> str:
+        return self.history[-1].reason if self.history else ""
+
+
+class Heartbeat(Document):
+    """How far an attempt is; `tick` changes with every sign of progress."""
+
+    phase: Phase
+    step: int = 0
+    max_steps: int = 0
+    tick: int = 0
+    loss: float | None = None
+    seconds_left: float | None = None
+
+
+class GateResult(Document):
+    metric: str
+    value: float | None = None
+    passed: bool
+    reason: str  # one line for people: `val_loss 98.2 <= 120.0`
+
+
+class Result(Document):
+    """How an attempt ended. `cause` is the class of failure, from which the dispatcher decides what comes next."""
+
+    outcome: Literal["succeeded", "left", "failed"]
+    cause: Literal["user", "diverged", "gate", "out of memory", "infrastructure", "superseded"] | None = None
+    message: str = ""
+    step: int = 0
+    metrics: Metrics = Field(default_factory=dict)
+    gate: GateResult | None = None
+    version: int | None = None
+    training_seconds: float = 0.0  # from the first step to the last checkpoint, over all attempts of the chain
+    startup_seconds: float = 0.0  # what Ray needed until the workers ran, this attempt
+
+
+class Start(Document):
+    attempt: int
+    parent: Place | None
+    world_size: int
+    time: str
+
+
+class Wish(Document):
+    """What somebody wants of an attempt: `leave` (save and end) or `kill`."""
+
+    wish: Literal["leave", "kill"]
+    attempt: int
+    reason: str
+    time: str
+
+
+@dataclass(frozen=True)
+class Link:
+    """An attempt of the chain, and the step at which the next one took over (None: it is the last)."""
+
+    attempt: int
+    until: int | None
+    parent: Place | None
+
+    def holds(self, step: int) -> bool:
+        return self.until is None or step <= self.until
+
+
+class Run:
+    """The training of one model of a job, as storage shows it."""
+
+    def __init__(self, storage: Storage, job: str, model: str) -> None:
+        self.storage, self.job, self.model = storage, job, model
+        self.prefix = f"runs/{job}/{model}"
+
+    # Attempts and the chain
+
+    def start(self, attempt: int, parent: Place | None, world_size: int) -> Start:
+        """Claim an attempt number for this process.
+
+        Raises:
+            Superseded: that attempt was started by another process, or a higher one exists.
+        """
+        start = Start(attempt=attempt, parent=parent, world_size=world_size, time=now())
+        try:
+            self._write(attempt, "start.json", start, if_absent=True)
+        except Conflict:
+            raise Superseded(f"attempt {attempt} of {self.job}/{self.model} was started by another process") from None
+        self.fence(attempt)
+        return start
+
+    def fence(self, attempt: int) -> None:
+        """Raise Superseded if a higher attempt has started. A writer asks before each save and each deletion."""
+        highest = max(self.started(), default=0)
+        if highest > attempt:
+            raise Superseded(f"attempt {highest} of {self.job}/{self.model} has taken over from attempt {attempt}")
+
+    def started(self) -> list[int]:
+        """Numbers of the attempts that have a `start.json`, ascending."""
+        found = (re.fullmatch(r"attempt-(\d+)/start\.json", name) for name in self._names("attempt-"))
+        return sorted(int(match[1]) for match in found if match)
+
+    def start_of(self, attempt: int) -> Start | None:
+        document = self._read(attempt, "start.json")
+        return Start.model_validate(document) if document else None
+
+    def chain(self) -> list[Link]:
+        """The attempts that make up this run's history, oldest first."""
+        started = self.started()
+        links: list[Link] = []
+        attempt = started[-1] if started else None
+        until: int | None = None
+        while attempt is not None:
+            start = self.start_of(attempt)
+            if start is None:
+                raise CheckpointError(f"{self.prefix}: the history names attempt {attempt}, which has no start.json")
+            parent = start.parent
+            if parent and parent.attempt >= attempt:
+                raise CheckpointError(f"{self.prefix}: attempt {attempt} cannot go on from attempt {parent.attempt}")
+            links.append(Link(attempt, until, parent))
+            attempt, until = (parent.attempt, parent.step) if parent else (None, None)
+        return links[::-1]
+
+    # Checkpoints
+
+    def checkpoint_prefix(self, place: Place) -> str:
+        return self._key(place.attempt, f"checkpoints/step-{place.step:08d}")
+
+    def checkpoints(self) -> list[Place]:
+        """Complete checkpoints of the chain, by step. What an overtaken attempt wrote later is not among them."""
+        names = self._names("attempt-")
+        return [
+            Place(attempt=link.attempt, step=step)
+            for link in self.chain()
+            for step in _steps(names, link.attempt, checkpoint.MANIFEST)
+            if link.holds(step)
+        ]
+
+    def manifest(self, place: Place) -> Manifest:
+        return checkpoint.read_manifest(self.storage, self.checkpoint_prefix(place))
+
+    def manifests(self) -> Iterator[tuple[Place, Manifest]]:
+        """Complete checkpoints with their manifests, but for those cleaned away meanwhile or damaged."""
+        for place in self.checkpoints():
+            try:
+                yield place, self.manifest(place)
+            except CheckpointError:
+                continue
+
+    def leftovers(self, before_step: int) -> list[str]:
+        """Keys of checkpoint directories without a manifest: uploads that never ended, or clean-ups that began."""
+        names = self._names("attempt-")
+        whole = {name.removesuffix(f"/{checkpoint.MANIFEST}") for name in names}
+        keys = []
+        for name in names:
+            match = re.match(r"(attempt-\d+/checkpoints/step-(\d+))/", name)
+            if match and match[1] not in whole and int(match[2]) < before_step:
+                keys.append(f"{self.prefix}/{name}")
+        return keys
+
+    # Metrics and samples
+
+    def write_metrics(self, attempt: int, rows: list[dict[str, Any]]) -> None:
+        """Add an immutable part. Each row has a `step`; non-finite numbers are stored as text."""
+        key = self._key(attempt, f"metrics/{rows[0]['step']:08d}.jsonl")
+        self.storage.put(key, "".join(json.dumps(encode_floats(row)) + "\n" for row in rows).encode())
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """Rows of the whole chain, cut at the step where the next attempt took over."""
+        return [row for link in self.chain() for row in self._rows(link)]
+
+    def training_seconds(self) -> float:
+        """Time spent in training steps and evaluation by the attempts of the chain, as far as they count."""
+        return sum(max((row["seconds"] for row in self._rows(link)), default=0.0) for link in self.chain())
+
+    def write_sample(self, attempt: int, step: int, name: str, data: bytes) -> None:
+        self.storage.put(self._key(attempt, f"samples/{step:08d}/{name}"), data)
+
+    def samples(self) -> list[tuple[int, str]]:
+        """(step, key) of every picture and text the chain left on its way, by step."""
+        names = self._names("attempt-")
+        found = []
+        for link in self.chain():
+            for name in names:
+                match = re.fullmatch(rf"attempt-{link.attempt}/samples/(\d+)/.+", name)
+                if match and link.holds(int(match[1])):
+                    found.append((int(match[1]), f"{self.prefix}/{name}"))
+        return found
+
+    # Heartbeats, results, wishes, status
+
+    def beat(self, attempt: int, heartbeat: Heartbeat) -> None:
+        self._write(attempt, "heartbeat.json", heartbeat)
+
+    def heartbeat(self, attempt: int) -> Heartbeat | None:
+        document = self._read(attempt, "heartbeat.json")
+        return Heartbeat.model_validate(document) if document else None
+
+    def end(self, attempt: int, result: Result) -> None:
+        self._write(attempt, "result.json", result)
+
+    def result(self, attempt: int) -> Result | None:
+        document = self._read(attempt, "result.json")
+        return Result.model_validate(document) if document else None
+
+    def wish(self, wish: Literal["leave", "kill"], attempt: int, reason: str) -> None:
+        body = Wish(wish=wish, attempt=attempt, reason=reason, time=now()).model_dump(mode="json")
+        sequence = len(self._names("wishes/")) + 1
+        while True:
+            try:
+                write_document(self.storage, f"{self.prefix}/wishes/{sequence:08d}.json", body, if_absent=True)
+                return
+            except Conflict:
+                sequence += 1
+
+    def wishes(self, attempt: int) -> list[Wish]:
+        """What is wished of this attempt, oldest first."""
+        documents = (read_document(self.storage, f"{self.prefix}/{name}")[0] for name in self._names("wishes/"))
+        return [wish for wish in map(Wish.model_validate, documents) if wish.attempt == attempt]
+
+    def status(self) -> tuple[Status, str | None]:
+        """The status and the etag to swap it by; a run nobody has touched is queued, and has no etag."""
+        try:
+            document, etag = read_document(self.storage, f"{self.prefix}/status.json")
+        except KeyNotFound:
+            return Status(state="queued"), None
+        return Status.model_validate(document), etag
+
+    def write_status(self, status: Status, etag: str | None, nonce: str | None = None) -> str:
+        """Swap the status; the etag of the new one.
+
+        Args:
+            nonce: as `write_document` has it, for one who tries again after StorageUnavailable.
+
+        Raises:
+            Conflict: somebody else has written it since `etag` was read.
+        """
+        key, body = f"{self.prefix}/status.json", status.model_dump(mode="json")
+        return write_document(self.storage, key, body, if_absent=etag is None, if_match=etag, nonce=nonce)
+
+    def _rows(self, link: Link) -> list[dict[str, Any]]:
+        names = self._names(f"attempt-{link.attempt}/metrics/")
+        parts = (self.storage.get(f"{self.prefix}/{name}")[0] for name in names)
+        rows = (decode_floats(json.loads(line)) for part in parts for line in part.decode().splitlines())
+        return [row for row in rows if link.holds(row["step"])]
+
+    def _key(self, attempt: int, name: str) -> str:
+        return f"{self.prefix}/attempt-{attempt}/{name}"
+
+    def _names(self, prefix: str) -> list[str]:
+        return [key.removeprefix(f"{self.prefix}/") for key in self.storage.list(f"{self.prefix}/{prefix}")]
+
+    def _write(self, attempt: int, name: str, document: Document, *, if_absent: bool = False) -> None:
+        write_document(self.storage, self._key(attempt, name), document.model_dump(mode="json"), if_absent=if_absent)
+
+    def _read(self, attempt: int, name: str) -> dict[str, Any] | None:
+        try:
+            return read_document(self.storage, self._key(attempt, name))[0]
+        except KeyNotFound:
+            return None
+
+
+def now() -> str:
+    """UTC, to the millisecond, as stored everywhere."""
+    return datetime.fromtimestamp(time.time(), UTC).isoformat(timespec="milliseconds")
+
+
+def patiently(work: Callable[[], T], waiting: Callable[[], None] = lambda: None) -> T:
+    """What `work` returns, tried again for as long as the store does not answer.
+
+    Args:
+        waiting: called before each pause; what it raises ends the waiting.
+    """
+    retrying = Retrying(
+        retry=retry_if_exception_type(StorageUnavailable),
+        wait=wait_random_exponential(multiplier=0.2, max=LONGEST_WAIT_SECONDS),
+        before_sleep=lambda _: waiting(),
+    )
+    return retrying(work)
+
+
+def _steps(names: list[str], attempt: int, file: str) -> list[int]:
+    found = (re.fullmatch(rf"attempt-{attempt}/checkpoints/step-(\d+)/{re.escape(file)}", name) for name in names)
+    return sorted(int(match[1]) for match in found if match)

@@ -1,0 +1,1 @@
+"""The processes of the platform: the only place that imports ray."""

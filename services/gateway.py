@@ -1,0 +1,106 @@
+"""The Ray Serve application: a gateway that speaks HTTP, and a pool of model hosts behind it.
+
+It is the same whatever models there are; hosts follow the registry. Nothing here is rebuilt when a model is trained.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Any
+
+from fastapi import FastAPI
+from ray import serve
+from ray.exceptions import RayError, RayTaskError
+from ray.serve import Application
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
+from ray.serve.handle import DeploymentHandle
+
+from genmodels.engine.images import ImageAnswer, ImageRequest
+from genmodels.engine.text import CompletionRequest, Piece
+from genmodels.errors import RequestError
+from services.host import Entry, ModelHost, Opened
+from services.routes import create_app
+
+POOL = "default"
+HTTP_OPTIONS = {"host": "127.0.0.1", "request_timeout_s": 300.0}  # for `serve.start`, with a `port`
+
+# Serve's own defaults are no limit on what waits, and a rollout that first takes the old replica away.
+_COMMON: dict[str, Any] = {
+    "ray_actor_options": {"num_cpus": 0},
+    "max_surge_percent": 100,
+    "graceful_shutdown_wait_loop_s": 0.5,
+    "graceful_shutdown_timeout_s": 10,
+    "logging_config": {"enable_access_log": False},
+}
+
+
+def build(storage_url: str, *, max_loaded: int = 16, workers: int = 2, torch_threads: int = 1) -> Application:
+    """The application, to be run with `serve.run(build(url), name="genmodels", route_prefix="/")`.
+
+    Args:
+        storage_url: where the registry is; the same for all processes.
+        max_loaded: versions that a host keeps in memory.
+        workers: requests that a host computes at the same time.
+        torch_threads: of each computation.
+    """
+    host = _host.bind(storage_url, max_loaded=max_loaded, workers=workers, torch_threads=torch_threads)
+    return Gateway.bind(host)  # type: ignore[attr-defined]
+
+
+_host = serve.deployment(
+    name=POOL,
+    max_ongoing_requests=32,
+    max_queued_requests=64,
+    **_COMMON,
+)(ModelHost)
+
+
+@serve.deployment(name="gateway", max_ongoing_requests=256, max_queued_requests=256, **_COMMON)
+@serve.ingress()
+class Gateway:
+    def __init__(self, host: DeploymentHandle[Any]) -> None:
+        self.pool = HandlePool(host)
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        return create_app(self.pool)
+
+
+class HandlePool:
+    """A pool of model hosts behind a Serve handle; see `routes.Pool`. Serve cancels there what is cancelled here."""
+
+    def __init__(self, handle: DeploymentHandle[Any]) -> None:
+        self._handle = handle
+        self._stream = handle.options(stream=True)
+
+    async def models(self) -> list[Entry] | RequestError:
+        return await self._ask("models")
+
+    async def model(self, name: str) -> Entry | RequestError:
+        return await self._ask("model", name)
+
+    async def answer(self, name: str, request: ImageRequest) -> ImageAnswer | RequestError:
+        return await self._ask("answer", name, request)
+
+    async def complete(self, name: str, request: CompletionRequest) -> AsyncIterator[Opened | Piece | RequestError]:
+        try:
+            items: Any = self._stream.complete.remote(name, request)
+            async for item in items:
+                yield item
+        except (RayError, BackPressureError, DeploymentUnavailableError) as error:
+            yield _refusal(error)
+
+    async def _ask(self, method: str, *arguments: Any) -> Any:
+        try:
+            return await getattr(self._handle, method).remote(*arguments)
+        except (RayError, BackPressureError, DeploymentUnavailableError) as error:
+            return _refusal(error)
+
+
+def _refusal(error: Exception) -> RequestError:
+    if isinstance(error, BackPressureError):
+        return RequestError(
+            "too many requests are waiting; try again in a moment", status=429, code="too_many_requests"
+        )
+    if isinstance(error, RayTaskError):  # the host's own log has the traceback
+        return RequestError("internal error of the model host", status=500, code="internal_error")
+    return RequestError("the model host is not there or went away; try again in a moment", status=503, code="host_lost")

@@ -1,0 +1,98 @@
+"""The whole platform on this machine: Ray, drivers as subprocesses, and the Serve application, all on 127.0.0.1."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import secrets
+import socket
+import time
+from pathlib import Path
+from types import TracebackType
+
+from genmodels.errors import Conflict, GenmodelsError
+from genmodels.spec import JobSpec, dump, job_id
+from genmodels.storage import Storage
+from services.dispatch import SubprocessBackend
+from services.edge import PROXY_ENVIRONMENT
+
+HOST = "127.0.0.1"
+
+
+class LocalPlatform:
+    """A Ray of its own, never one that happens to run already. With `with`, all of it is gone at the end."""
+
+    def __init__(self, storage: Storage, logs: Path, num_cpus: int) -> None:
+        self.storage, self.logs, self.num_cpus = storage, logs, num_cpus
+        self.ray_seconds = 0.0
+
+    def __enter__(self) -> LocalPlatform:
+        return self
+
+    def start(self) -> None:
+        """Start Ray."""
+        began = time.monotonic()
+        os.environ |= ray_environment()
+        os.environ.pop("RAY_ADDRESS", None)
+        import ray
+
+        ray.init(
+            address="local",
+            num_cpus=self.num_cpus,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            _node_ip_address=HOST,
+        )
+        self.address = ray.get_runtime_context().gcs_address
+        self.ray_seconds = time.monotonic() - began
+
+    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+        import ray
+
+        ray.shutdown()  # with Serve and everything else that runs in it
+
+    def backend(self) -> SubprocessBackend:
+        return SubprocessBackend(self.logs, {"RAY_ADDRESS": self.address})
+
+    def serve(self, port: int) -> str:
+        """Start gateway and model hosts; the endpoint's URL once they answer."""
+        from ray import serve
+
+        from services.gateway import HTTP_OPTIONS, build
+
+        logging.getLogger("ray.serve").setLevel(logging.WARNING)
+        serve.start(http_options={**HTTP_OPTIONS, "port": port}, logging_config={"log_level": "ERROR"})
+        serve.run(build(self.storage.url), name="genmodels", route_prefix="/")
+        return f"http://{HOST}:{port}"
+
+
+def ray_environment() -> dict[str, str]:
+    """What has to be in the environment before Ray is imported, for a Ray that keeps to this machine."""
+    return {
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # on any system: single-node, so that ports listen on 127.0.0.1 only
+        # Every process shares one secret; without it whoever reaches a port of Ray's runs code here.
+        "RAY_AUTH_MODE": "token",
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        **PROXY_ENVIRONMENT,
+    }
+
+
+def submit(storage: Storage, spec: JobSpec) -> str:
+    """Store a job under the id of its content, so that the same file goes on where it was; the job's id."""
+    job = job_id(spec)
+    with contextlib.suppress(Conflict):  # submitted before
+        storage.put(f"jobs/{job}/spec.yaml", dump(spec), if_absent=True)
+    return job
+
+
+def check_port(port: int) -> None:
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind((HOST, port))
+        except OSError:
+            raise GenmodelsError(f"port {port} of {HOST} is taken; choose another with --port") from None

@@ -1,0 +1,128 @@
+"""`genmodels run`: train, publish and serve every model of a job on this machine, and show what came of it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import threading
+import time
+from pathlib import Path
+from types import FrameType
+
+import httpx
+from rich.console import Console
+
+from genmodels.errors import SpecError
+from genmodels.run import Result, Status, now
+from genmodels.spec import JobSpec, ModelSpec
+from genmodels.storage import Storage
+from services.dispatch import Dispatcher
+from services.local import LocalPlatform, check_port, submit
+from services.page import curl
+from services.showcase import Showcase
+from services.terminal import TrainingView, clock, summary
+
+Row = tuple[ModelSpec, Status, Result | None]
+
+
+def quick_run(
+    job: JobSpec, only: list[str], storage: Storage, port: int, exit_after: bool, no_auth: bool, pictures: Path
+) -> int:
+    """The exit code: 0, or 1 if a model was not published.
+
+    Args:
+        only: names of the job's models to run; none means all.
+
+    Raises:
+        SpecError: `only` names a model that the job does not have.
+        KeyboardInterrupt: Ctrl-C in training; everything was saved and ended.
+    """
+    console = Console()
+    if not console.is_terminal:
+        console.width = 120  # a log file has room for the table
+    chosen = _choose(job, only)
+    check_port(port)
+    name = submit(storage, job)
+    console.print(
+        f"[bold]Job {name}[/bold]: {', '.join(model.name for model in chosen)}, storage {storage.url}", highlight=False
+    )
+    if not no_auth:
+        console.print("The endpoint asks for no key (keys are not there yet) and listens on 127.0.0.1 only.")
+    workers = max(model.scaling.num_workers for model in chosen)
+    with LocalPlatform(storage, Path(".genmodels") / "logs" / name, max(os.cpu_count() or 1, workers)) as platform:
+        with console.status("Starting Ray"):
+            platform.start()
+        signal.signal(signal.SIGTERM, _interrupt)
+        started = now()
+        rows = _train(chosen, name, platform, console)
+        published = [spec for spec, status, _ in rows if status.state == "succeeded"]
+        if not published:
+            console.print(summary(rows, None))
+            return 1
+        began = time.monotonic()
+        with console.status("Starting the endpoint"):
+            endpoint = platform.serve(port)
+        serve_seconds = time.monotonic() - began
+        with httpx.Client(base_url=endpoint, timeout=120) as client:
+            for spec in published:
+                console.rule(f"{spec.name} ({spec.family})", align="left")
+                Showcase(client, console, pictures / name).show(spec, _called(spec))
+            commands = [curl(client.get(f"/v1/models/{_called(spec)}").json(), endpoint)[0] for spec in published]
+        console.print(summary(rows, endpoint))
+        console.print(
+            _costs([row for row in rows if row[1].history[-1].time >= started], platform.ray_seconds, serve_seconds),
+            highlight=False,
+        )
+        console.print("\nTry, from another terminal:", highlight=False)
+        for command in commands:
+            console.print(f"  {command}", markup=False, highlight=False, soft_wrap=True)
+        if not exit_after:
+            console.print(f"\nServing at {endpoint} until Ctrl-C.", highlight=False)
+            _wait_for_ctrl_c()
+    return 0 if len(published) == len(chosen) else 1
+
+
+def _choose(job: JobSpec, only: list[str]) -> list[ModelSpec]:
+    names = [model.name for model in job.models]
+    for name in only:
+        if name not in names:
+            raise SpecError(f"--only: job {job.name} has no model {name!r}; it has: {', '.join(names)}")
+    return [model for model in job.models if not only or model.name in only]
+
+
+def _called(spec: ModelSpec) -> str:
+    """What the endpoint calls a model."""
+    return spec.name if spec.serve.alias == "production" else f"{spec.name}@{spec.serve.alias}"
+
+
+def _train(chosen: list[ModelSpec], name: str, platform: LocalPlatform, console: Console) -> list[Row]:
+    dispatcher, view = Dispatcher(platform.storage, platform.backend()), TrainingView(console)
+    rows: list[Row] = []
+    for spec in chosen:
+        with view.follow(spec) as watch:
+            rows.append((spec, *dispatcher.carry(name, spec.name, watch)))
+        _, status, _ = rows[-1]
+        if status.state != "succeeded":
+            console.print(
+                f"[red]{spec.name}: {status.state}[/red]: {status.reason}; log: {platform.logs}", highlight=False
+            )
+    return rows
+
+
+def _costs(rows: list[Row], ray: float, serve: float) -> str:
+    """What Ray's start costs, apart from training; `rows` are the runs that were carried now."""
+    results = [result for _, _, result in rows if result]
+    starts, training = sum(r.startup_seconds for r in results), sum(r.training_seconds for r in results)
+    parts = [f"cluster {ray:.0f} s", f"worker groups {starts:.0f} s ({len(results)} runs)", f"endpoint {serve:.0f} s"]
+    return f"Training took {clock(training)} in all. Beside it Ray took to start: {', '.join(parts)}."
+
+
+def _interrupt(signum: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def _wait_for_ctrl_c() -> None:
+    try:
+        threading.Event().wait()
+    except KeyboardInterrupt:
+        return

@@ -1,0 +1,129 @@
+"""What a model can do, asked for over HTTP as any client would: text as it streams, and pictures to look at."""
+
+from __future__ import annotations
+
+import base64
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+from rich.console import Console
+
+from genmodels.data import ImageData, TextData, decode_image, grid, open_dataset, png
+from genmodels.errors import GenmodelsError
+from genmodels.family import ImageInfo
+from genmodels.spec import ModelSpec
+from genmodels.train import spread
+
+SAMPLES, COLUMNS, ROWS = 64, 10, 8
+PASSAGE_TOKENS = 600
+
+
+class Showcase:
+    """Asks the endpoint of one published model and leaves pictures in a folder."""
+
+    def __init__(self, client: httpx.Client, console: Console, folder: Path) -> None:
+        self.client, self.console, self.folder = client, console, folder
+
+    def show(self, spec: ModelSpec, name: str) -> None:
+        """Let a model show each of its verbs.
+
+        Args:
+            name: what the endpoint calls it.
+
+        Raises:
+            GenmodelsError: the endpoint answered with an error.
+        """
+        model = self._get(f"/v1/models/{name}")
+        dataset = open_dataset(spec.data)
+        if isinstance(dataset, TextData):
+            self._passage(name, dataset)
+            return
+        for what, picture in self._pictures(name, set(model["verbs"]), dataset):
+            path = self.folder / f"{spec.name}-{what}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(picture)
+            self.console.print(f"  {what}: {path}", highlight=False, soft_wrap=True)
+
+    def _passage(self, name: str, dataset: TextData) -> None:
+        paragraphs = dataset.tokenizer.decode(dataset.val[:5000].tolist()).split("\n\n")
+        first_line = paragraphs[min(1, len(paragraphs) - 1)].partition("\n")[0] + "\n"  # the first may be cut
+        body = {"model": name, "prompt": first_line, "max_tokens": PASSAGE_TOKENS, "seed": 1, "stream": True}
+        self.console.out(first_line, end="", style="bold", highlight=False)
+        with self.client.stream("POST", "/v1/completions", json=body) as response:
+            _check(response)
+            for line in response.iter_lines():
+                data = line.removeprefix("data: ")
+                if not line.startswith("data: ") or data == "[DONE]":
+                    continue
+                event = json.loads(data)
+                if "error" in event:
+                    raise GenmodelsError(f"{name}: the stream ended with: {event['error']['message']}")
+                self.console.out("".join(choice["text"] for choice in event["choices"]), end="", highlight=False)
+        self.console.print()
+
+    def _pictures(self, name: str, verbs: set[str], dataset: ImageData) -> Iterator[tuple[str, bytes]]:
+        info = dataset.info
+        body = {"model": name, "n": SAMPLES, "seed": 1, "grid": True}
+        yield "samples", base64.b64decode(self._post("/v1/images/generations", body)["data"][0]["b64_json"])
+        split = dataset.split("val")
+        index = spread(len(split), 2 * COLUMNS)
+        originals = split.take(index, np.zeros_like(index))["images"]
+        if "reconstruct" in verbs:
+            yield "reconstructions", _rows(originals, self._images(name, "reconstruct", originals, info))
+        if "denoise" in verbs:
+            noise = np.random.default_rng(1).normal(0, 0.3, originals.shape)
+            noisy = np.clip(originals + noise, 0, 1).astype(np.float32)
+            yield "denoised", _rows(originals, noisy, self._images(name, "denoise", noisy, info))
+        if "interpolate" in verbs:
+            yield "interpolation", self._interpolation(name, originals if "encode" in verbs else None, info)
+
+    def _images(self, name: str, verb: str, images: np.ndarray, info: ImageInfo) -> np.ndarray:
+        body = {"images": [base64.b64encode(png(image)).decode() for image in images]}
+        return _decoded(self._post(f"/v1/models/{name}/{verb}", body), info)
+
+    def _interpolation(self, name: str, images: np.ndarray | None, info: ImageInfo) -> bytes:
+        """One row for each pair of ends: two real images where the model can encode them, two seeds where not."""
+        rows = []
+        for row in range(ROWS):
+            start, end = row, row + ROWS
+            ends: dict[str, Any] = {"start": start, "end": end}
+            if images is not None:
+                pair = images[start % len(images)], images[end % len(images)]
+                ends = {side: base64.b64encode(png(image)).decode() for side, image in zip(ends, pair, strict=True)}
+            rows.append(_decoded(self._post(f"/v1/models/{name}/interpolate", {**ends, "steps": COLUMNS}), info))
+        return png(grid(np.concatenate(rows), COLUMNS))
+
+    def _get(self, path: str) -> Any:
+        response = self.client.get(path)
+        _check(response)
+        return response.json()
+
+    def _post(self, path: str, body: dict[str, Any]) -> Any:
+        response = self.client.post(path, json=body)
+        _check(response)
+        return response.json()
+
+
+def _check(response: httpx.Response) -> None:
+    if response.is_success:
+        return
+    response.read()
+    try:
+        message = response.json()["error"]["message"]
+    except (ValueError, KeyError, TypeError):
+        message = response.text[:200]
+    raise GenmodelsError(f"{response.request.url.path} answered {response.status_code}: {message}")
+
+
+def _decoded(answer: dict[str, Any], info: ImageInfo) -> np.ndarray:
+    return np.stack([decode_image(base64.b64decode(image["b64_json"]), info) for image in answer["data"]])
+
+
+def _rows(*kinds: np.ndarray) -> bytes:
+    """A grid whose rows take turns: ten of the first kind, the same ten of the second, ..."""
+    blocks = [kind[first : first + COLUMNS] for first in range(0, len(kinds[0]), COLUMNS) for kind in kinds]
+    return png(grid(np.concatenate(blocks), COLUMNS))

@@ -1,0 +1,202 @@
+"""Driver of one attempt of one run: Ray Train's worker group, then gate and publish.
+
+    python -m services.train --storage URL --job JOB --model MODEL --attempt N
+
+It is started the same way everywhere: as a subprocess by `genmodels run`, as a Ray Job, as a RayJob on Kubernetes.
+What it learns goes to storage (`heartbeat.json`, `result.json`); the dispatcher decides what comes next.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import tempfile
+import time
+import traceback
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from genmodels import checkpoint, registry
+from genmodels.attempt import run_attempt, stored_model
+from genmodels.errors import CheckpointError, GenmodelsError, StorageUnavailable, Superseded, TrainingDiverged
+from genmodels.registry import Registry
+from genmodels.run import Heartbeat, Result, Run
+from genmodels.spec import ModelSpec
+from genmodels.storage import open_storage
+from genmodels.train import Group
+
+log = logging.getLogger("genmodels")
+
+GROUP_START_SECONDS = 120
+# What the other ranks see when one of them is killed; none of it is the user's fault.
+LOST_PEER = (
+    "Connection closed by peer",
+    "Connection reset by peer",
+    "Broken pipe",
+    "Connect timeout",
+    "Timed out waiting",
+)
+
+
+def drive(storage_url: str, job: str, model: str, attempt: int) -> Result:
+    """Train, judge and publish; every way to end is a `Result`, in storage before this returns."""
+    began = time.time()
+    storage = open_storage(storage_url)
+    run = Run(storage, job, model)
+    spec = stored_model(storage, job, model)
+    run.beat(attempt, Heartbeat(phase="starting", max_steps=spec.train.max_steps))
+    try:
+        if not _complete(run, spec):
+            _train(storage_url, job, spec, attempt)
+        result = _publish(run, spec, attempt) if _complete(run, spec) else _left(run)
+    except Exception as error:  # whatever it was, the dispatcher has to learn of it
+        traceback.print_exc()
+        result = _failure(error)
+    result = result.model_copy(update=_seconds(run, attempt, began))
+    run.end(attempt, result)
+    return result
+
+
+def worker(config: dict[str, Any]) -> None:
+    """What each Ray Train worker runs; Ray has made the process group."""
+    import ray.train
+    import ray.train.torch
+
+    context = ray.train.get_context()
+    device = ray.train.torch.get_device()
+    group = Group(context.get_world_rank(), context.get_world_size(), device)
+    run_attempt(open_storage(config["storage"]), config["job"], config["model"], config["attempt"], group)
+
+
+def _train(storage_url: str, job: str, spec: ModelSpec, attempt: int) -> None:
+    # Detect a dead worker within a second; give up on a group that cannot be placed.
+    os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(GROUP_START_SECONDS))
+    import ray
+    from ray.train import FailureConfig, RunConfig, ScalingConfig
+    from ray.train.torch import TorchConfig, TorchTrainer
+
+    scaling = spec.scaling
+    # Ray retries nothing and keeps nothing: checkpoints are the recorder's, retries the dispatcher's.
+    no_retries = FailureConfig(max_failures=0, max_preemption_failures=0, controller_failure_limit=0)  # type: ignore[call-arg]
+    with tempfile.TemporaryDirectory(prefix="ray-train-", ignore_cleanup_errors=True) as scratch:
+        ray.init(address=os.environ["RAY_ADDRESS"], log_to_driver=True, logging_level=logging.WARNING)
+        try:
+            TorchTrainer(
+                worker,
+                train_loop_config={"storage": storage_url, "job": job, "model": spec.name, "attempt": attempt},
+                torch_config=TorchConfig(backend="nccl" if scaling.use_gpu else "gloo"),
+                scaling_config=ScalingConfig(
+                    num_workers=scaling.num_workers,
+                    use_gpu=scaling.use_gpu,
+                    resources_per_worker={"CPU": 1, "GPU": 1} if scaling.use_gpu else {"CPU": 1},
+                ),
+                run_config=RunConfig(name=f"attempt-{attempt}", storage_path=scratch, failure_config=no_retries),
+            ).fit()
+        finally:
+            ray.shutdown()
+
+
+def _complete(run: Run, spec: ModelSpec) -> bool:
+    return any(place.step >= spec.train.max_steps for place in run.checkpoints())
+
+
+def _left(run: Run) -> Result:
+    step = max((place.step for place in run.checkpoints()), default=0)
+    return Result(outcome="left", message=f"saved at step {step} and left", step=step)
+
+
+def _publish(run: Run, spec: ModelSpec, attempt: int) -> Result:
+    """Publish the best checkpoint if it passes its gate. Doing it twice gives the same version and no second move."""
+    run.beat(attempt, Heartbeat(phase="publishing", step=spec.train.max_steps, max_steps=spec.train.max_steps))
+    candidates = list(run.manifests())
+    while candidates:
+        place, manifest = registry.best(spec.serve.gate, candidates)
+        gate = registry.judge(spec.serve.gate, manifest.metrics)
+        facts: dict[str, Any] = {"step": place.step, "metrics": manifest.metrics, "gate": gate}
+        if gate and not gate.passed:
+            return Result(outcome="failed", cause="gate", message=f"not published: {gate.reason}", **facts)
+        with checkpoint.scratch_folder() as name:
+            folder = Path(name)
+            try:
+                checkpoint.fetch(run.storage, run.checkpoint_prefix(place), folder)
+            except CheckpointError as error:
+                log.warning("%s; the next best is published", error)
+                candidates.remove((place, manifest))
+                continue
+            store = Registry(run.storage)
+            version = store.publish(run, place, manifest, folder, gate)
+        store.promote(run.model, spec.serve.alias, version.version, f"published by job {run.job}", forward_only=True)
+        return Result(outcome="succeeded", version=version.version, message=f"published as {version.name}", **facts)
+    raise CheckpointError(f"{run.prefix}: no checkpoint is whole")
+
+
+def _failure(error: BaseException) -> Result:
+    """The class of a failure. What one rank says of its own comes before what the others saw of its end."""
+    error = _original(error)
+    causes = [_original(cause) for cause in getattr(error, "worker_failures", {}).values()] or [error]
+    for cause in causes:
+        match cause:
+            case TrainingDiverged():
+                return Result(outcome="failed", cause="diverged", message=str(cause), step=cause.step)
+            case Superseded():
+                return Result(outcome="failed", cause="superseded", message=str(cause))
+            case StorageUnavailable() | CheckpointError():  # the next attempt passes over a damaged checkpoint
+                return Result(outcome="failed", cause="infrastructure", message=str(cause))
+            case GenmodelsError():
+                return Result(outcome="failed", cause="user", message=str(cause))
+    if any(map(_is_out_of_memory, causes)):
+        message = "out of memory; lower train.batch_size or the size of the model"
+        return Result(outcome="failed", cause="out of memory", message=message)
+    bug = next((cause for cause in causes if not _is_loss(cause)), None)
+    if bug is None:
+        return Result(outcome="failed", cause="infrastructure", message=f"a worker was lost ({_one_line(causes[0])})")
+    return Result(outcome="failed", cause="user", message=_one_line(bug))
+
+
+def _is_out_of_memory(error: BaseException) -> bool:
+    # torch.OutOfMemoryError on a GPU, ray.exceptions.OutOfMemoryError; on the CPU torch raises a plain RuntimeError
+    named = isinstance(error, MemoryError) or "OutOfMemory" in type(error).__name__
+    return named or "can't allocate memory" in str(error)
+
+
+def _is_loss(error: BaseException) -> bool:
+    """Whether a process or the way to it went away."""
+    if isinstance(error, ConnectionError | TimeoutError) or type(error).__module__.startswith("ray."):
+        return True
+    return any(sign in str(error) for sign in LOST_PEER)
+
+
+def _one_line(error: BaseException) -> str:
+    return f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
+
+
+def _original(error: BaseException) -> BaseException:
+    """What Ray wrapped."""
+    inner = getattr(error, "health_check_failure", None) or getattr(error, "controller_failure", None)
+    return _original(inner) if isinstance(inner, BaseException) else error
+
+
+def _seconds(run: Run, attempt: int, began: float) -> dict[str, float]:
+    training, startup = run.training_seconds(), 0.0
+    start = run.start_of(attempt)
+    if start:
+        startup = max(0.0, datetime.fromisoformat(start.time).timestamp() - began)
+    return {"training_seconds": training, "startup_seconds": startup}
+
+
+def main() -> None:
+    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    parser = argparse.ArgumentParser(description="Train one model of a job, judge it and publish it.")
+    for name in ("storage", "job", "model"):
+        parser.add_argument(f"--{name}", required=True)
+    parser.add_argument("--attempt", type=int, required=True)
+    options = parser.parse_args()
+    result = drive(options.storage, options.job, options.model, options.attempt)
+    log.info("attempt %d of %s/%s: %s. %s", options.attempt, options.job, options.model, result.outcome, result.message)
+
+
+if __name__ == "__main__":
+    main()

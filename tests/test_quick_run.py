@@ -1,0 +1,148 @@
+"""`genmodels run` on a real Ray: a worker is killed, Ctrl-C is pressed, the command is given again."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import yaml
+from plain_workers import WorkerGroup
+from tiny import make_data, model
+
+from genmodels.checkpoint import Place
+from genmodels.registry import Registry
+from genmodels.run import Run
+from genmodels.spec import job_id, read_spec
+from genmodels.storage import open_storage
+from services.local import submit
+
+STEPS = 600
+
+
+@pytest.fixture
+def workplace(tmp_path: Path) -> Path:
+    """A folder with data and a job of two models: one that takes a while, and one whose gate it cannot pass."""
+    data = make_data(tmp_path)
+    long = model(data, "vae", "steady", max_steps=STEPS, save_every=50, eval_every=STEPS, log_every=10, ema=None)
+    short = model(data, "minigpt", "hopeless", max_steps=4, save_every=4)
+    short["serve"] = {"gate": {"metric": "val_loss", "max": 0.001}}
+    for entry in (long, short):
+        entry["scaling"] = {"num_workers": 2}
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump({"name": "test", "models": [long, short]}))
+    return tmp_path
+
+
+def test_killed_interrupted_and_run_again(workplace: Path) -> None:
+    spec = read_spec(workplace / "job.yaml")
+    job = job_id(spec)
+    storage = open_storage((workplace / ".genmodels").as_uri())
+    run = Run(storage, job, "steady")
+
+    with Command(workplace) as first:
+        until(lambda: run.checkpoints(), first)
+        worker = first.find("RayTrainWorker")[-1]
+        os.kill(worker, signal.SIGKILL)
+        until(lambda: 2 in run.started() and len(run.checkpoints()) > len_at_takeover(run), first)
+        first.interrupt()
+        assert first.process.wait(90) == 130, first.output()
+        until(lambda: not first.find(""), first, timeout=20)
+    status, _ = run.status()
+    assert status.state == "queued"
+    assert "Ctrl-C" in status.reason
+    assert [change.state for change in status.history].count("starting") == 2
+    assert "a worker was lost" in " ".join(change.reason for change in status.history)
+
+    with Command(workplace, "--exit") as second:
+        assert second.process.wait(240) == 1, second.output()  # one model did not pass its gate
+        printed = second.output()
+    assert "steady" in printed
+    assert "Traceback" not in printed
+    assert "hopeless: failed: not published: val_loss" in printed
+    assert Registry(storage).models() == ["steady"]
+    for name in ("samples", "reconstructions", "interpolation"):
+        picture = workplace / "samples" / job / f"steady-{name}.png"
+        assert picture.read_bytes().startswith(b"\x89PNG")
+        assert picture.name in printed
+    assert run.status()[0].state == "succeeded"
+    assert [row["step"] for row in run.metrics()] == sorted({row["step"] for row in run.metrics()})
+
+    # Killed, interrupted and resumed under Ray, or undisturbed in plain processes: the same bits.
+    calm = open_storage((workplace / "calm").as_uri())
+    assert submit(calm, spec) == job
+    with WorkerGroup(2, calm.url, [(job, "steady", 1)]) as group:
+        group.succeed()
+    disturbed = run.manifest(run.checkpoints()[-1])
+    undisturbed = Run(calm, job, "steady").manifest(Place(attempt=1, step=STEPS))
+    assert len(run.chain()) >= 2
+    assert {name: file.sha256 for name, file in disturbed.files.items()} == {
+        name: file.sha256 for name, file in undisturbed.files.items()
+    }
+
+
+class Command:
+    """`genmodels run job.yaml` in a session of its own, as in a terminal."""
+
+    def __init__(self, folder: Path, *options: str) -> None:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        self.mark = f"GENMODELS_TEST={uuid.uuid4()}"
+        name, _, value = self.mark.partition("=")
+        self.log = folder / f"{value}.log"
+        command = [sys.executable, "-m", "services.cli", "run", "job.yaml", "--no-auth", "--port", str(port), *options]
+        with self.log.open("wb") as output:
+            self.process = subprocess.Popen(
+                command,
+                cwd=folder,
+                env={**os.environ, name: value},
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                start_new_session=True,
+            )
+
+    def __enter__(self) -> Command:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for pid in self.find(""):
+            os.kill(pid, signal.SIGKILL)
+        self.process.wait()
+
+    def interrupt(self) -> None:
+        """What the terminal does on Ctrl-C: SIGINT to every process of the foreground group."""
+        os.killpg(self.process.pid, signal.SIGINT)
+
+    def find(self, title: str) -> list[int]:
+        """Living processes that this command started, directly or not, whose command line contains `title`."""
+        found = []
+        for folder in Path("/proc").glob("[0-9]*"):
+            try:
+                mine = self.mark.encode() in (folder / "environ").read_bytes().split(b"\0")
+                if mine and title.encode() in (folder / "cmdline").read_bytes() and (folder / "cmdline").read_bytes():
+                    found.append(int(folder.name))
+            except OSError:
+                continue
+        return sorted(found)
+
+    def output(self) -> str:
+        return self.log.read_text()
+
+
+def len_at_takeover(run: Run) -> int:
+    """How many checkpoints of the first attempt the second went on from."""
+    return sum(place.attempt == 1 for place in run.checkpoints())
+
+
+def until(condition: Callable[[], object], command: Command, timeout: float = 120) -> None:
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < deadline, command.output()
+        time.sleep(0.1)

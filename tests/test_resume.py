@@ -1,0 +1,95 @@
+"""Resume is exact, for every family: the same bits as without interruption, at world sizes 2 and 3."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from plain_workers import WorkerGroup
+from tiny import job, make_data, model
+
+from genmodels import checkpoint, models
+from genmodels.checkpoint import Place
+from genmodels.run import Run
+from genmodels.storage import open_storage
+from services.local import submit
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_data(tmp_path_factory.mktemp("data"))
+
+
+@pytest.mark.parametrize("world_size", [2, 3])
+def test_a_resumed_run_ends_with_the_same_bits(data: Path, tmp_path: Path, world_size: int) -> None:
+    storage = open_storage(f"file://{tmp_path}")
+    families = models.names()
+    spec = job("exact", *(model(data, family) for family in families))
+    name = submit(storage, spec)
+    with WorkerGroup(world_size, storage.url, [(name, family, 1) for family in families]) as group:
+        group.succeed()
+    undisturbed = {family: final_files(Run(storage, name, family), Place(attempt=1, step=6)) for family in families}
+    for family in families:  # as if the machine had died after the manifest of step 3
+        run = Run(storage, name, family)
+        storage.delete(f"{run.checkpoint_prefix(Place(attempt=1, step=6))}/{checkpoint.MANIFEST}")
+    with WorkerGroup(world_size, storage.url, [(name, family, 2) for family in families]) as group:
+        group.succeed()
+    for family in families:
+        run = Run(storage, name, family)
+        assert [(link.attempt, link.until) for link in run.chain()] == [(1, 3), (2, None)]
+        assert final_files(run, Place(attempt=2, step=6)) == undisturbed[family], family
+        assert [row["step"] for row in run.metrics()] == [1, 2, 3, 4, 5, 6]
+
+
+def test_killed_workers_change_no_bit(data: Path, tmp_path: Path) -> None:
+    """kill -9 of one worker in mid-run: the group ends, the next attempt goes on from the last manifest."""
+    storage = open_storage(f"file://{tmp_path}")
+    train = {"max_steps": 400, "save_every": 20, "eval_every": 400, "batch_size": 12}
+    calm, killed = (submit(storage, job(name, model(data, "vae", **train))) for name in ("calm", "killed"))
+    with WorkerGroup(2, storage.url, [(calm, "vae", 1)]) as group:
+        group.succeed()
+
+    run = Run(storage, killed, "vae")
+    with WorkerGroup(2, storage.url, [(killed, "vae", 1)]) as group:
+        until(lambda: len(run.checkpoints()) >= 2)
+        os.kill(group.processes[1].pid, signal.SIGKILL)
+        codes = group.wait()
+    assert codes[1] == -signal.SIGKILL
+    assert codes[0] != 0
+    saved = run.checkpoints()[-1].step
+    assert 40 <= saved < 400, "the run was over before it could be killed"
+
+    with WorkerGroup(2, storage.url, [(killed, "vae", 2)]) as group:
+        group.succeed()
+    assert run.chain()[-1].parent == Place(attempt=1, step=saved)
+    last = Place(attempt=2, step=400)
+    assert final_files(run, last) == final_files(Run(storage, calm, "vae"), Place(attempt=1, step=400))
+
+
+def test_leaving_saves_at_the_step_where_it_leaves(data: Path, tmp_path: Path) -> None:
+    storage = open_storage(f"file://{tmp_path}")
+    name = submit(storage, job("leave", model(data, "autoencoder", max_steps=5000, save_every=5000, eval_every=5000)))
+    run = Run(storage, name, "autoencoder")
+    with WorkerGroup(2, storage.url, [(name, "autoencoder", 1)]) as group:
+        until(lambda: (beat := run.heartbeat(1)) is not None and beat.step > 0)
+        run.wish("leave", 1, "a test")
+        group.succeed()
+    (place,) = run.checkpoints()
+    assert 0 < place.step < 5000
+    assert run.metrics()[-1]["step"] == place.step
+
+
+def final_files(run: Run, place: Place) -> dict[str, str]:
+    """sha256 of every file of a checkpoint: weights, averaged weights, optimizers, assets."""
+    return {name: file.sha256 for name, file in run.manifest(place).files.items()}
+
+
+def until(condition: Callable[[], object], timeout: float = 60) -> None:
+    deadline = time.monotonic() + timeout
+    while not condition():
+        assert time.monotonic() < deadline, "it did not come true"
+        time.sleep(0.05)
