@@ -6,6 +6,7 @@ Row i of everything sampled here depends on (seed, i) alone, so that an answer i
 from __future__ import annotations
 
 import warnings
+import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
@@ -27,6 +28,16 @@ def standard_normal(n: int, dim: int, seed: int, temperature: float = 1.0) -> Te
     """(n, dim) float32 from N(0, temperature^2 I); row i depends on (seed, i) alone."""
     rows = [generator.standard_normal(dim) * temperature for generator in row_generators(n, seed)]
     return torch.from_numpy(np.array(rows, dtype=np.float32).reshape(n, dim))
+
+
+def image_normal(images: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """(n, *shape) float32 from N(0, 1); row i depends on image i alone.
+
+    For evaluation: each validation image meets the same noise at every step, in a batch of any size, on any worker.
+    """
+    keys = [zlib.crc32(image.tobytes()) for image in images.cpu().numpy()]
+    rows = [np.random.Generator(np.random.Philox(key=key)).standard_normal(shape, dtype=np.float32) for key in keys]
+    return torch.from_numpy(np.stack(rows)).to(images.device)
 
 
 def first_rows(chunks: Iterable[Tensor], limit: int = MAX_FIT) -> Tensor:

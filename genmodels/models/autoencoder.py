@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from genmodels.errors import RequestError
 from genmodels.family import ImageFamily, ImageInfo, OptimizerConfig, Role, Section, TextInfo
-from genmodels.latent import GaussianMixture, first_rows, lerp
+from genmodels.latent import GaussianMixture, first_rows, image_normal, lerp
 from genmodels.networks import ImageDecoder, ImageEncoder, Norm, check_shape, inference, placed, psnr
 from genmodels.optim import make_optimizers
 
@@ -30,7 +30,6 @@ if TYPE_CHECKING:
     from genmodels.family import Batch
 
 DENSITY_FILE = "density.safetensors"
-MEASURE_SEED = 0  # the same noise at each evaluation, so that figures of different steps compare
 
 
 class AutoencoderConfig(Section):
@@ -88,8 +87,7 @@ class Autoencoder(ImageFamily[AutoencoderConfig, AutoencoderRequest]):
             quality = denoised_quality = psnr(logits.float().sigmoid(), images)
             losses = _pixel_losses(logits, images, self.config.loss)
         if self.config.noise_std > 0:
-            noise = torch.randn(images.shape, generator=torch.Generator().manual_seed(MEASURE_SEED))
-            noisy = images + self.config.noise_std * noise.to(images.device)
+            noisy = images + self.config.noise_std * image_normal(images, self.data.shape)
             denoised_quality = psnr(self.denoise(noisy), images)
         sums = {
             "loss": losses.mean((1, 2, 3)),

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from genmodels.errors import RequestError
 from genmodels.family import ImageFamily, ImageInfo, OptimizerConfig, Role, Section, TextInfo
-from genmodels.latent import GaussianMixture, first_rows, slerp, standard_normal
+from genmodels.latent import GaussianMixture, first_rows, image_normal, slerp, standard_normal
 from genmodels.networks import ImageDecoder, ImageEncoder, Norm, check_shape, inference, placed, psnr
 from genmodels.optim import make_optimizers
 
@@ -27,7 +27,6 @@ if TYPE_CHECKING:
     from genmodels.family import Batch
 
 DENSITY_FILE = "density.safetensors"
-MEASURE_SEED = 0  # the same draws at each evaluation, so that figures of different steps compare
 ACTIVE_VARIANCE = 0.01  # a latent counts as used when its mean varies more than this over images (Burda et al. 2016)
 
 Likelihood = Literal["bernoulli", "bernoulli-binarized", "gaussian"]
@@ -91,13 +90,12 @@ class VAE(ImageFamily[VAEConfig, VAERequest]):
 
     def measure(self, batch: Batch) -> dict[str, Tensor]:
         greys = batch["images"]
-        generator = torch.Generator().manual_seed(MEASURE_SEED)
         with inference(self.network):
             images = greys
             if self.config.likelihood == "bernoulli-binarized":
-                images = (torch.rand(greys.shape, generator=generator).to(greys) < greys).to(greys)
+                images = (torch.special.ndtr(image_normal(greys, self.data.shape)) < greys).to(greys)
             mean, log_variance = self.network.posterior(images)
-            noise = torch.randn(mean.shape, generator=generator).to(mean)
+            noise = image_normal(greys, (self.latent_dim,))
             logits = self.network.decoder(mean + noise * (0.5 * log_variance).exp())
             quality = psnr(self.network.decoder(mean).float().sigmoid(), greys)
             reconstruction = self.network.nll(logits, images)
