@@ -22,7 +22,7 @@ from genmodels import checkpoint, registry
 from genmodels.attempt import run_attempt, stored_model
 from genmodels.errors import CheckpointError, GenmodelsError, StorageUnavailable, Superseded, TrainingDiverged
 from genmodels.registry import Registry
-from genmodels.run import Heartbeat, Result, Run
+from genmodels.run import Heartbeat, Result, Run, patiently
 from genmodels.spec import ModelSpec
 from genmodels.storage import open_storage
 from genmodels.train import Group
@@ -45,17 +45,18 @@ def drive(storage_url: str, job: str, model: str, attempt: int) -> Result:
     began = time.time()
     storage = open_storage(storage_url)
     run = Run(storage, job, model)
-    spec = stored_model(storage, job, model)
-    run.beat(attempt, Heartbeat(phase="starting", max_steps=spec.train.max_steps))
     try:
+        spec = stored_model(storage, job, model)
+        run.beat(attempt, Heartbeat(phase="starting", max_steps=spec.train.max_steps))
         if not _complete(run, spec):
             _train(storage_url, job, spec, attempt)
         result = _publish(run, spec, attempt) if _complete(run, spec) else _left(run)
     except Exception as error:  # whatever it was, the dispatcher has to learn of it
         traceback.print_exc()
         result = _failure(error)
-    result = result.model_copy(update=_seconds(run, attempt, began))
-    run.end(attempt, result)
+    seconds = patiently(lambda: _seconds(run, attempt, began))
+    result = result.model_copy(update=seconds)
+    patiently(lambda: run.end(attempt, result))
     return result
 
 

@@ -140,7 +140,7 @@ def choose(logits: Tensor, seed: int, index: int, request: MiniGPTRequest) -> in
     Args:
         logits: (vocab_size,)
     """
-    logits = logits.double().cpu()
+    logits = logits.cpu().double()
     if request.temperature == 0:
         return int(logits.argmax())
     probabilities = ((logits - logits.max()) / request.temperature).softmax(-1)

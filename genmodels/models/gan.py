@@ -1,0 +1,417 @@
+"""Generative adversarial network: a generator learns to pass for the data, a discriminator to tell them apart.
+
+Goodfellow et al. 2014, "Generative Adversarial Networks".
+Relativistic pairing loss with both gradient penalties, the default: Huang et al. 2024, "The GAN is dead; long live the
+GAN! A Modern Baseline GAN" (R3GAN); R1 alone: Mescheder et al. 2018, "Which Training Methods for GANs do actually
+Converge?". Classes: the projection discriminator, Miyato & Koyama 2018, "cGANs with Projection Discriminator".
+
+The generator is what is served, averaged over the steps where `train.ema` is set. A latent is standard normal noise; a
+conditional model's latents go on with one weight for each class, so that there is a way from one class to another.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
+from itertools import pairwise
+from typing import TYPE_CHECKING, Literal
+
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from genmodels.errors import RequestError, SpecError
+from genmodels.family import ImageFamily, ImageInfo, OptimizerConfig, Role, Section, TextInfo
+from genmodels.latent import lerp, row_generators, slerp, standard_normal
+from genmodels.networks import check_shape, image_sizes, inference, placed
+from genmodels.optim import make_optimizers
+
+if TYPE_CHECKING:
+    from genmodels.family import Batch
+
+HEAD_FEATURES = 128  # of the discriminator, in front of its logit
+OVERSHOOT = 0.05  # see Generator
+SLOPE = 0.2  # of leaky ReLUs, below zero
+MEASURE_FEATURES = 64
+MEASURE_SEED = 0
+
+Loss = Literal["relativistic", "non-saturating"]
+
+
+class GANConfig(Section):
+    """The `model` section."""
+
+    latent_dim: int = Field(64, ge=1, le=4096, description="noise a picture is made from; classes come on top")
+    width: int = Field(16, ge=1, le=512, description="channels at half size; coarser sizes have up to four times that")
+    blocks: int = Field(1, ge=0, le=8, description="residual blocks at each size below half")
+    loss: Loss = "relativistic"
+    gradient_penalty: float = Field(
+        10.0, ge=0, description="weight of R1 and R2, gamma; sharper but less stable if low"
+    )
+    penalty_share: float = Field(
+        0.25, gt=0, le=1, description="share of each batch the penalties are estimated on; they are the costly part"
+    )
+    conditional: bool = Field(False, description="learn the classes of the dataset, and draw the one asked for")
+
+
+class GANRequest(Section):
+    """Options of a generation request."""
+
+    temperature: float = Field(
+        1.0, ge=0, le=2, description="scale of the noise (truncation); lower is more typical, less varied"
+    )
+    label: int | None = Field(
+        None, ge=0, description="class of a conditional model; each image draws its own if absent"
+    )
+
+
+class GAN(ImageFamily[GANConfig, GANRequest]):
+    """A GAN, class-conditional where `conditional` is set."""
+
+    Config = GANConfig
+    Request = GANRequest
+    metric_names = ("val_frechet", "val_frechet_floor")
+
+    network: Generator
+
+    @classmethod
+    def check(cls, config: GANConfig, data: ImageInfo | TextInfo) -> None:
+        check_shape("gan", config.latent_dim, data)
+        assert isinstance(data, ImageInfo)
+        if config.conditional and not data.num_classes:
+            raise SpecError("model.conditional: got true, but the images of data have no classes; write false")
+
+    def __init__(self, config: GANConfig, data: ImageInfo | TextInfo) -> None:
+        self.check(config, data)
+        assert isinstance(data, ImageInfo)
+        self.config = config
+        self.data = data
+        self.num_classes = (data.num_classes or 0) if config.conditional else 0
+        self.network = Generator(config, self.latent_dim, data.shape)
+        self.discriminator = Discriminator(config, self.num_classes, data.shape)
+        self.features = RandomFeatures(data.channels)
+
+    def roles(self, optimizer: OptimizerConfig) -> list[Role]:
+        judging = DiscriminatorLoss(self.discriminator, self.network, self.config)
+        drawing = GeneratorLoss(self.network, self.discriminator, self.config)
+        heads = [self.discriminator.logit]
+        return [
+            # R1 and R2 differentiate a gradient
+            Role("discriminator", judging, make_optimizers(judging, optimizer, heads), compilable=False),
+            Role("generator", drawing, make_optimizers(drawing, optimizer)),
+        ]
+
+    def measure(self, batch: Batch) -> dict[str, Tensor]:
+        """Moments of real and generated images in random features.
+
+        As many images are generated as there are real ones, and of their classes. The noise of each is keyed by the
+        content of its real image: no matter how the validation set is cut into batches and ranks, nor when.
+        """
+        images = batch["images"]
+        keys = [_content_key(image) for image in (images * 255).round().byte().cpu()]
+        noise = torch.cat([standard_normal(1, self.config.latent_dim, key) for key in keys])
+        latents = with_classes(noise.to(images.device), batch.get("labels"), self.num_classes)
+        with inference(self.network):
+            fakes = self.network(latents).clamp(0, 1)
+        real, fake = (self.features(x) for x in (images, fakes))
+        odd = torch.tensor([key % 2 == 1 for key in keys], device=images.device)
+        return {"real_even": moments(real[~odd]), "real_odd": moments(real[odd]), "fake": moments(fake)}
+
+    def metrics(self, sums: Mapping[str, Tensor]) -> dict[str, float]:
+        """Frechet distances between Gaussians fitted to features of images; 0 would be a perfect match.
+
+        `val_frechet` is that between the validation images and as many generated ones. The features are those of a
+        small network with fixed random weights (`RandomFeatures`), so this is not FID, and compares only with itself on
+        the same dataset. `val_frechet_floor` says what part of it is chance: the distance between two halves of the
+        validation images, halved, since the error of estimation goes with one over their number.
+        """
+        real = sums["real_even"] + sums["real_odd"]
+        floor = frechet_distance(sums["real_even"], sums["real_odd"]) / 2
+        return {"val_frechet": frechet_distance(real, sums["fake"]), "val_frechet_floor": floor}
+
+    @property
+    def verbs(self) -> frozenset[str]:
+        return frozenset({"generate", "decode", "interpolate"})
+
+    @property
+    def latent_dim(self) -> int:
+        return self.config.latent_dim + self.num_classes
+
+    def sample_latents(self, n: int, seed: int, request: GANRequest) -> Tensor:
+        """Noise, and in a conditional model the class asked for, else one drawn for each image.
+
+        Raises:
+            RequestError: there is no such class.
+        """
+        noise = standard_normal(n, self.config.latent_dim, seed, request.temperature)
+        label = self._label(request)
+        if not self.num_classes:
+            return noise
+        labels = torch.full((n,), label) if label is not None else self._drawn_labels(n, seed)
+        return with_classes(noise, labels, self.num_classes)
+
+    def decode(self, latents: Tensor, request: GANRequest) -> Tensor:
+        """Images of latents, (n, latent_dim) -> (n, C, H, W); a `label` takes the place of the latents' classes.
+
+        Raises:
+            RequestError: there is no such class.
+        """
+        label = self._label(request)
+        if label is not None:
+            noise, labels = latents[:, : self.config.latent_dim], torch.full((len(latents),), label)
+            latents = with_classes(noise, labels.to(latents.device), self.num_classes)
+        with inference(self.network):
+            return self.network(placed(latents, self.network)).clamp(0, 1)
+
+    def interpolate(self, start: Tensor, end: Tensor, steps: int) -> Tensor:
+        """Noise along the great circle, where its mass is; classes along the straight line."""
+        split = self.config.latent_dim
+        return torch.cat((slerp(start[:split], end[:split], steps), lerp(start[split:], end[split:], steps)), dim=1)
+
+    def _label(self, request: GANRequest) -> int | None:
+        label, classes = request.label, self.num_classes
+        if label is None or label < classes:
+            return label
+        known = (
+            f"this model's classes are 0 to {classes - 1}" if classes else "this model knows no classes; leave it out"
+        )
+        raise RequestError(f"label: got {label}, {known}", param="label", code="invalid_value")
+
+    def _drawn_labels(self, n: int, seed: int) -> Tensor:
+        labels = []
+        for generator in row_generators(n, seed):
+            generator.standard_normal(self.config.latent_dim)  # the row's noise comes first in its stream
+            labels.append(int(generator.integers(self.num_classes)))
+        return torch.tensor(labels, dtype=torch.long)
+
+
+class Generator(nn.Module):
+    """Latents (n, latent_dim) -> images (n, C, H, W), in [0, 1] but for a little overshoot; to be clamped.
+
+    A sigmoid reaches black and white only where its gradient is gone, and an early lead of the discriminator can drive
+    it there for good. Stretched by `OVERSHOOT`, it passes both while there is still a gradient. Doubling is by
+    sub-pixel convolution (Shi et al. 2016): nothing is computed at full size but the picture itself.
+    """
+
+    def __init__(self, config: GANConfig, latent_dim: int, shape: tuple[int, int, int]) -> None:
+        super().__init__()
+        self.latent_dim = latent_dim
+        self.sizes, channels = _ladder(shape, config.width)
+        self.coarsest = (channels[-1], *self.sizes[-1])
+        self.stem = nn.Linear(latent_dim, math.prod(self.coarsest))
+        self.levels = nn.ModuleList(
+            nn.Sequential(
+                *_blocks(config, coarse, i),
+                nn.LeakyReLU(SLOPE),
+                nn.Conv2d(coarse, 4 * fine, 3, padding=1),
+                nn.PixelShuffle(2),
+            )
+            for i, (fine, coarse) in enumerate(pairwise(channels))
+        )
+
+    def forward(self, latents: Tensor) -> Tensor:
+        x = self.stem(latents).unflatten(1, self.coarsest)
+        for level, (h, w) in zip(reversed(self.levels), reversed(self.sizes[:-1]), strict=True):
+            x = level(x)[..., :h, :w]  # the halving rounded up, so doubling may be one too many
+        return x.float().sigmoid() * (1 + 2 * OVERSHOOT) - OVERSHOOT
+
+
+class Discriminator(nn.Module):
+    """Images (n, C, H, W), and their classes (n,) if it is conditional -> logits (n,), higher for what looks real.
+
+    No normalisation, neither here nor in the generator: with both penalties none is needed (Huang et al. 2024). No bias
+    behind the last matrix: the relativistic loss sees differences only.
+    """
+
+    def __init__(self, config: GANConfig, num_classes: int, shape: tuple[int, int, int]) -> None:
+        super().__init__()
+        sizes, channels = _ladder(shape, config.width)
+        self.levels = nn.Sequential()
+        for i, (fine, coarse) in enumerate(pairwise(channels)):
+            kernel = 3 if i else 5
+            self.levels.extend(
+                (nn.Conv2d(fine, coarse, kernel, stride=2, padding=kernel // 2), *_blocks(config, coarse, i))
+            )
+            self.levels.append(nn.LeakyReLU(SLOPE))
+        self.head = nn.Linear(channels[-1] * math.prod(sizes[-1]), HEAD_FEATURES)
+        self.logit = nn.Linear(HEAD_FEATURES, 1, bias=False)
+        self.classes = nn.Embedding(num_classes, HEAD_FEATURES) if num_classes else None
+        if self.classes:
+            nn.init.normal_(self.classes.weight, std=0.05)
+
+    def forward(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
+        features = F.leaky_relu(self.head(self.levels(2 * images - 1).flatten(1)), SLOPE)
+        logits = self.logit(features).squeeze(1)
+        if self.classes and labels is not None:
+            logits = logits + (features * self.classes(labels)).sum(1)
+        return logits.float()
+
+
+class ResidualBlock(nn.Module):
+    """(n, C, h, w) -> (n, C, h, w), almost the identity at the start; without normalisation (Zhang et al. 2019, Fixup)."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        first, last = (nn.Conv2d(channels, channels, 3, padding=1) for _ in range(2))
+        nn.init.kaiming_normal_(first.weight, SLOPE)
+        nn.init.normal_(last.weight, std=1e-3)
+        self.body = nn.Sequential(nn.LeakyReLU(SLOPE), first, nn.LeakyReLU(SLOPE), last)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.body(x)
+
+
+class DiscriminatorLoss(nn.Module):
+    """The discriminator's side of the game; only the discriminator is its submodule.
+
+    R1 and R2 are the mean squared norms of the logit's gradient by real and by generated images, each weighted by
+    half of `gradient_penalty`. They are estimated on the first `penalty_share` of the batch, which the data order has
+    shuffled: without bias, at a part of the cost, and unlike penalties at every k-th step without a step to count.
+
+    `accuracy_real` and `accuracy_fake` are the shares of images on their own side of a border: of 0 where a logit has a
+    meaning by itself (non-saturating), of the midpoint between the batch's mean logits where only differences have one
+    (relativistic). At the equilibrium nothing can be told apart, and both are 1/2.
+    """
+
+    def __init__(self, discriminator: Discriminator, generator: Generator, config: GANConfig) -> None:
+        super().__init__()
+        self.discriminator = discriminator
+        self._generator = (generator,)  # in a tuple it is no submodule
+        self.config = config
+
+    def forward(self, batch: Batch, progress: Tensor) -> dict[str, Tensor]:
+        images, config = batch["images"], self.config
+        labels = batch["labels"] if self.discriminator.classes else None
+        with torch.no_grad():
+            fakes = draw(self._generator[0], images, labels, config)
+        twice = torch.cat((labels, labels)) if labels is not None else None
+        real, fake = self.discriminator(torch.cat((images, fakes)), twice).chunk(2)
+        loss = discriminator_loss(real, fake, config.loss)
+
+        n = max(1, round(config.penalty_share * len(images)))
+        critic = partial(self.discriminator, labels=labels[:n] if labels is not None else None)
+        r1, r2 = gradient_penalty(critic, images[:n]), gradient_penalty(critic, fakes[:n])
+        parts = {"adversarial": loss, "r1": r1, "r2": r2, "real_logit": real.mean(), "fake_logit": fake.mean()}
+        border = (real.mean() + fake.mean()) / 2 if config.loss == "relativistic" else real.new_zeros(())
+        parts |= {"accuracy_real": (real > border).float().mean(), "accuracy_fake": (fake < border).float().mean()}
+        return {
+            "loss": loss + config.gradient_penalty / 2 * (r1 + r2),
+            **{name: part.detach() for name, part in parts.items()},
+        }
+
+
+class GeneratorLoss(nn.Module):
+    """The generator's side of the game; only the generator is its submodule."""
+
+    def __init__(self, generator: Generator, discriminator: Discriminator, config: GANConfig) -> None:
+        super().__init__()
+        self.generator = generator
+        self._discriminator = (discriminator,)  # in a tuple it is no submodule
+        self.config = config
+
+    def forward(self, batch: Batch, progress: Tensor) -> dict[str, Tensor]:
+        images, discriminator = batch["images"], frozen(self._discriminator[0])
+        labels = batch["labels"] if self._discriminator[0].classes else None
+        fake = discriminator((draw(self.generator, images, labels, self.config), labels))
+        if self.config.loss == "non-saturating":
+            return {"loss": F.softplus(-fake).mean()}
+        with torch.no_grad():
+            real = discriminator((images, labels))
+        return {"loss": F.softplus(real - fake).mean()}
+
+
+class RandomFeatures(nn.Module):
+    """Images (n, C, H, W) -> float64 (n, MEASURE_FEATURES): a small convolutional network with fixed random weights.
+
+    Random features see what networks trained for another domain overlook (Naeem et al. 2020, "Reliable Fidelity and
+    Diversity Metrics for Generative Models"), and few of them need few images.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        generator = torch.Generator().manual_seed(MEASURE_SEED)
+        self.first = nn.Buffer(torch.randn(32, channels, 5, 5, generator=generator) / (5 * channels**0.5))
+        self.second = nn.Buffer(torch.randn(64, 32, 3, 3, generator=generator) / 12)
+        self.mix = nn.Buffer(torch.randn(MEASURE_FEATURES, 64 * 9, generator=generator) / 24)
+
+    @torch.no_grad()
+    def forward(self, images: Tensor) -> Tensor:
+        x = F.conv2d(2 * images - 1, self.first, stride=2, padding=2).relu()
+        x = F.conv2d(x, self.second, stride=2, padding=1).relu()
+        return F.linear(F.adaptive_avg_pool2d(x, 3).flatten(1).double(), self.mix.double())
+
+
+def draw(generator: Generator, images: Tensor, labels: Tensor | None, config: GANConfig) -> Tensor:
+    """As many generated images as there are real ones, of their classes; the noise is the global RNG's."""
+    noise = torch.randn(len(images), config.latent_dim, device=images.device)
+    num_classes = generator.latent_dim - config.latent_dim
+    return generator(with_classes(noise, labels, num_classes))
+
+
+def with_classes(noise: Tensor, labels: Tensor | None, num_classes: int) -> Tensor:
+    """Latents from (n, d) noise and (n,) classes: (n, d + num_classes), of which the last are 1 for the class, else 0."""
+    if not num_classes:
+        return noise
+    assert labels is not None
+    return torch.cat((noise, F.one_hot(labels, num_classes).to(noise)), dim=1)
+
+
+def frozen(network: nn.Module) -> Callable[[tuple[Tensor | None, ...]], Tensor]:
+    """The network as a function of its arguments: gradients pass through it to them, its own weights collect none."""
+    weights = {name: parameter.detach() for name, parameter in network.named_parameters()}
+    return partial(functional_call, network, weights)
+
+
+def discriminator_loss(real: Tensor, fake: Tensor, loss: Loss) -> Tensor:
+    """From (n,) logits each. Relativistic: each real image is to look more real than the generated one it is paired with."""
+    if loss == "relativistic":
+        return F.softplus(fake - real).mean()
+    return F.softplus(-real).mean() + F.softplus(fake).mean()
+
+
+def gradient_penalty(critic: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
+    """Mean squared norm of the gradient of the logits (n,) by the images (n, C, H, W); in float32, also under autocast."""
+    images = images.detach().requires_grad_()
+    with torch.autocast(images.device.type, enabled=False):
+        (gradient,) = torch.autograd.grad(critic(images).sum(), images, create_graph=True)
+    return gradient.square().flatten(1).sum(1).mean()
+
+
+def moments(features: Tensor) -> Tensor:
+    """Number, sum and sum of outer products of (n, d) features in one float64 matrix, (d + 1, d + 1), that can be added."""
+    x = F.pad(features.double(), (1, 0), value=1.0)
+    return x.T @ x
+
+
+def frechet_distance(a: Tensor, b: Tensor) -> float:
+    """Squared 2-Wasserstein distance between the Gaussians with these `moments` (Dowson & Landau 1982)."""
+    (mean_a, cov_a), (mean_b, cov_b) = map(_gaussian, (a, b))
+    values, vectors = torch.linalg.eigh(cov_a)
+    root = vectors * values.clamp_min(0).sqrt() @ vectors.T
+    cross = torch.linalg.eigvalsh(root @ cov_b @ root).clamp_min(0).sqrt().sum()
+    return float((mean_a - mean_b).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross)
+
+
+def _gaussian(sums: Tensor) -> tuple[Tensor, Tensor]:
+    second = sums.cpu() / sums[0, 0].clamp_min(1).cpu()
+    mean = second[0, 1:]
+    return mean, second[1:, 1:] - mean.outer(mean)
+
+
+def _content_key(image: Tensor) -> int:
+    return int.from_bytes(hashlib.blake2b(image.numpy().tobytes(), digest_size=8).digest())
+
+
+def _ladder(shape: tuple[int, int, int], width: int) -> tuple[list[tuple[int, int]], list[int]]:
+    """Sizes from the whole image down, and the channels at each."""
+    sizes = image_sizes(*shape[1:])
+    return sizes, [shape[0], *(width * 2 ** min(i, 2) for i in range(len(sizes) - 1))]
+
+
+def _blocks(config: GANConfig, channels: int, level: int) -> Iterator[ResidualBlock]:
+    """Those of one size; none at half size, where they cost most."""
+    yield from (ResidualBlock(channels) for _ in range(config.blocks if level else 0))
