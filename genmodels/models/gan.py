@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from genmodels.family import Batch
 
 HEAD_FEATURES = 128  # of the discriminator, in front of its logit
-OVERSHOOT = 0.05  # see Generator
+OVERSHOOT = 0.02  # see Generator
 SLOPE = 0.2  # of leaky ReLUs, below zero
 MEASURE_FEATURES = 64
 MEASURE_SEED = 0
@@ -230,13 +230,12 @@ class Discriminator(nn.Module):
     def __init__(self, config: GANConfig, num_classes: int, shape: tuple[int, int, int]) -> None:
         super().__init__()
         sizes, channels = _ladder(shape, config.width)
+        self.padding = (0, shape[2] % 2, 0, shape[1] % 2)
         self.levels = nn.Sequential()
         for i, (fine, coarse) in enumerate(pairwise(channels)):
-            kernel = 3 if i else 5
-            self.levels.extend(
-                (nn.Conv2d(fine, coarse, kernel, stride=2, padding=kernel // 2), *_blocks(config, coarse, i))
-            )
-            self.levels.append(nn.LeakyReLU(SLOPE))
+            # each pixel of the half-sized picture holds four: the mirror of the generator's last step
+            halve = nn.Conv2d(fine, coarse, 3, stride=2, padding=1) if i else nn.Conv2d(4 * fine, coarse, 3, padding=1)
+            self.levels.extend((halve, *_blocks(config, coarse, i), nn.LeakyReLU(SLOPE)))
         self.head = nn.Linear(channels[-1] * math.prod(sizes[-1]), HEAD_FEATURES)
         self.logit = nn.Linear(HEAD_FEATURES, 1, bias=False)
         self.classes = nn.Embedding(num_classes, HEAD_FEATURES) if num_classes else None
@@ -244,7 +243,8 @@ class Discriminator(nn.Module):
             nn.init.normal_(self.classes.weight, std=0.05)
 
     def forward(self, images: Tensor, labels: Tensor | None = None) -> Tensor:
-        features = F.leaky_relu(self.head(self.levels(2 * images - 1).flatten(1)), SLOPE)
+        x = F.pixel_unshuffle(F.pad(2 * images - 1, self.padding), 2)
+        features = F.leaky_relu(self.head(self.levels(x).flatten(1)), SLOPE)
         logits = self.logit(features).squeeze(1)
         if self.classes and labels is not None:
             logits = logits + (features * self.classes(labels)).sum(1)
@@ -252,7 +252,7 @@ class Discriminator(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """(n, C, h, w) -> (n, C, h, w), almost the identity at the start; without normalisation (Zhang et al. 2019, Fixup)."""
+    """(n, C, h, w) -> (n, C, h, w), almost the identity at the start; no normalisation (Fixup: Zhang et al. 2019)."""
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -336,13 +336,13 @@ class RandomFeatures(nn.Module):
         generator = torch.Generator().manual_seed(MEASURE_SEED)
         self.first = nn.Buffer(torch.randn(32, channels, 5, 5, generator=generator) / (5 * channels**0.5))
         self.second = nn.Buffer(torch.randn(64, 32, 3, 3, generator=generator) / 12)
-        self.mix = nn.Buffer(torch.randn(MEASURE_FEATURES, 64 * 9, generator=generator) / 24)
+        self.mix = nn.Buffer(torch.randn(MEASURE_FEATURES, 64 * 4, generator=generator) / 16)
 
     @torch.no_grad()
     def forward(self, images: Tensor) -> Tensor:
         x = F.conv2d(2 * images - 1, self.first, stride=2, padding=2).relu()
         x = F.conv2d(x, self.second, stride=2, padding=1).relu()
-        return F.linear(F.adaptive_avg_pool2d(x, 3).flatten(1).double(), self.mix.double())
+        return F.linear(F.adaptive_avg_pool2d(x, 2).flatten(1).double(), self.mix.double())
 
 
 def draw(generator: Generator, images: Tensor, labels: Tensor | None, config: GANConfig) -> Tensor:
@@ -353,7 +353,7 @@ def draw(generator: Generator, images: Tensor, labels: Tensor | None, config: GA
 
 
 def with_classes(noise: Tensor, labels: Tensor | None, num_classes: int) -> Tensor:
-    """Latents from (n, d) noise and (n,) classes: (n, d + num_classes), of which the last are 1 for the class, else 0."""
+    """Latents of (n, d) noise and (n,) classes: (n, d + num_classes), the last of which are 1 for the class, else 0."""
     if not num_classes:
         return noise
     assert labels is not None
@@ -367,14 +367,14 @@ def frozen(network: nn.Module) -> Callable[[tuple[Tensor | None, ...]], Tensor]:
 
 
 def discriminator_loss(real: Tensor, fake: Tensor, loss: Loss) -> Tensor:
-    """From (n,) logits each. Relativistic: each real image is to look more real than the generated one it is paired with."""
+    """Of (n,) logits each. Relativistic: a real image is to look more real than the generated one beside it."""
     if loss == "relativistic":
         return F.softplus(fake - real).mean()
     return F.softplus(-real).mean() + F.softplus(fake).mean()
 
 
 def gradient_penalty(critic: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
-    """Mean squared norm of the gradient of the logits (n,) by the images (n, C, H, W); in float32, also under autocast."""
+    """Mean squared norm of the gradient of logits (n,) by images (n, C, H, W); in float32, also under autocast."""
     images = images.detach().requires_grad_()
     with torch.autocast(images.device.type, enabled=False):
         (gradient,) = torch.autograd.grad(critic(images).sum(), images, create_graph=True)
@@ -382,7 +382,7 @@ def gradient_penalty(critic: Callable[[Tensor], Tensor], images: Tensor) -> Tens
 
 
 def moments(features: Tensor) -> Tensor:
-    """Number, sum and sum of outer products of (n, d) features in one float64 matrix, (d + 1, d + 1), that can be added."""
+    """Number, sum and outer products of (n, d) features, summed in one float64 matrix (d + 1, d + 1)."""
     x = F.pad(features.double(), (1, 0), value=1.0)
     return x.T @ x
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -25,6 +24,7 @@ from torch import Tensor, nn
 
 from genmodels.errors import RequestError, SpecError
 from genmodels.family import ImageInfo, OptimizerConfig, Role, Section, TextFamily, TextInfo
+from genmodels.networks import inference
 from genmodels.optim import make_optimizers
 
 if TYPE_CHECKING:
@@ -103,7 +103,7 @@ class MiniGPT(TextFamily[MiniGPTConfig, MiniGPTRequest]):
         return [Role("model", loss, make_optimizers(loss, optimizer, outputs))]
 
     def measure(self, batch: Batch) -> dict[str, Tensor]:
-        with _evaluating(self.network):
+        with inference(self.network):
             losses = _cross_entropy(self.network(batch["tokens"]), batch["targets"], reduction="none")
         counted = batch["targets"] != IGNORED
         return {"nll": losses.double().sum(), "tokens": counted.sum().double()}
@@ -114,7 +114,7 @@ class MiniGPT(TextFamily[MiniGPTConfig, MiniGPTRequest]):
         return {"val_loss": nats, "val_bits_per_char": nats / math.log(2)}
 
     def logits(self, tokens: Tensor) -> Tensor:
-        with _evaluating(self.network):
+        with inference(self.network):
             return self.network(tokens.to(self.network.token_embedding.weight.device)).float()
 
     def generate(self, prompt: Sequence[int], seed: int, request: MiniGPTRequest) -> Iterator[int]:
@@ -299,15 +299,3 @@ def _cross_entropy(logits: Tensor, targets: Tensor, reduction: str = "mean") -> 
 
 def _norm(config: MiniGPTConfig) -> nn.Module:
     return nn.RMSNorm(config.n_embd) if config.norm == "rms" else nn.LayerNorm(config.n_embd, bias=config.bias)
-
-
-@contextmanager
-def _evaluating(network: nn.Module) -> Iterator[None]:
-    """No dropout and no gradients; leaves the network in the mode it found it in."""
-    training = network.training
-    network.eval()
-    try:
-        with torch.inference_mode():
-            yield
-    finally:
-        network.train(training)
