@@ -12,6 +12,8 @@ from types import FrameType
 import httpx
 from rich.console import Console
 
+from genmodels.attempt import build
+from genmodels.data import open_dataset
 from genmodels.errors import SpecError
 from genmodels.run import Result, Status, now
 from genmodels.spec import JobSpec, ModelSpec
@@ -34,14 +36,20 @@ def quick_run(
         only: names of the job's models to run; none means all.
 
     Raises:
-        SpecError: `only` names a model that the job does not have.
+        SpecError: `only` names a model that the job does not have, or a family does not fit its data.
+        DataError: a dataset is missing, damaged or too small.
         KeyboardInterrupt: Ctrl-C in training; everything was saved and ended.
     """
     console = Console()
     if not console.is_terminal:
-        console.width = 120  # a log file has room for the table
+        console.width = 132  # a log file has room for the table
     chosen = _choose(job, only)
     check_port(port)
+    for spec in chosen:  # what is wrong with the data is said before anything is started
+        dataset = open_dataset(spec.data)
+        build(spec, dataset)
+        for note in dataset.notes:
+            console.print(f"{spec.name}: {note}", markup=False, highlight=False)
     name = submit(storage, job)
     console.print(
         f"[bold]Job {name}[/bold]: {', '.join(model.name for model in chosen)}, storage {storage.url}", highlight=False

@@ -146,3 +146,14 @@ def until(condition: Callable[[], object], command: Command, timeout: float = 12
     while not condition():
         assert time.monotonic() < deadline, command.output()
         time.sleep(0.1)
+
+
+def test_missing_data_is_said_before_anything_starts(tmp_path: Path) -> None:
+    entry = {"name": "x", "model": {"family": "vae"}, "data": {"path": "./nowhere"}}
+    (tmp_path / "job.yaml").write_text(yaml.safe_dump({"name": "test", "models": [entry]}))
+    with Command(tmp_path) as command:
+        assert command.process.wait(60) == 1
+        (line,) = command.output().splitlines()
+    assert line.startswith("error: data.path: ")
+    assert "does not exist" in line
+    assert not (tmp_path / ".genmodels").exists()

@@ -49,9 +49,7 @@ class GANConfig(Section):
     width: int = Field(16, ge=1, le=512, description="channels at half size; coarser sizes have up to four times that")
     blocks: int = Field(1, ge=0, le=8, description="residual blocks at each size below half")
     loss: Loss = "relativistic"
-    gradient_penalty: float = Field(
-        10.0, ge=0, description="weight of R1 and R2, gamma; sharper but less stable if low"
-    )
+    gradient_penalty: float = Field(4.0, ge=0, description="weight of R1 and R2, gamma; sharper but less stable if low")
     penalty_share: float = Field(
         0.25, gt=0, le=1, description="share of each batch the penalties are estimated on; they are the costly part"
     )
