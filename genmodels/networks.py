@@ -2,8 +2,9 @@
 
 Encoder and decoder walk the same ladder of sizes: an image is halved (rounding up) as long as its shorter side is at
 least 8, so that 28 x 28 goes 28, 14, 7 and 256 x 256 ends at 4 x 4; non-square and odd sizes work alike. No feature map
-is computed at full size, which is what makes them quick on a CPU. Normalisation is GroupNorm (Wu & He 2018) or none, never BatchNorm:
-no buffers, the same function in training and serving, and a picture's result does not depend on its neighbours.
+is computed at full size, which is what makes them quick on a CPU. Normalisation is GroupNorm (Wu & He 2018) or none,
+never BatchNorm: no buffers, the same function in training and serving, and a picture's result does not depend on its
+neighbours.
 """
 
 from __future__ import annotations
