@@ -77,6 +77,20 @@ def test_every_family_learns_and_leaves_a_checkpoint_that_answers(
         assert len(first) == 30
 
 
+def test_an_attempt_on_either_storage(data: Path, storage: Storage) -> None:
+    """Local folder and S3: three saves with clean-up, then a second attempt goes on from the newest."""
+    name = submit(storage, job("stored", model(data, "minigpt", max_steps=9, save_every=3, eval_every=3)))
+    assert run_attempt(storage, name, "minigpt", 1, Group())
+    run = Run(storage, name, "minigpt")
+    assert [place.step for place in run.checkpoints()] == [3, 6, 9]
+    assert run_attempt(storage, name, "minigpt", 2, Group())
+    assert [(link.attempt, link.until) for link in run.chain()] == [(1, 9), (2, None)]
+    assert [row["step"] for row in run.metrics()] == list(range(1, 10))
+    heartbeat = run.heartbeat(1)
+    assert heartbeat is not None
+    assert heartbeat.step == 9
+
+
 def test_evaluation_does_not_depend_on_the_number_of_workers(data: Path, tmp_path: Path) -> None:
     """The sums are over the whole validation set, each example once, however many share the work."""
     found: dict[int, list[dict[str, float]]] = {}
