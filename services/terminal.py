@@ -108,7 +108,7 @@ def clock(seconds: float) -> str:
 def _metric(spec: ModelSpec, result: Result | None) -> str:
     if result is None or not result.metrics:
         return "-"
-    name = spec.serve.gate.metric if spec.serve.gate else next(iter(result.metrics))
+    name = spec.serve.gate.metric if spec.serve.gate else models.load(spec.family).metric_names[0]
     return f"{name} {result.metrics[name]:.4g}"
 
 
