@@ -81,3 +81,11 @@ def test_every_setting_of_a_family_is_in_its_row() -> None:
 def test_shipped_specs_are_valid_and_say_what_they_take(path: Path) -> None:
     read_spec(path)
     assert path.read_text().startswith("# ")
+
+
+def test_defaults_in_the_table_are_those_of_the_code() -> None:
+    for name in models.names():
+        (row,) = [line for line in README.splitlines() if line.startswith(f"| `{name}` |")]
+        for field, info in models.load(name).Config.model_fields.items():
+            default = str(info.default).lower() if isinstance(info.default, bool) else str(info.default)
+            assert f"`{field}` ({default})" in row
