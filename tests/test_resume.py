@@ -47,28 +47,41 @@ def test_a_resumed_run_ends_with_the_same_bits(data: Path, tmp_path: Path, world
 
 
 def test_killed_workers_change_no_bit(data: Path, tmp_path: Path) -> None:
-    """kill -9 of one worker in mid-run: the group ends, the next attempt goes on from the last manifest."""
-    storage = open_storage(f"file://{tmp_path}")
+    kill_and_resume(data, tmp_path, "minigpt", 2)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("family", models.names())
+@pytest.mark.parametrize("checkpoints", [1, 5])
+def test_killed_workers_of_every_family_change_no_bit(
+    data: Path, tmp_path: Path, family: str, checkpoints: int
+) -> None:
+    kill_and_resume(data, tmp_path, family, checkpoints)
+
+
+def kill_and_resume(data: Path, folder: Path, family: str, checkpoints: int) -> None:
+    """kill -9 of one worker after some checkpoints: the group ends, the next attempt goes on from the last manifest."""
+    storage = open_storage(f"file://{folder}")
     train = {"max_steps": 400, "save_every": 20, "eval_every": 400, "batch_size": 12}
-    calm, killed = (submit(storage, job(name, model(data, "minigpt", **train))) for name in ("calm", "killed"))
-    with WorkerGroup(2, storage.url, [(calm, "minigpt", 1)]) as group:
+    calm, killed = (submit(storage, job(name, model(data, family, **train))) for name in ("calm", "killed"))
+    with WorkerGroup(2, storage.url, [(calm, family, 1)]) as group:
         group.succeed()
 
-    run = Run(storage, killed, "minigpt")
-    with WorkerGroup(2, storage.url, [(killed, "minigpt", 1)]) as group:
-        until(lambda: len(run.checkpoints()) >= 2)
+    run = Run(storage, killed, family)
+    with WorkerGroup(2, storage.url, [(killed, family, 1)]) as group:
+        until(lambda: run.checkpoints() and run.checkpoints()[-1].step >= 20 * checkpoints)
         os.kill(group.processes[1].pid, signal.SIGKILL)
         codes = group.wait()
     assert codes[1] == -signal.SIGKILL
     assert codes[0] != 0
     saved = run.checkpoints()[-1].step
-    assert 40 <= saved < 400, "the run was over before it could be killed"
+    assert saved < 400, "the run was over before it could be killed"
 
-    with WorkerGroup(2, storage.url, [(killed, "minigpt", 2)]) as group:
+    with WorkerGroup(2, storage.url, [(killed, family, 2)]) as group:
         group.succeed()
     assert run.chain()[-1].parent == Place(attempt=1, step=saved)
     last = Place(attempt=2, step=400)
-    assert final_files(run, last) == final_files(Run(storage, calm, "minigpt"), Place(attempt=1, step=400))
+    assert final_files(run, last) == final_files(Run(storage, calm, family), Place(attempt=1, step=400))
 
 
 def test_leaving_saves_at_the_step_where_it_leaves(data: Path, tmp_path: Path) -> None:
