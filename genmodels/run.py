@@ -32,7 +32,7 @@ from genmodels.errors import CheckpointError, Conflict, KeyNotFound, StorageUnav
 from genmodels.storage import Storage, decode_floats, encode_floats, read_document, write_document
 
 State = Literal["queued", "starting", "running", "publishing", "succeeded", "failed", "cancelled"]
-Phase = Literal["starting", "training", "evaluating", "saving", "waiting for storage", "publishing", "ended"]
+Phase = Literal["starting", "training", "evaluating", "saving", "waiting for storage", "publishing"]
 
 LONGEST_WAIT_SECONDS = 10.0  # between two tries of what waits for the store
 
