@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import warnings
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -15,6 +15,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+DENSITY_FILE = "density.safetensors"
 MAX_FIT = 4096  # more latents hardly change the density, and the fit has to take seconds
 
 
@@ -114,6 +115,19 @@ class GaussianMixture:
         """What `to_bytes` gave."""
         tensors = safetensors.torch.load(data)
         return cls(tensors["weights"], tensors["means"], tensors["scales"])
+
+
+class FittedDensity:
+    """The part of a family whose `fit` leaves a density over latents: how it travels with a checkpoint."""
+
+    density: GaussianMixture | None = None
+
+    def assets(self) -> dict[str, bytes]:
+        return {DENSITY_FILE: self.density.to_bytes()} if self.density else {}
+
+    def load_assets(self, assets: Mapping[str, bytes]) -> None:
+        if DENSITY_FILE in assets:
+            self.density = GaussianMixture.from_bytes(assets[DENSITY_FILE])
 
 
 def lerp(start: Tensor, end: Tensor, steps: int) -> Tensor:

@@ -22,14 +22,12 @@ from torch import Tensor, nn
 
 from genmodels.errors import RequestError
 from genmodels.family import ImageFamily, ImageInfo, OptimizerConfig, Role, Section, TextInfo
-from genmodels.latent import GaussianMixture, first_rows, image_normal, lerp
+from genmodels.latent import FittedDensity, GaussianMixture, first_rows, image_normal, lerp
 from genmodels.networks import ImageDecoder, ImageEncoder, Norm, check_shape, inference, placed, psnr
 from genmodels.optim import make_optimizers
 
 if TYPE_CHECKING:
     from genmodels.family import Batch
-
-DENSITY_FILE = "density.safetensors"
 
 
 class AutoencoderConfig(Section):
@@ -55,7 +53,7 @@ class AutoencoderRequest(Section):
     temperature: float = Field(1.0, ge=0, le=2, description="spread around the means of the density's components")
 
 
-class Autoencoder(ImageFamily[AutoencoderConfig, AutoencoderRequest]):
+class Autoencoder(FittedDensity, ImageFamily[AutoencoderConfig, AutoencoderRequest]):
     """An autoencoder, and a denoiser where `noise_std` is above 0."""
 
     Config = AutoencoderConfig
@@ -74,7 +72,6 @@ class Autoencoder(ImageFamily[AutoencoderConfig, AutoencoderRequest]):
         self.config = config
         self.data = data
         self.network = AutoencoderNetwork(config, data.shape)
-        self.density: GaussianMixture | None = None
 
     def roles(self, optimizer: OptimizerConfig) -> list[Role]:
         loss = AutoencoderLoss(self.network, self.config)
@@ -108,13 +105,6 @@ class Autoencoder(ImageFamily[AutoencoderConfig, AutoencoderRequest]):
     def fit(self, batches: Iterable[Batch], seed: int) -> None:
         latents = first_rows(self.encode(batch["images"]) for batch in batches)
         self.density = GaussianMixture.fit(latents, self.config.density_components, seed)
-
-    def assets(self) -> dict[str, bytes]:
-        return {DENSITY_FILE: self.density.to_bytes()} if self.density else {}
-
-    def load_assets(self, assets: Mapping[str, bytes]) -> None:
-        if DENSITY_FILE in assets:
-            self.density = GaussianMixture.from_bytes(assets[DENSITY_FILE])
 
     @property
     def verbs(self) -> frozenset[str]:

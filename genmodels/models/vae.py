@@ -19,14 +19,13 @@ from torch import Tensor, nn
 
 from genmodels.errors import RequestError
 from genmodels.family import ImageFamily, ImageInfo, OptimizerConfig, Role, Section, TextInfo
-from genmodels.latent import GaussianMixture, first_rows, image_normal, slerp, standard_normal
+from genmodels.latent import FittedDensity, GaussianMixture, first_rows, image_normal, slerp, standard_normal
 from genmodels.networks import ImageDecoder, ImageEncoder, Norm, check_shape, inference, placed, psnr
 from genmodels.optim import make_optimizers
 
 if TYPE_CHECKING:
     from genmodels.family import Batch
 
-DENSITY_FILE = "density.safetensors"
 ACTIVE_VARIANCE = 0.01  # a latent counts as used when its mean varies more than this over images (Burda et al. 2016)
 
 Likelihood = Literal["bernoulli", "bernoulli-binarized", "gaussian"]
@@ -63,7 +62,7 @@ class VAERequest(Section):
     )
 
 
-class VAE(ImageFamily[VAEConfig, VAERequest]):
+class VAE(FittedDensity, ImageFamily[VAEConfig, VAERequest]):
     """A VAE with a diagonal Gaussian posterior."""
 
     Config = VAEConfig
@@ -82,7 +81,6 @@ class VAE(ImageFamily[VAEConfig, VAERequest]):
         self.config = config
         self.data = data
         self.network = VAENetwork(config, data.shape)
-        self.density: GaussianMixture | None = None
 
     def roles(self, optimizer: OptimizerConfig) -> list[Role]:
         loss = ELBO(self.network, self.config)
@@ -133,13 +131,6 @@ class VAE(ImageFamily[VAEConfig, VAERequest]):
         )
         draws = means + standard_normal(len(means), self.latent_dim, seed) * (0.5 * log_variances).exp()
         self.density = GaussianMixture.fit(draws, self.config.density_components, seed)
-
-    def assets(self) -> dict[str, bytes]:
-        return {DENSITY_FILE: self.density.to_bytes()} if self.density else {}
-
-    def load_assets(self, assets: Mapping[str, bytes]) -> None:
-        if DENSITY_FILE in assets:
-            self.density = GaussianMixture.from_bytes(assets[DENSITY_FILE])
 
     @property
     def verbs(self) -> frozenset[str]:
