@@ -5,6 +5,8 @@ The same under Ray, in plain processes with a process group, and alone.
 
 from __future__ import annotations
 
+import logging
+import threading
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,16 +16,20 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from genmodels import __version__, checkpoint, models
+from genmodels import __version__, checkpoint, initial, models
 from genmodels.checkpoint import Lineage, Manifest, Place
 from genmodels.data import Dataset, open_dataset
 from genmodels.errors import CheckpointError, SpecError
 from genmodels.family import Batch, Family, TextFamily
+from genmodels.logs import LogShipper
 from genmodels.recorder import RunRecorder
-from genmodels.run import Run
+from genmodels.run import Heartbeat, Run
 from genmodels.spec import JobSpec, ModelSpec, load_stored, model_digest
 from genmodels.storage import Storage
 from genmodels.train import Group, spread, to_tensors, train
+from genmodels.wishes import WishWatch
+
+log = logging.getLogger(__name__)
 
 FIT_EXAMPLES, FIT_BATCH = 4096, 256
 
@@ -37,8 +43,20 @@ def stored_model(storage: Storage, job: str, model: str) -> ModelSpec:
     return next(spec for spec in stored_job(storage, job).models if spec.name == model)
 
 
-def run_attempt(storage: Storage, job: str, model: str, attempt: int, group: Group) -> bool:
+def work(storage: Storage, job: str, model: str, attempt: int, group: Group) -> bool:
+    """`run_attempt` in a process of its own: what it prints goes to storage as well, and it obeys wishes."""
+    run = Run(storage, job, model)
+    with LogShipper(run, attempt, str(group.rank)) as logs, WishWatch(run, attempt, logs) as watch:
+        return run_attempt(storage, job, model, attempt, group, watch.leave)
+
+
+def run_attempt(
+    storage: Storage, job: str, model: str, attempt: int, group: Group, leave: threading.Event | None = None
+) -> bool:
     """Train one model of a job from its newest whole checkpoint on, as attempt number `attempt`.
+
+    Args:
+        leave: set when the attempt is to save at its next step and to end; only rank 0's counts.
 
     Returns:
         True when `max_steps` is reached, False if it left on a wish. Either way everything is in storage.
@@ -48,13 +66,22 @@ def run_attempt(storage: Storage, job: str, model: str, attempt: int, group: Gro
         TrainingDiverged, DataError, SpecError: the user's to mend.
     """
     spec = stored_model(storage, job, model)
-    dataset = open_dataset(spec.data)
     run = Run(storage, job, model)
-    torch.manual_seed(spec.train.seed)
-    family, served, scratch = (build(spec, dataset) for _ in range(3))
+    if group.rank == 0:  # from here on the driver no longer beats for this attempt
+        run.beat(attempt, Heartbeat(phase="starting", max_steps=spec.train.max_steps, tick=1))
+    dataset = open_dataset(spec.data, storage)
     with checkpoint.scratch_folder() as name:
         parent = _claim(run, attempt, group, Path(name))
         resume = (parent.folder, parent.manifest) if parent else None
+        source = parent.folder if parent else initial.fetch(spec, storage, Path(name, "initial"))
+        if source:
+            initial.adopt_tokenizer(dataset, source)
+        torch.manual_seed(spec.train.seed)
+        family, served, scratch = (build(spec, dataset) for _ in range(3))
+        if source and not parent:
+            initial.load(family, source)
+        goes_on = f"goes on from step {parent.place.step} of attempt {parent.place.attempt}" if parent else "begins"
+        log.info("attempt %d, rank %d of %d: %s", attempt, group.rank, group.world_size, goes_on)
         if group.rank > 0:
             return train(spec, family, served, dataset, group, None, resume)
         lineage = Lineage(
@@ -65,9 +92,26 @@ def run_attempt(storage: Storage, job: str, model: str, attempt: int, group: Gro
             parent=parent.place if parent else None,
         )
         with RunRecorder(
-            run, attempt, spec, scratch, dataset.assets(), lambda: fit_batches(dataset, scratch), lineage
+            run, attempt, spec, scratch, dataset.assets(), lambda: fit_batches(dataset, scratch), lineage, leave
         ) as recorder:
             return train(spec, family, served, dataset, group, recorder, resume)
+
+
+def check(spec: ModelSpec, storage: Storage) -> Dataset:
+    """Open a model's data and build the model, as its first attempt will.
+
+    Raises:
+        DataError, SpecError: what that attempt would fail with.
+    """
+    dataset = open_dataset(spec.data, storage)
+    with checkpoint.scratch_folder() as name:
+        source = initial.fetch(spec, storage, Path(name, "initial"))
+        if source:
+            initial.adopt_tokenizer(dataset, source)
+        family = build(spec, dataset)
+        if source:
+            initial.load(family, source)
+    return dataset
 
 
 def build(spec: ModelSpec, dataset: Dataset) -> Family[Any, Any]:

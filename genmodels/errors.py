@@ -9,6 +9,9 @@ GenmodelsError                  one clear line for the person who sees it
 │   └── StorageUnavailable      the store did not answer; trying again may help
 ├── CheckpointError             a checkpoint or version is incomplete or damaged
 ├── TrainingDiverged            a loss or gradient is no longer finite
+├── JobNotFound                 no job has that id
+├── IdempotencyConflict         an idempotency key was used before, with another spec
+├── LeaseLost                   another dispatcher has taken over: stop writing states
 ├── Superseded                  a newer attempt of this run has started: stop writing
 └── RequestError                a request to an endpoint is wrong; has an HTTP status
     └── ModelNotFound           no such model, version or alias
@@ -70,6 +73,18 @@ class TrainingDiverged(GenmodelsError):
 
 class Superseded(GenmodelsError):
     """A newer attempt of the run has started; this one must not write any more."""
+
+
+class JobNotFound(GenmodelsError):
+    """There is no job of that id."""
+
+
+class IdempotencyConflict(GenmodelsError):
+    """An idempotency key came a second time, with another body."""
+
+
+class LeaseLost(GenmodelsError):
+    """Another dispatcher has taken over; this one must not write states any more."""
 
 
 class RequestError(GenmodelsError):

@@ -1,17 +1,18 @@
 """What rank 0 writes while it trains: heartbeats, metrics, samples, and checkpoints, all beside the steps.
 
-Two threads, so that a slow or absent store holds no step up: one beats, writes metrics and samples, and looks for
-wishes; the other takes one snapshot at a time from a queue of one, and brings it to storage, manifest last. Where too
-much waits already, the next save, row or sample waits too: memory stays bounded. A store that does not answer is tried
-again until it does.
+Two threads, so that a slow or absent store holds no step up: one beats and writes metrics and samples; the other takes
+one snapshot at a time from a queue of one, and brings it to storage, manifest last. Where too much waits already, the
+next save, row or sample waits too: memory stays bounded. A store that does not answer is tried again until it does.
 """
 
 from __future__ import annotations
 
 import contextlib
 import queue
+import statistics
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Sized
 from functools import partial
 from pathlib import Path
@@ -26,6 +27,7 @@ from genmodels.spec import ModelSpec
 
 BEAT_SECONDS = 1.0
 METRICS_SECONDS = 5.0
+MEDIAN_OF = 101  # steps
 MOST_ROWS, MOST_PICTURES = 10_000, 64  # that wait for the store
 
 T = TypeVar("T")
@@ -46,11 +48,13 @@ class RunRecorder:
         assets: dict[str, bytes],
         fit_batches: Callable[[], Iterable[Batch]],
         lineage: Lineage,
+        leave: threading.Event | None = None,
     ) -> None:
         """Args:
         scratch: an instance of the model for the upload thread alone, to fit densities with a snapshot's weights.
         assets: the dataset's files for serving (the tokenizer).
         fit_batches: training batches for `Family.fit`, the same each time.
+        leave: set when the attempt is to save and to end.
         """
         self.run, self.attempt, self.spec, self.lineage = run, attempt, spec, lineage
         self.scratch, self.assets, self.fit_batches = scratch, assets, fit_batches
@@ -58,11 +62,13 @@ class RunRecorder:
         self.rows: list[dict[str, Any]] = []
         self.pictures: list[tuple[int, str, bytes]] = []
         self.flushing = threading.Lock()
-        self.leave = threading.Event()
+        self.leave = leave or threading.Event()
         self.error: BaseException | None = None
         self.closing = threading.Event()
         self.snapshots: queue.Queue[Snapshot | None] = queue.Queue(maxsize=1)
         self.pace: tuple[float, int] | None = None  # when this attempt's first step ended, and its number
+        self.ticked: float | None = None
+        self.durations: deque[float] = deque(maxlen=MEDIAN_OF)  # of the latest steps
         self.beater = threading.Thread(target=self._guard, args=(self._beat,), name="beat", daemon=True)
         self.uploader = threading.Thread(target=self._guard, args=(self._upload,), name="upload", daemon=True)
 
@@ -83,8 +89,11 @@ class RunRecorder:
         if self.error:
             raise self.error
         now = time.monotonic()
-        if phase == "training" and self.pace is None:
-            self.pace = now, step
+        if phase == "training":
+            self.pace = self.pace or (now, step)
+            if self.ticked is not None:  # whatever came before the step has ticked when it ended
+                self.durations.append(now - self.ticked)
+        self.ticked = now
         seconds_left = None
         if self.pace and step > self.pace[1]:
             seconds_left = (now - self.pace[0]) / (step - self.pace[1]) * (self.spec.train.max_steps - step)
@@ -137,20 +146,23 @@ class RunRecorder:
             self.error = self.error or error
 
     def _beat(self) -> None:
-        """Heartbeats that changed, metrics and samples every few seconds, and a look for wishes."""
+        """Heartbeats that changed, and metrics and samples every few seconds."""
         written, flushed = None, time.monotonic()
         while not self.closing.wait(BEAT_SECONDS):
             with contextlib.suppress(StorageUnavailable):  # the next round writes what this one could not
                 if self.heartbeat is not written:
-                    self.run.beat(self.attempt, latest := self.heartbeat)
-                    written = latest
+                    written = self._write_beat()
                 if time.monotonic() - flushed >= METRICS_SECONDS:
                     self._flush()
                     flushed = time.monotonic()
-                if self.run.wishes(self.attempt):
-                    self.leave.set()
         self._persist(self._flush)
-        self._persist(lambda: self.run.beat(self.attempt, self.heartbeat))
+        self._persist(self._write_beat)
+
+    def _write_beat(self) -> Heartbeat:
+        latest, durations = self.heartbeat, list(self.durations)
+        step_seconds = statistics.median(durations) if durations else None
+        self.run.beat(self.attempt, latest.model_copy(update={"step_seconds": step_seconds}))
+        return latest
 
     def _flush(self) -> None:
         with self.flushing:

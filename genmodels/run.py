@@ -1,13 +1,14 @@
 """A run's objects in storage: who writes what, and which of it counts.
 
     runs/<job>/<model>/status.json                  the dispatcher alone, compare-and-swap
-    runs/<job>/<model>/wishes/<seq>.json            anyone, put-if-absent
+    runs/<job>/<model>/wishes/<number>.json         anyone, put-if-absent
     runs/<job>/<model>/attempt-<n>/start.json       rank 0, put-if-absent; names the checkpoint it goes on from
                                   /heartbeat.json   the driver until rank 0 runs, then rank 0, then the driver again
                                   /result.json      the driver, at the end
                                   /checkpoints/step-00000500/...   rank 0
                                   /metrics/00000001.jsonl          rank 0; immutable parts, named by their first step
                                   /samples/00000500/...            rank 0
+                                  /logs/<source>/00000001.jsonl    the driver and each rank; immutable parts
 
 A run's history is a chain: the highest attempt that has a `start.json`, and through each one's parent checkpoint the
 attempts before it. A process that was paused and wakes may still write, but outside the chain, where nobody reads.
@@ -15,12 +16,14 @@ attempts before it. A process that was paused and wakes may still write, but out
 
 from __future__ import annotations
 
+import heapq
 import json
 import re
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from pydantic import Field
@@ -32,7 +35,18 @@ from genmodels.errors import CheckpointError, Conflict, KeyNotFound, StorageUnav
 from genmodels.storage import Storage, decode_floats, encode_floats, read_document, write_document
 
 State = Literal["queued", "starting", "running", "publishing", "succeeded", "failed", "cancelled"]
-Phase = Literal["starting", "training", "evaluating", "saving", "waiting for storage", "publishing"]
+Phase = Literal["starting", "compiling", "training", "evaluating", "saving", "waiting for storage", "publishing"]
+Cause = Literal[
+    "user",  # of which these two are kinds: the spec or the data is at fault, and trying again would not help
+    "diverged",
+    "gate",
+    "out of memory",
+    "infrastructure",
+    "no workers",  # the group was never placed
+    "storage",  # the store was away for longer than the attempt could wait
+    "superseded",
+]
+ENDED: tuple[State, ...] = ("succeeded", "failed", "cancelled")
 
 LONGEST_WAIT_SECONDS = 10.0  # between two tries of what waits for the store
 
@@ -50,12 +64,21 @@ class Status(Document):
 
     state: State
     attempt: int = 0  # the highest number given out
+    workers: int = 0  # of that attempt
+    epoch: int = 0  # of the dispatcher's lease under which this was written
+    wishes: int = 0  # number of the last wish that was dealt with
+    fruitless: int = 0  # attempts in a row without a new checkpoint, as far as they count
+    out_of_memory: int = 0  # attempts that ended so
     history: list[Change] = Field(default_factory=list)
 
-    def to(self, state: State, reason: str, attempt: int | None = None) -> Status:
+    def to(self, state: State, reason: str, **facts: int) -> Status:
+        """The status after a change.
+
+        Args:
+            facts: other fields that change with it, e.g. `attempt=2`.
+        """
         change = Change(state=state, time=now(), reason=reason)
-        number = self.attempt if attempt is None else attempt
-        return Status(state=state, attempt=number, history=[*self.history, change])
+        return self.model_copy(update={**facts, "state": state, "history": [*self.history, change]})
 
     @property
     def reason(self) -> str:
@@ -71,6 +94,7 @@ class Heartbeat(Document):
     tick: int = 0
     loss: float | None = None
     seconds_left: float | None = None
+    step_seconds: float | None = None  # median of the latest steps
 
 
 class GateResult(Document):
@@ -84,7 +108,7 @@ class Result(Document):
     """How an attempt ended. `cause` is the class of failure, from which the dispatcher decides what comes next."""
 
     outcome: Literal["succeeded", "left", "failed"]
-    cause: Literal["user", "diverged", "gate", "out of memory", "infrastructure", "superseded"] | None = None
+    cause: Cause | None = None
     message: str = ""
     step: int = 0
     metrics: Metrics = Field(default_factory=dict)
@@ -102,12 +126,18 @@ class Start(Document):
 
 
 class Wish(Document):
-    """What somebody wants of an attempt: `leave` (save and end) or `kill`."""
+    """What somebody wants of a run.
 
-    wish: Literal["leave", "kill"]
-    attempt: int
+    `leave`: its attempt saves at the next step boundary and ends. `kill`: every rank writes down its stacks and ends at
+    once. Both are meant for one attempt, and say what then becomes of the run. `resume`: an ended run is queued again.
+    """
+
+    wish: Literal["leave", "kill", "resume"]
+    attempt: int  # the one that was the newest when it was wished
+    then: Literal["queued", "cancelled"]
     reason: str
     time: str
+    number: int = 0
 
 
 @dataclass(frozen=True)
@@ -122,12 +152,23 @@ class Link:
         return self.until is None or step <= self.until
 
 
+@dataclass(frozen=True)
+class LogLine:
+    """A line that a process printed."""
+
+    attempt: int
+    source: str  # "driver", or a rank
+    time: str
+    line: str
+
+
 class Run:
     """The training of one model of a job, as storage shows it."""
 
     def __init__(self, storage: Storage, job: str, model: str) -> None:
         self.storage, self.job, self.model = storage, job, model
-        self.prefix = f"runs/{job}/{model}"
+        self.name = f"{job}/{model}"
+        self.prefix = f"runs/{self.name}"
 
     # Attempts and the chain
 
@@ -147,14 +188,20 @@ class Run:
 
     def fence(self, attempt: int) -> None:
         """Raise Superseded if a higher attempt has started. A writer asks before each save and each deletion."""
-        highest = max(self.started(), default=0)
+        highest = max(self.started(after=attempt), default=0)
         if highest > attempt:
             raise Superseded(f"attempt {highest} of {self.job}/{self.model} has taken over from attempt {attempt}")
 
-    def started(self) -> list[int]:
-        """Numbers of the attempts that have a `start.json`, ascending."""
-        found = (re.fullmatch(r"attempt-(\d+)/start\.json", name) for name in self._names("attempt-"))
+    def attempts(self) -> list[int]:
+        """Numbers of the attempts that have left anything, started or not, ascending."""
+        names = self.storage.folders(f"{self.prefix}/attempt-")  # not what is in them: logs and metrics have many parts
+        found = (re.fullmatch(r"attempt-(\d+)", name) for name in names)
         return sorted(int(match[1]) for match in found if match)
+
+    def started(self, after: int = 0) -> list[int]:
+        """Numbers of the attempts above `after` that have a `start.json`, ascending."""
+        found = (attempt for attempt in self.attempts() if attempt > after)
+        return [attempt for attempt in found if self.storage.exists(self._key(attempt, "start.json"))]
 
     def start_of(self, attempt: int) -> Start | None:
         document = self._read(attempt, "start.json")
@@ -184,11 +231,10 @@ class Run:
 
     def checkpoints(self) -> list[Place]:
         """Complete checkpoints of the chain, by step. What an overtaken attempt wrote later is not among them."""
-        names = self._names("attempt-")
         return [
             Place(attempt=link.attempt, step=step)
             for link in self.chain()
-            for step in _steps(names, link.attempt, checkpoint.MANIFEST)
+            for step in self._saved(link.attempt)
             if link.holds(step)
         ]
 
@@ -205,7 +251,7 @@ class Run:
 
     def leftovers(self, before_step: int) -> list[str]:
         """Keys of checkpoint directories without a manifest: uploads that never ended, or clean-ups that began."""
-        names = self._names("attempt-")
+        names = [name for attempt in self.attempts() for name in self._names(f"attempt-{attempt}/checkpoints/")]
         whole = {name.removesuffix(f"/{checkpoint.MANIFEST}") for name in names}
         keys = []
         for name in names:
@@ -234,19 +280,56 @@ class Run:
 
     def samples(self) -> list[tuple[int, str]]:
         """(step, key) of every picture and text the chain left on its way, by step."""
-        names = self._names("attempt-")
         found = []
         for link in self.chain():
-            for name in names:
+            for name in self._names(f"attempt-{link.attempt}/samples/"):
                 match = re.fullmatch(rf"attempt-{link.attempt}/samples/(\d+)/.+", name)
                 if match and link.holds(int(match[1])):
                     found.append((int(match[1]), f"{self.prefix}/{name}"))
         return found
 
+    # Logs
+
+    def log_key(self, attempt: int, source: str, number: int) -> str:
+        """Where part `number` (from 1 on) of what a process printed belongs: lines of JSON, `{"time", "line"}` each."""
+        return self._key(attempt, f"logs/{source}/{number:08d}.jsonl")
+
+    def log_lines(self, source: str | None = None, cursor: dict[str, str] | None = None) -> Iterator[LogLine]:
+        """What the processes of this run printed: attempt by attempt, by time, each cut where a later one took over.
+
+        Attempts outside the chain are among them: why a group never came to be is in its driver's log.
+
+        Args:
+            source: "driver" or a rank; None: all of them.
+            cursor: empty at first, then holds what was read. Called again with it, only what came meanwhile is given:
+                so one follows a log.
+        """
+        cursor = {} if cursor is None else cursor
+        taken_over: str | None = None  # when the next one started
+        spans: list[tuple[int, str | None]] = []
+        for attempt in reversed(self.attempts()):
+            spans.insert(0, (attempt, taken_over))
+            start = self.start_of(attempt)
+            taken_over = start.time if start else taken_over
+        for attempt, until in spans:
+            sources = [source] if source else self.storage.folders(self._key(attempt, "logs/"))
+            streams = (self._log(attempt, name, cursor) for name in sources)
+            for line in heapq.merge(*streams, key=lambda line: line.time):
+                if until is None or line.time < until:
+                    yield line
+
     # Heartbeats, results, wishes, status
 
-    def beat(self, attempt: int, heartbeat: Heartbeat) -> None:
-        self._write(attempt, "heartbeat.json", heartbeat)
+    def beat(self, attempt: int, heartbeat: Heartbeat, if_match: str | None = None) -> str:
+        """Write a heartbeat; its etag.
+
+        Args:
+            if_match: only over the heartbeat with this etag.
+
+        Raises:
+            Conflict: another one is there.
+        """
+        return self._write(attempt, "heartbeat.json", heartbeat, if_match=if_match)
 
     def heartbeat(self, attempt: int) -> Heartbeat | None:
         document = self._read(attempt, "heartbeat.json")
@@ -259,20 +342,34 @@ class Run:
         document = self._read(attempt, "result.json")
         return Result.model_validate(document) if document else None
 
-    def wish(self, wish: Literal["leave", "kill"], attempt: int, reason: str) -> None:
-        body = Wish(wish=wish, attempt=attempt, reason=reason, time=now()).model_dump(mode="json")
-        sequence = len(self._names("wishes/")) + 1
+    def wish(
+        self,
+        wish: Literal["leave", "kill", "resume"],
+        attempt: int,
+        reason: str,
+        then: Literal["queued", "cancelled"] = "queued",
+    ) -> Wish:
+        number = self._last_wish() + 1
         while True:
+            body = Wish(wish=wish, attempt=attempt, then=then, reason=reason, time=now(), number=number)
             try:
-                write_document(self.storage, f"{self.prefix}/wishes/{sequence:08d}.json", body, if_absent=True)
-                return
+                key = f"{self.prefix}/wishes/{number:08d}.json"
+                write_document(self.storage, key, body.model_dump(mode="json"), if_absent=True)
+                return body
             except Conflict:
-                sequence += 1
+                number += 1
 
-    def wishes(self, attempt: int) -> list[Wish]:
-        """What is wished of this attempt, oldest first."""
-        documents = (read_document(self.storage, f"{self.prefix}/{name}")[0] for name in self._names("wishes/"))
-        return [wish for wish in map(Wish.model_validate, documents) if wish.attempt == attempt]
+    def wishes(self, attempt: int | None = None, after: int = 0) -> list[Wish]:
+        """What is wished, oldest first.
+
+        Args:
+            attempt: only of this attempt.
+            after: only wishes with a higher number.
+        """
+        names = [name for name in self._names("wishes/") if name > f"wishes/{after:08d}.json"]
+        found = ((name, read_document(self.storage, f"{self.prefix}/{name}")[0]) for name in names)
+        wishes = (Wish.model_validate({**document, "number": int(Path(name).stem)}) for name, document in found)
+        return [wish for wish in wishes if attempt in (None, wish.attempt)]
 
     def status(self) -> tuple[Status, str | None]:
         """The status and the etag to swap it by; a run nobody has touched is queued, and has no etag."""
@@ -294,6 +391,23 @@ class Run:
         key, body = f"{self.prefix}/status.json", status.model_dump(mode="json")
         return write_document(self.storage, key, body, if_absent=etag is None, if_match=etag, nonce=nonce)
 
+    def _last_wish(self) -> int:
+        return max((int(Path(name).stem) for name in self._names("wishes/")), default=0)
+
+    def _log(self, attempt: int, source: str, cursor: dict[str, str]) -> Iterator[LogLine]:
+        folder = self._key(attempt, f"logs/{source}/")
+        for key in self.storage.list(folder, after=cursor.get(folder, "")):
+            for text in self.storage.get(key)[0].decode().splitlines():
+                row = json.loads(text)
+                yield LogLine(attempt, source, row["time"], row["line"])
+            cursor[folder] = key
+
+    def _saved(self, attempt: int) -> list[int]:
+        """Steps of the checkpoints that have a manifest, ascending."""
+        pattern = re.compile(rf"attempt-{attempt}/checkpoints/step-(\d+)/{re.escape(checkpoint.MANIFEST)}")
+        found = map(pattern.fullmatch, self._names(f"attempt-{attempt}/checkpoints/"))
+        return sorted(int(match[1]) for match in found if match)
+
     def _rows(self, link: Link) -> list[dict[str, Any]]:
         names = self._names(f"attempt-{link.attempt}/metrics/")
         parts = (self.storage.get(f"{self.prefix}/{name}")[0] for name in names)
@@ -306,8 +420,17 @@ class Run:
     def _names(self, prefix: str) -> list[str]:
         return [key.removeprefix(f"{self.prefix}/") for key in self.storage.list(f"{self.prefix}/{prefix}")]
 
-    def _write(self, attempt: int, name: str, document: Document, *, if_absent: bool = False) -> None:
-        write_document(self.storage, self._key(attempt, name), document.model_dump(mode="json"), if_absent=if_absent)
+    def _write(
+        self,
+        attempt: int,
+        name: str,
+        document: Document,
+        *,
+        if_absent: bool = False,
+        if_match: str | None = None,
+    ) -> str:
+        body = document.model_dump(mode="json")
+        return write_document(self.storage, self._key(attempt, name), body, if_absent=if_absent, if_match=if_match)
 
     def _read(self, attempt: int, name: str) -> dict[str, Any] | None:
         try:
@@ -333,8 +456,3 @@ def patiently(work: Callable[[], T], waiting: Callable[[], None] = lambda: None)
         before_sleep=lambda _: waiting(),
     )
     return retrying(work)
-
-
-def _steps(names: list[str], attempt: int, file: str) -> list[int]:
-    found = (re.fullmatch(rf"attempt-{attempt}/checkpoints/step-(\d+)/{re.escape(file)}", name) for name in names)
-    return sorted(int(match[1]) for match in found if match)

@@ -13,6 +13,7 @@ import hashlib
 import json
 import os
 import re
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
@@ -28,14 +29,16 @@ from pydantic import (
 )
 
 from genmodels import models, strict_yaml
-from genmodels.data import DATASETS, DataConfig
+from genmodels.data import DATASETS, DataConfig, stored
 from genmodels.errors import SpecError
 from genmodels.explain import Problem, all_wrong, explain, nearest, show, wrong
 from genmodels.family import OptimizerConfig, Section
 
 MAX_STORED_BYTES = 1024 * 1024  # a normalised spec spells out every default
 
-LABEL = r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$"
+LABEL = stored.NAME  # one rule for every name that people give
+# `model`, `model@3`, `model@alias`, `model@latest`, `model@live`, `model@step-500`, `model@<job id>:step-500`
+REFERENCE = r"^[a-z0-9-]{1,63}(@[a-z0-9-]{1,63}|@[a-z0-9-]{1,72}:step-[0-9]{1,9})?$"
 
 
 def _label(name: str) -> str:
@@ -52,8 +55,17 @@ def _alias(name: str) -> str:
     return name
 
 
+def _reference(name: str) -> str:
+    names = re.split("[@:]", name)
+    if re.fullmatch(REFERENCE, name) and all(part.strip("-") == part for part in names):
+        return name
+    forms = "model@3, model@production, model@latest, model@step-500 or model@<job id>:step-500"
+    raise wrong(f"got {show(name)}, expected a version or a checkpoint: {forms}")
+
+
 Label = Annotated[str, AfterValidator(_label), Field(json_schema_extra={"pattern": LABEL})]
 Alias = Annotated[Label, AfterValidator(_alias)]
+Reference = Annotated[str, AfterValidator(_reference), Field(json_schema_extra={"pattern": REFERENCE})]
 
 
 class TrainConfig(OptimizerConfig):
@@ -72,6 +84,9 @@ class TrainConfig(OptimizerConfig):
     eval_every: int = Field(250, ge=1, description="steps from one evaluation on all validation data to the next")
     save_every: int = Field(500, ge=1, description="steps from one checkpoint to the next; each is evaluated too")
     log_every: int = Field(10, ge=1, description="steps from one logged training loss to the next")
+    init_from: Reference | None = Field(
+        None, description="start with the served weights of a version or a checkpoint, e.g. vae-digits@3"
+    )
     precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16: autocast; weights stay in float32")
     compile: bool = Field(False, description="use torch.compile; without a C compiler the run goes on uncompiled")
 
@@ -83,18 +98,60 @@ class TrainConfig(OptimizerConfig):
         raise all_wrong([Problem(("warmup_steps",), f"got {self.warmup_steps}, expected {need}")])
 
 
+Workers = Annotated[int, Field(ge=1, le=1024)]
+
+
+class WorkerRange(Section):
+    """An elastic run: it starts with as many workers as there is room for, shrinks and grows between its bounds."""
+
+    min: Workers = Field(description="fewest workers to go on with")
+    max: Workers = Field(description="most workers it may grow to")
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Self:
+        if self.min <= self.max:
+            return self
+        raise all_wrong([Problem(("max",), f"got {self.max}, expected at least min ({self.min}); swap the two")])
+
+
 class ScalingConfig(Section):
     """How many workers train a model together."""
 
-    num_workers: int = Field(1, ge=1, le=1024, description="processes that share each batch")
+    num_workers: Workers | WorkerRange = Field(
+        1,
+        validate_default=False,  # what judges it stands further down
+        description="processes that share each batch: a number, or {min, max} for a run that shrinks and grows",
+    )
     use_gpu: bool = Field(False, description="one GPU for each worker")
+
+    @property
+    def least_workers(self) -> int:
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers.min
+
+    @property
+    def most_workers(self) -> int:
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers.max
 
     @field_validator("num_workers", mode="before")
     @classmethod
-    def _fixed(cls, value: object) -> object:
-        if isinstance(value, dict):
-            raise wrong("got a mapping; {min, max} (elastic) is not supported yet; write a whole number, e.g. 2")
-        return value
+    def _one_form(cls, value: object, info: ValidationInfo) -> object:
+        """Judged by the form it has: a union would tell what is wrong with it as a number and as a mapping."""
+        if isinstance(value, bool) or not isinstance(value, int | float | dict | WorkerRange):
+            raise wrong(f"got {show(value)}, expected a whole number, e.g. 2, or a range, e.g. {{min: 1, max: 4}}")
+        form = _Fixed if isinstance(value, int | float) else _Elastic
+        try:
+            settings = {"num_workers": value}
+            return form.model_validate(settings, extra="ignore" if _is_stored(info) else None).num_workers
+        except ValidationError as error:
+            raise all_wrong(Problem(problem.loc[1:], problem.text) for problem in explain(error, form)) from None
+
+
+class _Fixed(Section):
+    num_workers: Workers = 1
+
+
+class _Elastic(Section):
+    num_workers: WorkerRange
 
 
 class CheckpointConfig(Section):
@@ -142,6 +199,14 @@ class ModelSpec(Section):
         """The family's name: that of the file its `Config` lives in."""
         return type(self.model).__module__.rpartition(".")[2]
 
+    @property
+    def world_sizes(self) -> list[int]:
+        """How many workers it may train with, ascending: those between its bounds that share a batch evenly."""
+        share, scaling = self.train.batch_size // self.train.accumulation_steps, self.scaling
+        if isinstance(scaling.num_workers, int):
+            return [scaling.num_workers]
+        return [n for n in range(scaling.least_workers, scaling.most_workers + 1) if share % n == 0]
+
     @field_validator("model", mode="before")
     @classmethod
     def _family_settings(cls, value: object, info: ValidationInfo) -> Section:
@@ -170,6 +235,8 @@ class ModelSpec(Section):
         path = value.get("path") if isinstance(value, dict) else None
         if not path or not isinstance(path, str) or not isinstance(value, dict) or "base" not in context:
             return value
+        if not context.get("paths", True):
+            return value  # refused by DataConfig
         path, base = os.path.expanduser(path), context["base"]
         if base is None and not os.path.isabs(path):
             raise all_wrong([Problem(("path",), f"got {show(path)}, expected an absolute path")])
@@ -185,26 +252,41 @@ class ModelSpec(Section):
             return self
         problems = self._wrong_batch_size()
         if not _is_outline(info):
-            problems += self._wrong_kind() + self._wrong_metric()
+            problems += self._wrong_kind(_added(info)) + self._wrong_metric()
         if problems:
             raise all_wrong(problems)
         return self
 
     def _wrong_batch_size(self) -> list[Problem]:
         size, workers, passes = self.train.batch_size, self.scaling.num_workers, self.train.accumulation_steps
-        parts = workers * passes
-        if size % parts == 0:
+        fixed = workers if isinstance(workers, int) else 1
+        parts = fixed * passes
+        if size % parts:
+            near = [n for n in (size // parts * parts, (size // parts + 1) * parts) if n]
+            named = f"accumulation_steps {passes}"
+            if isinstance(workers, int):
+                named = f"scaling.num_workers {workers} x {named}"
+            need = f"a multiple of {parts} ({named}); write {' or '.join(map(str, near))}"
+            return [Problem(("train", "batch_size"), f"got {size}, expected {need}")]
+        if isinstance(workers, int):
             return []
-        near = [n for n in (size // parts * parts, (size // parts + 1) * parts) if n]
-        need = f"a multiple of {parts} (scaling.num_workers {workers} x accumulation_steps {passes})"
-        return [Problem(("train", "batch_size"), f"got {size}, expected {need}; write {' or '.join(map(str, near))}")]
+        share, named = size // passes, f"batch_size {size}" + (f" / accumulation_steps {passes}" if passes > 1 else "")
+        return [
+            Problem(
+                ("scaling", "num_workers", bound),
+                f"got {found}, expected a divisor of {share} ({named}); write {_nearest_divisors(share, found)}",
+            )
+            for bound, found in (("min", workers.min), ("max", workers.max))
+            if share % found
+        ]
 
-    def _wrong_kind(self) -> list[Problem]:
-        source, kind = DATASETS.get(self.data.dataset or ""), models.load(self.family).kind
-        if source is None or source.kind == kind:  # what lies under a path is seen when it is loaded
+    def _wrong_kind(self, added: dict[str, stored.Kind]) -> list[Problem]:
+        kinds = {name: source.kind for name, source in DATASETS.items()} | added
+        name, kind = self.data.dataset or "", models.load(self.family).kind
+        if kinds.get(name, kind) == kind:  # what lies under a path is seen when it is loaded
             return []
-        fitting = ", ".join(name for name, other in DATASETS.items() if other.kind == kind)
-        found = f"got {source.name!r}, a dataset of {source.kind}s, but {self.family} learns from {kind}s"
+        fitting = ", ".join(other for other in kinds if kinds[other] == kind)
+        found = f"got {name!r}, a dataset of {kinds[name]}s, but {self.family} learns from {kind}s"
         return [Problem(("data", "dataset"), f"{found}; write one of {fitting}")]
 
     def _wrong_metric(self) -> list[Problem]:
@@ -235,8 +317,11 @@ class JobSpec(Section):
         return self
 
 
-def read_spec(path: Path) -> JobSpec:
+def read_spec(path: Path, datasets: Mapping[str, stored.Kind] | None = None) -> JobSpec:
     """The spec in a person's file; a relative `data.path` in it is relative to the file's folder.
+
+    Args:
+        datasets: as `parse_spec` has them.
 
     Raises:
         SpecError: the file cannot be read, or is no sound spec.
@@ -250,22 +335,32 @@ def read_spec(path: Path) -> JobSpec:
         raise SpecError(f"{path}: a directory; write the path of a job spec in it") from None
     except OSError as error:
         raise SpecError(f"{path}: cannot be read: {error.strerror}") from None
-    return parse_spec(data, str(path), path.absolute().parent)
+    return parse_spec(data, str(path), path.absolute().parent, datasets)
 
 
-def parse_spec(data: bytes, source: str, base: Path | None = None) -> JobSpec:
+def parse_spec(
+    data: bytes,
+    source: str,
+    base: Path | None = None,
+    datasets: Mapping[str, stored.Kind] | None = None,
+    *,
+    paths: bool = True,
+) -> JobSpec:
     """The spec that a person wrote, in YAML or JSON.
 
     Args:
         source: what to call the document in messages, e.g. the file's name.
         base: the folder that a relative `data.path` is relative to; without one it must be absolute.
+        datasets: the added datasets that it may name, as `data.stored.kinds` gives them.
+        paths: whether it may name files at all: what comes over the network may not.
 
     Raises:
         SpecError: with a line `source:line: path: what was found, what would be right` for each problem.
     """
     document = strict_yaml.read(data, source)
+    context = {"base": base, "datasets": datasets or {}, "paths": paths}
     for outline in (True, False):  # what can be told without torch is told at once
-        spec = _validate(document, source, {"base": base, "outline": outline})
+        spec = _validate(document, source, {**context, "outline": outline})
     return spec
 
 
@@ -334,12 +429,23 @@ def _line(document: strict_yaml.Document, problem: Problem) -> int:
     return next(document.lines[loc] for loc in ways_up if loc in document.lines)
 
 
+def _nearest_divisors(number: int, near: int) -> str:
+    """The divisors below and above a number that is none, as numbers of workers."""
+    below = next(n for n in range(near, 0, -1) if number % n == 0)
+    above = next((n for n in range(near, min(number, 1024) + 1) if number % n == 0), None)
+    return f"{below} or {above}" if above else f"{below}"
+
+
 def _is_outline(info: ValidationInfo) -> bool:
     return bool((info.context or {}).get("outline"))
 
 
 def _is_stored(info: ValidationInfo) -> bool:
     return bool((info.context or {}).get("stored"))
+
+
+def _added(info: ValidationInfo) -> dict[str, stored.Kind]:
+    return dict((info.context or {}).get("datasets", {}))
 
 
 def _sha256(section: Section) -> str:

@@ -39,6 +39,7 @@ from genmodels.spec import ModelSpec, TrainConfig
 log = logging.getLogger(__name__)
 
 EVALUATION_ROWS = 128  # examples of one evaluation batch and rank
+COMPILING_STEPS = 3  # with `compile`: the first step compiles, and the next ones where shapes turn out to vary
 PREVIEW_IMAGES = 64
 PREVIEW_TOKENS = 200
 
@@ -129,9 +130,11 @@ def train(
         step, samples = manifest.step, manifest.samples
 
     total, interval, started = config.max_steps * config.batch_size, Interval(), time.perf_counter()
-    leaving = False
+    leaving, first = False, step + 1
     while step < config.max_steps and not leaving:
         step += 1
+        if recorder and config.compile and step < first + COMPILING_STEPS:
+            recorder.tick("compiling", step - 1)
         progress = torch.tensor(samples / total, device=group.device)
         rate = schedule(config, step)
         batches = list(micro_batches(split, config, samples, group))
@@ -165,6 +168,8 @@ def train(
             row |= {"epoch": samples / len(split), "seconds": time.perf_counter() - started}
             if recorder:
                 recorder.log({"step": step, **row})
+            if recorder and (evaluating or saving):
+                log.info("step %d of %d: %s", step, config.max_steps, _shown(row))
             interval = Interval()
         if saving and recorder:
             metrics = {name: value for name, value in row.items() if name in served.metric_names}
@@ -296,6 +301,11 @@ def _optimize(
     for optimizer in player.optimizers:
         optimizer.step()
     return values | {"gradient_norm": norm}, wishes > 0
+
+
+def _shown(row: Mapping[str, float]) -> str:
+    """Losses and metrics for people."""
+    return ", ".join(f"{name} {value:.4g}" for name, value in row.items() if name.endswith("loss") or "val_" in name)
 
 
 @torch.no_grad()

@@ -1,195 +1,271 @@
-"""From a queued run to its end: starts attempts, watches them, and decides by class of failure what comes next.
+"""From the queue in storage to drivers: one leased dispatcher starts, watches, preempts and ends all runs.
 
-This is the simplest form of the dispatcher: it carries one run after the other, with drivers as subprocesses. It alone
-writes the states of the runs it carries; each write is a compare-and-swap, so of two dispatchers one stops at its next
-write. What an overtaken driver still writes stays outside the run's chain. A store that is away is waited for.
+It holds nothing that is not in storage: a new one reads the open jobs, stamps the epoch of its lease into the status of
+each run, so that the old one can write no state any more, and goes on. People leave wishes, drivers leave heartbeats and
+results; the dispatcher alone writes states.
 """
 
 from __future__ import annotations
 
-import contextlib
-import os
-import secrets
-import signal
-import subprocess
-import sys
+import logging
+import threading
 import time
-from collections.abc import Callable
-from pathlib import Path
-from typing import Protocol
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from os import environ
+from typing import Any
 
-from genmodels.errors import Conflict, GenmodelsError, StorageUnavailable
-from genmodels.run import Heartbeat, Result, Run, State, Status, patiently
-from genmodels.storage import Storage
+from genmodels.job import Jobs
+from genmodels.lease import Lease
 
-POLL_SECONDS = 0.5
-LEAVE_SECONDS = 60.0  # for an attempt to save and end before it is killed
-BACK_OFF_SECONDS = (1.0, 5.0, 15.0)
-FRUITLESS_ATTEMPTS = 3  # attempts in a row without a new checkpoint that end a run
-OUT_OF_MEMORY_ATTEMPTS = 2  # that end a run; one may have been another process's doing
+from genmodels.attempt import stored_job
+from genmodels.errors import GenmodelsError, JobNotFound, KeyNotFound, LeaseLost, StorageUnavailable
+from genmodels.run import ENDED, Run, now
+from genmodels.spec import ModelSpec
+from genmodels.storage import Storage, write_document
+from services.scheduling import Plan, Queued, Running, plan
+from services.supervise import Backend, Capacity, Supervisor
 
-Watch = Callable[[Status, Heartbeat | None], None]
+POLL_SECONDS = 1.0
+CAPACITY_SECONDS = 2.0  # how long what the cluster said of itself is believed
+GROW_SECONDS = float(environ.get("GENMODELS_GROW_SECONDS", "15"))  # that room must have been there to grow into it
+GROW_WORTH_SECONDS = float(environ.get("GENMODELS_GROW_WORTH_SECONDS", "60"))  # left to train, or growing does not pay
+ADOPTED_AT_ONCE = 8
+QUEUE = "dispatcher/queue.json"
 
-
-class Driver(Protocol):
-    """A driver that was started."""
-
-    def poll(self) -> int | None:
-        """Its exit code, or None while it runs."""
-
-    def kill(self) -> None:
-        """End it and everything it started, at once."""
-
-
-class Backend(Protocol):
-    """Where drivers run."""
-
-    def start(self, storage_url: str, job: str, model: str, attempt: int) -> Driver: ...
+log = logging.getLogger("genmodels.dispatch")
 
 
-class SubprocessBackend:
-    """Drivers as processes of this machine, in sessions of their own: a Ctrl-C in the terminal is not theirs."""
+@dataclass
+class _Carried:
+    """A run of an open job."""
 
-    def __init__(self, logs: Path, environment: dict[str, str]) -> None:
-        self.logs, self.environment = logs, environment
+    spec: ModelSpec
+    priority: int
+    submitted: tuple[str, int]
+    supervisor: Supervisor
+    passed: int = 0
+    room_since: float | None = None  # to grow
 
-    def start(self, storage_url: str, job: str, model: str, attempt: int) -> Driver:
-        self.logs.mkdir(parents=True, exist_ok=True)
-        command = [sys.executable, "-m", "services.train", "--storage", storage_url, "--job", job, "--model", model]
-        with self.log(model, attempt).open("ab") as log:
-            process = subprocess.Popen(
-                [*command, "--attempt", str(attempt)],
-                stdin=subprocess.DEVNULL,
-                stdout=log,
-                stderr=subprocess.STDOUT,
-                env={**os.environ, **self.environment},
-                start_new_session=True,
-            )
-        return _Process(process)
-
-    def log(self, model: str, attempt: int) -> Path:
-        return self.logs / f"{model}-attempt-{attempt}.log"
-
-
-class _Process:
-    def __init__(self, process: subprocess.Popen[bytes]) -> None:
-        self.process = process
-
-    def poll(self) -> int | None:
-        return self.process.poll()
-
-    def kill(self) -> None:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.process.pid, signal.SIGKILL)
-        self.process.wait()
+    @property
+    def job(self) -> str:
+        return self.supervisor.run.job
 
 
 class Dispatcher:
-    def __init__(self, storage: Storage, backend: Backend) -> None:
-        self.storage, self.backend = storage, backend
+    """`run` it in a thread; any number may run against one store, one of them works."""
 
-    def carry(self, job: str, model: str, watch: Watch) -> tuple[Status, Result | None]:
-        """Bring a run to its end, from wherever it stands. One that has succeeded or failed its gate is left as it is.
+    def __init__(self, storage: Storage, backend: Backend, lease: Lease | None = None) -> None:
+        self.storage, self.backend, self.lease = storage, backend, lease or Lease(storage)
+        self.jobs = Jobs(storage)
+        self._runs: dict[str, _Carried] = {}  # by job/model
+        self._capacity: tuple[float, Capacity | None] = (-CAPACITY_SECONDS, None)
+        self._shown: Any = None
+        self._silent = False
+
+    def run(self, stop: threading.Event) -> None:
+        """Dispatch whenever the lease can be had, until `stop` is set; runs go on without a dispatcher."""
+        while not stop.is_set():
+            try:
+                epoch = self.lease.try_acquire()
+                self._answered()
+            except StorageUnavailable as error:
+                epoch = None
+                self._away(error)
+            if epoch is None:
+                stop.wait(POLL_SECONDS)
+                continue
+            log.info("this dispatcher holds the lease, epoch %d", epoch)
+            self._hold(epoch, stop)
+        try:
+            self.lease.release()
+        except GenmodelsError as error:
+            log.warning("the lease was not given back, so the next dispatcher waits for its end: %s", error)
+
+    def tick(self, epoch: int) -> None:
+        """Look at everything once.
 
         Raises:
-            KeyboardInterrupt: Ctrl-C; the attempt has saved and left, and the run is queued again.
-            GenmodelsError: another dispatcher carries this run.
+            LeaseLost: another dispatcher has taken over.
         """
-        run = Run(self.storage, job, model)
-        status, etag = patiently(run.status)
-        result = patiently(lambda: run.result(status.attempt)) if status.attempt else None
-        if status.state == "succeeded" or (status.state == "failed" and result and result.cause == "gate"):
-            return status, result
-        state = _Statekeeper(run, status, etag, watch)
-        fruitless = memory = 0
-        while True:
-            attempt = state.status.attempt + 1
-            result = self._attempt(run, attempt, state)
-            if result.outcome == "succeeded":
-                return state.to("succeeded", result.message), result
-            saved = any(place.attempt == attempt for place in patiently(run.checkpoints))
-            fruitless = 0 if saved else fruitless + 1
-            memory += result.cause == "out of memory"
-            retry = result.outcome == "left" or result.cause in ("infrastructure", "superseded", "out of memory")
-            if not retry or memory >= OUT_OF_MEMORY_ATTEMPTS:
-                return state.to("failed", result.message), result
-            if fruitless >= FRUITLESS_ATTEMPTS:
-                reason = f"{fruitless} attempts without a new checkpoint; the last: {result.message}"
-                return state.to("failed", reason), result
-            state.to("queued", result.message)
-            time.sleep(BACK_OFF_SECONDS[fruitless])
-
-    def _attempt(self, run: Run, attempt: int, state: _Statekeeper) -> Result:
-        driver: Driver | None = None
         try:
-            state.to("starting", f"attempt {attempt}", attempt)
-            driver = self.backend.start(self.storage.url, run.job, run.model, attempt)
-            while (code := driver.poll()) is None:
-                with contextlib.suppress(StorageUnavailable):  # the driver waits for storage too; look again
-                    state.follow(run.heartbeat(attempt))
-                time.sleep(POLL_SECONDS)
-            state.follow(patiently(lambda: run.heartbeat(attempt)))
-            message = f"the driver ended with code {code} and left no result"
-            lost = Result(outcome="failed", cause="infrastructure", message=message)
-            return patiently(lambda: run.result(attempt)) or lost
-        except BaseException as interruption:
-            reason = "stopped by Ctrl-C" if isinstance(interruption, KeyboardInterrupt) else f"stopped: {interruption}"
-            if driver:
-                self._leave(run, attempt, driver, reason)
-            with contextlib.suppress(StorageUnavailable):  # then the state stays until somebody carries the run on
-                state.to("queued", f"{reason}; goes on from step {_progress(run)}", wait=False)
-            raise
+            self._adopt(epoch)
+            self._hear(epoch)
+            for run in self._runs.values():
+                self._step(run)
+            self._close()
+            self._schedule()
+            self._answered()
+        except StorageUnavailable as error:
+            self._away(error)
 
-    def _leave(self, run: Run, attempt: int, driver: Driver, reason: str) -> None:
-        """Let an attempt save and end; kill it when that takes too long, cannot be, or a second Ctrl-C comes."""
+    def _hold(self, epoch: int, stop: threading.Event) -> None:
+        self._runs.clear()
+        self._shown = None
+        over = threading.Event()
+        renewer = threading.Thread(target=self._renew, args=(over,), name="lease", daemon=True)
+        renewer.start()
         try:
-            if driver.poll() is None:
-                run.wish("leave", attempt, reason)
-            deadline = time.monotonic() + LEAVE_SECONDS
-            while driver.poll() is None and time.monotonic() < deadline:
-                beat = run.heartbeat(attempt)
-                if beat is None or beat.phase == "starting":
-                    break  # nothing was trained yet: there is nothing to save
-                time.sleep(POLL_SECONDS)
-        except (KeyboardInterrupt, StorageUnavailable):
-            pass  # while the store is away nothing can be saved
+            while not stop.is_set() and not over.is_set() and self.lease.held():
+                self.tick(epoch)
+                stop.wait(POLL_SECONDS)
+        except LeaseLost as lost:
+            log.warning("%s", lost)
         finally:
-            if driver.poll() is None:
-                driver.kill()
+            over.set()
+            renewer.join()
 
+    def _renew(self, over: threading.Event) -> None:
+        """Beside the ticks, which a slow store may make long."""
+        while not over.wait(self.lease.seconds / 4):
+            try:
+                self.lease.renew()
+            except LeaseLost as lost:
+                log.warning("%s", lost)
+                over.set()
+            except GenmodelsError as error:
+                log.debug("the lease was not renewed: %s", error)
 
-class _Statekeeper:
-    """Writes a run's states by compare-and-swap, then tells the watcher."""
+    # Jobs
 
-    def __init__(self, run: Run, status: Status, etag: str | None, watch: Watch) -> None:
-        self.run, self.status, self.etag, self.watch = run, status, etag, watch
-
-    def to(self, state: State, reason: str, attempt: int | None = None, *, wait: bool = True) -> Status:
-        """The new status, once it is in storage; `wait` for a store that is away."""
-        status, nonce = self.status.to(state, reason, attempt), secrets.token_hex(16)
-
-        def swap() -> str:
-            return self.run.write_status(status, self.etag, nonce)
-
-        try:
-            self.etag = patiently(swap) if wait else swap()
-        except Conflict:
-            name = f"{self.run.job}/{self.run.model}"
-            raise GenmodelsError(f"run {name} is carried by another dispatcher; this one stops") from None
-        self.status = status
-        self.watch(status, None)
-        return status
-
-    def follow(self, heartbeat: Heartbeat | None) -> None:
-        """Take over what the driver shows of itself."""
-        if heartbeat is None:
+    def _adopt(self, epoch: int) -> None:
+        known = {run.job for run in self._runs.values()}
+        new = [job for job in self.jobs.open() if job not in known]
+        if not new:
             return
-        if heartbeat.phase == "publishing" and self.status.state != "publishing":
-            self.to("publishing", "training has ended")
-        elif heartbeat.phase not in ("starting", "publishing") and self.status.state == "starting":
-            self.to("running", "the workers train")
-        self.watch(self.status, heartbeat)
+        with ThreadPoolExecutor(ADOPTED_AT_ONCE) as threads:
+            for carried in threads.map(lambda job: self._read(job, epoch), new):
+                self._runs |= carried
 
+    def _read(self, job: str, epoch: int) -> dict[str, _Carried]:
+        try:
+            spec, entry = stored_job(self.storage, job), self.jobs.entry(job)
+        except (JobNotFound, KeyNotFound):
+            return {}  # its submission has not been brought to its end
+        except StorageUnavailable:
+            raise
+        except GenmodelsError as error:
+            log.error("job %s cannot be read: %s", job, error)
+            return {}
+        found = {}
+        for place, model in enumerate(spec.models):
+            run = Run(self.storage, job, model.name)
+            status, etag = run.status()
+            supervisor = Supervisor(run, self.backend, status, etag)
+            supervisor.stamp(epoch)
+            found[run.name] = _Carried(model, spec.priority, (entry.submitted, place), supervisor)
+        return found
 
-def _progress(run: Run) -> int:
-    return max((place.step for place in run.checkpoints()), default=0)
+    def _hear(self, epoch: int) -> None:
+        """Have runs look at wishes of which we were told."""
+        for job, model in self.jobs.nudged():
+            if f"{job}/{model}" not in self._runs and self.jobs.exists(job):
+                self.jobs.reopen(job)  # an ended job, whose runs somebody may want to resume
+                self._runs |= self._read(job, epoch)
+            self.jobs.take_nudge(job, model)  # first: who nudges again meanwhile has left another wish
+            if run := self._runs.get(f"{job}/{model}"):
+                run.supervisor.wished = True
+
+    def _step(self, run: _Carried) -> None:
+        try:
+            run.supervisor.step()
+        except (StorageUnavailable, LeaseLost):
+            raise
+        except GenmodelsError as error:
+            log.warning("%s: %s", run.supervisor.run.name, error)
+        except Exception:  # one run's trouble is no other's
+            log.exception("%s: not carried on for now", run.supervisor.run.name)
+
+    def _close(self) -> None:
+        jobs: dict[str, list[Supervisor]] = {}
+        for run in self._runs.values():
+            jobs.setdefault(run.job, []).append(run.supervisor)
+        for job, supervisors in jobs.items():
+            if all(each.status.state in ENDED and not each.wished for each in supervisors):
+                ended = max(each.status.history[-1].time for each in supervisors)
+                self.jobs.close(job, ended, {each.run.model: each.status.state for each in supervisors})
+                for each in supervisors:
+                    del self._runs[each.run.name]
+
+    # The queue
+
+    def _schedule(self) -> None:
+        queued = [self._queued(key, run) for key, run in self._runs.items() if run.supervisor.status.state == "queued"]
+        active = [self._running(key, run) for key, run in self._runs.items() if run.supervisor.active]
+        capacity = self._ask_capacity()
+        if capacity is None:
+            waiting = [(run.key, run.not_yet or "the cluster does not answer") for run in queued]
+            self._show(None, waiting)
+            return
+        todo = plan(queued, active, capacity)
+        for key, workers in todo.starts:
+            self._runs[key].supervisor.start(workers)
+            self._step(self._runs[key])
+        for key, reason in todo.leaves:
+            self._runs[key].supervisor.leave(reason)
+        for key in todo.passed:
+            self._runs[key].passed += 1
+        self._grow(todo)
+        self._show(capacity, todo.reasons)
+
+    def _queued(self, key: str, run: _Carried) -> Queued:
+        not_yet = "backs off after a failure" if run.supervisor.seconds_to_wait else ""
+        sizes, use_gpu = run.spec.world_sizes, run.spec.scaling.use_gpu
+        return Queued(key, run.priority, run.submitted, sizes, use_gpu, run.passed, not_yet)
+
+    def _running(self, key: str, run: _Carried) -> Running:
+        status, beat = run.supervisor.status, run.supervisor.heartbeat
+        growable = bool(
+            status.state == "running"
+            and beat
+            and beat.phase == "training"
+            and (beat.seconds_left or 0.0) > GROW_WORTH_SECONDS
+        )
+        return Running(
+            key,
+            run.priority,
+            since=next(change.time for change in reversed(status.history) if change.state == "starting"),
+            sizes=run.spec.world_sizes,
+            workers=status.workers,
+            use_gpu=run.spec.scaling.use_gpu,
+            leaving=run.supervisor.leaving,
+            growable=growable,
+        )
+
+    def _grow(self, todo: Plan) -> None:
+        """Let runs grow into room that has been there for a while: each growth costs a restart."""
+        growing = dict(todo.grows)
+        for key, run in self._runs.items():
+            if key not in growing:
+                run.room_since = None
+            elif run.room_since is None:
+                run.room_since = time.monotonic()
+            elif time.monotonic() - run.room_since >= GROW_SECONDS:
+                run.room_since = None
+                run.supervisor.leave(growing[key])
+
+    def _ask_capacity(self) -> Capacity | None:
+        asked, known = self._capacity
+        if time.monotonic() - asked >= CAPACITY_SECONDS:
+            known = self.backend.capacity()
+            self._capacity = time.monotonic(), known
+        return known
+
+    def _show(self, capacity: Capacity | None, waiting: list[tuple[str, str]]) -> None:
+        """Leave the order of the queue, and why each waits, for whoever asks."""
+        names = ((*key.split("/"), reason) for key, reason in waiting)
+        queue = [{"job": job, "model": model, "reason": reason} for job, model, reason in names]
+        has = {"cpus": capacity.cpus, "gpus": capacity.gpus} if capacity else None
+        if self._shown != (has, queue):
+            write_document(self.storage, QUEUE, {"time": now(), "capacity": has, "queue": queue})
+            self._shown = has, queue
+
+    def _away(self, error: StorageUnavailable) -> None:
+        if not self._silent:
+            log.warning("waiting for storage: %s", error)
+        self._silent = True
+
+    def _answered(self) -> None:
+        if self._silent:
+            log.info("storage answers again")
+        self._silent = False

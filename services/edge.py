@@ -1,6 +1,6 @@
 """What stands before every route: limits on bodies, headers that are not a client's to send, ids, one form of errors.
 
-`Edge` is an ASGI middleware and runs twice: around the gateway's application, and in Serve's HTTP proxy
+`Edge` is an ASGI middleware around both applications. Before the gateway's it runs once more, in Serve's HTTP proxy
 (PROXY_ENVIRONMENT), where it stops a large body before it is buffered, takes away headers by which a client could
 switch off Serve's timeout or its watch for a lost connection, and puts Serve's own errors into our form.
 """
@@ -8,15 +8,19 @@ switch off Serve's timeout or its watch for a lost connection, and puts Serve's 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import logging
 import re
+import traceback
 import uuid
-from collections.abc import Collection, Mapping
+from collections.abc import AsyncIterator, Collection, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.middleware import Middleware
+from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
@@ -37,7 +41,9 @@ STEERING = frozenset(  # how Serve's own parts talk to its proxy; each with - an
     }
 )
 
-logger = logging.getLogger("genmodels.gateway")
+_SAFE = frozenset({"GET", "HEAD", "OPTIONS"})
+
+logger = logging.getLogger("genmodels.edge")
 
 
 def proxy_middlewares() -> list[Middleware]:
@@ -70,12 +76,28 @@ def refuse(
     return Json(envelope(status, message, param=param, code=code), status, headers)
 
 
+@dataclass(frozen=True)
+class Streamed:
+    """A route that reads its body as it comes, up to a limit of its own."""
+
+    method: str
+    prefix: str  # of the path
+    max_body: int  # bytes
+
+    def matches(self, scope: Scope) -> bool:
+        return scope["method"] == self.method and scope["path"].startswith(self.prefix)
+
+
 class Edge:
     """ASGI middleware.
 
     Args:
         hosts: the names in a Host header that are answered; None for any. Without keys, a page of any web site could
-            otherwise have its own name resolve to 127.0.0.1 and use a visitor's browser to ask us (DNS rebinding).
+            otherwise have its own name resolve to 127.0.0.1 and use a visitor's browser to ask us (DNS rebinding),
+            or send a form there from under its own name.
+        max_body: bytes; a body is read whole before the application sees the request.
+        body_seconds: for a whole body to arrive, or for the next part of a streamed one.
+        streamed: where that is otherwise.
     """
 
     def __init__(
@@ -85,8 +107,10 @@ class Edge:
         hosts: Collection[str] | None = None,
         max_body: int = MAX_BODY,
         body_seconds: float = BODY_SECONDS,
+        streamed: Streamed | None = None,
     ) -> None:
         self._app, self._hosts, self._max_body, self._body_seconds = app, hosts, max_body, body_seconds
+        self._streamed = streamed
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -98,23 +122,24 @@ class Edge:
         headers = Headers(scope=scope)
         request_id = _request_id(headers.get(REQUEST_ID))
         answer = _Answer(send, request_id)
-        try:
-            self._check(headers)
-            body = await self._read(receive)
-        except _Refused as refused:
-            await refused.response(scope, receive, answer.send)
-            return
-        except _Gone:
-            return
         kept = [(name, value) for name, value in scope["headers"] if not _steers(name)]
-        scope = {**scope, "headers": [*kept, (REQUEST_ID.encode(), request_id.encode())]}
+        inner = {**scope, "headers": [*kept, (REQUEST_ID.encode(), request_id.encode())]}
         try:
-            await self._app(scope, _replay(body, receive), answer.send)
-        except Exception:
-            logger.exception("request %s failed", request_id)
+            streamed = self._streamed if self._streamed and self._streamed.matches(scope) else None
+            limit = streamed.max_body if streamed else self._max_body
+            self._check(scope["method"], headers, limit)
+            bounded = self._bounded(receive, limit) if streamed else _replay(await self._read(receive), receive)
+            await self._app(inner, bounded, answer.send)
+        except _Refused as refused:
+            if not answer.started:
+                await refused.response(scope, receive, answer.send)
+        except (_Gone, ClientDisconnect):
+            return
+        except Exception as error:
+            logger.error("request %s failed: %s", request_id, _where(error))
         await answer.finish()
 
-    def _check(self, headers: Headers) -> None:
+    def _check(self, method: str, headers: Headers, limit: int) -> None:
         name = re.sub(r":\d*$", "", headers.get("host", "")).lower()
         if self._hosts is not None and name not in self._hosts:
             message = (
@@ -122,33 +147,56 @@ class Edge:
                 f"{', '.join(sorted(self._hosts))}, lest a web page reaches it under a name of its own (DNS rebinding)"
             )
             raise _Refused(refuse(403, message, code="host_not_allowed"))
+        origin = headers.get("origin")
+        if self._hosts is not None and method not in _SAFE and origin and not _is_own(origin, headers["host"]):
+            message = (
+                f"Origin {origin[:100]!r} is another site: without keys, what changes something is only taken from "
+                "programs and from this server's own pages"
+            )
+            raise _Refused(refuse(403, message, code="origin_not_allowed"))
         length = headers.get("content-length", "0")
         if not length.isdecimal():
             raise _Refused(refuse(400, "the Content-Length header is not a number"))
-        if int(length[:20]) > self._max_body:
-            raise _Refused(self._too_large())
+        if int(length[:20]) > limit:
+            raise _too_large(limit)
 
     async def _read(self, receive: Receive) -> bytes:
-        parts, size, more = [], 0, True
+        parts, more = [], True
+        bounded = self._bounded(receive, self._max_body)
+        async with self._in_time():
+            while more:
+                message = await bounded()
+                if message["type"] == "http.disconnect":
+                    raise _Gone
+                parts.append(message.get("body", b""))
+                more = message.get("more_body", False)
+        return b"".join(parts)
+
+    def _bounded(self, receive: Receive, limit: int) -> Receive:
+        size, more = 0, True
+
+        async def bounded() -> Message:
+            nonlocal size, more
+            if not more:  # all of the body has come; what comes after it, the client's leaving, may take its time
+                return await receive()
+            async with self._in_time():
+                message = await receive()
+            size += len(message.get("body", b""))
+            if size > limit:
+                raise _too_large(limit)
+            more = message.get("more_body", False)
+            return message
+
+        return bounded
+
+    @contextlib.asynccontextmanager
+    async def _in_time(self) -> AsyncIterator[None]:
         try:
             async with asyncio.timeout(self._body_seconds):
-                while more:
-                    message = await receive()
-                    if message["type"] == "http.disconnect":
-                        raise _Gone
-                    parts.append(message.get("body", b""))
-                    size += len(parts[-1])
-                    if size > self._max_body:
-                        raise _Refused(self._too_large())
-                    more = message.get("more_body", False)
+                yield
         except TimeoutError:
             late = f"the request's body did not arrive within {self._body_seconds:g} s"
             raise _Refused(refuse(408, late)) from None
-        return b"".join(parts)
-
-    def _too_large(self) -> Json:
-        message = f"the request's body is larger than {self._max_body:,} bytes, the most that is read"
-        return refuse(413, message, code="body_too_large")
 
 
 class _Refused(Exception):
@@ -161,17 +209,22 @@ class _Gone(Exception):
     """The client has left."""
 
 
+def _too_large(limit: int) -> _Refused:
+    message = f"the request's body is larger than {limit:,} bytes, the most that is read"
+    return _Refused(refuse(413, message, code="body_too_large"))
+
+
 class _Answer:
     """Passes an answer on with its id; puts plain errors of Serve's into our form, and ends broken streams as such."""
 
     def __init__(self, send: Send, request_id: str) -> None:
         self._send, self._request_id = send, request_id
-        self._started = self._finished = self._replaced = False
+        self.started = self._finished = self._replaced = False
         self._is_event_stream = False
 
     async def send(self, message: Message) -> None:
         if message["type"] == "http.response.start":
-            self._started = True
+            self.started = True
             headers = MutableHeaders(scope=message)
             content_type = headers.get("content-type", "")
             self._is_event_stream = content_type.startswith("text/event-stream")
@@ -187,7 +240,7 @@ class _Answer:
 
     async def finish(self) -> None:
         """Called when the application has returned, perhaps because it broke."""
-        if not self._started:
+        if not self.started:
             await self._refuse(500, None)
         elif self._is_event_stream and not self._finished:
             event = f"data: {json.dumps(envelope(500, self._message(500)))}\n\n"
@@ -206,6 +259,16 @@ class _Answer:
             503: "not ready or too busy; try again in a moment",
         }
         return messages.get(status, f"internal error; the log has it under request id {self._request_id}")
+
+
+def _is_own(origin: str, host: str) -> bool:
+    return origin.lower() in (f"http://{host.lower()}", f"https://{host.lower()}")
+
+
+def _where(error: BaseException) -> str:
+    """Kind and place of an error: its message might quote a request, which is no business of a log's."""
+    frames = traceback.extract_tb(error.__traceback__)[-4:]
+    return " < ".join([type(error).__name__, *(f"{frame.filename}:{frame.lineno}" for frame in reversed(frames))])
 
 
 def _steers(header: bytes) -> bool:

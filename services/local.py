@@ -12,9 +12,10 @@ from pathlib import Path
 from types import TracebackType
 
 from genmodels.errors import Conflict, GenmodelsError
+from genmodels.pin import pin_datasets, pin_initial
 from genmodels.spec import JobSpec, dump, job_id
 from genmodels.storage import Storage
-from services.dispatch import SubprocessBackend
+from services.backends import SubprocessBackend
 from services.edge import PROXY_ENVIRONMENT
 
 HOST = "127.0.0.1"
@@ -82,10 +83,17 @@ def ray_environment() -> dict[str, str]:
 
 
 def submit(storage: Storage, spec: JobSpec) -> str:
-    """Store a job under the id of its content, so that the same file goes on where it was; the job's id."""
-    job = job_id(spec)
-    with contextlib.suppress(Conflict):  # submitted before
-        storage.put(f"jobs/{job}/spec.yaml", dump(spec), if_absent=True)
+    """Store a job under the id of its content, so that the same file goes on where it was; the job's id.
+
+    Raises:
+        SpecError: a dataset or what training starts from is not in the storage.
+    """
+    spec = pin_datasets(spec, storage)
+    job = job_id(spec)  # before `init_from` is pinned: a run that moves the alias it began with is the same run
+    key = f"jobs/{job}/spec.yaml"
+    if not storage.exists(key):
+        with contextlib.suppress(Conflict):  # somebody else is as quick
+            storage.put(key, dump(pin_initial(spec, storage)), if_absent=True)
     return job
 
 

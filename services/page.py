@@ -7,11 +7,6 @@ from collections.abc import Iterable, Mapping
 from html import escape
 from typing import Any
 
-HEADERS = {
-    "content-security-policy": "default-src 'none'; style-src 'unsafe-inline'; frame-ancestors 'none'",
-    "x-content-type-options": "nosniff",
-}
-
 _PAGE = """<!doctype html>
 <html lang="en"><meta charset="utf-8"><title>genmodels</title>
 <style>
@@ -23,33 +18,49 @@ pre {{ background: #eee; padding: .6rem; overflow: auto }}
 {models}
 </html>
 """
+_KEY = '-H "Authorization: Bearer $GENMODELS_KEY"'
+_JSON = "-H 'content-type: application/json'"
 _SAVE = (
     'python3 -c "import base64, json, sys; '
     "sys.stdout.buffer.write(base64.b64decode(json.load(sys.stdin)['data'][0]['b64_json']))\""
 )
 
 
-def page(models: Iterable[Mapping[str, Any]], base_url: str) -> str:
+def page(models: Iterable[Mapping[str, Any]] | None, base_url: str) -> str:
+    """The page.
+
+    Args:
+        models: as in `GET /v1/models`; None where a key is asked for, which a page cannot send: then it lists none.
+    """
+    if models is None:
+        ask = f"curl -s {base_url}/v1/models {_KEY}"
+        return _PAGE.format(models=f"<p>Models are listed for those who have a key:</p><pre>{escape(ask)}</pre>")
     sections = "".join(_section(model, base_url) for model in models)
     return _PAGE.format(models=sections or "<p>No model has been published yet.</p>")
 
 
-def curl(model: Mapping[str, Any], base_url: str) -> list[str]:
+def curl(model: Mapping[str, Any], base_url: str, *, key: bool = False) -> list[str]:
     """Commands that show what a model does.
 
     Args:
         model: as in `GET /v1/models`.
+        key: whether a key is asked for, which then stands in the environment.
     """
     name, verbs, lines = model["id"], model["verbs"], []
+
+    def command(path: str, body: Mapping[str, Any], flags: str = "-s") -> str:
+        headers = f"{_KEY} {_JSON}" if key else _JSON
+        return f"curl {flags} {base_url}{path} {headers} -d '{json.dumps(body)}'"
+
     if "complete" in verbs:
         body = {"model": name, "prompt": "The ", "max_tokens": 200, "stream": True}
-        lines.append(_command(f"{base_url}/v1/completions", body, "-sN"))
+        lines.append(command("/v1/completions", body, "-sN"))
     if "generate" in verbs:
         body = {"model": name, "prompt": "", "n": 16, "grid": True}
-        lines.append(f"{_command(f'{base_url}/v1/images/generations', body)} | {_SAVE} > {name}.png")
+        lines.append(f"{command('/v1/images/generations', body)} | {_SAVE} > {name}.png")
     if "interpolate" in verbs:
         body = {"start": 1, "end": 2, "steps": 8, "grid": True}
-        lines.append(f"{_command(f'{base_url}/v1/models/{name}/interpolate', body)} | {_SAVE} > {name}-way.png")
+        lines.append(f"{command(f'/v1/models/{name}/interpolate', body)} | {_SAVE} > {name}-way.png")
     return lines
 
 
@@ -59,7 +70,3 @@ def _section(model: Mapping[str, Any], base_url: str) -> str:
         f"<h2>{escape(model['id'])}</h2><p>{escape(model['family'])}, version {model['version']}: {escape(verbs)}</p>"
     )
     return title + "".join(f"<pre>{escape(line)}</pre>" for line in curl(model, base_url))
-
-
-def _command(url: str, body: Mapping[str, Any], flags: str = "-s") -> str:
-    return f"curl {flags} {url} -H 'content-type: application/json' -d '{json.dumps(body)}'"

@@ -12,16 +12,16 @@ from types import FrameType
 import httpx
 from rich.console import Console
 
-from genmodels.attempt import build
-from genmodels.data import open_dataset
+from genmodels.attempt import check
 from genmodels.errors import SpecError
+from genmodels.pin import pin_datasets
 from genmodels.run import Result, Status, now
 from genmodels.spec import JobSpec, ModelSpec
 from genmodels.storage import Storage
-from services.dispatch import Dispatcher
 from services.local import LocalPlatform, check_port, submit
 from services.page import curl
 from services.showcase import Showcase
+from services.supervise import carry
 from services.terminal import TrainingView, clock, summary
 
 Row = tuple[ModelSpec, Status, Result | None]
@@ -40,15 +40,14 @@ def quick_run(
         DataError: a dataset is missing, damaged or too small.
         KeyboardInterrupt: Ctrl-C in training; everything was saved and ended.
     """
+    job = pin_datasets(job, storage)
     console = Console()
     if not console.is_terminal:
         console.width = 132  # a log file has room for the table
     chosen = _choose(job, only)
     check_port(port)
     for spec in chosen:  # what is wrong with the data is said before anything is started
-        dataset = open_dataset(spec.data)
-        build(spec, dataset)
-        for note in dataset.notes:
+        for note in check(spec, storage).notes:
             console.print(f"{spec.name}: {note}", markup=False, highlight=False)
     name = submit(storage, job)
     console.print(
@@ -56,7 +55,7 @@ def quick_run(
     )
     if not no_auth:
         console.print("The endpoint asks for no key (keys are not there yet) and listens on 127.0.0.1 only.")
-    workers = max(model.scaling.num_workers for model in chosen)
+    workers = max(model.world_sizes[0] for model in chosen)
     with LocalPlatform(storage, Path(".genmodels") / "logs" / name, max(os.cpu_count() or 1, workers)) as platform:
         with console.status("Starting Ray"):
             platform.start()
@@ -74,7 +73,7 @@ def quick_run(
         with httpx.Client(base_url=endpoint, timeout=120) as client:
             for spec in published:
                 console.rule(f"{spec.name} ({spec.family})", align="left")
-                Showcase(client, console, pictures / name).show(spec, _called(spec))
+                Showcase(client, console, pictures / name).show(spec, _called(spec), storage)
             commands = [curl(client.get(f"/v1/models/{_called(spec)}").json(), endpoint)[0] for spec in published]
         console.print(summary(rows, endpoint))
         console.print(
@@ -104,11 +103,12 @@ def _called(spec: ModelSpec) -> str:
 
 
 def _train(chosen: list[ModelSpec], name: str, platform: LocalPlatform, console: Console) -> list[Row]:
-    dispatcher, view = Dispatcher(platform.storage, platform.backend()), TrainingView(console)
+    backend, view = platform.backend(), TrainingView(console)
     rows: list[Row] = []
     for spec in chosen:
         with view.follow(spec) as watch:
-            rows.append((spec, *dispatcher.carry(name, spec.name, watch)))
+            workers = max([n for n in spec.world_sizes if n <= platform.num_cpus] or spec.world_sizes[:1])
+            rows.append((spec, *carry(platform.storage, backend, name, spec.name, workers, watch)))
         _, status, _ = rows[-1]
         if status.state != "succeeded":
             console.print(

@@ -1,6 +1,7 @@
 """The HTTP ingress for generation, in OpenAI's shapes, so that its clients work unchanged.
 
-Until keys come it runs without: bound to 127.0.0.1, answering only to loopback names, ignoring an Authorization header.
+Without keys it is for this machine alone: bound to 127.0.0.1, answering to loopback names, deaf to an Authorization
+header.
 Bodies have to come as application/json: a page of another site then has to ask before it sends one, and we never agree.
 """
 
@@ -15,8 +16,7 @@ from typing import Any, ClassVar, Literal, Protocol, TypeVar
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import HTMLResponse, StreamingResponse
-from pydantic import Field, ValidationError, field_validator
-from starlette.exceptions import HTTPException
+from pydantic import Field, field_validator
 
 from genmodels.engine.images import (
     DecodeRequest,
@@ -28,20 +28,21 @@ from genmodels.engine.images import (
     InterpolateRequest,
     ReconstructRequest,
 )
-from genmodels.engine.requests import Request as EngineRequest
-from genmodels.engine.requests import refusal
 from genmodels.engine.text import CompletionRequest, Piece
 from genmodels.errors import RequestError
 from genmodels.explain import wrong
 from genmodels.family import Section
-from services.edge import LOOPBACK, REQUEST_ID, Edge, Json, envelope, refuse
+from genmodels.keys import Keys
+from services.api import documented, new_app, read_body
+from services.auth import Caller, Guard
+from services.docs import HEADERS
+from services.edge import LOOPBACK, REQUEST_ID, Json, envelope
 from services.host import Entry, Opened, created
-from services.page import HEADERS, page
+from services.page import page
 
 VERSION = "x-genmodels-version"
 
 T = TypeVar("T")
-BodyT = TypeVar("BodyT", bound=EngineRequest)
 
 
 class Pool(Protocol):
@@ -104,6 +105,8 @@ class GenerationBody(GenerateRequest):
         return value
 
 
+_ABOUT = "Asks trained models for text and pictures, in the shapes of OpenAI's API: its clients work unchanged."
+
 VERBS: tuple[type[ImageRequest], ...] = (
     EncodeRequest,
     DecodeRequest,
@@ -113,38 +116,37 @@ VERBS: tuple[type[ImageRequest], ...] = (
 )
 
 
-def create_app(pool: Pool, *, hosts: Collection[str] | None = LOOPBACK) -> FastAPI:
+def create_app(pool: Pool, *, hosts: Collection[str] | None = LOOPBACK, keys: Keys | None = None) -> FastAPI:
     """The HTTP application before a pool.
 
     Args:
-        hosts: names that a Host header may have; None for any, once there are keys.
+        hosts: names that a Host header may have; None for any, where there are keys.
+        keys: who may ask; None: anyone.
     """
-    app = FastAPI(title="genmodels", docs_url=None, redoc_url=None, redirect_slashes=False)
-    app.add_middleware(Edge, hosts=hosts)
-    app.add_exception_handler(RequestError, _on_request_error)
-    app.add_exception_handler(HTTPException, _on_http_error)
+    app = new_app("genmodels", _ABOUT, hosts=hosts)
+    generate = Guard(keys)("generate")
 
-    @app.get("/healthz")
-    async def healthz() -> Response:
-        return Json({"status": "ok"})
-
-    @app.get("/")
+    @app.get("/", include_in_schema=False)
     async def index(request: Request) -> Response:
-        models = [_model(entry) for entry in _checked(await pool.models())]
-        return HTMLResponse(page(models, str(request.base_url).rstrip("/")), headers=HEADERS)
+        url = str(request.base_url).rstrip("/")
+        models = None if keys else [_model(entry) for entry in _checked(await pool.models())]
+        return HTMLResponse(page(models, url), headers=HEADERS)
 
-    @app.get("/v1/models")
-    async def models() -> Response:
-        return Json({"object": "list", "data": [_model(entry) for entry in _checked(await pool.models())]})
+    @app.get("/v1/models", summary="The models")
+    async def models(caller: Caller = generate) -> Response:
+        entries = [entry for entry in _checked(await pool.models()) if caller.may_use([entry.version.model])]
+        return Json({"object": "list", "data": [_model(entry) for entry in entries]})
 
-    @app.get("/v1/models/{model}")
-    async def model(model: str) -> Response:
+    @app.get("/v1/models/{model}", summary="A model")
+    async def model(model: str, caller: Caller = generate) -> Response:
+        caller.need([model])
         entry = _checked(await pool.model(model))
         return Json(_model(entry), headers={VERSION: entry.version.name})
 
-    @app.post("/v1/completions", openapi_extra=_documented(CompletionBody))
-    async def completions(request: Request) -> Response:
-        body = await _read(CompletionBody, request)
+    @app.post("/v1/completions", summary="Text that goes on from a prompt", openapi_extra=documented(CompletionBody))
+    async def completions(request: Request, caller: Caller = generate) -> Response:
+        body = await read_body(CompletionBody, request)
+        caller.need([body.model])
         items = pool.complete(body.model, body)
         opened = _checked(await anext(items))
         assert isinstance(opened, Opened)
@@ -174,49 +176,24 @@ def create_app(pool: Pool, *, hosts: Collection[str] | None = LOOPBACK) -> FastA
             )
         return Json({**answer, "choices": choices, "usage": _usage(opened, tokens)}, headers=headers)
 
-    @app.post("/v1/images/generations", openapi_extra=_documented(GenerationBody))
-    async def generations(request: Request) -> Response:
-        body = await _read(GenerationBody, request)
+    @app.post("/v1/images/generations", summary="New pictures", openapi_extra=documented(GenerationBody))
+    async def generations(request: Request, caller: Caller = generate) -> Response:
+        body = await read_body(GenerationBody, request)
+        caller.need([body.model])
         return _images(_checked(await pool.answer(body.model, body)))
 
     for kind in VERBS:
-        _add_verb(app, pool, kind)
+        _add_verb(app, pool, kind, generate)
     return app
 
 
-def _add_verb(app: FastAPI, pool: Pool, kind: type[ImageRequest]) -> None:
-    async def verb(model: str, request: Request) -> Response:
-        return _images(_checked(await pool.answer(model, await _read(kind, request))))
+def _add_verb(app: FastAPI, pool: Pool, kind: type[ImageRequest], generate: Any) -> None:
+    async def verb(model: str, request: Request, caller: Caller = generate) -> Response:
+        caller.need([model])
+        return _images(_checked(await pool.answer(model, await read_body(kind, request))))
 
-    app.post(f"/v1/models/{{model}}/{kind.verb}", name=kind.verb, openapi_extra=_documented(kind))(verb)
-
-
-async def _read(kind: type[BodyT], request: Request) -> BodyT:
-    """A request's body as `kind`, strictly, with errors that name the field."""
-    content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-    if content_type != "application/json":
-        raise RequestError(
-            "send the body as JSON, with the header content-type: application/json", status=415, code="not_json"
-        )
-    try:
-        return kind.model_validate_json(await request.body())
-    except ValidationError as error:
-        first = error.errors(include_url=False)[0]
-        if first["type"] == "json_invalid":
-            raise RequestError(f"the body is not valid JSON: {first['ctx']['error']}", code="invalid_json") from None
-        if not first["loc"]:
-            raise RequestError("the body is not a JSON object", code="invalid_json") from None
-        raise refusal(error, kind) from None
-
-
-def _documented(kind: type[EngineRequest]) -> dict[str, Any]:
-    """What OpenAPI says of a body that `_read` reads."""
-    schema = kind.model_json_schema()
-    sections = schema.pop("$defs", {})
-    for name, field in schema["properties"].items():
-        if "$ref" in field:  # a reference would point into a document that is not OpenAPI's
-            schema["properties"][name] = sections[field["$ref"].rpartition("/")[2]]
-    return {"requestBody": {"required": True, "content": {"application/json": {"schema": schema}}}}
+    path, summary = f"/v1/models/{{model}}/{kind.verb}", kind.verb.capitalize()
+    app.post(path, name=kind.verb, summary=summary, openapi_extra=documented(kind))(verb)
 
 
 async def _events(
@@ -294,18 +271,3 @@ def _model(entry: Entry) -> dict[str, Any]:
         **(entry.shape or {}),
         **({"problem": entry.problem} if entry.problem else {}),
     }
-
-
-async def _on_request_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, RequestError)
-    headers = {"retry-after": "1"} if error.status in (429, 503) else None
-    return refuse(error.status, error.message, param=error.param, code=error.code, headers=headers)
-
-
-async def _on_http_error(request: Request, error: Exception) -> Response:
-    assert isinstance(error, HTTPException)
-    messages = {
-        404: f"no route {request.url.path[:200]!r}; GET / and /openapi.json list what there is",
-        405: f"{request.method} is not for {request.url.path[:200]!r}; see the Allow header",
-    }
-    return refuse(error.status_code, messages.get(error.status_code, error.detail), headers=error.headers)

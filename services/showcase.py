@@ -16,6 +16,7 @@ from genmodels.data import ImageData, TextData, decode_image, grid, open_dataset
 from genmodels.errors import GenmodelsError
 from genmodels.family import ImageInfo
 from genmodels.spec import ModelSpec
+from genmodels.storage import Storage
 from genmodels.train import spread
 
 SAMPLES, COLUMNS, ROWS = 64, 10, 8
@@ -28,17 +29,18 @@ class Showcase:
     def __init__(self, client: httpx.Client, console: Console, folder: Path) -> None:
         self.client, self.console, self.folder = client, console, folder
 
-    def show(self, spec: ModelSpec, name: str) -> None:
+    def show(self, spec: ModelSpec, name: str, storage: Storage) -> None:
         """Let a model show each of its verbs.
 
         Args:
             name: what the endpoint calls it.
+            storage: where an added dataset lies.
 
         Raises:
             GenmodelsError: the endpoint answered with an error.
         """
         model = self._get(f"/v1/models/{name}")
-        dataset = open_dataset(spec.data)
+        dataset = open_dataset(spec.data, storage)
         if isinstance(dataset, TextData):
             self._passage(name, dataset)
             return

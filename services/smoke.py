@@ -7,41 +7,46 @@ from pathlib import Path
 
 from genmodels import checkpoint
 from genmodels.attempt import run_attempt
-from genmodels.data import TextData, open_dataset
+from genmodels.data import Dataset, TextData, open_dataset, pin_data
 from genmodels.engine import images, loaded, text
 from genmodels.registry import Registry
 from genmodels.run import Run
 from genmodels.spec import JobSpec, ModelSpec
-from genmodels.storage import open_storage
+from genmodels.storage import Storage, open_storage
 from genmodels.train import Group
 from services.local import submit
 
 STEPS = 2
 
 
-def smoke(spec: ModelSpec) -> str:
-    """Try a model of a job in this process, without Ray; a line on what it answered.
+def smoke(spec: ModelSpec, storage: Storage | None = None) -> str:
+    """Try a model of a job in this process, without Ray; a line on what it answered. It starts from nothing.
+
+    Args:
+        storage: where an added dataset lies; nothing is written there.
 
     Raises:
         GenmodelsError: what went wrong.
     """
     short = {"max_steps": STEPS, "warmup_steps": 0, "eval_every": STEPS, "save_every": STEPS, "log_every": 1}
-    small = spec.model_copy(update={"train": spec.train.model_copy(update=short)})
+    data = pin_data(spec.data, storage) if storage else spec.data
+    dataset = open_dataset(data, storage)  # after which an added one is found in the cache
+    train = spec.train.model_copy(update={**short, "init_from": None})
+    small = spec.model_copy(update={"train": train, "data": data})
     with tempfile.TemporaryDirectory(prefix="genmodels-smoke-") as folder:
-        storage = open_storage(Path(folder).as_uri())
-        job = submit(storage, JobSpec(name="smoke", models=[small]))
-        run_attempt(storage, job, spec.name, 1, Group())
-        run = Run(storage, job, spec.name)
+        scratch_storage = open_storage(Path(folder).as_uri())
+        job = submit(scratch_storage, JobSpec(name="smoke", models=[small]))
+        run_attempt(scratch_storage, job, spec.name, 1, Group())
+        run = Run(scratch_storage, job, spec.name)
         (place,) = run.checkpoints()
-        registry = Registry(storage)
+        registry = Registry(scratch_storage)
         with checkpoint.scratch_folder() as scratch:
-            manifest = checkpoint.fetch(storage, run.checkpoint_prefix(place), Path(scratch))
+            manifest = checkpoint.fetch(scratch_storage, run.checkpoint_prefix(place), Path(scratch))
             version = registry.publish(run, place, manifest, Path(scratch), None)
-        return _answer(loaded.load(registry, version), spec)
+        return _answer(loaded.load(registry, version), dataset)
 
 
-def _answer(model: loaded.Loaded, spec: ModelSpec) -> str:
-    dataset = open_dataset(spec.data)
+def _answer(model: loaded.Loaded, dataset: Dataset) -> str:
     if isinstance(dataset, TextData):
         prompt = dataset.tokenizer.decode(dataset.val[:1].tolist())
         request = text.CompletionRequest.model_validate({"prompt": prompt, "max_tokens": 8, "seed": 0})

@@ -1,80 +1,152 @@
-"""What a person sees of training: one bar for each model, with loss and time left; plain lines in a log file."""
+"""What a person sees of training: a bar for each model, with loss and time left; plain lines in a log file. Tables."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
+from types import TracebackType
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn
-from rich.table import Table
+from rich.console import Console, RenderableType
+from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn
+from rich.table import Column, Table
+from rich.text import Text
 
 from genmodels import models
 from genmodels.registry import Registry
-from genmodels.run import Heartbeat, Result, Status
+from genmodels.run import Heartbeat, Result, State, Status
 from genmodels.spec import ModelSpec
-from services.dispatch import Watch
+from services.supervise import Watch
 
 LINE_SECONDS = 10.0  # between two lines of a model where the output is no terminal
+STYLES: dict[State, str] = {
+    "starting": "cyan",
+    "running": "cyan",
+    "publishing": "cyan",
+    "succeeded": "green",
+    "failed": "red",
+    "cancelled": "yellow",
+}
+
+
+@dataclass(frozen=True)
+class Shown:
+    """How far a run is. `note`: why it is in its state, or what it waits for."""
+
+    model: str
+    state: State
+    phase: str = ""
+    step: int = 0
+    max_steps: int = 0
+    loss: float | None = None
+    seconds_left: float | None = None
+    note: str = ""
+
+
+class Board:
+    """Shows any number of runs while the context is open: bars on a terminal; elsewhere a line for each change of a
+    run's state or note, and one now and then as it trains."""
+
+    def __init__(self, console: Console) -> None:
+        self.console = console
+        self._bars = Progress(
+            TextColumn("[bold]{task.fields[run].model}", table_column=Column(max_width=24, no_wrap=True)),
+            _State(),
+            _Middle(),
+            TextColumn("{task.fields[numbers]}", justify="right"),
+            console=console,
+            expand=True,
+            refresh_per_second=4,
+        )
+        self._tasks: dict[str, TaskID] = {}
+        self._lines: dict[str, tuple[float, Shown]] = {}  # the last one of each model, and when
+
+    def __enter__(self) -> Board:
+        if self.console.is_terminal:
+            self._bars.start()
+        return self
+
+    def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
+        self._bars.stop()
+
+    def show(self, run: Shown) -> None:
+        if not self.console.is_terminal:
+            self._line(run)
+            return
+        if run.model not in self._tasks:
+            self._tasks[run.model] = self._bars.add_task("", total=None, run=run, numbers="")
+        total = run.max_steps or None
+        self._bars.update(self._tasks[run.model], completed=run.step, total=total, run=run, numbers=_numbers(run))
+
+    def say(self, line: str) -> None:
+        """A line that stays: above the bars, or among the others."""
+        self.console.print(line, markup=False, highlight=False, soft_wrap=True)
+
+    def _line(self, run: Shown) -> None:
+        when, last = self._lines.get(run.model, (0.0, None))
+        changed = last is None or (run.state, run.note) != (last.state, last.note)
+        if not changed and (run == last or time.monotonic() - when < LINE_SECONDS):
+            return
+        self._lines[run.model] = time.monotonic(), run
+        numbers, note = _numbers(run, ", "), run.note if changed else ""
+        self.say(f"{run.model}: {run.state}" + (numbers and f", {numbers}") + (note and f" ({note})"))
 
 
 class TrainingView:
+    """Shows runs one after the other, as a dispatcher of this process carries them."""
+
     def __init__(self, console: Console) -> None:
         self.console = console
 
     @contextmanager
     def follow(self, spec: ModelSpec) -> Iterator[Watch]:
         """A watcher that shows one run while the context is open."""
-        if not self.console.is_terminal:
-            yield _Lines(self.console, spec)
-            return
-        progress = Progress(
-            TextColumn("[bold]{task.fields[model]:<20}"),
-            TextColumn("{task.fields[phase]:<12}"),
-            BarColumn(bar_width=None),
-            TextColumn("step {task.completed:>5.0f}/{task.total:.0f}"),
-            TextColumn("loss {task.fields[loss]:>8}"),
-            TimeElapsedColumn(),
-            TextColumn("{task.fields[left]:>12}"),
-            console=self.console,
-            expand=True,
-        )
-        with progress:
-            total = spec.train.max_steps
-            yield _Bar(progress, progress.add_task("", total=total, model=spec.name, phase="queued", loss="-", left=""))
+        with Board(self.console) as board:
+
+            def watch(status: Status, heartbeat: Heartbeat | None) -> None:
+                beat = heartbeat.model_dump(include={"phase", "step", "loss", "seconds_left"}) if heartbeat else {}
+                board.show(Shown(spec.name, status.state, max_steps=spec.train.max_steps, note=status.reason, **beat))
+
+            yield watch
 
 
-class _Bar:
-    def __init__(self, progress: Progress, task: TaskID) -> None:
-        self.progress, self.task = progress, task
+class _State(ProgressColumn):
+    """The state of a run, or the phase that it is in."""
 
-    def __call__(self, status: Status, heartbeat: Heartbeat | None) -> None:
-        if heartbeat is None:
-            self.progress.update(self.task, phase=status.state, left="")
-            return
-        loss = "-" if heartbeat.loss is None else f"{heartbeat.loss:.4g}"
-        left = "" if heartbeat.seconds_left is None else f"{clock(heartbeat.seconds_left)} left"
-        self.progress.update(self.task, completed=heartbeat.step, phase=heartbeat.phase, loss=loss, left=left)
+    def get_table_column(self) -> Column:
+        return Column(no_wrap=True)
+
+    def render(self, task: Task) -> Text:
+        run: Shown = task.fields["run"]
+        phase = run.phase if run.state == "running" and run.phase else run.state
+        return Text(phase, STYLES.get(run.state, ""))
 
 
-class _Lines:
-    def __init__(self, console: Console, spec: ModelSpec) -> None:
-        self.console, self.spec, self.last, self.state = console, spec, 0.0, ""
+class _Middle(ProgressColumn):
+    """A bar while there are steps to show, else the note."""
 
-    def __call__(self, status: Status, heartbeat: Heartbeat | None) -> None:
-        due = time.monotonic() - self.last >= LINE_SECONDS
-        if not due and status.state == self.state:
-            return
-        self.last, self.state = time.monotonic(), status.state
-        line = f"{self.spec.name}: {status.state}"
-        if heartbeat and heartbeat.step:
-            line += f", step {heartbeat.step}/{heartbeat.max_steps}"
-            line += "" if heartbeat.loss is None else f", loss {heartbeat.loss:.4g}"
-            line += "" if heartbeat.seconds_left is None else f", {clock(heartbeat.seconds_left)} left"
-        elif status.reason:
-            line += f" ({status.reason})"
-        self.console.print(line, markup=False, highlight=False)
+    def __init__(self) -> None:
+        super().__init__()
+        self._bar = BarColumn(bar_width=None)
+
+    def get_table_column(self) -> Column:
+        return Column(ratio=1, no_wrap=True, overflow="ellipsis")
+
+    def render(self, task: Task) -> RenderableType:
+        run: Shown = task.fields["run"]
+        if run.note and (run.state not in ("running", "publishing") or not run.step):
+            return Text(run.note, "red" if run.state == "failed" else "dim")
+        return self._bar.render(task)
+
+
+def _numbers(run: Shown, between: str = "  ") -> str:
+    """step 120/600  loss 1.823  0:42 left"""
+    parts = [f"step {run.step}/{run.max_steps}"] if run.step else []
+    if run.state in ("running", "starting"):
+        parts += [f"loss {run.loss:.4g}"] if run.loss is not None else []
+        parts += [f"{clock(run.seconds_left)} left"] if run.seconds_left is not None else []
+    return between.join(parts)
 
 
 def summary(rows: list[tuple[ModelSpec, Status, Result | None]], endpoint: str | None) -> Table:

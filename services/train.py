@@ -1,6 +1,6 @@
 """Driver of one attempt of one run: Ray Train's worker group, then gate and publish.
 
-    python -m services.train --storage URL --job JOB --model MODEL --attempt N
+    python -m services.train --storage URL --job JOB --model MODEL --attempt N [--workers N]
 
 It is started the same way everywhere: as a subprocess by `genmodels run`, as a Ray Job, as a RayJob on Kubernetes.
 What it learns goes to storage (`heartbeat.json`, `result.json`); the dispatcher decides what comes next.
@@ -19,17 +19,22 @@ from pathlib import Path
 from typing import Any
 
 from genmodels import checkpoint, registry
-from genmodels.attempt import run_attempt, stored_model
+from genmodels.attempt import stored_model, work
 from genmodels.errors import CheckpointError, GenmodelsError, StorageUnavailable, Superseded, TrainingDiverged
+from genmodels.logs import LogShipper
 from genmodels.registry import Registry
 from genmodels.run import Heartbeat, Result, Run, patiently
 from genmodels.spec import ModelSpec
 from genmodels.storage import open_storage
 from genmodels.train import Group
+from services.driver_watch import DriverWatch
 
 log = logging.getLogger("genmodels")
 
-GROUP_START_SECONDS = 120
+START_SECONDS = 120.0  # for the group to be placed; GENMODELS_START_TIMEOUT_S overrides it, e.g. where nodes autoscale
+# For one collective. A worker that hangs is found by its ticks, and an outage of the store may last: long.
+COLLECTIVE_SECONDS = 24 * 3600
+NEVER_PLACED = ("WorkerGroupStartupTimeoutError", "InsufficientClusterResourcesError")  # Ray's; private, so by name
 # What the other ranks see when one of them is killed; none of it is the user's fault.
 LOST_PEER = (
     "Connection closed by peer",
@@ -40,23 +45,39 @@ LOST_PEER = (
 )
 
 
-def drive(storage_url: str, job: str, model: str, attempt: int) -> Result:
-    """Train, judge and publish; every way to end is a `Result`, in storage before this returns."""
+def drive(storage_url: str, job: str, model: str, attempt: int, workers: int | None = None) -> Result:
+    """Train, judge and publish; every way to end is a `Result`, in storage before this returns.
+
+    Only an attempt that was taken over leaves none: what became of the run is the newer one's to say. To be called in
+    the main thread of a process of its own, whose output goes to storage as well.
+
+    Args:
+        workers: in the group; default: the fewest that the spec allows.
+    """
     began = time.time()
     storage = open_storage(storage_url)
     run = Run(storage, job, model)
-    try:
-        spec = stored_model(storage, job, model)
-        run.beat(attempt, Heartbeat(phase="starting", max_steps=spec.train.max_steps))
-        if not _complete(run, spec):
-            _train(storage_url, job, spec, attempt)
-        result = _publish(run, spec, attempt) if _complete(run, spec) else _left(run)
-    except Exception as error:  # whatever it was, the dispatcher has to learn of it
-        traceback.print_exc()
-        result = _failure(error)
-    seconds = patiently(lambda: _seconds(run, attempt, began))
-    result = result.model_copy(update=seconds)
-    patiently(lambda: run.end(attempt, result))
+    with LogShipper(run, attempt, "driver") as logs, DriverWatch(run, attempt, logs) as watch:
+        watch.catch_sigterm()
+        try:
+            spec = stored_model(storage, job, model)
+            if not _complete(run, spec):
+                watch.training(spec.train.max_steps)
+                try:
+                    _train(storage_url, job, spec, attempt, workers or spec.world_sizes[0], watch)
+                finally:
+                    watch.trained()
+            result = _publish(run, spec, attempt) if _complete(run, spec) else _left(run)
+        except Exception as error:  # whatever it was, the dispatcher has to learn of it
+            traceback.print_exc()
+            result = _failure(error)
+            if watch.killed:
+                result = Result(outcome="failed", cause="infrastructure", message=f"killed: {watch.killed.reason}")
+        seconds = patiently(lambda: _seconds(run, attempt, began))
+        result = result.model_copy(update=seconds)
+        if result.cause != "superseded":
+            patiently(lambda: run.end(attempt, result))
+        log.info("attempt %d of %s/%s: %s. %s", attempt, job, model, result.outcome, result.message)
     return result
 
 
@@ -68,13 +89,14 @@ def worker(config: dict[str, Any]) -> None:
     context = ray.train.get_context()
     device = ray.train.torch.get_device()
     group = Group(context.get_world_rank(), context.get_world_size(), device)
-    run_attempt(open_storage(config["storage"]), config["job"], config["model"], config["attempt"], group)
+    work(open_storage(config["storage"]), config["job"], config["model"], config["attempt"], group)
 
 
-def _train(storage_url: str, job: str, spec: ModelSpec, attempt: int) -> None:
+def _train(storage_url: str, job: str, spec: ModelSpec, attempt: int, workers: int, watch: DriverWatch) -> None:
     # Detect a dead worker within a second; give up on a group that cannot be placed.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
-    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(GROUP_START_SECONDS))
+    start_seconds = os.environ.get("GENMODELS_START_TIMEOUT_S") or str(START_SECONDS)
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", start_seconds)
     import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
@@ -83,14 +105,16 @@ def _train(storage_url: str, job: str, spec: ModelSpec, attempt: int) -> None:
     # Ray retries nothing and keeps nothing: checkpoints are the recorder's, retries the dispatcher's.
     no_retries = FailureConfig(max_failures=0, max_preemption_failures=0, controller_failure_limit=0)  # type: ignore[call-arg]
     with tempfile.TemporaryDirectory(prefix="ray-train-", ignore_cleanup_errors=True) as scratch:
-        ray.init(address=os.environ["RAY_ADDRESS"], log_to_driver=True, logging_level=logging.WARNING)
+        # Each worker brings its own output to storage: it need not come this way as well.
+        ray.init(address=os.environ["RAY_ADDRESS"], log_to_driver=False, logging_level=logging.WARNING)
+        watch.catch_sigterm()
         try:
             TorchTrainer(
                 worker,
                 train_loop_config={"storage": storage_url, "job": job, "model": spec.name, "attempt": attempt},
-                torch_config=TorchConfig(backend="nccl" if scaling.use_gpu else "gloo"),
+                torch_config=TorchConfig("nccl" if scaling.use_gpu else "gloo", timeout_s=COLLECTIVE_SECONDS),
                 scaling_config=ScalingConfig(
-                    num_workers=scaling.num_workers,
+                    num_workers=workers,
                     use_gpu=scaling.use_gpu,
                     resources_per_worker={"CPU": 1, "GPU": 1} if scaling.use_gpu else {"CPU": 1},
                 ),
@@ -144,13 +168,18 @@ def _failure(error: BaseException) -> Result:
                 return Result(outcome="failed", cause="diverged", message=str(cause), step=cause.step)
             case Superseded():
                 return Result(outcome="failed", cause="superseded", message=str(cause))
-            case StorageUnavailable() | CheckpointError():  # the next attempt passes over a damaged checkpoint
+            case StorageUnavailable():
+                return Result(outcome="failed", cause="storage", message=str(cause))
+            case CheckpointError():  # the next attempt passes over a damaged checkpoint
                 return Result(outcome="failed", cause="infrastructure", message=str(cause))
             case GenmodelsError():
                 return Result(outcome="failed", cause="user", message=str(cause))
     if any(map(_is_out_of_memory, causes)):
         message = "out of memory; lower train.batch_size or the size of the model"
         return Result(outcome="failed", cause="out of memory", message=message)
+    if type(error).__name__ in NEVER_PLACED:
+        said = _one_line(error).partition(". ")[0]
+        return Result(outcome="failed", cause="no workers", message=f"the workers were not placed ({said})")
     bug = next((cause for cause in causes if not _is_loss(cause)), None)
     if bug is None:
         return Result(outcome="failed", cause="infrastructure", message=f"a worker was lost ({_one_line(causes[0])})")
@@ -194,9 +223,9 @@ def main() -> None:
     for name in ("storage", "job", "model"):
         parser.add_argument(f"--{name}", required=True)
     parser.add_argument("--attempt", type=int, required=True)
+    parser.add_argument("--workers", type=int, help="in the group; default: the fewest that the spec allows")
     options = parser.parse_args()
-    result = drive(options.storage, options.job, options.model, options.attempt)
-    log.info("attempt %d of %s/%s: %s. %s", options.attempt, options.job, options.model, result.outcome, result.message)
+    drive(options.storage, options.job, options.model, options.attempt, options.workers)
 
 
 if __name__ == "__main__":

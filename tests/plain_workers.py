@@ -1,24 +1,41 @@
 """Worker groups as plain processes with a gloo process group: what is not about Ray is tested with these.
 
-    python plain_workers.py RANK WORLD_SIZE DEVICE STORE_FILE STORAGE_URL JOB:MODEL:ATTEMPT ...
+    python plain_workers.py RANK WORLD_SIZE DEVICE STORE_FILE STORAGE_URL FAULT JOB:MODEL:ATTEMPT ...
 
-Each process carries out the attempts one after the other, in the same process group.
+Each process carries out the attempts one after the other, in the same process group. FAULT is "", or what the rank does
+before a step: `sleep@5` hangs for ever before step 5, `wait@5` until `WorkerGroup.go_on`, `stop@5` stops its process,
+`print@1` prints a line before every step.
 """
 
 from __future__ import annotations
 
+import logging
+import os
+import signal
 import subprocess
 import sys
 import tempfile
+import time
+from collections.abc import Iterator, Mapping
 from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 
 class WorkerGroup:
-    """`world_size` processes that carry out attempts; `wait` for them, or kill one."""
+    """`world_size` processes that carry out attempts; `wait` for them, or kill one.
+
+    Args:
+        faults: what goes wrong, by rank.
+    """
 
     def __init__(
-        self, world_size: int, storage_url: str, attempts: list[tuple[str, str, int]], device: str = "cpu"
+        self,
+        world_size: int,
+        storage_url: str,
+        attempts: list[tuple[str, str, int]],
+        device: str = "cpu",
+        faults: Mapping[int, str] | None = None,
     ) -> None:
         self.folder = tempfile.TemporaryDirectory(prefix="gloo-")
         tasks = [":".join(map(str, attempt)) for attempt in attempts]
@@ -33,6 +50,7 @@ class WorkerGroup:
                 device,
                 f"{self.folder.name}/store",
                 storage_url,
+                (faults or {}).get(rank, ""),
                 *tasks,
             ]
             with log.open("wb") as output:
@@ -51,6 +69,10 @@ class WorkerGroup:
         """Exit codes of all processes."""
         return [process.wait(timeout) for process in self.processes]
 
+    def go_on(self) -> None:
+        """End the waiting of ranks with the fault `wait`."""
+        Path(self.folder.name, "go").touch()
+
     def succeed(self, timeout: float = 120) -> None:
         codes = self.wait(timeout)
         assert not any(codes), "\n".join(log.read_text()[-3000:] for log in self.logs)
@@ -60,11 +82,12 @@ def main() -> None:
     import torch
     import torch.distributed as dist
 
-    from genmodels.attempt import run_attempt
+    from genmodels.attempt import work
     from genmodels.storage import open_storage
     from genmodels.train import Group
 
-    rank, world_size, device, store, storage_url, *tasks = sys.argv[1:]
+    rank, world_size, device, store, storage_url, fault, *tasks = sys.argv[1:]
+    logging.basicConfig(level=logging.INFO)
     group = Group(
         int(rank), int(world_size), torch.device(device, int(rank)) if device == "cuda" else torch.device(device)
     )
@@ -76,10 +99,34 @@ def main() -> None:
         world_size=group.world_size,
         timeout=timedelta(seconds=60),
     )
+    if fault:
+        go_wrong(*fault.split("@"), Path(store).with_name("go"))
     for task in tasks:
         job, model, attempt = task.split(":")
-        run_attempt(open_storage(storage_url), job, model, int(attempt), group)
+        work(open_storage(storage_url), job, model, int(attempt), group)
     dist.destroy_process_group()
+
+
+def go_wrong(how: str, at: str, go: Path) -> None:
+    """Put a fault between two steps: where the next one takes its data."""
+    from genmodels import train
+
+    healthy = train.micro_batches
+
+    def faulty(split: Any, config: Any, samples: int, group: Any) -> Iterator[Any]:
+        step = samples // config.batch_size + 1
+        if how == "print" and step >= int(at):
+            print(f"rank {group.rank} step {step} time {time.time()}")
+        elif how == "sleep" and step == int(at):
+            time.sleep(3600)
+        elif how == "wait" and step == int(at):
+            while not go.exists():
+                time.sleep(0.01)
+        elif how == "stop" and step == int(at):
+            os.kill(os.getpid(), signal.SIGSTOP)
+        return healthy(split, config, samples, group)
+
+    train.micro_batches = faulty  # type: ignore[assignment]
 
 
 if __name__ == "__main__":

@@ -42,9 +42,14 @@ class MemoryStorage(Storage):
             self.objects[key] = data
         return _etag(data)
 
-    def list(self, prefix: str) -> list[str]:
+    def folders(self, prefix: str) -> list[str]:
+        top, slash, _ = prefix.rpartition("/")
+        paths = (key.removeprefix(top + slash).partition("/") for key in self.list(prefix))
+        return sorted({name for name, below, _ in paths if below})
+
+    def list(self, prefix: str, *, after: str = "", limit: int | None = None) -> list[str]:
         with self.lock:
-            return sorted(key for key in self.objects if key.startswith(prefix))
+            return sorted(key for key in self.objects if key.startswith(prefix) and key > after)[:limit]
 
     def delete(self, key: str) -> None:
         self.objects.pop(key, None)
@@ -78,8 +83,11 @@ class Wrapped(MemoryStorage):
     def put(self, key: str, data: bytes, *, if_absent: bool = False, if_match: str | None = None) -> str:
         return self._do("put", key, data, if_absent=if_absent, if_match=if_match)
 
-    def list(self, prefix: str) -> list[str]:
-        return self._do("list", prefix)
+    def folders(self, prefix: str) -> list[str]:
+        return self._do("folders", prefix)
+
+    def list(self, prefix: str, *, after: str = "", limit: int | None = None) -> list[str]:
+        return self._do("list", prefix, after=after, limit=limit)
 
     def delete(self, key: str) -> None:
         self._do("delete", key)

@@ -1,533 +1,466 @@
-"""From a queued run to its end: what is tried again, what is not, and who may say so. Drivers are scripts."""
+"""The queue from submission to the end of every run: restarts at any point, two dispatchers, people's wishes."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+import json
+import threading
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-from stores import FailingStorage, MemoryStorage, Wrapped, save
+from drivers import Driver, Script, dies, ends, obedient, succeeds
+from genmodels.job import Jobs
+from genmodels.lease import Lease
+from stores import MemoryStorage, RecordingStorage, Wrapped, save
+from tiny import job, make_data, model
 
 from genmodels import run as run_module
-from genmodels.checkpoint import Place
-from genmodels.errors import GenmodelsError, StorageUnavailable
-from genmodels.run import GateResult, Heartbeat, Result, Run, Status
+from genmodels.errors import LeaseLost, StorageUnavailable
+from genmodels.run import ENDED, Heartbeat, Result, Run, Status
+from genmodels.spec import JobSpec
 from genmodels.storage import Storage
-from services import dispatch
-from services.dispatch import Dispatcher, SubprocessBackend
-
-JOB, MODEL = "job-00000000", "model"
-Script = Callable[[Run, int], Iterator[object]]  # what a driver does; each `yield` is one look at it
+from services import dispatch, supervise
+from services.dispatch import QUEUE, Dispatcher
+from services.supervise import LOST, Capacity
 
 
 @pytest.fixture(autouse=True)
 def in_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch, "POLL_SECONDS", 0.0)
-    monkeypatch.setattr(dispatch, "BACK_OFF_SECONDS", (0.0, 0.0, 0.0))
+    monkeypatch.setattr(supervise, "BACK_OFF_SECONDS", (0.0, 0.0, 0.0))
+    monkeypatch.setattr(dispatch, "CAPACITY_SECONDS", 0.0)
+    monkeypatch.setattr(dispatch, "GROW_SECONDS", 0.0)
     monkeypatch.setattr(run_module, "LONGEST_WAIT_SECONDS", 0.001)
 
 
-class Driver:
-    def __init__(self, steps: Iterator[object]) -> None:
-        self.steps, self.code, self.killed = steps, None, False
-
-    def poll(self) -> int | None:
-        if self.code is None:
-            try:
-                next(self.steps)
-            except StopIteration as end:
-                self.code = end.value or 0
-        return self.code
-
-    def kill(self) -> None:
-        self.code, self.killed = -9, True
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_data(tmp_path_factory.mktemp("data"))
 
 
-class Drivers:
-    """A backend whose n-th driver follows the n-th script; the last one is used again and again."""
+class Cluster:
+    """A backend that outlives dispatchers. The n-th attempt of a model follows its n-th script, the last one again."""
 
-    def __init__(self, storage: Storage, *scripts: Script) -> None:
-        self.storage, self.scripts = storage, list(scripts)
-        self.attempts: list[int] = []
-        self.drivers: list[Driver] = []
+    def __init__(self, storage: Storage, cpus: int = 4, **scripts: list[Script]) -> None:
+        self.storage, self.cpus, self.scripts = storage, cpus, scripts
+        self.drivers: dict[tuple[str, str, int], Driver] = {}
+        self.sizes: list[tuple[str, int]] = []
+        self.answers = True
 
-    def start(self, storage_url: str, job: str, model: str, attempt: int) -> Driver:
-        assert storage_url == self.storage.url
-        script = self.scripts.pop(0) if len(self.scripts) > 1 else self.scripts[0]
-        self.attempts.append(attempt)
-        self.drivers.append(Driver(script(Run(self.storage, job, model), attempt)))
-        return self.drivers[-1]
+    def start(self, storage_url: str, job: str, model: str, attempt: int, workers: int) -> Driver:
+        key = (job, model, attempt)
+        if key not in self.drivers:  # a used submission id
+            scripts = self.scripts.get(model, [succeeds])
+            script = scripts[min(attempt, len(scripts)) - 1]
+            self.drivers[key] = Driver(script(Run(self.storage, job, model), attempt))
+            self.sizes.append((model, workers))
+        return self.drivers[key]
+
+    def find(self, job: str, model: str, attempt: int) -> Driver:
+        lost = Driver(iter(()))
+        lost.code = LOST
+        return self.drivers.get((job, model, attempt), lost)
+
+    def capacity(self) -> Capacity | None:
+        return Capacity(self.cpus, 0) if self.answers else None
+
+    def started(self) -> list[str]:
+        return [model for _, model, _ in self.drivers]
 
 
-class Seen(list[tuple[str, str | None]]):
-    """A watcher: the states and phases it was shown, without repetitions."""
-
-    def __call__(self, status: Status, heartbeat: Heartbeat | None) -> None:
-        shown = (status.state, heartbeat.phase if heartbeat else None)
-        if not self or self[-1] != shown:
-            self.append(shown)
+def spec(data: Path, name: str, *names: str, priority: int = 0, workers: Any = 1) -> JobSpec:
+    entries = [model(data, "minigpt", each) | {"scaling": {"num_workers": workers}} for each in names]
+    return job(name, *entries).model_copy(update={"priority": priority})
 
 
-def ends(outcome: Any, cause: Any = None, message: str = "", saves: bool = False, **more: Any) -> Script:
-    """A driver that trains, saves a checkpoint if told, and leaves this result."""
+def submit(storage: Storage, *args: Any, **options: Any) -> str:
+    return Jobs(storage).submit(spec(*args, **options))[0]
 
-    def script(run: Run, attempt: int) -> Iterator[object]:
-        run.beat(attempt, Heartbeat(phase="starting"))
+
+def play(dispatcher: Dispatcher, epoch: int, *jobs: str, rounds: int = 100) -> None:
+    """Tick until all these jobs have ended and left the queue."""
+    for _ in range(rounds):
+        dispatcher.tick(epoch)
+        if not set(jobs) & set(dispatcher.jobs.open()):
+            return
+    pytest.fail(f"still open: {dispatcher.jobs.open()}")
+
+
+def state(storage: Storage, job: str, model: str) -> Status:
+    return Run(storage, job, model).status()[0]
+
+
+def check_history(status: Status) -> None:
+    """Which states may follow which, and that each has a time and a reason."""
+    follows = {
+        "queued": {"starting", "cancelled"},
+        "starting": {"running", "publishing", "queued", "failed", "cancelled", "succeeded"},
+        "running": {"publishing", "queued", "failed", "cancelled", "succeeded"},
+        "publishing": {"succeeded", "queued", "failed", "cancelled"},
+        "succeeded": set(),
+        "failed": {"queued"},
+        "cancelled": {"queued"},
+    }
+    states = [change.state for change in status.history]
+    assert states[0] == "queued"
+    for before, after in zip(states, states[1:], strict=False):
+        assert after in follows[before], states
+    assert all(change.time and change.reason for change in status.history)
+    assert [change.time for change in status.history] == sorted(change.time for change in status.history)
+
+
+# ---- the queue
+
+
+def test_jobs_of_different_priorities_run_in_order_and_end(storage: Storage, data: Path) -> None:
+    cluster = Cluster(storage, cpus=1)
+    first = submit(storage, data, "first", "a", "b")
+    dear = submit(storage, data, "dear", "c", priority=5)
+    last = submit(storage, data, "last", "d")
+    play(Dispatcher(storage, cluster), 1, first, dear, last)
+    assert cluster.started() == ["c", "a", "b", "d"]
+    for name, models in ((first, "ab"), (dear, "c"), (last, "d")):
+        for each in models:
+            status = state(storage, name, each)
+            assert (status.state, status.attempt, status.workers, status.epoch) == ("succeeded", 1, 1, 1)
+            check_history(status)
+    ended = {entry.job: entry.states for _, entry in Jobs(storage).ended()}
+    assert ended == {
+        first: {"a": "succeeded", "b": "succeeded"},
+        dear: {"c": "succeeded"},
+        last: {"d": "succeeded"},
+    }
+
+
+def test_a_model_that_fails_takes_no_other_with_it(data: Path) -> None:
+    storage = MemoryStorage()
+    cluster = Cluster(storage, bad=[ends("failed", "user", "ValueError: shapes differ")], lost=[dies, succeeds])
+    name = submit(storage, data, "mixed", "bad", "good", "lost")
+    play(Dispatcher(storage, cluster), 1, name)
+    found = {
+        each: (state(storage, name, each).state, state(storage, name, each).attempt) for each in ("bad", "good", "lost")
+    }
+    assert found == {"bad": ("failed", 1), "good": ("succeeded", 1), "lost": ("succeeded", 2)}
+    assert state(storage, name, "bad").reason == "ValueError: shapes differ"
+
+
+def test_why_runs_wait_is_there_for_whoever_asks(data: Path) -> None:
+    storage = MemoryStorage()
+    cluster = Cluster(storage, cpus=2, a=[obedient])
+    name = submit(storage, data, "full", "a", "b", "huge", workers=2)
+    huge = submit(storage, data, "huge", "h", workers=12)
+    dispatcher = Dispatcher(storage, cluster)
+    for _ in range(3):
+        dispatcher.tick(1)
+    shown = json.loads(storage.get(QUEUE)[0])
+    assert shown["capacity"] == {"cpus": 2, "gpus": 0}
+    assert shown["queue"] == [
+        {"job": name, "model": "b", "reason": "needs 2 CPUs, free: 0 CPUs"},
+        {"job": name, "model": "huge", "reason": "needs 2 CPUs, free: 0 CPUs"},
+        {"job": huge, "model": "h", "reason": "needs 12 CPUs; the cluster has 2 CPUs"},
+    ]
+    cluster.answers = False
+    dispatcher.tick(1)
+    shown = json.loads(storage.get(QUEUE)[0])
+    assert shown["capacity"] is None
+    assert {waiting["reason"] for waiting in shown["queue"]} == {"the cluster does not answer"}
+    written = len(storage.objects[QUEUE])
+    dispatcher.tick(1)
+    assert len(storage.objects[QUEUE]) == written
+
+
+def test_a_higher_priority_preempts_and_the_lower_goes_on_after_it(data: Path) -> None:
+    storage = MemoryStorage()
+    cluster = Cluster(storage, cpus=1, low=[obedient, succeeds])
+    low = submit(storage, data, "low", "low")
+    dispatcher = Dispatcher(storage, cluster)
+    while state(storage, low, "low").state != "running":
+        dispatcher.tick(1)
+    high = submit(storage, data, "high", "high", priority=1)
+    play(dispatcher, 1, low, high)
+    status = state(storage, low, "low")
+    reasons = [change.reason for change in status.history]
+    assert f"preempted by {high}/high of priority 1; goes on from step 8" in reasons
+    assert (status.state, status.attempt, status.fruitless) == ("succeeded", 2, 0)
+    assert Run(storage, low, "low").chain()[-1].parent is not None
+    assert state(storage, high, "high").history[-1].time < status.history[-1].time
+
+
+def far_from_done(run: Run, attempt: int) -> Iterator[object]:
+    """Trains, with much left to do, until it is asked to leave; then it saves."""
+    parent = (run.checkpoints() or [None])[-1]
+    run.start(attempt, parent, 1)
+    step = (parent.step if parent else 0) + 10
+    run.beat(attempt, Heartbeat(phase="training", step=step, seconds_left=1000.0))
+    while not run.wishes(attempt):
         yield
-        run.start(attempt, (run.checkpoints() or [None])[-1], 1)
-        run.beat(attempt, Heartbeat(phase="training", step=attempt * 10 - 9))
-        yield
-        if saves:
-            save(run, attempt, attempt * 10)
-        run.end(attempt, Result(outcome=outcome, cause=cause, message=message or f"{outcome} {attempt}", **more))
-
-    return script
+    save(run, attempt, step, parent)
+    run.end(attempt, Result(outcome="left", step=step))
 
 
-def succeeds(run: Run, attempt: int) -> Iterator[object]:
-    yield from ends("left", saves=True)(run, attempt)
-    run.beat(attempt, Heartbeat(phase="publishing"))
+def is_killed(run: Run, attempt: int) -> Iterator[object]:
+    parent = (run.checkpoints() or [None])[-1]
+    run.start(attempt, parent, 1)
+    run.beat(attempt, Heartbeat(phase="training", step=25, seconds_left=1000.0))
     yield
-    run.end(attempt, Result(outcome="succeeded", version=3, message="published as model@3"))
+    run.end(attempt, Result(outcome="failed", cause="infrastructure", message="a worker was lost"))
 
 
-def dies(run: Run, attempt: int) -> Iterator[object]:
-    yield
-    return 137
-
-
-def carry(storage: Storage, *scripts: Script, watch: Any = None) -> tuple[Status, Result | None, Drivers]:
-    backend = Drivers(storage, *scripts)
-    status, result = Dispatcher(storage, backend).carry(JOB, MODEL, Seen() if watch is None else watch)
-    stored, _ = Run(storage, JOB, MODEL).status()
-    assert stored == status
-    return status, result, backend
-
-
-def states(status: Status) -> list[tuple[str, str]]:
-    return [(change.state, change.reason) for change in status.history]
-
-
-# ---- ends
-
-
-def test_success(storage: Storage) -> None:
-    seen = Seen()
-    status, result, backend = carry(storage, succeeds, watch=seen)
-    assert result is not None
-    assert (status.state, status.attempt, result.version, backend.attempts) == ("succeeded", 1, 3, [1])
-    assert states(status) == [
-        ("starting", "attempt 1"),
-        ("running", "the workers train"),
-        ("publishing", "training has ended"),
-        ("succeeded", "published as model@3"),
-    ]
-    assert all(change.time for change in status.history)
-    assert seen == [
-        ("starting", None),
-        ("starting", "starting"),
-        ("running", None),
-        ("running", "training"),
-        ("publishing", None),
-        ("publishing", "publishing"),
-        ("succeeded", None),
-    ]
-
-
-def test_a_state_is_stored_before_anyone_is_told() -> None:
+def test_an_elastic_run_starts_with_what_is_there_grows_and_shrinks(data: Path) -> None:
     storage = MemoryStorage()
+    cluster = Cluster(storage, cpus=1, a=[far_from_done, is_killed, succeeds])
+    name = submit(storage, data, "elastic", "a", workers={"min": 1, "max": 3})
+    dispatcher = Dispatcher(storage, cluster)
+    for _ in range(5):
+        dispatcher.tick(1)
+    cluster.cpus = 3
+    while len(cluster.sizes) < 2:
+        dispatcher.tick(1)
+    cluster.cpus = 2
+    play(dispatcher, 1, name)
+    assert cluster.sizes == [("a", 1), ("a", 3), ("a", 2)]
+    reasons = [change.reason for change in state(storage, name, "a").history]
+    assert "grows from 1 to 3 workers; goes on from step 10" in reasons
+    assert "attempt 3 with 2 workers" in reasons
 
-    def watch(status: Status, heartbeat: Heartbeat | None) -> None:
-        assert Run(storage, JOB, MODEL).status()[0] == status
 
-    carry(storage, ends("failed", "infrastructure"), succeeds, watch=watch)
+# ---- wishes
 
 
-def test_what_has_succeeded_never_changes() -> None:
+def wish(storage: Storage, job: str, model: str, kind: Any, then: Any) -> None:
+    """What the job service does."""
+    run, jobs = Run(storage, job, model), Jobs(storage)
+    if kind == "resume":
+        jobs.reopen(job)
+    run.wish(kind, run.status()[0].attempt, f"{kind} by key 1234", then)
+    jobs.nudge(job, model)
+
+
+def test_cancel_and_resume(storage: Storage, data: Path) -> None:
+    cluster = Cluster(storage, cpus=1, a=[obedient, succeeds])
+    name = submit(storage, data, "wished", "a", "b")
+    dispatcher = Dispatcher(storage, cluster)
+    while state(storage, name, "a").state != "running":
+        dispatcher.tick(1)
+    wish(storage, name, "a", "leave", "cancelled")
+    wish(storage, name, "b", "leave", "cancelled")
+    play(dispatcher, 1, name)
+    assert {each: state(storage, name, each).state for each in "ab"} == {"a": "cancelled", "b": "cancelled"}
+    assert cluster.started() == ["a"]
+    wish(storage, name, "a", "resume", "queued")
+    play(dispatcher, 1, name)
+    status = state(storage, name, "a")
+    assert (status.state, status.attempt, state(storage, name, "b").state) == ("succeeded", 2, "cancelled")
+    check_history(status)
+    assert len(Jobs(storage).ended()) == 1
+
+
+def test_a_resume_is_not_lost_when_the_job_is_closed_again_before_the_wish_is_there(data: Path) -> None:
     storage = MemoryStorage()
-    first, _, _ = carry(storage, succeeds)
-    objects = dict(storage.objects)
-    again, result, backend = carry(storage, dies)
-    assert (again, backend.attempts) == (first, [])
-    assert result is not None
-    assert result.version == 3
-    assert storage.objects == objects
+    cluster = Cluster(storage, a=[ends("failed", "user", "no such file"), succeeds])
+    name = submit(storage, data, "quick", "a")
+    dispatcher = Dispatcher(storage, cluster)
+    play(dispatcher, 1, name)
+    Jobs(storage).reopen(name)
+    play(dispatcher, 1, name)  # nobody wishes anything yet: it is put away again
+    Run(storage, name, "a").wish("resume", 1, "by key 1234", "queued")
+    Jobs(storage).nudge(name, "a")
+    dispatcher.tick(1)
+    play(dispatcher, 1, name)
+    assert state(storage, name, "a").state == "succeeded"
+    assert len(Jobs(storage).ended()) == 1
 
 
-@pytest.mark.parametrize("cause", ["user", "diverged", None])
-def test_the_user_is_told_at_once(cause: Any) -> None:
-    status, result, backend = carry(MemoryStorage(), ends("failed", cause, "step 7: loss = nan"))
-    assert (status.state, status.reason, backend.attempts) == ("failed", "step 7: loss = nan", [1])
-    assert result is not None
-    assert result.cause == cause
-
-
-def test_a_failed_gate_is_final() -> None:
+def test_a_nudge_for_nothing_does_no_harm(data: Path) -> None:
     storage = MemoryStorage()
-    gate = GateResult(metric="val_loss", value=130.0, passed=False, reason="val_loss 130 is not <= 120")
-    script = ends("failed", "gate", "not published: val_loss 130 is not <= 120", saves=True, gate=gate)
-    first, _, backend = carry(storage, script)
-    assert (first.state, backend.attempts) == ("failed", [1])
-    again, result, backend = carry(storage, succeeds)
-    assert (again, backend.attempts) == (first, [])
-    assert result is not None
-    assert result.gate == gate
+    name = submit(storage, data, "calm", "a")
+    Jobs(storage).nudge("gone-00000000", "a")
+    Jobs(storage).nudge(name, "no-such-model")
+    dispatcher = Dispatcher(storage, Cluster(storage))
+    play(dispatcher, 1, name)
+    assert (state(storage, name, "a").state, Jobs(storage).nudged()) == ("succeeded", [])
 
 
-def test_what_failed_otherwise_is_tried_again_by_a_second_carry() -> None:
-    storage = MemoryStorage()
-    carry(storage, ends("failed", "user", "no such file"))
-    status, _, backend = carry(storage, succeeds)
-    assert (status.state, backend.attempts) == ("succeeded", [2])
-    assert [state for state, _ in states(status)][:3] == ["starting", "running", "failed"]
+# ---- restarts
 
 
-# ---- tried again
+def test_a_restart_reads_open_jobs_only(data: Path) -> None:
+    storage = RecordingStorage()
+    jobs = Jobs(storage)
+    one = spec(data, "old", "a")
+    for i in range(30):
+        name, _ = jobs.submit(one)
+        jobs.close(name, f"2026-01-01T00:00:{i:02}.000+00:00", {"a": "succeeded"})
+    name = submit(storage, data, "new", "a")
+    seen: list[str] = []
+
+    class Watched(Wrapped):
+        def before(self, verb: str, key: str) -> None:
+            seen.append(key)
+
+    Dispatcher(Watched(storage), Cluster(storage)).tick(1)
+    assert not [key for key in seen if "old-" in key or key.startswith("ended")]
+    assert [key for key in seen if name in key]
 
 
-@pytest.mark.parametrize("cause", ["infrastructure", "superseded", "out of memory"])
-def test_what_may_pass_is_tried_again(cause: Any) -> None:
-    status, _, backend = carry(MemoryStorage(), ends("failed", cause, "a worker was lost"), succeeds)
-    assert (status.state, status.attempt, backend.attempts) == ("succeeded", 2, [1, 2])
-    assert states(status)[1:4] == [
-        ("running", "the workers train"),
-        ("queued", "a worker was lost"),
-        ("starting", "attempt 2"),
-    ]
+class Killed(BaseException):
+    """What a kill -9 looks like from inside."""
 
 
-def test_an_attempt_that_left_is_followed_by_the_next() -> None:
-    storage = MemoryStorage()
-    status, _, backend = carry(storage, ends("left", saves=True), succeeds)
-    assert (status.state, backend.attempts) == ("succeeded", [1, 2])
-    assert Run(storage, JOB, MODEL).chain()[-1].parent == Place(attempt=1, step=10)
+class Deadly(Wrapped):
+    """Kills its user before or after its n-th write."""
+
+    def __init__(self, inner: Storage, at: int, when: str) -> None:
+        super().__init__(inner)
+        self.at, self.when, self.writes = at, when, 0
+
+    def before(self, verb: str, key: str) -> None:
+        if verb in ("put", "delete"):
+            self.writes += 1
+            if self.writes == self.at and self.when == "before":
+                raise Killed
+
+    def after(self, verb: str, key: str) -> None:
+        if verb in ("put", "delete") and self.writes == self.at and self.when == "after":
+            raise Killed
 
 
-def test_a_driver_that_dies_without_a_word_is_tried_again() -> None:
-    status, _, backend = carry(MemoryStorage(), dies, succeeds)
-    assert (status.state, backend.attempts) == ("succeeded", [1, 2])
-    assert states(status)[1] == ("queued", "the driver ended with code 137 and left no result")
+def eventful(storage: Storage, data: Path) -> tuple[Cluster, list[str]]:
+    """Two jobs in which much happens: a loss, a failure, a cancel, a preemption."""
+    cluster = Cluster(storage, cpus=1, low=[obedient, dies, succeeds], bad=[ends("failed", "user", "wrong")])
+    names = [submit(storage, data, "low", "low", "bad"), submit(storage, data, "stop", "stop")]
+    return cluster, names
 
 
-def test_a_result_counts_whatever_the_exit_code() -> None:
-    def script(run: Run, attempt: int) -> Iterator[object]:
-        yield from succeeds(run, attempt)
-        return 1
-
-    assert carry(MemoryStorage(), script)[0].state == "succeeded"
-
-
-def test_three_attempts_that_lead_nowhere_are_enough(monkeypatch: pytest.MonkeyPatch) -> None:
-    pauses: list[float] = []
-    monkeypatch.setattr(dispatch, "BACK_OFF_SECONDS", (1.0, 5.0, 15.0))
-    monkeypatch.setattr(dispatch.time, "sleep", lambda seconds: pauses.append(seconds) if seconds else None)
-    status, _, backend = carry(MemoryStorage(), dies)
-    assert (status.state, backend.attempts) == ("failed", [1, 2, 3])
-    assert status.reason == (
-        "3 attempts without a new checkpoint; the last: the driver ended with code 137 and left no result"
-    )
-    assert pauses == [5.0, 15.0]
+def carry_on(dispatcher: Dispatcher, epoch: int, names: list[str], late: list[str], data: Path) -> None:
+    """Tick to the end; on the way a person cancels one job, and submits one of higher priority."""
+    storage: Any = dispatcher.storage
+    people = getattr(storage, "inner", storage)
+    for _ in range(100):
+        dispatcher.tick(epoch)
+        if not late and state(people, names[0], "low").state == "running":
+            wish(people, names[1], "stop", "leave", "cancelled")
+            late.append(submit(people, data, "dear", "dear", priority=3))
+        if late and not Jobs(people).open():
+            return
+    pytest.fail("still open")
 
 
-def test_a_new_checkpoint_resets_the_count() -> None:
-    lost, saved = ends("failed", "infrastructure"), ends("failed", "infrastructure", saves=True)
-    status, _, backend = carry(MemoryStorage(), dies, lost, saved, dies, lost, saved, saved, dies, lost, dies)
-    assert (status.state, backend.attempts) == ("failed", list(range(1, 11)))
-    status, _, backend = carry(MemoryStorage(), *[saved] * 8, succeeds)
-    assert (status.state, backend.attempts) == ("succeeded", list(range(1, 10)))
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_killed_at_every_write_the_next_one_brings_all_to_the_right_end(data: Path, when: str) -> None:
+    at = 0
+    while True:
+        at += 1
+        inner = MemoryStorage()
+        cluster, names = eventful(inner, data)
+        late: list[str] = []
+        storage = Deadly(inner, at, when)
+        try:
+            carry_on(Dispatcher(storage, cluster), 1, names, late, data)
+            break
+        except Killed:
+            carry_on(Dispatcher(inner, cluster), 2, names, late, data)
+        check_the_end(inner, cluster, [*names, *late])
+    assert at > 30
 
 
-def test_a_new_checkpoint_is_progress_also_below_one_that_was_damaged() -> None:
-    """Attempt 1 saved step 50, which was found damaged: 2 and 3 save 20 and 30, and are not fruitless."""
-
-    def far(run: Run, attempt: int) -> Iterator[object]:
-        run.start(attempt, None, 1)
-        save(run, attempt, 50)
-        yield
-
-    def again(run: Run, attempt: int) -> Iterator[object]:
-        run.start(attempt, None, 1)
-        save(run, attempt, attempt * 10)
-        yield
-
-    status, _, backend = carry(MemoryStorage(), far, again, again, again, succeeds)
-    assert (status.state, backend.attempts) == ("succeeded", [1, 2, 3, 4, 5])
-
-
-def test_memory_is_short_twice_at_most() -> None:
-    short = ends("failed", "out of memory", "out of memory; lower train.batch_size", saves=True)
-    status, result, backend = carry(MemoryStorage(), short)
-    assert (status.state, status.reason) == ("failed", "out of memory; lower train.batch_size")
-    assert backend.attempts == [1, 2]
-    assert result is not None
-    assert result.cause == "out of memory"
+def check_the_end(storage: Storage, cluster: Cluster, names: list[str]) -> None:
+    low, stop, dear = names
+    found = {
+        model: state(storage, name, model)
+        for name, model in ((low, "low"), (low, "bad"), (stop, "stop"), (dear, "dear"))
+    }
+    assert {model: status.state for model, status in found.items()} == {
+        "low": "succeeded",
+        "bad": "failed",
+        "stop": "cancelled",
+        "dear": "succeeded",
+    }
+    for status in found.values():
+        check_history(status)
+    assert [change.state for change in found["dear"].history].count("succeeded") == 1
+    assert {entry.job for _, entry in Jobs(storage).ended()} == set(names)
+    assert len(Jobs(storage).ended()) == 3
+    chain = Run(storage, low, "low").chain()
+    assert all(link.parent is None or link.parent.attempt < link.attempt for link in chain)
 
 
-def test_attempts_are_numbered_on_after_whatever_happened() -> None:
-    """The process that carried the run was killed in mid-run: the next one neither waits nor uses a number twice."""
-    storage = MemoryStorage()
-    run = Run(storage, JOB, MODEL)
-    run.write_status(Status(state="queued").to("running", "by one that was killed", 4), None)
-    status, _, backend = carry(storage, succeeds)
-    assert (status.state, backend.attempts) == ("succeeded", [5])
+def test_the_store_is_away_at_every_point(data: Path) -> None:
+    class Blinking(Wrapped):
+        operations, refused, at = 0, 0, 0
+
+        def before(self, verb: str, key: str) -> None:
+            self.operations += 1
+            if self.operations >= self.at and self.refused < 5:
+                self.refused += 1
+                raise StorageUnavailable(key)
+
+    at = 0
+    while True:
+        at += 1
+        inner = MemoryStorage()
+        cluster, names = eventful(inner, data)
+        storage = Blinking(inner)
+        storage.at = at
+        late: list[str] = []
+        carry_on(Dispatcher(storage, cluster), 1, names, late, data)
+        if not storage.refused:
+            break
+        check_the_end(inner, cluster, [*names, *late])
+    assert at > 100
 
 
 # ---- two dispatchers
 
 
-def test_of_two_dispatchers_one_stops_at_its_next_write() -> None:
+def test_one_that_was_paused_beyond_its_lease_changes_nothing(data: Path) -> None:
     storage = MemoryStorage()
-
-    def script(run: Run, attempt: int) -> Iterator[object]:
-        status, etag = run.status()
-        run.write_status(status.to("starting", "attempt 2 of another", 2), etag)
-        run.beat(attempt, Heartbeat(phase="training", step=1))
-        while not run.wishes(attempt):
-            yield
-        run.end(attempt, Result(outcome="left"))
-
-    backend = Drivers(storage, script)
-    with pytest.raises(GenmodelsError, match="run job-00000000/model is carried by another dispatcher; this one stops"):
-        Dispatcher(storage, backend).carry(JOB, MODEL, Seen())
-    status, _ = Run(storage, JOB, MODEL).status()
-    assert (status.state, status.reason, status.attempt) == ("starting", "attempt 2 of another", 2)
-    assert backend.attempts == [1]
-    assert backend.drivers[0].code == 0, "its driver was asked to leave, and did"
-
-
-def test_a_dispatcher_that_comes_second_starts_nothing() -> None:
-    class Contested(Wrapped):
-        def before(self, verb: str, key: str) -> None:
-            if verb == "put" and key.endswith("status.json") and not self.inner.exists(key):
-                Run(self.inner, JOB, MODEL).write_status(Status(state="starting", attempt=1), None)
-
-    storage = Contested()
-    backend = Drivers(storage, succeeds)
-    with pytest.raises(GenmodelsError, match="carried by another dispatcher"):
-        Dispatcher(storage, backend).carry(JOB, MODEL, Seen())
-    assert backend.attempts == []
+    cluster = Cluster(storage, cpus=4, a=[obedient, succeeds])
+    name = submit(storage, data, "contested", "a", "b")
+    old, new = Dispatcher(storage, cluster), Dispatcher(storage, cluster)
+    while state(storage, name, "a").state != "running":
+        old.tick(1)
+    new.tick(2)
+    before = dict(storage.objects)
+    run = old._runs[f"{name}/a"].supervisor
+    with pytest.raises(LeaseLost):
+        run.to("failed", "the old one wakes in the middle of a decision")
+    with pytest.raises(LeaseLost):
+        Dispatcher(storage, cluster).tick(1)
+    assert storage.objects == before
+    wish(storage, name, "a", "leave", "cancelled")
+    play(new, 2, name)
+    assert state(storage, name, "a").state == "cancelled"
+    assert len(cluster.drivers) == 2, "none was started twice"
 
 
-# ---- Ctrl-C
-
-
-class Interrupting:
-    """A watcher that is interrupted at a state and phase, `times` times."""
-
-    def __init__(self, state: str, phase: str | None, times: int = 1) -> None:
-        self.at, self.times = (state, phase), times
-
-    def __call__(self, status: Status, heartbeat: Heartbeat | None) -> None:
-        if self.at == (status.state, heartbeat.phase if heartbeat else None) and self.times:
-            self.times -= 1
-            raise KeyboardInterrupt
-
-
-def obedient(run: Run, attempt: int) -> Iterator[object]:
-    """Trains until it is asked to leave, then saves, which takes a while."""
-    run.start(attempt, None, 1)
-    run.beat(attempt, Heartbeat(phase="training", step=7))
-    while not run.wishes(attempt):
-        yield
-    for _ in range(5):
-        yield
-    save(run, attempt, 8)
-    run.end(attempt, Result(outcome="left", step=8))
-
-
-def interrupted(storage: Storage, script: Script, watch: Interrupting) -> tuple[Status, Drivers]:
-    backend = Drivers(storage, script)
-    with pytest.raises(KeyboardInterrupt):
-        Dispatcher(storage, backend).carry(JOB, MODEL, watch)
-    return Run(storage, JOB, MODEL).status()[0], backend
-
-
-def test_ctrl_c_has_the_attempt_save_and_leave(storage: Storage) -> None:
-    status, backend = interrupted(storage, obedient, Interrupting("running", "training"))
-    run = Run(storage, JOB, MODEL)
-    assert [(wish.wish, wish.reason) for wish in run.wishes(1)] == [("leave", "stopped by Ctrl-C")]
-    assert (backend.drivers[0].code, backend.drivers[0].killed) == (0, False)
-    assert (status.state, status.reason) == ("queued", "stopped by Ctrl-C; goes on from step 8")
-    again, _, _ = carry(storage, succeeds)
-    assert again.state == "succeeded"
-
-
-def test_ctrl_c_while_nothing_is_trained_yet_ends_it_at_once() -> None:
-    def slow(run: Run, attempt: int) -> Iterator[object]:
-        run.beat(attempt, Heartbeat(phase="starting"))
-        while True:
-            yield
-
-    status, backend = interrupted(MemoryStorage(), slow, Interrupting("starting", "starting"))
-    assert backend.drivers[0].killed
-    assert (status.state, status.reason) == ("queued", "stopped by Ctrl-C; goes on from step 0")
-
-
-def test_ctrl_c_before_the_driver_is_started() -> None:
-    status, backend = interrupted(MemoryStorage(), succeeds, Interrupting("starting", None))
-    assert backend.attempts == []
-    assert (status.state, status.reason) == ("queued", "stopped by Ctrl-C; goes on from step 0")
-
-
-def test_ctrl_c_after_the_driver_has_ended_wishes_nothing() -> None:
+def test_the_second_takes_over_when_the_first_is_gone(data: Path) -> None:
     storage = MemoryStorage()
-
-    def quick(run: Run, attempt: int) -> Iterator[object]:
-        run.beat(attempt, Heartbeat(phase="publishing"))
-        run.end(attempt, Result(outcome="succeeded", version=1))
-        return
-        yield
-
-    status, _ = interrupted(storage, quick, Interrupting("publishing", "publishing"))
-    assert status.state == "queued"
-    assert Run(storage, JOB, MODEL).wishes(1) == []
-
-
-def stubborn(run: Run, attempt: int) -> Iterator[object]:
-    run.start(attempt, None, 1)
-    run.beat(attempt, Heartbeat(phase="training", step=7))
-    while True:
-        yield
-
-
-def test_a_driver_that_does_not_leave_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dispatch, "LEAVE_SECONDS", 0.05)
-    storage = MemoryStorage()
-    status, backend = interrupted(storage, stubborn, Interrupting("running", "training"))
-    assert backend.drivers[0].killed
-    assert len(Run(storage, JOB, MODEL).wishes(1)) == 1
-    assert status.state == "queued"
+    cluster = Cluster(storage, a=[obedient, succeeds])
+    name = submit(storage, data, "handed-on", "a")
+    stops = [threading.Event(), threading.Event()]
+    dispatchers = [Dispatcher(storage, cluster, Lease(storage, seconds=2.0)) for _ in stops]
+    threads = [
+        threading.Thread(target=dispatcher.run, args=(stop,), daemon=True)
+        for dispatcher, stop in zip(dispatchers, stops, strict=True)
+    ]
+    threads[0].start()
+    wait(lambda: state(storage, name, "a").state == "running")
+    threads[1].start()
+    stops[0].set()
+    threads[0].join(10)
+    wait(lambda: state(storage, name, "a").epoch == 2)
+    wish(storage, name, "a", "leave", "cancelled")
+    wait(lambda: state(storage, name, "a").state in ENDED)
+    stops[1].set()
+    threads[1].join(10)
+    assert (state(storage, name, "a").state, len(cluster.drivers)) == ("cancelled", 1)
 
 
-def test_a_second_ctrl_c_kills_at_once() -> None:
-    class Impatient(Wrapped):
-        def before(self, verb: str, key: str) -> None:
-            if verb == "put" and "/wishes/" in key:
-                raise KeyboardInterrupt
-
-    storage = Impatient()
-    status, backend = interrupted(storage, stubborn, Interrupting("running", "training"))
-    assert backend.drivers[0].killed
-    assert status.state == "queued"
-
-
-def test_what_goes_wrong_here_lets_the_attempt_leave_too() -> None:
-    storage = MemoryStorage()
-    backend = Drivers(storage, obedient)
-
-    def watch(status: Status, heartbeat: Heartbeat | None) -> None:
-        if heartbeat:
-            raise OSError("the terminal is gone")
-
-    with pytest.raises(OSError, match="the terminal is gone"):
-        Dispatcher(storage, backend).carry(JOB, MODEL, watch)
-    assert backend.drivers[0].code == 0
-    assert Run(storage, JOB, MODEL).status()[0].reason == "stopped: the terminal is gone; goes on from step 8"
-
-
-# ---- a store that is away
-
-
-def test_an_outage_neither_fails_a_run_nor_counts() -> None:
-    """The store goes away at every point of a run in turn, for a while."""
-
-    class Blinking(Wrapped):
-        operations, refused, at = 0, 0, 0
-
-        def before(self, verb: str, key: str) -> None:
-            if driving:
-                return
-            self.operations += 1
-            if self.operations >= self.at and self.refused < 12:
-                self.refused += 1
-                raise StorageUnavailable(key)
-
-    def sheltered(run: Run, attempt: int) -> Iterator[object]:
-        nonlocal driving
-        steps = succeeds(run, attempt)
-        while True:  # the driver has its own ways with an outage
-            driving = True
-            try:
-                next(steps)
-            except StopIteration:
-                return
-            finally:
-                driving = False
-            yield
-
-    driving, at = False, 0
-    while True:
-        at += 1
-        storage = Blinking()
-        storage.at = at
-        backend = Drivers(storage, sheltered)
-        status, _ = Dispatcher(storage, backend).carry(JOB, MODEL, Seen())
-        assert (status.state, backend.attempts) == ("succeeded", [1])
-        assert {state for state, _ in states(status)} <= {"starting", "running", "publishing", "succeeded"}
-        if not storage.refused:
-            break
-    assert at > 10
-
-
-def test_a_lost_answer_is_not_taken_for_another_dispatcher() -> None:
-    """The status is written, the answer is lost, and the store stays away for a while."""
-
-    class Lossy(FailingStorage):
-        def after(self, verb: str, key: str) -> None:
-            if verb == "put" and key.endswith("status.json"):
-                self.away, self.refused = True, 0
-                raise StorageUnavailable(key)
-
-        def before(self, verb: str, key: str) -> None:
-            self.away = self.away and self.refused < 20
-            super().before(verb, key)
-
-    status, _, _ = carry(Lossy(), succeeds)
-    assert [state for state, _ in states(status)] == ["starting", "running", "publishing", "succeeded"]
-
-
-def test_ctrl_c_in_an_outage_does_not_hang() -> None:
-    storage = FailingStorage()
-    backend = Drivers(storage, stubborn)
-
-    def watch(status: Status, heartbeat: Heartbeat | None) -> None:
-        if heartbeat:
-            storage.away = True
-            raise KeyboardInterrupt
-
-    with pytest.raises(KeyboardInterrupt):
-        Dispatcher(storage, backend).carry(JOB, MODEL, watch)
-    assert backend.drivers[0].killed
-    storage.away = False
-    assert Run(storage, JOB, MODEL).status()[0].state == "running"
-    assert carry(storage, succeeds)[0].state == "succeeded"
-
-
-# ---- drivers as processes
-
-
-def test_a_process_is_killed_with_its_children(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The interpreter is replaced by a script that starts a child of its own, and writes down how it was called."""
-    fake = tmp_path / "python"
-    fake.write_text(f'#!/bin/sh\nsleep 600 &\necho "$! $GREETING $@"\necho "$!" > {tmp_path}/child\nwait\n')
-    fake.chmod(0o755)
-    monkeypatch.setattr(dispatch.sys, "executable", str(fake))
-    backend = SubprocessBackend(tmp_path / "logs", {"GREETING": "hello"})
-    driver = backend.start("file:///somewhere", JOB, MODEL, 3)
-    while not (tmp_path / "child").exists() or not (tmp_path / "child").read_text().strip():
-        assert driver.poll() is None
-    child = int((tmp_path / "child").read_text())
-    driver.kill()
-    assert driver.poll() == -9
-    state = Path(f"/proc/{child}/stat")
-    for _ in range(1000):
-        if not state.exists() or state.read_text().split()[2] == "Z":
-            break
-        dispatch.time.sleep(0.01)
-    else:
-        pytest.fail("the driver's child outlived it")
-    said = (tmp_path / "logs" / "model-attempt-3.log").read_text()
-    options = f"--storage file:///somewhere --job {JOB} --model {MODEL} --attempt 3"
-    assert said == f"{child} hello -m services.train {options}\n"
-    driver.kill()  # once more does no harm
+def wait(condition: Any, seconds: float = 20.0) -> None:
+    waiting = threading.Event()
+    for _ in range(int(seconds / 0.02)):
+        if condition():
+            return
+        waiting.wait(0.02)
+    pytest.fail("it did not come about")

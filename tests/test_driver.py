@@ -5,12 +5,18 @@ from __future__ import annotations
 import copy
 import math
 import pickle
+import signal
+import subprocess
+import sys
+import threading
+import time
 from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 import pytest
+import stores
 import torch
 from published import build, write
 from stores import LINEAGE, MemoryStorage
@@ -30,10 +36,16 @@ from genmodels.errors import (
     TrainingDiverged,
 )
 from genmodels.registry import Registry
-from genmodels.run import Result, Run
+from genmodels.run import Heartbeat, Result, Run
 from genmodels.spec import ModelSpec
+from genmodels.storage import open_storage
+from genmodels.wishes import KILLED
+from services import driver_watch
+from services.driver_watch import DriverWatch
+from services.local import submit
 from services.train import _failure, _publish, _seconds
 
+ROOT = Path(__file__).parent.parent
 GLOO = RuntimeError(
     "[/pytorch/third_party/gloo/gloo/transport/tcp/pair.cc:552] Connection closed by peer [127.0.0.1]:47315"
 )
@@ -60,6 +72,13 @@ def startup_timeout() -> Exception:
     from ray.train.v2.api.exceptions import ControllerError
 
     return ControllerError(WorkerGroupStartupTimeoutError(2))
+
+
+def never_enough() -> Exception:
+    from ray.train.v2._internal.exceptions import InsufficientClusterResourcesError
+    from ray.train.v2.api.exceptions import ControllerError
+
+    return ControllerError(InsufficientClusterResourcesError("Insufficient cluster resources\nmore"))
 
 
 def ray_out_of_memory() -> Exception:
@@ -92,12 +111,15 @@ LOST = "a worker was lost "
         (controller_of_workers, "user", "data.path: too short"),
         (lambda: SpecError("width: wrong", "depth: wrong"), "user", "width: wrong\ndepth: wrong"),
         (lambda: ranks(rank0=Superseded("overtaken"), rank1=GLOO), "superseded", "overtaken"),
-        (lambda: ranks(rank0=StorageUnavailable("s3: no answer")), "infrastructure", "s3: no answer"),
+        (lambda: ranks(rank0=StorageUnavailable("s3: no answer")), "storage", "s3: no answer"),
+        (lambda: ranks(rank0=GLOO, rank1=StorageUnavailable("s3: no answer")), "storage", "s3: no answer"),
+        (lambda: StorageUnavailable("s3: no answer"), "storage", "s3: no answer"),
         (lambda: ranks(rank0=GLOO, rank1=CheckpointError("a: missing")), "infrastructure", "a: missing"),
         (lambda: ranks(rank1=actor_died()), "infrastructure", LOST + "(ActorDiedError: "),
         (lambda: ranks(rank0=GLOO, rank1=actor_died()), "infrastructure", LOST + "(RuntimeError: "),
         (lambda: ranks(rank0=GLOO), "infrastructure", LOST + "(RuntimeError: [/pytorch"),
-        (startup_timeout, "infrastructure", LOST + "(WorkerGroupStartupTimeoutError: "),
+        (startup_timeout, "no workers", "the workers were not placed (WorkerGroupStartupTimeoutError: "),
+        (never_enough, "no workers", "the workers were not placed (InsufficientClusterResourcesError: Insufficient"),
         (lambda: ConnectionError("no Ray there"), "infrastructure", LOST + "(ConnectionError: no Ray there)"),
         (lambda: ranks(rank0=torch.OutOfMemoryError("CUDA")), "out of memory", "out of memory; lower"),
         (lambda: ranks(rank0=GLOO, rank1=MemoryError()), "out of memory", "out of memory; lower"),
@@ -239,3 +261,217 @@ def test_seconds_are_of_the_chain_and_of_this_start() -> None:
     assert _seconds(run, 1, began) == {"training_seconds": 2.5, "startup_seconds": pytest.approx(14.0)}
     assert _seconds(run, 1, began + 60)["startup_seconds"] == 0.0, "the clocks of two machines differ"
     assert _seconds(run, 2, began)["startup_seconds"] == 0.0
+
+
+# ---- what the driver looks after while Ray has its main thread
+
+
+class Ended(Exception):
+    """The process would have ended here."""
+
+
+class Logs:
+    """As LogShipper, for a process that is not to be touched."""
+
+    def __init__(self) -> None:
+        self.flushed: list[float] = []
+
+    def flush(self, seconds: float, ended: bool = False) -> bool:
+        self.flushed.append(seconds)
+        return True
+
+
+@pytest.fixture
+def watch(monkeypatch: pytest.MonkeyPatch) -> DriverWatch:
+    def end(code: int) -> None:
+        raise Ended(code)
+
+    monkeypatch.setattr(driver_watch.os, "_exit", end)
+    monkeypatch.setattr(driver_watch, "FENCE_SECONDS", 0.0)
+    return DriverWatch(Run(MemoryStorage(), "j", "m"), 1, Logs())  # type: ignore[arg-type]
+
+
+def beat(run: Run) -> Heartbeat:
+    found = run.heartbeat(1)
+    assert found is not None
+    return found
+
+
+def test_the_driver_beats_until_rank_0_does(watch: DriverWatch) -> None:
+    run = watch.run
+    watch.look()
+    assert run.heartbeat(1) is None
+    watch.training(max_steps=9)
+    assert beat(run) == Heartbeat(phase="starting", max_steps=9)
+    for tick in (1, 2):
+        watch.look()
+        assert beat(run).tick == tick
+    of_rank_0 = Heartbeat(phase="starting", max_steps=9, tick=1)
+    run.beat(1, of_rank_0)
+    for _ in range(2):
+        watch.look()
+        assert beat(run) == of_rank_0
+
+
+def test_a_driver_whose_attempt_was_taken_over_ends_without_a_result(watch: DriverWatch) -> None:
+    watch.training(max_steps=9)
+    watch.look()
+    watch.run.start(2, None, 1)
+    with pytest.raises(Ended, match=str(driver_watch.SUPERSEDED)):
+        watch.look()
+    assert watch.run.result(1) is None
+    assert watch.logs.flushed  # type: ignore[attr-defined]
+
+
+def test_a_group_that_has_not_begun_leaves_at_once(watch: DriverWatch) -> None:
+    run = watch.run
+    run.start(1, None, 1)
+    stores.save(run, 1, 4)
+    watch.training(max_steps=9)
+    run.wish("leave", 2, "for another")
+    watch.look()
+    run.wish("leave", 1, "preempted")
+    with pytest.raises(Ended, match="0"):
+        watch.look()
+    result = run.result(1)
+    assert result is not None
+    assert (result.outcome, result.cause, result.step) == ("left", None, 4)
+    assert result.message == "left before its workers had begun; goes on from step 4"
+
+
+def test_a_group_that_has_begun_leaves_by_itself(watch: DriverWatch) -> None:
+    watch.training(max_steps=9)
+    watch.run.beat(1, Heartbeat(phase="training", step=3))
+    watch.run.wish("leave", 1, "preempted")
+    for _ in range(2):
+        watch.look()
+    assert watch.leave.is_set()
+    assert watch.run.result(1) is None
+
+
+def test_sigterm_in_training_is_a_wish_to_leave(watch: DriverWatch) -> None:
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        watch.catch_sigterm()
+        signal.raise_signal(signal.SIGTERM)
+        watch.look()
+        assert watch.run.wishes() == []  # there is nothing to leave yet, or no longer
+        watch.training(max_steps=9)
+        watch.run.beat(1, Heartbeat(phase="training", step=3))
+        for _ in range(2):
+            watch.look()
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    (wish,) = watch.run.wishes(1)
+    assert (wish.wish, wish.then, wish.reason) == ("leave", "queued", "the driver was told to end (SIGTERM)")
+    assert watch.leave.is_set()
+
+
+def test_after_training_nothing_is_looked_after(watch: DriverWatch) -> None:
+    watch.training(max_steps=9)
+    watch.trained()
+    publishing = Heartbeat(phase="publishing", step=9)
+    watch.run.beat(1, publishing)
+    watch.run.wish("leave", 1, "too late")
+    watch.run.start(2, None, 1)
+    watch.look()
+    assert beat(watch.run) == publishing
+
+
+@pytest.mark.parametrize("ended", [False, True])
+def test_a_kill_wish_ends_a_process_that_has_not_ended_by_then(
+    watch: DriverWatch, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], ended: bool
+) -> None:
+    codes: list[int] = []
+    monkeypatch.setattr(driver_watch.os, "_exit", codes.append)
+    watch.training(max_steps=9)
+    watch.kill_seconds = 0.1
+    watch.run.wish("kill", 1, "cancel --now", then="cancelled")
+    watch.look()
+    timers = [thread for thread in threading.enumerate() if isinstance(thread, threading.Timer)]
+    if ended:
+        watch.trained()  # is not held up: a failure of the ranks, which end first, can be told
+        watch.__exit__()
+    for timer in timers:
+        timer.join()
+    assert codes == ([] if ended else [KILLED])
+    assert watch.killed is not None
+    said = capfd.readouterr().err
+    assert said.startswith("Killed: cancel --now. The stacks of all threads:\n")
+    assert "in test_a_kill_wish_ends_a_process" in said
+    watch.look()
+    assert capfd.readouterr().err == "", "it was read once"
+
+
+# ---- a driver process; in the place of Ray something that waits
+
+DRIVER = """
+import os, sys, time
+from genmodels.run import Run, Heartbeat
+from services import driver_watch, train
+driver_watch.FENCE_SECONDS = 0.1
+def _train(storage_url, job, spec, attempt, workers, watch):
+    print("workers:", workers)
+    if {body!r} == "lost":
+        raise ConnectionError("a peer")
+    if {body!r} == "overtaken":
+        watch.run.start(attempt + 1, None, 1)
+    time.sleep(60)
+train._train = _train
+train.main()
+"""
+
+
+def drive(tmp_path: Path, data: Path, body: str, *options: str, signals: int | None = None) -> tuple[Run, int, float]:
+    """The run, the exit code, and how long it took from the signal on."""
+    storage = open_storage(f"file://{tmp_path}")
+    name = submit(storage, job("driven", model(data, "minigpt") | {"scaling": {"num_workers": 3}}))
+    run = Run(storage, name, "minigpt")
+    command = [sys.executable, "-c", DRIVER.format(body=body), "--storage", storage.url, "--job", name]
+    process = subprocess.Popen([*command, "--model", "minigpt", "--attempt", "1", *options], cwd=ROOT)
+    try:
+        deadline, began = time.monotonic() + 60, time.monotonic()
+        while signals and run.heartbeat(1) is None:
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        if signals:
+            process.send_signal(signals)
+            began = time.monotonic()
+        return run, process.wait(60), time.monotonic() - began
+    finally:
+        process.kill()
+        process.wait()
+
+
+def log(run: Run) -> list[str]:
+    return [line.line for line in run.log_lines("driver")]
+
+
+def test_a_driver_that_is_told_to_end_leaves_a_result_and_its_log(tmp_path: Path) -> None:
+    run, code, seconds = drive(tmp_path, make_data(tmp_path), "wait", "--workers", "2", signals=signal.SIGTERM)
+    assert code == 0
+    assert seconds < 10
+    result = run.result(1)
+    assert result is not None
+    assert (result.outcome, result.step) == ("left", 0)
+    assert [wish.reason for wish in run.wishes(1)] == ["the driver was told to end (SIGTERM)"]
+    assert log(run)[0] == "workers: 2"
+    assert log(run)[-1].endswith("left before its workers had begun; goes on from step 0")
+
+
+def test_a_driver_ends_when_it_is_overtaken(tmp_path: Path) -> None:
+    run, code, _ = drive(tmp_path, make_data(tmp_path), "overtaken")
+    assert code == driver_watch.SUPERSEDED
+    assert run.result(1) is None
+    assert run.wishes() == []
+
+
+def test_a_failure_is_in_result_and_log(tmp_path: Path) -> None:
+    run, code, _ = drive(tmp_path, make_data(tmp_path), "lost")
+    assert code == 0
+    result = run.result(1)
+    assert result is not None
+    assert (result.outcome, result.cause) == ("failed", "infrastructure")
+    assert log(run)[0] == "workers: 3"
+    assert "ConnectionError: a peer" in log(run)
+    assert log(run)[-1].endswith("failed. a worker was lost (ConnectionError: a peer)")

@@ -135,6 +135,34 @@ def test_a_heartbeat_says_how_long_it_will_take(make: Any, monkeypatch: pytest.M
     assert [beat.tick for beat in beats] == [1, 2, 3, 4]
 
 
+def test_a_heartbeat_has_the_median_of_the_latest_steps(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each step from the tick before it, whatever that was of; evaluations and waits between steps are none."""
+    monkeypatch.setattr(recorder, "MEDIAN_OF", 5)
+    storage = MemoryStorage()
+    rank0, run = make(storage), Run(storage, "job", "vae")
+
+    def median_after(second: float, phase: str, step: int) -> float | None:
+        with monkeypatch.context() as patch:
+            patch.setattr(recorder.time, "monotonic", lambda: second)
+            rank0.tick(phase, step)
+        rank0._write_beat()
+        beat = run.heartbeat(1)
+        assert beat is not None
+        return beat.step_seconds
+
+    assert median_after(0, "compiling", 0) is None
+    assert median_after(30, "training", 1) == 30
+    assert median_after(32, "training", 2) == 16  # of 30 and 2
+    assert median_after(35, "training", 3) == 3
+    assert median_after(100, "evaluating", 3) == 3
+    assert median_after(104, "training", 4) == 3.5  # of 30, 2, 3, 4
+    assert median_after(200, "waiting for storage", 4) == 3.5
+    assert median_after(205, "training", 5) == 4
+    assert median_after(205.5, "training", 6) == 3  # of 2, 3, 4, 5, 0.5
+    assert median_after(206.5, "training", 7) == 3
+    assert median_after(208, "training", 8) == 1.5
+
+
 def test_what_a_manifest_commits_has_its_metrics(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     """Killed right after the manifest, long before metrics are due: the rows of its steps are there."""
     monkeypatch.setattr(recorder, "METRICS_SECONDS", 1e9)
@@ -363,16 +391,11 @@ def test_ctrl_c_does_not_wait_for_uploads(make: Any) -> None:
     rank0.uploader.join()
 
 
-def test_wishes_for_this_attempt_reach_it(make: Any) -> None:
-    storage = MemoryStorage()
-    with make(storage) as rank0:
-        run = Run(storage, "job", "vae")
-        run.wish("leave", 2, "for another")
-        rank0.tick("training", 1)
-        until(lambda: (beat := run.heartbeat(1)) and beat.step == 1)
-        assert not rank0.should_leave()
-        run.wish("leave", 1, "for this one")
-        until(rank0.should_leave)
+def test_it_hears_of_a_wish_to_leave(make: Any) -> None:
+    rank0 = make(MemoryStorage())
+    assert not rank0.should_leave()
+    rank0.leave.set()
+    assert rank0.should_leave()
 
 
 # ---- clean-up

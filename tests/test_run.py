@@ -140,6 +140,111 @@ def test_a_history_with_a_hole_is_an_error() -> None:
         run.checkpoints()
 
 
+# ---- logs
+
+
+def write_log(run: Run, attempt: int, source: str, number: int, *rows: tuple[str, str]) -> None:
+    lines = [json.dumps({"time": time, "line": line}) + "\n" for time, line in rows]
+    run.storage.put(run.log_key(attempt, source, number), "".join(lines).encode())
+
+
+def started(run: Run, attempt: int, time: str) -> None:
+    """As `Run.start`, at a given time."""
+    start = Start(attempt=attempt, parent=None, world_size=1, time=time)
+    write_document(run.storage, f"{run.prefix}/attempt-{attempt}/start.json", start.model_dump(mode="json"))
+
+
+def test_logs_are_merged_by_time_and_cut_where_a_later_attempt_took_over(storage: Storage) -> None:
+    run = Run(storage, "j", "m")
+    assert list(run.log_lines()) == []
+    write_log(run, 1, "driver", 1, ("10:00", "driver 1 begins"), ("10:09", "driver 1: a worker was lost"))
+    started(run, 1, "10:02")
+    write_log(run, 1, "0", 1, ("10:03", "rank 0"), ("10:04", "rank 0 again"))
+    write_log(run, 1, "0", 2, ("10:06", "rank 0 at last"))
+    write_log(run, 1, "1", 1, ("10:03", "rank 1"), ("10:05", "rank 1 at last"))
+    write_log(run, 2, "driver", 1, ("10:10", "driver 2: no workers"))  # it never started: it cuts nothing
+    write_log(run, 1, "1", 2, ("10:12", "paused until now; attempt 2 has not started"))
+    write_log(run, 3, "driver", 1, ("10:19", "driver 3 begins"))
+    started(run, 3, "10:20")
+    write_log(run, 3, "0", 1, ("10:21", "rank 0 of 3"))
+    # both wake
+    write_log(run, 1, "1", 3, ("10:19", "just in time"), ("10:20", "late"), ("10:30", "later"))
+    write_log(run, 2, "driver", 2, ("10:21", "late too"))
+    assert [(line.attempt, line.source, line.line) for line in run.log_lines()] == [
+        (1, "driver", "driver 1 begins"),
+        (1, "0", "rank 0"),
+        (1, "1", "rank 1"),
+        (1, "0", "rank 0 again"),
+        (1, "1", "rank 1 at last"),
+        (1, "0", "rank 0 at last"),
+        (1, "driver", "driver 1: a worker was lost"),
+        (1, "1", "paused until now; attempt 2 has not started"),
+        (1, "1", "just in time"),
+        (2, "driver", "driver 2: no workers"),
+        (3, "driver", "driver 3 begins"),
+        (3, "0", "rank 0 of 3"),
+    ]
+    assert [line.line for line in run.log_lines("1")] == [
+        "rank 1",
+        "rank 1 at last",
+        "paused until now; attempt 2 has not started",
+        "just in time",
+    ]
+    assert list(run.log_lines("7")) == []
+
+
+def test_a_log_is_followed_with_a_cursor(storage: Storage) -> None:
+    run = Run(storage, "j", "m")
+    cursor: dict[str, str] = {}
+
+    def new(source: str | None = None) -> list[str]:
+        return [line.line for line in run.log_lines(source, cursor)]
+
+    assert new() == []
+    write_log(run, 1, "driver", 1, ("10:00", "a"))
+    write_log(run, 1, "0", 1, ("10:01", "b"), ("10:02", "c"))
+    assert new() == ["a", "b", "c"]
+    assert new() == []
+    write_log(run, 1, "0", 2, ("10:03", "d"))
+    write_log(run, 1, "1", 1, ("10:01", "e"))  # shipped later than what has been read
+    assert new() == ["e", "d"]
+    started(run, 2, "10:05")
+    write_log(run, 1, "0", 3, ("10:04", "f"), ("10:05", "late"))
+    write_log(run, 2, "0", 1, ("10:06", "g"))
+    assert new() == ["f", "g"]
+    assert new() == []
+    assert [line.line for line in run.log_lines("driver", {})] == ["a"]
+
+
+def test_many_parts_of_logs_and_metrics_slow_the_fence_not_down() -> None:
+    """It looks at the attempts, not at what is in them."""
+
+    class Counting(Wrapped):
+        looked = 0
+
+        def after(self, verb: str, key: str) -> None:
+            self.looked += 1
+
+    storage = Counting()
+    run = Run(storage, "j", "m")
+    for attempt in (1, 2, 3):
+        run.start(attempt, None, 1)
+    for number in range(1, 501):
+        write_log(run, 3, "0", number, ("10:00", "a"))
+    storage.looked, listed = 0, storage.list
+
+    def no_list(prefix: str, **options: object) -> list[str]:
+        raise AssertionError(f"{prefix} is listed")
+
+    storage.list = no_list  # type: ignore[method-assign, assignment]
+    run.fence(3)
+    assert storage.looked == 1
+    with pytest.raises(Superseded):
+        run.fence(2)
+    assert storage.looked == 3
+    assert len(listed("runs/j/m/attempt-3/logs/")) == 500
+
+
 # ---- starts and the fence
 
 
@@ -206,15 +311,25 @@ def test_wishes_are_for_their_attempt(storage: Storage) -> None:
     run = Run(storage, "j", "m")
     run.wish("leave", 1, "Ctrl-C")
     run.wish("leave", 2, "preempted")
-    run.wish("kill", 2, "a person")
+    assert run.wish("kill", 2, "a person", then="cancelled") == run.wishes(2)[1]
     assert [(wish.wish, wish.reason) for wish in run.wishes(2)] == [("leave", "preempted"), ("kill", "a person")]
     assert [wish.attempt for wish in run.wishes(1)] == [1]
     assert run.wishes(3) == []
+    assert [(wish.number, wish.attempt, wish.then) for wish in run.wishes()] == [
+        (1, 1, "queued"),
+        (2, 2, "queued"),
+        (3, 2, "cancelled"),
+    ]
+    assert [wish.number for wish in run.wishes(after=1)] == [2, 3]
+    assert [wish.number for wish in run.wishes(1, after=1)] == []
+    assert run.wishes(after=3) == []
 
 
 def test_no_wish_of_eight_is_lost(storage: Storage) -> None:
     run = Run(storage, "j", "m")
-    assert in_threads(8, lambda i: run.wish("leave", 1, f"reason {i}")) == [None] * 8
+    wished = in_threads(8, lambda i: run.wish("leave", 1, f"reason {i}"))
+    assert sorted(wish.number for wish in wished) == list(range(1, 9))
+    assert sorted(wished, key=lambda wish: wish.number) == run.wishes(1)
     assert sorted(wish.reason for wish in run.wishes(1)) == [f"reason {i}" for i in range(8)]
 
 
@@ -222,9 +337,9 @@ def test_status_is_swapped_by_whoever_read_it_last(storage: Storage) -> None:
     run = Run(storage, "j", "m")
     status, etag = run.status()
     assert (status, etag, status.reason) == (Status(state="queued"), None, "")
-    mine = run.write_status(status.to("starting", "attempt 1", 1), None)
+    mine = run.write_status(status.to("starting", "attempt 1", attempt=1), None)
     with pytest.raises(Conflict):
-        run.write_status(status.to("starting", "attempt 1 too", 1), None)
+        run.write_status(status.to("starting", "attempt 1 too", attempt=1), None)
     run.write_status(run.status()[0].to("running", "training"), mine)
     with pytest.raises(Conflict):
         run.write_status(status.to("failed", "late"), mine)
@@ -237,7 +352,7 @@ def test_status_is_swapped_by_whoever_read_it_last(storage: Storage) -> None:
 def test_one_of_eight_dispatchers_swaps_the_status(storage: Storage) -> None:
     run = Run(storage, "j", "m")
     etag = run.write_status(Status(state="queued"), None)
-    answers = in_threads(8, lambda i: run.write_status(Status(state="queued").to("starting", f"{i}", i), etag))
+    answers = in_threads(8, lambda i: run.write_status(Status(state="queued").to("starting", f"{i}", attempt=i), etag))
     winners = [i for i, answer in enumerate(answers) if isinstance(answer, str)]
     assert len(winners) == 1
     assert run.status()[0].attempt == winners[0]
@@ -285,7 +400,14 @@ def test_an_older_process_reads_what_a_newer_one_wrote() -> None:
         "attempt-1/start.json": {"attempt": 1, "parent": None, "world_size": 2, "time": "t", "nodes": ["a"]},
         "attempt-1/heartbeat.json": {"phase": "training", "step": 4, "gpu": 0.5},
         "attempt-1/result.json": {"outcome": "left", "step": 4, "cost": 1},
-        "wishes/00000001.json": {"wish": "leave", "attempt": 1, "reason": "r", "time": "t", "by": "x"},
+        "wishes/00000001.json": {
+            "wish": "leave",
+            "attempt": 1,
+            "then": "queued",
+            "reason": "r",
+            "time": "t",
+            "by": "x",
+        },
     }
     for name, document in documents.items():
         write_document(run.storage, f"runs/j/m/{name}", document)

@@ -293,9 +293,48 @@ def test_a_billion_laughs_end_at_the_first_anchor() -> None:
         ({"models__0__scaling__num_workers": 200}, "; write 200"),
         ({"models__0__scaling__num_workers": 1025}, "num_workers: got 1025, expected a whole number at most 1024"),
         (
-            {"models__0__scaling__num_workers": {"min": 1, "max": 4}},
-            "(elastic) is not supported yet; write a whole number",
+            {"models__0__scaling__num_workers": "2"},
+            "num_workers: got '2', expected a whole number, e.g. 2, or a range, e.g. {min: 1, max: 4}",
         ),
+        ({"models__0__scaling__num_workers": {"min": 1}}, "num_workers.max: missing; add it (most workers"),
+        (
+            {"models__0__scaling__num_workers": {"min": 0, "max": 4}},
+            "num_workers.min: got 0, expected a whole number at",
+        ),
+        (
+            {"models__0__scaling__num_workers": {"min": 4, "max": 2}},
+            "num_workers.max: got 2, expected at least min (4)",
+        ),
+        (
+            {"models__0__scaling__num_workers": {"min": 1, "max": 4, "mid": 2}},
+            "num_workers.mid: unknown key; did you mean 'min'?",
+        ),
+        (
+            {"models__0__scaling__num_workers": {"min": 3, "max": 4}},
+            "num_workers.min: got 3, expected a divisor of 128 (batch_size 128); write 2 or 4",
+        ),
+        (
+            {"models__0__scaling__num_workers": {"min": 1, "max": 300}},
+            "num_workers.max: got 300, expected a divisor of 128 (batch_size 128); write 128",
+        ),
+        (
+            {"models__0__scaling__num_workers": {"min": 1, "max": 5}, "models__0__train__accumulation_steps": 4},
+            "num_workers.max: got 5, expected a divisor of 32 (batch_size 128 / accumulation_steps 4); write 4 or 8",
+        ),
+        (
+            {"models__0__scaling__num_workers": {"min": 1, "max": 4}, "models__0__train__accumulation_steps": 3},
+            "batch_size: got 128, expected a multiple of 3 (accumulation_steps 3); write 126 or 129",
+        ),
+        ({"models__0__train__init_from": "../x@1"}, "init_from: got '../x@1', expected a version or a checkpoint: "),
+        (
+            {"models__0__train__init_from": "vae@job:3"},
+            "init_from: got 'vae@job:3', expected a version or a checkpoint",
+        ),
+        (
+            {"models__0__data__sha256": "0" * 64},
+            "`sha256` is for a dataset that was added with `genmodels data add`: remove it",
+        ),
+        ({"models__0__data__sha256": "../.."}, "sha256: got '../..', expected text of the form ^[0-9a-f]{64}$"),
         ({"models__0__checkpoints__num_to_keep": 1}, "num_to_keep: got 1, expected a whole number at least 2"),
         ({"models__0__model": "vae"}, "models[0].model: got 'vae', expected a mapping, e.g. {family: "),
         ({"models__0__model__family": ...}, "models[0].model.family: missing; write one of "),
@@ -398,6 +437,73 @@ def test_of_very_many_problems_the_first_are_told_quickly() -> None:
     assert time.process_time() - start < 1
 
 
+# workers that come and go, data that people added, what training starts from
+
+
+def test_an_elastic_run_names_the_sizes_it_may_have() -> None:
+    def sizes(**changes: Any) -> list[int]:
+        job = parse(good(**changes))
+        assert spec.load_stored(spec.dump(job)) == job
+        return job.models[0].world_sizes
+
+    assert sizes() == [2]
+    assert sizes(models__0__scaling={"num_workers": {"min": 1, "max": 8}}) == [1, 2, 4, 8]
+    elastic = {"num_workers": {"min": 2, "max": 6}}
+    assert sizes(models__0__scaling=elastic, models__0__train={"batch_size": 24}) == [2, 3, 4, 6]
+    halves = {"batch_size": 24, "accumulation_steps": 2}
+    assert sizes(models__0__scaling=elastic, models__0__train=halves) == [2, 3, 4, 6]
+    halves["accumulation_steps"] = 4
+    assert sizes(models__0__scaling=elastic, models__0__train=halves) == [2, 3, 6]
+    scaling = spec.ScalingConfig(**elastic)
+    assert (scaling.least_workers, scaling.most_workers) == (2, 6)
+    assert (spec.ScalingConfig().least_workers, spec.ScalingConfig().most_workers) == (1, 1)
+
+
+def test_an_added_dataset_is_known_where_the_storage_is() -> None:
+    tree = good(models__0__data={"dataset": "mine"}, models__1__data={"dataset": "plays", "sha256": "a" * 64})
+    found = problems(tree)
+    assert "unknown dataset 'mine'" in found[0]
+    assert "Your own data: `path`, or `genmodels data add NAME FILE|FOLDER`" in found[0]
+    data = json.dumps(tree).encode()
+    job = parse_spec(data, "job.yaml", datasets={"mine": "image", "plays": "text"})
+    assert [model.data.is_added for model in job.models] == [True, True]
+    assert spec.load_stored(spec.dump(job)) == job
+    with pytest.raises(
+        SpecError, match=r"got 'mine', a dataset of texts, but stub_image learns .*; write one of .*plays"
+    ):
+        parse_spec(data, "job.yaml", datasets={"mine": "text", "plays": "image"})
+    with pytest.raises(SpecError, match=r"unknown dataset 'plais', did you mean plays\?"):
+        parse_spec(data.replace(b"plays", b"plais"), "job.yaml", datasets={"mine": "image", "plays": "text"})
+    with pytest.raises(SpecError, match="dataset"):
+        spec.load_stored(strict_yaml.write(good(models__0__data={"dataset": "../mine"})))
+
+
+def test_what_comes_over_the_network_names_no_files(tmp_path: Path) -> None:
+    for path in (str(tmp_path), "photos", "~/photos"):
+        data = json.dumps(good(models__0__data={"path": path, "image_size": 64})).encode()
+        with pytest.raises(SpecError, match=r"models\[0\].data.path: .*genmodels data add NAME FILE\|FOLDER") as caught:
+            parse_spec(data, "body", paths=False)
+        assert len(caught.value.problems) == 1
+    with pytest.raises(SpecError, match=r"Your own data: `genmodels data add"):
+        parse_spec(json.dumps(good(models__0__data={"dataset": "mine"})).encode(), "body", paths=False)
+
+
+@pytest.mark.parametrize(
+    "name", ["vae", "vae@3", "vae@production", "vae@latest", "vae@live", "vae@step-500", "vae@shapes-0a1b2c3d:step-500"]
+)
+def test_training_starts_from_any_version_or_checkpoint(name: str) -> None:
+    job = parse(good(models__0__train={"init_from": name}))
+    assert job.models[0].train.init_from == name
+    assert spec.load_stored(spec.dump(job)) == job
+
+
+@pytest.mark.parametrize(
+    "name", ["", "@3", "vae@", "Vae@3", "vae@-3", "vae@a/b", "vae@:step-5", "vae@job:step-", "a@b@c", "vae\n"]
+)
+def test_a_wrong_start_is_refused(name: str) -> None:
+    assert "init_from: got " in problems(good(models__0__train={"init_from": name}))[0]
+
+
 # what is stored
 
 
@@ -471,6 +577,8 @@ def test_schema_accepts_good_specs_and_refuses_wrong_ones() -> None:
     jsonschema.Draft202012Validator.check_schema(schema)
     validator = jsonschema.Draft202012Validator(schema)
     assert validator.is_valid(GOOD)
+    assert validator.is_valid(good(models__0__scaling__num_workers={"min": 1, "max": 2}))
+    assert validator.is_valid(good(models__0__train__init_from="vae@shapes-0a1b2c3d:step-500"))
     assert validator.is_valid(json.loads(json.dumps(parse(GOOD).model_dump())))
     for wrong in (
         good(nmae=1),
@@ -481,13 +589,16 @@ def test_schema_accepts_good_specs_and_refuses_wrong_ones() -> None:
         good(models__0__model__depth__layers="x"),
         good(models__0__train__ema=1),
         good(models__0__scaling__num_workers=0),
+        good(models__0__scaling__num_workers={"min": 1}),
+        good(models__0__train__init_from="../x"),
+        good(models__0__data__dataset="../x"),
     ):
         assert not validator.is_valid(wrong)
 
 
 def test_every_field_of_the_schema_is_described() -> None:
     definitions = spec.json_schema()["$defs"]
-    for name in ("ModelSpec", "TrainConfig", "ScalingConfig", "CheckpointConfig", "ServeConfig", "Gate"):
+    for name in ("ModelSpec", "TrainConfig", "ScalingConfig", "WorkerRange", "CheckpointConfig", "ServeConfig", "Gate"):
         bare = [
             key
             for key, field in definitions[name]["properties"].items()

@@ -15,11 +15,12 @@ from tiny import job, make_data, model
 
 from genmodels import models, train
 from genmodels.attempt import build, fit_batches, run_attempt
-from genmodels.checkpoint import load_family
+from genmodels.checkpoint import Place, load_family
 from genmodels.data import open_dataset
 from genmodels.errors import DataError, SpecError, TrainingDiverged
 from genmodels.family import ImageFamily
-from genmodels.run import Run
+from genmodels.recorder import RunRecorder
+from genmodels.run import Phase, Run
 from genmodels.spec import TrainConfig
 from genmodels.storage import Storage, open_storage
 from genmodels.train import Group, evaluate, schedule
@@ -181,6 +182,48 @@ def test_compile_without_a_compiler_warns_once_and_trains(
     assert [record.message for record in caplog.records if "compile" in record.message] == [
         "train.compile: no C++ compiler on this machine; role model stays uncompiled"
     ]
+
+
+def test_compiling_is_a_phase_of_its_own(data: Path, folder: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """For minutes nothing else may happen, and nobody is to take that for a hang; also where a run goes on."""
+    ticks: list[tuple[str, int]] = []
+    tick = RunRecorder.tick
+
+    def noted(self: RunRecorder, phase: Phase, step: int, loss: float | None = None) -> None:
+        ticks.append((phase, step))
+        tick(self, phase, step, loss)
+
+    monkeypatch.setattr(RunRecorder, "tick", noted)
+    monkeypatch.setattr("shutil.which", lambda name: None)  # what compiles is not tried here
+    settings = {"compile": True, "max_steps": 10, "save_every": 5, "eval_every": 10}
+    name = submit(folder, job("compile", model(data, "minigpt", **settings)))
+    assert run_attempt(folder, name, "minigpt", 1, Group())
+    assert [tick for tick in ticks if tick[0] in ("compiling", "training")] == [
+        ("compiling", 0),
+        ("training", 1),
+        ("compiling", 1),
+        ("training", 2),
+        ("compiling", 2),
+        *(("training", step) for step in range(3, 11)),
+    ]
+    folder.delete(f"{Run(folder, name, 'minigpt').checkpoint_prefix(Place(attempt=1, step=10))}/manifest.json")
+    ticks.clear()
+    assert run_attempt(folder, name, "minigpt", 2, Group())
+    assert [step for phase, step in ticks if phase == "compiling"] == [5, 6, 7]
+
+
+def test_the_log_says_how_it_goes(data: Path, folder: Storage, caplog: pytest.LogCaptureFixture) -> None:
+    name = submit(folder, job("said", model(data, "minigpt", max_steps=6, save_every=3, eval_every=6)))
+    with caplog.at_level(logging.INFO):
+        assert run_attempt(folder, name, "minigpt", 1, Group())
+        assert run_attempt(folder, name, "minigpt", 2, Group())
+    said = [record.message for record in caplog.records if record.name.startswith("genmodels")]
+    (three, six) = (row for row in Run(folder, name, "minigpt").metrics() if row["step"] in (3, 6))
+    assert said[0] == "attempt 1, rank 0 of 1: begins"
+    for line, row in zip(said[1:3], (three, six), strict=True):
+        shown = (f"{name} {row[name]:.4g}" for name in ("val_loss", "val_bits_per_char", "loss"))
+        assert line == f"step {row['step']} of 6: {', '.join(shown)}"
+    assert said[3:] == ["attempt 2, rank 0 of 1: goes on from step 6 of attempt 1"]
 
 
 def test_data_that_does_not_fit_is_said(data: Path, folder: Storage, tmp_path: Path) -> None:

@@ -7,18 +7,22 @@ from __future__ import annotations
 
 import difflib
 import os
+import re
 from functools import lru_cache
 from pathlib import Path
 from typing import Literal, Protocol
 
 import numpy as np
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from genmodels.data.images import ImageData, decode_image, from_csv, from_idx, grid, png, read_folder
+from genmodels.data import stored
+from genmodels.data.images import ImageData, decode_image, divide, from_csv, from_idx, grid, png, read_folder
 from genmodels.data.sources import DATASETS, read
+from genmodels.data.stored import IMAGE_SIZE
 from genmodels.data.text import CharTokenizer, TextData, Tokenizer, load_tokenizer, ngram_loss, read_text
 from genmodels.errors import DataError
 from genmodels.family import Section
+from genmodels.storage import Storage
 
 __all__ = [
     "DATASETS",
@@ -36,20 +40,28 @@ __all__ = [
     "ngram_loss",
     "open_dataset",
     "order",
+    "pin_data",
     "png",
     "shard",
 ]
-
-IMAGE_SIZE = 32
 
 Dataset = ImageData | TextData
 
 
 class DataConfig(Section):
-    """The `data` section of a spec: a named dataset, or a person's own text file or folder of pictures."""
+    """The `data` section of a spec: a named dataset, or a person's own text file or folder of pictures.
+
+    Validation takes from its context: `datasets`, kind by name of those that were added to the storage; `paths`, False
+    where paths are nobody's business; `stored`, True for what was checked before.
+    """
 
     dataset: str | None = Field(
-        default=None, json_schema_extra={"enum": [*DATASETS, None]}, description="a named dataset"
+        default=None,
+        json_schema_extra={"pattern": stored.NAME, "examples": [*DATASETS]},
+        description="a built-in dataset, or one that was added with `genmodels data add`",
+    )
+    sha256: str | None = Field(
+        default=None, pattern="^[0-9a-f]{64}$", description="with an added dataset: which content; default: the newest"
     )
     path: str | None = Field(default=None, min_length=1, description="a text file (UTF-8), or a folder of pictures")
     image_size: int | None = Field(
@@ -61,12 +73,25 @@ class DataConfig(Section):
 
     @field_validator("dataset")
     @classmethod
-    def _is_known(cls, name: str | None) -> str | None:
-        if name is None or name in DATASETS:
+    def _is_known(cls, name: str | None, info: ValidationInfo) -> str | None:
+        context = info.context or {}
+        known = [*DATASETS, *context.get("datasets", {})]
+        if name is None or name in known or (context.get("stored") and re.fullmatch(stored.NAME, name)):
             return name
-        near = difflib.get_close_matches(name, DATASETS, n=1, cutoff=0.5)
+        near = difflib.get_close_matches(name[:100], known, n=1, cutoff=0.5)
         meant = f", did you mean {near[0]}?" if near else "."
-        raise ValueError(f"unknown dataset {name!r}{meant} Known: {', '.join(DATASETS)}. Your own data: use `path`")
+        listed = ", ".join(known[:30]) + (", ..." if len(known) > 30 else "")
+        path = "`path`, or " if context.get("paths", True) else ""
+        own = f"Your own data: {path}`genmodels data add NAME FILE|FOLDER`"
+        raise ValueError(f"unknown dataset {name[:100]!r}{meant} Known: {listed}. {own}")
+
+    @field_validator("path")
+    @classmethod
+    def _may_be_named(cls, path: str | None, info: ValidationInfo) -> str | None:
+        if path is None or (info.context or {}).get("paths", True):
+            return path
+        raise ValueError("names a file here, which is not there on a cluster: genmodels data add NAME FILE|FOLDER, "
+                         "then write `dataset: NAME`")  # fmt: skip
 
     @model_validator(mode="after")
     def _is_one(self) -> DataConfig:
@@ -74,19 +99,17 @@ class DataConfig(Section):
             raise ValueError("name a `dataset`, or give the `path` of a text file or a folder of pictures")
         if self.dataset is not None and self.path is not None:
             raise ValueError("has both `dataset` and `path`: keep one of them")
+        if self.sha256 is not None and not self.is_added:
+            raise ValueError("`sha256` is for a dataset that was added with `genmodels data add`: remove it")
         for field in ("image_size", "channels"):
             if getattr(self, field) is not None and (self.dataset or os.path.isfile(self._expanded)):
                 raise ValueError(f"`{field}` is for a folder of pictures of your own: remove it")
         return self
 
     @property
-    def kind(self) -> Literal["image", "text"]:
-        """Which families can learn from it. A path where nothing is counts as a text file when it has a suffix."""
-        if self.dataset is not None:
-            return DATASETS[self.dataset].kind
-        if os.path.isdir(self._expanded):
-            return "image"
-        return "text" if os.path.isfile(self._expanded) or Path(self._expanded).suffix else "image"
+    def is_added(self) -> bool:
+        """Whether it lies in the storage, where somebody put it."""
+        return self.dataset is not None and self.dataset not in DATASETS
 
     @property
     def _expanded(self) -> str:
@@ -103,8 +126,11 @@ class Split(Protocol):
         """A batch, by name: the examples `index`, each as in its `epoch`; (n,) both."""
 
 
-def open_dataset(config: DataConfig) -> ImageData | TextData:
+def open_dataset(config: DataConfig, storage: Storage | None = None) -> ImageData | TextData:
     """Find, verify and load a dataset.
+
+    Args:
+        storage: where datasets that were added lie.
 
     Raises:
         DataError: it is missing, damaged, too small or too large; the message says what to do.
@@ -112,11 +138,25 @@ def open_dataset(config: DataConfig) -> ImageData | TextData:
     if config.path is not None:
         return _open_path(config)
     assert config.dataset is not None
+    if config.is_added:
+        return stored.load(config.dataset, config.sha256, storage)
     source = DATASETS[config.dataset]
     files = read(source)
     if source.kind == "text":
         return TextData(files[0].decode())
     return from_idx(files, source.class_names) if len(files) == 4 else from_csv(files[0], source.class_names)
+
+
+def pin_data(config: DataConfig, storage: Storage) -> DataConfig:
+    """The section with the content that an added dataset's name means now, so that it goes on meaning it.
+
+    Raises:
+        DataError: there is no such dataset, or not that content of it.
+    """
+    if not config.is_added:
+        return config
+    assert config.dataset is not None
+    return config.model_copy(update={"sha256": stored.find(storage, config.dataset, config.sha256).sha256})
 
 
 def order(seed: int, epoch: int, n: int) -> np.ndarray:
@@ -153,7 +193,7 @@ def _open_path(config: DataConfig) -> ImageData | TextData:
     path = Path(config._expanded)
     try:
         if path.is_dir():
-            return read_folder(path, config.image_size or IMAGE_SIZE, config.channels)
+            return divide(read_folder(path, config.image_size or IMAGE_SIZE, config.channels))
         if path.exists():
             return read_text(path)
     except OSError as error:

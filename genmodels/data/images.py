@@ -85,10 +85,21 @@ def from_csv(content: bytes, class_names: Sequence[str]) -> ImageData:
     """Square grey images, one in a line: the pixels row by row, then the class. A tenth of each class is val."""
     table = np.loadtxt(io.BytesIO(content), delimiter=",", dtype=np.uint8)
     side = round((table.shape[1] - 1) ** 0.5)
-    return _divide(table[:, :-1].reshape(-1, 1, side, side), table[:, -1].astype(np.int64), class_names, [])
+    images, labels = table[:, :-1].reshape(-1, 1, side, side), table[:, -1].astype(np.int64)
+    return divide(Pictures(images, labels, list(class_names), []))
 
 
-def read_folder(folder: Path, image_size: int, channels: int | None) -> ImageData:
+@dataclass(frozen=True)
+class Pictures:
+    """Pictures of one size before they are divided: uint8 (n, C, side, side), classes int64 (n,) or None."""
+
+    images: np.ndarray
+    labels: np.ndarray | None
+    class_names: list[str]
+    notes: list[str]  # what was done to them, for people
+
+
+def read_folder(folder: Path, image_size: int, channels: int | None) -> Pictures:
     """A person's own pictures, in a folder and those below it, scaled and centre-cropped to a square.
 
     The folders of the first level are the classes when there are at least two and no picture lies beside them.
@@ -114,7 +125,8 @@ def read_folder(folder: Path, image_size: int, channels: int | None) -> ImageDat
                 f"data.path: {len(paths):,} pictures at image_size {image_size} need {needed:,} bytes, "
                 f"at most {MAX_BYTES:,} (4 GiB) fit: lower data.image_size"
             )
-        squares = _all_readable(paths, list(pool.map(lambda path: _square(path, image_size, channels), paths)))
+        squares = np.empty((len(paths), channels, image_size, image_size), np.uint8)
+        _all_readable(paths, list(pool.map(_fill, paths, squares)))
     classes, labels = _classes(folder, paths)
     colours = "grey" if channels == 1 else "RGB"
     notes = [f"{folder.resolve().name}: {len(paths):,} pictures as {colours} {image_size} x {image_size}"]
@@ -127,7 +139,24 @@ def read_folder(folder: Path, image_size: int, channels: int | None) -> ImageDat
         notes.append(f"{len(classes)} classes, one for each folder: {named}")
     if links:
         notes.append(f"links that were not followed: {links:,}")
-    return _divide(np.stack(squares), labels, classes, notes)
+    return Pictures(squares, labels, classes, notes)
+
+
+def divide(pictures: Pictures) -> ImageData:
+    """A tenth of each class, at least one image, is for validation: those whose sha256 is lowest.
+
+    So the division depends on the pictures alone: copies of one picture keep together, and adding some moves few.
+    """
+    images, labels = pictures.images, pictures.labels
+    digests = [hashlib.sha256(image).digest() for image in images]
+    groups = np.zeros(len(images), np.int64) if labels is None else labels
+    val: list[int] = []
+    for group in np.unique(groups):
+        members = sorted(np.flatnonzero(groups == group).tolist(), key=lambda place: digests[place])
+        val += members[: max(1, len(members) // 10) if len(members) > 1 else 0]
+    is_val = np.isin(np.arange(len(images)), val)
+    train, held = (ImageSplit(images[part], None if labels is None else labels[part]) for part in (~is_val, is_val))
+    return ImageData(train, held, pictures.class_names, pictures.notes)
 
 
 def decode_image(content: bytes, info: ImageInfo) -> np.ndarray:
@@ -179,22 +208,6 @@ def grid(images: np.ndarray, columns: int | None = None, padding: int = 8) -> np
     return canvas
 
 
-def _divide(images: np.ndarray, labels: np.ndarray | None, class_names: Sequence[str], notes: list[str]) -> ImageData:
-    """A tenth of each class, at least one image, is for validation: those whose sha256 is lowest.
-
-    So the division depends on the pictures alone: copies of one picture keep together, and adding some moves few.
-    """
-    digests = [hashlib.sha256(image).digest() for image in images]
-    groups = np.zeros(len(images), np.int64) if labels is None else labels
-    val: list[int] = []
-    for group in np.unique(groups):
-        members = sorted(np.flatnonzero(groups == group).tolist(), key=lambda place: digests[place])
-        val += members[: max(1, len(members) // 10) if len(members) > 1 else 0]
-    is_val = np.isin(np.arange(len(images)), val)
-    train, held = (ImageSplit(images[part], None if labels is None else labels[part]) for part in (~is_val, is_val))
-    return ImageData(train, held, class_names, notes)
-
-
 def _pictures(folder: Path) -> tuple[list[Path], int]:
     """Regular files that look like pictures, in a fixed order, and the number of links that were passed over."""
     paths, links = [], 0
@@ -241,17 +254,23 @@ def _header(path: Path) -> tuple[str, tuple[int, int]] | str:
         return _reason(error)
 
 
-def _square(path: Path, side: int, channels: int) -> np.ndarray | str:
-    """uint8 (channels, side, side): the largest centred square, scaled; or what is wrong with the picture."""
+def _fill(path: Path, target: np.ndarray) -> str | None:
+    """Put the largest centred square of a picture, scaled, into `target`, uint8 (channels, side, side).
+
+    Returns:
+        What is wrong with the picture, if anything.
+    """
+    channels, side, _ = target.shape
     try:
         with Image.open(path, formats=FORMATS) as image:
             image.draft(None, (2 * side, 2 * side))  # a large JPEG is decoded at a fraction of its size
             upright = ImageOps.exif_transpose(image)
-            if upright.size == (side, side):
-                return _pixels(upright, channels)
-            return _pixels(ImageOps.fit(_plain(upright), (side, side), Image.Resampling.LANCZOS), channels)
+            if upright.size != (side, side):
+                upright = ImageOps.fit(_plain(upright), (side, side), Image.Resampling.LANCZOS)
+            target[:] = _pixels(upright, channels)
     except Exception as error:  # Pillow raises nearly anything on damaged files
         return _reason(error)
+    return None
 
 
 def _pixels(image: Image.Image, channels: int) -> np.ndarray:

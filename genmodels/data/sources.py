@@ -148,6 +148,11 @@ def read(source: Source) -> list[bytes]:
     return [_read(folder / "data" / "data" / file.name, file, remedy=remedy) for file in source.files]
 
 
+def cache_folder() -> Path:
+    """Where what was fetched is kept on this machine."""
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "genmodels"
+
+
 def plays(folder: Path) -> bytes:
     """The dialogue of the plays `<genre>/<play>.md` as tiny-shakespeare has it: `SPEAKER:`, the lines, an empty line.
 
@@ -189,7 +194,7 @@ def _find(source: Source, file: File) -> Path:
     given = os.environ.get("GENMODELS_DATA")
     folders = [Path(given) / source.name] if given else []
     folders += [Path(folder) for folder in source.folders]
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "genmodels" / source.name
+    cache = cache_folder() / source.name
     for folder in (*folders, cache):
         for name in (file.name, file.name.removesuffix(".gz")):
             if (folder / name).is_file():

@@ -109,6 +109,21 @@ class TextData:
         border = len(tokens) * 9 // 10
         self.train, self.val = tokens[:border], tokens[border:]
 
+    def speak(self, tokenizer: CharTokenizer) -> None:
+        """Take the token ids of another tokenizer: that of the model which training starts from.
+
+        Raises:
+            DataError: the text has characters that it does not know.
+        """
+        if tokenizer.vocab == self.tokenizer.vocab:
+            return
+        if unknown := sorted(set(self.tokenizer.vocab) - set(tokenizer.vocab)):
+            named = " ".join(map(repr, unknown[:10])) + (" and others" if len(unknown) > 10 else "")
+            raise DataError(f"the text has characters that the model's tokenizer does not know: {named}")
+        ids = tokenizer.encode_array(self.tokenizer.vocab)
+        self.train, self.val = ids[self.train], ids[self.val]
+        self.tokenizer, self.info = tokenizer, TextInfo(vocab_size=tokenizer.vocab_size)
+
     def assets(self) -> dict[str, bytes]:
         """Files that travel with a checkpoint: the tokenizer."""
         return {"tokenizer.json": self.tokenizer.to_json()}

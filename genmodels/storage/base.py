@@ -44,8 +44,23 @@ class Storage(ABC):
         """
 
     @abstractmethod
-    def list(self, prefix: str) -> list[str]:
-        """All keys that start with the string `prefix`, sorted. `a/` means a folder; `a` would find `ab/c` as well."""
+    def folders(self, prefix: str) -> list[str]:
+        """Names of the folders whose path starts with the string `prefix`, sorted: `a/b` finds `bc` of `a/bc/d/e`.
+
+        What lies in them is not walked. A folder is there while a key lies below it.
+        """
+
+    @abstractmethod
+    def list(self, prefix: str, *, after: str = "", limit: int | None = None) -> list[str]:
+        """Keys that start with the string `prefix`, sorted. `a/` means a folder; `a` would find `ab/c` as well.
+
+        Args:
+            after: only keys behind this one, which itself need not be there.
+            limit: at most so many, the first ones.
+
+        `after` and `limit` are for prefixes whose keys lie in one folder. Across folders stores differ: to SeaweedFS
+        `a/` comes before `a-b/`, to others after it.
+        """
 
     @abstractmethod
     def delete(self, key: str) -> None:

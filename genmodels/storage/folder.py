@@ -10,6 +10,7 @@ import shutil
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from itertools import islice
 from pathlib import Path
 from typing import BinaryIO
 
@@ -51,12 +52,16 @@ class FolderStorage(Storage):
                 _move(temporary, path)
         return _sha256(data)
 
-    def list(self, prefix: str) -> list[str]:
-        folder = self._root / check_prefix(prefix).rpartition("/")[0]
+    def folders(self, prefix: str) -> list[str]:
+        top, slash, _ = check_prefix(prefix).rpartition("/")
+        with self._errors("folders", prefix):
+            names = (name for name in _names(self._root / top, top + slash) if name.endswith("/"))
+            return [Path(name).name for name in names if name.startswith(prefix)]
+
+    def list(self, prefix: str, *, after: str = "", limit: int | None = None) -> list[str]:
+        top, slash, _ = check_prefix(prefix).rpartition("/")
         with self._errors("list", prefix):
-            files = (Path(top, name) for top, _, names in os.walk(folder, onerror=_raise_unless_gone) for name in names)
-            keys = (file.relative_to(self._root).as_posix() for file in files)
-            return sorted(key for key in keys if key.startswith(prefix) and not key.startswith(f"{RESERVED}/"))
+            return list(islice(self._walk(top + slash, prefix, after), limit))
 
     def delete(self, key: str) -> None:
         path = self._path(key)
@@ -84,6 +89,15 @@ class FolderStorage(Storage):
     def download(self, key: str, path: Path) -> None:
         with self._errors("download", key), self._open(key) as source, appears_whole(path) as temporary:
             _copy(source, temporary)
+
+    def _walk(self, top: str, prefix: str, after: str) -> Iterator[str]:
+        """Keys below a folder (a path that ends in "/") in order; folders without any that are asked for stay shut."""
+        for name in _names(self._root / top, top):
+            if not name.endswith("/"):
+                if name.startswith(prefix) and name > after:
+                    yield name
+            elif name.startswith(prefix) and (name > after or after.startswith(name)):
+                yield from self._walk(name, prefix, after)
 
     def _path(self, key: str) -> Path:
         return self._root / check_key(key)
@@ -117,6 +131,20 @@ class FolderStorage(Storage):
         except OSError as error:
             passing = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE)
             raise (StorageUnavailable if passing else StorageError)(f"{where}: {error}") from error
+
+
+def _names(folder: Path, path: str) -> list[str]:
+    """What is in a folder, sorted, with `path` in front; folders end in "/", so that they stand as their keys do."""
+    try:
+        with os.scandir(folder) as entries:
+            found = [entry for entry in entries if path or entry.name != RESERVED]
+            return sorted(f"{path}{entry.name}/" if _is_folder(entry) else f"{path}{entry.name}" for entry in found)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    return entry.is_dir(follow_symlinks=False)
 
 
 def _copy(source: BinaryIO, path: Path) -> None:
@@ -166,6 +194,3 @@ def _sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
-def _raise_unless_gone(error: OSError) -> None:
-    if not isinstance(error, (FileNotFoundError, NotADirectoryError)):
-        raise error

@@ -58,13 +58,25 @@ class S3Storage(Storage):
         except KeyNotFound:  # how S3 says that nothing is there to match; SeaweedFS says 412
             raise Conflict(f"{self.url}/{key}: is gone") from None
 
-    def list(self, prefix: str) -> list[str]:
-        name = self._prefix + check_prefix(prefix)
+    def folders(self, prefix: str) -> list[str]:
+        with self._errors("folders", prefix):
+            pages = self._pages(prefix, Delimiter="/")
+            names = [item["Prefix"] for page in pages for item in page.get("CommonPrefixes", ())]
+        return sorted(Path(name).name for name in names)
+
+    def list(self, prefix: str, *, after: str = "", limit: int | None = None) -> list[str]:
+        options: dict[str, Any] = {"StartAfter": self._prefix + after} if after else {}
+        if limit is not None:
+            options["MaxKeys"] = min(limit, 1000)
+        keys: list[str] = []
         with self._errors("list", prefix):
-            pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=self._bucket, Prefix=name)
-            names = [item["Key"] for page in pages for item in page.get("Contents", ())]
-        # names that end in "/" are folder markers of other tools
-        return sorted(name.removeprefix(self._prefix) for name in names if not name.endswith("/"))
+            for page in self._pages(prefix, **options):
+                names = (item["Key"] for item in page.get("Contents", ()))
+                # names that end in "/" are folder markers of other tools
+                keys += [name.removeprefix(self._prefix) for name in names if not name.endswith("/")]
+                if limit is not None and len(keys) >= limit:
+                    break
+        return sorted(key for key in keys if key > after)[:limit]
 
     def delete(self, key: str) -> None:
         name = self._name(key)
@@ -105,6 +117,10 @@ class S3Storage(Storage):
                     file.write(chunk)
 
         fetch()
+
+    def _pages(self, prefix: str, **options: Any) -> Iterator[dict[str, Any]]:
+        name = self._prefix + check_prefix(prefix)
+        yield from self._client.get_paginator("list_objects_v2").paginate(Bucket=self._bucket, Prefix=name, **options)
 
     @property
     def _client(self) -> Any:

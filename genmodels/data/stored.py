@@ -1,0 +1,297 @@
+"""Datasets that people add to the storage, for clusters where no path of theirs exists: `genmodels data add`.
+
+    datasets/<name>/<sha256>/text.txt              as it was, or
+                            /pictures.safetensors  converted once: `images`, and `labels` where there are classes
+                            /dataset.json          what it is; written last: from then on it exists
+    datasets/<name>/current.json                   which content the name means now
+
+A content never changes and is named by the sha256 of its file. A spec is pinned to one when it is submitted, so adding
+another under the same name changes no run. What is fetched is kept in `sources.cache_folder()` and checked at each use.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import re
+import tempfile
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import BinaryIO, Literal
+
+import numpy as np
+from filelock import FileLock
+from pydantic import BaseModel, ConfigDict
+
+from genmodels.data.images import ImageData, Pictures, divide, read_folder
+from genmodels.data.sources import DATASETS, cache_folder
+from genmodels.data.text import TextData, read_text
+from genmodels.data.unpack import is_zip, unpack
+from genmodels.errors import Conflict, DataError, KeyNotFound
+from genmodels.family import DataInfo
+from genmodels.storage import Storage, read_document, write_document
+
+NAME = r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$"
+IMAGE_SIZE = 32  # side of the squares that pictures become
+MAX_STREAM_BYTES = 2**30  # of what comes over the network
+
+Kind = Literal["image", "text"]
+UNPACKED = "unpacked"
+FILES: dict[Kind, str] = {"text": "text.txt", "image": "pictures.safetensors"}
+
+
+class StoredDataset(BaseModel):
+    """One content of an added dataset."""
+
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
+    name: str
+    sha256: str
+    kind: Kind
+    bytes: int
+    examples: int  # pictures, or characters
+    info: DataInfo  # what a family must know of it
+    notes: list[str]  # for people: how many, of what size, how they were converted
+    added: str
+
+    @property
+    def key(self) -> str:
+        return f"datasets/{self.name}/{self.sha256}/{FILES[self.kind]}"
+
+
+def add(
+    storage: Storage, name: str, path: Path, image_size: int | None = None, channels: Literal[1, 3] | None = None
+) -> tuple[StoredDataset, bool]:
+    """Check a text file, a folder of pictures or a zip of them as local data is checked, and store it under a name.
+
+    Args:
+        image_size, channels: of pictures, as a spec's `data` section has them.
+
+    Returns:
+        The dataset, and whether it is new: the same content again under the name it has changes nothing.
+
+    Raises:
+        DataError: the name cannot be, the data does not fit, or the name is one of a dataset of another kind.
+    """
+    _check_free(name)
+    with tempfile.TemporaryDirectory(prefix="genmodels-add-") as scratch:
+        try:
+            dataset, file = _convert(name, path, image_size, channels, Path(scratch))
+        except DataError as error:
+            said = str(error).removeprefix("data.path: ").replace("data.image_size", "image_size")
+            raise DataError(said.replace(f"{scratch}/{UNPACKED}", path.name)) from None
+        before = _current(storage, name)
+        if before and before.kind != dataset.kind:
+            raise DataError(f"{name!r} is a dataset of {before.kind}s, this has {dataset.kind}s: choose another name")
+        if before and before.sha256 == dataset.sha256:
+            return before, False
+        document = f"datasets/{name}/{dataset.sha256}/dataset.json"
+        if not storage.exists(document):
+            storage.upload(file, dataset.key)
+            with contextlib.suppress(Conflict):  # somebody else has just added the same
+                write_document(storage, document, dataset.model_dump(mode="json"), if_absent=True)
+    write_document(storage, f"datasets/{name}/current.json", {"sha256": dataset.sha256, "time": _now()})
+    return find(storage, name, dataset.sha256), True
+
+
+def add_stream(
+    storage: Storage,
+    name: str,
+    stream: BinaryIO,
+    image_size: int | None = None,
+    channels: Literal[1, 3] | None = None,
+    max_bytes: int = MAX_STREAM_BYTES,
+) -> tuple[StoredDataset, bool]:
+    """As `add`, of a text or a zip of pictures that is read from a stream.
+
+    Raises:
+        DataError: as `add`, or there are more than `max_bytes`.
+    """
+    _check_free(name)  # before anything is read
+    with tempfile.TemporaryDirectory(prefix="genmodels-add-") as folder:
+        path, read = Path(folder) / name, 0
+        with path.open("wb") as out:
+            while part := stream.read(2**20):
+                read += len(part)
+                if read > max_bytes:
+                    raise DataError(f"{name}: more than {max_bytes:,} bytes; bring a smaller text or zip of pictures")
+                out.write(part)
+        try:
+            return add(storage, name, path, image_size, channels)
+        except DataError as error:
+            raise DataError(str(error).replace(str(path), name)) from None
+
+
+def catalog(storage: Storage) -> list[StoredDataset]:
+    """What the added names mean now, by name."""
+    found = (_current(storage, name) for name in sorted(kinds(storage)))
+    return [dataset for dataset in found if dataset]
+
+
+def kinds(storage: Storage) -> dict[str, Kind]:
+    """The names that have been added, and what each is a dataset of: all that checking a spec needs, in one listing."""
+    keys = storage.list("datasets/")
+    files = (re.fullmatch(r"datasets/([^/]+)/[0-9a-f]{64}/([^/]+)", key) for key in keys)
+    by_file = {file: kind for kind, file in FILES.items()}
+    found = {match[1]: by_file[match[2]] for match in files if match and match[2] in by_file}
+    return {name: kind for name, kind in found.items() if f"datasets/{name}/current.json" in keys}
+
+
+def find(storage: Storage, name: str, sha256: str | None = None) -> StoredDataset:
+    """A content of an added dataset; without `sha256` the one that the name means now.
+
+    Raises:
+        DataError: there is none.
+    """
+    if not re.fullmatch(NAME, name) or (sha256 and not re.fullmatch("[0-9a-f]{64}", sha256)):
+        raise DataError(f"no dataset {name!r}: names are lower-case letters, digits and dashes")
+    dataset = _described(storage, name, sha256) if sha256 else _current(storage, name)
+    if dataset:
+        return dataset
+    what = f"dataset {name!r}" + (f" has no content {sha256[:12]}..." if sha256 else " is not in the storage")
+    raise DataError(f"data.dataset: {what} ({storage.url}); add it: genmodels data add {name} FILE|FOLDER")
+
+
+def load(name: str, sha256: str | None, storage: Storage | None) -> ImageData | TextData:
+    """Open an added dataset, from this machine's cache where it is there.
+
+    Args:
+        storage: may be None when `sha256` is given and its content is in the cache.
+
+    Raises:
+        DataError: it is nowhere, or damaged in the storage.
+    """
+    if sha256 is None:
+        if storage is None:
+            raise DataError(f"data.dataset: {name!r} is no built-in dataset, and there is no storage to look into")
+        sha256 = find(storage, name).sha256
+    folder = cache_folder() / "datasets" / sha256
+    path = _cached(folder, sha256)
+    if path is None:
+        if storage is None:
+            raise DataError(f"data.dataset: {name!r} is not on this machine, and there is no storage to look into")
+        path = _fetch(storage, find(storage, name, sha256), folder)
+    if path.name == FILES["image"]:
+        return divide(_read_pictures(path, name))
+    text = read_text(path)
+    text.notes = [note.replace(path.name, name, 1) for note in text.notes]
+    return text
+
+
+def _convert(
+    name: str, path: Path, image_size: int | None, channels: Literal[1, 3] | None, scratch: Path
+) -> tuple[StoredDataset, Path]:
+    """What is to be stored of a person's file or folder, and the file that holds it."""
+    if not path.exists():
+        raise DataError(f"{path} does not exist: name a text file, a folder of pictures, or a zip of them")
+    if path.is_dir() or is_zip(path):
+        folder = path if path.is_dir() else unpack(path, scratch / UNPACKED)
+        pictures = read_folder(folder, image_size or IMAGE_SIZE, channels)
+        file = scratch / FILES["image"]
+        _write_pictures(pictures, file)
+        info: DataInfo = divide(pictures).info
+        examples, kind = len(pictures.images), "image"
+        notes, called = pictures.notes, folder.resolve().name
+    elif image_size or channels:
+        raise DataError(f"{path} is no folder or zip of pictures: image_size and channels are for pictures")
+    else:
+        text, file, kind = read_text(path), path, "text"
+        info, examples = text.info, len(text.train) + len(text.val)
+        notes, called = text.notes, path.name
+    dataset = StoredDataset(
+        name=name,
+        sha256=_sha256(file),
+        kind=kind,
+        bytes=file.stat().st_size,
+        examples=examples,
+        info=info,
+        notes=[notes[0].removeprefix(f"{called}: "), *notes[1:]],
+        added=_now(),
+    )
+    return dataset, file
+
+
+def _write_pictures(pictures: Pictures, path: Path) -> None:
+    from safetensors.numpy import save_file
+
+    tensors = {"images": pictures.images} | ({} if pictures.labels is None else {"labels": pictures.labels})
+    # One entry: of several the order in the file is not fixed, and with it the sha256.
+    save_file(tensors, path, {"class_names": json.dumps(pictures.class_names)})
+
+
+def _read_pictures(path: Path, name: str) -> Pictures:
+    from safetensors import safe_open
+
+    with safe_open(path, "numpy") as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  no mapping
+        class_names: list[str] = json.loads(file.metadata()["class_names"])
+    images: np.ndarray = tensors["images"]
+    count, channels, height, width = images.shape
+    note = f"{name}: {count:,} pictures as {'grey' if channels == 1 else 'RGB'} {width} x {height}"
+    if class_names:
+        note += f", {len(class_names)} classes"
+    return Pictures(images, tensors.get("labels"), class_names, [note])
+
+
+def _fetch(storage: Storage, dataset: StoredDataset, folder: Path) -> Path:
+    """Download into the cache, complete and verified or not at all; of several processes one does, the others wait."""
+    path = folder / FILES[dataset.kind]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.with_name(f".{folder.name}.lock")):
+            if found := _cached(folder, dataset.sha256):
+                return found
+            path.unlink(missing_ok=True)
+            part = path.with_name(f".{path.name}.part")
+            storage.download(dataset.key, part)
+            if _sha256(part) != dataset.sha256:
+                part.unlink()
+                raise DataError(
+                    f"data.dataset: {dataset.name!r} is damaged in the storage ({storage.url}/{dataset.key}): remove "
+                    f"that folder and add it again: genmodels data add {dataset.name} FILE|FOLDER"
+                )
+            return part.replace(path)
+    except KeyNotFound:
+        raise DataError(f"data.dataset: {storage.url}/{dataset.key} is gone; add the dataset again") from None
+    except OSError as error:
+        where = "XDG_CACHE_HOME names the folder for it"
+        raise DataError(f"data.dataset: {folder} cannot be written ({error.strerror}); {where}") from error
+
+
+def _cached(folder: Path, sha256: str) -> Path | None:
+    paths = (folder / file for file in FILES.values())
+    return next((path for path in paths if path.is_file() and _sha256(path) == sha256), None)
+
+
+def _current(storage: Storage, name: str) -> StoredDataset | None:
+    try:
+        document, _ = read_document(storage, f"datasets/{name}/current.json")
+    except KeyNotFound:
+        return None
+    return _described(storage, name, document["sha256"])
+
+
+def _described(storage: Storage, name: str, sha256: str) -> StoredDataset | None:
+    try:
+        document, _ = read_document(storage, f"datasets/{name}/{sha256}/dataset.json")
+    except KeyNotFound:
+        return None
+    return StoredDataset.model_validate(document)
+
+
+def _check_free(name: str) -> None:
+    if not re.fullmatch(NAME, name):
+        rule = "expected at most 63 lower-case letters, digits and '-', with no '-' at the ends"
+        raise DataError(f"dataset name: got {name[:70]!r}, {rule}")
+    if name in DATASETS:
+        raise DataError(f"dataset name: {name!r} is a built-in dataset; choose another")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="milliseconds")

@@ -1,0 +1,94 @@
+"""Who may do what: a bearer key, its scopes, and the models that it may use."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Annotated, Any
+
+from fastapi import Depends, Security
+from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
+
+from genmodels.errors import RequestError
+from genmodels.keys import Key, Keys, Scope
+
+LOOKUPS = 4  # keys that are looked up in storage at the same time, so that a flood of wrong ones stays a trickle there
+
+_BEARER = HTTPBearer(auto_error=False, scheme_name="key", description="gm_..., made by `genmodels keys create`")
+
+
+@dataclass(frozen=True)
+class Caller:
+    """Who asks; without keys (`--no-auth`) anyone, who may do anything."""
+
+    key: Key | None = None
+
+    @property
+    def id(self) -> str:
+        return self.key.id if self.key else ""
+
+    @property
+    def reason(self) -> str:
+        """For a run's history: by whom a thing was done."""
+        return f"by key {self.key.name!r}" if self.key else "by hand"
+
+    def may_use(self, models: Iterable[str]) -> bool:
+        """Whether all of these models are this key's; each may carry `@version`."""
+        return self.key is None or all(self.key.may_use(model.partition("@")[0]) for model in models)
+
+    def need(self, models: Iterable[str]) -> None:
+        """Raise RequestError (403) unless the key may use all of these models."""
+        if self.key is None:
+            return
+        for model in models:
+            if not self.may_use([model]):
+                prefixes = ", ".join(f"{prefix}..." for prefix in self.key.prefixes)
+                message = f"this key is limited to models named {prefixes}, and {model[:100]!r} is not among them"
+                raise RequestError(message, status=403, param="model", code="not_this_keys_model")
+
+    def need_all(self) -> None:
+        """Raise RequestError (403) for a key that is limited to some models."""
+        if self.key and self.key.prefixes:
+            raise RequestError("this key is limited to some models, and this is about all", status=403, code="limited")
+
+
+class Guard:
+    """Makes FastAPI dependencies: `guard("submit")` gives the Caller, or answers 401 or 403.
+
+    Args:
+        keys: None for `--no-auth`: everyone may do everything.
+    """
+
+    def __init__(self, keys: Keys | None) -> None:
+        self._keys = keys
+        self._threads = ThreadPoolExecutor(LOOKUPS, "keys")
+
+    @property
+    def open(self) -> bool:
+        return self._keys is None
+
+    def __call__(self, *scopes: Scope) -> Any:
+        """A dependency on a key that has one of these scopes."""
+        if self._keys is None:
+            return Depends(_anyone)
+        check = self._keys.check
+
+        async def admit(credentials: Annotated[HTTPAuthorizationCredentials | None, Security(_BEARER)]) -> Caller:
+            if credentials is None:
+                message = "no key; send the header `Authorization: Bearer gm_...` (`genmodels keys create` makes a key)"
+                raise RequestError(message, status=401, code="no_key")
+            key = await asyncio.get_running_loop().run_in_executor(self._threads, check, credentials.credentials)
+            if key is None:
+                raise RequestError("this key is not known, or it was revoked", status=401, code="wrong_key")
+            if not any(key.allows(scope) for scope in scopes):
+                message = f"this key has the scope {', '.join(key.scopes)}, and this needs {' or '.join(scopes)}"
+                raise RequestError(message, status=403, code="scope")
+            return Caller(key)
+
+        return Security(admit, scopes=scopes)
+
+
+async def _anyone() -> Caller:
+    return Caller()

@@ -1,0 +1,210 @@
+"""`genmodels submit`, `jobs`, `status`, `logs`, `cancel`, `resume`: what goes through the job API."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from enum import StrEnum
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from genmodels.errors import SpecError
+from services.options import Api, AsJson, JobId, Models, client, console, print_json, tell
+
+if TYPE_CHECKING:
+    from services.client import Client
+    from services.views import JobView
+
+app = typer.Typer()
+PANEL = "Jobs on a job service"
+API = "http://127.0.0.1:8080"
+MAX_PAGE = 100
+
+Gateway = Annotated[
+    str,
+    typer.Option(metavar="URL", envvar="GENMODELS_GATEWAY", help="The endpoint, for the curl lines at the end."),
+]
+GATEWAY = "http://127.0.0.1:8000"
+
+
+class Kind(StrEnum):
+    all = "all"
+    open = "open"
+    ended = "ended"
+
+
+@app.command(rich_help_panel=PANEL)
+def submit(
+    spec: Annotated[Path, typer.Argument(metavar="SPEC", help="A job spec, in YAML or JSON.", show_default=False)],
+    wait: Annotated[bool, typer.Option("--wait", "-w", help="Follow until it has ended; exit code 0 or 1.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only say what would run: steps, workers, sizes, whether it fits.")
+    ] = False,
+    api: Api = API,
+    gateway: Gateway = GATEWAY,
+    as_json: AsJson = False,
+) -> None:
+    """Submit a job; prints its id."""
+    data = _read(spec)
+    with client(api) as service:
+        if dry_run:
+            from services.terminal import plan_table
+
+            answer = service.dry_run(data, str(spec))
+            if as_json:
+                print_json(answer)
+            else:
+                console().print(plan_table(answer["models"]))
+            return
+        job = service.submit(data, str(spec))
+        if as_json and not wait:
+            print_json(job.model_dump(mode="json"))
+        else:
+            print(job.job, flush=True)
+        if wait:
+            sys.exit(_follow(service, job, gateway, as_json))
+        tell(f"`genmodels status {job.job}` shows how it goes, `genmodels logs -f {job.job}` what it prints")
+
+
+@app.command(rich_help_panel=PANEL)
+def jobs(
+    state: Annotated[Kind, typer.Option(help="Which jobs: open ones are queued or run.")] = Kind.all,
+    limit: Annotated[int, typer.Option(help="At most so many; open ones and then the newest come first.", min=1)] = 20,
+    api: Api = API,
+    as_json: AsJson = False,
+) -> None:
+    """List jobs."""
+    from services.terminal import jobs_table
+
+    with client(api) as service:
+        found, more = _take(_all(service, state), limit)
+    if as_json:
+        print_json([job.model_dump(mode="json") for job in found])
+        return
+    if not found:
+        tell(f"no {'' if state == Kind.all else f'{state} '}jobs; `genmodels submit SPEC` makes one")
+        return
+    console().print(jobs_table(found))
+    if more:
+        tell(f"there are more: --limit {2 * limit}")
+
+
+@app.command(rich_help_panel=PANEL)
+def status(
+    job: Annotated[
+        str | None, typer.Argument(metavar="[JOB]", help="A job's id; default: all open jobs.", show_default=False)
+    ] = None,
+    wait: Annotated[bool, typer.Option("--wait", "-w", help="Follow until it has ended; exit code 0 or 1.")] = False,
+    history: Annotated[bool, typer.Option("--history", help="Also every change of state, with time and reason.")] = False,
+    api: Api = API,
+    gateway: Gateway = GATEWAY,
+    as_json: AsJson = False,
+) -> None:
+    """Show each model of a job: state, step, loss, time left, attempt, reason."""
+    from services.terminal import history_table, runs_table
+
+    if wait and job is None:
+        raise SpecError("--wait follows one job: genmodels status JOB --wait")
+    with client(api) as service:
+        if wait and job is not None:
+            sys.exit(_follow(service, service.job(job), gateway, as_json))
+        found = [service.job(job)] if job else list(_all(service, Kind.open))
+    if as_json:
+        shown = [one.model_dump(mode="json") for one in found]
+        print_json(shown[0] if job else shown)
+        return
+    if not found:
+        tell("no open jobs; `genmodels jobs` lists those that have ended")
+        return
+    for one in found:
+        console().print(runs_table(one))
+        if history:
+            console().print(history_table(one))
+
+
+@app.command(rich_help_panel=PANEL)
+def logs(
+    job: JobId,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the job has ended.")] = False,
+    models: Models = None,
+    source: Annotated[
+        str | None,
+        typer.Option(metavar="driver|RANK", help="Only of the driver, or of one worker: 0, 1, ...", show_default=False),
+    ] = None,
+    api: Api = API,
+) -> None:
+    """Print what a job's drivers and workers printed; also after the cluster has gone."""
+    with client(api) as service:
+        any_line = False
+        for line in service.logs(job, models or [], source, follow=follow, waiting=lambda why: tell(f"waiting: {why}")):
+            any_line = True
+            print(line, flush=follow)
+        if not any_line:
+            tell(f"nothing has been printed; `genmodels status {job}` shows how it stands")
+
+
+@app.command(rich_help_panel=PANEL)
+def cancel(
+    job: JobId,
+    now: Annotated[bool, typer.Option("--now", help="Do not wait for the next step to save: end at once.")] = False,
+    models: Models = None,
+    api: Api = API,
+) -> None:
+    """End a job: its runs save at their next step and leave."""
+    with client(api) as service:
+        answer = service.cancel(job, models or [], now=now)
+    how = "end at once" if now else "save at their next step and end"
+    _say_whom(job, answer.models, f"will {how}; `genmodels resume {job}` goes on from there")
+
+
+@app.command(rich_help_panel=PANEL)
+def resume(job: JobId, models: Models = None, api: Api = API) -> None:
+    """Queue a failed or cancelled job again; it goes on from its last checkpoint."""
+    with client(api) as service:
+        answer = service.resume(job, models or [])
+    _say_whom(job, answer.models, "will be queued again")
+
+
+def _follow(service: Client, job: JobView, gateway: str, as_json: bool) -> int:
+    from services.follow import conclude, follow
+
+    shown = console(stderr=as_json)
+    try:
+        job = follow(service, job, shown)
+    except KeyboardInterrupt:
+        tell(f"{job.job} goes on; `genmodels status {job.job} --wait` follows it again, `genmodels cancel {job.job}` ends it")
+        raise
+    code = conclude(service, job, gateway, shown)
+    if as_json:
+        print_json(job.model_dump(mode="json"))
+    return code
+
+
+def _all(service: Client, state: Kind) -> Iterator[JobView]:
+    after = None
+    while True:
+        page = service.jobs(state.value, MAX_PAGE, after)
+        yield from page.data
+        after = page.next
+        if after is None:
+            return
+
+
+def _take(found: Iterator[JobView], limit: int) -> tuple[list[JobView], bool]:
+    return list(islice(found, limit)), next(found, None) is not None
+
+
+def _read(path: Path) -> bytes:
+    from genmodels.strict_yaml import MAX_BYTES
+
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_BYTES + 1)
+    except OSError as error:
+        raise SpecError(f"{path}: cannot be read ({error.strerror}); write the path of a job spec") from None
+    if len(data) > MAX_BYTES:
+        raise SpecError(f"{path}: larger than {MAX_BYTES // 1024} KiB, which no job spec needs; is it the right file?")
+    return data

@@ -1,0 +1,239 @@
+"""Commands on what is stored (models, datasets, keys): through a job service where one is named, else directly."""
+
+from __future__ import annotations
+
+import tempfile
+import zipfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Annotated
+
+import typer
+
+from genmodels.errors import GenmodelsError, SpecError
+from services.options import (
+    AsJson,
+    MaybeApi,
+    StorageUrl,
+    Yes,
+    agreed,
+    console,
+    print_json,
+    service,
+    storage,
+    tell,
+)
+
+if TYPE_CHECKING:
+    from genmodels.registry import Version
+
+app = typer.Typer()
+keys_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
+data_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
+PANEL = "What is stored"
+app.add_typer(data_app, name="data", help="Datasets of your own, in the storage: add, list.", rich_help_panel=PANEL)
+app.add_typer(keys_app, name="keys", help="Keys to the services: create, list, revoke.", rich_help_panel=PANEL)
+
+VersionName = Annotated[
+    str, typer.Argument(metavar="MODEL@VERSION", help="e.g. vae-digits@3, @latest or @production.", show_default=False)
+]
+
+
+@app.command(rich_help_panel=PANEL)
+def models(context: typer.Context, storage_url: StorageUrl = None, api: MaybeApi = None) -> None:
+    """List published models, their versions and aliases."""
+    from services.terminal import registry_table, versions_table
+
+    remote = service(context, api)
+    if remote is None:
+        from genmodels.registry import Registry
+
+        console().print(registry_table(Registry(storage(storage_url))))
+        return
+    with remote:
+        console().print(versions_table(remote.models()))
+
+
+@app.command(rich_help_panel=PANEL)
+def promote(
+    context: typer.Context,
+    version: VersionName,
+    alias: Annotated[str, typer.Argument(help="The alias to point at it.")] = "production",
+    storage_url: StorageUrl = None,
+    api: MaybeApi = None,
+) -> None:
+    """Point an alias at a version, newer or older."""
+    remote = service(context, api)
+    if remote is None:
+        from genmodels.registry import Registry
+
+        registry = Registry(storage(storage_url))
+        target = registry.resolve(version)
+        registry.promote(target.model, alias, target.version, "by hand")
+        model, number = target.model, target.version
+    else:
+        with remote:
+            model, number = remote.resolve(version)
+            remote.promote(model, alias, number)
+    print(f"{model}@{alias} is version {number} now")
+
+
+@app.command(rich_help_panel=PANEL)
+def pull(
+    context: typer.Context,
+    version: VersionName,
+    folder: Annotated[
+        Path | None, typer.Argument(help="A new folder; default: MODEL-VERSION here.", show_default=False)
+    ] = None,
+    storage_url: StorageUrl = None,
+    api: MaybeApi = None,
+) -> None:
+    """Download a version's files, each verified."""
+    remote = service(context, api)
+    if remote is None:
+        from genmodels.registry import Registry
+
+        registry = Registry(storage(storage_url))
+        found = registry.resolve(version)
+        with _new_folder(folder, found) as (path, part):
+            registry.fetch(found, part)
+    else:
+        with remote:
+            found = remote.version(*remote.resolve(version))
+            with _new_folder(folder, found) as (path, part):
+                remote.fetch(found, part)
+    size = sum(file.size for file in found.files.values())
+    print(f"{found.name}: {len(found.files)} files, {_bytes(size)}, in {path}")
+
+
+@app.command(rich_help_panel=PANEL)
+def delete(
+    context: typer.Context,
+    what: Annotated[
+        str, typer.Argument(metavar="JOB|MODEL@VERSION", help="An ended job, or a version.", show_default=False)
+    ],
+    yes: Yes = False,
+    storage_url: StorageUrl = None,
+    api: MaybeApi = None,
+) -> None:
+    """Delete an ended job, with its checkpoints and logs, or a version that no alias names."""
+    model, _, number = what.partition("@")
+    if number and not number.isdecimal():
+        raise SpecError(f"{what}: a version is deleted by its number, e.g. {model}@3; `genmodels models` lists them")
+    kind = "version" if number else "job"
+    if not agreed(f"Delete {kind} {what}{'' if number else ', its checkpoints and its logs'}?", yes):
+        raise typer.Abort
+    remote = service(context, api)
+    if remote is not None:
+        with remote:
+            remote.delete_version(model, int(number)) if number else remote.delete_job(model)
+    elif number:
+        from genmodels.cleanup import delete_version
+        from genmodels.registry import Registry
+
+        delete_version(Registry(storage(storage_url)), model, int(number))
+    else:
+        from genmodels.job import Jobs
+
+        Jobs(storage(storage_url)).delete(model)
+    print(f"{kind} {what} is deleted")
+
+
+@data_app.command("add")
+def data_add(
+    context: typer.Context,
+    name: Annotated[str, typer.Argument(help="What specs call it: `data: {dataset: NAME}`.", show_default=False)],
+    path: Annotated[
+        Path, typer.Argument(help="A text file, a folder of pictures, or a zip of one.", show_default=False)
+    ],
+    image_size: Annotated[
+        int | None, typer.Option(help="Side of the squares that pictures become; default: 32.", show_default=False)
+    ] = None,
+    channels: Annotated[
+        int | None, typer.Option(help="1: grey, 3: colour; default: as most pictures are.", show_default=False)
+    ] = None,
+    storage_url: StorageUrl = None,
+    api: MaybeApi = None,
+) -> None:
+    """Add a text or pictures of your own, checked, for clusters where no path of yours exists."""
+    if channels not in (None, 1, 3):
+        raise SpecError(f"--channels: got {channels}, expected 1 (grey) or 3 (colour)")
+    remote = service(context, api)
+    if remote is None:
+        from genmodels.data import stored
+
+        dataset, is_new = stored.add(storage(storage_url), name, path, image_size, channels)  # type: ignore[arg-type]
+    else:
+        with remote, _streamable(path) as file, console(stderr=True).status("Sending"):
+            dataset, is_new = remote.add_dataset(name, file, image_size=image_size, channels=channels)
+    print(f"{name}: {'; '.join(dataset.notes)}" + ("" if is_new else " (as it was before)"))
+    tell(f"in a spec: data: {{dataset: {name}}}")
+
+
+@data_app.command("list")
+def data_list(
+    context: typer.Context, storage_url: StorageUrl = None, api: MaybeApi = None, as_json: AsJson = False
+) -> None:
+    """List the datasets that were added."""
+    from services.terminal import datasets_table
+
+    remote = service(context, api)
+    if remote is None:
+        from genmodels.data import stored
+
+        found = stored.catalog(storage(storage_url))
+    else:
+        with remote:
+            found = remote.datasets()
+    if as_json:
+        print_json([dataset.model_dump(mode="json") for dataset in found])
+    elif found:
+        console().print(datasets_table(found))
+    else:
+        tell("no datasets yet; `genmodels data add NAME FILE|FOLDER` adds one")
+
+
+@contextmanager
+def _new_folder(folder: Path | None, version: Version) -> Iterator[tuple[Path, Path]]:
+    """The folder to make, and the one to fill meanwhile: it appears when it is complete, or not at all."""
+    path = folder or Path(f"{version.model}-{version.version}")
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise GenmodelsError(f"{path} is there and not empty; name a new folder")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as scratch:
+            part = Path(scratch) / "files"
+            part.mkdir()
+            yield path, part
+            part.replace(path)
+    except OSError as error:
+        raise GenmodelsError(f"{path}: cannot be written: {error.strerror}") from None
+
+
+@contextmanager
+def _streamable(path: Path) -> Iterator[IO[bytes]]:
+    """A file as it is, a folder's pictures as a zip: the form in which data travels."""
+    from genmodels.data.images import SUFFIXES
+
+    try:
+        if not path.is_dir():
+            with path.open("rb") as file:
+                yield file
+            return
+        with tempfile.TemporaryFile(prefix="genmodels-data-") as file:
+            with zipfile.ZipFile(file, "w") as archive:  # pictures are packed already
+                for picture in sorted(path.rglob("*")):
+                    if picture.suffix.lower() in SUFFIXES and picture.is_file():
+                        archive.write(picture, picture.relative_to(path))
+            yield file
+    except OSError as error:
+        raise GenmodelsError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def _bytes(size: float) -> str:
+    for unit in ("bytes", "KiB", "MiB"):
+        if size < 1024:
+            return f"{size:.4g} {unit}"
+        size /= 1024
+    return f"{size:.4g} GiB"

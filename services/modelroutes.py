@@ -1,0 +1,204 @@
+"""The routes of models and their versions, of datasets, and of clean-up."""
+
+from __future__ import annotations
+
+import re
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path as FilePath
+from typing import Annotated, Any, Literal
+
+from fastapi import FastAPI, Path, Query, Request, Response
+from fastapi.responses import FileResponse
+from pydantic import Field
+from starlette.concurrency import run_in_threadpool
+from starlette.types import Receive, Scope, Send
+
+from genmodels import cleanup
+from genmodels.checkpoint import scratch_folder
+from genmodels.data import DATASETS, stored
+from genmodels.errors import DataError, ModelNotFound, RequestError
+from genmodels.family import Section
+from genmodels.registry import Registry, Version
+from genmodels.spec import LABEL
+from genmodels.storage import Storage, encode_floats
+from services.api import documented, read_body
+from services.auth import Caller, Guard
+from services.edge import Json, Streamed
+from services.jobroutes import Strict
+
+UPLOADS = Streamed("PUT", "/v1/datasets/", stored.MAX_STREAM_BYTES)
+MOST_UPLOADS = 2  # at the same time: each takes disk, and memory while it is checked
+MOST_DOWNLOADS = 8
+
+Number = Annotated[int, Path(ge=1, le=99_999_999)]
+
+
+class AliasBody(Section):
+    version: int = Field(ge=1, le=99_999_999, description="the version to point at, newer or older")
+
+
+class GcQuery(Strict):
+    dry_run: bool = Field(False, description="only say what would go")
+
+
+class DatasetQuery(Strict):
+    image_size: int | None = Field(None, ge=8, le=256, description="of pictures: side of the squares they become")
+    channels: Literal["1", "3"] | None = Field(None, description="of pictures: 1 grey, 3 RGB")
+
+
+def add_model_routes(app: FastAPI, guard: Guard, storage: Storage) -> None:
+    registry, admin, submit = Registry(storage), guard("admin"), guard("submit")
+    reader = guard("submit", "generate")
+    threads = ThreadPoolExecutor(8, "models")
+    downloads, uploads = threading.Semaphore(MOST_DOWNLOADS), threading.Semaphore(MOST_UPLOADS)
+
+    @app.get("/v1/models")
+    def list_models(caller: Caller = reader) -> Response:
+        """List published models: their versions and aliases, and the newest version's metrics."""
+        names = [name for name in registry.models() if caller.may_use([name])]
+        return Json({"object": "list", "data": list(threads.map(lambda name: _model(registry, name), names))})
+
+    @app.get("/v1/models/{model}/versions/{number}")
+    def show_version(model: str, number: Number, caller: Caller = submit) -> Response:
+        """Show a version: what it was trained from and reached, and its files with size and sha256."""
+        return Json(encode_floats(_version(registry, model, number, caller).model_dump(mode="json")))
+
+    @app.get("/v1/models/{model}/versions/{number}/files/{name:path}", response_class=Response)
+    def pull_file(model: str, number: Number, name: str, caller: Caller = submit) -> Response:
+        """Fetch a file of a version."""
+        version = _version(registry, model, number, caller)
+        file = version.files.get(name)
+        if file is None:
+            message = f"{version.name} has no file {name[:100]!r}; it has: {', '.join(sorted(version.files))}"
+            raise RequestError(message, status=404, param="name", code="file_not_found")
+        if not downloads.acquire(blocking=False):
+            raise RequestError("too many files are being fetched; try again in a moment", status=429, code="too_many")
+        scratch = scratch_folder()
+
+        def done() -> None:
+            scratch.cleanup()
+            downloads.release()
+
+        try:
+            registry.fetch(version.model_copy(update={"files": {name: file}}), FilePath(scratch.name))
+        except BaseException:
+            done()
+            raise
+        return _Pulled(FilePath(scratch.name) / name, file.sha256, done)
+
+    @app.delete("/v1/models/{model}/versions/{number}", status_code=204, response_class=Response)
+    def delete_version(model: str, number: Number, caller: Caller = admin) -> Response:
+        """Delete a version that no alias names."""
+        _version(registry, model, number, caller)
+        cleanup.delete_version(registry, model, number)
+        return Response(status_code=204)
+
+    @app.put("/v1/models/{model}/aliases/{alias}", openapi_extra=documented(AliasBody))
+    async def promote(model: str, alias: str, request: Request, caller: Caller = submit) -> Response:
+        """Point an alias at a version, newer or older."""
+        body = await read_body(AliasBody, request)
+
+        def work() -> dict[str, Any]:
+            _version(registry, model, body.version, caller)
+            return registry.promote(model, alias, body.version, caller.reason).model_dump(mode="json")
+
+        return Json({"model": model, "alias": alias, **await run_in_threadpool(work)})
+
+    @app.post("/v1/gc")
+    def collect_garbage(query: Annotated[GcQuery, Query()], caller: Caller = admin) -> Response:
+        """Remove what nothing names any more: blobs of deleted versions, what interrupted uploads left."""
+        caller.need_all()
+        plan = cleanup.gc(storage)
+        if not query.dry_run:
+            plan.carry_out()
+        items = [{"key": item.key, "bytes": item.bytes, "why": item.why} for item in plan.items]
+        return Json({"removed": not query.dry_run, "bytes": sum(item.bytes for item in plan.items), "items": items})
+
+    @app.get("/v1/datasets")
+    def list_datasets(caller: Caller = submit) -> Response:
+        """List what a spec's `data.dataset` may name."""
+        built_in = [
+            {"name": source.name, "kind": source.kind, "what": source.what, "built_in": True}
+            for source in DATASETS.values()
+        ]
+        added = [{**dataset.model_dump(mode="json"), "built_in": False} for dataset in stored.catalog(storage)]
+        return Json({"object": "list", "data": [*built_in, *added]})
+
+    @app.put("/v1/datasets/{name}", openapi_extra=_DATASET_BODY, status_code=201)
+    async def add_dataset(
+        name: Annotated[str, Path(pattern=stored.NAME)],
+        request: Request,
+        query: Annotated[DatasetQuery, Query()],
+        caller: Caller = submit,
+    ) -> Response:
+        """Add a dataset: a text in UTF-8, or a zip of pictures, whose folders are the classes.
+
+        The same content again gives 200 and changes nothing. Jobs that were submitted keep the content they had.
+        """
+        caller.need([name])  # else a limited key could change what others' specs mean
+        if name in DATASETS:
+            raise RequestError(f"{name!r} is a built-in dataset; choose another name", status=409, param="name")
+        if not uploads.acquire(blocking=False):
+            raise RequestError("others are adding datasets; try again in a moment", status=429, code="too_many")
+        try:
+            with scratch_folder() as folder:
+                path = FilePath(folder) / name
+                with path.open("wb") as file:
+                    async for part in request.stream():
+                        await run_in_threadpool(file.write, part)
+                dataset, new = await run_in_threadpool(_add, storage, name, path, query)
+        finally:
+            uploads.release()
+        return Json(dataset.model_dump(mode="json"), 201 if new else 200)
+
+
+class _Pulled(FileResponse):
+    """A file that goes when it was sent, or when nobody wants it any more."""
+
+    def __init__(self, path: FilePath, digest: str, done: Callable[[], None]) -> None:
+        super().__init__(path, media_type="application/octet-stream", headers={"etag": f'"{digest}"'})
+        self.done = done
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self.done()
+
+
+def _add(storage: Storage, name: str, path: FilePath, query: DatasetQuery) -> tuple[stored.StoredDataset, bool]:
+    channels: Any = int(query.channels) if query.channels else None
+    try:
+        return stored.add(storage, name, path, query.image_size, channels)
+    except DataError as error:
+        raise RequestError(str(error).replace(str(path), name), code="invalid_data") from None
+
+
+def _version(registry: Registry, model: str, number: int, caller: Caller) -> Version:
+    if not re.fullmatch(LABEL, model):
+        raise ModelNotFound(f"no model {model[:100]!r}: names are lower-case letters, digits and dashes")
+    caller.need([model])
+    return registry.version(model, number)
+
+
+def _model(registry: Registry, name: str) -> dict[str, Any]:
+    versions = registry.versions(name)
+    newest = registry.version(name, versions[-1])
+    return {
+        "name": name,
+        "family": newest.family,
+        "versions": versions,
+        "aliases": {alias: target.version for alias, target in registry.aliases(name).items()},
+        "metrics": encode_floats(newest.metrics),
+        "created": newest.created,
+    }
+
+
+_DATASET_BODY = {
+    "requestBody": {
+        "required": True,
+        "content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}},
+    }
+}

@@ -1,0 +1,114 @@
+"""What several commands share: options that mean the same everywhere, and how they print and ask."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from genmodels.errors import SpecError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from genmodels.storage import Storage
+    from services.client import Client
+
+LOG_WIDTH = 132  # a log file has room for a table
+
+StorageUrl = Annotated[
+    str | None,
+    typer.Option(
+        "--storage",
+        metavar="URL",
+        envvar="GENMODELS_STORAGE",
+        help="file:///folder or s3://bucket/prefix; default: the folder .genmodels here.",
+        show_default=False,
+    ),
+]
+Api = Annotated[
+    str,
+    typer.Option(
+        "--api", metavar="URL", envvar="GENMODELS_API", help="The job service. The key for it is in GENMODELS_KEY."
+    ),
+]
+MaybeApi = Annotated[
+    str | None,
+    typer.Option(
+        "--api",
+        metavar="URL",
+        envvar="GENMODELS_API",
+        help="Ask this job service (key in GENMODELS_KEY) instead of opening the storage.",
+        show_default=False,
+    ),
+]
+JobId = Annotated[str, typer.Argument(metavar="JOB", help="A job's id, as `submit` prints it.", show_default=False)]
+Models = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--model", metavar="MODEL", help="Only this model of the job; may be given again.", show_default=False
+    ),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask first.")]
+
+
+def client(api: str) -> Client:
+    import os
+
+    from services.client import Client
+
+    return Client(api, os.environ.get("GENMODELS_KEY") or None)
+
+
+def service(context: typer.Context, api: str | None) -> Client | None:
+    """The job service to go through, or None to open the storage: a --storage that is typed outdoes GENMODELS_API."""
+    typed = context.get_parameter_source("storage_url")
+    if api is None or (typed is not None and typed.name == "COMMANDLINE" and _from_environment(context)):
+        return None
+    return client(api)
+
+
+def storage(url: str | None) -> Storage:
+    from genmodels.storage import open_storage
+
+    return open_storage(url or (Path.cwd() / ".genmodels").as_uri())
+
+
+def console(*, stderr: bool = False) -> Console:
+    from rich.console import Console
+
+    made = Console(stderr=stderr)
+    if not made.is_terminal:
+        made.width = LOG_WIDTH
+    return made
+
+
+def tell(line: str) -> None:
+    """A line for the person, beside what the command prints for others to use."""
+    print(line, file=sys.stderr)
+
+
+def print_json(document: Any) -> None:
+    print(json.dumps(document, indent=2, ensure_ascii=False))
+
+
+def agreed(question: str, yes: bool) -> bool:
+    """Whether to go on with what cannot be undone.
+
+    Raises:
+        SpecError: there is no terminal to ask on.
+    """
+    if yes:
+        return True
+    if not sys.stdin.isatty():
+        raise SpecError(f"{question} There is no terminal to ask on: add --yes")
+    return typer.confirm(question, err=True)
+
+
+def _from_environment(context: typer.Context) -> bool:
+    source = context.get_parameter_source("api")
+    return source is not None and source.name == "ENVIRONMENT"

@@ -1,0 +1,243 @@
+"""A job as the API shows it: put together from what the dispatcher, the drivers and the queue left in storage."""
+
+from __future__ import annotations
+
+import math
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+from pydantic import BaseModel
+
+from genmodels.errors import JobNotFound, KeyNotFound
+from genmodels.job import EndedEntry, Entry, Jobs
+from genmodels.run import ENDED, Change, Run, State
+from genmodels.spec import JobSpec, ModelSpec
+from genmodels.storage import Storage, read_document
+
+QUEUE = "dispatcher/queue.json"  # who waits, in order, and why: the dispatcher writes it
+READERS = 16  # objects read at the same time
+MOST_KEPT = 4096  # specs, and entries of the index, kept in memory: they never change
+
+T = TypeVar("T")
+
+
+class RunView(BaseModel):
+    """The training of one model. What is not known (yet) is null."""
+
+    model: str
+    family: str | None = None
+    state: State
+    reason: str = ""
+    attempt: int = 0
+    workers: int = 0
+    phase: str | None = None
+    step: int | None = None
+    max_steps: int | None = None
+    loss: float | None = None
+    seconds_left: float | None = None
+    position: int | None = None  # in the queue, from 1 on
+    wait: str | None = None  # why it waits there
+    metrics: dict[str, float | None] = {}  # of what was trained, once it has ended
+    version: int | None = None  # that was published
+    alias: str | None = None  # under which it is served
+    history: list[Change] = []
+
+
+class JobView(BaseModel):
+    """A job and its runs. A list shows of ended jobs only what the index has: each model and its state."""
+
+    job: str
+    name: str
+    priority: int
+    state: State
+    submitted: str
+    ended: str | None = None
+    models: list[RunView]
+
+
+class Page(BaseModel):
+    """Some of the jobs: open ones first, then ended ones, newest first."""
+
+    data: list[JobView]
+    next: str | None = None  # for `after`; null: there are no more
+
+
+class Views:
+    """Reads in parallel, safe between threads."""
+
+    def __init__(self, storage: Storage) -> None:
+        self.storage, self.jobs = storage, Jobs(storage)
+        self._threads = ThreadPoolExecutor(READERS, "views")
+        self._specs: OrderedDict[str, JobSpec] = OrderedDict()
+        self._entries: OrderedDict[str, Entry] = OrderedDict()
+
+    def job(self, job: str) -> JobView:
+        """One job with everything.
+
+        Raises:
+            JobNotFound
+        """
+        entry = self.jobs.entry(job)
+        (view,) = self._whole([entry], [self.jobs.spec(job)])
+        return view
+
+    def submitted(self, entry: Entry, spec: JobSpec) -> JobView:
+        """A job that has just come, which nobody has touched yet."""
+        runs = [RunView(model=model.name, state="queued", **_plan(model)) for model in spec.models]
+        return _view(entry, runs)
+
+    def page(self, kind: str, limit: int, after: str, may_see: Callable[[Sequence[str]], bool]) -> Page:
+        """Some of the jobs.
+
+        Args:
+            kind: "open", "ended" or "all".
+            after: the `next` of the page before; "" for the first.
+            may_see: which models the caller may know of.
+        """
+        where, _, mark = after.partition("!")
+        views: list[JobView] = []
+        open_now: set[str] = set()
+        if kind != "ended" and where != "ended":
+            entries = self._open()
+            open_now = {entry.job for entry in entries}
+            chosen = [entry for entry in entries if (not mark or _order(entry) < mark) and may_see(entry.models)]
+            views, mark = self._summary(chosen[:limit]), ""
+            if len(chosen) > limit:
+                return Page(data=views, next=f"open!{_order(chosen[limit - 1])}")
+        if kind == "open":
+            return Page(data=views)
+        found = self.jobs.ended(mark, limit + 1 - len(views))  # one more, to know whether there are more
+        shown = found[: limit - len(views)]
+        more = len(found) > len(shown)
+        if more:
+            mark = shown[-1][0] if shown else mark
+        # one that is being closed stands in both indexes for a moment
+        views += [_from_index(entry) for _, entry in shown if entry.job not in open_now and may_see(entry.models)]
+        return Page(data=views, next=f"ended!{mark}" if more else None)
+
+    def open_runs(self) -> list[RunView]:
+        """The runs of all open jobs."""
+        return [run for view in self._summary(self._open()) for run in view.models]
+
+    def queue(self) -> dict[str, Any]:
+        """What the dispatcher says of the queue: `capacity` and `queue`, both empty before it has."""
+        try:
+            return read_document(self.storage, QUEUE)[0]
+        except KeyNotFound:
+            return {"capacity": None, "queue": []}
+
+    def _open(self) -> list[Entry]:
+        """Entries of the open jobs, newest first."""
+        entries = [entry for entry in self._threads.map(self._entry, self.jobs.open()) if entry]
+        return sorted(entries, key=_order, reverse=True)
+
+    def _entry(self, job: str) -> Entry | None:
+        try:
+            return _kept(self._entries, job, lambda: self.jobs.entry(job))
+        except JobNotFound:  # it has just ended, or its submission has not
+            return None
+
+    def _summary(self, entries: Sequence[Entry]) -> list[JobView]:
+        """Views of open jobs, but for those that go in this moment."""
+        if not entries:
+            return []
+        specs = list(self._threads.map(self._spec, [entry.job for entry in entries]))
+        both = [(entry, spec) for entry, spec in zip(entries, specs, strict=True) if spec]
+        return self._whole([entry for entry, _ in both], [spec for _, spec in both])
+
+    def _spec(self, job: str) -> JobSpec | None:
+        try:
+            return _kept(self._specs, job, lambda: self.jobs.spec(job))
+        except (JobNotFound, KeyNotFound):
+            return None
+
+    def _whole(self, entries: Sequence[Entry], specs: Sequence[JobSpec]) -> list[JobView]:
+        queue = self.queue()["queue"]
+        waiting = {(item["job"], item["model"]): place for place, item in enumerate(queue)}
+        todo = [(entry.job, model) for entry, spec in zip(entries, specs, strict=True) for model in spec.models]
+        runs = iter(self._threads.map(lambda one: _run(Run(self.storage, one[0], one[1].name), one[1]), todo))
+        views = []
+        for entry, spec in zip(entries, specs, strict=True):
+            mine = [next(runs) for _ in spec.models]
+            for run in mine:
+                place = waiting.get((entry.job, run.model))
+                if run.state == "queued" and place is not None:
+                    run.position, run.wait = place + 1, queue[place]["reason"]
+            views.append(_view(entry, mine))
+        return views
+
+
+def job_state(states: Sequence[State]) -> State:
+    """What a job's runs make of it."""
+    if any(state in ("starting", "running", "publishing") for state in states):
+        return "running"
+    worst: tuple[State, ...] = ("queued", "failed", "cancelled")
+    return next((state for state in worst if state in states), "succeeded")
+
+
+def _view(entry: Entry, runs: list[RunView]) -> JobView:
+    state = job_state([run.state for run in runs])
+    ended = max((run.history[-1].time for run in runs if run.history), default=None) if state in ENDED else None
+    return JobView(
+        job=entry.job,
+        name=entry.name,
+        priority=entry.priority,
+        state=state,
+        submitted=entry.submitted,
+        ended=ended,
+        models=runs,
+    )
+
+
+def _from_index(entry: EndedEntry) -> JobView:
+    runs = [RunView(model=model, state=state) for model, state in entry.states.items()]
+    return _view(entry, runs).model_copy(update={"ended": entry.ended})
+
+
+def _run(run: Run, spec: ModelSpec) -> RunView:
+    status, _ = run.status()
+    view = RunView(
+        model=spec.name,
+        state=status.state,
+        reason=status.reason,
+        attempt=status.attempt,
+        workers=status.workers,
+        history=status.history,
+        **_plan(spec),
+    )
+    if not status.attempt:
+        return view
+    active = status.state not in ("queued", *ENDED)
+    result = None if active else run.result(status.attempt)
+    if result:
+        view.step, view.version = result.step, result.version
+        view.metrics = {name: _finite(value) for name, value in result.metrics.items()}
+    elif beat := run.heartbeat(status.attempt):
+        view.step, view.loss = beat.step, _finite(beat.loss)
+        if active:
+            view.phase, view.seconds_left = beat.phase, _finite(beat.seconds_left)
+    return view
+
+
+def _plan(spec: ModelSpec) -> dict[str, Any]:
+    return {"family": spec.family, "max_steps": spec.train.max_steps, "alias": spec.serve.alias}
+
+
+def _finite(value: float | None) -> float | None:
+    return value if value is not None and math.isfinite(value) else None
+
+
+def _order(entry: Entry) -> str:
+    return f"{entry.submitted} {entry.job}"
+
+
+def _kept(cache: OrderedDict[str, T], key: str, make: Callable[[], T]) -> T:
+    """Looked up in a bounded cache; threads may at worst make the same value twice."""
+    found = cache.get(key)
+    if found is None:
+        found = cache[key] = make()
+        while len(cache) > MOST_KEPT:
+            cache.popitem(last=False)
+    return found

@@ -1,0 +1,203 @@
+"""Which runs start, wait, give way and grow."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from services.scheduling import MOST_PASSED, Plan, Queued, Running, plan
+from services.supervise import Capacity
+
+
+def waits(key: str, sizes: int | Sequence[int] = 1, priority: int = 0, at: str = "0", **more: Any) -> Queued:
+    return Queued(key, priority, (at, 0), [sizes] if isinstance(sizes, int) else sizes, **more)
+
+
+def runs(key: str, workers: int, priority: int = 0, since: str = "0", sizes: Any = None, **more: Any) -> Running:
+    return Running(key, priority, since, sizes or [workers], workers, **more)
+
+
+def decide(queued: Sequence[Queued], running: Sequence[Running] = (), cpus: int = 4, **more: int) -> Plan:
+    return plan(queued, running, Capacity(cpus, **{"gpus": 0, **more}))
+
+
+def test_priority_first_then_first_come_first_served() -> None:
+    queue = [waits("late", at="2"), waits("early", at="1"), waits("urgent", at="3", priority=1), waits("not", at="4")]
+    found = decide(queue, cpus=3)
+    assert found.starts == [("urgent", 1), ("early", 1), ("late", 1)]
+    assert found.reasons == [("not", "needs 1 CPU, free: 0 CPUs")]
+
+
+def test_a_group_starts_whole_or_not_at_all() -> None:
+    assert decide([waits("a", 4)], cpus=4).starts == [("a", 4)]
+    found = decide([waits("a", 4)], [runs("b", 1)], cpus=4)
+    assert (found.starts, found.reasons) == ([], [("a", "needs 4 CPUs, free: 3 CPUs")])
+
+
+def test_what_never_fits_says_so_and_blocks_nobody() -> None:
+    found = decide([waits("huge", 8, at="0", passed=100), waits("small", at="1")], cpus=4)
+    assert (found.starts, found.passed) == ([("small", 1)], [])
+    assert found.reasons == [("huge", "needs 8 CPUs; the cluster has 4 CPUs")]
+
+
+def test_fits_is_judged_against_what_the_cluster_may_grow_to() -> None:
+    assert decide([waits("large", 8)], cpus=2, most_cpus=16).starts == [("large", 8)]
+    found = decide([waits("large", 8)], [runs("other", 10)], cpus=2, most_cpus=16)
+    assert found.reasons == [("large", "needs 8 CPUs, free: 6 CPUs")]
+
+
+def test_small_ones_pass_a_blocked_one_but_not_for_ever() -> None:
+    running, passed, started = [runs("first", 1)], 0, 0
+    for at in range(100):
+        found = decide(
+            [waits("large", 4, at="0", passed=passed), waits(f"small-{at}", at="1")],
+            running if started else [runs("first", 1)],
+        )
+        if not found.starts:
+            break
+        assert found.passed == ["large"]
+        passed += 1
+        started += 1
+    assert passed == MOST_PASSED
+    held = [waits("large", 4, at="0", passed=passed), waits("small", at="1")]
+    assert decide(held, [runs("first", 1)]).starts == []
+    assert decide(held, []).starts == [("large", 4)], "what came free was kept for it"
+
+
+def test_what_is_held_is_held_of_each_resource() -> None:
+    held = [waits("large", 4, at="0", use_gpu=True, passed=MOST_PASSED), waits("small", 2, at="1")]
+    found = decide(held, [runs("first", 2, use_gpu=True)], cpus=16, gpus=4)
+    assert found.starts == [("small", 2)], "it takes no GPU, and there are CPUs for both"
+
+
+def test_gpus() -> None:
+    queue = [waits("a", 2, use_gpu=True, at="0"), waits("b", 2, at="1")]
+    found = decide(queue, cpus=4, gpus=1)
+    assert found.starts == [("b", 2)]
+    assert found.reasons == [("a", "needs 2 CPUs and 2 GPUs; the cluster has 4 CPUs and 1 GPU")]
+
+
+def test_a_higher_priority_has_lower_ones_leave() -> None:
+    running = [runs("old", 2, since="1"), runs("young", 2, since="2"), runs("dear", 2, priority=9)]
+    found = decide([waits("urgent", 2, priority=5)], running, cpus=6)
+    assert found.leaves == [("young", "preempted by urgent of priority 5")]
+    assert found.reasons == [("urgent", "waits for others to save and leave")]
+    again = decide(
+        [waits("urgent", 2, priority=5), waits("small", 1)],
+        [running[0], runs("young", 2, since="2", leaving=True), running[2]],
+        cpus=6,
+    )
+    assert (again.leaves, again.starts) == ([], []), "one is enough, and what it leaves is not for others"
+
+
+def test_nobody_leaves_if_that_would_not_be_enough() -> None:
+    found = decide([waits("urgent", 4, priority=5)], [runs("low", 1), runs("dear", 3, priority=9)])
+    assert (found.leaves, found.starts) == ([], [])
+
+
+def test_equal_priorities_do_not_preempt() -> None:
+    assert decide([waits("a", 4)], [runs("b", 4)]).leaves == []
+
+
+def test_an_elastic_run_takes_what_is_there() -> None:
+    elastic = [1, 2, 4]
+    assert decide([waits("a", elastic)], cpus=8).starts == [("a", 4)]
+    assert decide([waits("a", elastic)], cpus=3).starts == [("a", 2)]
+    assert decide([waits("a", elastic)], [runs("b", 7)], cpus=8).starts == [("a", 1)]
+    assert decide([waits("a", elastic)], cpus=2, most_cpus=64).starts == [("a", 2)], "it does not wait for nodes"
+
+
+def test_elastic_runs_share() -> None:
+    found = decide([waits("a", [1, 2, 4], at="0"), waits("b", 2, at="1"), waits("c", [1, 2], at="2")], cpus=5)
+    assert found.starts == [("a", 2), ("b", 2), ("c", 1)]
+
+
+def test_an_elastic_run_gives_its_surplus_to_others() -> None:
+    grown = runs("grown", 4, sizes=[1, 2, 4])
+    found = decide([waits("a", 2)], [grown])
+    assert found.leaves == [("grown", "makes room for a")]
+    both = decide([waits("grown", [1, 2, 4], at="0"), waits("a", 2, at="1")])
+    assert both.starts == [("grown", 2), ("a", 2)]
+    assert decide([waits("a", 4)], [grown]).leaves == [], "it keeps its fewest"
+
+
+def test_growing_into_free_room() -> None:
+    small = runs("small", 1, sizes=[1, 2, 4], growable=True)
+    assert decide([], [small]).grows == [("small", "grows from 1 to 4 workers")]
+    assert decide([], [small, runs("b", 1)]).grows == [("small", "grows from 1 to 2 workers")]
+    assert decide([], [small], cpus=1).grows == []
+    assert decide([waits("b", 4)], [small]).grows == [], "room that another waits for"
+    assert decide([waits("b", 64)], [small]).grows, "but for one that can never start"
+    assert decide([], [runs("small", 1, sizes=[1, 2])]).grows == []
+
+
+def test_after_the_loss_of_a_node_nothing_starts_that_does_not_fit() -> None:
+    found = decide([waits("a")], [runs("b", 4)], cpus=2)
+    assert found.starts == []
+    assert found.reasons == [("a", "needs 1 CPU, free: 0 CPUs")]
+
+
+def test_what_backs_off_is_passed_and_holds_nothing() -> None:
+    found = decide([waits("a", 4, not_yet="backs off"), waits("b", 4, at="1")])
+    assert (found.starts, found.reasons) == ([("b", 4)], [("a", "backs off")])
+
+
+SIZES = st.lists(st.integers(1, 6), min_size=1, max_size=3, unique=True).map(sorted)
+
+
+@given(
+    queue=st.lists(st.tuples(SIZES, st.integers(-1, 1), st.booleans(), st.integers(0, 9)), max_size=8),
+    active=st.lists(st.tuples(SIZES, st.integers(-1, 1), st.booleans()), max_size=4),
+    cpus=st.integers(0, 12),
+    gpus=st.integers(0, 4),
+)
+def test_never_more_than_there_is_and_everyone_is_accounted_for(queue: Any, active: Any, cpus: int, gpus: int) -> None:
+    queued = [
+        waits(f"q{i}", sizes, priority, str(i), use_gpu=gpu, passed=passed)
+        for i, (sizes, priority, gpu, passed) in enumerate(queue)
+    ]
+    running = [
+        runs(f"r{i}", sizes[0], priority, str(i), sizes, use_gpu=gpu) for i, (sizes, priority, gpu) in enumerate(active)
+    ]
+    found = plan(queued, running, Capacity(cpus, gpus))
+    by_key = {run.key: run for run in queued}
+    starts = dict(found.starts)
+    assert sorted([*starts, *dict(found.reasons)]) == sorted(by_key)
+    assert all(workers in by_key[key].sizes for key, workers in starts.items())
+    used = sum(run.workers for run in running)
+    if starts:
+        assert used + sum(starts.values()) <= cpus
+    graphic = sum(run.workers for run in running if run.use_gpu)
+    if any(by_key[key].use_gpu for key in starts):
+        assert graphic + sum(workers for key, workers in starts.items() if by_key[key].use_gpu) <= gpus
+    left = {key for key, _ in found.leaves}
+    assert left <= {run.key for run in running}
+
+
+@pytest.mark.parametrize("cpus", [2, 3, 4])
+def test_every_run_is_started_in_the_end(cpus: int) -> None:
+    """A stream of small ones, a large one, an elastic one: played until all have run, each for three rounds."""
+    queue = [waits("large", cpus, at="1"), waits("elastic", [1, cpus], at="2")]
+    queue += [waits(f"small-{i:02}", 1, at=f"0{i:02}" if i < 2 else f"3{i:02}") for i in range(20)]
+    running: dict[Any, tuple[Running, int]] = {}
+    passed: dict[Any, int] = {}
+    order = []
+    for _ in range(200):
+        running = {key: (run, left - 1) for key, (run, left) in running.items() if left > 1}
+        ready = [waits(str(q.key), q.sizes, at=q.submitted[0], passed=passed.get(q.key, 0)) for q in queue]
+        found = decide(ready, [run for run, _ in running.values()], cpus)
+        for key in found.passed:
+            passed[key] = passed.get(key, 0) + 1
+        for key, workers in found.starts:
+            order.append(key)
+            (mine,) = [q for q in queue if q.key == key]
+            queue.remove(mine)
+            running[key] = runs(str(key), workers, sizes=mine.sizes), 3
+        if not queue:
+            break
+    assert len(order) == 22
+    assert order.index("large") <= 2 + MOST_PASSED + 1

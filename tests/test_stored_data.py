@@ -1,0 +1,288 @@
+"""Datasets in the storage: added once, checked, immutable, and read the same everywhere."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import os
+import stat
+import subprocess
+import sys
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+from stores import MemoryStorage, RecordingStorage, in_threads
+
+from genmodels.data import DataConfig, ImageData, TextData, open_dataset, pin_data, stored, unpack
+from genmodels.errors import DataError
+from genmodels.family import ImageInfo, TextInfo
+from genmodels.storage import Storage, open_storage
+
+PLAY = "SPEAKER:\nWhat light through yonder window breaks?\n\n" * 60
+TALE = "Once upon a time there was a small grey mouse.\n" * 60
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    return tmp_path / "cache" / "genmodels" / "datasets"
+
+
+@pytest.fixture
+def play(tmp_path: Path) -> Path:
+    (tmp_path / "play.txt").write_text(PLAY)
+    return tmp_path / "play.txt"
+
+
+@pytest.fixture
+def photos(tmp_path: Path) -> Path:
+    """Pictures of two classes, all of another size than they are asked for in."""
+    random = np.random.default_rng(0)
+    for number in range(40):
+        path = tmp_path / "photos" / ("cats" if number % 4 else "dogs") / f"{number:02}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(random.integers(0, 256, (20, 24), np.uint8)).save(path)
+    return tmp_path / "photos"
+
+
+def packed(folder: Path, top: str = "") -> bytes:
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w") as archive:
+        for path in sorted(folder.rglob("*.png")):
+            archive.write(path, top + path.relative_to(folder).as_posix())
+        archive.writestr(f"{top}notes.txt", "no picture")
+        archive.writestr(f"__MACOSX/{top}._00.png", "no picture")
+        archive.writestr(f"{top}.hidden.png", "no picture")
+    return out.getvalue()
+
+
+def config(name: str, sha256: str | None = None) -> DataConfig:
+    return DataConfig.model_validate({"dataset": name, "sha256": sha256}, context={"stored": True})
+
+
+def test_a_text_is_stored_as_it_was_and_read_as_if_it_were_local(storage: Storage, play: Path) -> None:
+    local = open_dataset(DataConfig(path=str(play)))
+    dataset, new = stored.add(storage, "my-play", play)
+    assert new
+    assert dataset.sha256 == hashlib.sha256(PLAY.encode()).hexdigest()
+    assert (dataset.kind, dataset.bytes, dataset.examples) == ("text", len(PLAY), len(PLAY))
+    assert dataset.info == TextInfo(vocab_size=len(set(PLAY)))
+    assert dataset.notes == ["3,060 characters, 28 different ones; the last 306 are for validation"]
+    assert storage.get(f"datasets/my-play/{dataset.sha256}/text.txt")[0] == PLAY.encode()
+    data = open_dataset(config("my-play"), storage)
+    assert isinstance(data, TextData)
+    assert data.digest == local.digest
+    assert np.array_equal(data.train, local.train)
+    assert data.notes == ["my-play: 3,060 characters, 28 different ones; the last 306 are for validation"]
+    assert stored.catalog(storage) == [dataset]
+    assert stored.kinds(storage) == {"my-play": "text"}
+
+
+def test_pictures_are_converted_once_and_are_those_of_the_folder(storage: Storage, photos: Path) -> None:
+    local = open_dataset(DataConfig(path=str(photos), image_size=16))
+    dataset, _ = stored.add(storage, "photos", photos, image_size=16)
+    assert (dataset.kind, dataset.examples) == ("image", 40)
+    assert dataset.info == ImageInfo(channels=1, height=16, width=16, num_classes=2)
+    assert dataset.notes[0] == "40 pictures as grey 16 x 16, 40 of them scaled and centre-cropped"
+    data = open_dataset(config("photos"), storage)
+    assert isinstance(data, ImageData)
+    assert data.digest == local.digest  # pixels, classes, and which are for validation
+    assert data.class_names == ("cats", "dogs")
+    assert data.notes == ["photos: 40 pictures as grey 16 x 16, 2 classes"]
+    assert open_dataset(config("photos", dataset.sha256), storage).digest == data.digest
+    assert stored.add(storage, "photos", photos, image_size=16) == (dataset, False)
+
+
+@pytest.mark.parametrize("top", ["", "holiday/2024/"])
+def test_a_zip_from_a_stream_is_the_folder_it_was_packed_from(photos: Path, top: str) -> None:
+    storage = MemoryStorage()
+    from_folder, _ = stored.add(storage, "photos", photos, image_size=16)
+    from_zip, new = stored.add_stream(storage, "photos", io.BytesIO(packed(photos, top)), image_size=16)
+    assert (from_zip, new) == (from_folder, False)
+    text, _ = stored.add_stream(storage, "play", io.BytesIO(PLAY.encode()))
+    assert text.sha256 == hashlib.sha256(PLAY.encode()).hexdigest()
+
+
+def test_the_same_again_writes_nothing_and_another_content_leaves_pins_alone(play: Path) -> None:
+    storage = RecordingStorage()
+    first, _ = stored.add(storage, "mine", play)
+    written = len(storage.log)
+    folder = f"datasets/mine/{first.sha256}"
+    assert [key for key, _ in storage.log] == [
+        f"{folder}/text.txt",
+        f"{folder}/dataset.json",
+        "datasets/mine/current.json",
+    ]
+    assert stored.add(storage, "mine", play) == (first, False)
+    assert len(storage.log) == written
+    pinned = pin_data(config("mine"), storage)
+    assert pinned.sha256 == first.sha256
+    play.write_text(TALE)
+    second, new = stored.add(storage, "mine", play)
+    assert new
+    assert open_dataset(pinned, storage).digest == hashlib.sha256(PLAY.encode()).hexdigest()
+    assert open_dataset(config("mine"), storage).digest == hashlib.sha256(TALE.encode()).hexdigest()
+    assert pin_data(pinned, storage) == pinned
+    assert pin_data(config("mine"), storage).sha256 == second.sha256
+    play.write_text(PLAY)
+    assert stored.add(storage, "mine", play) == (first, True)  # the name means the first one again
+    assert storage.log[-1][0] == "datasets/mine/current.json"
+    assert [key for key, _ in storage.log].count(f"datasets/mine/{first.sha256}/text.txt") == 1
+    assert stored.catalog(storage) == [first]
+
+
+def test_many_add_the_same_at_once(file_storage: Storage, play: Path) -> None:
+    results = in_threads(6, lambda i: stored.add(file_storage, "mine", play))
+    assert {dataset.sha256 for dataset, _ in results} == {hashlib.sha256(PLAY.encode()).hexdigest()}
+    assert len(stored.catalog(file_storage)) == 1
+
+
+def test_what_is_in_the_cache_needs_no_storage_and_is_checked(play: Path, cache: Path) -> None:
+    storage = MemoryStorage()
+    dataset, _ = stored.add(storage, "mine", play)
+    with pytest.raises(DataError, match="is not on this machine, and there is no storage"):
+        open_dataset(config("mine", dataset.sha256))
+    open_dataset(config("mine"), storage)
+    assert open_dataset(config("mine", dataset.sha256)).digest == dataset.sha256
+    (cache / dataset.sha256 / "text.txt").write_text(TALE)
+    with pytest.raises(DataError, match="is not on this machine"):
+        open_dataset(config("mine", dataset.sha256))
+    assert open_dataset(config("mine"), storage).digest == dataset.sha256  # fetched anew
+    (cache / dataset.sha256 / "text.txt").unlink()
+    storage.objects[dataset.key] = TALE.encode()
+    with pytest.raises(DataError, match=f"'mine' is damaged in the storage .*{dataset.key}"):
+        open_dataset(config("mine"), storage)
+    assert [path.name for path in (cache / dataset.sha256).iterdir()] == []
+
+
+def test_four_processes_fetch_one_dataset(tmp_path: Path, play: Path, cache: Path) -> None:
+    storage = open_storage((tmp_path / "storage").as_uri())
+    dataset, _ = stored.add(storage, "mine", play)
+    code = (
+        "import sys; from genmodels.data import stored; from genmodels.storage import open_storage;"
+        f"print(stored.load('mine', None, open_storage({storage.url!r})).digest);"
+        "assert not {'torch', 'ray'} & set(sys.modules)"
+    )
+    root = Path(__file__).resolve().parents[1]
+    processes = [subprocess.Popen([sys.executable, "-c", code], cwd=root, stdout=subprocess.PIPE) for _ in range(4)]
+    assert [process.communicate()[0].decode().strip() for process in processes] == [dataset.sha256] * 4
+    assert [path.name for path in (cache / dataset.sha256).iterdir()] == ["text.txt"]
+
+
+@pytest.mark.parametrize(
+    "name", ["", "..", "../x", "/x", "a/b", "Mine", "a" * 64, "-a", "a\n", "\udcff", "mine ", "current.json", "ü"]
+)
+def test_hostile_names_are_refused_before_anything_is_touched(name: str, play: Path) -> None:
+    storage = RecordingStorage()
+    for work in (
+        lambda: stored.add(storage, name, play),
+        lambda: stored.add_stream(storage, name, io.BytesIO(PLAY.encode())),
+        lambda: stored.find(storage, name),
+        lambda: stored.load(name, None, storage),
+    ):
+        with pytest.raises(DataError, match="lower-case letters, digits and"):
+            work()
+    assert storage.log == []
+
+
+def test_names_that_mean_something_else_are_refused(play: Path, photos: Path) -> None:
+    storage = MemoryStorage()
+    with pytest.raises(DataError, match="'digits' is a built-in dataset; choose another"):
+        stored.add(storage, "digits", play)
+    stored.add(storage, "mine", play)
+    with pytest.raises(DataError, match="'mine' is a dataset of texts, this has images: choose another name"):
+        stored.add(storage, "mine", photos)
+    with pytest.raises(
+        DataError, match=r"dataset 'other' is not in the storage .* genmodels data add other FILE\|FOLDER"
+    ):
+        open_dataset(config("other"), storage)
+    with pytest.raises(DataError, match=r"dataset 'mine' has no content aaaaaaaaaaaa\.\.\. .*genmodels data add mine"):
+        open_dataset(config("mine", "a" * 64), storage)
+    with pytest.raises(DataError, match="names are lower-case"):
+        stored.find(storage, "mine", "../../secrets")
+
+
+def test_what_does_not_fit_says_why_and_names_no_folder_of_ours(tmp_path: Path, play: Path, photos: Path) -> None:
+    storage = MemoryStorage()
+    short = tmp_path / "short.txt"
+    short.write_text("too short")
+    with pytest.raises(DataError, match=r"^/.*short\.txt has 9 characters, too little"):
+        stored.add(storage, "mine", short)
+    with pytest.raises(DataError, match=r"^mine has 9 characters, too little"):
+        stored.add_stream(storage, "mine", io.BytesIO(b"too short"))
+    with pytest.raises(DataError, match=r"^mine: more than 100 bytes"):
+        stored.add_stream(storage, "mine", io.BytesIO(PLAY.encode()), max_bytes=100)
+    with pytest.raises(DataError, match=r"nowhere does not exist: name a text file, a folder of pictures, or a zip"):
+        stored.add(storage, "mine", tmp_path / "nowhere")
+    with pytest.raises(DataError, match="is no folder or zip of pictures"):
+        stored.add(storage, "mine", play, image_size=16)
+    (photos / "cats" / "broken.png").write_text("no picture")
+    with pytest.raises(DataError) as caught:
+        stored.add_stream(storage, "mine", io.BytesIO(packed(photos)))
+    assert str(caught.value) == (
+        "1 of 41 pictures cannot be read: mine/cats/broken.png (not a picture). Remove them or save them anew"
+    )
+    with pytest.raises(DataError, match=r"^mine holds no pictures"):
+        stored.add_stream(storage, "mine", io.BytesIO(packed(tmp_path / "nothing")))
+    assert storage.objects == {}
+
+
+def archive(*entries: tuple[str, bytes]) -> io.BytesIO:
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as writer:
+        for name, content in entries:
+            writer.writestr(name, content)
+    out.seek(0)
+    return out
+
+
+@pytest.mark.parametrize("name", ["../out.png", "a/../../out.png", "/out.png", "..\\out.png", "C:\\out.png"])
+def test_nothing_in_a_zip_leads_out_of_its_folder(tmp_path: Path, name: str) -> None:
+    with pytest.raises(DataError, match="leads out of its folder"):
+        stored.add_stream(MemoryStorage(), "mine", archive(("a.png", b"x"), (name, b"x")))
+    path = tmp_path / "hostile.zip"
+    path.write_bytes(archive((name, b"x")).getvalue())
+    with pytest.raises(DataError, match="leads out of its folder"):
+        unpack.unpack(path, tmp_path / "inside")
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["hostile.zip", "inside"]
+    assert list((tmp_path / "inside").iterdir()) == []
+
+
+def test_links_in_a_zip_are_passed_over(tmp_path: Path) -> None:
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w") as writer:
+        link = zipfile.ZipInfo("link.png")
+        link.external_attr = (stat.S_IFLNK | 0o777) << 16
+        writer.writestr(link, "/etc/passwd")
+        writer.writestr("a.png", b"x")
+    (tmp_path / "links.zip").write_bytes(out.getvalue())
+    folder = unpack.unpack(tmp_path / "links.zip", tmp_path / "inside")
+    assert [path.name for path in folder.iterdir()] == ["a.png"]
+
+
+def test_a_zip_that_grows_too_large_or_is_damaged_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    storage = MemoryStorage()
+    bomb = archive(("a.png", b"\0" * 3_000_000), ("b.png", b"\0" * 3_000_000))
+    assert len(bomb.getvalue()) < 10_000
+    monkeypatch.setattr(unpack, "MAX_BYTES", 5_000_000)
+    with pytest.raises(DataError, match=r"^mine unpacks to more than 5,000,000 bytes"):
+        stored.add_stream(storage, "mine", io.BytesIO(bomb.getvalue()))
+    monkeypatch.setattr(unpack, "MAX_FILES", 1)
+    with pytest.raises(DataError, match=r"^mine has 2 files, at most 1"):
+        stored.add_stream(storage, "mine", io.BytesIO(bomb.getvalue()))
+    monkeypatch.setattr(unpack, "MAX_DIRECTORY_BYTES", 50)
+    with pytest.raises(DataError, match=r"^mine has too many files"):
+        stored.add_stream(storage, "mine", io.BytesIO(bomb.getvalue()))
+    monkeypatch.undo()
+    whole = archive(*((f"{i}.png", os.urandom(200)) for i in range(10))).getvalue()
+    random = np.random.default_rng(0)
+    for _ in range(60):
+        damaged = bytearray(whole[: random.integers(4, len(whole) + 1)])
+        for place in random.integers(4, len(damaged), 8) if len(damaged) > 4 else ():
+            damaged[place] = random.integers(256)
+        with pytest.raises(DataError):
+            stored.add_stream(storage, "mine", io.BytesIO(bytes(damaged)))
+    assert storage.objects == {}
