@@ -1,33 +1,36 @@
 """A job's objects in storage: its spec, the index of open and ended jobs, and the inbox of the dispatcher.
 
-    idempotency/<sha256 of caller and key>.json     job id and digest of the body; put-if-absent, first
-    open/<job>                                      index: put before the spec, gone when every run has ended
-    ended/<time>-<job>                              index; the time counts backwards, so that a listing begins with the newest
-    models/<model>/runs/<time>-<job>                which jobs train a model
-    jobs/<job>/spec.yaml                            put-if-absent, last: from then on the job exists
-    dispatcher/nudges/<job>/<model>                 "look at this run's wishes": one listing instead of one for each run
+idempotency/<sha256 of caller and key>.json     job id and digest of the body; put-if-absent, first
+open/<job>                                      index: put before the spec, gone when every run has ended
+ended/<time>-<job>                              index; the time counts down, so that a listing begins with the newest
+models/<model>/runs/<time>-<job>                which jobs train a model, likewise
+jobs/<job>/spec.yaml                            put-if-absent, last: from then on the job exists
+jobs/<job>/index.json                           from its first end on: how it stands in the index; compare-and-swap
+dispatcher/nudges/<job>/<model>                 "look at this run's wishes": one listing instead of one for each run
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import re
 import secrets
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
+from typing import Literal
 
 from genmodels.checkpoint import Document
-from genmodels.errors import Conflict, GenmodelsError, IdempotencyConflict, JobNotFound, KeyNotFound
-from genmodels.run import Run, State, now
+from genmodels.errors import Conflict, GenmodelsError, IdempotencyConflict, JobNotFound, KeyNotFound, SpecError
+from genmodels.run import State, now
 from genmodels.spec import JobSpec, digest, dump, load_stored
 from genmodels.storage import Storage, read_document, write_document
 
 JOB_ID = r"[a-z0-9]([a-z0-9-]{0,70}[a-z0-9])?"
 END_OF_TIME = 10**13  # milliseconds; times count down from here
 NUDGES = "dispatcher/nudges/"
-READ_AT_ONCE = 8
+AT_ONCE = 8  # requests to the store
 
 
 class Entry(Document):
@@ -39,6 +42,7 @@ class Entry(Document):
     submitted: str
     caller: str  # id of the key it came with; "" without keys
     models: list[str]
+    idempotency: str = ""  # name of its object under idempotency/
 
 
 class EndedEntry(Entry):
@@ -46,10 +50,20 @@ class EndedEntry(Entry):
     states: dict[str, State]
 
 
-class _Idempotency(Document):
+class _Submission(Document):
+    """What the first one with an idempotency key was about to make."""
+
     job: str
     digest: str
     submitted: str
+    deleted: bool = False  # the job is gone, and its key makes no other
+
+
+class _Index(Document):
+    """Which of the two indexes an ended job belongs to; the entries there follow from it."""
+
+    entry: EndedEntry
+    state: Literal["ended", "open", "deleted"]
 
 
 class Jobs:
@@ -59,7 +73,7 @@ class Jobs:
     def submit(
         self, spec: JobSpec, *, caller: str = "", idempotency_key: str | None = None, body_digest: str | None = None
     ) -> tuple[str, bool]:
-        """Make a job of a spec; its id, and whether it is new.
+        """Make a job of a spec; its id, and whether this call was the first with its key.
 
         Args:
             idempotency_key: the same key of the same caller gives the same job, however often and from how many places
@@ -67,84 +81,112 @@ class Jobs:
             body_digest: of the body as it was sent; the spec's digest if left out.
 
         Raises:
-            IdempotencyConflict: the key came before with another body.
+            IdempotencyConflict: the key came before with another body, or its job was deleted.
+            StorageUnavailable: there may or may not be a job now; the same key again makes it certain.
         """
-        job, submitted = f"{spec.name}-{secrets.token_hex(4)}", now()
+        first = mine = _Submission(job=self._new_id(spec.name), digest=body_digest or digest(spec), submitted=now())
+        name = ""
         if idempotency_key is not None:
-            mine = _Idempotency(job=job, digest=body_digest or digest(spec), submitted=submitted)
-            first = self._first(caller, idempotency_key, mine)
-            job, submitted = first.job, first.submitted
-            if self.exists(job):
-                return job, False
+            name = hashlib.sha256(json.dumps([caller, idempotency_key]).encode()).hexdigest()
+            first = self._first(name, mine)
+            if first is not mine and self.exists(first.job):
+                return first.job, False
         entry = Entry(
-            job=job,
+            job=first.job,
             name=spec.name,
             priority=spec.priority,
-            submitted=submitted,
+            submitted=first.submitted,
             caller=caller,
             models=[model.name for model in spec.models],
+            idempotency=name,
         )
-        self._put(f"open/{job}", entry)
-        for model in spec.models:
-            self.storage.put(f"models/{model.name}/runs/{_countdown(submitted)}-{job}", b"")
-        try:
-            self.storage.put(f"jobs/{job}/spec.yaml", dump(spec), if_absent=True)
-        except Conflict:
-            # Our own write whose answer was lost, or somebody else with the same key, who was quicker.
-            return job, idempotency_key is None
-        return job, True
+        self._put(_open_key(entry.job), entry)
+        index_runs(self.storage, entry.job, entry.models, entry.submitted)
+        with contextlib.suppress(Conflict):  # our own write, whose answer was lost, or another's with the same key
+            self.storage.put(_spec_key(entry.job), dump(spec), if_absent=True)
+        if not self.storage.exists(_open_key(entry.job)):  # clean-up took this for a submission that never ended
+            self._put(_open_key(entry.job), entry)
+        return entry.job, first is mine
 
     def exists(self, job: str) -> bool:
-        return re.fullmatch(JOB_ID, job) is not None and self.storage.exists(f"jobs/{job}/spec.yaml")
+        return re.fullmatch(JOB_ID, job) is not None and self.storage.exists(_spec_key(job))
 
     def spec(self, job: str) -> JobSpec:
         """Raises JobNotFound."""
         try:
-            return load_stored(self.storage.get(f"jobs/{_checked(job)}/spec.yaml")[0])
+            return load_stored(self.storage.get(_spec_key(_checked(job)))[0])
         except KeyNotFound:
-            raise JobNotFound(f"no job {job!r}; `genmodels jobs` lists what there is") from None
+            raise _not_found(job) from None
 
     # The index
 
     def entry(self, job: str) -> Entry | EndedEntry:
-        """Raises JobNotFound."""
-        try:
-            return Entry.model_validate(read_document(self.storage, f"open/{_checked(job)}")[0])
-        except KeyNotFound:
-            pass
-        key = self._ended_key(job)
-        if key is None:
-            raise JobNotFound(f"no job {job!r}; `genmodels jobs` lists what there is")
-        return EndedEntry.model_validate(read_document(self.storage, key)[0])
+        """How a job stands in the index; it may stand there just before it exists. Raises JobNotFound."""
+        if entry := self._open_entry(_checked(job)):
+            return entry
+        index, _ = self._index(job)
+        if index is None or index.state == "deleted":
+            raise _not_found(job)
+        return index.entry if index.state == "ended" else _opened(index.entry)
 
     def open(self) -> list[str]:
-        """Ids of the jobs that have not ended."""
+        """Ids of the jobs that have not ended; among them may be some that do not exist yet."""
         return [key.removeprefix("open/") for key in self.storage.list("open/")]
 
     def ended(self, after: str = "", limit: int = 20) -> list[tuple[str, EndedEntry]]:
         """Ended jobs, the newest first, each with a cursor to go on after."""
+        if after and not re.fullmatch(rf"\d{{13}}-{JOB_ID}", after):
+            raise SpecError(f"after: got {after[:100]!r}, expected what a page before gave to go on with")
         keys = self.storage.list("ended/", after=f"ended/{after}" if after else "", limit=limit)
-        with ThreadPoolExecutor(READ_AT_ONCE) as threads:
+        with ThreadPoolExecutor(AT_ONCE) as threads:
             found = threads.map(self._read_ended, keys)
             return [(key.removeprefix("ended/"), entry) for key, entry in zip(keys, found, strict=True) if entry]
 
     def close(self, job: str, ended: str, states: Mapping[str, State]) -> None:
-        """Move a job whose runs have all ended to the ended ones; doing it twice changes nothing."""
-        try:
-            entry = Entry.model_validate(read_document(self.storage, f"open/{job}")[0])
-        except KeyNotFound:
+        """Move a job whose runs have all ended to the ended ones; with the same `ended` twice changes nothing.
+
+        A job must never be open in nobody's eyes while it runs. So what a process may do that was paused in here, while
+        the job was resumed, is undone: the swap finds another index, or the deletion finds that it came too late.
+        """
+        before, etag = self._index(job)
+        entry = self._open_entry(job)
+        if entry is None or (before and before.state == "deleted"):
             return
         closed = EndedEntry(**entry.model_dump(), ended=ended, states=dict(states))
-        self._put(f"ended/{_countdown(ended)}-{job}", closed)
-        self.storage.delete(f"open/{job}")
+        self._put(_ended_key(closed), closed)
+        if before and _ended_key(before.entry) != _ended_key(closed):
+            self.storage.delete(_ended_key(before.entry))  # left by one who died when he reopened it
+        try:
+            self._swap(_Index(entry=closed, state="ended"), etag)
+        except Conflict:
+            current, _ = self._index(job)
+            if current is None or current.state != "ended" or current.entry.ended != ended:
+                self.storage.delete(_ended_key(closed))
+            return
+        self.storage.delete(_open_key(job))
+        current, _ = self._index(job)
+        if current and current.state == "open":  # resumed while this process was paused before the deletion
+            self._put(_open_key(job), entry)
 
     def reopen(self, job: str) -> None:
-        """Put an ended job back among the open ones, for a run of it that is to be resumed."""
-        entry = self.entry(job)
-        if not isinstance(entry, EndedEntry):
+        """Put an ended job back among the open ones, for a run of it that is to be resumed. Raises JobNotFound."""
+        while True:
+            index, etag = self._index(_checked(job))
+            if index is None and self._open_entry(job):
+                return
+            if index is None or index.state == "deleted":
+                raise _not_found(job)
+            self._put(_open_key(job), _opened(index.entry))
+            if index.state == "ended":
+                try:
+                    self._swap(index.model_copy(update={"state": "open"}), etag)
+                except Conflict:
+                    continue  # it was reopened, closed or deleted just now
+            self.storage.delete(_ended_key(index.entry))
+            current, _ = self._index(job)
+            if current and current.state == "ended":  # closed while this process was paused before the deletion
+                self._put(_ended_key(current.entry), current.entry)
             return
-        self._put(f"open/{job}", Entry(**entry.model_dump(include=set(Entry.model_fields))))
-        self.storage.delete(f"ended/{_countdown(entry.ended)}-{job}")
 
     def delete(self, job: str) -> None:
         """Remove an ended job and all that its runs left; versions that were published from it stay.
@@ -153,15 +195,24 @@ class Jobs:
             JobNotFound: there is none.
             GenmodelsError: it has not ended.
         """
-        entry = self.entry(job)
-        if not isinstance(entry, EndedEntry):
-            raise GenmodelsError(f"job {job} has not ended: cancel it first")
-        for model in entry.models:
-            self.storage.delete(f"models/{model}/runs/{_countdown(entry.submitted)}-{job}")
-        for prefix in (f"runs/{job}/", f"jobs/{job}/"):
-            for key in self.storage.list(prefix):
-                self.storage.delete(key)
-        self.storage.delete(f"ended/{_countdown(entry.ended)}-{job}")  # last, so that a second try finds it
+        index, etag = self._index(_checked(job))
+        if index is None or index.state == "open":
+            self.entry(job)
+            raise GenmodelsError(f"job {job} has not ended; cancel it first")
+        if index.state == "ended":
+            try:
+                self._swap(index.model_copy(update={"state": "deleted"}), etag)
+            except Conflict:
+                raise GenmodelsError(f"job {job} was resumed just now; cancel it first") from None
+        entry = index.entry
+        if entry.idempotency:
+            body = _Submission(job=job, digest="", submitted=entry.submitted, deleted=True)
+            write_document(self.storage, _submission_key(entry.idempotency), body.model_dump(mode="json"))
+        self.storage.delete(_spec_key(job))
+        listed = [*_run_keys(job, entry.models, entry.submitted), _ended_key(entry), _open_key(job)]
+        with ThreadPoolExecutor(AT_ONCE) as threads:
+            list(threads.map(self.storage.delete, [*listed, *self.storage.list(f"runs/{job}/")]))
+        self.storage.delete(_index_key(job))  # last, so that a second try finds what there is to do
 
     # The inbox
 
@@ -176,30 +227,31 @@ class Jobs:
     def take_nudge(self, job: str, model: str) -> None:
         self.storage.delete(f"{NUDGES}{job}/{model}")
 
-    def _first(self, caller: str, key: str, mine: _Idempotency) -> _Idempotency:
-        """What the first one that came with this key left."""
-        name = f"idempotency/{hashlib.sha256(json.dumps([caller, key]).encode()).hexdigest()}.json"
+    def _new_id(self, name: str) -> str:
+        while True:
+            job = f"{name}-{secrets.token_hex(4)}"
+            if not self.exists(job):
+                return job
+
+    def _first(self, name: str, mine: _Submission) -> _Submission:
+        """What the first one that came with this key left; `mine` itself if that is it."""
+        key = _submission_key(name)
         try:
-            write_document(self.storage, name, mine.model_dump(mode="json"), if_absent=True)
+            write_document(self.storage, key, mine.model_dump(mode="json"), if_absent=True)
             return mine
         except Conflict:
-            first = _Idempotency.model_validate(read_document(self.storage, name)[0])
+            first = _Submission.model_validate(read_document(self.storage, key)[0])
+        if first.deleted:
+            raise IdempotencyConflict(f"this idempotency key was used for job {first.job}, which was deleted")
         if first.digest != mine.digest:
             raise IdempotencyConflict(f"this idempotency key was used for job {first.job}, with another body")
         return first
 
-    def _ended_key(self, job: str) -> str | None:
-        """Where an ended job stands in the index: at the time of its runs' last change."""
+    def _open_entry(self, job: str) -> Entry | None:
         try:
-            models = [model.name for model in self.spec(job).models]
-        except JobNotFound:
+            return Entry.model_validate(read_document(self.storage, _open_key(job))[0])
+        except KeyNotFound:
             return None
-        histories = [Run(self.storage, job, model).status()[0].history for model in models]
-        times = [history[-1].time for history in histories if history]
-        key = f"ended/{_countdown(max(times))}-{job}" if times else ""
-        if key and self.storage.exists(key):
-            return key
-        return next((key for key in self.storage.list("ended/") if key.endswith(f"-{job}")), None)
 
     def _read_ended(self, key: str) -> EndedEntry | None:
         try:
@@ -207,22 +259,75 @@ class Jobs:
         except KeyNotFound:  # it was resumed or deleted just now
             return None
 
+    def _index(self, job: str) -> tuple[_Index | None, str | None]:
+        try:
+            document, etag = read_document(self.storage, _index_key(job))
+        except KeyNotFound:
+            return None, None
+        return _Index.model_validate(document), etag
+
+    def _swap(self, index: _Index, etag: str | None) -> None:
+        key, body = _index_key(index.entry.job), index.model_dump(mode="json")
+        write_document(self.storage, key, body, if_absent=etag is None, if_match=etag)
+
     def _put(self, key: str, entry: Entry) -> None:
         write_document(self.storage, key, entry.model_dump(mode="json"))
 
 
+def index_runs(storage: Storage, job: str, models: Iterable[str], submitted: str) -> None:
+    """Note, for `newest_run`, that a job trains these models."""
+    for key in _run_keys(job, models, submitted):
+        storage.put(key, b"")
+
+
 def newest_run(storage: Storage, model: str) -> str | None:
     """The job that was submitted last of those that train a model."""
-    prefix = f"models/{model}/runs/"
-    newest = storage.list(prefix, limit=1)
-    return newest[0].removeprefix(prefix).partition("-")[2] if newest else None
+    prefix, last = f"models/{model}/runs/", ""
+    while keys := storage.list(prefix, after=last, limit=AT_ONCE):
+        last = keys[-1]
+        jobs = (key.removeprefix(prefix).partition("-")[2] for key in keys)
+        if found := next((job for job in jobs if storage.exists(_spec_key(job))), None):  # not one half submitted
+            return found
+    return None
+
+
+def _spec_key(job: str) -> str:
+    return f"jobs/{job}/spec.yaml"
+
+
+def _index_key(job: str) -> str:
+    return f"jobs/{job}/index.json"
+
+
+def _open_key(job: str) -> str:
+    return f"open/{job}"
+
+
+def _ended_key(entry: EndedEntry) -> str:
+    return f"ended/{_countdown(entry.ended)}-{entry.job}"
+
+
+def _submission_key(name: str) -> str:
+    return f"idempotency/{name}.json"
+
+
+def _run_keys(job: str, models: Iterable[str], submitted: str) -> list[str]:
+    return [f"models/{model}/runs/{_countdown(submitted)}-{job}" for model in models]
 
 
 def _countdown(time: str) -> str:
     return f"{END_OF_TIME - round(datetime.fromisoformat(time).timestamp() * 1000):013d}"
 
 
+def _opened(entry: EndedEntry) -> Entry:
+    return Entry(**entry.model_dump(include=set(Entry.model_fields)))
+
+
 def _checked(job: str) -> str:
     if not re.fullmatch(JOB_ID, job):
         raise JobNotFound(f"no job {job[:80]!r}: ids are lower-case letters, digits and dashes")
     return job
+
+
+def _not_found(job: str) -> JobNotFound:
+    return JobNotFound(f"no job {job!r}; `genmodels jobs` lists what there is")

@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import hashlib
 import hmac
+import math
 import re
 import secrets
 import threading
 import time
 from collections import OrderedDict
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal, get_args
 
 from genmodels.checkpoint import Document
@@ -26,7 +29,7 @@ Scope = Literal["generate", "submit", "admin"]
 SCOPES: tuple[Scope, ...] = get_args(Scope)
 FRESH_SECONDS = 5.0  # how long a key is believed to be as it was read: a revoked one works no longer
 STALE_SECONDS = 600.0  # the same while the store is away
-CACHED = 4096
+UNKNOWN_CACHED = 4096  # ids that are nobody's
 TOKEN = r"gm_([0-9a-f]{8})_([A-Za-z0-9_-]{43})"
 
 
@@ -46,10 +49,22 @@ class Key(Document):
         return not self.prefixes or model.startswith(self.prefixes)
 
 
+@dataclass
+class _Seen:
+    """A key as it was read, on this process's monotonic clock."""
+
+    key: Key
+    read: float
+    asked: float = -math.inf  # when the store last failed to say; infinity while somebody waits for it
+
+
 class Keys:
+    """The keys in a storage; safe between threads. What was looked up is believed for FRESH_SECONDS."""
+
     def __init__(self, storage: Storage) -> None:
         self.storage = storage
-        self._cache: OrderedDict[str, tuple[float, Key | None]] = OrderedDict()
+        self._seen: dict[str, _Seen] = {}  # as many as there are keys
+        self._unknown: OrderedDict[str, float] = OrderedDict()  # as many as people make up, so bounded
         self._lock = threading.Lock()
 
     def create(self, name: str, scopes: tuple[Scope, ...], prefixes: tuple[str, ...] = ()) -> tuple[Key, str]:
@@ -77,8 +92,8 @@ class Keys:
 
     def list(self) -> list[Key]:
         """All keys, also revoked ones, the oldest first."""
-        documents = (read_document(self.storage, path)[0] for path in self.storage.list("keys/"))
-        return sorted(map(Key.model_validate, documents), key=lambda key: (key.created, key.id))
+        found = (self._read(Path(path).stem) for path in self.storage.list("keys/"))
+        return sorted(filter(None, found), key=lambda key: (key.created, key.id))
 
     def any(self) -> bool:
         """Whether there is a key that works."""
@@ -92,9 +107,9 @@ class Keys:
         """
         while True:
             try:
-                document, etag = read_document(self.storage, _path(id) if re.fullmatch(r"[0-9a-f]{8}", id) else "keys/-")
+                document, etag = read_document(self.storage, _path(id))
             except KeyNotFound:
-                raise SpecError(f"no key {id[:40]!r}; `genmodels keys list` shows what there is") from None
+                raise _no_key(id) from None
             key = Key.model_validate(document)
             if key.revoked is None:
                 key = key.model_copy(update={"revoked": now()})
@@ -102,16 +117,19 @@ class Keys:
                     write_document(self.storage, _path(id), key.model_dump(mode="json"), if_match=etag)
                 except Conflict:
                     continue
-            self._remember(id, key)
+            self._remember(id, key, time.monotonic())
             return key
 
     def delete(self, id: str) -> None:
-        """Remove every trace of a key."""
+        """Remove every trace of a key. Raises SpecError: that is no id."""
         self.storage.delete(_path(id))
-        self._remember(id, None)
+        self._remember(id, None, time.monotonic())
 
     def check(self, token: str) -> Key | None:
         """The key that a token belongs to, if it is one that works.
+
+        While the store is away, or slow, keys work that were seen in the last STALE_SECONDS, and of those who show the
+        same one only one waits for it.
 
         Raises:
             StorageUnavailable: the store is away, and the key has not been seen lately.
@@ -125,32 +143,54 @@ class Keys:
         return key if key and same and key.revoked is None else None
 
     def _find(self, id: str) -> Key | None:
+        now = time.monotonic()
         with self._lock:
-            read, key = self._cache.get(id, (-STALE_SECONDS, None))
-        age = time.monotonic() - read
-        if age < FRESH_SECONDS:
-            return key
+            if now - self._unknown.get(id, -math.inf) < FRESH_SECONDS:
+                return None
+            seen = self._seen.get(id)
+            usable = seen if seen and now - seen.read < STALE_SECONDS else None
+            if usable and now - max(usable.read, usable.asked) < FRESH_SECONDS:
+                return usable.key
+            if seen:
+                seen.asked = math.inf
         try:
-            key = Key.model_validate(read_document(self.storage, _path(id))[0])
-        except KeyNotFound:
-            key = None
+            key = self._read(id)
         except StorageUnavailable:
-            if key and age < STALE_SECONDS:
-                return key
+            if usable:
+                return usable.key
             raise
-        self._remember(id, key)
+        finally:
+            if seen:
+                seen.asked = time.monotonic()
+        self._remember(id, key, now)
         return key
 
-    def _remember(self, id: str, key: Key | None) -> None:
+    def _read(self, id: str) -> Key | None:
+        try:
+            return Key.model_validate(read_document(self.storage, _path(id))[0])
+        except KeyNotFound:
+            return None
+
+    def _remember(self, id: str, key: Key | None, read: float) -> None:
         with self._lock:
-            self._cache[id] = time.monotonic(), key
-            self._cache.move_to_end(id)
-            while len(self._cache) > CACHED:
-                self._cache.popitem(last=False)
+            self._seen.pop(id, None)
+            self._unknown.pop(id, None)
+            if key:
+                self._seen[id] = _Seen(key, read)
+                return
+            self._unknown[id] = read
+            if len(self._unknown) > UNKNOWN_CACHED:
+                self._unknown.popitem(last=False)
 
 
 def _path(id: str) -> str:
+    if not re.fullmatch(r"[0-9a-f]{8}", id):
+        raise _no_key(id)
     return f"keys/{id}.json"
+
+
+def _no_key(id: str) -> SpecError:
+    return SpecError(f"no key {id[:40]!r}; `genmodels keys list` shows what there is")
 
 
 def _digest(secret: str) -> str:

@@ -1,8 +1,9 @@
 """A lease in storage: of all who want to dispatch, one holds it. No two clocks are ever compared.
 
-The holder writes the object again every few seconds. Who wants it watches the etag: if it has not changed for the lease's
-length of the watcher's own monotonic clock, the holder is taken to be gone. The holder, by its own clock, knows itself
-when its time is over. What a holder still does after that, because it was paused in the middle, is what epochs are for.
+The holder writes the object again every few seconds. Who wants it watches the etag: if it has not changed for the
+lease's length of the watcher's own monotonic clock, the holder is taken to be gone. The holder, by its own clock, knows
+itself when its time is over. What it still does after that, because it was paused in the middle, is what epochs are
+for.
 """
 
 from __future__ import annotations
@@ -48,7 +49,7 @@ class Lease:
                 current = _Lease.model_validate(document)
             except KeyNotFound:
                 current, etag = _Lease(epoch=0, holder=""), ""
-            if current.holder not in ("", self._me) and not self._is_stale(etag, began):
+            if current.holder not in ("", self._me) and not self._is_stale(etag, time.monotonic()):
                 return None
             mine = _Lease(epoch=current.epoch + 1, holder=self._me)
             try:
@@ -68,8 +69,12 @@ class Lease:
             if self._mine is None:
                 raise LeaseLost("the lease is not held")
             lease, etag = self._mine
+            began = time.monotonic()
             try:
-                self._write(lease.model_copy(update={"beat": lease.beat + 1}), etag, time.monotonic())
+                try:
+                    self._write(lease.model_copy(update={"beat": lease.beat + 1}), etag, began)
+                except Conflict:
+                    self._write(lease.model_copy(update={"beat": lease.beat + 2}), self._own_etag(lease), began)
             except Conflict:
                 self._mine = None
                 raise LeaseLost(f"the lease of epoch {lease.epoch} was taken over by another dispatcher") from None
@@ -90,7 +95,19 @@ class Lease:
             except Conflict:
                 return  # it was somebody else's already
 
+    def _own_etag(self, lease: _Lease) -> str:
+        """The etag of what this one wrote last, if it never had an answer to that. Raises Conflict."""
+        try:
+            document, etag = read_document(self.storage, self.name)
+        except KeyNotFound:
+            raise Conflict(f"{self.name}: is gone") from None
+        current = _Lease.model_validate(document)
+        if (current.holder, current.epoch) != (self._me, lease.epoch):
+            raise Conflict(f"{self.name}: is another's")
+        return etag
+
     def _is_stale(self, etag: str, at: float) -> bool:
+        """Whether an etag, read by now, was there all the time; `at` is after its reading, so no renewal is missed."""
         if self._seen is None or self._seen[0] != etag:
             self._seen = etag, at
         return at - self._seen[1] >= self.seconds

@@ -15,6 +15,7 @@ from genmodels import checkpoint
 from genmodels.checkpoint import Place
 from genmodels.data import pin_data
 from genmodels.errors import Conflict, DataError, KeyNotFound, ModelNotFound, SpecError
+from genmodels.job import newest_run
 from genmodels.registry import Registry
 from genmodels.run import Run
 from genmodels.spec import JobSpec, ModelSpec
@@ -92,8 +93,6 @@ def place_of(reference: str, storage: Storage) -> tuple[Run, Place]:
 
 
 def _run(storage: Storage, model: str, job: str, reference: str) -> Run:
-    from genmodels.job import newest_run
-
     found = job or newest_run(storage, model)
     if found is None:
         raise SpecError(f"train.init_from: {reference}: no job has trained {model!r} in this storage")

@@ -18,7 +18,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
-from genmodels import checkpoint, registry
+from genmodels import checkpoint, pin, registry
 from genmodels.checkpoint import Lineage, Manifest, Place, Snapshot
 from genmodels.errors import StorageUnavailable
 from genmodels.family import Batch, Family
@@ -203,12 +203,12 @@ class RunRecorder:
     def _unneeded(self, step: int) -> list[str]:
         """What nobody needs, in the order to delete it.
 
-        First the files of checkpoints whose manifest went at an earlier save, then the manifests of all but the newest
-        and the best. So a reader that has begun on a checkpoint has a save's time to end.
+        First the files of checkpoints whose manifest went at an earlier save, then the manifests of all but the newest,
+        the best, and those that others start from. So a reader that has begun on a checkpoint has a save's time to end.
         """
         leftovers = self.run.leftovers(before_step=step)
         whole = list(self.run.manifests())
-        keep = [place for place, _ in whole[-self.spec.checkpoints.num_to_keep :]]
+        keep = [place for place, _ in whole[-self.spec.checkpoints.num_to_keep :]] + pin.marked(self.run)
         if self.spec.serve.gate and whole:
             keep.append(registry.best(self.spec.serve.gate, whole)[0])
         doomed = [place for place, _ in whole if place not in keep]

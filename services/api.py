@@ -14,8 +14,10 @@ from fastapi.responses import HTMLResponse
 from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
 
+from genmodels import __version__
 from genmodels.engine.requests import refusal
 from genmodels.errors import (
+    CheckpointError,
     GenmodelsError,
     IdempotencyConflict,
     JobNotFound,
@@ -27,7 +29,7 @@ from genmodels.errors import (
 )
 from genmodels.explain import show
 from services.docs import HEADERS, page
-from services.edge import Edge, Json, Streamed, refuse
+from services.edge import MAX_BODY, Edge, Json, Streamed, refuse
 
 JSON = ("application/json",)
 
@@ -41,18 +43,25 @@ def new_app(
     description: str,
     *,
     hosts: Collection[str] | None,
+    max_body: int = MAX_BODY,
+    streamed: Streamed | None = None,
     schemas: Callable[[], Mapping[str, Any]] = dict,
-    **edge: int | Streamed,
 ) -> FastAPI:
     """An application behind an Edge, with `/openapi.json` and a readable page of it at `/docs`.
 
     Args:
-        hosts: names that a Host header may have; None for any, where keys are asked for.
+        hosts, max_body, streamed: the Edge's.
         schemas: more of OpenAPI's `components.schemas`, called when the document is first asked for.
-        edge: other settings of the Edge.
     """
-    app = FastAPI(title=title, description=description, docs_url=None, redoc_url=None, redirect_slashes=False)
-    app.add_middleware(Edge, hosts=hosts, **edge)
+    app = FastAPI(
+        title=title,
+        version=__version__,
+        description=description,
+        docs_url=None,
+        redoc_url=None,
+        redirect_slashes=False,
+    )
+    app.add_middleware(Edge, hosts=hosts, max_body=max_body, streamed=streamed)
     for kind in (GenmodelsError, HTTPException, RequestValidationError):
         app.add_exception_handler(kind, _on_error)
     app.openapi = lambda: _openapi(app, schemas)  # type: ignore[method-assign]
@@ -61,8 +70,9 @@ def new_app(
     def docs() -> Response:
         return HTMLResponse(page(app.openapi()), headers=HEADERS)
 
-    @app.get("/healthz", summary="Whether this process answers", tags=["open"])
+    @app.get("/healthz")
     async def healthz() -> Response:
+        """Whether this process answers."""
         return Json({"status": "ok"})
 
     return app
@@ -185,6 +195,8 @@ def _request_error(error: Exception) -> RequestError:
         return RequestError("it has just gone; look again", status=404, code="gone")
     if isinstance(error, StorageError):  # its message names the storage, which is the operator's to know
         return RequestError("the storage refused; the service's log says why", status=500, code="storage_error")
+    if isinstance(error, CheckpointError):
+        return RequestError(str(error), status=500, code="damaged")
     return RequestError(str(error), status=409, code="refused")
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
+from collections import OrderedDict
 from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -11,10 +13,13 @@ from typing import Annotated, Any
 from fastapi import Depends, Security
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
-from genmodels.errors import RequestError
+from genmodels.errors import GenmodelsError, RequestError
 from genmodels.keys import Key, Keys, Scope
+from genmodels.storage import Storage
 
-LOOKUPS = 4  # keys that are looked up in storage at the same time, so that a flood of wrong ones stays a trickle there
+LOOKUPS = 4  # threads that look keys up
+MOST_WAITING = 64  # lookups of tokens that are new to us; a flood of invented ones is refused, and reaches nobody else
+KNOWN = 4096
 
 _BEARER = HTTPBearer(auto_error=False, scheme_name="key", description="gm_..., made by `genmodels keys create`")
 
@@ -54,6 +59,22 @@ class Caller:
             raise RequestError("this key is limited to some models, and this is about all", status=403, code="limited")
 
 
+def require_keys(storage: Storage, scope: Scope) -> Keys:
+    """The keys in a storage.
+
+    Raises:
+        GenmodelsError: there is none that works, so that nobody could use what asks for one.
+    """
+    keys = Keys(storage)
+    if keys.any():
+        return keys
+    raise GenmodelsError(
+        f"{storage.url} holds no key yet, and without one nobody could ask. Make one: "
+        f"genmodels keys create NAME --scope {scope} --storage {storage.url} - or ask for none, on this machine alone: "
+        "--no-auth"
+    )
+
+
 class Guard:
     """Makes FastAPI dependencies: `guard("submit")` gives the Caller, or answers 401 or 403.
 
@@ -63,23 +84,21 @@ class Guard:
 
     def __init__(self, keys: Keys | None) -> None:
         self._keys = keys
-        self._threads = ThreadPoolExecutor(LOOKUPS, "keys")
-
-    @property
-    def open(self) -> bool:
-        return self._keys is None
+        self._known: OrderedDict[bytes, None] = OrderedDict()  # digests of tokens that were right before
+        self._lane, self._lane_of_strangers = (ThreadPoolExecutor(LOOKUPS, "keys") for _ in range(2))
+        self._strangers = 0
 
     def __call__(self, *scopes: Scope) -> Any:
         """A dependency on a key that has one of these scopes."""
         if self._keys is None:
             return Depends(_anyone)
-        check = self._keys.check
+        keys = self._keys
 
         async def admit(credentials: Annotated[HTTPAuthorizationCredentials | None, Security(_BEARER)]) -> Caller:
             if credentials is None:
                 message = "no key; send the header `Authorization: Bearer gm_...` (`genmodels keys create` makes a key)"
                 raise RequestError(message, status=401, code="no_key")
-            key = await asyncio.get_running_loop().run_in_executor(self._threads, check, credentials.credentials)
+            key = await self._find(keys, credentials.credentials)
             if key is None:
                 raise RequestError("this key is not known, or it was revoked", status=401, code="wrong_key")
             if not any(key.allows(scope) for scope in scopes):
@@ -88,6 +107,24 @@ class Guard:
             return Caller(key)
 
         return Security(admit, scopes=scopes)
+
+    async def _find(self, keys: Keys, token: str) -> Key | None:
+        """The key of a token. Those who were right before do not wait behind those who guess."""
+        digest, loop = hashlib.sha256(token.encode()).digest(), asyncio.get_running_loop()
+        if digest in self._known:
+            return await loop.run_in_executor(self._lane, keys.check, token)
+        if self._strangers >= MOST_WAITING:
+            raise RequestError("too many new keys at once; try again in a moment", status=429, code="too_many")
+        self._strangers += 1
+        try:
+            key = await loop.run_in_executor(self._lane_of_strangers, keys.check, token)
+        finally:
+            self._strangers -= 1
+        if key:
+            self._known[digest] = None
+            while len(self._known) > KNOWN:
+                self._known.popitem(last=False)
+        return key
 
 
 async def _anyone() -> Caller:

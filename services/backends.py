@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import logging
 import os
 import shlex
 import signal
@@ -16,7 +17,10 @@ from typing import Any
 from services.dashboard import Dashboard
 from services.supervise import LOST, Capacity, Driver
 
+log = logging.getLogger("genmodels.backends")
+
 SUBMIT_SECONDS = 15.0  # the dashboard waits up to 10 s for its agent
+MESSAGE = 2000  # characters of Ray's own message, which ends with the last lines of the driver's log
 ACCEPT_SECONDS = 60.0  # of a cluster that answers, for a driver to be accepted
 
 
@@ -35,7 +39,7 @@ class SubprocessBackend:
         self.logs.mkdir(parents=True, exist_ok=True)
         with self.log(model, attempt).open("ab") as log:
             process = subprocess.Popen(
-                _command(storage_url, job, model, attempt, workers),
+                driver_command(storage_url, job, model, attempt, workers),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -73,7 +77,7 @@ class RayJobsBackend:
     def start(self, storage_url: str, job: str, model: str, attempt: int, workers: int) -> Driver:
         """Ask for a driver. Whether Ray took it, `poll` tells: it asks again where no answer came."""
         submission = {
-            "entrypoint": shlex.join(_command(storage_url, job, model, attempt, workers)),
+            "entrypoint": shlex.join(driver_command(storage_url, job, model, attempt, workers)),
             "submission_id": submission_id(job, model, attempt),
             "metadata": {"job": job, "model": model, "attempt": str(attempt)},
             "entrypoint_num_cpus": 0,
@@ -150,6 +154,7 @@ class _RayJob:
                 self.code = 0
             case "FAILED":
                 self.code = job.get("driver_exit_code") or LOST
+                log.warning("Ray job %s failed: %s", self.name, (job.get("message") or "")[-MESSAGE:])
             case "STOPPED":
                 self.code = -signal.SIGTERM
             case _ if self.stopping:
@@ -183,6 +188,6 @@ class _RayJob:
         self.stopping = answer is None or answer.status_code >= 500
 
 
-def _command(storage_url: str, job: str, model: str, attempt: int, workers: int) -> list[str]:
+def driver_command(storage_url: str, job: str, model: str, attempt: int, workers: int) -> list[str]:
     command = [sys.executable, "-m", "services.train", "--storage", storage_url, "--job", job, "--model", model]
     return [*command, "--attempt", str(attempt), "--workers", str(workers)]

@@ -38,6 +38,10 @@ class Child:
     _look_at: float = field(default=0.0, init=False)
     _ends: int = field(default=0, init=False)
 
+    @property
+    def runs(self) -> bool:
+        return self.process is not None and self.process.poll() is None
+
     def tend(self, tell: Tell) -> None:
         """Start it if it is due, see whether it is ready or has ended."""
         now = time.monotonic()

@@ -8,27 +8,40 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from genmodels.errors import GenmodelsError, SpecError
+from services import commands_admin, commands_jobs, commands_storage
+from services.options import SpecFile, StorageUrl, storage
+
+PANEL = "On this machine alone"
+
+
+class Grouped(TyperGroup):
+    """Commands in the help under the headings of their panels, which typer's plain help leaves out."""
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        panels: dict[str, list[tuple[str, str]]] = {}
+        width = formatter.width - 6 - max(map(len, self.commands))
+        for name, command in self.commands.items():
+            panel = getattr(command, "rich_help_panel", None)
+            panels.setdefault(panel if isinstance(panel, str) else "Commands", []).append(
+                (name, command.get_short_help_str(width))
+            )
+        for panel, rows in panels.items():
+            with formatter.section(panel):
+                formatter.write_dl(rows)
+
 
 app = typer.Typer(
     name="genmodels",
+    cls=Grouped,
     help="Generative models from one YAML to a live endpoint.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-
-Storage = Annotated[
-    str | None,
-    typer.Option(
-        envvar="GENMODELS_STORAGE",
-        help="file:///folder or s3://bucket/prefix; default: the folder .genmodels here.",
-        show_default=False,
-    ),
-]
-SpecFile = Annotated[Path, typer.Argument(metavar="SPEC", help="A job spec, in YAML or JSON.", show_default=False)]
 
 
 def main() -> None:
@@ -48,39 +61,10 @@ def _options() -> None:
     """Generative models from one YAML to a live endpoint."""
 
 
-@app.command()
-def validate(
-    spec: SpecFile,
-    smoke: Annotated[
-        bool, typer.Option("--smoke", help="Also train two steps, load the result and ask it once.")
-    ] = False,
-) -> None:
-    """Check a job spec."""
-    from genmodels.spec import read_spec
-
-    job = read_spec(spec)
-    families = ", ".join(model.family for model in job.models)
-    print(f"ok: {spec}: job {job.name}, {len(job.models)} model{'s' if len(job.models) > 1 else ''} ({families})")
-    if smoke:
-        from services.smoke import smoke as try_out
-
-        for model in job.models:
-            print(f"{model.name}: ", end="", flush=True)
-            print(f"ok: {try_out(model)}")
-
-
-@app.command()
-def schema() -> None:
-    """Print the JSON Schema of job specs, for editors."""
-    from genmodels.spec import json_schema
-
-    print(json.dumps(json_schema(), indent=2))
-
-
-@app.command()
+@app.command(rich_help_panel=PANEL)
 def run(
     spec: SpecFile,
-    storage: Storage = None,
+    storage_url: StorageUrl = None,
     only: Annotated[
         list[str] | None,
         typer.Option(metavar="MODEL", help="Only this model of the job; may be given again.", show_default=False),
@@ -92,45 +76,51 @@ def run(
     no_auth: Annotated[bool, typer.Option("--no-auth", help="Serve without a key, to this machine alone.")] = False,
     pictures: Annotated[Path, typer.Option(help="Folder for pictures of what the models make.")] = Path("samples"),
 ) -> None:
-    """Train, publish and serve all models of a job on this machine."""
+    """Train, publish and serve all models of a job."""
+    from genmodels.data import stored
     from genmodels.spec import read_spec
 
-    job = read_spec(spec)
+    store = storage(storage_url)
+    job = read_spec(spec, stored.kinds(store))
     from services.quickrun import quick_run
 
-    sys.exit(quick_run(job, only or [], _storage(storage), port, exit, no_auth, pictures))
+    sys.exit(quick_run(job, only or [], store, port, exit, no_auth, pictures))
 
 
-@app.command()
-def models(storage: Storage = None) -> None:
-    """List published models, their versions and aliases."""
-    from rich.console import Console
-
-    from genmodels.registry import Registry
-    from services.terminal import registry_table
-
-    Console().print(registry_table(Registry(_storage(storage))))
-
-
-@app.command()
-def promote(
-    version: Annotated[str, typer.Argument(metavar="MODEL@VERSION", help="e.g. vae-digits@3", show_default=False)],
-    alias: Annotated[str, typer.Argument(help="The alias to point at it.")] = "production",
-    storage: Storage = None,
+@app.command(rich_help_panel=PANEL)
+def validate(
+    spec: SpecFile,
+    smoke: Annotated[
+        bool, typer.Option("--smoke", help="Also train two steps, load the result and ask it once.")
+    ] = False,
+    storage_url: StorageUrl = None,
 ) -> None:
-    """Point an alias at a version, newer or older."""
-    from genmodels.registry import Registry
+    """Check a job spec."""
+    from genmodels.data import stored
+    from genmodels.spec import read_spec
 
-    registry = Registry(_storage(storage))
-    target = registry.resolve(version)
-    registry.promote(target.model, alias, target.version, "by hand")
-    print(f"{target.model}@{alias} is version {target.version} now")
+    store = storage(storage_url)
+    job = read_spec(spec, stored.kinds(store))
+    families = ", ".join(model.family for model in job.models)
+    print(f"ok: {spec}: job {job.name}, {len(job.models)} model{'s' if len(job.models) > 1 else ''} ({families})")
+    if smoke:
+        from services.smoke import smoke as try_out
+
+        for model in job.models:
+            print(f"{model.name}: ", end="", flush=True)
+            print(f"ok: {try_out(model, store)}")
 
 
-def _storage(url: str | None) -> Any:
-    from genmodels.storage import open_storage
+@app.command(rich_help_panel=PANEL)
+def schema() -> None:
+    """Print the JSON Schema of job specs, for editors."""
+    from genmodels.spec import json_schema
 
-    return open_storage(url or (Path.cwd() / ".genmodels").as_uri())
+    print(json.dumps(json_schema(), indent=2))
+
+
+for part in (commands_jobs, commands_storage, commands_admin):
+    app.add_typer(part.app)
 
 
 if __name__ == "__main__":

@@ -12,11 +12,12 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from genmodels.errors import SpecError
-from services.options import Api, AsJson, JobId, Models, client, console, print_json, tell
+from genmodels.run import ENDED
+from services.options import Api, AsJson, JobId, Models, SpecFile, client, console, print_json, tell
 
 if TYPE_CHECKING:
     from services.client import Client
-    from services.views import JobView
+    from services.views import JobView, RunView
 
 app = typer.Typer()
 PANEL = "Jobs on a job service"
@@ -38,7 +39,7 @@ class Kind(StrEnum):
 
 @app.command(rich_help_panel=PANEL)
 def submit(
-    spec: Annotated[Path, typer.Argument(metavar="SPEC", help="A job spec, in YAML or JSON.", show_default=False)],
+    spec: SpecFile,
     wait: Annotated[bool, typer.Option("--wait", "-w", help="Follow until it has ended; exit code 0 or 1.")] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only say what would run: steps, workers, sizes, whether it fits.")
@@ -47,17 +48,20 @@ def submit(
     gateway: Gateway = GATEWAY,
     as_json: AsJson = False,
 ) -> None:
-    """Submit a job; prints its id."""
+    """Submit a job, and print its id."""
     data = _read(spec)
     with client(api) as service:
         if dry_run:
-            from services.terminal import plan_table
+            from services.tables import plan_table
 
             answer = service.dry_run(data, str(spec))
             if as_json:
                 print_json(answer)
-            else:
-                console().print(plan_table(answer["models"]))
+                return
+            console().print(plan_table(answer))
+            for model in answer["models"]:
+                for note in model["notes"]:
+                    print(f"{model['model']}: {note}")
             return
         job = service.submit(data, str(spec))
         if as_json and not wait:
@@ -77,7 +81,7 @@ def jobs(
     as_json: AsJson = False,
 ) -> None:
     """List jobs."""
-    from services.terminal import jobs_table
+    from services.tables import jobs_table
 
     with client(api) as service:
         found, more = _take(_all(service, state), limit)
@@ -95,16 +99,18 @@ def jobs(
 @app.command(rich_help_panel=PANEL)
 def status(
     job: Annotated[
-        str | None, typer.Argument(metavar="[JOB]", help="A job's id; default: all open jobs.", show_default=False)
+        str | None, typer.Argument(metavar="JOB", help="A job's id; default: all open jobs.", show_default=False)
     ] = None,
     wait: Annotated[bool, typer.Option("--wait", "-w", help="Follow until it has ended; exit code 0 or 1.")] = False,
-    history: Annotated[bool, typer.Option("--history", help="Also every change of state, with time and reason.")] = False,
+    history: Annotated[
+        bool, typer.Option("--history", help="Also every change of state, with time and reason.")
+    ] = False,
     api: Api = API,
     gateway: Gateway = GATEWAY,
     as_json: AsJson = False,
 ) -> None:
-    """Show each model of a job: state, step, loss, time left, attempt, reason."""
-    from services.terminal import history_table, runs_table
+    """Show how far each model of a job is. With --wait it is shown until the job has ended."""
+    from services.tables import history_table, runs_table
 
     if wait and job is None:
         raise SpecError("--wait follows one job: genmodels status JOB --wait")
@@ -136,7 +142,7 @@ def logs(
     ] = None,
     api: Api = API,
 ) -> None:
-    """Print what a job's drivers and workers printed; also after the cluster has gone."""
+    """Print a job's logs. They are there while it runs, and also after the cluster has gone."""
     with client(api) as service:
         any_line = False
         for line in service.logs(job, models or [], source, follow=follow, waiting=lambda why: tell(f"waiting: {why}")):
@@ -153,19 +159,24 @@ def cancel(
     models: Models = None,
     api: Api = API,
 ) -> None:
-    """End a job: its runs save at their next step and leave."""
+    """End a job. Its runs save at their next step, and a resume goes on from there."""
     with client(api) as service:
         answer = service.cancel(job, models or [], now=now)
-    how = "end at once" if now else "save at their next step and end"
-    _say_whom(job, answer.models, f"will {how}; `genmodels resume {job}` goes on from there")
+    going = [run.model for run in _chosen(answer, models) if run.state not in ENDED]
+    if not going:
+        print(f"{job}: nothing to cancel, it had ended")
+        return
+    print(f"{job}: {', '.join(going)} will {'end at once' if now else 'save at the next step and end'}")
+    tell(f"`genmodels resume {job}` goes on from there")
 
 
 @app.command(rich_help_panel=PANEL)
 def resume(job: JobId, models: Models = None, api: Api = API) -> None:
-    """Queue a failed or cancelled job again; it goes on from its last checkpoint."""
+    """Go on with a failed or cancelled job. It is queued again and starts from its last checkpoint."""
     with client(api) as service:
         answer = service.resume(job, models or [])
-    _say_whom(job, answer.models, "will be queued again")
+    going = [run.model for run in _chosen(answer, models) if run.state != "succeeded"]
+    print(f"{job}: {', '.join(going)} will go on from the last checkpoint")
 
 
 def _follow(service: Client, job: JobView, gateway: str, as_json: bool) -> int:
@@ -175,12 +186,17 @@ def _follow(service: Client, job: JobView, gateway: str, as_json: bool) -> int:
     try:
         job = follow(service, job, shown)
     except KeyboardInterrupt:
-        tell(f"{job.job} goes on; `genmodels status {job.job} --wait` follows it again, `genmodels cancel {job.job}` ends it")
+        again, end = f"genmodels status {job.job} --wait", f"genmodels cancel {job.job}"
+        tell(f"{job.job} goes on; `{again}` follows it again, `{end}` ends it")
         raise
     code = conclude(service, job, gateway, shown)
     if as_json:
         print_json(job.model_dump(mode="json"))
     return code
+
+
+def _chosen(job: JobView, models: list[str] | None) -> list[RunView]:
+    return [run for run in job.models if not models or run.model in models]
 
 
 def _all(service: Client, state: Kind) -> Iterator[JobView]:

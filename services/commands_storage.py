@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import tempfile
 import zipfile
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Annotated
@@ -29,11 +29,9 @@ if TYPE_CHECKING:
     from genmodels.registry import Version
 
 app = typer.Typer()
-keys_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 data_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 PANEL = "What is stored"
 app.add_typer(data_app, name="data", help="Datasets of your own, in the storage: add, list.", rich_help_panel=PANEL)
-app.add_typer(keys_app, name="keys", help="Keys to the services: create, list, revoke.", rich_help_panel=PANEL)
 
 VersionName = Annotated[
     str, typer.Argument(metavar="MODEL@VERSION", help="e.g. vae-digits@3, @latest or @production.", show_default=False)
@@ -43,7 +41,7 @@ VersionName = Annotated[
 @app.command(rich_help_panel=PANEL)
 def models(context: typer.Context, storage_url: StorageUrl = None, api: MaybeApi = None) -> None:
     """List published models, their versions and aliases."""
-    from services.terminal import registry_table, versions_table
+    from services.tables import models_table, registry_table
 
     remote = service(context, api)
     if remote is None:
@@ -52,14 +50,14 @@ def models(context: typer.Context, storage_url: StorageUrl = None, api: MaybeApi
         console().print(registry_table(Registry(storage(storage_url))))
         return
     with remote:
-        console().print(versions_table(remote.models()))
+        console().print(models_table(remote.models()))
 
 
 @app.command(rich_help_panel=PANEL)
 def promote(
     context: typer.Context,
     version: VersionName,
-    alias: Annotated[str, typer.Argument(help="The alias to point at it.")] = "production",
+    alias: Annotated[str, typer.Argument(metavar="ALIAS", help="The alias to point at it.")] = "production",
     storage_url: StorageUrl = None,
     api: MaybeApi = None,
 ) -> None:
@@ -84,12 +82,15 @@ def pull(
     context: typer.Context,
     version: VersionName,
     folder: Annotated[
-        Path | None, typer.Argument(help="A new folder; default: MODEL-VERSION here.", show_default=False)
+        Path | None,
+        typer.Argument(metavar="FOLDER", help="A new folder; default: MODEL-VERSION here.", show_default=False),
     ] = None,
     storage_url: StorageUrl = None,
     api: MaybeApi = None,
 ) -> None:
-    """Download a version's files, each verified."""
+    """Download a version's files. Each is verified."""
+    from services.tables import amount
+
     remote = service(context, api)
     if remote is None:
         from genmodels.registry import Registry
@@ -104,7 +105,7 @@ def pull(
             with _new_folder(folder, found) as (path, part):
                 remote.fetch(found, part)
     size = sum(file.size for file in found.files.values())
-    print(f"{found.name}: {len(found.files)} files, {_bytes(size)}, in {path}")
+    print(f"{found.name}: {len(found.files)} files, {amount(size)}, in {path}")
 
 
 @app.command(rich_help_panel=PANEL)
@@ -117,7 +118,7 @@ def delete(
     storage_url: StorageUrl = None,
     api: MaybeApi = None,
 ) -> None:
-    """Delete an ended job, with its checkpoints and logs, or a version that no alias names."""
+    """Delete an ended job, or a version. Checkpoints and logs go with the job; an alias's version stays."""
     model, _, number = what.partition("@")
     if number and not number.isdecimal():
         raise SpecError(f"{what}: a version is deleted by its number, e.g. {model}@3; `genmodels models` lists them")
@@ -130,6 +131,7 @@ def delete(
             remote.delete_version(model, int(number)) if number else remote.delete_job(model)
     elif number:
         from genmodels.cleanup import delete_version
+
         from genmodels.registry import Registry
 
         delete_version(Registry(storage(storage_url)), model, int(number))
@@ -143,9 +145,12 @@ def delete(
 @data_app.command("add")
 def data_add(
     context: typer.Context,
-    name: Annotated[str, typer.Argument(help="What specs call it: `data: {dataset: NAME}`.", show_default=False)],
+    name: Annotated[
+        str, typer.Argument(metavar="NAME", help="What specs call it: `data: {dataset: NAME}`.", show_default=False)
+    ],
     path: Annotated[
-        Path, typer.Argument(help="A text file, a folder of pictures, or a zip of one.", show_default=False)
+        Path,
+        typer.Argument(metavar="PATH", help="A text file, a folder of pictures, or a zip of one.", show_default=False),
     ],
     image_size: Annotated[
         int | None, typer.Option(help="Side of the squares that pictures become; default: 32.", show_default=False)
@@ -156,18 +161,19 @@ def data_add(
     storage_url: StorageUrl = None,
     api: MaybeApi = None,
 ) -> None:
-    """Add a text or pictures of your own, checked, for clusters where no path of yours exists."""
+    """Add a text or pictures of your own. They are checked, and found also where no path of yours exists."""
     if channels not in (None, 1, 3):
         raise SpecError(f"--channels: got {channels}, expected 1 (grey) or 3 (colour)")
     remote = service(context, api)
     if remote is None:
         from genmodels.data import stored
 
-        dataset, is_new = stored.add(storage(storage_url), name, path, image_size, channels)  # type: ignore[arg-type]
+        added, _ = stored.add(storage(storage_url), name, path, image_size, channels)  # type: ignore[arg-type]
+        dataset = added.model_dump(mode="json")
     else:
         with remote, _streamable(path) as file, console(stderr=True).status("Sending"):
-            dataset, is_new = remote.add_dataset(name, file, image_size=image_size, channels=channels)
-    print(f"{name}: {'; '.join(dataset.notes)}" + ("" if is_new else " (as it was before)"))
+            dataset = remote.add_dataset(name, file, image_size=image_size, channels=channels)
+    print(f"{name}: {'; '.join(dataset['notes'])}")
     tell(f"in a spec: data: {{dataset: {name}}}")
 
 
@@ -175,23 +181,23 @@ def data_add(
 def data_list(
     context: typer.Context, storage_url: StorageUrl = None, api: MaybeApi = None, as_json: AsJson = False
 ) -> None:
-    """List the datasets that were added."""
-    from services.terminal import datasets_table
+    """List what a spec's `data.dataset` may name: built in, or added."""
+    from services.tables import datasets_table
 
     remote = service(context, api)
     if remote is None:
-        from genmodels.data import stored
+        from genmodels.data import DATASETS, stored
 
-        found = stored.catalog(storage(storage_url))
+        built_in = [{"name": s.name, "kind": s.kind, "what": s.what, "built_in": True} for s in DATASETS.values()]
+        added = stored.catalog(storage(storage_url))
+        found = [*built_in, *({**dataset.model_dump(mode="json"), "built_in": False} for dataset in added)]
     else:
         with remote:
             found = remote.datasets()
     if as_json:
-        print_json([dataset.model_dump(mode="json") for dataset in found])
-    elif found:
-        console().print(datasets_table(found))
+        print_json(found)
     else:
-        tell("no datasets yet; `genmodels data add NAME FILE|FOLDER` adds one")
+        console().print(datasets_table(found))
 
 
 @contextmanager
@@ -229,11 +235,3 @@ def _streamable(path: Path) -> Iterator[IO[bytes]]:
             yield file
     except OSError as error:
         raise GenmodelsError(f"{path}: cannot be read: {error.strerror}") from None
-
-
-def _bytes(size: float) -> str:
-    for unit in ("bytes", "KiB", "MiB"):
-        if size < 1024:
-            return f"{size:.4g} {unit}"
-        size /= 1024
-    return f"{size:.4g} GiB"

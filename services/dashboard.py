@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import time
 from pathlib import Path
@@ -24,18 +25,21 @@ class Dashboard:
     def __init__(self, address: str | None = None) -> None:
         address = address or os.environ.get(ADDRESS) or "http://127.0.0.1:8265"
         headers = {"Authorization": f"Bearer {token}"} if (token := _token()) else {}
-        # No proxy and no netrc of the environment: the token is for this address alone.
-        self.client = httpx.Client(base_url=address, headers=headers, timeout=ANSWER_SECONDS, trust_env=False)
+        # No proxy and no netrc of the environment: the token is for this address alone. A connection for each request:
+        # none is left that a head has closed meanwhile.
+        limits = httpx.Limits(max_keepalive_connections=0)
+        self.client = httpx.Client(base_url=address, headers=headers, trust_env=False, limits=limits)
         self._silent_until = 0.0
+        logging.getLogger("httpx").setLevel(logging.WARNING)  # else each look leaves a line in the log
 
     def ask(
-        self, method: str, path: str, body: dict[str, Any] | None = None, seconds: float = ANSWER_SECONDS
+        self, method: str, path: str, body: dict[str, Any] | None = None, seconds: float | None = None
     ) -> httpx.Response | None:
-        """The answer, or None if none came in time."""
+        """The answer, or None if none came within ANSWER_SECONDS or the given time."""
         if time.monotonic() < self._silent_until:
             return None
         try:
-            return self.client.request(method, path, json=body, timeout=seconds)
+            return self.client.request(method, path, json=body, timeout=seconds or ANSWER_SECONDS)
         except httpx.HTTPError:
             self._silent_until = time.monotonic() + SILENCE_SECONDS
             return None

@@ -75,7 +75,6 @@ def _status(dashboard: Dashboard) -> str:
 
 def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
-    logging.getLogger("httpx").setLevel(logging.WARNING)
     parser = argparse.ArgumentParser(description="Keep the Serve application deployed.")
     parser.add_argument("--storage", required=True)
     parser.add_argument("--port", type=int, default=8000)

@@ -30,6 +30,7 @@ POLL_SECONDS = 1.0
 CAPACITY_SECONDS = 2.0  # how long what the cluster said of itself is believed
 GROW_SECONDS = float(environ.get("GENMODELS_GROW_SECONDS", "15"))  # that room must have been there to grow into it
 GROW_WORTH_SECONDS = float(environ.get("GENMODELS_GROW_WORTH_SECONDS", "60"))  # left to train, or growing does not pay
+KEEP_SECONDS = 15.0  # a run that backs off for no longer keeps its place
 ADOPTED_AT_ONCE = 8
 QUEUE = "dispatcher/queue.json"
 
@@ -60,6 +61,7 @@ class Dispatcher:
         self.jobs = Jobs(storage)
         self._runs: dict[str, _Carried] = {}  # by job/model
         self._capacity: tuple[float, Capacity | None] = (-CAPACITY_SECONDS, None)
+        self._unreadable: set[str] = set()
         self._shown: Any = None
         self._silent = False
 
@@ -140,21 +142,22 @@ class Dispatcher:
     def _read(self, job: str, epoch: int) -> dict[str, _Carried]:
         try:
             spec, entry = stored_job(self.storage, job), self.jobs.entry(job)
+            found = {}
+            for place, model in enumerate(spec.models):
+                run = Run(self.storage, job, model.name)
+                supervisor = Supervisor(run, self.backend, *run.status())
+                supervisor.stamp(epoch)
+                found[run.name] = _Carried(model, spec.priority, (entry.submitted, place), supervisor)
+            return found
         except (JobNotFound, KeyNotFound):
             return {}  # its submission has not been brought to its end
-        except StorageUnavailable:
+        except (StorageUnavailable, LeaseLost):
             raise
-        except GenmodelsError as error:
-            log.error("job %s cannot be read: %s", job, error)
+        except Exception as error:  # a damaged object of one job stands in no other's way
+            if job not in self._unreadable:
+                log.error("job %s cannot be read, and is left alone: %s", job, error)
+            self._unreadable.add(job)
             return {}
-        found = {}
-        for place, model in enumerate(spec.models):
-            run = Run(self.storage, job, model.name)
-            status, etag = run.status()
-            supervisor = Supervisor(run, self.backend, status, etag)
-            supervisor.stamp(epoch)
-            found[run.name] = _Carried(model, spec.priority, (entry.submitted, place), supervisor)
-        return found
 
     def _hear(self, epoch: int) -> None:
         """Have runs look at wishes of which we were told."""
@@ -209,9 +212,11 @@ class Dispatcher:
         self._show(capacity, todo.reasons)
 
     def _queued(self, key: str, run: _Carried) -> Queued:
-        not_yet = "backs off after a failure" if run.supervisor.seconds_to_wait else ""
+        pause = run.supervisor.seconds_to_wait
+        not_yet = "backs off after a failure" if pause else ""
         sizes, use_gpu = run.spec.world_sizes, run.spec.scaling.use_gpu
-        return Queued(key, run.priority, run.submitted, sizes, use_gpu, run.passed, not_yet)
+        keeps = 0 < pause <= KEEP_SECONDS  # or another would start, only to be preempted
+        return Queued(key, run.priority, run.submitted, sizes, use_gpu, run.passed, not_yet, keeps)
 
     def _running(self, key: str, run: _Carried) -> Running:
         status, beat = run.supervisor.status, run.supervisor.heartbeat
@@ -255,7 +260,9 @@ class Dispatcher:
         """Leave the order of the queue, and why each waits, for whoever asks."""
         names = ((*key.split("/"), reason) for key, reason in waiting)
         queue = [{"job": job, "model": model, "reason": reason} for job, model, reason in names]
-        has = {"cpus": capacity.cpus, "gpus": capacity.gpus} if capacity else None
+        has = None
+        if capacity:
+            has = {"cpus": max(capacity.cpus, capacity.most_cpus), "gpus": max(capacity.gpus, capacity.most_gpus)}
         if self._shown != (has, queue):
             write_document(self.storage, QUEUE, {"time": now(), "capacity": has, "queue": queue})
             self._shown = has, queue

@@ -48,8 +48,8 @@ def _operations(document: Mapping[str, Any]) -> Iterator[tuple[str, str, Mapping
 
 def _section(method: str, path: str, operation: Mapping[str, Any], document: Mapping[str, Any]) -> str:
     parts = [f'<h2 id="{_anchor(method, path)}">{_name(method, path)}</h2>']
-    parts.append(f"<p>{escape(operation.get('summary', ''))}.</p>")
-    parts += [f"<p>{escape(text)}</p>" for text in operation.get("description", "").split("\n\n") if text]
+    about = operation.get("description") or operation.get("summary", "")
+    parts += [f"<p>{escape(text)}</p>" for text in about.split("\n\n")]
     scopes = [scope for need in operation.get("security", []) for names in need.values() for scope in names]
     if scopes:
         parts.append(f"<p>Needs a key with the scope {' or '.join(f'<code>{escape(s)}</code>' for s in scopes)}.</p>")

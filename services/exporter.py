@@ -1,6 +1,6 @@
 """/metrics of one node: what all its processes wrote to PROMETHEUS_MULTIPROC_DIR, each counted once.
 
-    python -m services.exporter [--host 127.0.0.1] [--port 9400]
+python -m services.exporter [--host 127.0.0.1] [--port 9400]
 """
 
 from __future__ import annotations

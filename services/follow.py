@@ -9,12 +9,13 @@ from rich.console import Console
 
 from genmodels import models
 from genmodels.run import ENDED
-from services.client import Client, Unreachable
+from services.client import Client
 from services.page import curl
+from services.tables import note
 from services.terminal import Board, Shown
+from services.transport import Unreachable
 from services.views import JobView, RunView
 
-DEFAULT_GATEWAY = "http://127.0.0.1:8000"
 POLL_SECONDS = 1.0
 ASK_SECONDS = 3.0  # for the gateway to say what a model can do
 
@@ -77,9 +78,6 @@ def _tell(board: Board, run: RunView, told: dict[str, int]) -> None:
 
 
 def _shown(run: RunView) -> Shown:
-    note = run.reason
-    if run.position is not None:
-        note = f"number {run.position} in the queue" + (f": {run.wait}" if run.wait else "")
     return Shown(
         model=run.model,
         state=run.state,
@@ -88,7 +86,7 @@ def _shown(run: RunView) -> Shown:
         max_steps=run.max_steps or 0,
         loss=run.loss,
         seconds_left=run.seconds_left,
-        note=note,
+        note=note(run),
     )
 
 
@@ -97,7 +95,7 @@ def _model(client: Client, run: RunView, gateway: str) -> dict[str, object]:
     name = run.model if run.alias == "production" else f"{run.model}@{run.alias or run.version}"
     headers = {"authorization": f"Bearer {client.key}"} if client.key else {}
     try:
-        answer = httpx.get(f"{gateway}/v1/models/{name}", headers=headers, timeout=ASK_SECONDS)
+        answer = httpx.get(f"{gateway}/v1/models/{name}", headers=headers, timeout=ASK_SECONDS, trust_env=False)
         if answer.is_success and answer.json()["verbs"]:
             return {"id": name, "verbs": answer.json()["verbs"]}
     except (httpx.HTTPError, httpx.InvalidURL, ValueError, LookupError, TypeError):

@@ -18,6 +18,9 @@ from ray.serve.handle import DeploymentHandle
 from genmodels.engine.images import ImageAnswer, ImageRequest
 from genmodels.engine.text import CompletionRequest, Piece
 from genmodels.errors import RequestError
+from genmodels.keys import Keys
+from genmodels.storage import open_storage
+from services.edge import LOOPBACK
 from services.host import Entry, ModelHost, Opened
 from services.routes import create_app
 
@@ -34,17 +37,20 @@ _COMMON: dict[str, Any] = {
 }
 
 
-def build(storage_url: str, *, max_loaded: int = 16, workers: int = 2, torch_threads: int = 1) -> Application:
-    """The application, to be run with `serve.run(build(url), name="genmodels", route_prefix="/")`.
+def build(
+    storage_url: str, *, auth: bool, max_loaded: int = 16, workers: int = 2, torch_threads: int = 1
+) -> Application:
+    """The application, to be run with `serve.run(build(url, auth=True), name="genmodels", route_prefix="/")`.
 
     Args:
-        storage_url: where the registry is; the same for all processes.
+        storage_url: where the registry and the keys are; the same for all processes.
+        auth: ask for keys. Without, it answers to loopback names alone.
         max_loaded: versions that a host keeps in memory.
         workers: requests that a host computes at the same time.
         torch_threads: of each computation.
     """
     host = _host.bind(storage_url, max_loaded=max_loaded, workers=workers, torch_threads=torch_threads)
-    return Gateway.bind(host)  # type: ignore[attr-defined]
+    return Gateway.bind(host, storage_url if auth else None)  # type: ignore[attr-defined]
 
 
 _host = serve.deployment(
@@ -58,11 +64,12 @@ _host = serve.deployment(
 @serve.deployment(name="gateway", max_ongoing_requests=256, max_queued_requests=256, **_COMMON)
 @serve.ingress()
 class Gateway:
-    def __init__(self, host: DeploymentHandle[Any]) -> None:
+    def __init__(self, host: DeploymentHandle[Any], keys_url: str | None) -> None:
         self.pool = HandlePool(host)
+        self.keys = Keys(open_storage(keys_url)) if keys_url else None
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return create_app(self.pool)
+        return create_app(self.pool, hosts=None if self.keys else LOOPBACK, keys=self.keys)
 
 
 class HandlePool:

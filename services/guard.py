@@ -33,11 +33,12 @@ def main() -> None:
     threading.Thread(target=_end_with_input, daemon=True).start()
     code = command.wait()
     sweep(os.getpid())
-    sys.exit(code if code >= 0 else 128 - code)  # as a shell tells of a signal
+    os._exit(code if code >= 0 else 128 - code)  # as a shell tells of a signal
 
 
 def _end_with_input() -> None:
-    sys.stdin.buffer.read()
+    while os.read(0, 1024):
+        pass
     sweep(os.getpid())
     os._exit(1)
 

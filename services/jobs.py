@@ -26,7 +26,7 @@ from genmodels.keys import Keys
 from genmodels.spec import json_schema
 from genmodels.storage import Storage, open_storage
 from services.api import new_app, rebased
-from services.auth import Guard
+from services.auth import Guard, require_keys
 from services.edge import LOOPBACK
 from services.jobmetrics import JobMetrics
 from services.jobroutes import add_job_routes
@@ -42,8 +42,8 @@ _ABOUT = """\
 Submit jobs, watch them, and keep the models they make. A job is one YAML that names models to train; each is a run of \
 its own, which the cluster carries to its end.
 
-Send the header `Authorization: Bearer gm_...`; `genmodels keys create` makes a key where the storage is. What is wrong \
-is answered as {"error": {"message", "type", "param", "code"}}.
+Send the header `Authorization: Bearer gm_...`; `genmodels keys create` makes a key where the storage is. What is \
+wrong is answered as {"error": {"message", "type", "param", "code"}}.
 """
 
 logger = logging.getLogger("genmodels.jobs")
@@ -102,13 +102,7 @@ def check_access(storage: Storage, host: str, no_auth: bool) -> Keys | None:
         if host not in ("127.0.0.1", "localhost", "::1"):
             raise GenmodelsError(f"--no-auth is for this machine alone: --host must be 127.0.0.1, not {host}")
         return None
-    keys = Keys(storage)
-    if not keys.any():
-        raise GenmodelsError(
-            f"{storage.url} holds no key yet, so nobody could use this service. Make one: "
-            f"genmodels keys create NAME --scope submit --storage {storage.url}; or ask for none: --no-auth"
-        )
-    return keys
+    return require_keys(storage, "submit")
 
 
 def _serve(options: argparse.Namespace) -> int:
@@ -174,8 +168,12 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--port", type=int, default=PORT)
     parser.add_argument("--no-auth", action="store_true", help="ask for no key; for this machine alone")
     parser.add_argument("--ray-address", help="of the cluster's dashboard; default: RAY_API_SERVER_ADDRESS, or here")
-    parser.add_argument("--max-cpus", type=int, default=0, help="CPUs that the cluster may grow to; default: what it has")
-    parser.add_argument("--max-gpus", type=int, default=0, help="GPUs that the cluster may grow to; default: what it has")
+    parser.add_argument(
+        "--max-cpus", type=int, default=0, help="CPUs that the cluster may grow to; default: what it has"
+    )
+    parser.add_argument(
+        "--max-gpus", type=int, default=0, help="GPUs that the cluster may grow to; default: what it has"
+    )
     return parser
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import random
 import secrets
 import socket
 import time
@@ -12,11 +13,14 @@ from pathlib import Path
 from types import TracebackType
 
 from genmodels.errors import Conflict, GenmodelsError
+from genmodels.job import index_runs
 from genmodels.pin import pin_datasets, pin_initial
+from genmodels.run import now
 from genmodels.spec import JobSpec, dump, job_id
 from genmodels.storage import Storage
 from services.backends import SubprocessBackend
 from services.edge import PROXY_ENVIRONMENT
+from services.supervise import Capacity
 
 HOST = "127.0.0.1"
 
@@ -55,17 +59,21 @@ class LocalPlatform:
         ray.shutdown()  # with Serve and everything else that runs in it
 
     def backend(self) -> SubprocessBackend:
-        return SubprocessBackend(self.logs, {"RAY_ADDRESS": self.address})
+        import ray
 
-    def serve(self, port: int) -> str:
-        """Start gateway and model hosts; the endpoint's URL once they answer."""
+        there = ray.cluster_resources()
+        capacity = Capacity(int(there.get("CPU", 0)), int(there.get("GPU", 0)))
+        return SubprocessBackend(self.logs, {"RAY_ADDRESS": self.address}, capacity)
+
+    def serve(self, port: int, *, auth: bool) -> str:
+        """Start gateway and model hosts; the endpoint's URL once they answer. With `auth` they ask for keys."""
         from ray import serve
 
         from services.gateway import HTTP_OPTIONS, build
 
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
         serve.start(http_options={**HTTP_OPTIONS, "port": port}, logging_config={"log_level": "ERROR"})
-        serve.run(build(self.storage.url), name="genmodels", route_prefix="/")
+        serve.run(build(self.storage.url, auth=auth), name="genmodels", route_prefix="/")
         return f"http://{HOST}:{port}"
 
 
@@ -78,6 +86,7 @@ def ray_environment() -> dict[str, str]:
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
         "RAY_USAGE_STATS_ENABLED": "0",
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
+        "RAY_JOB_STOP_WAIT_TIME_S": os.environ.get("RAY_JOB_STOP_WAIT_TIME_S", "60"),  # for a driver to save
         **PROXY_ENVIRONMENT,
     }
 
@@ -92,15 +101,35 @@ def submit(storage: Storage, spec: JobSpec) -> str:
     job = job_id(spec)  # before `init_from` is pinned: a run that moves the alias it began with is the same run
     key = f"jobs/{job}/spec.yaml"
     if not storage.exists(key):
+        index_runs(storage, job, [model.name for model in spec.models], now())
         with contextlib.suppress(Conflict):  # somebody else is as quick
             storage.put(key, dump(pin_initial(spec, storage)), if_absent=True)
     return job
 
 
-def check_port(port: int) -> None:
+def check_port(port: int, option: str = "--port") -> None:
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((HOST, port))
         except OSError:
-            raise GenmodelsError(f"port {port} of {HOST} is taken; choose another with --port") from None
+            raise GenmodelsError(f"port {port} of {HOST} is taken; choose another with {option}") from None
+
+
+def is_free(port: int) -> bool:
+    try:
+        check_port(port)
+    except GenmodelsError:
+        return False
+    return True
+
+
+def free_ports(count: int) -> int:
+    """The first of some free ports in a row, below those that the system gives to outgoing connections."""
+    for _ in range(100):
+        first = random.SystemRandom().randrange(20_000, 32_000)
+        with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
+            for port in range(first, first + count):
+                stack.enter_context(socket.socket()).bind((HOST, port))
+            return first
+    raise GenmodelsError(f"no {count} free ports in a row between 20000 and 32000")

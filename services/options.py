@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 LOG_WIDTH = 132  # a log file has room for a table
 
+SpecFile = Annotated[Path, typer.Argument(metavar="SPEC", help="A job spec, in YAML or JSON.", show_default=False)]
 StorageUrl = Annotated[
     str | None,
     typer.Option(

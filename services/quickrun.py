@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 from types import FrameType
 
@@ -14,10 +16,12 @@ from rich.console import Console
 
 from genmodels.attempt import check
 from genmodels.errors import SpecError
+from genmodels.keys import Keys
 from genmodels.pin import pin_datasets
 from genmodels.run import Result, Status, now
 from genmodels.spec import JobSpec, ModelSpec
 from genmodels.storage import Storage
+from services.auth import require_keys
 from services.local import LocalPlatform, check_port, submit
 from services.page import curl
 from services.showcase import Showcase
@@ -37,6 +41,7 @@ def quick_run(
 
     Raises:
         SpecError: `only` names a model that the job does not have, or a family does not fit its data.
+        GenmodelsError: the endpoint would ask for a key, and there is none.
         DataError: a dataset is missing, damaged or too small.
         KeyboardInterrupt: Ctrl-C in training; everything was saved and ended.
     """
@@ -46,6 +51,9 @@ def quick_run(
         console.width = 132  # a log file has room for the table
     chosen = _choose(job, only)
     check_port(port)
+    auth = not no_auth
+    if auth:
+        require_keys(storage, "generate")
     for spec in chosen:  # what is wrong with the data is said before anything is started
         for note in check(spec, storage).notes:
             console.print(f"{spec.name}: {note}", markup=False, highlight=False)
@@ -53,8 +61,6 @@ def quick_run(
     console.print(
         f"[bold]Job {name}[/bold]: {', '.join(model.name for model in chosen)}, storage {storage.url}", highlight=False
     )
-    if not no_auth:
-        console.print("The endpoint asks for no key (keys are not there yet) and listens on 127.0.0.1 only.")
     workers = max(model.world_sizes[0] for model in chosen)
     with LocalPlatform(storage, Path(".genmodels") / "logs" / name, max(os.cpu_count() or 1, workers)) as platform:
         with console.status("Starting Ray"):
@@ -68,21 +74,25 @@ def quick_run(
             return 1
         began = time.monotonic()
         with console.status("Starting the endpoint"):
-            endpoint = platform.serve(port)
+            endpoint = platform.serve(port, auth=auth)
         serve_seconds = time.monotonic() - began
-        with httpx.Client(base_url=endpoint, timeout=120) as client:
+        with (
+            _own_key(storage, auth, [spec.name for spec in published]) as headers,
+            httpx.Client(base_url=endpoint, timeout=120, headers=headers) as client,
+        ):
             for spec in published:
                 console.rule(f"{spec.name} ({spec.family})", align="left")
                 Showcase(client, console, pictures / name).show(spec, _called(spec), storage)
-            commands = [curl(client.get(f"/v1/models/{_called(spec)}").json(), endpoint)[0] for spec in published]
+            shown = [client.get(f"/v1/models/{_called(spec)}").json() for spec in published]
         console.print(summary(rows, endpoint))
         console.print(
             _costs([row for row in rows if row[1].history[-1].time >= started], platform.ray_seconds, serve_seconds),
             highlight=False,
         )
-        console.print("\nTry, from another terminal:", highlight=False)
-        for command in commands:
-            console.print(f"  {command}", markup=False, highlight=False, soft_wrap=True)
+        where = ", where GENMODELS_KEY is a key with the scope generate" if auth else ""
+        console.print(f"\nTry, from another terminal{where}:", highlight=False)
+        for model in shown:
+            console.print(f"  {curl(model, endpoint, key=auth)[0]}", markup=False, highlight=False, soft_wrap=True)
         if not exit_after:
             console.print(f"\nServing at {endpoint} until Ctrl-C.", highlight=False)
             _wait_for_ctrl_c()
@@ -95,6 +105,20 @@ def _choose(job: JobSpec, only: list[str]) -> list[ModelSpec]:
         if name not in names:
             raise SpecError(f"--only: job {job.name} has no model {name!r}; it has: {', '.join(names)}")
     return [model for model in job.models if not only or model.name in only]
+
+
+@contextlib.contextmanager
+def _own_key(storage: Storage, auth: bool, models: list[str]) -> Iterator[dict[str, str]]:
+    """Headers with a key for the showcase, which is gone afterwards; none where none is asked for."""
+    if not auth:
+        yield {}
+        return
+    keys = Keys(storage)
+    key, token = keys.create("showcase", ("generate",), tuple(models))
+    try:
+        yield {"authorization": f"Bearer {token}"}
+    finally:
+        keys.delete(key.id)
 
 
 def _called(spec: ModelSpec) -> str:

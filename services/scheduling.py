@@ -26,6 +26,7 @@ class Queued:
     use_gpu: bool = False
     passed: int = 0  # how many later ones have started since it could not
     not_yet: str = ""  # why it is not to start now, whatever is free
+    keeps: bool = False  # it starts so soon that what it needs is kept for it
 
 
 @dataclass(frozen=True)
@@ -81,6 +82,9 @@ def plan(queued: Sequence[Queued], running: Sequence[Running], capacity: Capacit
     for run in sorted(queued, key=lambda run: (-run.priority, run.submitted)):
         fewest = run.sizes[0]
         if run.not_yet:
+            if run.keeps:
+                there.take(fewest, run.use_gpu)
+                able.take(fewest, run.use_gpu)
             result.reasons.append((run.key, run.not_yet))
         elif not _Free(most.cpus, most.gpus).fits(fewest, run.use_gpu):
             result.reasons.append((run.key, f"needs {_amount(fewest, run.use_gpu)}; the cluster has {_has(most)}"))
@@ -135,9 +139,7 @@ def _why(run: Queued, other: Running) -> str:
     return f"makes room for {run.key}"
 
 
-def _growing(
-    running: Sequence[Running], leaving: set[str], there: _Free, able: _Free
-) -> list[tuple[str, str]]:
+def _growing(running: Sequence[Running], leaving: set[str], there: _Free, able: _Free) -> list[tuple[str, str]]:
     """Elastic runs for whom there are more workers now, the most important first."""
     grown = []
     for run in sorted(running, key=lambda run: (-run.priority, run.since)):

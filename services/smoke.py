@@ -11,10 +11,9 @@ from genmodels.data import Dataset, TextData, open_dataset, pin_data
 from genmodels.engine import images, loaded, text
 from genmodels.registry import Registry
 from genmodels.run import Run
-from genmodels.spec import JobSpec, ModelSpec
+from genmodels.spec import JobSpec, ModelSpec, dump
 from genmodels.storage import Storage, open_storage
 from genmodels.train import Group
-from services.local import submit
 
 STEPS = 2
 
@@ -35,9 +34,9 @@ def smoke(spec: ModelSpec, storage: Storage | None = None) -> str:
     small = spec.model_copy(update={"train": train, "data": data})
     with tempfile.TemporaryDirectory(prefix="genmodels-smoke-") as folder:
         scratch_storage = open_storage(Path(folder).as_uri())
-        job = submit(scratch_storage, JobSpec(name="smoke", models=[small]))
-        run_attempt(scratch_storage, job, spec.name, 1, Group())
-        run = Run(scratch_storage, job, spec.name)
+        scratch_storage.put("jobs/smoke/spec.yaml", dump(JobSpec(name="smoke", models=[small])))
+        run_attempt(scratch_storage, "smoke", spec.name, 1, Group())
+        run = Run(scratch_storage, "smoke", spec.name)
         (place,) = run.checkpoints()
         registry = Registry(scratch_storage)
         with checkpoint.scratch_folder() as scratch:

@@ -1,4 +1,4 @@
-"""What a person sees of training: a bar for each model, with loss and time left; plain lines in a log file. Tables."""
+"""What a person sees of training: a bar for each model, with loss and time left; plain lines in a log file."""
 
 from __future__ import annotations
 
@@ -14,7 +14,6 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from genmodels import models
-from genmodels.registry import Registry
 from genmodels.run import Heartbeat, Result, State, Status
 from genmodels.spec import ModelSpec
 from services.supervise import Watch
@@ -68,7 +67,8 @@ class Board:
         return self
 
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
-        self._bars.stop()
+        if self.console.is_terminal:
+            self._bars.stop()
 
     def show(self, run: Shown) -> None:
         if not self.console.is_terminal:
@@ -188,16 +188,3 @@ def _gate(result: Result | None) -> str:
     if result is None or result.gate is None:
         return "none"
     return "[green]passed" if result.gate.passed else f"[red]{result.gate.reason}"
-
-
-def registry_table(registry: Registry) -> Table:
-    """model, family, version, aliases, metrics, job"""
-    table = Table("model", "family", "version", "aliases", "metrics", "job", "step")
-    for model in registry.models():
-        aliases = registry.aliases(model)
-        for number in registry.versions(model):
-            version = registry.version(model, number)
-            names = ", ".join(name for name, alias in aliases.items() if alias.version == number)
-            metrics = ", ".join(f"{name} {value:.4g}" for name, value in version.metrics.items())
-            table.add_row(model, version.family, str(number), names, metrics, version.job, str(version.place.step))
-    return table

@@ -13,7 +13,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import urlsplit
 
-MODES = "ok | reset | drop-answer | cut-answer | hang | slow | a status such as 503 | 503 SlowDown"
+MODES = "ok | reset | drop-answer | cut-answer | hang-answer | hang | slow | a status such as 503 | 503 SlowDown"
 
 
 @dataclass
@@ -34,6 +34,7 @@ class FaultProxy:
         drop-answer   forward, then reset the connection instead of answering
         cut-answer    forward, then break off in the middle of the answer's body
         hang          neither forward nor answer until healed
+        hang-answer   forward, but do not answer until healed
         slow          forward after `delay` seconds
     """
 
@@ -52,7 +53,7 @@ class FaultProxy:
 
     def fail(self, mode: str, *, times: int | None = None, method: str = "", path: str = "") -> None:
         """Fail the next `times` requests (all, if None) of this method whose path and query contain `path`."""
-        if not re.fullmatch(r"ok|reset|drop-answer|cut-answer|hang|slow|\d{3}( \w+)?", mode):
+        if not re.fullmatch(r"ok|reset|(drop|cut|hang)-answer|hang|slow|\d{3}( \w+)?", mode):
             raise ValueError(f"mode {mode!r}: must be one of {MODES}")
         with self.lock:
             self.healed.clear()
@@ -144,7 +145,9 @@ class _Handler(BaseHTTPRequestHandler):
             answer = self._forward(body)
         except OSError:
             return None
-        return None if mode == "drop-answer" else answer
+        if mode == "hang-answer":
+            self.server.proxy.healed.wait()
+        return None if mode in ("drop-answer", "hang-answer") else answer
 
     def _forward(self, body: bytes) -> tuple[int, list[tuple[str, str]], bytes]:
         connection = http.client.HTTPConnection(self.server.proxy.upstream, timeout=60)

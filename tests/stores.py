@@ -51,6 +51,9 @@ class MemoryStorage(Storage):
         with self.lock:
             return sorted(key for key in self.objects if key.startswith(prefix) and key > after)[:limit]
 
+    def sizes(self, prefix: str) -> dict[str, int]:
+        return {key: len(self.objects[key]) for key in self.list(prefix)}
+
     def delete(self, key: str) -> None:
         self.objects.pop(key, None)
 
@@ -88,6 +91,9 @@ class Wrapped(MemoryStorage):
 
     def list(self, prefix: str, *, after: str = "", limit: int | None = None) -> list[str]:
         return self._do("list", prefix, after=after, limit=limit)
+
+    def sizes(self, prefix: str) -> dict[str, int]:
+        return self._do("sizes", prefix)
 
     def delete(self, key: str) -> None:
         self._do("delete", key)

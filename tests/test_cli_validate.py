@@ -88,7 +88,7 @@ def test_wrong_usage_ends_with_2(run: Run, arguments: tuple[str, ...]) -> None:
 
 @pytest.mark.parametrize(("error", "code"), [(DataError("no data"), 1), (KeyboardInterrupt(), 130)])
 def test_other_ends(run: Run, monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int) -> None:
-    def fail(_: Path) -> None:
+    def fail(*_: object) -> None:
         raise error
 
     monkeypatch.setattr(genmodels.spec, "read_spec", fail)

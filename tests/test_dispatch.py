@@ -224,6 +224,21 @@ def test_an_elastic_run_starts_with_what_is_there_grows_and_shrinks(data: Path) 
     assert "attempt 3 with 2 workers" in reasons
 
 
+def test_a_damaged_job_stands_in_no_others_way(data: Path, caplog: pytest.LogCaptureFixture) -> None:
+    storage = MemoryStorage()
+    names = [submit(storage, data, f"damaged-{i}", "a") for i in range(3)]
+    storage.put(f"jobs/{names[0]}/spec.yaml", b"models: 7")
+    storage.put(f"runs/{names[1]}/a/status.json", b'{"state": "no such state"}')
+    storage.put(f"open/{names[2]}", b"spoiled")
+    storage.put("open/orphan-00000000", b"{}")
+    good = submit(storage, data, "good", "a")
+    dispatcher = Dispatcher(storage, Cluster(storage))
+    play(dispatcher, 1, good)
+    assert state(storage, good, "a").state == "succeeded"
+    assert all(sum(name in line for line in caplog.messages) == 1 for name in names)
+    assert not any("orphan" in line for line in caplog.messages)
+
+
 # ---- wishes
 
 

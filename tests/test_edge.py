@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 from asking import ask, refused
+from starlette.requests import ClientDisconnect
 
-from services.edge import MAX_BODY, Edge
+from services.edge import LOOPBACK, MAX_BODY, Edge, Streamed
 from services.routes import create_app
 
 
@@ -46,6 +47,32 @@ def test_nothing_is_opened_to_other_origins(app: Any) -> None:
     assert not [name for name in response.headers if name.startswith("access-control")]
 
 
+@pytest.mark.parametrize(
+    ("origin", "status"),
+    [
+        ("http://127.0.0.1:8000", 415),
+        ("http://evil.example", 403),
+        ("http://127.0.0.1:8001", 403),
+        ("null", 403),
+        ("", 415),
+    ],
+)
+def test_a_form_of_another_site_is_refused(app: Any, origin: str, status: int) -> None:
+    """Such a form needs no leave: it is sent with a type that forms have, or with no body at all."""
+    headers = {"content-type": "text/plain", **({"origin": origin} if origin else {})}
+    error = refused(ask(app, "POST", "/v1/completions", content=b"{}", headers=headers), status)
+    assert error["code"] == ("origin_not_allowed" if status == 403 else "not_json")
+
+
+def test_where_keys_are_asked_for_any_origin_may_try() -> None:
+    client = Client(part(b""))
+    client.call(Edge(echo), (b"host", b"api.example"), (b"origin", b"https://other.example"))
+    assert client.status == 200
+    client = Client(part(b""))
+    client.call(Edge(echo, hosts=LOOPBACK), (b"host", b"localhost"), (b"origin", b"https://other.example"))
+    assert client.status == 403
+
+
 def test_an_authorization_header_is_accepted_and_ignored(app: Any) -> None:
     assert ask(app, "GET", "/healthz", headers={"authorization": "Bearer anything"}).status_code == 200
 
@@ -57,7 +84,6 @@ def test_an_authorization_header_is_accepted_and_ignored(app: Any) -> None:
         "/v1",
         "/v1/models/",
         "/v1/models/a/b/c",
-        "/docs",
         "/redoc",
         "/v1/chat/completions",
         "//evil.example/%2e%2e",
@@ -159,6 +185,42 @@ def test_a_client_that_leaves_in_its_body_is_forgotten() -> None:
     assert client.call(Edge(echo)) == []
 
 
+UPLOAD = Streamed("POST", "/", 3000)
+
+
+async def swallow(scope: Any, receive: Any, send: Any) -> None:
+    """Answers with the size of the body, which it reads as it comes."""
+    size, more = 0, True
+    while more:
+        message = await receive()
+        if message["type"] == "http.disconnect":
+            raise ClientDisconnect
+        size, more = size + len(message["body"]), message["more_body"]
+    await send({"type": "http.response.start", "status": 200, "headers": []})
+    await send({"type": "http.response.body", "body": str(size).encode(), "more_body": False})
+
+
+def test_a_streamed_body_has_its_own_limit() -> None:
+    edge = Edge(swallow, max_body=10, streamed=UPLOAD)
+    client = Client(*[part(b"x" * 1000, more=True)] * 3, part(b""))
+    assert client.call(edge)[1]["body"] == b"3000"
+    client = Client(*[part(b"x" * 1000, more=True)] * 100)
+    client.call(edge)
+    assert (client.status, client.error["code"], client.taken) == (413, "body_too_large", 4)
+    client = Client(part(b"x" * 11))
+    client.call(Edge(swallow, max_body=10, streamed=Streamed("PUT", "/", 3000)))
+    assert client.status == 413
+
+
+def test_a_streamed_body_that_stops_coming_is_not_waited_for(caplog: pytest.LogCaptureFixture) -> None:
+    client = Client(part(b"x", more=True))
+    client.call(Edge(swallow, body_seconds=0.05, streamed=UPLOAD))
+    assert client.status == 408
+    client = Client(part(b"x", more=True), {"type": "http.disconnect"})
+    assert client.call(Edge(swallow, streamed=UPLOAD)) == []
+    assert caplog.text == ""
+
+
 def test_headers_that_steer_serve_do_not_get_through() -> None:
     client = Client(part(b""))
     steering = [
@@ -209,7 +271,9 @@ def test_an_application_that_breaks_is_500_without_internals(caplog: pytest.LogC
         assert (client.status, client.error["type"]) == (500, "server_error")
         assert client.headers["x-request-id"] in client.error["message"]
         assert "internal detail" not in client.error["message"]
-    assert "internal detail" in caplog.text
+    assert "failed: ValueError" in caplog.text  # with its place; its message might quote a request
+    assert "test_edge.py" in caplog.text
+    assert "internal detail" not in caplog.text
 
 
 def test_a_stream_that_breaks_off_ends_in_an_error() -> None:

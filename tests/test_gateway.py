@@ -429,7 +429,6 @@ def test_the_page_shows_models_and_how_to_ask(app: Any) -> None:
 def test_the_openapi_document_describes_bodies(app: Any) -> None:
     paths = ask(app, "GET", "/openapi.json").json()["paths"]
     assert set(paths) == {
-        "/",
         "/healthz",
         "/v1/models",
         "/v1/models/{model}",

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from typing import Any
 
@@ -13,13 +14,16 @@ from tiny import job, make_data, model
 from genmodels import checkpoint, models, pin
 from genmodels.attempt import check, run_attempt, stored_model
 from genmodels.checkpoint import Place, load_tensors
+from genmodels.data import stored
 from genmodels.errors import SpecError
+from genmodels.job import Jobs
 from genmodels.registry import Registry, Version
 from genmodels.run import Run
 from genmodels.spec import parse_spec
 from genmodels.storage import Storage
 from genmodels.train import Group
 from services.local import submit
+from services.smoke import smoke
 
 STILL = {"max_steps": 1, "learning_rate": 1e-12, "muon_learning_rate": 1e-12, "weight_decay": 0.0, "ema": None}
 
@@ -109,6 +113,21 @@ def test_a_name_means_what_it_meant_at_submit(data: Path, storage: Storage) -> N
 
 
 NAMES = ["vae", "vae@production", "vae@latest", "vae@1"]
+
+
+def test_live_and_a_step_are_of_the_run_that_was_submitted_last(data: Path, storage: Storage) -> None:
+    name, _ = Jobs(storage).submit(job("older", model(data, "vae")))
+    run_attempt(storage, name, "vae", 1, Group())
+    for reference, step in (("vae@live", 6), ("vae@step-3", 3)):
+        assert pin.resolve(reference, storage) == f"vae@{name}:step-{step}"
+    time.sleep(0.002)  # the index is by the millisecond
+    newer, _ = Jobs(storage).submit(job("newer", model(data, "vae")))
+    with pytest.raises(SpecError, match=f"vae@live: no such checkpoint; those of vae in job {newer}: none yet"):
+        pin.resolve("vae@live", storage)
+    run_attempt(storage, newer, "vae", 1, Group())
+    assert pin.resolve("vae@live", storage) == f"vae@{newer}:step-6"
+    with pytest.raises(SpecError, match="gan@live: no job has trained 'gan' in this storage"):
+        pin.resolve("gan@live", storage)
 
 
 def test_a_run_that_resumes_needs_its_source_no_more(data: Path, storage: Storage) -> None:
@@ -228,6 +247,7 @@ def test_an_added_dataset_is_pinned_at_submit(
     other = submit(storage, spec)
     assert other != name  # another content is another job
     assert stored_model(storage, other, "minigpt").data.sha256 == second.sha256
+    assert smoke(spec.models[0], storage).startswith("continued ")
     for key in storage.list("datasets/"):
         storage.delete(key)
     with pytest.raises(SpecError, match=r"models\[0\].data.dataset: dataset 'mine' is not in the storage"):

@@ -20,6 +20,7 @@ from genmodels import run as run_module
 from genmodels.checkpoint import MANIFEST, Place, Snapshot
 from genmodels.errors import StorageError, Superseded, TrainingDiverged
 from genmodels.recorder import RunRecorder
+from genmodels.pin import resolve
 from genmodels.run import Run
 from genmodels.spec import ModelSpec
 from genmodels.storage import Storage
@@ -420,6 +421,18 @@ def test_clean_up_keeps_the_newest_and_the_best(make: Any) -> None:
         of_step = [key for key in deleted if f"step-{step:08d}/" in key]
         assert of_step[0].endswith(MANIFEST)
         assert len(of_step) == 7
+
+
+def test_clean_up_keeps_what_others_start_from(make: Any) -> None:
+    storage = MemoryStorage()
+    run = Run(storage, "job", "vae")
+    with make(storage) as rank0:
+        for step in range(1, 6):
+            rank0.save(snapshot(step, 9.0 - step))
+            until(lambda step=step: idle(rank0, step))  # type: ignore[misc]
+            if step == 1:
+                assert resolve("vae@job:step-1", storage) == "vae@job:step-1"
+    assert [place.step for place in run.checkpoints()] == [1, 4, 5]
 
 
 def idle(rank0: RunRecorder, step: int) -> bool:

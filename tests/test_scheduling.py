@@ -146,6 +146,12 @@ def test_what_backs_off_is_passed_and_holds_nothing() -> None:
     assert (found.starts, found.reasons) == ([("b", 4)], [("a", "backs off")])
 
 
+def test_what_starts_again_in_a_moment_keeps_its_place() -> None:
+    found = decide([waits("a", 3, not_yet="backs off", keeps=True), waits("b", 2, at="1"), waits("c", 1, at="2")])
+    assert (found.starts, found.passed) == ([("c", 1)], ["b"])
+    assert found.reasons == [("a", "backs off"), ("b", "needs 2 CPUs, free: 1 CPU")]
+
+
 SIZES = st.lists(st.integers(1, 6), min_size=1, max_size=3, unique=True).map(sorted)
 
 

@@ -13,6 +13,7 @@ import pytest
 from asking import JSON, PICTURE, ask, refused
 from published import publish
 
+from genmodels.keys import Keys
 from genmodels.storage import Storage, open_storage
 from services.edge import MAX_BODY
 from services.host import ModelHost
@@ -38,8 +39,13 @@ def app(models: Storage) -> Any:
 
 
 @pytest.fixture(scope="module")
+def token(models: Storage) -> str:
+    return Keys(models).create("tests", ("generate",))[1]
+
+
+@pytest.fixture(scope="module")
 def endpoint(ray_cluster: str, models: Storage) -> Iterator[str]:
-    """The application as `genmodels run` starts it; its address."""
+    """The application as `genmodels run` starts it, asking for keys; its address."""
     from ray import serve
 
     from services.gateway import HTTP_OPTIONS, build
@@ -48,14 +54,14 @@ def endpoint(ray_cluster: str, models: Storage) -> Iterator[str]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     serve.start(http_options={**HTTP_OPTIONS, "port": port}, logging_config={"log_level": "ERROR"})
-    serve.run(build(models.url), name="genmodels", route_prefix="/")
+    serve.run(build(models.url, auth=True), name="genmodels", route_prefix="/")
     yield f"http://127.0.0.1:{port}"
     serve.shutdown()
 
 
 @pytest.fixture(scope="module")
-def client(endpoint: str) -> Iterator[openai.OpenAI]:
-    with openai.OpenAI(base_url=f"{endpoint}/v1", api_key="ignored", max_retries=0) as client:
+def client(endpoint: str, token: str) -> Iterator[openai.OpenAI]:
+    with openai.OpenAI(base_url=f"{endpoint}/v1", api_key=token, max_retries=0) as client:
         yield client
 
 
@@ -101,6 +107,15 @@ def test_the_openai_client_understands_errors(client: openai.OpenAI) -> None:
     assert wrong.value.param == "size"
 
 
+def test_the_openai_client_understands_that_its_key_is_wrong(endpoint: str) -> None:
+    with (
+        openai.OpenAI(base_url=f"{endpoint}/v1", api_key="sk-wrong", max_retries=0) as client,
+        pytest.raises(openai.AuthenticationError) as wrong,
+    ):
+        client.models.list()
+    assert wrong.value.code == "wrong_key"
+
+
 @pytest.mark.parametrize(
     ("error", "status", "code"),
     [
@@ -143,8 +158,9 @@ def test_what_serve_says_of_a_pool_becomes_an_answer(ray_cluster: str, error: st
         assert (found["code"], "internal detail" in found["message"]) == (code, False)
 
 
-def test_verbs_over_serve(endpoint: str) -> None:
-    with httpx.Client(base_url=f"{endpoint}/v1/models/shapes") as client:
+def test_verbs_over_serve(endpoint: str, token: str) -> None:
+    headers = {"authorization": f"Bearer {token}"}
+    with httpx.Client(base_url=f"{endpoint}/v1/models/shapes", headers=headers) as client:
         latents = client.post("/encode", json={"images": [PICTURE]}).json()["latents"]
         decoded = client.post("/decode", json={"latents": latents})
         assert decoded.json()["data"] == client.post("/reconstruct", json={"images": [PICTURE]}).json()["data"]
@@ -153,12 +169,12 @@ def test_verbs_over_serve(endpoint: str) -> None:
     assert decoded.headers["x-genmodels-version"] == "shapes@1"
 
 
-def test_errors_over_serve_have_one_form(endpoint: str) -> None:
+def test_errors_over_serve_have_one_form(endpoint: str, token: str) -> None:
     with httpx.Client(base_url=endpoint) as client:
         refused(client.get("/nothing"), 404)
         refused(client.put("/v1/completions"), 405)
-        refused(client.post("/v1/completions", content=b"{", headers=JSON), 400)
-        refused(client.get("/healthz", headers={"host": "evil.example"}), 403)
+        refused(client.post("/v1/completions", content=b"{", headers=JSON), 401)
+        refused(client.post("/v1/completions", content=b"{", headers={**JSON, "authorization": f"Bearer {token}"}), 400)
         own = client.get("/healthz", headers={"x-request-id": "mine", "x-request-timeout-seconds": "0.000001"})
         assert own.json() == {"status": "ok"}
         assert own.headers.get_list("x-request-id") == [str(uuid.UUID(own.headers["x-request-id"]))]

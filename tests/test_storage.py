@@ -95,6 +95,56 @@ def test_list(storage: Storage) -> None:
     assert storage.list("z/") == storage.list("a/") == storage.list("b/z/y") == []
 
 
+def test_list_a_part(storage: Storage) -> None:
+    keys = [f"ended/{i:04}-x" for i in range(0, 60, 2)]
+    for key in [*keys, "ended-not/1", "a", "z"]:
+        storage.put(key, b"x")
+    assert storage.list("ended/", limit=7) == keys[:7]
+    assert storage.list("ended/", after=keys[6], limit=7) == keys[7:14]
+    assert storage.list("ended/", after="ended/0013-") == keys[7:]  # there is no such key
+    assert storage.list("ended/", after="ended/", limit=1) == storage.list("ended/", after="a", limit=1) == keys[:1]
+    assert storage.list("ended/", after=keys[-1]) == storage.list("ended/", after="z") == []
+    assert storage.list("ended/", limit=0) == []
+    assert storage.list("ended/", limit=1000) == keys
+
+
+def test_folders(storage: Storage) -> None:
+    for key in ("a", "b-c/x", "b/10", "b/2", "b/sub/deep/x", "b/sub/x", "b0", "bc/y"):
+        storage.put(key, b"x")
+    assert storage.folders("") == ["b", "b-c", "bc"]
+    assert storage.folders("b") == ["b", "b-c", "bc"]
+    assert storage.folders("bc") == ["bc"]
+    assert storage.folders("b/") == storage.folders("b/s") == ["sub"]
+    assert storage.folders("b/sub/") == ["deep"]
+    assert storage.folders("a/") == storage.folders("z/y") == storage.folders("b/1") == []
+
+
+def test_a_part_takes_no_more_than_it_needs(file_storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    for i in range(20):
+        file_storage.put(f"models/m{i:02}/versions/1", b"x")
+    opened: list[str] = []
+    scandir = os.scandir
+
+    def scan(path: Path) -> Any:
+        opened.append(Path(path).name)
+        return scandir(path)
+
+    monkeypatch.setattr(folder_module.os, "scandir", scan)
+    assert len(file_storage.folders("models/")) == 20
+    assert opened == ["models"]
+    opened.clear()
+    assert file_storage.list("models/", after="models/m17/versions/1", limit=1) == ["models/m18/versions/1"]
+    assert opened == ["models", "m17", "versions", "m18", "versions"]
+
+
+def test_sizes(storage: Storage) -> None:
+    for key, size in {"a/b/x": 10, "a/b-c": 0, "a/y": 2000, "b": 1}.items():
+        storage.put(key, b"x" * size)
+    assert storage.sizes("a/") == {"a/b-c": 0, "a/b/x": 10, "a/y": 2000}
+    assert list(storage.sizes("a/b")) == ["a/b-c", "a/b/x"]
+    assert storage.sizes("c/") == {}
+
+
 def test_list_of_many_pages(s3_storage: Storage) -> None:
     pages: list[int] = []
 
@@ -108,6 +158,10 @@ def test_list_of_many_pages(s3_storage: Storage) -> None:
         s3_storage.put(key, b"x")
     assert s3_storage.list("") == keys
     assert len(pages) == 6
+    assert s3_storage.folders("") == ["d0", "d1", "d2"]
+    pages.clear()
+    assert s3_storage.list("d0/", limit=3) == keys[:3]
+    assert len(pages) == 1
 
 
 def test_storage_is_the_same_from_its_url(storage: Storage) -> None:

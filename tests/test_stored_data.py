@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import io
-import os
 import stat
 import subprocess
 import sys
+import tempfile
 import zipfile
 from pathlib import Path
 
@@ -59,6 +59,14 @@ def packed(folder: Path, top: str = "") -> bytes:
     return out.getvalue()
 
 
+def add_bytes(storage: Storage, content: bytes, image_size: int | None = None) -> tuple[stored.StoredDataset, bool]:
+    """Add what came over the network, from a file whose name says nothing."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "upload"
+        path.write_bytes(content)
+        return stored.add(storage, "mine", path, image_size)
+
+
 def config(name: str, sha256: str | None = None) -> DataConfig:
     return DataConfig.model_validate({"dataset": name, "sha256": sha256}, context={"stored": True})
 
@@ -97,13 +105,10 @@ def test_pictures_are_converted_once_and_are_those_of_the_folder(storage: Storag
 
 
 @pytest.mark.parametrize("top", ["", "holiday/2024/"])
-def test_a_zip_from_a_stream_is_the_folder_it_was_packed_from(photos: Path, top: str) -> None:
+def test_a_zip_is_the_folder_it_was_packed_from(photos: Path, top: str) -> None:
     storage = MemoryStorage()
-    from_folder, _ = stored.add(storage, "photos", photos, image_size=16)
-    from_zip, new = stored.add_stream(storage, "photos", io.BytesIO(packed(photos, top)), image_size=16)
-    assert (from_zip, new) == (from_folder, False)
-    text, _ = stored.add_stream(storage, "play", io.BytesIO(PLAY.encode()))
-    assert text.sha256 == hashlib.sha256(PLAY.encode()).hexdigest()
+    from_folder, _ = stored.add(storage, "mine", photos, image_size=16)
+    assert add_bytes(storage, packed(photos, top), image_size=16) == (from_folder, False)
 
 
 def test_the_same_again_writes_nothing_and_another_content_leaves_pins_alone(play: Path) -> None:
@@ -179,7 +184,6 @@ def test_hostile_names_are_refused_before_anything_is_touched(name: str, play: P
     storage = RecordingStorage()
     for work in (
         lambda: stored.add(storage, name, play),
-        lambda: stored.add_stream(storage, name, io.BytesIO(PLAY.encode())),
         lambda: stored.find(storage, name),
         lambda: stored.load(name, None, storage),
     ):
@@ -211,40 +215,38 @@ def test_what_does_not_fit_says_why_and_names_no_folder_of_ours(tmp_path: Path, 
     short.write_text("too short")
     with pytest.raises(DataError, match=r"^/.*short\.txt has 9 characters, too little"):
         stored.add(storage, "mine", short)
-    with pytest.raises(DataError, match=r"^mine has 9 characters, too little"):
-        stored.add_stream(storage, "mine", io.BytesIO(b"too short"))
-    with pytest.raises(DataError, match=r"^mine: more than 100 bytes"):
-        stored.add_stream(storage, "mine", io.BytesIO(PLAY.encode()), max_bytes=100)
+    for size in (-1, 0, 7, 257):
+        with pytest.raises(DataError, match=f"image_size: got {size}, expected 8 to 256 pixels"):
+            stored.add(storage, "mine", photos, image_size=size)
     with pytest.raises(DataError, match=r"nowhere does not exist: name a text file, a folder of pictures, or a zip"):
         stored.add(storage, "mine", tmp_path / "nowhere")
     with pytest.raises(DataError, match="is no folder or zip of pictures"):
         stored.add(storage, "mine", play, image_size=16)
     (photos / "cats" / "broken.png").write_text("no picture")
     with pytest.raises(DataError) as caught:
-        stored.add_stream(storage, "mine", io.BytesIO(packed(photos)))
+        add_bytes(storage, packed(photos))
     assert str(caught.value) == (
-        "1 of 41 pictures cannot be read: mine/cats/broken.png (not a picture). Remove them or save them anew"
+        "1 of 41 pictures cannot be read: upload/cats/broken.png (not a picture). Remove them or save them anew"
     )
-    with pytest.raises(DataError, match=r"^mine holds no pictures"):
-        stored.add_stream(storage, "mine", io.BytesIO(packed(tmp_path / "nothing")))
+    with pytest.raises(DataError, match=r"^upload holds no pictures"):
+        add_bytes(storage, packed(tmp_path / "nothing"))
     assert storage.objects == {}
 
 
-def archive(*entries: tuple[str, bytes]) -> io.BytesIO:
+def archive(*entries: tuple[str, bytes]) -> bytes:
     out = io.BytesIO()
     with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as writer:
         for name, content in entries:
             writer.writestr(name, content)
-    out.seek(0)
-    return out
+    return out.getvalue()
 
 
 @pytest.mark.parametrize("name", ["../out.png", "a/../../out.png", "/out.png", "..\\out.png", "C:\\out.png"])
 def test_nothing_in_a_zip_leads_out_of_its_folder(tmp_path: Path, name: str) -> None:
     with pytest.raises(DataError, match="leads out of its folder"):
-        stored.add_stream(MemoryStorage(), "mine", archive(("a.png", b"x"), (name, b"x")))
+        add_bytes(MemoryStorage(), archive(("a.png", b"x"), (name, b"x")))
     path = tmp_path / "hostile.zip"
-    path.write_bytes(archive((name, b"x")).getvalue())
+    path.write_bytes(archive((name, b"x")))
     with pytest.raises(DataError, match="leads out of its folder"):
         unpack.unpack(path, tmp_path / "inside")
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["hostile.zip", "inside"]
@@ -263,26 +265,31 @@ def test_links_in_a_zip_are_passed_over(tmp_path: Path) -> None:
     assert [path.name for path in folder.iterdir()] == ["a.png"]
 
 
-def test_a_zip_that_grows_too_large_or_is_damaged_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
-    storage = MemoryStorage()
+@pytest.mark.parametrize(
+    ("limit", "value", "message"),
+    [
+        ("MAX_BYTES", 5_000_000, "unpacks to more than 5,000,000 bytes"),
+        ("MAX_FILES", 1, "has 2 files, at most 1 "),
+        ("MAX_DIRECTORY_BYTES", 50, "has too many files"),
+    ],
+)
+def test_a_zip_that_grows_too_large_is_refused(
+    monkeypatch: pytest.MonkeyPatch, limit: str, value: int, message: str
+) -> None:
     bomb = archive(("a.png", b"\0" * 3_000_000), ("b.png", b"\0" * 3_000_000))
-    assert len(bomb.getvalue()) < 10_000
-    monkeypatch.setattr(unpack, "MAX_BYTES", 5_000_000)
-    with pytest.raises(DataError, match=r"^mine unpacks to more than 5,000,000 bytes"):
-        stored.add_stream(storage, "mine", io.BytesIO(bomb.getvalue()))
-    monkeypatch.setattr(unpack, "MAX_FILES", 1)
-    with pytest.raises(DataError, match=r"^mine has 2 files, at most 1"):
-        stored.add_stream(storage, "mine", io.BytesIO(bomb.getvalue()))
-    monkeypatch.setattr(unpack, "MAX_DIRECTORY_BYTES", 50)
-    with pytest.raises(DataError, match=r"^mine has too many files"):
-        stored.add_stream(storage, "mine", io.BytesIO(bomb.getvalue()))
-    monkeypatch.undo()
-    whole = archive(*((f"{i}.png", os.urandom(200)) for i in range(10))).getvalue()
-    random = np.random.default_rng(0)
-    for _ in range(60):
-        damaged = bytearray(whole[: random.integers(4, len(whole) + 1)])
-        for place in random.integers(4, len(damaged), 8) if len(damaged) > 4 else ():
+    assert len(bomb) < 10_000
+    monkeypatch.setattr(unpack, limit, value)
+    with pytest.raises(DataError, match=f"upload {message}"):
+        add_bytes(MemoryStorage(), bomb)
+
+
+def test_a_damaged_zip_is_a_data_error() -> None:
+    storage, random = MemoryStorage(), np.random.default_rng(0)
+    whole = archive(*((f"{i}.png", random.bytes(200)) for i in range(10)))
+    for _ in range(100):
+        damaged = bytearray(whole[: random.integers(5, len(whole) + 1)])
+        for place in random.integers(4, len(damaged), 8):
             damaged[place] = random.integers(256)
         with pytest.raises(DataError):
-            stored.add_stream(storage, "mine", io.BytesIO(bytes(damaged)))
+            add_bytes(storage, bytes(damaged))
     assert storage.objects == {}

@@ -18,7 +18,7 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 from genmodels.data import stored
 from genmodels.data.images import ImageData, decode_image, divide, from_csv, from_idx, grid, png, read_folder
 from genmodels.data.sources import DATASETS, read
-from genmodels.data.stored import IMAGE_SIZE
+from genmodels.data.stored import IMAGE_SIZE, LEAST_SIZE, MOST_SIZE
 from genmodels.data.text import CharTokenizer, TextData, Tokenizer, load_tokenizer, ngram_loss, read_text
 from genmodels.errors import DataError
 from genmodels.family import Section
@@ -65,7 +65,10 @@ class DataConfig(Section):
     )
     path: str | None = Field(default=None, min_length=1, description="a text file (UTF-8), or a folder of pictures")
     image_size: int | None = Field(
-        default=None, ge=8, le=256, description=f"with a folder: side of the squares, in pixels; default {IMAGE_SIZE}"
+        default=None,
+        ge=LEAST_SIZE,
+        le=MOST_SIZE,
+        description=f"with a folder: side of the squares, in pixels; default {IMAGE_SIZE}",
     )
     channels: Literal[1, 3] | None = Field(
         default=None, description="with a folder: 1 grey, 3 RGB; default: 1 when every picture is grey, else 3"

@@ -18,7 +18,7 @@ import re
 import tempfile
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import BinaryIO, Literal
+from typing import Literal
 
 import numpy as np
 from filelock import FileLock
@@ -33,8 +33,8 @@ from genmodels.family import DataInfo
 from genmodels.storage import Storage, read_document, write_document
 
 NAME = r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$"
-IMAGE_SIZE = 32  # side of the squares that pictures become
-MAX_STREAM_BYTES = 2**30  # of what comes over the network
+IMAGE_SIZE, LEAST_SIZE, MOST_SIZE = 32, 8, 256  # side of the squares that pictures become, in pixels
+MAX_STREAM_BYTES = 2**30  # of a file that comes over the network
 
 Kind = Literal["image", "text"]
 UNPACKED = "unpacked"
@@ -75,6 +75,8 @@ def add(
         DataError: the name cannot be, the data does not fit, or the name is one of a dataset of another kind.
     """
     _check_free(name)
+    if image_size is not None and not LEAST_SIZE <= image_size <= MOST_SIZE:
+        raise DataError(f"image_size: got {image_size}, expected {LEAST_SIZE} to {MOST_SIZE} pixels")
     with tempfile.TemporaryDirectory(prefix="genmodels-add-") as scratch:
         try:
             dataset, file = _convert(name, path, image_size, channels, Path(scratch))
@@ -93,34 +95,6 @@ def add(
                 write_document(storage, document, dataset.model_dump(mode="json"), if_absent=True)
     write_document(storage, f"datasets/{name}/current.json", {"sha256": dataset.sha256, "time": _now()})
     return find(storage, name, dataset.sha256), True
-
-
-def add_stream(
-    storage: Storage,
-    name: str,
-    stream: BinaryIO,
-    image_size: int | None = None,
-    channels: Literal[1, 3] | None = None,
-    max_bytes: int = MAX_STREAM_BYTES,
-) -> tuple[StoredDataset, bool]:
-    """As `add`, of a text or a zip of pictures that is read from a stream.
-
-    Raises:
-        DataError: as `add`, or there are more than `max_bytes`.
-    """
-    _check_free(name)  # before anything is read
-    with tempfile.TemporaryDirectory(prefix="genmodels-add-") as folder:
-        path, read = Path(folder) / name, 0
-        with path.open("wb") as out:
-            while part := stream.read(2**20):
-                read += len(part)
-                if read > max_bytes:
-                    raise DataError(f"{name}: more than {max_bytes:,} bytes; bring a smaller text or zip of pictures")
-                out.write(part)
-        try:
-            return add(storage, name, path, image_size, channels)
-        except DataError as error:
-            raise DataError(str(error).replace(str(path), name)) from None
 
 
 def catalog(storage: Storage) -> list[StoredDataset]:

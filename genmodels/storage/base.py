@@ -63,6 +63,10 @@ class Storage(ABC):
         """
 
     @abstractmethod
+    def sizes(self, prefix: str) -> dict[str, int]:
+        """Bytes of each object whose key starts with the string `prefix`, in the order of `list`."""
+
+    @abstractmethod
     def delete(self, key: str) -> None:
         """Remove an object; one that is not there is fine."""
 

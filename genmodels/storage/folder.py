@@ -56,12 +56,20 @@ class FolderStorage(Storage):
         top, slash, _ = check_prefix(prefix).rpartition("/")
         with self._errors("folders", prefix):
             names = (name for name in _names(self._root / top, top + slash) if name.endswith("/"))
-            return [Path(name).name for name in names if name.startswith(prefix)]
+            return sorted(Path(name).name for name in names if name.startswith(prefix))
 
     def list(self, prefix: str, *, after: str = "", limit: int | None = None) -> list[str]:
         top, slash, _ = check_prefix(prefix).rpartition("/")
         with self._errors("list", prefix):
             return list(islice(self._walk(top + slash, prefix, after), limit))
+
+    def sizes(self, prefix: str) -> dict[str, int]:
+        found = {}
+        with self._errors("sizes", prefix):
+            for key in self.list(prefix):
+                with suppress(FileNotFoundError, NotADirectoryError):  # removed meanwhile
+                    found[key] = (self._root / key).stat().st_size
+        return found
 
     def delete(self, key: str) -> None:
         path = self._path(key)
@@ -192,5 +200,3 @@ def _sweep(hidden: Path) -> None:
 
 def _sha256(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
-
-

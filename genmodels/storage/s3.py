@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from itertools import islice
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
@@ -68,15 +69,13 @@ class S3Storage(Storage):
         options: dict[str, Any] = {"StartAfter": self._prefix + after} if after else {}
         if limit is not None:
             options["MaxKeys"] = min(limit, 1000)
-        keys: list[str] = []
         with self._errors("list", prefix):
-            for page in self._pages(prefix, **options):
-                names = (item["Key"] for item in page.get("Contents", ()))
-                # names that end in "/" are folder markers of other tools
-                keys += [name.removeprefix(self._prefix) for name in names if not name.endswith("/")]
-                if limit is not None and len(keys) >= limit:
-                    break
-        return sorted(key for key in keys if key > after)[:limit]
+            found = islice(self._objects(prefix, **options), limit)
+            return sorted(key for key, _ in found if key > after)
+
+    def sizes(self, prefix: str) -> dict[str, int]:
+        with self._errors("sizes", prefix):
+            return dict(sorted(self._objects(prefix)))
 
     def delete(self, key: str) -> None:
         name = self._name(key)
@@ -117,6 +116,13 @@ class S3Storage(Storage):
                     file.write(chunk)
 
         fetch()
+
+    def _objects(self, prefix: str, **options: Any) -> Iterator[tuple[str, int]]:
+        """Keys and sizes, in the store's order."""
+        for page in self._pages(prefix, **options):
+            for item in page.get("Contents", ()):
+                if not item["Key"].endswith("/"):  # a folder marker of other tools
+                    yield item["Key"].removeprefix(self._prefix), item["Size"]
 
     def _pages(self, prefix: str, **options: Any) -> Iterator[dict[str, Any]]:
         name = self._prefix + check_prefix(prefix)

@@ -1,0 +1,367 @@
+"""The whole platform as processes that may be killed: S3 server, a proxy before it that fails on command, Ray, job service.
+
+All of them but the tests themselves reach the store through the proxy: what tests read of it is the truth.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import signal
+import subprocess
+import sys
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+import yaml
+from fault_proxy import FaultProxy
+from plain_workers import WorkerGroup
+from ray_node import JoinedNode, RayHead, until
+from s3_server import S3Server
+from tiny import make_data, model
+
+from genmodels.checkpoint import Place
+from genmodels.data import stored
+from genmodels.job import Jobs
+from genmodels.keys import Keys
+from genmodels.registry import Registry
+from genmodels.run import ENDED, Run, State, Status
+from genmodels.spec import JobSpec, ModelSpec, dump, model_digest
+from genmodels.storage import open_storage
+from services.backends import RayJobsBackend, submission_id
+from services.local import free_ports
+
+CPUS = 4
+# What may follow what. A status that was written between two looks may have been passed over by its successor.
+LEGAL: dict[State, tuple[State, ...]] = {
+    "queued": ("starting", "cancelled"),
+    "starting": ("running", "publishing", "queued", "failed", "cancelled", "succeeded"),
+    "running": ("publishing", "queued", "failed", "cancelled", "succeeded"),
+    "publishing": ("queued", "failed", "cancelled", "succeeded"),
+    "failed": ("queued",),
+    "cancelled": ("queued",),
+    "succeeded": (),
+}
+
+
+class JobService:
+    """`python -m services.jobs` with a key, to be killed and started again; an HTTP client of it."""
+
+    def __init__(self, log: Path, storage_url: str, ray_address: str, key: str, environment: dict[str, str]) -> None:
+        port = free_ports(1)
+        self.log = log
+        self.command = [sys.executable, "-m", "services.jobs", "--storage", storage_url, "--port", str(port)]
+        self.command += ["--ray-address", ray_address]
+        self.environment = environment
+        self.client = httpx.Client(
+            base_url=f"http://127.0.0.1:{port}",
+            headers={"authorization": f"Bearer {key}"},
+            timeout=30,
+            trust_env=False,
+        )
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def start(self, wait: bool = True) -> None:
+        with self.log.open("ab") as output:
+            self.process = subprocess.Popen(
+                self.command, env={**os.environ, **self.environment}, stdout=output, stderr=subprocess.STDOUT
+            )
+        if wait:
+            until(self._answers, "the job service answers")
+
+    def kill(self) -> None:
+        """kill -9"""
+        if self.process:
+            self.process.kill()
+            self.process.wait()
+
+    def ask(self, method: str, path: str, **options: Any) -> Any:
+        """The JSON of an answer, which must be a good one."""
+        answer = self.client.request(method, f"/v1{path}", **options)
+        assert answer.is_success, f"{method} {path}: {answer.status_code} {answer.text}"
+        return answer.json()
+
+    def text(self, path: str, **query: str) -> str:
+        answer = self.client.get(f"/v1{path}", params=query)
+        assert answer.is_success, answer.text
+        return answer.text
+
+    def _answers(self) -> bool:
+        assert self.process
+        assert self.process.poll() is None, self.log.read_text()[-3000:]
+        with contextlib.suppress(httpx.HTTPError):
+            return self.client.get("/healthz").status_code == 200
+        return False
+
+
+class Stack:
+    """With `with`, everything runs; and nothing of it is left afterwards."""
+
+    def __init__(self, folder: Path, **environment: str) -> None:
+        """Args:
+        environment: more of it for all processes, e.g. times that are scaled down.
+        """
+        self.folder = folder
+        self.settings = {"GENMODELS_TEST": str(uuid.uuid4()), "OMP_NUM_THREADS": "1", **environment}
+        self.figures: list[tuple[str, float]] = []  # what happened, and how many seconds it took
+        self._references: dict[tuple[str, int], dict[str, str]] = {}
+        self._exits = contextlib.ExitStack()
+
+    def __enter__(self) -> Stack:
+        with contextlib.ExitStack() as exits:
+            self._patch = exits.enter_context(pytest.MonkeyPatch.context())
+            for name in [name for name in os.environ if name.startswith("AWS_")]:
+                self._patch.delenv(name)
+            for name, value in {**self.settings, "XDG_CACHE_HOME": str(self.folder / "cache")}.items():
+                self._patch.setenv(name, value)
+            self.s3 = exits.enter_context(S3Server())
+            self.proxy = exits.enter_context(FaultProxy(self.s3.url))
+            for name, value in self.s3.environment.items():
+                self._patch.setenv(name, value)
+            self.storage = open_storage(f"s3://{self.s3.bucket}/{uuid.uuid4().hex}")
+            self.jobs, self.registry = Jobs(self.storage), Registry(self.storage)
+            make_data(self.folder)
+            stored.add(self.storage, "shapes", self.folder / "pictures", image_size=16)
+            _, token = Keys(self.storage).create("tests", ("submit", "admin"))
+            exits.callback(self._sweep)
+            with self.through_proxy():
+                self.head = RayHead(self.folder / "ray.log", CPUS)
+                self.service = JobService(
+                    self.folder / "jobs.log", self.storage.url, self.head.dashboard, token, {"AWS_ENDPOINT_URL": self.proxy.url}
+                )
+                self.service.start(wait=False)
+                exits.enter_context(self.head)
+            until(self.service._answers, "the job service answers")
+            exits.callback(self.service.kill)
+            exits.callback(self.service.client.close)
+            self._exits = exits.pop_all()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._exits.close()
+        for what, seconds in self.figures:
+            print(f"{seconds:6.1f} s  {what}")
+
+    @contextlib.contextmanager
+    def through_proxy(self) -> Iterator[None]:
+        """For what is started in it: Ray's processes reach the store through the proxy."""
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setenv("AWS_ENDPOINT_URL", self.proxy.url)
+            yield
+
+    # Jobs
+
+    def submit(self, name: str, *models: dict[str, Any], priority: int = 0) -> str:
+        """The id of a new job."""
+        spec = yaml.safe_dump({"name": name, "priority": priority, "models": list(models)})
+        headers = {"content-type": "application/yaml", "idempotency-key": uuid.uuid4().hex}
+        view = self.service.ask("POST", "/jobs", content=spec, headers=headers)
+        assert view["state"] == "queued"
+        return str(view["job"])
+
+    def run(self, job: str, name: str | None = None) -> Run:
+        return Run(self.storage, job, name or self.jobs.spec(job).models[0].name)
+
+    def attempt(self, run: Run) -> int:
+        return run.status()[0].attempt
+
+    def trains(self, run: Run, attempt: int = 1, step: int = 1, timeout: float = 120) -> int:
+        """Wait until an attempt has made a step, and a certain one; the step it is at."""
+
+        def look() -> int:
+            beat = run.heartbeat(attempt)
+            status = run.status()[0]
+            assert status.state not in ENDED, f"{run.name} has ended: {status.history}\n{self.tell(run)}"
+            started = run.start_of(attempt) if beat and beat.phase != "starting" else None
+            return beat.step if beat and started and beat.step >= step else 0
+
+        return int(until(look, f"attempt {attempt} of {run.name} is at step {step}\n{self.tell(run)}", timeout))
+
+    def saves(self, run: Run, attempt: int = 1, timeout: float = 120) -> Place:
+        """Wait for a checkpoint of an attempt; the newest one."""
+
+        def look() -> list[Place]:
+            return [place for place in run.checkpoints() if place.attempt == attempt]
+
+        return until(look, f"attempt {attempt} of {run.name} saves", timeout)[-1]
+
+    def reaches(self, run: Run, state: State, timeout: float = 120) -> Status:
+        """Wait for a state; the status."""
+        deadline = time.monotonic() + timeout
+        while (status := run.status()[0]).state != state:
+            wrong = status.state in ENDED or time.monotonic() > deadline
+            assert not wrong, f"{run.name} is {status.state}, not {state}: {status.history}\n{self.tell(run)}"
+            time.sleep(0.1)
+        return status
+
+    def tell(self, run: Run) -> str:
+        """What there is to know of a run that did not do what it should."""
+        lines = [f"{line.attempt}/{line.source} {line.line}" for line in run.log_lines()]
+        return "\n".join([*lines[-40:], "--- the job service", self.service.log.read_text()[-3000:]])
+
+    @contextlib.contextmanager
+    def timed(self, what: str) -> Iterator[None]:
+        began = time.monotonic()
+        yield
+        self.figures.append((what, time.monotonic() - began))
+
+    # Processes
+
+    def find(self, title: str) -> list[int]:
+        """Living processes of this stack whose command line contains `title`, the oldest first."""
+        mark, found = f"GENMODELS_TEST={self.settings['GENMODELS_TEST']}".encode(), []
+        for folder in Path("/proc").glob("[0-9]*"):
+            try:
+                mine = mark in (folder / "environ").read_bytes().split(b"\0")
+                command = (folder / "cmdline").read_bytes().replace(b"\0", b" ")
+            except OSError:
+                continue
+            if mine and command and title.encode() in command and int(folder.name) != os.getpid():
+                found.append(int(folder.name))
+        return sorted(found)
+
+    def driver(self, run: Run, attempt: int) -> list[int]:
+        """The driver's process, and its parent shell if it has one."""
+        return self.find(f"services.train --storage {self.storage.url} --job {run.job} --model {run.model} --attempt {attempt}")
+
+    def workers(self, run: Run, attempt: int) -> list[int]:
+        """Processes of the worker group of an attempt."""
+        ask = RayJobsBackend(self.head.dashboard).dashboard.ask
+        answer = ask("GET", f"/api/jobs/{submission_id(run.job, run.model, attempt)}")
+        assert answer is not None
+        assert answer.status_code == 200
+        ray_job = answer.json()["job_id"]
+        answer = ask("GET", "/api/v0/actors?detail=1&limit=10000")
+        assert answer is not None
+        actors = answer.json()["data"]["result"]["result"]
+        return sorted(
+            actor["pid"]
+            for actor in actors
+            if actor["job_id"] == ray_job and actor["state"] == "ALIVE" and "TrainWorker" in actor["class_name"]
+        )
+
+    def kill(self, *pids: int) -> float:
+        """kill -9, and wait until they are gone; when it was."""
+        when = time.monotonic()
+        for pid in pids:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        until(lambda: not any(map(_lives, pids)), f"{pids} end", 20)
+        return when
+
+    def kill_ray(self) -> None:
+        """kill -9 of all that is Ray's: GCS, raylet, agents, drivers, workers."""
+        self.head.kill()
+        while pids := [pid for pid in self.find("") if pid != (self.service.process and self.service.process.pid)]:
+            pids = [pid for pid in pids if not _is_of_s3(pid)]
+            if not pids:
+                return
+            self.kill(*pids)
+
+    def start_ray(self) -> None:
+        with self.through_proxy():
+            self.head.start()
+        backend = RayJobsBackend(self.head.dashboard)
+        until(lambda: backend.capacity(), "Ray starts again", 90)
+
+    def join(self, cpus: int) -> JoinedNode:
+        """Another node of the cluster."""
+        with self.through_proxy():
+            return JoinedNode(self.folder / "node.log", self.head, cpus)
+
+    # Truth
+
+    def check_succeeded(self, run: Run, attempts: int | None = None, exact: bool = True) -> Status:
+        """All that must be true of a run at its end, whatever happened to it.
+
+        Args:
+            attempts: how many it must have taken.
+            exact: whether the weights are those of an undisturbed run, for an unchanged number of workers.
+        """
+        (status, _), spec = run.status(), self._spec(run)
+        assert status.state == "succeeded", f"{status.history}\n{self.tell(run)}"
+        check_history(status)
+        if attempts is not None:
+            assert status.attempt == attempts, [f"{change.state}: {change.reason}" for change in status.history]
+        steps = [row["step"] for row in run.metrics()]
+        assert steps == list(range(1, spec.train.max_steps + 1)), f"{len(steps)} rows, first {steps[:3]}"
+        last = run.checkpoints()[-1]
+        assert last.step == spec.train.max_steps
+        versions = [self.registry.version(run.model, number) for number in self.registry.versions(run.model)]
+        assert [version.job for version in versions] == [run.job]
+        manifest = run.manifest(last)
+        if exact:
+            found = {name: file.sha256 for name, file in manifest.files.items()}
+            assert found == self.undisturbed(spec, manifest.lineage.world_size)
+        view = self.service.ask("GET", f"/jobs/{run.job}")
+        (shown,) = [shown for shown in view["models"] if shown["model"] == run.model]
+        assert (shown["state"], shown["version"], shown["attempt"]) == ("succeeded", 1, status.attempt)
+        return status
+
+    def undisturbed(self, spec: ModelSpec, workers: int) -> dict[str, str]:
+        """sha256 of the files of the last checkpoint of the same training in plain processes without any fault."""
+        spec = spec.model_copy(update={"name": "calm"})
+        digest = model_digest(spec), workers
+        if digest not in self._references:
+            calm = open_storage((self.folder / f"calm-{len(self._references)}").as_uri())
+            stored.add(calm, "shapes", self.folder / "pictures", image_size=16)
+            calm.put("jobs/calm/spec.yaml", dump(JobSpec(name="calm", models=[spec])))
+            with WorkerGroup(workers, calm.url, [("calm", "calm", 1)]) as group:
+                group.succeed()
+            manifest = Run(calm, "calm", "calm").manifest(Place(attempt=1, step=spec.train.max_steps))
+            self._references[digest] = {name: file.sha256 for name, file in manifest.files.items()}
+        return self._references[digest]
+
+    def _spec(self, run: Run) -> ModelSpec:
+        return next(spec for spec in self.jobs.spec(run.job).models if spec.name == run.model)
+
+    def _sweep(self) -> None:
+        for pid in self.find(""):
+            if not _is_of_s3(pid):
+                self.kill(pid)
+
+
+def tiny_model(name: str, workers: int | dict[str, int] = 1, **train: Any) -> dict[str, Any]:
+    """A model as the API takes it, which logs each step."""
+    settings = {"max_steps": 600, "save_every": 50, "eval_every": 10_000, "log_every": 1, **train}
+    entry = model(Path(), "vae", name, **settings)
+    return {**entry, "data": {"dataset": "shapes"}, "scaling": {"num_workers": workers}}
+
+
+def check_history(status: Status) -> None:
+    """Every change is one that may be, has a reason, and came after the one before."""
+    history = status.history
+    assert history[0].state == "queued"
+    for before, after in itertools.pairwise(history):
+        assert after.state in LEGAL[before.state], f"{before.state} -> {after.state}: {history}"
+        assert before.time <= after.time
+    assert all(change.reason for change in history)
+    assert [change.state for change in history].count("starting") == status.attempt
+    assert [change.state for change in history].count("succeeded") == (status.state == "succeeded")
+
+
+def parents(run: Run) -> list[Place | None]:
+    """The checkpoints that the attempts of a run went on from."""
+    return [link.parent for link in run.chain()]
+
+
+def _lives(pid: int) -> bool:
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
+def _is_of_s3(pid: int) -> bool:
+    with contextlib.suppress(OSError):
+        return b"weed" in Path(f"/proc/{pid}/cmdline").read_bytes()
+    return False
+
+
+Look = Callable[[], Any]
