@@ -188,6 +188,15 @@ class Jobs:
                 self._put(_ended_key(current.entry), current.entry)
             return
 
+    def forget(self, job: str) -> None:
+        """Take a submission off the index that never came to its end; one that has just come stays."""
+        entry = self._open_entry(job)
+        if entry is None or self.exists(job):
+            return
+        self.storage.delete(_open_key(job))
+        if self.exists(job):
+            self._put(_open_key(job), entry)
+
     def delete(self, job: str) -> None:
         """Remove an ended job and all that its runs left; versions that were published from it stay.
 

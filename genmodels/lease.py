@@ -1,4 +1,4 @@
-"""A lease in storage: of all who want to dispatch, one holds it. No two clocks are ever compared.
+"""A lease in storage: of all who want to dispatch, or to delete, one holds it. No two clocks are ever compared.
 
 The holder writes the object again every few seconds. Who wants it watches the etag: if it has not changed for the
 lease's length of the watcher's own monotonic clock, the holder is taken to be gone. The holder, by its own clock, knows
@@ -57,6 +57,17 @@ class Lease:
             except Conflict:  # somebody else was quicker
                 return None
             return mine.epoch
+
+    def wait_until_free(self, poll_seconds: float = 0.2) -> None:
+        """Return when nobody holds it, or its holder has written nothing for the lease's length."""
+        while True:
+            try:
+                document, etag = read_document(self.storage, self.name)
+            except KeyNotFound:
+                return
+            if not _Lease.model_validate(document).holder or self._is_stale(etag, time.monotonic()):
+                return
+            time.sleep(poll_seconds)
 
     def renew(self) -> None:
         """Hold it for another while.

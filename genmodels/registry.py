@@ -3,13 +3,20 @@
     models/<model>/blobs/<sha256>               files of versions, each stored once
     models/<model>/versions/00000003.json       put-if-absent; one for each run and step
     models/<model>/aliases/<alias>.json         target and history; compare-and-swap
+    models/<model>/deleted/00000003             a number that is not given again
+    models/<model>/sweep.json                   lease of whoever deletes versions or blobs
 
 A version is a checkpoint's served files (not its optimizer state) and `probe.safetensors`: outputs for fixed inputs,
 computed from the weights as saved, on the CPU in float32. A host computes them again and serves only what agrees.
+
+Who deletes takes the model's lease first, then looks at what is named (a blob by a version, a version by an alias), and
+deletes what is not. Who names a thing writes the name first, then waits until nobody holds that lease, and looks for
+the thing again. So either the deleter sees the name, or the namer sees the deletion.
 """
 
 from __future__ import annotations
 
+import contextlib
 import math
 import re
 from pathlib import Path
@@ -21,12 +28,14 @@ from genmodels import checkpoint
 from genmodels.checkpoint import Document, File, Lineage, Manifest, Metrics, Place
 from genmodels.errors import CheckpointError, Conflict, KeyNotFound, ModelNotFound, SpecError
 from genmodels.family import Family
+from genmodels.lease import Lease
 from genmodels.run import GateResult, Run, now
 from genmodels.spec import LABEL, Gate
 from genmodels.spec import Alias as AliasName
 from genmodels.storage import Storage, read_document, write_document
 
 PROBE = "probe.safetensors"
+SWEEP_SECONDS = 120.0  # after which one who deletes is taken for dead
 
 
 class Version(Document):
@@ -63,12 +72,20 @@ class Registry:
 
     def models(self) -> list[str]:
         """Names of models that have a version."""
-        found = (re.fullmatch(r"models/([^/]+)/versions/\d+\.json", key) for key in self.storage.list("models/"))
-        return sorted({match[1] for match in found if match})
+        names = self.storage.folders("models/")  # not what is in them: blobs and runs are many
+        return [name for name in names if self.storage.list(f"models/{name}/versions/", limit=1)]
 
     def versions(self, model: str) -> list[int]:
         found = (re.fullmatch(r".*/(\d+)\.json", key) for key in self.storage.list(f"models/{model}/versions/"))
         return sorted(int(match[1]) for match in found if match)
+
+    def all_versions(self, model: str) -> list[Version]:
+        """All versions, the oldest first."""
+        found = []
+        for number in self.versions(model):
+            with contextlib.suppress(ModelNotFound):  # deleted just now
+                found.append(self.version(model, number))
+        return found
 
     def version(self, model: str, number: int) -> Version:
         try:
@@ -109,6 +126,67 @@ class Registry:
         Args:
             folder: the checkpoint's files, verified.
         """
+        version = self._publish(run, place, manifest, folder, gate)
+        self.sweeper(run.model).wait_until_free()
+        there = set(self.storage.list(f"models/{run.model}/blobs/"))
+        for name, key in self.keys(version).items():
+            if key not in there:  # clean-up came before the version did
+                self._restore(folder, name, version.files[name], key)
+        return version
+
+    def promote(self, model: str, alias: str, number: int, reason: str, *, forward_only: bool = False) -> Alias:
+        """Point an alias at a version.
+
+        Args:
+            forward_only: leave the alias alone if it was ever at this version or a higher one, so that a publisher
+                that runs again never undoes a person's rollback.
+        """
+        check_alias(alias)
+        self.version(model, number)
+        while True:
+            try:
+                document, etag = read_document(self.storage, _alias_key(model, alias))
+                current = Alias.model_validate(document)
+            except KeyNotFound:
+                current, etag = None, None
+            history = current.history if current else []
+            highest = max((move.version for move in history), default=0)
+            if current and (current.version == number or (forward_only and number <= highest)):
+                return current
+            moved = Alias(version=number, history=[*history, Move(version=number, time=now(), reason=reason)])
+            body = moved.model_dump(mode="json")
+            try:
+                etag = write_document(self.storage, _alias_key(model, alias), body, if_absent=not etag, if_match=etag)
+            except Conflict:
+                continue  # somebody else moved it: look again
+            self.sweeper(model).wait_until_free()
+            try:
+                self.version(model, number)
+            except ModelNotFound:
+                self._take_back(model, alias, current, etag)
+                raise
+            return moved
+
+    def sweeper(self, model: str) -> Lease:
+        """The lease of whoever deletes versions or blobs of a model."""
+        return Lease(self.storage, SWEEP_SECONDS, f"models/{model}/sweep.json")
+
+    def fetch(self, version: Version, folder: Path) -> None:
+        """Download a version's files into an empty folder and verify every byte."""
+        checkpoint.download(self.storage, self.keys(version), version.files, folder)
+
+    def keys(self, version: Version) -> dict[str, str]:
+        """Where a version's files lie in storage."""
+        return {name: _blob_key(version.model, file.sha256) for name, file in version.files.items()}
+
+    def strike(self, model: str, number: int) -> None:
+        """Remove a version's document; for `cleanup.delete_version`, which sees that nobody names it."""
+        # First the mark that keeps the number from being given again: who publishes reads the versions before it.
+        self.storage.put(_deleted_key(model, number), b"")
+        self.storage.delete(_version_key(model, number))
+
+    def _publish(self, run: Run, place: Place, manifest: Manifest, folder: Path, gate: GateResult | None) -> Version:
+        """Upload the files and write the version, if there is none."""
         model = run.model
         known, number = self._look(run, place)
         if known:
@@ -136,50 +214,41 @@ class Registry:
             document = version.model_dump(mode="json")
             try:
                 write_document(self.storage, _version_key(model, number), document, if_absent=True)
-                return version
-            except Conflict:  # somebody else took the number, maybe to publish the same checkpoint
-                known, number = self._look(run, place)
-                if known:
-                    return known
-
-    def promote(self, model: str, alias: str, number: int, reason: str, *, forward_only: bool = False) -> Alias:
-        """Point an alias at a version.
-
-        Args:
-            forward_only: leave the alias alone if it was ever at this version or a higher one, so that a publisher
-                that runs again never undoes a person's rollback.
-        """
-        check_alias(alias)
-        self.version(model, number)
-        while True:
-            try:
-                document, etag = read_document(self.storage, _alias_key(model, alias))
-                current = Alias.model_validate(document)
-            except KeyNotFound:
-                current, etag = None, None
-            history = current.history if current else []
-            highest = max((move.version for move in history), default=0)
-            if current and (current.version == number or (forward_only and number <= highest)):
-                return current
-            moved = Alias(version=number, history=[*history, Move(version=number, time=now(), reason=reason)])
-            body = moved.model_dump(mode="json")
-            try:
-                write_document(self.storage, _alias_key(model, alias), body, if_absent=etag is None, if_match=etag)
-                return moved
+                if not self.storage.exists(_deleted_key(model, number)):
+                    return version
+                self.storage.delete(
+                    _version_key(model, number)
+                )  # the number was another's, who came and went meanwhile
             except Conflict:
-                continue  # somebody else moved it: look again
-
-    def fetch(self, version: Version, folder: Path) -> None:
-        """Download a version's files into an empty folder and verify every byte."""
-        keys = {name: _blob_key(version.model, file.sha256) for name, file in version.files.items()}
-        checkpoint.download(self.storage, keys, version.files, folder)
+                pass  # somebody else took the number, maybe to publish the same checkpoint
+            known, number = self._look(run, place)
+            if known:
+                return known
 
     def _look(self, run: Run, place: Place) -> tuple[Version | None, int]:
         """The version that was published from a checkpoint, if there is one, and the next free number."""
-        numbers = self.versions(run.model)
-        versions = (self.version(run.model, number) for number in numbers)
+        versions = self.all_versions(run.model)
         known = next((version for version in versions if (version.job, version.place) == (run.job, place)), None)
+        deleted = self.storage.list(f"models/{run.model}/deleted/")  # after the versions: it is written before they go
+        numbers = [version.version for version in versions]
         return known, max(numbers, default=0) + 1
+
+    def _restore(self, folder: Path, name: str, file: File, key: str) -> None:
+        if name == PROBE and not (folder / PROBE).exists():
+            write_probe(checkpoint.load_family(folder), folder)
+        path = folder / name
+        if not path.exists() or checkpoint.sha256_of(path) != file.sha256:
+            raise CheckpointError(f"{key}: missing, and {name} is another file now")
+        self.storage.upload(path, key)
+
+    def _take_back(self, model: str, alias: str, before: Alias | None, etag: str) -> None:
+        """Undo a move to a version that was deleted meanwhile, unless somebody has moved the alias on."""
+        key = _alias_key(model, alias)
+        with contextlib.suppress(Conflict, KeyNotFound):
+            if before:
+                write_document(self.storage, key, before.model_dump(mode="json"), if_match=etag)
+            elif self.storage.get(key)[1] == etag:
+                self.storage.delete(key)
 
     def _latest(self, model: str) -> Version:
         numbers = self.versions(model)
@@ -268,6 +337,10 @@ def check_alias(alias: str) -> None:
 
 def _version_key(model: str, number: int) -> str:
     return f"models/{model}/versions/{number:08d}.json"
+
+
+def _deleted_key(model: str, number: int) -> str:
+    return f"models/{model}/deleted/{number:08d}"
 
 
 def _alias_key(model: str, alias: str) -> str:

@@ -37,11 +37,11 @@ class SubprocessBackend:
 
     def start(self, storage_url: str, job: str, model: str, attempt: int, workers: int) -> Driver:
         self.logs.mkdir(parents=True, exist_ok=True)
-        with self.log(model, attempt).open("ab") as log:
+        with self.log(model, attempt).open("ab") as output:
             process = subprocess.Popen(
                 driver_command(storage_url, job, model, attempt, workers),
                 stdin=subprocess.DEVNULL,
-                stdout=log,
+                stdout=output,
                 stderr=subprocess.STDOUT,
                 env={**os.environ, **self.environment},
                 start_new_session=True,

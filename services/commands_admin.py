@@ -102,7 +102,7 @@ def keys_list(storage_url: StorageUrl = None, as_json: AsJson = False) -> None:
     elif found:
         console().print(keys_table(found))
     else:
-        tell("no keys yet; `genmodels keys create NAME` makes one")
+        print("no keys yet; `genmodels keys create NAME` makes one")
 
 
 @keys_app.command("revoke")
@@ -125,4 +125,4 @@ def _is_wanted(items: list[dict[str, object]], yes: bool) -> bool:
         return False
     size = sum(int(str(item["bytes"])) for item in items)
     console().print(garbage_table(items))
-    return agreed(f"Remove {len(items)} files, {amount(size)}?", yes)
+    return agreed(f"Remove {len(items)} items, {amount(size)}?", yes)

@@ -89,7 +89,7 @@ def jobs(
         print_json([job.model_dump(mode="json") for job in found])
         return
     if not found:
-        tell(f"no {'' if state == Kind.all else f'{state} '}jobs; `genmodels submit SPEC` makes one")
+        print(f"no {'' if state == Kind.all else f'{state} '}jobs; `genmodels submit SPEC` makes one")
         return
     console().print(jobs_table(found))
     if more:
@@ -123,7 +123,7 @@ def status(
         print_json(shown[0] if job else shown)
         return
     if not found:
-        tell("no open jobs; `genmodels jobs` lists those that have ended")
+        print("no open jobs; `genmodels jobs` lists those that have ended")
         return
     for one in found:
         console().print(runs_table(one))

@@ -131,7 +131,6 @@ def delete(
             remote.delete_version(model, int(number)) if number else remote.delete_job(model)
     elif number:
         from genmodels.cleanup import delete_version
-
         from genmodels.registry import Registry
 
         delete_version(Registry(storage(storage_url)), model, int(number))

@@ -85,6 +85,7 @@ def ray_environment() -> dict[str, str]:
         "RAY_AUTH_MODE": "token",
         "RAY_AUTH_TOKEN": secrets.token_hex(32),
         "RAY_USAGE_STATS_ENABLED": "0",
+        "TORCH_CPP_LOG_LEVEL": "ERROR",  # DistributedDataParallel warns of what we mean (see genmodels.train.Player)
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         "RAY_JOB_STOP_WAIT_TIME_S": os.environ.get("RAY_JOB_STOP_WAIT_TIME_S", "60"),  # for a driver to save
         **PROXY_ENVIRONMENT,

@@ -65,7 +65,7 @@ def plan_table(plan: Mapping[str, Any]) -> Table:
             model["model"],
             model["family"],
             model["dataset"],
-            f"{model['max_steps']} of {model['batch_size']}",
+            str(model["max_steps"]),
             "?" if model["epochs"] is None else f"{model['epochs']:g}",
             (str(most) if fewest == most else f"{fewest} to {most}") + (" GPU" if model["use_gpu"] else ""),
             "?" if model["parameters"] is None else f"{model['parameters']:,}",
@@ -119,14 +119,14 @@ def keys_table(keys: Iterable[Key]) -> Table:
 
 
 def garbage_table(items: Iterable[Mapping[str, Any]]) -> Table:
-    """files, size, why: what can go, by reason"""
+    """items (an object, or a folder of them), size, why: what can go, by reason"""
     sums: dict[str, tuple[int, int]] = {}
     for item in items:
-        files, size = sums.get(item["why"], (0, 0))
-        sums[item["why"]] = files + 1, size + item["bytes"]
-    table = _table("files", "size", "why")
-    for why, (files, size) in sums.items():
-        table.add_row(str(files), amount(size), Text(why))
+        count, size = sums.get(item["why"], (0, 0))
+        sums[item["why"]] = count + 1, size + item["bytes"]
+    table = _table("items", "size", "why")
+    for why, (count, size) in sums.items():
+        table.add_row(str(count), amount(size), Text(why))
     return table
 
 

@@ -9,16 +9,19 @@ from dataclasses import dataclass
 from types import TracebackType
 
 from rich.console import Console, RenderableType
-from rich.progress import BarColumn, Progress, ProgressColumn, Task, TaskID, TextColumn
+from rich.live import Live
+from rich.progress_bar import ProgressBar
 from rich.table import Column, Table
 from rich.text import Text
 
 from genmodels import models
-from genmodels.run import Heartbeat, Result, State, Status
+from genmodels.run import Heartbeat, Phase, Result, State, Status
 from genmodels.spec import ModelSpec
 from services.supervise import Watch
 
 LINE_SECONDS = 10.0  # between two lines of a model where the output is no terminal
+STORAGE_AWAY: Phase = "waiting for storage"
+SHOWN_PHASES: tuple[Phase, ...] = ("compiling", "evaluating", "saving")  # instead of `running`
 STYLES: dict[State, str] = {
     "starting": "cyan",
     "running": "cyan",
@@ -49,48 +52,47 @@ class Board:
 
     def __init__(self, console: Console) -> None:
         self.console = console
-        self._bars = Progress(
-            TextColumn("[bold]{task.fields[run].model}", table_column=Column(max_width=24, no_wrap=True)),
-            _State(),
-            _Middle(),
-            TextColumn("{task.fields[numbers]}", justify="right"),
-            console=console,
-            expand=True,
-            refresh_per_second=4,
-        )
-        self._tasks: dict[str, TaskID] = {}
-        self._lines: dict[str, tuple[float, Shown]] = {}  # the last one of each model, and when
+        self._runs: dict[str, Shown] = {}
+        self._lines: dict[str, float] = {}  # when each model had its last one
+        self._live = Live(console=console, get_renderable=self._bars, refresh_per_second=4)
 
     def __enter__(self) -> Board:
         if self.console.is_terminal:
-            self._bars.start()
+            self._live.start()
         return self
 
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
         if self.console.is_terminal:
-            self._bars.stop()
+            self._live.stop()
 
     def show(self, run: Shown) -> None:
         if not self.console.is_terminal:
             self._line(run)
-            return
-        if run.model not in self._tasks:
-            self._tasks[run.model] = self._bars.add_task("", total=None, run=run, numbers="")
-        total = run.max_steps or None
-        self._bars.update(self._tasks[run.model], completed=run.step, total=total, run=run, numbers=_numbers(run))
+        else:
+            self._runs[run.model] = run
 
     def say(self, line: str) -> None:
         """A line that stays: above the bars, or among the others."""
         self.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
     def _line(self, run: Shown) -> None:
-        when, last = self._lines.get(run.model, (0.0, None))
-        changed = last is None or (run.state, run.note) != (last.state, last.note)
-        if not changed and (run == last or time.monotonic() - when < LINE_SECONDS):
-            return
-        self._lines[run.model] = time.monotonic(), run
-        numbers, note = _numbers(run, ", "), run.note if changed else ""
-        self.say(f"{run.model}: {run.state}" + (numbers and f", {numbers}") + (note and f" ({note})"))
+        last = self._runs.get(run.model)
+        changed = not last or (run.state, run.note) != (last.state, last.note)
+        due = time.monotonic() - self._lines.get(run.model, 0.0) >= LINE_SECONDS
+        if not last or changed or (due and _numbers(run) != _numbers(last)):
+            self._runs[run.model], self._lines[run.model] = run, time.monotonic()
+            numbers = "".join(f", {number}" for number in _numbers(run) if number)
+            note = f" ({run.note})" if run.note and changed else ""
+            self.say(f"{run.model}: {run.state}{numbers}{note}")
+
+    def _bars(self) -> Table:
+        """A row for each run: model, state, and a bar with numbers or the note."""
+        table = Table.grid(Column(max_width=24, no_wrap=True), Column(no_wrap=True), Column(ratio=1), padding=(0, 1))
+        table.expand = True
+        for run in list(self._runs.values()):  # another thread draws than tells
+            phase = run.phase if run.state == "running" and run.phase in SHOWN_PHASES else run.state
+            table.add_row(Text(run.model, "bold"), Text(f"{phase:<10}", STYLES.get(run.state, "")), _rest(run))
+        return table
 
 
 class TrainingView:
@@ -111,42 +113,25 @@ class TrainingView:
             yield watch
 
 
-class _State(ProgressColumn):
-    """The state of a run, or the phase that it is in."""
-
-    def get_table_column(self) -> Column:
-        return Column(no_wrap=True)
-
-    def render(self, task: Task) -> Text:
-        run: Shown = task.fields["run"]
-        phase = run.phase if run.state == "running" and run.phase else run.state
-        return Text(phase, STYLES.get(run.state, ""))
-
-
-class _Middle(ProgressColumn):
-    """A bar while there are steps to show, else the note."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._bar = BarColumn(bar_width=None)
-
-    def get_table_column(self) -> Column:
-        return Column(ratio=1, no_wrap=True, overflow="ellipsis")
-
-    def render(self, task: Task) -> RenderableType:
-        run: Shown = task.fields["run"]
-        if run.note and (run.state not in ("running", "publishing") or not run.step):
-            return Text(run.note, "red" if run.state == "failed" else "dim")
-        return self._bar.render(task)
+def _rest(run: Shown) -> RenderableType:
+    if run.state == "running" and run.phase == STORAGE_AWAY:
+        return Text(run.phase, "yellow")
+    if run.note and (run.state not in ("running", "publishing") or not run.step):
+        return Text(run.note, "red" if run.state == "failed" else "dim", no_wrap=True, overflow="ellipsis")
+    steps, loss, left = _numbers(run)
+    row = Table.grid(Column(ratio=1), Column(no_wrap=True), padding=(0, 1), expand=True)
+    row.add_row(ProgressBar(run.max_steps or None, run.step), f"{steps:>14} {loss:<12} {left:>12}".rstrip())
+    return row
 
 
-def _numbers(run: Shown, between: str = "  ") -> str:
-    """step 120/600  loss 1.823  0:42 left"""
-    parts = [f"step {run.step}/{run.max_steps}"] if run.step else []
-    if run.state in ("running", "starting"):
-        parts += [f"loss {run.loss:.4g}"] if run.loss is not None else []
-        parts += [f"{clock(run.seconds_left)} left"] if run.seconds_left is not None else []
-    return between.join(parts)
+def _numbers(run: Shown) -> tuple[str, str, str]:
+    """steps, loss and time left, each empty where there is none"""
+    running = run.state == "running"
+    return (
+        f"step {run.step}/{run.max_steps}" if run.step else "",
+        f"loss {run.loss:.4g}" if running and run.loss is not None else "",
+        f"{clock(run.seconds_left)} left" if running and run.seconds_left is not None else "",
+    )
 
 
 def summary(rows: list[tuple[ModelSpec, Status, Result | None]], endpoint: str | None) -> Table:

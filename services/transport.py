@@ -15,7 +15,7 @@ from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_r
 from genmodels.errors import GenmodelsError, JobNotFound, SpecError
 
 PATIENCE_SECONDS = 10.0  # to go on trying a service that does not answer
-FIRST_PATIENCE_SECONDS = 3.0  # the same, before it has answered once: the address may be wrong
+FIRST_PATIENCE_SECONDS = 2.0  # the same, before it has answered once: the address may be wrong
 CONNECT_SECONDS = 5.0
 ANSWER_SECONDS = 30.0
 SILENCE_SECONDS = 60.0  # without a word, after which a followed log is asked for anew

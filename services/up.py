@@ -27,7 +27,7 @@ from typing import NamedTuple
 
 import httpx
 
-from genmodels.errors import StorageUnavailable
+from genmodels.errors import GenmodelsError
 from genmodels.job import Jobs
 from genmodels.run import Run
 from genmodels.storage import Storage
@@ -179,7 +179,7 @@ def _leave(storage: Storage, backend: RayJobsBackend, tell: Tell, may_wait: Call
     """Have every attempt save and end, and wait for that; while the store is away nothing can be saved."""
     if not may_wait():
         return
-    with suppress(StorageUnavailable):
+    with suppress(GenmodelsError):
         leaving: dict[str, Driver] = {}
         for job in Jobs(storage).open():
             for model in Jobs(storage).entry(job).models:

@@ -8,6 +8,7 @@ import re
 import socket
 import struct
 import threading
+from collections.abc import Callable
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
@@ -46,6 +47,7 @@ class FaultProxy:
         self.healed = threading.Event()
         self.connections: set[socket.socket] = set()
         self._faults: list[_Fault] = []
+        self._choose: Callable[[], str] | None = None
         self._server = _Server(("127.0.0.1", 0), _Handler)
         self._server.proxy = self
         self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
@@ -59,10 +61,16 @@ class FaultProxy:
             self.healed.clear()
             self._faults.append(_Fault(mode, times, method, path))
 
+    def fail_at_random(self, choose: Callable[[], str]) -> None:
+        """Have each request that nothing else is said about answered in the mode that `choose` gives."""
+        with self.lock:
+            self._choose = choose
+
     def heal(self) -> None:
         """Forward everything again, and let go what hangs."""
         with self.lock:
             self._faults.clear()
+            self._choose = None
             self.healed.set()
 
     def count(self, method: str, mode: str | None = None) -> int:
@@ -93,7 +101,7 @@ class FaultProxy:
                         fault.times -= 1
                     break
             else:
-                fault = _Fault("ok", None, "", "")
+                fault = _Fault(self._choose() if self._choose else "ok", None, "", "")
             self.seen.append((method, path, fault.mode))
             return fault.mode
 

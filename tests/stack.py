@@ -1,4 +1,4 @@
-"""The whole platform as processes that may be killed: S3 server, a proxy before it that fails on command, Ray, job service.
+"""The platform as processes that may be killed: S3 server, a proxy before it that fails on command, Ray, job service.
 
 All of them but the tests themselves reach the store through the proxy: what tests read of it is the truth.
 """
@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import itertools
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -31,13 +32,14 @@ from genmodels.data import stored
 from genmodels.job import Jobs
 from genmodels.keys import Keys
 from genmodels.registry import Registry
-from genmodels.run import ENDED, Run, State, Status
+from genmodels.run import ENDED, Heartbeat, Run, State, Status
 from genmodels.spec import JobSpec, ModelSpec, dump, model_digest
 from genmodels.storage import open_storage
 from services.backends import RayJobsBackend, submission_id
 from services.local import free_ports
 
-CPUS = 4
+CPUS = 2
+Look = Callable[[], Any]
 # What may follow what. A status that was written between two looks may have been passed over by its successor.
 LEGAL: dict[State, tuple[State, ...]] = {
     "queued": ("starting", "cancelled"),
@@ -65,7 +67,6 @@ class JobService:
             timeout=30,
             trust_env=False,
         )
-        self.process: subprocess.Popen[bytes] | None = None
 
     def start(self, wait: bool = True) -> None:
         with self.log.open("ab") as output:
@@ -77,9 +78,8 @@ class JobService:
 
     def kill(self) -> None:
         """kill -9"""
-        if self.process:
-            self.process.kill()
-            self.process.wait()
+        self.process.kill()
+        self.process.wait()
 
     def ask(self, method: str, path: str, **options: Any) -> Any:
         """The JSON of an answer, which must be a good one."""
@@ -93,7 +93,6 @@ class JobService:
         return answer.text
 
     def _answers(self) -> bool:
-        assert self.process
         assert self.process.poll() is None, self.log.read_text()[-3000:]
         with contextlib.suppress(httpx.HTTPError):
             return self.client.get("/healthz").status_code == 200
@@ -109,7 +108,6 @@ class Stack:
         """
         self.folder = folder
         self.settings = {"GENMODELS_TEST": str(uuid.uuid4()), "OMP_NUM_THREADS": "1", **environment}
-        self.figures: list[tuple[str, float]] = []  # what happened, and how many seconds it took
         self._references: dict[tuple[str, int], dict[str, str]] = {}
         self._exits = contextlib.ExitStack()
 
@@ -133,7 +131,11 @@ class Stack:
             with self.through_proxy():
                 self.head = RayHead(self.folder / "ray.log", CPUS)
                 self.service = JobService(
-                    self.folder / "jobs.log", self.storage.url, self.head.dashboard, token, {"AWS_ENDPOINT_URL": self.proxy.url}
+                    self.folder / "jobs.log",
+                    self.storage.url,
+                    self.head.dashboard,
+                    token,
+                    {"AWS_ENDPOINT_URL": self.proxy.url},
                 )
                 self.service.start(wait=False)
                 exits.enter_context(self.head)
@@ -145,8 +147,6 @@ class Stack:
 
     def __exit__(self, *_: object) -> None:
         self._exits.close()
-        for what, seconds in self.figures:
-            print(f"{seconds:6.1f} s  {what}")
 
     @contextlib.contextmanager
     def through_proxy(self) -> Iterator[None]:
@@ -161,44 +161,65 @@ class Stack:
         """The id of a new job."""
         spec = yaml.safe_dump({"name": name, "priority": priority, "models": list(models)})
         headers = {"content-type": "application/yaml", "idempotency-key": uuid.uuid4().hex}
-        view = self.service.ask("POST", "/jobs", content=spec, headers=headers)
-        assert view["state"] == "queued"
-        return str(view["job"])
+        while True:
+            answer = self.service.client.post("/v1/jobs", content=spec, headers=headers)
+            if answer.status_code != 503:  # the store is away: the same key makes it safe to ask again
+                break
+        assert answer.status_code in (200, 201), answer.text
+        return str(answer.json()["job"])
 
-    def run(self, job: str, name: str | None = None) -> Run:
-        return Run(self.storage, job, name or self.jobs.spec(job).models[0].name)
+    def submit_one(self, model: dict[str, Any], priority: int = 0) -> Run:
+        """The run of a new job with one model."""
+        return self.run(self.submit(model["name"], model, priority=priority), model["name"])
 
-    def attempt(self, run: Run) -> int:
-        return run.status()[0].attempt
+    def run(self, job: str, name: str) -> Run:
+        return Run(self.storage, job, name)
 
-    def trains(self, run: Run, attempt: int = 1, step: int = 1, timeout: float = 120) -> int:
-        """Wait until an attempt has made a step, and a certain one; the step it is at."""
+    def trains(self, run: Run, attempt: int = 1, *, since: float | None = None, what: str = "") -> None:
+        """Wait until an attempt makes steps.
 
-        def look() -> int:
-            beat = run.heartbeat(attempt)
-            status = run.status()[0]
-            assert status.state not in ENDED, f"{run.name} has ended: {status.history}\n{self.tell(run)}"
-            started = run.start_of(attempt) if beat and beat.phase != "starting" else None
-            return beat.step if beat and started and beat.step >= step else 0
+        Args:
+            since: when something happened, by the monotonic clock.
+            what: that was, for the figures that pytest -s shows.
+        """
+        self._await(run, lambda: _makes_steps(run.heartbeat(attempt)), f"attempt {attempt} trains")
+        if since is not None:
+            tell_figure(time.monotonic() - since, f"{what}, until training again")
 
-        return int(until(look, f"attempt {attempt} of {run.name} is at step {step}\n{self.tell(run)}", timeout))
-
-    def saves(self, run: Run, attempt: int = 1, timeout: float = 120) -> Place:
+    def saves(self, run: Run, attempt: int = 1) -> Place:
         """Wait for a checkpoint of an attempt; the newest one."""
+        self._await(run, lambda: self.newest_manifest(run, attempt), f"attempt {attempt} saves")
+        newest = self.newest_manifest(run, attempt)
+        assert newest
+        return newest
 
-        def look() -> list[Place]:
-            return [place for place in run.checkpoints() if place.attempt == attempt]
-
-        return until(look, f"attempt {attempt} of {run.name} saves", timeout)[-1]
+    def newest_manifest(self, run: Run, attempt: int) -> Place | None:
+        """Of what an attempt has stored, whether or not it counts."""
+        keys = self.storage.list(f"{run.prefix}/attempt-{attempt}/checkpoints/")
+        steps = [int(found[1]) for key in keys if (found := re.search(r"/step-(\d+)/manifest.json$", key))]
+        return Place(attempt=attempt, step=max(steps)) if steps else None
 
     def reaches(self, run: Run, state: State, timeout: float = 120) -> Status:
         """Wait for a state; the status."""
-        deadline = time.monotonic() + timeout
-        while (status := run.status()[0]).state != state:
-            wrong = status.state in ENDED or time.monotonic() > deadline
-            assert not wrong, f"{run.name} is {status.state}, not {state}: {status.history}\n{self.tell(run)}"
-            time.sleep(0.1)
-        return status
+        self._await(run, lambda: run.status()[0].state == state, state, timeout, then=state)
+        return run.status()[0]
+
+    def shown_job(self, job: str) -> dict[str, Any]:
+        """A job as the API shows it."""
+        return dict(self.service.ask("GET", f"/jobs/{job}"))
+
+    def shown(self, run: Run) -> dict[str, Any]:
+        """A run as the API shows it."""
+        return next(shown for shown in self.shown_job(run.job)["models"] if shown["model"] == run.model)
+
+    def asked(self, path: str) -> bool:
+        """Whether the store was asked to write there."""
+        return any(method == "PUT" and path in seen for method, seen, _ in self.proxy.seen)
+
+    def capacity(self) -> int:
+        """CPUs that Ray says it has."""
+        found = RayJobsBackend(self.head.dashboard).capacity()
+        return found.cpus if found else 0
 
     def tell(self, run: Run) -> str:
         """What there is to know of a run that did not do what it should."""
@@ -209,7 +230,7 @@ class Stack:
     def timed(self, what: str) -> Iterator[None]:
         began = time.monotonic()
         yield
-        self.figures.append((what, time.monotonic() - began))
+        tell_figure(time.monotonic() - began, what)
 
     # Processes
 
@@ -226,9 +247,9 @@ class Stack:
                 found.append(int(folder.name))
         return sorted(found)
 
-    def driver(self, run: Run, attempt: int) -> list[int]:
-        """The driver's process, and its parent shell if it has one."""
-        return self.find(f"services.train --storage {self.storage.url} --job {run.job} --model {run.model} --attempt {attempt}")
+    def drivers(self, run: Run, attempt: int) -> list[int]:
+        """The driver's process, and the shell that started it."""
+        return self.find(f"--job {run.job} --model {run.model} --attempt {attempt} ")
 
     def workers(self, run: Run, attempt: int) -> list[int]:
         """Processes of the worker group of an attempt."""
@@ -258,11 +279,7 @@ class Stack:
     def kill_ray(self) -> None:
         """kill -9 of all that is Ray's: GCS, raylet, agents, drivers, workers."""
         self.head.kill()
-        while pids := [pid for pid in self.find("") if pid != (self.service.process and self.service.process.pid)]:
-            pids = [pid for pid in pids if not _is_of_s3(pid)]
-            if not pids:
-                return
-            self.kill(*pids)
+        self._sweep(self.service.process.pid)
 
     def start_ray(self) -> None:
         with self.through_proxy():
@@ -299,8 +316,7 @@ class Stack:
         if exact:
             found = {name: file.sha256 for name, file in manifest.files.items()}
             assert found == self.undisturbed(spec, manifest.lineage.world_size)
-        view = self.service.ask("GET", f"/jobs/{run.job}")
-        (shown,) = [shown for shown in view["models"] if shown["model"] == run.model]
+        shown = self.shown(run)
         assert (shown["state"], shown["version"], shown["attempt"]) == ("succeeded", 1, status.attempt)
         return status
 
@@ -321,10 +337,21 @@ class Stack:
     def _spec(self, run: Run) -> ModelSpec:
         return next(spec for spec in self.jobs.spec(run.job).models if spec.name == run.model)
 
-    def _sweep(self) -> None:
-        for pid in self.find(""):
-            if not _is_of_s3(pid):
-                self.kill(pid)
+    def _await(self, run: Run, look: Look, what: str, timeout: float = 120, then: State | None = None) -> None:
+        """Wait for what a run is to do, unless it ends in another way than that."""
+        deadline = time.monotonic() + timeout
+        while not look():
+            status = run.status()[0]
+            late, ended = time.monotonic() > deadline, status.state in ENDED and status.state != then
+            if (late or ended) and not look():
+                said = "\n".join(f"{change.time} {change.state}: {change.reason}" for change in status.history)
+                raise AssertionError(f"{run.name}, not within {timeout:g} s: {what}\n{said}\n{self.tell(run)}")
+            time.sleep(0.1)
+
+    def _sweep(self, *spared: int) -> None:
+        """Kill what is left of this stack, but for the S3 server."""
+        while pids := [pid for pid in self.find("") if pid not in spared and not _is_of_s3(pid)]:
+            self.kill(*pids)
 
 
 def tiny_model(name: str, workers: int | dict[str, int] = 1, **train: Any) -> dict[str, Any]:
@@ -332,6 +359,10 @@ def tiny_model(name: str, workers: int | dict[str, int] = 1, **train: Any) -> di
     settings = {"max_steps": 600, "save_every": 50, "eval_every": 10_000, "log_every": 1, **train}
     entry = model(Path(), "vae", name, **settings)
     return {**entry, "data": {"dataset": "shapes"}, "scaling": {"num_workers": workers}}
+
+
+def tell_figure(seconds: float, what: str) -> None:
+    print(f"{seconds:6.1f} s  {what}", flush=True)
 
 
 def check_history(status: Status) -> None:
@@ -351,6 +382,10 @@ def parents(run: Run) -> list[Place | None]:
     return [link.parent for link in run.chain()]
 
 
+def _makes_steps(beat: Heartbeat | None) -> bool:
+    return beat is not None and beat.phase not in ("starting", "compiling")
+
+
 def _lives(pid: int) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
@@ -362,6 +397,3 @@ def _is_of_s3(pid: int) -> bool:
     with contextlib.suppress(OSError):
         return b"weed" in Path(f"/proc/{pid}/cmdline").read_bytes()
     return False
-
-
-Look = Callable[[], Any]

@@ -147,6 +147,19 @@ class FailingStorage(Wrapped):
             raise StorageUnavailable(f"{key}: no answer")
 
 
+class PausedStorage(Wrapped):
+    """A process is paused before its n-th operation, and `meanwhile` happens."""
+
+    def __init__(self, inner: Storage, moment: int, meanwhile: Callable[[], Any]) -> None:
+        super().__init__(inner)
+        self.moment, self.meanwhile, self.operations = moment, meanwhile, 0
+
+    def before(self, verb: str, key: str) -> None:
+        self.operations += 1
+        if self.operations == self.moment:
+            self.meanwhile()
+
+
 def save(run: Run, attempt: int, step: int, parent: Place | None = None, **metrics: float) -> Place:
     """A whole checkpoint of one small file, past the fence."""
     place = Place(attempt=attempt, step=step)

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import re
 import subprocess
 import sys
+import textwrap
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
 import yaml
 from published import publish
 from tiny import make_data, model
@@ -14,6 +19,8 @@ from tiny import make_data, model
 from genmodels import models
 from genmodels.registry import Registry
 from genmodels.storage import open_storage
+from services import cli
+from services.up import Options
 
 
 def genmodels(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
@@ -70,3 +77,64 @@ def test_mistakes_are_one_line(tmp_path: Path, arguments: list[str], code: int, 
     assert done.stderr.startswith(error)
     assert done.stderr.count("\n") == 1
     assert not done.stdout
+
+
+def test_help_is_grouped_and_explains_every_option(tmp_path: Path) -> None:
+    shown = genmodels(tmp_path, "--help").stdout
+    groups = [line.removesuffix(":") for line in shown.splitlines() if re.fullmatch(r"[A-Z][\w ]+:", line)]
+    assert groups == ["Options", *HEADINGS]
+    assert not [line for line in shown.splitlines() if line.startswith("  ") and line.endswith("...")], "cut off"
+    for path, command in _commands(cli.app):
+        assert command.help, path
+        for option in command.params:
+            assert getattr(option, "help", None), f"{path}: {option.name}"
+
+
+HEADINGS = ["On this machine alone", "Jobs on a job service", "What is stored", "Running it for others"]
+
+
+def _commands(app: typer.Typer) -> Iterator[tuple[str, Any]]:
+    group: Any = typer.main.get_command(app)
+    waiting = [("", group)]
+    while waiting:
+        path, command = waiting.pop()
+        for name, inner in getattr(command, "commands", {}).items():
+            waiting.append((f"{path} {name}", inner))
+        if path:
+            yield path, command
+
+
+def test_commands_of_the_job_api_need_neither_torch_nor_ray(tmp_path: Path) -> None:
+    """They answer at once: a service that is not there is told within seconds, patience included."""
+    program = """
+        import sys
+        from services import cli, transport
+        transport.FIRST_PATIENCE_SECONDS = 0
+        for arguments in ("jobs", "status x", "cancel x", "logs x", "models", "submit job.yaml"):
+            sys.argv = ["genmodels", *arguments.split(), "--api", "http://127.0.0.1:9"]
+            try:
+                cli.main()
+            except SystemExit as end:
+                print(end.code)
+        print(*sorted({"torch", "ray", "boto3", "fastapi"} & set(sys.modules)))
+    """
+    (tmp_path / "job.yaml").write_text("name: x")
+    command = [sys.executable, "-c", textwrap.dedent(program)]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=60, check=True)
+    assert done.stdout.splitlines() == ["1"] * 6 + [""]
+    assert [line[:58] for line in done.stderr.splitlines()] == [
+        "error: no job service answers at http://127.0.0.1:9; start"
+    ] * 6
+
+
+def test_up_hands_its_options_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    given: list[Any] = []
+    monkeypatch.setattr("services.up.up", lambda storage, options: given.extend([storage.url, options]))
+    options = ["--port", "8001", "--api-port", "8081", "--metrics-port", "9", "--num-cpus", "3", "--no-auth"]
+    arguments = ["genmodels", "up", "--storage", tmp_path.as_uri(), *options, "--logs", "here"]
+    monkeypatch.setattr(sys, "argv", arguments)
+    with pytest.raises(SystemExit) as ended:
+        cli.main()
+    assert not ended.value.code
+    expected = Options(port=8001, api_port=8081, metrics_port=9, auth=False, num_cpus=3, logs=Path("here"))
+    assert given == [tmp_path.as_uri(), expected]

@@ -14,6 +14,7 @@ import sys
 import threading
 import zipfile
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -25,6 +26,7 @@ from PIL import Image
 from published import publish
 from served import served
 
+from genmodels import cleanup
 from genmodels.job import Jobs
 from genmodels.keys import Keys
 from genmodels.registry import Registry
@@ -126,7 +128,7 @@ def test_a_dry_run_submits_nothing(api: str, command: Command, store: Storage) -
     code, out, _ = command("submit", "shapes.yaml", "--dry-run")
     assert code == 0
     vae, gan = (line.split("│") for line in out.splitlines() if "digits" in line)
-    assert [cell.strip() for cell in vae[1:5]] == ["vae-digits", "vae", "digits", "100 of 64"]
+    assert [cell.strip() for cell in vae[1:5]] == ["vae-digits", "vae", "digits", "100"]
     assert vae[-2].strip() == gan[-2].strip() == "yes"
     code, out, _ = command("submit", "shapes.yaml", "--dry-run", "--json")
     assert json.loads(out)["models"][1]["parameters"] > 1000
@@ -274,8 +276,8 @@ def test_wait_outlives_the_service(
 
 def test_lists_and_tables(api: str, command: Command, store: Storage) -> None:
     code, out, err = command("jobs")
-    assert (code, out, err) == (0, "", "no jobs; `genmodels submit SPEC` makes one\n")
-    assert command("status")[2] == "no open jobs; `genmodels jobs` lists those that have ended\n"
+    assert (code, out, err) == (0, "no jobs; `genmodels submit SPEC` makes one\n", "")
+    assert command("status")[1] == "no open jobs; `genmodels jobs` lists those that have ended\n"
     first, second, third = (submitted(command) for _ in range(3))
     run = Run(store, second, "vae-digits")
     to(run, "starting", "attempt 1 with 1 worker", attempt=1, workers=1)
@@ -389,7 +391,7 @@ def test_keys(store: Storage, command: Command, monkeypatch: pytest.MonkeyPatch,
     """A key's whole life; the service takes it while it lives, for what it is for."""
     (tmp_path / "shapes.yaml").write_text(SPEC)
     storage = ("--storage", store.url)
-    assert command("keys", "list", *storage)[2] == "no keys yet; `genmodels keys create NAME` makes one\n"
+    assert command("keys", "list", *storage)[1] == "no keys yet; `genmodels keys create NAME` makes one\n"
     code, token, err = command("keys", "create", "alice", "--scope", "submit", "--prefix", "vae-", *storage)
     assert code == 0
     assert re.fullmatch(r"gm_[0-9a-f]{8}_\S{43}\n", token)
@@ -494,8 +496,71 @@ def test_datasets(api: str, command: Command, tmp_path: Path) -> None:
     assert "too few pictures" in command("data", "add", "pets", "pets.zip")[2]
 
 
-def test_gc_says_first_what_it_would_free(api: str, command: Command, store: Storage) -> None:
-    assert command("gc")[1] == "there is nothing to remove\n"
+@dataclass
+class Garbage:
+    """What `genmodels.cleanup.gc` gives, with two things to remove."""
+
+    storage: Storage
+    items: list[SimpleNamespace]
+
+    def carry_out(self) -> None:
+        for item in self.items:
+            self.storage.delete(item.key)
+
+
+def collect(storage: Storage) -> Garbage:
+    whys = {"junk/a": "an upload that never ended", "junk/b": "an upload that never ended", "junk/c": "no version"}
+    there = [SimpleNamespace(key=key, bytes=1024**2, why=why) for key, why in whys.items() if storage.exists(key)]
+    return Garbage(storage, there)
+
+
+@pytest.mark.parametrize("through", ["the service", "the storage"])
+def test_gc_says_first_what_it_would_free(
+    api: str, command: Command, store: Storage, monkeypatch: pytest.MonkeyPatch, through: str
+) -> None:
+    monkeypatch.setattr(cleanup, "gc", collect)
+    where = () if through == "the service" else ("--storage", store.url)
+    assert command("gc", *where)[1] == "there is nothing to remove\n"
+    for name in "abc":
+        store.put(f"junk/{name}", b"")
+    code, out, err = command("gc", *where)
+    assert code == 2
+    assert err == "error: Remove 3 items, 3 MiB? There is no terminal to ask on: add --yes\n"
+    rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in out.splitlines() if "MiB" in line]
+    assert rows == [["2", "2 MiB", "an upload that never ended"], ["1", "1 MiB", "no version"]]
+    assert len(store.list("junk/")) == 3
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
+    for answer, code, left in (("n\n", 0, 3), ("y\n", 0, 0)):
+        monkeypatch.setattr("typer.confirm", lambda question, err, answer=answer: answer == "y\n")
+        assert command("gc", *where)[0] == code
+        assert len(store.list("junk/")) == left
+
+
+def test_bars_on_a_terminal(api: str, command: Command, store: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two models at once; what an attempt was lost by stays above the bars."""
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "100")
+    job = submitted(command)
+    vae, gan = Run(store, job, "vae-digits"), Run(store, job, "gan-digits")
+    to(vae, "starting", "attempt 1 with 1 worker", attempt=1, workers=1)
+    to(vae, "running", "the workers train")
+    vae.beat(1, Heartbeat(phase="training", step=50, max_steps=100, loss=1.25, seconds_left=65))
+
+    def lose() -> None:
+        to(vae, "queued", "a worker died; goes on from step 50")
+        to(vae, "starting", "attempt 2 with 1 worker", attempt=2)
+
+    def end() -> None:
+        for run in (vae, gan):
+            to(run, "cancelled", "cancelled by hand")
+
+    monkeypatch.setattr(follow, "time", in_steps(lose, end))
+    code, out, _ = command("status", job, "--wait")
+    assert code == 1
+    shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", out)
+    assert "vae-digits: queued (a worker died; goes on from step 50)\n" in shown
+    assert re.search(r"vae-digits +cancelled +cancelled by hand", shown)
+    assert re.search(r"gan-digits +cancelled +cancelled by hand", shown)
 
 
 def test_the_same_without_a_service(command: Command, tmp_path: Path) -> None:
@@ -507,7 +572,6 @@ def test_the_same_without_a_service(command: Command, tmp_path: Path) -> None:
     assert (tmp_path / "here" / "model.safetensors").is_file()
     assert command("data", "add", "novel", "novel.txt")[0] == 0
     assert "novel" in command("data", "list")[1]
-    assert command("gc")[1] == "there is nothing to remove\n"
     code, _, err = command("delete", "vae@1", "--yes")
     assert code == 1
     code, _, err = command("delete", "shapes-01234567", "--yes")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -120,6 +121,8 @@ class Platform:
             self.process.kill()
             self.process.wait()
             until(lambda: not alive(before), "every process is gone", 15)
+        for folder in re.findall(r"RAY_AUTH_TOKEN_PATH=(\S+)/token", self.output()):
+            shutil.rmtree(folder, ignore_errors=True)  # after a kill -9 nobody else does
 
     def output(self) -> str:
         return self.log.read_text()

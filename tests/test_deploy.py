@@ -1,0 +1,82 @@
+"""The Serve application is declared where it is missing, and left alone where it is there."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import httpx
+import pytest
+
+from services import dashboard, deploy
+from services.dashboard import Dashboard
+
+
+class Serve:
+    """Serve's REST API: `states` are what it says of the application, one at each look; then the test is over."""
+
+    class Over(BaseException):
+        pass
+
+    def __init__(self, *states: str | int | None, answer: int = 200) -> None:
+        self.states, self.answer = list(states), answer
+        self.declared: list[dict[str, Any]] = []
+        self.dashboard = Dashboard("http://ray")
+        self.dashboard.client = httpx.Client(base_url="http://ray", transport=httpx.MockTransport(self._answer))
+
+    def keep(self) -> list[dict[str, Any]]:
+        with pytest.raises(Serve.Over):
+            deploy.keep_deployed(self.dashboard, "s3://bucket/a", 8123, auth=True)
+        return self.declared
+
+    def _answer(self, request: httpx.Request) -> httpx.Response:
+        assert request.url.path == "/api/serve/applications/"
+        if request.method == "PUT":
+            self.declared.append(json.loads(request.content))
+            return httpx.Response(self.answer)
+        if not self.states:
+            raise Serve.Over
+        state = self.states.pop(0)
+        if state is None:
+            raise httpx.ReadTimeout("no answer")
+        if isinstance(state, int):
+            return httpx.Response(state)
+        return httpx.Response(200, json={"applications": {deploy.APPLICATION: {"status": state}} if state else {}})
+
+
+@pytest.fixture(autouse=True)
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(deploy, "LOOK_SECONDS", 0.0)
+    monkeypatch.setattr(deploy, "RETRY_SECONDS", 0.0)
+    monkeypatch.setattr(dashboard, "SILENCE_SECONDS", 0.0)
+
+
+def test_what_is_declared() -> None:
+    [declared] = Serve(None, "", "DEPLOYING", "RUNNING", "RUNNING").keep()
+    assert declared["http_options"]["host"] == "127.0.0.1"
+    assert declared["http_options"]["port"] == 8123
+    [application] = declared["applications"]
+    assert application["args"] == {"storage_url": "s3://bucket/a", "auth": True}
+    assert application["import_path"] == f"{deploy.application.__module__}:{deploy.application.__name__}"
+
+
+@pytest.mark.parametrize("state", ["RUNNING", "DEPLOYING", "UNHEALTHY", "DELETING", None, 500, 401])
+def test_what_is_there_or_unknown_is_left_alone(state: str | int | None) -> None:
+    assert Serve(state, state).keep() == []
+
+
+def test_it_is_declared_again_after_a_restart_of_ray_or_a_failure() -> None:
+    assert len(Serve("", "RUNNING", None, None, "", "RUNNING", "DEPLOY_FAILED", "RUNNING").keep()) == 3
+
+
+def test_a_declaration_that_is_not_taken_is_repeated() -> None:
+    assert len(Serve("", "", "RUNNING", answer=500).keep()) == 2
+
+
+def test_ray_takes_the_declaration(ray_cluster: str) -> None:
+    """The words are Serve's own."""
+    from ray.serve.schema import ServeDeploySchema
+
+    schema = ServeDeploySchema.model_validate(deploy.declaration("s3://bucket/a", 8123, True))
+    assert schema.http_options.port == 8123
+    assert schema.applications[0].args == {"storage_url": "s3://bucket/a", "auth": True}

@@ -1,0 +1,305 @@
+"""Whatever dies, each job runs once, to its end, with the weights of an undisturbed run. Real Ray, S3, kills."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import time
+from collections.abc import Iterator
+
+import pytest
+from ray_node import until
+from stack import CPUS, Stack, parents, tiny_model
+
+from genmodels.checkpoint import Place
+from genmodels.run import Run
+
+HANG_SECONDS = 10
+OUTAGE_SECONDS = 8
+STORE_FAULTS = ("500", "503", "503 SlowDown", "reset", "slow", "drop-answer")
+
+
+@pytest.fixture(scope="module")
+def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
+    with Stack(
+        tmp_path_factory.mktemp("stack"),
+        GENMODELS_HANG_SECONDS=str(HANG_SECONDS),
+        GENMODELS_GROW_SECONDS="2",
+        GENMODELS_GROW_WORTH_SECONDS="1",
+    ) as stack:
+        yield stack
+
+
+@pytest.fixture(autouse=True)
+def healed(stack: Stack) -> Iterator[None]:
+    yield
+    stack.proxy.heal()
+
+
+def test_workers_killed_in_a_step_in_an_upload_and_after_a_manifest(stack: Stack) -> None:
+    save_every = 100
+    run = stack.submit_one(tiny_model("worker", 2, max_steps=1200, save_every=save_every))
+
+    stack.saves(run, 1)
+    when = stack.kill(stack.workers(run, 1)[0])
+    stack.trains(run, 2, since=when, what="one of two workers killed in a step")
+    first = took_over(stack, run, 2)
+    assert first.attempt == 1
+
+    stack.proxy.fail("hang", method="PUT", path=f"{run.name}/attempt-2/checkpoints/")
+    until(lambda: stack.proxy.count("PUT", "hang"), "an upload hangs")
+    when = stack.kill(*stack.workers(run, 2))
+    stack.proxy.heal()
+    stack.trains(run, 3, since=when, what="both workers killed in an upload")
+    assert took_over(stack, run, 3) == first
+
+    place = Place(attempt=3, step=first.step + save_every)
+    manifest = f"{run.checkpoint_prefix(place)}/manifest.json"
+    stack.proxy.fail("hang-answer", method="PUT", path=manifest)
+    until(lambda: stack.storage.exists(manifest), "a manifest is stored")
+    when = stack.kill(*stack.workers(run, 3))
+    stack.proxy.heal()
+    stack.trains(run, 4, since=when, what="both workers killed after a manifest")
+    assert took_over(stack, run, 4) == place
+
+    stack.reaches(run, "succeeded")
+    stack.check_succeeded(run, attempts=4)
+    assert parents(run) == [None, first, place]  # attempt 2 is no part of the history
+
+
+def test_driver_killed(stack: Stack) -> None:
+    run = stack.submit_one(tiny_model("driver", max_steps=1000, save_every=100))
+    stack.saves(run, 1)
+    when = stack.kill(*stack.drivers(run, 1))
+    stack.trains(run, 2, since=when, what="driver killed")
+    parent = took_over(stack, run, 2)
+    status = stack.reaches(run, "succeeded")
+    stack.check_succeeded(run, attempts=2)
+    assert parents(run) == [None, parent]
+    assert any("driver ended with code" in change.reason for change in status.history)
+
+
+def test_job_service_killed_and_then_the_whole_of_ray(stack: Stack) -> None:
+    """While a run trains and another one waits for its workers."""
+    active = stack.submit_one(tiny_model("active", CPUS, max_steps=2000, save_every=100))
+    waiting = stack.submit_one(tiny_model("waiting", max_steps=40, save_every=20))
+    stack.proxy.fail(
+        "slow", method="PUT", path=f"{active.name}/attempt-1/checkpoints/"
+    )  # it trains for as long as it takes
+    stack.trains(active)
+    shown = stack.shown(waiting)
+    assert (shown["state"], shown["position"], shown["wait"]) == ("queued", 1, "needs 1 CPU, free: 0 CPUs")
+    epoch = active.status()[0].epoch
+
+    stack.service.kill()
+    before = stack.saves(active)
+    until(lambda: stack.saves(active).step > before.step, "the run goes on without a job service")
+    with stack.timed("job service killed, until another one has taken its runs over"):
+        stack.service.start()
+        until(
+            lambda: all(run.status()[0].epoch > epoch for run in (active, waiting)), "a new dispatcher takes over", 40
+        )
+    assert (active.status()[0].attempt, waiting.status()[0].state) == (1, "queued")
+
+    when = time.monotonic()
+    stack.kill_ray()
+    lines = stack.service.text(f"/jobs/{active.job}/logs", source="0")
+    assert "rank 0 of 2: begins" in lines
+    rows = stack.service.ask("GET", f"/jobs/{active.job}/metrics")["data"]
+    assert [row["step"] for row in rows] == list(range(1, len(rows) + 1))
+    assert len(rows) >= before.step
+    until(lambda: stack.shown(waiting)["wait"] == "the cluster does not answer", "the queue says so")
+    assert waiting.status()[0].state == "queued"
+    stack.proxy.heal()
+    stack.start_ray()
+    stack.trains(active, 2, since=when, what="Ray's head killed and started again")
+    parent = took_over(stack, active, 2)
+    for run, attempts in ((active, 2), (waiting, 1)):
+        stack.reaches(run, "succeeded")
+        stack.check_succeeded(run, attempts)
+    assert parents(active) == [None, parent]
+    assert [change.state for change in waiting.status()[0].history][:2] == ["queued", "starting"]
+
+
+def test_storage_away_in_training_and_in_publishing(stack: Stack) -> None:
+    outage(stack, OUTAGE_SECONDS)
+
+
+def test_storage_that_fails_now_and_then_during_a_whole_run(stack: Stack) -> None:
+    faults = random.Random(0)
+    stack.proxy.fail_at_random(lambda: faults.choice(STORE_FAULTS) if faults.random() < 0.3 else "ok")
+    run = stack.submit_one(tiny_model("unlucky", max_steps=300, save_every=50))
+    status = stack.reaches(run, "succeeded", timeout=240)
+    seen = {mode: sum(stack.proxy.count(verb, mode) for verb in ("GET", "PUT", "DELETE")) for mode in STORE_FAULTS}
+    stack.proxy.heal()
+    assert min(seen.values()) > 0, seen
+    stack.check_succeeded(run)
+    assert "failed" not in [change.state for change in status.history]
+    print(f"{sum(seen.values())} requests failed: {seen}; attempts: {status.attempt}")
+
+
+def test_hang(stack: Stack) -> None:
+    run = stack.submit_one(tiny_model("hang", 2, max_steps=1000, save_every=100))
+    stack.saves(run, 1)
+    stopped = stack.workers(run, 1)[0]
+    when = time.monotonic()
+    os.kill(stopped, signal.SIGSTOP)
+    stack.trains(run, 2, since=when, what=f"a rank hangs (found after {HANG_SECONDS} s)")
+    took_over(stack, run, 2)
+    until(lambda: stopped not in stack.find(""), "the rank that was stopped is gone")
+    status = stack.reaches(run, "succeeded")
+    stack.check_succeeded(run, attempts=2)
+    assert any(change.reason.startswith("no progress for") for change in status.history)
+    lines = stack.service.text(f"/jobs/{run.job}/logs").splitlines()
+    ranks = [line for line in lines if "/driver " not in line.split(" ", 1)[1][:20]]
+    assert any("Killed: no progress for" in line for line in ranks)
+    assert any("Current thread" in line or "Thread 0x" in line for line in ranks)
+    assert any("genmodels/train.py" in line and "in train" in line for line in ranks)
+
+
+def test_cancel_resume_and_preemption(stack: Stack) -> None:
+    names, settings = ("saved", "killed"), {"max_steps": 600, "save_every": 50}
+    job = stack.submit("low", *(tiny_model(name, **settings) for name in names))
+    saved, killed = (stack.run(job, name) for name in names)
+    stack.proxy.fail("slow", method="PUT", path=f"/runs/{job}/")  # these two take as long as they have to
+    for run in (saved, killed):
+        stack.saves(run)
+
+    with stack.timed("cancel, until all is saved"):
+        stack.service.ask("POST", f"/jobs/{job}/cancel", json={"models": [saved.model]})
+        status = stack.reaches(saved, "cancelled")
+    left = saved.checkpoints()[-1]
+    assert status.reason == f"cancelled by key 'tests'; a resume goes on from step {left.step}"
+    assert saved.heartbeat(1).step == left.step
+    with stack.timed("cancel --now"):
+        stack.service.ask("POST", f"/jobs/{job}/cancel", json={"models": [killed.model], "now": True})
+        stack.reaches(killed, "cancelled")
+    cut = killed.checkpoints()[-1]
+    assert "Killed: cancelled by key" in stack.service.text(f"/jobs/{job}/logs", model=killed.model)
+    until(lambda: stack.shown_job(job)["state"] == "cancelled", "the job shows as cancelled")
+    until(lambda: job not in stack.jobs.open(), "the job is closed")
+
+    stack.service.ask("POST", f"/jobs/{job}/resume")
+    for run, parent in ((saved, left), (killed, cut)):
+        stack.trains(run, 2)
+        assert took_over(stack, run, 2) == parent
+    until(lambda: all(run.status()[0].state == "running" for run in (saved, killed)), "both run")
+
+    high = stack.submit_one(tiny_model("high", max_steps=100, save_every=50), priority=10)
+    until(lambda: any(run.status()[0].state == "queued" for run in (saved, killed)), "one of them makes room")
+    (first,) = [run for run in (saved, killed) if run.status()[0].state == "queued"]
+    reason = first.status()[0].reason
+    assert reason == f"preempted by {high.name} of priority 10; goes on from step {first.checkpoints()[-1].step}"
+    stack.reaches(high, "succeeded")
+    stack.proxy.heal()
+    for run in (saved, killed, high):
+        stack.reaches(run, "succeeded")
+        stack.check_succeeded(run, attempts={first.name: 3, high.name: 1}.get(run.name, 2))
+    until(lambda: job not in stack.jobs.open(), "the job is closed")
+    assert stack.shown_job(job)["state"] == "succeeded"
+
+
+def test_an_elastic_run_loses_a_node_and_gets_one_back(stack: Stack) -> None:
+    steps, most = 3000, CPUS + 1
+    with stack.join(cpus=1) as node:
+        until(lambda: stack.capacity() == most, "the node joins", 60)
+        run = stack.submit_one(tiny_model("elastic", {"min": 1, "max": most}, max_steps=steps, save_every=100))
+        stack.proxy.fail("slow", method="PUT", path=f"{run.name}/")
+        stack.saves(run, 1)
+        assert run.start_of(1).world_size == most
+        assert run.status()[0].workers == most
+        when = time.monotonic()
+        node.kill()
+    stack.trains(run, 2, since=when, what="a node with one of three workers killed, until the other two train")
+    first = took_over(stack, run, 2)
+    assert run.start_of(2).world_size == CPUS
+    with stack.join(cpus=1):
+        when = time.monotonic()
+        stack.trains(run, 3, since=when, what="a node joins, until the run has grown")
+        second = took_over(stack, run, 3)
+        assert run.start_of(3).world_size == most
+        stack.proxy.heal()
+        status = stack.reaches(run, "succeeded")
+    stack.check_succeeded(run, attempts=3, exact=False)
+    assert parents(run) == [None, first, second]
+    assert any(change.reason.startswith(f"grows from {CPUS} to {most} workers") for change in status.history)
+    samples = [row["samples"] for row in run.metrics()]
+    assert samples == [12 * step for step in range(1, steps + 1)]
+
+
+# ---- sweeps
+
+
+@pytest.mark.long
+@pytest.mark.timeout(600)
+def test_storage_away_for_a_minute(stack: Stack) -> None:
+    outage(stack, 60)
+
+
+@pytest.mark.long
+@pytest.mark.timeout(3000)
+def test_kills_at_random_times(stack: Stack) -> None:
+    """n=30 kills: of a worker, the driver, or the job service, at any moment of a run's life."""
+    chance, kills, number = random.Random(1), 0, 0
+    while kills < 30:
+        number += 1
+        run = stack.submit_one(tiny_model(f"sweep-{number}", 2, max_steps=1200, save_every=100))
+        for _ in range(2):  # a third attempt without a checkpoint would end it, rightly
+            pause = chance.uniform(0, 25)
+            victim = chance.choice(("worker", "driver", "service"))
+            deadline = time.monotonic() + pause
+            until(lambda: run.status()[0].state == "succeeded" or time.monotonic() > deadline, "a moment", 60)  # noqa: B023
+            attempt = run.status()[0].attempt
+            if run.status()[0].state == "succeeded":
+                break
+            if victim == "service":
+                stack.service.kill()
+                stack.service.start()
+            else:
+                pids = stack.drivers(run, attempt) if victim == "driver" else stack.workers(run, attempt)[:1]
+                if not pids:
+                    continue
+                stack.kill(*pids)
+            kills += 1
+        stack.reaches(run, "succeeded", timeout=200)
+        stack.check_succeeded(run)
+    print(f"{kills} kills in {number} runs: 0 failed, 0 wrong weights, 0 steps twice")
+
+
+def outage(stack: Stack, seconds: float) -> None:
+    """The store is away for a while, in training and in publishing: the same attempt goes on."""
+    run = stack.submit_one(tiny_model(f"outage-{seconds}", max_steps=1500, save_every=50))
+    stack.saves(run)
+    stack.proxy.fail("503", method="PUT", path=f"{run.name}/attempt-1/checkpoints/")
+    until(lambda: run.heartbeat(1).phase == "waiting for storage", "the heartbeat says that it waits")
+    assert stack.shown(run)["phase"] == "waiting for storage"
+    stop_storage(stack, seconds)
+    stack.proxy.heal()
+    step = run.checkpoints()[-1].step
+    with stack.timed(f"storage back after {seconds} s in training, until the next checkpoint"):
+        until(lambda: run.checkpoints()[-1].step > step, "training goes on")
+
+    stack.proxy.fail("503", method="PUT", path=f"models/{run.model}/blobs/")
+    stack.reaches(run, "publishing")
+    until(lambda: stack.asked(f"models/{run.model}/blobs/"), "publishing has begun to write")
+    stop_storage(stack, seconds)
+    stack.proxy.heal()
+    with stack.timed(f"storage back after {seconds} s in publishing, until it is published"):
+        status = stack.reaches(run, "succeeded")
+    stack.check_succeeded(run, attempts=1)
+    assert [change.state for change in status.history] == ["queued", "starting", "running", "publishing", "succeeded"]
+
+
+def stop_storage(stack: Stack, seconds: float) -> None:
+    stack.s3.kill()
+    time.sleep(seconds)
+    stack.s3.start()
+
+
+def took_over(stack: Stack, run: Run, attempt: int) -> Place:
+    """Nothing was lost: an attempt goes on from the newest manifest there was when the one before it had ended."""
+    parent = run.start_of(attempt).parent
+    whole = [place for place in run.checkpoints() if place.attempt < attempt]
+    assert parent == (stack.newest_manifest(run, attempt - 1) or whole[-1])
+    return parent
