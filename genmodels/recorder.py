@@ -22,6 +22,7 @@ from genmodels import checkpoint, pin, registry
 from genmodels.checkpoint import Lineage, Manifest, Place, Snapshot
 from genmodels.errors import StorageUnavailable
 from genmodels.family import Batch, Family
+from genmodels.metrics import TrainingMetrics
 from genmodels.run import Heartbeat, Phase, Run, patiently
 from genmodels.spec import ModelSpec
 
@@ -59,6 +60,7 @@ class RunRecorder:
         self.run, self.attempt, self.spec, self.lineage = run, attempt, spec, lineage
         self.scratch, self.assets, self.fit_batches = scratch, assets, fit_batches
         self.heartbeat = Heartbeat(phase="starting", max_steps=spec.train.max_steps)
+        self.gauges = TrainingMetrics(run.job, run.model, spec.family)
         self.rows: list[dict[str, Any]] = []
         self.pictures: list[tuple[int, str, bytes]] = []
         self.flushing = threading.Lock()
@@ -162,6 +164,7 @@ class RunRecorder:
         latest, durations = self.heartbeat, list(self.durations)
         step_seconds = statistics.median(durations) if durations else None
         self.run.beat(self.attempt, latest.model_copy(update={"step_seconds": step_seconds}))
+        self.gauges.step(latest.step, latest.loss)
         return latest
 
     def _flush(self) -> None:
@@ -171,6 +174,7 @@ class RunRecorder:
                 del self.pictures[0]
             if rows := self.rows[:]:
                 self.run.write_metrics(self.attempt, rows)
+                self.gauges.evaluation({name: value for row in rows for name, value in row.items()})
                 del self.rows[: len(rows)]
 
     def _upload(self) -> None:

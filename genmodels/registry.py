@@ -230,7 +230,7 @@ class Registry:
         versions = self.all_versions(run.model)
         known = next((version for version in versions if (version.job, version.place) == (run.job, place)), None)
         deleted = self.storage.list(f"models/{run.model}/deleted/")  # after the versions: it is written before they go
-        numbers = [version.version for version in versions]
+        numbers = [version.version for version in versions] + [int(Path(key).name) for key in deleted]
         return known, max(numbers, default=0) + 1
 
     def _restore(self, folder: Path, name: str, file: File, key: str) -> None:

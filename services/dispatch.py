@@ -1,8 +1,8 @@
 """From the queue in storage to drivers: one leased dispatcher starts, watches, preempts and ends all runs.
 
-It holds nothing that is not in storage: a new one reads the open jobs, stamps the epoch of its lease into the status of
-each run, so that the old one can write no state any more, and goes on. People leave wishes, drivers leave heartbeats and
-results; the dispatcher alone writes states.
+It holds nothing that is not in storage: a new one reads the open jobs, stamps the epoch of its lease into the status
+of each run, so that the old one can write no state any more, and goes on. People leave wishes, drivers leave heartbeats
+and results; the dispatcher alone writes states.
 """
 
 from __future__ import annotations
@@ -15,11 +15,10 @@ from dataclasses import dataclass
 from os import environ
 from typing import Any
 
-from genmodels.job import Jobs
-from genmodels.lease import Lease
-
 from genmodels.attempt import stored_job
 from genmodels.errors import GenmodelsError, JobNotFound, KeyNotFound, LeaseLost, StorageUnavailable
+from genmodels.job import Jobs
+from genmodels.lease import Lease
 from genmodels.run import ENDED, Run, now
 from genmodels.spec import ModelSpec
 from genmodels.storage import Storage, write_document

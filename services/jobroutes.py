@@ -134,7 +134,7 @@ class JobRoutes:
         names = [model.name for model in self._spec(job, caller).models]
         if query.model is None and len(names) > 1:
             raise RequestError(f"missing; name one of {', '.join(names)}", param="model", code="missing")
-        (model,) = _chosen(names, [query.model] if query.model else None)
+        (model,) = _chosen(names, None if query.model is None else [query.model])
         rows = [row for row in Run(self.storage, job, model).metrics() if row["step"] > query.after]
         return {"model": model, "data": encode_floats(rows)}
 

@@ -58,7 +58,8 @@ def add_model_routes(app: FastAPI, guard: Guard, storage: Storage) -> None:
     def list_models(caller: Caller = reader) -> Response:
         """List published models: their versions and aliases, and the newest version's metrics."""
         names = [name for name in registry.models() if caller.may_use([name])]
-        return Json({"object": "list", "data": list(threads.map(lambda name: _model(registry, name), names))})
+        found = threads.map(lambda name: _model(registry, name), names)
+        return Json({"object": "list", "data": [model for model in found if model]})
 
     @app.get("/v1/models/{model}/versions/{number}")
     def show_version(model: str, number: Number, caller: Caller = submit) -> Response:
@@ -183,9 +184,13 @@ def _version(registry: Registry, model: str, number: int, caller: Caller) -> Ver
     return registry.version(model, number)
 
 
-def _model(registry: Registry, name: str) -> dict[str, Any]:
+def _model(registry: Registry, name: str) -> dict[str, Any] | None:
+    """None: the last of its versions has just been deleted."""
     versions = registry.versions(name)
-    newest = registry.version(name, versions[-1])
+    try:
+        newest = registry.version(name, versions[-1])
+    except (IndexError, ModelNotFound):
+        return None
     return {
         "name": name,
         "family": newest.family,

@@ -1,8 +1,8 @@
 """Which queued runs start, with how many workers, and which running ones make room. A function of what it is given.
 
-The order is priority, then first come first served. A run starts when its whole worker group fits. One that does not fit
-is passed by smaller ones, but only so often: then what it needs is held for it. One of higher priority has lower ones
-save and leave. An elastic run starts with the fewest workers while others wait, and takes what is left over.
+The order is priority, then first come first served. A run starts when its whole worker group fits. One that does not
+fit is passed by smaller ones, but only so often: then what it needs is held for it. One of higher priority has lower
+ones save and leave. An elastic run starts with the fewest workers while others wait, and takes what is left over.
 """
 
 from __future__ import annotations

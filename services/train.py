@@ -60,14 +60,15 @@ def drive(storage_url: str, job: str, model: str, attempt: int, workers: int | N
     with LogShipper(run, attempt, "driver") as logs, DriverWatch(run, attempt, logs) as watch:
         watch.catch_sigterm()
         try:
-            spec = stored_model(storage, job, model)
-            if not _complete(run, spec):
+            spec = patiently(lambda: stored_model(storage, job, model))
+            if not patiently(lambda: _complete(run, spec)):
                 watch.training(spec.train.max_steps)
                 try:
                     _train(storage_url, job, spec, attempt, workers or spec.world_sizes[0], watch)
                 finally:
                     watch.trained()
-            result = _publish(run, spec, attempt) if _complete(run, spec) else _left(run)
+            # An outage of the store is waited for: what is done twice here changes nothing.
+            result = patiently(lambda: _publish(run, spec, attempt) if _complete(run, spec) else _left(run))
         except Exception as error:  # whatever it was, the dispatcher has to learn of it
             traceback.print_exc()
             result = _failure(error)

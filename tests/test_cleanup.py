@@ -47,6 +47,12 @@ def publish(storage: Storage, folder: Path, step: int = 1, job: str = JOB) -> Ve
         return Registry(storage).publish(Run(storage, job, "model"), Place(attempt=1, step=step), manifest, own, None)
 
 
+def version_without_files(storage: Storage, step: int) -> None:
+    version = {"model": "model", "version": 1, "family": "vae", "job": JOB, "place": {"attempt": 1, "step": step}}
+    rest = {"metrics": {}, "gate": None, "lineage": LINEAGE.model_dump(), "created": "t", "files": {}}
+    write_document(storage, "models/model/versions/00000001.json", version | rest)
+
+
 def is_whole(storage: Storage, version: Version, tmp_path: Path) -> bool:
     target = tmp_path / "whole"
     shutil.rmtree(target, ignore_errors=True)
@@ -129,9 +135,7 @@ def test_what_is_named_stays() -> None:
         save(run, 1, step)
     ended(run)
     pin.resolve(f"model@{JOB}:step-2", storage)
-    version = {"model": "model", "version": 1, "family": "vae", "job": JOB, "place": {"attempt": 1, "step": 4}}
-    rest = {"metrics": {}, "gate": None, "lineage": LINEAGE.model_dump(), "created": "t", "files": {}}
-    write_document(storage, "models/model/versions/00000001.json", version | rest)
+    version_without_files(storage, step=4)
     collect(storage)
     assert [place.step for place in run.checkpoints()] == [2, 4, 6]
 
@@ -471,6 +475,7 @@ def test_a_clean_up_that_sleeps_too_long_deletes_no_more(
     for moment in itertools.count(1):
         inner = MemoryStorage()
         orphans(inner, folder)
+        version_without_files(inner, step=7)  # which the clean-up reads after it has seen which versions there are
         found: list[Version] = []
         store = Sleeping(inner, moment, lambda inner=inner, found=found: found.append(publish(inner, folder)))
         began = clock.now

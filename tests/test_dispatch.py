@@ -5,18 +5,19 @@ from __future__ import annotations
 import json
 import threading
 from collections.abc import Iterator
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 from drivers import Driver, Script, dies, ends, obedient, succeeds
-from genmodels.job import Jobs
-from genmodels.lease import Lease
 from stores import MemoryStorage, RecordingStorage, Wrapped, save
 from tiny import job, make_data, model
 
 from genmodels import run as run_module
 from genmodels.errors import LeaseLost, StorageUnavailable
+from genmodels.job import Jobs
+from genmodels.lease import Lease
 from genmodels.run import ENDED, Heartbeat, Result, Run, Status
 from genmodels.spec import JobSpec
 from genmodels.storage import Storage
@@ -103,7 +104,7 @@ def check_history(status: Status) -> None:
     }
     states = [change.state for change in status.history]
     assert states[0] == "queued"
-    for before, after in zip(states, states[1:], strict=False):
+    for before, after in pairwise(states):
         assert after in follows[before], states
     assert all(change.time and change.reason for change in status.history)
     assert [change.time for change in status.history] == sorted(change.time for change in status.history)

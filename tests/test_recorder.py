@@ -19,8 +19,8 @@ from genmodels import models, recorder
 from genmodels import run as run_module
 from genmodels.checkpoint import MANIFEST, Place, Snapshot
 from genmodels.errors import StorageError, Superseded, TrainingDiverged
-from genmodels.recorder import RunRecorder
 from genmodels.pin import resolve
+from genmodels.recorder import RunRecorder
 from genmodels.run import Run
 from genmodels.spec import ModelSpec
 from genmodels.storage import Storage

@@ -542,7 +542,7 @@ def test_wishes_are_obeyed_once() -> None:
 
 
 def test_a_resume_changes_nothing_that_succeeded_or_runs() -> None:
-    supervisor, backend = supervised(MemoryStorage(), obedient)
+    supervisor, _ = supervised(MemoryStorage(), obedient)
     play(supervisor, "running")
     supervisor.run.wish("resume", 1, "resumed", then="queued")
     supervisor.wished = True
