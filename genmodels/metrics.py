@@ -9,9 +9,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from functools import cache
 
-from prometheus_client import Gauge
+from prometheus_client import Counter, Gauge
 
 RUN_LABELS = ("job", "model", "family")
+
+# Counted where runs are supervised. `cause`: as in `Result.cause`, or the outcome where it has none.
+ATTEMPTS = Counter("genmodels_attempts_ended_total", "Attempts of runs that ended, by cause.", ["cause"], registry=None)
 
 
 class TrainingMetrics:

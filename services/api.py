@@ -11,7 +11,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.utils import get_openapi
 from fastapi.responses import HTMLResponse
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 from starlette.exceptions import HTTPException
 
 from genmodels import __version__
@@ -36,6 +36,12 @@ JSON = ("application/json",)
 logger = logging.getLogger("genmodels.api")
 
 BodyT = TypeVar("BodyT", bound=BaseModel)
+
+
+class Strict(BaseModel):
+    """Parameters of a query: one that is misspelt is an error, not ignored."""
+
+    model_config = ConfigDict(extra="forbid")
 
 
 def new_app(

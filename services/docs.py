@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator, Mapping
 from html import escape
 from typing import Any
@@ -28,7 +29,7 @@ b { color: #06c }
 def page(document: Mapping[str, Any]) -> str:
     """The whole page of an OpenAPI 3.1 document. Everything in it is escaped."""
     title = escape(document["info"]["title"])
-    about = "".join(f"<p>{escape(part)}</p>" for part in document["info"].get("description", "").split("\n\n") if part)
+    about = _text(document["info"].get("description", ""))
     operations = list(_operations(document))
     links = "".join(f'<a href="#{_anchor(method, path)}">{_name(method, path)}</a>' for method, path, _ in operations)
     sections = "".join(_section(method, path, operation, document) for method, path, operation in operations)
@@ -49,7 +50,7 @@ def _operations(document: Mapping[str, Any]) -> Iterator[tuple[str, str, Mapping
 def _section(method: str, path: str, operation: Mapping[str, Any], document: Mapping[str, Any]) -> str:
     parts = [f'<h2 id="{_anchor(method, path)}">{_name(method, path)}</h2>']
     about = operation.get("description") or operation.get("summary", "")
-    parts += [f"<p>{escape(text)}</p>" for text in about.split("\n\n")]
+    parts.append(_text(about))
     scopes = [scope for need in operation.get("security", []) for names in need.values() for scope in names]
     if scopes:
         parts.append(f"<p>Needs a key with the scope {' or '.join(f'<code>{escape(s)}</code>' for s in scopes)}.</p>")
@@ -69,10 +70,12 @@ def _section(method: str, path: str, operation: Mapping[str, Any], document: Map
 
 def _parameter(parameter: Mapping[str, Any]) -> str:
     schema = parameter.get("schema", {})
-    facts = [f"{name} {schema[name]}" for name in ("default", "minimum", "maximum", "enum") if name in schema]
+    facts = [f"{name} {schema[name]}" for name in ("default", "minimum", "maximum") if schema.get(name, "") != ""]
+    if choices := schema.get("enum"):
+        facts.append(f"one of {', '.join(map(str, choices))}")
     meaning = "; ".join(filter(None, [parameter.get("description", ""), *facts]))
     name, where = escape(parameter["name"]), escape(parameter["in"])
-    return f"<tr><td><code>{name}</code></td><td>{where}</td><td>{escape(meaning)}</td></tr>"
+    return f"<tr><td><code>{name}</code></td><td>{where}</td><td>{_marked(meaning)}</td></tr>"
 
 
 def _schema(content: Mapping[str, Any], document: Mapping[str, Any]) -> str:
@@ -83,6 +86,15 @@ def _schema(content: Mapping[str, Any], document: Mapping[str, Any]) -> str:
     name = str(schema.get("$ref", "")).removeprefix("#/components/schemas/")
     shown = json.dumps(document.get("components", {}).get("schemas", {}).get(name, schema), indent=1)
     return f"<details><summary>its schema</summary><pre>{escape(shown)}</pre></details>"
+
+
+def _text(text: str) -> str:
+    return "".join(f"<p>{_marked(part)}</p>" for part in text.split("\n\n"))
+
+
+def _marked(text: str) -> str:
+    """Escaped, with what stands between backticks as code."""
+    return re.sub("`([^`]+)`", r"<code>\1</code>", escape(text))
 
 
 def _name(method: str, path: str) -> str:

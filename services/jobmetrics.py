@@ -9,19 +9,14 @@ from collections.abc import Iterator
 from typing import get_args
 
 from prometheus_client import CollectorRegistry, generate_latest
-from prometheus_client import Counter as CounterMetric
 from prometheus_client.core import GaugeMetricFamily
 
 from genmodels.errors import StorageError
+from genmodels.metrics import ATTEMPTS
 from genmodels.run import State
 from services.views import RunView, Views
 
 BELIEVED_SECONDS = 5.0  # so that scrapes, and whoever else asks, cost the store little
-
-# The dispatcher counts here; it runs in this process. `cause`: as in `Result.cause`, or "none" for a good end.
-ATTEMPTS = CounterMetric(
-    "genmodels_attempts_ended_total", "Attempts of runs that ended, by cause.", ["cause"], registry=None
-)
 
 
 class JobMetrics:

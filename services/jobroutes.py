@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal
 
 from fastapi import FastAPI, Header, Query, Request, Response
 from fastapi.responses import StreamingResponse
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 from starlette.concurrency import run_in_threadpool
 
 from genmodels.data import stored
@@ -25,7 +25,7 @@ from genmodels.pin import pin
 from genmodels.run import ENDED, Run, Status
 from genmodels.spec import JobSpec, Label, parse_spec
 from genmodels.storage import Storage, encode_floats
-from services.api import JSON, check_content_type, documented, read_body
+from services.api import JSON, Strict, check_content_type, documented, read_body
 from services.auth import Caller, Guard
 from services.edge import Json
 from services.plans import JobPlan, Planner
@@ -37,12 +37,6 @@ MOST_FOLLOWERS = 64
 LINES_AT_ONCE = 1000
 
 Names = Annotated[list[Label] | None, Field(max_length=100)]
-
-
-class Strict(BaseModel):
-    """Parameters of a query: one that is misspelt is an error, not ignored."""
-
-    model_config = ConfigDict(extra="forbid")
 
 
 class SubmitQuery(Strict):

@@ -102,9 +102,10 @@ def submit(storage: Storage, spec: JobSpec) -> str:
     job = job_id(spec)  # before `init_from` is pinned: a run that moves the alias it began with is the same run
     key = f"jobs/{job}/spec.yaml"
     if not storage.exists(key):
+        data = dump(pin_initial(spec, storage))
         index_runs(storage, job, [model.name for model in spec.models], now())
         with contextlib.suppress(Conflict):  # somebody else is as quick
-            storage.put(key, dump(pin_initial(spec, storage)), if_absent=True)
+            storage.put(key, data, if_absent=True)
     return job
 
 

@@ -23,10 +23,9 @@ from genmodels.family import Section
 from genmodels.registry import Registry, Version
 from genmodels.spec import LABEL
 from genmodels.storage import Storage, encode_floats
-from services.api import documented, read_body
+from services.api import Strict, documented, read_body
 from services.auth import Caller, Guard
 from services.edge import Json, Streamed
-from services.jobroutes import Strict
 
 UPLOADS = Streamed("PUT", "/v1/datasets/", stored.MAX_STREAM_BYTES)
 MOST_UPLOADS = 2  # at the same time: each takes disk, and memory while it is checked

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from typing import Literal, Protocol
 
 from genmodels.errors import Conflict, LeaseLost, StorageUnavailable
+from genmodels.metrics import ATTEMPTS
 from genmodels.run import ENDED, Cause, Heartbeat, Result, Run, State, Status, Wish, patiently
 from genmodels.storage import Storage
 
@@ -245,6 +246,7 @@ class Supervisor:
 
     def _decide(self, result: Result, never_began: bool) -> None:
         """What comes after an attempt."""
+        ATTEMPTS.labels(result.cause or result.outcome).inc()
         if result.outcome == "succeeded":
             self.to("succeeded", result.message)
             return

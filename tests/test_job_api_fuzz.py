@@ -24,7 +24,7 @@ from service import YAML, Service, spec
 from stores import MemoryStorage
 
 SECONDS = 1.0  # of this process's own time, which other processes of the machine do not add to
-ROUNDS = [40, pytest.param(2500, marks=pytest.mark.long)]
+ROUNDS = [40, pytest.param(1000, marks=pytest.mark.long)]
 OPERATIONS = 18
 
 
