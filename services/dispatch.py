@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from os import environ
@@ -60,6 +61,7 @@ class Dispatcher:
         self.jobs = Jobs(storage)
         self._runs: dict[str, _Carried] = {}  # by job/model
         self._capacity: tuple[float, Capacity | None] = (-CAPACITY_SECONDS, None)
+        self._holds: Callable[[], bool] = lambda: True
         self._unreadable: set[str] = set()
         self._shown: Any = None
         self._silent = False
@@ -102,7 +104,7 @@ class Dispatcher:
 
     def _hold(self, epoch: int, stop: threading.Event) -> None:
         self._runs.clear()
-        self._shown = None
+        self._shown, self._holds = None, self.lease.held
         over = threading.Event()
         renewer = threading.Thread(target=self._renew, args=(over,), name="lease", daemon=True)
         renewer.start()
@@ -183,7 +185,8 @@ class Dispatcher:
         for run in self._runs.values():
             jobs.setdefault(run.job, []).append(run.supervisor)
         for job, supervisors in jobs.items():
-            if all(each.status.state in ENDED and not each.wished for each in supervisors):
+            ended_all = all(each.status.state in ENDED and not each.wished for each in supervisors)
+            if ended_all and self._holds():  # asked right before: no epoch guards the index
                 ended = max(each.status.history[-1].time for each in supervisors)
                 self.jobs.close(job, ended, {each.run.model: each.status.state for each in supervisors})
                 for each in supervisors:

@@ -23,7 +23,7 @@ from genmodels.engine import images, text
 from genmodels.engine.images import ImageAnswer, ImageRequest
 from genmodels.engine.loaded import ImageModel, Loaded, TextModel, load
 from genmodels.engine.text import CompletionRequest, Piece
-from genmodels.errors import GenmodelsError, RequestError, StorageUnavailable
+from genmodels.errors import GenmodelsError, ModelNotFound, RequestError, StorageUnavailable
 from genmodels.registry import Registry, Version
 from genmodels.storage import open_storage
 
@@ -139,7 +139,10 @@ class ModelHost:
         found = []
         for model in self._registry.models():
             aliases = _aliases(self._registry, model)
-            version = self._registry.resolve(model if "production" in aliases else f"{model}@latest")
+            try:
+                version = self._registry.resolve(model if "production" in aliases else f"{model}@latest")
+            except ModelNotFound:
+                continue  # the last of its versions was deleted just now
             found.append((model if "production" in aliases else version.name, version, aliases))
         return found
 

@@ -80,11 +80,10 @@ def registry_table(registry: Registry) -> Table:
     table = _table("model", "family", "version", "aliases", "metrics", "job", "step")
     for model in registry.models():
         aliases = registry.aliases(model)
-        for number in registry.versions(model):
-            version = registry.version(model, number)
-            names = ", ".join(name for name, alias in aliases.items() if alias.version == number)
-            metrics = _metrics(version.metrics)
-            table.add_row(model, version.family, str(number), names, metrics, version.job, str(version.place.step))
+        for version in registry.all_versions(model):
+            names = ", ".join(name for name, alias in aliases.items() if alias.version == version.version)
+            number, metrics, step = str(version.version), _metrics(version.metrics), str(version.place.step)
+            table.add_row(model, version.family, number, names, metrics, version.job, step)
     return table
 
 
