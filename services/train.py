@@ -94,8 +94,9 @@ def worker(config: dict[str, Any]) -> None:
 
 
 def _train(storage_url: str, job: str, spec: ModelSpec, attempt: int, workers: int, watch: DriverWatch) -> None:
-    # Detect a dead worker within a second; give up on a group that cannot be placed.
+    # Detect a dead worker within a second, wait for no hanging one; give up on a group that cannot be placed.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
+    os.environ.setdefault("TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S", "5")  # 30 by default
     start_seconds = os.environ.get("GENMODELS_START_TIMEOUT_S") or str(START_SECONDS)
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", start_seconds)
     import ray

@@ -168,6 +168,12 @@ class Stack:
         assert answer.status_code in (200, 201), answer.text
         return str(answer.json()["job"])
 
+    def cancel_all(self) -> None:
+        """End what is open, at once."""
+        for job in self.jobs.open():
+            self.service.ask("POST", f"/jobs/{job}/cancel", json={"now": True})
+        until(lambda: not self.jobs.open(), "all jobs have ended")
+
     def submit_one(self, model: dict[str, Any], priority: int = 0) -> Run:
         """The run of a new job with one model."""
         return self.run(self.submit(model["name"], model, priority=priority), model["name"])

@@ -36,9 +36,11 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
 
 
 @pytest.fixture(autouse=True)
-def healed(stack: Stack) -> Iterator[None]:
+def own_faults_alone(stack: Stack) -> Iterator[None]:
+    """What one test breaks or leaves undone is none of the next one's."""
     yield
     stack.proxy.heal()
+    stack.cancel_all()
 
 
 def test_workers_killed_and_hung(stack: Stack) -> None:
@@ -83,7 +85,7 @@ def test_workers_killed_and_hung(stack: Stack) -> None:
     assert parents(run) == [None, first, second] + [third] * (third != second)  # attempt 2 is no part of the history
     reasons = [change.reason for change in status.history if change.state == "queued"]
     assert [reason.split(" (")[0] for reason in reasons[1:4]] == ["a worker was lost"] * 3
-    assert reasons[4].startswith("no progress for 10 s in phase ")
+    assert re.match(r"no progress for 1\d s in phase ", reasons[4])
 
 
 def test_driver_job_service_and_the_whole_of_ray_killed(stack: Stack) -> None:
@@ -168,6 +170,7 @@ def test_cancel_resume_and_preemption(stack: Stack) -> None:
 
     stack.service.ask("POST", f"/jobs/{job}/resume")
     for run, parent in ((saved, left), (killed, cut)):
+        until(lambda: run.status()[0].attempt == 2, "it starts again")  # noqa: B023
         stack.trains(run, 2)
         assert took_over(stack, run, 2) == parent
     until(lambda: all(run.status()[0].state == "running" for run in (saved, killed)), "both run")
