@@ -237,6 +237,7 @@ class Dispatcher:
             use_gpu=run.spec.scaling.use_gpu,
             leaving=run.supervisor.leaving,
             growable=growable,
+            begun=status.state != "starting",
         )
 
     def _grow(self, todo: Plan) -> None:

@@ -31,7 +31,10 @@ class Queued:
 
 @dataclass(frozen=True)
 class Running:
-    """A run that has workers. `growable`: it has run long enough, and has long enough to go, for a restart to pay."""
+    """A run that has workers, or has been given them.
+
+    `growable`: it has run long enough, and has long enough to go, for a restart to pay.
+    """
 
     key: str
     priority: int
@@ -41,6 +44,7 @@ class Running:
     use_gpu: bool = False
     leaving: bool = False
     growable: bool = False
+    begun: bool = True  # its group is there
 
 
 @dataclass
@@ -77,7 +81,9 @@ def plan(queued: Sequence[Queued], running: Sequence[Running], capacity: Capacit
         able.take(other.workers, other.use_gpu)
     blocked: list[Queued] = []
     starting: list[Queued] = []
-    leaving = {other.key for other in running if other.leaving}
+    stranded = _stranded(running, able)
+    leaving = {other.key for other in running if other.leaving} | {other.key for other in stranded}
+    result.leaves += [(other.key, "the cluster has shrunk") for other in stranded]
     waiting_for_room = False
     for run in sorted(queued, key=lambda run: (-run.priority, run.submitted)):
         fewest = run.sizes[0]
@@ -111,6 +117,16 @@ def plan(queued: Sequence[Queued], running: Sequence[Running], capacity: Capacit
     if not waiting_for_room:
         result.grows = _growing(running, leaving, there, able)
     return result
+
+
+def _stranded(running: Sequence[Running], able: _Free) -> list[Running]:
+    """Runs whose groups would wait in vain for what has gone, the youngest first; the lost ones of a group end it."""
+    free, stranded = _Free(able.cpus, able.gpus), []
+    for run in sorted(running, key=lambda run: (run.leaving, run.since), reverse=True):
+        if run.leaving or (not run.begun and not free.fits(0, run.use_gpu)):
+            free.take(-run.workers, run.use_gpu)
+            stranded += [] if run.leaving else [run]
+    return stranded
 
 
 def _make_room(run: Queued, running: Sequence[Running], able: _Free, leaving: set[str]) -> list[Running]:

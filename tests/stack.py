@@ -119,7 +119,7 @@ class Stack:
             for name, value in {**self.settings, "XDG_CACHE_HOME": str(self.folder / "cache")}.items():
                 self._patch.setenv(name, value)
             self.s3 = exits.enter_context(S3Server())
-            self.proxy = exits.enter_context(FaultProxy(self.s3.url))
+            self.proxy = exits.enter_context(FaultProxy(self.s3.url, delay=0.3))
             for name, value in self.s3.environment.items():
                 self._patch.setenv(name, value)
             self.storage = open_storage(f"s3://{self.s3.bucket}/{uuid.uuid4().hex}")
@@ -191,6 +191,18 @@ class Stack:
         self._await(run, lambda: _makes_steps(run.heartbeat(attempt)), f"attempt {attempt} trains")
         if since is not None:
             tell_figure(time.monotonic() - since, f"{what}, until training again")
+
+    def trains_with(self, run: Run, workers: int, *, since: float, what: str) -> int:
+        """Wait until the newest attempt makes steps with this number of workers; its number."""
+
+        def is_it() -> bool:
+            newest = run.started()[-1]
+            return run.start_of(newest).world_size == workers
+
+        self._await(run, is_it, f"an attempt has {workers} workers")
+        attempt = run.started()[-1]
+        self.trains(run, attempt, since=since, what=what)
+        return attempt
 
     def saves(self, run: Run, attempt: int = 1) -> Place:
         """Wait for a checkpoint of an attempt; the newest one."""

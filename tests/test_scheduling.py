@@ -203,3 +203,16 @@ def test_every_run_is_started_in_the_end(cpus: int) -> None:
             break
     assert len(order) == 22
     assert order.index("large") <= 2 + MOST_PASSED + 1
+
+
+def test_a_group_that_waits_for_what_has_gone_leaves_and_starts_with_what_is_there() -> None:
+    waiting = runs("elastic", 3, since="1", sizes=[1, 2, 3], begun=False)
+    assert decide([], [waiting], cpus=3).leaves == []
+    assert decide([], [waiting], cpus=2).leaves == [("elastic", "the cluster has shrunk")]
+    assert decide([], [waiting], cpus=2, most_cpus=8).leaves == []  # more nodes are on their way
+    assert decide([], [runs("begun", 3)], cpus=2).leaves == []  # its lost worker ends it
+    older = runs("older", 1, since="0", begun=False)
+    assert decide([], [older, waiting], cpus=1).leaves == [("elastic", "the cluster has shrunk")]
+    asked = runs("elastic", 3, since="1", begun=False, leaving=True)
+    found = decide([waits("next", 1)], [asked, older], cpus=2)
+    assert (found.leaves, found.starts) == ([], [])
