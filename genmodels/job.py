@@ -6,7 +6,7 @@ ended/<time>-<job>                              index; the time counts down, so 
 models/<model>/runs/<time>-<job>                which jobs train a model, likewise
 jobs/<job>/spec.yaml                            put-if-absent, last: from then on the job exists
 jobs/<job>/index.json                           from its first end on: how it stands in the index; compare-and-swap
-dispatcher/nudges/<job>/<model>                 "look at this run's wishes": one listing instead of one for each run
+dispatcher/nudges/<job>/<model>/<random>        "look at this run's wishes": one listing instead of one for each run
 """
 
 from __future__ import annotations
@@ -227,14 +227,16 @@ class Jobs:
 
     def nudge(self, job: str, model: str) -> None:
         """Have the dispatcher look at a run's wishes; leave the wish first."""
-        self.storage.put(f"{NUDGES}{job}/{model}", b"")
+        # Each has a key of its own, so that who takes one, however late, takes no later one with it.
+        self.storage.put(f"{NUDGES}{job}/{model}/{secrets.token_hex(4)}", b"")
 
-    def nudged(self) -> list[tuple[str, str]]:
+    def nudged(self) -> list[tuple[str, str, str]]:
+        """(job, model, which) of every nudge that was not taken."""
         names = (key.removeprefix(NUDGES).split("/") for key in self.storage.list(NUDGES))
-        return [(name[0], name[1]) for name in names if len(name) == 2]
+        return [(name[0], name[1], name[2]) for name in names if len(name) == 3]
 
-    def take_nudge(self, job: str, model: str) -> None:
-        self.storage.delete(f"{NUDGES}{job}/{model}")
+    def take_nudge(self, job: str, model: str, nudge: str) -> None:
+        self.storage.delete(f"{NUDGES}{job}/{model}/{nudge}")
 
     def _new_id(self, name: str) -> str:
         while True:

@@ -139,7 +139,9 @@ class RunRecorder:
                 self.snapshots.put(None, timeout=0.5)
             except queue.Full:
                 continue
-            self.uploader.join()
+            while self.uploader.is_alive():
+                self.uploader.join(BEAT_SECONDS)
+                self.heartbeat = self.heartbeat.model_copy(update={"tick": self.heartbeat.tick + 1})
 
     def _guard(self, work: Callable[[], None]) -> None:
         try:

@@ -16,6 +16,7 @@ attempts before it. A process that was paused and wakes may still write, but out
 
 from __future__ import annotations
 
+import contextlib
 import heapq
 import json
 import re
@@ -367,9 +368,12 @@ class Run:
             after: only wishes with a higher number.
         """
         names = [name for name in self._names("wishes/") if name > f"wishes/{after:08d}.json"]
-        found = ((name, read_document(self.storage, f"{self.prefix}/{name}")[0]) for name in names)
-        wishes = (Wish.model_validate({**document, "number": int(Path(name).stem)}) for name, document in found)
-        return [wish for wish in wishes if attempt in (None, wish.attempt)]
+        found = []
+        for name in names:
+            document, _ = read_document(self.storage, f"{self.prefix}/{name}")
+            with contextlib.suppress(ValueError):  # one that a newer release has thought of
+                found.append(Wish.model_validate({**document, "number": int(Path(name).stem)}))
+        return [wish for wish in found if attempt in (None, wish.attempt)]
 
     def status(self) -> tuple[Status, str | None]:
         """The status and the etag to swap it by; a run nobody has touched is queued, and has no etag."""

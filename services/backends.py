@@ -91,8 +91,11 @@ class RayJobsBackend:
         answer = self.dashboard.ask("GET", "/api/v0/nodes?detail=1&limit=10000&timeout=4")
         if answer is None or answer.status_code != 200:
             return None
-        nodes: list[dict[str, Any]] = answer.json()["data"]["result"]["result"]
-        there = [node["resources_total"] for node in nodes if node["state"] == "ALIVE"]
+        try:
+            nodes: list[dict[str, Any]] = answer.json()["data"]["result"]["result"]
+            there = [node["resources_total"] for node in nodes if node["state"] == "ALIVE"]
+        except (ValueError, KeyError, TypeError):  # somebody else answers there
+            return None
         if not there:
             return None  # the head has just begun to start
         cpus, gpus = (int(sum(resources.get(name, 0) for resources in there)) for name in ("CPU", "GPU"))

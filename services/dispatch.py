@@ -7,9 +7,11 @@ and results; the dispatcher alone writes states.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -32,6 +34,7 @@ GROW_SECONDS = float(environ.get("GENMODELS_GROW_SECONDS", "15"))  # that room m
 GROW_WORTH_SECONDS = float(environ.get("GENMODELS_GROW_WORTH_SECONDS", "60"))  # left to train, or growing does not pay
 KEEP_SECONDS = 15.0  # a run that backs off for no longer keeps its place
 ADOPTED_AT_ONCE = 8
+SILENCES = 5  # looks at a run that the store, which else answers, leaves unanswered: then the others go on without it
 QUEUE = "dispatcher/queue.json"
 
 log = logging.getLogger("genmodels.dispatch")
@@ -63,6 +66,7 @@ class Dispatcher:
         self._capacity: tuple[float, Capacity | None] = (-CAPACITY_SECONDS, None)
         self._holds: Callable[[], bool] = lambda: True
         self._unreadable: set[str] = set()
+        self._silences: Counter[str] = Counter()
         self._shown: Any = None
         self._silent = False
 
@@ -149,11 +153,15 @@ class Dispatcher:
                 supervisor = Supervisor(run, self.backend, *run.status())
                 supervisor.stamp(epoch)
                 found[run.name] = _Carried(model, spec.priority, (entry.submitted, place), supervisor)
+            self._silences.pop(job, None)
             return found
         except (JobNotFound, KeyNotFound):
             return {}  # its submission has not been brought to its end
-        except (StorageUnavailable, LeaseLost):
+        except LeaseLost:
             raise
+        except StorageUnavailable as error:
+            self._silent_about(job, error)
+            return {}
         except Exception as error:  # a damaged object of one job stands in no other's way
             if job not in self._unreadable:
                 log.error("job %s cannot be read, and is left alone: %s", job, error)
@@ -162,19 +170,24 @@ class Dispatcher:
 
     def _hear(self, epoch: int) -> None:
         """Have runs look at wishes of which we were told."""
-        for job, model in self.jobs.nudged():
+        for job, model, nudge in self.jobs.nudged():
             if f"{job}/{model}" not in self._runs and self.jobs.exists(job):
-                self.jobs.reopen(job)  # an ended job, whose runs somebody may want to resume
-                self._runs |= self._read(job, epoch)
-            self.jobs.take_nudge(job, model)  # first: who nudges again meanwhile has left another wish
+                with contextlib.suppress(JobNotFound):  # one of `genmodels run`, or deleted just now
+                    self.jobs.reopen(job)  # an ended job, whose runs somebody may want to resume
+                    self._runs |= self._read(job, epoch)
+            self.jobs.take_nudge(job, model, nudge)  # first: who nudges again meanwhile has left another wish
             if run := self._runs.get(f"{job}/{model}"):
                 run.supervisor.wished = True
 
     def _step(self, run: _Carried) -> None:
+        name = run.supervisor.run.name
         try:
             run.supervisor.step()
-        except (StorageUnavailable, LeaseLost):
+            self._silences.pop(name, None)
+        except LeaseLost:
             raise
+        except StorageUnavailable as error:
+            self._silent_about(name, error)
         except GenmodelsError as error:
             log.warning("%s: %s", run.supervisor.run.name, error)
         except Exception:  # one run's trouble is no other's
@@ -188,18 +201,25 @@ class Dispatcher:
             ended_all = all(each.status.state in ENDED and not each.wished for each in supervisors)
             if ended_all and self._holds():  # asked right before: no epoch guards the index
                 ended = max(each.status.history[-1].time for each in supervisors)
-                self.jobs.close(job, ended, {each.run.model: each.status.state for each in supervisors})
+                try:
+                    self.jobs.close(job, ended, {each.run.model: each.status.state for each in supervisors})
+                except StorageUnavailable:
+                    raise
+                except Exception as error:  # a damaged index of one job
+                    log.error("job %s is not closed: %s", job, error)
+                    continue
                 for each in supervisors:
                     del self._runs[each.run.name]
 
     # The queue
 
     def _schedule(self) -> None:
-        queued = [self._queued(key, run) for key, run in self._runs.items() if run.supervisor.status.state == "queued"]
+        queued = [self._queued(key, run) for key, run in self._runs.items() if run.supervisor.waits]
         active = [self._running(key, run) for key, run in self._runs.items() if run.supervisor.active]
         capacity = self._ask_capacity()
         if capacity is None:
-            waiting = [(run.key, run.not_yet or "the cluster does not answer") for run in queued]
+            in_order = sorted(queued, key=lambda run: (-run.priority, run.submitted))
+            waiting = [(run.key, run.not_yet or "the cluster does not answer") for run in in_order]
             self._show(None, waiting)
             return
         todo = plan(queued, active, capacity)
@@ -222,12 +242,7 @@ class Dispatcher:
 
     def _running(self, key: str, run: _Carried) -> Running:
         status, beat = run.supervisor.status, run.supervisor.heartbeat
-        growable = bool(
-            status.state == "running"
-            and beat
-            and beat.phase == "training"
-            and (beat.seconds_left or 0.0) > GROW_WORTH_SECONDS
-        )
+        growable = bool(status.state == "running" and beat and (beat.seconds_left or 0.0) > GROW_WORTH_SECONDS)
         return Running(
             key,
             run.priority,
@@ -266,9 +281,16 @@ class Dispatcher:
         has = None
         if capacity:
             has = {"cpus": max(capacity.cpus, capacity.most_cpus), "gpus": max(capacity.gpus, capacity.most_gpus)}
-        if self._shown != (has, queue):
+        if self._shown != (has, queue) and self._holds():
             write_document(self.storage, QUEUE, {"time": now(), "capacity": has, "queue": queue})
             self._shown = has, queue
+
+    def _silent_about(self, name: str, error: StorageUnavailable) -> None:
+        """Raise, unless that is all that the store has kept silent about for a while."""
+        self._silences[name] += 1
+        if self._silences[name] < SILENCES:
+            raise error
+        log.warning("%s: passed over: %s", name, error)
 
     def _away(self, error: StorageUnavailable) -> None:
         if not self._silent:

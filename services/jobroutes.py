@@ -94,9 +94,9 @@ class JobRoutes:
     def cancel(self, job: str, body: CancelBody, caller: Caller) -> JobView:
         wish: Literal["leave", "kill"] = "kill" if body.now else "leave"
         for run, status in self._runs(job, body.models, caller):
-            if status.state in ENDED:
+            waiting = [(w.wish, w.then) for w in run.wishes(after=status.wishes)]
+            if status.state in ENDED and ("resume", "queued") not in waiting:
                 continue
-            waiting = [(w.wish, w.then) for w in run.wishes(status.attempt, after=status.wishes)]
             if (wish, "cancelled") not in waiting:  # a client that asks again asks for the same
                 run.wish(wish, status.attempt, f"cancelled {caller.reason}", then="cancelled")
             self.jobs.nudge(job, run.model)
@@ -147,6 +147,7 @@ class JobRoutes:
 
     def _runs(self, job: str, models: list[str] | None, caller: Caller) -> list[tuple[Run, Status]]:
         names = [model.name for model in self._spec(job, caller).models]
+        self.jobs.entry(job)  # not one of `genmodels run`, which nobody dispatches
         runs = [Run(self.storage, job, model) for model in _chosen(names, models)]
         return [(run, run.status()[0]) for run in runs]
 

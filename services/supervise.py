@@ -107,6 +107,11 @@ class Supervisor:
         return self.status.state in ACTIVE
 
     @property
+    def waits(self) -> bool:
+        """Whether it is queued for certain: the store has answered its last write."""
+        return self.status.state == "queued" and self._unsettled is None
+
+    @property
     def leaving(self) -> bool:
         """Whether its attempt has been asked to end."""
         return self.active and self._attempt is not None and self._attempt.ending is not None
@@ -212,7 +217,10 @@ class Supervisor:
                 if attempt == self._mine
                 else self.backend.find(run.job, run.model, attempt)
             )
-            self._attempt = _Attempt(driver)
+            found = _Attempt(driver)
+            for wish in run.wishes(attempt) if attempt != self._mine else ():  # heard by who carried this run before
+                found.end_by(wish)
+            self._attempt = found
         return self._attempt
 
     def _look(self) -> None:
@@ -327,7 +335,7 @@ class _Attempt:
 
     def press(self, beat: Heartbeat) -> None:
         """Kill what has been asked to end and does not. What has not begun to train has nothing to save."""
-        if self.ending == "leave" and beat.phase == "publishing":
+        if self.ending == "leave" and beat.phase in ("saving", "publishing") and self._age <= _patience(beat):
             return  # it ends soon, and well
         limit = KILL_SECONDS if self.ending == "kill" else max(LEAVE_SECONDS, HANG_STEPS * (beat.step_seconds or 0))
         due = self.pressed > limit or (self.ending == "leave" and beat.phase == "starting")
@@ -350,6 +358,7 @@ def carry(
     result = patiently(lambda: run.result(status.attempt)) if status.attempt else None
     if status.state == "succeeded" or (status.state == "failed" and result and result.cause == "gate"):
         return status, result
+    status = status.model_copy(update={"fruitless": 0, "out_of_memory": 0})  # a person has asked for it once more
     supervisor = Supervisor(run, backend, status, etag, watch)
     try:
         while True:

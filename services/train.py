@@ -42,6 +42,8 @@ LOST_PEER = (
     "Broken pipe",
     "Connect timeout",
     "Timed out waiting",
+    "Connection was likely closed",  # DistNetworkError, of the store that a group meets at
+    "remote process exit",  # NCCL
 )
 
 

@@ -526,12 +526,17 @@ def test_a_job_that_is_resumed_is_not_deleted() -> None:
 def test_nudges(storage: Storage) -> None:
     jobs = Jobs(storage)
     assert jobs.nudged() == []
-    for job, model in [("b-1", "m"), ("a-1", "m2"), ("a-1", "m"), ("a-1", "m")]:
+    for job, model in [("b-1", "m"), ("a-1", "m2"), ("a-1", "m")]:
         jobs.nudge(job, model)
-    assert sorted(jobs.nudged()) == [("a-1", "m"), ("a-1", "m2"), ("b-1", "m")]
-    jobs.take_nudge("a-1", "m")
-    jobs.take_nudge("a-1", "m")
-    assert sorted(jobs.nudged()) == [("a-1", "m2"), ("b-1", "m")]
+    first = sorted(jobs.nudged())
+    assert [nudge[:2] for nudge in first] == [("a-1", "m"), ("a-1", "m2"), ("b-1", "m")]
+    jobs.take_nudge(*first[0])
+    jobs.take_nudge(*first[0])
+    assert sorted(jobs.nudged()) == first[1:]
+    jobs.nudge("b-1", "m")
+    jobs.take_nudge(*first[2])
+    (later,) = [nudge for nudge in jobs.nudged() if nudge[0] == "b-1"]
+    assert later != first[2], "who takes one late takes no later one with it"
 
 
 def test_the_newest_run_of_a_model(storage: Storage) -> None:
