@@ -9,7 +9,7 @@ import socket
 import struct
 import threading
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 from urllib.parse import urlsplit
@@ -23,6 +23,7 @@ class _Fault:
     times: int | None
     method: str
     path: str
+    healed: threading.Event = field(default_factory=threading.Event)
 
 
 class FaultProxy:
@@ -44,7 +45,6 @@ class FaultProxy:
         self.delay = delay
         self.seen: list[tuple[str, str, str]] = []  # method, path, mode of each request
         self.lock = threading.Lock()
-        self.healed = threading.Event()
         self.connections: set[socket.socket] = set()
         self._faults: list[_Fault] = []
         self._choose: Callable[[], str] | None = None
@@ -53,25 +53,26 @@ class FaultProxy:
         self._thread = threading.Thread(target=self._server.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True)
         self.url = f"http://127.0.0.1:{self._server.server_address[1]}"
 
-    def fail(self, mode: str, *, times: int | None = None, method: str = "", path: str = "") -> None:
+    def fail(self, mode: str, *, times: int | None = None, method: str = "", path: str = "") -> _Fault:
         """Fail the next `times` requests (all, if None) of this method whose path and query contain `path`."""
         if not re.fullmatch(r"ok|reset|(drop|cut|hang)-answer|hang|slow|\d{3}( \w+)?", mode):
             raise ValueError(f"mode {mode!r}: must be one of {MODES}")
         with self.lock:
-            self.healed.clear()
             self._faults.append(_Fault(mode, times, method, path))
+            return self._faults[-1]
 
     def fail_at_random(self, choose: Callable[[], str]) -> None:
         """Have each request that nothing else is said about answered in the mode that `choose` gives."""
         with self.lock:
             self._choose = choose
 
-    def heal(self) -> None:
-        """Forward everything again, and let go what hangs."""
+    def heal(self, fault: _Fault | None = None) -> None:
+        """Forward everything again that a fault was about, or any of them, and let go what hangs."""
         with self.lock:
-            self._faults.clear()
-            self._choose = None
-            self.healed.set()
+            for healed in [fault] if fault else self._faults:
+                healed.healed.set()
+            self._faults = [other for other in self._faults if fault and other is not fault]
+            self._choose = self._choose if fault else None
 
     def count(self, method: str, mode: str | None = None) -> int:
         """How many requests of this method (and mode) have come."""
@@ -92,8 +93,8 @@ class FaultProxy:
                 with contextlib.suppress(OSError):
                     connection.shutdown(socket.SHUT_RDWR)
 
-    def take(self, method: str, path: str) -> str:
-        """The mode for this request."""
+    def take(self, method: str, path: str) -> _Fault:
+        """What happens to this request."""
         with self.lock:
             for fault in self._faults:
                 if fault.times != 0 and fault.method in ("", method) and fault.path in path:
@@ -103,7 +104,7 @@ class FaultProxy:
             else:
                 fault = _Fault(self._choose() if self._choose else "ok", None, "", "")
             self.seen.append((method, path, fault.mode))
-            return fault.mode
+            return fault
 
 
 class _Server(ThreadingHTTPServer):
@@ -131,18 +132,19 @@ class _Handler(BaseHTTPRequestHandler):
     def serve(self) -> None:
         proxy = self.server.proxy
         body = self.rfile.read(int(self.headers.get("Content-Length", 0)))
-        mode = proxy.take(self.command, self.path)
-        if mode in ("hang", "slow"):
-            proxy.healed.wait(None if mode == "hang" else proxy.delay)
-        answer = self._find_answer(mode, body)
+        fault = proxy.take(self.command, self.path)
+        if fault.mode in ("hang", "slow"):
+            fault.healed.wait(None if fault.mode == "hang" else proxy.delay)
+        answer = self._find_answer(fault, body)
         if answer is None:
             self._reset()
         else:
-            self._answer(*answer, cut=mode == "cut-answer")
+            self._answer(*answer, cut=fault.mode == "cut-answer")
 
     do_GET = do_HEAD = do_PUT = do_POST = do_DELETE = serve
 
-    def _find_answer(self, mode: str, body: bytes) -> tuple[int, list[tuple[str, str]], bytes] | None:
+    def _find_answer(self, fault: _Fault, body: bytes) -> tuple[int, list[tuple[str, str]], bytes] | None:
+        mode = fault.mode
         if mode in ("reset", "hang"):
             return None
         if mode[0].isdigit():
@@ -154,7 +156,7 @@ class _Handler(BaseHTTPRequestHandler):
         except OSError:
             return None
         if mode == "hang-answer":
-            self.server.proxy.healed.wait()
+            fault.healed.wait()
         return None if mode in ("drop-answer", "hang-answer") else answer
 
     def _forward(self, body: bytes) -> tuple[int, list[tuple[str, str]], bytes]:

@@ -119,7 +119,7 @@ class Stack:
             for name, value in {**self.settings, "XDG_CACHE_HOME": str(self.folder / "cache")}.items():
                 self._patch.setenv(name, value)
             self.s3 = exits.enter_context(S3Server())
-            self.proxy = exits.enter_context(FaultProxy(self.s3.url, delay=0.3))
+            self.proxy = exits.enter_context(FaultProxy(self.s3.url))
             for name, value in self.s3.environment.items():
                 self._patch.setenv(name, value)
             self.storage = open_storage(f"s3://{self.s3.bucket}/{uuid.uuid4().hex}")
