@@ -82,10 +82,13 @@ class JobService:
         self.process.wait()
 
     def ask(self, method: str, path: str, **options: Any) -> Any:
-        """The JSON of an answer, which must be a good one."""
-        answer = self.client.request(method, f"/v1{path}", **options)
-        assert answer.is_success, f"{method} {path}: {answer.status_code} {answer.text}"
-        return answer.json()
+        """The JSON of an answer, which must be a good one; asked again while the store is away."""
+        deadline = time.monotonic() + 60
+        while True:
+            answer = self.client.request(method, f"/v1{path}", **options)
+            if answer.status_code != 503 or time.monotonic() > deadline:
+                assert answer.is_success, f"{method} {path}: {answer.status_code} {answer.text}"
+                return answer.json()
 
     def text(self, path: str, **query: str) -> str:
         answer = self.client.get(f"/v1{path}", params=query)
@@ -161,12 +164,7 @@ class Stack:
         """The id of a new job."""
         spec = yaml.safe_dump({"name": name, "priority": priority, "models": list(models)})
         headers = {"content-type": "application/yaml", "idempotency-key": uuid.uuid4().hex}
-        while True:
-            answer = self.service.client.post("/v1/jobs", content=spec, headers=headers)
-            if answer.status_code != 503:  # the store is away: the same key makes it safe to ask again
-                break
-        assert answer.status_code in (200, 201), answer.text
-        return str(answer.json()["job"])
+        return str(self.service.ask("POST", "/jobs", content=spec, headers=headers)["job"])
 
     def cancel_all(self) -> None:
         """End what is open, at once."""
@@ -242,7 +240,13 @@ class Stack:
     def tell(self, run: Run) -> str:
         """What there is to know of a run that did not do what it should."""
         lines = [f"{line.attempt}/{line.source} {line.line}" for line in run.log_lines()]
-        return "\n".join([*lines[-40:], "--- the job service", self.service.log.read_text()[-3000:]])
+        return "\n".join(
+            [
+                *lines[-40:],
+                f"--- the job service, exit code {self.service.process.poll()}",
+                self.service.log.read_text()[-3000:],
+            ]
+        )
 
     @contextlib.contextmanager
     def timed(self, what: str) -> Iterator[None]:
