@@ -34,8 +34,9 @@ from genmodels.keys import Keys
 from genmodels.registry import Registry
 from genmodels.run import ENDED, Heartbeat, Run, State, Status
 from genmodels.spec import JobSpec, ModelSpec, dump, model_digest
-from genmodels.storage import open_storage
+from genmodels.storage import open_storage, read_document
 from services.backends import RayJobsBackend, submission_id
+from services.dispatch import QUEUE
 from services.local import free_ports
 
 CPUS = 2
@@ -233,9 +234,9 @@ class Stack:
         return any(method == "PUT" and path in seen for method, seen, _ in self.proxy.seen)
 
     def capacity(self) -> int:
-        """CPUs that Ray says it has."""
-        found = RayJobsBackend(self.head.dashboard).capacity()
-        return found.cpus if found else 0
+        """CPUs that the dispatcher knows of; it believes what Ray said for a moment."""
+        found = read_document(self.storage, QUEUE)[0]["capacity"]
+        return int(found["cpus"]) if found else 0
 
     def tell(self, run: Run) -> str:
         """What there is to know of a run that did not do what it should."""

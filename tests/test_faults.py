@@ -17,6 +17,8 @@ from stack import CPUS, Stack, parents, tiny_model
 from genmodels.checkpoint import Place
 from genmodels.run import Run
 
+pytestmark = pytest.mark.timeout(900)  # on a busy machine each start of a group may take half a minute
+
 HANG_SECONDS = 10
 OUTAGE_SECONDS = 8
 LONG: dict[str, Any] = {"max_steps": 1000, "save_every": 100}
@@ -213,7 +215,6 @@ def test_an_elastic_run_loses_a_node_and_gets_one_back(stack: Stack) -> None:
 
 
 @pytest.mark.long
-@pytest.mark.timeout(600)
 def test_storage_away_for_a_minute(stack: Stack) -> None:
     outage(stack, 60)
 
