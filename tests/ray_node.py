@@ -98,7 +98,7 @@ class JoinedNode(RayNode):
         return self
 
 
-def until(look: Callable[[], Any], what: str, seconds: float = 60.0, pause: float = 0.1) -> Any:
+def until(look: Callable[[], Any], what: str, seconds: float = 150.0, pause: float = 0.1) -> Any:
     """What `look` returns as soon as that is true."""
     deadline = time.monotonic() + seconds
     while not (found := look()):
