@@ -216,7 +216,7 @@ class Stack:
         steps = [int(found[1]) for key in keys if (found := re.search(r"/step-(\d+)/manifest.json$", key))]
         return Place(attempt=attempt, step=max(steps)) if steps else None
 
-    def reaches(self, run: Run, state: State, timeout: float = 120) -> Status:
+    def reaches(self, run: Run, state: State, timeout: float = 300) -> Status:
         """Wait for a state; the status."""
         self._await(run, lambda: run.status()[0].state == state, state, timeout, then=state)
         return run.status()[0]
@@ -360,7 +360,7 @@ class Stack:
     def _spec(self, run: Run) -> ModelSpec:
         return next(spec for spec in self.jobs.spec(run.job).models if spec.name == run.model)
 
-    def _await(self, run: Run, look: Look, what: str, timeout: float = 120, then: State | None = None) -> None:
+    def _await(self, run: Run, look: Look, what: str, timeout: float = 300, then: State | None = None) -> None:
         """Wait for what a run is to do, unless it ends in another way than that."""
         deadline = time.monotonic() + timeout
         while not look():

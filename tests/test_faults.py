@@ -133,10 +133,10 @@ def test_driver_job_service_and_the_whole_of_ray_killed(stack: Stack) -> None:
 
 
 def test_storage_that_fails_now_and_then_and_is_away_for_a_while(stack: Stack) -> None:
-    """Every third request fails, for a whole run; in training and in publishing the server is killed."""
+    """Every fifth request fails, for a whole run; in training and in publishing the server is killed."""
     faults = random.Random(0)
-    stack.proxy.fail_at_random(lambda: faults.choice(STORE_FAULTS) if faults.random() < 0.3 else "ok")
-    run = outage(stack, OUTAGE_SECONDS)
+    stack.proxy.fail_at_random(lambda: faults.choice(STORE_FAULTS) if faults.random() < 0.2 else "ok")
+    run = outage(stack, OUTAGE_SECONDS, save_every=100)
     seen = {mode: sum(stack.proxy.count(verb, mode) for verb in ("GET", "PUT", "DELETE")) for mode in STORE_FAULTS}
     assert min(seen.values()) > 0, seen
     print(f"{sum(seen.values())} requests failed: {seen}")
@@ -172,6 +172,7 @@ def test_preemption_cancel_and_resume(stack: Stack) -> None:
     with stack.timed("cancel --now"):
         stack.service.ask("POST", f"/jobs/{job}/cancel", json={"models": [preempted.model], "now": True})
         stack.reaches(preempted, "cancelled")
+    newest = preempted.checkpoints()[-1]  # asked for now: a run that has ended keeps few of them
     assert "Killed: cancelled by key" in stack.service.text(f"/jobs/{job}/logs", model=preempted.model)
     stack.service.ask("POST", f"/jobs/{job}/resume")
     stack.proxy.heal()
@@ -179,7 +180,7 @@ def test_preemption_cancel_and_resume(stack: Stack) -> None:
         stack.reaches(run, "succeeded")
         stack.check_succeeded(run, attempts)
     assert parents(other) == [None, left]
-    assert took_over(stack, preempted, 3) == parents(preempted)[-1]
+    assert preempted.start_of(3).parent == newest == parents(preempted)[-1]
     until(lambda: job not in stack.jobs.open(), "the job is closed")
     assert stack.shown_job(job)["state"] == "succeeded"
 
@@ -249,9 +250,9 @@ def test_kills_at_random_times(stack: Stack) -> None:
     print(f"{kills} kills in {number} runs: 0 failed, 0 wrong weights, 0 steps twice")
 
 
-def outage(stack: Stack, seconds: float) -> Run:
+def outage(stack: Stack, seconds: float, save_every: int = 25) -> Run:
     """The store is away for a while, in training and in publishing: the same attempt goes on."""
-    run = stack.submit_one(tiny_model(f"outage-{seconds}", **SHORT))
+    run = stack.submit_one(tiny_model(f"outage-{seconds}", max_steps=500, save_every=save_every))
     stack.saves(run)
     attempt = run.status()[0].attempt
     no_checkpoints = stack.proxy.fail("503", method="PUT", path=f"{run.name}/attempt-{attempt}/checkpoints/")
