@@ -30,7 +30,7 @@ demo: setup
 	$(BIN)/genmodels run jobs/quickstart.yaml --no-auth $(ARGS)
 
 test: setup-dev lint
-	$(BIN)/python -m pytest -m "not long"
+	$(BIN)/python -m pytest -m "not long" -n 2 --dist loadfile --no-loadscope-reorder
 
 test-long: setup-dev
 	$(BIN)/python -m pytest -m long

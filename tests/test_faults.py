@@ -21,7 +21,7 @@ pytestmark = pytest.mark.timeout(900)  # on a busy machine each start of a group
 
 HANG_SECONDS = 10
 OUTAGE_SECONDS = 8
-LONG: dict[str, Any] = {"max_steps": 1000, "save_every": 100}
+LONG: dict[str, Any] = {"max_steps": 500, "save_every": 50}
 SHORT: dict[str, Any] = {"max_steps": 500, "save_every": 25}
 STORE_FAULTS = ("500", "503", "503 SlowDown", "reset", "slow", "drop-answer")
 
