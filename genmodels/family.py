@@ -13,7 +13,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, Literal, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, Literal, Protocol, TypeAlias, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -211,6 +211,31 @@ class ImageFamily(Family[ConfigT, RequestT]):
         return outputs
 
 
+def keep_half(window: list[int], block_size: int) -> list[int]:
+    """What is still seen of a text: all that fits, else its last half block, which begins again at position 0.
+
+    One rule for all kinds of positions, whose cost is one prefill for each half block of text.
+    """
+    return window if len(window) <= block_size else window[-(block_size // 2) :]
+
+
+class Decoder(Protocol):
+    """A fixed number of sequences, each in its slot, with what a network keeps of the tokens that it has read.
+
+    What is computed for a slot does not depend, to the bit, on the other slots or on which slot it is.
+    """
+
+    chunk: int  # the most tokens of one prefill
+
+    def prefill(self, slot: int, tokens: Sequence[int], start: int) -> Tensor:
+        """Read 1 to `chunk` tokens of one sequence, the first at position `start`: logits after the last, (vocab,)."""
+        ...
+
+    def step(self, tokens: Sequence[int | None], positions: Sequence[int]) -> Tensor:
+        """Read one token of each slot, None where there is none: logits (slots, vocab_size), rows of None are void."""
+        ...
+
+
 class TextFamily(Family[ConfigT, RequestT]):
     """A family that continues sequences of token ids; text and tokenizer are the engine's."""
 
@@ -228,7 +253,15 @@ class TextFamily(Family[ConfigT, RequestT]):
 
     @abstractmethod
     def generate(self, prompt: Sequence[int], seed: int, request: RequestT) -> Iterator[int]:
-        """The continuation of a prompt (at least one token), token by token; depends on the arguments alone."""
+        """The continuation of a prompt (at least one token), token by token; depends on the arguments alone.
+
+        The plain reference, one sequence at a time with nothing kept, that the engine's answers are equal to. Beyond
+        block_size it goes on as `keep_half` says.
+        """
+
+    @abstractmethod
+    def decoder(self, slots: int) -> Decoder:
+        """What the engine runs for many sequences at once."""
 
     @property
     def verbs(self) -> frozenset[str]:

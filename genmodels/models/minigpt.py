@@ -12,9 +12,9 @@ SwiGLU: Shazeer 2020, https://arxiv.org/abs/2002.05202
 
 from __future__ import annotations
 
-import hashlib
 import math
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -23,9 +23,10 @@ from pydantic import Field, ValidationInfo, field_validator
 from torch import Tensor, nn
 
 from genmodels.errors import RequestError, SpecError
-from genmodels.family import ImageInfo, OptimizerConfig, Role, Section, TextFamily, TextInfo
+from genmodels.family import ImageInfo, OptimizerConfig, Role, Section, TextFamily, TextInfo, keep_half
 from genmodels.networks import inference
 from genmodels.optim import make_optimizers
+from genmodels.sampling import Sampler, SamplingOptions, choose
 
 if TYPE_CHECKING:
     from genmodels.family import Batch
@@ -63,20 +64,11 @@ class MiniGPTConfig(Section):
         raise ValueError(f"got {n_embd}, expected {need}; write {' or '.join(map(str, near))}")
 
 
-class MiniGPTRequest(Section):
-    """Options of a completion."""
-
-    max_tokens: int = Field(200, ge=1, le=4096)
-    temperature: float = Field(0.8, ge=0, le=100, description="0 always takes the most probable token")
-    top_k: int | None = Field(None, ge=1, description="choose among the k most probable tokens only")
-    top_p: float = Field(1.0, gt=0, le=1, description="choose among the most probable tokens that make up p")
-
-
-class MiniGPT(TextFamily[MiniGPTConfig, MiniGPTRequest]):
+class MiniGPT(TextFamily[MiniGPTConfig, SamplingOptions]):
     """A mini-GPT over the tokens of one dataset."""
 
     Config = MiniGPTConfig
-    Request = MiniGPTRequest
+    Request = SamplingOptions
     metric_names = ("val_loss", "val_bits_per_char")
 
     network: Transformer
@@ -117,7 +109,10 @@ class MiniGPT(TextFamily[MiniGPTConfig, MiniGPTRequest]):
         with inference(self.network):
             return self.network(tokens.to(self.network.token_embedding.weight.device)).float()
 
-    def generate(self, prompt: Sequence[int], seed: int, request: MiniGPTRequest) -> Iterator[int]:
+    def decoder(self, slots: int) -> MiniGPTDecoder:
+        return MiniGPTDecoder(self.network, self.block_size, slots)
+
+    def generate(self, prompt: Sequence[int], seed: int, request: SamplingOptions) -> Iterator[int]:
         """The plain reference: the whole window anew for each token, one sequence at a time.
 
         Raises:
@@ -126,39 +121,12 @@ class MiniGPT(TextFamily[MiniGPTConfig, MiniGPTRequest]):
         if not prompt:
             raise RequestError("prompt is empty; send at least one character to go on from", param="prompt")
         window = list(prompt)
-        for index in range(request.max_tokens):
-            if len(window) > self.block_size:
-                window = window[-(self.block_size // 2) :]  # starts again at position 0; room for another half
-            token = choose(self.logits(torch.tensor([window]))[0, -1], seed, index, request)
+        sampler = Sampler(request, seed, prompt, self.data.vocab_size)
+        for _ in range(request.max_tokens):
+            window = keep_half(window, self.block_size)
+            (token,) = choose(self.logits(torch.tensor([window]))[:, -1], [sampler])
             window.append(token)
             yield token
-
-
-def choose(logits: Tensor, seed: int, index: int, request: MiniGPTRequest) -> int:
-    """The next token. Its randomness depends on `seed` and `index`, the token's number in the answer, alone.
-
-    Args:
-        logits: (vocab_size,)
-    """
-    logits = logits.cpu().double()
-    if request.temperature == 0:
-        return int(logits.argmax())
-    probabilities = ((logits - logits.max()) / request.temperature).softmax(-1)
-    descending, order = probabilities.sort(descending=True, stable=True)
-    mass_before = descending.cumsum(-1) - descending
-    dropped = mass_before >= request.top_p
-    if request.top_k is not None:
-        dropped[request.top_k :] = True
-    probabilities[order[dropped]] = 0.0
-    # summed up in the order of ids: rounding that swaps two equally probable tokens then hardly moves the sums
-    cumulative = probabilities.cumsum(-1)
-    return int(torch.searchsorted(cumulative, uniform(seed, index) * cumulative[-1], right=True))
-
-
-def uniform(seed: int, index: int) -> float:
-    """A random number in [0, 1) that is a function of its arguments: the same in every process, on every device."""
-    digest = hashlib.blake2b(f"{seed}/{index}".encode(), digest_size=6).digest()
-    return int.from_bytes(digest, "big") / 2**48  # 48 bits: products with it stay below the other factor
 
 
 class NextTokenLoss(nn.Module):
@@ -194,8 +162,28 @@ class Transformer(nn.Module):
             rotation = rotations(positions, self.head_size)
         else:
             x = x + self.position_embedding(positions)
-        for block in self.blocks:
-            x = block(x, rotation)
+        return self._logits(x, rotation, [None] * len(self.blocks), None)
+
+    def decode(self, tokens: Tensor, positions: Tensor, layers: Sequence[LayerCache], visible: Tensor) -> Tensor:
+        """Logits after tokens that follow what the layers keep of earlier ones: (n, t) -> (n, t, vocab_size).
+
+        Args:
+            positions: (n, t); where each token stands in its sequence.
+            layers: one for each block, of the same n sequences.
+            visible: (n, 1, t, kept); which of the kept positions each token sees.
+        """
+        x, rotation = self.token_embedding(tokens), None
+        if self.position_embedding is None:
+            rotation = rotations(positions, self.head_size).unsqueeze(2)  # the same for each head
+        else:
+            x = x + self.position_embedding(positions.clamp_max(self.position_embedding.num_embeddings - 1))
+        return self._logits(x, rotation, layers, visible)
+
+    def _logits(
+        self, x: Tensor, rotation: Tensor | None, layers: Sequence[LayerCache | None], visible: Tensor | None
+    ) -> Tensor:
+        for block, layer in zip(self.blocks, layers, strict=True):
+            x = block(x, rotation, layer, visible)
         x = self.norm(x)
         return F.linear(x, self.token_embedding.weight) if self.head is None else self.head(x)
 
@@ -219,8 +207,10 @@ class Block(nn.Module):
         self.mlp_norm = _norm(config)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor, rotation: Tensor | None) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), rotation)
+    def forward(
+        self, x: Tensor, rotation: Tensor | None, layer: LayerCache | None, visible: Tensor | None
+    ) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), rotation, layer, visible)
         return x + self.mlp(self.mlp_norm(x))
 
 
@@ -238,14 +228,19 @@ class Attention(nn.Module):
         self.qk_norm = config.qk_norm
         self.dropout = config.dropout
 
-    def forward(self, x: Tensor, rotation: Tensor | None) -> Tensor:
+    def forward(
+        self, x: Tensor, rotation: Tensor | None, layer: LayerCache | None, visible: Tensor | None
+    ) -> Tensor:
         query, key, value = (self._heads(project(x)) for project in (self.query, self.key, self.value))
         if self.qk_norm:
             query, key = (F.rms_norm(part, part.shape[-1:]) for part in (query, key))
         if rotation is not None:
             query, key = rotate(query, rotation), rotate(key, rotation)
-        dropout = self.dropout if self.training else 0.0
-        y = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, is_causal=True)
+        if layer is None:
+            dropout = self.dropout if self.training else 0.0
+            y = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, is_causal=True)
+        else:
+            y = _attend(query, *layer.keep(key, value), visible)
         y = self.output(y.transpose(1, 2).flatten(2))
         return F.dropout(y, self.dropout, self.training)
 
@@ -275,10 +270,77 @@ class MLP(nn.Module):
         return F.dropout(self.output(hidden), self.dropout, self.training)
 
 
+def _attend(query: Tensor, keys: Tensor, values: Tensor, visible: Tensor | None) -> Tensor:
+    """Attention written out. The fused kernel's result for a sequence depends on its place in the batch (seen on CPU
+    with queries of length 1), so that an answer would depend on which slot its sequence got."""
+    scores = query @ keys.mT / math.sqrt(query.shape[-1])
+    if visible is not None:
+        scores = scores.masked_fill(~visible, -torch.inf)
+    return scores.softmax(-1) @ values
+
+
+@dataclass(frozen=True)
+class LayerCache:
+    """Keys and values that one block has computed for n sequences, each (n, n_head, kept, head_size)."""
+
+    keys: Tensor
+    values: Tensor
+    places: tuple[Tensor, Tensor]  # (n, 1) and (n, t): row and position of each token that comes now
+
+    def keep(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
+        """Store those of new tokens, (n, n_head, t, head_size); all there are now."""
+        rows, positions = self.places
+        self.keys[rows, :, positions] = key.transpose(1, 2)
+        self.values[rows, :, positions] = value.transpose(1, 2)
+        return self.keys, self.values
+
+
+class MiniGPTDecoder:
+    """Keys and values of a fixed number of sequences.
+
+    All shapes are fixed: a matrix product of another height rounds differently, and an answer must not depend on who
+    else asks. Tokens that pad a shape write to a position of their own behind the window, which no real token sees.
+    """
+
+    chunk = 32  # tokens of one prefill
+
+    def __init__(self, network: Transformer, block_size: int, slots: int) -> None:
+        self._network, self._padding = network, block_size
+        weight = network.token_embedding.weight
+        n_head = weight.shape[1] // network.head_size
+        kept = -(-(block_size + 1) // 32) * 32  # whole vectors, whose products are faster
+        shape = (len(network.blocks), 2, slots, n_head, kept, network.head_size)
+        self._kept = torch.zeros(shape, device=weight.device, dtype=weight.dtype)
+        self._order = torch.arange(kept, device=weight.device)
+
+    def prefill(self, slot: int, tokens: Sequence[int], start: int) -> Tensor:
+        """Read up to `chunk` tokens of one sequence, the first at position `start`: logits after the last, (vocab,)."""
+        missing = self.chunk - len(tokens)
+        ids = torch.tensor([[*tokens, *[0] * missing]])
+        positions = torch.tensor([[*range(start, start + len(tokens)), *[self._padding] * missing]])
+        return self._run(slice(slot, slot + 1), ids, positions)[0, len(tokens) - 1]
+
+    def step(self, tokens: Sequence[int | None], positions: Sequence[int]) -> Tensor:
+        """The next token of each slot, None where there is none: logits (slots, vocab_size), rows of None are void."""
+        ids = torch.tensor([[token or 0] for token in tokens])
+        places = torch.tensor(
+            [[self._padding if token is None else at] for token, at in zip(tokens, positions, strict=True)]
+        )
+        return self._run(slice(None), ids, places)[:, 0]
+
+    def _run(self, slots: slice, tokens: Tensor, positions: Tensor) -> Tensor:
+        tokens, positions = tokens.to(self._order.device), positions.to(self._order.device)
+        rows = self._order[: len(tokens), None]
+        layers = [LayerCache(*layer[:, slots].unbind(0), (rows, positions)) for layer in self._kept]
+        visible = self._order <= positions[:, None, :, None]
+        with inference(self._network):
+            return self._network.decode(tokens, positions, layers, visible).float().cpu()
+
+
 def rotations(positions: Tensor, head_size: int) -> Tensor:
-    """The angles' cosines and sines for rotary positions, float32: (t,) -> (2, t, head_size / 2)."""
+    """The angles' cosines and sines for rotary positions, float32: (..., t) -> (2, ..., t, head_size / 2)."""
     exponents = torch.arange(head_size // 2, device=positions.device, dtype=torch.float32) / (head_size // 2)
-    angles = positions.float()[:, None] * ROTARY_BASE**-exponents
+    angles = positions.float()[..., None] * ROTARY_BASE**-exponents
     return torch.stack((angles.cos(), angles.sin()))
 
 

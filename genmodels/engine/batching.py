@@ -1,0 +1,160 @@
+"""Continuous batching: many texts share one network, each joins and leaves at any step.
+
+The idea of deciding anew at each step who is in the batch: Yu et al. 2022 (Orca), OSDI '22.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections import deque
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from genmodels.errors import RequestError
+from genmodels.family import TextFamily, keep_half
+from genmodels.sampling import Sampler, choose
+
+SLOTS = 16  # texts in one step
+MAX_WAITING = 256  # texts without a slot
+PREFILLS = 2  # chunks read between two steps: a long prompt holds the others up for no longer
+
+
+class Text:
+    """One answer under way.
+
+    Args:
+        prompt: at least one token.
+        take: called in the engine's thread with each token; false if that is enough.
+        end: called once, at the end: with an error if that was the reason.
+    """
+
+    def __init__(
+        self,
+        prompt: Sequence[int],
+        sampler: Sampler,
+        take: Callable[[int], bool],
+        end: Callable[[Exception | None], None],
+    ) -> None:
+        self.window = list(prompt)
+        self.read = 0  # tokens of the window that the network has read
+        self.sampler, self.take, self.end = sampler, take, end
+        self.unwanted = False  # to be set by whoever no longer waits for it
+
+
+class Batcher:
+    """Runs the texts of one model. `add` may be called from any thread, `step` from one at a time."""
+
+    def __init__(self, family: TextFamily[Any, Any], slots: int = SLOTS, max_waiting: int = MAX_WAITING) -> None:
+        self._block_size, self._decoder = family.block_size, family.decoder(slots)
+        self._slots: list[Text | None] = [None] * slots
+        self._waiting: deque[Text] = deque()
+        self._max_waiting = max_waiting
+        self._changed = threading.Condition()
+        self._closed = False
+
+    def add(self, *texts: Text) -> None:
+        """Let texts join, all or none.
+
+        Raises:
+            RequestError: too many wait already, or the model is about to go.
+        """
+        with self._changed:
+            if self._closed:
+                raise RequestError("this version was unloaded just now; try again", status=503, code="unloaded")
+            if len(self._waiting) + len(texts) > self._max_waiting + self._slots.count(None):
+                message = f"{len(self._waiting)} texts wait already; try again in a moment"
+                raise RequestError(message, status=429, code="queue_full")
+            self._waiting.extend(texts)
+            self._changed.notify()
+
+    def step(self) -> bool:
+        """Go on with every text by up to one token; false if there is nothing to do."""
+        self._admit()
+        rows, texts = [], []
+        for slot in self._to_prefill()[:PREFILLS]:
+            text = self._text(slot)
+            part = text.window[text.read : text.read + self._decoder.chunk]
+            logits = self._decoder.prefill(slot, part, text.read)
+            text.read += len(part)
+            if text.read == len(text.window):
+                rows.append(logits)
+                texts.append((slot, text))
+        ready = [(slot, text) for slot, text in self._active() if len(text.window) - text.read == 1]
+        if ready:
+            tokens: list[int | None] = [None] * len(self._slots)
+            positions = [0] * len(self._slots)
+            for slot, text in ready:
+                tokens[slot], positions[slot] = text.window[-1], text.read
+            logits = self._decoder.step(tokens, positions)
+            for slot, text in ready:
+                text.read += 1
+                rows.append(logits[slot])
+                texts.append((slot, text))
+        if rows:
+            chosen = choose(torch.stack(rows), [text.sampler for _, text in texts])
+            for (slot, text), token in zip(texts, chosen, strict=True):
+                self._accept(slot, text, token)
+        return bool(self._waiting or any(self._slots))
+
+    def run(self) -> None:
+        """Step until closed; all that is under way then is ended first."""
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._closed or self._waiting or any(self._slots))
+                if self._closed and not self._waiting and not any(self._slots):
+                    return
+            try:
+                self.step()
+            except Exception as error:
+                self._fail(error)
+
+    def close(self) -> None:
+        """Take no more texts; `run` returns when those that there are have ended."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify()
+
+    def _admit(self) -> None:
+        for slot, text in self._active():
+            if text.unwanted:
+                self._end(slot, text)
+        with self._changed:
+            for slot, text in enumerate(self._slots):
+                while text is None and self._waiting:
+                    joining = self._waiting.popleft()
+                    if joining.unwanted:
+                        joining.end(None)
+                        continue
+                    joining.window = keep_half(joining.window, self._block_size)
+                    self._slots[slot] = text = joining
+
+    def _active(self) -> list[tuple[int, Text]]:
+        return [(slot, text) for slot, text in enumerate(self._slots) if text is not None]
+
+    def _text(self, slot: int) -> Text:
+        text = self._slots[slot]
+        assert text is not None
+        return text
+
+    def _to_prefill(self) -> list[int]:
+        """Slots with more than one unread token, those with the fewest left first: they answer soonest."""
+        unread = [(len(text.window) - text.read, slot) for slot, text in self._active()]
+        return [slot for left, slot in sorted(unread) if left > 1]
+
+    def _accept(self, slot: int, text: Text, token: int) -> None:
+        text.window.append(token)
+        kept = keep_half(text.window, self._block_size)
+        if kept is not text.window:
+            text.window, text.read = kept, 0
+        if not text.take(token) or text.sampler.count >= text.sampler.options.max_tokens:
+            self._end(slot, text)
+
+    def _end(self, slot: int, text: Text, error: Exception | None = None) -> None:
+        self._slots[slot] = None
+        text.end(error)
+
+    def _fail(self, error: Exception) -> None:
+        for slot, text in self._active():
+            self._end(slot, text, error)

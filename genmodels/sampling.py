@@ -1,0 +1,126 @@
+"""How the next token is chosen from a network's logits: the settings of a request, and keyed randomness.
+
+Penalty on repetition: Keskar et al. 2019 (CTRL), https://arxiv.org/abs/1909.05858
+Nucleus (top_p): Holtzman et al. 2019, https://arxiv.org/abs/1904.09751
+min_p: Nguyen et al. 2024, https://arxiv.org/abs/2407.01082
+Presence and frequency penalties: as OpenAI's API defines them, over the tokens of the answer.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Sequence
+from typing import Annotated
+
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from genmodels.errors import RequestError
+from genmodels.family import Section
+
+TokenId = Annotated[int, Field(ge=0)]
+Bias = Annotated[float, Field(ge=-100, le=100)]
+
+
+class SamplingOptions(Section):
+    """Options of a completion: how many tokens, and how they are chosen."""
+
+    max_tokens: int = Field(200, ge=1, le=4096)
+    temperature: float = Field(0.8, ge=0, le=100, description="0 always takes the most probable token")
+    top_k: int | None = Field(None, ge=1, description="choose among the k most probable tokens only")
+    top_p: float = Field(1.0, gt=0, le=1, description="choose among the most probable tokens that make up p")
+    min_p: float = Field(0.0, ge=0, le=1, description="drop tokens less probable than this part of the best one's")
+    repetition_penalty: float = Field(1.0, gt=0, le=10, description="above 1: tokens of prompt and answer come less")
+    presence_penalty: float = Field(0.0, ge=-2, le=2, description="off the logits of tokens that are in the answer")
+    frequency_penalty: float = Field(0.0, ge=-2, le=2, description="the same, for each time that they are")
+    logit_bias: dict[TokenId, Bias] = Field({}, max_length=1024, description="added to logits, by token id")
+
+
+class Sampler:
+    """Chooses the tokens of one answer. Its randomness depends on `seed` and a token's number in the answer alone.
+
+    Raises:
+        RequestError: `logit_bias` names a token that there is not.
+    """
+
+    def __init__(self, options: SamplingOptions, seed: int, prompt: Sequence[int], vocab_size: int) -> None:
+        unknown = next((token for token in options.logit_bias if token >= vocab_size), None)
+        if unknown is not None:
+            message = f"logit_bias: token {unknown} does not exist; this model's are 0 to {vocab_size - 1}"
+            raise RequestError(message, param="logit_bias", code="invalid_value")
+        self.options, self.seed, self.count = options, seed, 0
+        self._bias = None
+        if options.logit_bias:
+            self._bias = torch.zeros(vocab_size, dtype=torch.float64)
+            self._bias[list(options.logit_bias)] = torch.tensor(
+                list(options.logit_bias.values()), dtype=torch.float64
+            )
+        self._penalises = (
+            options.repetition_penalty != 1 or options.presence_penalty != 0 or options.frequency_penalty != 0
+        )
+        if self._penalises:
+            self._read = torch.zeros(vocab_size, dtype=torch.bool)
+            self._read[list(prompt)] = True
+            self._written = torch.zeros(vocab_size, dtype=torch.float64)
+
+    def adjust(self, logits: Tensor) -> Tensor:
+        """(vocab_size,) float64, as penalties and biases make them."""
+        options = self.options
+        if self._penalises:
+            repeated = torch.where(logits > 0, logits / options.repetition_penalty, logits * options.repetition_penalty)
+            logits = torch.where(self._read, repeated, logits)
+            logits = logits - options.frequency_penalty * self._written
+            logits = logits - options.presence_penalty * (self._written > 0)
+        return logits if self._bias is None else logits + self._bias
+
+    def accept(self, token: int) -> None:
+        """The answer goes on with this token."""
+        self.count += 1
+        if self._penalises:
+            self._read[token] = True
+            self._written[token] += 1
+
+
+def choose(logits: Tensor, samplers: Sequence[Sampler]) -> list[int]:
+    """The next token of each of n answers, accepted by its sampler: logits (n, vocab_size).
+
+    A row's token does not depend on the other rows.
+    """
+    rows = torch.stack(
+        [sampler.adjust(row) for row, sampler in zip(logits.cpu().double(), samplers, strict=True)]
+    )
+    best = rows.argmax(-1).tolist()
+    temperature = torch.tensor([[sampler.options.temperature or 1.0] for sampler in samplers], dtype=torch.float64)
+    probabilities = ((rows - rows.amax(-1, keepdim=True)) / temperature).softmax(-1)
+    probabilities = _dropped(probabilities, [sampler.options for sampler in samplers])
+    # summed up in the order of ids: rounding that swaps two equally probable tokens then hardly moves the sums
+    cumulative = probabilities.cumsum(-1)
+    draws = torch.tensor([[uniform(sampler.seed, sampler.count)] for sampler in samplers], dtype=torch.float64)
+    drawn = torch.searchsorted(cumulative, draws * cumulative[:, -1:], right=True)[:, 0].tolist()
+    tokens = []
+    for sampler, greedy, sampled in zip(samplers, best, drawn, strict=True):
+        tokens.append(greedy if sampler.options.temperature == 0 else sampled)
+        sampler.accept(tokens[-1])
+    return tokens
+
+
+def _dropped(probabilities: Tensor, options: Sequence[SamplingOptions]) -> Tensor:
+    """Without the improbable tokens that nobody wants: (n, vocab_size), no longer of sum 1."""
+    if all(one.top_k is None and one.top_p == 1 and one.min_p == 0 for one in options):
+        return probabilities
+    size = probabilities.shape[-1]
+    top_k = torch.tensor([[one.top_k or size] for one in options])
+    top_p = torch.tensor([[one.top_p] for one in options], dtype=torch.float64)
+    min_p = torch.tensor([[one.min_p] for one in options], dtype=torch.float64)
+    descending, order = probabilities.sort(dim=-1, descending=True, stable=True)
+    mass_before = descending.cumsum(-1) - descending
+    dropped = (torch.arange(size) >= top_k) | (descending < min_p * descending[:, :1])
+    dropped |= (mass_before >= top_p) & (top_p < 1)
+    return probabilities.scatter(-1, order, descending.masked_fill(dropped, 0.0))
+
+
+def uniform(seed: int, index: int) -> float:
+    """A random number in [0, 1) that is a function of its arguments: the same in every process, on every device."""
+    digest = hashlib.blake2b(f"{seed}/{index}".encode(), digest_size=6).digest()
+    return int.from_bytes(digest, "big") / 2**48  # 48 bits: products with it stay below the other factor
