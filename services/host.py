@@ -10,8 +10,8 @@ import asyncio
 import logging
 import threading
 import time
-from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections import OrderedDict, deque
+from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime
@@ -29,7 +29,7 @@ from genmodels.storage import open_storage
 
 RESOLVE_SECONDS = 1.0  # how long a name's version is believed
 RESOLVE_ENTRIES = 1024
-GATHER_SECONDS = 0.02  # of text that travels as one piece: each hop between processes costs about a token's time
+GATHER_SECONDS = 0.015  # of text that travels as one piece: each hop between processes costs about a token's time
 
 logger = logging.getLogger("ray.serve")
 
@@ -74,7 +74,7 @@ class ModelHost:
             workers, "model", initializer=torch.set_num_threads, initargs=(torch_threads,)
         )
         self._lookups = ThreadPoolExecutor(4, "registry")  # so that names are found while all workers compute
-        self._max_loaded = max_loaded
+        self._max_loaded, self._torch_threads = max_loaded, torch_threads
         self._loaded: OrderedDict[str, Loaded] = OrderedDict()
         self._loading: dict[str, asyncio.Task[Loaded]] = {}
         self._entries: dict[str, Entry] = {}
@@ -106,20 +106,25 @@ class ModelHost:
 
     async def complete(self, name: str, request: CompletionRequest) -> AsyncIterator[Opened | Piece | RequestError]:
         """One `Opened`, then pieces; a `RequestError` at any place is the last item."""
-        gone = threading.Event()
+        completion = None
         try:
             loaded = await self._load(await self._resolve(name))
             completion = text.complete(loaded, request)
+            inbox = Inbox()
+            completion.start(inbox.put)
             yield Opened(completion.model, completion.seed, completion.prompt_tokens)
-            pieces, seconds = iter(completion), 0.0
-            while gathered := await _in(self._threads, _gather, pieces, seconds, gone):
-                seconds = GATHER_SECONDS  # the first token goes at once
-                for piece in gathered:
+            unfinished = request.n
+            while unfinished:
+                for piece in await inbox.take():  # at once, and then only every so often
+                    unfinished -= piece.finish_reason is not None
                     yield piece
+                if unfinished:
+                    await asyncio.sleep(GATHER_SECONDS)
         except GenmodelsError as error:
             yield _refusal(error)
         finally:
-            gone.set()  # the client may have left: a thread stops at its next token
+            if completion is not None:  # the client may have left
+                completion.leave()
 
     def _preload(self) -> None:
         """A new replica has every model in memory before it takes traffic; one that fails stands in no other's way."""
@@ -183,8 +188,16 @@ class ModelHost:
 
     def _keep(self, name: str, loaded: Loaded) -> None:
         self._loaded[name] = loaded
+        if isinstance(loaded, TextModel):
+            threading.Thread(target=self._decode, args=(loaded,), name=f"decode {name}", daemon=True).start()
         while len(self._loaded) > self._max_loaded:
-            self._loaded.popitem(last=False)
+            _, unloaded = self._loaded.popitem(last=False)
+            if isinstance(unloaded, TextModel):
+                unloaded.batcher.close()
+
+    def _decode(self, model: TextModel) -> None:
+        torch.set_num_threads(self._torch_threads)
+        model.batcher.run()
 
     async def _describe(self, name: str, version: Version, aliases: dict[str, int]) -> Entry:
         """What only a loaded model knows of itself is kept when the model goes."""
@@ -203,19 +216,36 @@ def created(version: Version) -> int:
     return int(datetime.fromisoformat(version.created).timestamp())
 
 
-def _gather(pieces: Iterator[Piece], seconds: float, gone: threading.Event) -> list[Piece]:
-    """The pieces of some time, at least one, those of one choice joined; none at the end."""
-    until = time.monotonic() + seconds
-    gathered: list[Piece] = []
-    for piece in pieces:
-        last = gathered[-1] if gathered else None
-        if last and last.index == piece.index:
-            gathered[-1] = Piece(piece.index, last.text + piece.text, last.tokens + piece.tokens, piece.finish_reason)
-        else:
-            gathered.append(piece)
-        if gone.is_set() or time.monotonic() >= until:
-            break
-    return gathered
+class Inbox:
+    """Pieces on their way from an engine's thread to a coroutine, which is woken once for all that have come."""
+
+    def __init__(self) -> None:
+        self._loop = asyncio.get_running_loop()
+        self._arrived = asyncio.Event()
+        self._woken = False
+        self._items: deque[Piece | Exception] = deque()
+
+    def put(self, item: Piece | Exception) -> None:
+        self._items.append(item)
+        if not self._woken:
+            self._woken = True
+            self._loop.call_soon_threadsafe(self._arrived.set)
+
+    async def take(self) -> list[Piece]:
+        """All that has come, at least one piece; those of one choice joined. An error is raised once it is the next."""
+        await self._arrived.wait()
+        self._arrived.clear()
+        self._woken = False  # before the look, so that what comes after it wakes anew
+        joined: dict[int, Piece] = {}
+        while self._items:
+            item = self._items.popleft()
+            if isinstance(item, Exception):
+                raise item
+            last = joined.get(item.index)
+            if last is not None:
+                item = Piece(item.index, last.text + item.text, last.tokens + item.tokens, item.finish_reason)
+            joined[item.index] = item
+        return list(joined.values())
 
 
 def _entry(version: Version, loaded: Loaded) -> Entry:

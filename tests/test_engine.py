@@ -13,7 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 from published import IMAGES, VOCABULARY, loaded, publish
-from pydantic import Field, ValidationError
+from pydantic import ValidationError
+from torch import Tensor
 
 from genmodels import models
 from genmodels.data.images import png
@@ -30,8 +31,8 @@ from genmodels.engine.images import (
 from genmodels.engine.loaded import ImageModel, Loaded, TextModel, load, load_folder
 from genmodels.engine.text import CompletionRequest, Piece, StopStrings, choice_seed, complete
 from genmodels.errors import CheckpointError, ModelNotFound, RequestError
-from genmodels.family import Section
 from genmodels.registry import Registry
+from genmodels.sampling import SamplingOptions
 from genmodels.storage import Storage
 
 IMAGE_FAMILIES = [name for name in models.names() if models.load(name).kind == "image"]
@@ -52,24 +53,23 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Make:
 
 
 class Scripted:
-    """A text family that says what it is told to say."""
+    """A text family that says what it is told to say, over and over, after a prompt of one token."""
 
-    class Request(Section):
-        max_tokens: int = Field(200, ge=1)
-        temperature: float = Field(1.0, ge=0)
-
+    Request = SamplingOptions
     verbs = frozenset({"complete"})
+    block_size = 64
 
     def __init__(self, says: str) -> None:
-        self.says = says
-        self.seeds: list[int] = []
-        self.taken = 0
+        self.says = CharTokenizer(VOCABULARY).encode(says)
+        self.steps = 0
 
-    def generate(self, prompt: Sequence[int], seed: int, request: Request) -> Iterator[int]:
-        self.seeds.append(seed)
-        for token in CharTokenizer(VOCABULARY).encode(self.says)[: request.max_tokens]:
-            self.taken += 1
-            yield token
+    def decoder(self, slots: int) -> Scripted:
+        return self
+
+    def step(self, tokens: Sequence[int | None], positions: Sequence[int]) -> Tensor:
+        self.steps += 1
+        said = torch.tensor([self.says[position % len(self.says)] for position in positions])
+        return torch.nn.functional.one_hot(said, len(VOCABULARY)) * 1e6
 
 
 def scripted(says: str) -> TextModel:
@@ -96,15 +96,12 @@ def request_error(function: Callable[[], Any]) -> RequestError:
 # Text
 
 
-def test_a_completion_ends_at_max_tokens_or_where_the_model_ends() -> None:
+def test_a_completion_ends_at_max_tokens() -> None:
     assert choices(iter(complete(scripted("Hello"), CompletionRequest(prompt="x", max_tokens=3)))) == [
         ("Hel", "length", 3)
     ]
-    assert choices(iter(complete(scripted("Hello"), CompletionRequest(prompt="x", max_tokens=5)))) == [
-        ("Hello", "length", 5)
-    ]
-    assert choices(iter(complete(scripted("Hello"), CompletionRequest(prompt="x", max_tokens=9)))) == [
-        ("Hello", "stop", 5)
+    assert choices(iter(complete(scripted("Hello"), CompletionRequest(prompt="x", max_tokens=7)))) == [
+        ("HelloHe", "length", 7)
     ]
 
 
@@ -112,8 +109,9 @@ def test_stop_strings_are_never_shown_and_end_the_work() -> None:
     model = scripted("one two three four")
     request = CompletionRequest(prompt="x", stop=["three", "w"])
     assert choices(iter(complete(model, request))) == [("one t", "stop", 6)]
-    assert model.family.taken == 6  # type: ignore[attr-defined]
-    assert choices(iter(complete(scripted("a b"), CompletionRequest(prompt="x", stop="bc")))) == [("a b", "stop", 3)]
+    assert model.family.steps == 6  # type: ignore[attr-defined]
+    held_back = CompletionRequest(prompt="x", stop="bc", max_tokens=3)
+    assert choices(iter(complete(scripted("a b"), held_back))) == [("a b", "length", 3)]
 
 
 @given(st.text("ab", max_size=12), st.lists(st.text("ab", min_size=1, max_size=4), max_size=4), st.data())
@@ -132,11 +130,14 @@ def test_where_text_is_cut_does_not_change_what_a_stop_string_cuts_off(
     assert scanner.found == bool(ends)
 
 
-def test_each_choice_has_its_own_seed_and_the_first_has_the_requests() -> None:
-    model = scripted("a")
-    answer = complete(model, CompletionRequest(prompt="x", n=3, seed=7))
-    assert [text for text, _, _ in choices(iter(answer), 3)] == ["a", "a", "a"]
-    assert model.family.seeds == [7, choice_seed(7, 1), choice_seed(7, 2)]  # type: ignore[attr-defined]
+def test_each_choice_has_its_own_seed_and_the_first_has_the_requests(make: Make) -> None:
+    answer = complete(make("minigpt"), CompletionRequest(prompt="x", n=3, seed=7, max_tokens=20, temperature=2))
+    seeds = [7, choice_seed(7, 1), choice_seed(7, 2)]
+    alone = [
+        complete(make("minigpt"), CompletionRequest(prompt="x", seed=seed, max_tokens=20, temperature=2))
+        for seed in seeds
+    ]
+    assert choices(iter(answer), 3) == [found for one in alone for found in choices(iter(one))]
     assert len({choice_seed(seed, index) for seed in range(50) for index in range(50)}) == 2500
     assert 0 <= choice_seed(2**63 - 1, 63) < 2**63
 
@@ -163,7 +164,7 @@ def test_a_completion_without_a_seed_tells_the_one_it_took(make: Make) -> None:
         ({"max_tokens": 4000, "n": 64}, "max_tokens", "at most 256 with n = 64"),
         ({"temprature": 1.0}, "temprature", "did you mean 'temperature'"),
         ({"sed": 1}, "sed", "did you mean 'seed'"),
-        ({"colour": "red"}, "colour", "max_tokens, temperature"),
+        ({"colour": "red"}, "colour", "max_tokens, min_p"),
     ],
 )
 def test_a_wrong_completion_names_the_field(make: Make, fields: dict[str, Any], param: str, says: str) -> None:

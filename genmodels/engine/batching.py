@@ -96,14 +96,19 @@ class Batcher:
             chosen = choose(torch.stack(rows), [text.sampler for _, text in texts])
             for (slot, text), token in zip(texts, chosen, strict=True):
                 self._accept(slot, text, token)
+        return self.busy
+
+    @property
+    def busy(self) -> bool:
+        """Whether a text is under way or waits."""
         return bool(self._waiting or any(self._slots))
 
     def run(self) -> None:
         """Step until closed; all that is under way then is ended first."""
         while True:
             with self._changed:
-                self._changed.wait_for(lambda: self._closed or self._waiting or any(self._slots))
-                if self._closed and not self._waiting and not any(self._slots):
+                self._changed.wait_for(lambda: self._closed or self.busy)
+                if self._closed and not self.busy:
                     return
             try:
                 self.step()

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from genmodels import checkpoint
 from genmodels.data.text import Tokenizer, load_tokenizer
+from genmodels.engine.batching import Batcher
 from genmodels.engine.requests import Request, parse_options
 from genmodels.errors import CheckpointError, DataError, ModelNotFound
 from genmodels.family import Family, ImageFamily, TextFamily
@@ -48,6 +50,11 @@ class ImageModel(Loaded):
 class TextModel(Loaded):
     family: TextFamily[Any, Any]
     tokenizer: Tokenizer
+
+    @cached_property
+    def batcher(self) -> Batcher:
+        """What its texts share; made when the first comes."""
+        return Batcher(self.family)
 
 
 def load(registry: Registry, version: Version) -> Loaded:

@@ -3,15 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
 
+from genmodels.data.text import Tokenizer
+from genmodels.engine.batching import Text
 from genmodels.engine.loaded import Loaded, TextModel
 from genmodels.engine.requests import Count, Request, Seed, seed_or_random
 from genmodels.errors import RequestError
+from genmodels.sampling import Sampler
 
 MAX_PROMPT = 65_536  # characters
 MAX_TOKENS = 16_384  # in all choices of one request
@@ -43,34 +47,75 @@ class Piece:
 
 
 class Completion:
-    """An answer under way: iterate over its pieces, one choice after the other."""
+    """An answer under way: its n choices are texts of their own, whose pieces come as the engine makes them.
+
+    Either iterate over it, which runs the engine in this thread, or `start` it beside an engine that runs in another.
+    """
 
     def __init__(self, model: TextModel, prompt: list[int], request: CompletionRequest, options: Any) -> None:
         self.model = model.name
         self.seed = seed_or_random(request.seed)
         self.prompt_tokens = len(prompt)
-        self._family, self._tokenizer = model.family, model.tokenizer
-        self._prompt, self._request, self._options = prompt, request, options
+        self._batcher = model.batcher
+        self._take: Callable[[Piece | Exception], None] = _nobody
+        self._unfinished = request.n
+        self._texts = [self._choice(index, model.tokenizer, prompt, request, options) for index in range(request.n)]
+
+    def start(self, take: Callable[[Piece | Exception], None]) -> None:
+        """Join the engine. `take` gets each piece, from the engine's thread, or the error that ends it all.
+
+        Raises:
+            RequestError: the engine is full.
+        """
+        self._take = take
+        self._batcher.add(*self._texts)
+
+    def leave(self) -> None:
+        """Nobody waits for it any more: its slots are free from the next step on."""
+        for text in self._texts:
+            text.unwanted = True
 
     def __iter__(self) -> Iterator[Piece]:
-        for index in range(self._request.n):
-            yield from self._choice(index)
+        arrived: deque[Piece | Exception] = deque()
+        self.start(arrived.append)
+        try:
+            while self._unfinished or arrived:
+                while arrived:
+                    piece = arrived.popleft()
+                    if isinstance(piece, Exception):
+                        raise piece
+                    yield piece
+                self._batcher.step()
+        finally:
+            self.leave()
 
-    def _choice(self, index: int) -> Iterator[Piece]:
-        stops = StopStrings(self._request.stop)
-        count = 0
-        for token in self._family.generate(self._prompt, choice_seed(self.seed, index), self._options):
-            count += 1
-            text = stops.feed(self._tokenizer.decode([token]))
-            if stops.found:
-                yield Piece(index, text, 1, "stop")
-                return
-            yield Piece(index, text, 1)
-        yield Piece(index, stops.rest(), 0, "length" if count >= self._options.max_tokens else "stop")
+    def _choice(
+        self, index: int, tokenizer: Tokenizer, prompt: list[int], request: CompletionRequest, options: Any
+    ) -> Text:
+        sampler = Sampler(options, choice_seed(self.seed, index), prompt, tokenizer.vocab_size)
+        stops = StopStrings(request.stop)
+
+        def take(token: int) -> bool:
+            text = stops.feed(tokenizer.decode([token]))
+            self._take(Piece(index, text, 1, "stop" if stops.found else None))
+            return not stops.found
+
+        def end(error: Exception | None) -> None:
+            self._unfinished -= 1
+            if error is not None:
+                self._take(error)
+            elif not stops.found:
+                self._take(Piece(index, stops.rest(), 0, "length"))
+
+        return Text(prompt, sampler, take, end)
+
+
+def _nobody(_: object) -> None:
+    pass
 
 
 def complete(loaded: Loaded, request: CompletionRequest) -> Completion:
-    """Check a request completely; nothing is generated before the answer is iterated over.
+    """Check a request completely; nothing is generated before the answer is iterated over or started.
 
     Raises:
         RequestError: the model cannot complete, or the request does not fit it; names the field.
