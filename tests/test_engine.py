@@ -396,5 +396,5 @@ def pictures(n: int) -> np.ndarray:
 
 
 def test_pieces_are_as_the_tokens_come() -> None:
-    pieces = iter(text.complete(scripted("abc"), CompletionRequest(prompt="x", stop="cd")))
+    pieces = iter(text.complete(scripted("abc"), CompletionRequest(prompt="x", stop="cd", max_tokens=3)))
     assert [(piece.text, piece.tokens) for piece in pieces] == [("a", 1), ("b", 1), ("", 1), ("c", 0)]
