@@ -228,7 +228,7 @@ class Decoder(Protocol):
     chunk: int  # the most tokens of one prefill
 
     def prefill(self, slot: int, tokens: Sequence[int], start: int) -> Tensor:
-        """Read 1 to `chunk` tokens of one sequence, the first at position `start`: logits after the last, (vocab,)."""
+        """Read 1 to `chunk` tokens of one sequence, the first at position `start`: logits after each, (n, vocab)."""
         ...
 
     def step(self, tokens: Sequence[int | None], positions: Sequence[int]) -> Tensor:

@@ -55,13 +55,15 @@ def loaded(name: str, folder: Path, **config: Any) -> Loaded:
     return load_folder(folder, f"{name}@1")
 
 
-def publish(storage: Storage, model: str, family: str, *, step: int = 1, alias: str | None = "production") -> Version:
+def publish(
+    storage: Storage, model: str, family: str, *, step: int = 1, alias: str | None = "production", **config: Any
+) -> Version:
     """Put a version into the registry; another `step` gives other weights."""
     lineage = Lineage(spec_digest="0", data_digest="0", code_version="0", world_size=1, parent=None)
     registry = Registry(storage)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        write(folder, *build(family, seed=step))
+        write(folder, *build(family, seed=step, **config))
         files = checkpoint.describe_files(folder)
         manifest = Manifest(
             step=step, samples=step, metrics={"val_loss": 1.5, "odd": float("nan")}, lineage=lineage, files=files

@@ -79,7 +79,7 @@ class Batcher:
             logits = self._decoder.prefill(slot, part, text.read)
             text.read += len(part)
             if text.read == len(text.window):
-                rows.append(logits)
+                rows.append(logits[-1])
                 texts.append((slot, text))
         ready = [(slot, text) for slot, text in self._active() if len(text.window) - text.read == 1]
         if ready:

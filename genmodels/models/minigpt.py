@@ -162,28 +162,8 @@ class Transformer(nn.Module):
             rotation = rotations(positions, self.head_size)
         else:
             x = x + self.position_embedding(positions)
-        return self._logits(x, rotation, [None] * len(self.blocks), None)
-
-    def decode(self, tokens: Tensor, positions: Tensor, layers: Sequence[LayerCache], visible: Tensor) -> Tensor:
-        """Logits after tokens that follow what the layers keep of earlier ones: (n, t) -> (n, t, vocab_size).
-
-        Args:
-            positions: (n, t); where each token stands in its sequence.
-            layers: one for each block, of the same n sequences.
-            visible: (n, 1, t, kept); which of the kept positions each token sees.
-        """
-        x, rotation = self.token_embedding(tokens), None
-        if self.position_embedding is None:
-            rotation = rotations(positions, self.head_size).unsqueeze(2)  # the same for each head
-        else:
-            x = x + self.position_embedding(positions.clamp_max(self.position_embedding.num_embeddings - 1))
-        return self._logits(x, rotation, layers, visible)
-
-    def _logits(
-        self, x: Tensor, rotation: Tensor | None, layers: Sequence[LayerCache | None], visible: Tensor | None
-    ) -> Tensor:
-        for block, layer in zip(self.blocks, layers, strict=True):
-            x = block(x, rotation, layer, visible)
+        for block in self.blocks:
+            x = block(x, rotation)
         x = self.norm(x)
         return F.linear(x, self.token_embedding.weight) if self.head is None else self.head(x)
 
@@ -207,10 +187,8 @@ class Block(nn.Module):
         self.mlp_norm = _norm(config)
         self.mlp = MLP(config)
 
-    def forward(
-        self, x: Tensor, rotation: Tensor | None, layer: LayerCache | None, visible: Tensor | None
-    ) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), rotation, layer, visible)
+    def forward(self, x: Tensor, rotation: Tensor | None) -> Tensor:
+        x = x + self.attention(self.attention_norm(x), rotation)
         return x + self.mlp(self.mlp_norm(x))
 
 
@@ -228,19 +206,14 @@ class Attention(nn.Module):
         self.qk_norm = config.qk_norm
         self.dropout = config.dropout
 
-    def forward(
-        self, x: Tensor, rotation: Tensor | None, layer: LayerCache | None, visible: Tensor | None
-    ) -> Tensor:
+    def forward(self, x: Tensor, rotation: Tensor | None) -> Tensor:
         query, key, value = (self._heads(project(x)) for project in (self.query, self.key, self.value))
         if self.qk_norm:
             query, key = (F.rms_norm(part, part.shape[-1:]) for part in (query, key))
         if rotation is not None:
             query, key = rotate(query, rotation), rotate(key, rotation)
-        if layer is None:
-            dropout = self.dropout if self.training else 0.0
-            y = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, is_causal=True)
-        else:
-            y = _attend(query, *layer.keep(key, value), visible)
+        dropout = self.dropout if self.training else 0.0
+        y = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, is_causal=True)
         y = self.output(y.transpose(1, 2).flatten(2))
         return F.dropout(y, self.dropout, self.training)
 
@@ -270,71 +243,184 @@ class MLP(nn.Module):
         return F.dropout(self.output(hidden), self.dropout, self.training)
 
 
-def _attend(query: Tensor, keys: Tensor, values: Tensor, visible: Tensor | None) -> Tensor:
-    """Attention written out. The fused kernel's result for a sequence depends on its place in the batch (seen on CPU
-    with queries of length 1), so that an answer would depend on which slot its sequence got."""
-    scores = query @ keys.mT / math.sqrt(query.shape[-1])
-    if visible is not None:
-        scores = scores.masked_fill(~visible, -torch.inf)
-    return scores.softmax(-1) @ values
-
-
-@dataclass(frozen=True)
-class LayerCache:
-    """Keys and values that one block has computed for n sequences, each (n, n_head, kept, head_size)."""
-
-    keys: Tensor
-    values: Tensor
-    places: tuple[Tensor, Tensor]  # (n, 1) and (n, t): row and position of each token that comes now
-
-    def keep(self, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
-        """Store those of new tokens, (n, n_head, t, head_size); all there are now."""
-        rows, positions = self.places
-        self.keys[rows, :, positions] = key.transpose(1, 2)
-        self.values[rows, :, positions] = value.transpose(1, 2)
-        return self.keys, self.values
-
-
 class MiniGPTDecoder:
-    """Keys and values of a fixed number of sequences.
+    """A network as it stands now, arranged for decoding, with the keys and values of a fixed number of sequences.
 
-    All shapes are fixed: a matrix product of another height rounds differently, and an answer must not depend on who
-    else asks. Tokens that pad a shape write to a position of their own behind the window, which no real token sees.
+    An answer must not depend, to the bit, on who else asks: matrix products of another height round differently, so
+    all that have weights in them have `slots` or `chunk` rows. Attention, which joins no sequences, is computed only
+    for the slots up to the last one in use and for positions up to the longest sequence, in steps of 32; what is
+    masked there adds exact zeros. It is written out, as the fused kernel's result depends on a sequence's place in the
+    batch (seen on CPU with queries of length 1). Tokens that pad a shape write to a position of their own behind the
+    window, which no real token sees.
     """
 
     chunk = 32  # tokens of one prefill
 
+    @torch.inference_mode()
     def __init__(self, network: Transformer, block_size: int, slots: int) -> None:
-        self._network, self._padding = network, block_size
-        weight = network.token_embedding.weight
-        n_head = weight.shape[1] // network.head_size
-        kept = -(-(block_size + 1) // 32) * 32  # whole vectors, whose products are faster
-        shape = (len(network.blocks), 2, slots, n_head, kept, network.head_size)
-        self._kept = torch.zeros(shape, device=weight.device, dtype=weight.dtype)
-        self._order = torch.arange(kept, device=weight.device)
+        embedding, head = network.token_embedding.weight.float(), network.head
+        device, kept = embedding.device, _rounded_up(block_size + 1)
+        self._padding, self._device = block_size, device
+        self._embedding = embedding.clone()
+        self._positions, self._rotations = None, None
+        if network.position_embedding is None:
+            cosine, sine = rotations(torch.arange(kept, device=device), network.head_size)
+            self._rotations = torch.complex(cosine, sine)[:, None, None]
+        else:
+            self._positions = F.pad(network.position_embedding.weight.float(), (0, 0, 0, kept - block_size))
+        self._layers = [
+            _DecoderLayer(block, slots, kept, rotary=self._rotations is not None) for block in network.blocks
+        ]
+        self._head = _Projection(
+            network.norm, embedding if head is None else head.weight, None if head is None else head.bias
+        )
+        self._mask = torch.full((kept, kept), -torch.inf, device=device).triu(1)  # row p: what position p sees
 
+    @torch.inference_mode()
     def prefill(self, slot: int, tokens: Sequence[int], start: int) -> Tensor:
-        """Read up to `chunk` tokens of one sequence, the first at position `start`: logits after the last, (vocab,)."""
-        missing = self.chunk - len(tokens)
-        ids = torch.tensor([[*tokens, *[0] * missing]])
-        positions = torch.tensor([[*range(start, start + len(tokens)), *[self._padding] * missing]])
-        return self._run(slice(slot, slot + 1), ids, positions)[0, len(tokens) - 1]
+        """Read 1 to `chunk` tokens of one sequence, the first at position `start`: logits after each, (n, vocab)."""
+        if start == 0:
+            for layer in self._layers:
+                layer.forget(slot)
+        missing, end = self.chunk - len(tokens), start + len(tokens)
+        positions = [*range(start, end), *[self._padding] * missing]
+        attended = _Attended(slot, 1, self.chunk, _rounded_up(end))
+        return self._run([*tokens, *[0] * missing], positions, attended)[: len(tokens)]
 
     def step(self, tokens: Sequence[int | None], positions: Sequence[int]) -> Tensor:
-        """The next token of each slot, None where there is none: logits (slots, vocab_size), rows of None are void."""
-        ids = torch.tensor([[token or 0] for token in tokens])
-        places = torch.tensor(
-            [[self._padding if token is None else at] for token, at in zip(tokens, positions, strict=True)]
-        )
-        return self._run(slice(None), ids, places)[:, 0]
+        """Read one token of each slot, None where there is none: logits (slots, vocab_size), rows of None are void."""
+        used = [slot for slot, token in enumerate(tokens) if token is not None]
+        places = [self._padding if token is None else at for token, at in zip(tokens, positions, strict=True)]
+        attended = _Attended(0, used[-1] + 1, 1, _rounded_up(max(positions[slot] for slot in used) + 1))
+        return self._run([token or 0 for token in tokens], places, attended)
 
-    def _run(self, slots: slice, tokens: Tensor, positions: Tensor) -> Tensor:
-        tokens, positions = tokens.to(self._order.device), positions.to(self._order.device)
-        rows = self._order[: len(tokens), None]
-        layers = [LayerCache(*layer[:, slots].unbind(0), (rows, positions)) for layer in self._kept]
-        visible = self._order <= positions[:, None, :, None]
-        with inference(self._network):
-            return self._network.decode(tokens, positions, layers, visible).float().cpu()
+    @torch.inference_mode()
+    def _run(self, tokens: list[int], positions: list[int], attended: _Attended) -> Tensor:
+        """Logits after each of some tokens: (rows, vocab_size)."""
+        ids, places = torch.tensor([tokens, positions], device=self._device)
+        x, rotation = self._embedding[ids], None
+        if self._rotations is not None:
+            rotation = self._rotations[places]
+        elif self._positions is not None:
+            x = x + self._positions[places]
+        places = places[: attended.count * attended.t]
+        mask = self._mask[places, : attended.length]
+        for layer in self._layers:
+            x = layer.forward(x, rotation, places, mask, attended)
+        return self._head(x).cpu()
+
+
+@dataclass(frozen=True)
+class _Attended:
+    """Whose the new tokens are, and how far back they look."""
+
+    first: int  # slot
+    count: int  # slots
+    t: int  # new tokens of each
+    length: int  # positions
+
+
+class _DecoderLayer:
+    """One block, with its keys and values of all sequences."""
+
+    def __init__(self, block: Block, slots: int, kept: int, *, rotary: bool) -> None:
+        attention, mlp = block.attention, block.mlp
+        weights = torch.stack([part.weight for part in (attention.query, attention.key, attention.value)])
+        weights = weights.unflatten(1, (attention.n_head, -1)).transpose(0, 1)  # (n_head, 3, head_size, n_embd)
+        self._shape = weights.shape[:3]
+        if rotary:  # each pair that turns stands side by side: in queries and keys alike, so that scores are the same
+            pairs = torch.arange(self._shape[2], device=weights.device).view(2, -1).T.flatten()
+            weights = torch.cat((weights[:, :2, pairs], weights[:, 2:]), dim=1)
+        self._query_key_value = _Projection(block.attention_norm, weights.flatten(0, 2), None)
+        self._qk_norm, self._output = attention.qk_norm, _Linear(attention.output.weight, attention.output.bias)
+        inputs = [mlp.input] if mlp.gate is None else [mlp.gate, mlp.input]
+        biases = [linear.bias for linear in inputs if linear.bias is not None]
+        self._hidden = _Projection(
+            block.mlp_norm, torch.cat([linear.weight for linear in inputs]), torch.cat(biases) if biases else None
+        )
+        self._kind, self._down = mlp.kind, _Linear(mlp.output.weight, mlp.output.bias)
+        n_head, _, head_size = self._shape
+        self._kept = torch.zeros(slots, n_head, kept, 2, head_size, device=weights.device)
+
+    def forget(self, slot: int) -> None:
+        """Make room for another sequence: numbers that are not finite would spoil it even where they are masked."""
+        self._kept[slot] = 0
+
+    def forward(
+        self, x: Tensor, rotation: Tensor | None, places: Tensor, mask: Tensor, attended: _Attended
+    ) -> Tensor:
+        """(rows, n_embd) both. Rows behind those of the attended slots are padding."""
+        x = x + self._output(self._attend(self._query_key_value(x), rotation, places, mask, attended))
+        return x + self._down(_activate(self._hidden(x), self._kind))
+
+    def _attend(
+        self, projected: Tensor, rotation: Tensor | None, places: Tensor, mask: Tensor, attended: _Attended
+    ) -> Tensor:
+        n_head, _, head_size = self._shape
+        projected = projected.unflatten(-1, self._shape)  # (rows, n_head, 3, head_size)
+        turned = projected[:, :, :2]
+        if self._qk_norm:
+            turned = _rms_norm(turned, torch.finfo(torch.float32).eps)
+        if rotation is not None:
+            turned = torch.view_as_real(torch.view_as_complex(turned.unflatten(-1, (-1, 2))) * rotation).flatten(-2)
+        if self._qk_norm or rotation is not None:
+            projected[:, :, :2] = turned
+        count, t, length, rows = attended.count, attended.t, attended.length, len(places)
+        new = projected[:rows].view(count, t, *projected.shape[1:])
+        sequences = self._kept[attended.first : attended.first + count]
+        owners = torch.arange(count, device=places.device)[:, None]
+        sequences[owners, :, places.view(count, t)] = new[:, :, :, 1:]
+        keys, values = sequences[:, :, :length].flatten(0, 1).unbind(2)
+        query = new[:, :, :, 0].transpose(1, 2).reshape(count * n_head, t, head_size)
+        mask = mask.view(count, 1, t, length).expand(-1, n_head, -1, -1).reshape(-1, t, length)
+        scores = torch.baddbmm(mask, query, keys.mT, alpha=head_size**-0.5)
+        found = torch.bmm(scores.softmax(-1), values).view(count, n_head, t, head_size)
+        return F.pad(found.transpose(1, 2).reshape(rows, -1), (0, 0, 0, len(projected) - rows))
+
+
+class _Linear:
+    """A copy of a linear layer, in float32 and without a module's cost."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
+        self._weight, self._bias = weight.float().clone(), None if bias is None else bias.float().clone()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return F.linear(x, self._weight, self._bias)
+
+
+class _Projection(_Linear):
+    """A norm and the linear layer after it, which takes over the norm's weights."""
+
+    def __init__(self, norm: nn.Module, weight: Tensor, bias: Tensor | None) -> None:
+        assert isinstance(norm, nn.LayerNorm | nn.RMSNorm)
+        self._centred = isinstance(norm, nn.LayerNorm)
+        self._eps = torch.finfo(torch.float32).eps if norm.eps is None else norm.eps
+        if isinstance(norm, nn.LayerNorm) and norm.bias is not None:
+            shift = weight @ norm.bias
+            bias = shift if bias is None else bias + shift
+        super().__init__(weight * norm.weight, bias)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        normal = F.layer_norm(x, x.shape[-1:], eps=self._eps) if self._centred else _rms_norm(x, self._eps)
+        return super().__call__(normal)
+
+
+def _rms_norm(x: Tensor, eps: float) -> Tensor:
+    """As F.rms_norm, in half its time on a CPU."""
+    squares = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_()
+    return x * squares.div_(x.shape[-1]).add_(eps).rsqrt_()
+
+
+def _activate(hidden: Tensor, kind: str) -> Tensor:
+    if kind == "swiglu":
+        gate, value = hidden.chunk(2, dim=-1)
+        return F.silu(gate) * value
+    return F.relu(hidden) if kind == "relu" else F.gelu(hidden)
+
+
+def _rounded_up(length: int) -> int:
+    """To whole vectors: attention over their multiples gives equal bits, over other lengths it does not."""
+    return -(-length // 32) * 32
 
 
 def rotations(positions: Tensor, head_size: int) -> Tensor:

@@ -1,0 +1,323 @@
+"""How fast the endpoints are, beside others, in one run on one machine: `make bench-serving`.
+
+Text: the engine alone and over HTTP, against the uncached reference, nanoGPT's way of generating (the whole window anew
+for each token, https://github.com/karpathy/nanoGPT, model.py) and transformers' `generate` on a GPT-2 with the same
+weights, whose logits are first shown to be equal. Images: the engine and HTTP against the bare decoder.
+Every figure is the median of ROUNDS; within a round all take turns, so that a slow moment hits all alike.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+import platform
+import statistics
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import httpx
+import numpy as np
+import torch
+import transformers
+from published import publish
+from ray_cluster import ray_cluster  # sets up Ray's environment before Ray is imported
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+from torch import Tensor
+
+from genmodels.engine import images, text
+from genmodels.engine.images import CHUNK, GenerateRequest
+from genmodels.engine.loaded import ImageModel, TextModel, load
+from genmodels.engine.text import CompletionRequest, Piece
+from genmodels.models.minigpt import MiniGPT
+from genmodels.registry import Registry
+from genmodels.storage import open_storage
+from services.local import free_ports
+
+THREADS = 1
+ROUNDS = 3
+STREAMS = (1, 4, 16, 64)
+PROMPT, TOKENS = 16, 100  # characters; beyond block_size transformers' GPT-2 could not go on
+TEXT = {  # GPT-2's own architecture, at the size of jobs/quickstart.yaml's
+    "n_embd": 128,
+    "n_layer": 4,
+    "n_head": 4,
+    "block_size": 128,
+    "positions": "learned",
+    "norm": "layer",
+    "mlp": "gelu",
+    "qk_norm": False,
+    "tied_head": True,
+    "bias": True,
+}
+IMAGES = {"latent_dim": 32, "width": 32}
+SIXTEEN = "O Romeo, Romeo! "
+CLIENTS, PICTURES = 8, 64
+
+console = Console(width=120)
+
+
+def main() -> None:
+    torch.set_num_threads(THREADS)
+    transformers.logging.set_verbosity_error()
+    with tempfile.TemporaryDirectory() as folder:
+        storage = open_storage((Path(folder) / "storage").as_uri())
+        publish(storage, "play", "minigpt", **TEXT)
+        publish(storage, "shapes", "vae", **IMAGES)
+        registry = Registry(storage)
+        play, shapes = (load(registry, registry.resolve(name)) for name in ("play", "shapes"))
+        assert isinstance(play, TextModel)
+        assert isinstance(shapes, ImageModel)
+        with endpoint(storage.url) as url:
+            report(play, shapes, url)
+
+
+def report(play: TextModel, shapes: ImageModel, url: str) -> None:
+    assert isinstance(play.family, MiniGPT)
+    gpt2 = equal_gpt2(play.family)
+    console.print(
+        f"{platform.machine()}, {os.cpu_count()} cores, {THREADS} thread for each computation, "
+        f"torch {torch.__version__}, transformers {transformers.__version__}; "
+        f"GPT-2 of {TEXT['n_embd']} x {TEXT['n_layer']}, {PROMPT} + {TOKENS} tokens, same weights, logits equal"
+    )
+    ways: dict[str, Callable[[int], float]] = {
+        "genmodels engine": lambda n: engine(play, n),
+        "genmodels HTTP, streamed": lambda n: asyncio.run(http_text(url, n))[0],
+        "transformers generate": lambda n: huggingface(gpt2, n),
+        "nanoGPT's generate": lambda n: nanogpt(play.family, n),
+        "reference, one at a time": lambda n: reference(play.family, n),
+    }
+    cells = {(way, n): [] for way in ways for n in STREAMS}
+    with Progress(console=console, transient=True) as bar:
+        task = bar.add_task("tokens per second", total=(ROUNDS + 1) * len(cells))
+        for round in range(ROUNDS + 1):  # the first one only warms up
+            for (way, n), seen in cells.items():
+                rate = ways[way](n)
+                if round:
+                    seen.append(rate)
+                bar.advance(task)
+    table = Table("tokens/s, all streams together", *(f"{n} streams" for n in STREAMS))
+    for way in ways:
+        table.add_row(way, *(f"{statistics.median(cells[way, n]):,.0f}" for n in STREAMS))
+    for way in list(ways)[2:]:
+        ratios = [statistics.median(cells["genmodels engine", n]) / statistics.median(cells[way, n]) for n in STREAMS]
+        table.add_row(f"engine / {way}", *(f"{ratio:.1f} x" for ratio in ratios))
+    kept = [
+        statistics.median(cells["genmodels HTTP, streamed", n]) / statistics.median(cells["genmodels engine", n])
+        for n in STREAMS
+    ]
+    table.add_row("HTTP / engine", *(f"{ratio:.0%}" for ratio in kept))
+    console.print(table)
+
+    table = Table("milliseconds", "p50", "p99", "n")
+    _, first, gaps = asyncio.run(http_text(url, CLIENTS, repeat=10))
+    empty = asyncio.run(http_empty(url))
+    for name, seconds in (
+        (f"time to first character, {CLIENTS} clients", first),
+        (f"between pieces, {CLIENTS} clients", gaps),
+        ("an empty request (GET /healthz), 1 client", empty),
+    ):
+        p50, p99 = np.percentile(np.array(seconds) * 1000, (50, 99))
+        table.add_row(name, f"{p50:.1f}", f"{p99:.1f}", str(len(seconds)))
+    console.print(table)
+
+    rates: dict[str, list[float]] = {"bare decoder": [], "engine": [], "HTTP": []}
+    for round in range(ROUNDS + 1):
+        found = bare(shapes), engine_images(shapes), asyncio.run(http_images(url))
+        if round:
+            for rate, seen in zip(found, rates.values(), strict=True):
+                seen.append(rate)
+    table = Table(f"images of 16 x 16, {PICTURES} a request", "images/s", "of the bare decoder")
+    best = statistics.median(rates["bare decoder"])
+    for name, seen in rates.items():
+        table.add_row(name, f"{statistics.median(seen):,.0f}", f"{statistics.median(seen) / best:.0%}")
+    console.print(table)
+
+
+def equal_gpt2(family: MiniGPT) -> Any:
+    """transformers' GPT-2 with this model's weights.
+
+    Raises:
+        AssertionError: its logits are others.
+    """
+    config = transformers.GPT2Config(
+        vocab_size=family.data.vocab_size,
+        n_positions=family.block_size,
+        n_embd=TEXT["n_embd"],
+        n_layer=TEXT["n_layer"],
+        n_head=TEXT["n_head"],
+        activation_function="gelu",
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    gpt2 = transformers.GPT2LMHeadModel(config).eval()
+    ours, body = family.network, gpt2.transformer
+    with torch.no_grad():
+        assert ours.position_embedding is not None
+        body.wte.weight.copy_(ours.token_embedding.weight)
+        body.wpe.weight.copy_(ours.position_embedding.weight)
+        body.ln_f.load_state_dict(ours.norm.state_dict())
+        for theirs, block in zip(body.h, ours.blocks, strict=True):
+            theirs.ln_1.load_state_dict(block.attention_norm.state_dict())
+            theirs.ln_2.load_state_dict(block.mlp_norm.state_dict())
+            attention = block.attention
+            parts = [attention.query.weight, attention.key.weight, attention.value.weight]
+            theirs.attn.c_attn.weight.copy_(torch.cat(parts).T)  # GPT-2 has its matrices transposed
+            theirs.attn.c_attn.bias.zero_()
+            for target, source in (
+                (theirs.attn.c_proj, attention.output),
+                (theirs.mlp.c_fc, block.mlp.input),
+                (theirs.mlp.c_proj, block.mlp.output),
+            ):
+                target.weight.copy_(source.weight.T)
+                target.bias.copy_(source.bias)
+        tokens = torch.arange(family.block_size).remainder(family.data.vocab_size)[None]
+        torch.testing.assert_close(gpt2(tokens).logits, family.logits(tokens), atol=1e-4, rtol=1e-4)
+    return gpt2
+
+
+def engine(model: TextModel, n: int) -> float:
+    request = CompletionRequest.model_validate({"prompt": SIXTEEN, "max_tokens": TOKENS, "seed": 1})
+    unfinished = n
+
+    def take(piece: Piece | Exception) -> None:
+        nonlocal unfinished
+        assert isinstance(piece, Piece), piece
+        unfinished -= piece.finish_reason is not None
+
+    started = time.perf_counter()
+    for _ in range(n):
+        text.complete(model, request).start(take)
+    while unfinished:
+        model.batcher.step()
+    return n * TOKENS / (time.perf_counter() - started)
+
+
+def reference(family: MiniGPT, n: int) -> float:
+    """One sequence after the other: as fast for any n, so one is enough."""
+    options = family.Request(max_tokens=TOKENS)
+    started = time.perf_counter()
+    assert len(list(family.generate(prompt_of(family), 1, options))) == TOKENS
+    return TOKENS / (time.perf_counter() - started)
+
+
+def nanogpt(family: MiniGPT, n: int) -> float:
+    tokens = torch.tensor([prompt_of(family)] * n)
+    started = time.perf_counter()
+    for _ in range(TOKENS):
+        logits = family.logits(tokens[:, -family.block_size :])[:, -1] / 0.8
+        tokens = torch.cat((tokens, torch.multinomial(logits.softmax(-1), 1)), dim=1)
+    return n * TOKENS / (time.perf_counter() - started)
+
+
+def huggingface(gpt2: Any, n: int) -> float:
+    prompt: Tensor = torch.arange(PROMPT).repeat(n, 1)
+    options = {"do_sample": True, "temperature": 0.8, "top_k": 0, "max_new_tokens": TOKENS, "pad_token_id": 0}
+    started = time.perf_counter()
+    found = gpt2.generate(prompt, attention_mask=torch.ones_like(prompt), **options)
+    assert found.shape == (n, PROMPT + TOKENS)
+    return n * TOKENS / (time.perf_counter() - started)
+
+
+async def http_text(url: str, n: int, *, repeat: int = 1) -> tuple[float, list[float], list[float]]:
+    """Tokens a second of n clients that stream, seconds to their first characters, and between the later pieces."""
+    body = {"model": "play", "prompt": SIXTEEN, "max_tokens": TOKENS, "seed": 1, "stream": True}
+    first: list[float] = []
+    gaps: list[float] = []
+
+    async def one(client: httpx.AsyncClient) -> None:
+        before = time.perf_counter()
+        characters, is_first = 0, True
+        async with client.stream("POST", f"{url}/v1/completions", json=body) as answer:
+            assert answer.status_code == 200, await answer.aread()
+            async for line in answer.aiter_lines():
+                if not line.startswith("data: {"):
+                    continue
+                now = time.perf_counter()
+                (first if is_first else gaps).append(now - before)
+                before, is_first = now, False
+                characters += line.count('"finish_reason"')
+        assert characters
+
+    async with httpx.AsyncClient(timeout=120) as client:
+        started = time.perf_counter()
+        for _ in range(repeat):
+            await asyncio.gather(*(one(client) for _ in range(n)))
+        seconds = time.perf_counter() - started
+    return repeat * n * TOKENS / seconds, first, gaps
+
+
+async def http_empty(url: str, times: int = 200) -> list[float]:
+    seconds = []
+    async with httpx.AsyncClient() as client:
+        for _ in range(times):
+            started = time.perf_counter()
+            (await client.get(f"{url}/healthz")).raise_for_status()
+            seconds.append(time.perf_counter() - started)
+    return seconds
+
+
+def bare(model: ImageModel, times: int = 10) -> float:
+    family, options = model.family, model.family.Request()
+    latents = family.sample_latents(PICTURES, 1, options)
+    started = time.perf_counter()
+    for _ in range(times):
+        for rows in latents.split(CHUNK):
+            family.decode(rows, options)
+    return times * PICTURES / (time.perf_counter() - started)
+
+
+def engine_images(model: ImageModel, times: int = 10) -> float:
+    """With latents drawn and PNG files made."""
+    request = GenerateRequest(n=PICTURES, seed=1)
+    started = time.perf_counter()
+    for _ in range(times):
+        assert len(images.answer(model, request).images) == PICTURES
+    return times * PICTURES / (time.perf_counter() - started)
+
+
+async def http_images(url: str, times: int = 10) -> float:
+    body = {"model": "shapes", "prompt": "", "n": PICTURES, "seed": 1}
+    async with httpx.AsyncClient(timeout=60) as client:
+        started = time.perf_counter()
+        answers = await asyncio.gather(
+            *(client.post(f"{url}/v1/images/generations", json=body) for _ in range(times))
+        )
+        seconds = time.perf_counter() - started
+    assert all(len(answer.json()["data"]) == PICTURES for answer in answers)
+    return times * PICTURES / seconds
+
+
+def prompt_of(family: MiniGPT) -> Sequence[int]:
+    return list(range(PROMPT))
+
+
+@contextmanager
+def endpoint(storage_url: str) -> Iterator[str]:
+    """The application on a Ray of its own, without keys."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        from ray import serve
+
+        from services.gateway import HTTP_OPTIONS, build
+    cluster = ray_cluster.__wrapped__()
+    next(cluster)
+    try:
+        port = free_ports(1)
+        serve.start(http_options={**HTTP_OPTIONS, "port": port}, logging_config={"log_level": "ERROR"})
+        serve.run(build(storage_url, auth=False, torch_threads=THREADS), name="genmodels", route_prefix="/")
+        yield f"http://127.0.0.1:{port}"
+        serve.shutdown()
+    finally:
+        next(cluster, None)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
