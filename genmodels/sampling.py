@@ -9,11 +9,12 @@ Presence and frequency penalties: as OpenAI's API defines them, over the tokens 
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Sequence
-from typing import Annotated
+from typing import Annotated, Any
 
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 from torch import Tensor
 
 from genmodels.errors import RequestError
@@ -21,12 +22,13 @@ from genmodels.family import Section
 
 TokenId = Annotated[int, Field(ge=0)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
+_ID = re.compile(r"0|[1-9][0-9]{0,8}")
 
 
 class SamplingOptions(Section):
     """Options of a completion: how many tokens, and how they are chosen."""
 
-    max_tokens: int = Field(200, ge=1, le=4096)
+    max_tokens: int = Field(200, ge=0, le=4096)
     temperature: float = Field(0.8, ge=0, le=100, description="0 always takes the most probable token")
     top_k: int | None = Field(None, ge=1, description="choose among the k most probable tokens only")
     top_p: float = Field(1.0, gt=0, le=1, description="choose among the most probable tokens that make up p")
@@ -35,6 +37,16 @@ class SamplingOptions(Section):
     presence_penalty: float = Field(0.0, ge=-2, le=2, description="off the logits of tokens that are in the answer")
     frequency_penalty: float = Field(0.0, ge=-2, le=2, description="the same, for each time that they are")
     logit_bias: dict[TokenId, Bias] = Field({}, max_length=1024, description="added to logits, by token id")
+
+    @field_validator("logit_bias", mode="before")
+    @classmethod
+    def _ids_are_strings_in_json(cls, biases: Any) -> Any:
+        if not isinstance(biases, dict):
+            return biases
+        no_id = next((key for key in biases if isinstance(key, str) and not _ID.fullmatch(key)), None)
+        if no_id is not None:
+            raise ValueError(f"got {no_id[:40]!r} as a token's id, expected a whole number")
+        return {int(key): bias for key, bias in biases.items()}
 
 
 class Sampler:
@@ -53,9 +65,7 @@ class Sampler:
         self._bias = None
         if options.logit_bias:
             self._bias = torch.zeros(vocab_size, dtype=torch.float64)
-            self._bias[list(options.logit_bias)] = torch.tensor(
-                list(options.logit_bias.values()), dtype=torch.float64
-            )
+            self._bias[list(options.logit_bias)] = torch.tensor(list(options.logit_bias.values()), dtype=torch.float64)
         self._penalises = (
             options.repetition_penalty != 1 or options.presence_penalty != 0 or options.frequency_penalty != 0
         )
@@ -87,9 +97,7 @@ def choose(logits: Tensor, samplers: Sequence[Sampler]) -> list[int]:
 
     A row's token does not depend on the other rows.
     """
-    rows = torch.stack(
-        [sampler.adjust(row) for row, sampler in zip(logits.cpu().double(), samplers, strict=True)]
-    )
+    rows = torch.stack([sampler.adjust(row) for row, sampler in zip(logits.cpu().double(), samplers, strict=True)])
     best = rows.argmax(-1).tolist()
     temperature = torch.tensor([[sampler.options.temperature or 1.0] for sampler in samplers], dtype=torch.float64)
     probabilities = ((rows - rows.amax(-1, keepdim=True)) / temperature).softmax(-1)

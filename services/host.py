@@ -113,7 +113,7 @@ class ModelHost:
             inbox = Inbox()
             completion.start(inbox.put)
             yield Opened(completion.model, completion.seed, completion.prompt_tokens)
-            unfinished = request.n
+            unfinished = request.written
             while unfinished:
                 for piece in await inbox.take():  # at once, and then only every so often
                     unfinished -= piece.finish_reason is not None
@@ -242,9 +242,7 @@ class Inbox:
             if isinstance(item, Exception):
                 raise item
             last = joined.get(item.index)
-            if last is not None:
-                item = Piece(item.index, last.text + item.text, last.tokens + item.tokens, item.finish_reason)
-            joined[item.index] = item
+            joined[item.index] = last + item if last else item
         return list(joined.values())
 
 

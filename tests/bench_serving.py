@@ -287,9 +287,7 @@ async def http_images(url: str, times: int = 10) -> float:
     body = {"model": "shapes", "prompt": "", "n": PICTURES, "seed": 1}
     async with httpx.AsyncClient(timeout=60) as client:
         started = time.perf_counter()
-        answers = await asyncio.gather(
-            *(client.post(f"{url}/v1/images/generations", json=body) for _ in range(times))
-        )
+        answers = await asyncio.gather(*(client.post(f"{url}/v1/images/generations", json=body) for _ in range(times)))
         seconds = time.perf_counter() - started
     assert all(len(answer.json()["data"]) == PICTURES for answer in answers)
     return times * PICTURES / seconds

@@ -11,6 +11,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from torch import Tensor
 
 from genmodels.engine.batching import Batcher, Text
 from genmodels.errors import RequestError
@@ -51,7 +52,7 @@ class Ask:
     def reference(self, family: MiniGPT) -> list[int]:
         return list(family.generate(self.prompt, self.seed, self.options))
 
-    def _take(self, token: int) -> bool:
+    def _take(self, token: int, logits: Tensor) -> bool:
         self.tokens.append(token)
         return len(self.tokens) != self.most
 

@@ -5,7 +5,8 @@ import base64
 import io
 import json
 import threading
-from collections.abc import AsyncIterator, Iterator
+import time
+from collections.abc import AsyncIterator
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,6 @@ from hypothesis import strategies as st
 from PIL import Image
 from published import VOCABULARY, publish
 
-from genmodels.engine import images
-from genmodels.engine.images import GenerateRequest
 from genmodels.engine.text import CompletionRequest, Piece
 from genmodels.errors import RequestError, StorageUnavailable
 from genmodels.registry import Registry
@@ -284,11 +283,15 @@ def test_a_stop_string_is_cut_off(app: Any) -> None:
         ({"max_tokens": 10**9}, "max_tokens", "at most"),
         ({"max_tokens": 4096, "n": 64}, "max_tokens", "n = 64"),
         ({"stop": ["a"] * 5}, "stop", "at most 4"),
-        ({"echo": True}, "echo", "not supported"),
-        ({"best_of": 3}, "best_of", "not supported"),
-        ({"logprobs": 5}, "logprobs", "not supported"),
+        ({"echo": "yes"}, "echo", "true or false"),
+        ({"n": 3, "best_of": 2}, "best_of", "at least n = 3"),
+        ({"best_of": 2, "stream": True}, "best_of", "leave out stream"),
+        ({"logprobs": 6}, "logprobs", "5"),
+        ({"max_tokens": 0}, "max_tokens", "at least 1"),
         ({"suffix": "end"}, "suffix", "not supported"),
-        ({"presence_penalty": 0.5}, "presence_penalty", "not supported"),
+        ({"presence_penalty": 2.5}, "presence_penalty", "at most 2"),
+        ({"logit_bias": {"1000": 1}}, "logit_bias", "token 1000"),
+        ({"logit_bias": {"a": 1}}, "logit_bias", "whole number"),
         ({"messages": []}, "messages", "unknown key"),
         ({"options": {}}, "options", "unknown key"),
         ({"stream_options": {"usage": True}}, "stream_options.usage", "unknown key"),

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from genmodels.errors import RequestError
 from genmodels.family import TextFamily, keep_half
@@ -26,21 +27,29 @@ class Text:
 
     Args:
         prompt: at least one token.
-        take: called in the engine's thread with each token; false if that is enough.
+        take: called in the engine's thread with each token and the logits that it was chosen from, (vocab_size,);
+            false if that is enough.
         end: called once, at the end: with an error if that was the reason.
+        see: called with tokens of the prompt and the logits they were to be expected from, (n, vocab_size), in order.
     """
 
     def __init__(
         self,
         prompt: Sequence[int],
         sampler: Sampler,
-        take: Callable[[int], bool],
+        take: Callable[[int, Tensor], bool],
         end: Callable[[Exception | None], None],
+        see: Callable[[Sequence[int], Tensor], None] | None = None,
     ) -> None:
         self.window = list(prompt)
         self.read = 0  # tokens of the window that the network has read
-        self.sampler, self.take, self.end = sampler, take, end
+        self.sampler, self.take, self.end, self.see = sampler, take, end, see
         self.unwanted = False  # to be set by whoever no longer waits for it
+
+    @property
+    def is_read_only(self) -> bool:
+        """Nothing is to be written, and the last token of the prompt tells nothing about the prompt."""
+        return self.sampler.options.max_tokens == 0 and len(self.window) - self.read <= 1
 
 
 class Batcher:
@@ -78,7 +87,12 @@ class Batcher:
             part = text.window[text.read : text.read + self._decoder.chunk]
             logits = self._decoder.prefill(slot, part, text.read)
             text.read += len(part)
-            if text.read == len(text.window):
+            if text.see and text.sampler.count == 0:
+                following = text.window[text.read - len(part) + 1 : text.read + 1]
+                text.see(following, logits[: len(following)])
+            if text.is_read_only:
+                self._end(slot, text)
+            elif text.read == len(text.window):
                 rows.append(logits[-1])
                 texts.append((slot, text))
         ready = [(slot, text) for slot, text in self._active() if len(text.window) - text.read == 1]
@@ -92,10 +106,7 @@ class Batcher:
                 text.read += 1
                 rows.append(logits[slot])
                 texts.append((slot, text))
-        if rows:
-            chosen = choose(torch.stack(rows), [text.sampler for _, text in texts])
-            for (slot, text), token in zip(texts, chosen, strict=True):
-                self._accept(slot, text, token)
+        self._choose(rows, texts)
         return self.busy
 
     @property
@@ -126,14 +137,19 @@ class Batcher:
             if text.unwanted:
                 self._end(slot, text)
         with self._changed:
-            for slot, text in enumerate(self._slots):
-                while text is None and self._waiting:
-                    joining = self._waiting.popleft()
-                    if joining.unwanted:
-                        joining.end(None)
-                        continue
-                    joining.window = keep_half(joining.window, self._block_size)
-                    self._slots[slot] = text = joining
+            for slot, taken in enumerate(self._slots):
+                if taken is None:
+                    self._slots[slot] = self._next()
+
+    def _next(self) -> Text | None:
+        """The first that waits and needs a slot."""
+        while self._waiting:
+            text = self._waiting.popleft()
+            text.window = keep_half(text.window, self._block_size)
+            if not text.unwanted and not text.is_read_only:
+                return text
+            text.end(None)
+        return None
 
     def _active(self) -> list[tuple[int, Text]]:
         return [(slot, text) for slot, text in enumerate(self._slots) if text is not None]
@@ -148,12 +164,31 @@ class Batcher:
         unread = [(len(text.window) - text.read, slot) for slot, text in self._active()]
         return [slot for left, slot in sorted(unread) if left > 1]
 
-    def _accept(self, slot: int, text: Text, token: int) -> None:
+    def _choose(self, rows: list[Tensor], texts: list[tuple[int, Text]]) -> None:
+        """The next token of each text, from its row of logits. What is wrong with one ends that one alone."""
+        if not rows:
+            return
+        logits = torch.stack(rows)
+        finite = logits.isfinite().all(-1)
+        for row in (~finite).nonzero().flatten().tolist():
+            message = "the model's output for this text is not finite; another prompt or a shorter one may do"
+            slot, text = texts[row]
+            self._end(slot, text, RequestError(message, status=500, code="not_finite"))
+        whole = finite.nonzero().flatten().tolist()
+        chosen = choose(logits[whole], [texts[row][1].sampler for row in whole]) if whole else []
+        for row, token in zip(whole, chosen, strict=True):
+            slot, text = texts[row]
+            try:
+                self._accept(slot, text, token, logits[row])
+            except Exception as error:
+                self._end(slot, text, error)
+
+    def _accept(self, slot: int, text: Text, token: int, logits: Tensor) -> None:
         text.window.append(token)
         kept = keep_half(text.window, self._block_size)
         if kept is not text.window:
             text.window, text.read = kept, 0
-        if not text.take(token) or text.sampler.count >= text.sampler.options.max_tokens:
+        if not text.take(token, logits) or text.sampler.count >= text.sampler.options.max_tokens:
             self._end(slot, text)
 
     def _end(self, slot: int, text: Text, error: Exception | None = None) -> None:

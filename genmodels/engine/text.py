@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import hashlib
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator
+from torch import Tensor
 
 from genmodels.data.text import Tokenizer
 from genmodels.engine.batching import Text
@@ -27,13 +28,37 @@ class CompletionRequest(Request):
 
     prompt: str = Field(min_length=1, max_length=MAX_PROMPT, description="the text to go on from")
     n: Count = 1
+    best_of: Count | None = Field(None, description="write this many, answer with the n most probable per token")
     seed: Seed | None = None
     stop: list[Annotated[str, Field(min_length=1, max_length=256)]] = Field([], max_length=MAX_STOPS)
+    echo: bool = Field(False, description="the prompt stands before each answer")
+    logprobs: int | None = Field(
+        None,
+        ge=0,
+        le=5,
+        description="tell each token's log-probability, and those of this many others; by the model alone, in nats, "
+        "before temperature, penalties and filters",
+    )
 
     @field_validator("stop", mode="before")
     @classmethod
     def _one_is_a_list(cls, stop: Any) -> Any:
         return [stop] if isinstance(stop, str) else stop
+
+    @property
+    def written(self) -> int:
+        """Choices that are written, of which the n best are the answer."""
+        return max(self.n, self.best_of or 0)
+
+
+@dataclass(frozen=True)
+class TokenLogprob:
+    """How probable the model thought a token, in nats, and the most probable ones there."""
+
+    token: str
+    offset: int  # where it begins in the choice's text
+    logprob: float | None  # None for a token that the model saw nothing before
+    top: dict[str, float] | None
 
 
 @dataclass(frozen=True)
@@ -44,10 +69,21 @@ class Piece:
     text: str
     tokens: int  # generated for this piece; more than its text shows where a stop string was cut off
     finish_reason: Literal["stop", "length"] | None = None
+    logprobs: tuple[TokenLogprob, ...] = ()
+
+    def __add__(self, later: Piece) -> Piece:
+        """Both as one; `later` comes after this one in the same choice."""
+        return Piece(
+            self.index,
+            self.text + later.text,
+            self.tokens + later.tokens,
+            later.finish_reason,
+            self.logprobs + later.logprobs,
+        )
 
 
 class Completion:
-    """An answer under way: its n choices are texts of their own, whose pieces come as the engine makes them.
+    """An answer under way: its choices are texts of their own, whose pieces come as the engine makes them.
 
     Either iterate over it, which runs the engine in this thread, or `start` it beside an engine that runs in another.
     """
@@ -58,8 +94,13 @@ class Completion:
         self.prompt_tokens = len(prompt)
         self._batcher = model.batcher
         self._take: Callable[[Piece | Exception], None] = _nobody
-        self._unfinished = request.n
-        self._texts = [self._choice(index, model.tokenizer, prompt, request, options) for index in range(request.n)]
+        self._unfinished = request.written
+        self._texts = []
+        for index in range(request.written):
+            choice = Choice(index, model.tokenizer, prompt, request, self._pass_on)
+            sampler = Sampler(options, choice_seed(self.seed, index), prompt, model.tokenizer.vocab_size)
+            see = choice.see if request.echo and choice.tells_logprobs else None
+            self._texts.append(Text(prompt, sampler, choice.take, choice.end, see))
 
     def start(self, take: Callable[[Piece | Exception], None]) -> None:
         """Join the engine. `take` gets each piece, from the engine's thread, or the error that ends it all.
@@ -89,25 +130,81 @@ class Completion:
         finally:
             self.leave()
 
-    def _choice(
-        self, index: int, tokenizer: Tokenizer, prompt: list[int], request: CompletionRequest, options: Any
-    ) -> Text:
-        sampler = Sampler(options, choice_seed(self.seed, index), prompt, tokenizer.vocab_size)
-        stops = StopStrings(request.stop)
+    def _pass_on(self, item: Piece | Exception) -> None:
+        self._unfinished -= isinstance(item, Exception) or item.finish_reason is not None
+        self._take(item)
 
-        def take(token: int) -> bool:
-            text = stops.feed(tokenizer.decode([token]))
-            self._take(Piece(index, text, 1, "stop" if stops.found else None))
-            return not stops.found
 
-        def end(error: Exception | None) -> None:
-            self._unfinished -= 1
-            if error is not None:
-                self._take(error)
-            elif not stops.found:
-                self._take(Piece(index, stops.rest(), 0, "length"))
+class Choice:
+    """One of a completion's texts, from tokens to pieces.
 
-        return Text(prompt, sampler, take, end)
+    Args:
+        emit: gets its pieces; or an error, and nothing after it.
+    """
+
+    def __init__(
+        self,
+        index: int,
+        tokenizer: Tokenizer,
+        prompt: list[int],
+        request: CompletionRequest,
+        emit: Callable[[Piece | Exception], None],
+    ) -> None:
+        self.tells_logprobs = request.logprobs is not None or request.written > request.n
+        self._index, self._tokenizer, self._emit = index, tokenizer, emit
+        self._top = request.logprobs or 0
+        self._stops = StopStrings(request.stop)
+        self._echo = prompt if request.echo else []  # still to be shown
+        self._seen: list[tuple[int, Tensor]] = []  # tokens of the prompt and the logits of their places
+        self._written = self._shown = 0  # characters, without the prompt's
+        self._prompt_length = len(tokenizer.decode(self._echo))
+        self._held: deque[TokenLogprob] = deque()  # of text that is not shown yet
+
+    def see(self, tokens: Sequence[int], logits: Tensor) -> None:
+        self._seen.extend(zip(tokens, logits, strict=True))
+
+    def take(self, token: int, logits: Tensor) -> bool:
+        text = self._tokenizer.decode([token])
+        if self.tells_logprobs:
+            self._held.append(self._logprob(token, logits, self._prompt_length + self._written))
+        self._written += len(text)
+        self._show(self._stops.feed(text), 1, "stop" if self._stops.found else None)
+        return not self._stops.found
+
+    def end(self, error: Exception | None) -> None:
+        if error is not None:
+            self._emit(error)
+        elif not self._stops.found:
+            self._show(self._stops.rest(), 0, "length")
+
+    def _show(self, text: str, tokens: int, finish_reason: Literal["stop", "length"] | None) -> None:
+        logprobs = self._echoed() if self.tells_logprobs else []
+        shown, self._echo = self._tokenizer.decode(self._echo) + text, []
+        self._shown += len(text)
+        while self._held and self._held[0].offset < self._prompt_length + self._shown:
+            logprobs.append(self._held.popleft())
+        self._emit(Piece(self._index, shown, tokens, finish_reason, tuple(logprobs)))
+
+    def _echoed(self) -> list[TokenLogprob]:
+        """The prompt's: none for its first token, and for those that are out of the window."""
+        unseen, offset, found = len(self._echo) - len(self._seen), 0, []
+        for place, token in enumerate(self._echo):
+            text = self._tokenizer.decode([token])
+            if place < unseen:
+                found.append(TokenLogprob(text, offset, None, None))
+            else:
+                found.append(self._logprob(token, self._seen[place - unseen][1], offset))
+            offset += len(text)
+        self._seen.clear()
+        return found
+
+    def _logprob(self, token: int, logits: Tensor, offset: int) -> TokenLogprob:
+        logprobs = logits.double().log_softmax(-1)
+        values, best = logprobs.topk(min(self._top, len(logprobs)))
+        top = {
+            self._tokenizer.decode([other]): value for other, value in zip(best.tolist(), values.tolist(), strict=True)
+        }
+        return TokenLogprob(self._tokenizer.decode([token]), offset, float(logprobs[token]), top)
 
 
 def _nobody(_: object) -> None:
@@ -121,12 +218,23 @@ def complete(loaded: Loaded, request: CompletionRequest) -> Completion:
         RequestError: the model cannot complete, or the request does not fit it; names the field.
     """
     options = loaded.options("complete", request)
-    if request.n * options.max_tokens > MAX_TOKENS:
-        most = MAX_TOKENS // request.n
-        message = f"max_tokens: got {options.max_tokens}, expected at most {most} with n = {request.n}"
+    if request.best_of is not None and request.best_of < request.n:
+        message = f"best_of: got {request.best_of}, expected at least n = {request.n}"
+        raise RequestError(message, param="best_of", code="invalid_value")
+    if options.max_tokens == 0 and not request.echo:
+        message = "max_tokens: got 0, expected at least 1; 0 goes with echo alone"
+        raise RequestError(message, param="max_tokens", code="invalid_value")
+    most = MAX_TOKENS // request.written
+    choices = f"n = {request.n}" if request.written == request.n else f"best_of = {request.written}"
+    if options.max_tokens > most:
+        message = f"max_tokens: got {options.max_tokens}, expected at most {most} with {choices}"
         raise RequestError(message, param="max_tokens", code="invalid_value")
     assert isinstance(loaded, TextModel)
-    return Completion(loaded, loaded.tokenizer.encode(request.prompt), request, options)
+    prompt = loaded.tokenizer.encode(request.prompt)
+    if request.echo and request.logprobs is not None and len(prompt) > most:
+        message = f"prompt: has {len(prompt)} tokens, and with echo, logprobs and {choices} at most {most}"
+        raise RequestError(message, param="prompt", code="invalid_value")
+    return Completion(loaded, prompt, request, options)
 
 
 def choice_seed(seed: int, index: int) -> int:

@@ -268,9 +268,8 @@ class MiniGPTDecoder:
             self._rotations = torch.complex(cosine, sine)[:, None, None]
         else:
             self._positions = F.pad(network.position_embedding.weight.float(), (0, 0, 0, kept - block_size))
-        self._layers = [
-            _DecoderLayer(block, slots, kept, rotary=self._rotations is not None) for block in network.blocks
-        ]
+        rotary = self._rotations is not None
+        self._layers = [_DecoderLayer(block, slots, kept, rotary=rotary) for block in network.blocks]
         self._head = _Projection(
             network.norm, embedding if head is None else head.weight, None if head is None else head.bias
         )
@@ -323,9 +322,10 @@ class _Attended:
 class _DecoderLayer:
     """One block, with its keys and values of all sequences."""
 
-    def __init__(self, block: Block, slots: int, kept: int, *, rotary: bool) -> None:
+    def __init__(self, block: nn.Module, slots: int, kept: int, *, rotary: bool) -> None:
+        assert isinstance(block, Block)
         attention, mlp = block.attention, block.mlp
-        weights = torch.stack([part.weight for part in (attention.query, attention.key, attention.value)])
+        weights = torch.stack((attention.query.weight, attention.key.weight, attention.value.weight))
         weights = weights.unflatten(1, (attention.n_head, -1)).transpose(0, 1)  # (n_head, 3, head_size, n_embd)
         self._shape = weights.shape[:3]
         if rotary:  # each pair that turns stands side by side: in queries and keys alike, so that scores are the same
@@ -334,10 +334,9 @@ class _DecoderLayer:
         self._query_key_value = _Projection(block.attention_norm, weights.flatten(0, 2), None)
         self._qk_norm, self._output = attention.qk_norm, _Linear(attention.output.weight, attention.output.bias)
         inputs = [mlp.input] if mlp.gate is None else [mlp.gate, mlp.input]
-        biases = [linear.bias for linear in inputs if linear.bias is not None]
-        self._hidden = _Projection(
-            block.mlp_norm, torch.cat([linear.weight for linear in inputs]), torch.cat(biases) if biases else None
-        )
+        weights = torch.cat(tuple(linear.weight for linear in inputs))
+        biases = tuple(linear.bias for linear in inputs if linear.bias is not None)
+        self._hidden = _Projection(block.mlp_norm, weights, torch.cat(biases) if biases else None)
         self._kind, self._down = mlp.kind, _Linear(mlp.output.weight, mlp.output.bias)
         n_head, _, head_size = self._shape
         self._kept = torch.zeros(slots, n_head, kept, 2, head_size, device=weights.device)
@@ -346,9 +345,7 @@ class _DecoderLayer:
         """Make room for another sequence: numbers that are not finite would spoil it even where they are masked."""
         self._kept[slot] = 0
 
-    def forward(
-        self, x: Tensor, rotation: Tensor | None, places: Tensor, mask: Tensor, attended: _Attended
-    ) -> Tensor:
+    def forward(self, x: Tensor, rotation: Tensor | None, places: Tensor, mask: Tensor, attended: _Attended) -> Tensor:
         """(rows, n_embd) both. Rows behind those of the attended slots are padding."""
         x = x + self._output(self._attend(self._query_key_value(x), rotation, places, mask, attended))
         return x + self._down(_activate(self._hidden(x), self._kind))

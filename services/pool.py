@@ -1,0 +1,31 @@
+"""Model hosts as the HTTP routes see them, in this process or behind Serve."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from typing import Protocol, TypeVar
+
+from genmodels.engine.images import ImageAnswer, ImageRequest
+from genmodels.engine.text import CompletionRequest, Piece
+from genmodels.errors import RequestError
+from services.host import Entry, Opened
+
+VERSION = "x-genmodels-version"  # the header that tells which version answered
+
+T = TypeVar("T")
+
+
+class Pool(Protocol):
+    """What is wrong with a request comes back as a value."""
+
+    async def models(self) -> list[Entry] | RequestError: ...
+    async def model(self, name: str) -> Entry | RequestError: ...
+    async def answer(self, name: str, request: ImageRequest) -> ImageAnswer | RequestError: ...
+    def complete(self, name: str, request: CompletionRequest) -> AsyncIterator[Opened | Piece | RequestError]: ...
+
+
+def checked(value: T | RequestError) -> T:
+    """The value, unless it is an error: that is raised."""
+    if isinstance(value, RequestError):
+        raise value
+    return value
