@@ -1,4 +1,4 @@
-"""What a completion tells beside its text: log-probabilities, the prompt, the best of several; to OpenAI's client too."""
+"""What a completion tells beside its text: log-probabilities, prompt, the best of several; to OpenAI's client too."""
 
 from __future__ import annotations
 
