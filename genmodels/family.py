@@ -227,6 +227,11 @@ class Decoder(Protocol):
 
     chunk: int  # the most tokens of one prefill
 
+    @property
+    def size(self) -> int:
+        """Bytes that it takes beside the network."""
+        ...
+
     def prefill(self, slot: int, tokens: Sequence[int], start: int) -> Tensor:
         """Read 1 to `chunk` tokens of one sequence, the first at position `start`: logits after each, (n, vocab)."""
         ...

@@ -12,9 +12,9 @@ from typing import Any
 
 from genmodels import checkpoint
 from genmodels.data import CharTokenizer, Dataset, TextData, load_tokenizer
-from genmodels.errors import CheckpointError, DataError, SpecError
+from genmodels.errors import CheckpointError, DataError, ModelNotFound, SpecError
 from genmodels.family import Family
-from genmodels.pin import place_of, resolve
+from genmodels.pin import find_checkpoint, resolve
 from genmodels.registry import Registry
 from genmodels.spec import ModelSpec
 from genmodels.storage import Storage
@@ -36,11 +36,11 @@ def fetch(spec: ModelSpec, storage: Storage, folder: Path) -> Path | None:
             registry = Registry(storage)
             registry.fetch(registry.version(model, int(what)), folder)
         else:
-            run, place = place_of(pinned, storage)
+            run, place = find_checkpoint(pinned, storage)
             prefix, files = run.checkpoint_prefix(place), run.manifest(place).files
             served = {name: file for name, file in files.items() if not name.startswith("state/")}
             checkpoint.download(storage, {name: f"{prefix}/{name}" for name in served}, served, folder)
-    except CheckpointError as error:
+    except (CheckpointError, ModelNotFound) as error:
         raise SpecError(f"train.init_from: {pinned}: {error}") from None
     family = json.loads((folder / checkpoint.CONFIG).read_text())["family"]
     if family != spec.family:

@@ -16,6 +16,18 @@ RUN_LABELS = ("job", "model", "family")
 # Counted where runs are supervised. `cause`: as in `Result.cause`, or the outcome where it has none.
 ATTEMPTS = Counter("genmodels_attempts_ended_total", "Attempts of runs that ended, by cause.", ["cause"], registry=None)
 
+# Counted by model hosts.
+VERSION_LABELS = ("model", "family", "version")
+SWAPPED = Counter(
+    "genmodels_versions_swapped_total", "Versions that took over from an older one.", VERSION_LABELS, registry=None
+)
+REFUSED = Counter(
+    "genmodels_versions_refused_total",
+    "Versions that were not served: damaged or unfit.",
+    VERSION_LABELS,
+    registry=None,
+)
+
 
 class TrainingMetrics:
     """How far a run is, as its rank 0 shows it. The series go when that process ends."""

@@ -9,6 +9,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from collections.abc import Callable
 
 from genmodels import checkpoint
@@ -20,6 +21,8 @@ from genmodels.registry import Registry
 from genmodels.run import Run
 from genmodels.spec import JobSpec, ModelSpec
 from genmodels.storage import Storage, read_document, write_document
+
+CHECKPOINT = r"[a-z0-9-]{1,63}@([a-z0-9-]{1,72}:)?(live|step-[0-9]{1,9})"
 
 
 def pin(job: JobSpec, storage: Storage, *, mark: bool = True) -> JobSpec:
@@ -61,21 +64,18 @@ def resolve(reference: str, storage: Storage, *, mark: bool = True) -> str:
     Raises:
         SpecError: there is no such version or checkpoint.
     """
-    model, _, what = reference.partition("@")
-    job, _, step = what.rpartition(":")
-    if step != "live" and not step.startswith("step-"):
-        try:
+    try:
+        if not names_checkpoint(reference):
             return Registry(storage).resolve(reference).name
-        except ModelNotFound as error:
-            raise SpecError(f"train.init_from: {error}") from None
-    run = _run(storage, model, job, reference)
-    place = _place(run, None if step == "live" else int(step.removeprefix("step-")), reference)
+        run, place = find_checkpoint(reference, storage)
+    except ModelNotFound as error:
+        raise SpecError(f"train.init_from: {error}") from None
     if mark:
         with contextlib.suppress(Conflict):
             write_document(storage, _key(run, place.step), place.model_dump(), if_absent=True)
     if not storage.exists(f"{run.checkpoint_prefix(place)}/{checkpoint.MANIFEST}"):  # clean-up came before the mark
         raise SpecError(f"train.init_from: {reference}: that checkpoint is gone; name another step or a version")
-    return f"{model}@{run.job}:step-{place.step}"
+    return checkpoint_name(run, place)
 
 
 def marked(run: Run) -> list[Place]:
@@ -84,31 +84,37 @@ def marked(run: Run) -> list[Place]:
     return [Place.model_validate(read_document(run.storage, key)[0]) for key in keys]
 
 
-def place_of(reference: str, storage: Storage) -> tuple[Run, Place]:
-    """The checkpoint that a pinned `model@<job>:step-500` names."""
+def names_checkpoint(reference: str) -> bool:
+    """Whether a name means a checkpoint of a run, as in `m@live`, `m@step-500`, `m@<job>:step-500`; else a version."""
+    return re.fullmatch(CHECKPOINT, reference) is not None
+
+
+def checkpoint_name(run: Run, place: Place) -> str:
+    """The name that goes on meaning this checkpoint."""
+    return f"{run.model}@{run.job}:step-{place.step}"
+
+
+def find_checkpoint(reference: str, storage: Storage) -> tuple[Run, Place]:
+    """The complete checkpoint that a name means; without a job, of the model's newest run.
+
+    Raises:
+        ModelNotFound: there is none; the message says what there is.
+    """
     model, _, what = reference.partition("@")
-    job, _, step = what.partition(":")
-    run = Run(storage, job, model)
-    return run, _place(run, int(step.removeprefix("step-")), reference)
-
-
-def _run(storage: Storage, model: str, job: str, reference: str) -> Run:
+    job, _, step = what.rpartition(":")
     found = job or newest_run(storage, model)
     if found is None:
-        raise SpecError(f"train.init_from: {reference}: no job has trained {model!r} in this storage")
-    return Run(storage, found, model)
-
-
-def _place(run: Run, step: int | None, reference: str) -> Place:
-    """The checkpoint of a step, None for the newest."""
-    if step is not None and (known := _marked(run, step)):
-        return known
+        raise ModelNotFound(f"{reference}: no job has trained {model!r} in this storage")
+    run = Run(storage, found, model)
+    wanted = None if step == "live" else int(step.removeprefix("step-"))
+    if wanted is not None and (known := _marked(run, wanted)):
+        return run, known
     places = run.checkpoints()
-    found = next((place for place in reversed(places) if step in (None, place.step)), None)
-    if found:
-        return found
+    place = next((place for place in reversed(places) if wanted in (None, place.step)), None)
+    if place:
+        return run, place
     steps = ", ".join(str(place.step) for place in places[-10:]) or "none yet"
-    raise SpecError(f"train.init_from: {reference}: no such checkpoint; those of {run.model} in job {run.job}: {steps}")
+    raise ModelNotFound(f"{reference}: no such checkpoint; those of {model} in job {run.job}: {steps}")
 
 
 def _marked(run: Run, step: int) -> Place | None:

@@ -21,7 +21,7 @@ from genmodels.errors import RequestError
 from genmodels.keys import Keys
 from genmodels.storage import open_storage
 from services.edge import LOOPBACK
-from services.host import Entry, ModelHost, Opened
+from services.host import MEMORY, Entry, ModelHost, Opened
 from services.routes import create_app
 
 POOL = "default"
@@ -38,18 +38,18 @@ _COMMON: dict[str, Any] = {
 
 
 def build(
-    storage_url: str, *, auth: bool, max_loaded: int = 16, workers: int = 2, torch_threads: int = 1
+    storage_url: str, *, auth: bool, memory: int = MEMORY, workers: int = 2, torch_threads: int = 1
 ) -> Application:
     """The application, to be run with `serve.run(build(url, auth=True), name="genmodels", route_prefix="/")`.
 
     Args:
         storage_url: where the registry and the keys are; the same for all processes.
         auth: ask for keys. Without, it answers to loopback names alone.
-        max_loaded: versions that a host keeps in memory.
+        memory: bytes of models that a host keeps.
         workers: requests that a host computes at the same time.
         torch_threads: of each computation.
     """
-    host = _host.bind(storage_url, max_loaded=max_loaded, workers=workers, torch_threads=torch_threads)
+    host = _host.bind(storage_url, memory=memory, workers=workers, torch_threads=torch_threads)
     return Gateway.bind(host, storage_url if auth else None)  # type: ignore[attr-defined]
 
 

@@ -1,16 +1,18 @@
-"""A pool's model host: loads versions from the registry and answers requests to them.
+"""A pool's model host: has in memory what the registry's names mean, and answers requests to them.
 
-It follows the registry: a name is looked up again after RESOLVE_SECONDS, so that nobody needs telling of a moved alias.
+It follows the registry, so that nobody needs telling of a new version or a moved alias, and no replica restarts.
 What is wrong with a request comes back as a value; an exception Serve would log with its traceback.
 """
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import threading
 import time
-from collections import OrderedDict, deque
+import weakref
+from collections import deque
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -20,16 +22,21 @@ from typing import Any, TypeVar
 import torch
 
 from genmodels.engine import images, text
+from genmodels.engine.following import Follower, Refused
 from genmodels.engine.images import ImageAnswer, ImageRequest
-from genmodels.engine.loaded import ImageModel, Loaded, TextModel, load
+from genmodels.engine.loaded import ImageModel, Loaded, TextModel
+from genmodels.engine.references import Found, of_version
+from genmodels.engine.shelf import Shelf
 from genmodels.engine.text import CompletionRequest, Piece
 from genmodels.errors import GenmodelsError, ModelNotFound, RequestError, StorageUnavailable
-from genmodels.registry import Registry, Version
+from genmodels.registry import Registry
 from genmodels.storage import open_storage
 
-RESOLVE_SECONDS = 1.0  # how long a name's version is believed
-RESOLVE_ENTRIES = 1024
+FOLLOW_SECONDS = 1.0  # between two looks at the registry
+LISTED_SECONDS = 1.0  # how long the list of models is believed
+MEMORY = 2 * 2**30  # bytes of models
 GATHER_SECONDS = 0.015  # of text that travels as one piece: each hop between processes costs about a token's time
+TRIES = 3  # to have a model in memory that others push out
 
 logger = logging.getLogger("ray.serve")
 
@@ -50,57 +57,70 @@ class Entry:
     """A model as `GET /v1/models` shows it."""
 
     id: str
-    version: Version
+    found: Found
     aliases: dict[str, int]
     kind: str | None = None
     verbs: tuple[str, ...] = ()
     shape: dict[str, int | str] | None = None
     problem: str | None = None  # why it cannot be served
+    refused: dict[str, Refused] | None = None  # aliases that have moved to what is not served
 
 
 class ModelHost:
-    """Serves any version of the registry.
+    """Serves all that the registry names, and checkpoints of runs.
 
     Args:
-        max_loaded: versions kept in memory; the one that has not been asked for the longest goes first.
+        memory: bytes of models; those not asked for the longest go first.
         workers: requests computed at the same time.
         torch_threads: of each computation.
     """
 
-    def __init__(self, storage_url: str, *, max_loaded: int = 16, workers: int = 2, torch_threads: int = 1) -> None:
+    def __init__(self, storage_url: str, *, memory: int = MEMORY, workers: int = 2, torch_threads: int = 1) -> None:
         torch.set_num_threads(torch_threads)
+        self._torch_threads = torch_threads
         self._registry = Registry(open_storage(storage_url))
-        self._threads = ThreadPoolExecutor(
-            workers, "model", initializer=torch.set_num_threads, initargs=(torch_threads,)
+        self._shelf = Shelf(self._registry.storage, memory, self._start)
+        self._follower = Follower(self._registry.storage, self._shelf)
+        self._threads, self._lookups = (  # names are found while all workers compute
+            ThreadPoolExecutor(count, name, initializer=torch.set_num_threads, initargs=(torch_threads,))
+            for count, name in ((workers, "model"), (4, "registry"))
         )
-        self._lookups = ThreadPoolExecutor(4, "registry")  # so that names are found while all workers compute
-        self._max_loaded, self._torch_threads = max_loaded, torch_threads
-        self._loaded: OrderedDict[str, Loaded] = OrderedDict()
-        self._loading: dict[str, asyncio.Task[Loaded]] = {}
+        self._listed: tuple[float, list[tuple[str, Found, dict[str, int]]]] | None = None
         self._entries: dict[str, Entry] = {}
-        self._resolved: dict[str, tuple[float, Any]] = {}
-        self._preload()
+        self.follow()  # a new replica has in memory what aliases mean before it takes traffic
+        threading.Thread(target=_follow, args=(weakref.ref(self),), name="follow", daemon=True).start()
+
+    def follow(self) -> None:
+        """Look at the registry once, and load what is new."""
+        try:
+            self._follower.follow()
+        except GenmodelsError as error:
+            logger.warning("the registry cannot be followed: %s", error)
 
     async def models(self) -> list[Entry] | RequestError:
         """All models, each by what its bare name means, or by its newest version if that means nothing."""
         try:
-            found = await self._believe("", self._list)
+            if self._listed is None or time.monotonic() - self._listed[0] > LISTED_SECONDS:
+                self._listed = time.monotonic(), await _in(self._lookups, self._list)
+        except StorageUnavailable as error:
+            if self._listed is None:
+                return _refusal(error)
         except GenmodelsError as error:
             return _refusal(error)
-        return [await self._describe(name, version, aliases) for name, version, aliases in found]
+        return [await self._describe(*listed) for listed in self._listed[1]]
 
     async def model(self, name: str) -> Entry | RequestError:
         try:
-            version = await self._resolve(name)
-            aliases = await self._believe(f"{version.model}/aliases", lambda: _aliases(self._registry, version.model))
+            found = await self._find(name)
+            aliases = await _in(self._lookups, _aliases, self._registry, found.model)
         except GenmodelsError as error:
             return _refusal(error)
-        return await self._describe(name, version, aliases)
+        return await self._describe(name, found, aliases)
 
     async def answer(self, name: str, request: ImageRequest) -> ImageAnswer | RequestError:
         try:
-            loaded = await self._load(await self._resolve(name))
-            return await _in(self._threads, images.answer, loaded, request)
+            async with self._using(name) as loaded:
+                return await _in(self._threads, images.answer, loaded, request)
         except GenmodelsError as error:
             return _refusal(error)
 
@@ -108,112 +128,98 @@ class ModelHost:
         """One `Opened`, then pieces; a `RequestError` at any place is the last item."""
         completion = None
         try:
-            loaded = await self._load(await self._resolve(name))
-            completion = text.complete(loaded, request)
-            inbox = Inbox()
-            completion.start(inbox.put)
-            yield Opened(completion.model, completion.seed, completion.prompt_tokens)
-            unfinished = request.written
-            while unfinished:
-                for piece in await inbox.take():  # at once, and then only every so often
-                    unfinished -= piece.finish_reason is not None
-                    yield piece
-                if unfinished:
-                    await asyncio.sleep(GATHER_SECONDS)
+            async with self._using(name) as loaded:
+                completion = text.complete(loaded, request)
+                inbox = Inbox()
+                completion.start(inbox.put)
+                yield Opened(completion.model, completion.seed, completion.prompt_tokens)
+                unfinished = request.written
+                while unfinished:
+                    for piece in await inbox.take():  # at once, and then only every so often
+                        unfinished -= piece.finish_reason is not None
+                        yield piece
+                    if unfinished:
+                        await asyncio.sleep(GATHER_SECONDS)
         except GenmodelsError as error:
             yield _refusal(error)
         finally:
             if completion is not None:  # the client may have left
                 completion.leave()
 
-    def _preload(self) -> None:
-        """A new replica has every model in memory before it takes traffic; one that fails stands in no other's way."""
-        try:
-            found = [version for _, version, aliases in self._list() if version.version == aliases.get("production")]
-        except GenmodelsError as error:
-            logger.warning("nothing preloaded: %s", error)
-            return
-        for version in found[: self._max_loaded]:
-            try:
-                self._keep(version.name, load(self._registry, version))
-            except GenmodelsError as error:
-                logger.warning("%s not preloaded: %s", version.name, error)
+    @contextlib.asynccontextmanager
+    async def _using(self, name: str) -> AsyncIterator[Loaded]:
+        """The model that a name means, in memory as long as this lasts."""
+        found = await self._find(name)
+        with contextlib.ExitStack() as stack:
+            for _ in range(TRIES):
+                try:
+                    loaded = stack.enter_context(self._shelf.using(found.name))
+                    break
+                except KeyError:  # never loaded, or gone to make room
+                    await _in(self._lookups, self._shelf.bring, found)
+            else:
+                raise RequestError("too many models are asked for at once; try again", status=503, code="memory_full")
+            yield loaded
 
-    def _list(self) -> list[tuple[str, Version, dict[str, int]]]:
-        """(name to ask for it, version, aliases) of every model."""
-        found = []
+    async def _find(self, name: str) -> Found:
+        known = self._follower.known(name)
+        return known if known else await _in(self._lookups, self._follower.find, name)
+
+    def _start(self, loaded: Loaded) -> None:
+        if isinstance(loaded, TextModel):
+            threading.Thread(
+                target=_decode, args=(loaded, self._torch_threads), name=f"decode {loaded.name}", daemon=True
+            ).start()
+
+    def _list(self) -> list[tuple[str, Found, dict[str, int]]]:
+        """(name to ask for it, what it means, aliases) of every model."""
+        listed = []
         for model in self._registry.models():
             aliases = _aliases(self._registry, model)
-            try:
-                version = self._registry.resolve(model if "production" in aliases else f"{model}@latest")
-            except ModelNotFound:
-                continue  # the last of its versions was deleted just now
-            found.append((model if "production" in aliases else version.name, version, aliases))
-        return found
+            with contextlib.suppress(ModelNotFound):  # the last of its versions was deleted just now
+                found = of_version(
+                    self._registry, self._registry.resolve(model if "production" in aliases else f"{model}@latest")
+                )
+                listed.append((model if "production" in aliases else found.name, found, aliases))
+        return listed
 
-    async def _resolve(self, name: str) -> Version:
-        return await self._believe(f"{name}/version", lambda: self._registry.resolve(name))
-
-    async def _believe(self, key: str, look: Callable[[], T]) -> T:
-        """What storage said a moment ago, else what it says now; through an outage, what it said last."""
-        known = self._resolved.get(key)
-        if known and time.monotonic() - known[0] < RESOLVE_SECONDS:
-            return known[1]
-        try:
-            value = await _in(self._lookups, look)
-        except StorageUnavailable:
-            if known is None:
-                raise
-            value = known[1]
-        if len(self._resolved) >= RESOLVE_ENTRIES:  # 3, 03, 003, ...: one version has any number of names
-            self._resolved.clear()
-        self._resolved[key] = time.monotonic(), value
-        return value
-
-    async def _load(self, version: Version) -> Loaded:
-        """The version in memory. Requests that come while it loads wait for the same load."""
-        if loaded := self._loaded.get(version.name):
-            self._loaded.move_to_end(version.name)
-            return loaded
-        task = self._loading.get(version.name)
-        if task is None:
-            task = self._loading[version.name] = asyncio.create_task(self._load_now(version))
-            task.add_done_callback(lambda _: self._loading.pop(version.name))
-        return await asyncio.shield(task)  # one client's leaving does not end it for the others
-
-    async def _load_now(self, version: Version) -> Loaded:
-        loaded = await _in(self._threads, load, self._registry, version)
-        self._keep(version.name, loaded)
-        return loaded
-
-    def _keep(self, name: str, loaded: Loaded) -> None:
-        self._loaded[name] = loaded
-        if isinstance(loaded, TextModel):
-            threading.Thread(target=self._decode, args=(loaded,), name=f"decode {name}", daemon=True).start()
-        while len(self._loaded) > self._max_loaded:
-            _, unloaded = self._loaded.popitem(last=False)
-            if isinstance(unloaded, TextModel):
-                unloaded.batcher.close()
-
-    def _decode(self, model: TextModel) -> None:
-        torch.set_num_threads(self._torch_threads)
-        model.batcher.run()
-
-    async def _describe(self, name: str, version: Version, aliases: dict[str, int]) -> Entry:
+    async def _describe(self, name: str, found: Found, aliases: dict[str, int]) -> Entry:
         """What only a loaded model knows of itself is kept when the model goes."""
-        known = self._entries.get(version.name)
+        found = self._follower.known(name) or found  # what answers, maybe not yet what is registered
+        refused = {
+            alias: refused
+            for alias in aliases
+            if (refused := self._follower.refused.get(f"{found.model}@{alias}")) is not None
+        }
+        known = self._entries.get(found.name)
         if known is None:
             try:
-                known = _entry(version, await self._load(version))
+                async with self._using(name) as loaded:
+                    known = self._entries[found.name] = _entry(found, loaded)
             except GenmodelsError as error:
-                return Entry(name, version, aliases, problem=_refusal(error).message)
-            self._entries[version.name] = known
-        return Entry(name, version, aliases, known.kind, known.verbs, known.shape)
+                return Entry(name, found, aliases, problem=_refusal(error).message, refused=refused)
+        return Entry(name, found, aliases, known.kind, known.verbs, known.shape, refused=refused)
 
 
-def created(version: Version) -> int:
-    """When a version was published, in seconds since 1970."""
-    return int(datetime.fromisoformat(version.created).timestamp())
+def created(found: Found) -> int:
+    """When a version was published, or the attempt began that wrote a checkpoint, in seconds since 1970."""
+    return int(datetime.fromisoformat(found.created).timestamp()) if found.created else 0
+
+
+def _follow(host: weakref.ref[ModelHost]) -> None:
+    """As long as somebody has the host."""
+    while True:
+        time.sleep(FOLLOW_SECONDS)
+        alive = host()
+        if alive is None:
+            return
+        alive.follow()
+        del alive
+
+
+def _decode(model: TextModel, torch_threads: int) -> None:
+    torch.set_num_threads(torch_threads)
+    model.batcher.run()
 
 
 class Inbox:
@@ -246,14 +252,14 @@ class Inbox:
         return list(joined.values())
 
 
-def _entry(version: Version, loaded: Loaded) -> Entry:
+def _entry(found: Found, loaded: Loaded) -> Entry:
     shape: dict[str, int | str] = {}
     if isinstance(loaded, ImageModel):
         info, latent_dim = loaded.family.data, loaded.family.latent_dim
         shape = {"size": f"{info.width}x{info.height}", "channels": info.channels, "latent_dim": latent_dim}
     elif isinstance(loaded, TextModel):
         shape = {"block_size": loaded.family.block_size, "vocab_size": loaded.tokenizer.vocab_size}
-    return Entry(version.name, version, {}, loaded.family.kind, tuple(sorted(loaded.family.verbs)), shape)
+    return Entry(found.name, found, {}, loaded.family.kind, tuple(sorted(loaded.family.verbs)), shape)
 
 
 def _aliases(registry: Registry, model: str) -> dict[str, int]:
@@ -268,7 +274,7 @@ def _refusal(error: GenmodelsError) -> RequestError:
         return RequestError(
             "the storage of models does not answer; try again in a moment", status=503, code="storage_unavailable"
         )
-    return RequestError(f"this version cannot be served: {error}", param="model", status=503, code="version_damaged")
+    return RequestError(f"this model cannot be served: {error}", param="model", status=503, code="version_damaged")
 
 
 async def _in(threads: ThreadPoolExecutor, function: Callable[..., T], *arguments: Any) -> T:

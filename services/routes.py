@@ -10,13 +10,14 @@ from __future__ import annotations
 import base64
 import math
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from typing import Any, ClassVar, Literal
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import HTMLResponse
 from pydantic import Field, field_validator
 
+from genmodels.engine.following import Refused
 from genmodels.engine.images import (
     DecodeRequest,
     DenoiseRequest,
@@ -95,14 +96,14 @@ def create_app(pool: Pool, *, hosts: Collection[str] | None = LOOPBACK, keys: Ke
 
     @app.get("/v1/models", summary="The models")
     async def models(caller: Caller = generate) -> Response:
-        entries = [entry for entry in checked(await pool.models()) if caller.may_use([entry.version.model])]
+        entries = [entry for entry in checked(await pool.models()) if caller.may_use([entry.found.model])]
         return Json({"object": "list", "data": [_model(entry) for entry in entries]})
 
     @app.get("/v1/models/{model}", summary="A model")
     async def model(model: str, caller: Caller = generate) -> Response:
         caller.need([model])
         entry = checked(await pool.model(model))
-        return Json(_model(entry), headers={VERSION: entry.version.name})
+        return Json(_model(entry), headers={VERSION: entry.found.name})
 
     add_completions(app, pool, generate)
 
@@ -138,18 +139,26 @@ def _images(answer: ImageAnswer) -> Response:
 
 
 def _model(entry: Entry) -> dict[str, Any]:
-    version = entry.version
+    found = entry.found
     return {
         "id": entry.id,
         "object": "model",
-        "created": created(version),
+        "created": created(found),
         "owned_by": "genmodels",
-        "family": version.family,
+        "family": found.family,
         "kind": entry.kind,
         "verbs": entry.verbs,
-        "version": version.version,
+        "version": found.version,
         "aliases": entry.aliases,
-        "metrics": {name: value if math.isfinite(value) else None for name, value in version.metrics.items()},
+        "metrics": {name: value if math.isfinite(value) else None for name, value in found.metrics.items()},
         **(entry.shape or {}),
         **({"problem": entry.problem} if entry.problem else {}),
+        **({"refused": _refused(entry.refused)} if entry.refused else {}),
     }
+
+
+def _refused(refused: Mapping[str, Refused]) -> list[dict[str, Any]]:
+    """Aliases that stand at a version which is not served, so that an older one still answers to them."""
+    return [
+        {"alias": alias, "version": one.found.version, "reason": one.reason} for alias, one in sorted(refused.items())
+    ]

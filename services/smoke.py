@@ -9,6 +9,7 @@ from genmodels import checkpoint
 from genmodels.attempt import run_attempt
 from genmodels.data import Dataset, TextData, open_dataset, pin_data
 from genmodels.engine import images, loaded, text
+from genmodels.engine.references import of_version
 from genmodels.registry import Registry
 from genmodels.run import Run
 from genmodels.spec import JobSpec, ModelSpec, dump
@@ -42,7 +43,7 @@ def smoke(spec: ModelSpec, storage: Storage | None = None) -> str:
         with checkpoint.scratch_folder() as scratch:
             manifest = checkpoint.fetch(scratch_storage, run.checkpoint_prefix(place), Path(scratch))
             version = registry.publish(run, place, manifest, Path(scratch), None)
-        return _answer(loaded.load(registry, version), dataset)
+        return _answer(loaded.load(scratch_storage, of_version(registry, version)), dataset)
 
 
 def _answer(model: loaded.Loaded, dataset: Dataset) -> str:

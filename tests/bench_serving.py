@@ -35,9 +35,9 @@ from torch import Tensor
 from genmodels.engine import images, text
 from genmodels.engine.images import CHUNK, GenerateRequest
 from genmodels.engine.loaded import ImageModel, TextModel, load
+from genmodels.engine.references import find
 from genmodels.engine.text import CompletionRequest, Piece
 from genmodels.models.minigpt import MiniGPT
-from genmodels.registry import Registry
 from genmodels.storage import open_storage
 from services.local import free_ports
 
@@ -71,8 +71,7 @@ def main() -> None:
         storage = open_storage((Path(folder) / "storage").as_uri())
         publish(storage, "play", "minigpt", **TEXT)
         publish(storage, "shapes", "vae", **IMAGES)
-        registry = Registry(storage)
-        play, shapes = (load(registry, registry.resolve(name)) for name in ("play", "shapes"))
+        play, shapes = (load(storage, find(storage, name)) for name in ("play", "shapes"))
         assert isinstance(play, TextModel)
         assert isinstance(shapes, ImageModel)
         with endpoint(storage.url) as url:

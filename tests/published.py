@@ -14,12 +14,14 @@ from genmodels.checkpoint import Lineage, Manifest, Place
 from genmodels.data.text import CharTokenizer
 from genmodels.engine.loaded import Loaded, load_folder
 from genmodels.family import Family, ImageInfo, TextInfo
+from genmodels.job import index_runs
 from genmodels.registry import Registry, Version
-from genmodels.run import Run
+from genmodels.run import Run, now
 from genmodels.storage import Storage
 
 VOCABULARY = "\n !,.?ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 IMAGES = ImageInfo(channels=1, height=16, width=16)
+LINEAGE = Lineage(spec_digest="0", data_digest="0", code_version="0", world_size=1, parent=None)
 CONFIGS: dict[str, dict[str, Any]] = {
     "autoencoder": {"latent_dim": 4, "width": 4, "noise_std": 0.2},
     "vae": {"latent_dim": 4, "width": 4},
@@ -59,14 +61,13 @@ def publish(
     storage: Storage, model: str, family: str, *, step: int = 1, alias: str | None = "production", **config: Any
 ) -> Version:
     """Put a version into the registry; another `step` gives other weights."""
-    lineage = Lineage(spec_digest="0", data_digest="0", code_version="0", world_size=1, parent=None)
     registry = Registry(storage)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         write(folder, *build(family, seed=step, **config))
         files = checkpoint.describe_files(folder)
         manifest = Manifest(
-            step=step, samples=step, metrics={"val_loss": 1.5, "odd": float("nan")}, lineage=lineage, files=files
+            step=step, samples=step, metrics={"val_loss": 1.5, "odd": float("nan")}, lineage=LINEAGE, files=files
         )
         version = registry.publish(
             Run(storage, "test-00000000", model), Place(attempt=1, step=step), manifest, folder, None
@@ -74,3 +75,26 @@ def publish(
     if alias:
         registry.promote(model, alias, version.version, "test")
     return version
+
+
+def save_checkpoint(
+    storage: Storage, job: str, model: str, family: str, *, step: int, attempt: int = 1, spoil: bool = False
+) -> None:
+    """A checkpoint of a run in progress; with `spoil` its weights are not finite."""
+    run = Run(storage, job, model)
+    if run.start_of(attempt) is None:
+        storage.put(f"jobs/{job}/spec.yaml", b"")
+        index_runs(storage, job, [model], now())
+        run.start(attempt, None, 1)
+    with tempfile.TemporaryDirectory() as scratch:
+        folder = Path(scratch)
+        built, assets = build(family, seed=step)
+        if spoil:
+            for parameter in built.network.parameters():
+                parameter.data.fill_(float("nan"))
+        write(folder, built, assets)
+        manifest = Manifest(
+            step=step, samples=step, metrics={"val_loss": 2.5}, lineage=LINEAGE, files=checkpoint.describe_files(folder)
+        )
+        prefix = run.checkpoint_prefix(Place(attempt=attempt, step=step))
+        checkpoint.upload(storage, prefix, folder, manifest, lambda: run.fence(attempt))

@@ -29,6 +29,7 @@ from genmodels.engine.images import (
     ReconstructRequest,
 )
 from genmodels.engine.loaded import ImageModel, Loaded, TextModel, load, load_folder
+from genmodels.engine.references import of_version
 from genmodels.engine.text import CompletionRequest, Piece, StopStrings, choice_seed, complete
 from genmodels.errors import CheckpointError, ModelNotFound, RequestError
 from genmodels.registry import Registry
@@ -351,7 +352,7 @@ def test_without_an_encoder_an_image_is_no_end(make: Make) -> None:
 @pytest.mark.parametrize("family", models.names())
 def test_a_version_is_loaded_as_it_was_published(file_storage: Storage, family: str) -> None:
     version = publish(file_storage, "m", family)
-    model = load(Registry(file_storage), version)
+    model = load(file_storage, of_version(Registry(file_storage), version))
     assert model.name == "m@1"
     assert isinstance(model, TextModel if family == "minigpt" else ImageModel)
 
@@ -363,14 +364,14 @@ def test_a_damaged_version_is_not_loaded(file_storage: Storage, name: str) -> No
     content, _ = file_storage.get(key)
     file_storage.put(key, content[:-1] + bytes([content[-1] ^ 1]))
     with pytest.raises(CheckpointError, match="damaged"):
-        load(Registry(file_storage), version)
+        load(file_storage, of_version(Registry(file_storage), version))
 
 
 def test_a_version_whose_outputs_differ_is_not_loaded(file_storage: Storage) -> None:
     one, two = (publish(file_storage, "m", "minigpt", step=step) for step in (1, 2))
     mixed = one.model_copy(update={"files": {**one.files, "probe.safetensors": two.files["probe.safetensors"]}})
     with pytest.raises(CheckpointError, match="differs"):
-        load(Registry(file_storage), mixed)
+        load(file_storage, of_version(Registry(file_storage), mixed))
 
 
 @pytest.mark.parametrize(

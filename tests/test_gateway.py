@@ -4,10 +4,8 @@ import asyncio
 import base64
 import io
 import json
-import threading
 import time
 from collections.abc import AsyncIterator
-from pathlib import Path
 from typing import Any
 
 import httpx
@@ -19,11 +17,10 @@ from hypothesis import strategies as st
 from PIL import Image
 from published import VOCABULARY, publish
 
+from genmodels.engine.loaded import TextModel
 from genmodels.engine.text import CompletionRequest, Piece
-from genmodels.errors import RequestError, StorageUnavailable
-from genmodels.registry import Registry
+from genmodels.errors import RequestError
 from genmodels.storage import Storage, open_storage
-from services import host as host_module
 from services.host import ModelHost, Opened
 from services.routes import VERBS, create_app
 
@@ -120,99 +117,6 @@ def test_what_there_is_stands_in_the_error(app: Any) -> None:
     error = refused(ask(app, "POST", "/v1/completions", {"model": "plays", "prompt": "x"}), 404)
     assert (error["param"], error["code"]) == ("model", "model_not_found")
     assert "clean, play, shapes" in error["message"]
-
-
-def test_a_moved_alias_is_followed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    storage = open_storage(tmp_path.as_uri())
-    publish(storage, "m", "vae")
-    app = create_app(ModelHost(storage.url))
-    assert ask(app, "GET", "/v1/models/m").json()["version"] == 1
-    publish(storage, "m", "vae", step=2)
-    monkeypatch.setattr(host_module, "RESOLVE_SECONDS", 0.0)
-    assert ask(app, "GET", "/v1/models/m").json()["version"] == 2
-    assert (
-        ask(app, "POST", "/v1/images/generations", {"model": "m", "prompt": ""}).headers["x-genmodels-version"] == "m@2"
-    )
-    Registry(storage).promote("m", "production", 1, "rolled back")
-    assert (
-        ask(app, "POST", "/v1/images/generations", {"model": "m", "prompt": ""}).headers["x-genmodels-version"] == "m@1"
-    )
-
-
-def test_a_damaged_version_is_503_and_stands_in_no_others_way(tmp_path: Path) -> None:
-    storage = open_storage(tmp_path.as_uri())
-    version = publish(storage, "bad", "vae")
-    publish(storage, "good", "vae", step=2)
-    storage.put(f"models/bad/blobs/{version.files['model.safetensors'].sha256}", b"nonsense")
-    app = create_app(ModelHost(storage.url))
-    response = ask(app, "POST", "/v1/images/generations", {"model": "bad", "prompt": ""})
-    assert (refused(response, 503)["code"], response.headers["retry-after"]) == ("version_damaged", "1")
-    assert ask(app, "POST", "/v1/images/generations", {"model": "good", "prompt": ""}).status_code == 200
-    listed = {entry["id"]: entry.get("problem") for entry in ask(app, "GET", "/v1/models").json()["data"]}
-    assert listed["good"] is None
-    assert "damaged" in listed["bad"]
-
-
-def test_through_an_outage_of_the_storage_what_is_known_is_served(
-    models: Storage, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    host = ModelHost(models.url)
-    app = create_app(host)
-    assert ask(app, "POST", "/v1/completions", {"model": "play", "prompt": "x", "max_tokens": 1}).status_code == 200
-
-    def down(name: str) -> Any:
-        raise StorageUnavailable("secret detail of the store")
-
-    monkeypatch.setattr(host_module, "RESOLVE_SECONDS", 0.0)
-    monkeypatch.setattr(host._registry, "resolve", down)
-    assert ask(app, "POST", "/v1/completions", {"model": "play", "prompt": "x", "max_tokens": 1}).status_code == 200
-    error = refused(ask(app, "POST", "/v1/completions", {"model": "shapes", "prompt": "x"}), 503)
-    assert "secret" not in error["message"]
-
-
-def test_requests_that_come_while_a_version_loads_wait_for_one_load(
-    models: Storage, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    loads = []
-    load = host_module.load
-    monkeypatch.setattr(
-        host_module, "load", lambda registry, version: loads.append(version.name) or load(registry, version)
-    )
-    host = ModelHost(models.url, max_loaded=2)
-    assert loads == ["play@1", "shapes@1"]
-
-    async def both() -> list[Any]:
-        return await asyncio.gather(*(host.model("shapes@next") for _ in range(5)))
-
-    assert [entry.version.version for entry in asyncio.run(both())] == [2] * 5
-    assert loads == ["play@1", "shapes@1", "shapes@2"]
-    assert list(host._loaded) == ["shapes@1", "shapes@2"]
-
-
-def test_a_client_that_leaves_does_not_end_the_load_for_others(
-    models: Storage, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    host = ModelHost(models.url)
-    load, leave, loads = host_module.load, threading.Event(), []
-
-    def slow(registry: Registry, version: Any) -> Any:
-        loads.append(version.name)
-        leave.wait()
-        return load(registry, version)
-
-    monkeypatch.setattr(host_module, "load", slow)
-
-    async def two() -> Any:
-        version = await host._resolve("shapes@2")
-        first, second = (asyncio.ensure_future(host._load(version)) for _ in range(2))
-        await asyncio.sleep(0)
-        first.cancel()
-        await asyncio.gather(first, return_exceptions=True)
-        leave.set()
-        return await second
-
-    assert asyncio.run(two()).name == "shapes@2"
-    assert loads == ["shapes@2"]
 
 
 # Completions
@@ -555,7 +459,8 @@ def test_a_full_pool_is_429_with_retry_after() -> None:
 
 def test_a_client_that_leaves_frees_its_slot(models: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
     host = ModelHost(models.url, workers=1)
-    play = host._loaded["play@1"]
+    play = host._shelf._held["play@1"].loaded
+    assert isinstance(play, TextModel)
     step = play.batcher.step
 
     def watched() -> bool:

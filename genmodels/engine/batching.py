@@ -63,6 +63,11 @@ class Batcher:
         self._changed = threading.Condition()
         self._closed = False
 
+    @property
+    def size(self) -> int:
+        """Bytes of what it keeps beside the network."""
+        return self._decoder.size
+
     def add(self, *texts: Text) -> None:
         """Let texts join, all or none.
 

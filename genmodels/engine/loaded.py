@@ -7,13 +7,17 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from torch import nn
+
 from genmodels import checkpoint
 from genmodels.data.text import Tokenizer, load_tokenizer
 from genmodels.engine.batching import Batcher
+from genmodels.engine.references import Found
 from genmodels.engine.requests import Request, parse_options
 from genmodels.errors import CheckpointError, DataError, ModelNotFound
 from genmodels.family import Family, ImageFamily, TextFamily
-from genmodels.registry import Registry, Version, verify_probe
+from genmodels.registry import verify_probe
+from genmodels.storage import Storage
 
 TOKENIZER = "tokenizer.json"
 
@@ -40,6 +44,16 @@ class Loaded:
             )
         return parse_options(self.family.Request, request)
 
+    @property
+    def size(self) -> int:
+        """Bytes of its networks in memory."""
+        networks = [value for value in vars(self.family).values() if isinstance(value, nn.Module)]
+        tensors = {tensor.data_ptr(): tensor for net in networks for tensor in net.state_dict().values()}
+        return sum(tensor.nbytes for tensor in tensors.values())
+
+    def close(self) -> None:
+        """Take no more requests; what is under way goes on to its end."""
+
 
 @dataclass(frozen=True)
 class ImageModel(Loaded):
@@ -56,18 +70,32 @@ class TextModel(Loaded):
         """What its texts share; made when the first comes."""
         return Batcher(self.family)
 
+    @property
+    def size(self) -> int:
+        return super().size + self.batcher.size
 
-def load(registry: Registry, version: Version) -> Loaded:
-    """Fetch a version, verify every byte, build the model, and compare its outputs with those of its publication.
+    def close(self) -> None:
+        self.batcher.close()
+
+
+def load(storage: Storage, found: Found) -> Loaded:
+    """Fetch what a name means, verify every byte, build the model, and try it.
+
+    A version's outputs are compared with those of its publication; a checkpoint's, which nobody has judged yet, have
+    to be finite.
 
     Raises:
-        CheckpointError: a file is missing or damaged, or the outputs differ.
+        CheckpointError: a file is missing or damaged, or the outputs are not what they have to be.
     """
     with checkpoint.scratch_folder() as scratch:
         folder = Path(scratch)
-        registry.fetch(version, folder)
-        loaded = load_folder(folder, version.name)
-        verify_probe(loaded.family, folder)
+        found.fetch(storage, folder)
+        loaded = load_folder(folder, found.name)
+        if found.version is not None:
+            verify_probe(loaded.family, folder)
+    for name, output in loaded.family.probe().items() if found.version is None else ():
+        if not output.isfinite().all():
+            raise CheckpointError(f"its output {name!r} is not finite: training has gone astray")
     return loaded
 
 

@@ -275,6 +275,11 @@ class MiniGPTDecoder:
         )
         self._mask = torch.full((kept, kept), -torch.inf, device=device).triu(1)  # row p: what position p sees
 
+    @property
+    def size(self) -> int:
+        """Bytes, but for the embeddings."""
+        return self._mask.nbytes + sum(layer.size for layer in self._layers)
+
     @torch.inference_mode()
     def prefill(self, slot: int, tokens: Sequence[int], start: int) -> Tensor:
         """Read 1 to `chunk` tokens of one sequence, the first at position `start`: logits after each, (n, vocab)."""
@@ -341,6 +346,11 @@ class _DecoderLayer:
         n_head, _, head_size = self._shape
         self._kept = torch.zeros(slots, n_head, kept, 2, head_size, device=weights.device)
 
+    @property
+    def size(self) -> int:
+        linears = (self._query_key_value, self._output, self._hidden, self._down)
+        return self._kept.nbytes + sum(linear.weight.nbytes for linear in linears)
+
     def forget(self, slot: int) -> None:
         """Make room for another sequence: numbers that are not finite would spoil it even where they are masked."""
         self._kept[slot] = 0
@@ -379,10 +389,10 @@ class _Linear:
     """A copy of a linear layer, in float32 and without a module's cost."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        self._weight, self._bias = weight.float().clone(), None if bias is None else bias.float().clone()
+        self.weight, self._bias = weight.float().clone(), None if bias is None else bias.float().clone()
 
     def __call__(self, x: Tensor) -> Tensor:
-        return F.linear(x, self._weight, self._bias)
+        return F.linear(x, self.weight, self._bias)
 
 
 class _Projection(_Linear):

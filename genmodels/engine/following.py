@@ -1,0 +1,139 @@
+"""What the names that move mean: the newer model is loaded while the older one answers, and then takes its place."""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import OrderedDict
+from dataclasses import dataclass
+
+from genmodels.engine.references import Found, find, full_name, moves
+from genmodels.engine.shelf import Shelf
+from genmodels.errors import CheckpointError, ModelNotFound, RequestError, StorageUnavailable
+from genmodels.metrics import REFUSED, SWAPPED
+from genmodels.registry import Registry
+from genmodels.storage import Storage
+
+BELIEVED_SECONDS = 1.0  # what a name that does not move means: a version may be deleted
+BELIEVED = 1024  # 3, 03, 003, ...: one version has any number of names
+WANTED_SECONDS = 600.0  # how long `latest` or `live` is followed after it was asked for
+
+logger = logging.getLogger("genmodels.serving")
+
+
+@dataclass(frozen=True)
+class Refused:
+    """A name has moved to a model that is not served."""
+
+    found: Found
+    reason: str
+
+
+class Follower:
+    """Safe between threads; `follow` is for one at a time."""
+
+    def __init__(self, storage: Storage, shelf: Shelf) -> None:
+        self._storage, self._registry, self._shelf = storage, Registry(storage), shelf
+        self._current: dict[str, Found] = {}  # what answers to a name that moves
+        self._wanted: dict[str, float] = {}  # when those that are no aliases were asked for
+        self._believed: OrderedDict[str, tuple[float, Found]] = OrderedDict()
+        self._lock = threading.Lock()
+        self.refused: dict[str, Refused] = {}
+
+    def known(self, name: str) -> Found | None:
+        """What a name means, if that is known without asking storage."""
+        name = full_name(name)
+        if moves(name):
+            if name in self._wanted:
+                self._wanted[name] = time.monotonic()
+            return self._current.get(name)
+        believed = self._believed.get(name)
+        return believed[1] if believed and time.monotonic() - believed[0] < BELIEVED_SECONDS else None
+
+    def find(self, name: str) -> Found:
+        """What a name means. One that moves is loaded, and followed from then on.
+
+        Raises:
+            ModelNotFound: nothing.
+            CheckpointError: what it means cannot be served.
+            RequestError: there is no room for it.
+        """
+        if known := self.known(name):
+            return known
+        name = full_name(name)
+        try:
+            found = find(self._storage, name)
+        except StorageUnavailable:
+            if believed := self._believed.get(name):
+                return believed[1]
+            raise
+        if not moves(name):
+            self._believe(name, found)
+            return found
+        self._shelf.bring(found)
+        with self._lock:
+            self._wanted[name] = time.monotonic()
+            return self._current.setdefault(name, found)
+
+    def follow(self) -> None:
+        """Look once at every alias, and at what was asked for lately; returns when all that has moved is in memory.
+
+        Raises:
+            StorageUnavailable: all stays as it is.
+        """
+        aliases = [f"{model}@{alias}" for model in self._registry.models() for alias in self._registry.aliases(model)]
+        oldest = time.monotonic() - WANTED_SECONDS
+        self._wanted = {name: asked for name, asked in self._wanted.items() if asked > oldest and name not in aliases}
+        for name in sorted(aliases, key=lambda name: not name.endswith("@production")):
+            self._advance(name)
+        for name in list(self._wanted):
+            self._advance(name)
+        for name in {*list(self._current), *self.refused} - {*aliases, *self._wanted}:
+            self._forget(name)
+
+    def _advance(self, name: str) -> None:
+        """Have a name mean what it means now."""
+        before = self._current.get(name)
+        try:
+            found = find(self._storage, name)
+        except ModelNotFound:
+            self._forget(name)
+            return
+        except CheckpointError as error:
+            logger.warning("%s: %s", name, error)
+            return
+        if before is None or before.name != found.name:
+            try:
+                self._shelf.bring(found)
+            except (CheckpointError, RequestError) as error:
+                self._refuse(name, found, str(error))
+                return
+            self._current[name] = found
+            if before:
+                SWAPPED.labels(found.model, found.family, str(found.version or "")).inc()
+                self._release(before)
+        self.refused.pop(name, None)
+
+    def _refuse(self, name: str, found: Found, reason: str) -> None:
+        known = self.refused.get(name)
+        if known is None or known.found.name != found.name:
+            logger.warning("%s is not served as %s: %s", found.name, name, reason)
+            REFUSED.labels(found.model, found.family, str(found.version or "")).inc()
+        self.refused[name] = Refused(found, reason)
+
+    def _forget(self, name: str) -> None:
+        self.refused.pop(name, None)
+        if found := self._current.pop(name, None):
+            self._release(found)
+
+    def _release(self, found: Found) -> None:
+        if all(other.name != found.name for other in list(self._current.values())):
+            self._shelf.release(found.name)
+
+    def _believe(self, name: str, found: Found) -> None:
+        with self._lock:
+            self._believed[name] = time.monotonic(), found
+            self._believed.move_to_end(name)
+            if len(self._believed) > BELIEVED:
+                self._believed.popitem(last=False)

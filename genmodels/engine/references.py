@@ -1,0 +1,97 @@
+"""What a model's name means: a version of the registry, or a checkpoint of a run, also of one in progress."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+
+from genmodels import checkpoint
+from genmodels.checkpoint import File, Metrics
+from genmodels.errors import CheckpointError, KeyNotFound, ModelNotFound
+from genmodels.pin import checkpoint_name, find_checkpoint, names_checkpoint
+from genmodels.registry import Registry, Version
+from genmodels.storage import Storage
+
+
+@dataclass(frozen=True)
+class Found:
+    """Something that can be loaded. Two with one name are the same."""
+
+    name: str  # exact, as in `shapes@3` or `shapes@study-0123abcd:step-500`
+    model: str
+    version: int | None
+    family: str
+    created: str
+    metrics: Metrics
+    files: dict[str, File]
+    keys: dict[str, str]  # where each file lies in storage
+
+    @property
+    def size(self) -> int:
+        """Bytes of its files: at least what it takes in memory."""
+        return sum(file.size for file in self.files.values())
+
+    def fetch(self, storage: Storage, folder: Path) -> None:
+        """Download its files into an empty folder and verify every byte.
+
+        Raises:
+            CheckpointError: a file is missing or damaged.
+        """
+        checkpoint.download(storage, self.keys, self.files, folder)
+
+
+def moves(name: str) -> bool:
+    """Whether a name may mean something else later: an alias, `latest`, `live`, or a step that is written again."""
+    return not name.partition("@")[2].isdecimal() and ":step-" not in name
+
+
+def full_name(name: str) -> str:
+    """A bare name is that of the alias production."""
+    return name if "@" in name else f"{name}@production"
+
+
+def find(storage: Storage, name: str) -> Found:
+    """Look up `m`, `m@alias`, `m@3`, `m@latest`, `m@live`, `m@step-500` or `m@<job>:step-500`.
+
+    Raises:
+        ModelNotFound: there is none; the message says what there is.
+    """
+    if not names_checkpoint(name):
+        registry = Registry(storage)
+        return of_version(registry, registry.resolve(name))
+    run, place = find_checkpoint(name, storage)
+    prefix = run.checkpoint_prefix(place)
+    try:
+        manifest = run.manifest(place)
+        config, _ = storage.get(f"{prefix}/{checkpoint.CONFIG}")
+        family = str(json.loads(config)["family"])
+    except KeyNotFound:
+        raise ModelNotFound(f"{name}: that checkpoint was cleaned away just now; ask for {run.model}@live") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{prefix}/{checkpoint.CONFIG}: damaged ({type(error).__name__})") from error
+    start = run.start_of(place.attempt)
+    files = {name: file for name, file in manifest.files.items() if not name.startswith("state/")}
+    return Found(
+        name=checkpoint_name(run, place),
+        model=run.model,
+        version=None,
+        family=family,
+        created=start.time if start else "",
+        metrics=manifest.metrics,
+        files=files,
+        keys={name: f"{prefix}/{name}" for name in files},
+    )
+
+
+def of_version(registry: Registry, version: Version) -> Found:
+    return Found(
+        name=version.name,
+        model=version.model,
+        version=version.version,
+        family=version.family,
+        created=version.created,
+        metrics=version.metrics,
+        files=version.files,
+        keys=registry.keys(version),
+    )
