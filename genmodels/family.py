@@ -23,6 +23,7 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
 Batch: TypeAlias = Mapping[str, "Tensor"]
+Way = Literal["linear", "spherical"]
 
 
 class Section(BaseModel):
@@ -183,8 +184,12 @@ class ImageFamily(Family[ConfigT, RequestT]):
         raise NotImplementedError
 
     @abstractmethod
-    def interpolate(self, start: Tensor, end: Tensor, steps: int) -> Tensor:
-        """The way from `start` to `end`, (latent_dim,) both, as the latent space wants it: (steps, latent_dim)."""
+    def interpolate(self, start: Tensor, end: Tensor, steps: int, method: Way | None = None) -> Tensor:
+        """The way from `start` to `end`, (latent_dim,) both: (steps, latent_dim).
+
+        Args:
+            method: None: as the latent space wants it.
+        """
 
     def preview(self, images: Tensor, seed: int) -> dict[str, Tensor]:
         """Pictures to look at while training goes on, by name, each (n, C, H, W).

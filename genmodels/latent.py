@@ -15,6 +15,8 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from genmodels.family import Way
+
 DENSITY_FILE = "density.safetensors"
 MAX_FIT = 4096  # more latents hardly change the density, and the fit has to take seconds
 
@@ -128,6 +130,11 @@ class FittedDensity:
     def load_assets(self, assets: Mapping[str, bytes]) -> None:
         if DENSITY_FILE in assets:
             self.density = GaussianMixture.from_bytes(assets[DENSITY_FILE])
+
+
+def way(start: Tensor, end: Tensor, steps: int, method: Way) -> Tensor:
+    """From `start` to `end` (d,), both included: (steps, d)."""
+    return slerp(start, end, steps) if method == "spherical" else lerp(start, end, steps)
 
 
 def lerp(start: Tensor, end: Tensor, steps: int) -> Tensor:

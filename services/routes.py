@@ -46,7 +46,6 @@ class GenerationBody(GenerateRequest):
     neutral: ClassVar = {
         "background": ("auto", "opaque"),
         "moderation": (),
-        "output_format": ("png",),
         "quality": ("auto", "standard"),
         "safety_identifier": (),
         "stream": (False,),

@@ -33,8 +33,9 @@ from rich.table import Table
 from torch import Tensor
 
 from genmodels.engine import images, text
-from genmodels.engine.images import CHUNK, GenerateRequest
+from genmodels.engine.images import GenerateRequest
 from genmodels.engine.loaded import ImageModel, TextModel, load
+from genmodels.engine.passes import CHUNK
 from genmodels.engine.references import find
 from genmodels.engine.text import CompletionRequest, Piece
 from genmodels.models.minigpt import MiniGPT

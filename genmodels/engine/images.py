@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import base64
 import binascii
+import io
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import numpy as np
 import torch
-from pydantic import Field
+from pydantic import Field, model_validator
 from torch import Tensor
 
 from genmodels.data.images import decode_image, grid, png
@@ -18,7 +20,7 @@ from genmodels.engine.loaded import ImageModel, Loaded
 from genmodels.engine.requests import MAX_N, Count, Request, Seed, seed_or_random
 from genmodels.errors import RequestError
 
-CHUNK = 16  # rows in every pass through a network; see `_in_chunks`
+MAX_PIXELS = 2**24  # of all pictures of one answer: 64 of 256 x 256 in three colours
 
 Many = Field(min_length=1, max_length=MAX_N)
 
@@ -29,13 +31,27 @@ class ImageRequest(Request):
     verb: ClassVar[str]
 
 
-class GenerateRequest(ImageRequest):
+class DrawnRequest(ImageRequest):
+    """Answered with pictures."""
+
+    grid: bool = Field(False, description="all images as one picture")
+    output_format: Literal["png", "npy"] = Field(
+        "png", description="npy: float32 (C, H, W) from 0 to 1, as numpy.load reads it"
+    )
+
+    @model_validator(mode="after")
+    def _a_grid_is_a_picture(self) -> Self:
+        if self.grid and self.output_format == "npy":
+            raise ValueError("grid: a grid is a PNG; leave out grid, or output_format")
+        return self
+
+
+class GenerateRequest(DrawnRequest):
     verb = "generate"
 
     n: Count = 1
-    seed: Seed | None = None
+    seed: Seed | Annotated[list[Seed], Many] | None = Field(None, description="one for all images, or one for each")
     size: str = Field("auto", max_length=32, description="`auto`, or the model's own size as WIDTHxHEIGHT")
-    grid: bool = Field(False, description="all images as one picture")
 
 
 class EncodeRequest(ImageRequest):
@@ -44,28 +60,25 @@ class EncodeRequest(ImageRequest):
     images: list[Any] = Many
 
 
-class DecodeRequest(ImageRequest):
+class DecodeRequest(DrawnRequest):
     verb = "decode"
 
     latents: list[list[float]] = Many
-    grid: bool = False
 
 
-class ReconstructRequest(ImageRequest):
+class ReconstructRequest(DrawnRequest):
     verb = "reconstruct"
 
     images: list[Any] = Many
-    grid: bool = False
 
 
-class DenoiseRequest(ImageRequest):
+class DenoiseRequest(DrawnRequest):
     verb = "denoise"
 
     images: list[Any] = Many
-    grid: bool = False
 
 
-class InterpolateRequest(ImageRequest):
+class InterpolateRequest(DrawnRequest):
     """Each end is a seed (a whole number), a latent (a list of numbers) or an image, as in the other requests."""
 
     verb = "interpolate"
@@ -73,17 +86,17 @@ class InterpolateRequest(ImageRequest):
     start: Any
     end: Any
     steps: int = Field(8, ge=2, le=MAX_N)
-    grid: bool = False
+    method: Literal["linear", "spherical"] | None = Field(None, description="none: as the latent space wants it")
 
 
 @dataclass(frozen=True)
 class ImageAnswer:
-    """`images` are PNG files; with `grid` it is one."""
+    """`images` are PNG or .npy files; with `grid` it is one."""
 
     model: str
     images: tuple[bytes, ...] = ()
     latents: tuple[list[float], ...] = ()
-    seed: int | None = None
+    seed: int | list[int] | None = None
 
 
 def answer(loaded: Loaded, request: ImageRequest) -> ImageAnswer:
@@ -103,9 +116,15 @@ def generate(model: ImageModel, request: GenerateRequest, options: Any) -> Image
     native = f"{info.width}x{info.height}"
     if request.size not in ("auto", native):
         raise _wrong("size", f"got {request.size!r}, this model makes {native}; send {native!r} or 'auto'")
+    _check_pixels(model, request.n, "n")
+    if isinstance(request.seed, list):
+        if "n" in request.model_fields_set and request.n != len(request.seed):
+            raise _wrong("n", f"got {request.n}, and {len(request.seed)} seeds; leave out n, or send as many seeds")
+        rows = [model.family.sample_latents(1, seed, options) for seed in request.seed]
+        return _drawn(model, _decode(model, torch.cat(rows), options), request, seed=request.seed)
     seed = seed_or_random(request.seed)
     latents = model.family.sample_latents(request.n, seed, options)
-    return _drawn(model, _decode(model, latents, options), request.grid, seed=seed)
+    return _drawn(model, _decode(model, latents, options), request, seed=seed)
 
 
 def encode(model: ImageModel, request: EncodeRequest, options: Any) -> ImageAnswer:
@@ -115,22 +134,23 @@ def encode(model: ImageModel, request: EncodeRequest, options: Any) -> ImageAnsw
 
 def decode(model: ImageModel, request: DecodeRequest, options: Any) -> ImageAnswer:
     latents = torch.stack([_latent(model, row, f"latents[{i}]") for i, row in enumerate(request.latents)])
-    return _drawn(model, _decode(model, latents, options), request.grid)
+    return _drawn(model, _decode(model, latents, options), request)
 
 
 def reconstruct(model: ImageModel, request: ReconstructRequest, options: Any) -> ImageAnswer:
     latents = _encode(model, read_images(model, request.images, "images"))
-    return _drawn(model, _decode(model, latents, options), request.grid)
+    return _drawn(model, _decode(model, latents, options), request)
 
 
 def denoise(model: ImageModel, request: DenoiseRequest, options: Any) -> ImageAnswer:
-    return _drawn(model, _in_chunks(model.family.denoise, read_images(model, request.images, "images")), request.grid)
+    clean = model.passes.apply(("denoise",), model.family.denoise, read_images(model, request.images, "images"))
+    return _drawn(model, clean, request)
 
 
 def interpolate(model: ImageModel, request: InterpolateRequest, options: Any) -> ImageAnswer:
     start, end = (_end(model, value, name, options) for value, name in ((request.start, "start"), (request.end, "end")))
-    latents = model.family.interpolate(start, end, request.steps)
-    return _drawn(model, _decode(model, latents, options), request.grid, columns=request.steps)
+    latents = model.family.interpolate(start, end, request.steps, request.method)
+    return _drawn(model, _decode(model, latents, options), request, columns=request.steps)
 
 
 def read_images(model: ImageModel, values: Sequence[Any], param: str) -> Tensor:
@@ -214,24 +234,20 @@ def _numbers(value: Any, param: str, expected: str) -> np.ndarray:
 
 
 def _encode(model: ImageModel, images: Tensor) -> Tensor:
-    return _in_chunks(model.family.encode, images)
+    return model.passes.apply(("encode",), model.family.encode, images)
 
 
 def _decode(model: ImageModel, latents: Tensor, options: Any) -> Tensor:
-    return _in_chunks(lambda rows: model.family.decode(rows, options), latents)
+    _check_pixels(model, len(latents), "latents")
+    return model.passes.apply(("decode", options), lambda rows: model.family.decode(rows, options), latents)
 
 
-def _in_chunks(function: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
-    """Apply a network to rows, always `CHUNK` of them at once, the last ones padded.
-
-    Matrix products of another height round differently; with one height, a row's result does not depend on how many
-    others the request asks for.
-    """
-    parts = []
-    for chunk in rows.split(CHUNK):
-        padding = chunk.new_zeros(CHUNK - len(chunk), *chunk.shape[1:])
-        parts.append(function(torch.cat((chunk, padding)))[: len(chunk)])
-    return torch.cat(parts)
+def _check_pixels(model: ImageModel, n: int, param: str) -> None:
+    """Before anything is computed."""
+    pixels = n * math.prod(model.family.data.shape)
+    if pixels > MAX_PIXELS:
+        most = MAX_PIXELS // math.prod(model.family.data.shape)
+        raise _wrong(param, f"{n} images of this model are more than one answer holds; ask for at most {most}")
 
 
 def _wrong(param: str, text: str) -> RequestError:
@@ -249,11 +265,25 @@ def _finite(values: Tensor, param: str) -> Tensor:
 
 
 def _drawn(
-    model: ImageModel, images: Tensor, as_grid: bool, *, columns: int | None = None, seed: int | None = None
+    model: ImageModel,
+    images: Tensor,
+    request: DrawnRequest,
+    *,
+    columns: int | None = None,
+    seed: int | list[int] | None = None,
 ) -> ImageAnswer:
     pixels = _finite(images, "latents").cpu().numpy()
-    files = (png(grid(pixels, columns)),) if as_grid else tuple(map(png, pixels))
+    if request.output_format == "npy":
+        files = tuple(map(_npy, pixels))
+    else:
+        files = (png(grid(pixels, columns)),) if request.grid else tuple(map(png, pixels))
     return ImageAnswer(model.name, files, seed=seed)
+
+
+def _npy(image: np.ndarray) -> bytes:
+    file = io.BytesIO()
+    np.save(file, image.astype(np.float32), allow_pickle=False)
+    return file.getvalue()
 
 
 _VERBS: dict[str, Callable[[ImageModel, Any, Any], ImageAnswer]] = {

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -12,6 +12,7 @@ from torch import nn
 from genmodels import checkpoint
 from genmodels.data.text import Tokenizer, load_tokenizer
 from genmodels.engine.batching import Batcher
+from genmodels.engine.passes import Passes
 from genmodels.engine.references import Found
 from genmodels.engine.requests import Request, parse_options
 from genmodels.errors import CheckpointError, DataError, ModelNotFound
@@ -58,6 +59,8 @@ class Loaded:
 @dataclass(frozen=True)
 class ImageModel(Loaded):
     family: ImageFamily[Any, Any]
+
+    passes: Passes = field(default_factory=Passes)  # what its requests share
 
 
 @dataclass(frozen=True)

@@ -22,12 +22,12 @@ from torch import Tensor, nn
 
 from genmodels.errors import RequestError
 from genmodels.family import ImageFamily, ImageInfo, OptimizerConfig, Role, Section, TextInfo
-from genmodels.latent import FittedDensity, GaussianMixture, first_rows, image_normal, lerp
+from genmodels.latent import FittedDensity, GaussianMixture, first_rows, image_normal, way
 from genmodels.networks import ImageDecoder, ImageEncoder, Norm, check_shape, inference, placed, psnr
 from genmodels.optim import make_optimizers
 
 if TYPE_CHECKING:
-    from genmodels.family import Batch
+    from genmodels.family import Batch, Way
 
 
 class AutoencoderConfig(Section):
@@ -141,8 +141,8 @@ class Autoencoder(FittedDensity, ImageFamily[AutoencoderConfig, AutoencoderReque
         with inference(self.network):
             return self.network.denoise(placed(images, self.network).clamp(0, 1)).float().sigmoid()
 
-    def interpolate(self, start: Tensor, end: Tensor, steps: int) -> Tensor:
-        return lerp(start, end, steps)
+    def interpolate(self, start: Tensor, end: Tensor, steps: int, method: Way | None = None) -> Tensor:
+        return way(start, end, steps, method or "linear")
 
     def preview(self, images: Tensor, seed: int) -> dict[str, Tensor]:
         request = self.Request()

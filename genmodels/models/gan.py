@@ -26,12 +26,12 @@ from torch.func import functional_call
 
 from genmodels.errors import RequestError, SpecError
 from genmodels.family import ImageFamily, ImageInfo, OptimizerConfig, Role, Section, TextInfo
-from genmodels.latent import lerp, row_generators, slerp, standard_normal
+from genmodels.latent import row_generators, standard_normal, way
 from genmodels.networks import check_shape, image_sizes, inference, placed
 from genmodels.optim import make_optimizers
 
 if TYPE_CHECKING:
-    from genmodels.family import Batch
+    from genmodels.family import Batch, Way
 
 HEAD_FEATURES = 128  # of the discriminator, in front of its logit
 OVERSHOOT = 0.02  # see Generator
@@ -165,10 +165,11 @@ class GAN(ImageFamily[GANConfig, GANRequest]):
         with inference(self.network):
             return self.network(placed(latents, self.network)).clamp(0, 1)
 
-    def interpolate(self, start: Tensor, end: Tensor, steps: int) -> Tensor:
+    def interpolate(self, start: Tensor, end: Tensor, steps: int, method: Way | None = None) -> Tensor:
         """Noise along the great circle, where its mass is; classes along the straight line."""
         split = self.config.latent_dim
-        return torch.cat((slerp(start[:split], end[:split], steps), lerp(start[split:], end[split:], steps)), dim=1)
+        noise = way(start[:split], end[:split], steps, method or "spherical")
+        return torch.cat((noise, way(start[split:], end[split:], steps, "linear")), dim=1)
 
     def _label(self, request: GANRequest) -> int | None:
         label, classes = request.label, self.num_classes

@@ -19,12 +19,12 @@ from torch import Tensor, nn
 
 from genmodels.errors import RequestError
 from genmodels.family import ImageFamily, ImageInfo, OptimizerConfig, Role, Section, TextInfo
-from genmodels.latent import FittedDensity, GaussianMixture, first_rows, image_normal, slerp, standard_normal
+from genmodels.latent import FittedDensity, GaussianMixture, first_rows, image_normal, standard_normal, way
 from genmodels.networks import ImageDecoder, ImageEncoder, Norm, check_shape, inference, placed, psnr
 from genmodels.optim import make_optimizers
 
 if TYPE_CHECKING:
-    from genmodels.family import Batch
+    from genmodels.family import Batch, Way
 
 ACTIVE_VARIANCE = 0.01  # a latent counts as used when its mean varies more than this over images (Burda et al. 2016)
 
@@ -162,8 +162,8 @@ class VAE(FittedDensity, ImageFamily[VAEConfig, VAERequest]):
         with inference(self.network):
             return self.network.decoder(placed(latents, self.network)).float().sigmoid()
 
-    def interpolate(self, start: Tensor, end: Tensor, steps: int) -> Tensor:
-        return slerp(start, end, steps)
+    def interpolate(self, start: Tensor, end: Tensor, steps: int, method: Way | None = None) -> Tensor:
+        return way(start, end, steps, method or "spherical")
 
     def _posterior(self, images: Tensor) -> tuple[Tensor, Tensor]:
         with inference(self.network):

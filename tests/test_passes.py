@@ -1,0 +1,175 @@
+"""Dynamic batching of images: a row's result is the same bits in any company; nobody waits behind a large request."""
+
+from __future__ import annotations
+
+import base64
+import io
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from published import loaded
+
+from genmodels.engine import images
+from genmodels.engine.images import DecodeRequest, EncodeRequest, GenerateRequest, ImageAnswer, InterpolateRequest
+from genmodels.engine.loaded import ImageModel
+from genmodels.engine.passes import CHUNK, Passes
+from genmodels.errors import RequestError
+
+
+@pytest.fixture(scope="module", params=["vae", "gan", "autoencoder"])
+def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ImageModel:
+    found = loaded(request.param, tmp_path_factory.mktemp(request.param))
+    assert isinstance(found, ImageModel)
+    return found
+
+
+class Gate:
+    """A function that waits until it is told to go on, and counts the passes."""
+
+    def __init__(self) -> None:
+        self.entered, self.open = threading.Event(), threading.Event()
+        self.passes: list[torch.Tensor] = []
+
+    def __call__(self, rows: torch.Tensor) -> torch.Tensor:
+        self.passes.append(rows)
+        self.entered.set()
+        self.open.wait(10)
+        return rows * 2
+
+
+def waiting(passes: Passes, count: int) -> None:
+    """Until so many requests stand in the queue."""
+    for _ in range(10_000):
+        if len(passes._waiting) == count:
+            return
+        threading.Event().wait(0.001)
+    raise AssertionError(f"{len(passes._waiting)} wait, not {count}")
+
+
+def rows(start: int, count: int) -> torch.Tensor:
+    return torch.arange(start, start + count, dtype=torch.float32)[:, None]
+
+
+def test_those_who_wait_share_a_pass_and_get_their_own_rows() -> None:
+    passes, gate = Passes(), Gate()
+    with ThreadPoolExecutor(8) as pool:
+        first = pool.submit(passes.apply, "k", gate, rows(0, 1))
+        gate.entered.wait(10)
+        others = []
+        for i in range(4):
+            others.append(pool.submit(passes.apply, "k", gate, rows(100 * i, 3)))
+            waiting(passes, i + 1)
+        gate.open.set()
+        assert first.result().tolist() == [[0.0]]
+        for i, other in enumerate(others):
+            assert torch.equal(other.result(), rows(100 * i, 3) * 2)
+    assert [len(part) for part in gate.passes] == [CHUNK, CHUNK]
+
+
+def test_a_large_request_takes_turns_with_small_ones() -> None:
+    passes, gate = Passes(), Gate()
+    with ThreadPoolExecutor(8) as pool:
+        large = pool.submit(passes.apply, "k", gate, rows(0, 4 * CHUNK))
+        gate.entered.wait(10)
+        small = pool.submit(passes.apply, "k", gate, rows(1000, 2))
+        waiting(passes, 2)
+        gate.open.set()
+        assert torch.equal(small.result(), rows(1000, 2) * 2)
+        assert torch.equal(large.result(), rows(0, 4 * CHUNK) * 2)
+    beside = next(i for i, part in enumerate(gate.passes) if 1000 in part)
+    assert beside == 2 - 1 or len(gate.passes[beside]) == CHUNK
+    assert beside <= 2
+
+
+def test_other_options_are_another_pass_and_an_error_is_everybodys_who_shared_it() -> None:
+    passes = Passes()
+
+    def fail(_: torch.Tensor) -> torch.Tensor:
+        raise RequestError("no such label", param="label")
+
+    assert torch.equal(passes.apply("good", lambda x: x + 1, rows(0, 3)), rows(1, 3))
+    for _ in range(2):
+        with pytest.raises(RequestError, match="no such label"):
+            passes.apply("bad", fail, rows(0, CHUNK + 1))
+    assert torch.equal(passes.apply("good", lambda x: x + 1, rows(0, 3)), rows(1, 3))
+    assert not passes._waiting
+
+
+def test_an_answer_is_the_same_alone_and_in_company(model: ImageModel) -> None:
+    requests: list[Any] = [GenerateRequest(n=1 + i % 5, seed=i) for i in range(24)]
+    requests += [GenerateRequest.model_validate({"n": 2, "seed": i, "temperature": 0.5}) for i in range(6)]
+    requests += [DecodeRequest(latents=[[0.1 * i] * model.family.latent_dim]) for i in range(6)]
+    if "encode" in model.family.verbs:
+        requests += [EncodeRequest(images=[np.full((16, 16), i / 8).tolist()]) for i in range(6)]
+    alone = [images.answer(model, request) for request in requests]
+    with ThreadPoolExecutor(12) as pool:
+        for _ in range(3):
+            assert list(pool.map(lambda request: images.answer(model, request), requests)) == alone
+
+
+def test_a_list_of_seeds_gives_the_picture_of_each(model: ImageModel) -> None:
+    seeds = [5, 0, 5, 2**63 - 1]
+    found = images.answer(model, GenerateRequest(seed=seeds))
+    assert found.seed == seeds
+    assert found.images == tuple(images.answer(model, GenerateRequest(seed=seed)).images[0] for seed in seeds)
+    assert images.answer(model, GenerateRequest(seed=seeds, n=4)) == found
+    with pytest.raises(RequestError, match="n: got 3, and 4 seeds"):
+        images.answer(model, GenerateRequest(seed=seeds, n=3))
+
+
+def test_npy_files_hold_what_the_picture_shows(model: ImageModel) -> None:
+    answer = images.answer(model, GenerateRequest(n=2, seed=1, output_format="npy"))
+    arrays = [np.load(io.BytesIO(file), allow_pickle=False) for file in answer.images]
+    assert [(array.shape, array.dtype) for array in arrays] == [((1, 16, 16), np.dtype("float32"))] * 2
+    shown = [png_pixels(file) for file in images.answer(model, GenerateRequest(n=2, seed=1)).images]
+    for array, pixels in zip(arrays, shown, strict=True):
+        assert np.abs(array[0] * 255 - pixels).max() <= 0.51
+    with pytest.raises(ValueError, match="a grid is a PNG"):
+        GenerateRequest(grid=True, output_format="npy")
+
+
+def test_ways_between_two_points(model: ImageModel) -> None:
+    def way(method: Any) -> ImageAnswer:
+        return images.answer(model, InterpolateRequest(start=1, end=2, steps=5, method=method))
+
+    straight, round_, own = way("linear"), way("spherical"), way(None)
+    assert straight.images[0] == round_.images[0]
+    assert straight.images[2] != round_.images[2]
+    assert own == (straight if model.family.family_name() == "autoencoder" else round_)
+
+
+def test_more_pixels_than_an_answer_holds_are_refused_before_they_are_made(
+    model: ImageModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(images, "MAX_PIXELS", 16 * 16 * 4)
+    monkeypatch.setattr(model.passes, "apply", lambda *_: 1 / 0)
+    with pytest.raises(RequestError, match=r"n: 5 images .* ask for at most 4"):
+        images.answer(model, GenerateRequest(n=5))
+
+
+def png_pixels(file: bytes) -> np.ndarray:
+    from PIL import Image
+
+    return np.asarray(Image.open(io.BytesIO(file)).convert("L"), dtype=np.float32)
+
+
+def test_files_of_pictures_are_told_as_base64(tmp_path: Path) -> None:
+    from asking import ask
+    from published import publish
+
+    from genmodels.storage import open_storage
+    from services.host import ModelHost
+    from services.routes import create_app
+
+    storage = open_storage(tmp_path.as_uri())
+    publish(storage, "shapes", "vae")
+    body = {"model": "shapes", "seed": [1, 2], "output_format": "npy"}
+    answer = ask(create_app(ModelHost(storage.url)), "POST", "/v1/images/generations", body).json()
+    assert answer["seed"] == [1, 2]
+    files = [base64.b64decode(item["b64_json"]) for item in answer["data"]]
+    assert [np.load(io.BytesIO(file)).shape for file in files] == [(1, 16, 16)] * 2
