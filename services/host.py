@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 import threading
 import time
@@ -77,9 +78,8 @@ class ModelHost:
 
     def __init__(self, storage_url: str, *, memory: int = MEMORY, workers: int = 2, torch_threads: int = 1) -> None:
         torch.set_num_threads(torch_threads)
-        self._torch_threads = torch_threads
         self._registry = Registry(open_storage(storage_url))
-        self._shelf = Shelf(self._registry.storage, memory, self._start)
+        self._shelf = Shelf(self._registry.storage, memory, functools.partial(_start, torch_threads=torch_threads))
         self._follower = Follower(self._registry.storage, self._shelf)
         self._threads, self._lookups = (  # names are found while all workers compute
             ThreadPoolExecutor(count, name, initializer=torch.set_num_threads, initargs=(torch_threads,))
@@ -165,12 +165,6 @@ class ModelHost:
         known = self._follower.known(name)
         return known if known else await _in(self._lookups, self._follower.find, name)
 
-    def _start(self, loaded: Loaded) -> None:
-        if isinstance(loaded, TextModel):
-            threading.Thread(
-                target=_decode, args=(loaded, self._torch_threads), name=f"decode {loaded.name}", daemon=True
-            ).start()
-
     def _list(self) -> list[tuple[str, Found, dict[str, int]]]:
         """(name to ask for it, what it means, aliases) of every model."""
         listed = []
@@ -215,6 +209,12 @@ def _follow(host: weakref.ref[ModelHost]) -> None:
             return
         alive.follow()
         del alive
+
+
+def _start(loaded: Loaded, torch_threads: int) -> None:
+    if isinstance(loaded, TextModel):
+        name = f"decode {loaded.name}"
+        threading.Thread(target=_decode, args=(loaded, torch_threads), name=name, daemon=True).start()
 
 
 def _decode(model: TextModel, torch_threads: int) -> None:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import gc
 import threading
 import time
 from collections.abc import Callable
@@ -357,6 +356,5 @@ def test_a_host_that_nobody_has_follows_no_more(storage: Storage, monkeypatch: p
         assert time.monotonic() < deadline
         time.sleep(0.01)
     del host
-    gc.collect()
     following.join(10)
     assert not following.is_alive()
