@@ -88,11 +88,26 @@ class LeaseLost(GenmodelsError):
 
 
 class RequestError(GenmodelsError):
-    """A request cannot be answered. `status` is the HTTP status, `param` the field at fault."""
+    """A request cannot be answered.
 
-    def __init__(self, message: str, *, param: str | None = None, status: int = 400, code: str | None = None) -> None:
+    Args:
+        param: the field at fault.
+        status: of HTTP.
+        retry_after: seconds, where another try makes sense only then.
+    """
+
+    def __init__(
+        self,
+        message: str,
+        *,
+        param: str | None = None,
+        status: int = 400,
+        code: str | None = None,
+        retry_after: int | None = None,
+    ) -> None:
         super().__init__(message)
         self.message, self.param, self.status, self.code = message, param, status, code
+        self.retry_after = retry_after
 
     def __reduce__(self) -> tuple[object, ...]:
         return _request_error, (type(self), self.message, self.param, self.status, self.code)

@@ -30,6 +30,7 @@ SCOPES: tuple[Scope, ...] = get_args(Scope)
 FRESH_SECONDS = 5.0  # how long a key is believed to be as it was read: a revoked one works no longer
 STALE_SECONDS = 600.0  # the same while the store is away
 UNKNOWN_CACHED = 4096  # ids that are nobody's
+MOST = 1_000_000  # the highest limit that is not none
 TOKEN = r"gm_([0-9a-f]{8})_([A-Za-z0-9_-]{43})"
 
 
@@ -38,6 +39,8 @@ class Key(Document):
     name: str
     scopes: tuple[Scope, ...]
     prefixes: tuple[str, ...] = ()  # of names of models; none: all models
+    rate: int | None = None  # requests a minute
+    concurrency: int | None = None  # requests at once
     sha256: str
     created: str
     revoked: str | None = None
@@ -67,13 +70,28 @@ class Keys:
         self._unknown: OrderedDict[str, float] = OrderedDict()  # as many as people make up, so bounded
         self._lock = threading.Lock()
 
-    def create(self, name: str, scopes: tuple[Scope, ...], prefixes: tuple[str, ...] = ()) -> tuple[Key, str]:
+    def create(
+        self,
+        name: str,
+        scopes: tuple[Scope, ...],
+        prefixes: tuple[str, ...] = (),
+        *,
+        rate: int | None = None,
+        concurrency: int | None = None,
+    ) -> tuple[Key, str]:
         """A new key and its token, which can be had only here.
 
+        Args:
+            rate: requests a minute at one gateway replica; None: no limit.
+            concurrency: requests under way at once, likewise.
+
         Raises:
-            SpecError: a name, scope or prefix is not one.
+            SpecError: a name, scope, prefix or limit is not one.
         """
         _check(name, scopes, prefixes)
+        for limit, value in (("rate", rate), ("concurrency", concurrency)):
+            if value is not None and not 1 <= value <= MOST:
+                raise SpecError(f"{limit}: got {value}, expected 1 to {MOST:,}; leave it out for no limit")
         secret = secrets.token_urlsafe(32)
         while True:
             key = Key(
@@ -81,6 +99,8 @@ class Keys:
                 name=name,
                 scopes=scopes,
                 prefixes=prefixes,
+                rate=rate,
+                concurrency=concurrency,
                 sha256=_digest(secret),
                 created=now(),
             )

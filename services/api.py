@@ -181,7 +181,8 @@ async def _on_error(request: Request, error: Exception) -> Response:
     found = _request_error(error)
     if found.status >= 500:
         logger.error("%s %s: %s: %s", request.method, _route(request), type(error).__name__, error)
-    headers = {401: {"www-authenticate": "Bearer"}, 429: {"retry-after": "1"}, 503: {"retry-after": "1"}}
+    wait = {"retry-after": str(found.retry_after or 1)}
+    headers = {401: {"www-authenticate": "Bearer"}, 429: wait, 503: wait}
     return refuse(found.status, found.message, param=found.param, code=found.code, headers=headers.get(found.status))
 
 

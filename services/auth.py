@@ -5,17 +5,19 @@ from __future__ import annotations
 import asyncio
 import hashlib
 from collections import OrderedDict
-from collections.abc import Iterable
+from collections.abc import AsyncIterator, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Annotated, Any
 
-from fastapi import Depends, Security
+from fastapi import Depends, Request, Security
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
 from genmodels.errors import GenmodelsError, RequestError
 from genmodels.keys import Key, Keys, Scope
 from genmodels.storage import Storage
+from services.edge import ANSWER_HEADERS
+from services.limits import Limits
 
 LOOKUPS = 4  # threads that look keys up
 MOST_WAITING = 64  # lookups of tokens that are new to us; a flood of invented ones is refused, and reaches nobody else
@@ -80,10 +82,11 @@ class Guard:
 
     Args:
         keys: None for `--no-auth`: everyone may do everything.
+        limits: how much each key may ask; None: any number.
     """
 
-    def __init__(self, keys: Keys | None) -> None:
-        self._keys = keys
+    def __init__(self, keys: Keys | None, limits: Limits | None = None) -> None:
+        self._keys, self._limits = keys, limits
         self._known: OrderedDict[bytes, None] = OrderedDict()  # digests of tokens that were right before
         self._lane, self._lane_of_strangers = (ThreadPoolExecutor(LOOKUPS, "keys") for _ in range(2))
         self._strangers = 0
@@ -94,7 +97,9 @@ class Guard:
             return Depends(_anyone)
         keys = self._keys
 
-        async def admit(credentials: Annotated[HTTPAuthorizationCredentials | None, Security(_BEARER)]) -> Caller:
+        async def admit(
+            request: Request, credentials: Annotated[HTTPAuthorizationCredentials | None, Security(_BEARER)]
+        ) -> AsyncIterator[Caller]:
             if credentials is None:
                 message = "no key; send the header `Authorization: Bearer gm_...` (`genmodels keys create` makes a key)"
                 raise RequestError(message, status=401, code="no_key")
@@ -104,7 +109,14 @@ class Guard:
             if not any(key.allows(scope) for scope in scopes):
                 message = f"this key has the scope {', '.join(key.scopes)}, and this needs {' or '.join(scopes)}"
                 raise RequestError(message, status=403, code="scope")
-            return Caller(key)
+            if self._limits is None:
+                yield Caller(key)
+                return
+            request.scope.get(ANSWER_HEADERS, {}).update(self._limits.enter(key))
+            try:
+                yield Caller(key)
+            finally:
+                self._limits.leave(key)
 
         return Security(admit, scopes=scopes)
 

@@ -78,12 +78,20 @@ def keys_create(
             show_default=False,
         ),
     ] = None,
+    rate: Annotated[
+        int | None, typer.Option(metavar="N", help="At most so many requests a minute. Default: any number.")
+    ] = None,
+    concurrency: Annotated[
+        int | None, typer.Option(metavar="N", help="At most so many requests at once. Default: any number.")
+    ] = None,
     storage_url: StorageUrl = None,
 ) -> None:
     """Make a key. It is printed this once, alone on standard output; only its hash is stored."""
     from genmodels.keys import Keys
 
-    key, token = Keys(storage(storage_url)).create(name, tuple(scope), tuple(prefix or ()))  # type: ignore[arg-type]
+    keys = Keys(storage(storage_url))
+    scopes, prefixes = tuple(scope), tuple(prefix or ())
+    key, token = keys.create(name, scopes, prefixes, rate=rate, concurrency=concurrency)  # type: ignore[arg-type]
     models = "all models" if not key.prefixes else "models named " + ", ".join(f"{p}..." for p in key.prefixes)
     tell(f"key {key.id} of {key.name}: {', '.join(key.scopes)}; {models}. It is shown this once:")
     print(token)

@@ -31,6 +31,7 @@ LOOPBACK = frozenset({"127.0.0.1", "localhost", "[::1]"})
 MAX_BODY = 8 * 2**20  # bytes
 BODY_SECONDS = 30.0  # for the whole body to arrive
 REQUEST_ID = "x-request-id"
+ANSWER_HEADERS = "genmodels.answer_headers"  # in the ASGI scope: what an answer, also an error, is to carry
 STEERING = frozenset(  # how Serve's own parts talk to its proxy; each with - and _ alike
     {
         "x-request-timeout-seconds",
@@ -121,9 +122,11 @@ class Edge:
             return
         headers = Headers(scope=scope)
         request_id = _request_id(headers.get(REQUEST_ID))
-        answer = _Answer(send, request_id)
+        answer_headers: dict[str, str] = {}
+        answer = _Answer(send, request_id, answer_headers)
         kept = [(name, value) for name, value in scope["headers"] if not _steers(name)]
-        inner = {**scope, "headers": [*kept, (REQUEST_ID.encode(), request_id.encode())]}
+        own = (REQUEST_ID.encode(), request_id.encode())
+        inner = {**scope, "headers": [*kept, own], ANSWER_HEADERS: answer_headers}
         try:
             streamed = self._streamed if self._streamed and self._streamed.matches(scope) else None
             limit = streamed.max_body if streamed else self._max_body
@@ -217,8 +220,8 @@ def _too_large(limit: int) -> _Refused:
 class _Answer:
     """Passes an answer on with its id; puts plain errors of Serve's into our form, and ends broken streams as such."""
 
-    def __init__(self, send: Send, request_id: str) -> None:
-        self._send, self._request_id = send, request_id
+    def __init__(self, send: Send, request_id: str, headers: Mapping[str, str]) -> None:
+        self._send, self._request_id, self._headers = send, request_id, headers
         self.started = self._finished = self._replaced = False
         self._is_event_stream = False
 
@@ -233,6 +236,7 @@ class _Answer:
                 await self._refuse(message["status"], headers.get("retry-after"))
                 return
             headers[REQUEST_ID] = self._request_id
+            headers.update(self._headers)
         elif message["type"] == "http.response.body":
             self._finished = not message.get("more_body", False)
         if not self._replaced:

@@ -36,6 +36,7 @@ from services.completions import add_completions
 from services.docs import HEADERS
 from services.edge import LOOPBACK, Json
 from services.host import Entry, created
+from services.limits import Limits
 from services.page import page
 from services.pool import VERSION, Pool, checked
 
@@ -85,7 +86,7 @@ def create_app(pool: Pool, *, hosts: Collection[str] | None = LOOPBACK, keys: Ke
         keys: who may ask; None: anyone.
     """
     app = new_app("genmodels", _ABOUT, hosts=hosts)
-    generate = Guard(keys)("generate")
+    generate = Guard(keys, Limits())("generate")
 
     @app.get("/", include_in_schema=False)
     async def index(request: Request) -> Response:

@@ -108,12 +108,15 @@ def datasets_table(datasets: Iterable[Mapping[str, Any]]) -> Table:
 
 
 def keys_table(keys: Iterable[Key]) -> Table:
-    """id, name, scopes, models, created, revoked"""
-    table = _table("id", "name", "scopes", "models", "created", "revoked")
+    """id, name, scopes, models, limits, created, revoked"""
+    table = _table("id", "name", "scopes", "models", "limits", "created", "revoked")
     for key in keys:
         models = ", ".join(f"{prefix}..." for prefix in key.prefixes) or "all"
+        limits = [f"{key.rate} a minute"] if key.rate else []
+        limits += [f"{key.concurrency} at once"] if key.concurrency else []
         revoked = f"[red]{age(key.revoked)}" if key.revoked else "-"
-        table.add_row(key.id, key.name, ", ".join(key.scopes), models, age(key.created), revoked)
+        scopes = ", ".join(key.scopes)
+        table.add_row(key.id, key.name, scopes, models, ", ".join(limits) or "none", age(key.created), revoked)
     return table
 
 
