@@ -32,7 +32,7 @@ _COMMON: dict[str, Any] = {
     "ray_actor_options": {"num_cpus": 0},
     "max_surge_percent": 100,
     "graceful_shutdown_wait_loop_s": 0.5,
-    "graceful_shutdown_timeout_s": 10,
+    "graceful_shutdown_timeout_s": 30,  # what is in flight goes on so long when a replica has to go
     "logging_config": {"enable_access_log": False},
 }
 

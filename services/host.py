@@ -36,7 +36,7 @@ from genmodels.storage import open_storage
 FOLLOW_SECONDS = 1.0  # between two looks at the registry
 LISTED_SECONDS = 1.0  # how long the list of models is believed
 MEMORY = 2 * 2**30  # bytes of models
-GATHER_SECONDS = 0.015  # of text that travels as one piece: each hop between processes costs about a token's time
+GATHER_SECONDS = 0.02  # of text that travels as one piece: each hop between processes costs about a token's time
 TRIES = 3  # to have a model in memory that others push out
 
 logger = logging.getLogger("ray.serve")

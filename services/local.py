@@ -19,7 +19,7 @@ from genmodels.run import now
 from genmodels.spec import JobSpec, dump, job_id
 from genmodels.storage import Storage
 from services.backends import SubprocessBackend
-from services.edge import PROXY_ENVIRONMENT
+from services.edge import SERVE_ENVIRONMENT
 from services.supervise import Capacity
 
 HOST = "127.0.0.1"
@@ -88,7 +88,7 @@ def ray_environment() -> dict[str, str]:
         "TORCH_CPP_LOG_LEVEL": "ERROR",  # DistributedDataParallel warns of what we mean (see genmodels.train.Player)
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         "RAY_JOB_STOP_WAIT_TIME_S": os.environ.get("RAY_JOB_STOP_WAIT_TIME_S", "60"),  # for a driver to save
-        **PROXY_ENVIRONMENT,
+        **SERVE_ENVIRONMENT,
     }
 
 

@@ -2,9 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
+import os
+import random
+import signal
 import socket
+import threading
+import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -190,3 +198,101 @@ def test_a_large_body_is_refused_at_the_door(endpoint: str) -> None:
     with httpx.Client(base_url=endpoint) as client:
         refused(client.post("/v1/completions", content=(b"x" * 2**20 for _ in range(9)), headers=JSON), 413)
         assert client.get("/healthz").status_code == 200
+
+
+LONG = {"model": "play", "prompt": "To be", "max_tokens": 4000, "seed": 1, "stream": True}
+
+
+def replica(deployment: str) -> int:
+    """The process of this cluster's replica of a deployment."""
+    title = f"ray::ServeReplica:genmodels:{deployment}".encode()
+
+    def running() -> int | None:
+        parents, titled = {}, []
+        for folder in Path("/proc").glob("[0-9]*"):
+            with contextlib.suppress(OSError):
+                parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+                if (folder / "cmdline").read_bytes().startswith(title):
+                    titled.append(int(folder.name))
+        return next((pid for pid in titled if os.getpid() in ancestors(pid, parents)), None)
+
+    return until(running, f"a replica of {deployment}")
+
+
+def ancestors(pid: int, parents: dict[int, int]) -> Iterator[int]:
+    while pid := parents.get(pid, 0):
+        yield pid
+
+
+def until(found: Callable[[], Any], what: str, seconds: float = 60) -> Any:
+    deadline = time.monotonic() + seconds
+    while not (value := found()):
+        assert time.monotonic() < deadline, f"not in {seconds} s: {what}"
+        time.sleep(0.05)
+    return value
+
+
+def data(lines: Iterator[str]) -> Iterator[str]:
+    return (line.removeprefix("data: ") for line in lines if line.startswith("data: "))
+
+
+def test_clients_that_leave_free_their_slots_over_serve(endpoint: str, token: str) -> None:
+    """More streams than there are slots, one after the other, none read to its end."""
+    with httpx.Client(base_url=endpoint, headers={"authorization": f"Bearer {token}"}, timeout=60) as client:
+        for _ in range(20):
+            with client.stream("POST", "/v1/completions", json={**LONG, "n": 4}) as stream:
+                assert stream.status_code == 200
+                assert next(data(stream.iter_lines()))
+        began = time.process_time()
+        answer = client.post("/v1/completions", json={**BODY, "model": "play", "max_tokens": 5})
+        assert answer.status_code == 200, answer.text
+        assert time.process_time() - began < 5
+
+
+def test_a_stream_whose_host_dies_ends_in_an_error_and_a_new_host_answers(endpoint: str, token: str) -> None:
+    with httpx.Client(base_url=endpoint, headers={"authorization": f"Bearer {token}"}, timeout=60) as client:
+        host = replica("default")
+        with client.stream("POST", "/v1/completions", json=LONG) as stream:
+            lines = data(stream.iter_lines())
+            for _ in range(random.Random(time.time_ns()).randint(1, 5)):
+                assert json.loads(next(lines))["choices"]
+            os.kill(host, signal.SIGKILL)
+            rest = list(lines)
+        assert rest[-1] != "[DONE]"
+        assert json.loads(rest[-1])["error"]["code"] == "host_lost"
+        assert all("choices" in json.loads(line) for line in rest[:-1])
+
+        def answered() -> bool:
+            answer = client.post("/v1/completions", json={**BODY, "model": "play"})
+            if answer.status_code != 200:
+                assert refused(answer, 503)["code"] in ("host_lost", None)
+                assert answer.headers["retry-after"]
+            return answer.status_code == 200
+
+        until(answered, "another host answers")
+
+
+def test_a_replica_that_has_to_go_finishes_what_is_in_flight(endpoint: str, token: str, models: Storage) -> None:
+    """A new configuration replaces both replicas in the middle of a stream."""
+    from ray import serve
+
+    from services.gateway import build
+
+    with httpx.Client(base_url=endpoint, headers={"authorization": f"Bearer {token}"}, timeout=120) as client:
+        old = replica("default")
+        with client.stream("POST", "/v1/completions", json=LONG) as stream:
+            lines = data(stream.iter_lines())
+            first = next(lines)
+            rolling = threading.Thread(
+                target=serve.run,
+                args=(build(models.url, auth=True, workers=3),),
+                kwargs={"name": "genmodels", "route_prefix": "/"},
+            )
+            rolling.start()
+            parts = [first, *lines]
+        assert parts[-1] == "[DONE]"
+        text = "".join(json.loads(line)["choices"][0]["text"] for line in parts[:-1])
+        rolling.join()
+        until(lambda: replica("default") != old, "the old host is gone")
+        whole = client.post("/v1/completions", json={**LONG, "stream": False}).json()
+    assert whole["choices"][0]["text"] == text
