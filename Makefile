@@ -9,7 +9,7 @@ ARGS ?=
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check install --progress-bar on -c constraints.txt
 
-.PHONY: setup setup-dev demo test test-long lint format clean
+.PHONY: setup setup-dev demo test test-long bench-serving lint format clean
 
 setup: $(VENV)/.ready
 setup-dev: $(VENV)/.ready-dev
@@ -34,6 +34,10 @@ test: setup-dev lint
 
 test-long: setup-dev
 	$(BIN)/python -m pytest -m long
+
+bench-serving: setup-dev
+	@$(PIP) -e '.[bench]'
+	$(BIN)/python tests/bench_serving.py
 
 lint: setup-dev
 	$(BIN)/ruff check .

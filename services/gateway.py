@@ -5,7 +5,7 @@ It is the same whatever models there are; hosts follow the registry. Nothing her
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Any
 
 from fastapi import FastAPI
@@ -15,6 +15,7 @@ from ray.serve import Application
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
+from genmodels.engine.history import History
 from genmodels.engine.images import ImageAnswer, ImageRequest
 from genmodels.engine.text import CompletionRequest, Piece
 from genmodels.errors import RequestError
@@ -88,7 +89,15 @@ class HandlePool:
     async def answer(self, name: str, request: ImageRequest) -> ImageAnswer | RequestError:
         return await self._ask("answer", name, request)
 
-    async def complete(self, name: str, request: CompletionRequest) -> AsyncIterator[Opened | Piece | RequestError]:
+    async def history(self, name: str) -> History | RequestError:
+        return await self._ask("history", name)
+
+    async def sample(self, name: str, step: int, file: str) -> bytes | RequestError:
+        return await self._ask("sample", name, step, file)
+
+    async def complete(
+        self, name: str, request: CompletionRequest
+    ) -> AsyncGenerator[Opened | Piece | RequestError, None]:
         try:
             items: Any = self._stream.complete.remote(name, request)
             async for item in items:

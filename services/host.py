@@ -14,7 +14,7 @@ import threading
 import time
 import weakref
 from collections import deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime
@@ -22,8 +22,9 @@ from typing import Any, TypeVar
 
 import torch
 
-from genmodels.engine import images, text
+from genmodels.engine import history, images, text
 from genmodels.engine.following import Follower, Refused
+from genmodels.engine.history import History
 from genmodels.engine.images import ImageAnswer, ImageRequest
 from genmodels.engine.loaded import ImageModel, Loaded, TextModel
 from genmodels.engine.references import Found, of_version
@@ -85,6 +86,7 @@ class ModelHost:
             ThreadPoolExecutor(count, name, initializer=torch.set_num_threads, initargs=(torch_threads,))
             for count, name in ((workers, "model"), (4, "registry"))
         )
+        self._readers = ThreadPoolExecutor(2, "history")  # a long run's history takes its time
         self._listed: tuple[float, list[tuple[str, Found, dict[str, int]]]] | None = None
         self._entries: dict[str, Entry] = {}
         self.follow()  # a new replica has in memory what aliases mean before it takes traffic
@@ -124,7 +126,22 @@ class ModelHost:
         except GenmodelsError as error:
             return _refusal(error)
 
-    async def complete(self, name: str, request: CompletionRequest) -> AsyncIterator[Opened | Piece | RequestError]:
+    async def history(self, name: str) -> History | RequestError:
+        try:
+            return await _in(self._readers, history.read, self._registry.storage, await self._find(name))
+        except GenmodelsError as error:
+            return _refusal(error)
+
+    async def sample(self, name: str, step: int, file: str) -> bytes | RequestError:
+        try:
+            found = await self._find(name)
+            return await _in(self._readers, history.read_sample, self._registry.storage, found, step, file)
+        except GenmodelsError as error:
+            return _refusal(error)
+
+    async def complete(
+        self, name: str, request: CompletionRequest
+    ) -> AsyncGenerator[Opened | Piece | RequestError, None]:
         """One `Opened`, then pieces; a `RequestError` at any place is the last item."""
         completion = None
         try:
@@ -257,6 +274,8 @@ def _entry(found: Found, loaded: Loaded) -> Entry:
     if isinstance(loaded, ImageModel):
         info, latent_dim = loaded.family.data, loaded.family.latent_dim
         shape = {"size": f"{info.width}x{info.height}", "channels": info.channels, "latent_dim": latent_dim}
+        if classes := getattr(loaded.family, "num_classes", 0):  # of a model that draws the class asked for
+            shape["num_classes"] = classes
     elif isinstance(loaded, TextModel):
         shape = {"block_size": loaded.family.block_size, "vocab_size": loaded.tokenizer.vocab_size}
     return Entry(found.name, found, {}, loaded.family.kind, tuple(sorted(loaded.family.verbs)), shape)

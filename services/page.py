@@ -1,23 +1,32 @@
-"""The page at `/`: which models there are and how to ask them. Plain HTML, until the playground comes."""
+"""The playground at `/`, and commands that ask a model the same in a terminal."""
 
 from __future__ import annotations
 
+import hashlib
 import json
-from collections.abc import Iterable, Mapping
-from html import escape
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
-_PAGE = """<!doctype html>
-<html lang="en"><meta charset="utf-8"><title>genmodels</title>
-<style>
-body {{ font: 16px/1.5 system-ui; max-width: 60rem; margin: 2rem auto; padding: 0 1rem }}
-pre {{ background: #eee; padding: .6rem; overflow: auto }}
-</style>
-<h1>genmodels</h1>
-<p>An endpoint in OpenAI's shapes: <a href="/v1/models">/v1/models</a>, <a href="/openapi.json">/openapi.json</a>.</p>
-{models}
-</html>
-"""
+from fastapi import FastAPI, Request, Response
+
+from genmodels.errors import RequestError
+
+FOLDER = Path(__file__).parent / "playground"
+TYPES = {
+    ".html": "text/html; charset=utf-8",
+    ".css": "text/css; charset=utf-8",
+    ".js": "text/javascript; charset=utf-8",
+    ".svg": "image/svg+xml",
+}
+HEADERS = {
+    "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self' data: blob:; "
+    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+    "cache-control": "no-cache",  # asked for again each time, but sent only if it changed
+}
+
 _KEY = '-H "Authorization: Bearer $GENMODELS_KEY"'
 _JSON = "-H 'content-type: application/json'"
 _SAVE = (
@@ -26,17 +35,26 @@ _SAVE = (
 )
 
 
-def page(models: Iterable[Mapping[str, Any]] | None, base_url: str) -> str:
-    """The page.
+def add_playground(app: FastAPI) -> None:
+    """Add the page and its files. They are read now and tell nothing of models, so that they need no key."""
+    files = {path.name: path.read_bytes() for path in FOLDER.iterdir() if path.suffix in TYPES}
 
-    Args:
-        models: as in `GET /v1/models`; None where a key is asked for, which a page cannot send: then it lists none.
-    """
-    if models is None:
-        ask = f"curl -s {base_url}/v1/models {_KEY}"
-        return _PAGE.format(models=f"<p>Models are listed for those who have a key:</p><pre>{escape(ask)}</pre>")
-    sections = "".join(_section(model, base_url) for model in models)
-    return _PAGE.format(models=sections or "<p>No model has been published yet.</p>")
+    def answer(name: str, request: Request) -> Response:
+        data = files.get(name)
+        if data is None:
+            raise RequestError(f"the playground has no file {name[:100]!r}", status=404, param="name", code="not_found")
+        headers = {**HEADERS, "etag": f'"{hashlib.sha256(data).hexdigest()[:32]}"'}
+        if request.headers.get("if-none-match") == headers["etag"]:
+            return Response(status_code=304, headers=headers)
+        return Response(data, media_type=TYPES[Path(name).suffix], headers=headers)
+
+    @app.get("/", include_in_schema=False)
+    async def index(request: Request) -> Response:
+        return answer("index.html", request)
+
+    @app.get("/playground/{name}", include_in_schema=False)
+    async def file(name: str, request: Request) -> Response:
+        return answer(name, request)
 
 
 def curl(model: Mapping[str, Any], base_url: str, *, key: bool = False) -> list[str]:
@@ -62,11 +80,3 @@ def curl(model: Mapping[str, Any], base_url: str, *, key: bool = False) -> list[
         body = {"start": 1, "end": 2, "steps": 8, "grid": True}
         lines.append(f"{command(f'/v1/models/{name}/interpolate', body)} | {_SAVE} > {name}-way.png")
     return lines
-
-
-def _section(model: Mapping[str, Any], base_url: str) -> str:
-    verbs = ", ".join(model["verbs"]) or model.get("problem") or "nothing"
-    title = (
-        f"<h2>{escape(model['id'])}</h2><p>{escape(model['family'])}, version {model['version']}: {escape(verbs)}</p>"
-    )
-    return title + "".join(f"<pre>{escape(line)}</pre>" for line in curl(model, base_url))

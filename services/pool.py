@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator
 from typing import Protocol, TypeVar
 
+from genmodels.engine.history import History
 from genmodels.engine.images import ImageAnswer, ImageRequest
 from genmodels.engine.text import CompletionRequest, Piece
 from genmodels.errors import RequestError
@@ -21,7 +22,11 @@ class Pool(Protocol):
     async def models(self) -> list[Entry] | RequestError: ...
     async def model(self, name: str) -> Entry | RequestError: ...
     async def answer(self, name: str, request: ImageRequest) -> ImageAnswer | RequestError: ...
-    def complete(self, name: str, request: CompletionRequest) -> AsyncIterator[Opened | Piece | RequestError]: ...
+    async def history(self, name: str) -> History | RequestError: ...
+    async def sample(self, name: str, step: int, file: str) -> bytes | RequestError: ...
+    def complete(
+        self, name: str, request: CompletionRequest
+    ) -> AsyncGenerator[Opened | Piece | RequestError, None]: ...
 
 
 def checked(value: T | RequestError) -> T:

@@ -14,7 +14,6 @@ from collections.abc import Collection, Mapping
 from typing import Any, ClassVar, Literal
 
 from fastapi import FastAPI, Request, Response
-from fastapi.responses import HTMLResponse
 from pydantic import Field, field_validator
 
 from genmodels.engine.following import Refused
@@ -33,11 +32,11 @@ from genmodels.keys import Keys
 from services.api import documented, new_app, read_body
 from services.auth import Caller, Guard
 from services.completions import add_completions
-from services.docs import HEADERS
 from services.edge import LOOPBACK, Json
+from services.history import add_history_routes
 from services.host import Entry, created
 from services.limits import Limits
-from services.page import page
+from services.page import add_playground
 from services.pool import VERSION, Pool, checked
 
 
@@ -88,12 +87,6 @@ def create_app(pool: Pool, *, hosts: Collection[str] | None = LOOPBACK, keys: Ke
     app = new_app("genmodels", _ABOUT, hosts=hosts)
     generate = Guard(keys, Limits())("generate")
 
-    @app.get("/", include_in_schema=False)
-    async def index(request: Request) -> Response:
-        url = str(request.base_url).rstrip("/")
-        models = None if keys else [_model(entry) for entry in checked(await pool.models())]
-        return HTMLResponse(page(models, url), headers=HEADERS)
-
     @app.get("/v1/models", summary="The models")
     async def models(caller: Caller = generate) -> Response:
         entries = [entry for entry in checked(await pool.models()) if caller.may_use([entry.found.model])]
@@ -115,6 +108,8 @@ def create_app(pool: Pool, *, hosts: Collection[str] | None = LOOPBACK, keys: Ke
 
     for kind in VERBS:
         _add_verb(app, pool, kind, generate)
+    add_history_routes(app, pool, generate)
+    add_playground(app)
     return app
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from genmodels import checkpoint
-from genmodels.checkpoint import File, Metrics
+from genmodels.checkpoint import File, Metrics, Place
 from genmodels.errors import CheckpointError, KeyNotFound, ModelNotFound
 from genmodels.pin import checkpoint_name, find_checkpoint, names_checkpoint
 from genmodels.registry import Registry, Version
@@ -21,6 +21,8 @@ class Found:
     name: str  # exact, as in `shapes@3` or `shapes@study-0123abcd:step-500`
     model: str
     version: int | None
+    job: str  # which trained it, and where in that run it stands
+    place: Place
     family: str
     created: str
     metrics: Metrics
@@ -76,6 +78,8 @@ def find(storage: Storage, name: str) -> Found:
         name=checkpoint_name(run, place),
         model=run.model,
         version=None,
+        job=run.job,
+        place=place,
         family=family,
         created=start.time if start else "",
         metrics=manifest.metrics,
@@ -89,6 +93,8 @@ def of_version(registry: Registry, version: Version) -> Found:
         name=version.name,
         model=version.model,
         version=version.version,
+        job=version.job,
+        place=version.place,
         family=version.family,
         created=version.created,
         metrics=version.metrics,

@@ -1,0 +1,54 @@
+"""Routes to what a model's training left on its way, for the playground and for programs."""
+
+from __future__ import annotations
+
+from pathlib import PurePosixPath
+from typing import Annotated, Any
+
+from fastapi import FastAPI, Path, Response
+
+from genmodels.engine.history import SAMPLE
+from genmodels.storage import encode_floats
+from services.auth import Caller
+from services.edge import Json
+from services.pool import Pool, checked
+
+TYPES = {".png": "image/png", ".txt": "text/plain; charset=utf-8"}
+
+Step = Annotated[int, Path(ge=0, le=99_999_999)]
+File = Annotated[str, Path(pattern=SAMPLE)]
+
+
+def add_history_routes(app: FastAPI, pool: Pool, generate: Any) -> None:
+    """Add the routes.
+
+    Args:
+        generate: the dependency that gives a Caller.
+    """
+
+    @app.get("/v1/models/{model}/history", summary="How a version was trained")
+    async def read_history(model: str, caller: Caller = generate) -> Response:
+        caller.need([model])
+        found = checked(await pool.history(model))
+        return Json(
+            {
+                "object": "history",
+                "model": found.version,
+                "job": found.job,
+                "step": found.step,
+                "data": encode_floats(found.rows),
+                "samples": [{"step": step, "files": files} for step, files in found.samples.items()],
+            }
+        )
+
+    @app.get(
+        "/v1/models/{model}/samples/{step}/{name}",
+        summary="A picture or text from a version's training",
+        response_class=Response,
+        responses={200: {"content": {kind.partition(";")[0]: {} for kind in TYPES.values()}}},
+    )
+    async def read_sample(model: str, step: Step, name: File, caller: Caller = generate) -> Response:
+        caller.need([model])
+        data = checked(await pool.sample(model, step, name))
+        headers = {"x-content-type-options": "nosniff", "content-security-policy": "default-src 'none'; sandbox"}
+        return Response(data, media_type=TYPES[PurePosixPath(name).suffix], headers=headers)

@@ -1,0 +1,175 @@
+// The page as a whole: the key, which model and version, which panel.
+
+import { ApiError, json, key, modelPath } from "./api.js";
+import { denoise } from "./denoise.js";
+import { $, el } from "./dom.js";
+import { images } from "./images.js";
+import { latent } from "./latent.js";
+import { text } from "./text.js";
+import { training } from "./training.js";
+import { way } from "./way.js";
+
+const alertLine = $("#alert");
+const chooser = $("#choice form");
+const tabs = [...document.querySelectorAll("[role=tab]")];
+
+/** Runs what a person asked for; what goes wrong is said in the alert line. */
+async function attempt(work) {
+  alertLine.textContent = "";
+  try {
+    return await work();
+  } catch (error) {
+    if (error.name === "AbortError") return undefined;
+    if (error instanceof ApiError && error.status === 401) askForKey(key.get() ? error.message : "");
+    else alertLine.textContent = error.message;
+    return undefined;
+  }
+}
+
+// Each is given its section once, and returns a function that shows a model, for when its tab is opened.
+const panels = Object.fromEntries(
+  Object.entries({ text, images, latent, way, denoise, training }).map(([id, create]) => [
+    id,
+    create(document.getElementById(id), attempt),
+  ]),
+);
+
+let models = [];
+let current = null; // the model as the API describes it, with `name`: how it was asked for
+let chosen = 0; // so that an answer that comes late does not undo a later choice
+const shown = new Set(); // panels that have shown the current model
+
+async function start() {
+  const listed = await json("v1/models");
+  models = listed.data;
+  $("#key").hidden = true;
+  $("#forget").hidden = !key.get();
+  $("#none").hidden = models.length > 0;
+  $("#choice").hidden = models.length === 0;
+  chooser.elements.model.replaceChildren(
+    ...models.map((model) => el("option", { value: base(model.id), textContent: `${base(model.id)} · ${model.family}` })),
+  );
+  if (models.length) await openLinked();
+}
+
+/** What the address says after #: `shapes@3/latent`; else the first model. */
+async function openLinked() {
+  const [name, tab] = decodeURIComponent(location.hash.slice(1)).split("/");
+  const model = models.find(({ id }) => base(id) === base(name ?? "")) ?? models[0];
+  chooser.elements.model.value = base(model.id);
+  chooser.elements.version.value = base(name ?? "") === base(model.id) ? name.split("@")[1] ?? "" : "";
+  await open(tab);
+}
+
+/** Shows the chosen model's panels. */
+async function open(tab = selected()?.getAttribute("aria-controls")) {
+  const model = chooser.elements.model.value;
+  const version = chooser.elements.version.value.trim().replace(/^@/, "");
+  const listed = models.find(({ id }) => base(id) === model);
+  suggest(listed);
+  const turn = ++chosen;
+  current = null;
+  shown.clear();
+  $("#tabs").hidden = true;
+  for (const id of Object.keys(panels)) document.getElementById(id).hidden = true;
+  $("#about").replaceChildren();
+  const name = version ? `${model}@${version}` : listed.id;
+  const found = await json(modelPath(name));
+  if (turn !== chosen) return;
+  current = { ...found, name };
+  describe(current);
+  for (const button of tabs) button.hidden = button.dataset.verb && !current.verbs.includes(button.dataset.verb);
+  $("#tabs").hidden = false;
+  const wanted = tabs.find((button) => !button.hidden && button.getAttribute("aria-controls") === tab);
+  select(wanted ?? tabs.find((button) => !button.hidden));
+  if (current.problem) throw new Error(current.problem);
+}
+
+function select(button) {
+  const id = button.getAttribute("aria-controls");
+  for (const other of tabs) {
+    other.setAttribute("aria-selected", other === button);
+    other.tabIndex = other === button ? 0 : -1;
+    document.getElementById(other.getAttribute("aria-controls")).hidden = other !== button;
+  }
+  const row = $("#tabs"); // which scrolls where the screen is narrow
+  row.scrollLeft = button.offsetLeft - (row.clientWidth - button.offsetWidth) / 2;
+  history.replaceState(null, "", `#${current.name}/${id}`);
+  if (shown.has(id)) return;
+  shown.add(id);
+  panels[id](current);
+}
+
+function describe(model) {
+  const facts = {
+    Version: `${base(model.id)}@${model.version}`,
+    Family: model.family,
+    Pictures: model.size && `${model.size.replace("x", " × ")}, ${model.channels === 1 ? "grey" : "colour"}`,
+    Latent: model.latent_dim && `${model.latent_dim} numbers`,
+    Context: model.block_size && `${model.block_size} tokens`,
+    Vocabulary: model.vocab_size && `${model.vocab_size} tokens`,
+    Aliases: Object.entries(model.aliases ?? {}).map(([alias, version]) => `${alias} → ${version}`).join(", "),
+  };
+  for (const [name, value] of Object.entries(model.metrics ?? {})) {
+    if (typeof value === "number") facts[name] = Number(value.toPrecision(4));
+  }
+  $("#about").replaceChildren(
+    ...Object.entries(facts)
+      .filter(([, value]) => value !== undefined && value !== "")
+      .map(([name, value]) => el("div", {}, el("dt", { textContent: name }), el("dd", { textContent: value }))),
+  );
+}
+
+function suggest(model) {
+  const numbers = new Set([model.version, ...Object.values(model.aliases)]);
+  const names = [...Object.keys(model.aliases), "latest", "live", ...[...numbers].sort((a, b) => b - a)];
+  $("#versions").replaceChildren(...names.map((value) => el("option", { value })));
+}
+
+function askForKey(said) {
+  key.forget();
+  $("#forget").hidden = true;
+  for (const id of ["choice", "tabs", "none", ...Object.keys(panels)]) document.getElementById(id).hidden = true;
+  $("#key").hidden = false;
+  $("#key form").elements.key.focus();
+  alertLine.textContent = said;
+}
+
+const base = (name) => name.split("@")[0];
+const selected = () => tabs.find((button) => button.getAttribute("aria-selected") === "true");
+
+$("#key form").addEventListener("submit", (event) => {
+  event.preventDefault();
+  const field = event.target.elements.key;
+  key.set(field.value.trim());
+  field.value = "";
+  attempt(start);
+});
+$("#forget").addEventListener("click", () => askForKey(""));
+chooser.addEventListener("submit", (event) => {
+  event.preventDefault();
+  attempt(open);
+});
+chooser.elements.model.addEventListener("change", () => {
+  chooser.elements.version.value = "";
+  attempt(open);
+});
+chooser.elements.version.addEventListener("change", () => attempt(open));
+$("#tabs").addEventListener("click", (event) => {
+  if (event.target.role === "tab") select(event.target);
+});
+$("#tabs").addEventListener("keydown", (event) => {
+  const there = tabs.filter((button) => !button.hidden);
+  const at = there.indexOf(document.activeElement);
+  const to = { ArrowRight: at + 1, ArrowLeft: at - 1, Home: 0, End: there.length - 1 }[event.key];
+  if (to === undefined || at < 0) return;
+  event.preventDefault();
+  const next = there[(to + there.length) % there.length];
+  next.focus();
+  select(next);
+});
+window.addEventListener("hashchange", () => {
+  if (models.length) attempt(openLinked);
+});
+
+attempt(start);
