@@ -36,7 +36,7 @@ from services.edge import LOOPBACK, Json
 from services.history import add_history_routes
 from services.host import Entry, created
 from services.limits import Limits
-from services.page import add_playground
+from services.playground import add_playground
 from services.pool import VERSION, Pool, checked
 
 

@@ -26,7 +26,7 @@ def app(tmp_path_factory: pytest.TempPathFactory) -> Any:
     storage = open_storage(tmp_path_factory.mktemp("models").as_uri())
     for name, family in (("play", "minigpt"), ("shapes", "vae"), ("clean", "autoencoder")):
         publish(storage, name, family)
-    return create_app(ModelHost(storage.url))
+    return create_app(ModelHost(storage.url), hosts=None)
 
 
 @pytest.mark.parametrize("n", [40, pytest.param(1000, marks=pytest.mark.long)])
