@@ -38,15 +38,16 @@ from genmodels.engine.loaded import ImageModel, TextModel, load
 from genmodels.engine.passes import CHUNK
 from genmodels.engine.references import find
 from genmodels.engine.text import CompletionRequest, Piece
+from genmodels.family import ImageInfo
 from genmodels.models.minigpt import MiniGPT
 from genmodels.storage import open_storage
 from services.local import free_ports
 
 THREADS = 1
-ROUNDS = 3
+ROUNDS = 5
 STREAMS = (1, 4, 16, 64)
 PROMPT, TOKENS = 16, 100  # characters; beyond block_size transformers' GPT-2 could not go on
-TEXT = {  # GPT-2's own architecture, at the size of jobs/quickstart.yaml's
+TEXT: dict[str, Any] = {  # GPT-2's own architecture, at the size of jobs/quickstart.yaml's
     "n_embd": 128,
     "n_layer": 4,
     "n_head": 4,
@@ -58,7 +59,7 @@ TEXT = {  # GPT-2's own architecture, at the size of jobs/quickstart.yaml's
     "tied_head": True,
     "bias": True,
 }
-IMAGES = {"latent_dim": 32, "width": 32}
+IMAGES: dict[str, Any] = {"latent_dim": 32, "width": 32, "pictures": ImageInfo(channels=1, height=28, width=28)}
 SIXTEEN = "O Romeo, Romeo! "
 CLIENTS, PICTURES = 8, 64
 
@@ -103,7 +104,7 @@ def report(play: TextModel, shapes: ImageModel, url: str) -> None:
                 if round:
                     seen.append(rate)
                 bar.advance(task)
-    table = Table("tokens/s, all streams together", *(f"{n} streams" for n in STREAMS))
+    table = Table("tokens/s, all streams together", *(f"{n} stream{'s' * (n > 1)}" for n in STREAMS))
     for way in ways:
         table.add_row(way, *(f"{statistics.median(cells[way, n]):,.0f}" for n in STREAMS))
     for way in list(ways)[2:]:
@@ -134,7 +135,7 @@ def report(play: TextModel, shapes: ImageModel, url: str) -> None:
         if round:
             for rate, seen in zip(found, rates.values(), strict=True):
                 seen.append(rate)
-    table = Table(f"images of 16 x 16, {PICTURES} a request", "images/s", "of the bare decoder")
+    table = Table(f"images of 28 x 28, {PICTURES} a request", "images/s", "of the bare decoder")
     best = statistics.median(rates["bare decoder"])
     for name, seen in rates.items():
         table.add_row(name, f"{statistics.median(seen):,.0f}", f"{statistics.median(seen) / best:.0%}")

@@ -30,15 +30,17 @@ CONFIGS: dict[str, dict[str, Any]] = {
 }
 
 
-def build(name: str, seed: int = 0, **config: Any) -> tuple[Family[Any, Any], dict[str, bytes]]:
+def build(
+    name: str, seed: int = 0, pictures: ImageInfo = IMAGES, **config: Any
+) -> tuple[Family[Any, Any], dict[str, bytes]]:
     """An untrained model and its assets."""
     cls = models.load(name)
     tokenizer = CharTokenizer(VOCABULARY)
-    data = TextInfo(vocab_size=tokenizer.vocab_size) if cls.kind == "text" else IMAGES
+    data = TextInfo(vocab_size=tokenizer.vocab_size) if cls.kind == "text" else pictures
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         family = cls(cls.Config.model_validate({**CONFIGS.get(name, {}), **config}), data)
-    images = torch.rand(64, *IMAGES.shape, generator=torch.Generator().manual_seed(seed))
+    images = torch.rand(64, *pictures.shape, generator=torch.Generator().manual_seed(seed))
     if cls.kind == "image":
         family.fit([{"images": images}], seed)
     return family, family.assets() | ({"tokenizer.json": tokenizer.to_json()} if cls.kind == "text" else {})
