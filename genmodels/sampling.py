@@ -18,11 +18,11 @@ from pydantic import Field, field_validator
 from torch import Tensor
 
 from genmodels.errors import RequestError
+from genmodels.explain import show, wrong
 from genmodels.family import Section
 
 TokenId = Annotated[int, Field(ge=0)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
-_ID = re.compile(r"0|[1-9][0-9]{0,8}")
 
 
 class SamplingOptions(Section):
@@ -40,13 +40,13 @@ class SamplingOptions(Section):
 
     @field_validator("logit_bias", mode="before")
     @classmethod
-    def _ids_are_strings_in_json(cls, biases: Any) -> Any:
-        if not isinstance(biases, dict):
-            return biases
-        no_id = next((key for key in biases if isinstance(key, str) and not _ID.fullmatch(key)), None)
-        if no_id is not None:
-            raise ValueError(f"got {no_id[:40]!r} as a token's id, expected a whole number")
-        return {int(key): bias for key, bias in biases.items()}
+    def _ids_are_text_in_json(cls, bias: Any) -> Any:
+        if not isinstance(bias, dict):
+            return bias
+        for key in bias:
+            if isinstance(key, str) and not re.fullmatch("0|[1-9][0-9]{0,8}", key):
+                raise wrong(f"got the key {show(key)}, expected the id of a token, as in {{'11': -100}}")
+        return {int(key) if isinstance(key, str) else key: value for key, value in bias.items()}
 
 
 class Sampler:
@@ -84,6 +84,11 @@ class Sampler:
             logits = logits - options.presence_penalty * (self._written > 0)
         return logits if self._bias is None else logits + self._bias
 
+    @property
+    def done(self) -> bool:
+        """Whether the answer has all the tokens that it may have."""
+        return self.count >= self.options.max_tokens
+
     def accept(self, token: int) -> None:
         """The answer goes on with this token."""
         self.count += 1
@@ -95,7 +100,7 @@ class Sampler:
 def choose(logits: Tensor, samplers: Sequence[Sampler]) -> list[int]:
     """The next token of each of n answers, accepted by its sampler: logits (n, vocab_size).
 
-    A row's token does not depend on the other rows.
+    A row's token does not depend on the other rows. Where an exception is raised nothing has been accepted.
     """
     rows = torch.stack([sampler.adjust(row) for row, sampler in zip(logits.cpu().double(), samplers, strict=True)])
     best = rows.argmax(-1).tolist()
@@ -106,10 +111,12 @@ def choose(logits: Tensor, samplers: Sequence[Sampler]) -> list[int]:
     cumulative = probabilities.cumsum(-1)
     draws = torch.tensor([[uniform(sampler.seed, sampler.count)] for sampler in samplers], dtype=torch.float64)
     drawn = torch.searchsorted(cumulative, draws * cumulative[:, -1:], right=True)[:, 0].tolist()
-    tokens = []
-    for sampler, greedy, sampled in zip(samplers, best, drawn, strict=True):
-        tokens.append(greedy if sampler.options.temperature == 0 else sampled)
-        sampler.accept(tokens[-1])
+    tokens = [
+        greedy if sampler.options.temperature == 0 else sampled
+        for sampler, greedy, sampled in zip(samplers, best, drawn, strict=True)
+    ]
+    for sampler, token in zip(samplers, tokens, strict=True):
+        sampler.accept(token)
     return tokens
 
 

@@ -1,25 +1,33 @@
-"""`POST /v1/completions`, in OpenAI's shapes: whole answers, and streams of server-sent events."""
+"""`POST /v1/completions`: text from a model, whole or as a stream of server-sent events, in OpenAI's shapes."""
 
 from __future__ import annotations
 
+import asyncio
 import json
-import math
 import time
-from collections.abc import AsyncIterator, Sequence
-from typing import Any, ClassVar
+from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Sequence
+from contextlib import AsyncExitStack, aclosing
+from typing import Any, ClassVar, TypeVar
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import StreamingResponse
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator
+from starlette.requests import ClientDisconnect
+from starlette.types import Receive, Scope, Send
 
-from genmodels.engine.text import CompletionRequest, Piece, TokenLogprob
+from genmodels.engine.logprobs import TokenLogprob
+from genmodels.engine.text import CompletionRequest, Piece
 from genmodels.errors import RequestError
+from genmodels.explain import wrong
 from genmodels.family import Section
 from services.api import documented, read_body
 from services.auth import Caller
 from services.edge import REQUEST_ID, Json, envelope
 from services.host import Opened
 from services.pool import VERSION, Pool, checked
+
+Items = AsyncGenerator[Opened | Piece | RequestError, None]
+T = TypeVar("T")
 
 
 class StreamOptions(Section):
@@ -36,62 +44,103 @@ class CompletionBody(CompletionRequest):
     stream: bool = False
     stream_options: StreamOptions = StreamOptions()
 
+    @field_validator("stream")
+    @classmethod
+    def _the_best_is_known_at_the_end(cls, stream: bool, info: ValidationInfo) -> bool:
+        best_of, n = info.data.get("best_of"), info.data.get("n", 1)
+        if stream and best_of and best_of > n:
+            raise wrong(f"best_of = {best_of} is ranked when all is written, so it cannot be streamed; leave one out")
+        return stream
+
 
 def add_completions(app: FastAPI, pool: Pool, generate: Any) -> None:
-    """The route, asking `pool`; `generate` is the dependency that admits a caller."""
+    """Add the route.
+
+    Args:
+        generate: the dependency that gives a Caller.
+    """
 
     @app.post("/v1/completions", summary="Text that goes on from a prompt", openapi_extra=documented(CompletionBody))
     async def completions(request: Request, caller: Caller = generate) -> Response:
         body = await read_body(CompletionBody, request)
         caller.need([body.model])
-        if body.stream and body.written > body.n:
-            message = "best_of: the best are known when all are written; leave out stream, or best_of"
-            raise RequestError(message, param="best_of", code="invalid_value")
         items = pool.complete(body.model, body)
-        opened = checked(await anext(items))
-        assert isinstance(opened, Opened)
-        answer = {
-            "id": f"cmpl-{request.headers[REQUEST_ID]}",
-            "object": "text_completion",
-            "created": int(time.time()),
-            "model": opened.model,
-            "seed": opened.seed,
-        }
-        headers = {VERSION: opened.model}
-        if body.stream:
-            events = _events(answer, opened, items, body)
-            return StreamingResponse(
-                events, media_type="text/event-stream", headers={**headers, "cache-control": "no-cache"}
-            )
-        written = [Piece(index, "", 0) for index in range(body.written)]
-        async for item in items:
-            piece = _piece(item)
-            written[piece.index] += piece
-        if any(choice.finish_reason is None for choice in written):
-            raise _lost()
-        choices = [_choice(piece, body, index) for index, piece in enumerate(_best(written, body.n))]
-        usage = _usage(opened, sum(choice.tokens for choice in written))
-        return Json({**answer, "choices": choices, "usage": usage}, headers=headers)
+        async with AsyncExitStack() as leaving:
+            await leaving.enter_async_context(aclosing(items))
+            opened = checked(await anext(items))
+            assert isinstance(opened, Opened)
+            answer = {
+                "id": f"cmpl-{request.headers[REQUEST_ID]}",
+                "object": "text_completion",
+                "created": int(time.time()),
+                "model": opened.model,
+                "seed": opened.seed,
+            }
+            if body.stream:
+                leaving.pop_all()  # from here on the stream's
+                return _EventStream(_events(answer, opened, items, body), items, opened.model)
+            content = await _unless_gone(request, _whole(opened, items, body))
+            return Json({**answer, **content}, headers={VERSION: opened.model})
 
 
-async def _events(
-    answer: dict[str, Any], opened: Opened, items: AsyncIterator[Any], body: CompletionBody
-) -> AsyncIterator[str]:
+async def _whole(opened: Opened, items: Items, body: CompletionBody) -> dict[str, Any]:
+    pieces: list[list[Piece]] = [[] for _ in range(body.n)]
+    async for item in items:
+        piece = _piece(item)
+        pieces[piece.index].append(piece)
+    if not all(own and own[-1].finish_reason for own in pieces):
+        raise _host_lost()
+    choices = [_choice(index, own, body) for index, own in enumerate(pieces)]
+    return {"choices": choices, "usage": _usage(opened, sum(piece.tokens for own in pieces for piece in own))}
+
+
+async def _events(answer: dict[str, Any], opened: Opened, items: Items, body: CompletionBody) -> AsyncIterator[str]:
     """Server-sent events. The status has been sent, so that an error can only be an event; then nothing says [DONE]."""
     tokens, ended = 0, 0
+    if usage := body.stream_options.include_usage:
+        answer = {**answer, "usage": None}
     try:
         async for item in items:
             piece = _piece(item)
             tokens, ended = tokens + piece.tokens, ended + (piece.finish_reason is not None)
-            yield _event({**answer, "choices": [_choice(piece, body, piece.index)]})
+            yield _event({**answer, "choices": [_choice(piece.index, [piece], body)]})
         if ended < body.n:
-            raise _lost()
+            raise _host_lost()
     except RequestError as error:
         yield _event(envelope(error.status, error.message, param=error.param, code=error.code))
         return
-    if body.stream_options.include_usage:
+    if usage:
         yield _event({**answer, "choices": [], "usage": _usage(opened, tokens)})
     yield "data: [DONE]\n\n"
+
+
+class _EventStream(StreamingResponse):
+    """Its items are closed at the end, whatever that is: a client may leave before the first has been asked for."""
+
+    def __init__(self, events: AsyncIterator[str], items: Items, version: str) -> None:
+        headers = {VERSION: version, "cache-control": "no-cache"}
+        super().__init__(events, media_type="text/event-stream", headers=headers)
+        self._items = items
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            await self._items.aclose()
+
+
+async def _unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """The work's result, but no more work from when the client has left: nothing else would tell."""
+    working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(request.receive())
+    try:
+        await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ClientDisconnect
+        return working.result()
+    finally:
+        working.cancel()
+        leaving.cancel()
+        await asyncio.gather(working, leaving, return_exceptions=True)
 
 
 def _event(data: dict[str, Any]) -> str:
@@ -104,32 +153,27 @@ def _piece(item: Any) -> Piece:
     return piece
 
 
-def _lost() -> RequestError:
-    return RequestError("the model host went away in the middle of the answer; try again", status=503, code="host_lost")
+def _host_lost() -> RequestError:
+    message = "the model host went away in the middle of the answer; try again"
+    return RequestError(message, status=503, code="host_lost")
 
 
-def _best(written: Sequence[Piece], n: int) -> list[Piece]:
-    """The n that the model thinks most probable, per token, the best first; all in order where all are asked for."""
-    if len(written) == n:
-        return list(written)
-    return sorted(written, key=_mean_logprob, reverse=True)[:n]
-
-
-def _mean_logprob(choice: Piece) -> float:
-    logprobs = [token.logprob for token in choice.logprobs if token.logprob is not None]
-    return math.fsum(logprobs) / len(logprobs) if logprobs else -math.inf
-
-
-def _choice(piece: Piece, body: CompletionBody, index: int) -> dict[str, Any]:
-    logprobs = None if body.logprobs is None else _logprobs(piece.logprobs, body.logprobs)
-    return {"index": index, "text": piece.text, "logprobs": logprobs, "finish_reason": piece.finish_reason}
-
-
-def _logprobs(tokens: Sequence[TokenLogprob], top: int) -> dict[str, Any]:
+def _choice(index: int, pieces: Sequence[Piece], body: CompletionBody) -> dict[str, Any]:
+    tokens = [token for piece in pieces for token in piece.logprobs]
     return {
-        "tokens": [token.token for token in tokens],
+        "index": index,
+        "text": "".join(piece.text for piece in pieces),
+        "logprobs": None if body.logprobs is None else _logprobs(tokens),
+        "finish_reason": pieces[-1].finish_reason,
+    }
+
+
+def _logprobs(tokens: Sequence[TokenLogprob]) -> dict[str, Any]:
+    """`text_offset` counts characters from the beginning of the choice's text, also in a stream."""
+    return {
+        "tokens": [token.text for token in tokens],
         "token_logprobs": [token.logprob for token in tokens],
-        "top_logprobs": [token.top for token in tokens] if top else None,
+        "top_logprobs": [token.top for token in tokens],
         "text_offset": [token.offset for token in tokens],
     }
 

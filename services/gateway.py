@@ -102,6 +102,9 @@ class HandlePool:
             items: Any = self._stream.complete.remote(name, request)
             async for item in items:
                 yield item
+        except GeneratorExit:  # the client has left between two items, which no cancellation tells of
+            items.cancel()
+            raise
         except (RayError, BackPressureError, DeploymentUnavailableError) as error:
             yield _refusal(error)
 

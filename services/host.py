@@ -150,7 +150,7 @@ class ModelHost:
                 inbox = Inbox()
                 completion.start(inbox.put)
                 yield Opened(completion.model, completion.seed, completion.prompt_tokens)
-                unfinished = request.written
+                unfinished = request.n
                 while unfinished:
                     for piece in await inbox.take():  # at once, and then only every so often
                         unfinished -= piece.finish_reason is not None

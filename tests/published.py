@@ -31,9 +31,10 @@ CONFIGS: dict[str, dict[str, Any]] = {
 
 
 def build(
-    name: str, seed: int = 0, pictures: ImageInfo = IMAGES, **config: Any
+    name: str, seed: int = 0, pictures: ImageInfo | None = None, **config: Any
 ) -> tuple[Family[Any, Any], dict[str, bytes]]:
     """An untrained model and its assets."""
+    pictures = pictures or IMAGES
     cls = models.load(name)
     tokenizer = CharTokenizer(VOCABULARY)
     data = TextInfo(vocab_size=tokenizer.vocab_size) if cls.kind == "text" else pictures

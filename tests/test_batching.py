@@ -13,14 +13,18 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from genmodels.data.text import CharTokenizer
 from genmodels.engine.batching import Batcher, Text
+from genmodels.engine.loaded import TextModel
+from genmodels.engine.text import CompletionRequest, Piece, choice_seed, complete
 from genmodels.errors import RequestError
 from genmodels.family import TextInfo
-from genmodels.models.minigpt import MiniGPT, MiniGPTConfig
+from genmodels.models.minigpt import MiniGPT, MiniGPTConfig, _Linear
 from genmodels.sampling import Sampler, SamplingOptions
 
 VOCAB = 65
 BLOCK = 48
+CHARACTERS = "".join(chr(ord("0") + token) for token in range(VOCAB))
 
 
 def build(**options: Any) -> MiniGPT:
@@ -91,6 +95,66 @@ def test_every_setting_gives_the_reference_s_tokens(family: MiniGPT, asked: list
     assert answers(family, asks, slots=4) == [ask.reference(family) for ask in asks]
 
 
+REQUESTS = st.fixed_dictionaries(
+    {
+        "prompt": st.text(CHARACTERS, min_size=1, max_size=100),
+        "seed": st.integers(0, 2**63 - 1),
+        "n": st.integers(1, 3),
+        "stop": st.lists(st.text(CHARACTERS[:8], min_size=1, max_size=2), max_size=3),
+        "max_tokens": st.integers(1, 60),
+        "temperature": st.sampled_from([0, 0.7, 1.5]),
+        "top_k": st.sampled_from([None, 8]),
+        "top_p": st.sampled_from([1, 0.9]),
+        "min_p": st.sampled_from([0, 0.05]),
+        "repetition_penalty": st.sampled_from([1, 1.2]),
+        "presence_penalty": st.sampled_from([0, 0.5]),
+        "frequency_penalty": st.sampled_from([0, 0.4]),
+        "logit_bias": st.dictionaries(st.integers(0, 7).map(str), st.floats(0, 6), max_size=3),  # what stops
+    }
+)
+
+
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=list(FAMILIES))
+@given(fields=st.lists(REQUESTS, min_size=1, max_size=8))
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+def test_every_completion_is_the_reference_s_alone_and_in_company(
+    family: MiniGPT, fields: list[dict[str, Any]]
+) -> None:
+    requests = [CompletionRequest.model_validate(one) for one in fields]
+    expected = [referred(family, request) for request in requests]
+    assert completed(family, requests) == expected
+    assert [completed(family, [request])[0] for request in requests[:2]] == expected[:2]
+
+
+def completed(family: MiniGPT, requests: Sequence[CompletionRequest]) -> list[list[tuple[str, str | None, int]]]:
+    """Text, finish_reason and tokens of each choice of requests that share one engine."""
+    model = TextModel("m@1", family, CharTokenizer(CHARACTERS))
+    found: list[list[Any]] = [[] for _ in requests]
+    for request, items in zip(requests, found, strict=True):
+        complete(model, request).start(items.append)
+    while model.batcher.step():
+        pass
+    return [
+        [
+            (piece.text, piece.finish_reason, piece.tokens)
+            for index in range(request.n)
+            for piece in [sum((item for item in items if item.index == index), Piece(index, "", 0))]
+        ]
+        for request, items in zip(requests, found, strict=True)
+    ]
+
+
+def referred(family: MiniGPT, request: CompletionRequest) -> list[tuple[str, str | None, int]]:
+    """The same by the plain reference: written to the end, then looked through for stop strings."""
+    tokenizer = CharTokenizer(CHARACTERS)
+    options, prompt, answers = SamplingOptions.model_validate(request.options), tokenizer.encode(request.prompt), []
+    for index in range(request.n):
+        text = tokenizer.decode(family.generate(prompt, choice_seed(request.seed or 0, index), options))
+        ends = [(text.find(stop) + len(stop), text.find(stop)) for stop in request.stop if stop in text]
+        answers.append((text[: min(ends)[1]], "stop", min(ends)[0]) if ends else (text, "length", len(text)))
+    return answers
+
+
 def mixed(count: int) -> list[Ask]:
     chance = random.Random(0)
     return [
@@ -119,6 +183,38 @@ def test_an_answer_is_the_same_alone_in_any_company_and_in_any_slot(family: Mini
     assert all(torch.equal(row, rows[0]) for row in rows)
     only_fifth = decoder.step([None] * 5 + [7] + [None] * 10, [0] * 5 + [20] + [0] * 10)
     assert torch.equal(only_fifth[5], rows[0])
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+@pytest.mark.parametrize("positions", ["rotary", "learned"])
+def test_longer_neighbours_do_not_change_a_bit(threads: int, positions: str) -> None:
+    """Attention looks only as far back as the longest sequence goes; what is masked there adds exact zeros."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        decoder, chance = build(positions=positions, block_size=160, n_embd=128).decoder(16), random.Random(threads)
+        for _ in range(12):
+            lengths = [chance.choice([1, 2, 31, 32, 33, 63, 64, 65, 100, 128, 159]) for _ in range(16)]
+            for slot, length in enumerate(lengths):
+                tokens = [chance.randrange(VOCAB) for _ in range(length)]
+                for start in range(0, length, decoder.chunk):
+                    decoder.prefill(slot, tokens[start : start + decoder.chunk], start)
+            together = decoder.step([9] * 16, lengths)
+            for slot, length in enumerate(lengths):
+                tokens_alone: list[int | None] = [None] * 16
+                tokens_alone[slot] = 9
+                alone = decoder.step(tokens_alone, [length if at == slot else 0 for at in range(16)])
+                assert torch.equal(alone[slot], together[slot])
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_step_has_only_heights_that_give_equal_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    heights = build().decoder(16)._heights
+    assert heights[-1] == 16
+    plain = _Linear.__call__
+    monkeypatch.setattr(_Linear, "__call__", lambda self, x: plain(self, x) + 1e-6 * (x.shape[0] == 8))
+    assert build().decoder(16)._heights == [height for height in heights if height != 8]
 
 
 def test_texts_join_and_leave_at_every_step() -> None:
@@ -167,33 +263,116 @@ def test_a_full_queue_refuses_all_of_a_request() -> None:
     batcher.add(Ask([1]).text())
 
 
-def test_closing_ends_what_is_under_way_first() -> None:
-    batcher, ask = Batcher(FAMILIES["rotary"]), Ask([1], max_tokens=30)
-    batcher.add(ask.text())
+def test_closing_serves_what_is_under_way_and_what_waits() -> None:
+    batcher, asks = Batcher(FAMILIES["rotary"], slots=1), [Ask([1], max_tokens=30) for _ in range(3)]
+    batcher.add(*(ask.text() for ask in asks))
     batcher.close()
-    thread = threading.Thread(target=batcher.run)
-    thread.start()
-    thread.join(20)
-    assert (thread.is_alive(), len(ask.tokens), ask.ends) == (False, 30, [None])
+    run(batcher).join(20)
+    assert [(len(ask.tokens), ask.ends) for ask in asks] == [(30, [None])] * 3
     with pytest.raises(RequestError, match="unloaded just now"):
         batcher.add(Ask([1]).text())
 
 
-def test_an_error_ends_every_text_and_not_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
-    batcher, ask = Batcher(FAMILIES["rotary"]), Ask([1], max_tokens=3)
-    plain = batcher._decoder.step
-    monkeypatch.setattr(batcher._decoder, "step", lambda *_: 1 / 0)
-    thread = threading.Thread(target=batcher.run)
-    thread.start()
-    broken = Ask([1])
-    ended = threading.Event()
-    text = broken.text()
-    text.end = lambda error: (broken.ends.append(error), ended.set())[0]  # type: ignore[func-returns-value]
-    batcher.add(text)
-    assert ended.wait(20)
-    assert isinstance(broken.ends[0], ZeroDivisionError)
-    monkeypatch.setattr(batcher._decoder, "step", plain)
+BREAKS = {
+    "take": lambda text: setattr(text, "take", lambda *_: 1 / 0),
+    "read": lambda text: setattr(text, "on_read", lambda *_: 1 / 0),
+    "adjust": lambda text: setattr(text.sampler, "adjust", lambda *_: 1 / 0),
+    "bias": lambda text: setattr(text.sampler, "_bias", torch.zeros(VOCAB + 1)),
+}
+
+
+@pytest.mark.parametrize("breaks", BREAKS.values(), ids=list(BREAKS))
+def test_a_text_that_breaks_ends_alone(breaks: Any) -> None:
+    family, broken, asks = FAMILIES["rotary"], Ask([5, 6, 7], max_tokens=9), mixed(8)
+    batcher, text = Batcher(family), broken.text()
+    breaks(text)
+    batcher.add(*(ask.text() for ask in asks[:4]), text, *(ask.text() for ask in asks[4:]))
+    while batcher.step():
+        pass
+    assert [type(error) for error in broken.ends] in ([ZeroDivisionError], [RuntimeError])
+    assert [ask.tokens for ask in asks] == [ask.reference(family) for ask in asks]
+    assert all(ask.ends == [None] for ask in asks)
+
+
+def test_a_text_nobody_can_be_told_of_ends_alone(caplog: pytest.LogCaptureFixture) -> None:
+    """As where the event loop is gone that its pieces went to."""
+    batcher, ask = Batcher(FAMILIES["rotary"]), Ask([1, 2], max_tokens=5)
+    deaf = Ask([1, 2]).text()
+    deaf.take = deaf.end = lambda *_: 1 / 0  # type: ignore[assignment,return-value]
+    batcher.add(deaf, ask.text())
+    while batcher.step():
+        pass
+    assert ask.tokens == ask.reference(FAMILIES["rotary"])
+    assert "could not be told: ZeroDivisionError" in caplog.text
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf"), float("-inf")])
+@pytest.mark.parametrize("prompt", [[3], [3, 4]], ids=["step", "prefill"])
+def test_numbers_that_are_not_finite_end_their_own_text(
+    monkeypatch: pytest.MonkeyPatch, number: float, prompt: list[int]
+) -> None:
+    family = FAMILIES["rotary"]
+    batcher, broken = Batcher(family, slots=4), Ask(prompt)
+    asks = [Ask([1], max_tokens=20), Ask([2] * 40, max_tokens=20)]
+    step, prefill = batcher._decoder.step, batcher._decoder.prefill
+
+    def spoilt_step(tokens: Any, positions: Any) -> Tensor:
+        logits = step(tokens, positions).clone()
+        logits[1, 7] = number
+        return logits
+
+    def spoilt_prefill(slot: int, tokens: Any, start: int) -> Tensor:
+        logits = prefill(slot, tokens, start).clone()
+        if slot == 1:
+            logits[-1, 7] = number
+        return logits
+
+    monkeypatch.setattr(batcher._decoder, "step", spoilt_step)
+    monkeypatch.setattr(batcher._decoder, "prefill", spoilt_prefill)
+    batcher.add(asks[0].text(), broken.text(), asks[1].text())
+    while batcher.step():
+        pass
+    (error,) = broken.ends
+    assert isinstance(error, RequestError)
+    assert (error.status, error.code, broken.tokens) == (500, "not_finite", [])
+    assert [ask.tokens for ask in asks] == [ask.reference(family) for ask in asks]
+
+
+@pytest.mark.parametrize("prompt", [[3], [3, 4]], ids=["step", "prefill"])
+def test_a_slot_that_was_spoilt_is_clean_for_the_next(prompt: list[int]) -> None:
+    family, ask = FAMILIES["rotary"], Ask(prompt, max_tokens=20)
+    batcher = Batcher(family, slots=1)
+    for layer in batcher._decoder._layers:  # type: ignore[attr-defined]
+        layer._kept = torch.full_like(layer._kept, float("nan"))
     batcher.add(ask.text())
+    while batcher.step():
+        pass
+    assert ask.tokens == ask.reference(family)
+
+
+def test_a_pass_that_fails_ends_the_texts_in_it_and_not_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
+    family = FAMILIES["rotary"]
+    batcher, writing, reading = Batcher(family), Ask([1], max_tokens=9), Ask([2] * 47, max_tokens=3)
+    monkeypatch.setattr(batcher._decoder, "step", lambda *_: 1 / 0)
+    batcher.add(writing.text(), reading.text())
+    batcher.step()
+    assert ([type(error) for error in writing.ends], reading.ends) == ([ZeroDivisionError], [])
+    monkeypatch.undo()
+    while batcher.step():
+        pass
+    assert (reading.tokens, reading.ends) == (reading.reference(family), [None])
+
+
+def test_what_breaks_between_texts_ends_them_all_and_is_not_tried_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
+    batcher, asks = Batcher(FAMILIES["rotary"], slots=1), [Ask([1], max_tokens=3) for _ in range(2)]
+    monkeypatch.setattr(batcher, "_admit", lambda: 1 / 0)
+    batcher.add(*(ask.text() for ask in asks))
     batcher.close()
-    thread.join(20)
-    assert (len(ask.tokens), ask.ends) == (3, [None])
+    run(batcher).join(20)
+    assert [[type(error) for error in ask.ends] for ask in asks] == [[ZeroDivisionError]] * 2
+
+
+def run(batcher: Batcher) -> threading.Thread:
+    thread = threading.Thread(target=batcher.run, daemon=True)
+    thread.start()
+    return thread

@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import base64
 import io
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from functools import reduce
+from operator import add
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +32,8 @@ from genmodels.engine.images import (
 )
 from genmodels.engine.loaded import ImageModel, Loaded, TextModel, load, load_folder
 from genmodels.engine.references import of_version
-from genmodels.engine.text import CompletionRequest, Piece, StopStrings, choice_seed, complete
+from genmodels.engine.stops import StopStrings
+from genmodels.engine.text import CompletionRequest, Piece, choice_seed, complete
 from genmodels.errors import CheckpointError, ModelNotFound, RequestError
 from genmodels.registry import Registry
 from genmodels.sampling import SamplingOptions
@@ -150,6 +153,47 @@ def test_a_completion_without_a_seed_tells_the_one_it_took(make: Make) -> None:
     assert choices(iter(first)) == choices(iter(again))
     assert first.seed != other.seed
     assert first.prompt_tokens == 5
+
+
+@pytest.mark.parametrize("length", [1, 2, 9, 16, 17, 40])
+def test_an_echoed_prompt_is_measured_where_the_model_reads_it(make: Make, length: int) -> None:
+    """Its tokens' log-probabilities are what the network says of the window; block_size is 16."""
+    model, prompt = make("minigpt"), (VOCABULARY * 2)[:length]
+    request = CompletionRequest(prompt=prompt, echo=True, logprobs=2, max_tokens=0)
+    (piece,) = complete(model, request)
+    assert (piece.text, piece.tokens, piece.finish_reason) == (prompt, 0, "length")
+    window = model.tokenizer.encode(prompt) if length <= 16 else model.tokenizer.encode(prompt)[-8:]
+    expected = model.family.logits(torch.tensor([window]))[0].double().log_softmax(-1)
+    unread = length - len(window) + 1
+    assert [token.logprob for token in piece.logprobs[:unread]] == [None] * unread
+    for place, token in enumerate(piece.logprobs[unread:]):
+        assert token.text == prompt[unread + place]
+        assert token.logprob == pytest.approx(float(expected[place, window[place + 1]]), abs=1e-5)
+        assert token.top is not None
+        assert max(token.top.values()) == pytest.approx(float(expected[place].max()), abs=1e-5)
+    assert [token.offset for token in piece.logprobs] == list(range(length))
+
+
+def test_log_probabilities_are_told_with_the_text_that_they_belong_to() -> None:
+    request = CompletionRequest(prompt="x", stop="cd", max_tokens=3, logprobs=0)
+    pieces = list(complete(scripted("abc"), request))
+    assert ["".join(token.text for token in piece.logprobs) for piece in pieces] == ["a", "b", "", "c"]
+    stopped = list(complete(scripted("abcd"), CompletionRequest(prompt="x", stop="cd", max_tokens=9, logprobs=0)))
+    assert "".join(token.text for piece in stopped for token in piece.logprobs) == "ab"
+
+
+def test_log_probabilities_are_the_same_alone_and_in_company(make: Make) -> None:
+    request = CompletionRequest(prompt="To be", seed=4, max_tokens=30, logprobs=5, echo=True)
+    (alone,) = [piece_of(complete(make("minigpt"), request))]
+    others = complete(make("minigpt"), CompletionRequest(prompt="Or not", n=9, max_tokens=60))
+    others.start(lambda _: None)
+    assert piece_of(complete(make("minigpt"), request)) == alone
+    others.leave()
+    make("minigpt").batcher.step()
+
+
+def piece_of(pieces: Iterable[Piece]) -> Piece:
+    return reduce(add, pieces)
 
 
 @pytest.mark.parametrize(

@@ -1,14 +1,10 @@
 from __future__ import annotations
 
-import asyncio
 import base64
 import io
 import json
-import time
-from collections.abc import AsyncIterator
 from typing import Any
 
-import httpx
 import numpy as np
 import pytest
 from asking import PICTURE, ask, refused
@@ -17,11 +13,8 @@ from hypothesis import strategies as st
 from PIL import Image
 from published import VOCABULARY, publish
 
-from genmodels.engine.loaded import TextModel
-from genmodels.engine.text import CompletionRequest, Piece
-from genmodels.errors import RequestError
 from genmodels.storage import Storage, open_storage
-from services.host import ModelHost, Opened
+from services.host import ModelHost
 from services.routes import VERBS, create_app
 
 
@@ -43,15 +36,6 @@ def app(models: Storage) -> Any:
 
 def size_of(b64: str) -> tuple[int, int]:
     return Image.open(io.BytesIO(base64.b64decode(b64))).size
-
-
-def events(response: httpx.Response) -> list[Any]:
-    """The data of server-sent events, but for [DONE], which comes last if at all."""
-    parts = response.text.split("\n\n")
-    assert parts.pop() == ""
-    assert all(part.startswith("data: ") for part in parts)
-    assert "data: [DONE]" not in parts[:-1]
-    return [part if part == "data: [DONE]" else json.loads(part.removeprefix("data: ")) for part in parts]
 
 
 # Models
@@ -120,96 +104,6 @@ def test_what_there_is_stands_in_the_error(app: Any) -> None:
 
 
 # Completions
-
-
-def test_a_completion(app: Any) -> None:
-    body = {
-        "model": "play",
-        "prompt": "To be",
-        "max_tokens": 12,
-        "seed": 3,
-        "n": 2,
-        "user": "me",
-        "echo": False,
-        "logprobs": None,
-    }
-    response = ask(app, "POST", "/v1/completions", body)
-    answer = response.json()
-    assert response.headers["x-genmodels-version"] == "play@1"
-    assert answer["id"] == f"cmpl-{response.headers['x-request-id']}"
-    assert (answer["object"], answer["model"], answer["seed"]) == ("text_completion", "play@1", 3)
-    assert answer["usage"] == {"prompt_tokens": 5, "completion_tokens": 24, "total_tokens": 29}
-    assert [(choice["index"], len(choice["text"]), choice["finish_reason"]) for choice in answer["choices"]] == [
-        (0, 12, "length"),
-        (1, 12, "length"),
-    ]
-    assert ask(app, "POST", "/v1/completions", body).json()["choices"] == answer["choices"]
-
-
-def test_a_stream_is_the_same_text_in_parts(app: Any) -> None:
-    body = {"model": "play", "prompt": "To be", "max_tokens": 40, "seed": 3, "n": 2}
-    whole = ask(app, "POST", "/v1/completions", body).json()
-    response = ask(app, "POST", "/v1/completions", {**body, "stream": True, "stream_options": {"include_usage": True}})
-    assert response.headers["content-type"].startswith("text/event-stream")
-    assert response.headers["x-genmodels-version"] == "play@1"
-    *chunks, usage, done = events(response)
-    assert done == "data: [DONE]"
-    assert (usage["choices"], usage["usage"]) == ([], whole["usage"])
-    for choice in whole["choices"]:
-        parts = [chunk["choices"][0] for chunk in chunks if chunk["choices"][0]["index"] == choice["index"]]
-        assert "".join(part["text"] for part in parts) == choice["text"]
-        assert [part["finish_reason"] for part in parts if part["finish_reason"]] == ["length"]
-    assert {chunk["id"] for chunk in chunks} == {f"cmpl-{response.headers['x-request-id']}"}
-
-
-def test_a_stop_string_is_cut_off(app: Any) -> None:
-    body = {"model": "play", "prompt": "To be", "max_tokens": 100, "seed": 3}
-    text = ask(app, "POST", "/v1/completions", body).json()["choices"][0]["text"]
-    choice = ask(app, "POST", "/v1/completions", {**body, "stop": text[5:8]}).json()["choices"][0]
-    assert (choice["text"], choice["finish_reason"]) == (text[: text.index(text[5:8])], "stop")
-
-
-@pytest.mark.parametrize(
-    ("fields", "param", "says"),
-    [
-        ({"prompt": "caf\u00e9"}, "prompt", "\u00e9"),
-        ({"prompt": ["To be"]}, "prompt", "expected text"),
-        ({"prompt": None}, "prompt", "missing"),
-        ({"model": 3}, "model", "expected text"),
-        ({"model": None}, "model", "missing"),
-        ({"temperature": "hot"}, "temperature", "a number"),
-        ({"temperature": -1}, "temperature", "at least 0"),
-        ({"top_p": 0}, "top_p", "greater than 0"),
-        ({"n": 65}, "n", "at most 64"),
-        ({"n": 1.5}, "n", "a whole number"),
-        ({"seed": "1"}, "seed", "a whole number"),
-        ({"stream": "yes"}, "stream", "true or false"),
-        ({"max_tokens": 10**9}, "max_tokens", "at most"),
-        ({"max_tokens": 4096, "n": 64}, "max_tokens", "n = 64"),
-        ({"stop": ["a"] * 5}, "stop", "at most 4"),
-        ({"echo": "yes"}, "echo", "true or false"),
-        ({"n": 3, "best_of": 2}, "best_of", "at least n = 3"),
-        ({"best_of": 2, "stream": True}, "best_of", "leave out stream"),
-        ({"logprobs": 6}, "logprobs", "5"),
-        ({"max_tokens": 0}, "max_tokens", "at least 1"),
-        ({"suffix": "end"}, "suffix", "not supported"),
-        ({"presence_penalty": 2.5}, "presence_penalty", "at most 2"),
-        ({"logit_bias": {"1000": 1}}, "logit_bias", "token 1000"),
-        ({"logit_bias": {"a": 1}}, "logit_bias", "whole number"),
-        ({"messages": []}, "messages", "unknown key"),
-        ({"options": {}}, "options", "unknown key"),
-        ({"stream_options": {"usage": True}}, "stream_options.usage", "unknown key"),
-        ({"prompt": "x" * 65_537}, "prompt", "at most 65536"),
-    ],
-)
-@pytest.mark.parametrize("stream", [False, True])
-def test_a_wrong_completion_is_400_and_names_the_field(
-    app: Any, fields: dict[str, Any], param: str, says: str, stream: bool
-) -> None:
-    body = {"model": "play", "prompt": "To be", "max_tokens": 2, "stream": stream, **fields}
-    error = refused(ask(app, "POST", "/v1/completions", body), 400)
-    assert (error["param"], error["type"]) == (param, "invalid_request_error")
-    assert says in error["message"]
 
 
 @pytest.mark.parametrize(
@@ -398,80 +292,3 @@ def test_no_body_breaks_the_server(app: Any, path: str, body: Any, whole: bool) 
     assert response.status_code in (200, 400, 404)
     if response.status_code != 200:
         refused(response, response.status_code)
-
-
-# What a pool may do to the gateway
-
-
-class Pool:
-    """A pool that sends what it is told to."""
-
-    def __init__(self, *items: Any) -> None:
-        self.items = items
-
-    async def complete(self, name: str, request: CompletionRequest) -> AsyncIterator[Any]:
-        for item in self.items:
-            if isinstance(item, Exception) and not isinstance(item, RequestError):
-                raise item
-            yield item
-
-
-OPENED, PIECE = Opened("m@1", 1, 1), Piece(0, "abc", 3)
-BODY = {"model": "m", "prompt": "x"}
-
-
-@pytest.mark.parametrize(
-    ("ending", "code"),
-    [
-        ([RequestError("host lost", status=503, code="host_lost")], "host_lost"),
-        ([], "host_lost"),
-        ([ValueError("internal detail")], None),
-    ],
-)
-def test_an_answer_cut_off_never_looks_whole(ending: list[Any], code: str | None) -> None:
-    app = create_app(Pool(OPENED, PIECE, *ending))  # type: ignore[arg-type]
-    first, last = events(ask(app, "POST", "/v1/completions", {**BODY, "stream": True}))
-    assert first["choices"] == [{"index": 0, "text": "abc", "logprobs": None, "finish_reason": None}]
-    assert (last["error"]["type"], last["error"]["code"]) == ("server_error", code)
-    error = refused(ask(app, "POST", "/v1/completions", BODY), 503 if code else 500)
-    assert "internal detail" not in error["message"]
-
-
-def test_a_second_choice_that_never_comes_is_missed() -> None:
-    app = create_app(Pool(OPENED, Piece(0, "abc", 3, "length")))  # type: ignore[arg-type]
-    assert refused(ask(app, "POST", "/v1/completions", {**BODY, "n": 2}), 503)
-    assert "error" in events(ask(app, "POST", "/v1/completions", {**BODY, "n": 2, "stream": True}))[-1]
-
-
-def test_a_full_pool_is_429_with_retry_after() -> None:
-    app = create_app(Pool(RequestError("full", status=429, code="too_many_requests")))  # type: ignore[arg-type]
-    for stream in (False, True):
-        response = ask(app, "POST", "/v1/completions", {**BODY, "stream": stream})
-        assert (refused(response, 429)["type"], response.headers["retry-after"]) == ("rate_limit_error", "1")
-
-
-def test_a_client_that_leaves_frees_its_slot(models: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
-    host = ModelHost(models.url, workers=1)
-    play = host._shelf._held["play@1"].loaded
-    assert isinstance(play, TextModel)
-    step = play.batcher.step
-
-    def watched() -> bool:
-        time.sleep(0.005)  # so that the answer is never over before the client leaves
-        return step()
-
-    monkeypatch.setattr(play.batcher, "step", watched)
-
-    async def leave() -> None:
-        items = host.complete("play", CompletionRequest.model_validate({"prompt": "x", "max_tokens": 4096}))
-        assert isinstance(await anext(items), Opened)
-        assert isinstance(await anext(items), Piece)
-        waiting = asyncio.ensure_future(anext(items))
-        await asyncio.sleep(0)
-        waiting.cancel()
-        await asyncio.gather(waiting, return_exceptions=True)
-        await items.aclose()  # type: ignore[attr-defined]
-        while play.batcher.busy:
-            await asyncio.sleep(0.01)
-
-    asyncio.run(asyncio.wait_for(leave(), 10))  # all of its tokens would take twice as long

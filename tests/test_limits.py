@@ -270,7 +270,7 @@ def bomb(side: int) -> str:
         ("completions", {**BODY, "max_tokens": 4096, "n": 64}, "max_tokens"),
         ("completions", {**BODY, "best_of": 65}, "best_of"),
         ("completions", {**BODY, "prompt": "x" * 65_537}, "prompt"),
-        ("completions", {**BODY, "prompt": "x" * 60_000, "echo": True, "logprobs": 1}, "prompt"),
+        ("completions", {**BODY, "prompt": "x" * 60_000, "echo": True, "logprobs": 1}, "echo"),
         ("completions", {**BODY, "stop": ["x" * 257]}, "stop[0]"),
         ("completions", {**BODY, "logit_bias": {str(i): 1 for i in range(2000)}}, "logit_bias"),
         ("images/generations", {"model": "shapes", "n": 65}, "n"),

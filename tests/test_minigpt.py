@@ -305,7 +305,7 @@ def test_images_are_no_text() -> None:
 @pytest.mark.parametrize(
     ("options", "field"),
     [
-        ({"max_tokens": 0}, "max_tokens"),
+        ({"max_tokens": -1}, "max_tokens"),
         ({"max_tokens": 4097}, "max_tokens"),
         ({"temperature": -1}, "temperature"),
         ({"temperature": math.inf}, "temperature"),

@@ -7,6 +7,7 @@ from collections import Counter
 
 import pytest
 import torch
+from pydantic import ValidationError
 
 from genmodels.errors import RequestError
 from genmodels.sampling import Sampler, SamplingOptions, choose, uniform
@@ -73,3 +74,19 @@ def test_a_bias_on_a_token_that_there_is_not_is_refused() -> None:
     with pytest.raises(RequestError, match="logit_bias: token 65 does not exist; this model's are 0 to 64") as error:
         Sampler(SamplingOptions(logit_bias={3: 1, 65: 1}), 0, [], 65)
     assert error.value.param == "logit_bias"
+
+
+def test_token_ids_are_text_in_json() -> None:
+    assert SamplingOptions.model_validate({"logit_bias": {"3": 1, "0": -100}}).logit_bias == {3: 1, 0: -100}
+    for key in ("-1", "01", "1.0", "", "\u0661", "x"):
+        with pytest.raises(ValidationError, match="expected the id of a token"):
+            SamplingOptions.model_validate({"logit_bias": {key: 1}})
+
+
+def test_a_sampler_that_fails_leaves_all_as_they_were() -> None:
+    samplers = [Sampler(SamplingOptions(presence_penalty=1), seed, [], 5) for seed in range(3)]
+    samplers[1].adjust = lambda _: torch.zeros(6)  # type: ignore[method-assign]
+    with pytest.raises(RuntimeError):
+        choose(torch.zeros(3, 5), samplers)
+    assert [sampler.count for sampler in samplers] == [0, 0, 0]
+    assert not any(sampler._written.any() for sampler in samplers)

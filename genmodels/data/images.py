@@ -181,13 +181,19 @@ def decode_image(content: bytes, info: ImageInfo) -> np.ndarray:
 
 
 def png(image: np.ndarray, scale: int = 1) -> bytes:
-    """A PNG file of float pixels in [0, 1], (C, H, W) with 1 or 3 channels or (H, W), each drawn `scale` x `scale`."""
+    """A PNG file of float pixels in [0, 1], or of what `pixels_of` made of them: (C, H, W) with 1 or 3 channels, or
+    (H, W); each drawn `scale` x `scale`."""
     planes = image[None] if image.ndim == 2 else image
-    pixels = np.rint(np.clip(np.nan_to_num(planes), 0, 1) * 255).astype(np.uint8)
+    pixels = planes if planes.dtype == np.uint8 else pixels_of(planes)
     pixels = pixels.repeat(scale, axis=1).repeat(scale, axis=2).transpose(1, 2, 0)
     out = io.BytesIO()
     Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels).save(out, "PNG")
     return out.getvalue()
+
+
+def pixels_of(images: np.ndarray) -> np.ndarray:
+    """Floats in [0, 1] as whole numbers 0 to 255, any shape; many images at once cost little more than one."""
+    return np.rint(np.clip(np.nan_to_num(images), 0, 1) * 255).astype(np.uint8)
 
 
 def grid(images: np.ndarray, columns: int | None = None, padding: int = 8) -> np.ndarray:

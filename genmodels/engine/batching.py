@@ -5,6 +5,7 @@ The idea of deciding anew at each step who is in the batch: Yu et al. 2022 (Orca
 
 from __future__ import annotations
 
+import logging
 import threading
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -21,16 +22,18 @@ SLOTS = 16  # texts in one step
 MAX_WAITING = 256  # texts without a slot
 PREFILLS = 2  # chunks read between two steps: a long prompt holds the others up for no longer
 
+logger = logging.getLogger("genmodels.engine")
+
 
 class Text:
-    """One answer under way.
+    """One answer under way. What is called is called in the engine's thread; an exception there ends this text alone.
 
     Args:
         prompt: at least one token.
-        take: called in the engine's thread with each token and the logits that it was chosen from, (vocab_size,);
-            false if that is enough.
+        take: gets each token and the logits (vocab_size,) that it was chosen from; false if that is enough.
         end: called once, at the end: with an error if that was the reason.
-        see: called with tokens of the prompt and the logits they were to be expected from, (n, vocab_size), in order.
+        on_read: gets, part by part, the place of a token in the prompt and the logits after it and after those that
+            follow, (n, vocab_size): all of the prompt's that the network sees, but perhaps for its last token.
     """
 
     def __init__(
@@ -39,17 +42,12 @@ class Text:
         sampler: Sampler,
         take: Callable[[int, Tensor], bool],
         end: Callable[[Exception | None], None],
-        see: Callable[[Sequence[int], Tensor], None] | None = None,
+        on_read: Callable[[int, Tensor], None] | None = None,
     ) -> None:
-        self.window = list(prompt)
+        self.window, self.prompt_tokens = list(prompt), len(prompt)
         self.read = 0  # tokens of the window that the network has read
-        self.sampler, self.take, self.end, self.see = sampler, take, end, see
+        self.sampler, self.take, self.end, self.on_read = sampler, take, end, on_read
         self.unwanted = False  # to be set by whoever no longer waits for it
-
-    @property
-    def is_read_only(self) -> bool:
-        """Nothing is to be written, and the last token of the prompt tells nothing about the prompt."""
-        return self.sampler.options.max_tokens == 0 and len(self.window) - self.read <= 1
 
 
 class Batcher:
@@ -86,32 +84,9 @@ class Batcher:
     def step(self) -> bool:
         """Go on with every text by up to one token; false if there is nothing to do."""
         self._admit()
-        rows, texts = [], []
-        for slot in self._to_prefill()[:PREFILLS]:
-            text = self._text(slot)
-            part = text.window[text.read : text.read + self._decoder.chunk]
-            logits = self._decoder.prefill(slot, part, text.read)
-            text.read += len(part)
-            if text.see and text.sampler.count == 0:
-                following = text.window[text.read - len(part) + 1 : text.read + 1]
-                text.see(following, logits[: len(following)])
-            if text.is_read_only:
-                self._end(slot, text)
-            elif text.read == len(text.window):
-                rows.append(logits[-1])
-                texts.append((slot, text))
-        ready = [(slot, text) for slot, text in self._active() if len(text.window) - text.read == 1]
-        if ready:
-            tokens: list[int | None] = [None] * len(self._slots)
-            positions = [0] * len(self._slots)
-            for slot, text in ready:
-                tokens[slot], positions[slot] = text.window[-1], text.read
-            logits = self._decoder.step(tokens, positions)
-            for slot, text in ready:
-                text.read += 1
-                rows.append(logits[slot])
-                texts.append((slot, text))
-        self._choose(rows, texts)
+        texts = [*self._prefill(), *self._decode()]
+        if texts:
+            self._continue(texts)
         return self.busy
 
     @property
@@ -120,7 +95,7 @@ class Batcher:
         return bool(self._waiting or any(self._slots))
 
     def run(self) -> None:
-        """Step until closed; all that is under way then is ended first."""
+        """Step until closed; all that is under way or waits then is served first."""
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._closed or self.busy)
@@ -132,7 +107,7 @@ class Batcher:
                 self._fail(error)
 
     def close(self) -> None:
-        """Take no more texts; `run` returns when those that there are have ended."""
+        """Take no more texts; `run` returns when those under way and those that wait have been served."""
         with self._changed:
             self._closed = True
             self._changed.notify()
@@ -142,19 +117,51 @@ class Batcher:
             if text.unwanted:
                 self._end(slot, text)
         with self._changed:
-            for slot, taken in enumerate(self._slots):
-                if taken is None:
-                    self._slots[slot] = self._next()
+            free = [slot for slot, text in enumerate(self._slots) if text is None]
+            while free and self._waiting:
+                joining = self._waiting.popleft()
+                if joining.unwanted:
+                    _tell(joining, None)
+                else:
+                    joining.window = keep_half(joining.window, self._block_size)
+                    self._slots[free.pop(0)] = joining
 
-    def _next(self) -> Text | None:
-        """The first that waits and needs a slot."""
-        while self._waiting:
-            text = self._waiting.popleft()
-            text.window = keep_half(text.window, self._block_size)
-            if not text.unwanted and not text.is_read_only:
-                return text
-            text.end(None)
-        return None
+    def _prefill(self) -> list[tuple[int, Text, Tensor]]:
+        """Read a chunk each of some prompts: (slot, text, its last logits) of those now read to the end."""
+        read = []
+        for slot in self._to_prefill()[:PREFILLS]:
+            text = self._text(slot)
+            part = text.window[text.read : text.read + self._decoder.chunk]
+            try:
+                logits = self._decoder.prefill(slot, part, text.read)
+                if text.on_read and text.sampler.count == 0:
+                    text.on_read(text.prompt_tokens - len(text.window) + text.read, logits)
+            except Exception as error:
+                self._end(slot, text, error)
+                continue
+            text.read += len(part)
+            if text.read == len(text.window):
+                read.append((slot, text, logits[-1]))
+        return read
+
+    def _decode(self) -> list[tuple[int, Text, Tensor]]:
+        """Read the one token that is left of each of the other texts: (slot, text, its logits)."""
+        ready = [(slot, text) for slot, text in self._active() if len(text.window) - text.read == 1]
+        if not ready:
+            return []
+        tokens: list[int | None] = [None] * len(self._slots)
+        positions = [0] * len(self._slots)
+        for slot, text in ready:
+            tokens[slot], positions[slot] = text.window[-1], text.read
+        try:
+            logits = self._decoder.step(tokens, positions)
+        except Exception as error:  # of the one pass that they share
+            for slot, text in ready:
+                self._end(slot, text, error)
+            return []
+        for _, text in ready:
+            text.read += 1
+        return [(slot, text, logits[slot]) for slot, text in ready]
 
     def _active(self) -> list[tuple[int, Text]]:
         return [(slot, text) for slot, text in enumerate(self._slots) if text is not None]
@@ -169,37 +176,72 @@ class Batcher:
         unread = [(len(text.window) - text.read, slot) for slot, text in self._active()]
         return [slot for left, slot in sorted(unread) if left > 1]
 
-    def _choose(self, rows: list[Tensor], texts: list[tuple[int, Text]]) -> None:
-        """The next token of each text, from its row of logits. What is wrong with one ends that one alone."""
-        if not rows:
-            return
-        logits = torch.stack(rows)
-        finite = logits.isfinite().all(-1)
-        for row in (~finite).nonzero().flatten().tolist():
-            message = "the model's output for this text is not finite; another prompt or a shorter one may do"
-            slot, text = texts[row]
-            self._end(slot, text, RequestError(message, status=500, code="not_finite"))
-        whole = finite.nonzero().flatten().tolist()
-        chosen = choose(logits[whole], [texts[row][1].sampler for row in whole]) if whole else []
-        for row, token in zip(whole, chosen, strict=True):
-            slot, text = texts[row]
-            try:
-                self._accept(slot, text, token, logits[row])
-            except Exception as error:
-                self._end(slot, text, error)
+    def _continue(self, texts: Sequence[tuple[int, Text, Tensor]]) -> None:
+        logits = torch.stack([row for *_, row in texts])
+        finite, going = logits.isfinite().all(-1).tolist(), []
+        for at, (slot, text, _) in enumerate(texts):
+            if text.sampler.done:  # wants no token, only to be read
+                self._end(slot, text)
+            elif not finite[at]:
+                self._end(slot, text, not_finite())
+            else:
+                going.append(at)
+        if len(going) < len(texts):
+            logits, texts = logits[going], [texts[at] for at in going]
+        if texts:
+            chosen = _choose(logits, [text.sampler for _, text, _ in texts])
+            for (slot, text, row), token in zip(texts, chosen, strict=True):
+                self._accept(slot, text, token, row)
 
-    def _accept(self, slot: int, text: Text, token: int, logits: Tensor) -> None:
+    def _accept(self, slot: int, text: Text, token: int | Exception, logits: Tensor) -> None:
+        if isinstance(token, Exception):
+            self._end(slot, text, token)
+            return
         text.window.append(token)
         kept = keep_half(text.window, self._block_size)
         if kept is not text.window:
             text.window, text.read = kept, 0
-        if not text.take(token, logits) or text.sampler.count >= text.sampler.options.max_tokens:
+        try:
+            more = text.take(token, logits)
+        except Exception as error:
+            self._end(slot, text, error)
+            return
+        if not more or text.sampler.done:
             self._end(slot, text)
 
     def _end(self, slot: int, text: Text, error: Exception | None = None) -> None:
         self._slots[slot] = None
-        text.end(error)
+        _tell(text, error)
 
     def _fail(self, error: Exception) -> None:
+        """End all there are, also those that wait: what breaks between the texts would break again."""
         for slot, text in self._active():
             self._end(slot, text, error)
+        with self._changed:
+            waiting = list(self._waiting)
+            self._waiting.clear()
+        for text in waiting:
+            _tell(text, error)
+
+
+def not_finite() -> RequestError:
+    """Why a text ends whose numbers have left the range of float32."""
+    message = "the model's numbers are no longer finite for this text; try another prompt or version"
+    return RequestError(message, status=500, code="not_finite")
+
+
+def _choose(logits: Tensor, samplers: Sequence[Sampler]) -> list[int | Exception]:
+    """The next token of each text, or what is wrong with its own sampler: logits (n, vocab_size)."""
+    try:
+        return [*choose(logits, samplers)]
+    except Exception as error:
+        if len(samplers) == 1:
+            return [error]
+        return [_choose(row[None], [sampler])[0] for row, sampler in zip(logits, samplers, strict=True)]
+
+
+def _tell(text: Text, error: Exception | None) -> None:
+    try:
+        text.end(error)
+    except Exception as unheard:  # whoever waited is gone, with the event loop that it lived in
+        logger.warning("a text's end could not be told: %s", type(unheard).__name__)

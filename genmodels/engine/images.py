@@ -15,7 +15,7 @@ import torch
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from genmodels.data.images import decode_image, grid, png
+from genmodels.data.images import decode_image, grid, pixels_of, png
 from genmodels.engine.loaded import ImageModel, Loaded
 from genmodels.engine.requests import MAX_N, Count, Request, Seed, seed_or_random
 from genmodels.errors import RequestError
@@ -276,7 +276,7 @@ def _drawn(
     if request.output_format == "npy":
         files = tuple(map(_npy, pixels))
     else:
-        files = (png(grid(pixels, columns)),) if request.grid else tuple(map(png, pixels))
+        files = (png(grid(pixels, columns)),) if request.grid else tuple(map(png, pixels_of(pixels)))
     return ImageAnswer(model.name, files, seed=seed)
 
 

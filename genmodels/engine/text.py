@@ -1,26 +1,32 @@
-"""Completions: a prompt in, text out piece by piece, with stop strings, seeds and counts."""
+"""Completions: a prompt in, text out piece by piece, with stop strings, seeds, log-probabilities and counts."""
 
 from __future__ import annotations
 
 import hashlib
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
-from typing import Annotated, Any, Literal
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+from typing import Annotated, Any, Literal, TypeAlias
 
-from pydantic import Field, field_validator
+from pydantic import Field, ValidationInfo, field_validator
 from torch import Tensor
 
 from genmodels.data.text import Tokenizer
 from genmodels.engine.batching import Text
 from genmodels.engine.loaded import Loaded, TextModel
+from genmodels.engine.logprobs import TokenLogprob, token_logprobs
 from genmodels.engine.requests import Count, Request, Seed, seed_or_random
+from genmodels.engine.stops import StopStrings
 from genmodels.errors import RequestError
+from genmodels.explain import wrong
 from genmodels.sampling import Sampler
 
 MAX_PROMPT = 65_536  # characters
-MAX_TOKENS = 16_384  # in all choices of one request
+MAX_TOKENS = 16_384  # in all texts of one request, with what is echoed
 MAX_STOPS = 4
+MAX_LOGPROBS = 5
+
+Finish: TypeAlias = Literal["stop", "length"]
 
 
 class CompletionRequest(Request):
@@ -28,16 +34,20 @@ class CompletionRequest(Request):
 
     prompt: str = Field(min_length=1, max_length=MAX_PROMPT, description="the text to go on from")
     n: Count = 1
-    best_of: Count | None = Field(None, description="write this many, answer with the n most probable per token")
+    best_of: Count | None = Field(
+        None, description="write so many, give the n whose tokens were the most probable on average; n if left out"
+    )
     seed: Seed | None = None
     stop: list[Annotated[str, Field(min_length=1, max_length=256)]] = Field([], max_length=MAX_STOPS)
-    echo: bool = Field(False, description="the prompt stands before each answer")
+    echo: bool = Field(False, description="put the prompt before the answer; max_tokens may then be 0")
     logprobs: int | None = Field(
         None,
         ge=0,
-        le=5,
-        description="tell each token's log-probability, and those of this many others; by the model alone, in nats, "
-        "before temperature, penalties and filters",
+        le=MAX_LOGPROBS,
+        description="tell how probable each token was, and so many of the most probable ones in its place: by the "
+        "log-softmax of the model's own logits, before temperature, penalties, biases and filters. With echo also of "
+        "the prompt's tokens; null for the first that the model reads and those before it: of a prompt longer than "
+        "block_size it reads the last half block_size",
     )
 
     @field_validator("stop", mode="before")
@@ -45,20 +55,18 @@ class CompletionRequest(Request):
     def _one_is_a_list(cls, stop: Any) -> Any:
         return [stop] if isinstance(stop, str) else stop
 
+    @field_validator("best_of")
+    @classmethod
+    def _there_are_n_to_give(cls, best_of: int | None, info: ValidationInfo) -> int | None:
+        n = info.data.get("n", 1)
+        if best_of is not None and best_of < n:
+            raise wrong(f"got {best_of}, expected at least n, which is {n}")
+        return best_of
+
     @property
-    def written(self) -> int:
-        """Choices that are written, of which the n best are the answer."""
-        return max(self.n, self.best_of or 0)
-
-
-@dataclass(frozen=True)
-class TokenLogprob:
-    """How probable the model thought a token, in nats, and the most probable ones there."""
-
-    token: str
-    offset: int  # where it begins in the choice's text
-    logprob: float | None  # None for a token that the model saw nothing before
-    top: dict[str, float] | None
+    def texts(self) -> int:
+        """How many are written."""
+        return self.best_of or self.n
 
 
 @dataclass(frozen=True)
@@ -67,25 +75,20 @@ class Piece:
 
     index: int
     text: str
-    tokens: int  # generated for this piece; more than its text shows where a stop string was cut off
-    finish_reason: Literal["stop", "length"] | None = None
-    logprobs: tuple[TokenLogprob, ...] = ()
+    tokens: int  # generated for this piece; more than its text shows where a stop string or a worse text was cut off
+    finish_reason: Finish | None = None
+    logprobs: tuple[TokenLogprob, ...] = ()  # of the tokens that begin in this text, where they are asked for
 
     def __add__(self, later: Piece) -> Piece:
-        """Both as one; `later` comes after this one in the same choice."""
-        return Piece(
-            self.index,
-            self.text + later.text,
-            self.tokens + later.tokens,
-            later.finish_reason,
-            self.logprobs + later.logprobs,
-        )
+        text, logprobs = self.text + later.text, self.logprobs + later.logprobs
+        return Piece(self.index, text, self.tokens + later.tokens, later.finish_reason, logprobs)
 
 
 class Completion:
     """An answer under way: its choices are texts of their own, whose pieces come as the engine makes them.
 
     Either iterate over it, which runs the engine in this thread, or `start` it beside an engine that runs in another.
+    Where the best of several are wanted, all pieces come when the last text has ended.
     """
 
     def __init__(self, model: TextModel, prompt: list[int], request: CompletionRequest, options: Any) -> None:
@@ -94,13 +97,11 @@ class Completion:
         self.prompt_tokens = len(prompt)
         self._batcher = model.batcher
         self._take: Callable[[Piece | Exception], None] = _nobody
-        self._unfinished = request.written
-        self._texts = []
-        for index in range(request.written):
-            choice = Choice(index, model.tokenizer, prompt, request, self._pass_on)
-            sampler = Sampler(options, choice_seed(self.seed, index), prompt, model.tokenizer.vocab_size)
-            see = choice.see if request.echo and choice.tells_logprobs else None
-            self._texts.append(Text(prompt, sampler, choice.take, choice.end, see))
+        self._n, self._unfinished = request.n, request.texts
+        self._choices = [
+            self._choice(index, model.tokenizer, prompt, request, options) for index in range(request.texts)
+        ]
+        self._held = [Piece(index, "", 0) for index in range(request.texts)]
 
     def start(self, take: Callable[[Piece | Exception], None]) -> None:
         """Join the engine. `take` gets each piece, from the engine's thread, or the error that ends it all.
@@ -109,12 +110,12 @@ class Completion:
             RequestError: the engine is full.
         """
         self._take = take
-        self._batcher.add(*self._texts)
+        self._batcher.add(*(choice.text for choice in self._choices))
 
     def leave(self) -> None:
         """Nobody waits for it any more: its slots are free from the next step on."""
-        for text in self._texts:
-            text.unwanted = True
+        for choice in self._choices:
+            choice.text.unwanted = True
 
     def __iter__(self) -> Iterator[Piece]:
         arrived: deque[Piece | Exception] = deque()
@@ -130,85 +131,31 @@ class Completion:
         finally:
             self.leave()
 
-    def _pass_on(self, item: Piece | Exception) -> None:
-        self._unfinished -= isinstance(item, Exception) or item.finish_reason is not None
-        self._take(item)
+    def _choice(
+        self, index: int, tokenizer: Tokenizer, prompt: list[int], request: CompletionRequest, options: Any
+    ) -> _Choice:
+        sampler = Sampler(options, choice_seed(self.seed, index), prompt, tokenizer.vocab_size)
+        return _Choice(index, tokenizer, prompt, request, sampler, self._give)
 
+    def _give(self, item: Piece | Exception) -> None:
+        if isinstance(item, Exception):
+            self._unfinished -= 1
+            self._take(item)
+            return
+        self._unfinished -= item.finish_reason is not None
+        if len(self._choices) == self._n:
+            self._take(item)
+            return
+        self._held[item.index] += item
+        if not self._unfinished:
+            self._give_best()
 
-class Choice:
-    """One of a completion's texts, from tokens to pieces.
-
-    Args:
-        emit: gets its pieces; or an error, and nothing after it.
-    """
-
-    def __init__(
-        self,
-        index: int,
-        tokenizer: Tokenizer,
-        prompt: list[int],
-        request: CompletionRequest,
-        emit: Callable[[Piece | Exception], None],
-    ) -> None:
-        self.tells_logprobs = request.logprobs is not None or request.written > request.n
-        self._index, self._tokenizer, self._emit = index, tokenizer, emit
-        self._top = request.logprobs or 0
-        self._stops = StopStrings(request.stop)
-        self._echo = prompt if request.echo else []  # still to be shown
-        self._seen: list[tuple[int, Tensor]] = []  # tokens of the prompt and the logits of their places
-        self._written = self._shown = 0  # characters, without the prompt's
-        self._prompt_length = len(tokenizer.decode(self._echo))
-        self._held: deque[TokenLogprob] = deque()  # of text that is not shown yet
-
-    def see(self, tokens: Sequence[int], logits: Tensor) -> None:
-        self._seen.extend(zip(tokens, logits, strict=True))
-
-    def take(self, token: int, logits: Tensor) -> bool:
-        text = self._tokenizer.decode([token])
-        if self.tells_logprobs:
-            self._held.append(self._logprob(token, logits, self._prompt_length + self._written))
-        self._written += len(text)
-        self._show(self._stops.feed(text), 1, "stop" if self._stops.found else None)
-        return not self._stops.found
-
-    def end(self, error: Exception | None) -> None:
-        if error is not None:
-            self._emit(error)
-        elif not self._stops.found:
-            self._show(self._stops.rest(), 0, "length")
-
-    def _show(self, text: str, tokens: int, finish_reason: Literal["stop", "length"] | None) -> None:
-        logprobs = self._echoed() if self.tells_logprobs else []
-        shown, self._echo = self._tokenizer.decode(self._echo) + text, []
-        self._shown += len(text)
-        while self._held and self._held[0].offset < self._prompt_length + self._shown:
-            logprobs.append(self._held.popleft())
-        self._emit(Piece(self._index, shown, tokens, finish_reason, tuple(logprobs)))
-
-    def _echoed(self) -> list[TokenLogprob]:
-        """The prompt's: none for its first token, and for those that are out of the window."""
-        unseen, offset, found = len(self._echo) - len(self._seen), 0, []
-        for place, token in enumerate(self._echo):
-            text = self._tokenizer.decode([token])
-            if place < unseen:
-                found.append(TokenLogprob(text, offset, None, None))
-            else:
-                found.append(self._logprob(token, self._seen[place - unseen][1], offset))
-            offset += len(text)
-        self._seen.clear()
-        return found
-
-    def _logprob(self, token: int, logits: Tensor, offset: int) -> TokenLogprob:
-        logprobs = logits.double().log_softmax(-1)
-        values, best = logprobs.topk(min(self._top, len(logprobs)))
-        top = {
-            self._tokenizer.decode([other]): value for other, value in zip(best.tolist(), values.tolist(), strict=True)
-        }
-        return TokenLogprob(self._tokenizer.decode([token]), offset, float(logprobs[token]), top)
-
-
-def _nobody(_: object) -> None:
-    pass
+    def _give_best(self) -> None:
+        ranked = sorted(self._choices, key=lambda choice: choice.mean_logprob, reverse=True)  # stable: ties by index
+        unseen = sum(self._held[choice.index].tokens for choice in ranked[self._n :])
+        for index, choice in enumerate(ranked[: self._n]):
+            piece = self._held[choice.index]
+            self._take(replace(piece, index=index, tokens=piece.tokens + (0 if index else unseen)))
 
 
 def complete(loaded: Loaded, request: CompletionRequest) -> Completion:
@@ -218,22 +165,9 @@ def complete(loaded: Loaded, request: CompletionRequest) -> Completion:
         RequestError: the model cannot complete, or the request does not fit it; names the field.
     """
     options = loaded.options("complete", request)
-    if request.best_of is not None and request.best_of < request.n:
-        message = f"best_of: got {request.best_of}, expected at least n = {request.n}"
-        raise RequestError(message, param="best_of", code="invalid_value")
-    if options.max_tokens == 0 and not request.echo:
-        message = "max_tokens: got 0, expected at least 1; 0 goes with echo alone"
-        raise RequestError(message, param="max_tokens", code="invalid_value")
-    most = MAX_TOKENS // request.written
-    choices = f"n = {request.n}" if request.written == request.n else f"best_of = {request.written}"
-    if options.max_tokens > most:
-        message = f"max_tokens: got {options.max_tokens}, expected at most {most} with {choices}"
-        raise RequestError(message, param="max_tokens", code="invalid_value")
     assert isinstance(loaded, TextModel)
     prompt = loaded.tokenizer.encode(request.prompt)
-    if request.echo and request.logprobs is not None and len(prompt) > most:
-        message = f"prompt: has {len(prompt)} tokens, and with echo, logprobs and {choices} at most {most}"
-        raise RequestError(message, param="prompt", code="invalid_value")
+    _check_sizes(request, options.max_tokens, len(prompt))
     return Completion(loaded, prompt, request, options)
 
 
@@ -244,33 +178,91 @@ def choice_seed(seed: int, index: int) -> int:
     return int.from_bytes(hashlib.blake2b(f"{seed} choice {index}".encode(), digest_size=8).digest(), "big") >> 1
 
 
-class StopStrings:
-    """Lets text through up to the first stop string, and keeps back what may become one.
+class _Choice:
+    """One text of a completion: the engine's tokens become pieces."""
 
-    Of several, the one that is complete first counts, so that the result does not depend on where pieces were cut.
-    """
+    def __init__(
+        self,
+        index: int,
+        tokenizer: Tokenizer,
+        prompt: list[int],
+        request: CompletionRequest,
+        sampler: Sampler,
+        give: Callable[[Piece | Exception], None],
+    ) -> None:
+        self.index, self._tokenizer, self._prompt, self._give = index, tokenizer, prompt, give
+        self._echo, self._stops = request.prompt if request.echo else "", StopStrings(request.stop)
+        self._ranked, self._most = request.texts > request.n, request.logprobs
+        self._sum, self._count = 0.0, 0  # of the log-probabilities of generated tokens
+        lists_prompt = request.echo and self._most is not None
+        self._prompt_listed = 0 if lists_prompt else len(prompt)  # tokens of it
+        self._unshown: deque[TokenLogprob] = deque()  # listed, but their text may still be cut off
+        self._shown = self._listed = 0  # characters
+        self.text = Text(prompt, sampler, self._accept, self._end, self._read if lists_prompt else None)
 
-    def __init__(self, stops: list[str]) -> None:
-        self.found = False
-        self._stops = stops
-        self._held = ""
+    @property
+    def mean_logprob(self) -> float:
+        return self._sum / max(self._count, 1)
 
-    def feed(self, text: str) -> str:
-        """What may be shown now that `text` has come."""
-        self._held += text
-        places = [(start + len(stop), start) for stop in self._stops if (start := self._held.find(stop)) >= 0]
-        if places:
-            self.found = True
-            return self._held[: min(places)[1]]
-        keep = max((_overlap(self._held, stop) for stop in self._stops), default=0)
-        shown, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
-        return shown
+    def _read(self, place: int, logits: Tensor) -> None:
+        self._list_unread(place + 1)
+        tokens = self._prompt[place + 1 : place + 1 + len(logits)]
+        self._prompt_listed += len(tokens)
+        self._list(token_logprobs(logits[: len(tokens)], tokens, self._listed, self._most or 0, self._tokenizer))
 
-    def rest(self) -> str:
-        """What was kept back, when no more text comes."""
-        return self._held
+    def _accept(self, token: int, logits: Tensor) -> bool:
+        if self._ranked or self._most is not None:
+            self._list_unread(len(self._prompt))
+            found = token_logprobs(logits[None], [token], self._listed, self._most or 0, self._tokenizer)
+            self._sum, self._count = self._sum + (found[0].logprob or 0.0), self._count + 1
+            if self._most is not None:
+                self._list(found)
+        text = self._stops.feed(self._tokenizer.decode([token]))
+        self._show(text, 1, "stop" if self._stops.found else None)
+        return not self._stops.found
+
+    def _end(self, error: Exception | None) -> None:
+        if error is not None:
+            self._give(error)
+        elif not self._stops.found:
+            self._list_unread(len(self._prompt))
+            self._show(self._stops.rest(), 0, "length")
+
+    def _list_unread(self, end: int) -> None:
+        """The prompt's tokens up to `end` that are not listed: those that the network has read nothing before."""
+        for token in self._prompt[self._prompt_listed : end]:
+            self._list([TokenLogprob(self._tokenizer.decode([token]), self._listed)])
+        self._prompt_listed = max(self._prompt_listed, end)
+
+    def _list(self, tokens: list[TokenLogprob]) -> None:
+        self._unshown += tokens
+        self._listed += sum(len(token.text) for token in tokens)
+
+    def _show(self, text: str, tokens: int, finish_reason: Finish | None) -> None:
+        text, self._echo = self._echo + text, ""
+        self._shown += len(text)
+        logprobs = []
+        while self._unshown and self._unshown[0].offset < self._shown:
+            logprobs.append(self._unshown.popleft())
+        self._give(Piece(self.index, text, tokens, finish_reason, tuple(logprobs)))
 
 
-def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that `stop` begins with, short of all of it."""
-    return next((size for size in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:size])), 0)
+def _check_sizes(request: CompletionRequest, max_tokens: int, prompt_tokens: int) -> None:
+    if max_tokens == 0 and not request.echo:
+        message = "max_tokens: got 0, expected a whole number at least 1; 0 is only for echo"
+        raise RequestError(message, param="max_tokens", code="invalid_value")
+    echoed = prompt_tokens if request.echo else 0
+    most = MAX_TOKENS // request.texts - echoed
+    if max_tokens <= most:
+        return
+    many = f"best_of = {request.best_of}" if request.best_of else f"n = {request.n}"
+    if most < 0:
+        message = f"echo: got a prompt of {echoed} tokens, expected at most {most + echoed} to echo with {many}"
+        raise RequestError(message, param="echo", code="invalid_value")
+    also = f" and {echoed} tokens to echo" if echoed else ""
+    message = f"max_tokens: got {max_tokens}, expected at most {most} with {many}{also}"
+    raise RequestError(message, param="max_tokens", code="invalid_value")
+
+
+def _nobody(_: object) -> None:
+    pass

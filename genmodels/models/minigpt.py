@@ -15,7 +15,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Literal, cast
 
 import torch
 import torch.nn.functional as F
@@ -246,12 +246,13 @@ class MLP(nn.Module):
 class MiniGPTDecoder:
     """A network as it stands now, arranged for decoding, with the keys and values of a fixed number of sequences.
 
-    An answer must not depend, to the bit, on who else asks: matrix products of another height round differently, so
-    all that have weights in them have `slots` or `chunk` rows. Attention, which joins no sequences, is computed only
-    for the slots up to the last one in use and for positions up to the longest sequence, in steps of 32; what is
-    masked there adds exact zeros. It is written out, as the fused kernel's result depends on a sequence's place in the
-    batch (seen on CPU with queries of length 1). Tokens that pad a shape write to a position of their own behind the
-    window, which no real token sees.
+    An answer must not depend, to the bit, on who else asks. Matrix products of another height may round differently, so
+    all that have weights in them have `chunk` rows, or `slots`, or of its fractions one that is seen to give equal bits
+    where the decoder is made (with MKL the multiples of 4: one sequence then takes 0.7 of the time). Attention,
+    which joins no sequences, is computed only for the slots up to the last one in use and for positions up to the
+    longest sequence, in steps of 32; what is masked there adds exact zeros. It is written out, as the fused kernel's
+    result depends on a sequence's place in the batch (seen on CPU with queries of length 1). Tokens that pad a shape
+    write to a position of their own behind the window, which no real token sees.
     """
 
     chunk = 32  # tokens of one prefill
@@ -269,11 +270,12 @@ class MiniGPTDecoder:
         else:
             self._positions = F.pad(network.position_embedding.weight.float(), (0, 0, 0, kept - block_size))
         rotary = self._rotations is not None
-        self._layers = [_DecoderLayer(block, slots, kept, rotary=rotary) for block in network.blocks]
+        self._layers = [_DecoderLayer(cast(Block, block), slots, kept, rotary=rotary) for block in network.blocks]
         self._head = _Projection(
             network.norm, embedding if head is None else head.weight, None if head is None else head.bias
         )
         self._mask = torch.full((kept, kept), -torch.inf, device=device).triu(1)  # row p: what position p sees
+        self._slots, self._heights = slots, self._equal_heights(slots)
 
     @property
     def size(self) -> int:
@@ -284,8 +286,7 @@ class MiniGPTDecoder:
     def prefill(self, slot: int, tokens: Sequence[int], start: int) -> Tensor:
         """Read 1 to `chunk` tokens of one sequence, the first at position `start`: logits after each, (n, vocab)."""
         if start == 0:
-            for layer in self._layers:
-                layer.forget(slot)
+            self._forget(slot)
         missing, end = self.chunk - len(tokens), start + len(tokens)
         positions = [*range(start, end), *[self._padding] * missing]
         attended = _Attended(slot, 1, self.chunk, _rounded_up(end))
@@ -294,9 +295,29 @@ class MiniGPTDecoder:
     def step(self, tokens: Sequence[int | None], positions: Sequence[int]) -> Tensor:
         """Read one token of each slot, None where there is none: logits (slots, vocab_size), rows of None are void."""
         used = [slot for slot, token in enumerate(tokens) if token is not None]
+        for slot in used:
+            if positions[slot] == 0:
+                self._forget(slot)
         places = [self._padding if token is None else at for token, at in zip(tokens, positions, strict=True)]
         attended = _Attended(0, used[-1] + 1, 1, _rounded_up(max(positions[slot] for slot in used) + 1))
-        return self._run([token or 0 for token in tokens], places, attended)
+        height = next(height for height in self._heights if height > used[-1])
+        logits = self._run([token or 0 for token in tokens[:height]], places[:height], attended)
+        return F.pad(logits, (0, 0, 0, self._slots - height))
+
+    def _equal_heights(self, slots: int) -> list[int]:
+        """How many rows a step may have, ascending: tried, as it is the matrix library's affair."""
+        tokens = [token % len(self._embedding) for token in range(slots)]
+
+        def logits(height: int) -> Tensor:
+            return self._run(tokens[:height], [0] * height, _Attended(0, height, 1, _rounded_up(1)))
+
+        full = logits(slots)
+        return [*(height for height in range(4, slots, 4) if torch.equal(logits(height), full[:height])), slots]
+
+    @torch.inference_mode()
+    def _forget(self, slot: int) -> None:
+        for layer in self._layers:
+            layer.forget(slot)
 
     @torch.inference_mode()
     def _run(self, tokens: list[int], positions: list[int], attended: _Attended) -> Tensor:
@@ -327,10 +348,9 @@ class _Attended:
 class _DecoderLayer:
     """One block, with its keys and values of all sequences."""
 
-    def __init__(self, block: nn.Module, slots: int, kept: int, *, rotary: bool) -> None:
-        assert isinstance(block, Block)
+    def __init__(self, block: Block, slots: int, kept: int, *, rotary: bool) -> None:
         attention, mlp = block.attention, block.mlp
-        weights = torch.stack((attention.query.weight, attention.key.weight, attention.value.weight))
+        weights = torch.stack([part.weight for part in (attention.query, attention.key, attention.value)])
         weights = weights.unflatten(1, (attention.n_head, -1)).transpose(0, 1)  # (n_head, 3, head_size, n_embd)
         self._shape = weights.shape[:3]
         if rotary:  # each pair that turns stands side by side: in queries and keys alike, so that scores are the same
@@ -339,9 +359,10 @@ class _DecoderLayer:
         self._query_key_value = _Projection(block.attention_norm, weights.flatten(0, 2), None)
         self._qk_norm, self._output = attention.qk_norm, _Linear(attention.output.weight, attention.output.bias)
         inputs = [mlp.input] if mlp.gate is None else [mlp.gate, mlp.input]
-        weights = torch.cat(tuple(linear.weight for linear in inputs))
-        biases = tuple(linear.bias for linear in inputs if linear.bias is not None)
-        self._hidden = _Projection(block.mlp_norm, weights, torch.cat(biases) if biases else None)
+        biases: list[Tensor] = [linear.bias for linear in inputs if linear.bias is not None]
+        self._hidden = _Projection(
+            block.mlp_norm, torch.cat([linear.weight for linear in inputs]), torch.cat(biases) if biases else None
+        )
         self._kind, self._down = mlp.kind, _Linear(mlp.output.weight, mlp.output.bias)
         n_head, _, head_size = self._shape
         self._kept = torch.zeros(slots, n_head, kept, 2, head_size, device=weights.device)
