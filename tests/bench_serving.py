@@ -9,6 +9,7 @@ Every figure is the median of ROUNDS; within a round all take turns, so that a s
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import platform
 import statistics
@@ -228,31 +229,36 @@ def huggingface(gpt2: Any, n: int) -> float:
 
 
 async def http_text(url: str, n: int, *, repeat: int = 1) -> tuple[float, list[float], list[float]]:
-    """Tokens a second of n clients that stream, seconds to their first characters, and between the later pieces."""
+    """Tokens a second of n clients that stream, seconds to their first characters, and between the later pieces.
+
+    The clients share the machine with what they measure, so they are as plain as can be: sockets, and no parsing.
+    """
     body = {"model": "play", "prompt": SIXTEEN, "max_tokens": TOKENS, "seed": 1, "stream": True}
     first: list[float] = []
     gaps: list[float] = []
 
-    async def one(client: httpx.AsyncClient) -> None:
-        before = time.perf_counter()
-        characters, is_first = 0, True
-        async with client.stream("POST", f"{url}/v1/completions", json=body) as answer:
-            assert answer.status_code == 200, await answer.aread()
-            async for line in answer.aiter_lines():
-                if not line.startswith("data: {"):
-                    continue
+    host, port = url.removeprefix("http://").split(":")
+    content = json.dumps(body).encode()
+    head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}:{port}\r\nContent-Type: application/json\r\n"
+    sent = f"{head}Connection: close\r\nContent-Length: {len(content)}\r\n\r\n".encode() + content
+
+    async def one() -> None:
+        before, seen, is_first = time.perf_counter(), b"", True
+        reader, writer = await asyncio.open_connection(host, int(port))
+        writer.write(sent)
+        while part := await reader.read(65536):
+            seen += part
+            if b'"text":' in part:
                 now = time.perf_counter()
                 (first if is_first else gaps).append(now - before)
                 before, is_first = now, False
-                characters += line.count('"finish_reason"')
-        assert characters
+        writer.close()
+        assert b"[DONE]" in seen, seen[:500]
 
-    async with httpx.AsyncClient(timeout=120) as client:
-        started = time.perf_counter()
-        for _ in range(repeat):
-            await asyncio.gather(*(one(client) for _ in range(n)))
-        seconds = time.perf_counter() - started
-    return repeat * n * TOKENS / seconds, first, gaps
+    started = time.perf_counter()
+    for _ in range(repeat):
+        await asyncio.gather(*(one() for _ in range(n)))
+    return repeat * n * TOKENS / (time.perf_counter() - started), first, gaps
 
 
 async def http_empty(url: str, times: int = 200) -> list[float]:

@@ -221,7 +221,7 @@ def test_a_marked_step_stays_the_one_it_was_and_asking_marks_nothing(data: Path,
     source.start(2, Place(attempt=1, step=3), 1)  # a later attempt takes over before that step
     assert last not in source.checkpoints()
     assert pin.resolve(reference, storage) == reference
-    assert pin.place_of(reference, storage)[1] == last
+    assert pin.find_checkpoint(reference, storage)[1] == last
     storage.delete(f"{source.checkpoint_prefix(last)}/{checkpoint.MANIFEST}")
     with pytest.raises(SpecError, match="that checkpoint is gone; name another step or a version"):
         pin.resolve(reference, storage)
