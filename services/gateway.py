@@ -39,7 +39,7 @@ _COMMON: dict[str, Any] = {
 
 
 def build(
-    storage_url: str, *, auth: bool, memory: int = MEMORY, workers: int = 2, torch_threads: int = 1
+    storage_url: str, *, auth: bool, memory: int = MEMORY, workers: int = 4, torch_threads: int = 1
 ) -> Application:
     """The application, to be run with `serve.run(build(url, auth=True), name="genmodels", route_prefix="/")`.
 
@@ -47,7 +47,7 @@ def build(
         storage_url: where the registry and the keys are; the same for all processes.
         auth: ask for keys. Without, it answers to loopback names alone.
         memory: bytes of models that a host keeps.
-        workers: requests that a host computes at the same time.
+        workers: requests for pictures that a host works on at the same time.
         torch_threads: of each computation.
     """
     host = _host.bind(storage_url, memory=memory, workers=workers, torch_threads=torch_threads)

@@ -73,11 +73,11 @@ class ModelHost:
 
     Args:
         memory: bytes of models; those not asked for the longest go first.
-        workers: requests computed at the same time.
+        workers: requests for pictures worked on at the same time; those to one model share passes through it.
         torch_threads: of each computation.
     """
 
-    def __init__(self, storage_url: str, *, memory: int = MEMORY, workers: int = 2, torch_threads: int = 1) -> None:
+    def __init__(self, storage_url: str, *, memory: int = MEMORY, workers: int = 4, torch_threads: int = 1) -> None:
         torch.set_num_threads(torch_threads)
         self._registry = Registry(open_storage(storage_url))
         self._shelf = Shelf(self._registry.storage, memory, functools.partial(_start, torch_threads=torch_threads))

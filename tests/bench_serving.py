@@ -120,11 +120,12 @@ def report(play: TextModel, shapes: ImageModel, url: str) -> None:
 
     table = Table("milliseconds", "p50", "p99", "n")
     _, first, gaps = asyncio.run(http_text(url, CLIENTS, repeat=10))
-    empty = asyncio.run(http_empty(url))
+    empty, full = asyncio.run(http_empty(url)), asyncio.run(http_full(url))
     for name, seconds in (
         (f"time to first character, {CLIENTS} clients", first),
         (f"between pieces, {CLIENTS} clients", gaps),
         ("an empty request (GET /healthz), 1 client", empty),
+        ("429 while all slots and places to wait are taken", full),
     ):
         p50, p99 = np.percentile(np.array(seconds) * 1000, (50, 99))
         table.add_row(name, f"{p50:.1f}", f"{p99:.1f}", str(len(seconds)))
@@ -268,6 +269,22 @@ async def http_empty(url: str, times: int = 200) -> list[float]:
             started = time.perf_counter()
             (await client.get(f"{url}/healthz")).raise_for_status()
             seconds.append(time.perf_counter() - started)
+    return seconds
+
+
+async def http_full(url: str) -> list[float]:
+    """Seconds to a refusal when as many texts are under way or wait as the engine takes."""
+    body = {"model": "play", "prompt": SIXTEEN, "max_tokens": 256, "n": 64, "seed": 1}
+    seconds: list[float] = []
+    async with httpx.AsyncClient(timeout=120) as client:
+        taken = [asyncio.create_task(client.post(f"{url}/v1/completions", json=body)) for _ in range(4)]
+        await asyncio.sleep(0.5)
+        while not any(task.done() for task in taken):
+            started = time.perf_counter()
+            answer = await client.post(f"{url}/v1/completions", json=body)
+            if answer.status_code == 429:
+                seconds.append(time.perf_counter() - started)
+        await asyncio.gather(*taken)
     return seconds
 
 

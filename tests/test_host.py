@@ -18,8 +18,9 @@ from genmodels.engine import warm as warm_module
 from genmodels.engine.images import GenerateRequest, answer
 from genmodels.engine.loaded import load
 from genmodels.engine.references import find
-from genmodels.engine.text import CompletionRequest, Piece
+from genmodels.engine.text import CompletionRequest, Piece, complete
 from genmodels.errors import RequestError, StorageUnavailable
+from genmodels.metrics import REFUSED
 from genmodels.registry import Registry
 from genmodels.storage import Storage, open_storage
 from services import host as host_module
@@ -126,38 +127,63 @@ def test_a_stream_ends_with_the_version_that_began_it(storage: Storage) -> None:
     assert asyncio.run(whole("play@1")) == expected
 
 
-def test_twenty_swaps_under_load_fail_no_request(storage: Storage) -> None:
-    """Every answer is that of the version it names."""
+def test_twenty_swaps_under_load_fail_no_request_and_cut_no_stream(storage: Storage) -> None:
+    """Requests arrive whether or not earlier ones were answered; each answer is that of the version it names."""
+    pictures = GenerateRequest(seed=7)
+    writing = CompletionRequest.model_validate({"prompt": "To be", "max_tokens": 30, "seed": 4})
     for step in range(2, 6):
         publish(storage, "shapes", "vae", step=step, alias=None)
-    request = GenerateRequest(seed=7)
-    oracle = {
-        f"shapes@{number}": answer(load(storage, find(storage, f"shapes@{number}")), request).images
-        for number in range(1, 6)
-    }
+        publish(storage, "play", "minigpt", step=step, alias=None)
+    oracle: dict[str, object] = {}
+    for number in range(1, 6):
+        oracle[f"shapes@{number}"] = answer(load(storage, find(storage, f"shapes@{number}")), pictures).images
+        model = load(storage, find(storage, f"play@{number}"))
+        oracle[f"play@{number}"] = "".join(piece.text for piece in complete(model, writing))
+    assert len(set(map(str, oracle.values()))) == 10
     host = ModelHost(storage.url)
-    seen: list[str] = []
 
-    async def client(swapping: asyncio.Task[None]) -> None:
-        while not swapping.done():
-            found = await host.answer("shapes", request)
-            assert not isinstance(found, RequestError), found
-            assert found.images == oracle[found.model]
-            seen.append(found.model)
+    async def draw() -> tuple[str, object]:
+        found = await host.answer("shapes", pictures)
+        assert not isinstance(found, RequestError), found
+        return found.model, found.images
+
+    async def write() -> tuple[str, object]:
+        opened, *pieces = [item async for item in host.complete("play", writing)]
+        assert isinstance(opened, Opened), opened
+        assert all(isinstance(piece, Piece) for piece in pieces), pieces
+        assert pieces[-1].finish_reason == "length"
+        return opened.model, "".join(piece.text for piece in pieces)
 
     async def swaps() -> None:
         for number in range(20):
-            Registry(storage).promote("shapes", "production", 1 + (number + 1) % 5, "swap")
+            for name in ("shapes", "play"):
+                Registry(storage).promote(name, "production", 1 + (number + 1) % 5, "swap")
             await asyncio.to_thread(host.follow)
 
-    async def both() -> None:
-        swapping = asyncio.create_task(swaps())
-        await asyncio.gather(*(client(swapping) for _ in range(4)))
+    async def all_of_it() -> list[tuple[str, object]]:
+        swapping, asked = asyncio.create_task(swaps()), []
+        while not swapping.done():
+            asked += [asyncio.create_task(draw()), asyncio.create_task(write())]
+            await asyncio.sleep(0.02)
         await swapping
+        return await asyncio.gather(*asked)
 
-    asyncio.run(both())
-    assert set(seen) == set(oracle)
-    assert [name for name in host._shelf.names if name.startswith("shapes")] == ["shapes@1"]
+    answers = asyncio.run(all_of_it())
+    assert all(oracle[name] == found for name, found in answers)
+    assert {name for name, _ in answers} == set(oracle)
+    assert sorted(host._shelf.names) == ["play@1", "shapes@1"]
+
+
+def test_two_replicas_answer_alike(storage: Storage) -> None:
+    bodies = [
+        ("/v1/completions", {"model": "play", "prompt": "To be", "max_tokens": 60, "seed": 5, "n": 3, "logprobs": 2}),
+        ("/v1/images/generations", {"model": "shapes", "n": 5, "seed": 5}),
+    ]
+    apps = [create_app(ModelHost(storage.url)) for _ in range(2)]
+    for path, body in bodies:
+        one, other = (ask(app, "POST", path, body).json() for app in apps)
+        assert one.get("choices") == other.get("choices")
+        assert one.get("data") == other.get("data")
 
 
 def damaged(storage: Storage) -> str:
@@ -190,11 +216,14 @@ def test_a_bad_version_is_refused_and_the_old_one_answers_on(
 ) -> None:
     host = ModelHost(storage.url, memory=2**20)
     app = create_app(host)
+    counted = REFUSED.labels("shapes", "vae", "2")._value
+    before = counted.get()
     reason = spoil(storage)
     for _ in range(3):
         host.follow()
         assert version_of(app, "shapes") == "shapes@1"
     assert loads.count("shapes@2") <= 1
+    assert counted.get() == before + 1
     shown = entry(app, "shapes")
     assert (shown["version"], shown["aliases"]) == (1, {"production": 2})
     (told,) = shown["refused"]

@@ -249,12 +249,13 @@ def test_clients_that_leave_free_their_slots_over_serve(endpoint: str, token: st
         assert time.process_time() - began < 5
 
 
-def test_a_stream_whose_host_dies_ends_in_an_error_and_a_new_host_answers(endpoint: str, token: str) -> None:
+@pytest.mark.parametrize("kill", [1, *(pytest.param(number, marks=pytest.mark.long) for number in range(2, 11))])
+def test_a_stream_whose_host_dies_ends_in_an_error_and_a_new_host_answers(endpoint: str, token: str, kill: int) -> None:
     with httpx.Client(base_url=endpoint, headers={"authorization": f"Bearer {token}"}, timeout=60) as client:
         host = replica("default")
         with client.stream("POST", "/v1/completions", json=LONG) as stream:
             lines = data(stream.iter_lines())
-            for _ in range(random.Random(time.time_ns()).randint(1, 5)):
+            for _ in range(random.Random(kill).randint(1, 20)):
                 assert json.loads(next(lines))["choices"]
             os.kill(host, signal.SIGKILL)
             rest = list(lines)
