@@ -162,6 +162,7 @@ class ImageFamily(Family[ConfigT, RequestT]):
 
     kind = "image"
     data: ImageInfo
+    num_classes: int = 0  # of which a request may name one, as `label`
 
     @property
     @abstractmethod

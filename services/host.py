@@ -274,8 +274,8 @@ def _entry(found: Found, loaded: Loaded) -> Entry:
     if isinstance(loaded, ImageModel):
         info, latent_dim = loaded.family.data, loaded.family.latent_dim
         shape = {"size": f"{info.width}x{info.height}", "channels": info.channels, "latent_dim": latent_dim}
-        if classes := getattr(loaded.family, "num_classes", 0):  # of a model that draws the class asked for
-            shape["num_classes"] = classes
+        if loaded.family.num_classes:
+            shape["num_classes"] = loaded.family.num_classes
     elif isinstance(loaded, TextModel):
         shape = {"block_size": loaded.family.block_size, "vocab_size": loaded.tokenizer.vocab_size}
     return Entry(found.name, found, {}, loaded.family.kind, tuple(sorted(loaded.family.verbs)), shape)
