@@ -41,7 +41,8 @@ from genmodels.engine.references import find
 from genmodels.engine.text import CompletionRequest, Piece
 from genmodels.family import ImageInfo
 from genmodels.models.minigpt import MiniGPT
-from genmodels.storage import open_storage
+from genmodels.registry import Registry
+from genmodels.storage import Storage, open_storage
 from services.local import free_ports
 
 THREADS = 1
@@ -74,14 +75,15 @@ def main() -> None:
         storage = open_storage((Path(folder) / "storage").as_uri())
         publish(storage, "play", "minigpt", **TEXT)
         publish(storage, "shapes", "vae", **IMAGES)
+        publish(storage, "shapes", "vae", step=2, alias=None, **IMAGES)
         play, shapes = (load(storage, find(storage, name)) for name in ("play", "shapes"))
         assert isinstance(play, TextModel)
         assert isinstance(shapes, ImageModel)
         with endpoint(storage.url) as url:
-            report(play, shapes, url)
+            report(play, shapes, url, storage)
 
 
-def report(play: TextModel, shapes: ImageModel, url: str) -> None:
+def report(play: TextModel, shapes: ImageModel, url: str, storage: Storage) -> None:
     assert isinstance(play.family, MiniGPT)
     gpt2 = equal_gpt2(play.family)
     console.print(
@@ -118,17 +120,20 @@ def report(play: TextModel, shapes: ImageModel, url: str) -> None:
     table.add_row("HTTP / engine", *(f"{ratio:.0%}" for ratio in kept))
     console.print(table)
 
-    table = Table("milliseconds", "p50", "p99", "n")
+    table = Table("milliseconds", "p50", "p99", "worst", "n")
     _, first, gaps = asyncio.run(http_text(url, CLIENTS, repeat=10))
     empty, full = asyncio.run(http_empty(url)), asyncio.run(http_full(url))
+    still, swapping = asyncio.run(http_swaps(url, storage, swaps=0)), asyncio.run(http_swaps(url, storage, swaps=20))
     for name, seconds in (
         (f"time to first character, {CLIENTS} clients", first),
         (f"between pieces, {CLIENTS} clients", gaps),
         ("an empty request (GET /healthz), 1 client", empty),
         ("429 while all slots and places to wait are taken", full),
+        ("8 pictures, 2 clients, no swap", still),
+        ("the same while its version is swapped 20 times", swapping),
     ):
         p50, p99 = np.percentile(np.array(seconds) * 1000, (50, 99))
-        table.add_row(name, f"{p50:.1f}", f"{p99:.1f}", str(len(seconds)))
+        table.add_row(name, f"{p50:.1f}", f"{p99:.1f}", f"{max(seconds) * 1000:.1f}", str(len(seconds)))
     console.print(table)
 
     rates: dict[str, list[float]] = {"bare decoder": [], "engine": [], "HTTP": []}
@@ -270,6 +275,28 @@ async def http_empty(url: str, times: int = 200) -> list[float]:
             (await client.get(f"{url}/healthz")).raise_for_status()
             seconds.append(time.perf_counter() - started)
     return seconds
+
+
+async def http_swaps(url: str, storage: Storage, *, swaps: int, seconds: float = 25.0) -> list[float]:
+    """Seconds that requests take while the alias they name moves, as often as `swaps`; none may fail."""
+    body = {"model": "shapes", "prompt": "", "n": 8, "seed": 1}
+    taken: list[float] = []
+    until = time.perf_counter() + seconds
+
+    async def one(client: httpx.AsyncClient) -> None:
+        while time.perf_counter() < until:
+            started = time.perf_counter()
+            (await client.post(f"{url}/v1/images/generations", json=body)).raise_for_status()
+            taken.append(time.perf_counter() - started)
+
+    async def move() -> None:
+        for number in range(swaps):
+            await asyncio.to_thread(Registry(storage).promote, "shapes", "production", 2 - number % 2, "a swap")
+            await asyncio.sleep(seconds / swaps)
+
+    async with httpx.AsyncClient(timeout=60) as client:
+        await asyncio.gather(one(client), one(client), move())
+    return taken
 
 
 async def http_full(url: str) -> list[float]:
