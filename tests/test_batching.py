@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import random
 import threading
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
 
 import pytest
 import torch
@@ -21,6 +22,8 @@ from genmodels.errors import RequestError
 from genmodels.family import TextInfo
 from genmodels.models.minigpt import MiniGPT, MiniGPTConfig, _Linear
 from genmodels.sampling import Sampler, SamplingOptions
+
+T = TypeVar("T")
 
 VOCAB = 65
 BLOCK = 48
@@ -39,6 +42,26 @@ def build(**options: Any) -> MiniGPT:
 FAMILIES = {"rotary": build(), "learned": build(positions="learned", norm="layer", mlp="relu", qk_norm=False)}
 
 
+ROUNDING = 1e-5  # of logits: engine and reference add in another order
+
+
+def same_as_reference(family: MiniGPT, found: T, reference: Callable[[MiniGPT], T]) -> bool:
+    """Whether the reference gives this, or would if its logits were rounded a little differently.
+
+    Of a hundred thousand draws one or two lie so near the border between two tokens that rounding decides.
+    """
+    if reference(family) == found:
+        return True
+    shaken, chance = copy.copy(family), torch.Generator().manual_seed(0)
+
+    def logits(tokens: Tensor) -> Tensor:
+        exact = family.logits(tokens)
+        return exact + ROUNDING * torch.randn(exact.shape, generator=chance)
+
+    shaken.logits = logits  # type: ignore[method-assign]
+    return any(reference(shaken) == found for _ in range(40))
+
+
 class Ask:
     """One answer, and what became of it."""
 
@@ -53,8 +76,10 @@ class Ask:
         sampler = Sampler(self.options, self.seed, self.prompt, VOCAB)
         return Text(self.prompt, sampler, self._take, self.ends.append)
 
-    def reference(self, family: MiniGPT) -> list[int]:
-        return list(family.generate(self.prompt, self.seed, self.options))
+    def has_the_reference_s_tokens(self, family: MiniGPT) -> bool:
+        return same_as_reference(
+            family, self.tokens, lambda one: list(one.generate(self.prompt, self.seed, self.options))
+        )
 
     def _take(self, token: int, logits: Tensor) -> bool:
         self.tokens.append(token)
@@ -92,7 +117,8 @@ SETTINGS = st.fixed_dictionaries(
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
 def test_every_setting_gives_the_reference_s_tokens(family: MiniGPT, asked: list[dict[str, Any]]) -> None:
     asks = [Ask(**one) for one in asked]
-    assert answers(family, asks, slots=4) == [ask.reference(family) for ask in asks]
+    answers(family, asks, slots=4)
+    assert all(ask.has_the_reference_s_tokens(family) for ask in asks)
 
 
 REQUESTS = st.fixed_dictionaries(
@@ -121,12 +147,17 @@ def test_every_completion_is_the_reference_s_alone_and_in_company(
     family: MiniGPT, fields: list[dict[str, Any]]
 ) -> None:
     requests = [CompletionRequest.model_validate(one) for one in fields]
-    expected = [referred(family, request) for request in requests]
-    assert completed(family, requests) == expected
-    assert [completed(family, [request])[0] for request in requests[:2]] == expected[:2]
+    found = completed(family, requests)
+    for request, choices in zip(requests, found, strict=True):
+        for index, choice in enumerate(choices):
+            assert same_as_reference(family, choice, lambda one, of=(request, index): referred(one, *of))
+    assert [completed(family, [request])[0] for request in requests[:2]] == found[:2]
 
 
-def completed(family: MiniGPT, requests: Sequence[CompletionRequest]) -> list[list[tuple[str, str | None, int]]]:
+Choice = tuple[str, str | None, int]
+
+
+def completed(family: MiniGPT, requests: Sequence[CompletionRequest]) -> list[list[Choice]]:
     """Text, finish_reason and tokens of each choice of requests that share one engine."""
     model = TextModel("m@1", family, CharTokenizer(CHARACTERS))
     found: list[list[Any]] = [[] for _ in requests]
@@ -144,15 +175,13 @@ def completed(family: MiniGPT, requests: Sequence[CompletionRequest]) -> list[li
     ]
 
 
-def referred(family: MiniGPT, request: CompletionRequest) -> list[tuple[str, str | None, int]]:
-    """The same by the plain reference: written to the end, then looked through for stop strings."""
-    tokenizer = CharTokenizer(CHARACTERS)
-    options, prompt, answers = SamplingOptions.model_validate(request.options), tokenizer.encode(request.prompt), []
-    for index in range(request.n):
-        text = tokenizer.decode(family.generate(prompt, choice_seed(request.seed or 0, index), options))
-        ends = [(text.find(stop) + len(stop), text.find(stop)) for stop in request.stop if stop in text]
-        answers.append((text[: min(ends)[1]], "stop", min(ends)[0]) if ends else (text, "length", len(text)))
-    return answers
+def referred(family: MiniGPT, request: CompletionRequest, index: int) -> Choice:
+    """One of them by the plain reference: written to the end, then looked through for stop strings."""
+    tokenizer, options = CharTokenizer(CHARACTERS), SamplingOptions.model_validate(request.options)
+    seed = choice_seed(request.seed or 0, index)
+    text = tokenizer.decode(family.generate(tokenizer.encode(request.prompt), seed, options))
+    ends = [(text.find(stop) + len(stop), text.find(stop)) for stop in request.stop if stop in text]
+    return (text[: min(ends)[1]], "stop", min(ends)[0]) if ends else (text, "length", len(text))
 
 
 def mixed(count: int) -> list[Ask]:
@@ -226,7 +255,7 @@ def test_texts_join_and_leave_at_every_step() -> None:
         batcher.step()
     while batcher.step():
         pass
-    assert [ask.tokens for ask in asks] == [ask.reference(family) for ask in asks]
+    assert all(ask.has_the_reference_s_tokens(family) for ask in asks)
 
 
 def test_a_long_prompt_does_not_hold_up_those_who_write() -> None:
@@ -290,7 +319,7 @@ def test_a_text_that_breaks_ends_alone(breaks: Any) -> None:
     while batcher.step():
         pass
     assert [type(error) for error in broken.ends] in ([ZeroDivisionError], [RuntimeError])
-    assert [ask.tokens for ask in asks] == [ask.reference(family) for ask in asks]
+    assert all(ask.has_the_reference_s_tokens(family) for ask in asks)
     assert all(ask.ends == [None] for ask in asks)
 
 
@@ -302,7 +331,7 @@ def test_a_text_nobody_can_be_told_of_ends_alone(caplog: pytest.LogCaptureFixtur
     batcher.add(deaf, ask.text())
     while batcher.step():
         pass
-    assert ask.tokens == ask.reference(FAMILIES["rotary"])
+    assert ask.has_the_reference_s_tokens(FAMILIES["rotary"])
     assert "could not be told: ZeroDivisionError" in caplog.text
 
 
@@ -335,7 +364,7 @@ def test_numbers_that_are_not_finite_end_their_own_text(
     (error,) = broken.ends
     assert isinstance(error, RequestError)
     assert (error.status, error.code, broken.tokens) == (500, "not_finite", [])
-    assert [ask.tokens for ask in asks] == [ask.reference(family) for ask in asks]
+    assert all(ask.has_the_reference_s_tokens(family) for ask in asks)
 
 
 @pytest.mark.parametrize("prompt", [[3], [3, 4]], ids=["step", "prefill"])
@@ -347,7 +376,7 @@ def test_a_slot_that_was_spoilt_is_clean_for_the_next(prompt: list[int]) -> None
     batcher.add(ask.text())
     while batcher.step():
         pass
-    assert ask.tokens == ask.reference(family)
+    assert ask.has_the_reference_s_tokens(family)
 
 
 def test_a_pass_that_fails_ends_the_texts_in_it_and_not_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -360,7 +389,8 @@ def test_a_pass_that_fails_ends_the_texts_in_it_and_not_the_engine(monkeypatch: 
     monkeypatch.undo()
     while batcher.step():
         pass
-    assert (reading.tokens, reading.ends) == (reading.reference(family), [None])
+    assert reading.has_the_reference_s_tokens(family)
+    assert reading.ends == [None]
 
 
 def test_what_breaks_between_texts_ends_them_all_and_is_not_tried_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
