@@ -138,6 +138,11 @@ def describe_files(folder: Path) -> dict[str, File]:
     return {name: File(size=path.stat().st_size, sha256=sha256_of(path)) for name, path in found.items()}
 
 
+def served(files: Mapping[str, File]) -> dict[str, File]:
+    """Of a checkpoint's files those that a model needs to answer, and not to be trained further."""
+    return {name: file for name, file in files.items() if not name.startswith("state/")}
+
+
 def sha256_of(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()

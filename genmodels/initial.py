@@ -14,8 +14,8 @@ from genmodels import checkpoint
 from genmodels.data import CharTokenizer, Dataset, TextData, load_tokenizer
 from genmodels.errors import CheckpointError, DataError, ModelNotFound, SpecError
 from genmodels.family import Family
-from genmodels.pin import find_checkpoint, resolve
-from genmodels.registry import Registry
+from genmodels.pin import resolve
+from genmodels.references import find
 from genmodels.spec import ModelSpec
 from genmodels.storage import Storage
 
@@ -30,16 +30,8 @@ def fetch(spec: ModelSpec, storage: Storage, folder: Path) -> Path | None:
         return None
     folder.mkdir()
     pinned = resolve(spec.train.init_from, storage)
-    model, _, what = pinned.partition("@")
     try:
-        if what.isdecimal():
-            registry = Registry(storage)
-            registry.fetch(registry.version(model, int(what)), folder)
-        else:
-            run, place = find_checkpoint(pinned, storage)
-            prefix, files = run.checkpoint_prefix(place), run.manifest(place).files
-            served = {name: file for name, file in files.items() if not name.startswith("state/")}
-            checkpoint.download(storage, {name: f"{prefix}/{name}" for name in served}, served, folder)
+        find(storage, pinned).fetch(storage, folder)
     except (CheckpointError, ModelNotFound) as error:
         raise SpecError(f"train.init_from: {pinned}: {error}") from None
     family = json.loads((folder / checkpoint.CONFIG).read_text())["family"]

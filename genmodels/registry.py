@@ -20,7 +20,7 @@ import contextlib
 import math
 import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from pydantic import Field, TypeAdapter, ValidationError
 
@@ -33,6 +33,9 @@ from genmodels.run import GateResult, Run, now
 from genmodels.spec import LABEL, Gate
 from genmodels.spec import Alias as AliasName
 from genmodels.storage import Storage, read_document, write_document
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 PROBE = "probe.safetensors"
 SWEEP_SECONDS = 120.0  # after which one who deletes is taken for dead
@@ -193,7 +196,7 @@ class Registry:
             return known
         family = checkpoint.load_family(folder)
         write_probe(family, folder)
-        files = {name: f for name, f in checkpoint.describe_files(folder).items() if not name.startswith("state/")}
+        files = checkpoint.served(checkpoint.describe_files(folder))
         for name, file in files.items():
             key = _blob_key(model, file.sha256)
             if not self.storage.exists(key):
@@ -289,20 +292,28 @@ def best(gate: Gate | None, candidates: list[tuple[Place, Manifest]]) -> tuple[P
     return candidates[min(finite)[1]] if finite else candidates[-1]
 
 
+def finite_probe(family: Family[Any, Any]) -> dict[str, Tensor]:
+    """The outputs for the fixed inputs.
+
+    Raises:
+        CheckpointError: some are not finite: no host would serve this model.
+    """
+    outputs = {name: tensor.contiguous() for name, tensor in family.probe().items()}
+    spoiled = [name for name, tensor in outputs.items() if not tensor.isfinite().all()]
+    if spoiled:
+        raise CheckpointError(f"probe output {spoiled[0]!r} is not finite: the weights are spoiled")
+    return outputs
+
+
 def write_probe(family: Family[Any, Any], folder: Path) -> None:
     """Store the outputs for the fixed inputs.
 
     Raises:
-        CheckpointError: some are not finite: no host would serve this version.
+        CheckpointError: some are not finite.
     """
-    import torch
     from safetensors.torch import save_file
 
-    outputs = {name: tensor.contiguous() for name, tensor in family.probe().items()}
-    spoiled = [name for name, tensor in outputs.items() if not torch.isfinite(tensor).all()]
-    if spoiled:
-        raise CheckpointError(f"probe output {spoiled[0]!r} is not finite: the weights are spoiled")
-    save_file(outputs, folder / PROBE)
+    save_file(finite_probe(family), folder / PROBE)
 
 
 def verify_probe(family: Family[Any, Any], folder: Path, tolerance: float = 1e-4) -> None:

@@ -10,7 +10,7 @@ from rich.console import Console
 from genmodels import models
 from genmodels.run import ENDED
 from services.client import Client
-from services.page import curl
+from services.curl import curl
 from services.tables import note
 from services.terminal import Board, Shown
 from services.transport import Unreachable

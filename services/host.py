@@ -27,10 +27,10 @@ from genmodels.engine.following import Follower, Refused
 from genmodels.engine.history import History
 from genmodels.engine.images import ImageAnswer, ImageRequest
 from genmodels.engine.loaded import ImageModel, Loaded, TextModel
-from genmodels.engine.references import Found, of_version
 from genmodels.engine.shelf import Shelf
 from genmodels.engine.text import CompletionRequest, Piece
 from genmodels.errors import GenmodelsError, ModelNotFound, RequestError, StorageUnavailable
+from genmodels.references import Found, of_version
 from genmodels.registry import Registry
 from genmodels.storage import open_storage
 
@@ -89,6 +89,7 @@ class ModelHost:
         self._readers = ThreadPoolExecutor(2, "history")  # a long run's history takes its time
         self._listed: tuple[float, list[tuple[str, Found, dict[str, int]]]] | None = None
         self._entries: dict[str, Entry] = {}
+        self._known_aliases: dict[str, dict[str, int]] = {}  # of models that were asked about
         self.follow()  # a new replica has in memory what aliases mean before it takes traffic
         threading.Thread(target=_follow, args=(weakref.ref(self),), name="follow", daemon=True).start()
 
@@ -114,7 +115,7 @@ class ModelHost:
     async def model(self, name: str) -> Entry | RequestError:
         try:
             found = await self._find(name)
-            aliases = await _in(self._lookups, _aliases, self._registry, found.model)
+            aliases = await self._aliases_of(found.model)
         except GenmodelsError as error:
             return _refusal(error)
         return await self._describe(name, found, aliases)
@@ -181,6 +182,12 @@ class ModelHost:
     async def _find(self, name: str) -> Found:
         known = self._follower.known(name)
         return known if known else await _in(self._lookups, self._follower.find, name)
+
+    async def _aliases_of(self, model: str) -> dict[str, int]:
+        """As they were last seen, where storage does not answer."""
+        with contextlib.suppress(StorageUnavailable):
+            self._known_aliases[model] = await _in(self._lookups, _aliases, self._registry, model)
+        return self._known_aliases.get(model, {})
 
     def _list(self) -> list[tuple[str, Found, dict[str, int]]]:
         """(name to ask for it, what it means, aliases) of every model."""

@@ -22,8 +22,8 @@ from genmodels.run import Result, Status, now
 from genmodels.spec import JobSpec, ModelSpec
 from genmodels.storage import Storage
 from services.auth import require_keys
+from services.curl import curl
 from services.local import LocalPlatform, check_port, submit
-from services.page import curl
 from services.showcase import Showcase
 from services.supervise import carry
 from services.terminal import TrainingView, clock, summary

@@ -9,7 +9,7 @@ from genmodels import checkpoint
 from genmodels.attempt import run_attempt
 from genmodels.data import Dataset, TextData, open_dataset, pin_data
 from genmodels.engine import images, loaded, text
-from genmodels.engine.references import of_version
+from genmodels.references import of_version
 from genmodels.registry import Registry
 from genmodels.run import Run
 from genmodels.spec import JobSpec, ModelSpec, dump

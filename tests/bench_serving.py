@@ -37,10 +37,10 @@ from genmodels.engine import images, text
 from genmodels.engine.images import GenerateRequest
 from genmodels.engine.loaded import ImageModel, TextModel, load
 from genmodels.engine.passes import CHUNK
-from genmodels.engine.references import find
 from genmodels.engine.text import CompletionRequest, Piece
 from genmodels.family import ImageInfo
 from genmodels.models.minigpt import MiniGPT
+from genmodels.references import find
 from genmodels.registry import Registry
 from genmodels.storage import Storage, open_storage
 from services.local import free_ports

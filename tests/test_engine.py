@@ -31,10 +31,10 @@ from genmodels.engine.images import (
     ReconstructRequest,
 )
 from genmodels.engine.loaded import ImageModel, Loaded, TextModel, load, load_folder
-from genmodels.engine.references import of_version
 from genmodels.engine.stops import StopStrings
 from genmodels.engine.text import CompletionRequest, Piece, choice_seed, complete
 from genmodels.errors import CheckpointError, ModelNotFound, RequestError
+from genmodels.references import of_version
 from genmodels.registry import Registry
 from genmodels.sampling import SamplingOptions
 from genmodels.storage import Storage

@@ -17,10 +17,10 @@ from genmodels.engine import shelf as shelf_module
 from genmodels.engine import warm as warm_module
 from genmodels.engine.images import GenerateRequest, answer
 from genmodels.engine.loaded import load
-from genmodels.engine.references import find
 from genmodels.engine.text import CompletionRequest, Piece, complete
 from genmodels.errors import RequestError, StorageUnavailable
 from genmodels.metrics import REFUSED
+from genmodels.references import find
 from genmodels.registry import Registry
 from genmodels.storage import Storage, open_storage
 from services import host as host_module
@@ -89,7 +89,7 @@ def test_a_version_takes_over_when_it_is_in_memory_and_the_old_one_goes(storage:
     assert version_of(app, "shapes") == "shapes@1"
     host.follow()
     assert version_of(app, "shapes") == "shapes@2"
-    assert "shapes@1" not in host._shelf
+    assert "shapes@1" not in host._shelf._held
     Registry(storage).promote("shapes", "production", 1, "rolled back")
     host.follow()
     assert version_of(app, "shapes") == "shapes@1"
@@ -116,9 +116,9 @@ def test_a_stream_ends_with_the_version_that_began_it(storage: Storage) -> None:
         assert isinstance(opened, Opened)
         publish(storage, "play", "minigpt", step=2)
         await asyncio.to_thread(host.follow)
-        assert "play@1" in host._shelf
+        assert "play@1" in host._shelf._held
         text = "".join([item.text async for item in items if isinstance(item, Piece)])
-        assert "play@1" not in host._shelf
+        assert "play@1" not in host._shelf._held
         return opened.model, text
 
     expected = asyncio.run(whole("play"))
@@ -171,7 +171,7 @@ def test_twenty_swaps_under_load_fail_no_request_and_cut_no_stream(storage: Stor
     answers = asyncio.run(all_of_it())
     assert all(oracle[name] == found for name, found in answers)
     assert {name for name, _ in answers} == set(oracle)
-    assert sorted(host._shelf.names) == ["play@1", "shapes@1"]
+    assert sorted(host._shelf._held) == ["play@1", "shapes@1"]
 
 
 def test_two_replicas_answer_alike(storage: Storage) -> None:
@@ -295,13 +295,13 @@ def test_the_least_recently_used_goes_first_and_never_one_in_use(storage: Storag
     host._shelf.release("play@1")
     for name in ("shapes@2", "shapes@1", "shapes@3"):
         assert version_of(app, name) == name
-    assert host._shelf.names == ["shapes@1", "shapes@3"]
+    assert list(host._shelf._held) == ["shapes@1", "shapes@3"]
     with host._shelf.using("shapes@1"), host._shelf.using("shapes@3"):
         response = ask(app, "POST", "/v1/images/generations", {"model": "shapes@4", **GENERATE})
         assert refused(response, 503)["code"] == "memory_full"
         assert response.headers["retry-after"]
     assert version_of(app, "shapes@4") == "shapes@4"
-    assert host._shelf.names == ["shapes@3", "shapes@4"]
+    assert list(host._shelf._held) == ["shapes@3", "shapes@4"]
     assert version_of(app, "shapes") == "shapes@1"
 
 
@@ -360,6 +360,8 @@ def test_through_an_outage_of_the_storage_what_is_known_is_served(
     app = create_app(host)
     publish(storage, "shapes", "vae", step=2, alias=None)
     assert version_of(app, "shapes@2") == "shapes@2"
+    described = ask(app, "GET", "/v1/models/shapes").json()
+    assert described["aliases"] == {"production": 1}
 
     def down(*_: Any, **__: Any) -> Any:
         raise StorageUnavailable("secret detail of the store")
@@ -368,6 +370,7 @@ def test_through_an_outage_of_the_storage_what_is_known_is_served(
         monkeypatch.setattr(type(storage), verb, down)
     host.follow()
     assert [version_of(app, name) for name in ("shapes", "shapes@2")] == ["shapes@1", "shapes@2"]
+    assert ask(app, "GET", "/v1/models/shapes").json() == described
     error = refused(ask(app, "POST", "/v1/images/generations", {"model": "shapes@7", **GENERATE}), 503)
     assert error["code"] == "storage_unavailable"
     assert "secret" not in error["message"]
@@ -381,7 +384,7 @@ def test_a_host_that_nobody_has_follows_no_more(storage: Storage, monkeypatch: p
     (following,) = {thread for thread in threading.enumerate() if thread.name == "follow"} - before
     publish(storage, "shapes", "vae", step=2)
     deadline = time.monotonic() + 10
-    while "shapes@2" not in host._shelf:
+    while "shapes@2" not in host._shelf._held:
         assert time.monotonic() < deadline
         time.sleep(0.01)
     del host

@@ -8,10 +8,10 @@ import time
 from collections import OrderedDict
 from dataclasses import dataclass
 
-from genmodels.engine.references import Found, find, full_name, moves
 from genmodels.engine.shelf import Shelf
 from genmodels.errors import CheckpointError, ModelNotFound, RequestError, StorageUnavailable
 from genmodels.metrics import REFUSED, SWAPPED
+from genmodels.references import Found, find, full_name, moves
 from genmodels.registry import Registry
 from genmodels.storage import Storage
 
@@ -82,11 +82,17 @@ class Follower:
         Raises:
             StorageUnavailable: all stays as it is.
         """
-        aliases = [f"{model}@{alias}" for model in self._registry.models() for alias in self._registry.aliases(model)]
+        aliases = {
+            f"{model}@{name}": alias.version
+            for model in self._registry.models()
+            for name, alias in self._registry.aliases(model).items()
+        }
         oldest = time.monotonic() - WANTED_SECONDS
         self._wanted = {name: asked for name, asked in self._wanted.items() if asked > oldest and name not in aliases}
         for name in sorted(aliases, key=lambda name: not name.endswith("@production")):
-            self._advance(name)
+            current = self._current.get(name)
+            if current is None or current.version != aliases[name] or name in self.refused:
+                self._advance(name)
         for name in list(self._wanted):
             self._advance(name)
         for name in {*list(self._current), *self.refused} - {*aliases, *self._wanted}:

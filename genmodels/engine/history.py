@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any, TypeVar
 
-from genmodels.engine.references import Found
 from genmodels.errors import CheckpointError, KeyNotFound, RequestError
+from genmodels.references import Found
 from genmodels.run import Run
 from genmodels.storage import Storage
 

@@ -13,11 +13,11 @@ from genmodels import checkpoint
 from genmodels.data.text import Tokenizer, load_tokenizer
 from genmodels.engine.batching import Batcher
 from genmodels.engine.passes import Passes
-from genmodels.engine.references import Found
 from genmodels.engine.requests import Request, parse_options
 from genmodels.errors import CheckpointError, DataError, ModelNotFound
 from genmodels.family import Family, ImageFamily, TextFamily
-from genmodels.registry import verify_probe
+from genmodels.references import Found
+from genmodels.registry import finite_probe, verify_probe
 from genmodels.storage import Storage
 
 TOKENIZER = "tokenizer.json"
@@ -96,9 +96,8 @@ def load(storage: Storage, found: Found) -> Loaded:
         loaded = load_folder(folder, found.name)
         if found.version is not None:
             verify_probe(loaded.family, folder)
-    for name, output in loaded.family.probe().items() if found.version is None else ():
-        if not output.isfinite().all():
-            raise CheckpointError(f"its output {name!r} is not finite: training has gone astray")
+        else:
+            finite_probe(loaded.family)
     return loaded
 
 

@@ -11,9 +11,9 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 
 from genmodels.engine.loaded import Loaded, load
-from genmodels.engine.references import Found
 from genmodels.engine.warm import warm
 from genmodels.errors import CheckpointError, RequestError
+from genmodels.references import Found
 from genmodels.storage import Storage
 
 REFUSED_SECONDS = 60.0  # how long one that could not be loaded is not tried again
@@ -43,15 +43,6 @@ class Shelf:
         self._coming = 0  # bytes of what is being loaded, as far as known
         self._refused: OrderedDict[str, tuple[float, CheckpointError]] = OrderedDict()
         self._lock = threading.RLock()
-
-    def __contains__(self, name: str) -> bool:
-        return name in self._held
-
-    @property
-    def names(self) -> list[str]:
-        """What is held, the one not asked for the longest first."""
-        with self._lock:
-            return list(self._held)
 
     @contextlib.contextmanager
     def using(self, name: str) -> Iterator[Loaded]:

@@ -73,7 +73,7 @@ def find(storage: Storage, name: str) -> Found:
     except (ValueError, KeyError, TypeError) as error:
         raise CheckpointError(f"{prefix}/{checkpoint.CONFIG}: damaged ({type(error).__name__})") from error
     start = run.start_of(place.attempt)
-    files = {name: file for name, file in manifest.files.items() if not name.startswith("state/")}
+    files = checkpoint.served(manifest.files)
     return Found(
         name=checkpoint_name(run, place),
         model=run.model,
