@@ -37,7 +37,7 @@ from genmodels.storage import open_storage
 FOLLOW_SECONDS = 1.0  # between two looks at the registry
 LISTED_SECONDS = 1.0  # how long the list of models is believed
 MEMORY = 2 * 2**30  # bytes of models
-GATHER_SECONDS = 0.02  # of text that travels as one piece: each hop between processes costs about a token's time
+GATHER_SECONDS = 0.05  # of text that travels as one piece: each hop between processes costs about a token's time
 TRIES = 3  # to have a model in memory that others push out
 
 logger = logging.getLogger("ray.serve")
@@ -157,7 +157,7 @@ class ModelHost:
                         unfinished -= piece.finish_reason is not None
                         yield piece
                     if unfinished:
-                        await asyncio.sleep(GATHER_SECONDS)
+                        await inbox.gather(GATHER_SECONDS)
         except GenmodelsError as error:
             yield _refusal(error)
         finally:
@@ -251,7 +251,7 @@ class Inbox:
 
     def __init__(self) -> None:
         self._loop = asyncio.get_running_loop()
-        self._arrived = asyncio.Event()
+        self._arrived, self._ended = asyncio.Event(), asyncio.Event()
         self._woken = False
         self._items: deque[Piece | Exception] = deque()
 
@@ -260,6 +260,8 @@ class Inbox:
         if not self._woken:
             self._woken = True
             self._loop.call_soon_threadsafe(self._arrived.set)
+        if isinstance(item, Exception) or item.finish_reason:
+            self._loop.call_soon_threadsafe(self._ended.set)
 
     async def take(self) -> list[Piece]:
         """All that has come, at least one piece; those of one choice joined. An error is raised once it is the next."""
@@ -274,6 +276,13 @@ class Inbox:
             last = joined.get(item.index)
             joined[item.index] = last + item if last else item
         return list(joined.values())
+
+    async def gather(self, seconds: float) -> None:
+        """Let more come for so long, but not behind the end of a choice."""
+        timer = self._loop.call_later(seconds, self._ended.set)
+        await self._ended.wait()
+        timer.cancel()
+        self._ended.clear()
 
 
 def _entry(found: Found, loaded: Loaded) -> Entry:

@@ -49,6 +49,7 @@ THREADS = 1
 ROUNDS = 5
 STREAMS = (1, 4, 16, 64)
 PROMPT, TOKENS = 16, 100  # characters; beyond block_size transformers' GPT-2 could not go on
+LONG = 1500  # tokens of a text whose request itself costs little beside them
 TEXT: dict[str, Any] = {  # GPT-2's own architecture, at the size of jobs/quickstart.yaml's
     "n_embd": 128,
     "n_layer": 4,
@@ -119,6 +120,16 @@ def report(play: TextModel, shapes: ImageModel, url: str, storage: Storage) -> N
     ]
     table.add_row("HTTP / engine", *(f"{ratio:.0%}" for ratio in kept))
     console.print(table)
+    alone, served = (
+        statistics.median(rates)
+        for rates in zip(
+            *((engine(play, 16, LONG), asyncio.run(http_text(url, 16, tokens=LONG))[0]) for _ in range(ROUNDS)),
+            strict=True,
+        )
+    )
+    console.print(
+        f"16 streams of {LONG} tokens: engine {alone:,.0f}, HTTP {served:,.0f} tokens/s, {served / alone:.0%}"
+    )
 
     table = Table("milliseconds", "p50", "p99", "worst", "n")
     _, first, gaps = asyncio.run(http_text(url, CLIENTS, repeat=10))
@@ -191,8 +202,8 @@ def equal_gpt2(family: MiniGPT) -> Any:
     return gpt2
 
 
-def engine(model: TextModel, n: int) -> float:
-    request = CompletionRequest.model_validate({"prompt": SIXTEEN, "max_tokens": TOKENS, "seed": 1})
+def engine(model: TextModel, n: int, tokens: int = TOKENS) -> float:
+    request = CompletionRequest.model_validate({"prompt": SIXTEEN, "max_tokens": tokens, "seed": 1})
     unfinished = n
 
     def take(piece: Piece | Exception) -> None:
@@ -205,7 +216,7 @@ def engine(model: TextModel, n: int) -> float:
         text.complete(model, request).start(take)
     while unfinished:
         model.batcher.step()
-    return n * TOKENS / (time.perf_counter() - started)
+    return n * tokens / (time.perf_counter() - started)
 
 
 def reference(family: MiniGPT, n: int) -> float:
@@ -234,12 +245,14 @@ def huggingface(gpt2: Any, n: int) -> float:
     return n * TOKENS / (time.perf_counter() - started)
 
 
-async def http_text(url: str, n: int, *, repeat: int = 1) -> tuple[float, list[float], list[float]]:
+async def http_text(
+    url: str, n: int, *, tokens: int = TOKENS, repeat: int = 1
+) -> tuple[float, list[float], list[float]]:
     """Tokens a second of n clients that stream, seconds to their first characters, and between the later pieces.
 
     The clients share the machine with what they measure, so they are as plain as can be: sockets, and no parsing.
     """
-    body = {"model": "play", "prompt": SIXTEEN, "max_tokens": TOKENS, "seed": 1, "stream": True}
+    body = {"model": "play", "prompt": SIXTEEN, "max_tokens": tokens, "seed": 1, "stream": True}
     first: list[float] = []
     gaps: list[float] = []
 
@@ -264,7 +277,7 @@ async def http_text(url: str, n: int, *, repeat: int = 1) -> tuple[float, list[f
     started = time.perf_counter()
     for _ in range(repeat):
         await asyncio.gather(*(one() for _ in range(n)))
-    return repeat * n * TOKENS / (time.perf_counter() - started), first, gaps
+    return repeat * n * tokens / (time.perf_counter() - started), first, gaps
 
 
 async def http_empty(url: str, times: int = 200) -> list[float]:
