@@ -255,7 +255,7 @@ def test_a_stream_whose_host_dies_ends_in_an_error_and_a_new_host_answers(endpoi
         host = replica("default")
         with client.stream("POST", "/v1/completions", json=LONG) as stream:
             lines = data(stream.iter_lines())
-            for _ in range(random.Random(kill).randint(1, 20)):
+            for _ in range(random.Random(kill).randint(1, 8)):
                 assert json.loads(next(lines))["choices"]
             os.kill(host, signal.SIGKILL)
             rest = list(lines)
