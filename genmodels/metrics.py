@@ -1,58 +1,118 @@
-"""Every metric of this library's own, named once. Series go to files in PROMETHEUS_MULTIPROC_DIR, where that is set.
+"""Every metric of this project's own, named once. Series go to files in PROMETHEUS_MULTIPROC_DIR, where that is set.
 
-An exporter on the same node reads those files; so a process that trains opens no port, and one without an exporter
-keeps a few numbers in memory that nobody asks for.
+An exporter on the same node reads those files (`services/exporter.py`); so a process that trains or serves opens no
+port, and one without an exporter keeps a few numbers in memory that nobody asks for.
+
+Three sets of labels, and nothing else but values from short fixed lists: never a prompt, an id of a request, or text
+that somebody wrote. Counters and histograms outlive the process that counted, so they carry no job: a job's series
+are gauges, which end with the process that trains it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from functools import cache
+from prometheus_client import Counter, Gauge, Histogram
+from prometheus_client.metrics import MetricWrapperBase
 
-from prometheus_client import Counter, Gauge
+RUN_LABELS = ("job", "model", "family")  # of what trains
+VERSION_LABELS = ("model", "family", "version")  # of what answers; version: the number, or the checkpoint's name
+FAMILY_LABELS = ("family",)  # of what is counted beyond a run's end
 
-RUN_LABELS = ("job", "model", "family")
+ALL: list[MetricWrapperBase] = []  # in the order of this file
 
-# Counted where runs are supervised. `cause`: as in `Result.cause`, or the outcome where it has none.
-ATTEMPTS = Counter("genmodels_attempts_ended_total", "Attempts of runs that ended, by cause.", ["cause"], registry=None)
-
-# Counted by model hosts.
-VERSION_LABELS = ("model", "family", "version")
-SWAPPED = Counter(
-    "genmodels_versions_swapped_total", "Versions that took over from an older one.", VERSION_LABELS, registry=None
-)
-REFUSED = Counter(
-    "genmodels_versions_refused_total",
-    "Versions that were not served: damaged or unfit.",
-    VERSION_LABELS,
-    registry=None,
-)
+_SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
+_LONG_SECONDS = (0.1, 0.5, 1.0, 5.0, 15.0, 30.0, 60.0, 300.0, 900.0, 3600.0, 4 * 3600.0)
+_ROWS = (1, 2, 4, 8, 12, 16, 24, 32)
 
 
-class TrainingMetrics:
-    """How far a run is, as its rank 0 shows it. The series go when that process ends."""
-
-    def __init__(self, job: str, model: str, family: str) -> None:
-        self._labels = (job, model, family)
-
-    def step(self, step: int, loss: float | None) -> None:
-        self._set("genmodels_training_step", "Optimizer steps done.", step)
-        if loss is not None:
-            self._set("genmodels_training_loss", "Loss of the latest step, mean over all workers.", loss)
-
-    def evaluation(self, metrics: Mapping[str, float]) -> None:
-        """Args:
-        metrics: the latest evaluation's, e.g. `val_loss`; other rows are passed over.
-        """
-        for name, value in metrics.items():
-            if name.startswith("val_"):
-                self._set(f"genmodels_training_{name}", f"{name} of the latest evaluation.", value)
-
-    def _set(self, name: str, help: str, value: float) -> None:
-        _gauge(name, help).labels(*self._labels).set(value)
+def _counter(name: str, help: str, labels: tuple[str, ...]) -> Counter:
+    ALL.append(metric := Counter(f"genmodels_{name}", help, labels, registry=None))
+    return metric
 
 
-@cache
-def _gauge(name: str, help: str) -> Gauge:
+def _histogram(name: str, help: str, labels: tuple[str, ...], buckets: tuple[float, ...] = _SECONDS) -> Histogram:
+    ALL.append(metric := Histogram(f"genmodels_{name}", help, labels, buckets=buckets, registry=None))
+    return metric
+
+
+def _gauge(name: str, help: str, labels: tuple[str, ...], mode: str = "livemostrecent") -> Gauge:
     # Live: a dead process's values are dropped. Not in the default registry: they are read from the files alone.
-    return Gauge(name, help, RUN_LABELS, registry=None, multiprocess_mode="livemostrecent")
+    ALL.append(metric := Gauge(f"genmodels_{name}", help, labels, registry=None, multiprocess_mode=mode))  # type: ignore[arg-type]
+    return metric
+
+
+def _training(name: str, help: str, *more: str) -> Gauge:
+    return _gauge(f"training_{name}", help, (*RUN_LABELS, *more))
+
+
+# Training: of rank 0, as long as it runs. `role`: "model", or a GAN's "generator" and "discriminator".
+TRAINING_STEP = _training("step", "Optimizer steps done.")
+TRAINING_MAX_STEPS = _training("max_steps", "Optimizer steps that the run is to take.")
+TRAINING_ETA = _training("eta_seconds", "Time left until the last step, at the pace so far.")
+TRAINING_TICK = _training("tick_timestamp_seconds", "When the attempt last showed progress, in Unix time.")
+TRAINING_WORKERS = _training("workers", "Workers in the group.")
+TRAINING_SAMPLES = _training("samples", "Samples seen by all workers together since step 0.")
+TRAINING_LOSS = _training("loss", "Loss, mean over all workers and the steps since the last row.", "role")
+TRAINING_PART = _training(
+    "part", "Part of a loss or what stands beside it (kl, accuracy_real), by name.", "role", "part"
+)
+TRAINING_VALIDATION = _training("validation", "Metric of the latest evaluation, e.g. val_loss.", "metric")
+TRAINING_LEARNING_RATE = _training("learning_rate", "Learning rate of the latest step.")
+TRAINING_GRADIENT_NORM = _training("gradient_norm", "Norm of the gradient before clipping.", "role")
+TRAINING_SAMPLES_PER_SECOND = _training("samples_per_second", "Samples a second, all workers together.")
+TRAINING_TOKENS_PER_SECOND = _training("tokens_per_second", "Tokens a second, all workers together; of texts alone.")
+TRAINING_STEP_SECONDS = _training("step_seconds", "Seconds of an optimizer step.")
+TRAINING_DATA_WAIT = _training("data_wait_ratio", "Share of the time that steps wait for data.")
+TRAINING_FLOPS = _training("flops_per_second", "Floating point operations a second of forward and backward passes.")
+TRAINING_MFU = _training("mfu_ratio", "Those operations over what matrix products alone reach on this device.")
+TRAINING_GPU_MEMORY = _training("gpu_memory_bytes", "Most GPU memory that rank 0 has had allocated.")
+TRAINING_CHECKPOINT_STEP = _training("checkpoint_step", "Step of the newest whole checkpoint of this attempt.")
+
+# Checkpoints: counted by rank 0.
+CHECKPOINT_SECONDS = _histogram(
+    "checkpoint_seconds", "From a snapshot to its manifest in storage.", FAMILY_LABELS, _LONG_SECONDS
+)
+CHECKPOINT_STALL_SECONDS = _histogram("checkpoint_stall_seconds", "How long a save held the steps up.", FAMILY_LABELS)
+CHECKPOINT_BYTES = _counter("checkpoint_bytes_total", "Bytes of the checkpoints brought to storage.", FAMILY_LABELS)
+CHECKPOINT_FAILURES = _counter(
+    "checkpoint_failures_total", "Uploads that the store did not take at once and that were tried again.", FAMILY_LABELS
+)
+
+# Jobs: counted where the dispatcher is. `cause`: as in `Result.cause`, or the outcome where it has none.
+ATTEMPTS = _counter("attempts_ended_total", "Attempts of runs that ended, by cause.", ("cause",))
+RUNS_ENDED = _counter("runs_ended_total", "Runs that came to an end, by state.", ("state",))
+QUEUE_WAIT_SECONDS = _histogram(
+    "queue_wait_seconds", "From queued to starting, each time a run is queued.", (), _LONG_SECONDS
+)
+
+# Registry: counted by who publishes, promotes or judges.
+PUBLISHED = _counter("versions_published_total", "Versions put into the registry.", FAMILY_LABELS)
+PROMOTED = _counter("promotions_total", "Aliases that were moved to another version.", FAMILY_LABELS)
+GATES = _counter("gates_total", "Checkpoints judged by a gate.", ("family", "passed"))
+
+# Storage. `operation`: get, put, list, delete, exists, upload, download; `kind`: of the error, by its class.
+STORAGE_SECONDS = _histogram("storage_seconds", "Of an operation on storage, tries again included.", ("operation",))
+STORAGE_ERRORS = _counter("storage_errors_total", "Operations on storage that failed.", ("operation", "kind"))
+
+# Requests: counted by the gateway. Of requests that named no model that there is, its labels are empty.
+REQUESTS = _counter("requests_total", "Requests answered, by route and status.", (*VERSION_LABELS, "route", "code"))
+REQUEST_SECONDS = _histogram("request_seconds", "From a request to the end of its answer.", (*VERSION_LABELS, "route"))
+
+# Model hosts.
+FIRST_TOKEN_SECONDS = _histogram(
+    "time_to_first_token_seconds", "From a request at the host to its first token.", VERSION_LABELS
+)
+BETWEEN_TOKENS_SECONDS = _histogram("time_between_tokens_seconds", "Between two tokens of one text.", VERSION_LABELS)
+TOKENS = _counter("tokens_total", "Tokens read (prompt) and made (completion).", (*VERSION_LABELS, "kind"))
+IMAGES = _counter("images_total", "Pictures and latents answered, by verb.", (*VERSION_LABELS, "verb"))
+BATCH_SIZE = _histogram("batch_size", "Texts in a step of decoding, or rows in a pass.", VERSION_LABELS, _ROWS)
+WAITING = _gauge(
+    "waiting_requests", "Texts without a slot, or requests for pictures without a pass.", VERSION_LABELS, "livesum"
+)
+KV_SLOTS = _gauge(
+    "kv_slots", "Slots of the key-value cache, all of them and those in use.", (*VERSION_LABELS, "state"), "livesum"
+)
+LOADED_BYTES = _gauge("loaded_bytes", "Memory of a loaded version.", VERSION_LABELS, "livesum")
+ACTIVE = _gauge("version_active", "Hosts in which an alias means this version.", VERSION_LABELS, "livesum")
+LOAD_SECONDS = _histogram("version_load_seconds", "To fetch, check and warm a version.", FAMILY_LABELS, _LONG_SECONDS)
+SWAPPED = _counter("versions_swapped_total", "Versions that took over from an older one.", VERSION_LABELS)
+REFUSED = _counter("versions_refused_total", "Versions that were not served: damaged or unfit.", VERSION_LABELS)
