@@ -146,13 +146,18 @@ def field(name: str, label: str, value: str) -> Json:
 
 
 def quantiles(
-    histogram: str, where: str, shares: tuple[float, ...], *, by: str = "", window: str = RATE
+    histogram: str, where: str, shares: tuple[float, ...], *, by: str = "", ever: bool = False
 ) -> list[tuple[str, str]]:
-    """A query and legend for each quantile of a histogram."""
+    """A query and legend for each quantile of a histogram.
+
+    Args:
+        ever: of all that was counted so far; for what happens too seldom to have a rate.
+    """
     labels = f"{by}, le" if by else "le"
-    rates = f"sum by ({labels}) (rate({histogram}_bucket{{{where}}}[{window}]))"
+    selected = f"{histogram}_bucket{{{where}}}" if where else f"{histogram}_bucket"
+    counts = f"sum by ({labels}) ({selected if ever else f'rate({selected}[{RATE}])'})"
     name = f"{{{{{by}}}}} " if by else ""
-    return [(f"histogram_quantile({share}, {rates})", f"{name}p{share * 100:g}") for share in shares]
+    return [(f"histogram_quantile({share}, {counts})", f"{name}p{share * 100:g}") for share in shares]
 
 
 def _field(unit: str, limits: tuple[float | None, float | None], steps: list[tuple[float, str]]) -> Json:

@@ -37,8 +37,8 @@ def platform() -> Json:
         curves("Open runs", "By state.", ("max by (state) (genmodels_open_runs)", "{{state}}"), stacked=True),
         curves(
             "Waiting for room",
-            "How long runs that started had waited.",
-            *quantiles("genmodels_queue_wait_seconds", "", (0.5, 0.95), window="1h"),
+            "How long runs had waited when they started; all so far.",
+            *quantiles("genmodels_queue_wait_seconds", "", (0.5, 0.95), ever=True),
             unit="s",
         ),
         curves(

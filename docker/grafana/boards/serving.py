@@ -137,8 +137,8 @@ def serving() -> Json:
         ),
         curves(
             "Time of a load",
-            "To fetch, check and warm a version; median and 95th percentile over an hour.",
-            *quantiles("genmodels_version_load_seconds", "", (0.5, 0.95), by="family", window="1h"),
+            "To fetch, check and warm a version; median and 95th percentile of all so far.",
+            *quantiles("genmodels_version_load_seconds", "", (0.5, 0.95), by="family", ever=True),
             unit="s",
             width=8,
         ),
