@@ -149,21 +149,21 @@ def test_dashboards_are_as_their_code_says(tmp_path: Path) -> None:
 def prometheus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """The address of a real Prometheus, configured as in compose, but for where things are and how often it asks."""
     folder = tmp_path_factory.mktemp("prometheus")
-    own, *ports = (free_ports(1) for _ in range(4))
-    addresses = dict(zip(("prometheus", "nodes", "ray", "jobs"), (own, *ports), strict=True))
+    own = free_ports(4)
+    ports = {name: own + i for i, name in enumerate(("prometheus", "nodes", "ray", "jobs"))}
     config = yaml.safe_load((PROMETHEUS / "prometheus.yml").read_text())
     config["global"] = {"scrape_interval": "1s", "scrape_timeout": "1s", "evaluation_interval": "1s"}
     config["rule_files"] = [str(path) for path in RULES]
     for job in config["scrape_configs"]:
         job.pop("dns_sd_configs", None)
-        job["static_configs"] = [{"targets": [f"127.0.0.1:{addresses[job['job_name']]}"]}]
+        job["static_configs"] = [{"targets": [f"127.0.0.1:{ports[job['job_name']]}"]}]
     (folder / "prometheus.yml").write_text(yaml.safe_dump(config))
     url = f"http://127.0.0.1:{own}"
     command = [
         "prometheus", f"--config.file={folder / 'prometheus.yml'}", f"--storage.tsdb.path={folder / 'data'}",
         f"--web.listen-address=127.0.0.1:{own}", "--log.level=warn",
     ]  # fmt: skip
-    values = subprocess.Popen([sys.executable, made_up_metrics.__file__, *map(str, ports)])
+    values = subprocess.Popen([sys.executable, made_up_metrics.__file__, *(str(own + i) for i in (1, 2, 3))])
     server = subprocess.Popen(command)
     try:
         until(lambda: _ready(url), "Prometheus answers")
