@@ -1,0 +1,89 @@
+"""Endpoints that expose made-up, moving values of every metric there is, as nodes, Ray and the job service do.
+
+python tests/made_up_metrics.py NODES_PORT RAY_PORT JOBS_PORT
+"""
+
+from __future__ import annotations
+
+import itertools
+import random
+import sys
+import threading
+import time
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
+from prometheus_client.metrics import MetricWrapperBase
+
+from genmodels import metrics
+
+# Of each label what there may be in real life; a metric has series for all combinations.
+VALUES = {
+    "job": ("shapes-0a1b2c3d", "texts-4e5f6a7b"),
+    "model": ("first", "second"),
+    "family": ("vae",),
+    "version": ("1", "2"),
+    "role": ("model", "generator", "discriminator"),
+    "part": ("kl", "reconstruction", "accuracy_real", "accuracy_fake"),
+    "metric": ("val_loss", "val_kl", "val_active_units", "val_frechet", "val_frechet_floor"),
+    "cause": ("succeeded", "left", "infrastructure"),
+    "passed": ("true", "false"),
+    "operation": ("get", "put"),
+    "kind": ("prompt", "completion"),
+    "route": ("/v1/completions", "/v1/images/generations"),
+    "code": ("200", "429", "503"),
+    "verb": ("generate", "encode"),
+    "state": ("running", "queued", "succeeded"),
+    "Name": ("CPU", "memory"),
+    "State": ("USED", "AVAILABLE"),
+    "GpuIndex": ("0",),
+}
+SUFFIXES = {"counter": ("_total",), "gauge": ("",), "histogram": ("_bucket", "_sum", "_count")}  # of a metric's series
+JOB_SERVICE = {
+    "genmodels_storage_up": (),
+    "genmodels_open_runs": ("state",),
+    "genmodels_queue_length": (),
+    "genmodels_queue_oldest_seconds": (),
+}
+RAY = {
+    "ray_node_cpu_utilization": (),
+    "ray_node_mem_used": (),
+    "ray_node_mem_total": (),
+    "ray_node_disk_utilization_percentage": (),
+    "ray_node_gpus_utilization": ("GpuIndex",),
+    "ray_node_gram_used": ("GpuIndex",),
+    "ray_node_gram_available": ("GpuIndex",),
+    "ray_resources": ("Name", "State"),
+}
+
+
+def main() -> None:
+    nodes_port, ray_port, jobs_port = map(int, sys.argv[1:])
+    of_jobs = [Gauge(name, "", labels, registry=None) for name, labels in JOB_SERVICE.items()]
+    of_ray = [Gauge(name, "", labels, registry=None) for name, labels in RAY.items()]
+    everything = {nodes_port: metrics.ALL, ray_port: of_ray, jobs_port: of_jobs}
+    for port, exposed in everything.items():
+        registry = CollectorRegistry()
+        for metric in exposed:
+            registry.register(metric)
+        start_http_server(port, "127.0.0.1", registry)
+    while True:
+        for metric in itertools.chain(*everything.values()):
+            move(metric)
+        threading.Event().wait(0.2)
+
+
+def move(metric: MetricWrapperBase) -> None:
+    for labels in itertools.product(*(VALUES[name] for name in metric._labelnames)):
+        series = metric.labels(*labels) if labels else metric
+        if metric is metrics.TRAINING_TICK:
+            series.set(time.time())
+        elif isinstance(series, Gauge):
+            series.set(random.uniform(0.1, 1.0))
+        elif isinstance(series, Counter):
+            series.inc(random.randrange(1, 9))
+        elif isinstance(series, Histogram):
+            series.observe(random.uniform(0.0, 2.0))
+
+
+if __name__ == "__main__":
+    main()
