@@ -5,10 +5,16 @@ from __future__ import annotations
 import contextlib
 import itertools
 import json
+import os
+import signal
+import socket
+import subprocess
+import sys
 import time
 import uuid
 from collections import Counter
 from collections.abc import AsyncIterator, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -34,7 +40,7 @@ from services.host import ModelHost, Opened
 from services.local import free_ports
 from services.routes import create_app
 
-CANARY = "canary-7f3a"
+CANARY = "canaryqzx"
 LONG = {"prompt": "To be", "max_tokens": 4000, "stream": True}
 
 Series: TypeAlias = dict[tuple[str, ...], float]  # (name, label values in alphabetical order of the labels) -> value
@@ -73,7 +79,7 @@ def stays(read: Callable[[], Any], expected: Any, seconds: float = 30) -> None:
     """A count becomes this in time (a client may have its answer before the server has noted the end), and stays."""
     deadline = time.monotonic() + seconds
     while (found := read()) != expected:
-        assert time.monotonic() < deadline, found
+        assert time.monotonic() < deadline, grown(expected, found) if isinstance(expected, dict) else found
         time.sleep(0.05)
     for _ in range(3):
         time.sleep(0.05)
@@ -439,7 +445,7 @@ class Client:
 
 
 def test_all_processes_together_count_what_their_clients_count(
-    endpoint: str, exporter: str, models: Storage
+    endpoint: str, exporter: str, models: Storage, metrics_folder: Path
 ) -> None:
     """Two gateways, two hosts and Serve's proxy; then one of the hosts is killed."""
     keys = Keys(models)
@@ -474,7 +480,7 @@ def test_all_processes_together_count_what_their_clients_count(
         stays(lambda: counted("requests_total"), requests_total(client.asked))
         expected: Series = {("tokens_total", "minigpt", kind, "play", "1"): n for kind, n in client.tokens.items()}
         expected |= {("images_total", "vae", "shapes", verb, "1"): count for verb, count in client.pictures.items()}
-        stays(lambda: {key: n for key, n in counted("tokens_total", "images_total").items() if "left" not in key}, expected)
+        stays(lambda: of_known(counted("tokens_total", "images_total")), expected)
 
     work()
     large = socket.create_connection(("127.0.0.1", int(endpoint.rpartition(":")[2])), timeout=20)
@@ -485,9 +491,35 @@ def test_all_processes_together_count_what_their_clients_count(
     client.asked["/v1/completions", "413", ""] += 1
     check()
     assert {code for _, code, _ in client.asked} == {"200", "401", "404", "413", "429", "499"}
-    names = ("version_active", "kv_slots", "waiting_requests")
     gauges: Series = {("version_active", FAMILIES[name], name, "1"): 2 for name in ("play", "left", "shapes")}
-    gauges |= {("kv_slots", "minigpt", name, "total", "1"): 32 for name in ("play", "left")}
-    now = lambda: {key: n for key, n in only(series(scraped(exporter)), *names).items() if key[-1] == "1"}  # noqa: E731
-    stays(now, gauges)
-    writers = {int(path.stem.rpartition("_")[2]) for path in Path(endpoint_folder(exporter)).glob("counter_*.db")}
+    gauges |= {("kv_slots", "minigpt", name, "total", "1"): 2 * 16 for name in ("play", "left")}
+
+    def levels() -> Series:
+        return only(series(scraped(exporter)), "version_active", "kv_slots", "waiting_requests")
+
+    stays(levels, gauges)
+    host = next(hosts_of(metrics_folder))
+    os.kill(host, signal.SIGKILL)
+    check()  # what it has counted stays
+    stays(lambda: scraped(exporter) and host in hosts_of(metrics_folder), False)
+    stays(levels, gauges, 60)
+    work()
+    check()
+    found = httpx.get(exporter, trust_env=False).text
+    assert CANARY not in found
+    labels = {value for key in series(scraped(exporter)) for value in key[1:] if {"play", "shapes"} & {*key}}
+    numbers = {label for label in labels if label.isdecimal()}
+    assert labels - numbers <= {"", OTHER, *ROUTES, *FAMILIES, *FAMILIES.values(), *STATES}
+
+
+STATES = {"total", "prompt", "completion", "generate", "decode", "encode"}
+
+
+def of_known(found: Series) -> Series:
+    """Without the tokens of those who left, which nobody has counted but the engine."""
+    return {key: value for key, value in found.items() if "left" not in key}
+
+
+def hosts_of(folder: Path) -> Iterator[int]:
+    """Their processes: nobody else has such gauges."""
+    return (int(path.stem.rpartition("_")[2]) for path in folder.glob("gauge_livesum_*.db"))
