@@ -10,6 +10,7 @@ import signal
 import socket
 import subprocess
 import sys
+import threading
 import time
 import uuid
 from collections import Counter
@@ -21,12 +22,13 @@ from typing import Any, TypeAlias
 import httpx
 import pytest
 from asking import PICTURE, ask
-from prometheus_client import Metric
+from prometheus_client import Histogram, Metric
 from prometheus_client.parser import text_string_to_metric_families
 from published import publish, save_checkpoint
 from served import served
 
 from genmodels import metrics
+from genmodels.engine import meters
 from genmodels.engine.text import CompletionRequest, Piece
 from genmodels.errors import RequestError
 from genmodels.keys import Keys
@@ -159,6 +161,16 @@ def test_tokens_are_those_of_the_usage(app: Any, before: Series, fields: dict[st
     }
     names = {key[0] for key in expected}
     stays(lambda: only(grown(before, here()), *names), {key: value for key, value in expected.items() if value})
+
+
+def test_many_observations_at_once_are_as_many_one_by_one() -> None:
+    once, one_by_one = (Histogram("h", "", registry=None, buckets=(0.1, 0.5)) for _ in range(2))
+    for amount, count in ((0.05, 3), (0.1, 2), (0.3, 1), (0.5, 4), (7.0, 5)):
+        meters._observe(once, amount, count)
+        for _ in range(count):
+            one_by_one.observe(amount)
+    found, expected = ([(s.name, s.labels, s.value) for s in h.collect()[0].samples][:-1] for h in (once, one_by_one))
+    assert found == [(name, labels, pytest.approx(value)) for name, labels, value in expected]
 
 
 def test_pictures_and_latents_are_counted_by_verb(app: Any, before: Series) -> None:
@@ -405,30 +417,39 @@ def exporter(metrics_folder: Path) -> Iterator[str]:
         process.terminate()
 
 
+BODY = {"model": "play", "prompt": CANARY, "max_tokens": 20}
+
+
 class Client:
     """Asks, and counts what it asked and what came back."""
 
     def __init__(self, url: str, token: str) -> None:
         self.http = httpx.Client(base_url=url, headers={"authorization": f"Bearer {token}"}, timeout=60)
+        self.lock = threading.Lock()
         self.asked: Requests = Counter()
         self.tokens: Counter[str] = Counter()
         self.pictures: Counter[str] = Counter()
 
     def completion(self, **fields: Any) -> None:
-        body = {"model": "play", "prompt": CANARY, "max_tokens": 20, **fields}
-        answer = self._send("/v1/completions", "/v1/completions", body)
+        answer = self._send("/v1/completions", "/v1/completions", {**BODY, **fields})
         if answer.status_code != 200:
             return
         text = answer.text.split("data: ")[-2] if fields.get("stream") else answer.text
         usage = json.loads(text)["usage"]
-        self.tokens += Counter(prompt=usage["prompt_tokens"], completion=usage["completion_tokens"])
+        with self.lock:
+            self.tokens += Counter(prompt=usage["prompt_tokens"], completion=usage["completion_tokens"])
+
+    def refused(self) -> None:
+        """By the host: the gateway does not know what a model takes."""
+        assert self._send("/v1/completions", "/v1/completions", {**BODY, "top_p": 9}, by="play@1").status_code == 400
 
     def picture(self, verb: str, **body: Any) -> None:
         known = verb != "generate"
         path = f"/v1/models/shapes/{verb}" if known else "/v1/images/generations"
         route = f"/v1/models/{{model}}/{verb}" if known else "/v1/images/generations"
         answer = self._send(route, path, body).json()
-        self.pictures[verb] += len(answer.get("data", answer.get("latents", [])))
+        with self.lock:
+            self.pictures[verb] += len(answer.get("data", answer.get("latents", [])))
 
     def model(self, name: str, **headers: str) -> None:
         self._send("/v1/models/{model}", f"/v1/models/{name}", method="GET", headers=headers)
@@ -436,11 +457,15 @@ class Client:
     def leave(self, **fields: Any) -> None:
         with self.http.stream("POST", "/v1/completions", json={**LONG, "model": "left", **fields}) as stream:
             assert next(texts(stream)) is not None
-        self.asked["/v1/completions", "499", "left@1"] += 1
+        with self.lock:
+            self.asked["/v1/completions", "499", "left@1"] += 1
 
-    def _send(self, route: str, path: str, body: Any = None, method: str = "POST", **options: Any) -> httpx.Response:
+    def _send(
+        self, route: str, path: str, body: Any = None, *, by: str = "", method: str = "POST", **options: Any
+    ) -> httpx.Response:
         answer = self.http.request(method, path, json=body, **options)
-        self.asked[route, str(answer.status_code), answer.headers.get("x-genmodels-version", "")] += 1
+        with self.lock:
+            self.asked[route, str(answer.status_code), answer.headers.get("x-genmodels-version", by)] += 1
         return answer
 
 
@@ -463,6 +488,7 @@ def test_all_processes_together_count_what_their_clients_count(
             lambda: client.completion(n=2, stream=True, stream_options={"include_usage": True}),
             lambda: client.completion(echo=True, stop=["e", "a"]),
             lambda: client.completion(model=CANARY),
+            lambda: client.refused(),
             lambda: client.picture("generate", model="shapes", n=3),
             lambda: client.picture("decode", latents=[[0.0] * 4] * 2),
             lambda: client.picture("encode", images=[PICTURE]),
@@ -490,7 +516,7 @@ def test_all_processes_together_count_what_their_clients_count(
         assert large.recv(100).startswith(b"HTTP/1.1 413")
     client.asked["/v1/completions", "413", ""] += 1
     check()
-    assert {code for _, code, _ in client.asked} == {"200", "401", "404", "413", "429", "499"}
+    assert {code for _, code, _ in client.asked} == {"200", "400", "401", "404", "413", "429", "499"}
     gauges: Series = {("version_active", FAMILIES[name], name, "1"): 2 for name in ("play", "left", "shapes")}
     gauges |= {("kv_slots", "minigpt", name, "total", "1"): 2 * 16 for name in ("play", "left")}
 
