@@ -64,7 +64,10 @@ def here() -> Series:
 
 
 def scraped(url: str) -> list[Metric]:
-    return list(text_string_to_metric_families(httpx.get(url, trust_env=False).text))
+    deadline = time.monotonic() + 10
+    while (answer := httpx.get(url, trust_env=False)).status_code != 200:  # a process is making its files just now
+        assert time.monotonic() < deadline, answer.text
+    return list(text_string_to_metric_families(answer.text))
 
 
 def grown(before: Series, now: Series) -> Series:

@@ -243,6 +243,7 @@ class Batcher:
             self._waiting.clear()
         for text in waiting:
             _tell(text, error)
+        self._tell_meter()
 
 
 def not_finite() -> RequestError:
