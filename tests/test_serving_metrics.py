@@ -426,8 +426,8 @@ BODY = {"model": "play", "prompt": CANARY, "max_tokens": 20}
 class Client:
     """Asks, and counts what it asked and what came back."""
 
-    def __init__(self, url: str, token: str) -> None:
-        self.http = httpx.Client(base_url=url, headers={"authorization": f"Bearer {token}"}, timeout=60)
+    def __init__(self, http: httpx.Client) -> None:
+        self.http = http
         self.lock = threading.Lock()
         self.asked: Requests = Counter()
         self.tokens: Counter[str] = Counter()
@@ -472,13 +472,18 @@ class Client:
         return answer
 
 
+@pytest.fixture
+def client(endpoint: str, models: Storage) -> Iterator[Client]:
+    headers = {"authorization": f"Bearer {Keys(models).create('tests', ('generate',))[1]}"}
+    with httpx.Client(base_url=endpoint, headers=headers, timeout=60) as http:
+        yield Client(http)
+
+
 def test_all_processes_together_count_what_their_clients_count(
-    endpoint: str, exporter: str, models: Storage, metrics_folder: Path
+    client: Client, endpoint: str, exporter: str, models: Storage, metrics_folder: Path
 ) -> None:
     """Two gateways, two hosts and Serve's proxy; then one of the hosts is killed."""
-    keys = Keys(models)
-    token, narrow = keys.create("tests", ("generate",))[1], keys.create("narrow", ("generate",), rate=1)[1]
-    client = Client(endpoint, token)
+    _, narrow = Keys(models).create("narrow", ("generate",), rate=1)
     before = series(scraped(exporter))
 
     def counted(*names: str) -> Series:
