@@ -543,10 +543,11 @@ def test_all_processes_together_count_what_their_clients_count(
     assert CANARY not in found
     labels = {value for key in series(scraped(exporter)) for value in key[1:] if {"play", "shapes"} & {*key}}
     numbers = {label for label in labels if label.isdecimal()}
-    assert labels - numbers <= {"", OTHER, *ROUTES, *FAMILIES, *FAMILIES.values(), *STATES}
+    assert labels - numbers <= {"", OTHER, *ROUTES, *FAMILIES, *FAMILIES.values(), *STATES, *VERBS}
 
 
-STATES = {"total", "prompt", "completion", "generate", "decode", "encode"}
+STATES = {"total", "prompt", "completion"}
+VERBS = {"generate", "encode", "decode", "reconstruct", "denoise", "interpolate"}
 
 
 def of_known(found: Series) -> Series:
