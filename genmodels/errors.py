@@ -108,9 +108,11 @@ class RequestError(GenmodelsError):
         super().__init__(message)
         self.message, self.param, self.status, self.code = message, param, status, code
         self.retry_after = retry_after
+        self.refused_by: tuple[str, str] | None = None  # name and family of the version, where one was found
 
     def __reduce__(self) -> tuple[object, ...]:
-        return _request_error, (type(self), self.message, self.param, self.status, self.code)
+        arguments = (type(self), self.message, self.param, self.status, self.code)
+        return _request_error, arguments, {"retry_after": self.retry_after, "refused_by": self.refused_by}
 
 
 class ModelNotFound(RequestError):

@@ -10,14 +10,18 @@ are gauges, which end with the process that trains it.
 
 from __future__ import annotations
 
+from typing import TypeAlias
+
 from prometheus_client import Counter, Gauge, Histogram
 from prometheus_client.metrics import MetricWrapperBase
 
 RUN_LABELS = ("job", "model", "family")  # of what trains
-VERSION_LABELS = ("model", "family", "version")  # of what answers; version: the number, or the checkpoint's name
+VERSION_LABELS = ("model", "family", "version")  # of what answers; see `version_labels`
 FAMILY_LABELS = ("family",)  # of what is counted beyond a run's end
 
 ALL: list[MetricWrapperBase] = []  # in the order of this file
+
+Labels: TypeAlias = tuple[str, str, str]  # values of VERSION_LABELS
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 _LONG_SECONDS = (0.1, 0.5, 1.0, 5.0, 15.0, 30.0, 60.0, 300.0, 900.0, 3600.0, 4 * 3600.0)
@@ -116,3 +120,12 @@ ACTIVE = _gauge("version_active", "Hosts in which an alias means this version.",
 LOAD_SECONDS = _histogram("version_load_seconds", "To fetch, check and warm a version.", FAMILY_LABELS, _LONG_SECONDS)
 SWAPPED = _counter("versions_swapped_total", "Versions that took over from an older one.", VERSION_LABELS)
 REFUSED = _counter("versions_refused_total", "Versions that were not served: damaged or unfit.", VERSION_LABELS)
+
+
+def version_labels(name: str, family: str) -> Labels:
+    """Values of VERSION_LABELS for what `name` means exactly, as in `shapes@3`.
+
+    All checkpoints of a model's runs are one: a run may save thousands, and a series ends only with its process.
+    """
+    model, _, version = name.partition("@")
+    return model, family, version if version.isdecimal() else "checkpoint"

@@ -28,6 +28,7 @@ from genmodels.errors import (
     StorageUnavailable,
 )
 from genmodels.explain import show
+from services.counting import COUNT, answers
 from services.docs import HEADERS, page
 from services.edge import MAX_BODY, Edge, Json, Streamed, refuse
 
@@ -179,6 +180,8 @@ async def _on_error(request: Request, error: Exception) -> Response:
     if isinstance(error, RequestValidationError):
         return _parameter(error)
     found = _request_error(error)
+    if found.refused_by and COUNT in request.scope:
+        answers(request, *found.refused_by)
     if found.status >= 500:
         logger.error("%s %s: %s: %s", request.method, _route(request), type(error).__name__, error)
     wait = {"retry-after": str(found.retry_after or 1)}

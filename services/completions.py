@@ -22,6 +22,7 @@ from genmodels.explain import wrong
 from genmodels.family import Section
 from services.api import documented, read_body
 from services.auth import Caller
+from services.counting import Count, answers, count_of
 from services.edge import REQUEST_ID, Json, envelope
 from services.host import Opened
 from services.pool import VERSION, Pool, checked
@@ -69,6 +70,7 @@ def add_completions(app: FastAPI, pool: Pool, generate: Any) -> None:
             await leaving.enter_async_context(aclosing(items))
             opened = checked(await anext(items))
             assert isinstance(opened, Opened)
+            answers(request, opened.model, opened.family)
             answer = {
                 "id": f"cmpl-{request.headers[REQUEST_ID]}",
                 "object": "text_completion",
@@ -78,7 +80,8 @@ def add_completions(app: FastAPI, pool: Pool, generate: Any) -> None:
             }
             if body.stream:
                 leaving.pop_all()  # from here on the stream's
-                return _EventStream(_events(answer, opened, items, body), items, opened.model)
+                events = _events(answer, opened, items, body, count_of(request))
+                return _EventStream(events, items, opened.model)
             content = await _unless_gone(request, _whole(opened, items, body))
             return Json({**answer, **content}, headers={VERSION: opened.model})
 
@@ -94,7 +97,9 @@ async def _whole(opened: Opened, items: Items, body: CompletionBody) -> dict[str
     return {"choices": choices, "usage": _usage(opened, sum(piece.tokens for own in pieces for piece in own))}
 
 
-async def _events(answer: dict[str, Any], opened: Opened, items: Items, body: CompletionBody) -> AsyncIterator[str]:
+async def _events(
+    answer: dict[str, Any], opened: Opened, items: Items, body: CompletionBody, count: Count
+) -> AsyncIterator[str]:
     """Server-sent events. The status has been sent, so that an error can only be an event; then nothing says [DONE]."""
     tokens, ended = 0, 0
     if usage := body.stream_options.include_usage:
@@ -107,6 +112,7 @@ async def _events(answer: dict[str, Any], opened: Opened, items: Items, body: Co
         if ended < body.n:
             raise _host_lost()
     except RequestError as error:
+        count.error = error.status
         yield _event(envelope(error.status, error.message, param=error.param, code=error.code))
         return
     if usage:

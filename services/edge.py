@@ -24,6 +24,8 @@ from starlette.requests import ClientDisconnect
 from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from services.counting import COUNT, LEFT, Count, Counted
+
 # To be in the environment before Ray starts, wherever a part of Serve may run. Over gRPC, and without a second thread
 # in each process, 16 streams get 2.6 times the tokens (`make bench-serving` on 2 cores).
 SERVE_ENVIRONMENT = {
@@ -54,8 +56,8 @@ logger = logging.getLogger("genmodels.edge")
 
 
 def proxy_middlewares() -> list[Middleware]:
-    """Called by Serve's HTTP proxy when it starts."""
-    return [Middleware(Edge)]
+    """Called by Serve's HTTP proxy when it starts; the last is the outermost."""
+    return [Middleware(Edge), Middleware(Counted, own=True)]
 
 
 class Json(JSONResponse):
@@ -129,7 +131,8 @@ class Edge:
         headers = Headers(scope=scope)
         request_id = _request_id(headers.get(REQUEST_ID))
         answer_headers: dict[str, str] = {}
-        answer = _Answer(send, request_id, answer_headers)
+        count = scope.get(COUNT) or Count()
+        answer = _Answer(send, request_id, answer_headers, count)
         kept = [(name, value) for name, value in scope["headers"] if not _steers(name)]
         own = (REQUEST_ID.encode(), request_id.encode())
         inner = {**scope, "headers": [*kept, own], ANSWER_HEADERS: answer_headers}
@@ -142,10 +145,15 @@ class Edge:
         except _Refused as refused:
             if not answer.started:
                 await refused.response(scope, receive, answer.send)
-        except (_Gone, ClientDisconnect):
+                count.own = True
+        except _Gone:
+            count.own = True
+            return
+        except ClientDisconnect:
             return
         except Exception as error:
             logger.error("request %s failed: %s", request_id, _where(error))
+            count.error = 500
         await answer.finish()
 
     def _check(self, method: str, headers: Headers, limit: int) -> None:
@@ -226,8 +234,8 @@ def _too_large(limit: int) -> _Refused:
 class _Answer:
     """Passes an answer on with its id; puts plain errors of Serve's into our form, and ends broken streams as such."""
 
-    def __init__(self, send: Send, request_id: str, headers: Mapping[str, str]) -> None:
-        self._send, self._request_id, self._headers = send, request_id, headers
+    def __init__(self, send: Send, request_id: str, headers: Mapping[str, str], count: Count) -> None:
+        self._send, self._request_id, self._headers, self._count = send, request_id, headers, count
         self.started = self._finished = self._replaced = False
         self._is_event_stream = False
 
@@ -239,6 +247,8 @@ class _Answer:
             self._is_event_stream = content_type.startswith("text/event-stream")
             if message["status"] >= 400 and content_type.startswith("text/plain"):
                 self._replaced = True
+                # What Serve ends as too slow has reached the application, which sees its client leave.
+                self._count.own = message["status"] != 408
                 await self._refuse(message["status"], headers.get("retry-after"))
                 return
             headers[REQUEST_ID] = self._request_id
@@ -253,6 +263,7 @@ class _Answer:
         if not self.started:
             await self._refuse(500, None)
         elif self._is_event_stream and not self._finished:
+            self._count.error = self._count.error or LEFT  # unless it broke
             event = f"data: {json.dumps(envelope(500, self._message(500)))}\n\n"
             await self._send({"type": "http.response.body", "body": event.encode(), "more_body": False})
 

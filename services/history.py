@@ -5,11 +5,12 @@ from __future__ import annotations
 from pathlib import PurePosixPath
 from typing import Annotated, Any
 
-from fastapi import FastAPI, Path, Response
+from fastapi import FastAPI, Path, Request, Response
 
 from genmodels.engine.history import SAMPLE
 from genmodels.storage import encode_floats
 from services.auth import Caller
+from services.counting import answers
 from services.edge import Json
 from services.pool import Pool, checked
 
@@ -27,9 +28,10 @@ def add_history_routes(app: FastAPI, pool: Pool, generate: Any) -> None:
     """
 
     @app.get("/v1/models/{model}/history", summary="How a version was trained")
-    async def read_history(model: str, caller: Caller = generate) -> Response:
+    async def read_history(model: str, request: Request, caller: Caller = generate) -> Response:
         caller.need([model])
         found = checked(await pool.history(model))
+        answers(request, found.version, found.family)
         return Json(
             {
                 "object": "history",

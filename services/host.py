@@ -50,6 +50,7 @@ class Opened:
     """A completion has been accepted."""
 
     model: str
+    family: str
     seed: int
     prompt_tokens: int
 
@@ -144,13 +145,13 @@ class ModelHost:
         self, name: str, request: CompletionRequest
     ) -> AsyncGenerator[Opened | Piece | RequestError, None]:
         """One `Opened`, then pieces; a `RequestError` at any place is the last item."""
-        completion = None
+        began, completion = time.monotonic(), None
         try:
             async with self._using(name) as loaded:
                 completion = text.complete(loaded, request)
                 inbox = Inbox()
-                completion.start(inbox.put)
-                yield Opened(completion.model, completion.seed, completion.prompt_tokens)
+                completion.start(inbox.put, began)
+                yield Opened(completion.model, loaded.family.family_name(), completion.seed, completion.prompt_tokens)
                 unfinished = request.n
                 while unfinished:
                     for piece in await inbox.take():  # at once, and then only every so often
@@ -168,16 +169,22 @@ class ModelHost:
     async def _using(self, name: str) -> AsyncIterator[Loaded]:
         """The model that a name means, in memory as long as this lasts."""
         found = await self._find(name)
-        with contextlib.ExitStack() as stack:
-            for _ in range(TRIES):
-                try:
-                    loaded = stack.enter_context(self._shelf.using(found.name))
-                    break
-                except KeyError:  # never loaded, or gone to make room
-                    await _in(self._lookups, self._shelf.bring, found)
-            else:
-                raise RequestError("too many models are asked for at once; try again", status=503, code="memory_full")
-            yield loaded
+        try:
+            with contextlib.ExitStack() as stack:
+                for _ in range(TRIES):
+                    try:
+                        loaded = stack.enter_context(self._shelf.using(found.name))
+                        break
+                    except KeyError:  # never loaded, or gone to make room
+                        await _in(self._lookups, self._shelf.bring, found)
+                else:
+                    message = "too many models are asked for at once; try again"
+                    raise RequestError(message, status=503, code="memory_full")
+                yield loaded
+        except GenmodelsError as error:
+            refusal = _refusal(error)
+            refusal.refused_by = found.name, found.family
+            raise refusal from None
 
     async def _find(self, name: str) -> Found:
         known = self._follower.known(name)

@@ -32,6 +32,7 @@ from genmodels.keys import Keys
 from services.api import documented, new_app, read_body
 from services.auth import Caller, Guard
 from services.completions import add_completions
+from services.counting import Counted, answers
 from services.edge import LOOPBACK, Json
 from services.history import add_history_routes
 from services.host import Entry, created
@@ -85,6 +86,7 @@ def create_app(pool: Pool, *, hosts: Collection[str] | None = LOOPBACK, keys: Ke
         keys: who may ask; None: anyone.
     """
     app = new_app("genmodels", _ABOUT, hosts=hosts)
+    app.add_middleware(Counted)
     generate = Guard(keys, Limits())("generate")
 
     @app.get("/v1/models", summary="The models")
@@ -93,9 +95,10 @@ def create_app(pool: Pool, *, hosts: Collection[str] | None = LOOPBACK, keys: Ke
         return Json({"object": "list", "data": [_model(entry) for entry in entries]})
 
     @app.get("/v1/models/{model}", summary="A model")
-    async def model(model: str, caller: Caller = generate) -> Response:
+    async def model(model: str, request: Request, caller: Caller = generate) -> Response:
         caller.need([model])
         entry = checked(await pool.model(model))
+        answers(request, entry.found.name, entry.found.family)
         return Json(_model(entry), headers={VERSION: entry.found.name})
 
     add_completions(app, pool, generate)
@@ -104,7 +107,7 @@ def create_app(pool: Pool, *, hosts: Collection[str] | None = LOOPBACK, keys: Ke
     async def generations(request: Request, caller: Caller = generate) -> Response:
         body = await read_body(GenerationBody, request)
         caller.need([body.model])
-        return _images(checked(await pool.answer(body.model, body)))
+        return _images(request, checked(await pool.answer(body.model, body)))
 
     for kind in VERBS:
         _add_verb(app, pool, kind, generate)
@@ -116,13 +119,14 @@ def create_app(pool: Pool, *, hosts: Collection[str] | None = LOOPBACK, keys: Ke
 def _add_verb(app: FastAPI, pool: Pool, kind: type[ImageRequest], generate: Any) -> None:
     async def verb(model: str, request: Request, caller: Caller = generate) -> Response:
         caller.need([model])
-        return _images(checked(await pool.answer(model, await read_body(kind, request))))
+        return _images(request, checked(await pool.answer(model, await read_body(kind, request))))
 
     path, summary = f"/v1/models/{{model}}/{kind.verb}", kind.verb.capitalize()
     app.post(path, name=kind.verb, summary=summary, openapi_extra=documented(kind))(verb)
 
 
-def _images(answer: ImageAnswer) -> Response:
+def _images(request: Request, answer: ImageAnswer) -> Response:
+    answers(request, answer.model, answer.family)
     content: dict[str, Any] = {"created": int(time.time()), "model": answer.model}
     if answer.seed is not None:
         content["seed"] = answer.seed

@@ -7,12 +7,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from ray_cluster import ray_cluster
+from ray_cluster import metrics_folder, ray_cluster
 from s3_server import S3Server
 
 from genmodels.storage import Storage, open_storage
 
-__all__ = ["ray_cluster"]
+__all__ = ["metrics_folder", "ray_cluster"]
 
 # What a shell starts in the background ignores Ctrl-C, and so would all that the tests start and interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)

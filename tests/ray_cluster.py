@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Iterator
 from pathlib import Path
 
+import prometheus_client  # noqa: F401  it looks at the environment once, and this process writes no files
 import pytest
 
 from services.local import ray_environment
@@ -24,20 +25,28 @@ os.environ.pop("RAY_ADDRESS", None)
 
 
 @pytest.fixture(scope="session")
-def ray_cluster() -> Iterator[str]:
+def metrics_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the processes of the cluster write what they count."""
+    return tmp_path_factory.mktemp("metrics")
+
+
+@pytest.fixture(scope="session")
+def ray_cluster(metrics_folder: Path) -> Iterator[str]:
     """The address of a cluster with 4 logical CPUs."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # importing Ray defines settings in ways that pydantic warns of
         import ray
         import ray.serve
 
-    context = ray.init(
-        address="local",
-        num_cpus=4,
-        include_dashboard=False,
-        log_to_driver=False,
-        logging_level=logging.ERROR,
-        _node_ip_address="127.0.0.1",
-    )
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("PROMETHEUS_MULTIPROC_DIR", str(metrics_folder))
+        context = ray.init(
+            address="local",
+            num_cpus=4,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            _node_ip_address="127.0.0.1",
+        )
     yield str(context.address_info["gcs_address"])
     ray.shutdown()

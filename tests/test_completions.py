@@ -284,7 +284,7 @@ class Pool:
             yield item
 
 
-OPENED, PIECE = Opened("m@1", 1, 1), Piece(0, "abc", 3)
+OPENED, PIECE = Opened("m@1", "minigpt", 1, 1), Piece(0, "abc", 3)
 BODY = {"model": "m", "prompt": "x"}
 
 

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from genmodels.engine.meters import TextMeter
 from genmodels.errors import RequestError
 from genmodels.family import TextFamily, keep_half
 from genmodels.sampling import Sampler, choose
@@ -48,6 +49,7 @@ class Text:
         self.read = 0  # tokens of the window that the network has read
         self.sampler, self.take, self.end, self.on_read = sampler, take, end, on_read
         self.unwanted = False  # to be set by whoever no longer waits for it
+        self.written: float | None = None  # when its latest token was chosen; kept where that is measured
 
 
 class Batcher:
@@ -60,6 +62,11 @@ class Batcher:
         self._max_waiting = max_waiting
         self._changed = threading.Condition()
         self._closed = False
+        self.meter: TextMeter | None = None  # none while it is only tried
+
+    @property
+    def slots(self) -> int:
+        return len(self._slots)
 
     @property
     def size(self) -> int:
@@ -84,9 +91,11 @@ class Batcher:
     def step(self) -> bool:
         """Go on with every text by up to one token; false if there is nothing to do."""
         self._admit()
+        self._tell_meter()
         texts = [*self._prefill(), *self._decode()]
         if texts:
             self._continue(texts)
+        self._tell_meter()
         return self.busy
 
     @property
@@ -100,11 +109,13 @@ class Batcher:
             with self._changed:
                 self._changed.wait_for(lambda: self._closed or self.busy)
                 if self._closed and not self.busy:
-                    return
+                    break
             try:
                 self.step()
             except Exception as error:
                 self._fail(error)
+        if self.meter:
+            self.meter.close()
 
     def close(self) -> None:
         """Take no more texts; `run` returns when those under way and those that wait have been served."""
@@ -149,6 +160,8 @@ class Batcher:
         ready = [(slot, text) for slot, text in self._active() if len(text.window) - text.read == 1]
         if not ready:
             return []
+        if self.meter:
+            self.meter.batch_size.observe(len(ready))
         tokens: list[int | None] = [None] * len(self._slots)
         positions = [0] * len(self._slots)
         for slot, text in ready:
@@ -190,13 +203,16 @@ class Batcher:
             logits, texts = logits[going], [texts[at] for at in going]
         if texts:
             chosen = _choose(logits, [text.sampler for _, text, _ in texts])
-            for (slot, text, row), token in zip(texts, chosen, strict=True):
-                self._accept(slot, text, token, row)
+            parts = zip(texts, chosen, strict=True)
+            made = [text for (slot, text, row), token in parts if self._accept(slot, text, token, row)]
+            if self.meter:
+                self.meter.made(made)
 
-    def _accept(self, slot: int, text: Text, token: int | Exception, logits: Tensor) -> None:
+    def _accept(self, slot: int, text: Text, token: int | Exception, logits: Tensor) -> bool:
+        """False if the text has ended in an error."""
         if isinstance(token, Exception):
             self._end(slot, text, token)
-            return
+            return False
         text.window.append(token)
         kept = keep_half(text.window, self._block_size)
         if kept is not text.window:
@@ -205,9 +221,14 @@ class Batcher:
             more = text.take(token, logits)
         except Exception as error:
             self._end(slot, text, error)
-            return
+            return False
         if not more or text.sampler.done:
             self._end(slot, text)
+        return True
+
+    def _tell_meter(self) -> None:
+        if self.meter:
+            self.meter.holds(len(self._waiting), len(self._slots) - self._slots.count(None))
 
     def _end(self, slot: int, text: Text, error: Exception | None = None) -> None:
         self._slots[slot] = None
@@ -222,6 +243,7 @@ class Batcher:
             self._waiting.clear()
         for text in waiting:
             _tell(text, error)
+        self._tell_meter()
 
 
 def not_finite() -> RequestError:

@@ -6,11 +6,12 @@ import logging
 import threading
 import time
 from collections import OrderedDict
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 from genmodels.engine.shelf import Shelf
 from genmodels.errors import CheckpointError, ModelNotFound, RequestError, StorageUnavailable
-from genmodels.metrics import REFUSED, SWAPPED
+from genmodels.metrics import ACTIVE, REFUSED, SWAPPED, Labels, version_labels
 from genmodels.references import Found, find, full_name, moves
 from genmodels.registry import Registry
 from genmodels.storage import Storage
@@ -38,6 +39,7 @@ class Follower:
         self._current: dict[str, Found] = {}  # what answers to a name that moves
         self._wanted: dict[str, float] = {}  # when those that are no aliases were asked for
         self._believed: OrderedDict[str, tuple[float, Found]] = OrderedDict()
+        self._active: set[Labels] = set()  # what aliases mean here
         self._lock = threading.Lock()
         self.refused: dict[str, Refused] = {}
 
@@ -97,6 +99,7 @@ class Follower:
             self._advance(name)
         for name in {*list(self._current), *self.refused} - {*aliases, *self._wanted}:
             self._forget(name)
+        self._count_active(aliases)
 
     def _advance(self, name: str) -> None:
         """Have a name mean what it means now."""
@@ -117,7 +120,7 @@ class Follower:
                 return
             self._current[name] = found
             if before:
-                SWAPPED.labels(found.model, found.family, str(found.version or "")).inc()
+                SWAPPED.labels(*version_labels(found.name, found.family)).inc()
                 self._release(before)
         self.refused.pop(name, None)
 
@@ -125,7 +128,7 @@ class Follower:
         known = self.refused.get(name)
         if known is None or known.found.name != found.name:
             logger.warning("%s is not served as %s: %s", found.name, name, reason)
-            REFUSED.labels(found.model, found.family, str(found.version or "")).inc()
+            REFUSED.labels(*version_labels(found.name, found.family)).inc()
         self.refused[name] = Refused(found, reason)
 
     def _forget(self, name: str) -> None:
@@ -136,6 +139,15 @@ class Follower:
     def _release(self, found: Found) -> None:
         if all(other.name != found.name for other in list(self._current.values())):
             self._shelf.release(found.name)
+
+    def _count_active(self, aliases: Iterable[str]) -> None:
+        meant = [found for name in aliases if (found := self._current.get(name))]
+        active = {version_labels(found.name, found.family) for found in meant}
+        for labels in active - self._active:
+            ACTIVE.labels(*labels).inc()
+        for labels in self._active - active:
+            ACTIVE.labels(*labels).dec()
+        self._active = active
 
     def _believe(self, name: str, found: Found) -> None:
         with self._lock:

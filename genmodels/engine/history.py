@@ -25,6 +25,7 @@ class History:
     """Of the run that a version came from."""
 
     version: str
+    family: str
     job: str
     step: int  # of the version
     rows: list[dict[str, Any]]  # each has a `step`
@@ -48,7 +49,9 @@ def read(storage: Storage, found: Found) -> History:
         if re.fullmatch(SAMPLE, name):
             files.setdefault(step, []).append(name)
     steps = thinned(sorted(files), MOST_STEPS)
-    return History(found.name, found.job, found.place.step, _thin(rows), {step: files[step] for step in steps})
+    return History(
+        found.name, found.family, found.job, found.place.step, _thin(rows), {step: files[step] for step in steps}
+    )
 
 
 def read_sample(storage: Storage, found: Found, step: int, file: str) -> bytes:

@@ -94,6 +94,7 @@ class ImageAnswer:
     """`images` are PNG or .npy files; with `grid` it is one."""
 
     model: str
+    family: str
     images: tuple[bytes, ...] = ()
     latents: tuple[list[float], ...] = ()
     seed: int | list[int] | None = None
@@ -108,7 +109,10 @@ def answer(loaded: Loaded, request: ImageRequest) -> ImageAnswer:
     """
     options = loaded.options(request.verb, request)
     assert isinstance(loaded, ImageModel)
-    return _VERBS[type(request).verb](loaded, request, options)
+    found = _VERBS[type(request).verb](loaded, request, options)
+    if meter := loaded.passes.meter:
+        meter.answered(request.verb, len(found.images) + len(found.latents))
+    return found
 
 
 def generate(model: ImageModel, request: GenerateRequest, options: Any) -> ImageAnswer:
@@ -129,7 +133,7 @@ def generate(model: ImageModel, request: GenerateRequest, options: Any) -> Image
 
 def encode(model: ImageModel, request: EncodeRequest, options: Any) -> ImageAnswer:
     latents = _encode(model, read_images(model, request.images, "images"))
-    return ImageAnswer(model.name, latents=tuple(_finite(latents, "images").tolist()))
+    return ImageAnswer(model.name, model.family.family_name(), latents=tuple(_finite(latents, "images").tolist()))
 
 
 def decode(model: ImageModel, request: DecodeRequest, options: Any) -> ImageAnswer:
@@ -277,7 +281,7 @@ def _drawn(
         files = tuple(map(_npy, pixels))
     else:
         files = (png(grid(pixels, columns)),) if request.grid else tuple(map(png, pixels_of(pixels)))
-    return ImageAnswer(model.name, files, seed=seed)
+    return ImageAnswer(model.name, model.family.family_name(), files, seed=seed)
 
 
 def _npy(image: np.ndarray) -> bytes:

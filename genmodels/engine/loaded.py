@@ -12,10 +12,12 @@ from torch import nn
 from genmodels import checkpoint
 from genmodels.data.text import Tokenizer, load_tokenizer
 from genmodels.engine.batching import Batcher
+from genmodels.engine.meters import ImageMeter, TextMeter
 from genmodels.engine.passes import Passes
 from genmodels.engine.requests import Request, parse_options
 from genmodels.errors import CheckpointError, DataError, ModelNotFound
 from genmodels.family import Family, ImageFamily, TextFamily
+from genmodels.metrics import Labels, version_labels
 from genmodels.references import Found
 from genmodels.registry import finite_probe, verify_probe
 from genmodels.storage import Storage
@@ -52,6 +54,14 @@ class Loaded:
         tensors = {tensor.data_ptr(): tensor for net in networks for tensor in net.state_dict().values()}
         return sum(tensor.nbytes for tensor in tensors.values())
 
+    @property
+    def labels(self) -> Labels:
+        """Of what is counted of it."""
+        return version_labels(self.name, self.family.family_name())
+
+    def meter(self) -> None:
+        """Count from now on; until then it was only tried."""
+
     def close(self) -> None:
         """Take no more requests; what is under way goes on to its end."""
 
@@ -61,6 +71,9 @@ class ImageModel(Loaded):
     family: ImageFamily[Any, Any]
 
     passes: Passes = field(default_factory=Passes)  # what its requests share
+
+    def meter(self) -> None:
+        self.passes.meter = ImageMeter(self.labels)
 
 
 @dataclass(frozen=True)
@@ -76,6 +89,9 @@ class TextModel(Loaded):
     @property
     def size(self) -> int:
         return super().size + self.batcher.size
+
+    def meter(self) -> None:
+        self.batcher.meter = TextMeter(self.labels, self.batcher.slots)
 
     def close(self) -> None:
         self.batcher.close()

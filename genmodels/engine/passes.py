@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from genmodels.engine.meters import ImageMeter
+
 CHUNK = 16  # rows in every pass
 
 
@@ -41,6 +43,7 @@ class Passes:
         self._waiting: deque[_Part] = deque()
         self._changed = threading.Lock()
         self._turn = threading.Lock()  # who has it computes for all who wait
+        self.meter: ImageMeter | None = None
 
     def apply(self, key: Hashable, function: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
         """`function` of each row: (n, ...) -> (n, ...).
@@ -51,6 +54,7 @@ class Passes:
         part = _Part(key, function, rows)
         with self._changed:
             self._waiting.append(part)
+            self._tell_meter()
         while not part.done:
             with self._turn:
                 if not part.done:
@@ -62,6 +66,8 @@ class Passes:
     def _pass(self) -> None:
         taken = self._take()
         rows = torch.cat([part.rows[start:end] for part, start, end in taken])
+        if self.meter:
+            self.meter.batch_size.observe(len(rows))
         try:
             padding = rows.new_zeros(CHUNK - len(rows), *rows.shape[1:])
             found = taken[0][0].function(torch.cat((rows, padding)))
@@ -70,6 +76,7 @@ class Passes:
                 part.error = error
             with self._changed:
                 self._waiting = deque(part for part in self._waiting if part.error is None)
+                self._tell_meter()
             return
         place = 0
         for part, start, end in taken:
@@ -92,4 +99,9 @@ class Passes:
                 if part.taken < len(part.rows):
                     unfinished.append(part)
             self._waiting = deque([*left, *unfinished])
+            self._tell_meter()
         return taken
+
+    def _tell_meter(self) -> None:
+        if self.meter:
+            self.meter.waiting.set(len(self._waiting))

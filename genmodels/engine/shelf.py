@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from genmodels.engine.loaded import Loaded, load
 from genmodels.engine.warm import warm
 from genmodels.errors import CheckpointError, RequestError
+from genmodels.metrics import LOAD_SECONDS, LOADED_BYTES
 from genmodels.references import Found
 from genmodels.storage import Storage
 
@@ -110,13 +111,17 @@ class Shelf:
     def _bring(self, found: Found) -> None:
         if found.size > self._budget:
             raise _too_large(found.size, self._budget)
+        began = time.monotonic()
         with self._room(found.size):
             loaded = load(self._storage, found)
             size = loaded.size
             if size > self._budget:
                 raise _too_large(size, self._budget)
             warm(loaded)
+        LOAD_SECONDS.labels(found.family).observe(time.monotonic() - began)
         with self._room(size), self._lock:
+            loaded.meter()
+            LOADED_BYTES.labels(*loaded.labels).inc(size)
             self._held[found.name] = _Held(loaded, size)
         self._start(loaded)
 
@@ -138,7 +143,9 @@ class Shelf:
                 self._coming -= size
 
     def _drop(self, name: str) -> None:
-        self._held.pop(name).loaded.close()
+        held = self._held.pop(name)
+        LOADED_BYTES.labels(*held.loaded.labels).dec(held.size)
+        held.loaded.close()
 
 
 def _too_large(size: int, budget: int) -> CheckpointError:

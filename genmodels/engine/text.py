@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import time
 from collections import deque
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
@@ -102,15 +103,21 @@ class Completion:
             self._choice(index, model.tokenizer, prompt, request, options) for index in range(request.texts)
         ]
         self._held = [Piece(index, "", 0) for index in range(request.texts)]
+        self._began: float | None = None  # until its first token
 
-    def start(self, take: Callable[[Piece | Exception], None]) -> None:
+    def start(self, take: Callable[[Piece | Exception], None], began: float | None = None) -> None:
         """Join the engine. `take` gets each piece, from the engine's thread, or the error that ends it all.
+
+        Args:
+            began: when the request came, on the monotonic clock; now if left out.
 
         Raises:
             RequestError: the engine is full.
         """
-        self._take = take
+        self._take, self._began = take, time.monotonic() if began is None else began
         self._batcher.add(*(choice.text for choice in self._choices))
+        if self._batcher.meter:
+            self._batcher.meter.prompt.inc(self.prompt_tokens)
 
     def leave(self) -> None:
         """Nobody waits for it any more: its slots are free from the next step on."""
@@ -143,6 +150,10 @@ class Completion:
             self._take(item)
             return
         self._unfinished -= item.finish_reason is not None
+        if item.tokens and self._began is not None:
+            if self._batcher.meter:
+                self._batcher.meter.first_token.observe(time.monotonic() - self._began)
+            self._began = None
         if len(self._choices) == self._n:
             self._take(item)
             return
