@@ -80,6 +80,7 @@ class RunRecorder:
         self.uploader = threading.Thread(target=self._guard, args=(self._upload,), name="upload", daemon=True)
 
     def __enter__(self) -> RunRecorder:
+        self.gauges.beat(self.heartbeat)
         self.beater.start()
         self.uploader.start()
         return self
