@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from genmodels import __version__, checkpoint, initial, models
+from genmodels import __version__, checkpoint, flops, initial, metrics, models
 from genmodels.checkpoint import Lineage, Manifest, Place
 from genmodels.data import Dataset, open_dataset
 from genmodels.errors import CheckpointError, SpecError
@@ -91,8 +91,9 @@ def run_attempt(
             world_size=group.world_size,
             parent=parent.place if parent else None,
         )
+        effort = _effort(spec, scratch, dataset, group.device) if metrics.exported() else None
         with RunRecorder(
-            run, attempt, spec, scratch, dataset.assets(), lambda: fit_batches(dataset, scratch), lineage, leave
+            run, attempt, spec, scratch, dataset.assets(), lambda: fit_batches(dataset, scratch), lineage, leave, effort
         ) as recorder:
             return train(spec, family, served, dataset, group, recorder, resume)
 
@@ -133,6 +134,14 @@ def fit_batches(dataset: Dataset, family: Family[Any, Any]) -> Iterator[Batch]:
     chosen = spread(len(split), FIT_EXAMPLES)
     for index in np.array_split(chosen, -(-len(chosen) // FIT_BATCH)):
         yield to_tensors(split.take(index, np.zeros_like(index)), torch.device("cpu"))
+
+
+def _effort(spec: ModelSpec, family: Family[Any, Any], dataset: Dataset, device: torch.device) -> flops.Effort | None:
+    config = spec.train
+    split = dataset.split("train", family.block_size if isinstance(family, TextFamily) else None)
+    index = np.arange(config.batch_size // config.accumulation_steps) % len(split)
+    batch = to_tensors(split.take(index, np.zeros_like(index)), torch.device("cpu"))
+    return flops.estimate(family, batch, config, device)
 
 
 @dataclass(frozen=True)

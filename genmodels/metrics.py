@@ -10,11 +10,15 @@ are gauges, which end with the process that trains it.
 
 from __future__ import annotations
 
+import os
+from functools import cache
+from pathlib import Path
 from typing import TypeAlias
 
-from prometheus_client import Counter, Gauge, Histogram
+from prometheus_client import Counter, Gauge, Histogram, values
 from prometheus_client.metrics import MetricWrapperBase
 
+DIRECTORY = "PROMETHEUS_MULTIPROC_DIR"
 RUN_LABELS = ("job", "model", "family")  # of what trains
 VERSION_LABELS = ("model", "family", "version")  # of what answers; see `version_labels`
 FAMILY_LABELS = ("family",)  # of what is counted beyond a run's end
@@ -22,6 +26,30 @@ FAMILY_LABELS = ("family",)  # of what is counted beyond a run's end
 ALL: list[MetricWrapperBase] = []  # in the order of this file
 
 Labels: TypeAlias = tuple[str, str, str]  # values of VERSION_LABELS
+
+
+def exported() -> bool:
+    """Whether an exporter reads what this process counts."""
+    return DIRECTORY in os.environ
+
+
+def identity(pid: int) -> str | None:
+    """Names a process for good, as `<pid>-<start>`, for a pid alone is given again; None if it has ended."""
+    try:
+        status = Path(f"/proc/{pid}/stat").read_text()
+    except (FileNotFoundError, ProcessLookupError):
+        return None
+    state, *fields = status.rpartition(")")[2].split()
+    return None if state in "ZX" else f"{pid}-{fields[18]}"  # in clock ticks since the machine started
+
+
+@cache
+def _own_identity(pid: int) -> str:
+    return identity(pid) or str(pid)
+
+
+if exported():  # before the first metric: none goes on with the file of a dead process
+    values.ValueClass = values.MultiProcessValue(lambda: _own_identity(os.getpid()))
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0)
 _LONG_SECONDS = (0.1, 0.5, 1.0, 5.0, 15.0, 30.0, 60.0, 300.0, 900.0, 3600.0, 4 * 3600.0)
@@ -88,12 +116,19 @@ QUEUE_WAIT_SECONDS = _histogram(
     "queue_wait_seconds", "From queued to starting, each time a run is queued.", (), _LONG_SECONDS
 )
 
+# Told by the job service, from what is in storage, at each scrape.
+STORAGE_UP = _gauge("storage_up", "Whether the storage answered the job service.", ())
+OPEN_RUNS = _gauge("open_runs", "Runs of open jobs, by state.", ("state",))
+QUEUE_LENGTH = _gauge("queue_length", "Runs that wait for room in the cluster.", ())
+QUEUE_OLDEST = _gauge("queue_oldest_seconds", "For how long the run has waited that waits longest; 0: none waits.", ())
+
 # Registry: counted by who publishes, promotes or judges.
 PUBLISHED = _counter("versions_published_total", "Versions put into the registry.", FAMILY_LABELS)
 PROMOTED = _counter("promotions_total", "Aliases that were moved to another version.", FAMILY_LABELS)
 GATES = _counter("gates_total", "Checkpoints judged by a gate.", ("family", "passed"))
 
-# Storage. `operation`: get, put, list, delete, exists, upload, download; `kind`: of the error, by its class.
+# Storage. `operation`: get, put, list, delete, exists, upload, download; `kind`: StorageUnavailable (no answer) or
+# StorageError (refused). That an object is not there, or not the one expected, is an answer.
 STORAGE_SECONDS = _histogram("storage_seconds", "Of an operation on storage, tries again included.", ("operation",))
 STORAGE_ERRORS = _counter("storage_errors_total", "Operations on storage that failed.", ("operation", "kind"))
 

@@ -21,8 +21,10 @@ from typing import Any, TypeVar
 from genmodels import checkpoint, pin, registry
 from genmodels.checkpoint import Lineage, Manifest, Place, Snapshot
 from genmodels.errors import StorageUnavailable
-from genmodels.family import Batch, Family
-from genmodels.metrics import TrainingMetrics
+from genmodels.family import Batch, Family, TextFamily
+from genmodels.flops import Effort
+from genmodels.gauges import TrainingGauges
+from genmodels.metrics import CHECKPOINT_BYTES, CHECKPOINT_FAILURES, CHECKPOINT_SECONDS, CHECKPOINT_STALL_SECONDS
 from genmodels.run import Heartbeat, Phase, Run, patiently
 from genmodels.spec import ModelSpec
 
@@ -50,24 +52,27 @@ class RunRecorder:
         fit_batches: Callable[[], Iterable[Batch]],
         lineage: Lineage,
         leave: threading.Event | None = None,
+        effort: Effort | None = None,
     ) -> None:
         """Args:
         scratch: an instance of the model for the upload thread alone, to fit densities with a snapshot's weights.
         assets: the dataset's files for serving (the tokenizer).
         fit_batches: training batches for `Family.fit`, the same each time.
         leave: set when the attempt is to save and to end.
+        effort: of a step, where it could be told; to be shown.
         """
         self.run, self.attempt, self.spec, self.lineage = run, attempt, spec, lineage
         self.scratch, self.assets, self.fit_batches = scratch, assets, fit_batches
         self.heartbeat = Heartbeat(phase="starting", max_steps=spec.train.max_steps)
-        self.gauges = TrainingMetrics(run.job, run.model, spec.family)
+        tokens = scratch.block_size if isinstance(scratch, TextFamily) else None
+        self.gauges = TrainingGauges(run, spec, lineage.world_size, tokens, effort)
         self.rows: list[dict[str, Any]] = []
         self.pictures: list[tuple[int, str, bytes]] = []
         self.flushing = threading.Lock()
         self.leave = leave or threading.Event()
         self.error: BaseException | None = None
         self.closing = threading.Event()
-        self.snapshots: queue.Queue[Snapshot | None] = queue.Queue(maxsize=1)
+        self.snapshots: queue.Queue[tuple[Snapshot, float] | None] = queue.Queue(maxsize=1)  # and when it was begun
         self.pace: tuple[float, int] | None = None  # when this attempt's first step ended, and its number
         self.ticked: float | None = None
         self.durations: deque[float] = deque(maxlen=MEDIAN_OF)  # of the latest steps
@@ -75,6 +80,7 @@ class RunRecorder:
         self.uploader = threading.Thread(target=self._guard, args=(self._upload,), name="upload", daemon=True)
 
     def __enter__(self) -> RunRecorder:
+        self.gauges.beat(self.heartbeat)
         self.beater.start()
         self.uploader.start()
         return self
@@ -99,17 +105,15 @@ class RunRecorder:
         seconds_left = None
         if self.pace and step > self.pace[1]:
             seconds_left = (now - self.pace[0]) / (step - self.pace[1]) * (self.spec.train.max_steps - step)
-        last = self.heartbeat
-        self.heartbeat = Heartbeat(
+        self._show(
             phase=phase,
             step=step,
-            max_steps=last.max_steps,
-            tick=last.tick + 1,
-            loss=last.loss if loss is None else loss,
+            loss=self.heartbeat.loss if loss is None else loss,
             seconds_left=seconds_left,
         )
 
     def log(self, row: dict[str, Any]) -> None:
+        self.gauges.row(row)
         self.rows.append(row)
         self._wait_for_room(self.rows, MOST_ROWS, row["step"])
 
@@ -118,14 +122,22 @@ class RunRecorder:
         self._wait_for_room(self.pictures, MOST_PICTURES, step)
 
     def save(self, snapshot: Snapshot) -> None:
+        began = self.ticked or time.monotonic()  # before the snapshot was taken, too
         while True:
             try:
-                return self.snapshots.put(snapshot, timeout=0.5)
+                self.snapshots.put((snapshot, began), timeout=0.5)
+                break
             except queue.Full:
                 self.tick("waiting for storage", snapshot.step)
+        CHECKPOINT_STALL_SECONDS.labels(self.spec.family).observe(time.monotonic() - began)
 
     def should_leave(self) -> bool:
         return self.leave.is_set()
+
+    def _show(self, **facts: Any) -> None:
+        """A sign of progress, and what has changed; to storage with the next beat, to the gauges at once."""
+        self.heartbeat = self.heartbeat.model_copy(update={**facts, "tick": self.heartbeat.tick + 1})
+        self.gauges.beat(self.heartbeat)
 
     def _wait_for_room(self, unwritten: Sized, most: int, step: int) -> None:
         while len(unwritten) > most:
@@ -141,7 +153,7 @@ class RunRecorder:
                 continue
             while self.uploader.is_alive():
                 self.uploader.join(BEAT_SECONDS)
-                self.heartbeat = self.heartbeat.model_copy(update={"tick": self.heartbeat.tick + 1})
+                self._show()
 
     def _guard(self, work: Callable[[], None]) -> None:
         try:
@@ -166,7 +178,6 @@ class RunRecorder:
         latest, durations = self.heartbeat, list(self.durations)
         step_seconds = statistics.median(durations) if durations else None
         self.run.beat(self.attempt, latest.model_copy(update={"step_seconds": step_seconds}))
-        self.gauges.step(latest.step, latest.loss)
         return latest
 
     def _flush(self) -> None:
@@ -176,14 +187,20 @@ class RunRecorder:
                 del self.pictures[0]
             if rows := self.rows[:]:
                 self.run.write_metrics(self.attempt, rows)
-                self.gauges.evaluation({name: value for row in rows for name, value in row.items()})
                 del self.rows[: len(rows)]
 
     def _upload(self) -> None:
-        while (snapshot := self.snapshots.get()) is not None:
-            self._upload_one(snapshot)
+        while (waiting := self.snapshots.get()) is not None:
+            snapshot, began = waiting
+            size = self._upload_one(snapshot)
+            self.gauges.saved(snapshot.step)
+            CHECKPOINT_SECONDS.labels(self.spec.family).observe(time.monotonic() - began)
+            CHECKPOINT_BYTES.labels(self.spec.family).inc(size)
+            for key in self._persist(partial(self._unneeded, snapshot.step)):
+                self._persist(partial(self._delete, key))
 
-    def _upload_one(self, snapshot: Snapshot) -> None:
+    def _upload_one(self, snapshot: Snapshot) -> int:
+        """Returns its bytes."""
         with checkpoint.scratch_folder() as name:
             folder = Path(name)
             checkpoint.write_files(folder, self.scratch, snapshot)
@@ -199,9 +216,11 @@ class RunRecorder:
             )
             self._persist(self._flush)  # who resumes from this checkpoint has the metrics up to it
             prefix = self.run.checkpoint_prefix(Place(attempt=self.attempt, step=snapshot.step))
-            self._persist(lambda: checkpoint.upload(self.run.storage, prefix, folder, manifest, self._fence))
-        for key in self._persist(lambda: self._unneeded(snapshot.step)):
-            self._persist(partial(self._delete, key))
+            failures = CHECKPOINT_FAILURES.labels(self.spec.family)
+            self._persist(
+                lambda: checkpoint.upload(self.run.storage, prefix, folder, manifest, self._fence), failures.inc
+            )
+        return sum(file.size for file in manifest.files.values())
 
     def _fence(self) -> None:
         self.run.fence(self.attempt)
@@ -224,6 +243,15 @@ class RunRecorder:
         self._fence()
         self.run.storage.delete(key)
 
-    def _persist(self, work: Callable[[], T]) -> T:
-        """Write, however long the store is away."""
-        return patiently(work, lambda: self.tick("waiting for storage", self.heartbeat.step))
+    def _persist(self, work: Callable[[], T], refused: Callable[[], None] = lambda: None) -> T:
+        """Write, however long the store is away.
+
+        Args:
+            refused: called for each try that it did not take.
+        """
+
+        def waiting() -> None:
+            refused()
+            self.tick("waiting for storage", self.heartbeat.step)
+
+        return patiently(work, waiting)

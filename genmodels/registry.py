@@ -29,6 +29,7 @@ from genmodels.checkpoint import Document, File, Lineage, Manifest, Metrics, Pla
 from genmodels.errors import CheckpointError, Conflict, KeyNotFound, ModelNotFound, SpecError
 from genmodels.family import Family
 from genmodels.lease import Lease
+from genmodels.metrics import PROMOTED, PUBLISHED
 from genmodels.run import GateResult, Run, now
 from genmodels.spec import LABEL, Gate
 from genmodels.spec import Alias as AliasName
@@ -145,7 +146,7 @@ class Registry:
                 that runs again never undoes a person's rollback.
         """
         check_alias(alias)
-        self.version(model, number)
+        version = self.version(model, number)
         while True:
             try:
                 document, etag = read_document(self.storage, _alias_key(model, alias))
@@ -168,6 +169,7 @@ class Registry:
             except ModelNotFound:
                 self._take_back(model, alias, current, etag)
                 raise
+            PROMOTED.labels(version.family).inc()
             return moved
 
     def sweeper(self, model: str) -> Lease:
@@ -218,6 +220,7 @@ class Registry:
             try:
                 write_document(self.storage, _version_key(model, number), document, if_absent=True)
                 if not self.storage.exists(_deleted_key(model, number)):
+                    PUBLISHED.labels(version.family).inc()
                     return version
                 self.storage.delete(
                     _version_key(model, number)

@@ -13,10 +13,11 @@ import secrets
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import datetime
 from typing import Literal, Protocol
 
 from genmodels.errors import Conflict, LeaseLost, StorageUnavailable
-from genmodels.metrics import ATTEMPTS
+from genmodels.metrics import ATTEMPTS, QUEUE_WAIT_SECONDS, RUNS_ENDED
 from genmodels.run import ENDED, Cause, Heartbeat, Result, Run, State, Status, Wish, patiently
 from genmodels.storage import Storage
 
@@ -99,6 +100,7 @@ class Supervisor:
         self._unsettled: tuple[Status, str] | None = None  # a write that may or may not have happened, and its nonce
         self._attempt: _Attempt | None = None
         self._mine = 0  # the attempt that this supervisor starts, as against one it found started
+        self._ended_by: str | None = None  # of an attempt whose end is not in storage yet
         self._ready_at = 0.0
         self._waits = 0
 
@@ -254,7 +256,7 @@ class Supervisor:
 
     def _decide(self, result: Result, never_began: bool) -> None:
         """What comes after an attempt."""
-        ATTEMPTS.labels(result.cause or result.outcome).inc()
+        self._ended_by = result.cause or result.outcome
         if result.outcome == "succeeded":
             self.to("succeeded", result.message)
             return
@@ -301,8 +303,21 @@ class Supervisor:
             raise LeaseLost(f"run {self.run.name} is carried by another dispatcher; this one stops") from None
         if len(status.history) > len(self.status.history):
             log.info("%s: %s (%s)", self.run.name, status.state, status.reason)
+            self._count(status)
         self.status, self._unsettled = status, None
         self.watch(status, None)
+
+    def _count(self, status: Status) -> None:
+        """A change that is in storage: so each counts once, whoever else tried it."""
+        before = self.status.history[-1] if self.status.history else None
+        if before and (before.state, status.state) == ("queued", "starting"):
+            waited = datetime.fromisoformat(status.history[-1].time) - datetime.fromisoformat(before.time)
+            QUEUE_WAIT_SECONDS.observe(max(0.0, waited.total_seconds()))
+        if self._ended_by and status.state not in ACTIVE:
+            ATTEMPTS.labels(self._ended_by).inc()
+            self._ended_by = None
+        if status.state in ENDED:
+            RUNS_ENDED.labels(status.state).inc()
 
 
 class _Attempt:

@@ -22,6 +22,7 @@ from genmodels import checkpoint, registry
 from genmodels.attempt import stored_model, work
 from genmodels.errors import CheckpointError, GenmodelsError, StorageUnavailable, Superseded, TrainingDiverged
 from genmodels.logs import LogShipper
+from genmodels.metrics import GATES
 from genmodels.registry import Registry
 from genmodels.run import Heartbeat, Result, Run, patiently
 from genmodels.spec import ModelSpec
@@ -71,6 +72,8 @@ def drive(storage_url: str, job: str, model: str, attempt: int, workers: int | N
                     watch.trained()
             # An outage of the store is waited for: what is done twice here changes nothing.
             result = patiently(lambda: _publish(run, spec, attempt) if _complete(run, spec) else _left(run))
+            if result.gate:
+                GATES.labels(spec.family, str(result.gate.passed).lower()).inc()
         except Exception as error:  # whatever it was, the dispatcher has to learn of it
             traceback.print_exc()
             result = _failure(error)

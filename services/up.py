@@ -29,6 +29,7 @@ import httpx
 
 from genmodels.errors import GenmodelsError
 from genmodels.job import Jobs
+from genmodels.metrics import DIRECTORY
 from genmodels.run import Run
 from genmodels.storage import Storage
 from services import dashboard, exporter
@@ -110,7 +111,7 @@ def _children(storage: Storage, options: Options, folder: Path, ports: RayPorts)
     with_auth = [] if options.auth else ["--no-auth"]
     backend = RayJobsBackend()
     shared = dict(os.environ)
-    metered = shared | {exporter.DIRECTORY: str(folder / "metrics")}  # before Ray starts, so that workers inherit it
+    metered = shared | {DIRECTORY: str(folder / "metrics")}  # before Ray starts, so that workers inherit it
 
     def child(name: str, command: list[str], url: str, ready: Callable[[], bool], env: dict[str, str]) -> Child:
         return Child(name, command, options.logs / f"{name}.log", ready, url, env)

@@ -38,12 +38,7 @@ VALUES = {
     "GpuIndex": ("0",),
 }
 SUFFIXES = {"counter": ("_total",), "gauge": ("",), "histogram": ("_bucket", "_sum", "_count")}  # of a metric's series
-JOB_SERVICE = {
-    "genmodels_storage_up": (),
-    "genmodels_open_runs": ("state",),
-    "genmodels_queue_length": (),
-    "genmodels_queue_oldest_seconds": (),
-}
+OF_JOBS = [metrics.STORAGE_UP, metrics.OPEN_RUNS, metrics.QUEUE_LENGTH, metrics.QUEUE_OLDEST]
 RAY = {
     "ray_node_cpu_utilization": (),
     "ray_node_mem_used": (),
@@ -58,9 +53,9 @@ RAY = {
 
 def main() -> None:
     nodes_port, ray_port, jobs_port = map(int, sys.argv[1:])
-    of_jobs = [Gauge(name, "", labels, registry=None) for name, labels in JOB_SERVICE.items()]
     of_ray = [Gauge(name, "", labels, registry=None) for name, labels in RAY.items()]
-    everything = {nodes_port: metrics.ALL, ray_port: of_ray, jobs_port: of_jobs}
+    of_nodes = [metric for metric in metrics.ALL if metric not in OF_JOBS]
+    everything = {nodes_port: of_nodes, ray_port: of_ray, jobs_port: OF_JOBS}
     for port, exposed in everything.items():
         registry = CollectorRegistry()
         for metric in exposed:

@@ -596,7 +596,7 @@ def test_a_page_of_ten_thousand_is_one_request(s3_storage: Storage) -> None:
     def seen(params: dict[str, Any], **_: Any) -> None:
         requests.append(dict(params))
 
-    client = s3_storage._client  # type: ignore[attr-defined]
+    client = s3_storage._storage._client  # type: ignore[attr-defined]
     client.meta.events.register("before-parameter-build.s3.ListObjectsV2", seen)
     assert len(s3_storage.list("ended/", after=f"ended/{4:013}-j", limit=20)) == 20
     assert [params["MaxKeys"] for params in requests] == [20]

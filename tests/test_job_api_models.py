@@ -30,11 +30,14 @@ from genmodels.data.images import png
 from genmodels.errors import GenmodelsError
 from genmodels.job import Jobs
 from genmodels.lease import Lease
+from genmodels.metrics import ATTEMPTS, DIRECTORY
 from genmodels.registry import Registry
 from genmodels.storage import Storage, open_storage
 from services import docs, jobmetrics, jobroutes, jobs, modelroutes
 from services.auth import Caller
 from services.edge import Streamed
+from services.jobmetrics import JobMetrics
+from services.views import Views
 
 
 @pytest.fixture
@@ -321,6 +324,15 @@ def test_counts_for_prometheus(monkeypatch: pytest.MonkeyPatch) -> None:
         "genmodels_storage_up 1.0",
     } <= lines
     assert job not in response.text
+    (age,) = re.findall(r"^genmodels_queue_oldest_seconds (\S+)$", response.text, re.M)
+    assert 0 <= float(age) < 3600
+    ATTEMPTS.labels("left").inc()
+    text = service("GET", "/metrics").text
+    assert 'genmodels_attempts_ended_total{cause="left"}' in text, "what this process counts"
+    monkeypatch.setenv(DIRECTORY, "read")
+    with_exporter = JobMetrics(Views(storage)).text().decode()
+    assert "genmodels_open_runs{" in with_exporter
+    assert "genmodels_attempts_ended_total" not in with_exporter, "nothing is told twice"
     storage.away = True
     assert "genmodels_storage_up 1.0" in service("GET", "/metrics").text  # believed for a while: scrapes cost nothing
     assert storage.refused == 0

@@ -11,11 +11,12 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from counts import value
 from published import CONFIGS, IMAGES, build
 from stores import LINEAGE, FailingStorage, MemoryStorage, RecordingStorage, Wrapped
 from tiny import job, make_data, model
 
-from genmodels import models, recorder
+from genmodels import metrics, models, recorder
 from genmodels import run as run_module
 from genmodels.checkpoint import MANIFEST, Place, Snapshot
 from genmodels.errors import StorageError, Superseded, TrainingDiverged
@@ -217,6 +218,24 @@ def test_an_outage_that_begins_with_the_last_save_is_waited_for(make: Any) -> No
     assert [place.step for place in run.checkpoints()] == [1]
     assert [row["step"] for row in run.metrics()] == [1]
     assert storage.refused
+
+
+def test_checkpoints_are_counted_and_tries_that_the_store_did_not_take(make: Any) -> None:
+    kinds = (metrics.CHECKPOINT_FAILURES, metrics.CHECKPOINT_SECONDS, metrics.CHECKPOINT_STALL_SECONDS)
+    failures, saved, stalls = (value(metric, "vae") for metric in kinds)
+    size = value(metrics.CHECKPOINT_BYTES, "vae")
+    storage = FailingStorage(only=MANIFEST)
+    storage.away = True
+    with make(storage) as rank0:
+        rank0.save(snapshot(1))
+        until(lambda: storage.refused >= 3)
+        assert value(metrics.CHECKPOINT_SECONDS, "vae") == saved
+        storage.away = False
+    assert failures < value(metrics.CHECKPOINT_FAILURES, "vae") <= failures + storage.refused  # a try asks twice
+    assert value(metrics.CHECKPOINT_SECONDS, "vae") == saved + 1
+    assert value(metrics.CHECKPOINT_STALL_SECONDS, "vae") == stalls + 1
+    ((_, manifest),) = Run(storage, "job", "vae").manifests()
+    assert value(metrics.CHECKPOINT_BYTES, "vae") == size + sum(file.size for file in manifest.files.values())
 
 
 def test_saves_wait_once_two_are_on_their_way(make: Any) -> None:

@@ -152,7 +152,7 @@ def test_list_of_many_pages(s3_storage: Storage) -> None:
         params["MaxKeys"] = 4
         pages.append(1)
 
-    s3_storage._client.meta.events.register("before-parameter-build.s3.ListObjectsV2", small_page)  # type: ignore[attr-defined]
+    s3_storage._storage._client.meta.events.register("before-parameter-build.s3.ListObjectsV2", small_page)  # type: ignore[attr-defined]
     keys = sorted(f"d{i % 3}/{i}" for i in range(23))
     for key in keys:
         s3_storage.put(key, b"x")

@@ -286,7 +286,7 @@ def test_wrong_environment(s3_storage: Storage, monkeypatch: pytest.MonkeyPatch,
 
 def test_buckets_are_paths_of_an_endpoint_of_ones_own(s3_storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
     def address() -> str:
-        client = open_storage("s3://bucket/x")._client  # type: ignore[attr-defined]
+        client = open_storage("s3://bucket/x")._storage._client  # type: ignore[attr-defined]
         return str(client.generate_presigned_url("get_object", Params={"Bucket": "bucket", "Key": "x/k"}))
 
     for name in ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3"):

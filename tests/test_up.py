@@ -38,6 +38,9 @@ def test_everything_is_killed_in_turn(tmp_path: Path) -> None:
         assert token.stat().st_mode & 0o777 == 0o400
         assert all(token.read_text() not in arguments for arguments in platform.processes().values())
         until(run.checkpoints, "a checkpoint")
+        until(lambda: platform.metric("training_checkpoint_step", name), "the exporter sees the run")
+        assert platform.metric("training_mfu_ratio", name)
+        saved = until(lambda: platform.metric("checkpoint_seconds_count", "vae"), "its checkpoints are counted")
         replicas = platform.find("ServeReplica")
         assert len(replicas) == 2
 
@@ -56,6 +59,7 @@ def test_everything_is_killed_in_turn(tmp_path: Path) -> None:
         until(lambda: answers(f"{platform.gateway}/healthz"), "the gateway is deployed again", 120)
         until(lambda: 2 in run.started() and run.checkpoints()[-1].attempt == 2, "the run goes on", 120)
         assert len(run.checkpoints()) >= min(steps, 3)
+        assert (platform.metric("checkpoint_seconds_count", "vae") or 0) > saved, "what dead workers counted stays"
 
         # Ctrl-C: attempts save and leave, nothing stays.
         before = platform.processes()
@@ -123,6 +127,12 @@ class Platform:
             until(lambda: not alive(before), "every process is gone", 15)
         for folder in re.findall(r"RAY_AUTH_TOKEN_PATH=(\S+)/token", self.output()):
             shutil.rmtree(folder, ignore_errors=True)  # after a kill -9 nobody else does
+
+    def metric(self, name: str, label: str) -> float | None:
+        """A series of the exporter's, by the value of a label."""
+        text = httpx.get(f"http://127.0.0.1:{self.first + 2}/metrics", trust_env=False).text
+        found = re.search(rf'^genmodels_{name}{{[^}}]*"{label}"[^}}]*}} (\S+)$', text, re.M)
+        return float(found[1]) if found else None
 
     def output(self) -> str:
         return self.log.read_text()

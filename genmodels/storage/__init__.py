@@ -19,6 +19,7 @@ from genmodels.errors import StorageError
 from genmodels.storage.base import UNPRINTABLE, Storage, check_key
 from genmodels.storage.documents import decode_floats, encode_floats, read_document, write_document
 from genmodels.storage.folder import FolderStorage
+from genmodels.storage.measured import MeasuredStorage
 
 __all__ = ["Storage", "decode_floats", "encode_floats", "open_storage", "read_document", "write_document"]
 
@@ -37,10 +38,10 @@ def open_storage(url: str) -> Storage:
             "set AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY in the environment"
         )
     if scheme == "file" and rest.startswith("/") and not UNPRINTABLE.search(unquote(rest)):
-        return FolderStorage(Path(os.path.normpath(unquote(rest))))
+        return MeasuredStorage(FolderStorage(Path(os.path.normpath(unquote(rest)))))
     bucket, _, prefix = rest.partition("/")
     if scheme == "s3" and re.fullmatch("[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]", bucket):
         from genmodels.storage.s3 import S3Storage  # boto3 takes a quarter of a second to import
 
-        return S3Storage(bucket, check_key(prefix.removesuffix("/")) if prefix else "")
+        return MeasuredStorage(S3Storage(bucket, check_key(prefix.removesuffix("/")) if prefix else ""))
     raise StorageError(f"storage URL {shown!r}: must be file:///absolute/folder or s3://bucket/prefix")

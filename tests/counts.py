@@ -1,0 +1,20 @@
+"""What a metric of this process says."""
+
+from __future__ import annotations
+
+from prometheus_client.metrics import MetricWrapperBase
+
+
+def series(metric: MetricWrapperBase) -> dict[tuple[str, ...], float]:
+    """Label values, in order of the labels' names -> value; of histograms how much was observed."""
+    (family,) = metric.collect()
+    return {
+        tuple(value for _, value in sorted(sample.labels.items())): sample.value
+        for sample in family.samples
+        if sample.name.endswith(("_total", "_count")) or sample.name == family.name
+    }
+
+
+def value(metric: MetricWrapperBase, *labels: str) -> float:
+    """0 where nothing was counted yet."""
+    return series(metric).get(labels, 0.0)
