@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import signal
 import sys
 import threading
@@ -31,8 +32,10 @@ from services.edge import LOOPBACK
 from services.jobmetrics import JobMetrics
 from services.jobroutes import add_job_routes
 from services.modelroutes import UPLOADS, add_model_routes
+from services.rayjob import add_kube_arguments
 
 PORT = 8080
+BACKENDS = ("ray-jobs", "kuberay")
 MAX_BODY = 64 * 1024  # bytes; of a spec, the largest thing that is sent but for datasets
 MAX_REQUESTS = 512  # at the same time; more are answered 503
 GRACE_SECONDS = 5  # that requests under way have to end when the service does
@@ -167,13 +170,19 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
     parser.add_argument("--port", type=int, default=PORT)
     parser.add_argument("--no-auth", action="store_true", help="ask for no key; for this machine alone")
+    parser.add_argument(
+        "--backend",
+        choices=BACKENDS,
+        default=os.environ.get("GENMODELS_BACKEND") or BACKENDS[0],
+        help="drivers are Ray Jobs of one cluster (ray-jobs), or RayJobs on Kubernetes (GENMODELS_BACKEND)",
+    )
     parser.add_argument("--ray-address", help="of the cluster's dashboard; default: RAY_API_SERVER_ADDRESS, or here")
-    parser.add_argument(
-        "--max-cpus", type=int, default=0, help="CPUs that the cluster may grow to; default: what it has"
-    )
-    parser.add_argument(
-        "--max-gpus", type=int, default=0, help="GPUs that the cluster may grow to; default: what it has"
-    )
+    for name, what in (("cpus", "CPUs"), ("gpus", "GPUs")):
+        help = (
+            f"{what} that runs may have together, or the cluster may grow to; default: what it has, kuberay: no limit"
+        )
+        parser.add_argument(f"--max-{name}", type=int, default=0, help=help)
+    add_kube_arguments(parser)
     return parser
 
 
