@@ -34,6 +34,7 @@ from __future__ import annotations
 import argparse
 import copy
 import hashlib
+import json
 import os
 import re
 import shlex
@@ -45,7 +46,10 @@ from typing import Any
 import yaml
 
 from genmodels.errors import GenmodelsError
+from genmodels.spec import ModelSpec
 from services.backends import driver_command, submission_id
+
+RayJob = dict[str, Any]  # the custom resource, as the API has it
 
 API_VERSION = "ray.io/v1"
 MANAGED_BY = {"app.kubernetes.io/managed-by": "genmodels"}
@@ -108,8 +112,110 @@ def add_kube_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
+class Template:
+    """What RayJobs are made from."""
+
+    def __init__(self, options: KubeOptions) -> None:
+        """Raises:
+        GenmodelsError: the template cannot be read, or lacks what is filled in.
+        """
+        self.options = options
+        self.job = {} if options.template is None else _read(options.template)
+        if options.cluster is None:
+            _check(self.job, str(options.template))
+
+    def fill(self, storage_url: str, job: str, spec: ModelSpec, attempt: int, workers: int, priority: int) -> RayJob:
+        """The RayJob of one attempt."""
+        name, model = submission_id(job, spec.name, attempt), spec.name
+        filled = copy.deepcopy(self.job)
+        body = filled.setdefault("spec", {})
+        metadata = filled.setdefault("metadata", {})
+        metadata["name"] = name
+        names = {"genmodels/job": label(job), "genmodels/model": label(model), "genmodels/attempt": str(attempt)}
+        metadata["labels"] = {**(metadata.get("labels") or {}), **MANAGED_BY, **names, **self._queued(priority)}
+        readable = {"genmodels/run": f"{job}/{model}", "genmodels/attempt": str(attempt)}
+        metadata["annotations"] = {**(metadata.get("annotations") or {}), **readable}
+        command = driver_command(storage_url, job, model, attempt, workers)
+        body |= {
+            "entrypoint": shlex.join(["python", *command[1:]]),  # the image's own
+            "jobId": name,
+            "submissionMode": "HTTPMode",
+            "backoffLimit": 0,
+        }
+        if self.options.cluster:
+            body["clusterSelector"] = {"ray.io/cluster": self.options.cluster}
+            for field_of_clusters in ("rayClusterSpec", "shutdownAfterJobFinishes", "ttlSecondsAfterFinished"):
+                body.pop(field_of_clusters, None)
+        else:
+            body |= {"shutdownAfterJobFinishes": True, "ttlSecondsAfterFinished": 0}
+            _size(body["rayClusterSpec"], name, workers, spec.scaling.use_gpu)
+        body.setdefault("preRunningDeadlineSeconds", PLACED_SECONDS)
+        if self.options.queue:
+            body["suspend"] = True
+        return {**filled, "apiVersion": API_VERSION, "kind": "RayJob"}
+
+    def _queued(self, priority: int) -> dict[str, str]:
+        if not self.options.queue:
+            return {}
+        labels = {QUEUE_LABEL: self.options.queue}
+        classes = sorted(self.options.priorities, key=lambda each: each[1])
+        fitting = [name for name, lowest in classes if lowest <= priority] or [name for name, _ in classes[:1]]
+        return labels | ({PRIORITY_LABEL: fitting[-1]} if fitting else {})
+
+
+def label(text: str) -> str:
+    """`text` as a label's value, which has at most 63 characters."""
+    if len(text) <= LABEL_LENGTH:
+        return text
+    return f"{text[:50]}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+
+
 def _priority(text: str) -> tuple[str, int]:
     name, sign, number = text.strip().rpartition("=")
     if not (name and sign and re.fullmatch(r"-?\d+", number)):
         raise GenmodelsError(f"--kube-priority must be CLASS=NUMBER, e.g. genmodels-high=10, not {text!r}")
     return name, int(number)
+
+
+def _size(cluster: dict[str, Any], name: str, workers: int, use_gpu: bool) -> None:
+    """One group of as many pods as there are workers."""
+    groups = {group["groupName"]: group for group in cluster["workerGroupSpecs"]}
+    group = groups.get(GPU_WORKERS, groups[WORKERS]) if use_gpu else groups[WORKERS]
+    group |= {"replicas": workers, "minReplicas": workers, "maxReplicas": workers}
+    cluster["workerGroupSpecs"] = [group]
+    cluster.pop("enableInTreeAutoscaling", None)
+    for pods, cpus in ((cluster["headGroupSpec"], "0"), (group, "1")):
+        pods["rayStartParams"] = {**(pods.get("rayStartParams") or {}), "num-cpus": cpus}
+        metadata = pods["template"].setdefault("metadata", {})
+        metadata["labels"] = {**(metadata.get("labels") or {}), POD_LABEL: name}
+    if use_gpu:
+        resources = group["template"]["spec"]["containers"][0].setdefault("resources", {})
+        for kind in ("requests", "limits"):
+            amounts = resources.setdefault(kind, {})
+            if not any(resource.endswith("/gpu") for resource in amounts):
+                amounts["nvidia.com/gpu"] = 1
+
+
+def _read(path: Path) -> RayJob:
+    try:
+        # as JSON, which has no anchors: what is filled in at one place must not show at another
+        found = json.loads(json.dumps(yaml.safe_load(path.read_text())))
+    except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
+        raise GenmodelsError(f"--kube-template {path} cannot be read: {error}") from None
+    if not isinstance(found, dict) or (found.get("apiVersion"), found.get("kind")) != (API_VERSION, "RayJob"):
+        raise GenmodelsError(f"--kube-template {path} must be one RayJob of {API_VERSION}")
+    return found
+
+
+def _check(job: RayJob, path: str) -> None:
+    """Raise GenmodelsError unless everything is there that is filled in."""
+    try:
+        cluster = job["spec"]["rayClusterSpec"]
+        groups = {group["groupName"]: group for group in cluster["workerGroupSpecs"]}
+        for pods in (cluster["headGroupSpec"], groups[WORKERS], *groups.values()):
+            _ = pods["template"]["spec"]["containers"][0]["image"]
+    except (KeyError, IndexError, TypeError) as error:
+        raise GenmodelsError(
+            f"--kube-template {path} lacks {error}: it needs spec.rayClusterSpec with a headGroupSpec, and a worker"
+            f" group {WORKERS!r}, each with a pod template and an image"
+        ) from None

@@ -35,6 +35,7 @@ RETRIED: tuple[Cause, ...] = ("infrastructure", "superseded", "out of memory", "
 UNCOUNTED: tuple[Cause, ...] = ("no workers", "storage")  # nothing was tried, or nothing could be saved
 ACTIVE: tuple[State, ...] = ("starting", "running", "publishing")
 LOST = -1  # what a driver polls as whom nobody knows, since its cluster has gone
+PREEMPTED = -1000  # what one polls as whose pods were taken away for more important ones; no signal has this number
 
 log = logging.getLogger("genmodels.supervise")
 
@@ -43,16 +44,28 @@ Watch = Callable[[Status, Heartbeat | None], None]
 
 @dataclass(frozen=True)
 class Capacity:
-    """What a cluster has for workers, and what it may grow to where it can grow."""
+    """What a cluster has for workers, and what it may grow to where it can grow.
+
+    `unlimited`: there is always room, or somebody else sees to it that there is (Kueue, nodes that autoscale).
+    """
 
     cpus: int
     gpus: int
     most_cpus: int = 0
     most_gpus: int = 0
+    unlimited: bool = False
 
 
 class Driver(Protocol):
-    """A driver that was started."""
+    """A driver that was started.
+
+    Attributes:
+        waiting: what it waits for, however long, before it can begin or has ended; such a silence is no hang.
+        reason: how it ended, where more is known than the code.
+    """
+
+    waiting: str = ""
+    reason: str = ""
 
     def poll(self) -> int | None:
         """Its exit code, or None while it runs or nobody can tell."""
@@ -228,11 +241,10 @@ class Supervisor:
         code = attempt.driver.poll()
         self._follow(self.run.heartbeat(self.status.attempt))
         if code is not None:
-            message = f"the driver ended with code {code} and left no result"
-            lost = Result(outcome="failed", cause="infrastructure", message=message)
-            never_began = code == LOST and not self.run.start_of(self.status.attempt)
-            self._decide(self.run.result(self.status.attempt) or lost, never_began)
+            self._decide(code, attempt.driver.reason)
             return
+        if attempt.driver.waiting not in ("", self.status.reason) and self.status.state == "starting":
+            self.to("starting", attempt.driver.waiting)
         age = attempt.grow_older(self.heartbeat)
         beat = self.heartbeat or Heartbeat(phase="starting")
         if attempt.ending:
@@ -252,19 +264,22 @@ class Supervisor:
             self.to("running", "the workers train")
         self.watch(self.status, heartbeat)
 
-    def _decide(self, result: Result, never_began: bool) -> None:
+    def _decide(self, code: int, reason: str) -> None:
         """What comes after an attempt."""
+        number = self.status.attempt
+        found = self.run.result(number)
+        result = found or _without_result(code, reason)
         ATTEMPTS.labels(result.cause or result.outcome).inc()
         if result.outcome == "succeeded":
             self.to("succeeded", result.message)
             return
-        number = self.status.attempt
         wishes = self.run.wishes(number)
         cancel = next((wish for wish in wishes if wish.then == "cancelled"), None)
         if cancel:
             self.to("cancelled", f"{cancel.reason}; a resume goes on from step {self._progress()}")
             return
-        left = result.outcome == "left" or (result.message.startswith("the driver ended") and _asked(wishes))
+        left = result.outcome == "left" or (found is None and _asked(wishes))
+        never_began = code == LOST and not self.run.start_of(number)
         saved = any(place.attempt == number for place in self.run.checkpoints())
         counts = not (left or never_began or result.cause in UNCOUNTED)
         fruitless = 0 if saved else self.status.fruitless + counts
@@ -327,7 +342,7 @@ class _Attempt:
         now = time.monotonic()
         passed = min(now - self._looked, LONGEST_LOOK)
         self._looked = now
-        self._age = self._age + passed if heartbeat == self._seen else 0.0
+        self._age = self._age + passed if heartbeat == self._seen and not self.driver.waiting else 0.0
         self._seen = heartbeat
         if self.ending:
             self.pressed += passed
@@ -375,6 +390,14 @@ def carry(
         stopped = isinstance(interruption, KeyboardInterrupt)
         supervisor.interrupt("stopped by Ctrl-C" if stopped else f"stopped: {interruption}")
         raise
+
+
+def _without_result(code: int, reason: str) -> Result:
+    """What is to be said of an attempt whose driver said nothing."""
+    if code == PREEMPTED:
+        return Result(outcome="left", message=reason)
+    message = reason or f"the driver ended with code {code} and left no result"
+    return Result(outcome="failed", cause="infrastructure", message=message)
 
 
 def _patience(beat: Heartbeat) -> float:
