@@ -241,7 +241,9 @@ class Supervisor:
         code = attempt.driver.poll()
         self._follow(self.run.heartbeat(self.status.attempt))
         if code is not None:
-            self._decide(code, attempt.driver.reason)
+            number = self.status.attempt
+            result = self.run.result(number) or self._without_result(code, attempt.driver.reason)
+            self._decide(result, never_began=code == LOST and not self.run.start_of(number))
             return
         if attempt.driver.waiting not in ("", self.status.reason) and self.status.state == "starting":
             self.to("starting", attempt.driver.waiting)
@@ -264,22 +266,26 @@ class Supervisor:
             self.to("running", "the workers train")
         self.watch(self.status, heartbeat)
 
-    def _decide(self, code: int, reason: str) -> None:
+    def _without_result(self, code: int, reason: str) -> Result:
+        """What is to be said of an attempt whose driver said nothing."""
+        message = reason or f"the driver ended with code {code} and left no result"
+        if code == PREEMPTED or any(wish.wish == "leave" for wish in self.run.wishes(self.status.attempt)):
+            return Result(outcome="left", message=message)
+        return Result(outcome="failed", cause="infrastructure", message=message)
+
+    def _decide(self, result: Result, never_began: bool) -> None:
         """What comes after an attempt."""
-        number = self.status.attempt
-        found = self.run.result(number)
-        result = found or _without_result(code, reason)
         ATTEMPTS.labels(result.cause or result.outcome).inc()
         if result.outcome == "succeeded":
             self.to("succeeded", result.message)
             return
+        number = self.status.attempt
         wishes = self.run.wishes(number)
         cancel = next((wish for wish in wishes if wish.then == "cancelled"), None)
         if cancel:
             self.to("cancelled", f"{cancel.reason}; a resume goes on from step {self._progress()}")
             return
-        left = result.outcome == "left" or (found is None and _asked(wishes))
-        never_began = code == LOST and not self.run.start_of(number)
+        left = result.outcome == "left"
         saved = any(place.attempt == number for place in self.run.checkpoints())
         counts = not (left or never_began or result.cause in UNCOUNTED)
         fruitless = 0 if saved else self.status.fruitless + counts
@@ -392,19 +398,7 @@ def carry(
         raise
 
 
-def _without_result(code: int, reason: str) -> Result:
-    """What is to be said of an attempt whose driver said nothing."""
-    if code == PREEMPTED:
-        return Result(outcome="left", message=reason)
-    message = reason or f"the driver ended with code {code} and left no result"
-    return Result(outcome="failed", cause="infrastructure", message=message)
-
-
 def _patience(beat: Heartbeat) -> float:
     """Seconds without a tick that make a hang."""
     slow = SLOW_SECONDS if beat.phase in SLOW_PHASES else HANG_SECONDS
     return max(slow, HANG_STEPS * (beat.step_seconds or 0.0))
-
-
-def _asked(wishes: list[Wish]) -> bool:
-    return any(wish.wish == "leave" for wish in wishes)
