@@ -1,6 +1,6 @@
 """The few requests to Kubernetes that the dispatcher needs, by the official client: RayJobs, and whether pods are left.
 
-They need a Role with create, get, list and delete for `rayjobs.ray.io` and list for `pods`, in one namespace. None
+They need a Role with create, list and delete for `rayjobs.ray.io` and list for `pods`, in one namespace. None
 raises for an API server that is away or refuses: what cannot be known is None.
 """
 
@@ -183,6 +183,7 @@ def _connect() -> tuple[Any, str]:
         status_forcelist=RETRIED,
         allowed_methods=None,  # creating twice is a 409
         backoff_factor=0.2,
+        retry_after_max=int(TIMEOUT[1]),
         raise_on_status=False,
     )
     logging.getLogger("urllib3").setLevel(logging.ERROR)  # else each retry leaves a line in the log

@@ -5,9 +5,8 @@ left one, comes first; "counted" are attempts without a new checkpoint, of which
 
     RayJob                                    | the run
     ------------------------------------------|-------------------------------------------------------------------------
-    made, no status yet                       | starting: waits for the KubeRay operator; for ever where there is none
-    Suspended, never begun                    | starting: waits to be admitted by Kueue, however long
-    New, Initializing, Waiting                | starting: waits for its cluster
+    suspended by Kueue, never begun           | starting: waits for Kueue to admit it, however long
+    no status, Initializing, Waiting          | starting: waits for its cluster; for ever where no KubeRay runs
     Running                                   | starting, running, publishing: as the driver's heartbeats say
     Complete, jobStatus SUCCEEDED             | what the result says; without one: tried again, counted
     Complete, jobStatus STOPPED               | somebody stopped it: tried again, counted
@@ -26,6 +25,10 @@ left one, comes first; "counted" are attempts without a new checkpoint, of which
 The fence: an attempt has ended when its driver has (jobStatus is terminal), or when its RayJob and all its pods are
 gone. KubeRay fails RayJobs whose driver still runs (a deadline): these are deleted first, in the foreground. A
 preempted attempt is not resumed by Kueue but followed by a new one, whose RayJob queues anew with the run's priority.
+
+Pods that are taken away (preempted, evicted) save nothing on their way: what is lost are the steps since the latest
+checkpoint. With --kube-cluster-selector a driver's pods are the cluster's and stay: there a RayJob that is gone has
+ended, and the store's fence keeps what a late driver still writes out of the run.
 
 With --kube-queue, or without --max-cpus, there is always room: runs start at once with the fewest workers they may
 have, and neither grow nor make room; Kueue, or the nodes' autoscaler, decides. With --max-cpus the dispatcher plans
@@ -146,23 +149,24 @@ class _RayJob(Driver):
         if self.deleting:
             self.api.delete(self.name)
             return False
-        status = job.get("status") or {}
+        status, queued = job.get("status") or {}, bool(self.queue and job["spec"].get("suspend"))
         match _state(job):
             case "Complete" | "Failed":
                 return self._has_ended(status)
-            case "Suspending" | "Suspended" if not self._had_begun():
-                self.waiting = f"waits for Kueue to admit it to queue {self.queue}" if self.queue else "is suspended"
-            case "Suspending":
-                self.waiting = "is suspended: its pods end"
-            case "Suspended":
-                self._end_by_deleting(PREEMPTED, "preempted: Kueue suspended it" if self.queue else "it was suspended")
             case "Running":
                 self.waiting, self.never_began = "", False
                 self._watch_head(status)
-            case "":
-                self.waiting = "waits for the KubeRay operator"
+            case "Suspending" | "Suspended" if self._had_begun():
+                self.waiting = "is suspended: its pods end"
+                if _state(job) == "Suspended":
+                    why = "preempted: Kueue suspended it" if self.queue else "it was suspended"
+                    self._end_by_deleting(PREEMPTED, why)
+            case _ if queued:
+                self.waiting = f"waits for Kueue to admit it to queue {self.queue}"
+            case "Suspended":
+                self.waiting = "is suspended"
             case _:
-                self.waiting, self.never_began = "waits for its cluster", False
+                self.waiting, self.never_began = "waits for KubeRay to make its cluster", False
         return False
 
     def _has_ended(self, status: RayJob) -> bool:

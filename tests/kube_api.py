@@ -26,7 +26,7 @@ SCHEMA = Path(__file__).parent / "k8s-schemas" / "ray.io_v1_RayJob.json"
 PATH = re.compile(
     rf"/(?:apis/ray\.io/v1|api/v1)/namespaces/{NAMESPACE}/(?P<resource>rayjobs|pods)(?:/(?P<name>[^/]+))?"
 )
-ROLE = {("rayjobs", verb) for verb in ("create", "get", "list", "delete")} | {("pods", "list")}
+ROLE = {("rayjobs", verb) for verb in ("create", "list", "delete")} | {("pods", "list")}
 FINALIZER = "ray.io/rayjob-finalizer"  # KubeRay's, by which it stops the driver
 Object = dict[str, Any]
 

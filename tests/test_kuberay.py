@@ -564,6 +564,16 @@ def test_settings_that_do_not_go_together(words: list[str], message: str) -> Non
         KubeOptions.of(options(*words))
 
 
+def test_the_backend_is_a_setting(api: KubeApi, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = [f"--kube-template={tmp_path / 'template.yaml'}", "--max-cpus=8", "--max-gpus=2"]
+    backend = jobs_service._backend(options(*words), MemoryStorage())
+    assert isinstance(backend, KubeRayBackend)
+    assert backend.capacity() == Capacity(8, 2)
+    monkeypatch.setenv("GENMODELS_BACKEND", "docker")
+    with pytest.raises(GenmodelsError, match="GENMODELS_BACKEND must be ray-jobs or kuberay"):
+        jobs_service._backend(jobs_service._parser().parse_args(["--storage", "memory://"]), MemoryStorage())
+
+
 def test_settings_by_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"NAMESPACE": "n", "TEMPLATE": "t", "QUEUE": "q", "PRIORITY": "low=-5,high=1"}.items():
         monkeypatch.setenv(f"GENMODELS_KUBE_{name}", value)
