@@ -152,7 +152,7 @@ def test_a_real_attempt_outlives_its_dispatcher(
         platform.until("a", "starting", name)
         platform.tick(3)
         platform.restart()
-        until(lambda: platform.tick() or state(storage, name, "a").state in ("succeeded", "failed"), "it ends", 120)
+        until(lambda: platform.tick() or state(storage, name, "a").state in ("succeeded", "failed"), "it ends", 240)
     finally:
         platform.operator.close()
     status = state(storage, name, "a")
