@@ -110,7 +110,7 @@ def submission_id(job: str, model: str, attempt: int) -> str:
     return f"r-{hashlib.sha256(f'{job}/{model}'.encode()).hexdigest()[:12]}-a{attempt}"
 
 
-class _Process:
+class _Process(Driver):
     def __init__(self, process: subprocess.Popen[bytes]) -> None:
         self.process = process
 
@@ -123,7 +123,7 @@ class _Process:
         self.process.wait()
 
 
-class _Gone:
+class _Gone(Driver):
     def poll(self) -> int | None:
         return LOST
 
@@ -131,7 +131,7 @@ class _Gone:
         pass
 
 
-class _RayJob:
+class _RayJob(Driver):
     """One Ray Job. What was asked for and not answered (to start, to stop) is asked again at each poll."""
 
     def __init__(self, dashboard: Dashboard, name: str, submission: dict[str, Any] | None = None) -> None:

@@ -279,7 +279,7 @@ class Dispatcher:
         names = ((*key.split("/"), reason) for key, reason in waiting)
         queue = [{"job": job, "model": model, "reason": reason} for job, model, reason in names]
         has = None
-        if capacity:
+        if capacity and not capacity.unlimited:
             has = {"cpus": max(capacity.cpus, capacity.most_cpus), "gpus": max(capacity.gpus, capacity.most_gpus)}
         if self._shown != (has, queue) and self._holds():
             write_document(self.storage, QUEUE, {"time": now(), "capacity": has, "queue": queue})

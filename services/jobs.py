@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import logging
+import os
 import signal
 import sys
 import threading
@@ -31,8 +32,11 @@ from services.edge import LOOPBACK
 from services.jobmetrics import JobMetrics
 from services.jobroutes import add_job_routes
 from services.modelroutes import UPLOADS, add_model_routes
+from services.rayjob import KubeOptions, add_kube_arguments
+from services.supervise import Backend, Capacity
 
 PORT = 8080
+BACKENDS = ("ray-jobs", "kuberay")
 MAX_BODY = 64 * 1024  # bytes; of a spec, the largest thing that is sent but for datasets
 MAX_REQUESTS = 512  # at the same time; more are answered 503
 GRACE_SECONDS = 5  # that requests under way have to end when the service does
@@ -107,7 +111,6 @@ def check_access(storage: Storage, host: str, no_auth: bool) -> Keys | None:
 
 def _serve(options: argparse.Namespace) -> int:
     from genmodels.lease import Lease
-    from services.backends import RayJobsBackend
     from services.dispatch import Dispatcher
 
     storage = open_storage(options.storage)
@@ -115,8 +118,7 @@ def _serve(options: argparse.Namespace) -> int:
     app = create_app(storage, keys=keys, hosts=None if keys else LOOPBACK, closing=lambda: server.should_exit)
     app.openapi()  # imports the families, so that nobody has to wait for them
     server = uvicorn.Server(_uvicorn(app, options.host, options.port))
-    backend = RayJobsBackend(options.ray_address, options.max_cpus, options.max_gpus)
-    dispatcher = Dispatcher(storage, backend, lease=Lease(storage))
+    dispatcher = Dispatcher(storage, _backend(options, storage), lease=Lease(storage))
     stop, broken = threading.Event(), threading.Event()
 
     def dispatch() -> None:
@@ -137,6 +139,18 @@ def _serve(options: argparse.Namespace) -> int:
         stop.set()
         thread.join(STOP_SECONDS)
     return 1 if broken.is_set() or not server.started else 0
+
+
+def _backend(options: argparse.Namespace, storage: Storage) -> Backend:
+    from services.backends import RayJobsBackend
+    from services.kuberay import KubeRayBackend
+
+    match options.backend:
+        case "ray-jobs":
+            return RayJobsBackend(options.ray_address, options.max_cpus, options.max_gpus)
+        case "kuberay":
+            return KubeRayBackend(storage, KubeOptions.of(options), Capacity(options.max_cpus, options.max_gpus))
+    raise GenmodelsError(f"GENMODELS_BACKEND must be {' or '.join(BACKENDS)}, not {options.backend!r}")
 
 
 def _uvicorn(app: FastAPI, host: str, port: int) -> uvicorn.Config:
@@ -167,13 +181,17 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
     parser.add_argument("--port", type=int, default=PORT)
     parser.add_argument("--no-auth", action="store_true", help="ask for no key; for this machine alone")
+    parser.add_argument(
+        "--backend",
+        choices=BACKENDS,
+        default=os.environ.get("GENMODELS_BACKEND") or BACKENDS[0],
+        help="drivers are Ray Jobs of one cluster (ray-jobs), or RayJobs on Kubernetes (GENMODELS_BACKEND)",
+    )
     parser.add_argument("--ray-address", help="of the cluster's dashboard; default: RAY_API_SERVER_ADDRESS, or here")
-    parser.add_argument(
-        "--max-cpus", type=int, default=0, help="CPUs that the cluster may grow to; default: what it has"
-    )
-    parser.add_argument(
-        "--max-gpus", type=int, default=0, help="GPUs that the cluster may grow to; default: what it has"
-    )
+    for name in ("cpus", "gpus"):
+        help = f"{name.upper()[:-1]}s that the cluster may grow to; default: what it has, on Kubernetes no limit"
+        parser.add_argument(f"--max-{name}", type=int, default=0, help=help)
+    add_kube_arguments(parser)
     return parser
 
 

@@ -72,8 +72,16 @@ class _Free:
 
 
 def plan(queued: Sequence[Queued], running: Sequence[Running], capacity: Capacity) -> Plan:
-    """What to do now; each worker takes one CPU, and one GPU where the run uses GPUs."""
+    """What to do now; each worker takes one CPU, and one GPU where the run uses GPUs.
+
+    With unlimited capacity all start at once with the fewest workers, in their order, and none makes room or grows.
+    """
     result = Plan()
+    if capacity.unlimited:
+        for run in sorted(queued, key=_order):
+            result.reasons += [(run.key, run.not_yet)] if run.not_yet else []
+            result.starts += [] if run.not_yet else [(run.key, run.sizes[0])]
+        return result
     most = Capacity(max(capacity.cpus, capacity.most_cpus), max(capacity.gpus, capacity.most_gpus))
     there, able = _Free(capacity.cpus, capacity.gpus), _Free(most.cpus, most.gpus)
     for other in running:
@@ -85,7 +93,7 @@ def plan(queued: Sequence[Queued], running: Sequence[Running], capacity: Capacit
     leaving = {other.key for other in running if other.leaving} | {other.key for other in stranded}
     result.leaves += [(other.key, "the cluster has shrunk") for other in stranded]
     waiting_for_room = False
-    for run in sorted(queued, key=lambda run: (-run.priority, run.submitted)):
+    for run in sorted(queued, key=_order):
         fewest = run.sizes[0]
         if run.not_yet:
             if run.keeps:
@@ -117,6 +125,10 @@ def plan(queued: Sequence[Queued], running: Sequence[Running], capacity: Capacit
     if not waiting_for_room:
         result.grows = _growing(running, leaving, there, able)
     return result
+
+
+def _order(run: Queued) -> tuple[int, tuple[str, int]]:
+    return -run.priority, run.submitted
 
 
 def _stranded(running: Sequence[Running], able: _Free) -> list[Running]:

@@ -36,6 +36,7 @@ RETRIED: tuple[Cause, ...] = ("infrastructure", "superseded", "out of memory", "
 UNCOUNTED: tuple[Cause, ...] = ("no workers", "storage")  # nothing was tried, or nothing could be saved
 ACTIVE: tuple[State, ...] = ("starting", "running", "publishing")
 LOST = -1  # what a driver polls as whom nobody knows, since its cluster has gone
+PREEMPTED = -1000  # what one polls as whose pods were taken away for more important ones; no signal has this number
 
 log = logging.getLogger("genmodels.supervise")
 
@@ -44,16 +45,28 @@ Watch = Callable[[Status, Heartbeat | None], None]
 
 @dataclass(frozen=True)
 class Capacity:
-    """What a cluster has for workers, and what it may grow to where it can grow."""
+    """What a cluster has for workers, and what it may grow to where it can grow.
+
+    `unlimited`: there is always room, or somebody else sees to it that there is (Kueue, nodes that autoscale).
+    """
 
     cpus: int
     gpus: int
     most_cpus: int = 0
     most_gpus: int = 0
+    unlimited: bool = False
 
 
 class Driver(Protocol):
-    """A driver that was started."""
+    """A driver that was started.
+
+    Attributes:
+        waiting: what it waits for, however long, before it can begin or has ended; such a silence is no hang.
+        reason: how it ended, where more is known than the code.
+    """
+
+    waiting: str = ""
+    reason: str = ""
 
     def poll(self) -> int | None:
         """Its exit code, or None while it runs or nobody can tell."""
@@ -230,11 +243,12 @@ class Supervisor:
         code = attempt.driver.poll()
         self._follow(self.run.heartbeat(self.status.attempt))
         if code is not None:
-            message = f"the driver ended with code {code} and left no result"
-            lost = Result(outcome="failed", cause="infrastructure", message=message)
-            never_began = code == LOST and not self.run.start_of(self.status.attempt)
-            self._decide(self.run.result(self.status.attempt) or lost, never_began)
+            number = self.status.attempt
+            result = self.run.result(number) or self._without_result(code, attempt.driver.reason)
+            self._decide(result, never_began=code == LOST and not self.run.start_of(number))
             return
+        if attempt.driver.waiting not in ("", self.status.reason) and self.status.state == "starting":
+            self.to("starting", attempt.driver.waiting)
         age = attempt.grow_older(self.heartbeat)
         beat = self.heartbeat or Heartbeat(phase="starting")
         if attempt.ending:
@@ -254,6 +268,13 @@ class Supervisor:
             self.to("running", "the workers train")
         self.watch(self.status, heartbeat)
 
+    def _without_result(self, code: int, reason: str) -> Result:
+        """What is to be said of an attempt whose driver said nothing."""
+        message = reason or f"the driver ended with code {code} and left no result"
+        if code == PREEMPTED or any(wish.wish == "leave" for wish in self.run.wishes(self.status.attempt)):
+            return Result(outcome="left", message=message)
+        return Result(outcome="failed", cause="infrastructure", message=message)
+
     def _decide(self, result: Result, never_began: bool) -> None:
         """What comes after an attempt."""
         self._ended_by = result.cause or result.outcome
@@ -266,7 +287,7 @@ class Supervisor:
         if cancel:
             self.to("cancelled", f"{cancel.reason}; a resume goes on from step {self._progress()}")
             return
-        left = result.outcome == "left" or (result.message.startswith("the driver ended") and _asked(wishes))
+        left = result.outcome == "left"
         saved = any(place.attempt == number for place in self.run.checkpoints())
         counts = not (left or never_began or result.cause in UNCOUNTED)
         fruitless = 0 if saved else self.status.fruitless + counts
@@ -342,7 +363,7 @@ class _Attempt:
         now = time.monotonic()
         passed = min(now - self._looked, LONGEST_LOOK)
         self._looked = now
-        self._age = self._age + passed if heartbeat == self._seen else 0.0
+        self._age = self._age + passed if heartbeat == self._seen and not self.driver.waiting else 0.0
         self._seen = heartbeat
         if self.ending:
             self.pressed += passed
@@ -396,7 +417,3 @@ def _patience(beat: Heartbeat) -> float:
     """Seconds without a tick that make a hang."""
     slow = SLOW_SECONDS if beat.phase in SLOW_PHASES else HANG_SECONDS
     return max(slow, HANG_STEPS * (beat.step_seconds or 0.0))
-
-
-def _asked(wishes: list[Wish]) -> bool:
-    return any(wish.wish == "leave" for wish in wishes)

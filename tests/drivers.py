@@ -9,12 +9,13 @@ from stores import save
 
 from genmodels.run import Heartbeat, Result, Run
 from genmodels.storage import Storage
+from services import supervise
 from services.supervise import LOST, Capacity
 
 Script = Callable[[Run, int], Iterator[object]]  # what a driver does; each `yield` is one look at it
 
 
-class Driver:
+class Driver(supervise.Driver):
     def __init__(self, steps: Iterator[object]) -> None:
         self.steps, self.code, self.killed = steps, None, False
 

@@ -32,6 +32,15 @@ def test_priority_first_then_first_come_first_served() -> None:
     assert found.reasons == [("not", "needs 1 CPU, free: 0 CPUs")]
 
 
+def test_where_somebody_else_admits_all_start_in_their_order_and_nobody_gives_way() -> None:
+    queue = [waits("elastic", [2, 4, 8], at="1"), waits("urgent", 64, at="2", priority=9, use_gpu=True)]
+    queue.append(waits("later", at="0", not_yet="backs off after a failure"))
+    running = [runs("low", 4, sizes=[1, 4, 8], growable=True)]
+    found = plan(queue, running, Capacity(0, 0, unlimited=True))
+    starts = [("urgent", 64), ("elastic", 2)]
+    assert found == Plan(starts=starts, reasons=[("later", "backs off after a failure")])
+
+
 def test_a_group_starts_whole_or_not_at_all() -> None:
     assert decide([waits("a", 4)], cpus=4).starts == [("a", 4)]
     found = decide([waits("a", 4)], [runs("b", 1)], cpus=4)
