@@ -1,9 +1,9 @@
 #!/bin/sh
-# make secrets: what is not there yet is made, nothing is ever overwritten. The folder is this user's alone; its files
-# are readable, because containers see each one, and run under users of their own.
+# make secrets [FOLDER]: what is not there yet is made, nothing is ever overwritten. The folder is this user's alone; its
+# files are readable, because containers see each one, and run under users of their own.
 set -eu
 cd "$(dirname "$0")/.."
-folder=.secrets
+folder=${1:-.secrets}
 umask 077
 mkdir -p "$folder"
 
@@ -24,5 +24,5 @@ if ! { [ -s "$folder/s3_credentials" ] && [ -s "$folder/s3.json" ]; }; then
     printf '{"identities": [{"name": "genmodels", "credentials": [{"accessKey": "%s", "secretKey": "%s"}], "actions": ["Admin", "Read", "Write", "List", "Tagging"]}]}\n' \
         "$access" "$secret" | keep s3.json
 fi
-grep -qs '^GENMODELS_SECRETS=' .env || echo "GENMODELS_SECRETS=./$folder" >> .env
+[ $# -gt 0 ] || grep -qs '^GENMODELS_SECRETS=' .env || echo "GENMODELS_SECRETS=./$folder" >> .env
 echo "Secrets are in $folder; the first key: export GENMODELS_KEY=\$(cat $folder/api_key)"

@@ -1,6 +1,6 @@
 """A container engine for the proof: the one that answers, or one of our own for as long as this lasts.
 
-Where none can be had (no root, no apt) `Skipped` says why. Everything that is kept for the next time lies in one folder.
+Where none can be had (no root, no apt) `Skipped` says why. What is kept for the next time lies in one folder.
 """
 
 from __future__ import annotations
@@ -89,7 +89,9 @@ def run(*command: str, seconds: float = 900.0, **environment: str) -> str:
         )
     except subprocess.TimeoutExpired as error:
         said = error.stdout or b""
-        raise Failed(f"{' '.join(command)}: not within {seconds:g} s\n{said[-3000:].decode(errors='replace')}") from None
+        raise Failed(
+            f"{' '.join(command)}: not within {seconds:g} s\n{said[-3000:].decode(errors='replace')}"
+        ) from None
     if done.returncode != 0:
         raise Failed(f"{' '.join(command)}: code {done.returncode}\n{done.stdout[-3000:]}")
     return done.stdout

@@ -19,6 +19,7 @@ ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent
 DEBIAN, PYTHON, APP = "genmodels-test/debian", "genmodels-test/python", "genmodels-test/app"
 THIRD_PARTY = ("s3", "edge", "prometheus")
+SEARCHED = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 CA = Path("/etc/ssl/certs/ca-certificates.crt")
 # What the slim images leave out.
 EXCLUDED = "".join(f"path-exclude /usr/share/{name}/*\n" for name in ("doc", "man", "locale", "info"))
@@ -56,7 +57,7 @@ def _debian(rootfs: Path) -> None:
     shutil.copy(CA, str(rootfs) + str(CA))
     for folder in ("var/cache/apt/archives", "var/lib/apt/lists"):
         shutil.rmtree(rootfs / folder)
-    change = ["--change", 'CMD ["bash"]', "--change", "ENV PATH=/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"]
+    change = ["--change", 'CMD ["bash"]', "--change", f"ENV PATH={SEARCHED}"]
     packed = subprocess.Popen(
         ["tar", "-C", str(rootfs), "--numeric-owner", "--one-file-system", "-c", "."], stdout=subprocess.PIPE
     )
