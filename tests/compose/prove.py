@@ -78,10 +78,14 @@ class Stack:
 
     def kill(self, service: str, index: int = 1) -> None:
         """SIGKILL to the first process of a container, from outside: the container ends with it."""
-        container = self("ps", "-q", "--index", str(index), service).strip()
-        pid = int(run("docker", "inspect", "-f", "{{.State.Pid}}", container))
+        pid = int(run("docker", "inspect", "-f", "{{.State.Pid}}", self.container(service, index)))
         assert pid > 1, f"{service} is not running"
         os.kill(pid, signal.SIGKILL)
+
+    def container(self, service: str, index: int = 1) -> str:
+        labels = {"project": PROJECT, "service": service, "container-number": index}
+        filters = [f"--filter=label=com.docker.compose.{name}={value}" for name, value in labels.items()]
+        return run("docker", "ps", "-q", *filters).strip()
 
     def sum(self, query: str) -> float:
         """What Prometheus says of a sum; 0 where there is nothing to add."""
@@ -279,7 +283,7 @@ class Proof:
     def leaves_in_peace(self) -> str:
         job = self.stack.jobs.submit(spec("fourth", text(400, "fourth-text"))).job
         until(lambda: (self.run_of(job).step or 0) > 60, "training is under way")
-        name = self.stack("ps", "-q", "--index", "2", "worker").strip()
+        name = self.stack.container("worker", 2)
         run("docker", "stop", "-t", "90", name)
         until(lambda: self.run_of(job).state in ("queued", "starting"), "the attempt has left")
         reasons = [change.reason for change in self.run_of(job).history]
