@@ -96,8 +96,8 @@ def own_address(head: str) -> str:
 
 def environment(role: str, dashboard_url: str) -> dict[str, str]:
     """What Ray and all that it starts have in common."""
-    metrics = os.environ.setdefault(exporter.DIRECTORY, "/run/metrics")  # before Ray starts: its workers inherit it
-    Path(metrics).mkdir(parents=True, exist_ok=True)
+    if exporter.DIRECTORY not in os.environ:  # Ray's workers inherit it
+        raise GenmodelsError(f"{exporter.DIRECTORY} is not set; it has to name a folder, best one in memory")
     state = os.environ.get(GCS_FOLDER)  # so that a head that was started again knows its cluster
     kept = {"RAY_gcs_storage": "rocksdb", "RAY_gcs_storage_path": state} if role == "head" and state else {}
     return {**cluster_environment(), dashboard.ADDRESS: dashboard_url, **kept}
