@@ -237,12 +237,7 @@ class Proof:
             'genmodels_runs_ended_total{state="succeeded"}': 2,
         }
         for query, expected in pairs.items():
-            until(
-                lambda q=query, e=expected: self.stack.sum(q) == e,
-                f"{query} is {expected}",
-                shown=self.stack.sum,
-                of=query,
-            )
+            self.reaches(query, expected)
         return f"{mine.completions} texts of {mine.tokens} tokens, {mine.pictures} pictures"
 
     def panels_have_data(self) -> str:
