@@ -204,7 +204,7 @@ class Proof:
     # In use
 
     def survives_a_worker(self) -> str:
-        job = self.stack.jobs.submit(spec("proof", text(600), digits(100))).job
+        job = self.stack.jobs.submit(spec("proof", text(600), digits(100), gan(40))).job
         self.first_job = job
         until(lambda: (self.run_of(job).step or 0) > 120, "training is under way")
         self.stack.kill("worker")
@@ -217,7 +217,7 @@ class Proof:
         return f"went on from step {steps[0]}"
 
     def generates(self) -> str:
-        until(lambda: len(self.stack.http.get("/v1/models").json()["data"]) == 2, "both models are served")
+        until(lambda: len(self.stack.http.get("/v1/models").json()["data"]) == 3, "the models are served")
         self.answer = self.counted.complete()
         assert self.counted.complete() == self.answer
         streamed, events = self.counted.stream()
@@ -234,7 +234,7 @@ class Proof:
             'genmodels_requests_total{route="/v1/images/generations", code="200"}': mine.requests,
             'genmodels_tokens_total{kind="completion"}': mine.tokens,
             "genmodels_images_total": mine.pictures,
-            'genmodels_runs_ended_total{state="succeeded"}': 2,
+            'genmodels_runs_ended_total{state="succeeded"}': 3,
         }
         for query, expected in pairs.items():
             self.reaches(query, expected)
@@ -341,6 +341,7 @@ def text(steps: int, name: str = "proof-text") -> dict[str, Any]:
         "data": {"dataset": "shakespeare"},
         "train": {"max_steps": steps, "batch_size": 16, "learning_rate": 1e-2, "eval_every": steps, "save_every": 20},
         "scaling": {"num_workers": 2},
+        "serve": {"gate": {"metric": "val_loss", "max": 10.0}},
     }
 
 
@@ -352,6 +353,10 @@ def digits(steps: int, name: str = "proof-digits") -> dict[str, Any]:
         "train": {"max_steps": steps, "batch_size": 32, "learning_rate": 3e-3, "eval_every": steps, "save_every": 50},
         "scaling": {"num_workers": 2},
     }
+
+
+def gan(steps: int) -> dict[str, Any]:
+    return digits(steps, "proof-gan") | {"model": {"family": "gan", "latent_dim": 8, "width": 8}}
 
 
 def refused(command: Check, why: str) -> None:
