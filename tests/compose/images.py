@@ -8,16 +8,18 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-from engine import need_debootstrap, run
+from engine import Skipped, need_debootstrap, run
 
 ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent
 DEBIAN, PYTHON, APP = "genmodels-test/debian", "genmodels-test/python", "genmodels-test/app"
+SOURCES = ("sources.list.d/debian.sources", "sources.list")  # of apt
 THIRD_PARTY = ("s3", "edge", "prometheus")
 SEARCHED = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 CA = Path("/etc/ssl/certs/ca-certificates.crt")
@@ -46,12 +48,11 @@ def _debian(rootfs: Path) -> None:
     need_debootstrap()
     shutil.rmtree(rootfs, ignore_errors=True)
     release = platform.freedesktop_os_release()["VERSION_CODENAME"]
-    mirror = run("apt-get", "indextargets", "--format", "$(REPO_URI)", "Codename: " + release).split()[0]
-    run("debootstrap", "--variant=minbase", "--include=ca-certificates", release, str(rootfs), mirror)
+    run("debootstrap", "--variant=minbase", "--include=ca-certificates", release, str(rootfs), _mirror())
     (rootfs / "etc/dpkg/dpkg.cfg.d/docker").write_text(EXCLUDED)
     (rootfs / "etc/apt/apt.conf.d/90local").write_text('Acquire::Check-Valid-Until "false";\n')
     (rootfs / "etc/apt/sources.list").unlink(missing_ok=True)
-    for name in ("sources.list", "sources.list.d/debian.sources"):
+    for name in SOURCES:
         if (source := Path("/etc/apt") / name).exists():
             shutil.copy(source, rootfs / "etc/apt" / name)
     shutil.copy(CA, str(rootfs) + str(CA))
@@ -65,6 +66,15 @@ def _debian(rootfs: Path) -> None:
     if packed.wait():
         raise RuntimeError("the root file system could not be packed")
     shutil.rmtree(rootfs)
+
+
+def _mirror() -> str:
+    """Where this machine has its packages from."""
+    texts = [path.read_text() for name in SOURCES if (path := Path("/etc/apt") / name).exists()]
+    found = re.search(r"^(?:URIs:|deb(?: \[[^]]*\])?)\s+(\S+)", "\n".join(texts), re.MULTILINE)
+    if found is None:
+        raise Skipped("apt has no sources of Debian here")
+    return found[1]
 
 
 def _python(context: Path) -> None:
