@@ -5,11 +5,13 @@
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 TORCH_INDEX ?=
+ACCELERATOR ?= cpu
 ARGS ?=
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check install --progress-bar on -c constraints.txt
 
-.PHONY: setup setup-dev demo test test-long bench-serving lint format clean
+.PHONY: setup setup-dev demo test test-long bench-serving lint format \
+        secrets image sbom test-compose clean
 
 setup: $(VENV)/.ready
 setup-dev: $(VENV)/.ready-dev
@@ -49,5 +51,18 @@ format: setup-dev
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
+secrets:
+	@sh docker/secrets.sh
+
+image:
+	DOCKER_BUILDKIT=1 docker build --build-arg ACCELERATOR=$(ACCELERATOR) --build-arg TORCH_INDEX=$(TORCH_INDEX) \
+	    --build-arg REVISION=$(shell git rev-parse --short HEAD) -t genmodels:$(ACCELERATOR) -f docker/Dockerfile .
+
+sbom:
+	@sh docker/sbom.sh genmodels:$(ACCELERATOR)
+
+test-compose: setup
+	$(BIN)/python tests/compose/prove.py
+
 clean:
-	rm -rf $(VENV) .genmodels samples
+	rm -rf $(VENV) .genmodels .compose-test samples

@@ -110,6 +110,27 @@ class Keys:
                 continue  # the id is taken
             return key, f"gm_{key.id}_{secret}"
 
+    def admit(self, token: str, name: str, scopes: tuple[Scope, ...]) -> Key:
+        """Let a token work that was made elsewhere. One that is known stays as it is, also a revoked one.
+
+        Raises:
+            SpecError: it is no token, or its id is another one's.
+        """
+        match = re.fullmatch(TOKEN, token)
+        if match is None:
+            raise SpecError("got no key, expected gm_, 8 hex digits, _ and 43 letters, digits, '-' or '_'")
+        _check(name, scopes, ())
+        key = Key(id=match[1], name=name, scopes=scopes, sha256=_digest(match[2]), created=now())
+        try:
+            write_document(self.storage, _path(key.id), key.model_dump(mode="json"), if_absent=True)
+        except Conflict:
+            known = self._read(key.id)
+            if known is None or known.sha256 != key.sha256:
+                raise SpecError(f"key {key.id} is another one; make a new one") from None
+            return known
+        self._remember(key.id, key, time.monotonic())
+        return key
+
     def list(self) -> list[Key]:
         """All keys, also revoked ones, the oldest first."""
         found = (self._read(Path(path).stem) for path in self.storage.list("keys/"))

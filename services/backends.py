@@ -73,6 +73,7 @@ class RayJobsBackend:
         """
         self.dashboard = Dashboard(address)
         self.max_cpus, self.max_gpus = max_cpus, max_gpus
+        self._head_began = 0  # ms since 1970, as `capacity` last saw it
 
     def start(self, storage_url: str, job: str, model: str, attempt: int, workers: int) -> Driver:
         """Ask for a driver. Whether Ray took it, `poll` tells: it asks again where no answer came."""
@@ -82,10 +83,17 @@ class RayJobsBackend:
             "metadata": {"job": job, "model": model, "attempt": str(attempt)},
             "entrypoint_num_cpus": 0,
         }
-        return _RayJob(self.dashboard, submission_id(job, model, attempt), submission)
+        return _RayJob(self, submission_id(job, model, attempt), submission)
 
     def find(self, job: str, model: str, attempt: int) -> Driver:
-        return _RayJob(self.dashboard, submission_id(job, model, attempt))
+        return _RayJob(self, submission_id(job, model, attempt))
+
+    def is_lost(self, job: dict[str, Any]) -> bool:
+        """Whether a Ray Job, as the dashboard shows it, went with its head: drivers run there.
+
+        A head that keeps its state on disk shows the drivers of the one before it as they were.
+        """
+        return bool(job["status"] in ("PENDING", "RUNNING") and (job.get("start_time") or 0) < self._head_began)
 
     def capacity(self) -> Capacity | None:
         answer = self.dashboard.ask("GET", "/api/v0/nodes?detail=1&limit=10000&timeout=4")
@@ -93,7 +101,9 @@ class RayJobsBackend:
             return None
         try:
             nodes: list[dict[str, Any]] = answer.json()["data"]["result"]["result"]
-            there = [node["resources_total"] for node in nodes if node["state"] == "ALIVE"]
+            alive = [node for node in nodes if node["state"] == "ALIVE"]
+            there = [node["resources_total"] for node in alive]
+            self._head_began = max((node["start_time_ms"] for node in alive if node["is_head_node"]), default=0)
         except (ValueError, KeyError, TypeError):  # somebody else answers there
             return None
         if not there:
@@ -134,8 +144,8 @@ class _Gone(Driver):
 class _RayJob(Driver):
     """One Ray Job. What was asked for and not answered (to start, to stop) is asked again at each poll."""
 
-    def __init__(self, dashboard: Dashboard, name: str, submission: dict[str, Any] | None = None) -> None:
-        self.dashboard, self.name = dashboard, name
+    def __init__(self, backend: RayJobsBackend, name: str, submission: dict[str, Any] | None = None) -> None:
+        self.backend, self.dashboard, self.name = backend, backend.dashboard, name
         self.submission, self.deadline = submission, time.monotonic() + ACCEPT_SECONDS
         self.code: int | None = None
         self.stopping = False
@@ -160,6 +170,8 @@ class _RayJob(Driver):
                 log.warning("Ray job %s failed: %s", self.name, (job.get("message") or "")[-MESSAGE:])
             case "STOPPED":
                 self.code = -signal.SIGTERM
+            case _ if self.backend.is_lost(job):
+                self.code = LOST
             case _ if self.stopping:
                 self._stop()
         return self.code

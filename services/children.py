@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import BinaryIO
 
 from services.guard import sweep
 
@@ -22,11 +23,14 @@ Tell = Callable[[str], None]
 
 @dataclass
 class Child:
-    """One of them. Its output is appended to `log`; secrets belong into `environment`, which nobody else sees."""
+    """One of them. Secrets belong into `environment`, which nobody else sees.
+
+    Its output is appended to `log`; None: it goes where this process's goes.
+    """
 
     name: str
     command: list[str]
-    log: Path
+    log: Path | None
     ready: Callable[[], bool]  # quick to answer
     says: str  # what is shown when it is ready, e.g. its URL
     environment: Mapping[str, str] = field(default_factory=dict)
@@ -67,8 +71,7 @@ class Child:
         self._clear()
 
     def _start(self) -> None:
-        self.log.parent.mkdir(parents=True, exist_ok=True)
-        with self.log.open("ab") as log:
+        with self._output() as log:
             self.process = subprocess.Popen(
                 [sys.executable, "-m", "services.guard", *self.command],
                 stdin=subprocess.PIPE,  # never written to; its end tells the guard that this process is gone
@@ -86,7 +89,14 @@ class Child:
         pause = BACK_OFF_SECONDS[min(self._ends, len(BACK_OFF_SECONDS) - 1)]
         self._ends += 1
         self._start_at = now + pause
-        tell(f"{self.name:<12} {_how(code)}; it starts again in {pause:g} s. Log: {self.log}")
+        log = f". Log: {self.log}" if self.log else ""
+        tell(f"{self.name:<12} {_how(code)}; it starts again in {pause:g} s{log}")
+
+    def _output(self) -> contextlib.AbstractContextManager[BinaryIO | None]:
+        if self.log is None:
+            return contextlib.nullcontext()
+        self.log.parent.mkdir(parents=True, exist_ok=True)
+        return self.log.open("ab")
 
     def _clear(self) -> None:
         """Whatever it started goes with it."""

@@ -1,6 +1,6 @@
 """Keeps the Serve application deployed on a Ray cluster, also on one that was started again and has forgotten it.
 
-    python -m services.deploy --storage URL [--port 8000] [--no-auth]
+    python -m services.deploy --storage URL [--host 127.0.0.1] [--port 8000] [--no-auth]
 
 It declares the application over the dashboard's HTTP API and looks again and again whether it is there. What runs
 already is left as it is, so this process may come and go while replicas go on answering.
@@ -15,6 +15,7 @@ from typing import Any
 
 from services.dashboard import Dashboard
 
+HOST = "127.0.0.1"
 APPLICATION = "genmodels"
 LOOK_SECONDS = 1.0
 RETRY_SECONDS = 10.0  # after a deployment that failed
@@ -31,7 +32,7 @@ def application(arguments: dict[str, Any]) -> Any:
     return build(**arguments)
 
 
-def keep_deployed(dashboard: Dashboard, storage_url: str, port: int, auth: bool) -> None:
+def keep_deployed(dashboard: Dashboard, storage_url: str, host: str, port: int, auth: bool) -> None:
     """Never returns."""
     last = ""
     while True:
@@ -40,18 +41,18 @@ def keep_deployed(dashboard: Dashboard, storage_url: str, port: int, auth: bool)
             log.info("the application is %s", status)
             last = status
         if status in ("ABSENT", "DEPLOY_FAILED"):
-            answer = dashboard.ask("PUT", APPLICATIONS, declaration(storage_url, port, auth), DEPLOY_SECONDS)
+            answer = dashboard.ask("PUT", APPLICATIONS, declaration(storage_url, host, port, auth), DEPLOY_SECONDS)
             log.info("declared: %s", "no answer" if answer is None else f"{answer.status_code} {answer.text}"[:2000])
             if status == "DEPLOY_FAILED" or answer is None or answer.status_code != 200:
                 time.sleep(RETRY_SECONDS)
         time.sleep(LOOK_SECONDS)
 
 
-def declaration(storage_url: str, port: int, auth: bool) -> dict[str, Any]:
+def declaration(storage_url: str, host: str, port: int, auth: bool) -> dict[str, Any]:
     """What Serve is to run, as its REST API takes it."""
     return {
         "proxy_location": "HeadOnly",
-        "http_options": {"host": "127.0.0.1", "port": port, "request_timeout_s": 300.0},
+        "http_options": {"host": host, "port": port, "request_timeout_s": 300.0},
         "logging_config": {"log_level": "WARNING", "enable_access_log": False},
         "applications": [
             {
@@ -77,10 +78,13 @@ def main() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
     parser = argparse.ArgumentParser(description="Keep the Serve application deployed.")
     parser.add_argument("--storage", required=True)
+    parser.add_argument("--host", default=HOST, help="address that the endpoint listens on")
     parser.add_argument("--port", type=int, default=8000)
-    parser.add_argument("--no-auth", action="store_true")
+    parser.add_argument("--no-auth", action="store_true", help="ask for no key; for this machine alone")
     options = parser.parse_args()
-    keep_deployed(Dashboard(), options.storage, options.port, not options.no_auth)
+    if options.no_auth and options.host != HOST:
+        parser.error(f"--no-auth is for this machine alone: --host must be {HOST}, not {options.host}")
+    keep_deployed(Dashboard(), options.storage, options.host, options.port, not options.no_auth)
 
 
 if __name__ == "__main__":

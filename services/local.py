@@ -81,9 +81,16 @@ def ray_environment() -> dict[str, str]:
     """What has to be in the environment before Ray is imported, for a Ray that keeps to this machine."""
     return {
         "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # on any system: single-node, so that ports listen on 127.0.0.1 only
+        "RAY_AUTH_TOKEN": secrets.token_hex(32),
+        **cluster_environment(),
+    }
+
+
+def cluster_environment() -> dict[str, str]:
+    """The part of it that every Ray of ours has, also one of many machines."""
+    return {
         # Every process shares one secret; without it whoever reaches a port of Ray's runs code here.
         "RAY_AUTH_MODE": "token",
-        "RAY_AUTH_TOKEN": secrets.token_hex(32),
         "RAY_USAGE_STATS_ENABLED": "0",
         "TORCH_CPP_LOG_LEVEL": "ERROR",  # DistributedDataParallel warns of what we mean (see genmodels.train.Player)
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",

@@ -13,31 +13,25 @@ from __future__ import annotations
 
 import os
 import secrets
-import signal
 import sys
 import sysconfig
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from types import FrameType
 from typing import NamedTuple
 
 import httpx
 
-from genmodels.errors import GenmodelsError
-from genmodels.job import Jobs
 from genmodels.metrics import DIRECTORY
-from genmodels.run import Run
 from genmodels.storage import Storage
 from services import dashboard, exporter
 from services.backends import RayJobsBackend
 from services.children import Child, Tell
 from services.jobs import check_access
+from services.leaving import interruptions, leave
 from services.local import HOST, check_port, free_ports, is_free, ray_environment
-from services.supervise import ACTIVE, LEAVE_SECONDS, Driver
 
 TICK_SECONDS = 0.2
 STOP_SECONDS = 10.0  # for a service to end by itself
@@ -83,13 +77,15 @@ def up(storage: Storage, options: Options, tell: Tell | None = None) -> None:
         for name in ("RAY_ADDRESS", "RAY_AUTH_TOKEN"):
             os.environ.pop(name, None)
         ray, jobs, gateway, metrics = children = _children(storage, options, Path(folder), ports)
-        with _interruptions() as interrupted:
+        with interruptions() as interrupted:
             try:
                 _tend(children, options, tell, f"Starting. Storage: {storage.url}. Logs: {options.logs}", interrupted)
             finally:
                 tell("Stopping: runs save where they are (Ctrl-C again: at once)")
                 jobs.stop(0 if interrupted() > 1 else STOP_SECONDS)
-                _leave(storage, RayJobsBackend(), tell, lambda: interrupted() < 2 and ray.runs)
+                leave(
+                    storage, RayJobsBackend(), "genmodels up was stopped", tell, lambda: interrupted() < 2 and ray.runs
+                )
                 for child in (gateway, metrics, ray):
                     child.stop(0)
 
@@ -176,47 +172,8 @@ def _next_steps(options: Options) -> Iterator[str]:
     yield "Ctrl-C ends all of it; what trains then goes on at the next `genmodels up`."
 
 
-def _leave(storage: Storage, backend: RayJobsBackend, tell: Tell, may_wait: Callable[[], bool]) -> None:
-    """Have every attempt save and end, and wait for that; while the store is away nothing can be saved."""
-    if not may_wait():
-        return
-    with suppress(GenmodelsError):
-        leaving: dict[str, Driver] = {}
-        for job in Jobs(storage).open():
-            for model in Jobs(storage).entry(job).models:
-                run = Run(storage, job, model)
-                status, _ = run.status()
-                beat = run.heartbeat(status.attempt) if status.state in ACTIVE else None
-                if beat and beat.phase != "starting":  # else there is nothing to save
-                    run.wish("leave", status.attempt, "genmodels up was stopped")
-                    leaving[f"{job}/{model}"] = backend.find(job, model, status.attempt)
-        deadline = time.monotonic() + LEAVE_SECONDS
-        while leaving and may_wait() and time.monotonic() < deadline:
-            for name in [name for name, driver in leaving.items() if driver.poll() is not None]:
-                tell(f"{name} has ended")
-                del leaving[name]
-            time.sleep(TICK_SECONDS)
-
-
 def _print(line: str) -> None:
     print(line, flush=True)
-
-
-@contextmanager
-def _interruptions() -> Iterator[Callable[[], int]]:
-    """How often SIGINT or SIGTERM came."""
-    count = 0
-
-    def note(signum: int, frame: FrameType | None) -> None:
-        nonlocal count
-        count += 1
-
-    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield lambda: count
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
 
 
 def _answers(url: str) -> bool:

@@ -224,14 +224,40 @@ def test_one_that_is_killed_before_it_was_taken_is_not_sent_again(monkeypatch: p
 
 def test_no_node_yet_is_no_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
     def nodes(*states: str) -> dict[str, Any]:
-        each = [{"state": state, "resources_total": {"CPU": 4.0, "GPU": 1.0}} for state in states]
-        return {"data": {"result": {"result": each}}}
+        return listed(*(node(state) for state in states))
 
     ray = Ray(monkeypatch)
     ray.answers["GET /api/v0/nodes"] = 200, nodes()
     assert ray.backend.capacity() is None
     ray.answers["GET /api/v0/nodes"] = 200, nodes("ALIVE", "DEAD", "ALIVE")
     assert ray.backend.capacity() == Capacity(8, 2)
+
+
+@pytest.mark.parametrize("status", ["PENDING", "RUNNING"])
+def test_a_driver_of_the_head_before_is_lost(status: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A head that keeps its state on disk shows it as it was."""
+    ray = Ray(monkeypatch)
+    worker = node("ALIVE", began=9_000, head=False)
+    ray.answers["GET JOB"] = 200, {"status": status, "start_time": 2_000}
+    assert ray.backend.find("j", "m", 1).poll() is None, "nobody has asked for the nodes yet"
+    ray.answers["GET /api/v0/nodes"] = 200, listed(node("ALIVE", began=1_000), worker)
+    assert ray.backend.capacity()
+    assert ray.backend.find("j", "m", 1).poll() is None
+    ray.answers["GET /api/v0/nodes"] = 200, listed(node("DEAD", began=1_000), worker, node("ALIVE", began=3_000))
+    assert ray.backend.capacity()
+    assert ray.backend.find("j", "m", 1).poll() == LOST
+
+
+def test_ray_tells_when_its_head_and_a_driver_began(head: RayHead, monkeypatch: pytest.MonkeyPatch) -> None:
+    command(monkeypatch, "true")
+    assert head.backend.capacity()
+    assert end_of(head.backend.start("file:///s", "j", "quick", 1, 1)) == 0
+    shown = head.backend.dashboard.ask("GET", f"/api/jobs/{submission_id('j', 'quick', 1)}")
+    assert shown is not None
+    running = {**shown.json(), "status": "RUNNING"}
+    assert not head.backend.is_lost(running)
+    before = time.time() - 24 * 3600
+    assert head.backend.is_lost({**running, "start_time": before * 1000})
 
 
 def test_the_token_is_found_as_ray_finds_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -246,6 +272,16 @@ def test_the_token_is_found_as_ray_finds_it(tmp_path: Path, monkeypatch: pytest.
     assert "authorization" not in Dashboard("http://ray").client.headers
     monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "http://elsewhere:1")
     assert Dashboard().client.base_url == "http://elsewhere:1"
+
+
+def node(state: str, began: int = 1_000, head: bool = True) -> dict[str, Any]:
+    """As the dashboard lists it."""
+    has = {"CPU": 4.0, "GPU": 1.0}
+    return {"state": state, "resources_total": has, "start_time_ms": began, "is_head_node": head}
+
+
+def listed(*found: dict[str, Any]) -> dict[str, Any]:
+    return {"data": {"result": {"result": list(found)}}}
 
 
 def is_alive(pid: int) -> bool:

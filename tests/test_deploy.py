@@ -26,7 +26,7 @@ class Serve:
 
     def keep(self) -> list[dict[str, Any]]:
         with pytest.raises(Serve.Over):
-            deploy.keep_deployed(self.dashboard, "s3://bucket/a", 8123, auth=True)
+            deploy.keep_deployed(self.dashboard, "s3://bucket/a", "10.0.0.7", 8123, auth=True)
         return self.declared
 
     def _answer(self, request: httpx.Request) -> httpx.Response:
@@ -53,7 +53,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_what_is_declared() -> None:
     [declared] = Serve(None, "", "DEPLOYING", "RUNNING", "RUNNING").keep()
-    assert declared["http_options"]["host"] == "127.0.0.1"
+    assert declared["http_options"]["host"] == "10.0.0.7"
     assert declared["http_options"]["port"] == 8123
     [application] = declared["applications"]
     assert application["args"] == {"storage_url": "s3://bucket/a", "auth": True}
@@ -77,6 +77,6 @@ def test_ray_takes_the_declaration(ray_cluster: str) -> None:
     """The words are Serve's own."""
     from ray.serve.schema import ServeDeploySchema
 
-    schema = ServeDeploySchema.model_validate(deploy.declaration("s3://bucket/a", 8123, True))
+    schema = ServeDeploySchema.model_validate(deploy.declaration("s3://bucket/a", "127.0.0.1", 8123, True))
     assert schema.http_options.port == 8123
     assert schema.applications[0].args == {"storage_url": "s3://bucket/a", "auth": True}

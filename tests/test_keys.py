@@ -254,3 +254,18 @@ def test_only_one_waits_for_a_slow_store(clock: Clock) -> None:
     answers.set()
     waiter.join(30)
     assert found == [key]
+
+
+def test_a_key_that_was_made_elsewhere(storage: Storage) -> None:
+    token = "gm_0123abcd_" + "k" * 43
+    admitted = Keys(storage).admit(token, "first", ("admin",))
+    assert Keys(storage).check(token) == admitted
+    assert Keys(storage).admit(token, "first", ("admin",)) == admitted, "doing it again changes nothing"
+    assert "k" * 43 not in storage.get("keys/0123abcd.json")[0].decode()
+    Keys(storage).revoke(admitted.id)
+    assert Keys(storage).admit(token, "first", ("admin",)).revoked, "nor does it bring back what was revoked"
+    assert Keys(storage).check(token) is None
+    with pytest.raises(SpecError, match="another one"):
+        Keys(storage).admit("gm_0123abcd_" + "x" * 43, "other", ("admin",))
+    with pytest.raises(SpecError, match="got no key"):
+        Keys(storage).admit("secret", "other", ("admin",))

@@ -1,0 +1,17 @@
+"""Whether all of some URLs answer, for health checks in images that have no curl: python -m services.health URL ..."""
+
+from __future__ import annotations
+
+import sys
+import urllib.request
+
+SECONDS = 4.0
+
+
+def main() -> None:
+    for url in sys.argv[1:]:
+        urllib.request.urlopen(url, timeout=SECONDS).close()
+
+
+if __name__ == "__main__":
+    main()
