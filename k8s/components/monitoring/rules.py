@@ -1,6 +1,6 @@
 """Writes the PrometheusRules from docker/prometheus/rules: the rules are the same everywhere, and written there.
 
-    python k8s/components/monitoring/rules.py
+python k8s/components/monitoring/rules.py
 """
 
 from __future__ import annotations
