@@ -22,12 +22,16 @@ import pytest
 import ray
 import yaml
 from manifests import BUILDS, K8S, ROOT, Manifest, PodTemplate, build, only, pods, problems, rayjob, unrestricted
+from ray_node import OTHER, JoinedNode, RayHead, until
+from services.rayjob import KubeOptions, Template
 
 import genmodels
+from genmodels.spec import read_spec
 from services import deploy, exporter, jobs
 from services.backends import submission_id
 from services.local import ray_environment
 
+MODEL = read_spec(ROOT / "jobs" / "quickstart.yaml").models[0]
 IMAGE = f"genmodels:{ray.__version__}-{genmodels.__version__}"
 TOOLS = Path(sys.prefix) / "k8s-tools" / "bin"  # `make test-k8s` makes it
 STRICT = ROOT.parent / "shared" / "k8s"
@@ -242,6 +246,18 @@ def test_drain_uses_options_that_ray_has() -> None:
         assert set(re.findall(r"--[a-z-]+", rest)) <= known
 
 
+@pytest.mark.long
+def test_a_serving_pod_that_is_deleted_drains(tmp_path: Path) -> None:
+    """The preStop of the manifest, against a real Ray, without its wait."""
+    script = _drain(_pod("RayService/genmodels/hosts").spec).replace("sleep 340", "echo waits")
+    with RayHead(tmp_path / "head.log", 0) as head, JoinedNode(tmp_path / "worker.log", head, 2):
+        until(lambda: (there := head.backend.capacity()) and there.cpus == 2, "the worker joins")
+        environment = {**os.environ, "RAY_ADDRESS": head.gcs, "POD_IP": OTHER}
+        done = subprocess.run(["sh", "-c", script], env=environment, capture_output=True, text=True)
+        assert done.stdout.endswith("waits\n"), done.stderr
+        until(lambda: (there := head.backend.capacity()) and there.cpus == 0, "the idle worker leaves")
+
+
 @every_build
 def test_versions_images_and_names(name: str) -> None:
     manifests = build(name)
@@ -276,6 +292,60 @@ def test_the_gpu_template_is_the_other_with_a_group_more() -> None:
     assert resources["limits"]["nvidia.com/gpu"] == "1"
     _cluster(gpu)["workerGroupSpecs"].remove(more)
     assert gpu == base
+
+
+@pytest.mark.parametrize("use_gpu", [False, True])
+def test_what_the_dispatcher_makes_of_the_template_fits_the_schema(use_gpu: bool) -> None:
+    template = K8S / "components" / "gpu" / "rayjob.template.yaml"
+    options = KubeOptions(template=template, queue="genmodels", priorities=[("genmodels-normal", 0)])
+    spec = MODEL.model_copy(update={"scaling": MODEL.scaling.model_copy(update={"use_gpu": use_gpu})})
+    made = Template(options).fill("s3://bucket/a", "job-1", spec, 2, 3, 0)
+    assert not problems(made)
+    (group,) = _cluster(made)["workerGroupSpecs"]
+    assert group["groupName"] == ("gpu-workers" if use_gpu else "workers")
+    assert (group["minReplicas"], group["maxReplicas"]) == (3, 3)
+    assert made["spec"]["suspend"] is True
+    for pod in pods([made]):
+        assert pod.labels["app.kubernetes.io/component"] == "training"  # what policies and monitors select
+        assert not unrestricted(pod.spec)
+
+
+def test_the_job_service_has_the_rights_that_it_uses() -> None:
+    code = (ROOT / "services" / "kubeapi.py").read_text()
+    used = {(what, verb) for verb, what in re.findall(r"\b([a-z]+)_namespaced_(\w+?)(?:_status)?\b", code)}
+    rules = only(build("base"), "Role")["rules"]
+    granted = {(resource, verb) for rule in rules for resource in rule["resources"] for verb in rule["verbs"]}
+    names = {"custom_object": "rayjobs", "pod": "pods"}
+    assert {(names[what], verb) for what, verb in used} == granted
+    assert rules[0]["apiGroups"] == ["ray.io"]
+    assert only(build("base"), "RoleBinding")["roleRef"]["kind"] == "Role"
+
+
+@every_build
+def test_queues_and_classes_are_there(name: str) -> None:
+    manifests = build(name)
+    (container,) = only(manifests, "Deployment")["spec"]["template"]["spec"]["containers"]
+    given = [arg.removeprefix("--").split("=") for arg in container["args"] if arg.startswith("--kube-")]
+    queues = [value for flag, value, *_ in given if flag == "kube-queue"]
+    classes = [value for flag, value, *_ in given if flag == "kube-priority"]
+    assert queues == [m["metadata"]["name"] for m in manifests if m["kind"] == "LocalQueue"]
+    values = {m["metadata"]["name"]: m["value"] for m in manifests if m["kind"] == "WorkloadPriorityClass"}
+    assert classes == sorted(values, key=lambda name: values[name])
+    (path,) = [value for flag, value, *_ in given if flag == "kube-template"]
+    (mount,) = [m["mountPath"] for m in container["volumeMounts"] if m["name"] == "rayjob"]
+    (config,) = [m for m in manifests if m["metadata"]["name"].startswith("genmodels-rayjob-")]
+    assert [f"{mount}/{key}" for key in config["data"]] == [path]
+    queue = next((m for m in manifests if m["kind"] == "ClusterQueue"), None)
+    if queue:  # Kueue admits nothing that asks for a resource it has no quota of
+        (group,) = queue["spec"]["resourceGroups"]
+        asked = {
+            resource
+            for pod in pods([rayjob(manifests)])
+            for c in pod.containers
+            for resource in c["resources"]["requests"]
+        }
+        assert asked <= set(group["coveredResources"])
+        assert group["coveredResources"] == [quota["name"] for quota in _quotas(queue)]
 
 
 @every_build

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-HERE = Path(__file__).parent
+HERE = Path(__file__).resolve().parent
 RULES = HERE.parents[2] / "docker" / "prometheus" / "rules"
 
 HEAD = """\
