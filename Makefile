@@ -42,7 +42,7 @@ test: setup-dev lint
 	$(BIN)/python -m pytest -m "not long" -n 2 --dist loadfile --no-loadscope-reorder
 
 test-k8s: setup-dev $(K8S_TOOLS)/.ready
-	$(BIN)/python -m pytest tests/test_k8s.py -rs
+	$(BIN)/python -m pytest tests/test_k8s*.py -rs -m "not long"
 
 test-long: setup-dev
 	$(BIN)/python -m pytest -m long

@@ -6,6 +6,7 @@ import copy
 import functools
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -144,3 +145,39 @@ def unrestricted(spec: Manifest) -> list[str]:
             found.append(f"{name} has capabilities")
         found += [f"{name} has a host port" for port in container.get("ports", ()) if "hostPort" in port]
     return found
+
+
+def pod_of(of: str) -> PodTemplate:
+    (found,) = [pod for pod in pods(build("base")) if pod.of == of]
+    return found
+
+
+def cluster_of(manifest: Manifest) -> Manifest:
+    found: Manifest = manifest["spec"].get("rayClusterConfig") or manifest["spec"]["rayClusterSpec"]
+    return found
+
+
+def head_of(manifest: Manifest) -> Manifest:
+    found: Manifest = cluster_of(manifest)["headGroupSpec"]
+    return found
+
+
+def quotas_of(manifest: Manifest) -> list[Manifest]:
+    found: list[Manifest] = manifest["spec"]["resourceGroups"][0]["flavors"][0]["resources"]
+    return found
+
+
+def selects(selector: Manifest, pod: PodTemplate) -> bool:
+    fits = all(pod.labels.get(key) == value for key, value in selector.get("matchLabels", {}).items())
+    for expression in selector.get("matchExpressions", ()):
+        assert expression["operator"] == "In"
+        fits = fits and pod.labels.get(expression["key"]) in expression["values"]
+    return fits
+
+
+def secrets_of(manifests: list[Manifest]) -> set[str]:
+    """Names of secrets that are referred to."""
+    written = yaml.safe_dump(manifests)
+    return set(re.findall(r"secretName: ([\w-]+)", written)) | set(
+        re.findall(r"secretKeyRef:\n +key: \w+\n +name: ([\w-]+)", written)
+    )
