@@ -229,8 +229,15 @@ def test_the_job_service_has_the_rights_that_it_uses() -> None:
     granted = {(resource, verb) for rule in rules for resource in rule["resources"] for verb in rule["verbs"]}
     names = {"custom_object": "rayjobs", "pod": "pods"}
     assert {(names[what], verb) for what, verb in used} == granted
-    assert rules[0]["apiGroups"] == ["ray.io"]
+    assert [rule["apiGroups"] for rule in rules] == [["ray.io"], [""]]
     assert only(build("base"), "RoleBinding")["roleRef"]["kind"] == "Role"
+
+
+def test_the_image_has_the_client_of_kubernetes() -> None:
+    dockerfile = ROOT / "docker" / "Dockerfile"
+    if not dockerfile.exists():
+        pytest.skip("docker/Dockerfile is not in this checkout")
+    assert "kubernetes" in dockerfile.read_text()
 
 
 @every_build
