@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import copy
+import os
 import re
 import runpy
 import shutil
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -177,6 +180,32 @@ def test_exporters_see_the_processes_whose_metrics_they_read() -> None:
         for container in (sidecar, pod.spec["containers"][0]):
             assert {"name": "metrics", "mountPath": "/run/metrics"} in container["volumeMounts"]
             assert {"configMapRef": {"name": "genmodels-ray"}} in container["envFrom"]
+
+
+@pytest.mark.parametrize(("status", "body", "ready"), [(200, b"success", True), (503, b"not yet", False)])
+def test_the_probe_of_serving_pods_finds_its_wget(tmp_path: Path, status: int, body: bytes, ready: bool) -> None:
+    """As KubeRay writes it, against a real HTTP server."""
+
+    class Health(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            assert self.path == "/-/healthz"
+            self.send_response(status)
+            self.end_headers()
+            self.wfile.write(body)
+
+    (tmp_path / "wget").write_text(only(build("base"), "ConfigMap", "genmodels-wget")["data"]["wget"])
+    (tmp_path / "wget").chmod(0o555)
+    (mount,) = [m for m in pod_of("RayService/genmodels/hosts").spec["containers"][0]["volumeMounts"] if "subPath" in m]
+    assert (mount["name"], mount["mountPath"]) == ("wget", "/usr/local/bin/wget")
+    path = {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
+    with HTTPServer(("127.0.0.1", 0), Health) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        probe = f"wget --tries 1 -T 10 -q -O- http://localhost:{server.server_port}/-/healthz | grep success"
+        asked = subprocess.run(["bash", "-c", probe], env={**os.environ, **path}, capture_output=True, timeout=30)
+        server.shutdown()
+    assert (asked.returncode == 0) is ready, asked.stderr
+    gone = subprocess.run(["bash", "-c", probe], env={**os.environ, **path}, capture_output=True, timeout=30)
+    assert gone.returncode != 0
 
 
 def test_rules_are_those_of_compose() -> None:
