@@ -40,6 +40,9 @@ $(K8S_TOOLS)/.ready: Makefile
 demo: setup
 	$(BIN)/genmodels run jobs/quickstart.yaml --no-auth $(ARGS)
 
+# Two lanes: with two threads each, threads wait for one another more than they compute.
+test test-long: export OMP_NUM_THREADS := 1
+
 test: setup-dev lint
 	$(BIN)/python -m pytest -m "not long" -n 2 --dist loadfile --no-loadscope-reorder
 

@@ -209,8 +209,6 @@ def test_the_probe_of_serving_pods_finds_its_wget(tmp_path: Path, status: int, b
 
 
 def test_rules_are_those_of_compose() -> None:
-    if not RULES.exists():
-        pytest.skip("docker/prometheus/rules is not in this checkout")
     folder = K8S / "components" / "monitoring"
     manifest = runpy.run_path(str(folder / "rules.py"))["manifest"]
     made = {f"prometheusrule.{path.stem}.yaml": manifest(path) for path in RULES.glob("*.yml")}
