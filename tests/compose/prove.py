@@ -204,7 +204,7 @@ class Proof:
     # In use
 
     def survives_a_worker(self) -> str:
-        job = self.stack.jobs.submit(spec("proof", text(600), digits(100), gan(40))).job
+        job = self.stack.jobs.submit(spec("proof", text(600), digits(100), gan(600))).job
         self.first_job = job
         until(lambda: (self.run_of(job).step or 0) > 120, "training is under way")
         self.stack.kill("worker")
@@ -356,7 +356,10 @@ def digits(steps: int, name: str = "proof-digits") -> dict[str, Any]:
 
 
 def gan(steps: int) -> dict[str, Any]:
-    return digits(steps, "proof-gan") | {"model": {"family": "gan", "latent_dim": 8, "width": 8}}
+    """Long enough, and judged often enough, for its curves to be scraped: they end with its training."""
+    made = digits(steps, "proof-gan") | {"model": {"family": "gan", "latent_dim": 8, "width": 8}}
+    made["train"]["eval_every"] = 100
+    return made
 
 
 def refused(command: Check, why: str) -> None:
