@@ -28,7 +28,7 @@ RECIPE = 1  # to be raised with every change to what follows: judges are kept un
 FEATURES = 64
 WIDTH = 16  # channels at half size
 BATCH = 128
-STEPS = 800
+MOST_STEPS, PASSES = 800, 25  # over the data, if that is less
 LEARNING_RATE = 3e-3
 SEED = 0
 ORIENTATIONS = 4
@@ -104,13 +104,14 @@ def appoint(material: Material, learn_from: np.ndarray) -> Judge:
 
 def _train(material: Material, learn_from: np.ndarray, shape: tuple[int, int, int], classes: int) -> bytes:
     images, labels = material.train["images"], material.train.get("labels")
+    steps = max(1, min(MOST_STEPS, PASSES * len(learn_from) // BATCH))
     order = np.random.default_rng(SEED)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(SEED)
         network = Classifier(shape, classes)
     optimizer = torch.optim.AdamW(network.parameters(), lr=LEARNING_RATE)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=STEPS)
-    for step in range(STEPS):
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps)
+    for step in range(steps):
         index = order.choice(learn_from, BATCH)
         batch = pictures(images[index])
         if labels is None:

@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from genmodels.family import Findings, Material, Measure
+from genmodels.family import Findings, Material, Measure, Note
 from genmodels.measures import judge
 from genmodels.measures.distances import NEIGHBOURS, frechet_distance, kernel_distance, moments, nearest, neighbours
 from genmodels.measures.judge import Judge
@@ -43,6 +43,9 @@ def evaluate(material: Material, draw: Callable[[int], tuple[Tensor, Tensor | No
     """
     train, val = material.train["images"], material.val["images"]
     n = min(len(val), len(train) // 4, MOST)
+    if n < 2:
+        return Findings(notes={"pictures": n})
+    k = min(NEIGHBOURS, n - 1)
     aside = spread(len(train), n)
     jury = judge.appoint(material, np.setdiff1d(np.arange(len(train)), aside))
     shown = spread(len(val), n)
@@ -50,13 +53,13 @@ def evaluate(material: Material, draw: Callable[[int], tuple[Tensor, Tensor | No
     real, held, fake = (jury.features(x) for x in (pictures(val[shown]), pictures(train[aside]), fakes))
     material.tick()
 
-    found = _distances(real, held, fake) | _neighbourhoods(real, held, fake, material)
+    found = _distances(real, held, fake) | _neighbourhoods(real, held, fake, k, material)
     if jury.knows_classes:
         found |= _classes(jury, fakes, asked, material, aside)
     found["nearest_train"] = _nearest(train, val[shown], fakes, material)
-    notes = {
+    notes: dict[str, Note] = {
         "pictures": n,
-        "neighbours": NEIGHBOURS,
+        "neighbours": k,
         "judge": jury.sha256,
         "judge_accuracy": jury.accuracy,
         "judge_learned": "the classes" if jury.knows_classes else "which way round a picture is",
@@ -72,15 +75,15 @@ def _distances(real: Tensor, held: Tensor, fake: Tensor) -> dict[str, Measure]:
     kernel, kernel_floor = (kernel_distance(real, x) for x in (fake, held))
     return {
         "frechet": Measure(value=distance, beside={REAL: floor}),
-        "frechet_ratio": Measure(value=distance / floor, beside={REAL: 1.0}),
+        "frechet_ratio": Measure(value=distance / max(floor, 1e-12), beside={REAL: 1.0}),
         "kid": Measure(value=kernel, beside={REAL: kernel_floor}),
     }
 
 
-def _neighbourhoods(real: Tensor, held: Tensor, fake: Tensor, material: Material) -> dict[str, Measure]:
-    of_fake = neighbours(real, fake)
+def _neighbourhoods(real: Tensor, held: Tensor, fake: Tensor, k: int, material: Material) -> dict[str, Measure]:
+    of_fake = neighbours(real, fake, k)
     material.tick()
-    of_held = neighbours(real, held)
+    of_held = neighbours(real, held, k)
     material.tick()
     return {name: Measure(value=value, beside={REAL: getattr(of_held, name)}) for name, value in vars(of_fake).items()}
 
