@@ -2,7 +2,8 @@
 
 A family is one file under `genmodels/models/`: it subclasses `ImageFamily` or `TextFamily`, and the spec, the training
 loop, checkpoints and serving pick it up from there. One instance is one model: its networks, how they are trained
-(`roles`), how they are judged while they learn (`measure`, `metrics`) and afterwards (`evaluate`), and how they answer (`sample_latents`, `decode`, `logits`, ...).
+(`roles`), how they are judged while they learn (`measure`, `metrics`) and afterwards (`evaluate`), and how they answer
+(`sample_latents`, `decode`, `logits`, ...).
 
 Importing this module does not load torch, so that specs can be checked quickly.
 """

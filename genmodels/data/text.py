@@ -128,6 +128,10 @@ class TextData:
         """Files that travel with a checkpoint: the tokenizer."""
         return {"tokenizer.json": self.tokenizer.to_json()}
 
+    def arrays(self, name: Literal["train", "val"]) -> dict[str, np.ndarray]:
+        """All of `train` or `val`: `tokens`, unsigned integers (n,)."""
+        return {"tokens": self.train if name == "train" else self.val}
+
     def split(self, name: Literal["train", "val"], block_size: int | None = None) -> TrainWindows | ValWindows:
         """Windows of `block_size` tokens of `train` or `val`. Raises DataError where the text has not one."""
         if block_size is None:

@@ -98,6 +98,10 @@ class Follower:
         for name in {*list(self._current), *self.refused} - {*aliases, *self._wanted}:
             self._forget(name)
 
+    def served(self) -> list[Found]:
+        """What answers to the names that are followed."""
+        return list(self._current.values())
+
     def _advance(self, name: str) -> None:
         """Have a name mean what it means now."""
         before = self._current.get(name)

@@ -34,10 +34,10 @@ from genmodels.family import (
     TextInfo,
     keep_half,
 )
+from genmodels.measures.texts import EVALUATION_NAMES, IGNORED, evaluate_text
 from genmodels.networks import inference
 from genmodels.optim import make_optimizers
 from genmodels.sampling import Sampler, SamplingOptions, choose
-from genmodels.text_evaluation import EVALUATION_NAMES, IGNORED, evaluate_text
 
 if TYPE_CHECKING:
     from genmodels.family import Batch

@@ -12,8 +12,8 @@ import torch
 
 from genmodels.data import DataConfig, TextData, open_dataset
 from genmodels.family import Material, OptimizerConfig, TextInfo
+from genmodels.measures.texts import longest_shared, ngram_losses, repetition
 from genmodels.models.minigpt import MiniGPT, MiniGPTConfig
-from genmodels.text_evaluation import longest_shared, ngram_losses, repetition
 from genmodels.train import Group, evaluate
 
 WORDS = ("the", "king", "of", "storm", "and", "night", "my", "lord", "sleeps", "no", "more")
