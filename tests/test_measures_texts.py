@@ -9,12 +9,22 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from tiny import job, make_data, model
 
+from genmodels.attempt import run_attempt
 from genmodels.data import DataConfig, TextData, open_dataset
 from genmodels.family import Material, OptimizerConfig, TextInfo
 from genmodels.measures.texts import longest_shared, ngram_losses, repetition
 from genmodels.models.minigpt import MiniGPT, MiniGPTConfig
+from genmodels.registry import Registry
+from genmodels.run import Run
+from genmodels.spec import read_spec
+from genmodels.storage import open_storage
 from genmodels.train import Group, evaluate
+from services.local import submit
+from services.train import _publish
+
+ROOT = Path(__file__).parent.parent
 
 WORDS = ("the", "king", "of", "storm", "and", "night", "my", "lord", "sleeps", "no", "more")
 
@@ -172,3 +182,32 @@ def test_repetition_is_what_it_is_by_hand() -> None:
     assert repetition(np.array([[1, 2, 3, 4, 5]]), 2) == 0
     assert repetition(np.array([[1, 2, 1, 2, 1]]), 2) == 0.5  # 12 21 12 21
     assert repetition(np.array([[1, 1, 1], [1, 2, 3]]), 2) == 0.25  # within a passage only
+
+
+# gates
+
+
+@pytest.mark.parametrize(
+    ("shipped", "name", "metric"),
+    [
+        ("study-improved", "improved-1", "nats_below_4grams"),
+        ("quickstart", "minigpt-shakespeare", "nats_below_bigrams"),
+    ],
+)
+def test_a_model_that_lost_to_the_table_is_refused(tmp_path: Path, shipped: str, name: str, metric: str) -> None:
+    """The shipped gate, and a run that was given four steps."""
+    spec = next(model for model in read_spec(ROOT / "jobs" / f"{shipped}.yaml").models if model.name == name)
+    entry = model(make_data(tmp_path), "minigpt", name, max_steps=4, save_every=4)
+    entry["serve"] = spec.serve.model_dump()
+    storage = open_storage((tmp_path / "storage").as_uri())
+    work = job("hopeless", entry)
+    run = Run(storage, submit(storage, work), name)
+    assert run_attempt(storage, run.job, name, 1, Group())
+    result = _publish(run, work.models[0], 1)
+    assert (result.outcome, result.cause, result.version) == ("failed", "gate", None)
+    assert result.message.startswith(f"not published: {metric} -")
+    assert Registry(storage).models() == []
+
+
+def test_the_study_has_no_gate() -> None:
+    assert all(model.serve.gate is None for model in read_spec(ROOT / "jobs" / "study.yaml").models)
