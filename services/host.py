@@ -94,6 +94,7 @@ class ModelHost:
         self._readers = ThreadPoolExecutor(2, "history")  # a long run's history takes its time
         self._listed: tuple[float, list[tuple[str, Found, dict[str, int]]]] | None = None
         self._entries: dict[str, Entry] = {}
+        self._evaluations: dict[str, Evaluation | None] = {}  # of versions that were asked about
         self._known_aliases: dict[str, dict[str, int]] = {}  # of models that were asked about
         self.follow()  # a new replica has in memory what aliases mean before it takes traffic
         threading.Thread(target=_follow, args=(weakref.ref(self),), name="follow", daemon=True).start()
@@ -197,11 +198,12 @@ class ModelHost:
         return self._known_aliases.get(model, {})
 
     async def _evaluation_of(self, found: Found) -> Evaluation | None:
-        """None also where storage does not answer."""
+        """The newest; where storage does not answer, that of the last look."""
         if found.version is not None:
             with contextlib.suppress(StorageUnavailable):
-                return await _in(self._lookups, newest, self._registry, found.model, found.version)
-        return None
+                look = _in(self._lookups, newest, self._registry, found.model, found.version)
+                self._evaluations[found.name] = await look
+        return self._evaluations.get(found.name)
 
     def _list(self) -> list[tuple[str, Found, dict[str, int]]]:
         """(name to ask for it, what it means, aliases) of every model."""
