@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
+from genmodels.data import TextData
 from genmodels.data.images import ImageData, ImageSplit
 from genmodels.family import Material
 
@@ -42,7 +43,7 @@ class Bench:
     made: list[str] = field(default_factory=list)
     ticks: int = 0
 
-    def material(self, data: ImageData, thorough: bool = False) -> Material:
+    def material(self, data: ImageData | TextData, thorough: bool = False) -> Material:
         def tick() -> None:
             self.ticks += 1
 

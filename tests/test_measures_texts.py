@@ -9,11 +9,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from material import Bench
 from tiny import job, make_data, model
 
 from genmodels.attempt import run_attempt
 from genmodels.data import DataConfig, TextData, open_dataset
-from genmodels.family import Material, OptimizerConfig, TextInfo
+from genmodels.family import OptimizerConfig, TextInfo
 from genmodels.measures.texts import longest_shared, ngram_losses, repetition
 from genmodels.models.minigpt import MiniGPT, MiniGPTConfig
 from genmodels.registry import Registry
@@ -31,15 +32,6 @@ WORDS = ("the", "king", "of", "storm", "and", "night", "my", "lord", "sleeps", "
 
 def story(count: int, seed: int) -> str:
     return " ".join(np.random.default_rng(seed).choice(WORDS, count))
-
-
-def material(data: TextData, kept: dict[str, bytes]) -> Material:
-    def keep(name: str, make) -> bytes:  # type: ignore[no-untyped-def]
-        if name not in kept:
-            kept[name] = make()
-        return kept[name]
-
-    return Material({"tokens": data.train}, {"tokens": data.val}, data.digest, False, lambda: None, keep)
 
 
 def trained(data: TextData, steps: int) -> MiniGPT:
@@ -63,8 +55,8 @@ def trained(data: TextData, steps: int) -> MiniGPT:
 
 def test_a_model_stands_beside_tables_and_people() -> None:
     data = TextData(story(6000, 0))
-    family, kept = trained(data, 150), dict[str, bytes]()
-    found = family.evaluate(material(data, kept))
+    family, bench = trained(data, 150), Bench()
+    found = family.evaluate(bench.material(data))
     assert set(found.measures) == set(MiniGPT.evaluation_names)
     loss = found.measures["loss"]
     exact = evaluate(family, data.split("val", 16), Group())
@@ -79,26 +71,28 @@ def test_a_model_stands_beside_tables_and_people() -> None:
     assert found.measures["longest_copied"].beside["val"] >= 10
     assert 0 < found.measures["repetition"].value < 1
     assert found.notes["samples"] == 16
-    assert family.evaluate(material(data, kept)) == found
+    assert bench.ticks > 400
+    assert family.evaluate(bench.material(data)) == found
+    assert len(bench.made) == 3  # count tables, once
 
 
 def test_the_second_half_is_by_position() -> None:
     easy = TextData(story(3000, 0) + " king" * 80)  # the end of val is one word again and again
-    found = trained(easy, 40).evaluate(material(easy, {}))
+    found = trained(easy, 40).evaluate(Bench().material(easy))
     measures = found.measures
     assert measures["second_half_loss"].beside["table of 4-grams"] < measures["loss"].beside["table of 4-grams"]
 
 
 def test_a_model_that_learned_nothing_is_above_every_table() -> None:
     data = TextData(story(2000, 0))
-    measures = trained(data, 0).evaluate(material(data, {})).measures
+    measures = trained(data, 0).evaluate(Bench().material(data)).measures
     assert measures["nats_below_4grams"].value < measures["nats_below_bigrams"].value < 0
 
 
 def test_what_is_copied_is_found() -> None:
     """A model that has one passage by heart writes it."""
     data = TextData("ring around the rosy, pockets full of posies. " * 120)
-    measures = trained(data, 150).evaluate(material(data, {})).measures
+    measures = trained(data, 150).evaluate(Bench().material(data)).measures
     assert measures["longest_copied"].value == 400
     assert measures["repetition"].value > 0.8
 
@@ -106,7 +100,7 @@ def test_what_is_copied_is_found() -> None:
 def test_a_short_val_has_losses_and_no_samples() -> None:
     data = TextData(story(450, 0))
     assert len(data.val) < 416
-    measures = trained(data, 5).evaluate(material(data, {})).measures
+    measures = trained(data, 5).evaluate(Bench().material(data)).measures
     assert "loss" in measures
     assert "repetition" not in measures
 
