@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from genmodels.family import Findings, Material, Measure, TextFamily, keep_half
+from genmodels.family import Findings, Material, Measure, Note, TextFamily, keep_half
 from genmodels.sampling import Sampler, SamplingOptions, choose
 
 EVALUATION_NAMES = (
@@ -30,6 +30,7 @@ EVALUATION_NAMES = (
 IGNORED = -1  # a target that does not count: padding of a text's last window
 TABLES = {2: "table of bigrams", 4: "table of 4-grams", 5: "table of 5-grams"}
 COUNTED = 2**23  # training tokens that tables and the search for copies look at; nearly always all
+PUBLISHED = 2**17  # tokens of val, from the start, that an evaluation in seconds covers; all of tiny-shakespeare's
 ROWS = 128  # windows of one pass
 PROMPT = 16  # tokens of val that a sample goes on from
 REPEATED = 10  # tokens that make a repetition
@@ -38,7 +39,8 @@ REPEATED = 10  # tokens that make a repetition
 def evaluate_text(family: TextFamily[Any, Any], material: Material) -> Findings:
     """Figures of `EVALUATION_NAMES`; those beside tables only where their codes fit (see `ngram_losses`)."""
     train, val = material.train["tokens"][:COUNTED], material.val["tokens"]
-    halves = _exact_loss(family, material)
+    val = val if material.thorough else val[:PUBLISHED]
+    halves = _exact_loss(family, material, val)
     tables = _tables(family, material, train, val)
     loss, second = (_measure(value, tables, part) for part, value in enumerate(halves))
     measures = {"loss": loss, "second_half_loss": second, "bits_per_token": Measure(value=loss.value / math.log(2))}
@@ -47,9 +49,10 @@ def evaluate_text(family: TextFamily[Any, Any], material: Material) -> Findings:
             measures[name] = Measure(value=loss.beside[TABLES[n]] - loss.value, unit="nats")
 
     count, length = (64, 1000) if material.thorough else (16, 400)
+    notes: dict[str, Note] = {"val_tokens": len(val), "training_tokens_counted": len(train)}
     starts = np.linspace(0, len(val) - PROMPT - length - 1, count).astype(np.int64)
     if starts[-1] < 0:  # a val that is shorter than one sample
-        return Findings(measures=measures)
+        return Findings(measures=measures, notes=notes)
     people = val[starts[:, None] + np.arange(PROMPT + length)]
     samples = write(family, people[:, :PROMPT].tolist(), length, material).astype(people.dtype)
     people = people[:, PROMPT:]
@@ -57,8 +60,8 @@ def evaluate_text(family: TextFamily[Any, Any], material: Material) -> Findings:
     measures["longest_copied"] = Measure(value=copied, unit="tokens", beside={"val": in_val})
     repeated, by_people = (repetition(part, REPEATED) for part in (samples, people))
     measures["repetition"] = Measure(value=repeated, beside={"val": by_people})
-    notes = {"samples": count, "sample_tokens": length, "temperature": SamplingOptions().temperature}
-    return Findings(measures=measures, notes=notes | {"training_tokens_searched": len(train)})
+    notes |= {"samples": count, "sample_tokens": length, "temperature": SamplingOptions().temperature}
+    return Findings(measures=measures, notes=notes)
 
 
 def write(family: TextFamily[Any, Any], prompts: Sequence[list[int]], length: int, material: Material) -> np.ndarray:
@@ -141,9 +144,9 @@ def repetition(passages: np.ndarray, n: int) -> float:
     return 1 - different / math.prod(windows.shape[:2])
 
 
-def _exact_loss(family: TextFamily[Any, Any], material: Material) -> tuple[float, float]:
-    """Nats per token over all of val, and over its second half: every token but the first predicted exactly once."""
-    inputs, targets = _windows(material.val["tokens"], family.block_size)
+def _exact_loss(family: TextFamily[Any, Any], material: Material, val: np.ndarray) -> tuple[float, float]:
+    """Nats per token over a text, and over its second half: every token but the first predicted exactly once."""
+    inputs, targets = _windows(val, family.block_size)
     half = len(inputs) // 2
     first = _summed(family, inputs[:half], targets[:half], material)
     second = _summed(family, inputs[half:], targets[half:], material)
@@ -183,7 +186,9 @@ def _tables(
             losses = ngram_losses(train, val, n, size)
             return json.dumps([losses.mean(), losses[len(losses) // 2 :].mean()]).encode()
 
-        tables[name] = tuple(json.loads(material.keep(f"ngrams-{n}-{size}-{len(train)}-{material.digest}", make)))
+        tables[name] = tuple(
+            json.loads(material.keep(f"ngrams-{n}-{size}-{len(train)}-{len(val)}-{material.digest}", make))
+        )
     return tables
 
 
