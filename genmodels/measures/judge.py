@@ -88,7 +88,7 @@ def appoint(material: Material, learn_from: np.ndarray) -> Judge:
     classes = int(labels.max()) + 1 if labels is not None else ORIENTATIONS
     name = f"judge-{material.digest[:16]}-{RECIPE}-{len(learn_from)}.safetensors"
     weights = material.keep(name, lambda: _train(material, learn_from, shape, classes))
-    network = Classifier(shape, classes)
+    network = _new(shape, classes)
     network.load_state_dict(safetensors.torch.load(weights))
     val = material.val["images"]
     expected = material.val.get("labels")
@@ -106,9 +106,7 @@ def _train(material: Material, learn_from: np.ndarray, shape: tuple[int, int, in
     images, labels = material.train["images"], material.train.get("labels")
     steps = max(1, min(MOST_STEPS, PASSES * len(learn_from) // BATCH))
     order = np.random.default_rng(SEED)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(SEED)
-        network = Classifier(shape, classes)
+    network = _new(shape, classes)
     optimizer = torch.optim.AdamW(network.parameters(), lr=LEARNING_RATE)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps)
     for step in range(steps):
@@ -131,6 +129,12 @@ def _train(material: Material, learn_from: np.ndarray, shape: tuple[int, int, in
     network.mean.copy_(features.mean(0))
     network.scale.copy_(features.std(0).clamp_min(1e-6))
     return safetensors.torch.save(network.state_dict())
+
+
+def _new(shape: tuple[int, int, int], classes: int) -> Classifier:
+    with torch.random.fork_rng(devices=[]):  # leave the caller's random numbers alone
+        torch.manual_seed(SEED)
+        return Classifier(shape, classes)
 
 
 def _turned(images: Tensor, ways: Tensor) -> tuple[Tensor, Tensor]:
