@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from genmodels.family import Material
-from genmodels.measures.pictures import pictures
+from genmodels.measures.pictures import pictures, spread
 from genmodels.networks import image_sizes, inference
 
 RECIPE = 1  # to be raised with every change to what follows: judges are kept under its number
@@ -32,7 +32,8 @@ MOST_STEPS, PASSES = 800, 100  # over the data, if that is less
 LEARNING_RATE = 3e-3
 SEED = 0
 ORIENTATIONS = 4
-TICK_EVERY = 50  # steps, or batches
+TICK_EVERY = 50  # steps
+SEEN = 10_000  # pictures from which features get their mean and scale
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,6 @@ class Judge:
 
     network: Classifier
     sha256: str  # of its weights
-    accuracy: float  # on the validation pictures
     knows_classes: bool
 
     def features(self, images: Tensor) -> Tensor:
@@ -51,6 +51,15 @@ class Judge:
     def classes(self, images: Tensor) -> Tensor:
         """The class of each picture, int64: (n, C, H, W) -> (n,)."""
         return self._all(images, self.network).argmax(1)
+
+    def accuracy(self, material: Material) -> float:
+        """The share of validation pictures that it gets right."""
+        images, labels = pictures(material.val["images"]), material.val.get("labels")
+        if labels is None:
+            images, targets = _turned(images, torch.arange(len(images)) % ORIENTATIONS)
+        else:
+            targets = torch.from_numpy(labels)
+        return float((self.classes(images) == targets).double().mean())
 
     def _all(self, images: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
         with inference(self.network):
@@ -90,16 +99,7 @@ def appoint(material: Material, learn_from: np.ndarray) -> Judge:
     weights = material.keep(name, lambda: _train(material, learn_from, shape, classes))
     network = _new(shape, classes)
     network.load_state_dict(safetensors.torch.load(weights))
-    val = material.val["images"]
-    expected = material.val.get("labels")
-    images = pictures(val)
-    if expected is None:
-        images, targets = _turned(images, torch.arange(len(val)) % ORIENTATIONS)
-    else:
-        targets = torch.from_numpy(expected)
-    judge = Judge(network, hashlib.sha256(weights).hexdigest(), 0.0, labels is not None)
-    accuracy = (judge.classes(images) == targets).double().mean().item()
-    return Judge(network, judge.sha256, accuracy, labels is not None)
+    return Judge(network, hashlib.sha256(weights).hexdigest(), labels is not None)
 
 
 def _train(material: Material, learn_from: np.ndarray, shape: tuple[int, int, int], classes: int) -> bytes:
@@ -123,7 +123,7 @@ def _train(material: Material, learn_from: np.ndarray, shape: tuple[int, int, in
         schedule.step()
         if step % TICK_EVERY == 0:
             material.tick()
-    seen = pictures(images[learn_from[:: max(1, len(learn_from) // 10_000)]])
+    seen = pictures(images[learn_from[spread(len(learn_from), SEEN)]])
     with inference(network):
         features = torch.cat([network.features(part) for part in seen.split(BATCH)])
     network.mean.copy_(features.mean(0))
