@@ -118,7 +118,7 @@ def evaluate(
     storage_url: StorageUrl = None,
     as_json: AsJson = False,
 ) -> None:
-    """Measure a version on the data it was trained on, and keep what was found with it. Opens the storage."""
+    """Measure a version on its data, and keep what was found. Always opens the storage."""
     import time
 
     from genmodels import findings

@@ -128,7 +128,6 @@ def test_the_likelihood_is_that_of_torch_s_distributions() -> None:
             weights.append(likelihood + (Normal(0, 1).log_prob(z) - posterior.log_prob(z)).sum(1))
     expected = math.log(16) - torch.stack(weights).logsumexp(0)
     assert torch.allclose(found[:, 0].float(), expected, atol=1e-3)
-    assert (found[:, 0] < found[:, 1] + found[:, 2]).all(), "it is tighter than the ELBO"
 
 
 def test_a_vae_without_latents_has_a_bound_that_is_exact() -> None:
@@ -148,7 +147,7 @@ def test_a_vae_without_latents_has_a_bound_that_is_exact() -> None:
     [("bernoulli", "no likelihood"), ("bernoulli-binarized", "black or white"), ("gaussian", "density")],
 )
 def test_a_gate_refuses_a_collapsed_vae(likelihood: str, says: str) -> None:
-    sound = learned(vae(likelihood=likelihood), SHAPES, 60)
+    sound = learned(vae(likelihood=likelihood), SHAPES, 150, learning_rate=1e-2)
     collapsed = learned(vae(likelihood=likelihood, beta=1e4), SHAPES, 60)
     found, of_collapsed = sound.evaluate(BENCH.material(SHAPES)), values(collapsed)
     assert says in str(found.notes["binarisation"])
@@ -157,6 +156,7 @@ def test_a_gate_refuses_a_collapsed_vae(likelihood: str, says: str) -> None:
     for metric, limits in (("active_units", {"min": 2}), ("nll", {"max": bound})):
         assert passed(metric, {metric: found.measures[metric].value}, **limits)
         assert not passed(metric, of_collapsed, **limits)
+    assert found.measures["nll"].value < found.measures["negative_elbo"].value, "many draws make a tighter bound"
 
 
 def test_a_pixel_on_its_own_has_the_likelihood_of_its_mean() -> None:

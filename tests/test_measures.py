@@ -96,7 +96,7 @@ def appointed(data=SHAPES) -> judge.Judge:
 def test_a_judge_learns_the_classes_and_is_the_same_each_time() -> None:
     first = appointed()
     assert first.knows_classes
-    assert first.accuracy > 0.6, "by chance 0.25"
+    assert first.accuracy(BENCH.material(SHAPES)) > 0.6, "by chance 0.25"
     again = judge.appoint(Bench().material(SHAPES), np.arange(0, 480, 2))
     assert again.sha256 == first.sha256
     images = pictures(SHAPES.split("train").images[::2])
@@ -146,7 +146,7 @@ def test_real_pictures_pass_for_real_and_copies_are_seen() -> None:
     assert real["coverage"] > 0.8
     assert real["class_ratio"] < 1.3
     assert real["label_accuracy"] > 0.9
-    assert real["nearest_train"] == pytest.approx(0, abs=1e-4)
+    assert real["nearest_train"] == pytest.approx(0, abs=1e-3)
 
 
 def test_a_missing_class_is_seen() -> None:

@@ -61,19 +61,18 @@ class Neighbours:
 def neighbours(real: Tensor, fake: Tensor, k: int = NEIGHBOURS) -> Neighbours:
     """Of (n, d) and (m, d), n and m > k. A point reaches as far as its k-th neighbour in its own set."""
     real_reach, fake_reach = _reach(real, k), _reach(fake, k)
-    near_real, near_fake, covered = (torch.zeros(()) for _ in range(3))
+    near_fake = covered = 0  # reals
     hits = torch.zeros(len(fake))  # of each fake: reals within whose reach it is
     for reach, distances in zip(real_reach.split(ROWS), _distances(real, fake), strict=True):
         within = distances < reach[:, None]
         hits += within.sum(0)
-        covered += within.any(1).sum()
-        near_fake += (distances < fake_reach).any(1).sum()
-    near_real = (hits > 0).sum()
+        covered += int(within.any(1).sum())
+        near_fake += int((distances < fake_reach).any(1).sum())
     return Neighbours(
-        precision=float(near_real / len(fake)),
-        recall=float(near_fake / len(real)),
+        precision=float((hits > 0).double().mean()),
+        recall=near_fake / len(real),
         density=float(hits.mean() / k),
-        coverage=float(covered / len(real)),
+        coverage=covered / len(real),
     )
 
 

@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from genmodels.family import Material
-from genmodels.measures.pictures import pictures
+from genmodels.measures.pictures import pictures, spread
 from genmodels.networks import image_sizes, inference
 
 RECIPE = 1  # to be raised with every change to what follows: judges are kept under its number
@@ -32,7 +32,8 @@ MOST_STEPS, PASSES = 800, 100  # over the data, if that is less
 LEARNING_RATE = 3e-3
 SEED = 0
 ORIENTATIONS = 4
-TICK_EVERY = 50  # steps, or batches
+TICK_EVERY = 50  # steps
+SEEN = 10_000  # pictures from which features get their mean and scale
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,6 @@ class Judge:
 
     network: Classifier
     sha256: str  # of its weights
-    accuracy: float  # on the validation pictures
     knows_classes: bool
 
     def features(self, images: Tensor) -> Tensor:
@@ -51,6 +51,15 @@ class Judge:
     def classes(self, images: Tensor) -> Tensor:
         """The class of each picture, int64: (n, C, H, W) -> (n,)."""
         return self._all(images, self.network).argmax(1)
+
+    def accuracy(self, material: Material) -> float:
+        """The share of validation pictures that it gets right."""
+        images, labels = pictures(material.val["images"]), material.val.get("labels")
+        if labels is None:
+            images, targets = _turned(images, torch.arange(len(images)) % ORIENTATIONS)
+        else:
+            targets = torch.from_numpy(labels)
+        return float((self.classes(images) == targets).double().mean())
 
     def _all(self, images: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
         with inference(self.network):
@@ -88,27 +97,16 @@ def appoint(material: Material, learn_from: np.ndarray) -> Judge:
     classes = int(labels.max()) + 1 if labels is not None else ORIENTATIONS
     name = f"judge-{material.digest[:16]}-{RECIPE}-{len(learn_from)}.safetensors"
     weights = material.keep(name, lambda: _train(material, learn_from, shape, classes))
-    network = Classifier(shape, classes)
+    network = _new(shape, classes)
     network.load_state_dict(safetensors.torch.load(weights))
-    val = material.val["images"]
-    expected = material.val.get("labels")
-    images = pictures(val)
-    if expected is None:
-        images, targets = _turned(images, torch.arange(len(val)) % ORIENTATIONS)
-    else:
-        targets = torch.from_numpy(expected)
-    judge = Judge(network, hashlib.sha256(weights).hexdigest(), 0.0, labels is not None)
-    accuracy = (judge.classes(images) == targets).double().mean().item()
-    return Judge(network, judge.sha256, accuracy, labels is not None)
+    return Judge(network, hashlib.sha256(weights).hexdigest(), labels is not None)
 
 
 def _train(material: Material, learn_from: np.ndarray, shape: tuple[int, int, int], classes: int) -> bytes:
     images, labels = material.train["images"], material.train.get("labels")
     steps = max(1, min(MOST_STEPS, PASSES * len(learn_from) // BATCH))
     order = np.random.default_rng(SEED)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(SEED)
-        network = Classifier(shape, classes)
+    network = _new(shape, classes)
     optimizer = torch.optim.AdamW(network.parameters(), lr=LEARNING_RATE)
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps)
     for step in range(steps):
@@ -125,12 +123,18 @@ def _train(material: Material, learn_from: np.ndarray, shape: tuple[int, int, in
         schedule.step()
         if step % TICK_EVERY == 0:
             material.tick()
-    seen = pictures(images[learn_from[:: max(1, len(learn_from) // 10_000)]])
+    seen = pictures(images[learn_from[spread(len(learn_from), SEEN)]])
     with inference(network):
         features = torch.cat([network.features(part) for part in seen.split(BATCH)])
     network.mean.copy_(features.mean(0))
     network.scale.copy_(features.std(0).clamp_min(1e-6))
     return safetensors.torch.save(network.state_dict())
+
+
+def _new(shape: tuple[int, int, int], classes: int) -> Classifier:
+    with torch.random.fork_rng(devices=[]):  # leave the caller's random numbers alone
+        torch.manual_seed(SEED)
+        return Classifier(shape, classes)
 
 
 def _turned(images: Tensor, ways: Tensor) -> tuple[Tensor, Tensor]:

@@ -33,10 +33,10 @@ NAMES = (
 
 
 def evaluate(material: Material, draw: Callable[[int], tuple[Tensor, Tensor | None]]) -> Findings:
-    """The measures `NAMES` of a generator, each beside what as many real pictures get that nobody has learned from.
+    """The measures `NAMES` of a generator, each beside what as many real pictures get.
 
-    Those real ones are a part of the training set which the judge was kept from, so that they are as new to it as the
-    validation pictures they are compared with.
+    Those real ones are a part of the training set which the judge is kept from, so that they are as new to it as the
+    validation pictures that all are compared with.
 
     Args:
         draw: makes n pictures (n, C, H, W) in [0, 1], and tells the classes that it was to draw, if it knows any.
@@ -49,6 +49,7 @@ def evaluate(material: Material, draw: Callable[[int], tuple[Tensor, Tensor | No
     aside = spread(len(train), n)
     jury = judge.appoint(material, np.setdiff1d(np.arange(len(train)), aside))
     shown = spread(len(val), n)
+    accuracy = jury.accuracy(material)
     fakes, asked = draw(n)
     real, held, fake = (jury.features(x) for x in (pictures(val[shown]), pictures(train[aside]), fakes))
     material.tick()
@@ -61,7 +62,7 @@ def evaluate(material: Material, draw: Callable[[int], tuple[Tensor, Tensor | No
         "pictures": n,
         "neighbours": k,
         "judge": jury.sha256,
-        "judge_accuracy": jury.accuracy,
+        "judge_accuracy": accuracy,
         "judge_learned": "the classes" if jury.knows_classes else "which way round a picture is",
     }
     if jury.knows_classes:
@@ -106,7 +107,7 @@ def _classes(
     found = {"class_ratio": Measure(value=ratio(seen), beside={REAL: ratio(held)})}
     if asked is not None:
         right = float((seen == asked).double().mean())
-        found["label_accuracy"] = Measure(value=right, beside={"real pictures": jury.accuracy})
+        found["label_accuracy"] = Measure(value=right, beside={"real pictures": jury.accuracy(material)})
     return found
 
 
