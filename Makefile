@@ -7,10 +7,11 @@ VENV ?= .venv
 TORCH_INDEX ?=
 ACCELERATOR ?= cpu
 ARGS ?=
+STUDY ?= 1 2 3
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check install --progress-bar on -c constraints.txt
 
-.PHONY: setup setup-dev demo test test-long test-k8s bench-serving lint format \
+.PHONY: setup setup-dev demo test test-long test-k8s results bench-serving lint format \
         secrets image sbom test-compose clean
 
 setup: $(VENV)/.ready
@@ -51,6 +52,14 @@ test-k8s: setup-dev $(K8S_TOOLS)/.ready
 
 test-long: setup-dev
 	$(BIN)/python -m pytest -m long
+
+# The study's tests, as they were and improved; 4 and 5 need a GPU: make results STUDY="1 2 3 4 5"
+results: setup
+	$(BIN)/genmodels run jobs/study.yaml $(STUDY:%=--only study-%) --no-auth --exit
+	$(BIN)/genmodels run jobs/study-improved.yaml $(STUDY:%=--only improved-%) --no-auth --exit
+	for test in $(STUDY); do \
+		$(BIN)/genmodels evaluate study-$$test && $(BIN)/genmodels evaluate improved-$$test || exit 1; \
+	done
 
 bench-serving: setup-dev
 	@$(PIP) -e '.[bench]'

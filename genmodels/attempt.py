@@ -22,11 +22,12 @@ from genmodels.data import Dataset, open_dataset
 from genmodels.errors import CheckpointError, SpecError
 from genmodels.family import Batch, Family, TextFamily
 from genmodels.logs import LogShipper
+from genmodels.measures.pictures import spread
 from genmodels.recorder import RunRecorder
 from genmodels.run import Heartbeat, Run
 from genmodels.spec import JobSpec, ModelSpec, load_stored, model_digest
 from genmodels.storage import Storage
-from genmodels.train import Group, spread, to_tensors, train
+from genmodels.train import Group, to_tensors, train
 from genmodels.wishes import WishWatch
 
 log = logging.getLogger(__name__)

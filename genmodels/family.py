@@ -2,7 +2,8 @@
 
 A family is one file under `genmodels/models/`: it subclasses `ImageFamily` or `TextFamily`, and the spec, the training
 loop, checkpoints and serving pick it up from there. One instance is one model: its networks, how they are trained
-(`roles`), how they are judged (`measure`, `metrics`), and how they answer (`sample_latents`, `decode`, `logits`, ...).
+(`roles`), how they are judged while they learn (`measure`, `metrics`) and afterwards (`evaluate`), and how they answer
+(`sample_latents`, `decode`, `logits`, ...).
 
 Importing this module does not load torch, so that specs can be checked quickly.
 """
@@ -11,13 +12,14 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, Literal, Protocol, TypeAlias, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field
 
 if TYPE_CHECKING:
+    import numpy as np
     import torch
     from torch import Tensor, nn
     from torch.optim import Optimizer
@@ -87,6 +89,46 @@ class Role:
     compilable: bool = True  # False where the loss differentiates a gradient: torch.compile has no double backward
 
 
+@dataclass(frozen=True)
+class Material:
+    """What a trained model is evaluated with.
+
+    `train` and `val` are the whole of each split as it is stored: of pictures `images`, uint8 (n, C, H, W), and
+    `labels`, int64 (n,), where there are classes; of texts `tokens`, unsigned integers (n,).
+    """
+
+    train: Mapping[str, np.ndarray]
+    val: Mapping[str, np.ndarray]
+    digest: str  # of the dataset
+    thorough: bool  # take minutes: all of val, many samples; False: seconds, as at each publication
+    tick: Callable[[], None]  # to be called every few seconds: what does not tick is taken for a hang
+    # What depends on the data alone and takes its time (a judge's weights, a count table): kept under a name that says
+    # all it depends on, made at most once in a storage. `keep(name, make)` gives what `make` gave.
+    keep: Callable[[str, Callable[[], bytes]], bytes]
+
+
+class Measure(BaseModel):
+    """A figure, and the same figure of what it is to be compared with."""
+
+    model_config = ConfigDict(frozen=True)
+
+    value: float
+    unit: str = ""  # nats, dB; nothing for shares, ratios and counts
+    beside: dict[str, float] = Field(default_factory=dict)  # by what it is of: {"PCA, 32 components": 19.2}
+
+
+Note = str | int | float | list[float] | list[str]
+
+
+class Findings(BaseModel):
+    """What an evaluation found."""
+
+    model_config = ConfigDict(frozen=True)
+
+    measures: dict[str, Measure] = Field(default_factory=dict)  # of `evaluation_names`, those that apply
+    notes: dict[str, Note] = Field(default_factory=dict)  # without which they mean nothing: how many, which judge
+
+
 ConfigT = TypeVar("ConfigT", bound=Section)
 RequestT = TypeVar("RequestT", bound=Section)
 
@@ -97,6 +139,7 @@ class Family(ABC, Generic[ConfigT, RequestT]):
     Config: ClassVar[type[Section]]
     Request: ClassVar[type[Section]]  # options of a generation request that only this family knows
     metric_names: ClassVar[tuple[str, ...]]  # what `metrics` returns; a gate may name any of them
+    evaluation_names: ClassVar[tuple[str, ...]] = ()  # what `evaluate` may find; a gate may name any of these as well
     kind: ClassVar[str]  # "image" or "text": which datasets it learns from
 
     config: ConfigT
@@ -136,6 +179,14 @@ class Family(ABC, Generic[ConfigT, RequestT]):
     @abstractmethod
     def metrics(self, sums: Mapping[str, Tensor]) -> dict[str, float]:
         """The `val_*` figures from the sums over the whole validation set; exactly those in `metric_names`."""
+
+    def evaluate(self, material: Material) -> Findings:
+        """Measure the trained model as its researchers would: before it is published, and whenever somebody asks.
+
+        Too costly for every evaluation in training; deterministic on one machine. Names stand in `evaluation_names`
+        and do not begin with `val_`, which is for `metrics`. Default: nothing.
+        """
+        return Findings()
 
     def fit(self, batches: Iterable[Batch], seed: int) -> None:
         """Fit what serving needs beside the weights (a density over latents) on training batches. Default: nothing."""

@@ -152,6 +152,9 @@ KV_SLOTS = _gauge(
 )
 LOADED_BYTES = _gauge("loaded_bytes", "Memory of a loaded version.", VERSION_LABELS, "livesum")
 ACTIVE = _gauge("version_active", "Hosts in which an alias means this version.", VERSION_LABELS, "livesum")
+MEASURE = _gauge(
+    "version_measure", "Figure of a served version's newest evaluation, by name.", (*VERSION_LABELS, "metric")
+)
 LOAD_SECONDS = _histogram("version_load_seconds", "To fetch, check and warm a version.", FAMILY_LABELS, _LONG_SECONDS)
 SWAPPED = _counter("versions_swapped_total", "Versions that took over from an older one.", VERSION_LABELS)
 REFUSED = _counter("versions_refused_total", "Versions that were not served: damaged or unfit.", VERSION_LABELS)

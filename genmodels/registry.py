@@ -3,6 +3,7 @@
     models/<model>/blobs/<sha256>               files of versions, each stored once
     models/<model>/versions/00000003.json       put-if-absent; one for each run and step
     models/<model>/aliases/<alias>.json         target and history; compare-and-swap
+    models/<model>/evaluations/00000003/        what was measured of a version (`findings.py`); goes with it
     models/<model>/deleted/00000003             a number that is not given again
     models/<model>/sweep.json                   lease of whoever deletes versions or blobs
 
@@ -184,11 +185,19 @@ class Registry:
         """Where a version's files lie in storage."""
         return {name: _blob_key(version.model, file.sha256) for name, file in version.files.items()}
 
+    def evaluations_prefix(self, model: str, number: int) -> str:
+        return f"models/{model}/evaluations/{number:08d}/"
+
     def strike(self, model: str, number: int) -> None:
-        """Remove a version's document; for `cleanup.delete_version`, which sees that nobody names it."""
+        """Remove a version's document and what was measured of it.
+
+        For `cleanup.delete_version`, which sees that nobody names it.
+        """
         # First the mark that keeps the number from being given again: who publishes reads the versions before it.
         self.storage.put(_deleted_key(model, number), b"")
         self.storage.delete(_version_key(model, number))
+        for key in self.storage.list(self.evaluations_prefix(model, number)):
+            self.storage.delete(key)
 
     def _publish(self, run: Run, place: Place, manifest: Manifest, folder: Path, gate: GateResult | None) -> Version:
         """Upload the files and write the version, if there is none."""

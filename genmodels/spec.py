@@ -161,9 +161,15 @@ class CheckpointConfig(Section):
 
 
 class Gate(Section):
-    """What a trained model must reach to be published; its metric also decides which checkpoint is best."""
+    """What a trained model must reach to be published; a metric of training also decides which checkpoint is best.
 
-    metric: str = Field(description="one of the family's metrics on the validation data, e.g. val_loss")
+    A measure of the evaluation is known of one checkpoint only, the last, which is then what is judged.
+    """
+
+    metric: str = Field(
+        description="one of the family's metrics on the validation data, e.g. val_loss, or of the "
+        "measures of its evaluation, e.g. nll"
+    )
     max: float | None = Field(None, description="publish if the metric is at most this (smaller is better)")
     min: float | None = Field(None, description="publish if the metric is at least this (larger is better)")
 
@@ -290,7 +296,8 @@ class ModelSpec(Section):
         return [Problem(("data", "dataset"), f"{found}; write one of {fitting}")]
 
     def _wrong_metric(self) -> list[Problem]:
-        gate, metrics = self.serve.gate, models.load(self.family).metric_names
+        gate, family = self.serve.gate, models.load(self.family)
+        metrics = family.metric_names + family.evaluation_names
         if gate is None or gate.metric in metrics:
             return []
         text = f"got {show(gate.metric)}, expected one of {', '.join(metrics)}{nearest(gate.metric, metrics)}"

@@ -33,6 +33,7 @@ from genmodels.data import Dataset, Split, TextData, batch_indices, shard
 from genmodels.data.images import grid, png
 from genmodels.errors import DataError, TrainingDiverged
 from genmodels.family import Batch, Family, ImageFamily, Role, TextFamily
+from genmodels.measures.pictures import spread
 from genmodels.run import Phase
 from genmodels.spec import ModelSpec, TrainConfig
 
@@ -219,11 +220,6 @@ def micro_batches(split: Split, config: TrainConfig, samples: int, group: Group)
 
 def to_tensors(batch: Mapping[str, np.ndarray], device: torch.device) -> dict[str, Tensor]:
     return {name: torch.from_numpy(values).to(device, non_blocking=True) for name, values in batch.items()}
-
-
-def spread(n: int, count: int) -> np.ndarray:
-    """At most `count` of 0 .. n-1, evenly spread: datasets are often sorted by class."""
-    return np.linspace(0, n - 1, min(count, n)).round().astype(np.int64)
 
 
 class Interval:

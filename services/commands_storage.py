@@ -11,7 +11,8 @@ from typing import IO, TYPE_CHECKING, Annotated
 
 import typer
 
-from genmodels.errors import GenmodelsError, SpecError
+from genmodels.errors import GenmodelsError, KeyNotFound, SpecError
+from genmodels.storage import encode_floats
 from services.options import (
     AsJson,
     MaybeApi,
@@ -106,6 +107,43 @@ def pull(
                 remote.fetch(found, part)
     size = sum(file.size for file in found.files.values())
     print(f"{found.name}: {len(found.files)} files, {amount(size)}, in {path}")
+
+
+@app.command(rich_help_panel=PANEL)
+def evaluate(
+    version: VersionName,
+    thorough: Annotated[
+        bool, typer.Option("--thorough", help="Take minutes: all validation data, many more draws.")
+    ] = False,
+    storage_url: StorageUrl = None,
+    as_json: AsJson = False,
+) -> None:
+    """Measure a version on its data, and keep what was found. Always opens the storage."""
+    import time
+
+    from genmodels import findings
+    from genmodels.attempt import stored_model
+    from genmodels.checkpoint import scratch_folder
+    from genmodels.evaluation import evaluate as measure
+    from genmodels.registry import Registry
+    from services.tables import measures_table
+
+    store = storage(storage_url)
+    registry = Registry(store)
+    found = registry.resolve(version)
+    try:
+        spec = stored_model(store, found.job, found.model)
+    except KeyNotFound:
+        raise GenmodelsError(f"{found.name}: job {found.job} was deleted, so its data is not known any more") from None
+    with scratch_folder() as name, console(stderr=True).status(f"Evaluating {found.name}"):
+        registry.fetch(found, Path(name))
+        began = time.monotonic()
+        measured = measure(store, spec, found.lineage, Path(name), thorough=thorough)
+    evaluation = findings.record(registry, found, measured, thorough=thorough, seconds=time.monotonic() - began)
+    if as_json:
+        print_json(encode_floats(evaluation.model_dump(mode="json")))
+    else:
+        console().print(measures_table(evaluation))
 
 
 @app.command(rich_help_panel=PANEL)

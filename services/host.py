@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import functools
 import logging
 import threading
@@ -27,9 +28,11 @@ from genmodels.engine.following import Follower, Refused
 from genmodels.engine.history import History
 from genmodels.engine.images import ImageAnswer, ImageRequest
 from genmodels.engine.loaded import ImageModel, Loaded, TextModel
+from genmodels.engine.measured import Measured
 from genmodels.engine.shelf import Shelf
 from genmodels.engine.text import CompletionRequest, Piece
 from genmodels.errors import GenmodelsError, ModelNotFound, RequestError, StorageUnavailable
+from genmodels.findings import Evaluation, newest
 from genmodels.references import Found, of_version
 from genmodels.registry import Registry
 from genmodels.storage import open_storage
@@ -67,6 +70,7 @@ class Entry:
     shape: dict[str, int | str] | None = None
     problem: str | None = None  # why it cannot be served
     refused: dict[str, Refused] | None = None  # aliases that have moved to what is not served
+    evaluation: Evaluation | None = None  # the newest of the version, where one model was asked about
 
 
 class ModelHost:
@@ -83,6 +87,7 @@ class ModelHost:
         self._registry = Registry(open_storage(storage_url))
         self._shelf = Shelf(self._registry.storage, memory, functools.partial(_start, torch_threads=torch_threads))
         self._follower = Follower(self._registry.storage, self._shelf)
+        self._measured = Measured(self._registry)
         self._threads, self._lookups = (  # names are found while all workers compute
             ThreadPoolExecutor(count, name, initializer=torch.set_num_threads, initargs=(torch_threads,))
             for count, name in ((workers, "model"), (4, "registry"))
@@ -90,6 +95,7 @@ class ModelHost:
         self._readers = ThreadPoolExecutor(2, "history")  # a long run's history takes its time
         self._listed: tuple[float, list[tuple[str, Found, dict[str, int]]]] | None = None
         self._entries: dict[str, Entry] = {}
+        self._evaluations: dict[str, Evaluation | None] = {}  # of versions that were asked about
         self._known_aliases: dict[str, dict[str, int]] = {}  # of models that were asked about
         self.follow()  # a new replica has in memory what aliases mean before it takes traffic
         threading.Thread(target=_follow, args=(weakref.ref(self),), name="follow", daemon=True).start()
@@ -98,6 +104,7 @@ class ModelHost:
         """Look at the registry once, and load what is new."""
         try:
             self._follower.follow()
+            self._measured.show(self._follower.served())
         except GenmodelsError as error:
             logger.warning("the registry cannot be followed: %s", error)
 
@@ -119,7 +126,8 @@ class ModelHost:
             aliases = await self._aliases_of(found.model)
         except GenmodelsError as error:
             return _refusal(error)
-        return await self._describe(name, found, aliases)
+        entry = await self._describe(name, found, aliases)
+        return dataclasses.replace(entry, evaluation=await self._evaluation_of(entry.found))
 
     async def answer(self, name: str, request: ImageRequest) -> ImageAnswer | RequestError:
         try:
@@ -195,6 +203,14 @@ class ModelHost:
         with contextlib.suppress(StorageUnavailable):
             self._known_aliases[model] = await _in(self._lookups, _aliases, self._registry, model)
         return self._known_aliases.get(model, {})
+
+    async def _evaluation_of(self, found: Found) -> Evaluation | None:
+        """The newest; where storage does not answer, that of the last look."""
+        if found.version is not None:
+            with contextlib.suppress(StorageUnavailable):
+                look = _in(self._lookups, newest, self._registry, found.model, found.version)
+                self._evaluations[found.name] = await look
+        return self._evaluations.get(found.name)
 
     def _list(self) -> list[tuple[str, Found, dict[str, int]]]:
         """(name to ask for it, what it means, aliases) of every model."""

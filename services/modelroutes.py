@@ -20,6 +20,7 @@ from genmodels.checkpoint import scratch_folder
 from genmodels.data import DATASETS, stored
 from genmodels.errors import DataError, ModelNotFound, RequestError
 from genmodels.family import Section
+from genmodels.findings import evaluations
 from genmodels.registry import Registry, Version
 from genmodels.spec import LABEL
 from genmodels.storage import Storage, encode_floats
@@ -62,8 +63,10 @@ def add_model_routes(app: FastAPI, guard: Guard, storage: Storage) -> None:
 
     @app.get("/v1/models/{model}/versions/{number}")
     def show_version(model: str, number: Number, caller: Caller = submit) -> Response:
-        """Show a version: what it was trained from and reached, and its files with size and sha256."""
-        return Json(encode_floats(_version(registry, model, number, caller).model_dump(mode="json")))
+        """Show a version: what it was trained from and reached, its evaluations, its files with size and sha256."""
+        version = _version(registry, model, number, caller).model_dump(mode="json")
+        made = [evaluation.model_dump(mode="json") for evaluation in evaluations(registry, model, number)]
+        return Json(encode_floats({**version, "evaluations": made}))
 
     @app.get("/v1/models/{model}/versions/{number}/files/{name:path}", response_class=Response)
     def pull_file(model: str, number: Number, name: str, caller: Caller = submit) -> Response:

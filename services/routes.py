@@ -28,6 +28,7 @@ from genmodels.engine.images import (
     ReconstructRequest,
 )
 from genmodels.explain import wrong
+from genmodels.findings import Evaluation
 from genmodels.keys import Keys
 from services.api import documented, new_app, read_body
 from services.auth import Caller, Guard
@@ -149,11 +150,29 @@ def _model(entry: Entry) -> dict[str, Any]:
         "verbs": entry.verbs,
         "version": found.version,
         "aliases": entry.aliases,
-        "metrics": {name: value if math.isfinite(value) else None for name, value in found.metrics.items()},
+        "metrics": {name: _finite(value) for name, value in found.metrics.items()},
         **(entry.shape or {}),
+        **({"evaluation": _evaluation(entry.evaluation)} if entry.evaluation else {}),
         **({"problem": entry.problem} if entry.problem else {}),
         **({"refused": _refused(entry.refused)} if entry.refused else {}),
     }
+
+
+def _evaluation(evaluation: Evaluation) -> dict[str, Any]:
+    measures = {
+        name: {
+            "value": _finite(measure.value),
+            "unit": measure.unit,
+            "beside": {what: _finite(value) for what, value in measure.beside.items()},
+        }
+        for name, measure in evaluation.measures.items()
+    }
+    about = evaluation.model_dump(mode="json", include={"id", "created", "thorough", "notes"})
+    return {**about, "measures": measures}
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
 
 
 def _refused(refused: Mapping[str, Refused]) -> list[dict[str, Any]]:

@@ -15,9 +15,9 @@ from rich.console import Console
 from genmodels.data import ImageData, TextData, decode_image, grid, open_dataset, png
 from genmodels.errors import GenmodelsError
 from genmodels.family import ImageInfo
+from genmodels.measures.pictures import spread
 from genmodels.spec import ModelSpec
 from genmodels.storage import Storage
-from genmodels.train import spread
 
 SAMPLES, COLUMNS, ROWS = 64, 10, 8
 PASSAGE_TOKENS = 600

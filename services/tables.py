@@ -9,6 +9,7 @@ from typing import Any
 from rich.table import Table
 from rich.text import Text
 
+from genmodels.findings import Evaluation
 from genmodels.keys import Key
 from genmodels.registry import Registry
 from genmodels.run import State
@@ -94,6 +95,18 @@ def models_table(models: Iterable[Mapping[str, Any]]) -> Table:
         aliases = ", ".join(f"{alias}: {number}" for alias, number in model["aliases"].items())
         versions = ", ".join(map(str, model["versions"]))
         table.add_row(model["name"], model["family"], versions, aliases, _metrics(model["metrics"]))
+    return table
+
+
+def measures_table(evaluation: Evaluation) -> Table:
+    """measure, value, beside it; below stands what the figures mean nothing without"""
+    table = _table("measure", "value", "beside it")
+    table.title = f"{evaluation.model}@{evaluation.version}, {evaluation.seconds:.0f} s"
+    table.title_justify = table.caption_justify = "left"
+    for name, measure in evaluation.measures.items():
+        beside = ", ".join(f"{what}: {value:.4g}" for what, value in measure.beside.items())
+        table.add_row(name, f"{measure.value:.4g} {measure.unit}".rstrip(), Text(beside))
+    table.caption = Text("; ".join(f"{name}: {note}" for name, note in evaluation.notes.items()))
     return table
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -166,7 +167,7 @@ def _metric(spec: ModelSpec, result: Result | None) -> str:
     if result is None or not result.metrics:
         return "-"
     name = spec.serve.gate.metric if spec.serve.gate else models.load(spec.family).metric_names[0]
-    return f"{name} {result.metrics[name]:.4g}"
+    return f"{name} {result.metrics.get(name, math.nan):.4g}"
 
 
 def _gate(result: Result | None) -> str:

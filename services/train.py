@@ -14,13 +14,24 @@ import os
 import tempfile
 import time
 import traceback
+from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from genmodels import checkpoint, registry
+from genmodels import checkpoint, findings, models, registry
 from genmodels.attempt import stored_model, work
-from genmodels.errors import CheckpointError, GenmodelsError, StorageUnavailable, Superseded, TrainingDiverged
+from genmodels.checkpoint import Manifest
+from genmodels.errors import (
+    CheckpointError,
+    DataError,
+    GenmodelsError,
+    StorageUnavailable,
+    Superseded,
+    TrainingDiverged,
+)
+from genmodels.evaluation import evaluate
+from genmodels.family import Findings
 from genmodels.logs import LogShipper
 from genmodels.metrics import GATES
 from genmodels.registry import Registry
@@ -32,6 +43,7 @@ from services.driver_watch import DriverWatch
 
 log = logging.getLogger("genmodels")
 
+BEAT_SECONDS = 1.0  # at least, between two signs of progress while a model is evaluated
 START_SECONDS = 120.0  # for the group to be placed; GENMODELS_START_TIMEOUT_S overrides it, e.g. where nodes autoscale
 # For one collective. A worker that hangs is found by its ticks, and an outage of the store may last: long.
 COLLECTIVE_SECONDS = 24 * 3600
@@ -141,15 +153,20 @@ def _left(run: Run) -> Result:
 
 
 def _publish(run: Run, spec: ModelSpec, attempt: int) -> Result:
-    """Publish the best checkpoint if it passes its gate. Doing it twice gives the same version and no second move."""
-    run.beat(attempt, Heartbeat(phase="publishing", step=spec.train.max_steps, max_steps=spec.train.max_steps))
+    """Evaluate the best checkpoint, and publish it if it passes its gate.
+
+    Doing it twice gives the same version and no second move.
+    """
+    tick = _ticker(run, attempt, spec)
     candidates = list(run.manifests())
+    wanted = spec.serve.gate
+    needed = wanted is not None and wanted.metric in models.load(spec.family).evaluation_names
     while candidates:
-        place, manifest = registry.best(spec.serve.gate, candidates)
-        gate = registry.judge(spec.serve.gate, manifest.metrics)
+        place, manifest = registry.best(wanted, candidates)
+        gate = None if needed else registry.judge(wanted, manifest.metrics)
         facts: dict[str, Any] = {"step": place.step, "metrics": manifest.metrics, "gate": gate}
         if gate and not gate.passed:
-            return Result(outcome="failed", cause="gate", message=f"not published: {gate.reason}", **facts)
+            return _refused(facts)
         with checkpoint.scratch_folder() as name:
             folder = Path(name)
             try:
@@ -158,11 +175,56 @@ def _publish(run: Run, spec: ModelSpec, attempt: int) -> Result:
                 log.warning("%s; the next best is published", error)
                 candidates.remove((place, manifest))
                 continue
+            registry.finite_probe(checkpoint.load_family(folder))  # nothing else of spoiled weights is worth a look
+            began = time.monotonic()
+            found = _evaluate(run, spec, manifest, folder, tick, needed=needed)
+            seconds = time.monotonic() - began
+            facts["metrics"] = manifest.metrics | {name: measure.value for name, measure in found.measures.items()}
+            if needed:
+                facts["gate"] = gate = registry.judge(wanted, facts["metrics"])
+            if gate and not gate.passed:
+                return _refused(facts)
             store = Registry(run.storage)
             version = store.publish(run, place, manifest, folder, gate)
+        if found.measures:
+            findings.record(store, version, found, thorough=False, seconds=seconds, publication=True)
         store.promote(run.model, spec.serve.alias, version.version, f"published by job {run.job}", forward_only=True)
         return Result(outcome="succeeded", version=version.version, message=f"published as {version.name}", **facts)
     raise CheckpointError(f"{run.prefix}: no checkpoint is whole")
+
+
+def _evaluate(
+    run: Run, spec: ModelSpec, manifest: Manifest, folder: Path, tick: Callable[[], None], *, needed: bool
+) -> Findings:
+    """What is measured of a checkpoint; nothing where its data has gone, unless the gate needs it."""
+    try:
+        return evaluate(run.storage, spec, manifest.lineage, folder, tick=tick)
+    except DataError as error:
+        if needed:
+            raise
+        log.warning("published without an evaluation: %s", error)
+        return Findings()
+
+
+def _refused(facts: dict[str, Any]) -> Result:
+    return Result(outcome="failed", cause="gate", message=f"not published: {facts['gate'].reason}", **facts)
+
+
+def _ticker(run: Run, attempt: int, spec: ModelSpec) -> Callable[[], None]:
+    """Shows now, and whenever it is called, that publishing gets on."""
+    steps = spec.train.max_steps
+    last = Heartbeat(phase="publishing", step=steps, max_steps=steps)
+    run.beat(attempt, last)
+    beaten = time.monotonic()
+
+    def tick() -> None:
+        nonlocal last, beaten
+        if time.monotonic() - beaten >= BEAT_SECONDS:
+            last = last.model_copy(update={"tick": last.tick + 1})
+            run.beat(attempt, last)
+            beaten = time.monotonic()
+
+    return tick
 
 
 def _failure(error: BaseException) -> Result:

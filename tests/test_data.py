@@ -1,4 +1,4 @@
-"""Datasets: exact splits, the order of samples, a person's own files, verified sources, baselines, pictures."""
+"""Datasets: exact splits, the order of samples, a person's own files, verified sources, pictures."""
 
 from __future__ import annotations
 
@@ -32,7 +32,6 @@ from genmodels.data import (
     decode_image,
     grid,
     load_tokenizer,
-    ngram_loss,
     open_dataset,
     order,
     png,
@@ -194,31 +193,6 @@ def test_a_tokenizer_comes_back_from_its_file_and_names_unknown_characters() -> 
 def test_a_damaged_tokenizer_is_a_data_error(content: bytes) -> None:
     with pytest.raises(DataError, match=r"tokenizer\.json"):
         load_tokenizer(content)
-
-
-# ---- the count table
-
-
-def test_unigram_loss_is_what_it_is_by_hand() -> None:
-    # counts 2 and 1: discount 1 / (1 + 2 * 1) = 1/3, shared over two symbols: probabilities 2/3 and 1/3
-    loss = ngram_loss(np.array([0, 0, 1]), np.array([1, 0, 1, 1]), 1, 2)
-    assert loss == pytest.approx(-(math.log(2 / 3) + 2 * math.log(1 / 3)) / 3)
-
-
-def test_bigram_loss_is_what_it_is_by_hand() -> None:
-    # 0,0,0,1: bigrams 00 twice, 01 once: discount 1/3. Continuations: 0 after one symbol, 1 after one: discount 1,
-    # so the lower order is uniform, 1/2 each. P(0|0) = (2 - 1/3 + 1/3 * 2 * 1/2) / 3 = 2/3.
-    assert ngram_loss(np.array([0, 0, 0, 1]), np.array([0, 0]), 2, 2) == pytest.approx(-math.log(2 / 3))
-    assert ngram_loss(np.array([0, 0, 0, 1]), np.array([1, 0]), 2, 2) == pytest.approx(math.log(2))  # nothing follows 1
-
-
-@pytest.mark.parametrize("n", [1, 2, 3])
-def test_probabilities_of_the_count_table_sum_to_one(n: int) -> None:
-    train = np.random.default_rng(0).integers(0, 4, 60)
-    for before in [(0, 1), (3, 3), (4, 4), (2, 4)]:  # symbol 4 is never seen
-        known = ngram_loss(train, np.array(before), n, 5)
-        after = [2 * ngram_loss(train, np.array([*before, symbol]), n, 5) - known for symbol in range(5)]
-        assert sum(math.exp(-loss) for loss in after) == pytest.approx(1)
 
 
 # ---- pictures of one's own
@@ -624,8 +598,6 @@ def test_tiny_shakespeare_is_split_as_published() -> None:
     assert isinstance(data, TextData)
     assert (data.info.vocab_size, len(data.train), len(data.val)) == (65, 1_003_854, 111_540)
     assert len(data.split("val", 256)) == math.ceil(111_539 / 256)
-    losses = [round(ngram_loss(data.train, data.val, n, 65), 3) for n in (1, 2, 3, 4, 5)]
-    assert losses == [3.347, 2.484, 2.045, 1.729, 1.579]
 
 
 def test_fashion_mnist_has_its_published_parts() -> None:

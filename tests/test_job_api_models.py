@@ -25,9 +25,11 @@ from served import served
 from service import Service, spec
 from stores import FailingStorage
 
+from genmodels import findings
 from genmodels.checkpoint import sha256_of
 from genmodels.data.images import png
 from genmodels.errors import GenmodelsError
+from genmodels.family import Findings, Measure
 from genmodels.job import Jobs
 from genmodels.lease import Lease
 from genmodels.metrics import ATTEMPTS, DIRECTORY
@@ -146,6 +148,12 @@ def test_a_version_is_pulled_file_by_file(storage: Storage, tmp_path: Path) -> N
     document = service("GET", "/v1/models/clothes/versions/1").json()
     assert (document["model"], document["version"], document["metrics"]["odd"]) == ("clothes", 1, "nan")
     assert set(document["files"]) == set(version.files)
+    assert document["evaluations"] == []
+    found = Findings(measures={"nll": Measure(value=98.5, unit="nats"), "odd": Measure(value=float("inf"))})
+    findings.record(Registry(storage), version, found, thorough=False, seconds=1, publication=True)
+    (evaluation,) = service("GET", "/v1/models/clothes/versions/1").json()["evaluations"]
+    assert evaluation["measures"]["nll"] == {"value": 98.5, "unit": "nats", "beside": {}}
+    assert (evaluation["id"], evaluation["measures"]["odd"]["value"]) == ("publication", "inf")
     Registry(storage).fetch(version, tmp_path)
     for name, file in document["files"].items():
         response = service("GET", f"/v1/models/clothes/versions/1/files/{name}")

@@ -15,7 +15,7 @@ from genmodels.family import ImageInfo, OptimizerConfig, TextInfo
 from genmodels.models.minigpt import MiniGPT, MiniGPTConfig, rotate, rotations
 from genmodels.optim import make_optimizers
 from genmodels.sampling import SamplingOptions
-from genmodels.spec import read_spec
+from genmodels.spec import ModelSpec, read_spec
 
 VOCAB = 11
 PLAIN: dict[str, Any] = {
@@ -98,6 +98,23 @@ def test_the_study_is_as_published() -> None:
     ]
     plain = {**PLAIN, "optimizer": "adamw", "betas": (0.9, 0.999), "schedule": "constant", "ema": None}
     assert all(test | plain == test for test in found)
+
+
+def test_the_improved_study_has_no_larger_budget() -> None:
+    improved = read_spec(Path(__file__).parent.parent / "jobs" / "study-improved.yaml").models
+    for plain, better in zip(STUDY, improved, strict=True):
+        (tokens, size), (tokens_before, size_before) = budget(better), budget(plain)
+        assert tokens <= tokens_before
+        assert size <= size_before
+        assert better.data == plain.data
+
+
+def budget(spec: ModelSpec) -> tuple[int, int]:
+    """Tokens that training sees, and parameters."""
+    config = cast(MiniGPTConfig, spec.model)
+    network = MiniGPT(config, TextInfo(vocab_size=65)).network
+    tokens = spec.train.max_steps * spec.train.batch_size * config.block_size
+    return tokens, sum(parameter.numel() for parameter in network.parameters())
 
 
 @variants

@@ -21,9 +21,11 @@ from PIL import Image
 from published import IMAGES, publish
 from served import served
 
+from genmodels import findings
 from genmodels.checkpoint import Place
 from genmodels.data.images import png
 from genmodels.engine.history import MOST_ROWS, MOST_STEPS, read, thinned
+from genmodels.family import Findings, Measure
 from genmodels.keys import Keys
 from genmodels.registry import Registry
 from genmodels.run import Run
@@ -61,13 +63,15 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Storage:
     """A model of each family; a version of one more; what two of their runs left."""
     storage = open_storage(tmp_path_factory.mktemp("models").as_uri())
     publish(storage, "play", "minigpt")
-    publish(storage, "shapes", "vae", latent_dim=20)
+    version = publish(storage, "shapes", "vae", latent_dim=20)
     publish(storage, "shapes", "vae", step=2, alias="next", latent_dim=20)
     publish(storage, "clean", "autoencoder", alias=None)
     publish(storage, "forger", "gan")
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(published, "IMAGES", IMAGES.model_copy(update={"num_classes": 3}))
         publish(storage, "classes", "gan", conditional=True)
+    found = Findings(measures={"psnr": Measure(value=23.125, unit="dB", beside={"PCA, 20 components": 19.25})})
+    findings.record(Registry(storage), version, found, thorough=False, seconds=1, publication=True)
     train(storage, "shapes")
     train(storage, "play", text=True)
     return storage
@@ -439,6 +443,11 @@ def test_curves_and_samples_of_a_run(site: Site) -> None:
     site.page.until(
         "document.querySelector('#training .gallery pre')?.textContent === 'What is learnt at step 200.\\n'"
     )
+
+
+def test_what_was_measured_stands_beside_what_it_is_compared_with(site: Site) -> None:
+    site.open("shapes/images")
+    site.page.until("document.querySelector('#about').textContent.includes('23.13 dB (PCA, 20 components: 19.25)')")
 
 
 def test_a_version_is_typed_and_one_that_is_not_there_is_told(site: Site) -> None:

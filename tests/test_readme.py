@@ -75,6 +75,7 @@ def test_every_setting_of_a_family_is_in_its_row() -> None:
         family = models.load(name)
         assert all(f"`{field}`" in row for field in family.Config.model_fields), name
         assert all(f"`{metric}`" in row for metric in family.metric_names), name
+        assert all(f"`{measure}`" in README for measure in family.evaluation_names), name
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "jobs").glob("*.yaml")), ids=lambda path: path.name)

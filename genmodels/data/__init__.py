@@ -19,7 +19,7 @@ from genmodels.data import stored
 from genmodels.data.images import ImageData, decode_image, divide, from_csv, from_idx, grid, png, read_folder
 from genmodels.data.sources import DATASETS, read
 from genmodels.data.stored import IMAGE_SIZE, LEAST_SIZE, MOST_SIZE
-from genmodels.data.text import CharTokenizer, TextData, Tokenizer, load_tokenizer, ngram_loss, read_text
+from genmodels.data.text import CharTokenizer, TextData, Tokenizer, load_tokenizer, read_text
 from genmodels.errors import DataError
 from genmodels.family import Section
 from genmodels.storage import Storage
@@ -37,7 +37,6 @@ __all__ = [
     "decode_image",
     "grid",
     "load_tokenizer",
-    "ngram_loss",
     "open_dataset",
     "order",
     "pin_data",

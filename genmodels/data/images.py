@@ -50,6 +50,11 @@ class ImageData:
         """Files that travel with a checkpoint: the names of the classes, where there are any."""
         return {"classes.json": json.dumps(self.class_names, ensure_ascii=False).encode()} if self.class_names else {}
 
+    def arrays(self, name: Literal["train", "val"]) -> dict[str, np.ndarray]:
+        """All of `train` or `val` as it is kept: `images` uint8, and `labels` where there are classes."""
+        split = self._splits[name]
+        return {"images": split.images} | ({} if split.labels is None else {"labels": split.labels})
+
     def split(self, name: Literal["train", "val"], block_size: int | None = None) -> ImageSplit:
         """The images of `train` or `val`; `block_size` is for texts and has no effect."""
         return self._splits[name]

@@ -1,4 +1,4 @@
-"""Text datasets: characters as tokens, windows of them, and the count table that a model has to beat."""
+"""Text datasets: characters as tokens, and windows of them."""
 
 from __future__ import annotations
 
@@ -128,6 +128,10 @@ class TextData:
         """Files that travel with a checkpoint: the tokenizer."""
         return {"tokenizer.json": self.tokenizer.to_json()}
 
+    def arrays(self, name: Literal["train", "val"]) -> dict[str, np.ndarray]:
+        """All of `train` or `val`: `tokens`, unsigned integers (n,)."""
+        return {"tokens": self.train if name == "train" else self.val}
+
     def split(self, name: Literal["train", "val"], block_size: int | None = None) -> TrainWindows | ValWindows:
         """Windows of `block_size` tokens of `train` or `val`. Raises DataError where the text has not one."""
         if block_size is None:
@@ -219,59 +223,6 @@ class ValWindows:
             "tokens": np.where(inside, window, 0)[:, :-1].copy(),
             "targets": np.where(inside, window, -1)[:, 1:].copy(),
         }
-
-
-def ngram_loss(train_tokens: np.ndarray, val_tokens: np.ndarray, n: int, vocab_size: int) -> float:
-    """Nats per token that a table of n-gram counts reaches on a text: the baseline beside a model's loss.
-
-    Interpolated Kneser-Ney smoothing with one discount per order (R. Kneser and H. Ney, "Improved backing-off for
-    m-gram language modeling", 1995; S. Chen and J. Goodman, "An empirical study of smoothing techniques", 1999): the
-    highest order counts n-grams, the lower ones in how many contexts a token was seen, the lowest mixes with the
-    uniform distribution. Like a model's exact loss it covers `val_tokens[1:]`, each with the tokens before it.
-
-    Args:
-        train_tokens, val_tokens: token ids, (length,) each; val_tokens longer than n.
-        n: tokens looked at, the predicted one included: 1 to 7 at 65 symbols (vocab_size ** n must fit in 63 bits).
-    """
-    if vocab_size**n >= 2**63:
-        raise ValueError(f"n = {n} is too large for {vocab_size} symbols")
-    probability = np.full(len(val_tokens) - 1, 1.0 / vocab_size)
-    for order in range(1, n + 1):
-        first = max(order - 2, 0)  # the first predictions have too few tokens before them for this order
-        grams, counts = _counts(train_tokens, order, n, vocab_size)
-        contexts, start, kinds = np.unique(grams // vocab_size, return_index=True, return_counts=True)
-        totals = np.add.reduceat(counts, start)
-        ones, twos = np.sum(counts == 1), np.sum(counts == 2)
-        discount = ones / (ones + 2 * twos) if ones else 0.5
-        seen = _codes(val_tokens, order, vocab_size)[1 if order == 1 else 0 :]
-        total = _lookup(contexts, totals, seen // vocab_size)
-        mass = np.maximum(_lookup(grams, counts, seen) - discount, 0)
-        lower = discount * _lookup(contexts, kinds, seen // vocab_size) * probability[first:]
-        probability[first:] = np.where(total > 0, (mass + lower) / np.maximum(total, 1), probability[first:])
-    return float(-np.log(probability).mean())
-
-
-def _counts(tokens: np.ndarray, order: int, n: int, vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """The n-grams of an order, sorted by code, and their counts: how often, or below n after how many other tokens."""
-    if order == n:
-        return np.unique(_codes(tokens, order, vocab_size), return_counts=True)
-    longer = np.unique(_codes(tokens, order + 1, vocab_size))
-    return np.unique(longer % vocab_size**order, return_counts=True)
-
-
-def _codes(tokens: np.ndarray, order: int, vocab_size: int) -> np.ndarray:
-    """Every n-gram as a number: its tokens are the digits, the last one the lowest."""
-    count = len(tokens) - order + 1
-    codes = np.zeros(count, np.int64)
-    for place in range(order):
-        codes = codes * vocab_size + tokens[place : place + count]
-    return codes
-
-
-def _lookup(keys: np.ndarray, values: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """The values of the wanted keys, 0 where there is none; keys are sorted."""
-    place = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
-    return np.where(keys[place] == wanted, values[place], 0)
 
 
 def _mix(number: np.ndarray) -> np.ndarray:

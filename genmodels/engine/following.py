@@ -101,6 +101,10 @@ class Follower:
             self._forget(name)
         self._count_active(aliases)
 
+    def served(self) -> list[Found]:
+        """What answers to the names that are followed."""
+        return list(self._current.values())
+
     def _advance(self, name: str) -> None:
         """Have a name mean what it means now."""
         before = self._current.get(name)

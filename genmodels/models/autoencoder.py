@@ -21,13 +21,33 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from genmodels.errors import RequestError
-from genmodels.family import ImageFamily, ImageInfo, OptimizerConfig, Role, Section, TextInfo
+from genmodels.family import (
+    Findings,
+    ImageFamily,
+    ImageInfo,
+    Material,
+    Measure,
+    Note,
+    OptimizerConfig,
+    Role,
+    Section,
+    TextInfo,
+)
 from genmodels.latent import FittedDensity, GaussianMixture, first_rows, image_normal, way
+from genmodels.measures.filters import best_filter, noisy
+from genmodels.measures.pictures import components, mean_psnr, mean_ssim, pictures, spread
 from genmodels.networks import ImageDecoder, ImageEncoder, Norm, check_shape, inference, placed, psnr
 from genmodels.optim import make_optimizers
 
 if TYPE_CHECKING:
+    import numpy as np
+
     from genmodels.family import Batch, Way
+
+
+EVALUATED = 500  # validation pictures; all where it may take its time
+EVALUATED_AT_ONCE = 256
+NOISE_LEVELS = {"denoise_psnr": 1.0, "denoise_psnr_half": 0.5, "denoise_psnr_beyond": 1.5}  # times `noise_std`
 
 
 class AutoencoderConfig(Section):
@@ -59,6 +79,7 @@ class Autoencoder(FittedDensity, ImageFamily[AutoencoderConfig, AutoencoderReque
     Config = AutoencoderConfig
     Request = AutoencoderRequest
     metric_names = ("val_loss", "val_psnr", "val_denoise_psnr")
+    evaluation_names = ("psnr", "ssim", "pca_gain", *NOISE_LEVELS, "denoise_ssim", "denoise_gain")
 
     network: AutoencoderNetwork
 
@@ -101,6 +122,23 @@ class Autoencoder(FittedDensity, ImageFamily[AutoencoderConfig, AutoencoderReque
         `val_denoise_psnr` of images with noise of `noise_std`, clamped to [0, 1]; it equals `val_psnr` without noise.
         """
         return {f"val_{name}": float(sums[name] / sums["images"]) for name in ("loss", "psnr", "denoise_psnr")}
+
+    def evaluate(self, material: Material) -> Findings:
+        """Compression beside principal components of the same number, denoising beside the best classical filter.
+
+        Denoising is measured at `noise_std`, at half of it, and at half as much again, which training never showed.
+        """
+        val = material.val["images"]
+        shown = spread(len(val), len(val) if material.thorough else EVALUATED)
+        images = pictures(val[shown])
+        found = self._compression(material, images, shown)
+        if self.config.noise_std > 0:
+            for name, factor in NOISE_LEVELS.items():
+                found |= self._denoising(material, images, shown, name, factor * self.config.noise_std)
+        notes: dict[str, Note] = {"pictures": len(shown), "latent_dim": self.latent_dim}
+        if self.config.noise_std > 0:
+            notes["noise_std"] = [round(factor * self.config.noise_std, 4) for factor in NOISE_LEVELS.values()]
+        return Findings(measures=found, notes=notes)
 
     def fit(self, batches: Iterable[Batch], seed: int) -> None:
         latents = first_rows(self.encode(batch["images"]) for batch in batches)
@@ -162,6 +200,39 @@ class Autoencoder(FittedDensity, ImageFamily[AutoencoderConfig, AutoencoderReque
                 torch.linspace(0, 1, 2 * math.prod(self.data.shape)).view(2, *self.data.shape)
             )
         return outputs
+
+    def _compression(self, material: Material, images: Tensor, shown: np.ndarray) -> dict[str, Measure]:
+        parts = []
+        for part in images.split(EVALUATED_AT_ONCE):
+            parts.append(self.decode(self.encode(part), self.Request()).cpu())
+            material.tick()
+        decoded = torch.cat(parts)
+        pca_psnr, pca_ssim = components(material, self.latent_dim, shown)
+        pca, quality = f"PCA, {self.latent_dim} components", mean_psnr(decoded, images)
+        return {
+            "psnr": Measure(value=quality, unit="dB", beside={pca: pca_psnr}),
+            "ssim": Measure(value=mean_ssim(decoded, images), beside={pca: pca_ssim}),
+            "pca_gain": Measure(value=quality - pca_psnr, unit="dB"),
+        }
+
+    def _denoising(
+        self, material: Material, images: Tensor, shown: np.ndarray, name: str, std: float
+    ) -> dict[str, Measure]:
+        seen = noisy(images, std)
+        parts = []
+        for part in seen.split(EVALUATED_AT_ONCE):
+            parts.append(self.denoise(part).cpu())
+            material.tick()
+        denoised, clamped = torch.cat(parts), seen.clamp(0, 1)
+        filtered, filter_psnr = best_filter(material, std, shown)
+        quality = mean_psnr(denoised, images)
+        beside = {"noisy": mean_psnr(seen, images), "noisy, clamped": mean_psnr(clamped, images)}
+        found = {name: Measure(value=quality, unit="dB", beside={**beside, f"best filter: {filtered}": filter_psnr})}
+        if name == "denoise_psnr":
+            similar = {"noisy, clamped": mean_ssim(clamped, images)}
+            found["denoise_ssim"] = Measure(value=mean_ssim(denoised, images), beside=similar)
+            found["denoise_gain"] = Measure(value=quality - filter_psnr, unit="dB")
+        return found
 
 
 class AutoencoderNetwork(nn.Module):

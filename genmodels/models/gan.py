@@ -25,8 +25,10 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from genmodels.errors import RequestError, SpecError
-from genmodels.family import ImageFamily, ImageInfo, OptimizerConfig, Role, Section, TextInfo
+from genmodels.family import Findings, ImageFamily, ImageInfo, Material, OptimizerConfig, Role, Section, TextInfo
 from genmodels.latent import row_generators, standard_normal, way
+from genmodels.measures import samples
+from genmodels.measures.distances import frechet_distance, moments
 from genmodels.networks import check_shape, image_sizes, inference, placed
 from genmodels.optim import make_optimizers
 
@@ -73,6 +75,7 @@ class GAN(ImageFamily[GANConfig, GANRequest]):
     Config = GANConfig
     Request = GANRequest
     metric_names = ("val_frechet", "val_frechet_floor")
+    evaluation_names = samples.NAMES
 
     network: Generator
 
@@ -130,6 +133,19 @@ class GAN(ImageFamily[GANConfig, GANRequest]):
         real = sums["real_even"] + sums["real_odd"]
         floor = frechet_distance(sums["real_even"], sums["real_odd"]) / 2
         return {"val_frechet": frechet_distance(real, sums["fake"]), "val_frechet_floor": floor}
+
+    def evaluate(self, material: Material) -> Findings:
+        """As `measures.samples` says; drawn as an endpoint draws, every class as often as chance has it."""
+
+        def draw(n: int) -> tuple[Tensor, Tensor | None]:
+            latents = self.sample_latents(n, MEASURE_SEED, self.Request())
+            images = []
+            for part in latents.split(samples.PART):
+                images.append(self.decode(part, self.Request()).cpu())
+                material.tick()
+            return torch.cat(images), latents[:, self.config.latent_dim :].argmax(1) if self.num_classes else None
+
+        return samples.evaluate(material, draw)
 
     @property
     def verbs(self) -> frozenset[str]:
@@ -378,27 +394,6 @@ def gradient_penalty(critic: Callable[[Tensor], Tensor], images: Tensor) -> Tens
     with torch.autocast(images.device.type, enabled=False):
         (gradient,) = torch.autograd.grad(critic(images).sum(), images, create_graph=True)
     return gradient.square().flatten(1).sum(1).mean()
-
-
-def moments(features: Tensor) -> Tensor:
-    """Number, sum and outer products of (n, d) features, summed in one float64 matrix (d + 1, d + 1)."""
-    x = F.pad(features.double(), (1, 0), value=1.0)
-    return x.T @ x
-
-
-def frechet_distance(a: Tensor, b: Tensor) -> float:
-    """Squared 2-Wasserstein distance between the Gaussians with these `moments` (Dowson & Landau 1982)."""
-    (mean_a, cov_a), (mean_b, cov_b) = map(_gaussian, (a, b))
-    values, vectors = torch.linalg.eigh(cov_a)
-    root = vectors * values.clamp_min(0).sqrt() @ vectors.T
-    cross = torch.linalg.eigvalsh(root @ cov_b @ root).clamp_min(0).sqrt().sum()
-    return float((mean_a - mean_b).square().sum() + cov_a.trace() + cov_b.trace() - 2 * cross)
-
-
-def _gaussian(sums: Tensor) -> tuple[Tensor, Tensor]:
-    second = sums.cpu() / sums[0, 0].clamp_min(1).cpu()
-    mean = second[0, 1:]
-    return mean, second[1:, 1:] - mean.outer(mean)
 
 
 def _content_key(image: Tensor) -> int:

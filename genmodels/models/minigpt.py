@@ -23,7 +23,18 @@ from pydantic import Field, ValidationInfo, field_validator
 from torch import Tensor, nn
 
 from genmodels.errors import RequestError, SpecError
-from genmodels.family import ImageInfo, OptimizerConfig, Role, Section, TextFamily, TextInfo, keep_half
+from genmodels.family import (
+    Findings,
+    ImageInfo,
+    Material,
+    OptimizerConfig,
+    Role,
+    Section,
+    TextFamily,
+    TextInfo,
+    keep_half,
+)
+from genmodels.measures.texts import EVALUATION_NAMES, IGNORED, evaluate_text
 from genmodels.networks import inference
 from genmodels.optim import make_optimizers
 from genmodels.sampling import Sampler, SamplingOptions, choose
@@ -70,6 +81,7 @@ class MiniGPT(TextFamily[MiniGPTConfig, SamplingOptions]):
     Config = MiniGPTConfig
     Request = SamplingOptions
     metric_names = ("val_loss", "val_bits_per_char")
+    evaluation_names = EVALUATION_NAMES
 
     network: Transformer
 
@@ -104,6 +116,9 @@ class MiniGPT(TextFamily[MiniGPTConfig, SamplingOptions]):
         """`val_loss` in nats per token; `val_bits_per_char`, as a token is a character."""
         nats = float(sums["nll"] / sums["tokens"])
         return {"val_loss": nats, "val_bits_per_char": nats / math.log(2)}
+
+    def evaluate(self, material: Material) -> Findings:
+        return evaluate_text(self, material)
 
     def logits(self, tokens: Tensor) -> Tensor:
         with inference(self.network):
@@ -463,9 +478,6 @@ def rotate(x: Tensor, rotation: Tensor) -> Tensor:
     cosine, sine = rotation
     first, second = x.float().chunk(2, dim=-1)  # in bf16 far positions would fall together
     return torch.cat((first * cosine - second * sine, first * sine + second * cosine), dim=-1).to(x.dtype)
-
-
-IGNORED = -1  # a target that does not count: padding of a text's last window
 
 
 def _cross_entropy(logits: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:

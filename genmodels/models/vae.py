@@ -3,13 +3,13 @@
 Kingma & Welling 2014, "Auto-Encoding Variational Bayes".
 KL warm-up: Bowman et al. 2016; beta: Higgins et al. 2017; free bits: Kingma et al. 2016.
 Dynamic binarisation: Salakhutdinov & Murray 2008. Learned variance of the Gaussian likelihood: Rybkin et al. 2021.
-Fitted prior: Ghosh et al. 2020. Active units: Burda et al. 2016.
+Fitted prior: Ghosh et al. 2020. Active units, importance-weighted likelihood: Burda et al. 2016.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -18,8 +18,20 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from genmodels.errors import RequestError
-from genmodels.family import ImageFamily, ImageInfo, OptimizerConfig, Role, Section, TextInfo
-from genmodels.latent import FittedDensity, GaussianMixture, first_rows, image_normal, standard_normal, way
+from genmodels.family import (
+    Findings,
+    ImageFamily,
+    ImageInfo,
+    Material,
+    Measure,
+    Note,
+    OptimizerConfig,
+    Role,
+    Section,
+    TextInfo,
+)
+from genmodels.latent import MAX_FIT, FittedDensity, GaussianMixture, first_rows, image_normal, standard_normal, way
+from genmodels.measures.pictures import components, mean_psnr, mean_ssim, pictures, spread
 from genmodels.networks import ImageDecoder, ImageEncoder, Norm, check_shape, inference, placed, psnr
 from genmodels.optim import make_optimizers
 
@@ -27,6 +39,17 @@ if TYPE_CHECKING:
     from genmodels.family import Batch, Way
 
 ACTIVE_VARIANCE = 0.01  # a latent counts as used when its mean varies more than this over images (Burda et al. 2016)
+
+EVALUATED, DRAWS = 500, 64  # validation pictures, and draws of the latents for each
+THOROUGH_DRAWS = 256  # for all of them
+AT_ONCE, DRAWS_AT_ONCE = 64, 8
+
+# What the nats of each likelihood are of, for those who compare them.
+BINARISATION = {
+    "bernoulli": "none: cross-entropy on greys, which is no likelihood of them",
+    "bernoulli-binarized": "each pixel drawn once, black or white, with its grey as probability",
+    "gaussian": "none: density of greys from 0 to 1, not dequantised, one standard deviation for all pixels",
+}
 
 Likelihood = Literal["bernoulli", "bernoulli-binarized", "gaussian"]
 
@@ -68,6 +91,7 @@ class VAE(FittedDensity, ImageFamily[VAEConfig, VAERequest]):
     Config = VAEConfig
     Request = VAERequest
     metric_names = ("val_loss", "val_reconstruction", "val_kl", "val_psnr", "val_active_units")
+    evaluation_names = ("nll", "negative_elbo", "reconstruction", "kl", "active_units", "psnr", "ssim")
 
     network: VAENetwork
 
@@ -89,9 +113,7 @@ class VAE(FittedDensity, ImageFamily[VAEConfig, VAERequest]):
     def measure(self, batch: Batch) -> dict[str, Tensor]:
         greys = batch["images"]
         with inference(self.network):
-            images = greys
-            if self.config.likelihood == "bernoulli-binarized":
-                images = (torch.special.ndtr(image_normal(greys, self.data.shape)) < greys).to(greys)
+            images = self._observed(greys)
             mean, log_variance = self.network.posterior(images)
             noise = image_normal(greys, (self.latent_dim,))
             logits = self.network.decoder(mean + noise * (0.5 * log_variance).exp())
@@ -123,6 +145,41 @@ class VAE(FittedDensity, ImageFamily[VAEConfig, VAERequest]):
             "val_psnr": float(sums["psnr"] / n),
             "val_active_units": float((variance > ACTIVE_VARIANCE).sum()),
         }
+
+    def evaluate(self, material: Material) -> Findings:
+        """`nll` is the importance-weighted bound on -log p(x), in nats; with one draw it is the negative ELBO.
+
+        Beside it stands what a model without latents reaches, in which each pixel has its own mean: a collapsed VAE is
+        no better.
+        """
+        val = material.val["images"]
+        shown = spread(len(val), len(val) if material.thorough else EVALUATED)
+        draws = THOROUGH_DRAWS if material.thorough else DRAWS
+        greys, generator = pictures(val[shown]), torch.Generator().manual_seed(0)
+        images = self._observed(greys)
+        bounds, means, decoded = [], [], []
+        for part in images.split(AT_ONCE):
+            bounds.append(self._bounds(part, draws, generator, material.tick))
+            means.append(self.encode(part).cpu())
+            decoded.append(self.decode(means[-1], self.Request()).cpu())
+        nll, reconstruction, kl = torch.cat(bounds).mean(0).tolist()
+        alone = self._without_latents(material, images)
+        pca_psnr, pca_ssim = components(material, self.latent_dim, shown)
+        pca, through = f"PCA, {self.latent_dim} components", torch.cat(decoded)
+        active = (torch.cat(means).double().var(0, correction=0) > ACTIVE_VARIANCE).sum()
+        measures = {
+            "nll": Measure(value=nll, unit="nats", beside={"each pixel its mean": alone}),
+            "negative_elbo": Measure(value=reconstruction + kl, unit="nats", beside={"each pixel its mean": alone}),
+            "reconstruction": Measure(value=reconstruction, unit="nats"),
+            "kl": Measure(value=kl, unit="nats"),
+            "active_units": Measure(value=float(active), beside={"all": float(self.latent_dim)}),
+            "psnr": Measure(value=mean_psnr(through, greys), unit="dB", beside={pca: pca_psnr}),
+            "ssim": Measure(value=mean_ssim(through, greys), beside={pca: pca_ssim}),
+        }
+        likelihood = self.config.likelihood
+        notes: dict[str, Note] = {"pictures": len(shown), "draws": draws}
+        notes |= {"likelihood": likelihood, "binarisation": BINARISATION[likelihood]}
+        return Findings(measures=measures, notes=notes)
 
     def fit(self, batches: Iterable[Batch], seed: int) -> None:
         """A mixture over the aggregate posterior: over draws of the latents, as their means lie closer together."""
@@ -164,6 +221,42 @@ class VAE(FittedDensity, ImageFamily[VAEConfig, VAERequest]):
 
     def interpolate(self, start: Tensor, end: Tensor, steps: int, method: Way | None = None) -> Tensor:
         return way(start, end, steps, method or "spherical")
+
+    def _observed(self, greys: Tensor) -> Tensor:
+        """What the likelihood is of, (n, C, H, W): black and white drawn by each picture's content, or the greys."""
+        if self.config.likelihood != "bernoulli-binarized":
+            return greys
+        return (torch.special.ndtr(image_normal(greys, self.data.shape)) < greys).to(greys)
+
+    def _bounds(self, images: Tensor, draws: int, generator: torch.Generator, tick: Callable[[], None]) -> Tensor:
+        """Importance-weighted -log p(x), mean reconstruction and KL divergence of each image: (n, 3) float64."""
+        with inference(self.network):
+            images = placed(images, self.network)
+            mean, log_variance = self.network.posterior(images)
+            weights, reconstructions = [], []
+            for first in range(0, draws, DRAWS_AT_ONCE):
+                noise = torch.randn(min(DRAWS_AT_ONCE, draws - first), *mean.shape, generator=generator).to(mean)
+                latents = mean + noise * (0.5 * log_variance).exp()
+                logits = self.network.decoder(latents.flatten(0, 1))
+                nll = self.network.nll(logits, images.repeat(len(noise), 1, 1, 1)).view(len(noise), -1).double()
+                prior_over_posterior = 0.5 * (noise.square() + log_variance - latents.square()).double().sum(2)
+                weights.append(prior_over_posterior - nll)
+                reconstructions.append(nll)
+                tick()
+            bound = math.log(draws) - torch.cat(weights).logsumexp(0)
+            kl = kl_divergence(mean.double(), log_variance.double()).sum(1)
+            return torch.stack((bound, torch.cat(reconstructions).mean(0), kl), 1).cpu()
+
+    def _without_latents(self, material: Material, images: Tensor) -> float:
+        """-log p(x) in nats of a model in which each pixel is on its own, fitted to training images."""
+        train = pictures(material.train["images"][spread(len(material.train["images"]), MAX_FIT)])
+        mean = train.mean(0)
+        if self.config.likelihood == "gaussian":
+            variance = (train - mean).square().mean()
+            nll = 0.5 * ((images - mean).square() / variance + (2 * math.pi * variance).log())
+        else:
+            nll = F.binary_cross_entropy(mean.clamp(1e-3, 1 - 1e-3).expand_as(images), images, reduction="none")
+        return float(nll.double().sum((1, 2, 3)).mean())
 
     def _posterior(self, images: Tensor) -> tuple[Tensor, Tensor]:
         with inference(self.network):
