@@ -147,7 +147,7 @@ def test_a_vae_without_latents_has_a_bound_that_is_exact() -> None:
     [("bernoulli", "no likelihood"), ("bernoulli-binarized", "black or white"), ("gaussian", "density")],
 )
 def test_a_gate_refuses_a_collapsed_vae(likelihood: str, says: str) -> None:
-    sound = learned(vae(likelihood=likelihood), SHAPES, 150, learning_rate=1e-2)
+    sound = learned(vae(likelihood=likelihood), SHAPES, 100, learning_rate=1e-2)
     collapsed = learned(vae(likelihood=likelihood, beta=1e4), SHAPES, 60)
     found, of_collapsed = sound.evaluate(BENCH.material(SHAPES)), values(collapsed)
     assert says in str(found.notes["binarisation"])
@@ -177,7 +177,7 @@ def test_a_gate_refuses_an_autoencoder_that_lost_to_what_needs_no_training() -> 
     config = AutoencoderConfig(latent_dim=8, width=8, noise_std=0.3)
     family = Autoencoder(config, SHAPES.info)
     untrained = values(family)
-    trained = values(learned(family, SHAPES, 150, learning_rate=1e-2))
+    trained = values(learned(family, SHAPES, 100, learning_rate=1e-2))
     assert not passed("pca_gain", untrained, min=-3)
     assert passed("pca_gain", trained, min=-3)
     assert not passed("denoise_gain", untrained, min=0)
