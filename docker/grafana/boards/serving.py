@@ -155,6 +155,15 @@ def serving() -> Json:
             alarm=0.5,
             width=8,
         ),
+        curves(
+            "Evaluations",
+            "Figures of what is served, each in the unit of its evaluation: choose one in the legend.",
+            (
+                f"max by (model, version, metric) (genmodels_version_measure{{{model}}})",
+                "{{model}}@{{version}} {{metric}}",
+            ),
+            width=24,
+        ),
     ]
     rows = {"Now": now, "Requests": requests, "Texts": texts, "Pictures": pictures, "Versions": versions}
     variables = [choice("model", "Model", "label_values(genmodels_requests_total, model)")]
