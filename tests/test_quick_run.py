@@ -24,6 +24,8 @@ from genmodels.spec import job_id, read_spec
 from genmodels.storage import open_storage
 from services.local import submit
 
+pytestmark = pytest.mark.timeout(900)  # on a busy machine each start of a group may take half a minute
+
 STEPS = 600
 
 
