@@ -204,7 +204,7 @@ class Proof:
     # In use
 
     def survives_a_worker(self) -> str:
-        job = self.stack.jobs.submit(spec("proof", text(600), digits(100), gan(600))).job
+        job = self.stack.jobs.submit(spec("proof", text(600), digits(1200), gan(600))).job
         self.first_job = job
         until(lambda: (self.run_of(job).step or 0) > 120, "training is under way")
         self.stack.kill("worker")
@@ -346,20 +346,18 @@ def text(steps: int, name: str = "proof-text") -> dict[str, Any]:
 
 
 def digits(steps: int, name: str = "proof-digits") -> dict[str, Any]:
+    """Judged often, and where curves are asked for trained long enough, to be scraped: they end with the training."""
     return {
         "name": name,
         "model": {"family": "vae", "latent_dim": 8, "width": 8},
         "data": {"dataset": "digits"},
-        "train": {"max_steps": steps, "batch_size": 32, "learning_rate": 3e-3, "eval_every": steps, "save_every": 50},
+        "train": {"max_steps": steps, "batch_size": 32, "learning_rate": 3e-3, "eval_every": 100, "save_every": 100},
         "scaling": {"num_workers": 2},
     }
 
 
 def gan(steps: int) -> dict[str, Any]:
-    """Long enough, and judged often enough, for its curves to be scraped: they end with its training."""
-    made = digits(steps, "proof-gan") | {"model": {"family": "gan", "latent_dim": 8, "width": 8}}
-    made["train"]["eval_every"] = 100
-    return made
+    return digits(steps, "proof-gan") | {"model": {"family": "gan", "latent_dim": 8, "width": 8}}
 
 
 def refused(command: Check, why: str) -> None:
