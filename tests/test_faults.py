@@ -94,7 +94,7 @@ def test_workers_killed_and_hung(stack: Stack) -> None:
 def test_driver_job_service_and_the_whole_of_ray_killed(stack: Stack) -> None:
     """While a run trains and another one waits for its workers."""
     active = stack.submit_one(tiny_model("active", CPUS, **LONG))
-    stack.proxy.fail("slow", method="PUT", path=f"{active.name}/attempt-")  # so that it does not end before its time
+    slow = stack.proxy.fail("slow", method="PUT", path=f"{active.name}/attempt-")  # it is not to end now
     waiting = stack.submit_one(tiny_model("waiting", **SHORT))
     stack.saves(active, 1)
     shown = stack.shown(waiting)
@@ -108,6 +108,8 @@ def test_driver_job_service_and_the_whole_of_ray_killed(stack: Stack) -> None:
     stack.service.kill()
     before = stack.saves(active, 2)
     until(lambda: stack.saves(active, 2).step > before.step, "the run goes on without a job service")
+    stack.proxy.heal(slow)
+    stack.proxy.fail("hang", method="PUT", path=f"{active.name}/attempt-2/checkpoints/")  # nor while the services start
     with stack.timed("job service killed, until another one has taken its runs over"):
         stack.service.start()
         until(lambda: all(run.status()[0].epoch > epoch for run in runs), "a new dispatcher takes over", 40)
