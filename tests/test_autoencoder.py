@@ -10,8 +10,9 @@ import torch.nn.functional as F
 
 from genmodels.errors import RequestError, SpecError
 from genmodels.family import ImageInfo, OptimizerConfig, TextInfo
+from genmodels.measures.pictures import mean_ssim
 from genmodels.models.autoencoder import Autoencoder, AutoencoderConfig, AutoencoderRequest
-from genmodels.networks import ImageDecoder, ImageEncoder, image_sizes, inference, psnr
+from genmodels.networks import ImageDecoder, ImageEncoder, image_sizes, inference, psnr, ssim
 
 SHAPES = [(1, 28, 28), (3, 32, 32), (3, 40, 24), (1, 8, 9), (2, 33, 17)]
 REQUEST = AutoencoderRequest()
@@ -86,6 +87,37 @@ def test_inference_puts_the_mode_back() -> None:
 def test_psnr_of_known_errors() -> None:
     images = torch.zeros(3, 1, 2, 2)
     assert psnr(images, images + torch.tensor([1.0, 0.1, 0]).view(3, 1, 1, 1)) == pytest.approx([0, 20, 100], abs=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(1, 28, 28), (3, 33, 17)])
+def test_ssim_is_that_of_scikit_image_and_has_gradients(shape) -> None:
+    targets = torch.rand(5, *shape, generator=torch.Generator().manual_seed(0))
+    images = (targets + 0.1 * torch.randn(targets.shape, generator=torch.Generator().manual_seed(1))).clamp(0, 1)
+    found = ssim(images.requires_grad_(), targets)
+    assert found.shape == (5,)
+    assert float(found.detach().mean()) == pytest.approx(mean_ssim(images.detach(), targets), abs=1e-5)
+    (gradient,) = torch.autograd.grad(found.sum(), images)
+    assert gradient.isfinite().all()
+    assert gradient.abs().sum() > 0
+    assert float(ssim(targets, targets).min()) == pytest.approx(1)
+
+
+def test_ssim_of_pictures_smaller_than_its_window() -> None:
+    flat = torch.full((1, 1, 8, 9), 0.5)
+    assert float(ssim(flat, flat)) == pytest.approx(1)
+    assert float(ssim(flat, blobs(1, (1, 8, 9)))) < 0.9
+
+
+def test_weight_of_ssim_makes_pictures_more_alike_in_structure() -> None:
+    images = blobs(32, (1, 12, 12))
+
+    def reached(weight: float) -> float:
+        model = tiny((1, 12, 12), ssim_weight=weight)
+        rows = train(model, 150)
+        assert ("dissimilarity" in rows[0]) == (weight > 0)
+        return mean_ssim(model.decode(model.encode(images), REQUEST), images)
+
+    assert reached(0.5) > reached(0)
 
 
 @pytest.mark.parametrize("noise_std", [0.0, 0.3])

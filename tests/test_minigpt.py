@@ -74,7 +74,10 @@ def train(family: MiniGPT, steps: int, config: OptimizerConfig) -> list[float]:
 # architecture
 
 
-STUDY = read_spec(Path(__file__).parent.parent / "jobs" / "study.yaml").models
+STUDY, IMPROVED, SEEDS = (
+    read_spec(Path(__file__).parent.parent / "jobs" / f"{name}.yaml").models
+    for name in ("study", "study-improved", "study-seeds")
+)
 
 
 def test_parameters_of_the_study_are_those_of_the_lecture() -> None:
@@ -101,12 +104,18 @@ def test_the_study_is_as_published() -> None:
 
 
 def test_the_improved_study_has_no_larger_budget() -> None:
-    improved = read_spec(Path(__file__).parent.parent / "jobs" / "study-improved.yaml").models
-    for plain, better in zip(STUDY, improved, strict=True):
+    for plain, better in zip(STUDY, IMPROVED, strict=True):
         (tokens, size), (tokens_before, size_before) = budget(better), budget(plain)
         assert tokens <= tokens_before
         assert size <= size_before
         assert better.data == plain.data
+
+
+def test_seeds_of_the_improved_study_differ_in_nothing_else() -> None:
+    wanted = [(test, seed) for test in IMPROVED[:2] for seed in (1, 2)]
+    for found, (test, seed) in zip(SEEDS, wanted, strict=True):
+        named = {"name": f"{test.name}-seed-{seed}", "train": {**test.train.model_dump(), "seed": seed}}
+        assert found.model_dump() == {**test.model_dump(), **named}
 
 
 def budget(spec: ModelSpec) -> tuple[int, int]:

@@ -2,6 +2,7 @@
 
 Compression: Hinton & Salakhutdinov 2006, "Reducing the Dimensionality of Data with Neural Networks".
 Denoising: Vincent et al. 2008, "Extracting and Composing Robust Features with Denoising Autoencoders".
+Similarity of structure in the loss: Zhao et al. 2017, "Loss Functions for Image Restoration with Neural Networks".
 Latent penalty and the density fitted over latents: Ghosh et al. 2020, "From Variational to Deterministic Autoencoders".
 
 With `noise_std` > 0 the encoder sees noisy images and the target is clean. `latent_dim` numbers cannot
@@ -36,7 +37,7 @@ from genmodels.family import (
 from genmodels.latent import FittedDensity, GaussianMixture, first_rows, image_normal, way
 from genmodels.measures.filters import best_filter, noisy
 from genmodels.measures.pictures import components, mean_psnr, mean_ssim, pictures, spread
-from genmodels.networks import ImageDecoder, ImageEncoder, Norm, check_shape, inference, placed, psnr
+from genmodels.networks import ImageDecoder, ImageEncoder, Norm, check_shape, inference, placed, psnr, ssim
 from genmodels.optim import make_optimizers
 
 if TYPE_CHECKING:
@@ -61,6 +62,9 @@ class AutoencoderConfig(Section):
         0.0, ge=0, le=2, description="above 0: also a denoiser, of noise up to this (pixels are 0 to 1)"
     )
     loss: Literal["bce", "mse"] = Field("bce", description="of a pixel: cross-entropy on its grey, or squared error")
+    ssim_weight: float = Field(
+        0.0, ge=0, description="weight of 1 - SSIM of reconstructions, beside the mean loss of a pixel"
+    )
     latent_penalty: float = Field(
         3e-4, ge=0, description="weight of the mean squared latent, beside the mean loss of a pixel"
     )
@@ -276,11 +280,15 @@ class AutoencoderLoss(nn.Module):
             noisy = (images + strength * torch.randn_like(images)).clamp(0, 1)
         features = network.encoder.features(noisy)
         latents = network.encoder.head(features[-1])
-        parts = {"reconstruction": _pixel_losses(network.decoder(latents), images, config.loss).mean()}
+        decoded = network.decoder(latents)
+        parts = {"reconstruction": _pixel_losses(decoded, images, config.loss).mean()}
         if config.noise_std > 0:
             parts["denoising"] = _pixel_losses(network.decoder(latents, features), images, config.loss).mean()
         penalty = latents.float().square().mean()
         loss = sum(parts.values()) + config.latent_penalty * penalty
+        if config.ssim_weight > 0:
+            parts["dissimilarity"] = 1 - ssim(decoded.float().sigmoid(), images).mean()
+            loss = loss + config.ssim_weight * parts["dissimilarity"]
         return {
             "loss": loss,
             **{name: part.detach() for name, part in parts.items()},
