@@ -140,6 +140,7 @@ class Family(ABC, Generic[ConfigT, RequestT]):
     Request: ClassVar[type[Section]]  # options of a generation request that only this family knows
     metric_names: ClassVar[tuple[str, ...]]  # what `metrics` returns; a gate may name any of them
     evaluation_names: ClassVar[tuple[str, ...]] = ()  # what `evaluate` may find; a gate may name any of these as well
+    followed: ClassVar[tuple[str, ...]] = ()  # columns of training's rows whose course an evaluation shows
     kind: ClassVar[str]  # "image" or "text": which datasets it learns from
 
     config: ConfigT

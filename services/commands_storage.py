@@ -126,6 +126,7 @@ def evaluate(
     from genmodels.checkpoint import scratch_folder
     from genmodels.evaluation import evaluate as measure
     from genmodels.registry import Registry
+    from genmodels.run import Run
     from services.tables import measures_table
 
     store = storage(storage_url)
@@ -138,7 +139,9 @@ def evaluate(
     with scratch_folder() as name, console(stderr=True).status(f"Evaluating {found.name}"):
         registry.fetch(found, Path(name))
         began = time.monotonic()
-        measured = measure(store, spec, found.lineage, Path(name), thorough=thorough)
+        measured = measure(
+            Run(store, found.job, found.model), found.place, spec, found.lineage, Path(name), thorough=thorough
+        )
     evaluation = findings.record(registry, found, measured, thorough=thorough, seconds=time.monotonic() - began)
     if as_json:
         print_json(encode_floats(evaluation.model_dump(mode="json")))

@@ -21,7 +21,7 @@ from typing import Any
 
 from genmodels import checkpoint, findings, models, registry
 from genmodels.attempt import stored_model, work
-from genmodels.checkpoint import Manifest
+from genmodels.checkpoint import Manifest, Place
 from genmodels.errors import (
     CheckpointError,
     DataError,
@@ -177,7 +177,7 @@ def _publish(run: Run, spec: ModelSpec, attempt: int) -> Result:
                 continue
             registry.finite_probe(checkpoint.load_family(folder))  # nothing else of spoiled weights is worth a look
             began = time.monotonic()
-            found = _evaluate(run, spec, manifest, folder, tick, needed=needed)
+            found = _evaluate(run, place, spec, manifest, folder, tick, needed=needed)
             seconds = time.monotonic() - began
             facts["metrics"] = manifest.metrics | {name: measure.value for name, measure in found.measures.items()}
             if needed:
@@ -194,11 +194,18 @@ def _publish(run: Run, spec: ModelSpec, attempt: int) -> Result:
 
 
 def _evaluate(
-    run: Run, spec: ModelSpec, manifest: Manifest, folder: Path, tick: Callable[[], None], *, needed: bool
+    run: Run,
+    place: Place,
+    spec: ModelSpec,
+    manifest: Manifest,
+    folder: Path,
+    tick: Callable[[], None],
+    *,
+    needed: bool,
 ) -> Findings:
     """What is measured of a checkpoint; nothing where its data has gone, unless the gate needs it."""
     try:
-        return evaluate(run.storage, spec, manifest.lineage, folder, tick=tick)
+        return evaluate(run, place, spec, manifest.lineage, folder, tick=tick)
     except DataError as error:
         if needed:
             raise

@@ -27,7 +27,7 @@ from genmodels.checkpoint import Manifest, Place
 from genmodels.cleanup import delete_version
 from genmodels.data.images import ImageData
 from genmodels.errors import DataError, ModelNotFound, SpecError
-from genmodels.evaluation import evaluate
+from genmodels.evaluation import evaluate, training
 from genmodels.family import Family, Findings, Measure, OptimizerConfig
 from genmodels.metrics import MEASURE
 from genmodels.models.autoencoder import Autoencoder, AutoencoderConfig
@@ -361,6 +361,31 @@ def test_where_the_data_has_gone_only_a_gate_that_needs_it_stands_in_the_way(tin
     assert findings.evaluations(Registry(run.storage), "vae", 1) == []
 
 
+def test_an_evaluation_says_what_training_cost_and_how_it_went(tmp_path: Path) -> None:
+    (spec,) = job("tiny", model(make_data(tmp_path), "gan")).models
+    storage = MemoryStorage()
+    family = build("gan", pictures=check(spec, storage).info)[0]
+    run, course = Run(storage, "tiny-00000000", spec.name), "discriminator_accuracy_real"
+    run.start(1, None, 2)
+    assert training(family, run, Place(attempt=1, step=9), LINEAGE) == {
+        "parameters": sum(weight.numel() for weight in family.network.parameters()), "steps": 9, "workers": 1
+    }  # fmt: skip
+    run.write_metrics(1, [{"step": step, "samples": 4 * step, "seconds": step / 2, course: step} for step in range(20)])
+    notes = training(family, run, Place(attempt=1, step=15), LINEAGE)
+    assert (notes["images_seen"], notes["training_seconds"]) == (60, 9.5)
+    assert notes[f"{course}_over_time"] == [0.5, 2.5, 4.5, 6.5, 8.5, 10.5, 12.5, 14.5]
+    assert "training_loss" not in notes
+
+
+def test_of_a_text_model_tokens_are_told_and_the_last_loss(tmp_path: Path) -> None:
+    (spec,) = job("tiny", model(make_data(tmp_path), "minigpt")).models
+    run, family = Run(MemoryStorage(), "tiny-00000000", spec.name), build("minigpt")[0]
+    run.start(1, None, 1)
+    run.write_metrics(1, [{"step": 4, "samples": 8, "seconds": 1.0, "loss": 2.5}])
+    notes = training(family, run, Place(attempt=1, step=4), LINEAGE)
+    assert (notes["tokens_seen"], notes["training_loss"]) == (8 * family.block_size, 2.5)
+
+
 def test_a_gate_may_name_a_measure(tmp_path: Path) -> None:
     entry = model(make_data(tmp_path), "gan")
     job("tiny", entry | {"serve": {"gate": {"metric": "coverage", "min": 0.5}}})
@@ -397,7 +422,7 @@ def test_evaluate_on_the_command_line(tiny_spec: ModelSpec, tmp_path: Path) -> N
     assert shown["measures"]["nll"]["value"] == kept.measures["nll"].value
     assert (shown["id"], shown["thorough"], shown["notes"]["draws"]) == (kept.id, False, 64)
     assert kept.measures["nll"].value == pytest.approx(
-        evaluate(storage, tiny_spec, manifest.lineage, folder).measures["nll"].value
+        evaluate(Run(storage, name, "vae"), place, tiny_spec, manifest.lineage, folder).measures["nll"].value
     )
     done = evaluate_there("vae@7")
     assert (done.returncode, done.stderr) == (
