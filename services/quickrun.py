@@ -18,7 +18,7 @@ from genmodels.attempt import check
 from genmodels.errors import SpecError
 from genmodels.keys import Keys
 from genmodels.pin import pin_datasets
-from genmodels.run import Result, Status, now
+from genmodels.run import Result, Run, Status, now
 from genmodels.spec import JobSpec, ModelSpec
 from genmodels.storage import Storage
 from services.auth import require_keys
@@ -82,7 +82,7 @@ def quick_run(
         ):
             for spec in published:
                 console.rule(f"{spec.name} ({spec.family})", align="left")
-                Showcase(client, console, pictures / name).show(spec, _called(spec), storage)
+                Showcase(client, console, pictures / name).show(spec, _called(spec), Run(storage, name, spec.name))
             shown = [client.get(f"/v1/models/{_called(spec)}").json() for spec in published]
         console.print(summary(rows, endpoint))
         console.print(

@@ -16,8 +16,9 @@ from genmodels.data import ImageData, TextData, decode_image, grid, open_dataset
 from genmodels.errors import GenmodelsError
 from genmodels.family import ImageInfo
 from genmodels.measures.pictures import spread
+from genmodels.run import Run
 from genmodels.spec import ModelSpec
-from genmodels.storage import Storage
+from services.curves import draw
 
 SAMPLES, COLUMNS, ROWS = 64, 10, 8
 PASSAGE_TOKENS = 600
@@ -29,26 +30,30 @@ class Showcase:
     def __init__(self, client: httpx.Client, console: Console, folder: Path) -> None:
         self.client, self.console, self.folder = client, console, folder
 
-    def show(self, spec: ModelSpec, name: str, storage: Storage) -> None:
-        """Let a model show each of its verbs.
+    def show(self, spec: ModelSpec, name: str, run: Run) -> None:
+        """Let a model show each of its verbs, and how it was trained.
 
         Args:
             name: what the endpoint calls it.
-            storage: where an added dataset lies.
 
         Raises:
             GenmodelsError: the endpoint answered with an error.
         """
         model = self._get(f"/v1/models/{name}")
-        dataset = open_dataset(spec.data, storage)
+        dataset = open_dataset(spec.data, run.storage)
+        if curves := draw(spec, run.metrics()):
+            self._keep(spec, "curves", curves)
         if isinstance(dataset, TextData):
             self._passage(name, dataset)
             return
         for what, picture in self._pictures(name, set(model["verbs"]), dataset):
-            path = self.folder / f"{spec.name}-{what}.png"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(picture)
-            self.console.print(f"  {what}: {path}", highlight=False, soft_wrap=True)
+            self._keep(spec, what, picture)
+
+    def _keep(self, spec: ModelSpec, what: str, picture: bytes) -> None:
+        path = self.folder / f"{spec.name}-{what}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(picture)
+        self.console.print(f"  {what}: {path}", highlight=False, soft_wrap=True)
 
     def _passage(self, name: str, dataset: TextData) -> None:
         paragraphs = dataset.tokenizer.decode(dataset.val[:5000].tolist()).split("\n\n")

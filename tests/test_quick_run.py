@@ -69,7 +69,7 @@ def test_killed_interrupted_and_run_again(workplace: Path) -> None:
     assert "Traceback" not in printed
     assert "hopeless: failed: not published: val_loss" in printed
     assert Registry(storage).models() == ["steady"]
-    for name in ("samples", "reconstructions", "interpolation"):
+    for name in ("samples", "reconstructions", "interpolation", "curves"):
         picture = workplace / "samples" / job / f"steady-{name}.png"
         assert picture.read_bytes().startswith(b"\x89PNG")
         assert picture.name in printed
