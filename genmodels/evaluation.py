@@ -77,7 +77,7 @@ def training(family: Family[Any, Any], run: Run, place: Place, lineage: Lineage)
         notes["tokens_seen" if window else "images_seen"] = last["samples"] * (window or 1)
         notes["training_seconds"] = round(run.training_seconds(), 1)
         if "loss" in last:
-            notes["training_loss"] = last["loss"]
+            notes["training_loss"] = round(last["loss"], 4)
     for name in family.followed:
         if course := _course(rows, name):
             notes[f"{name}_over_time"] = course
