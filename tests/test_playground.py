@@ -70,7 +70,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Storage:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(published, "IMAGES", IMAGES.model_copy(update={"num_classes": 3}))
         publish(storage, "classes", "gan", conditional=True)
-    found = Findings(measures={"psnr": Measure(value=23.125, unit="dB", beside={"PCA, 20 components": 19.25})})
+    measure = Measure(value=23.125, unit="dB", beside={"PCA, 20 components": 19.25})
+    found = Findings(measures={"psnr": measure}, notes={"images_seen": 640, "noise_std": [0.3, 0.15]})
     findings.record(Registry(storage), version, found, thorough=False, seconds=1, publication=True)
     train(storage, "shapes")
     train(storage, "play", text=True)
@@ -448,6 +449,8 @@ def test_curves_and_samples_of_a_run(site: Site) -> None:
 def test_what_was_measured_stands_beside_what_it_is_compared_with(site: Site) -> None:
     site.open("shapes/images")
     site.page.until("document.querySelector('#about').textContent.includes('23.13 dB (PCA, 20 components: 19.25)')")
+    about = site.page.run("document.querySelector('#about').textContent")
+    assert "images seen: 640; noise std: 0.3, 0.15" in about
 
 
 def test_a_version_is_typed_and_one_that_is_not_there_is_told(site: Site) -> None:

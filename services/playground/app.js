@@ -116,6 +116,7 @@ function describe(model) {
   for (const [name, measure] of Object.entries(model.evaluation?.measures ?? {})) {
     if (measure.value !== null) facts[name] = measured(measure);
   }
+  facts["Measured and trained with"] = Object.entries(model.evaluation?.notes ?? {}).map(noted).join("; ");
   $("#about").replaceChildren(
     ...Object.entries(facts)
       .filter(([, value]) => value !== undefined && value !== "")
@@ -128,6 +129,11 @@ function measured({ value, unit, beside }) {
   const shown = (number) => (number === null ? "?" : Number(number.toPrecision(4)));
   const others = Object.entries(beside).map(([what, number]) => `${what}: ${shown(number)}`);
   return `${shown(value)} ${unit}`.trim() + (others.length ? ` (${others.join("; ")})` : "");
+}
+
+/** `images seen: 448000`, `accuracy over time: 0.9, 0.6, 0.5` */
+function noted([name, note]) {
+  return `${name.replaceAll("_", " ")}: ${[note].flat().join(", ")}`;
 }
 
 function suggest(model) {
