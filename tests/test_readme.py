@@ -90,3 +90,22 @@ def test_defaults_in_the_table_are_those_of_the_code() -> None:
         for field, info in models.load(name).Config.model_fields.items():
             default = str(info.default).lower() if isinstance(info.default, bool) else str(info.default)
             assert f"`{field}` ({default})" in row
+
+
+def test_results_trains_and_measures_every_model_that_needs_no_gpu(tmp_path: Path) -> None:
+    """`make results`, with a stand-in for genmodels that writes down what it is asked for."""
+    program, asked = tmp_path / "bin" / "genmodels", tmp_path / "asked"
+    program.parent.mkdir()
+    program.write_text(f'#!/bin/sh\necho "$@" >> {asked}\n')
+    program.chmod(0o755)
+    for done in (".ready", ".ready-dev"):
+        (tmp_path / done).touch()
+    subprocess.run(["make", "results", f"VENV={tmp_path}"], cwd=ROOT, check=True, capture_output=True)
+    lines = asked.read_text().splitlines()
+    specs = {path.name: read_spec(path).models for path in (ROOT / "jobs").glob("*.yaml")}
+    wanted = {name: [model.name for model in found if not model.scaling.use_gpu] for name, found in specs.items()}
+    assert {line.split()[1]: re.findall(r"--only (\S+)", line) for line in lines if line.startswith("run ")} == {
+        f"jobs/{name}": models for name, models in wanted.items() if models
+    }
+    measured = [line.split()[1] for line in lines if line.startswith("evaluate ")]
+    assert sorted(measured) == sorted(name for names in wanted.values() for name in names)
