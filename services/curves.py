@@ -33,10 +33,10 @@ def draw(spec: ModelSpec, rows: Rows) -> bytes | None:
     columns = min(COLUMNS, len(panels))
     height = -(-len(panels) // columns)
     figure = Figure((PANEL[0] * columns, PANEL[1] * height), layout="constrained")
-    axes = figure.subplots(height, columns, squeeze=False).flat
+    axes = list(figure.subplots(height, columns, squeeze=False).flat)
     for axis, (title, lines) in zip(axes, panels, strict=False):
         _draw_panel(axis, title, lines)
-    for unused in list(axes)[len(panels) :]:
+    for unused in axes[len(panels) :]:
         unused.set_visible(False)
     figure.suptitle(spec.name)
     picture = io.BytesIO()
@@ -49,8 +49,11 @@ def _panels(spec: ModelSpec, rows: Rows) -> list[tuple[str, list[str]]]:
     family = models.load(spec.family)
     losses = sorted({name for row in rows for name in row if name.endswith("loss")})
     followed = [name for name in family.followed if name not in family.metric_names]
-    metrics = [name for name in family.metric_names if name not in losses]
-    return [("loss", losses), ("followed", followed), *((name, [name]) for name in metrics)]
+    metrics: dict[str, list[str]] = {}
+    for name in family.metric_names:
+        if name not in losses:  # a floor belongs to what it is the floor of
+            metrics.setdefault(name.removesuffix("_floor"), []).append(name)
+    return [("loss", losses), ("followed", followed), *metrics.items()]
 
 
 def _lines(rows: Rows, names: Sequence[str]) -> dict[str, tuple[list[int], list[float]]]:
@@ -70,6 +73,7 @@ def _draw_panel(axis: Axes, title: str, lines: Mapping[str, tuple[list[int], lis
     if min(everything) > 0 and max(everything) > STEEP * min(everything):
         axis.set_yscale("log")
     axis.set_xlabel("step")
+    axis.locator_params("x", nbins=5)
     axis.grid(alpha=0.3)
     if list(lines) == [title]:
         axis.set_title(title, fontsize="medium")
