@@ -449,7 +449,7 @@ def test_curves_and_samples_of_a_run(site: Site) -> None:
 def test_what_was_measured_stands_beside_what_it_is_compared_with(site: Site) -> None:
     site.open("shapes/images")
     site.page.until("document.querySelector('#about').textContent.includes('23.13 dB (PCA, 20 components: 19.25)')")
-    about = site.page.run("document.querySelector('#about').textContent")
+    about = site.page.js("document.querySelector('#about').textContent")
     assert "images seen: 640; noise std: 0.3, 0.15" in about
 
 
