@@ -317,6 +317,7 @@ def test_what_a_paused_attempt_does_when_it_wakes_is_not_read(data: Path, file_s
     run = Run(file_storage, name, "minigpt")
     with WorkerGroup(1, file_storage.url, [(name, "minigpt", 1)], faults={0: "wait@7"}) as paused:
         until(lambda: run.checkpoints() and len(run.metrics()) == 6)
+        until(lambda: any("step 4 of 12" in line.line for line in run.log_lines()))  # else it comes when it wakes
         os.kill(paused.processes[0].pid, signal.SIGSTOP)
         with WorkerGroup(1, file_storage.url, [(name, "minigpt", 2)]) as group:
             group.succeed()
