@@ -9,7 +9,6 @@ neighbours.
 
 from __future__ import annotations
 
-import functools
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -175,7 +174,7 @@ def ssim(images: Tensor, targets: Tensor) -> Tensor:
     Wang et al. 2004, with their Gaussian window of 11 pixels (or what fits) and where it lies wholly inside. It has
     gradients, and takes the window as two products with a matrix, which on a CPU are quicker than a convolution.
     """
-    rows, columns = (_window(side).to(images.device) for side in images.shape[2:])
+    rows, columns = (_window(side, images.device) for side in images.shape[2:])
 
     def blur(x: Tensor) -> Tensor:
         return rows @ x @ columns.T
@@ -194,16 +193,13 @@ def psnr(images: Tensor, targets: Tensor) -> Tensor:
     return -10 * errors.clamp_min(1e-10).log10()  # equal images count as 100 dB, not as infinity
 
 
-@functools.cache
-def _window(side: int) -> Tensor:
+def _window(side: int, device: torch.device) -> Tensor:
     """Every place of SSIM's window along one side: (places, side), each row sums to 1."""
     radius = min(SSIM_RADIUS, (side - 1) // 2)
-    weights = torch.exp(-torch.arange(-radius, radius + 1).square() / (2 * SSIM_SIGMA**2))
-    places = side - 2 * radius
-    matrix = torch.zeros(places, side)
-    for place in range(places):
-        matrix[place, place : place + 2 * radius + 1] = weights / weights.sum()
-    return matrix
+    pixels = torch.arange(side, device=device)
+    distances = pixels - pixels[radius : side - radius, None]
+    weights = torch.exp(-distances.square() / (2 * SSIM_SIGMA**2)) * (distances.abs() <= radius)
+    return weights / weights.sum(1, keepdim=True)
 
 
 def _ladder(shape: tuple[int, int, int], width: int) -> tuple[list[tuple[int, int]], list[int]]:
