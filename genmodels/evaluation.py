@@ -86,5 +86,5 @@ def training(family: Family[Any, Any], run: Run, place: Place, lineage: Lineage)
 
 def _course(rows: Sequence[Mapping[str, Any]], name: str) -> list[float]:
     values = [row[name] for row in rows if name in row]
-    parts = np.array_split(values, min(COURSE, len(values)) or 1)
-    return [round(float(part.mean()), 4) for part in parts if len(part)]
+    parts = np.array_split(values, min(COURSE, len(values))) if values else []
+    return [round(float(part.mean()), 4) for part in parts]
