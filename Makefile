@@ -54,7 +54,7 @@ test-k8s: setup-dev $(K8S_TOOLS)/.ready
 test-long: setup-dev
 	$(BIN)/python -m pytest -m long
 
-# Every row of the README's tables: trains what a spec names, then measures it. One spec: make results RESULTS=vae.
+# Every row of the README's tables of models: trains what a spec names, then measures it. One spec: make results RESULTS=vae.
 # The study's tests 4 and 5 need a GPU: make results STUDY="1 2 3 4 5"
 results: setup
 	@for spec in $(RESULTS); do \
