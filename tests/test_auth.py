@@ -56,6 +56,7 @@ RULES: dict[str, dict[str, Rule]] = {
         "GET /v1/models/{model}": Rule(("generate",)),
         "GET /v1/models/{model}/history": Rule(("generate",)),
         "GET /v1/models/{model}/samples/{step}/{name}": Rule(("generate",)),
+        "GET /v1/models/{model}/vocabulary": Rule(("generate",)),
         "POST /v1/completions": Rule(("generate",), {"model": "clothing", "prompt": "a"}),
         "POST /v1/images/generations": Rule(("generate",), {"model": "clothing", "prompt": ""}),
         "POST /v1/models/{model}/encode": Rule(("generate",), IMAGE),

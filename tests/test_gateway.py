@@ -228,6 +228,7 @@ def test_the_openapi_document_describes_bodies(app: Any) -> None:
         "/v1/images/generations",
         "/v1/models/{model}/history",
         "/v1/models/{model}/samples/{step}/{name}",
+        "/v1/models/{model}/vocabulary",
         *(f"/v1/models/{{model}}/{verb}" for verb in ("encode", "decode", "reconstruct", "denoise", "interpolate")),
     }
     schema = paths["/v1/completions"]["post"]["requestBody"]["content"]["application/json"]["schema"]

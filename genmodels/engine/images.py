@@ -8,7 +8,7 @@ import io
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Any, ClassVar, Literal, Self
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from genmodels.data.images import decode_image, grid, pixels_of, png
 from genmodels.engine.loaded import ImageModel, Loaded
-from genmodels.engine.requests import MAX_N, Count, Request, Seed, seed_or_random
+from genmodels.engine.requests import MAX_N, Count, Request, Seeds, seed_or_random
 from genmodels.errors import RequestError
 
 MAX_PIXELS = 2**24  # of all pictures of one answer: 64 of 256 x 256 in three colours
@@ -50,7 +50,7 @@ class GenerateRequest(DrawnRequest):
     verb = "generate"
 
     n: Count = 1
-    seed: Seed | Annotated[list[Seed], Many] | None = Field(None, description="one for all images, or one for each")
+    seed: Seeds | None = Field(None, description="one for all images, or one for each")
     size: str = Field("auto", max_length=32, description="`auto`, or the model's own size as WIDTHxHEIGHT")
 
 
