@@ -3,6 +3,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import textwrap
 from typing import Any
 
 import numpy as np
@@ -125,6 +126,11 @@ def test_what_is_no_json_object_is_400(app: Any, body: bytes) -> None:
     assert refused(ask(app, "POST", "/v1/completions", body), 400)["code"] == "invalid_json"
 
 
+def test_a_byte_order_mark_before_json_is_passed_over(app: Any) -> None:
+    body = json.dumps({"model": "play", "prompt": "x", "max_tokens": 1}).encode("utf-8-sig")
+    assert ask(app, "POST", "/v1/completions", body).status_code == 200
+
+
 @pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999"])
 def test_numbers_are_finite(app: Any, number: str) -> None:
     body = f'{{"model": "play", "prompt": "x", "temperature": {number}}}'.encode()
@@ -204,6 +210,17 @@ def test_the_verbs_of_an_image_model(app: Any) -> None:
     assert len(ask(app, "POST", "/v1/models/clean@1/denoise", {"images": [PICTURE]}).json()["data"]) == 1
     error = refused(ask(app, "POST", "/v1/models/shapes/denoise", {"images": [PICTURE]}), 404)
     assert (error["code"], "decode, encode" in error["message"]) == ("verb_not_supported", True)
+
+
+@pytest.mark.parametrize("end", ["\n", "\r\n", " ", "\t\n"])
+def test_base64_may_have_line_breaks(app: Any, end: str) -> None:
+    wrapped = end.join(textwrap.wrap(PICTURE, 19)) + end
+    bodies = [{"images": [picture]} for picture in (PICTURE, wrapped, f"data:image/png;base64,{end}{wrapped}")]
+    expected, *others = (ask(app, "POST", "/v1/models/shapes/encode", body) for body in bodies)
+    assert expected.status_code == 200
+    assert {other.text for other in others} == {expected.text}
+    for spoilt in (PICTURE[:20] + "!" + PICTURE[20:], PICTURE[:30] + "\0" + PICTURE[30:]):
+        assert refused(ask(app, "POST", "/v1/models/shapes/encode", {"images": [spoilt]}), 400)["param"] == "images[0]"
 
 
 def test_a_wrong_field_of_a_verb_is_named(app: Any) -> None:

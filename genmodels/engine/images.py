@@ -189,7 +189,8 @@ def _picture(model: ImageModel, value: str, param: str) -> np.ndarray:
     if value.startswith("data:"):
         value = value.partition(",")[2]
     try:
-        return decode_image(base64.b64decode(value, validate=True), model.family.data)
+        encoded = "".join(value.split())  # mail and the command base64 break lines
+        return decode_image(base64.b64decode(encoded, validate=True), model.family.data)
     except (binascii.Error, ValueError):
         raise _wrong(param, "is not base64 of a PNG file") from None
     except RequestError as error:
