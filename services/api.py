@@ -179,8 +179,8 @@ async def _on_error(request: Request, error: Exception) -> Response:
             404: f"no route {request.url.path[:200]!r}; GET /docs and /openapi.json list what there is",
             405: f"{request.method} is not for {request.url.path[:200]!r}; see the Allow header",
         }
-        headers = {name: value.replace("GET", "GET, HEAD") for name, value in (error.headers or {}).items()}
-        return refuse(error.status_code, messages.get(error.status_code, error.detail), headers=headers)
+        told = {name: value.replace("GET", "GET, HEAD") for name, value in (error.headers or {}).items()}
+        return refuse(error.status_code, messages.get(error.status_code, error.detail), headers=told)
     if isinstance(error, RequestValidationError):
         return _parameter(error)
     found = _request_error(error)
