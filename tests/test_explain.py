@@ -11,8 +11,10 @@ import pytest
 from pydantic import BaseModel, Field, ValidationError
 
 from genmodels import models
+from genmodels.engine.images import DecodeRequest
 from genmodels.explain import explain
 from genmodels.family import OptimizerConfig, Section
+from genmodels.sampling import SamplingOptions
 from genmodels.spec import CheckpointConfig, JobSpec, ScalingConfig, TrainConfig
 from services.completions import CompletionBody
 from services.jobroutes import CancelBody, ListQuery, MetricsQuery
@@ -104,3 +106,30 @@ def test_an_entry_of_a_list_is_a_number_of_its_own() -> None:
         "numbers[1]: got 6, expected a whole number at most 5",
         "numbers[2]: got 'x', expected a whole number",
     ]
+
+
+MANY = 50_000
+
+
+@pytest.mark.parametrize(
+    ("root", "name", "value"),
+    [
+        (CompletionBody, "prompt", [1] + ["x"] * MANY),
+        (CompletionBody, "prompt", [["x"] * MANY] * 60),
+        (CompletionBody, "prompt", ["x"] + [1] * 60),
+        (CompletionBody, "seed", [-1] * 60),
+        (GenerationBody, "seed", ["x"] * 60),
+        (DecodeRequest, "latents", [["x"] * MANY] * 60),
+        (DecodeRequest, "latents", [0] * MANY),
+        (SamplingOptions, "logit_bias", dict.fromkeys(map(str, range(MANY)), "x")),
+    ],
+    ids=lambda value: getattr(value, "__name__", str(value)[:20]),
+)
+def test_of_a_list_of_wrong_entries_the_first_is_told_and_no_other_judged(
+    root: type[BaseModel], name: str, value: Any
+) -> None:
+    """An error for each took 12 s and 2 GB of the gateway for one body of 8 MiB."""
+    needed = {key: REQUIRED[key] for key, field in root.model_fields.items() if field.is_required()}
+    with pytest.raises(ValidationError) as caught:
+        root.model_validate({**needed, name: value})
+    assert caught.value.error_count() == 1

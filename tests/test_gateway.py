@@ -15,8 +15,11 @@ from PIL import Image
 from published import VOCABULARY, publish
 
 from genmodels.storage import Storage, open_storage
+from services.completions import CompletionBody, StreamOptions
 from services.host import ModelHost
-from services.routes import VERBS, create_app
+from services.jobroutes import CancelBody, ResumeBody
+from services.modelroutes import AliasBody
+from services.routes import VERBS, GenerationBody, create_app
 
 
 @pytest.fixture(scope="module")
@@ -124,6 +127,19 @@ def test_what_there_is_stands_in_the_error(app: Any) -> None:
 )
 def test_what_is_no_json_object_is_400(app: Any, body: bytes) -> None:
     assert refused(ask(app, "POST", "/v1/completions", body), 400)["code"] == "invalid_json"
+
+
+BODIES = [CompletionBody, GenerationBody, StreamOptions, *VERBS, AliasBody, CancelBody, ResumeBody]
+
+
+@pytest.mark.parametrize("kind", BODIES, ids=lambda kind: kind.__name__)
+def test_null_stands_for_the_default_in_every_body(kind: Any) -> None:
+    needed = {name: "x" for name in ("model", "prompt", "start", "end") if name in kind.model_fields}
+    needed |= {"images": [PICTURE], "latents": [[0.5]], "version": 1}
+    needed = {name: value for name, value in needed.items() if name in kind.model_fields}
+    nulls = dict.fromkeys(kind.model_fields, None)
+    assert kind.model_validate({**nulls, **needed}) == kind.model_validate(needed)
+    assert kind.model_validate_json(json.dumps({**nulls, **needed})) == kind.model_validate(needed)
 
 
 def test_a_byte_order_mark_before_json_is_passed_over(app: Any) -> None:

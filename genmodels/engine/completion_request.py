@@ -8,7 +8,6 @@ from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 
 from genmodels.engine.requests import MAX_N, ByForm, Count, Request, Seeds, is_list
 from genmodels.explain import wrong
-from genmodels.sampling import TokenId
 
 MAX_PROMPT = 65_536  # characters and token ids of all prompts of a request
 MAX_STOPS = 16
@@ -21,9 +20,10 @@ def _are_several(prompt: Any) -> bool:
 
 
 PromptText: TypeAlias = Annotated[str, Field(min_length=1, max_length=MAX_PROMPT)]
-PromptTokens: TypeAlias = Annotated[list[TokenId], Field(min_length=1, max_length=MAX_PROMPT)]
+PromptToken: TypeAlias = Annotated[int, Field(ge=0, lt=2**31)]
+PromptTokens: TypeAlias = Annotated[list[PromptToken], Field(min_length=1, max_length=MAX_PROMPT, fail_fast=True)]
 Prompt: TypeAlias = Annotated[PromptText | PromptTokens, ByForm()]
-Prompts: TypeAlias = Annotated[list[Prompt], Field(min_length=1, max_length=MAX_N)]
+Prompts: TypeAlias = Annotated[list[Prompt], Field(min_length=1, max_length=MAX_N, fail_fast=True)]
 
 Stop: TypeAlias = Annotated[str, Field(min_length=1, max_length=256)]
 

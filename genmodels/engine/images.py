@@ -8,7 +8,7 @@ import io
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ from genmodels.errors import RequestError
 
 MAX_PIXELS = 2**24  # of all pictures of one answer: 64 of 256 x 256 in three colours
 
-Many = Field(min_length=1, max_length=MAX_N)
+Many = Field(min_length=1, max_length=MAX_N, fail_fast=True)
 
 
 class ImageRequest(Request):
@@ -63,7 +63,7 @@ class EncodeRequest(ImageRequest):
 class DecodeRequest(DrawnRequest):
     verb = "decode"
 
-    latents: list[list[float]] = Many
+    latents: list[Annotated[list[float], Field(fail_fast=True)]] = Many
 
 
 class ReconstructRequest(DrawnRequest):

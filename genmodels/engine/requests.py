@@ -42,7 +42,9 @@ class ByForm:
 
 Count = Annotated[int, Field(ge=1, le=MAX_N)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
-Seeds: TypeAlias = Annotated[Seed | Annotated[list[Seed], Field(min_length=1, max_length=MAX_N)], ByForm()]
+Seeds: TypeAlias = Annotated[
+    Seed | Annotated[list[Seed], Field(min_length=1, max_length=MAX_N, fail_fast=True)], ByForm()
+]
 
 
 class Body(Section):
