@@ -23,6 +23,7 @@ from genmodels.storage import Storage, open_storage
 from services import auth
 from services.auth import Guard, require_keys
 from services.host import ModelHost
+from services.jobroutes import MOST_FOLLOWERS
 from services.jobs import create_app as create_job_app
 from services.routes import create_app as create_gateway
 
@@ -202,11 +203,13 @@ def test_head_is_answered_as_get_is_without_the_body(place: Place, app: str) -> 
         assert head.headers["content-length"] == get.headers["content-length"] != "0"
 
 
-def test_head_of_what_has_no_end_ends(place: Place) -> None:
-    path, headers = f"/v1/jobs/{place.names['job']}/logs", {"authorization": f"Bearer {place.tokens['submit']}"}
-    for _ in range(100):  # more than may follow at once
-        response = ask(place.apps["jobs"], "HEAD", path, params={"follow": "true"}, headers=headers)
-        assert (response.status_code, response.content) == (200, b"")
+def test_head_gives_back_at_once_what_it_takes(place: Place) -> None:
+    """Of a log that has no end, and of a file, of which only so many may be read at the same time."""
+    headers = {"authorization": f"Bearer {place.tokens['submit']}"}
+    for path in (f"/v1/jobs/{place.names['job']}/logs?follow=true", "/v1/models/clothing/versions/1/files/config.json"):
+        for _ in range(MOST_FOLLOWERS + 10):
+            response = ask(place.apps["jobs"], "HEAD", path, headers=headers)
+            assert (response.status_code, response.content) == (200, b"")
 
 
 def test_head_is_405_where_get_is_and_the_allow_header_tells_it(place: Place) -> None:

@@ -207,7 +207,11 @@ def test_penalties_and_biases_arrive(app: Any) -> None:
         ({"max_tokens": 0}, "max_tokens", "at least 1; 0 is only for echo"),
         ({"max_tokens": 4096, "n": 64}, "max_tokens", "at most 256 with n = 64"),
         ({"max_tokens": 256, "n": 64, "echo": True}, "max_tokens", "at most 251 with n = 64 and 5 tokens to echo"),
-        ({"prompt": "x" * 300, "n": 64, "echo": True}, "echo", "300 tokens, expected at most 256 to echo with n = 64"),
+        (
+            {"prompt": "x" * 300, "n": 64, "echo": True},
+            "echo",
+            "300 tokens of prompts, expected at most 256 to",
+        ),
         ({"stop": ["a"] * 17}, "stop", "at most 16"),
         ({"echo": 1}, "echo", "true or false"),
         ({"n": 3, "best_of": 2}, "best_of", "got 2, expected at least n, which is 3"),

@@ -152,9 +152,8 @@ def _check_sizes(request: CompletionRequest, max_tokens: int, prompts: list[list
         raise _wrong("max_tokens", "got 0, expected a whole number at least 1; 0 is only for echo")
     echoed = request.texts * sum(map(len, prompts)) if request.echo else 0
     if echoed > MAX_TOKENS:
-        tokens = echoed // request.texts
-        most = MAX_TOKENS // request.texts
-        raise _wrong("echo", f"got a prompt of {tokens} tokens, expected at most {most} to echo with {many}")
+        got, most = echoed // request.texts, MAX_TOKENS // request.texts
+        raise _wrong("echo", f"got {got} tokens of prompts, expected at most {most} to echo with {many}")
     most = (MAX_TOKENS - echoed) // texts
     if max_tokens > most:
         also = f" and {echoed // request.texts} tokens to echo" if echoed else ""
