@@ -32,7 +32,7 @@ from genmodels.explain import show
 from services.counting import COUNT, answers
 from services.docs import HEADERS, page
 from services.edge import MAX_BODY, Edge, Json, Streamed, refuse
-from services.head import Head
+from services.semantics import Head, PlainBodies
 
 JSON = ("application/json",)
 
@@ -71,6 +71,7 @@ def new_app(
         redirect_slashes=False,
     )
     app.add_middleware(Head)
+    app.add_middleware(PlainBodies)
     app.add_middleware(Edge, hosts=hosts, max_body=max_body, streamed=streamed)
     for kind in (GenmodelsError, HTTPException, RequestValidationError):
         app.add_exception_handler(kind, _on_error)

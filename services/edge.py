@@ -171,11 +171,6 @@ class Edge:
                 "programs and from this server's own pages"
             )
             raise _Refused(refuse(403, message, code="origin_not_allowed"))
-        coding = ", ".join(headers.getlist("content-encoding")).lower()
-        if method not in _SAFE and coding not in ("", "identity"):
-            message = f"content-encoding: got {coding[:100]!r}, but bodies are read as they are; send it uncompressed"
-            accepted = {"accept-encoding": "identity"}
-            raise _Refused(refuse(415, message, param="content-encoding", code="content_encoding", headers=accepted))
         length = headers.get("content-length", "0")
         if not length.isdecimal():
             raise _Refused(refuse(400, "the Content-Length header is not a number"))
