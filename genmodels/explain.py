@@ -6,9 +6,9 @@ import difflib
 import re
 from collections.abc import Iterable, Sized
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Annotated, Any, get_args
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails, PydanticCustomError
 
@@ -89,7 +89,11 @@ _TYPES = {
     "dict": "a mapping",
     "model": "a mapping",
 }
-_EXAMPLES = {"int": "100", "float": "0.001", "bool": "true"}
+_EXAMPLES: dict[str, tuple[float, ...]] = {
+    "int": (100, 10, 2, 1, 0),
+    "float": (0.001, 0.1, 1.0, 10.0, 0.0),
+    "bool": (True,),
+}
 _BOUNDS = {
     "greater_than": ("gt", "greater than"),
     "greater_than_equal": ("ge", "at least"),
@@ -120,47 +124,69 @@ def _words(details: ErrorDetails, root: type[BaseModel]) -> str:
     if kind in _LENGTHS and isinstance(value, Sized):
         bound, words = _LENGTHS[kind]
         return f"got {len(value)} {words} {context[bound]}"
-    return f"got {show(value)}, {_expected(kind, value, context, field) or _as_pydantic_says(details['msg'])}"
+    is_entry = isinstance(loc[-1], int)  # of the field's list
+    form = _FieldForm(field, root.model_config) if field and not is_entry else None
+    return f"got {show(value)}, {_expected(kind, value, context, field, form) or _as_pydantic_says(details['msg'])}"
 
 
-def _expected(kind: str, value: object, context: dict[str, Any], field: FieldInfo | None) -> str:
+def _expected(
+    kind: str, value: object, context: dict[str, Any], field: FieldInfo | None, form: _FieldForm | None
+) -> str:
     if kind in _BOUNDS:
         bound, words = _BOUNDS[kind]
-        return f"expected {_number(field)} {words} {context[bound]}{_hint(field)}"
+        return f"expected {_number(field)} {words} {context[bound]}{_hint(form)}"
     if kind in ("literal_error", "enum"):
         choices = re.findall(r"'([^']*)'", str(context["expected"]))
         return f"expected one of {', '.join(choices)}{nearest(value, choices)}"
-    if kind == "int_from_float":
-        return "expected a whole number" + _write(value)
     if kind == "finite_number":
         return "expected a finite number"
     if kind == "string_pattern_mismatch":
         return f"expected text of the form {context['pattern']}"
-    name = kind.removesuffix("_type").removesuffix("_parsing")
+    name = kind.removesuffix("_type").removesuffix("_parsing").removesuffix("_from_float")
     if name not in _TYPES:
         return ""
-    if name == "int" and isinstance(value, float) and value.is_integer():
-        return "expected a whole number" + _write(value)
+    if name == "int" and isinstance(value, float) and value.is_integer() and form and form.accepts(int(value)):
+        return f"expected a whole number; write {int(value)}"
     if name == "string" and isinstance(value, int | float) and not isinstance(value, bool):
         return "expected text; put it in quotes"
-    return f"expected {_TYPES[name]}{_hint(field, _EXAMPLES.get(name))}"
+    return f"expected {_TYPES[name]}{_hint(form, _EXAMPLES.get(name, ()))}"
 
 
 def _number(field: FieldInfo | None) -> str:
-    return "a whole number" if field and (field.annotation is int or int in get_args(field.annotation)) else "a number"
+    types = _types(field.annotation) if field else set()
+    return "a whole number" if int in types and float not in types else "a number"
 
 
-def _hint(field: FieldInfo | None, otherwise: str | None = None) -> str:
-    default = field.default if field and not field.is_required() else None
-    if isinstance(default, bool):
-        return f"; write e.g. {str(default).lower()}"
-    if isinstance(default, int | float | str):
-        return f"; write e.g. {default}"
-    return f"; write e.g. {otherwise}" if otherwise else ""
+def _types(annotation: Any) -> set[Any]:
+    """Return which kinds of number an annotation such as `Annotated[int, ...] | None` is made of."""
+    arguments = get_args(annotation)
+    if arguments:
+        return set().union(*map(_types, arguments))
+    return {annotation} if annotation in (int, float) else set()
 
 
-def _write(value: object) -> str:
-    return f"; write {int(value)}" if isinstance(value, float) and value.is_integer() and abs(value) < 2**53 else ""
+class _FieldForm:
+    """Tries values on a field before they are advised: advice must not be refused in its turn."""
+
+    def __init__(self, field: FieldInfo, config: ConfigDict) -> None:
+        self.field, self._config = field, config
+
+    def accepts(self, value: object) -> bool:
+        annotation: Any = Annotated[self.field.annotation, self.field]
+        try:
+            TypeAdapter(annotation, config=self._config).validate_python(value)
+        except ValidationError:
+            return False
+        return True
+
+
+def _hint(form: _FieldForm | None, examples: Iterable[object] = ()) -> str:
+    if form is None:
+        return ""
+    for value in (form.field.default, *examples):
+        if isinstance(value, bool | int | float | str) and form.accepts(value):
+            return f"; write e.g. {show(value) if isinstance(value, bool) else value}"
+    return ""
 
 
 def _unknown_key(loc: Loc, root: type[BaseModel]) -> str:

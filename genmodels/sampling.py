@@ -23,6 +23,7 @@ from genmodels.family import Section
 
 TokenId = Annotated[int, Field(ge=0)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
+MAX_BIASES = 1024
 
 
 class SamplingOptions(Section):
@@ -36,13 +37,15 @@ class SamplingOptions(Section):
     repetition_penalty: float = Field(1.0, gt=0, le=10, description="above 1: tokens of prompt and answer come less")
     presence_penalty: float = Field(0.0, ge=-2, le=2, description="off the logits of tokens that are in the answer")
     frequency_penalty: float = Field(0.0, ge=-2, le=2, description="the same, for each time that they are")
-    logit_bias: dict[TokenId, Bias] = Field({}, max_length=1024, description="added to logits, by token id")
+    logit_bias: dict[TokenId, Bias] = Field({}, max_length=MAX_BIASES, description="added to logits, by token id")
 
     @field_validator("logit_bias", mode="before")
     @classmethod
     def _ids_are_text_in_json(cls, bias: Any) -> Any:
         if not isinstance(bias, dict):
             return bias
+        if len(bias) > MAX_BIASES:  # else each of them is judged first
+            raise wrong(f"got {len(bias)} entries, expected at most {MAX_BIASES}")
         for key in bias:
             if isinstance(key, str) and not re.fullmatch("0|[1-9][0-9]{0,8}", key):
                 raise wrong(f"got the key {show(key)}, expected the id of a token, as in {{'11': -100}}")

@@ -15,9 +15,11 @@ from ray.serve import Application
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
+from genmodels.engine.choices import Piece
+from genmodels.engine.completion_request import CompletionRequest
 from genmodels.engine.history import History
 from genmodels.engine.images import ImageAnswer, ImageRequest
-from genmodels.engine.text import CompletionRequest, Piece
+from genmodels.engine.text import Vocabulary
 from genmodels.errors import RequestError
 from genmodels.keys import Keys
 from genmodels.storage import open_storage
@@ -88,6 +90,9 @@ class HandlePool:
 
     async def answer(self, name: str, request: ImageRequest) -> ImageAnswer | RequestError:
         return await self._ask("answer", name, request)
+
+    async def vocabulary(self, name: str) -> Vocabulary | RequestError:
+        return await self._ask("vocabulary", name)
 
     async def history(self, name: str) -> History | RequestError:
         return await self._ask("history", name)

@@ -24,13 +24,15 @@ from typing import Any, TypeVar
 import torch
 
 from genmodels.engine import history, images, text
+from genmodels.engine.choices import Piece
+from genmodels.engine.completion_request import CompletionRequest
 from genmodels.engine.following import Follower, Refused
 from genmodels.engine.history import History
 from genmodels.engine.images import ImageAnswer, ImageRequest
 from genmodels.engine.loaded import ImageModel, Loaded, TextModel
 from genmodels.engine.measured import Measured
 from genmodels.engine.shelf import Shelf
-from genmodels.engine.text import CompletionRequest, Piece
+from genmodels.engine.text import Vocabulary
 from genmodels.errors import GenmodelsError, ModelNotFound, RequestError, StorageUnavailable
 from genmodels.findings import Evaluation, newest
 from genmodels.references import Found, of_version
@@ -54,7 +56,7 @@ class Opened:
 
     model: str
     family: str
-    seed: int
+    seed: int | list[int]
     prompt_tokens: int
 
 
@@ -136,6 +138,13 @@ class ModelHost:
         except GenmodelsError as error:
             return _refusal(error)
 
+    async def vocabulary(self, name: str) -> Vocabulary | RequestError:
+        try:
+            async with self._using(name) as loaded:
+                return await _in(self._lookups, text.vocabulary, loaded)
+        except GenmodelsError as error:
+            return _refusal(error)
+
     async def history(self, name: str) -> History | RequestError:
         try:
             return await _in(self._readers, history.read, self._registry.storage, await self._find(name))
@@ -160,7 +169,7 @@ class ModelHost:
                 inbox = Inbox()
                 completion.start(inbox.put, began)
                 yield Opened(completion.model, loaded.family.family_name(), completion.seed, completion.prompt_tokens)
-                unfinished = request.n
+                unfinished = request.choices
                 while unfinished:
                     for piece in await inbox.take():  # at once, and then only every so often
                         unfinished -= piece.finish_reason is not None

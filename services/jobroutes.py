@@ -17,9 +17,9 @@ from pydantic import BaseModel, Field
 from starlette.concurrency import run_in_threadpool
 
 from genmodels.data import stored
+from genmodels.engine.requests import Body
 from genmodels.errors import RequestError, SpecError
 from genmodels.explain import nearest, show
-from genmodels.family import Section
 from genmodels.job import Jobs
 from genmodels.pin import pin
 from genmodels.run import ENDED, Run, Status
@@ -60,12 +60,12 @@ class MetricsQuery(Strict):
     after: int = Field(0, ge=0, description="only rows of later steps")
 
 
-class CancelBody(Section):
+class CancelBody(Body):
     now: bool = Field(False, description="end at once, and lose what was not saved")
     models: Names = Field(None, description="only these models of the job")
 
 
-class ResumeBody(Section):
+class ResumeBody(Body):
     models: Names = Field(None, description="only these models of the job")
 
 

@@ -18,8 +18,8 @@ from starlette.types import Receive, Scope, Send
 from genmodels import cleanup
 from genmodels.checkpoint import scratch_folder
 from genmodels.data import DATASETS, stored
+from genmodels.engine.requests import Body
 from genmodels.errors import DataError, ModelNotFound, RequestError
-from genmodels.family import Section
 from genmodels.findings import evaluations
 from genmodels.registry import Registry, Version
 from genmodels.spec import LABEL
@@ -35,7 +35,7 @@ MOST_DOWNLOADS = 8
 Number = Annotated[int, Path(ge=1, le=99_999_999)]
 
 
-class AliasBody(Section):
+class AliasBody(Body):
     version: int = Field(ge=1, le=99_999_999, description="the version to point at, newer or older")
 
 

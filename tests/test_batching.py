@@ -16,8 +16,10 @@ from torch import Tensor
 
 from genmodels.data.text import CharTokenizer
 from genmodels.engine.batching import Batcher, Text
+from genmodels.engine.choices import Piece, choice_seed
+from genmodels.engine.completion_request import CompletionRequest
 from genmodels.engine.loaded import TextModel
-from genmodels.engine.text import CompletionRequest, Piece, choice_seed, complete
+from genmodels.engine.text import complete
 from genmodels.errors import RequestError
 from genmodels.family import TextInfo
 from genmodels.models.minigpt import MiniGPT, MiniGPTConfig, _Linear

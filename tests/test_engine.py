@@ -22,6 +22,8 @@ from genmodels import models
 from genmodels.data.images import png
 from genmodels.data.text import CharTokenizer
 from genmodels.engine import images, text
+from genmodels.engine.choices import Piece, choice_seed
+from genmodels.engine.completion_request import CompletionRequest
 from genmodels.engine.images import (
     DecodeRequest,
     DenoiseRequest,
@@ -32,7 +34,7 @@ from genmodels.engine.images import (
 )
 from genmodels.engine.loaded import ImageModel, Loaded, TextModel, load, load_folder
 from genmodels.engine.stops import StopStrings
-from genmodels.engine.text import CompletionRequest, Piece, choice_seed, complete
+from genmodels.engine.text import complete
 from genmodels.errors import CheckpointError, ModelNotFound, RequestError
 from genmodels.references import of_version
 from genmodels.registry import Registry
@@ -222,14 +224,15 @@ def test_a_wrong_completion_names_the_field(make: Make, fields: dict[str, Any], 
     "fields",
     [
         {"prompt": ""},
-        {"prompt": ["x"]},
+        {"prompt": ["x", 3]},
+        {"prompt": []},
         {"n": 0},
         {"n": 65},
         {"n": "2"},
         {"seed": -1},
         {"seed": 2**63},
         {"stop": [""]},
-        {"stop": ["a"] * 5},
+        {"stop": ["a"] * 17},
     ],
 )
 def test_a_request_refuses_what_no_model_takes(fields: dict[str, Any]) -> None:

@@ -15,9 +15,11 @@ from published import publish, save_checkpoint
 
 from genmodels.engine import shelf as shelf_module
 from genmodels.engine import warm as warm_module
+from genmodels.engine.choices import Piece
+from genmodels.engine.completion_request import CompletionRequest
 from genmodels.engine.images import GenerateRequest, answer
 from genmodels.engine.loaded import load
-from genmodels.engine.text import CompletionRequest, Piece, complete
+from genmodels.engine.text import complete
 from genmodels.errors import RequestError, StorageUnavailable
 from genmodels.metrics import REFUSED
 from genmodels.references import find

@@ -134,6 +134,13 @@ def test_yaml_and_json_give_the_same_spec() -> None:
     assert parse_spec(json.dumps(GOOD, indent="\t").encode(), "job.json") == parse(GOOD)
 
 
+def test_tabs_separate_in_yaml_wherever_spaces_do() -> None:
+    text = strict_yaml.write(GOOD).decode()
+    tabbed = re.sub("(?<=[:,]) ", "\t", text).replace("\n", "\t\n \t\n\t# a comment\n")
+    assert tabbed.count(":\t") > 20
+    assert parse_spec(tabbed.encode(), "job.yaml") == parse(GOOD)
+
+
 def test_a_relative_path_is_relative_to_the_spec_and_needs_one() -> None:
     tree = good(models__1__data={"path": "texts/../my.txt"})
     assert parse(tree).models[1].data.path == "/jobs/my.txt"
@@ -212,7 +219,12 @@ def test_1e_4_is_a_number_of_the_spec() -> None:
         (b"a: \x07", "the character U+0007"),
         (b"a: \xff", "the byte 0xff is not UTF-8"),
         ("name: x".encode("utf-16"), "UTF-16; save it as UTF-8"),
-        (b"a:\n\tb: 1", "indent with spaces, not tabs"),
+        (b"a:\n\tb: 1", "write spaces in place of tabs"),
+        (b"\ta: 1", "write spaces in place of tabs"),
+        (b"a:\n  b: 1\n\tc: 1", "job.yaml:3: not valid YAML"),
+        (b"a:\n-\tb: 1", "job.yaml:2: not valid YAML: mapping values are not allowed here; write spaces"),
+        (b"a: b\tc", "write spaces in place of tabs"),
+        (b"\t" * 60_000 + b"a: 1", "write spaces in place of tabs"),
         (b"a: b: c", "job.yaml:1: not valid YAML"),
         (b"a: 'b", "not valid YAML"),
         (b"a: [1", "not valid YAML"),
@@ -680,6 +692,20 @@ def test_a_random_value_anywhere_is_taken_or_refused_in_words(place: str, value:
         assert_plain(error)
     else:
         assert spec.load_stored(spec.dump(job)) == job
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.dictionaries(st.text(max_size=12), JSON, min_size=1, max_size=4))
+def test_json_with_tabs_is_read_as_json_without(value: dict[str, Any]) -> None:
+    def found(text: str) -> Any:
+        try:
+            return strict_yaml.read(text.encode(), "x").value
+        except SpecError as error:
+            return re.sub(r"x:\d+: ", "", str(error))
+
+    assert found("\t" + json.dumps(value, indent="\t", separators=("\t,\t", "\t:\t")) + "\t\n") == found(
+        json.dumps(value)
+    )
 
 
 @settings(max_examples=100, deadline=None)

@@ -25,8 +25,11 @@ class Tokenizer(Protocol):
     @property
     def vocab_size(self) -> int: ...
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids of a prompt. Raises RequestError (400) naming what the model has never seen."""
+    def encode(self, text: str, param: str = "prompt") -> list[int]:
+        """Token ids of a text. Raises RequestError (400) naming the field `param` and what the model has never seen."""
+
+    def normalize(self, text: str) -> str:
+        """Write a text as the training text was written, where it was rewritten before training."""
 
     def decode(self, tokens: Iterable[int]) -> str:
         """The text of token ids."""
@@ -44,6 +47,10 @@ def load_tokenizer(content: bytes) -> Tokenizer:
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"tokenizer.json is damaged: {error!r}") from error
     raise DataError(f"tokenizer.json has type {fields['type']!r}, known here: 'char'")
+
+
+def unix_line_ends(text: str) -> str:
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 class CharTokenizer:
@@ -68,18 +75,23 @@ class CharTokenizer:
     def vocab_size(self) -> int:
         return len(self.vocab)
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids of a prompt. Raises RequestError (400) naming the characters that the model has never seen."""
+    def encode(self, text: str, param: str = "prompt") -> list[int]:
+        """Token ids of a text. Raises RequestError (400) naming the characters that the model has never seen."""
+        text = self.normalize(text)
         unknown = sorted(set(text) - self._ids.keys())
         if unknown:
             named = " ".join(map(repr, unknown[:10])) + (" and others" if len(unknown) > 10 else "")
             raise RequestError(
-                f"prompt has characters that this model has never seen: {named}; it knows {''.join(self.vocab[:200])!r}"
-                + (" and others" if self.vocab_size > 200 else ""),
-                param="prompt",
+                f"{param} has characters that this model has never seen: {named}; "
+                f"it knows {''.join(self.vocab[:200])!r}" + (" and others" if self.vocab_size > 200 else ""),
+                param=param,
                 code="unknown_characters",
             )
         return [self._ids[character] for character in text]
+
+    def normalize(self, text: str) -> str:
+        """Write line ends as they were written before training, unless the model has learnt others."""
+        return text if "\r" in self._ids else unix_line_ends(text)
 
     def encode_array(self, text: str) -> np.ndarray:
         """Token ids of a text whose characters are all known, as the smallest unsigned integers: (len(text),)."""
@@ -170,7 +182,7 @@ def read_text(path: Path) -> TextData:
         ) from error
     if "\0" in text:
         raise DataError(f"data.path: {path} is not a text file: it has NUL bytes")
-    text = text.replace("\r\n", "\n").replace("\r", "\n")
+    text = unix_line_ends(text)
     if len(text) < MIN_CHARACTERS:
         raise DataError(
             f"data.path: {path} has {len(text):,} characters, too little to learn from: bring "

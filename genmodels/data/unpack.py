@@ -72,4 +72,5 @@ def _extract(archive: zipfile.ZipFile, path: Path, folder: Path) -> None:
 def _is_picture(entry: zipfile.ZipInfo, name: PurePosixPath) -> bool:
     hidden = any(part.startswith(".") or part == "__MACOSX" for part in name.parts)
     is_link = stat.S_ISLNK(entry.external_attr >> 16)
-    return not (entry.is_dir() or hidden or is_link) and name.suffix.lower() in SUFFIXES
+    is_folder = entry.filename.endswith("/")  # is_dir() breaks on the empty name that one beginning with NUL becomes
+    return not (is_folder or hidden or is_link) and name.suffix.lower() in SUFFIXES

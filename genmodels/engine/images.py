@@ -17,12 +17,12 @@ from torch import Tensor
 
 from genmodels.data.images import decode_image, grid, pixels_of, png
 from genmodels.engine.loaded import ImageModel, Loaded
-from genmodels.engine.requests import MAX_N, Count, Request, Seed, seed_or_random
+from genmodels.engine.requests import MAX_N, Count, Request, Seeds, seed_or_random
 from genmodels.errors import RequestError
 
 MAX_PIXELS = 2**24  # of all pictures of one answer: 64 of 256 x 256 in three colours
 
-Many = Field(min_length=1, max_length=MAX_N)
+Many = Field(min_length=1, max_length=MAX_N, fail_fast=True)
 
 
 class ImageRequest(Request):
@@ -50,7 +50,7 @@ class GenerateRequest(DrawnRequest):
     verb = "generate"
 
     n: Count = 1
-    seed: Seed | Annotated[list[Seed], Many] | None = Field(None, description="one for all images, or one for each")
+    seed: Seeds | None = Field(None, description="one for all images, or one for each")
     size: str = Field("auto", max_length=32, description="`auto`, or the model's own size as WIDTHxHEIGHT")
 
 
@@ -63,7 +63,7 @@ class EncodeRequest(ImageRequest):
 class DecodeRequest(DrawnRequest):
     verb = "decode"
 
-    latents: list[list[float]] = Many
+    latents: list[Annotated[list[float], Field(fail_fast=True)]] = Many
 
 
 class ReconstructRequest(DrawnRequest):
@@ -189,7 +189,8 @@ def _picture(model: ImageModel, value: str, param: str) -> np.ndarray:
     if value.startswith("data:"):
         value = value.partition(",")[2]
     try:
-        return decode_image(base64.b64decode(value, validate=True), model.family.data)
+        encoded = "".join(value.split())  # mail and the command base64 break lines
+        return decode_image(base64.b64decode(encoded, validate=True), model.family.data)
     except (binascii.Error, ValueError):
         raise _wrong(param, "is not base64 of a PNG file") from None
     except RequestError as error:

@@ -39,13 +39,17 @@ class Loaded:
             ModelNotFound: the model does not answer this verb; the message says which it does.
             RequestError: an option is unknown or wrong.
         """
+        self.check_verb(verb)
+        return parse_options(self.family.Request, request)
+
+    def check_verb(self, verb: str) -> None:
+        """Raise ModelNotFound where the model does not answer this verb; the message says which it does."""
         verbs = self.family.verbs
         if verb not in verbs:
             family, answered = self.family.family_name(), ", ".join(sorted(verbs))
             raise ModelNotFound(
                 f"{self.name} ({family}) has no {verb!r}; it answers: {answered}", code="verb_not_supported"
             )
-        return parse_options(self.family.Request, request)
 
     @property
     def size(self) -> int:
