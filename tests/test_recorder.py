@@ -193,7 +193,8 @@ def test_an_outage_loses_nothing_and_holds_no_step_up(make: Any) -> None:
             if step % 10 == 0:
                 rank0.sample(step, "a.png", b"%d" % step)
         rank0.save(snapshot(50))
-        until(lambda: rank0.heartbeat.phase == "waiting for storage")
+        until(lambda: rank0.waiting == "the storage does not answer")
+        assert (rank0.heartbeat.phase, rank0.heartbeat.step) == ("training", 50)
         until(lambda: storage.refused > 20)
         assert rank0.error is None
         assert manifests(storage.inner) == []
