@@ -88,10 +88,8 @@ def drive(storage_url: str, job: str, model: str, attempt: int, workers: int | N
                 finally:
                     watch.trained()
             # An outage of the store or of the disk is waited for: what is done twice here changes nothing.
-            result = patiently(
-                lambda: _publish(run, spec, attempt) if _complete(run, spec) else _left(run),
-                _teller(run, attempt, spec),
-            )
+            tell = _teller(run, attempt, spec)
+            result = patiently(lambda: _publish(run, spec, attempt) if _complete(run, spec) else _left(run), tell)
             if result.gate:
                 GATES.labels(spec.family, str(result.gate.passed).lower()).inc()
         except Exception as error:  # whatever it was, the dispatcher has to learn of it

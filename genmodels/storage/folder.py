@@ -146,18 +146,18 @@ class FolderStorage(Storage):
 
     def _look(self) -> None:
         """Raise StorageUnavailable if another folder is here than before, StorageError if it is of another format."""
-        path = self._root / MARKER
+        path, known = self._root / MARKER, self._marker  # before the look: another thread may write the marker now
         try:
             stat = path.stat()
             file = stat.st_dev, stat.st_ino, stat.st_mtime_ns
-            if self._marker and self._marker[1] == file:
+            if known and known[1] == file:
                 return
             marker = parse_marker(self.url, path.read_bytes())
         except (FileNotFoundError, NotADirectoryError):
-            if self._marker or self._in_use:
+            if known or self._in_use:
                 raise _gone(f"{self.url}: the folder is gone or its {MARKER} is missing; mount it again") from None
             return
-        if self._marker and self._marker[0].id != marker.id:
+        if known and known[0].id != marker.id:
             raise _gone(f"{self.url}: another storage is there now; mount the one that was there before")
         self._marker = marker, file
 

@@ -16,7 +16,7 @@ OTHER_ETAG = '"00000000000000000000000000000000"'  # of no object
 def begin_writing(storage: Storage) -> Marker:
     """Prove at the start of a process that it may write here and that conditional puts work; mark the storage as used.
 
-    Five requests, six where there is no marker yet.
+    Five requests, seven where there is no marker yet.
 
     Raises:
         StorageError: the store cannot be used: rights, format, or conditional puts; the message says what to do.
