@@ -150,7 +150,7 @@ class _Handler(BaseHTTPRequestHandler):
             return None
         if mode[0].isdigit():
             status, _, code = mode.partition(" ")
-            error = f"<Error><Code>{code or 'Fault'}</Code></Error>"
+            error = "" if status == "200" else f"<Error><Code>{code or 'Fault'}</Code></Error>"
             return int(status), [("Content-Type", "application/xml"), ("ETag", '"fault"')], error.encode()
         try:
             answer = self._forward(body)

@@ -1,4 +1,4 @@
-"""What a process makes sure of before it relies on a storage: conditional puts, the format, and that it is still there."""
+"""What a process makes sure of before it relies on a storage: conditional puts, format, and that it is still there."""
 
 from __future__ import annotations
 
