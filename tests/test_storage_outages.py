@@ -349,6 +349,7 @@ def _plain_command(storage_url: str, job: str, model: str, attempt: int, workers
     return [sys.executable, str(HERE / "plain_driver.py"), *words]
 
 
+@pytest.mark.long
 def test_a_real_run_outlasts_refusals_at_the_start_in_training_and_in_publishing(
     s3_storage: Storage, proxy: FaultProxy, tmp_path: Path
 ) -> None:
