@@ -27,6 +27,7 @@ from genmodels.recorder import RunRecorder
 from genmodels.run import Heartbeat, Run
 from genmodels.spec import JobSpec, ModelSpec, load_stored, model_digest
 from genmodels.storage import Storage
+from genmodels.storage.disk import disk_outages
 from genmodels.train import Group, to_tensors, train
 from genmodels.wishes import WishWatch
 
@@ -47,7 +48,8 @@ def stored_model(storage: Storage, job: str, model: str) -> ModelSpec:
 def work(storage: Storage, job: str, model: str, attempt: int, group: Group) -> bool:
     """`run_attempt` in a process of its own: what it prints goes to storage as well, and it obeys wishes."""
     run = Run(storage, job, model)
-    with LogShipper(run, attempt, str(group.rank)) as logs, WishWatch(run, attempt, logs) as watch:
+    # here, because Ray passes on an error without its causes
+    with LogShipper(run, attempt, str(group.rank)) as logs, WishWatch(run, attempt, logs) as watch, disk_outages():
         return run_attempt(storage, job, model, attempt, group, watch.leave)
 
 

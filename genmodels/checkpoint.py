@@ -15,7 +15,8 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -27,6 +28,7 @@ from genmodels.errors import CheckpointError, KeyNotFound, SpecError, StorageErr
 from genmodels.family import DataInfo, Family
 from genmodels.storage import Storage, encode_floats, write_document
 from genmodels.storage.base import check_key
+from genmodels.storage.disk import disk_outages
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -260,9 +262,15 @@ def read_assets(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted((folder / "assets").glob("*")) if path.is_file()}
 
 
-def scratch_folder() -> tempfile.TemporaryDirectory[str]:
-    """A folder for the files of one checkpoint; with `with`, gone at the end."""
-    return tempfile.TemporaryDirectory(prefix="genmodels-", ignore_cleanup_errors=True)
+@contextmanager
+def scratch_folder() -> Iterator[str]:
+    """Make a folder for the files of one checkpoint, gone at the end.
+
+    Raises:
+        StorageUnavailable: the disk of this machine is full or fails, whatever that made of the work in the folder.
+    """
+    with disk_outages(), tempfile.TemporaryDirectory(prefix="genmodels-", ignore_cleanup_errors=True) as name:
+        yield name
 
 
 def _digest(document: Mapping[str, Any]) -> str:

@@ -205,7 +205,7 @@ def _request_error(error: Exception) -> RequestError:
     if isinstance(error, SpecError):
         return RequestError(str(error), code="invalid_value")
     if isinstance(error, StorageUnavailable):
-        return RequestError("the storage does not answer; try again in a moment", status=503, code="storage_away")
+        return RequestError(f"{error.reason}; try again in a moment", status=503, code="storage_away")
     if isinstance(error, KeyNotFound):
         return RequestError("it has just gone; look again", status=404, code="gone")
     if isinstance(error, StorageError):  # its message names the storage, which is the operator's to know

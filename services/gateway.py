@@ -69,7 +69,7 @@ _host = serve.deployment(
 class Gateway:
     def __init__(self, host: DeploymentHandle[Any], keys_url: str | None) -> None:
         self.pool = HandlePool(host)
-        self.keys = Keys(open_storage(keys_url)) if keys_url else None
+        self.keys = Keys(open_storage(keys_url, in_use=True)) if keys_url else None
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return create_app(self.pool, hosts=None if self.keys else LOOPBACK, keys=self.keys)

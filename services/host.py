@@ -86,7 +86,7 @@ class ModelHost:
 
     def __init__(self, storage_url: str, *, memory: int = MEMORY, workers: int = 4, torch_threads: int = 1) -> None:
         torch.set_num_threads(torch_threads)
-        self._registry = Registry(open_storage(storage_url))
+        self._registry = Registry(open_storage(storage_url, in_use=True))
         self._shelf = Shelf(self._registry.storage, memory, functools.partial(_start, torch_threads=torch_threads))
         self._follower = Follower(self._registry.storage, self._shelf)
         self._measured = Measured(self._registry)

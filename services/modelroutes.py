@@ -6,6 +6,7 @@ import re
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
 from pathlib import Path as FilePath
 from typing import Annotated, Any, Literal
 
@@ -78,18 +79,11 @@ def add_model_routes(app: FastAPI, guard: Guard, storage: Storage) -> None:
             raise RequestError(message, status=404, param="name", code="file_not_found")
         if not downloads.acquire(blocking=False):
             raise RequestError("too many files are being fetched; try again in a moment", status=429, code="too_many")
-        scratch = scratch_folder()
-
-        def done() -> None:
-            scratch.cleanup()
-            downloads.release()
-
-        try:
-            registry.fetch(version.model_copy(update={"files": {name: file}}), FilePath(scratch.name))
-        except BaseException:
-            done()
-            raise
-        return _Pulled(FilePath(scratch.name) / name, file.sha256, done)
+        with ExitStack() as stack:
+            stack.callback(downloads.release)
+            folder = FilePath(stack.enter_context(scratch_folder()))
+            registry.fetch(version.model_copy(update={"files": {name: file}}), folder)
+            return _Pulled(folder / name, file.sha256, stack.pop_all().close)
 
     @app.delete("/v1/models/{model}/versions/{number}", status_code=204, response_class=Response)
     def delete_version(model: str, number: Number, caller: Caller = admin) -> Response:

@@ -74,9 +74,12 @@ def service(context: typer.Context, api: str | None) -> Client | None:
 
 
 def storage(url: str | None) -> Storage:
-    from genmodels.storage import open_storage
+    """The storage of a command, which may only read; one of another format is refused at once."""
+    from genmodels.storage import open_storage, read_marker
 
-    return open_storage(url or (Path.cwd() / ".genmodels").as_uri())
+    opened = open_storage(url or (Path.cwd() / ".genmodels").as_uri())
+    read_marker(opened)
+    return opened
 
 
 def console(*, stderr: bool = False) -> Console:

@@ -20,7 +20,7 @@ from genmodels.keys import Keys
 from genmodels.pin import pin_datasets
 from genmodels.run import Result, Run, Status, now
 from genmodels.spec import JobSpec, ModelSpec
-from genmodels.storage import Storage
+from genmodels.storage import Storage, begin_writing
 from services.auth import require_keys
 from services.curl import curl
 from services.local import LocalPlatform, check_port, submit
@@ -54,6 +54,7 @@ def quick_run(
     auth = not no_auth
     if auth:
         require_keys(storage, "generate")
+    begin_writing(storage)
     for spec in chosen:  # what is wrong with the data is said before anything is started
         for note in check(spec, storage).notes:
             console.print(f"{spec.name}: {note}", markup=False, highlight=False)

@@ -13,7 +13,7 @@ from genmodels.findings import Evaluation
 from genmodels.keys import Key
 from genmodels.registry import Registry
 from genmodels.run import State
-from services.terminal import STYLES, clock
+from services.terminal import STYLES, clock, waits
 from services.views import JobView, RunView
 
 
@@ -147,6 +147,8 @@ def garbage_table(items: Iterable[Mapping[str, Any]]) -> Table:
 
 def note(run: RunView) -> str:
     """Why a run is in its state, or what it waits for."""
+    if waiting := waits(run.phase, run.waiting):
+        return waiting
     if run.position is None:
         return run.reason
     return f"number {run.position} in the queue" + (f": {run.wait}" if run.wait else "")

@@ -39,6 +39,7 @@ class RunView(BaseModel):
     seconds_left: float | None = None
     position: int | None = None  # in the queue, from 1 on
     wait: str | None = None  # why it waits there
+    waiting: str | None = None  # what its attempt waits for, e.g. "the storage is full"
     metrics: dict[str, float | None] = {}  # of what was trained, once it has ended
     version: int | None = None  # that was published
     alias: str | None = None  # under which it is served
@@ -218,6 +219,7 @@ def _run(run: Run, spec: ModelSpec) -> RunView:
         view.step, view.loss = beat.step, _finite(beat.loss)
         if active:
             view.phase, view.seconds_left = beat.phase, _finite(beat.seconds_left)
+            view.waiting = beat.waiting or None
     return view
 
 

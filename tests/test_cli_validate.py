@@ -6,6 +6,7 @@ import sys
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -74,8 +75,12 @@ def test_a_path_that_is_no_readable_file(run: Run, tmp_path: Path, monkeypatch: 
     assert (code, len(errors)) == (2, 1)
     assert "cannot be read: File name too long" in errors[0]
 
-    def refuse(*_: object, **__: object) -> None:
-        raise PermissionError(13, "Permission denied")
+    opens = Path.open
+
+    def refuse(path: Path, *arguments: Any, **options: Any) -> Any:
+        if path.name == "big.yaml":
+            raise PermissionError(13, "Permission denied")
+        return opens(path, *arguments, **options)
 
     monkeypatch.setattr(Path, "open", refuse)
     assert run("validate", "big.yaml")[::2] == (2, ["error: big.yaml: cannot be read: Permission denied"])

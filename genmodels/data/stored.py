@@ -31,6 +31,7 @@ from genmodels.data.unpack import is_zip, unpack
 from genmodels.errors import Conflict, DataError, KeyNotFound
 from genmodels.family import DataInfo
 from genmodels.storage import Storage, read_document, write_document
+from genmodels.storage.disk import disk_outages
 
 NAME = r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$"
 IMAGE_SIZE, LEAST_SIZE, MOST_SIZE = 32, 8, 256  # side of the squares that pictures become, in pixels
@@ -77,7 +78,7 @@ def add(
     _check_free(name)
     if image_size is not None and not LEAST_SIZE <= image_size <= MOST_SIZE:
         raise DataError(f"image_size: got {image_size}, expected {LEAST_SIZE} to {MOST_SIZE} pixels")
-    with tempfile.TemporaryDirectory(prefix="genmodels-add-") as scratch:
+    with disk_outages(), tempfile.TemporaryDirectory(prefix="genmodels-add-") as scratch:
         try:
             dataset, file = _convert(name, path, image_size, channels, Path(scratch))
         except DataError as error:
