@@ -30,6 +30,7 @@ from pydantic import (
 
 from genmodels import models, strict_yaml
 from genmodels.data import DATASETS, DataConfig, stored
+from genmodels.data.files import shown
 from genmodels.errors import SpecError
 from genmodels.explain import Problem, all_wrong, explain, nearest, show, wrong
 from genmodels.family import OptimizerConfig, Section
@@ -246,7 +247,11 @@ class ModelSpec(Section):
         path, base = os.path.expanduser(path), context["base"]
         if base is None and not os.path.isabs(path):
             raise all_wrong([Problem(("path",), f"got {show(path)}, expected an absolute path")])
-        return {**value, "path": os.path.abspath(os.path.join(base or "", path))}
+        path = os.path.abspath(os.path.join(base or "", path))
+        if re.search("[\udc80-\udcff]", path):  # the folder that the spec lies in; a stored spec is UTF-8
+            remedy = "rename the folder, or use `genmodels data add NAME PATH` and `dataset: NAME`"
+            raise all_wrong([Problem(("path",), f"{shown(path)} is not UTF-8; {remedy}")])
+        return {**value, "path": path}
 
     @field_serializer("model")
     def _with_family(self, model: Section, info: FieldSerializationInfo) -> dict[str, Any]:

@@ -259,19 +259,28 @@ def _new_folder(folder: Path | None, version: Version) -> Iterator[tuple[Path, P
 
 @contextmanager
 def _streamable(path: Path) -> Iterator[IO[bytes]]:
-    """A file as it is, a folder's pictures as a zip: the form in which data travels."""
-    from genmodels.data.images import SUFFIXES
+    """A file as it is, a folder's pictures as a zip: the form in which data travels.
+
+    A text is checked here first: what is said of it names the file, and nothing is sent in vain.
+    """
+    from genmodels.data.files import find_pictures, shown, skipped_note
+    from genmodels.data.text import read_text
+    from genmodels.data.unpack import is_zip
 
     try:
         if not path.is_dir():
+            if not is_zip(path):
+                read_text(path)
             with path.open("rb") as file:
                 yield file
             return
         with tempfile.TemporaryFile(prefix="genmodels-data-") as file:
+            pictures, skipped = find_pictures(path)
+            if skipped:
+                tell(f"{shown(path)}: {skipped_note(skipped)}")
             with zipfile.ZipFile(file, "w") as archive:  # pictures are packed already
-                for picture in sorted(path.rglob("*")):
-                    if picture.suffix.lower() in SUFFIXES and picture.is_file():
-                        archive.write(picture, picture.relative_to(path))
+                for picture in pictures:
+                    archive.write(picture, shown(picture.relative_to(path)))
             yield file
     except OSError as error:
-        raise GenmodelsError(f"{path}: cannot be read: {error.strerror}") from None
+        raise GenmodelsError(f"{shown(path)}: cannot be read: {error.strerror}") from None

@@ -176,7 +176,7 @@ def _add(storage: Storage, name: str, path: FilePath, query: DatasetQuery) -> tu
     try:
         return stored.add(storage, name, path, query.image_size, channels)
     except DataError as error:
-        raise RequestError(str(error).replace(str(path), name), code="invalid_data") from None
+        raise RequestError(str(error).replace(str(path), "FILE"), code="invalid_data") from None
 
 
 def _version(registry: Registry, model: str, number: int, caller: Caller) -> Version:

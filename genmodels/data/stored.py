@@ -24,6 +24,7 @@ import numpy as np
 from filelock import FileLock
 from pydantic import BaseModel, ConfigDict
 
+from genmodels.data.files import shown
 from genmodels.data.images import ImageData, Pictures, divide, read_folder
 from genmodels.data.sources import DATASETS, cache_folder
 from genmodels.data.text import TextData, read_text
@@ -82,7 +83,9 @@ def add(
             dataset, file = _convert(name, path, image_size, channels, Path(scratch))
         except DataError as error:
             said = str(error).removeprefix("data.path: ").replace("data.image_size", "image_size")
-            raise DataError(said.replace(f"{scratch}/{UNPACKED}", path.name)) from None
+            raise DataError(said.replace(f"{scratch}/{UNPACKED}", shown(path.name))) from None
+        except OSError as error:
+            raise DataError(f"{shown(error.filename or path)} cannot be read: {error.strerror}") from error
         before = _current(storage, name)
         if before and before.kind != dataset.kind:
             raise DataError(f"{name!r} is a dataset of {before.kind}s, this has {dataset.kind}s: choose another name")
@@ -158,21 +161,21 @@ def _convert(
 ) -> tuple[StoredDataset, Path]:
     """What is to be stored of a person's file or folder, and the file that holds it."""
     if not path.exists():
-        raise DataError(f"{path} does not exist: name a text file, a folder of pictures, or a zip of them")
-    if path.is_dir() or is_zip(path):
-        folder = path if path.is_dir() else unpack(path, scratch / UNPACKED)
-        pictures = read_folder(folder, image_size or IMAGE_SIZE, channels)
+        raise DataError(f"{shown(path)} does not exist: name a text file, a folder of pictures, or a zip of them")
+    if path.is_dir() or (path.is_file() and is_zip(path)):
+        folder, skipped = (path, None) if path.is_dir() else unpack(path, scratch / UNPACKED)
+        pictures = read_folder(folder, image_size or IMAGE_SIZE, channels, skipped)
         file = scratch / FILES["image"]
         _write_pictures(pictures, file)
         info: DataInfo = divide(pictures).info
         examples, kind = len(pictures.images), "image"
-        notes, called = pictures.notes, folder.resolve().name
+        notes, called = pictures.notes, shown(folder.resolve().name)
     elif image_size or channels:
-        raise DataError(f"{path} is no folder or zip of pictures: image_size and channels are for pictures")
+        raise DataError(f"{shown(path)} is no folder or zip of pictures: image_size and channels are for pictures")
     else:
         text, file, kind = read_text(path), path, "text"
         info, examples = text.info, len(text.train) + len(text.val)
-        notes, called = text.notes, path.name
+        notes, called = text.notes, shown(path.name)
     dataset = StoredDataset(
         name=name,
         sha256=_sha256(file),

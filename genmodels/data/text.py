@@ -12,6 +12,8 @@ from typing import Literal, Protocol
 
 import numpy as np
 
+from genmodels.data.encoding import in_another_encoding, other_than_text
+from genmodels.data.files import shown
 from genmodels.errors import DataError, RequestError
 from genmodels.family import TextInfo
 
@@ -155,30 +157,29 @@ def read_text(path: Path) -> TextData:
     try:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):
-            raise DataError(f"data.path: {path} is not a regular file")
+            raise DataError(f"data.path: {shown(path)} is not a regular file")
         if status.st_size > MAX_BYTES:
-            raise DataError(f"data.path: {path} has {status.st_size:,} bytes, at most {MAX_BYTES:,} (1 GiB) are read")
+            raise DataError(
+                f"data.path: {shown(path)} has {status.st_size:,} bytes, at most {MAX_BYTES:,} (1 GiB) are read"
+            )
         content = path.read_bytes()
     except OSError as error:
-        raise DataError(f"data.path: {path} cannot be read: {error.strerror}") from error
+        raise DataError(f"data.path: {shown(path)} cannot be read: {error.strerror}") from error
+    if other := other_than_text(content, path):
+        raise DataError(f"data.path: {shown(path)} {other}")
     try:
-        text = content.decode("utf-8-sig")
+        text = content.decode().removeprefix("\ufeff")
     except UnicodeDecodeError as error:
-        raise DataError(
-            f"data.path: {path} is not UTF-8 text: byte {error.start:,} is 0x{content[error.start]:02x}. "
-            f"Save it as UTF-8, for example: iconv -f WINDOWS-1252 -t UTF-8 '{path.name}' > converted.txt"
-        ) from error
-    if "\0" in text:
-        raise DataError(f"data.path: {path} is not a text file: it has NUL bytes")
+        raise DataError(f"data.path: {shown(path)} {in_another_encoding(content, error.start, path)}") from None
     text = text.replace("\r\n", "\n").replace("\r", "\n")
     if len(text) < MIN_CHARACTERS:
         raise DataError(
-            f"data.path: {path} has {len(text):,} characters, too little to learn from: bring "
+            f"data.path: {shown(path)} has {len(text):,} characters, too little to learn from: bring "
             f"{MIN_CHARACTERS:,} or more"
         )
     data = TextData(text)
     data.notes.append(
-        f"{path.name}: {len(text):,} characters, {data.info.vocab_size} different ones; "
+        f"{shown(path.name)}: {len(text):,} characters, {data.info.vocab_size} different ones; "
         f"the last {len(data.val):,} are for validation"
     )
     return data
