@@ -44,16 +44,36 @@ app = typer.Typer(
 )
 
 
+UsageError: Any = typer.BadParameter.__base__  # of the click that typer carries
+
+
 def main() -> None:
     """Entry point. Exits with 2 for a wrong spec or usage, 1 for what failed, 130 after Ctrl-C."""
     try:
-        app()
+        sys.exit(app(prog_name="genmodels", standalone_mode=False) or 0)
     except GenmodelsError as error:
         for line in str(error).splitlines():
             print(f"error: {line}", file=sys.stderr)
         sys.exit(2 if isinstance(error, SpecError) else 1)
+    except UsageError as error:
+        print(_usage(error), file=sys.stderr)
+        sys.exit(2)
+    except typer.Abort:
+        print("Aborted.", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _usage(error: Any) -> str:
+    """Return what is wrong with the arguments in one line; without any arguments, the whole help."""
+    message = str(error.format_message())
+    if "\n" in message:
+        return message
+    said = message.removesuffix(".").replace("Input should be", "expected").replace("Value error, ", "")
+    command = error.ctx.command_path if error.ctx else "genmodels"
+    end = "" if said.endswith("?") else ";"
+    return f"error: {said[:1].lower()}{said[1:]}{end} `{command} --help` shows how"
 
 
 @app.callback()

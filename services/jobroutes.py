@@ -134,8 +134,10 @@ class JobRoutes:
 
     def logs(self, job: str, query: LogQuery, caller: Caller) -> Callable[[], tuple[Iterator[bytes], bool]]:
         """A function that gives what has come since it was last called, and whether no more will."""
-        names = [model.name for model in self._spec(job, caller).models]
-        runs = [Run(self.storage, job, model) for model in _chosen(names, query.model or None)]
+        models = self._spec(job, caller).models
+        chosen = _chosen([model.name for model in models], query.model or None)
+        _check_source(query.source, max(m.scaling.most_workers for m in models if m.name in chosen))
+        runs = [Run(self.storage, job, model) for model in chosen]
         cursors: list[dict[str, str]] = [{} for _ in runs]
 
         def look() -> tuple[Iterator[bytes], bool]:
@@ -262,6 +264,14 @@ def _chosen(names: list[str], models: Iterable[str] | None) -> list[str]:
             known = f"this job has {', '.join(names)}{nearest(model, names)}"
             raise RequestError(f"got {show(model)}; {known}", param="model", status=404, code="model_not_found")
     return [name for name in names if models is None or name in models]
+
+
+def _check_source(source: str | None, workers: int) -> None:
+    if source in (None, "driver") or int(source or 0) < workers:
+        return
+    ranks = "worker 0" if workers == 1 else f"the workers 0 to {workers - 1}"
+    message = f"got {show(source)}; what there is: driver and {ranks}"
+    raise RequestError(f"source: {message}", param="source", status=404, code="source_not_found")
 
 
 def _path(error: SpecError) -> str | None:

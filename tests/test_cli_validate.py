@@ -81,9 +81,39 @@ def test_a_path_that_is_no_readable_file(run: Run, tmp_path: Path, monkeypatch: 
     assert run("validate", "big.yaml")[::2] == (2, ["error: big.yaml: cannot be read: Permission denied"])
 
 
-@pytest.mark.parametrize("arguments", [(), ("validate",), ("validate", "a", "b"), ("validat", "a"), ("schema", "--x")])
-def test_wrong_usage_ends_with_2(run: Run, arguments: tuple[str, ...]) -> None:
-    assert run(*arguments)[0] == 2
+@pytest.mark.parametrize("arguments", [(), ("data",), ("keys",)])
+def test_without_arguments_the_help_is_shown(run: Run, arguments: tuple[str, ...]) -> None:
+    code, _, errors = run(*arguments)
+    assert code == 2
+    assert errors[0].startswith("Usage: genmodels")
+    assert len(errors) > 5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "error"),
+    [
+        ("validate", 2, "missing argument 'SPEC'; `genmodels validate --help` shows how"),
+        ("validate a b", 2, "got unexpected extra argument(s) (b); `genmodels validate --help` shows how"),
+        (
+            "validat x",
+            2,
+            "no such command 'validat'. Did you mean 'validate', 'evaluate'? `genmodels --help` shows how",
+        ),
+        ("data add x", 2, "missing argument 'PATH'; `genmodels data add --help` shows how"),
+        ("jobs --limit 0", 2, "invalid value for '--limit': "),
+        ("jobs --state x", 2, "invalid value for '--state': 'x' is not one of"),
+        ("jobs --limit", 2, "option '--limit' requires an argument"),
+        ("schema --x", 2, "no such option: --x; `genmodels schema --help` shows how"),
+        ("data add Meu_coração x", 1, "dataset name: got 'Meu_coração', expected at most 63 lower-case letters"),
+        ("models --storage /data/x", 1, "storage URL '/data/x': write the folder as file:///data/x"),
+        ("models --storage C:\\data", 1, "storage URL 'C:\\\\data': must be file:///absolute/folder"),
+        ("models --storage s3:/bucket", 1, "storage URL 's3:/bucket': must be file:///absolute/folder"),
+    ],
+)
+def test_what_is_wrong_with_the_arguments_is_one_line(run: Run, arguments: str, code: int, error: str) -> None:
+    found, out, errors = run(*arguments.split())
+    assert (found, out, len(errors)) == (code, "", 1)
+    assert errors[0].startswith(f"error: {error}")
 
 
 @pytest.mark.parametrize(("error", "code"), [(DataError("no data"), 1), (KeyboardInterrupt(), 130)])

@@ -30,6 +30,7 @@ from genmodels.data.sources import DATASETS, cache_folder
 from genmodels.data.text import TextData, read_text
 from genmodels.data.unpack import is_zip, unpack
 from genmodels.errors import Conflict, DataError, KeyNotFound
+from genmodels.explain import as_label
 from genmodels.family import DataInfo
 from genmodels.storage import Storage, read_document, write_document
 
@@ -260,7 +261,8 @@ def _described(storage: Storage, name: str, sha256: str) -> StoredDataset | None
 def _check_free(name: str) -> None:
     if not re.fullmatch(NAME, name):
         rule = "expected at most 63 lower-case letters, digits and '-', with no '-' at the ends"
-        raise DataError(f"dataset name: got {name[:70]!r}, {rule}")
+        near = as_label(name)
+        raise DataError(f"dataset name: got {name[:70]!r}, {rule}" + (f"; write e.g. {near}" if near else ""))
     if name in DATASETS:
         raise DataError(f"dataset name: {name!r} is a built-in dataset; choose another")
 
