@@ -11,7 +11,7 @@ import typer
 from typer.core import TyperGroup
 
 from genmodels.errors import GenmodelsError, SpecError
-from services import commands_admin, commands_jobs, commands_storage
+from services import commands_admin, commands_delete, commands_jobs, commands_storage
 from services.options import SpecFile, StorageUrl, storage
 
 PANEL = "On this machine alone"
@@ -139,7 +139,7 @@ def schema() -> None:
     print(json.dumps(json_schema(), indent=2))
 
 
-for part in (commands_jobs, commands_storage, commands_admin):
+for part in (commands_jobs, commands_storage, commands_delete, commands_admin):
     app.add_typer(part.app)
 
 

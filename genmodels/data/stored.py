@@ -4,9 +4,11 @@
                             /pictures.safetensors  converted once: `images`, and `labels` where there are classes
                             /dataset.json          what it is; written last: from then on it exists
     datasets/<name>/current.json                   which content the name means now
+    datasets/<name>/sweep.json                     lease of whoever deletes the dataset
 
 A content never changes and is named by the sha256 of its file. A spec is pinned to one when it is submitted, so adding
-another under the same name changes no run. What is fetched is kept in `sources.cache_folder()` and checked at each use.
+another under the same name changes no run. Who deletes holds the dataset's lease; who adds waits for it afterwards, and
+puts what is gone again. What is fetched is kept in `sources.cache_folder()` and checked at each use.
 """
 
 from __future__ import annotations
@@ -29,14 +31,16 @@ from genmodels.data.images import ImageData, Pictures, divide, read_folder
 from genmodels.data.sources import DATASETS, cache_folder
 from genmodels.data.text import TextData, read_text
 from genmodels.data.unpack import is_zip, unpack
-from genmodels.errors import Conflict, DataError, KeyNotFound
+from genmodels.errors import Conflict, DataError, DatasetExists, KeyNotFound
 from genmodels.explain import as_label
 from genmodels.family import DataInfo
+from genmodels.lease import Lease
 from genmodels.storage import Storage, read_document, write_document
 
 NAME = r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$"
 IMAGE_SIZE, LEAST_SIZE, MOST_SIZE = 32, 8, 256  # side of the squares that pictures become, in pixels
 MAX_STREAM_BYTES = 2**30  # of a file that comes over the network
+SWEEP, SWEEP_SECONDS = "sweep.json", 120.0  # after which one who deletes is taken for dead
 
 Kind = Literal["image", "text"]
 UNPACKED = "unpacked"
@@ -53,6 +57,7 @@ class StoredDataset(BaseModel):
     kind: Kind
     bytes: int
     examples: int  # pictures, or characters
+    digest: str = ""  # of the data as training sees it, which stands in a checkpoint's lineage
     info: DataInfo  # what a family must know of it
     notes: list[str]  # for people: how many, of what size, how they were converted
     added: str
@@ -63,17 +68,25 @@ class StoredDataset(BaseModel):
 
 
 def add(
-    storage: Storage, name: str, path: Path, image_size: int | None = None, channels: Literal[1, 3] | None = None
+    storage: Storage,
+    name: str,
+    path: Path,
+    image_size: int | None = None,
+    channels: Literal[1, 3] | None = None,
+    *,
+    replace: bool = False,
 ) -> tuple[StoredDataset, bool]:
     """Check a text file, a folder of pictures or a zip of them as local data is checked, and store it under a name.
 
     Args:
         image_size, channels: of pictures, as a spec's `data` section has them.
+        replace: whether the name may be taken from another content.
 
     Returns:
         The dataset, and whether it is new: the same content again under the name it has changes nothing.
 
     Raises:
+        DatasetExists: the name means another content, and `replace` is not given.
         DataError: the name cannot be, the data does not fit, or the name is one of a dataset of another kind.
     """
     _check_free(name)
@@ -92,13 +105,49 @@ def add(
             raise DataError(f"{name!r} is a dataset of {before.kind}s, this has {dataset.kind}s: choose another name")
         if before and before.sha256 == dataset.sha256:
             return before, False
-        document = f"datasets/{name}/{dataset.sha256}/dataset.json"
-        if not storage.exists(document):
-            storage.upload(file, dataset.key)
-            with contextlib.suppress(Conflict):  # somebody else has just added the same
-                write_document(storage, document, dataset.model_dump(mode="json"), if_absent=True)
-    write_document(storage, f"datasets/{name}/current.json", {"sha256": dataset.sha256, "time": _now()})
-    return find(storage, name, dataset.sha256), True
+        if before and not replace:
+            raise DatasetExists(f"dataset {name!r} is there with another content: {before.notes[0]}")
+        _put(storage, dataset, file)
+        while True:
+            write_document(storage, f"datasets/{name}/current.json", {"sha256": dataset.sha256, "time": _now()})
+            sweeper(storage, name).wait_until_free()
+            if _current(storage, name) and storage.exists(dataset.key):
+                return find(storage, name, dataset.sha256), True
+            _put(storage, dataset, file)  # it was deleted meanwhile, in whole or in part
+
+
+def _put(storage: Storage, dataset: StoredDataset, file: Path) -> None:
+    document = f"datasets/{dataset.name}/{dataset.sha256}/dataset.json"
+    if not (storage.exists(document) and storage.exists(dataset.key)):
+        storage.upload(file, dataset.key)
+        with contextlib.suppress(Conflict):  # somebody else has just added the same
+            write_document(storage, document, dataset.model_dump(mode="json"), if_absent=True)
+
+
+def sweeper(storage: Storage, name: str) -> Lease:
+    """The lease of whoever deletes a dataset."""
+    return Lease(storage, SWEEP_SECONDS, f"datasets/{name}/{SWEEP}")
+
+
+def sizes(storage: Storage, name: str) -> dict[str, int]:
+    """Every object of a dataset with its bytes: what the name means first, then what each content is, then the data.
+
+    Whoever deletes them in this order leaves nothing that seems whole and is not.
+
+    Raises:
+        DataError: the name cannot be.
+    """
+    _check_free(name)
+    found = storage.sizes(f"datasets/{name}/")
+    order = {"current.json": 0, "dataset.json": 1}
+    keys = sorted(found, key=lambda key: (order.get(key.rpartition("/")[2], 2), key))
+    return {key: found[key] for key in keys if not key.endswith(f"/{SWEEP}")}
+
+
+def contents(storage: Storage, name: str) -> list[StoredDataset]:
+    """All contents that a name has or had."""
+    described = (_described(storage, name, sha256) for sha256 in storage.folders(f"datasets/{name}/"))
+    return [dataset for dataset in described if dataset]
 
 
 def catalog(storage: Storage) -> list[StoredDataset]:
@@ -168,14 +217,15 @@ def _convert(
         pictures = read_folder(folder, image_size or IMAGE_SIZE, channels, skipped)
         file = scratch / FILES["image"]
         _write_pictures(pictures, file)
-        info: DataInfo = divide(pictures).info
-        examples, kind = len(pictures.images), "image"
+        data = divide(pictures)
+        info: DataInfo = data.info
+        digest, examples, kind = data.digest, len(pictures.images), "image"
         notes, called = pictures.notes, shown(folder.resolve().name)
     elif image_size or channels:
         raise DataError(f"{shown(path)} is no folder or zip of pictures: image_size and channels are for pictures")
     else:
         text, file, kind = read_text(path), path, "text"
-        info, examples = text.info, len(text.train) + len(text.val)
+        info, digest, examples = text.info, text.digest, len(text.train) + len(text.val)
         notes, called = text.notes, shown(path.name)
     dataset = StoredDataset(
         name=name,
@@ -183,6 +233,7 @@ def _convert(
         kind=kind,
         bytes=file.stat().st_size,
         examples=examples,
+        digest=digest,
         info=info,
         notes=[notes[0].removeprefix(f"{called}: "), *notes[1:]],
         added=_now(),
