@@ -46,7 +46,7 @@ _WESTERN_SHARE = 0.3  # more bytes beyond ASCII than that no western European la
 
 def other_than_text(content: bytes, path: Path) -> str | None:
     """Return what a file is instead of a text in UTF-8, with the remedy; None where nothing says so."""
-    file = shlex.quote(str(path))
+    file = _for_a_shell(path)
     for start, (name, command) in _PACKED.items():
         if content.startswith(start):
             return f"is packed with {name}; unpack it first: {command.format(file)}"
@@ -63,7 +63,7 @@ def other_than_text(content: bytes, path: Path) -> str | None:
 
 def in_another_encoding(content: bytes, at: int, path: Path) -> str:
     """Return what to do with a text whose byte `at` is not UTF-8."""
-    found, file = f"is not UTF-8 text: byte {at:,} is 0x{content[at]:02x}", shlex.quote(str(path))
+    found, file = f"is not UTF-8 text: byte {at:,} is 0x{content[at]:02x}", _for_a_shell(path)
     sample = content[:SAMPLE_BYTES]
     if encoding := next((name for name, own, share in _ASIAN if _share(sample, name, own) >= share), None):
         return f"{found}. It looks like {encoding}; save it as UTF-8: {_iconv(encoding, file)}"
@@ -96,6 +96,10 @@ def _share(sample: bytes, encoding: str, own: str) -> float:
         return 0.0
     others = sum(not character.isascii() for character in text)
     return len(re.findall(own, text)) / others if others else 0.0
+
+
+def _for_a_shell(path: Path) -> str:
+    return shlex.quote(str(path)) if str(path).isprintable() else "FILE"
 
 
 def _iconv(encoding: str, file: str) -> str:
