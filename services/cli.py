@@ -121,8 +121,18 @@ def validate(
 
     store = storage(storage_url)
     job = read_spec(spec, stored.kinds(store))
+    from genmodels.precheck import check_job
+
+    try:
+        checked = check_job(job, store)
+    except SpecError as error:
+        raise SpecError(*(f"{spec}: {problem}" for problem in error.problems)) from None
+    job = checked.job
     families = ", ".join(model.family for model in job.models)
     print(f"ok: {spec}: job {job.name}, {len(job.models)} model{'s' if len(job.models) > 1 else ''} ({families})")
+    for name, notes in checked.notes.items():
+        for note in notes:
+            print(f"{name}: {note}")
     if smoke:
         from services.smoke import smoke as try_out
 

@@ -22,6 +22,7 @@ from genmodels.explain import nearest, show
 from genmodels.family import Section
 from genmodels.job import Jobs
 from genmodels.pin import pin
+from genmodels.precheck import check_job
 from genmodels.run import ENDED, Run, Status
 from genmodels.spec import JobSpec, Label, parse_spec
 from genmodels.storage import Storage, encode_floats
@@ -82,14 +83,23 @@ class JobRoutes:
             spec = parse_spec(body, "spec", datasets=stored.kinds(self.storage), paths=False)
             caller.need(model.name for model in spec.models)
             caller.need(filter(None, (model.train.init_from for model in spec.models)))
-            spec = pin(spec, self.storage, mark=not dry_run)
+            capacity = self.views.queue()["capacity"]
+            spec = pin(spec, self.storage, mark=False)
+            checked = check_job(spec, self.storage, capacity=None if dry_run else capacity)  # a plan tells itself
             if dry_run:
-                return self.planner.plan(spec, self.views.queue()["capacity"])
+                plan = self.planner.plan(checked.job, capacity)
+                for model in plan.models:
+                    model.notes += checked.notes[model.model]
+                return plan
+            spec = pin(checked.job, self.storage)
         except SpecError as error:
             raise RequestError(str(error), param=_path(error), code="invalid_spec") from None
         digest = hashlib.sha256(body).hexdigest()
         job, new = self.jobs.submit(spec, caller=caller.id, idempotency_key=key, body_digest=digest)
-        return (self.views.submitted(self.jobs.entry(job), spec) if new else self.views.job(job)), new
+        if not new:
+            return self.views.job(job), False
+        notes = [f"{model}: {note}" for model, notes in checked.notes.items() for note in notes]
+        return self.views.submitted(self.jobs.entry(job), spec, notes), True
 
     def cancel(self, job: str, body: CancelBody, caller: Caller) -> JobView:
         wish: Literal["leave", "kill"] = "kill" if body.now else "leave"

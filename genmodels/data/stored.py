@@ -57,6 +57,7 @@ class StoredDataset(BaseModel):
     kind: Kind
     bytes: int
     examples: int  # pictures, or characters
+    validation: int | None = None  # of them, those that are held back for validation
     digest: str = ""  # of the data as training sees it, which stands in a checkpoint's lineage
     info: DataInfo  # what a family must know of it
     notes: list[str]  # for people: how many, of what size, how they were converted
@@ -219,6 +220,7 @@ def _convert(
         _write_pictures(pictures, file)
         data = divide(pictures)
         info: DataInfo = data.info
+        validation = len(data.split("val"))
         digest, examples, kind = data.digest, len(pictures.images), "image"
         notes, called = pictures.notes, shown(folder.resolve().name)
     elif image_size or channels:
@@ -226,6 +228,7 @@ def _convert(
     else:
         text, file, kind = read_text(path), path, "text"
         info, digest, examples = text.info, text.digest, len(text.train) + len(text.val)
+        validation = len(text.val)
         notes, called = text.notes, shown(path.name)
     dataset = StoredDataset(
         name=name,
@@ -233,6 +236,7 @@ def _convert(
         kind=kind,
         bytes=file.stat().st_size,
         examples=examples,
+        validation=validation,
         digest=digest,
         info=info,
         notes=[notes[0].removeprefix(f"{called}: "), *notes[1:]],

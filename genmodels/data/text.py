@@ -119,9 +119,7 @@ class TextData:
         """
         if tokenizer.vocab == self.tokenizer.vocab:
             return
-        if unknown := sorted(set(self.tokenizer.vocab) - set(tokenizer.vocab)):
-            named = " ".join(map(repr, unknown[:10])) + (" and others" if len(unknown) > 10 else "")
-            raise DataError(f"the text has characters that the model's tokenizer does not know: {named}")
+        check_vocabulary(self.tokenizer.vocab, tokenizer)
         ids = tokenizer.encode_array(self.tokenizer.vocab)
         self.train, self.val = ids[self.train], ids[self.val]
         self.tokenizer, self.info = tokenizer, TextInfo(vocab_size=tokenizer.vocab_size)
@@ -140,11 +138,7 @@ class TextData:
             raise ValueError("windows of a text need a block_size")
         if name == "val":
             return ValWindows(self.val, block_size)
-        if len(self.train) < 2 * block_size:
-            raise DataError(
-                f"the training text has {len(self.train):,} characters, block_size {block_size} needs at least "
-                f"{2 * block_size:,}: set model.block_size to {len(self.train) // 2} or less, or bring more text"
-            )
+        check_block_size(len(self.train), block_size)
         return TrainWindows(self.train, block_size)
 
 
@@ -185,6 +179,32 @@ def read_text(path: Path) -> TextData:
     return data
 
 
+def check_vocabulary(vocabulary: str, tokenizer: CharTokenizer) -> None:
+    """Raise DataError where a text has characters that a tokenizer does not know."""
+    if unknown := sorted(set(vocabulary) - set(tokenizer.vocab)):
+        named = " ".join(map(repr, unknown[:10])) + (" and others" if len(unknown) > 10 else "")
+        raise DataError(f"the text has characters that the model's tokenizer does not know: {named}")
+
+
+def training_windows(characters: int, block_size: int) -> int:
+    """The windows in an epoch of a training text, whatever offset the epoch has."""
+    return (characters - block_size) // block_size
+
+
+def validation_windows(characters: int, block_size: int) -> int:
+    """The windows of a validation text, the last of which may be padded."""
+    return (characters - 2) // block_size + 1
+
+
+def check_block_size(characters: int, block_size: int) -> None:
+    """Raise DataError where a training text has not one window."""
+    if characters < 2 * block_size:
+        raise DataError(
+            f"the training text has {characters:,} characters, block_size {block_size} needs at least "
+            f"{2 * block_size:,}: set model.block_size to {characters // 2} or less, or bring more text"
+        )
+
+
 @dataclass(frozen=True)
 class TrainWindows:
     """Windows that do not overlap, from an offset that each epoch has its own; the same number in each epoch."""
@@ -193,7 +213,7 @@ class TrainWindows:
     block_size: int
 
     def __len__(self) -> int:
-        return (len(self.tokens) - self.block_size) // self.block_size
+        return training_windows(len(self.tokens), self.block_size)
 
     def take(self, index: np.ndarray, epoch: np.ndarray) -> dict[str, np.ndarray]:
         """`tokens` and the `targets` that follow them, int64 (n, block_size) both; index and epoch are (n,)."""
@@ -213,7 +233,7 @@ class ValWindows:
     block_size: int
 
     def __len__(self) -> int:
-        return (len(self.tokens) - 2) // self.block_size + 1
+        return validation_windows(len(self.tokens), self.block_size)
 
     def take(self, index: np.ndarray, epoch: np.ndarray) -> dict[str, np.ndarray]:
         """`tokens` and the `targets` that follow them, int64 (n, block_size) both; the same in every epoch."""
