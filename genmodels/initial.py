@@ -16,7 +16,7 @@ from pydantic import TypeAdapter
 from genmodels import checkpoint, models
 from genmodels.data import CharTokenizer, Dataset, TextData, load_tokenizer
 from genmodels.data.text import check_vocabulary
-from genmodels.errors import CheckpointError, DataError, KeyNotFound, ModelNotFound, SpecError
+from genmodels.errors import CheckpointError, DataError, ModelNotFound, SpecError
 from genmodels.family import DataInfo, Family, TextInfo
 from genmodels.pin import resolve
 from genmodels.references import find
@@ -44,37 +44,46 @@ def fetch(spec: ModelSpec, storage: Storage, folder: Path) -> Path | None:
     return folder
 
 
-def check(spec: ModelSpec, storage: Storage, info: DataInfo, vocabulary: str | None) -> DataInfo:
-    """See that `train.init_from` fits a model, from the small files of what it names; its weights stay where they are.
+def check(
+    spec: ModelSpec, storage: Storage, info: DataInfo, vocabulary: str | None, *, with_weights: bool = False
+) -> DataInfo:
+    """See that `train.init_from` fits a model, without building either.
 
     Args:
         info: of the model's data.
         vocabulary: of the text, where it is known.
+        with_weights: see also that the weights are there and whole.
 
     Returns:
         The info that the model is built for: a text takes the vocabulary of what is continued.
 
     Raises:
-        SpecError: it is gone, of another family or of another shape, or the text has characters that it does not know.
+        SpecError: it is gone, damaged, of another family or of another shape, or the text has characters that it does
+            not know.
     """
     assert spec.train.init_from is not None
     pinned = resolve(spec.train.init_from, storage, mark=False)
-    try:
-        found = find(storage, pinned)
+    with checkpoint.scratch_folder() as name:
+        folder = Path(name)
+        try:
+            found = find(storage, pinned)
+            small = {checkpoint.CONFIG, "assets/tokenizer.json"}
+            files = {name: file for name, file in found.files.items() if with_weights or name in small}
+            checkpoint.download(storage, found.keys, files, folder)
+            theirs = json.loads((folder / checkpoint.CONFIG).read_text())
+            before = {"config": theirs["config"], "data": theirs["data"]}
+        except (CheckpointError, KeyError, ModelNotFound, OSError, ValueError) as error:
+            raise SpecError(f"train.init_from: {pinned}: {error}") from None
         if found.family != spec.family:
             raise SpecError(f"train.init_from: {pinned} is of family {found.family}, this model of {spec.family}")
-        theirs = json.loads(storage.get(found.keys[checkpoint.CONFIG])[0])
         if info.kind == "text":
-            tokenizer = load_tokenizer(storage.get(found.keys["assets/tokenizer.json"])[0])
-            assert isinstance(tokenizer, CharTokenizer)  # the only kind there is
-            check_vocabulary(vocabulary or "", tokenizer)
+            tokenizer = _tokenizer(folder)
+            try:
+                check_vocabulary(vocabulary or "", tokenizer)
+            except DataError as error:
+                raise _foreign_text(error) from None
             info = TextInfo(vocab_size=tokenizer.vocab_size)
-    except DataError as error:
-        raise _foreign_text(error) from None
-    except (CheckpointError, KeyNotFound, LookupError, ModelNotFound, ValueError) as error:
-        raise SpecError(f"train.init_from: {pinned}: {error}") from None
     ours = {"config": spec.model.model_dump(mode="json"), "data": info.model_dump(mode="json")}
-    before = {key: theirs[key] for key in ours}
     if before != ours and _shapes(spec.family, json.dumps(before)) != _shapes(spec.family, json.dumps(ours)):
         raise _other_shape(before["config"], ours["config"], before["data"], ours["data"])
     return info
@@ -101,12 +110,16 @@ def adopt_tokenizer(dataset: Dataset, folder: Path) -> None:
     """
     if not isinstance(dataset, TextData):
         return
-    tokenizer = load_tokenizer(checkpoint.read_assets(folder)["tokenizer.json"])
-    assert isinstance(tokenizer, CharTokenizer)  # the only kind there is
     try:
-        dataset.speak(tokenizer)
+        dataset.speak(_tokenizer(folder))
     except DataError as error:
         raise _foreign_text(error) from None
+
+
+def _tokenizer(folder: Path) -> CharTokenizer:
+    tokenizer = load_tokenizer(checkpoint.read_assets(folder)["tokenizer.json"])
+    assert isinstance(tokenizer, CharTokenizer)  # the only kind there is
+    return tokenizer
 
 
 def _foreign_text(error: DataError) -> SpecError:

@@ -40,7 +40,8 @@ def check_job(
     """Return the job with a batch size that fits, where none was given.
 
     Args:
-        open_data: open all data, as is right where it trains at once; else only what lies under a path.
+        open_data: open all data, and what `init_from` names, as is right where it trains at once; else only what lies
+            under a path.
         only: the models that are to be trained; what is wrong with others is not told.
         capacity: the most `cpus` and `gpus` that there are, where that is known.
 
@@ -53,7 +54,7 @@ def check_job(
         wanted = only is None or spec.name in only
         try:
             facts = _facts(spec.data, storage, open_data and wanted, known)
-            spec, notes = _check_model(spec, facts, storage)
+            spec, notes = _check_model(spec, facts, storage, with_weights=open_data and wanted)
             checked.facts[spec.name] = facts
             checked.notes[spec.name] = [*facts.notes, *notes, *_devices(spec, capacity)]
         except (SpecError, DataError) as error:
@@ -74,16 +75,19 @@ def _facts(config: DataConfig, storage: Storage, open_all: bool, known: dict[str
     return known[key]
 
 
-def _check_model(spec: ModelSpec, facts: Facts, storage: Storage) -> tuple[ModelSpec, list[str]]:
+def _check_model(spec: ModelSpec, facts: Facts, storage: Storage, *, with_weights: bool) -> tuple[ModelSpec, list[str]]:
     family, info = models.load(spec.family), facts.info
     if family.kind != info.kind:
         raise SpecError(f"data: {spec.family} learns from {family.kind}s, this dataset has {info.kind}s")
     if spec.train.init_from is not None:
-        info = initial.check(spec, storage, info, facts.vocabulary)
+        info = initial.check(spec, storage, info, facts.vocabulary, with_weights=with_weights)
     family.check(spec.model, info)
     block_size: int | None = getattr(spec.model, "block_size", None)
     if info.kind == "text" and block_size is not None:
-        check_block_size(facts.training, block_size)
+        try:
+            check_block_size(facts.training, block_size)
+        except DataError as error:
+            raise SpecError(f"model.block_size: {error}") from None
     training, validation = facts.examples(block_size)
     if validation < (workers := spec.world_sizes[-1]):
         raise SpecError(

@@ -42,7 +42,32 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp
 
 def test_a_sound_spec_is_summed_up(run: Run, tmp_path: Path) -> None:
     (tmp_path / "job.yaml").write_text(GOOD + GOOD[GOOD.index("  - name") :].replace("tiny", "small"))
-    assert run("validate", "job.yaml") == (0, "ok: job.yaml: job study, 2 models (minigpt, minigpt)\n", [])
+    (tmp_path / "my.txt").write_text("Call me Ishmael.\n" * 1000)
+    note = "my.txt: 17,000 characters, 11 different ones; the last 1,700 are for validation"
+    summed_up = f"ok: job.yaml: job study, 2 models (minigpt, minigpt)\ntiny: {note}\nsmall: {note}\n"
+    assert run("validate", "job.yaml") == (0, summed_up, [])
+
+
+def test_everything_that_is_wrong_is_told_of_all_models(run: Run, tmp_path: Path) -> None:
+    entry = GOOD[GOOD.index("  - name") :]
+    (tmp_path / "short.txt").write_text("Call me Ishmael.\n" * 150)
+    (tmp_path / "job.yaml").write_text(
+        GOOD
+        + entry.replace("tiny", "small")
+        .replace("my.txt", "short.txt")
+        .replace("n_head: 4", "n_head: 4, block_size: 4000")
+        + entry.replace("tiny", "large").replace("my.txt", "short.txt").replace("1e-4", "1e-4, batch_size: 64")
+    )
+    code, out, errors = run("validate", "job.yaml")
+    assert (code, out) == (2, "")
+    assert [error.partition(": ")[2] for error in errors] == [
+        f"job.yaml: models[0].data.path: {tmp_path}/my.txt does not exist (looked from {tmp_path}): "
+        "name a text file or a folder of pictures",
+        "job.yaml: models[1].model.block_size: the training text has 2,295 characters, block_size 4000 needs at least "
+        "8,000: set model.block_size to 1147 or less, or bring more text",
+        "job.yaml: models[2].train.batch_size: got 64, expected at most the 16 training examples there are; "
+        "write 16 or less, or leave it out",
+    ]
 
 
 def test_each_problem_is_one_line_and_the_exit_code_2(run: Run, tmp_path: Path) -> None:
