@@ -101,23 +101,6 @@ def run_attempt(
             return train(spec, family, served, dataset, group, recorder, resume)
 
 
-def check(spec: ModelSpec, storage: Storage) -> Dataset:
-    """Open a model's data and build the model, as its first attempt will.
-
-    Raises:
-        DataError, SpecError: what that attempt would fail with.
-    """
-    dataset = open_dataset(spec.data, storage)
-    with checkpoint.scratch_folder() as name:
-        source = initial.fetch(spec, storage, Path(name, "initial"))
-        if source:
-            initial.adopt_tokenizer(dataset, source)
-        family = build(spec, dataset)
-        if source:
-            initial.load(family, source)
-    return dataset
-
-
 def build(spec: ModelSpec, dataset: Dataset) -> Family[Any, Any]:
     """A fresh model for a dataset.
 

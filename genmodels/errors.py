@@ -3,6 +3,7 @@
 GenmodelsError                  one clear line for the person who sees it
 ├── SpecError                   a job spec or an option is wrong; names the field path
 ├── DataError                   a dataset is missing, damaged or too small
+│   └── DatasetExists           the name is taken by another content, which may be replaced
 ├── StorageError
 │   ├── KeyNotFound             no object under that key
 │   ├── Conflict                a conditional put lost: somebody else wrote first
@@ -34,6 +35,10 @@ class SpecError(GenmodelsError):
 
 class DataError(GenmodelsError):
     """A dataset is missing, damaged, or does not fit; the message says what to do."""
+
+
+class DatasetExists(DataError):
+    """A dataset's name means another content now; it is replaced where that is said to be meant."""
 
 
 class StorageError(GenmodelsError):

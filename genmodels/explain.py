@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Sized
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator, Sized
 from dataclasses import dataclass
 from typing import Annotated, Any, get_args
 
@@ -29,9 +30,17 @@ class Problem:
         return f"{path}: {self.text}" if path else self.text
 
 
-def explain(error: ValidationError, root: type[BaseModel]) -> list[Problem]:
-    """The problems of a failed validation against `root`, one for each wrong field; of very many, the first ones."""
-    return [Problem(details["loc"], _words(details, root)) for details in error.errors(include_url=False)[:MOST]]
+Homes = Callable[[Loc], list[str]]
+
+
+def explain(error: ValidationError, root: type[BaseModel], homes: Homes = lambda loc: []) -> list[Problem]:
+    """The problems of a failed validation against `root`, one for each wrong field; of very many, the first ones.
+
+    Args:
+        homes: other sections of the document, in words, that have a key which is unknown where it stands.
+    """
+    shown = error.errors(include_url=False)[:MOST]
+    return [Problem(details["loc"], _words(details, root, homes)) for details in shown]
 
 
 def wrong(text: str) -> PydanticCustomError:
@@ -46,10 +55,25 @@ def all_wrong(problems: Iterable[Problem]) -> ValidationError:
     )
 
 
-def nearest(word: object, choices: Iterable[str]) -> str:
+def nearest(word: object, choices: Iterable[str], cutoff: float = 0.6) -> str:
     """`; did you mean 'x'?` where a choice is near, else nothing."""
-    found = difflib.get_close_matches(str(word)[:100], list(choices), n=1, cutoff=0.6)
+    found = difflib.get_close_matches(str(word)[:100], list(choices), n=1, cutoff=cutoff)
     return f"; did you mean {found[0]!r}?" if found else ""
+
+
+def as_label(name: str) -> str:
+    """Return the label nearest to a name, `meu-coracao` for `Meu coração`; "" where no letter of it is Latin."""
+    spelt = "".join(_LETTERS.get(letter, letter) for letter in name.lower())
+    latin = "".join(letter for letter in unicodedata.normalize("NFKD", spelt) if not unicodedata.combining(letter))
+    return re.sub(r"[^a-z0-9]+", "-", latin)[:63].strip("-")
+
+
+def sections_of(root: type[BaseModel], path: Loc = ()) -> Iterator[tuple[Loc, type[BaseModel]]]:
+    """Yield a section and those below it, each with the names that lead to it."""
+    yield path, root
+    for name, field in root.model_fields.items():
+        for section in _all_inner(field.annotation):
+            yield from sections_of(section, (*path, name))
 
 
 def path_of(loc: Loc) -> str:
@@ -78,6 +102,10 @@ def show(value: object) -> str:
     shown = repr(value)
     return shown if len(shown) <= 60 else shown[:57] + "..."
 
+
+# Letters that Unicode does not take apart into a Latin one and a mark.
+_LETTERS = {"ß": "ss", "æ": "ae", "œ": "oe", "ø": "o", "ł": "l", "đ": "d", "ð": "d", "þ": "th", "ı": "i", "ħ": "h"}
+_STRONG = 0.75  # above that a near key is taken for a slip of the keyboard, without a look at other sections
 
 _TYPES = {
     "int": "a whole number",
@@ -109,14 +137,14 @@ _LENGTHS = {
 }
 
 
-def _words(details: ErrorDetails, root: type[BaseModel]) -> str:
+def _words(details: ErrorDetails, root: type[BaseModel], homes: Homes) -> str:
     kind, loc, value, context = details["type"], details["loc"], details["input"], details.get("ctx", {})
     if kind == "explained":
         return str(context["text"])
     if kind in ("value_error", "assertion_error"):
         return str(context["error"])
     if kind == "extra_forbidden":
-        return _unknown_key(loc, root)
+        return _unknown_key(loc, root, homes)
     field = _field(root, loc)
     if kind == "missing":
         meaning = f" ({field.description})" if field and field.description else ""
@@ -136,7 +164,7 @@ def _expected(
         bound, words = _BOUNDS[kind]
         return f"expected {_number(field)} {words} {context[bound]}{_hint(form)}"
     if kind in ("literal_error", "enum"):
-        choices = re.findall(r"'([^']*)'", str(context["expected"]))
+        choices = [choice.strip("'") for choice in re.split(", | or ", str(context["expected"]))]
         return f"expected one of {', '.join(choices)}{nearest(value, choices)}"
     if kind == "finite_number":
         return "expected a finite number"
@@ -189,16 +217,18 @@ def _hint(form: _FieldForm | None, examples: Iterable[object] = ()) -> str:
     return ""
 
 
-def _unknown_key(loc: Loc, root: type[BaseModel]) -> str:
+def _unknown_key(loc: Loc, root: type[BaseModel], homes: Homes) -> str:
     section = _section(root, loc[:-1])
     known = list(section.model_fields) if section else []
     key = loc[-1]
-    if hint := nearest(key, known):
+    if hint := nearest(key, known, _STRONG):
         return f"unknown key{hint}"
-    homes = [name for name, info in section.model_fields.items() if _has(info, key)] if section else []
-    if homes:
-        return f"unknown key; it belongs into {homes[0]!r}"
-    return f"unknown key; known here: {', '.join(known)}"
+    below = [repr(name) for name, info in section.model_fields.items() if _has(info, key)] if section else []
+    if places := below[:1] or homes(loc):
+        return f"unknown key; it belongs under {' or '.join(places)}"
+    return (
+        f"unknown key{nearest(key, known)}" if nearest(key, known) else f"unknown key; known here: {', '.join(known)}"
+    )
 
 
 def _has(field: FieldInfo, key: str | int) -> bool:
@@ -225,9 +255,14 @@ def _section(root: type[BaseModel], loc: Loc) -> type[BaseModel] | None:
 
 def _inner(annotation: Any) -> type[BaseModel] | None:
     """The section that an annotation such as `list[Section]` or `Section | None` is about."""
+    return next(_all_inner(annotation), None)
+
+
+def _all_inner(annotation: Any) -> Iterator[type[BaseModel]]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    return next((found for argument in get_args(annotation) if (found := _inner(argument))), None)
+        yield annotation
+    for argument in get_args(annotation):
+        yield from _all_inner(argument)
 
 
 def _as_pydantic_says(message: str) -> str:

@@ -49,6 +49,7 @@ Cause = Literal[
     "superseded",
 ]
 ENDED: tuple[State, ...] = ("succeeded", "failed", "cancelled")
+ACTIVE: tuple[State, ...] = ("starting", "running", "publishing")
 
 LONGEST_WAIT_SECONDS = 10.0  # between two tries of what waits for the store
 

@@ -7,6 +7,7 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path as FilePath
 from typing import Annotated, Any, Literal
 
@@ -16,11 +17,11 @@ from pydantic import Field
 from starlette.concurrency import run_in_threadpool
 from starlette.types import Receive, Scope, Send
 
-from genmodels import cleanup
+from genmodels import cleanup, removal
 from genmodels.checkpoint import scratch_folder
 from genmodels.data import DATASETS, stored
 from genmodels.engine.requests import Body
-from genmodels.errors import DataError, ModelNotFound, RequestError
+from genmodels.errors import DataError, DatasetExists, ModelNotFound, RequestError
 from genmodels.findings import evaluations
 from genmodels.registry import Registry, Version
 from genmodels.spec import LABEL
@@ -40,11 +41,16 @@ class AliasBody(Body):
     version: int = Field(ge=1, le=99_999_999, description="the version to point at, newer or older")
 
 
-class GcQuery(Strict):
+class DryRunQuery(Strict):
     dry_run: bool = Field(False, description="only say what would go")
 
 
+class DeleteModelQuery(DryRunQuery):
+    with_runs: bool = Field(False, description="also what its runs left: checkpoints, samples, logs")
+
+
 class DatasetQuery(Strict):
+    replace: bool = Field(False, description="also where the name means another content, which is 409 otherwise")
     image_size: int | None = Field(None, ge=8, le=256, description="of pictures: side of the squares they become")
     channels: Literal["1", "3"] | None = Field(None, description="of pictures: 1 grey, 3 RGB")
 
@@ -103,8 +109,26 @@ def add_model_routes(app: FastAPI, guard: Guard, storage: Storage) -> None:
 
         return Json({"model": model, "alias": alias, **await run_in_threadpool(work)})
 
+    @app.delete("/v1/models/{model}/aliases/{alias}", status_code=204, response_class=Response)
+    def delete_alias(model: str, alias: str, caller: Caller = admin) -> Response:
+        """Delete an alias with its history. The version that it names stays."""
+        _need(caller, model)
+        registry.remove_alias(model, alias)
+        return Response(status_code=204)
+
+    @app.delete("/v1/models/{model}")
+    def delete_model(model: str, query: Annotated[DeleteModelQuery, Query()], caller: Caller = admin) -> Response:
+        """Delete a whole model: aliases, versions, evaluations, files. 409 while a run of it is open.
+
+        The answer says what there was. What its runs left stays, unless `with_runs` is true.
+        """
+        _need(caller, model)
+        if query.dry_run:
+            return Json(asdict(removal.model_contents(storage, model)))
+        return Json(asdict(removal.delete_model(storage, model, with_runs=query.with_runs)))
+
     @app.post("/v1/gc")
-    def collect_garbage(query: Annotated[GcQuery, Query()], caller: Caller = admin) -> Response:
+    def collect_garbage(query: Annotated[DryRunQuery, Query()], caller: Caller = admin) -> Response:
         """Remove what nothing names any more: blobs of deleted versions, what interrupted uploads left."""
         caller.need_all()
         plan = cleanup.gc(storage)
@@ -132,7 +156,8 @@ def add_model_routes(app: FastAPI, guard: Guard, storage: Storage) -> None:
     ) -> Response:
         """Add a dataset: a text in UTF-8, or a zip of pictures, whose folders are the classes.
 
-        The same content again gives 200 and changes nothing. Jobs that were submitted keep the content they had.
+        The same content again gives 200 and changes nothing. Another content under a name that is there is 409, unless
+        `replace` is true. Jobs that were submitted keep the content they had.
         """
         caller.need([name])  # else a limited key could change what others' specs mean
         if name in DATASETS:
@@ -149,6 +174,26 @@ def add_model_routes(app: FastAPI, guard: Guard, storage: Storage) -> None:
         finally:
             uploads.release()
         return Json(dataset.model_dump(mode="json"), 201 if new else 200)
+
+    @app.delete("/v1/datasets/{name}")
+    def delete_dataset(
+        name: Annotated[str, Path(pattern=stored.NAME)],
+        query: Annotated[DryRunQuery, Query()],
+        caller: Caller = admin,
+    ) -> Response:
+        """Delete a dataset with all its contents. 409 while an open job needs it.
+
+        The answer says what there was, and which runs and versions were trained on it: they stay.
+        """
+        caller.need([name])
+        try:
+            found = (removal.dataset_contents if query.dry_run else removal.delete_dataset)(storage, name)
+        except DataError as error:
+            raise RequestError(str(error), status=404, param="name", code="dataset_not_found") from None
+        shown = asdict(found)
+        shown["runs"] = [run for run in found.runs if caller.may_use([run.partition("/")[2]])]
+        shown["versions"] = [version for version in found.versions if caller.may_use([version])]
+        return Json(shown)
 
 
 class _Pulled(FileResponse):
@@ -168,16 +213,24 @@ class _Pulled(FileResponse):
 def _add(storage: Storage, name: str, path: FilePath, query: DatasetQuery) -> tuple[stored.StoredDataset, bool]:
     channels: Any = int(query.channels) if query.channels else None
     try:
-        return stored.add(storage, name, path, query.image_size, channels)
+        return stored.add(storage, name, path, query.image_size, channels, replace=query.replace)
+    except DatasetExists as error:
+        message = f"{error}; add ?replace=true to replace it"
+        raise RequestError(message, status=409, param="name", code="dataset_exists") from None
     except DataError as error:
-        raise RequestError(str(error).replace(str(path), name), code="invalid_data") from None
+        raise RequestError(str(error).replace(str(path), "FILE"), code="invalid_data") from None
 
 
 def _version(registry: Registry, model: str, number: int, caller: Caller) -> Version:
+    _need(caller, model)
+    return registry.version(model, number)
+
+
+def _need(caller: Caller, model: str) -> None:
+    """Raise RequestError unless this is a model's name, and one that the caller may use."""
     if not re.fullmatch(LABEL, model):
         raise ModelNotFound(f"no model {model[:100]!r}: names are lower-case letters, digits and dashes")
     caller.need([model])
-    return registry.version(model, number)
 
 
 def _model(registry: Registry, name: str) -> dict[str, Any] | None:

@@ -100,8 +100,11 @@ def print_json(document: Any) -> None:
     print(json.dumps(document, indent=2, ensure_ascii=False))
 
 
-def agreed(question: str, yes: bool) -> bool:
+def agreed(question: str, yes: bool, option: str = "--yes") -> bool:
     """Whether to go on with what cannot be undone.
+
+    Args:
+        option: that stands for yes.
 
     Raises:
         SpecError: there is no terminal to ask on.
@@ -109,7 +112,7 @@ def agreed(question: str, yes: bool) -> bool:
     if yes:
         return True
     if not sys.stdin.isatty():
-        raise SpecError(f"{question} There is no terminal to ask on: add --yes")
+        raise SpecError(f"{question} There is no terminal to ask on: add {option}")
     return typer.confirm(question, err=True)
 
 

@@ -13,7 +13,7 @@ from genmodels.findings import Evaluation
 from genmodels.keys import Key
 from genmodels.registry import Registry
 from genmodels.run import State
-from services.terminal import STYLES, clock, waits
+from services.terminal import STYLES, clock, digits, of_few, waits
 from services.views import JobView, RunView
 
 
@@ -103,10 +103,14 @@ def measures_table(evaluation: Evaluation) -> Table:
     table = _table("measure", "value", "beside it")
     table.title = f"{evaluation.model}@{evaluation.version}, {evaluation.seconds:.0f} s"
     table.title_justify = table.caption_justify = "left"
+    examples = evaluation.notes.get("validation_examples")
+    count = examples if isinstance(examples, int | float) else None
+    exact = digits(count)
     for name, measure in evaluation.measures.items():
-        beside = ", ".join(f"{what}: {value:.4g}" for what, value in measure.beside.items())
-        table.add_row(name, f"{measure.value:.4g} {measure.unit}".rstrip(), Text(beside))
-    table.caption = Text("; ".join(f"{name}: {note}" for name, note in evaluation.notes.items()))
+        beside = ", ".join(f"{what}: {value:.{exact}g}" for what, value in measure.beside.items())
+        table.add_row(name, f"{measure.value:.{exact}g} {measure.unit}".rstrip(), Text(beside))
+    few = [f"figures are {of_few(count)}: more digits mean nothing"] if of_few(count) else []
+    table.caption = Text("; ".join([*few, *(f"{name}: {note}" for name, note in evaluation.notes.items())]))
     return table
 
 

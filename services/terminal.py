@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from types import TracebackType
@@ -20,6 +20,7 @@ from genmodels.run import Heartbeat, Phase, Result, State, Status
 from genmodels.spec import ModelSpec
 from services.supervise import ACTIVE, Watch
 
+MANY_EXAMPLES, FEW_EXAMPLES = 1000, 100
 LINE_SECONDS = 10.0  # between two lines of a model where the output is no terminal
 QUIET_SECONDS = 15.0  # without news of a model that trains, after which that is said
 STORAGE_AWAY: Phase = "waiting for storage"
@@ -160,8 +161,14 @@ def waits(phase: str | None, reason: str | None) -> str:
     return STORAGE_AWAY if phase == STORAGE_AWAY else ""
 
 
-def summary(rows: list[tuple[ModelSpec, Status, Result | None]], endpoint: str | None) -> Table:
-    """model, family, steps, metric, gate, version, seconds, endpoint"""
+def summary(
+    rows: list[tuple[ModelSpec, Status, Result | None]], endpoint: str | None, validation: Mapping[str, int]
+) -> Table:
+    """model, family, steps, metric, gate, version, seconds, endpoint
+
+    Args:
+        validation: by model, how many validation examples its metrics are of: pictures or characters.
+    """
     table = Table(title=f"Endpoints at {endpoint}" if endpoint else "No endpoint: no model was published")
     for heading in ("model", "family", "steps", "metric", "gate", "version", "seconds", "endpoint"):
         table.add_column(heading, overflow="fold")
@@ -172,7 +179,7 @@ def summary(rows: list[tuple[ModelSpec, Status, Result | None]], endpoint: str |
             spec.name,
             spec.family,
             str(result.step) if result else "-",
-            _metric(spec, result),
+            _metric(spec, result, validation.get(spec.name)),
             _gate(result),
             str(result.version) if published and result else "[red]none",
             f"{result.training_seconds:.0f}" if result else "-",
@@ -188,11 +195,24 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
-def _metric(spec: ModelSpec, result: Result | None) -> str:
+def digits(examples: float | None) -> int:
+    """How many digits of a mean over so many examples mean anything: its error is of the order of 1/sqrt(examples)."""
+    if examples is None or examples >= MANY_EXAMPLES:
+        return 4
+    return 3 if examples >= FEW_EXAMPLES else 2
+
+
+def of_few(examples: float | None) -> str:
+    """What to say beside figures of few validation examples; nothing of many."""
+    return f"of {examples:.0f} validation examples" if examples is not None and examples < FEW_EXAMPLES else ""
+
+
+def _metric(spec: ModelSpec, result: Result | None, examples: int | None) -> str:
     if result is None or not result.metrics:
         return "-"
     name = spec.serve.gate.metric if spec.serve.gate else models.load(spec.family).metric_names[0]
-    return f"{name} {result.metrics.get(name, math.nan):.4g}"
+    value = f"{name} {result.metrics.get(name, math.nan):.{digits(examples)}g}"
+    return f"{value} ({of_few(examples)})" if of_few(examples) else value
 
 
 def _gate(result: Result | None) -> str:

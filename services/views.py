@@ -56,6 +56,7 @@ class JobView(BaseModel):
     submitted: str
     ended: str | None = None
     models: list[RunView]
+    notes: list[str] = []  # on its submission: what was chosen, what to expect
 
 
 class Page(BaseModel):
@@ -84,10 +85,10 @@ class Views:
         (view,) = self._whole([entry], [self.jobs.spec(job)])
         return view
 
-    def submitted(self, entry: Entry, spec: JobSpec) -> JobView:
+    def submitted(self, entry: Entry, spec: JobSpec, notes: list[str]) -> JobView:
         """A job that has just come, which nobody has touched yet."""
         runs = [RunView(model=model.name, state="queued", **_plan(model)) for model in spec.models]
-        return _view(entry, runs)
+        return _view(entry, runs).model_copy(update={"notes": notes})
 
     def page(self, kind: str, limit: int, after: str, may_see: Callable[[Sequence[str]], bool]) -> Page:
         """Some of the jobs.

@@ -81,10 +81,13 @@ RULES: dict[str, dict[str, Rule]] = {
         "GET /v1/models/{model}/versions/{number}": Rule(("submit",)),
         "GET /v1/models/{model}/versions/{number}/files/{name}": Rule(("submit",)),
         "DELETE /v1/models/{model}/versions/{number}": Rule(("admin",)),
+        "DELETE /v1/models/{model}": Rule(("admin",), options={"params": {"dry_run": "true"}}),
         "PUT /v1/models/{model}/aliases/{alias}": Rule(("submit",), {"version": 1}),
+        "DELETE /v1/models/{model}/aliases/{alias}": Rule(("admin",)),
         "POST /v1/gc": Rule(("admin",)),
         "GET /v1/datasets": Rule(("submit",), limited="all"),
         "PUT /v1/datasets/{name}": Rule(("submit",), options={"content": b"too little"}),
+        "DELETE /v1/datasets/{name}": Rule(("admin",)),
     },
 }
 

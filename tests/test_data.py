@@ -148,7 +148,10 @@ def test_a_text_file_of_ones_own_just_works(tmp_path: Path) -> None:
     [
         (b"too short", "9 characters, too little to learn from: bring 2,000 or more"),
         (b"", "0 characters"),
-        (b"caf\xe9 " * 1000, "not UTF-8 text: byte 3 is 0xe9. Save it as UTF-8, for example: iconv"),
+        (
+            b"caf\xe9 " * 1000,
+            "not UTF-8 text: byte 3 is 0xe9. Save it as UTF-8, for example, of a western European text: iconv",
+        ),
         (b"\0" * 3000, "NUL bytes"),
     ],
 )
@@ -231,7 +234,7 @@ def test_a_folder_of_pictures_just_works(tmp_path: Path) -> None:
         "photos: 43 pictures as RGB 32 x 32, 42 of them scaled and centre-cropped",
         "smaller than that and enlarged: 12; a lower data.image_size keeps them sharp",
         "2 classes, one for each folder: cats, dogs",
-        "links that were not followed: 1",
+        "3 skipped: 1 .txt, 1 hidden, 1 link",
     ]
     assert open_dataset(DataConfig(path=str(folder))).digest == data.digest
     picture(folder / "dogs" / "0.png", (20, 50), 1234)

@@ -449,6 +449,18 @@ def test_an_open_job_is_not_deleted(service: Service) -> None:
 # Metrics of a run
 
 
+@pytest.mark.parametrize("source", ["7", "2", "9999"])
+def test_logs_of_a_worker_that_cannot_be_are_404(service: Service, source: str) -> None:
+    document = spec("test", "a")
+    document["models"][0]["scaling"] = {"num_workers": 2}
+    job = service.post(document).json()["job"]
+    error = refused(service("GET", f"/v1/jobs/{job}/logs?source={source}"), 404)
+    assert error["param"] == "source"
+    assert error["message"] == f"source: got '{source}'; what there is: driver and the workers 0 to 1"
+    for there in ("driver", "0", "1"):
+        assert service("GET", f"/v1/jobs/{job}/logs?source={there}").status_code == 200
+
+
 def test_metrics_are_rows_of_the_chain(service: Service) -> None:
     job = service.submit("a", "b")
     run = Run(service.storage, job, "a")

@@ -253,12 +253,83 @@ def test_a_billion_laughs_end_at_the_first_anchor() -> None:
 # what is refused: fields
 
 
+SECTIONS = {  # every section of a model, and where its keys may stand
+    "data": spec.DataConfig,
+    "train": spec.TrainConfig,
+    "scaling": spec.ScalingConfig,
+    "checkpoints": spec.CheckpointConfig,
+    "serve": spec.ServeConfig,
+    "serve.gate": spec.Gate,
+    "scaling.num_workers": spec.WorkerRange,
+}
+
+
+def known_fields() -> dict[str, set[str]]:
+    """The sections that have a key, by key: also those of the model's family, the stub's."""
+    fields = {path: [*section.model_fields] for path, section in SECTIONS.items()}
+    fields |= {"model": ["width", "heads", "act", "depth"], "model.depth": ["layers"]}
+    found: dict[str, set[str]] = {}
+    for path, names in fields.items():
+        for name in names:
+            found.setdefault(name, set()).add(path)
+    return found
+
+
+def test_a_key_in_the_wrong_section_is_sent_to_the_right_one() -> None:
+    """Every key of every section, in every other section and at the top, unless it is near a key there."""
+    homes, sent = known_fields(), 0
+    for key, paths in homes.items():
+        for at in ("train", "data", "scaling", "checkpoints", "serve", "serve.gate", "model", ""):
+            if at in paths or (at == "scaling" and key in SECTIONS["scaling.num_workers"].model_fields):
+                continue
+            where = "__".join(filter(None, ["models__0", *at.split(".")])) + f"__{key}"
+            said = next(problem for problem in problems(good(**{where: 1})) if f".{key}: " in problem)
+            if "did you mean" in said:
+                continue
+            assert re.search(r"it belongs under (.*)", said), said
+            named = set(re.findall(r"'([\w.]+)'", said.partition("under ")[2]))
+            assert named <= paths or {f"{at}.{name}" for name in named} <= paths, said  # from the top, or from there
+            assert named, said
+            sent += 1
+    assert sent > 200
+
+
+@pytest.mark.parametrize("key", ["dropout", "block_size", "n_layer"])
+def test_a_setting_of_the_family_belongs_under_model(key: str) -> None:
+    changes = {"models__0__model": {"family": "minigpt"}, f"models__0__train__{key}": 1}
+    assert f"models[0].train.{key}: unknown key; it belongs under 'model'" in problems(good(**changes))
+
+
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [
+        ("meu-coração", "meu-coracao"),
+        ("Ünïcode Straße", "unicode-strasse"),
+        ("smørrebrød_æ", "smorrebrod-ae"),
+        ("Łódź 2024", "lodz-2024"),
+        ("ﬁne", "fine"),
+        ("--x--", "x"),
+        ("a" * 80, "a" * 63),
+        ("模型", ""),
+    ],
+)
+def test_a_name_that_is_no_label_is_spelt_in_latin_letters(name: str, near: str) -> None:
+    (said,) = problems(good(name=name))
+    assert said.endswith(f"; write e.g. {near}" if near else "with no '-' at the ends")
+
+
+@pytest.mark.parametrize("value", [0, 2, 4, "1", "grey"])
+def test_choices_that_are_numbers_are_listed(value: object) -> None:
+    (said,) = problems(good(models__0__data={"path": "photos", "channels": value}))
+    assert "expected one of 1, 3" in said
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"nmae": 1}, "nmae: unknown key; did you mean 'name'?"),
         ({"models__1__modle": {}}, "models[1].modle: unknown key; did you mean 'model'?"),
-        ({"models__1__batch_size": 4}, "models[1].batch_size: unknown key; it belongs into 'train'"),
+        ({"models__1__batch_size": 4}, "models[1].batch_size: unknown key; it belongs under 'train'"),
         (
             {"models__0__train__lerning_rate": 1},
             "models[0].train.lerning_rate: unknown key; did you mean 'learning_rate'?",

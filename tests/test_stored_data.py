@@ -19,7 +19,7 @@ from PIL import Image
 from stores import MemoryStorage, RecordingStorage, in_threads
 
 from genmodels.data import DataConfig, ImageData, TextData, open_dataset, pin_data, stored, unpack
-from genmodels.errors import DataError
+from genmodels.errors import DataError, DatasetExists
 from genmodels.family import ImageInfo, TextInfo
 from genmodels.storage import Storage, open_storage
 
@@ -128,14 +128,17 @@ def test_the_same_again_writes_nothing_and_another_content_leaves_pins_alone(pla
     pinned = pin_data(config("mine"), storage)
     assert pinned.sha256 == first.sha256
     play.write_text(TALE)
-    second, new = stored.add(storage, "mine", play)
+    with pytest.raises(DatasetExists, match="dataset 'mine' is there with another content: 3,060 characters"):
+        stored.add(storage, "mine", play)
+    assert len(storage.log) == written
+    second, new = stored.add(storage, "mine", play, replace=True)
     assert new
     assert open_dataset(pinned, storage).digest == hashlib.sha256(PLAY.encode()).hexdigest()
     assert open_dataset(config("mine"), storage).digest == hashlib.sha256(TALE.encode()).hexdigest()
     assert pin_data(pinned, storage) == pinned
     assert pin_data(config("mine"), storage).sha256 == second.sha256
     play.write_text(PLAY)
-    assert stored.add(storage, "mine", play) == (first, True)  # the name means the first one again
+    assert stored.add(storage, "mine", play, replace=True) == (first, True)  # the name means the first one again
     assert storage.log[-1][0] == "datasets/mine/current.json"
     assert [key for key, _ in storage.log].count(f"datasets/mine/{first.sha256}/text.txt") == 1
     assert stored.catalog(storage) == [first]
@@ -263,7 +266,8 @@ def test_links_in_a_zip_are_passed_over(tmp_path: Path) -> None:
         writer.writestr(link, "/etc/passwd")
         writer.writestr("a.png", b"x")
     (tmp_path / "links.zip").write_bytes(out.getvalue())
-    folder = unpack.unpack(tmp_path / "links.zip", tmp_path / "inside")
+    folder, skipped = unpack.unpack(tmp_path / "links.zip", tmp_path / "inside")
+    assert skipped == {"link": 1}
     assert [path.name for path in folder.iterdir()] == ["a.png"]
 
 

@@ -60,4 +60,7 @@ def open_storage(url: str, *, in_use: bool = False) -> Storage:
         from genmodels.storage.s3 import S3Storage  # boto3 takes a quarter of a second to import
 
         return MeasuredStorage(S3Storage(bucket, check_key(prefix.removesuffix("/")) if prefix else ""), in_use)
-    raise StorageError(f"storage URL {shown!r}: must be file:///absolute/folder or s3://bucket/prefix")
+    form = "must be file:///absolute/folder or s3://bucket/prefix"
+    if re.fullmatch(r"[^:@]+", url):
+        form = f"write the folder as {Path(os.path.abspath(os.path.expanduser(url))).as_uri()}"
+    raise StorageError(f"storage URL {shown!r}: {form}")
