@@ -38,10 +38,10 @@ class ImageInfo(Section):
     """What a family must know of an image dataset to build its networks."""
 
     kind: Literal["image"] = "image"
-    channels: int
-    height: int
-    width: int
-    num_classes: int | None = None
+    channels: int = Field(ge=1, le=1024)
+    height: int = Field(ge=1, le=16_384)
+    width: int = Field(ge=1, le=16_384)
+    num_classes: int | None = Field(None, ge=0, le=65_536)
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -53,7 +53,7 @@ class TextInfo(Section):
     """What a family must know of a text dataset to build its networks."""
 
     kind: Literal["text"] = "text"
-    vocab_size: int
+    vocab_size: int = Field(ge=1, le=2**21)  # there are fewer characters
 
 
 DataInfo = Annotated[ImageInfo | TextInfo, Field(discriminator="kind")]

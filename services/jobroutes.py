@@ -57,7 +57,7 @@ class LogQuery(Strict):
 
 class MetricsQuery(Strict):
     model: str | None = Field(None, max_length=100, description="needed where the job has several")
-    after: int = Field(0, ge=0, description="only rows of later steps")
+    after: int = Field(0, ge=0, le=10**9, description="only rows of later steps")
 
 
 class CancelBody(Section):

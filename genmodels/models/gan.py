@@ -65,7 +65,7 @@ class GANRequest(Section):
         1.0, ge=0, le=2, description="scale of the noise (truncation); lower is more typical, less varied"
     )
     label: int | None = Field(
-        None, ge=0, description="class of a conditional model; each image draws its own if absent"
+        None, ge=0, le=65_535, description="class of a conditional model; each image draws its own if absent"
     )
 
 
