@@ -96,11 +96,14 @@ def validate(
     storage_url: StorageUrl = None,
 ) -> None:
     """Check a job spec."""
+    from genmodels import servable
     from genmodels.data import stored
     from genmodels.spec import read_spec
 
     store = storage(storage_url)
     job = read_spec(spec, stored.kinds(store))
+    for model in job.models:
+        servable.check(model, None)
     families = ", ".join(model.family for model in job.models)
     print(f"ok: {spec}: job {job.name}, {len(job.models)} model{'s' if len(job.models) > 1 else ''} ({families})")
     if smoke:

@@ -85,6 +85,7 @@ class JobRoutes:
             spec = pin(spec, self.storage, mark=not dry_run)
             if dry_run:
                 return self.planner.plan(spec, self.views.queue()["capacity"])
+            self.planner.check_sizes(spec)
         except SpecError as error:
             raise RequestError(str(error), param=_path(error), code="invalid_spec") from None
         digest = hashlib.sha256(body).hexdigest()

@@ -17,9 +17,10 @@ from torch import Tensor
 from genmodels.engine.meters import TextMeter
 from genmodels.errors import RequestError
 from genmodels.family import TextFamily, keep_half
+from genmodels.memory import SERVED_ROWS
 from genmodels.sampling import Sampler, draw
 
-SLOTS = 16  # texts in one step
+SLOTS = SERVED_ROWS  # texts in one step
 MAX_WAITING = 256  # texts without a slot
 PREFILLS = 2  # chunks read between two steps: a long prompt holds the others up for no longer
 
@@ -67,11 +68,6 @@ class Batcher:
     @property
     def slots(self) -> int:
         return len(self._slots)
-
-    @property
-    def size(self) -> int:
-        """Bytes of what it keeps beside the network."""
-        return self._decoder.size
 
     def add(self, *texts: Text) -> None:
         """Let texts join, all or none.

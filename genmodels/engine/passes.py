@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from genmodels.engine.meters import ImageMeter
+from genmodels.memory import SERVED_ROWS
 
-CHUNK = 16  # rows in every pass
+CHUNK = SERVED_ROWS  # rows in every pass
 
 
 @dataclass(eq=False)
