@@ -259,7 +259,7 @@ def read_outline(folder: Path) -> Family[Any, Any]:
     Raises:
         CheckpointError: it describes none that this release knows.
     """
-    import torch
+    from genmodels.outline import shapes_only
 
     try:
         document = json.loads((folder / CONFIG).read_text())
@@ -267,7 +267,7 @@ def read_outline(folder: Path) -> Family[Any, Any]:
         # Lenient: a newer release may have added settings. Where they matter, shapes or the probe differ.
         config = cls.Config.model_validate(document["config"], strict=False, extra="ignore")
         data: Any = TypeAdapter(DataInfo).validate_python(document["data"], strict=False, extra="ignore")
-        with torch.device("meta"):
+        with shapes_only():
             return cls(config, data)
     except (OSError, KeyError, TypeError, ValueError, ArithmeticError, RuntimeError, SpecError) as error:
         raise CheckpointError(f"{CONFIG}: {' '.join(str(error).split())[:1000]}") from error

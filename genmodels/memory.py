@@ -66,10 +66,11 @@ def network_bytes(family: Any, config: BaseModel, data: BaseModel) -> int:
 
 @lru_cache(1024)
 def _bytes_of(family: Any, config: BaseModel, data: BaseModel) -> int:
-    import torch
     from torch import nn
 
-    with torch.device("meta"):  # shapes without memory
+    from genmodels.outline import shapes_only
+
+    with shapes_only():
         built = family(config, data)
     networks = [value for value in vars(built).values() if isinstance(value, nn.Module)]
     return sum(tensor.nbytes for network in networks for tensor in network.state_dict().values())

@@ -35,7 +35,7 @@ class Shelf:
 
     Args:
         budget: bytes.
-        start: called once with each model that has got its place.
+        start: called once with each model that has got its place, before any request.
     """
 
     def __init__(self, storage: Storage, budget: int, start: Callable[[Loaded], None]) -> None:
@@ -117,11 +117,11 @@ class Shelf:
             loaded = load(self._storage, found)
             warm(loaded)
             LOAD_SECONDS.labels(found.family).observe(time.monotonic() - began)
+            loaded.meter()
+            self._start(loaded)  # before requests can find it: they would wait for ever for one that cannot start
             with self._lock:
-                loaded.meter()
                 LOADED_BYTES.labels(*loaded.labels).inc(size.total)
                 self._held[found.name] = _Held(loaded, size.total)
-        self._start(loaded)
 
     def _footprint(self, found: Found) -> Footprint:
         """What a model will take, before any of it is taken."""

@@ -290,7 +290,9 @@ class MiniGPTDecoder:
         head = vocab_size * (width + config.bias)
         tables = vocab_size * width + positions + head
         attention = 3 * rows * config.n_head * kept  # mask, scores, probabilities
-        working = attention + rows * (3 * inputs * hidden + 8 * width + 16 * vocab_size)
+        passing = attention + rows * (3 * inputs * hidden + 8 * width + 16 * vocab_size)
+        making = 3 * width * max(3 * width, inputs * hidden, vocab_size)  # a matrix, and what it is made from
+        working = max(passing, making)
         return FLOAT * (tables + config.n_layer * (layer + biases)), FLOAT * working
 
     @torch.inference_mode()
