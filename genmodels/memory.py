@@ -59,19 +59,22 @@ def network_bytes(family: Any, config: BaseModel, data: BaseModel) -> int:
     They are linear in the number of equal blocks, so two shallow models without memory tell those of any depth.
     """
     if family.repeated is None:
-        return _bytes_of(family, config, data)
-    one, two = (_bytes_of(family, config.model_copy(update={family.repeated: depth}), data) for depth in (1, 2))
+        return _bytes_of(family, config.model_dump_json(), data)
+    one, two = (
+        _bytes_of(family, config.model_copy(update={family.repeated: depth}).model_dump_json(), data)
+        for depth in (1, 2)
+    )
     return one + (getattr(config, family.repeated) - 1) * (two - one)
 
 
 @lru_cache(1024)
-def _bytes_of(family: Any, config: BaseModel, data: BaseModel) -> int:
+def _bytes_of(family: Any, config: str, data: BaseModel) -> int:
     from torch import nn
 
     from genmodels.outline import shapes_only
 
     with shapes_only():
-        built = family(config, data)
+        built = family(family.Config.model_validate_json(config), data)
     networks = [value for value in vars(built).values() if isinstance(value, nn.Module)]
     return sum(tensor.nbytes for network in networks for tensor in network.state_dict().values())
 
