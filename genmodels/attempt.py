@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from genmodels import __version__, checkpoint, flops, initial, metrics, models
+from genmodels import __version__, checkpoint, flops, initial, metrics, models, servable
 from genmodels.checkpoint import Lineage, Manifest, Place
 from genmodels.data import Dataset, open_dataset
 from genmodels.errors import CheckpointError, SpecError
@@ -105,12 +105,13 @@ def build(spec: ModelSpec, dataset: Dataset) -> Family[Any, Any]:
     """A fresh model for a dataset.
 
     Raises:
-        SpecError: family and dataset do not fit.
+        SpecError: family and dataset do not fit, or no host can serve such a model.
     """
     cls = models.load(spec.family)
     if cls.kind != dataset.info.kind:
         raise SpecError(f"data: {spec.family} learns from {cls.kind}s, this dataset has {dataset.info.kind}s")
     cls.check(spec.model, dataset.info)
+    servable.check(spec, dataset.info)
     return cls(spec.model, dataset.info)
 
 

@@ -11,7 +11,7 @@ import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
-from genmodels import initial, models
+from genmodels import initial, models, servable
 from genmodels.data import DataConfig
 from genmodels.data.facts import Facts, facts_of
 from genmodels.data.text import check_block_size
@@ -36,6 +36,7 @@ def check_job(
     open_data: bool = False,
     only: Collection[str] | None = None,
     capacity: Mapping[str, int] | None = None,
+    planned: bool = False,
 ) -> Checked:
     """Return the job with a batch size that fits, where none was given.
 
@@ -44,6 +45,7 @@ def check_job(
             under a path.
         only: the models that are to be trained; what is wrong with others is not told.
         capacity: the most `cpus` and `gpus` that there are, where that is known.
+        planned: a plan follows, which tells by itself what does not fit the cluster or a model host.
 
     Raises:
         SpecError: with a line for each thing that is wrong, of all models.
@@ -55,8 +57,10 @@ def check_job(
         try:
             facts = _facts(spec.data, storage, open_data and wanted, known)
             spec, notes = _check_model(spec, facts, storage, with_weights=open_data and wanted)
+            if not planned:
+                servable.check(spec, facts.info)
             checked.facts[spec.name] = facts
-            checked.notes[spec.name] = [*facts.notes, *notes, *_devices(spec, capacity)]
+            checked.notes[spec.name] = [*facts.notes, *notes, *([] if planned else _devices(spec, capacity))]
         except (SpecError, DataError) as error:
             lines = error.problems if isinstance(error, SpecError) else (str(error),)
             problems += [_at(place, line) for line in lines if wanted]

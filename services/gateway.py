@@ -22,9 +22,10 @@ from genmodels.engine.images import ImageAnswer, ImageRequest
 from genmodels.engine.text import Vocabulary
 from genmodels.errors import RequestError
 from genmodels.keys import Keys
+from genmodels.memory import HOST_MEMORY
 from genmodels.storage import open_storage
 from services.edge import LOOPBACK
-from services.host import MEMORY, Entry, ModelHost, Opened
+from services.host import Entry, ModelHost, Opened
 from services.routes import create_app
 
 POOL = "default"
@@ -41,7 +42,7 @@ _COMMON: dict[str, Any] = {
 
 
 def build(
-    storage_url: str, *, auth: bool, memory: int = MEMORY, workers: int = 4, torch_threads: int = 1
+    storage_url: str, *, auth: bool, memory: int = HOST_MEMORY, workers: int = 4, torch_threads: int = 1
 ) -> Application:
     """The application, to be run with `serve.run(build(url, auth=True), name="genmodels", route_prefix="/")`.
 

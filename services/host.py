@@ -35,13 +35,13 @@ from genmodels.engine.shelf import Shelf
 from genmodels.engine.text import Vocabulary
 from genmodels.errors import GenmodelsError, ModelNotFound, RequestError, StorageUnavailable
 from genmodels.findings import Evaluation, newest
+from genmodels.memory import HOST_MEMORY
 from genmodels.references import Found, of_version
 from genmodels.registry import Registry
 from genmodels.storage import open_storage
 
 FOLLOW_SECONDS = 1.0  # between two looks at the registry
 LISTED_SECONDS = 1.0  # how long the list of models is believed
-MEMORY = 2 * 2**30  # bytes of models
 GATHER_SECONDS = 0.05  # of text that travels as one piece: each hop between processes costs about a token's time
 TRIES = 3  # to have a model in memory that others push out
 
@@ -84,7 +84,9 @@ class ModelHost:
         torch_threads: of each computation.
     """
 
-    def __init__(self, storage_url: str, *, memory: int = MEMORY, workers: int = 4, torch_threads: int = 1) -> None:
+    def __init__(
+        self, storage_url: str, *, memory: int = HOST_MEMORY, workers: int = 4, torch_threads: int = 1
+    ) -> None:
         torch.set_num_threads(torch_threads)
         self._registry = Registry(open_storage(storage_url, in_use=True))
         self._shelf = Shelf(self._registry.storage, memory, functools.partial(_start, torch_threads=torch_threads))

@@ -58,7 +58,7 @@ class LogQuery(Strict):
 
 class MetricsQuery(Strict):
     model: str | None = Field(None, max_length=100, description="needed where the job has several")
-    after: int = Field(0, ge=0, description="only rows of later steps")
+    after: int = Field(0, ge=0, le=10**9, description="only rows of later steps")
 
 
 class CancelBody(Body):
@@ -85,7 +85,7 @@ class JobRoutes:
             caller.need(filter(None, (model.train.init_from for model in spec.models)))
             capacity = self.views.queue()["capacity"]
             spec = pin(spec, self.storage, mark=False)
-            checked = check_job(spec, self.storage, capacity=None if dry_run else capacity)  # a plan tells itself
+            checked = check_job(spec, self.storage, capacity=capacity, planned=dry_run)
             if dry_run:
                 plan = self.planner.plan(checked.job, capacity)
                 for model in plan.models:

@@ -56,8 +56,10 @@ def history_table(job: JobView) -> Table:
 
 
 def plan_table(plan: Mapping[str, Any]) -> Table:
-    """What a dry run tells: model, family, steps, epochs, workers, parameters, checkpoint, fits"""
-    table = _table("model", "family", "dataset", "steps", "epochs", "workers", "parameters", "checkpoint", "fits")
+    """What a dry run tells: model, family, steps, epochs, workers, parameters, checkpoint, serving, fits"""
+    table = _table(
+        "model", "family", "dataset", "steps", "epochs", "workers", "parameters", "checkpoint", "serving", "fits"
+    )
     for model in plan["models"]:
         fewest, most = model["workers"]
         fits = {True: "[green]yes", False: "[red]no", None: "?"}[model["fits"]]
@@ -71,9 +73,17 @@ def plan_table(plan: Mapping[str, Any]) -> Table:
             (str(most) if fewest == most else f"{fewest} to {most}") + (" GPU" if model["use_gpu"] else ""),
             "?" if model["parameters"] is None else f"{model['parameters']:,}",
             "?" if size is None else f"{amount(size)}, {kept} kept",
+            _serving(model),
             fits,
         )
     return table
+
+
+def _serving(model: Mapping[str, Any]) -> str:
+    """The memory that a model takes where it is served."""
+    if model["serving_bytes"] is None:
+        return "?"
+    return amount(model["serving_bytes"]) + ("" if model["servable"] else " [red]too large")
 
 
 def registry_table(registry: Registry) -> Table:

@@ -19,10 +19,13 @@ from genmodels.data.images import decode_image, grid, pixels_of, png
 from genmodels.engine.loaded import ImageModel, Loaded
 from genmodels.engine.requests import MAX_N, Count, Request, Seeds, seed_or_random
 from genmodels.errors import RequestError
+from genmodels.explain import show
 
 MAX_PIXELS = 2**24  # of all pictures of one answer: 64 of 256 x 256 in three colours
 
 Many = Field(min_length=1, max_length=MAX_N, fail_fast=True)
+LARGEST = 3.4028234663852886e38  # of float32
+Coordinate = Annotated[float, Field(ge=-LARGEST, le=LARGEST)]
 
 
 class ImageRequest(Request):
@@ -63,7 +66,7 @@ class EncodeRequest(ImageRequest):
 class DecodeRequest(DrawnRequest):
     verb = "decode"
 
-    latents: list[Annotated[list[float], Field(fail_fast=True)]] = Many
+    latents: list[Annotated[list[Coordinate], Field(fail_fast=True)]] = Many
 
 
 class ReconstructRequest(DrawnRequest):
@@ -166,6 +169,7 @@ def read_images(model: ImageModel, values: Sequence[Any], param: str) -> Tensor:
     Raises:
         RequestError: one cannot be read or is of another size.
     """
+    _check_pixels(model, len(values), param)
     return torch.stack([_image(model, value, f"{param}[{i}]") for i, value in enumerate(values)])
 
 
@@ -203,7 +207,7 @@ def _end(model: ImageModel, value: Any, param: str, options: Any) -> Tensor:
     """A latent (latent_dim,) from a seed, a latent, or an image."""
     if isinstance(value, int) and not isinstance(value, bool):
         if not 0 <= value < 2**63:
-            raise _wrong(param, f"got {value}, a seed is from 0 to 2^63 - 1")
+            raise _wrong(param, f"got {show(value)}, a seed is from 0 to 2^63 - 1")
         return model.family.sample_latents(1, value, options)[0]
     if isinstance(value, list) and value and not isinstance(value[0], list):
         return _latent(model, value, param)
