@@ -46,13 +46,13 @@ class Source:
     origin: str
     licence: str
     files: tuple[File, ...]
+    info: DataInfo
+    sizes: tuple[int, int]  # pictures or characters of training and of validation
     url: str | None = None  # of the folder; None: the files come with `package`
     package: str | None = None  # as pip names it, with its version
     folders: tuple[str, ...] = ()  # where the operating system's packages put the files
     hint: str = ""
     class_names: tuple[str, ...] = ()
-    info: DataInfo = TextInfo(vocab_size=0)  # noqa: RUF009  frozen
-    sizes: tuple[int, int] = (0, 0)  # pictures or characters of training and of validation
 
 
 def _idx_files(*sums: str) -> tuple[File, ...]:
