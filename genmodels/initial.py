@@ -6,7 +6,6 @@ step and the schedule begin anew. A text is read with the tokenizer of the model
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -34,7 +33,7 @@ def fetch(spec: ModelSpec, storage: Storage, folder: Path) -> Path | None:
         find(storage, pinned).fetch(storage, folder)
     except (CheckpointError, ModelNotFound) as error:
         raise SpecError(f"train.init_from: {pinned}: {error}") from None
-    family = json.loads((folder / checkpoint.CONFIG).read_text())["family"]
+    family = checkpoint.read_config(folder)["family"]
     if family != spec.family:
         raise SpecError(f"train.init_from: {pinned} is of family {family}, this model of {spec.family}")
     return folder
@@ -62,7 +61,7 @@ def load(family: Family[Any, Any], folder: Path) -> None:
     Raises:
         SpecError: the shapes differ.
     """
-    found = json.loads((folder / checkpoint.CONFIG).read_text())
+    found = checkpoint.read_config(folder)
     data, config, ours = found["data"], found["config"], family.config.model_dump(mode="json")
     try:
         family.network.load_state_dict(checkpoint.load_tensors(folder / checkpoint.WEIGHTS))

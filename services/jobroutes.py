@@ -17,7 +17,7 @@ from pydantic import BaseModel, Field
 from starlette.concurrency import run_in_threadpool
 
 from genmodels.data import stored
-from genmodels.errors import RequestError, SpecError
+from genmodels.errors import DamagedObject, RequestError, SpecError
 from genmodels.explain import nearest, show
 from genmodels.family import Section
 from genmodels.job import Jobs
@@ -84,7 +84,7 @@ class JobRoutes:
             caller.need(filter(None, (model.train.init_from for model in spec.models)))
             spec = pin(spec, self.storage, mark=not dry_run)
             if dry_run:
-                return self.planner.plan(spec, self.views.queue()["capacity"])
+                return self.planner.plan(spec, self.views.queue().capacity)
         except SpecError as error:
             raise RequestError(str(error), param=_path(error), code="invalid_spec") from None
         digest = hashlib.sha256(body).hexdigest()
@@ -139,7 +139,7 @@ class JobRoutes:
         cursors: list[dict[str, str]] = [{} for _ in runs]
 
         def look() -> tuple[Iterator[bytes], bool]:
-            ended = all(run.status()[0].state in ENDED for run in runs)  # first, so that the last lines are seen
+            ended = all(map(_has_ended, runs))  # first, so that the last lines are seen
             streams = (_lines(run, query.source, seen) for run, seen in zip(runs, cursors, strict=True))
             return _packed(text for _, text in merge(*streams)), ended
 
@@ -262,6 +262,14 @@ def _chosen(names: list[str], models: Iterable[str] | None) -> list[str]:
             known = f"this job has {', '.join(names)}{nearest(model, names)}"
             raise RequestError(f"got {show(model)}; {known}", param="model", status=404, code="model_not_found")
     return [name for name in names if models is None or name in models]
+
+
+def _has_ended(run: Run) -> bool:
+    """Also of a run whose status is damaged: nobody carries it on."""
+    try:
+        return run.status()[0].state in ENDED
+    except DamagedObject:
+        return True
 
 
 def _path(error: SpecError) -> str | None:

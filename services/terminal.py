@@ -23,12 +23,13 @@ from services.supervise import Watch
 LINE_SECONDS = 10.0  # between two lines of a model where the output is no terminal
 STORAGE_AWAY: Phase = "waiting for storage"
 SHOWN_PHASES: tuple[Phase, ...] = ("compiling", "evaluating", "saving")  # instead of `running`
-STYLES: dict[State, str] = {
+STYLES: dict[str, str] = {
     "starting": "cyan",
     "running": "cyan",
     "publishing": "cyan",
     "succeeded": "green",
     "failed": "red",
+    "damaged": "red",
     "cancelled": "yellow",
 }
 
@@ -38,7 +39,7 @@ class Shown:
     """How far a run is. `note`: why it is in its state, or what it waits for."""
 
     model: str
-    state: State
+    state: Shown
     phase: str = ""
     step: int = 0
     max_steps: int = 0

@@ -24,6 +24,7 @@ from genmodels.attempt import stored_model, work
 from genmodels.checkpoint import Manifest, Place
 from genmodels.errors import (
     CheckpointError,
+    DamagedObject,
     DataError,
     GenmodelsError,
     StorageUnavailable,
@@ -246,7 +247,8 @@ def _failure(error: BaseException) -> Result:
                 return Result(outcome="failed", cause="superseded", message=str(cause))
             case StorageUnavailable():
                 return Result(outcome="failed", cause="storage", message=str(cause))
-            case CheckpointError():  # the next attempt passes over a damaged checkpoint
+            # the next attempt passes over a damaged checkpoint; another object may have been mended by then
+            case CheckpointError() | DamagedObject():
                 return Result(outcome="failed", cause="infrastructure", message=str(cause))
             case GenmodelsError():
                 return Result(outcome="failed", cause="user", message=str(cause))

@@ -17,11 +17,31 @@ from urllib.parse import unquote
 
 from genmodels.errors import StorageError
 from genmodels.storage.base import UNPRINTABLE, Storage, check_key
-from genmodels.storage.documents import decode_floats, encode_floats, read_document, write_document
+from genmodels.storage.documents import (
+    Document,
+    Time,
+    decode_floats,
+    encode_floats,
+    list_names,
+    load_document,
+    read_document,
+    write_document,
+)
 from genmodels.storage.folder import FolderStorage
 from genmodels.storage.measured import MeasuredStorage
 
-__all__ = ["Storage", "decode_floats", "encode_floats", "open_storage", "read_document", "write_document"]
+__all__ = [
+    "Document",
+    "Storage",
+    "Time",
+    "decode_floats",
+    "encode_floats",
+    "list_names",
+    "load_document",
+    "open_storage",
+    "read_document",
+    "write_document",
+]
 
 
 def open_storage(url: str) -> Storage:
