@@ -71,7 +71,7 @@ class EndedEntry(Entry):
     states: dict[str, State]
 
 
-class _Submission(Document):
+class Submission(Document):
     """What the first one with an idempotency key was about to make."""
 
     object_kind = "submission"
@@ -83,7 +83,7 @@ class _Submission(Document):
     deleted: bool = False  # the job is gone, and its key makes no other
 
 
-class _Index(Document):
+class Index(Document):
     """Which of the two indexes an ended job belongs to; the entries there follow from it."""
 
     object_kind = "index"
@@ -128,7 +128,7 @@ class Jobs:
             IdempotencyConflict: the key came before with another body, or its job was deleted.
             StorageUnavailable: there may or may not be a job now; the same key again makes it certain.
         """
-        first = mine = _Submission(job=self._new_id(spec.name), digest=body_digest or digest(spec), submitted=now())
+        first = mine = Submission(job=self._new_id(spec.name), digest=body_digest or digest(spec), submitted=now())
         name = ""
         if idempotency_key is not None:
             name = hashlib.sha256(json.dumps([caller, idempotency_key]).encode()).hexdigest()
@@ -218,7 +218,7 @@ class Jobs:
         if before and _ended_key(before.entry) != _ended_key(closed):
             self.storage.delete(_ended_key(before.entry))  # left by one who died when he reopened it
         try:
-            self._swap(_Index(entry=closed, state="ended"), etag)
+            self._swap(Index(entry=closed, state="ended"), etag)
         except Conflict:
             current, _ = self._index(job)
             if current is None or current.state != "ended" or current.entry.ended != ended:
@@ -276,7 +276,7 @@ class Jobs:
                 raise GenmodelsError(f"job {job} was resumed just now; cancel it first") from None
         entry = index.entry
         if entry.idempotency:
-            body = _Submission(job=job, digest="", submitted=entry.submitted, deleted=True)
+            body = Submission(job=job, digest="", submitted=entry.submitted, deleted=True)
             write_document(self.storage, _submission_key(entry.idempotency), body.model_dump(mode="json"))
         self.storage.delete(_spec_key(job))
         listed = [*_run_keys(job, entry.models, entry.submitted), _ended_key(entry), _open_key(job)]
@@ -311,14 +311,14 @@ class Jobs:
             if not self.exists(job):
                 return job
 
-    def _first(self, name: str, mine: _Submission) -> _Submission:
+    def _first(self, name: str, mine: Submission) -> Submission:
         """What the first one that came with this key left; `mine` itself if that is it."""
         key = _submission_key(name)
         try:
             write_document(self.storage, key, mine.model_dump(mode="json"), if_absent=True)
             return mine
         except Conflict:
-            first, _ = load_document(self.storage, key, _Submission)
+            first, _ = load_document(self.storage, key, Submission)
         if first.deleted:
             raise IdempotencyConflict(f"this idempotency key was used for job {first.job}, which was deleted")
         if first.digest != mine.digest:
@@ -336,16 +336,16 @@ class Jobs:
             return load_document(self.storage, f"ended/{name}", EndedEntry, job=name.partition("-")[2])[0]
         return None
 
-    def _index(self, job: str) -> tuple[_Index | None, str | None]:
+    def _index(self, job: str) -> tuple[Index | None, str | None]:
         try:
-            index, etag = load_document(self.storage, _index_key(job), _Index)
+            index, etag = load_document(self.storage, _index_key(job), Index)
         except KeyNotFound:
             return None, None
         if index.entry.job != job:
-            raise damaged(_index_key(job), "it is a copy of another job's", _Index, etag)
+            raise damaged(_index_key(job), "it is a copy of another job's", Index, etag)
         return index, etag
 
-    def _swap(self, index: _Index, etag: str | None) -> None:
+    def _swap(self, index: Index, etag: str | None) -> None:
         key, body = _index_key(index.entry.job), index.model_dump(mode="json")
         write_document(self.storage, key, body, if_absent=etag is None, if_match=etag)
 

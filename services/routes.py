@@ -86,7 +86,7 @@ def create_app(pool: Pool, *, hosts: Collection[str] | None = LOOPBACK, keys: Ke
         hosts: names that a Host header may have; None for any, where there are keys.
         keys: who may ask; None: anyone.
     """
-    app = new_app("genmodels", _ABOUT, hosts=hosts, health=pool.health)
+    app = new_app("genmodels", _ABOUT, hosts=hosts, health=lambda: pool.health())
     app.add_middleware(Counted)
     generate = Guard(keys, Limits())("generate")
 

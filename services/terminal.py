@@ -16,7 +16,7 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from genmodels import models
-from genmodels.run import Heartbeat, Phase, Result, State, Status
+from genmodels.run import Heartbeat, Phase, Result, Status
 from genmodels.spec import ModelSpec
 from services.supervise import Watch
 

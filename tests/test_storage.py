@@ -418,7 +418,7 @@ def test_document_conflict_leaves_the_winner(storage: Storage) -> None:
 def test_damaged_documents(storage: Storage) -> None:
     for data in (b"", b"{", b"[1]", b"\xff\xfe", b'"text"'):
         storage.put("doc", data)
-        with pytest.raises(DamagedObject, match="^doc: damaged"):
+        with pytest.raises(DamagedObject, match=r"^doc: damaged"):
             read_document(storage, "doc")
         with pytest.raises(Conflict):
             write_document(storage, "doc", {}, if_absent=True)
