@@ -45,8 +45,8 @@ class File(Document):
 class Place(Document):
     """Where in a run a checkpoint stands."""
 
-    attempt: int
-    step: int
+    attempt: int = Field(ge=0)
+    step: int = Field(ge=0)
 
 
 class Lineage(Document):

@@ -65,7 +65,7 @@ class Version(Document):
 
 
 class Move(Document):
-    version: int
+    version: int = Field(ge=1)
     time: str
     reason: str
 
@@ -74,7 +74,7 @@ class Alias(Document):
     object_kind = "alias"
     remedy = "set it anew: genmodels promote MODEL@VERSION ALIAS"
 
-    version: int
+    version: int = Field(ge=1)
     history: list[Move] = Field(default_factory=list)
 
 
