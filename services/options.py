@@ -76,7 +76,11 @@ def service(context: typer.Context, api: str | None) -> Client | None:
 def storage(url: str | None) -> Storage:
     from genmodels.storage import open_storage
 
-    return open_storage(url or (Path.cwd() / ".genmodels").as_uri())
+    return open_storage(storage_url(url))
+
+
+def storage_url(url: str | None) -> str:
+    return url or (Path.cwd() / ".genmodels").as_uri()
 
 
 def console(*, stderr: bool = False) -> Console:

@@ -54,6 +54,9 @@ class MeasuredStorage(Storage):
         with _measured("download"):
             self._storage.download(key, path)
 
+    def clock(self) -> float | None:
+        return self._storage.clock()
+
 
 @contextmanager
 def _measured(operation: str) -> Iterator[None]:
