@@ -89,7 +89,7 @@ def _versions() -> Iterator[Check]:
     except metadata.PackageNotFoundError:
         yield Check("versions", "warning", "genmodels is not installed here", "install it: pip install -e .")
         return
-    wanted = about.get("Requires-Python") or ""
+    wanted = about["Requires-Python"] or ""
     if python not in SpecifierSet(wanted):
         yield Check("python", "problem", f"{python}, expected {wanted}", "make the environment with another Python")
     for requirement in map(Requirement, metadata.requires("genmodels") or ()):

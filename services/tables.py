@@ -13,7 +13,7 @@ from genmodels.findings import Evaluation
 from genmodels.keys import Key
 from genmodels.registry import Registry
 from services.terminal import STYLES, clock
-from services.views import JobView, RunView, Shown
+from services.views import JobView, RunView, ShownState
 
 
 def jobs_table(jobs: Iterable[JobView]) -> Table:
@@ -185,7 +185,7 @@ def _short(run: RunView) -> Text:
     return Text(f"{run.model}{state}{share}{place}", STYLES.get(run.state, ""))
 
 
-def _state(state: Shown) -> Text:
+def _state(state: ShownState) -> Text:
     return Text(state, STYLES.get(state, ""))
 
 

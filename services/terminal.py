@@ -39,7 +39,7 @@ class Shown:
     """How far a run is. `note`: why it is in its state, or what it waits for."""
 
     model: str
-    state: Shown
+    state: ShownState
     phase: str = ""
     step: int = 0
     max_steps: int = 0

@@ -22,7 +22,7 @@ MOST_KEPT = 4096  # specs, and entries of the index, kept in memory: they never 
 
 T = TypeVar("T")
 
-Shown: TypeAlias = State | Literal["damaged"]  # damaged: what has become of it cannot be read, and is not guessed
+ShownState: TypeAlias = State | Literal["damaged"]  # damaged: what has become of it cannot be read, and is not guessed
 
 
 class RunView(BaseModel):
@@ -30,7 +30,7 @@ class RunView(BaseModel):
 
     model: str
     family: str | None = None
-    state: Shown
+    state: ShownState
     reason: str = ""
     attempt: int = 0
     workers: int = 0
@@ -53,7 +53,7 @@ class JobView(BaseModel):
     job: str
     name: str
     priority: int
-    state: Shown
+    state: ShownState
     submitted: str
     ended: str | None = None
     models: list[RunView]
@@ -173,11 +173,11 @@ class Views:
         return views
 
 
-def job_state(states: Sequence[Shown]) -> Shown:
+def job_state(states: Sequence[ShownState]) -> ShownState:
     """What a job's runs make of it."""
     if any(state in ("starting", "running", "publishing") for state in states):
         return "running"
-    worst: tuple[Shown, ...] = ("queued", "damaged", "failed", "cancelled")
+    worst: tuple[ShownState, ...] = ("queued", "damaged", "failed", "cancelled")
     return next((state for state in worst if state in states), "succeeded")
 
 
