@@ -19,6 +19,7 @@ from genmodels import models
 from genmodels.run import Heartbeat, Phase, Result, Status
 from genmodels.spec import ModelSpec
 from services.supervise import Watch
+from services.views import ShownState
 
 LINE_SECONDS = 10.0  # between two lines of a model where the output is no terminal
 STORAGE_AWAY: Phase = "waiting for storage"
