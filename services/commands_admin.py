@@ -63,7 +63,9 @@ def gc(context: typer.Context, yes: Yes = False, storage_url: StorageUrl = None,
 
 @app.command(rich_help_panel=PANEL)
 def doctor(storage_url: StorageUrl = None, as_json: AsJson = False) -> None:
-    """Look for what is wrong with the storage, this machine and the installation, and say what to do.
+    """Look for what is wrong here, and say what to do.
+
+    It looks at the storage, what is in it, this machine and the installation.
 
     Exit code 1 if there is a problem; warnings are none.
     """
