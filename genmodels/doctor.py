@@ -211,7 +211,7 @@ def _health(port: int) -> str | None:
 
 
 def _is_ours(port: int) -> bool:
-    for path, sign in (("/openapi.json", '"title":"genmodels'), ("/metrics", "genmodels_"), ("/api/version", '"ray_')):
+    for path, sign in (("/healthz", '"status":"ok"'), ("/metrics", "genmodels_"), ("/api/version", '"ray_')):
         answer = _get(port, path)
         if answer is not None and sign in answer.text.replace('": "', '":"'):
             return True
