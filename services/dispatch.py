@@ -269,7 +269,8 @@ class Dispatcher:
                 continue
             ended_all = all(each.status.state in ENDED and not each.wished for each in supervisors)
             if ended_all and self._holds():  # asked right before: no epoch guards the index
-                ended = max(each.status.history[-1].time for each in supervisors)
+                changes = (change.time for each in supervisors for change in each.status.history[-1:])
+                ended = max(changes, default=now())
                 try:
                     self.jobs.close(job, ended, {each.run.model: each.status.state for each in supervisors})
                 except StorageUnavailable:
@@ -314,7 +315,7 @@ class Dispatcher:
         return Running(
             key,
             run.priority,
-            since=next(change.time for change in reversed(status.history) if change.state == "starting"),
+            since=next((change.time for change in reversed(status.history) if change.state == "starting"), ""),
             sizes=run.spec.world_sizes,
             workers=status.workers,
             use_gpu=run.spec.scaling.use_gpu,

@@ -11,7 +11,7 @@ import shutil
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 from counts import series
@@ -31,7 +31,7 @@ from genmodels.keys import Keys
 from genmodels.lease import Lease
 from genmodels.metrics import DAMAGED
 from genmodels.registry import Registry
-from genmodels.run import Heartbeat, Result, Run
+from genmodels.run import Heartbeat, Result, Run, State
 from genmodels.storage import Storage, documents, load_document, open_storage
 from services.auth import require_keys
 from services.dispatch import Dispatcher
@@ -305,6 +305,20 @@ def test_dispatching_goes_on(template: tuple[Path, dict[str, str], Any], world: 
             dispatcher.tick(epoch)
         assert Run(world.storage, bad, "m").status()[0].epoch == epoch
         assert bad not in Jobs(world.storage).open()
+
+
+@pytest.mark.parametrize("state", get_args(State))
+def test_a_status_without_its_history_stops_no_other_run(
+    template: tuple[Path, dict[str, str], Any], world: World, state: str
+) -> None:
+    _, names, _ = template
+    world.storage.put(names["Status"], json.dumps({"state": state, "attempt": 1}).encode())
+    dispatcher = Dispatcher(world.storage, Cluster(world.storage))
+    for _ in range(40):
+        dispatcher.tick(9)
+    states = {model: Run(world.storage, names["job"], model).status()[0].state for model in ("m", "n")}
+    assert states == {"m": "succeeded", "n": "succeeded"}
+    assert names["job"] not in Jobs(world.storage).open()
 
 
 @pytest.mark.parametrize("spoiled", [b"", b"{", b'{"epoch": -4, "holder": ""}', None])
