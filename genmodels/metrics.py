@@ -132,6 +132,21 @@ GATES = _counter("gates_total", "Checkpoints judged by a gate.", ("family", "pas
 STORAGE_SECONDS = _histogram("storage_seconds", "Of an operation on storage, tries again included.", ("operation",))
 STORAGE_ERRORS = _counter("storage_errors_total", "Operations on storage that failed.", ("operation", "kind"))
 
+# By kind of object, as `Document.kind` names it. An object that stays damaged is counted at each read.
+DAMAGED = _counter("damaged_objects_total", "Reads that met a damaged object in storage, by kind.", ("kind",))
+
+# Background threads that live as long as their process. `thread`: "follow" (a model host's, on the registry) or
+# "dispatch" (the job service's); failures also of "lease", "wishes", "copy-log", "ship-log", "decode" and "export".
+THREAD_PROGRESS = _gauge(
+    "thread_progress_timestamp_seconds",
+    "When a background thread last completed a round, or one object of it, in Unix time.",
+    ("thread",),
+    "livemin",
+)
+THREAD_FAILURES = _counter(
+    "thread_failures_total", "Rounds of background threads that an unexpected error ended.", ("thread",)
+)
+
 # Requests: counted by the gateway. Of requests that named no model that there is, its labels are empty.
 REQUESTS = _counter("requests_total", "Requests answered, by route and status.", (*VERSION_LABELS, "route", "code"))
 REQUEST_SECONDS = _histogram("request_seconds", "From a request to the end of its answer.", (*VERSION_LABELS, "route"))

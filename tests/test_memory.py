@@ -313,9 +313,7 @@ def test_the_setting_at_fault_is_named_with_what_would_be_right() -> None:
     assert re.search("; lower it, and n_\\w+ and n_\\w+$", said)
 
 
-def test_a_spec_is_judged_by_its_data(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_spec_is_judged_by_its_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_data(tmp_path)
     entry = model(tmp_path, "vae")
     entry["model"] |= {"width": 512, "blocks": 8}
