@@ -12,6 +12,7 @@ from typer.core import TyperGroup
 
 from genmodels.errors import GenmodelsError, SpecError
 from services import commands_admin, commands_jobs, commands_storage
+from services.environment import settle
 from services.options import SpecFile, StorageUrl, storage
 
 PANEL = "On this machine alone"
@@ -46,6 +47,7 @@ app = typer.Typer(
 
 def main() -> None:
     """Entry point. Exits with 2 for a wrong spec or usage, 1 for what failed, 130 after Ctrl-C."""
+    settle()
     try:
         app()
     except GenmodelsError as error:

@@ -13,9 +13,6 @@ from __future__ import annotations
 
 import os
 import secrets
-import sys
-import sysconfig
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -29,6 +26,7 @@ from genmodels.storage import Storage
 from services import dashboard, exporter
 from services.backends import RayJobsBackend
 from services.children import Child, Tell
+from services.environment import own_folder, python, ray_command
 from services.jobs import check_access
 from services.leaving import interruptions, leave
 from services.local import HOST, check_port, free_ports, is_free, ray_environment
@@ -70,13 +68,13 @@ def up(storage: Storage, options: Options, tell: Tell | None = None) -> None:
     check_access(storage, HOST, not options.auth)
     for name in ("port", "api_port", "metrics_port"):
         check_port(getattr(options, name), f"--{name.replace('_', '-')}")
-    with tempfile.TemporaryDirectory(prefix="genmodels-up-", dir=_short_folder(), ignore_cleanup_errors=True) as folder:
+    with own_folder() as folder:
         first = free_ports(4)
         ports = RayPorts(first, first + 1, first + 2, DASHBOARD_PORT if is_free(DASHBOARD_PORT) else first + 3)
-        os.environ |= _environment(Path(folder), ports)
+        os.environ |= _environment(folder, ports)
         for name in ("RAY_ADDRESS", "RAY_AUTH_TOKEN"):
             os.environ.pop(name, None)
-        ray, jobs, gateway, metrics = children = _children(storage, options, Path(folder), ports)
+        ray, jobs, gateway, metrics = children = _children(storage, options, folder, ports)
         with interruptions() as interrupted:
             try:
                 _tend(children, options, tell, f"Starting. Storage: {storage.url}. Logs: {options.logs}", interrupted)
@@ -110,11 +108,13 @@ def _children(storage: Storage, options: Options, folder: Path, ports: RayPorts)
     metered = shared | {DIRECTORY: str(folder / "metrics")}  # before Ray starts, so that workers inherit it
 
     def child(name: str, command: list[str], url: str, ready: Callable[[], bool], env: dict[str, str]) -> Child:
-        return Child(name, command, options.logs / f"{name}.log", ready, url, env)
+        return Child(
+            name, command, options.logs / f"{name}.log", ready, url, env, folder, folder if name == "ray" else None
+        )
 
     def service(name: str, module: str, port: int, path: str, env: dict[str, str], *arguments: str) -> Child:
         url = f"http://{HOST}:{port}"
-        command = [sys.executable, "-m", f"services.{module}", *arguments, "--port", str(port)]
+        command = python(module, *arguments, "--port", str(port))
         return child(name, command, url + path.removesuffix("/healthz"), lambda: _answers(url + path), env)
 
     def ray_answers() -> bool:
@@ -143,8 +143,7 @@ def _ray_command(options: Options, folder: Path, ports: RayPorts) -> list[str]:
         "temp-dir": folder / "ray",
         "include-log-monitor": "false",  # logs go to storage
     }
-    ray = Path(sysconfig.get_path("scripts")) / "ray"
-    return [str(ray), "start", "--head", "--block", *(f"--{name}={value}" for name, value in flags.items())]
+    return ray_command("start", "--head", "--block", *(f"--{name}={value}" for name, value in flags.items()))
 
 
 def _environment(folder: Path, ports: RayPorts) -> dict[str, str]:
@@ -181,8 +180,3 @@ def _answers(url: str) -> bool:
         return httpx.get(url, timeout=READY_SECONDS, trust_env=False).status_code == 200
     except httpx.HTTPError:
         return False
-
-
-def _short_folder() -> str:
-    """Ray puts sockets there, whose paths may have about 100 characters."""
-    return os.environ.get("RAY_TMPDIR") or "/tmp"
