@@ -13,6 +13,7 @@ import sysconfig
 import tempfile
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any, TextIO
 
 from genmodels.errors import GenmodelsError
 
@@ -50,6 +51,38 @@ def settle() -> None:
     os.environ |= settled(os.environ)
 
 
+class _Lasting:
+    """A stream that this process outlives: what can no longer be written (a closed pipe, a full disk) is dropped."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except OSError:
+            return self._drop()
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except OSError:
+            self._drop()
+
+    def _drop(self) -> int:
+        with open(os.devnull, "w") as nowhere:
+            os.dup2(nowhere.fileno(), self._stream.fileno())
+        return 0
+
+
+def outlive_output() -> None:
+    """Go on when nobody can read the output any more. For commands whose work counts, not what they print."""
+    sys.stdout, sys.stderr = _Lasting(sys.stdout), _Lasting(sys.stderr)  # type: ignore[assignment]
+
+
 def settled(environment: Mapping[str, str]) -> dict[str, str]:
     """Return the variables that differ from a user's environment. Empty ones count as not set."""
     changes = {name: "" for name in INTERPRETER if environment.get(name)}
@@ -85,17 +118,18 @@ def own_folder() -> Iterator[Path]:
 
     Ray's processes and drivers work in it: Ray adds a driver's working directory to the import path of its workers.
     """
-    with tempfile.TemporaryDirectory(prefix="gm-", dir=_short(), ignore_cleanup_errors=True) as folder:
+    with _made() as folder:
         yield Path(folder)
 
 
-def _short() -> str:
-    """Return the first temporary folder that is short enough and can be written to."""
+def _made() -> tempfile.TemporaryDirectory[str]:
+    """Make it in the first temporary folder that is short enough and can be written to."""
     longest = SOCKET_BYTES - len(f"/gm-00000000/{RAY_SOCKET}")
-    candidates = [os.environ.get("RAY_TMPDIR"), os.environ.get("TMPDIR"), "/tmp"]
-    for folder in filter(None, candidates):
-        if len(os.fsencode(folder)) <= longest and os.path.isabs(folder) and os.access(folder, os.W_OK | os.X_OK):
-            return folder
+    candidates = [os.environ.get("RAY_TMPDIR") or "", os.environ.get("TMPDIR") or "", "/tmp"]
+    for folder in candidates:
+        if os.path.isabs(folder) and len(os.fsencode(folder)) <= longest:
+            with contextlib.suppress(OSError):
+                return tempfile.TemporaryDirectory(prefix="gm-", dir=folder, ignore_cleanup_errors=True)
     raise GenmodelsError(
         f"no folder for Ray's sockets: /tmp cannot be written to; set RAY_TMPDIR to a folder of at most {longest} bytes"
     )
@@ -108,6 +142,6 @@ def _open_standard_streams() -> None:
             os.fstat(number)
         except OSError:
             os.open(os.devnull, os.O_RDWR)  # takes the lowest free number
-    sys.stdin = sys.stdin or open(0, closefd=False)
-    sys.stdout = sys.stdout or open(1, "w", closefd=False)
-    sys.stderr = sys.stderr or open(2, "w", closefd=False)
+    sys.stdin = sys.stdin or os.fdopen(0, closefd=False)
+    sys.stdout = sys.stdout or os.fdopen(1, "w", closefd=False)
+    sys.stderr = sys.stderr or os.fdopen(2, "w", closefd=False)

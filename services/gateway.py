@@ -23,9 +23,9 @@ from genmodels.keys import Keys
 from genmodels.storage import open_storage
 from services.edge import LOOPBACK
 from services.host import MEMORY, Entry, ModelHost, Opened
+from services.local import POOL
 from services.routes import create_app
 
-POOL = "default"
 HTTP_OPTIONS = {"host": "127.0.0.1", "request_timeout_s": 300.0}  # for `serve.start`, with a `port`
 
 # Serve's own defaults are no limit on what waits, and a rollout that first takes the old replica away.

@@ -37,15 +37,20 @@ def main() -> None:
     folder = arguments.pop(0).removeprefix(REMOVE) if arguments[0].startswith(REMOVE) else None
     command = subprocess.Popen(arguments, stdin=subprocess.DEVNULL)
     signal.signal(signal.SIGTERM, lambda *_: command.terminate())
-    threading.Thread(target=_end_with_input, args=[folder], daemon=True).start()
+    ending = threading.Event()
+    end = threading.Thread(target=_end_with_input, args=[ending, folder], daemon=True)
+    end.start()
     code = command.wait()
+    if ending.is_set():
+        end.join()  # which ends this process
     sweep(os.getpid())
     os._exit(code if code >= 0 else 128 - code)  # as a shell tells of a signal
 
 
-def _end_with_input(folder: str | None) -> None:
+def _end_with_input(ending: threading.Event, folder: str | None) -> None:
     while os.read(0, 1024):
         pass
+    ending.set()
     sweep(os.getpid())
     deadline = time.monotonic() + REMOVE_SECONDS
     while folder and os.path.exists(folder) and time.monotonic() < deadline:

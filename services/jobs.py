@@ -59,6 +59,7 @@ def create_app(
     keys: Keys | None,
     hosts: Collection[str] | None,
     closing: Callable[[], bool] = lambda: False,
+    endpoint: str | None = None,
 ) -> FastAPI:
     """The HTTP application. It reads and writes storage, and knows nothing of the cluster.
 
@@ -66,10 +67,11 @@ def create_app(
         keys: who may ask; None: anyone.
         hosts: names that a Host header may have; None for any, where there are keys.
         closing: whether the service is about to end, so that those who follow logs are let go.
+        endpoint: URL of the gateway, which clients are told.
     """
     app = new_app("genmodels jobs", _ABOUT, hosts=hosts, schemas=_spec_schemas, max_body=MAX_BODY, streamed=UPLOADS)
     guard = Guard(keys)
-    views = add_job_routes(app, guard, storage, closing)
+    views = add_job_routes(app, guard, storage, closing, endpoint)
     add_model_routes(app, guard, storage)
     metrics = JobMetrics(views)
 
@@ -115,7 +117,10 @@ def _serve(options: argparse.Namespace) -> int:
 
     storage = open_storage(options.storage)
     keys = check_access(storage, options.host, options.no_auth)
-    app = create_app(storage, keys=keys, hosts=None if keys else LOOPBACK, closing=lambda: server.should_exit)
+    hosts = None if keys else LOOPBACK
+    app = create_app(
+        storage, keys=keys, hosts=hosts, closing=lambda: server.should_exit, endpoint=options.endpoint or None
+    )
     app.openapi()  # imports the families, so that nobody has to wait for them
     server = uvicorn.Server(_uvicorn(app, options.host, options.port))
     dispatcher = Dispatcher(storage, _backend(options, storage), lease=Lease(storage))
@@ -180,6 +185,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--storage", required=True, help="file:///folder or s3://bucket/prefix")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
     parser.add_argument("--port", type=int, default=PORT)
+    parser.add_argument(
+        "--endpoint",
+        default=os.environ.get("GENMODELS_GATEWAY"),
+        help="URL of the gateway, for clients that want to know (GENMODELS_GATEWAY)",
+    )
     parser.add_argument("--no-auth", action="store_true", help="ask for no key; for this machine alone")
     parser.add_argument(
         "--backend",

@@ -19,11 +19,13 @@ from genmodels.run import now
 from genmodels.spec import JobSpec, dump, job_id
 from genmodels.storage import Storage
 from services.backends import SubprocessBackend
+from services.deploy import APPLICATION
 from services.edge import SERVE_ENVIRONMENT
 from services.environment import own_folder
 from services.supervise import Capacity
 
 HOST = "127.0.0.1"
+POOL = "default"  # Serve's deployment of model hosts
 
 
 class LocalPlatform:
@@ -33,6 +35,7 @@ class LocalPlatform:
         self.storage, self.logs, self.num_cpus = storage, logs, num_cpus
         self.ray_seconds = 0.0
         self._end = contextlib.ExitStack()
+        self._serves = False
 
     def __enter__(self) -> LocalPlatform:
         return self
@@ -61,8 +64,12 @@ class LocalPlatform:
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
         import ray
 
-        ray.shutdown()  # with Serve and everything else that runs in it
-        self._end.close()
+        try:
+            if self._serves:
+                _end_serving()
+        finally:
+            ray.shutdown()  # with Serve and everything else that runs in it
+            self._end.close()
 
     def backend(self) -> SubprocessBackend:
         import ray
@@ -79,8 +86,21 @@ class LocalPlatform:
 
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
         serve.start(http_options={**HTTP_OPTIONS, "port": port}, logging_config={"log_level": "ERROR"})
-        serve.run(build(self.storage.url, auth=auth), name="genmodels", route_prefix="/")
+        serve.run(build(self.storage.url, auth=auth), name=APPLICATION, route_prefix="/")
+        self._serves = True
         return f"http://{HOST}:{port}"
+
+
+def _end_serving() -> None:
+    """End model hosts first and then the gateway: so it can tell clients, in an event, that their stream is cut."""
+    import ray
+    from ray import serve
+
+    with contextlib.suppress(Exception):  # of a Ray that is broken all ends at once
+        for actor in ray.util.list_named_actors(all_namespaces=True):
+            if actor["name"].startswith(f"SERVE_REPLICA::{APPLICATION}#{POOL}#"):
+                ray.kill(ray.get_actor(actor["name"], namespace=actor["namespace"]))
+        serve.delete(APPLICATION)
 
 
 def ray_environment() -> dict[str, str]:

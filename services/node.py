@@ -122,7 +122,9 @@ def command(role: str, head: str, address: str, num_cpus: int | None) -> list[st
         flags |= {"head": None, "port": GCS_PORT, **at}
     else:
         flags["address"] = f"{head}:{GCS_PORT}"
-    return ray_command("start", *(f"--{name}" if value is None else f"--{name}={value}" for name, value in flags.items()))
+    return ray_command(
+        "start", *(f"--{name}" if value is None else f"--{name}={value}" for name, value in flags.items())
+    )
 
 
 def tell(line: str) -> None:

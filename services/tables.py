@@ -13,7 +13,7 @@ from genmodels.findings import Evaluation
 from genmodels.keys import Key
 from genmodels.registry import Registry
 from genmodels.run import State
-from services.terminal import STYLES, clock
+from services.terminal import STYLES, clock, current
 from services.views import JobView, RunView
 
 
@@ -60,7 +60,7 @@ def plan_table(plan: Mapping[str, Any]) -> Table:
     table = _table("model", "family", "dataset", "steps", "epochs", "workers", "parameters", "checkpoint", "fits")
     for model in plan["models"]:
         fewest, most = model["workers"]
-        fits = {True: "[green]yes", False: "[red]no", None: "?"}[model["fits"]]
+        fits = {True: Text("yes", "green"), False: Text("no", "red"), None: Text("?")}[model["fits"]]
         kept, size = model["checkpoints_kept"], model["checkpoint_bytes"]
         table.add_row(
             model["model"],
@@ -127,7 +127,7 @@ def keys_table(keys: Iterable[Key]) -> Table:
         models = ", ".join(f"{prefix}..." for prefix in key.prefixes) or "all"
         limits = [f"{key.rate} a minute"] if key.rate else []
         limits += [f"{key.concurrency} at once"] if key.concurrency else []
-        revoked = f"[red]{age(key.revoked)}" if key.revoked else "-"
+        revoked = Text(age(key.revoked), "red") if key.revoked else Text("-")
         scopes = ", ".join(key.scopes)
         table.add_row(key.id, key.name, scopes, models, ", ".join(limits) or "none", age(key.created), revoked)
     return table
@@ -179,9 +179,11 @@ def _table(*headings: str) -> Table:
 
 def _short(run: RunView) -> Text:
     """A model of a job in a list: coloured by its state, with how far it is."""
-    share = f" {100 * run.step // run.max_steps}%" if run.state == "running" and run.step and run.max_steps else ""
+    doing = current(run.state, run.phase)
+    trains = doing == "running" and run.phase != "starting"
+    share = f" {min(99, 100 * run.step // run.max_steps)}%" if trains and run.step and run.max_steps else ""
     place = f" (number {run.position})" if run.position is not None else ""
-    state = "" if run.state == "succeeded" else f" {run.state}"
+    state = "" if run.state == "succeeded" else f" {doing}"
     return Text(f"{run.model}{state}{share}{place}", STYLES.get(run.state, ""))
 
 

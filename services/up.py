@@ -123,7 +123,9 @@ def _children(storage: Storage, options: Options, folder: Path, ports: RayPorts)
     at = ["--storage", storage.url, *with_auth]
     return [
         child("ray", _ray_command(options, folder, ports), shared[dashboard.ADDRESS], ray_answers, metered),
-        service("jobs", "jobs", options.api_port, "/healthz", shared, *at),
+        service(
+            "jobs", "jobs", options.api_port, "/healthz", shared, *at, "--endpoint", f"http://{HOST}:{options.port}"
+        ),
         service("gateway", "deploy", options.port, "/healthz", shared, *at),
         service("exporter", "exporter", options.metrics_port, "/metrics", metered),
     ]

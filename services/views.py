@@ -55,6 +55,7 @@ class JobView(BaseModel):
     submitted: str
     ended: str | None = None
     models: list[RunView]
+    endpoint: str | None = None  # URL of the gateway, where the service was told of it; not in lists
 
 
 class Page(BaseModel):
@@ -65,10 +66,14 @@ class Page(BaseModel):
 
 
 class Views:
-    """Reads in parallel, safe between threads."""
+    """Reads in parallel, safe between threads.
 
-    def __init__(self, storage: Storage) -> None:
-        self.storage, self.jobs = storage, Jobs(storage)
+    Args:
+        endpoint: URL of the gateway that serves what the jobs publish.
+    """
+
+    def __init__(self, storage: Storage, endpoint: str | None = None) -> None:
+        self.storage, self.jobs, self.endpoint = storage, Jobs(storage), endpoint
         self._threads = ThreadPoolExecutor(READERS, "views")
         self._specs: OrderedDict[str, JobSpec] = OrderedDict()
         self._entries: OrderedDict[str, Entry] = OrderedDict()
@@ -81,12 +86,12 @@ class Views:
         """
         entry = self.jobs.entry(job)
         (view,) = self._whole([entry], [self.jobs.spec(job)])
-        return view
+        return view.model_copy(update={"endpoint": self.endpoint})
 
     def submitted(self, entry: Entry, spec: JobSpec) -> JobView:
         """A job that has just come, which nobody has touched yet."""
         runs = [RunView(model=model.name, state="queued", **_plan(model)) for model in spec.models]
-        return _view(entry, runs)
+        return _view(entry, runs).model_copy(update={"endpoint": self.endpoint})
 
     def page(self, kind: str, limit: int, after: str, may_see: Callable[[Sequence[str]], bool]) -> Page:
         """Some of the jobs.

@@ -17,6 +17,7 @@ from genmodels.family import TextInfo
 
 MAX_BYTES = 2**30
 MIN_CHARACTERS = 2_000
+EXAMPLE = "The "  # a prompt that most texts have the characters of
 
 
 class Tokenizer(Protocol):
@@ -24,6 +25,10 @@ class Tokenizer(Protocol):
 
     @property
     def vocab_size(self) -> int: ...
+
+    @property
+    def example_prompt(self) -> str:
+        """A short prompt that `encode` takes, to suggest to people."""
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a prompt. Raises RequestError (400) naming what the model has never seen."""
@@ -67,6 +72,13 @@ class CharTokenizer:
     @property
     def vocab_size(self) -> int:
         return len(self.vocab)
+
+    @property
+    def example_prompt(self) -> str:
+        if set(EXAMPLE) <= self._ids.keys():
+            return EXAMPLE
+        kinds = (str.isupper, str.isalpha, str.isalnum, lambda character: character.isprintable() and character != " ")
+        return next((found for kind in kinds for found in self.vocab if kind(found)), self.vocab[0])
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a prompt. Raises RequestError (400) naming the characters that the model has never seen."""
