@@ -282,7 +282,7 @@ class Supervisor:
             self.to("succeeded", result.message)
             return
         number = self.status.attempt
-        wishes = self.run.wishes(number)
+        wishes = [wish for wish in self.run.wishes(number) if wish.wish != "resume"]
         cancel = next((wish for wish in wishes if wish.then == "cancelled"), None)
         if cancel:
             self._ended_by = "cancelled"  # nothing failed, also where it was ended at once
