@@ -80,7 +80,7 @@ class _Lasting:
 
 def outlive_output() -> None:
     """Go on when nobody can read the output any more. For commands whose work counts, not what they print."""
-    sys.stdout, sys.stderr = _Lasting(sys.stdout), _Lasting(sys.stderr)  # type: ignore[assignment]
+    sys.stdout, sys.stderr = _Lasting(sys.stdout), _Lasting(sys.stderr)
 
 
 def settled(environment: Mapping[str, str]) -> dict[str, str]:

@@ -108,7 +108,7 @@ def check_access(storage: Storage, host: str, no_auth: bool) -> Keys | None:
         if host not in ("127.0.0.1", "localhost", "::1"):
             raise GenmodelsError(f"--no-auth is for this machine alone: --host must be 127.0.0.1, not {host}")
         return None
-    return require_keys(storage, "submit")
+    return require_keys(storage)
 
 
 def _serve(options: argparse.Namespace) -> int:

@@ -93,7 +93,7 @@ def _run(
 ) -> int:
     check_port(port)
     if auth:
-        require_keys(storage, "generate")
+        require_keys(storage)
     for spec in chosen:  # what is wrong with the data is said before anything is started
         for note in check(spec, storage).notes:
             screen.print(f"{spec.name}: {note}")

@@ -122,7 +122,7 @@ def warned(console: Console, what: str) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        said = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        said = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
         reason = next(iter(said.splitlines()), "") or type(error).__name__
         console.print(Text(f"  {what}: not shown: {reason}", "yellow"), soft_wrap=True)
 

@@ -168,6 +168,8 @@ def _next_steps(options: Options) -> Iterator[str]:
         yield "  export GENMODELS_KEY=gm_...   # `genmodels keys create NAME` makes one"
     if options.api_port != 8080:
         yield f"  export GENMODELS_API=http://{HOST}:{options.api_port}"
+    if options.port != 8000:
+        yield f"  export OPENAI_BASE_URL=http://{HOST}:{options.port}/v1   # for OpenAI's clients"
     yield "  genmodels submit jobs/quickstart.yaml --wait"
     yield f"  RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH={os.environ['RAY_AUTH_TOKEN_PATH']} ray status"
     yield "Ctrl-C ends all of it; what trains then goes on at the next `genmodels up`."

@@ -19,8 +19,8 @@ from services.environment import RAY_SOCKET, ROOT, SOCKET_BYTES, own_folder, pyt
 PROXY = "http://127.0.0.1:9"
 PROXIES = ("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "grpc_proxy")
 SHADOWS = ("logging", "random", "typing", "json", "torch", "numpy", "ray", "rich", "httpx", "pydantic")
-# The console script, as pip makes it: its own folder comes first on the import path, not the user's.
-SCRIPT = "import sys; sys.path.pop(0); sys.argv[0] = 'genmodels'; from services.cli import main; sys.exit(main())"
+# As the console script that pip makes: the user's folder is not on its import path.
+SCRIPT = "import sys; sys.argv[0] = 'genmodels'; from services.cli import main; sys.exit(main())"
 
 
 @pytest.fixture
@@ -37,7 +37,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def command(folder: Path, *arguments: str, **variables: str) -> subprocess.CompletedProcess[bytes]:
-    words = [sys.executable, "-c", SCRIPT, *arguments]
+    words = [sys.executable, "-P", "-c", SCRIPT, *arguments]
     return subprocess.run(words, cwd=folder, env={**os.environ, **variables}, capture_output=True, timeout=60)
 
 
@@ -100,7 +100,7 @@ def test_everything_at_once(folder: Path) -> None:
 def test_commands_work_with_closed_streams(closed: str, tmp_path: Path) -> None:
     """Nothing that is opened takes the number of a stream, so what is printed goes into no file of ours."""
     program = "keys create ann --storage " + (tmp_path / "s").as_uri()
-    words = ["bash", "-c", f'exec "{sys.executable}" -c "$0" {program} {closed}', SCRIPT]
+    words = ["bash", "-c", f'exec "{sys.executable}" -P -c "$0" {program} {closed}', SCRIPT]
     done = subprocess.run(words, cwd=tmp_path, capture_output=True, timeout=60)
     assert done.returncode == 0, done.stderr
     (key,) = (tmp_path / "s" / "keys").iterdir()
