@@ -25,10 +25,14 @@ API = "http://127.0.0.1:8080"
 MAX_PAGE = 100
 
 Gateway = Annotated[
-    str,
-    typer.Option(metavar="URL", envvar="GENMODELS_GATEWAY", help="The endpoint, for the curl lines at the end."),
+    str | None,
+    typer.Option(
+        metavar="URL",
+        envvar="GENMODELS_GATEWAY",
+        help="The endpoint, for the curl lines at the end; default: what the job service says.",
+        show_default=False,
+    ),
 ]
-GATEWAY = "http://127.0.0.1:8000"
 
 
 class Kind(StrEnum):
@@ -45,7 +49,7 @@ def submit(
         bool, typer.Option("--dry-run", help="Only say what would run: steps, workers, sizes, whether it fits.")
     ] = False,
     api: Api = API,
-    gateway: Gateway = GATEWAY,
+    gateway: Gateway = None,
     as_json: AsJson = False,
 ) -> None:
     """Submit a job, and print its id."""
@@ -108,7 +112,7 @@ def status(
         bool, typer.Option("--history", help="Also every change of state, with time and reason.")
     ] = False,
     api: Api = API,
-    gateway: Gateway = GATEWAY,
+    gateway: Gateway = None,
     as_json: AsJson = False,
 ) -> None:
     """Show how far each model of a job is. With --wait it is shown until the job has ended."""
@@ -164,11 +168,12 @@ def cancel(
     """End a job. Its runs save at their next step, and a resume goes on from there."""
     with client(api) as service:
         answer = service.cancel(job, models or [], now=now)
-    going = [run.model for run in _chosen(answer, models) if run.state not in ENDED]
+    going = [run for run in _chosen(answer, models) if run.state not in ENDED]
     if not going:
         print(f"{job}: nothing to cancel, it had ended")
         return
-    print(f"{job}: {', '.join(going)} will {'end at once' if now else 'save at the next step and end'}")
+    for run in going:
+        print(f"{job}: {run.model} {_end(run, now)}")
     tell(f"`genmodels resume {job}` goes on from there")
 
 
@@ -181,9 +186,11 @@ def resume(job: JobId, models: Models = None, api: Api = API) -> None:
     print(f"{job}: {', '.join(going)} will go on from the last checkpoint")
 
 
-def _follow(service: Client, job: JobView, gateway: str, as_json: bool) -> int:
+def _follow(service: Client, job: JobView, gateway: str | None, as_json: bool) -> int:
+    from services.environment import outlive_output
     from services.follow import conclude, follow
 
+    outlive_output()
     shown = console(stderr=as_json)
     try:
         job = follow(service, job, shown)
@@ -195,6 +202,13 @@ def _follow(service: Client, job: JobView, gateway: str, as_json: bool) -> int:
     if as_json:
         print_json(job.model_dump(mode="json"))
     return code
+
+
+def _end(run: RunView, now: bool) -> str:
+    """Return how a run that was cancelled ends: only what trains has something to save."""
+    if run.state == "queued":
+        return "leaves the queue"
+    return "will end at once" if now or run.state == "starting" else "will save at the next step and end"
 
 
 def _chosen(job: JobView, models: list[str] | None) -> list[RunView]:
