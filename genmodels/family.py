@@ -142,6 +142,7 @@ class Family(ABC, Generic[ConfigT, RequestT]):
     evaluation_names: ClassVar[tuple[str, ...]] = ()  # what `evaluate` may find; a gate may name any of these as well
     followed: ClassVar[tuple[str, ...]] = ()  # columns of training's rows whose course an evaluation shows
     kind: ClassVar[str]  # "image" or "text": which datasets it learns from
+    repeated: ClassVar[str | None] = None  # field of Config with a number of equal blocks: see `genmodels.parameters`
 
     config: ConfigT
     data: ImageInfo | TextInfo

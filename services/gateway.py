@@ -21,7 +21,7 @@ from genmodels.engine.text import CompletionRequest, Piece
 from genmodels.errors import RequestError
 from genmodels.keys import Keys
 from genmodels.storage import open_storage
-from services.edge import LOOPBACK
+from services.edge import LOOPBACK, PROXY_REQUESTS
 from services.host import MEMORY, Entry, ModelHost, Opened
 from services.routes import create_app
 
@@ -62,7 +62,7 @@ _host = serve.deployment(
 )(ModelHost)
 
 
-@serve.deployment(name="gateway", max_ongoing_requests=256, max_queued_requests=256, **_COMMON)
+@serve.deployment(name="gateway", max_ongoing_requests=PROXY_REQUESTS + 32, max_queued_requests=256, **_COMMON)
 @serve.ingress()
 class Gateway:
     def __init__(self, host: DeploymentHandle[Any], keys_url: str | None) -> None:

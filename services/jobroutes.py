@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
 import re
+import threading
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from heapq import merge
@@ -15,6 +17,7 @@ from fastapi import FastAPI, Header, Query, Request, Response
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, Field
 from starlette.concurrency import run_in_threadpool
+from starlette.types import Receive, Scope, Send
 
 from genmodels.data import stored
 from genmodels.errors import RequestError, SpecError
@@ -25,17 +28,21 @@ from genmodels.pin import pin
 from genmodels.run import ENDED, Run, Status
 from genmodels.spec import JobSpec, Label, parse_spec
 from genmodels.storage import Storage, encode_floats
-from services.api import JSON, Strict, check_content_type, documented, read_body
+from services.api import JSON, Strict, check_content_type, documented, read_body, unless_gone
 from services.auth import Caller, Guard
 from services.edge import Json
+from services.limits import Slots
 from services.plans import JobPlan, Planner
 from services.views import JobView, Page, Views
 
 SPEC_TYPES = ("application/yaml", "application/x-yaml", "text/yaml", *JSON)
 FOLLOW_SECONDS = 1.0  # between two looks for new lines
-MOST_FOLLOWERS = 64
+FOLLOWERS = (64, 16)  # of all, of one key
+PLANS = (64, 4)  # dry runs that wait or are worked on
+PLANNERS = 2  # threads
 LINES_AT_ONCE = 1000
 
+Look = Callable[[], tuple[Iterator[bytes], bool]]
 Names = Annotated[list[Label] | None, Field(max_length=100)]
 
 
@@ -76,17 +83,15 @@ class JobRoutes:
         self.storage, self.jobs = storage, Jobs(storage)
         self.views, self.planner = Views(storage), Planner(storage)
 
-    def submit(self, body: bytes, caller: Caller, key: str | None, dry_run: bool) -> JobPlan | tuple[JobView, bool]:
+    def plan(self, body: bytes, caller: Caller, gone: Callable[[], bool]) -> JobPlan:
+        """Tell what a job would be."""
+        with _refusing():
+            return self.planner.plan(self._parsed(body, caller, mark=False), self.views.queue()["capacity"], gone)
+
+    def submit(self, body: bytes, caller: Caller, key: str | None) -> tuple[JobView, bool]:
         """Put a job into the queue; the job, and whether it is new."""
-        try:
-            spec = parse_spec(body, "spec", datasets=stored.kinds(self.storage), paths=False)
-            caller.need(model.name for model in spec.models)
-            caller.need(filter(None, (model.train.init_from for model in spec.models)))
-            spec = pin(spec, self.storage, mark=not dry_run)
-            if dry_run:
-                return self.planner.plan(spec, self.views.queue()["capacity"])
-        except SpecError as error:
-            raise RequestError(str(error), param=_path(error), code="invalid_spec") from None
+        with _refusing():
+            spec = self._parsed(body, caller, mark=True)
         digest = hashlib.sha256(body).hexdigest()
         job, new = self.jobs.submit(spec, caller=caller.id, idempotency_key=key, body_digest=digest)
         return (self.views.submitted(self.jobs.entry(job), spec) if new else self.views.job(job)), new
@@ -132,7 +137,7 @@ class JobRoutes:
         rows = [row for row in Run(self.storage, job, model).metrics() if row["step"] > query.after]
         return {"model": model, "data": encode_floats(rows)}
 
-    def logs(self, job: str, query: LogQuery, caller: Caller) -> Callable[[], tuple[Iterator[bytes], bool]]:
+    def logs(self, job: str, query: LogQuery, caller: Caller) -> Look:
         """A function that gives what has come since it was last called, and whether no more will."""
         names = [model.name for model in self._spec(job, caller).models]
         runs = [Run(self.storage, job, model) for model in _chosen(names, query.model or None)]
@@ -144,6 +149,12 @@ class JobRoutes:
             return _packed(text for _, text in merge(*streams)), ended
 
         return look
+
+    def _parsed(self, body: bytes, caller: Caller, *, mark: bool) -> JobSpec:
+        spec = parse_spec(body, "spec", datasets=stored.kinds(self.storage), paths=False)
+        caller.need(model.name for model in spec.models)
+        caller.need(filter(None, (model.train.init_from for model in spec.models)))
+        return pin(spec, self.storage, mark=mark)
 
     def _runs(self, job: str, models: list[str] | None, caller: Caller) -> list[tuple[Run, Status]]:
         names = [model.name for model in self._spec(job, caller).models]
@@ -165,7 +176,15 @@ def add_job_routes(app: FastAPI, guard: Guard, storage: Storage, closing: Callab
         closing: whether the service is about to end, and nobody may be kept waiting.
     """
     routes, submit, admin = JobRoutes(storage), guard("submit"), guard("admin")
-    log_threads, followers = ThreadPoolExecutor(8, "logs"), [0]
+    log_threads, followers = ThreadPoolExecutor(8, "logs"), Slots("followed logs", *FOLLOWERS)
+    planners, plans = ThreadPoolExecutor(PLANNERS, "plans"), Slots("dry runs", *PLANS)
+
+    async def plan(body: bytes, caller: Caller) -> JobPlan:
+        gone = threading.Event()
+        try:
+            return await asyncio.get_running_loop().run_in_executor(planners, routes.plan, body, caller, gone.is_set)
+        finally:
+            gone.set()
 
     @app.post("/v1/jobs", status_code=201, response_model=JobView, openapi_extra=_SPEC_BODY)
     async def submit_job(
@@ -181,10 +200,10 @@ def add_job_routes(app: FastAPI, guard: Guard, storage: Storage, closing: Callab
         """
         check_content_type(request, SPEC_TYPES)
         body = await request.body()
-        found = await run_in_threadpool(routes.submit, body, caller, idempotency_key, query.dry_run)
-        if isinstance(found, JobPlan):
-            return _json(found)
-        view, new = found
+        if query.dry_run:
+            with plans.take(caller.id):
+                return _json(await unless_gone(request, plan(body, caller)))
+        view, new = await run_in_threadpool(routes.submit, body, caller, idempotency_key)
         return _json(view, 201 if new else 200, location=f"/v1/jobs/{view.job}")
 
     @app.get("/v1/jobs", response_model=Page)
@@ -200,31 +219,28 @@ def add_job_routes(app: FastAPI, guard: Guard, storage: Storage, closing: Callab
     @app.get("/v1/jobs/{job}/logs", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
     async def read_logs(job: str, query: Annotated[LogQuery, Query()], caller: Caller = submit) -> Response:
         """Read what a job's driver and workers printed, while it runs and ever after."""
-        if query.follow and followers[0] >= MOST_FOLLOWERS:
-            raise RequestError("too many follow logs already; try again in a moment", status=429, code="too_many")
         in_thread = asyncio.get_running_loop().run_in_executor
-        look = await in_thread(log_threads, routes.logs, job, query, caller)
-        parts, ended = await in_thread(log_threads, look)
-        first = await in_thread(log_threads, next, parts, b"")  # an error that is told now is an answer of its own
 
-        async def text() -> AsyncIterator[bytes]:
-            nonlocal parts, ended
-            followers[0] += query.follow
-            try:
-                part = first
-                while True:
-                    while part:
-                        yield part
-                        part = await in_thread(log_threads, next, parts, b"")
-                    if not query.follow or ended or closing():
-                        return
-                    await asyncio.sleep(FOLLOW_SECONDS)
-                    parts, ended = await in_thread(log_threads, look)
+        async def text(look: Look, parts: Iterator[bytes], ended: bool, part: bytes) -> AsyncIterator[bytes]:
+            while True:
+                while part:
+                    yield part
+                    await caller.recheck()
                     part = await in_thread(log_threads, next, parts, b"")
-            finally:
-                followers[0] -= query.follow
+                if not query.follow or ended or closing():
+                    return
+                await asyncio.sleep(FOLLOW_SECONDS)
+                await caller.recheck()
+                parts, ended = await in_thread(log_threads, look)
+                part = await in_thread(log_threads, next, parts, b"")
 
-        return StreamingResponse(text(), media_type="text/plain", headers={"cache-control": "no-store"})
+        with contextlib.ExitStack() as held:
+            if query.follow:
+                held.enter_context(followers.take(caller.id))
+            look = await in_thread(log_threads, routes.logs, job, query, caller)
+            parts, ended = await in_thread(log_threads, look)
+            first = await in_thread(log_threads, next, parts, b"")  # an error that is told now is an answer of its own
+            return _Held(text(look, parts, ended, first), "text/plain", held.pop_all().close)
 
     @app.get("/v1/jobs/{job}/metrics")
     def read_metrics(job: str, query: Annotated[MetricsQuery, Query()], caller: Caller = submit) -> Response:
@@ -252,8 +268,31 @@ def add_job_routes(app: FastAPI, guard: Guard, storage: Storage, closing: Callab
     return routes.views
 
 
+class _Held(StreamingResponse):
+    """A stream that holds something until it has ended, or its client has left, maybe before it began."""
+
+    def __init__(self, content: AsyncIterator[bytes], media_type: str, done: Callable[[], None]) -> None:
+        super().__init__(content, media_type=media_type, headers={"cache-control": "no-store"})
+        self.done = done
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self.done()
+
+
 def _json(model: BaseModel, status: int = 200, **headers: str) -> Json:
     return Json(model.model_dump(mode="json"), status, headers)
+
+
+@contextlib.contextmanager
+def _refusing() -> Iterator[None]:
+    """What is wrong with a spec, as the client is told."""
+    try:
+        yield
+    except SpecError as error:
+        raise RequestError(str(error), param=_path(error), code="invalid_spec") from None
 
 
 def _chosen(names: list[str], models: Iterable[str] | None) -> list[str]:

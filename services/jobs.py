@@ -28,9 +28,11 @@ from genmodels.spec import json_schema
 from genmodels.storage import Storage, open_storage
 from services.api import new_app, rebased
 from services.auth import Guard, require_keys
+from services.connections import Connection
 from services.edge import LOOPBACK
 from services.jobmetrics import JobMetrics
 from services.jobroutes import add_job_routes
+from services.limits import Slots
 from services.modelroutes import UPLOADS, add_model_routes
 from services.rayjob import KubeOptions, add_kube_arguments
 from services.supervise import Backend, Capacity
@@ -38,7 +40,8 @@ from services.supervise import Backend, Capacity
 PORT = 8080
 BACKENDS = ("ray-jobs", "kuberay")
 MAX_BODY = 64 * 1024  # bytes; of a spec, the largest thing that is sent but for datasets
-MAX_REQUESTS = 512  # at the same time; more are answered 503
+MAX_REQUESTS = 384  # at the same time; more are answered 503
+MAX_REQUESTS_OF_ONE = 128  # of one key; more are answered 429
 GRACE_SECONDS = 5  # that requests under way have to end when the service does
 STOP_SECONDS = 20.0  # for the dispatcher to give its lease back
 
@@ -67,8 +70,16 @@ def create_app(
         hosts: names that a Host header may have; None for any, where there are keys.
         closing: whether the service is about to end, so that those who follow logs are let go.
     """
-    app = new_app("genmodels jobs", _ABOUT, hosts=hosts, schemas=_spec_schemas, max_body=MAX_BODY, streamed=UPLOADS)
-    guard = Guard(keys)
+    app = new_app(
+        "genmodels jobs",
+        _ABOUT,
+        hosts=hosts,
+        schemas=_spec_schemas,
+        max_body=MAX_BODY,
+        streamed=UPLOADS,
+        max_requests=MAX_REQUESTS,
+    )
+    guard = Guard(keys, slots=Slots("requests", None, MAX_REQUESTS_OF_ONE))
     views = add_job_routes(app, guard, storage, closing)
     add_model_routes(app, guard, storage)
     metrics = JobMetrics(views)
@@ -161,7 +172,7 @@ def _uvicorn(app: FastAPI, host: str, port: int) -> uvicorn.Config:
         access_log=False,
         log_level="warning",
         server_header=False,
-        limit_concurrency=MAX_REQUESTS,
+        http=Connection,
         timeout_graceful_shutdown=GRACE_SECONDS,
         lifespan="off",
         ws="none",

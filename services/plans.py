@@ -2,21 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import time
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as NotYet
 from typing import Any
 
 from pydantic import BaseModel
 
-from genmodels import models
+from genmodels import models, parameters
 from genmodels.data import DataConfig, TextData, open_dataset, stored
-from genmodels.errors import DataError, GenmodelsError, SpecError
+from genmodels.errors import DataError, RequestError, SpecError
 from genmodels.family import DataInfo, Family, TextFamily
 from genmodels.spec import JobSpec, ModelSpec
 from genmodels.storage import Storage
 
-DATASET_SECONDS = 5.0  # to wait for a built-in dataset that has to be fetched first
+DATASET_SECONDS = 5.0  # for one plan to wait for built-in datasets that have to be fetched first
 FLOAT = 4  # bytes; weights and optimizer states are kept in float32
 
 
@@ -53,27 +54,34 @@ class Facts(BaseModel):
 
 
 class Planner:
-    """Answers quickly and with little memory: networks are built without their weights, datasets are opened once."""
+    """Answers quickly and with little memory: networks are counted, not built, and datasets are opened once."""
 
     def __init__(self, storage: Storage) -> None:
         self._storage = storage
         self._opening = ThreadPoolExecutor(1, "datasets")
         self._built_in: dict[str, Future[Facts]] = {}
 
-    def plan(self, job: JobSpec, capacity: Mapping[str, int] | None) -> JobPlan:
+    def plan(
+        self, job: JobSpec, capacity: Mapping[str, int] | None, gone: Callable[[], bool] = lambda: False
+    ) -> JobPlan:
         """The plan of a job.
 
         Args:
             capacity: the most `cpus` and `gpus` that the cluster has, as far as it is known.
+            gone: whether the answer is wanted no more.
 
         Raises:
             SpecError: a family cannot work on its data.
+            RequestError: it is wanted no more.
         """
-        return JobPlan(
-            name=job.name, priority=job.priority, models=[self._model(i, m, capacity) for i, m in enumerate(job.models)]
-        )
+        plans, until = [], time.monotonic() + DATASET_SECONDS
+        for place, spec in enumerate(job.models):
+            if gone():
+                raise RequestError("the client has left", status=499)
+            plans.append(self._model(place, spec, capacity, until))
+        return JobPlan(name=job.name, priority=job.priority, models=plans)
 
-    def _model(self, place: int, spec: ModelSpec, capacity: Mapping[str, int] | None) -> ModelPlan:
+    def _model(self, place: int, spec: ModelSpec, capacity: Mapping[str, int] | None, until: float) -> ModelPlan:
         scaling, dataset = spec.scaling, spec.data.dataset or ""
         plan = ModelPlan(
             model=spec.name,
@@ -87,7 +95,7 @@ class Planner:
         )
         _judge(plan, capacity)
         try:
-            facts = self._facts(spec.data)
+            facts = self._facts(spec.data, until)
         except NotYet:
             plan.notes.append(f"{dataset} is being fetched: ask again for samples, parameters and sizes")
             return plan
@@ -102,7 +110,7 @@ class Planner:
         _measure(plan, spec, family, facts)
         return plan
 
-    def _facts(self, data: DataConfig) -> Facts:
+    def _facts(self, data: DataConfig, until: float) -> Facts:
         assert data.dataset is not None
         if data.is_added:
             found = stored.find(self._storage, data.dataset, data.sha256)
@@ -110,7 +118,7 @@ class Planner:
         opening = self._built_in.get(data.dataset)
         if opening is None or (opening.done() and opening.exception()):
             opening = self._built_in[data.dataset] = self._opening.submit(_open, data)
-        return opening.result(DATASET_SECONDS)
+        return opening.result(max(0.0, until - time.monotonic()))
 
 
 def _open(data: DataConfig) -> Facts:
@@ -131,28 +139,9 @@ def _judge(plan: ModelPlan, capacity: Mapping[str, int] | None) -> None:
 
 
 def _measure(plan: ModelPlan, spec: ModelSpec, cls: type[Family[Any, Any]], facts: Facts) -> None:
-    import torch
-    from torch.optim import Muon
-
-    try:
-        with torch.device("meta"):  # shapes without memory
-            family = cls(spec.model, facts.info)
-            roles = family.roles(spec.train)
-    except GenmodelsError:
-        raise
-    except Exception as error:
-        plan.notes.append(f"its parameters could not be counted ({type(error).__name__})")
-        return
-    optimizers = [optimizer for role in roles for optimizer in role.optimizers]
-    moments = sum(
-        (1 if isinstance(optimizer, Muon) else 2) * sum(p.numel() for p in group["params"])
-        for optimizer in optimizers
-        for group in optimizer.param_groups
-    )
-    weights = sum(tensor.numel() for role in roles for tensor in role.loss.state_dict().values())
-    served = sum(tensor.numel() for tensor in family.network.state_dict().values())
-    plan.parameters = sum(p.numel() for role in roles for p in role.loss.parameters())
-    plan.checkpoint_bytes = FLOAT * (weights + served + moments)
-    window = family.block_size if isinstance(family, TextFamily) else None
+    size = parameters.count(cls, spec.model, facts.info, spec.train)
+    plan.parameters = size.trained
+    plan.checkpoint_bytes = FLOAT * size.saved
+    window = spec.model.block_size if issubclass(cls, TextFamily) else None
     plan.samples = max(1, facts.examples // window - 1) if window else facts.examples
     plan.epochs = round(plan.max_steps * plan.batch_size / plan.samples, 2)

@@ -82,6 +82,7 @@ class Autoencoder(FittedDensity, ImageFamily[AutoencoderConfig, AutoencoderReque
 
     Config = AutoencoderConfig
     Request = AutoencoderRequest
+    repeated = "blocks"
     metric_names = ("val_loss", "val_psnr", "val_denoise_psnr")
     evaluation_names = ("psnr", "ssim", "pca_gain", *NOISE_LEVELS, "denoise_ssim", "denoise_gain")
 

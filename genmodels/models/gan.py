@@ -74,6 +74,7 @@ class GAN(ImageFamily[GANConfig, GANRequest]):
 
     Config = GANConfig
     Request = GANRequest
+    repeated = "blocks"
     metric_names = ("val_frechet", "val_frechet_floor")
     evaluation_names = samples.NAMES
     followed = ("discriminator_accuracy_real", "discriminator_accuracy_fake", "val_frechet")

@@ -80,6 +80,7 @@ class MiniGPT(TextFamily[MiniGPTConfig, SamplingOptions]):
 
     Config = MiniGPTConfig
     Request = SamplingOptions
+    repeated = "n_layer"
     metric_names = ("val_loss", "val_bits_per_char")
     evaluation_names = EVALUATION_NAMES
 

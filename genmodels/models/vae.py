@@ -90,6 +90,7 @@ class VAE(FittedDensity, ImageFamily[VAEConfig, VAERequest]):
 
     Config = VAEConfig
     Request = VAERequest
+    repeated = "blocks"
     metric_names = ("val_loss", "val_reconstruction", "val_kl", "val_psnr", "val_active_units")
     evaluation_names = ("nll", "negative_elbo", "reconstruction", "kl", "active_units", "psnr", "ssim")
 
