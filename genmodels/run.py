@@ -272,6 +272,15 @@ class Run:
         """Rows of the whole chain, cut at the step where the next attempt took over."""
         return [row for link in self.chain() for row in self._rows(link)]
 
+    def metric_lines(self, after: int = 0) -> Iterator[bytes]:
+        """The same rows as they are stored, each a JSON object, of one part after the other.
+
+        Args:
+            after: only rows of later steps.
+        """
+        for link in self.chain():
+            yield from self._lines(link, after)
+
     def training_seconds(self) -> float:
         """Time spent in training steps and evaluation by the attempts of the chain, as far as they count."""
         return sum(max((row["seconds"] for row in self._rows(link)), default=0.0) for link in self.chain())
@@ -412,11 +421,24 @@ class Run:
         found = map(pattern.fullmatch, self._names(f"attempt-{attempt}/checkpoints/"))
         return sorted(int(match[1]) for match in found if match)
 
-    def _rows(self, link: Link) -> list[dict[str, Any]]:
+    def _rows(self, link: Link) -> Iterator[dict[str, Any]]:
+        return (decode_floats(json.loads(line)) for line in self._lines(link))
+
+    def _lines(self, link: Link, after: int = 0) -> Iterator[bytes]:
+        """Only parts that may be cut are looked into: the others are named by their first step."""
         names = self._names(f"attempt-{link.attempt}/metrics/")
-        parts = (self.storage.get(f"{self.prefix}/{name}")[0] for name in names)
-        rows = (decode_floats(json.loads(line)) for part in parts for line in part.decode().splitlines())
-        return [row for row in rows if link.holds(row["step"])]
+        steps = [int(Path(name).stem) for name in names]
+        for name, first, following in zip(names, steps, [*steps[1:], None], strict=False):
+            if following is not None and following <= after + 1:
+                continue
+            lines = self.storage.get(f"{self.prefix}/{name}")[0].splitlines()
+            if first > after and link.until is None:
+                yield from lines
+                continue
+            for line in lines:
+                step = json.loads(line)["step"]
+                if step > after and link.holds(step):
+                    yield line
 
     def _key(self, attempt: int, name: str) -> str:
         return f"{self.prefix}/attempt-{attempt}/{name}"

@@ -89,8 +89,8 @@ class HandlePool:
     async def answer(self, name: str, request: ImageRequest) -> ImageAnswer | RequestError:
         return await self._ask("answer", name, request)
 
-    async def history(self, name: str) -> History | RequestError:
-        return await self._ask("history", name)
+    async def history(self, name: str, points: int) -> History | RequestError:
+        return await self._ask("history", name, points)
 
     async def sample(self, name: str, step: int, file: str) -> bytes | RequestError:
         return await self._ask("sample", name, step, file)

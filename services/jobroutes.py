@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
+import json
 import re
 import threading
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from heapq import merge
 from itertools import islice
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from fastapi import FastAPI, Header, Query, Request, Response
 from fastapi.responses import StreamingResponse
@@ -27,7 +28,8 @@ from genmodels.job import Jobs
 from genmodels.pin import pin
 from genmodels.run import ENDED, Run, Status
 from genmodels.spec import JobSpec, Label, parse_spec
-from genmodels.storage import Storage, encode_floats
+from genmodels.storage import Storage
+from genmodels.thinning import thinned_rows
 from services.api import JSON, Strict, check_content_type, documented, read_body, unless_gone
 from services.auth import Caller, Guard
 from services.edge import Json
@@ -65,6 +67,7 @@ class LogQuery(Strict):
 class MetricsQuery(Strict):
     model: str | None = Field(None, max_length=100, description="needed where the job has several")
     after: int = Field(0, ge=0, description="only rows of later steps")
+    points: int | None = Field(None, ge=10, le=10_000, description="the most rows, evenly spread; default: all")
 
 
 class CancelBody(Section):
@@ -129,13 +132,14 @@ class JobRoutes:
         self._spec(job, caller)
         self.jobs.delete(job)
 
-    def metrics(self, job: str, query: MetricsQuery, caller: Caller) -> dict[str, Any]:
+    def metrics(self, job: str, query: MetricsQuery, caller: Caller) -> Iterator[bytes]:
+        """The answer in parts, of which few rows are in memory at a time."""
         names = [model.name for model in self._spec(job, caller).models]
         if query.model is None and len(names) > 1:
             raise RequestError(f"missing; name one of {', '.join(names)}", param="model", code="missing")
         (model,) = _chosen(names, None if query.model is None else [query.model])
-        rows = [row for row in Run(self.storage, job, model).metrics() if row["step"] > query.after]
-        return {"model": model, "data": encode_floats(rows)}
+        rows: Iterable[bytes] = Run(self.storage, job, model).metric_lines(query.after)
+        return _document(model, rows if query.points is None else thinned_rows(rows, query.points))
 
     def logs(self, job: str, query: LogQuery, caller: Caller) -> Look:
         """A function that gives what has come since it was last called, and whether no more will."""
@@ -243,9 +247,20 @@ def add_job_routes(app: FastAPI, guard: Guard, storage: Storage, closing: Callab
             return _Held(text(look, parts, ended, first), "text/plain", held.pop_all().close)
 
     @app.get("/v1/jobs/{job}/metrics")
-    def read_metrics(job: str, query: Annotated[MetricsQuery, Query()], caller: Caller = submit) -> Response:
+    async def read_metrics(job: str, query: Annotated[MetricsQuery, Query()], caller: Caller = submit) -> Response:
         """Read a model's metrics: one row for each logged step, over all attempts, as far as they count."""
-        return Json(routes.metrics(job, query, caller))
+        in_thread = asyncio.get_running_loop().run_in_executor
+        parts = await in_thread(log_threads, routes.metrics, job, query, caller)
+        first = await in_thread(log_threads, next, parts, b"")  # an error that is told now is an answer of its own
+
+        async def document() -> AsyncIterator[bytes]:
+            part = first
+            while part:
+                yield part
+                await caller.recheck()
+                part = await in_thread(log_threads, next, parts, b"")
+
+        return StreamingResponse(document(), media_type="application/json")
 
     @app.post("/v1/jobs/{job}/cancel", response_model=JobView, openapi_extra=documented(CancelBody, optional=True))
     async def cancel_job(job: str, request: Request, caller: Caller = submit) -> Response:
@@ -319,6 +334,16 @@ def _lines(run: Run, source: str | None, seen: dict[str, str]) -> Iterator[tuple
 def _packed(lines: Iterator[str]) -> Iterator[bytes]:
     while part := "".join(islice(lines, LINES_AT_ONCE)):
         yield part.encode(errors="replace")
+
+
+def _document(model: str, rows: Iterable[bytes]) -> Iterator[bytes]:
+    """JSON with rows that are JSON already."""
+    rows, head = iter(rows), f'{{"model":{json.dumps(model)},"data":['.encode()
+    packed = list(islice(rows, LINES_AT_ONCE))
+    while following := list(islice(rows, LINES_AT_ONCE)):
+        yield head + b",".join(packed)
+        head, packed = b",", following
+    yield head + b",".join(packed) + b"]}"
 
 
 _SPEC_EXAMPLE = """\
