@@ -33,7 +33,7 @@ CAPACITY_SECONDS = 2.0  # how long what the cluster said of itself is believed
 GROW_SECONDS = float(environ.get("GENMODELS_GROW_SECONDS", "15"))  # that room must have been there to grow into it
 GROW_WORTH_SECONDS = float(environ.get("GENMODELS_GROW_WORTH_SECONDS", "60"))  # left to train, or growing does not pay
 KEEP_SECONDS = 15.0  # a run that backs off for no longer keeps its place
-ADOPTED_AT_ONCE = 8
+ADOPTED_AT_ONCE = 16
 SILENCES = 5  # looks at a run that the store, which else answers, leaves unanswered: then the others go on without it
 QUEUE = "dispatcher/queue.json"
 
@@ -152,6 +152,8 @@ class Dispatcher:
                 run = Run(self.storage, job, model.name)
                 supervisor = Supervisor(run, self.backend, *run.status())
                 supervisor.stamp(epoch)
+                # Looked up here, where jobs are read in parallel; who leaves a wish later nudges the dispatcher.
+                supervisor.wished = bool(run.wishes(after=supervisor.status.wishes))
                 found[run.name] = _Carried(model, spec.priority, (entry.submitted, place), supervisor)
             self._silences.pop(job, None)
             return found

@@ -12,7 +12,7 @@ from pydantic import BaseModel
 
 from genmodels.errors import JobNotFound, KeyNotFound
 from genmodels.job import EndedEntry, Entry, Jobs
-from genmodels.run import ENDED, Change, Run, State
+from genmodels.run import ENDED, Change, Run, State, Status
 from genmodels.spec import JobSpec, ModelSpec
 from genmodels.storage import Storage, read_document
 
@@ -117,9 +117,12 @@ class Views:
         views += [_from_index(entry) for _, entry in shown if entry.job not in open_now and may_see(entry.models)]
         return Page(data=views, next=f"ended!{mark}" if more else None)
 
-    def open_runs(self) -> list[RunView]:
-        """The runs of all open jobs."""
-        return [run for view in self._summary(self._open()) for run in view.models]
+    def open_runs(self) -> list[tuple[str, Status]]:
+        """The runs of all open jobs, named job/model, as their statuses say: one small object of each is read."""
+        jobs = [entry for entry in self._open() if entry.job in self._specs or self.jobs.exists(entry.job)]
+        runs = [Run(self.storage, entry.job, model) for entry in jobs for model in entry.models]
+        statuses = self._threads.map(lambda run: run.status()[0], runs)
+        return [(run.name, status) for run, status in zip(runs, statuses, strict=True)]
 
     def queue(self) -> dict[str, Any]:
         """What the dispatcher says of the queue: `capacity` and `queue`, both empty before it has."""
