@@ -16,6 +16,7 @@ import hashlib
 import json
 import re
 import secrets
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
@@ -28,6 +29,7 @@ from genmodels.spec import JobSpec, digest, dump, load_stored
 from genmodels.storage import Storage, read_document, write_document
 
 JOB_ID = r"[a-z0-9]([a-z0-9-]{0,70}[a-z0-9])?"
+CURSOR = r"\d{13}-\d{1,6}"
 END_OF_TIME = 10**13  # milliseconds; times count down from here
 NUDGES = "dispatcher/nudges/"
 AT_ONCE = 8  # requests to the store
@@ -134,13 +136,24 @@ class Jobs:
         return [key.removeprefix("open/") for key in self.storage.list("open/")]
 
     def ended(self, after: str = "", limit: int = 20) -> list[tuple[str, EndedEntry]]:
-        """Ended jobs, the newest first, each with a cursor to go on after."""
-        if after and not re.fullmatch(rf"\d{{13}}-{JOB_ID}", after):
+        """Ended jobs, the newest first, each with a cursor to go on after.
+
+        A cursor names no job, since who is shown it may not know all of them: it is a time, and how many of the jobs
+        that ended in this millisecond came before.
+        """
+        if after and not re.fullmatch(CURSOR, after):
             raise SpecError(f"after: got {after[:100]!r}, expected what a page before gave to go on with")
-        keys = self.storage.list("ended/", after=f"ended/{after}" if after else "", limit=limit)
+        time, _, passed = after.partition("-")
+        start, seen = f"ended/{time}-" if time else "", Counter({time: int(passed or 0)})
+        keys = self.storage.list("ended/", after=start, limit=limit + seen[time])[seen[time] :]
+        cursors = []
+        for key in keys:
+            time = key.removeprefix("ended/").partition("-")[0]
+            seen[time] += 1
+            cursors.append(f"{time}-{seen[time]}")
         with ThreadPoolExecutor(AT_ONCE) as threads:
             found = threads.map(self._read_ended, keys)
-            return [(key.removeprefix("ended/"), entry) for key, entry in zip(keys, found, strict=True) if entry]
+            return [(cursor, entry) for cursor, entry in zip(cursors, found, strict=True) if entry]
 
     def close(self, job: str, ended: str, states: Mapping[str, State]) -> None:
         """Move a job whose runs have all ended to the ended ones; with the same `ended` twice changes nothing.

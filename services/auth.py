@@ -69,6 +69,12 @@ class Caller:
                 message = f"this key is limited to models named {prefixes}, and {model[:100]!r} is not among them"
                 raise RequestError(message, status=403, param="model", code="not_this_keys_model")
 
+    def need_job(self, models: Iterable[str]) -> None:
+        """As `need`, for models that the caller has not named: they are not told."""
+        if not self.may_use(models):
+            message = "this key is limited to some models, and this job trains others"
+            raise RequestError(message, status=403, param="job", code="not_this_keys_model")
+
     def need_all(self) -> None:
         """Raise RequestError (403) for a key that is limited to some models."""
         if self.key and self.key.prefixes:

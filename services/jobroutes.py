@@ -169,7 +169,7 @@ class JobRoutes:
     def _spec(self, job: str, caller: Caller) -> JobSpec:
         """A job's spec, if this caller may know of it."""
         spec = self.jobs.spec(job)
-        caller.need(model.name for model in spec.models)
+        caller.need_job(model.name for model in spec.models)
         return spec
 
 
