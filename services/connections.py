@@ -7,12 +7,13 @@ client to read its answer, and counts a silent connection like a request under w
 from __future__ import annotations
 
 import asyncio
-import resource
 import time
 from typing import ClassVar, cast
 
 import uvicorn.config
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
+
+from services.descriptors import file_limit
 
 HEADER_SECONDS = 10.0  # for a request's header, from its first byte on, or from the connection's start
 HEADER_BYTES = 64 * 1024
@@ -34,7 +35,7 @@ class Connection(HttpToolsProtocol):
 
     header_seconds: ClassVar[float] = HEADER_SECONDS
     read_seconds: ClassVar[float] = READ_SECONDS
-    max_connections: ClassVar[int] = min(MAX_CONNECTIONS, resource.getrlimit(resource.RLIMIT_NOFILE)[0] // 2)
+    max_connections: ClassVar[int] = MAX_CONNECTIONS
 
     _deadline: asyncio.TimerHandle | None = None  # for a header
     _reading: asyncio.TimerHandle | None = None  # for the client to read
@@ -48,7 +49,8 @@ class Connection(HttpToolsProtocol):
         return self.cycle is None or self.cycle.response_complete
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
-        has_room = len(self.connections) < self.max_connections or self._evict()
+        most = min(self.max_connections, file_limit() // 2)
+        has_room = len(self.connections) < most or self._evict()
         super().connection_made(transport)
         self._used = time.monotonic()
         self._deadline = self.loop.call_later(self.header_seconds, transport.abort)

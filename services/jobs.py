@@ -29,6 +29,7 @@ from genmodels.storage import Storage, open_storage
 from services.api import new_app, rebased
 from services.auth import Guard, require_keys
 from services.connections import Connection
+from services.descriptors import raise_file_limit
 from services.edge import LOOPBACK
 from services.jobmetrics import JobMetrics
 from services.jobroutes import add_job_routes
@@ -124,6 +125,7 @@ def _serve(options: argparse.Namespace) -> int:
     from genmodels.lease import Lease
     from services.dispatch import Dispatcher
 
+    raise_file_limit()
     storage = open_storage(options.storage)
     keys = check_access(storage, options.host, options.no_auth)
     app = create_app(storage, keys=keys, hosts=None if keys else LOOPBACK, closing=lambda: server.should_exit)

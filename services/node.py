@@ -25,6 +25,7 @@ from services import dashboard, exporter
 from services.backends import RayJobsBackend
 from services.children import Child
 from services.dashboard import Dashboard
+from services.descriptors import raise_file_limit
 from services.leaving import interruptions, leave
 from services.local import cluster_environment
 
@@ -172,6 +173,7 @@ def main() -> int:
     parser.add_argument("--num-cpus", type=int, help="for training workers; default: all")
     options = parser.parse_args()
     try:
+        raise_file_limit()
         return run(options.role, options.head, options.storage, options.num_cpus)
     except GenmodelsError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -23,6 +23,7 @@ from genmodels.spec import JobSpec, ModelSpec
 from genmodels.storage import Storage
 from services.auth import require_keys
 from services.curl import curl
+from services.descriptors import raise_file_limit
 from services.local import LocalPlatform, check_port, submit
 from services.showcase import Showcase
 from services.supervise import carry
@@ -41,10 +42,11 @@ def quick_run(
 
     Raises:
         SpecError: `only` names a model that the job does not have, or a family does not fit its data.
-        GenmodelsError: the endpoint would ask for a key, and there is none.
+        GenmodelsError: the endpoint would ask for a key, and there is none; or this process may open too few files.
         DataError: a dataset is missing, damaged or too small.
         KeyboardInterrupt: Ctrl-C in training; everything was saved and ended.
     """
+    raise_file_limit()
     job = pin_datasets(job, storage)
     console = Console()
     if not console.is_terminal:
