@@ -19,6 +19,7 @@ KEPT = 1024  # counts of shallow models
 class Parameters:
     trained: int  # of all networks
     saved: int  # numbers in a checkpoint: weights, what is served, moments of the optimizers
+    window: int | None = None  # tokens of a text that it learns from at once
 
 
 def count(
@@ -35,6 +36,7 @@ def count(
     return Parameters(
         one.trained + more * (two.trained - one.trained),
         one.saved + more * (two.saved - one.saved),
+        one.window,
     )
 
 
@@ -57,4 +59,4 @@ def _built(
     weights = sum(tensor.numel() for role in roles for tensor in role.loss.state_dict().values())
     served = sum(tensor.numel() for tensor in family.network.state_dict().values())
     trained = sum(parameter.numel() for role in roles for parameter in role.loss.parameters())
-    return Parameters(trained, weights + served + moments)
+    return Parameters(trained, weights + served + moments, getattr(family, "block_size", None))

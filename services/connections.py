@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import time
+from collections.abc import Callable
 from typing import ClassVar, cast
 
 import uvicorn.config
@@ -37,8 +38,6 @@ class Connection(HttpToolsProtocol):
     read_seconds: ClassVar[float] = READ_SECONDS
     max_connections: ClassVar[int] = MAX_CONNECTIONS
 
-    _deadline: asyncio.TimerHandle | None = None  # for a header
-    _reading: asyncio.TimerHandle | None = None  # for the client to read
     _header_bytes = 0
     _in_body = False
     _used = 0.0  # when something last came
@@ -53,25 +52,27 @@ class Connection(HttpToolsProtocol):
         has_room = len(self.connections) < most or self._evict()
         super().connection_made(transport)
         self._used = time.monotonic()
-        self._deadline = self.loop.call_later(self.header_seconds, transport.abort)
+        self._header, self._reading = _Deadline(self.loop, transport.abort), _Deadline(self.loop, transport.abort)
+        self._header.start(self.header_seconds)
         if not has_room:
             transport.abort()
 
     def data_received(self, data: bytes) -> None:
         self._used = time.monotonic()
-        if self._deadline is None and self.is_idle:
-            self._deadline = self.loop.call_later(self.header_seconds, self.transport.abort)
+        if self.is_idle:
+            self._header.start(self.header_seconds)
         super().data_received(data)
         if not self.is_idle:
             self._header_bytes = 0
-            self._deadline = _cancelled(self._deadline)
+            self._header.stop()
         elif not self._in_body:  # the rest of a body whose request was answered is discarded, until the deadline
             self._header_bytes += len(data)
             if self._header_bytes > HEADER_BYTES:
                 self.transport.abort()
 
     def connection_lost(self, exc: Exception | None) -> None:
-        self._deadline, self._reading = _cancelled(self._deadline), _cancelled(self._reading)
+        self._header.stop()
+        self._reading.stop()
         super().connection_lost(exc)
 
     def on_headers_complete(self) -> None:
@@ -84,10 +85,10 @@ class Connection(HttpToolsProtocol):
 
     def pause_writing(self) -> None:
         super().pause_writing()
-        self._reading = self.loop.call_later(self.read_seconds, self.transport.abort)
+        self._reading.start(self.read_seconds)
 
     def resume_writing(self) -> None:
-        self._reading = _cancelled(self._reading)
+        self._reading.stop()
         super().resume_writing()
 
     def _evict(self) -> bool:
@@ -101,6 +102,19 @@ class Connection(HttpToolsProtocol):
         return True
 
 
-def _cancelled(timer: asyncio.TimerHandle | None) -> None:
-    if timer is not None:
-        timer.cancel()
+class _Deadline:
+    """Calls something unless it is stopped in time."""
+
+    def __init__(self, loop: asyncio.AbstractEventLoop, late: Callable[[], None]) -> None:
+        self._loop, self._late = loop, late
+        self._timer: asyncio.TimerHandle | None = None
+
+    def start(self, seconds: float) -> None:
+        """Begin to wait; one that has begun goes on."""
+        if self._timer is None:
+            self._timer = self._loop.call_later(seconds, self._late)
+
+    def stop(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None

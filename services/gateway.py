@@ -10,10 +10,13 @@ from typing import Any
 
 from fastapi import FastAPI
 from ray import serve
+from ray._common.tls_utils import add_port_to_grpc_server
 from ray.exceptions import RayError, RayTaskError
 from ray.serve import Application
+from ray.serve._private import replica
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
+from ray.util import get_node_ip_address
 
 from genmodels.engine.history import History
 from genmodels.engine.images import ImageAnswer, ImageRequest
@@ -26,7 +29,8 @@ from services.host import MEMORY, Entry, ModelHost, Opened
 from services.routes import create_app
 
 POOL = "default"
-HTTP_OPTIONS = {"host": "127.0.0.1", "request_timeout_s": 300.0}  # for `serve.start`, with a `port`
+LOCAL = "127.0.0.1"
+HTTP_OPTIONS = {"host": LOCAL, "request_timeout_s": 300.0}  # for `serve.start`, with a `port`
 
 # Serve's own defaults are no limit on what waits, and a rollout that first takes the old replica away.
 _COMMON: dict[str, Any] = {
@@ -50,22 +54,24 @@ def build(
         workers: requests for pictures that a host works on at the same time.
         torch_threads: of each computation.
     """
-    host = _host.bind(storage_url, memory=memory, workers=workers, torch_threads=torch_threads)
+    host = Host.bind(  # type: ignore[attr-defined]
+        storage_url, memory=memory, workers=workers, torch_threads=torch_threads
+    )
     return Gateway.bind(host, storage_url if auth else None)  # type: ignore[attr-defined]
 
 
-_host = serve.deployment(
-    name=POOL,
-    max_ongoing_requests=32,
-    max_queued_requests=64,
-    **_COMMON,
-)(ModelHost)
+@serve.deployment(name=POOL, max_ongoing_requests=32, max_queued_requests=64, **_COMMON)
+class Host(ModelHost):
+    def __init__(self, storage_url: str, **options: int) -> None:
+        _stay_on_this_machine()
+        super().__init__(storage_url, **options)
 
 
 @serve.deployment(name="gateway", max_ongoing_requests=PROXY_REQUESTS + 32, max_queued_requests=256, **_COMMON)
 @serve.ingress()
 class Gateway:
     def __init__(self, host: DeploymentHandle[Any], keys_url: str | None) -> None:
+        _stay_on_this_machine()
         self.pool = HandlePool(host)
         self.keys = Keys(open_storage(keys_url)) if keys_url else None
 
@@ -113,6 +119,21 @@ class HandlePool:
             return await getattr(self._handle, method).remote(*arguments)
         except (RayError, BackPressureError, DeploymentUnavailableError) as error:
             return _refusal(error)
+
+
+def _stay_on_this_machine() -> None:
+    """Have the replica in this process listen on 127.0.0.1 where its node does, as under `genmodels up`.
+
+    Calls between deployments come over a gRPC server that Serve binds to all interfaces, and there is no option. They
+    need the cluster's token wherever they come from.
+    """
+    if get_node_ip_address() == LOCAL:
+        replica.add_port_to_grpc_server = _listen_locally  # type: ignore[attr-defined]
+
+
+def _listen_locally(server: Any, address: str) -> int:
+    port: int = add_port_to_grpc_server(server, f"{LOCAL}:{address.rpartition(':')[2]}")
+    return port
 
 
 def _refusal(error: Exception) -> RequestError:

@@ -13,7 +13,7 @@ from pydantic import BaseModel
 from genmodels import models, parameters
 from genmodels.data import DataConfig, TextData, open_dataset, stored
 from genmodels.errors import DataError, RequestError, SpecError
-from genmodels.family import DataInfo, Family, TextFamily
+from genmodels.family import DataInfo, Family
 from genmodels.spec import JobSpec, ModelSpec
 from genmodels.storage import Storage
 
@@ -142,6 +142,5 @@ def _measure(plan: ModelPlan, spec: ModelSpec, cls: type[Family[Any, Any]], fact
     size = parameters.count(cls, spec.model, facts.info, spec.train)
     plan.parameters = size.trained
     plan.checkpoint_bytes = FLOAT * size.saved
-    window = spec.model.block_size if issubclass(cls, TextFamily) else None
-    plan.samples = max(1, facts.examples // window - 1) if window else facts.examples
+    plan.samples = max(1, facts.examples // size.window - 1) if size.window else facts.examples
     plan.epochs = round(plan.max_steps * plan.batch_size / plan.samples, 2)

@@ -12,10 +12,12 @@ from typing import Any
 
 import httpx
 import pytest
+import uvicorn.config
 from served import served
 
+from services import jobs
 from services.connections import HEADER_BYTES, Connection
-from services.edge import Edge
+from services.edge import Edge, proxy_middlewares
 
 PATIENCE = 20.0  # seconds; for what has to happen at all
 
@@ -57,6 +59,17 @@ def url(app: Application) -> Iterator[str]:
     with served(Edge(app, max_requests=4), http=Quick, timeout_keep_alive=PATIENCE) as url:
         yield url
         app.let.set()
+
+
+def test_both_servers_use_it(app: Application, monkeypatch: pytest.MonkeyPatch) -> None:
+    """And none counts connections like requests, as uvicorn's own limit does."""
+    monkeypatch.setattr(uvicorn.config, "HTTP_PROTOCOLS", dict(uvicorn.config.HTTP_PROTOCOLS))
+    service = jobs._uvicorn(app, "127.0.0.1", 0)  # type: ignore[arg-type]
+    proxy_middlewares()
+    proxy = uvicorn.Config(app)  # as Serve makes it
+    for config in (service, proxy):
+        config.load()
+        assert (config.http_protocol_class, config.limit_concurrency) == (Connection, None)
 
 
 def connect(url: str) -> socket.socket:

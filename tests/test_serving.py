@@ -242,6 +242,22 @@ def replica(deployment: str) -> int:
     return until(running, f"a replica of {deployment}")
 
 
+def test_replicas_listen_on_this_machine_alone(endpoint: str) -> None:
+    for deployment in ("default", "gateway"):
+        addresses = listening(replica(deployment))
+        assert addresses
+        assert all(address.endswith("0100007F") for address in addresses)  # 127.0.0.1, or that within IPv6
+
+
+def listening(pid: int) -> list[str]:
+    """Addresses that a process listens on, as the kernel writes them."""
+    process = Path(f"/proc/{pid}")
+    mine = {os.readlink(file) for file in (process / "fd").iterdir() if file.is_symlink()}
+    tables = ((process / "net" / name).read_text().splitlines()[1:] for name in ("tcp", "tcp6"))
+    rows = [line.split() for table in tables for line in table]
+    return [row[1].partition(":")[0] for row in rows if row[3] == "0A" and f"socket:[{row[9]}]" in mine]
+
+
 def ancestors(pid: int, parents: dict[int, int]) -> Iterator[int]:
     while pid := parents.get(pid, 0):
         yield pid
