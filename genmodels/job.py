@@ -16,6 +16,7 @@ import hashlib
 import json
 import re
 import secrets
+from collections import Counter
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
@@ -39,6 +40,7 @@ from genmodels.storage.documents import damaged
 
 JOB_ID = r"[a-z0-9]([a-z0-9-]{0,70}[a-z0-9])?"
 ENDED_NAME = rf"\d{{13}}-{JOB_ID}"
+CURSOR = r"\d{13}-\d{1,6}"
 END_OF_TIME = 10**13  # milliseconds; times count down from here
 NUDGES, QUEUE = "dispatcher/nudges/", "dispatcher/queue.json"
 AT_ONCE = 8  # requests to the store
@@ -192,19 +194,28 @@ class Jobs:
         return list_names(self.storage, "open/", JOB_ID)
 
     def ended(self, after: str = "", limit: int = 20) -> list[tuple[str, EndedEntry]]:
-        """Ended jobs that can be read, the newest first, each with a cursor to go on after."""
-        if after and not re.fullmatch(ENDED_NAME, after):
+        """Ended jobs that can be read, the newest first, each with a cursor to go on after.
+
+        A cursor names no job, since who is shown it may not know all of them: it is a time, and how many of the jobs
+        that ended in this millisecond came before.
+        """
+        if after and not re.fullmatch(CURSOR, after):
             raise SpecError(f"after: got {after[:100]!r}, expected what a page before gave to go on with")
+        time, _, passed = after.partition("-")
+        start, skipped, seen = f"{time}-" if time else "", int(passed or 0), Counter({time: int(passed or 0)})
         found: list[tuple[str, EndedEntry]] = []
         with ThreadPoolExecutor(AT_ONCE) as threads:
             while len(found) < limit:
-                asked = limit - len(found)
-                names = list_names(self.storage, "ended/", ENDED_NAME, after=after, limit=asked)
-                entries = threads.map(self._read_ended, names)
-                found += [(name, entry) for name, entry in zip(names, entries, strict=True) if entry]
+                asked = limit - len(found) + skipped
+                names = list_names(self.storage, "ended/", ENDED_NAME, after=start, limit=asked)
+                for name, entry in zip(names[skipped:], threads.map(self._read_ended, names[skipped:]), strict=True):
+                    time = name.partition("-")[0]
+                    seen[time] += 1
+                    if entry:
+                        found.append((f"{time}-{seen[time]}", entry))
                 if len(names) < asked:
                     break
-                after = names[-1]
+                start, skipped = names[-1], 0
         return found
 
     def close(self, job: str, ended: str, states: Mapping[str, State]) -> None:

@@ -121,6 +121,7 @@ STORAGE_UP = _gauge("storage_up", "Whether the storage answered the job service.
 OPEN_RUNS = _gauge("open_runs", "Runs of open jobs, by state.", ("state",))
 QUEUE_LENGTH = _gauge("queue_length", "Runs that wait for room in the cluster.", ())
 QUEUE_OLDEST = _gauge("queue_oldest_seconds", "For how long the run has waited that waits longest; 0: none waits.", ())
+FIGURES_AGE = _gauge("job_figures_age_seconds", "How old the figures of open runs and of the queue are.", ())
 
 # Registry: counted by who publishes, promotes or judges.
 PUBLISHED = _counter("versions_published_total", "Versions put into the registry.", FAMILY_LABELS)

@@ -324,7 +324,8 @@ class Registry:
     def _what_there_is(self, model: str, missing: str) -> str:
         numbers = self.versions(model)
         if not numbers:
-            return f"no model {model!r}; there are: {', '.join(self.models()) or 'none yet'}"
+            # Names no other model: a key may be limited to some, and is shown those alone where they are listed.
+            return f"no model {model!r}; `genmodels models` or GET /v1/models lists what there is"
         aliases = ", ".join(self.alias_names(model)) or "none"
         return f"model {model!r} has no {missing}; aliases: {aliases}; versions: {', '.join(map(str, numbers))}"
 

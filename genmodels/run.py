@@ -44,7 +44,7 @@ from genmodels.storage import (
     load_document,
     write_document,
 )
-from genmodels.storage.documents import DocumentT, read_rows
+from genmodels.storage.documents import DocumentT, read_lines
 
 State = Literal["queued", "starting", "running", "publishing", "succeeded", "failed", "cancelled"]
 Phase = Literal["starting", "compiling", "training", "evaluating", "saving", "waiting for storage", "publishing"]
@@ -303,6 +303,15 @@ class Run:
         """Rows of the whole chain, cut at the step where the next attempt took over."""
         return [row for link in self.chain() for row in self._rows(link)]
 
+    def metric_lines(self, after: int = 0) -> Iterator[bytes]:
+        """The same rows as they are stored, each a JSON object, of one part after the other.
+
+        Args:
+            after: only rows of later steps.
+        """
+        for link in self.chain():
+            yield from (line for line, _ in self._lines(link, after))
+
     def training_seconds(self) -> float:
         """Time spent in training steps and evaluation by the attempts of the chain, as far as they count."""
         found = ([row.get("seconds") for row in self._rows(link)] for link in self.chain())
@@ -443,7 +452,7 @@ class Run:
     def _log(self, attempt: int, source: str, cursor: dict[str, str]) -> Iterator[LogLine]:
         folder = self._key(attempt, f"logs/{source}/")
         for name in list_names(self.storage, folder, PART, after=cursor.get(folder, "")):
-            for row in read_rows(self.storage, folder + name, "log", {"time": str, "line": str}):
+            for _, row in read_lines(self.storage, folder + name, "log", {"time": str, "line": str}):
                 yield LogLine(attempt, source, row["time"], row["line"])
             cursor[folder] = name
 
@@ -453,11 +462,20 @@ class Run:
         found = map(pattern.fullmatch, self._names(f"attempt-{attempt}/checkpoints/"))
         return sorted(int(match[1]) for match in found if match)
 
-    def _rows(self, link: Link) -> list[dict[str, Any]]:
+    def _rows(self, link: Link) -> Iterator[dict[str, Any]]:
+        return (decode_floats(row) for _, row in self._lines(link))
+
+    def _lines(self, link: Link, after: int = 0) -> Iterator[tuple[bytes, dict[str, Any]]]:
+        """Rows of later steps, each as it is stored and parsed. Parts are named by their first step."""
         folder = self._key(link.attempt, "metrics/")
         parts = list_names(self.storage, folder, PART)
-        rows = (row for part in parts for row in read_rows(self.storage, folder + part, "metrics", {"step": int}))
-        return [decode_floats(row) for row in rows if link.holds(row["step"])]
+        following = [int(Path(part).stem) for part in parts[1:]]
+        for part, next_step in zip(parts, [*following, None], strict=False):
+            if next_step is not None and next_step <= after + 1:
+                continue
+            for line, row in read_lines(self.storage, folder + part, "metrics", {"step": int}):
+                if row["step"] > after and link.holds(row["step"]):
+                    yield line, row
 
     def _key(self, attempt: int, name: str) -> str:
         return f"{self.prefix}/attempt-{attempt}/{name}"

@@ -9,6 +9,7 @@ puts them together and checks across them. Only a sound outline makes it import 
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -382,12 +383,15 @@ def load_stored(data: bytes) -> JobSpec:
     Raises:
         SpecError: it is no spec, or holds values that this release does not know.
     """
-    return _validate(strict_yaml.read(data, "stored spec", MAX_STORED_BYTES), "stored spec", {"stored": True})
+    return _validate(_stored(data), "stored spec", {"stored": True})
 
 
 def dump(spec: JobSpec) -> bytes:
-    """The normalised spec in YAML: every default spelled out, paths absolute."""
-    return strict_yaml.write(spec.model_dump(mode="json"))
+    """The normalised spec: every default spelled out, paths absolute.
+
+    In JSON, which is YAML too: a dispatcher that starts reads the specs of all open jobs, and YAML would take seconds.
+    """
+    return json.dumps(spec.model_dump(mode="json"), indent=1, allow_nan=False, ensure_ascii=False).encode()
 
 
 def digest(spec: JobSpec) -> str:
@@ -421,6 +425,14 @@ def json_schema() -> dict[str, Any]:
     schema["$defs"]["ModelSpec"]["properties"]["model"] = {"description": model["description"], "oneOf": choices}
     schema["$defs"].pop("Section", None)
     return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
+
+
+def _stored(data: bytes) -> strict_yaml.Document:
+    with contextlib.suppress(ValueError, RecursionError):
+        value = json.loads(data) if len(data) <= MAX_STORED_BYTES else None
+        if isinstance(value, dict):
+            return strict_yaml.Document(value, {(): 1})
+    return strict_yaml.read(data, "stored spec", MAX_STORED_BYTES)
 
 
 def _validate(document: strict_yaml.Document, source: str, context: dict[str, Any]) -> JobSpec:

@@ -59,14 +59,6 @@ def read(data: bytes, source: str, max_bytes: int = MAX_BYTES) -> Document:
     return Document(value, reader.lines)
 
 
-def write(value: dict[str, Any]) -> bytes:
-    """YAML that `read` reads back as it was (tuples as lists)."""
-    text: str = yaml.dump(
-        value, Dumper=_Dumper, sort_keys=False, allow_unicode=True, default_flow_style=None, width=120
-    )
-    return text.encode()
-
-
 def scalar(text: str) -> Any:
     """The value of a plain (unquoted) scalar by the YAML 1.2 core schema; huge numbers raise OverflowError."""
     if text in _CONSTANTS:
@@ -232,24 +224,6 @@ class _Reader:
     def _note(self, event: yaml.Event, problem: str) -> None:
         if len(self.problems) < MOST:
             self.problems.append(f"{self.source}:{_line(event)}: {problem}")
-
-
-class _Dumper(yaml.SafeDumper):
-    def ignore_aliases(self, data: Any) -> bool:
-        return True
-
-
-def _represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
-    # PyYAML quotes what YAML 1.1 would take for another type; `1e-4` and `0o17` are numbers only since 1.2.
-    # Some line breaks of Unicode it does not escape unless told to, and then folds them when it reads.
-    try:
-        plain = isinstance(scalar(text), str) and text.isprintable()
-    except OverflowError:
-        plain = False
-    return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=None if plain else '"')
-
-
-_Dumper.add_representer(str, _represent_text)
 
 
 def _line(event: yaml.Event) -> int:

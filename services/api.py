@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import logging
 from codecs import BOM_UTF8
-from collections.abc import Awaitable, Callable, Collection, Mapping
+from collections.abc import Awaitable, Callable, Collection, Coroutine, Mapping
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request, Response
@@ -14,6 +15,7 @@ from fastapi.openapi.utils import get_openapi
 from fastapi.responses import HTMLResponse
 from pydantic import BaseModel, ConfigDict, ValidationError
 from starlette.exceptions import HTTPException
+from starlette.requests import ClientDisconnect
 
 from genmodels import __version__
 from genmodels.engine.requests import refusal
@@ -40,6 +42,7 @@ JSON = ("application/json",)
 logger = logging.getLogger("genmodels.api")
 
 BodyT = TypeVar("BodyT", bound=BaseModel)
+T = TypeVar("T")
 
 
 async def _well() -> str | None:
@@ -59,13 +62,14 @@ def new_app(
     hosts: Collection[str] | None,
     max_body: int = MAX_BODY,
     streamed: Streamed | None = None,
+    max_requests: int | None = None,
     schemas: Callable[[], Mapping[str, Any]] = dict,
     health: Callable[[], Awaitable[str | None]] = _well,
 ) -> FastAPI:
     """An application behind an Edge, with `/openapi.json` and a readable page of it at `/docs`.
 
     Args:
-        hosts, max_body, streamed: the Edge's.
+        hosts, max_body, streamed, max_requests: the Edge's.
         schemas: more of OpenAPI's `components.schemas`, called when the document is first asked for.
         health: says why the service is not well, though it answers; None: it is.
     """
@@ -79,7 +83,7 @@ def new_app(
     )
     app.add_middleware(Head)
     app.add_middleware(PlainBodies)
-    app.add_middleware(Edge, hosts=hosts, max_body=max_body, streamed=streamed)
+    app.add_middleware(Edge, hosts=hosts, max_body=max_body, streamed=streamed, max_requests=max_requests)
     for kind in (GenmodelsError, HTTPException, RequestValidationError):
         app.add_exception_handler(kind, _on_error)
     app.openapi = lambda: _openapi(app, schemas)  # type: ignore[method-assign]
@@ -117,6 +121,20 @@ async def read_body(kind: type[BodyT], request: Request, *, optional: bool = Fal
         if not first["loc"] and first["type"] == "model_type":
             raise RequestError("the body is not a JSON object", code="invalid_json") from None
         raise refusal(error, kind) from None
+
+
+async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """The work's result, but no more work from when the client has left: nothing else would tell."""
+    working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(request.receive())
+    try:
+        await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
+        if not working.done():
+            raise ClientDisconnect
+        return working.result()
+    finally:
+        working.cancel()
+        leaving.cancel()
+        await asyncio.gather(working, leaving, return_exceptions=True)
 
 
 def check_content_type(request: Request, accepted: Collection[str]) -> None:

@@ -3,34 +3,39 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
+import time
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Iterable
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any
 
 from fastapi import Depends, Request, Security
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
-from genmodels.errors import GenmodelsError, RequestError
+from genmodels.errors import GenmodelsError, RequestError, StorageUnavailable
 from genmodels.keys import Key, Keys, Scope
 from genmodels.storage import Storage
 from services.edge import ANSWER_HEADERS
-from services.limits import Limits
+from services.limits import Limits, Slots
 
 LOOKUPS = 4  # threads that look keys up
 MOST_WAITING = 64  # lookups of tokens that are new to us; a flood of invented ones is refused, and reaches nobody else
 KNOWN = 4096
+RECHECK_SECONDS = 3.0  # between two looks at a key whose answer takes long
 
 _BEARER = HTTPBearer(auto_error=False, scheme_name="key", description="gm_..., made by `genmodels keys create`")
 
 
-@dataclass(frozen=True)
+@dataclass
 class Caller:
     """Who asks; without keys (`--no-auth`) anyone, who may do anything."""
 
     key: Key | None = None
+    look: Callable[[], Awaitable[Key | None]] | None = None  # at the key once more
+    looked: float = field(default_factory=time.monotonic)
 
     @property
     def id(self) -> str:
@@ -40,6 +45,15 @@ class Caller:
     def reason(self) -> str:
         """For a run's history: by whom a thing was done."""
         return f"by key {self.key.name!r}" if self.key else "by hand"
+
+    async def recheck(self) -> None:
+        """Called time and again while a long answer is sent. Raise RequestError (401) if the key has been revoked."""
+        if self.look is None or time.monotonic() - self.looked < RECHECK_SECONDS:
+            return
+        self.looked = time.monotonic()
+        with contextlib.suppress(StorageUnavailable):  # the next look will tell
+            if await self.look() is None:
+                raise RequestError("this key was revoked in the middle of the answer", status=401, code="wrong_key")
 
     def may_use(self, models: Iterable[str]) -> bool:
         """Whether all of these models are this key's; each may carry `@version`."""
@@ -54,6 +68,12 @@ class Caller:
                 prefixes = ", ".join(f"{prefix}..." for prefix in self.key.prefixes)
                 message = f"this key is limited to models named {prefixes}, and {model[:100]!r} is not among them"
                 raise RequestError(message, status=403, param="model", code="not_this_keys_model")
+
+    def need_job(self, models: Iterable[str]) -> None:
+        """As `need`, for models that the caller has not named: they are not told."""
+        if not self.may_use(models):
+            message = "this key is limited to some models, and this job trains others"
+            raise RequestError(message, status=403, param="job", code="not_this_keys_model")
 
     def need_all(self) -> None:
         """Raise RequestError (403) for a key that is limited to some models."""
@@ -82,11 +102,12 @@ class Guard:
 
     Args:
         keys: None for `--no-auth`: everyone may do everything.
-        limits: how much each key may ask; None: any number.
+        limits: how much each key may ask, by what it says; None: any number.
+        slots: how much any key may ask at once; None: any number.
     """
 
-    def __init__(self, keys: Keys | None, limits: Limits | None = None) -> None:
-        self._keys, self._limits = keys, limits
+    def __init__(self, keys: Keys | None, limits: Limits | None = None, slots: Slots | None = None) -> None:
+        self._keys, self._limits, self._slots = keys, limits, slots
         self._known: OrderedDict[bytes, None] = OrderedDict()  # digests of tokens that were right before
         self._lane, self._lane_of_strangers = (ThreadPoolExecutor(LOOKUPS, "keys") for _ in range(2))
         self._strangers = 0
@@ -109,14 +130,13 @@ class Guard:
             if not any(key.allows(scope) for scope in scopes):
                 message = f"this key has the scope {', '.join(key.scopes)}, and this needs {' or '.join(scopes)}"
                 raise RequestError(message, status=403, code="scope")
-            if self._limits is None:
-                yield Caller(key)
-                return
-            request.scope.get(ANSWER_HEADERS, {}).update(self._limits.enter(key))
-            try:
-                yield Caller(key)
-            finally:
-                self._limits.leave(key)
+            with contextlib.ExitStack() as leaving:
+                if self._slots is not None:
+                    leaving.enter_context(self._slots.take(key.id))
+                if self._limits is not None:
+                    request.scope.get(ANSWER_HEADERS, {}).update(self._limits.enter(key))
+                    leaving.callback(self._limits.leave, key)
+                yield Caller(key, lambda: self._find(keys, credentials.credentials))
 
         return Security(admit, scopes=scopes)
 

@@ -2,17 +2,15 @@
 
 from __future__ import annotations
 
-import asyncio
 import json
 import time
-from collections.abc import AsyncGenerator, AsyncIterator, Coroutine, Sequence
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import AsyncExitStack, aclosing
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 from fastapi import FastAPI, Request, Response
 from fastapi.responses import StreamingResponse
 from pydantic import Field, ValidationInfo, field_validator
-from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
 from genmodels.engine.choices import Piece
@@ -21,7 +19,7 @@ from genmodels.engine.logprobs import TokenLogprob
 from genmodels.engine.requests import Body
 from genmodels.errors import RequestError
 from genmodels.explain import wrong
-from services.api import documented, read_body
+from services.api import documented, read_body, unless_gone
 from services.auth import Caller
 from services.counting import Count, answers, count_of
 from services.edge import REQUEST_ID, Json, envelope
@@ -29,7 +27,6 @@ from services.host import Opened
 from services.pool import VERSION, Pool, checked
 
 Items = AsyncGenerator[Opened | Piece | RequestError, None]
-T = TypeVar("T")
 
 
 class StreamOptions(Body):
@@ -90,9 +87,9 @@ def add_completions(app: FastAPI, pool: Pool, generate: Any) -> None:
             }
             if body.stream:
                 leaving.pop_all()  # from here on the stream's
-                events = _events(answer, opened, items, body, count_of(request))
+                events = _events(answer, opened, items, body, count_of(request), caller)
                 return _EventStream(events, items, opened.model)
-            content = await _unless_gone(request, _whole(opened, items, body))
+            content = await unless_gone(request, _whole(opened, items, body))
             return Json({**answer, **content}, headers={VERSION: opened.model})
 
 
@@ -108,7 +105,7 @@ async def _whole(opened: Opened, items: Items, body: CompletionBody) -> dict[str
 
 
 async def _events(
-    answer: dict[str, Any], opened: Opened, items: Items, body: CompletionBody, count: Count
+    answer: dict[str, Any], opened: Opened, items: Items, body: CompletionBody, count: Count, caller: Caller
 ) -> AsyncIterator[str]:
     """Server-sent events. The status has been sent, so that an error can only be an event; then nothing says [DONE]."""
     tokens, ended = 0, 0
@@ -119,6 +116,7 @@ async def _events(
             piece = _piece(item)
             tokens, ended = tokens + piece.tokens, ended + (piece.finish_reason is not None)
             yield _event({**answer, "choices": [_choice(piece.index, [piece], body)]})
+            await caller.recheck()
         if ended < body.choices:
             raise _host_lost()
     except RequestError as error:
@@ -143,20 +141,6 @@ class _EventStream(StreamingResponse):
             await super().__call__(scope, receive, send)
         finally:
             await self._items.aclose()
-
-
-async def _unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """The work's result, but no more work from when the client has left: nothing else would tell."""
-    working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(request.receive())
-    try:
-        await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
-        if not working.done():
-            raise ClientDisconnect
-        return working.result()
-    finally:
-        working.cancel()
-        leaving.cancel()
-        await asyncio.gather(working, leaving, return_exceptions=True)
 
 
 def _event(data: dict[str, Any]) -> str:

@@ -41,7 +41,7 @@ CAPACITY_SECONDS = 2.0  # how long what the cluster said of itself is believed
 GROW_SECONDS = float(environ.get("GENMODELS_GROW_SECONDS", "15"))  # that room must have been there to grow into it
 GROW_WORTH_SECONDS = float(environ.get("GENMODELS_GROW_WORTH_SECONDS", "60"))  # left to train, or growing does not pay
 KEEP_SECONDS = 15.0  # a run that backs off for no longer keeps its place
-ADOPTED_AT_ONCE = 8
+ADOPTED_AT_ONCE = 16
 SILENCES = 5  # looks at a run that the store, which else answers, leaves unanswered: then the others go on without it
 RETRY_SECONDS = 15.0  # between two looks at what could not be read of a job
 SHOW_SECONDS = 30.0  # after which the queue is written again, though nothing has changed: it may have been damaged
@@ -209,6 +209,8 @@ class Dispatcher:
         try:
             supervisor = Supervisor(run, self.backend, *run.status())
             supervisor.stamp(epoch)
+            # Looked up here, where jobs are read in parallel; who leaves a wish later nudges the dispatcher.
+            supervisor.wished = bool(run.wishes(after=supervisor.status.wishes))
             return supervisor
         except (LeaseLost, StorageUnavailable):
             raise

@@ -13,10 +13,13 @@ from typing import Any
 
 from fastapi import FastAPI
 from ray import serve
+from ray._common.tls_utils import add_port_to_grpc_server
 from ray.exceptions import RayError, RayTaskError
 from ray.serve import Application
+from ray.serve._private import replica
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
+from ray.util import get_node_ip_address
 
 from genmodels.engine.choices import Piece
 from genmodels.engine.completion_request import CompletionRequest
@@ -27,13 +30,14 @@ from genmodels.errors import RequestError
 from genmodels.keys import Keys
 from genmodels.memory import HOST_MEMORY
 from genmodels.storage import open_storage
-from services.edge import LOOPBACK
+from services.edge import LOOPBACK, PROXY_REQUESTS
 from services.host import Entry, ModelHost, Opened
 from services.local import POOL
 from services.routes import create_app
 
 HEALTH_SECONDS = 2.0
-HTTP_OPTIONS = {"host": "127.0.0.1", "request_timeout_s": 300.0}  # for `serve.start`, with a `port`
+LOCAL = "127.0.0.1"
+HTTP_OPTIONS = {"host": LOCAL, "request_timeout_s": 300.0}  # for `serve.start`, with a `port`
 
 # Serve's own defaults are no limit on what waits, and a rollout that first takes the old replica away.
 _COMMON: dict[str, Any] = {
@@ -57,22 +61,24 @@ def build(
         workers: requests for pictures that a host works on at the same time.
         torch_threads: of each computation.
     """
-    host = _host.bind(storage_url, memory=memory, workers=workers, torch_threads=torch_threads)
+    host = Host.bind(  # type: ignore[attr-defined]
+        storage_url, memory=memory, workers=workers, torch_threads=torch_threads
+    )
     return Gateway.bind(host, storage_url if auth else None)  # type: ignore[attr-defined]
 
 
-_host = serve.deployment(
-    name=POOL,
-    max_ongoing_requests=32,
-    max_queued_requests=64,
-    **_COMMON,
-)(ModelHost)
+@serve.deployment(name=POOL, max_ongoing_requests=32, max_queued_requests=64, **_COMMON)
+class Host(ModelHost):
+    def __init__(self, storage_url: str, **options: int) -> None:
+        _stay_on_this_machine()
+        super().__init__(storage_url, **options)
 
 
-@serve.deployment(name="gateway", max_ongoing_requests=256, max_queued_requests=256, **_COMMON)
+@serve.deployment(name="gateway", max_ongoing_requests=PROXY_REQUESTS + 32, max_queued_requests=256, **_COMMON)
 @serve.ingress()
 class Gateway:
     def __init__(self, host: DeploymentHandle[Any], keys_url: str | None) -> None:
+        _stay_on_this_machine()
         self.pool = HandlePool(host)
         self.keys = Keys(open_storage(keys_url, in_use=True)) if keys_url else None
 
@@ -112,8 +118,8 @@ class HandlePool:
     async def vocabulary(self, name: str) -> Vocabulary | RequestError:
         return await self._ask("vocabulary", name)
 
-    async def history(self, name: str) -> History | RequestError:
-        return await self._ask("history", name)
+    async def history(self, name: str, points: int) -> History | RequestError:
+        return await self._ask("history", name, points)
 
     async def sample(self, name: str, step: int, file: str) -> bytes | RequestError:
         return await self._ask("sample", name, step, file)
@@ -136,6 +142,21 @@ class HandlePool:
             return await getattr(self._handle, method).remote(*arguments)
         except (RayError, BackPressureError, DeploymentUnavailableError) as error:
             return _refusal(error)
+
+
+def _stay_on_this_machine() -> None:
+    """Have the replica in this process listen on 127.0.0.1 where its node does, as under `genmodels up`.
+
+    Calls between deployments come over a gRPC server that Serve binds to all interfaces, and there is no option. They
+    need the cluster's token wherever they come from.
+    """
+    if get_node_ip_address() == LOCAL:
+        replica.add_port_to_grpc_server = _listen_locally  # type: ignore[attr-defined]
+
+
+def _listen_locally(server: Any, address: str) -> int:
+    port: int = add_port_to_grpc_server(server, f"{LOCAL}:{address.rpartition(':')[2]}")
+    return port
 
 
 def _refusal(error: Exception) -> RequestError:

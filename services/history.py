@@ -5,10 +5,12 @@ from __future__ import annotations
 from pathlib import PurePosixPath
 from typing import Annotated, Any
 
-from fastapi import FastAPI, Path, Request, Response
+from fastapi import FastAPI, Path, Query, Request, Response
+from pydantic import Field
 
-from genmodels.engine.history import SAMPLE
+from genmodels.engine.history import LEAST_ROWS, MOST_ROWS, SAMPLE
 from genmodels.storage import encode_floats
+from services.api import Strict
 from services.auth import Caller
 from services.counting import answers
 from services.edge import Json
@@ -20,6 +22,10 @@ Step = Annotated[int, Path(ge=0, le=99_999_999)]
 File = Annotated[str, Path(pattern=SAMPLE)]
 
 
+class HistoryQuery(Strict):
+    points: int = Field(MOST_ROWS, ge=LEAST_ROWS, le=MOST_ROWS, description="the most rows, evenly spread over the run")
+
+
 def add_history_routes(app: FastAPI, pool: Pool, generate: Any) -> None:
     """Add the routes.
 
@@ -28,9 +34,11 @@ def add_history_routes(app: FastAPI, pool: Pool, generate: Any) -> None:
     """
 
     @app.get("/v1/models/{model}/history", summary="How a version was trained")
-    async def read_history(model: str, request: Request, caller: Caller = generate) -> Response:
+    async def read_history(
+        model: str, request: Request, query: Annotated[HistoryQuery, Query()], caller: Caller = generate
+    ) -> Response:
         caller.need([model])
-        found = checked(await pool.history(model))
+        found = checked(await pool.history(model, query.points))
         answers(request, found.version, found.family)
         return Json(
             {

@@ -9,6 +9,8 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
 from datetime import datetime
 from typing import get_args
 
@@ -18,6 +20,7 @@ from genmodels.errors import StorageError
 from genmodels.metrics import (
     ATTEMPTS,
     DAMAGED,
+    FIGURES_AGE,
     OPEN_RUNS,
     PROMOTED,
     QUEUE_LENGTH,
@@ -31,8 +34,8 @@ from genmodels.metrics import (
     THREAD_PROGRESS,
     exported,
 )
-from genmodels.run import State, now
-from services.views import RunView, Views
+from genmodels.run import State, Status, now
+from services.views import Views
 
 COUNTED = (  # by this process
     ATTEMPTS,
@@ -46,14 +49,28 @@ COUNTED = (  # by this process
     THREAD_FAILURES,
 )
 BELIEVED_SECONDS = 5.0  # so that scrapes, and whoever else asks, cost the store little
+PATIENCE_SECONDS = 0.2  # that a scrape gives storage; then it tells what was known before, and how old that is
+
+
+@dataclass(frozen=True)
+class _Look:
+    """What was seen of the open runs; nothing of them where storage did not answer."""
+
+    began: float  # on this process's monotonic clock
+    ended: float
+    answered: bool
+    states: Counter[str]
+    waiting: list[Status]
 
 
 class JobMetrics:
-    """A Prometheus collector over storage."""
+    """A Prometheus collector over storage. Storage is read beside the scrapes, which do not wait for it."""
 
     def __init__(self, views: Views) -> None:
         self._views, self._lock = views, threading.Lock()
-        self._read: tuple[float, list[RunView]] | None = None
+        self._thread = ThreadPoolExecutor(1, "metrics")
+        self._looking: Future[None] | None = None
+        self._last: _Look | None = None
         self._registry = CollectorRegistry()
         for metric in COUNTED if not exported() else ():
             self._registry.register(metric)
@@ -68,27 +85,40 @@ class JobMetrics:
         return []
 
     def collect(self) -> Iterator[Metric]:
-        with self._lock:
-            answers = self._refresh()
-            runs = self._read[1] if self._read else []
-        yield _told(STORAGE_UP, {"": answers})
-        if not answers:
+        self._refresh()
+        last = self._last
+        if last is None:
             return
-        states = Counter(run.state for run in runs)
-        waiting = [run for run in runs if run.position is not None]
-        yield _told(OPEN_RUNS, {state: states[state] for state in (*get_args(State), "damaged")})
-        yield _told(QUEUE_LENGTH, {"": len(waiting)})
-        yield _told(QUEUE_OLDEST, {"": max(map(_age, waiting), default=0.0)})
+        yield _told(STORAGE_UP, {"": last.answered})
+        if not last.answered:
+            return
+        yield _told(OPEN_RUNS, {state: last.states[state] for state in (*get_args(State), "damaged")})
+        yield _told(QUEUE_LENGTH, {"": len(last.waiting)})
+        yield _told(QUEUE_OLDEST, {"": max(map(_age, last.waiting), default=0.0)})
+        yield _told(FIGURES_AGE, {"": time.monotonic() - last.began})
 
-    def _refresh(self) -> bool:
-        """Whether what is known is no older than BELIEVED_SECONDS."""
-        if self._read and time.monotonic() - self._read[0] < BELIEVED_SECONDS:
-            return True
+    def _refresh(self) -> None:
+        """Have storage read where what is known is old. Slow storage is read for a fifth of the time at most."""
+        with self._lock:
+            last, looking = self._last, self._looking
+            if looking is None or looking.done():
+                if last and time.monotonic() - last.ended < max(BELIEVED_SECONDS, 4 * (last.ended - last.began)):
+                    return
+                looking = self._looking = self._thread.submit(self._look)
+        wait([looking], PATIENCE_SECONDS)
+
+    def _look(self) -> None:
+        began, answered = time.monotonic(), True
+        runs: list[tuple[str, Status | None]] = []
+        queued: set[str] = set()
         try:
-            self._read = time.monotonic(), self._views.open_runs()
+            runs = self._views.open_runs()
+            queued = {f"{waiting.job}/{waiting.model}" for waiting in self._views.queue().queue}
         except StorageError:
-            return False
-        return True
+            answered = False
+        states = Counter(status.state if status else "damaged" for _, status in runs)
+        waiting = [status for name, status in runs if status and status.state == "queued" and name in queued]
+        self._last = _Look(began, time.monotonic(), answered, states, waiting)
 
 
 def _told(gauge: Gauge, values: dict[str, float]) -> Metric:
@@ -99,8 +129,8 @@ def _told(gauge: Gauge, values: dict[str, float]) -> Metric:
     return metric
 
 
-def _age(run: RunView) -> float:
+def _age(status: Status) -> float:
     """Seconds since a run was queued."""
-    queued = [change.time for change in run.history if change.state == "queued"]
+    queued = [change.time for change in status.history if change.state == "queued"]
     since = datetime.fromisoformat(now()) - datetime.fromisoformat(queued[-1]) if queued else None
     return max(0.0, since.total_seconds()) if since else 0.0

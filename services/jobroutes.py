@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import hashlib
+import json
 import re
+import threading
 from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from heapq import merge
 from itertools import islice
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
 from fastapi import FastAPI, Header, Query, Request, Response
 from fastapi.responses import StreamingResponse
 from pydantic import BaseModel, Field
 from starlette.concurrency import run_in_threadpool
+from starlette.types import Receive, Scope, Send
 
 from genmodels.data import stored
 from genmodels.engine.requests import Body
@@ -22,21 +26,26 @@ from genmodels.errors import DamagedObject, RequestError, SpecError
 from genmodels.explain import nearest, show
 from genmodels.job import Jobs
 from genmodels.pin import pin
-from genmodels.precheck import check_job
+from genmodels.precheck import Checked, check_job
 from genmodels.run import ENDED, Run, Status
 from genmodels.spec import JobSpec, Label, parse_spec
-from genmodels.storage import Storage, encode_floats
-from services.api import JSON, Strict, check_content_type, documented, read_body
+from genmodels.storage import Storage
+from genmodels.thinning import thinned_rows
+from services.api import JSON, Strict, check_content_type, documented, read_body, unless_gone
 from services.auth import Caller, Guard
 from services.edge import Json
+from services.limits import Slots
 from services.plans import JobPlan, Planner
 from services.views import JobView, Page, Views
 
 SPEC_TYPES = ("application/yaml", "application/x-yaml", "text/yaml", *JSON)
 FOLLOW_SECONDS = 1.0  # between two looks for new lines
-MOST_FOLLOWERS = 64
+FOLLOWERS = (64, 16)  # of all, of one key
+PLANS = (64, 4)  # dry runs that wait or are worked on
+PLANNERS = 2  # threads
 LINES_AT_ONCE = 1000
 
+Look = Callable[[], tuple[Iterator[bytes], bool]]
 Names = Annotated[list[Label] | None, Field(max_length=100)]
 
 
@@ -59,6 +68,7 @@ class LogQuery(Strict):
 class MetricsQuery(Strict):
     model: str | None = Field(None, max_length=100, description="needed where the job has several")
     after: int = Field(0, ge=0, le=10**9, description="only rows of later steps")
+    points: int | None = Field(None, ge=10, le=10_000, description="the most rows, evenly spread; default: all")
 
 
 class CancelBody(Body):
@@ -77,23 +87,20 @@ class JobRoutes:
         self.storage, self.jobs = storage, Jobs(storage)
         self.views, self.planner = Views(storage, endpoint), Planner(storage)
 
-    def submit(self, body: bytes, caller: Caller, key: str | None, dry_run: bool) -> JobPlan | tuple[JobView, bool]:
+    def plan(self, body: bytes, caller: Caller, gone: Callable[[], bool]) -> JobPlan:
+        """Tell what a job would be."""
+        with _refusing():
+            checked, capacity = self._checked(body, caller, planned=True)
+            plan = self.planner.plan(checked.job, capacity, gone)
+        for model in plan.models:
+            model.notes += checked.notes[model.model]
+        return plan
+
+    def submit(self, body: bytes, caller: Caller, key: str | None) -> tuple[JobView, bool]:
         """Put a job into the queue; the job, and whether it is new."""
-        try:
-            spec = parse_spec(body, "spec", datasets=stored.kinds(self.storage), paths=False)
-            caller.need(model.name for model in spec.models)
-            caller.need(filter(None, (model.train.init_from for model in spec.models)))
-            capacity = self.views.queue().capacity
-            spec = pin(spec, self.storage, mark=False)
-            checked = check_job(spec, self.storage, capacity=capacity, planned=dry_run)
-            if dry_run:
-                plan = self.planner.plan(checked.job, capacity)
-                for model in plan.models:
-                    model.notes += checked.notes[model.model]
-                return plan
+        with _refusing():
+            checked, _ = self._checked(body, caller, planned=False)
             spec = pin(checked.job, self.storage)
-        except SpecError as error:
-            raise RequestError(str(error), param=_path(error), code="invalid_spec") from None
         digest = hashlib.sha256(body).hexdigest()
         job, new = self.jobs.submit(spec, caller=caller.id, idempotency_key=key, body_digest=digest)
         if not new:
@@ -134,15 +141,16 @@ class JobRoutes:
         self._spec(job, caller)
         self.jobs.delete(job)
 
-    def metrics(self, job: str, query: MetricsQuery, caller: Caller) -> dict[str, Any]:
+    def metrics(self, job: str, query: MetricsQuery, caller: Caller) -> Iterator[bytes]:
+        """The answer in parts, of which few rows are in memory at a time."""
         names = [model.name for model in self._spec(job, caller).models]
         if query.model is None and len(names) > 1:
             raise RequestError(f"missing; name one of {', '.join(names)}", param="model", code="missing")
         (model,) = _chosen(names, None if query.model is None else [query.model])
-        rows = [row for row in Run(self.storage, job, model).metrics() if row["step"] > query.after]
-        return {"model": model, "data": encode_floats(rows)}
+        rows: Iterable[bytes] = Run(self.storage, job, model).metric_lines(query.after)
+        return _document(model, rows if query.points is None else thinned_rows(rows, query.points))
 
-    def logs(self, job: str, query: LogQuery, caller: Caller) -> Callable[[], tuple[Iterator[bytes], bool]]:
+    def logs(self, job: str, query: LogQuery, caller: Caller) -> Look:
         """A function that gives what has come since it was last called, and whether no more will."""
         models = self._spec(job, caller).models
         chosen = _chosen([model.name for model in models], query.model or None)
@@ -157,6 +165,15 @@ class JobRoutes:
 
         return look
 
+    def _checked(self, body: bytes, caller: Caller, *, planned: bool) -> tuple[Checked, dict[str, int] | None]:
+        """The job that a body describes, and what the cluster has."""
+        spec = parse_spec(body, "spec", datasets=stored.kinds(self.storage), paths=False)
+        caller.need(model.name for model in spec.models)
+        caller.need(filter(None, (model.train.init_from for model in spec.models)))
+        capacity = self.views.queue().capacity
+        spec = pin(spec, self.storage, mark=False)
+        return check_job(spec, self.storage, capacity=capacity, planned=planned), capacity
+
     def _runs(self, job: str, models: list[str] | None, caller: Caller) -> list[tuple[Run, Status]]:
         names = [model.name for model in self._spec(job, caller).models]
         self.jobs.entry(job)  # not one of `genmodels run`, which nobody dispatches
@@ -166,7 +183,7 @@ class JobRoutes:
     def _spec(self, job: str, caller: Caller) -> JobSpec:
         """A job's spec, if this caller may know of it."""
         spec = self.jobs.spec(job)
-        caller.need(model.name for model in spec.models)
+        caller.need_job(model.name for model in spec.models)
         return spec
 
 
@@ -180,7 +197,15 @@ def add_job_routes(
         endpoint: URL of the gateway, which clients are told.
     """
     routes, submit, admin = JobRoutes(storage, endpoint), guard("submit"), guard("admin")
-    log_threads, followers = ThreadPoolExecutor(8, "logs"), [0]
+    log_threads, followers = ThreadPoolExecutor(8, "logs"), Slots("followed logs", *FOLLOWERS)
+    planners, plans = ThreadPoolExecutor(PLANNERS, "plans"), Slots("dry runs", *PLANS)
+
+    async def plan(body: bytes, caller: Caller) -> JobPlan:
+        gone = threading.Event()
+        try:
+            return await asyncio.get_running_loop().run_in_executor(planners, routes.plan, body, caller, gone.is_set)
+        finally:
+            gone.set()
 
     @app.post("/v1/jobs", status_code=201, response_model=JobView, openapi_extra=_SPEC_BODY)
     async def submit_job(
@@ -196,10 +221,10 @@ def add_job_routes(
         """
         check_content_type(request, SPEC_TYPES)
         body = await request.body()
-        found = await run_in_threadpool(routes.submit, body, caller, idempotency_key, query.dry_run)
-        if isinstance(found, JobPlan):
-            return _json(found)
-        view, new = found
+        if query.dry_run:
+            with plans.take(caller.id):
+                return _json(await unless_gone(request, plan(body, caller)))
+        view, new = await run_in_threadpool(routes.submit, body, caller, idempotency_key)
         return _json(view, 201 if new else 200, location=f"/v1/jobs/{view.job}")
 
     @app.get("/v1/jobs", response_model=Page)
@@ -215,36 +240,44 @@ def add_job_routes(
     @app.get("/v1/jobs/{job}/logs", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
     async def read_logs(job: str, query: Annotated[LogQuery, Query()], caller: Caller = submit) -> Response:
         """Read what a job's driver and workers printed, while it runs and ever after."""
-        if query.follow and followers[0] >= MOST_FOLLOWERS:
-            raise RequestError("too many follow logs already; try again in a moment", status=429, code="too_many")
         in_thread = asyncio.get_running_loop().run_in_executor
-        look = await in_thread(log_threads, routes.logs, job, query, caller)
-        parts, ended = await in_thread(log_threads, look)
-        first = await in_thread(log_threads, next, parts, b"")  # an error that is told now is an answer of its own
 
-        async def text() -> AsyncIterator[bytes]:
-            nonlocal parts, ended
-            followers[0] += query.follow
-            try:
-                part = first
-                while True:
-                    while part:
-                        yield part
-                        part = await in_thread(log_threads, next, parts, b"")
-                    if not query.follow or ended or closing():
-                        return
-                    await asyncio.sleep(FOLLOW_SECONDS)
-                    parts, ended = await in_thread(log_threads, look)
+        async def text(look: Look, parts: Iterator[bytes], ended: bool, part: bytes) -> AsyncIterator[bytes]:
+            while True:
+                while part:
+                    yield part
+                    await caller.recheck()
                     part = await in_thread(log_threads, next, parts, b"")
-            finally:
-                followers[0] -= query.follow
+                if not query.follow or ended or closing():
+                    return
+                await asyncio.sleep(FOLLOW_SECONDS)
+                await caller.recheck()
+                parts, ended = await in_thread(log_threads, look)
+                part = await in_thread(log_threads, next, parts, b"")
 
-        return StreamingResponse(text(), media_type="text/plain", headers={"cache-control": "no-store"})
+        with contextlib.ExitStack() as held:
+            if query.follow:
+                held.enter_context(followers.take(caller.id))
+            look = await in_thread(log_threads, routes.logs, job, query, caller)
+            parts, ended = await in_thread(log_threads, look)
+            first = await in_thread(log_threads, next, parts, b"")  # an error that is told now is an answer of its own
+            return _Held(text(look, parts, ended, first), "text/plain", held.pop_all().close)
 
     @app.get("/v1/jobs/{job}/metrics")
-    def read_metrics(job: str, query: Annotated[MetricsQuery, Query()], caller: Caller = submit) -> Response:
+    async def read_metrics(job: str, query: Annotated[MetricsQuery, Query()], caller: Caller = submit) -> Response:
         """Read a model's metrics: one row for each logged step, over all attempts, as far as they count."""
-        return Json(routes.metrics(job, query, caller))
+        in_thread = asyncio.get_running_loop().run_in_executor
+        parts = await in_thread(log_threads, routes.metrics, job, query, caller)
+        first = await in_thread(log_threads, next, parts, b"")  # an error that is told now is an answer of its own
+
+        async def document() -> AsyncIterator[bytes]:
+            part = first
+            while part:
+                yield part
+                await caller.recheck()
+                part = await in_thread(log_threads, next, parts, b"")
+
+        return StreamingResponse(document(), media_type="application/json")
 
     @app.post("/v1/jobs/{job}/cancel", response_model=JobView, openapi_extra=documented(CancelBody, optional=True))
     async def cancel_job(job: str, request: Request, caller: Caller = submit) -> Response:
@@ -267,8 +300,31 @@ def add_job_routes(
     return routes.views
 
 
+class _Held(StreamingResponse):
+    """A stream that holds something until it has ended, or its client has left, maybe before it began."""
+
+    def __init__(self, content: AsyncIterator[bytes], media_type: str, done: Callable[[], None]) -> None:
+        super().__init__(content, media_type=media_type, headers={"cache-control": "no-store"})
+        self.done = done
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self.done()
+
+
 def _json(model: BaseModel, status: int = 200, **headers: str) -> Json:
     return Json(model.model_dump(mode="json"), status, headers)
+
+
+@contextlib.contextmanager
+def _refusing() -> Iterator[None]:
+    """What is wrong with a spec, as the client is told."""
+    try:
+        yield
+    except SpecError as error:
+        raise RequestError(str(error), param=_path(error), code="invalid_spec") from None
 
 
 def _chosen(names: list[str], models: Iterable[str] | None) -> list[str]:
@@ -311,6 +367,16 @@ def _lines(run: Run, source: str | None, seen: dict[str, str]) -> Iterator[tuple
 def _packed(lines: Iterator[str]) -> Iterator[bytes]:
     while part := "".join(islice(lines, LINES_AT_ONCE)):
         yield part.encode(errors="replace")
+
+
+def _document(model: str, rows: Iterable[bytes]) -> Iterator[bytes]:
+    """JSON with rows that are JSON already."""
+    rows, head = iter(rows), f'{{"model":{json.dumps(model)},"data":['.encode()
+    packed = list(islice(rows, LINES_AT_ONCE))
+    while following := list(islice(rows, LINES_AT_ONCE)):
+        yield head + b",".join(packed)
+        head, packed = b",", following
+    yield head + b",".join(packed) + b"]}"
 
 
 _SPEC_EXAMPLE = """\

@@ -28,9 +28,12 @@ from genmodels.spec import json_schema
 from genmodels.storage import Storage, begin_writing, open_storage
 from services.api import new_app, rebased
 from services.auth import Guard, require_keys
+from services.connections import Connection
+from services.descriptors import raise_file_limit
 from services.edge import LOOPBACK
 from services.jobmetrics import JobMetrics
 from services.jobroutes import add_job_routes
+from services.limits import Slots
 from services.modelroutes import UPLOADS, add_model_routes
 from services.rayjob import KubeOptions, add_kube_arguments
 from services.supervise import Backend, Capacity
@@ -38,7 +41,8 @@ from services.supervise import Backend, Capacity
 PORT = 8080
 BACKENDS = ("ray-jobs", "kuberay")
 MAX_BODY = 64 * 1024  # bytes; of a spec, the largest thing that is sent but for datasets
-MAX_REQUESTS = 512  # at the same time; more are answered 503
+MAX_REQUESTS = 384  # at the same time; more are answered 503
+MAX_REQUESTS_OF_ONE = 128  # of one key; more are answered 429
 GRACE_SECONDS = 5  # that requests under way have to end when the service does
 STOP_SECONDS = 20.0  # for the dispatcher to give its lease back
 
@@ -82,9 +86,10 @@ def create_app(
         schemas=_spec_schemas,
         max_body=MAX_BODY,
         streamed=UPLOADS,
+        max_requests=MAX_REQUESTS,
         health=health,
     )
-    guard = Guard(keys)
+    guard = Guard(keys, slots=Slots("requests", None, MAX_REQUESTS_OF_ONE))
     views = add_job_routes(app, guard, storage, closing, endpoint)
     add_model_routes(app, guard, storage)
     metrics = JobMetrics(views)
@@ -129,6 +134,7 @@ def _serve(options: argparse.Namespace) -> int:
     from genmodels.lease import Lease
     from services.dispatch import Dispatcher
 
+    raise_file_limit()
     storage = open_storage(options.storage)
     keys = check_access(storage, options.host, options.no_auth)
     begin_writing(storage)
@@ -185,7 +191,7 @@ def _uvicorn(app: FastAPI, host: str, port: int) -> uvicorn.Config:
         access_log=False,
         log_level="warning",
         server_header=False,
-        limit_concurrency=MAX_REQUESTS,
+        http=Connection,
         timeout_graceful_shutdown=GRACE_SECONDS,
         lifespan="off",
         ws="none",

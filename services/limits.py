@@ -1,10 +1,13 @@
-"""How much one key may ask: requests a minute, and at once. Each gateway replica counts for itself."""
+"""How much one key may ask: requests a minute, and at once, or places for what is costly. Each process counts alone."""
 
 from __future__ import annotations
 
+import contextlib
 import math
+import threading
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 from genmodels.errors import RequestError
@@ -67,3 +70,40 @@ class Limits:
             "x-ratelimit-remaining-requests": str(int(use.tokens)),
             "x-ratelimit-reset-requests": f"{math.ceil((rate - use.tokens) * 60 / rate)}s",
         }
+
+
+class Slots:
+    """Places for something costly: so many at once, of which one key may take a few; safe between threads.
+
+    Args:
+        what: what takes them, in the plural: "uploads".
+        total: None: any number.
+    """
+
+    def __init__(self, what: str, total: int | None, of_one: int) -> None:
+        self._what, self._total, self._of_one = what, math.inf if total is None else total, of_one
+        self._taken: Counter[str] = Counter()
+        self._lock = threading.Lock()
+
+    @contextlib.contextmanager
+    def take(self, key: str) -> Iterator[None]:
+        """Hold a place.
+
+        Raises:
+            RequestError: 429; there is none, or none for this key.
+        """
+        with self._lock:
+            if self._taken[key] >= self._of_one:
+                message = f"this key has {self._of_one} {self._what} under way, the most that it may have at once"
+                raise RequestError(message, status=429, code="too_many_at_once")
+            if self._taken.total() >= self._total:
+                message = f"others have {self._total} {self._what} under way; try again in a moment"
+                raise RequestError(message, status=429, code="too_many")
+            self._taken[key] += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._taken[key] -= 1
+                if not self._taken[key]:
+                    del self._taken[key]

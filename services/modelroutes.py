@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
-import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path as FilePath
 from typing import Annotated, Any, Literal
@@ -28,11 +27,14 @@ from genmodels.spec import LABEL
 from genmodels.storage import Storage, encode_floats
 from services.api import Strict, documented, read_body
 from services.auth import Caller, Guard
+from services.bodies import BodyLimit
 from services.edge import Json, Streamed
+from services.limits import Slots
 
-UPLOADS = Streamed("PUT", "/v1/datasets/", stored.MAX_STREAM_BYTES)
-MOST_UPLOADS = 2  # at the same time: each takes disk, and memory while it is checked
-MOST_DOWNLOADS = 8
+UPLOADS = Streamed("PUT", "/v1/datasets/", BodyLimit(stored.MAX_STREAM_BYTES, seconds=30.0, rate=64 * 2**10))
+
+UPLOADS_AT_ONCE = (4, 1)  # of all, of one key: each takes disk, and memory while it is checked
+DOWNLOADS = (8, 4)
 
 Number = Annotated[int, Path(ge=1, le=99_999_999)]
 
@@ -59,7 +61,7 @@ def add_model_routes(app: FastAPI, guard: Guard, storage: Storage) -> None:
     registry, admin, submit = Registry(storage), guard("admin"), guard("submit")
     reader = guard("submit", "generate")
     threads = ThreadPoolExecutor(8, "models")
-    downloads, uploads = threading.Semaphore(MOST_DOWNLOADS), threading.Semaphore(MOST_UPLOADS)
+    downloads, uploads = Slots("downloads", *DOWNLOADS), Slots("uploads", *UPLOADS_AT_ONCE)
 
     @app.get("/v1/models")
     def list_models(caller: Caller = reader) -> Response:
@@ -83,13 +85,11 @@ def add_model_routes(app: FastAPI, guard: Guard, storage: Storage) -> None:
         if file is None:
             message = f"{version.name} has no file {name[:100]!r}; it has: {', '.join(sorted(version.files))}"
             raise RequestError(message, status=404, param="name", code="file_not_found")
-        if not downloads.acquire(blocking=False):
-            raise RequestError("too many files are being fetched; try again in a moment", status=429, code="too_many")
-        with ExitStack() as stack:
-            stack.callback(downloads.release)
-            folder = FilePath(stack.enter_context(scratch_folder()))
+        with contextlib.ExitStack() as held:
+            held.enter_context(downloads.take(caller.id))
+            folder = FilePath(held.enter_context(scratch_folder()))
             registry.fetch(version.model_copy(update={"files": {name: file}}), folder)
-            return _Pulled(folder / name, file.sha256, stack.pop_all().close)
+            return _Pulled(folder / name, file.sha256, held.pop_all().close)
 
     @app.delete("/v1/models/{model}/versions/{number}", status_code=204, response_class=Response)
     def delete_version(model: str, number: Number, caller: Caller = admin) -> Response:
@@ -162,17 +162,12 @@ def add_model_routes(app: FastAPI, guard: Guard, storage: Storage) -> None:
         caller.need([name])  # else a limited key could change what others' specs mean
         if name in DATASETS:
             raise RequestError(f"{name!r} is a built-in dataset; choose another name", status=409, param="name")
-        if not uploads.acquire(blocking=False):
-            raise RequestError("others are adding datasets; try again in a moment", status=429, code="too_many")
-        try:
-            with scratch_folder() as folder:
-                path = FilePath(folder) / name
-                with path.open("wb") as file:
-                    async for part in request.stream():
-                        await run_in_threadpool(file.write, part)
-                dataset, new = await run_in_threadpool(_add, storage, name, path, query)
-        finally:
-            uploads.release()
+        with uploads.take(caller.id), scratch_folder() as folder:
+            path = FilePath(folder) / name
+            with path.open("wb") as file:
+                async for part in request.stream():
+                    await run_in_threadpool(file.write, part)
+            dataset, new = await run_in_threadpool(_add, storage, name, path, query)
         return Json(dataset.model_dump(mode="json"), 201 if new else 200)
 
     @app.delete("/v1/datasets/{name}")

@@ -24,6 +24,7 @@ from services import dashboard, exporter
 from services.backends import RayJobsBackend
 from services.children import Child
 from services.dashboard import Dashboard
+from services.descriptors import raise_file_limit
 from services.environment import python, ray_command, settle
 from services.leaving import interruptions, leave
 from services.local import cluster_environment
@@ -169,6 +170,7 @@ def main() -> int:
     options = parser.parse_args()
     settle()
     try:
+        raise_file_limit()
         return run(options.role, options.head, options.storage, options.num_cpus)
     except GenmodelsError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as NotYet
 from typing import Any
 
 from pydantic import BaseModel
 
-from genmodels import models, servable
+from genmodels import models, parameters, servable
 from genmodels.data import DataConfig, TextData, open_dataset, stored
-from genmodels.errors import DataError, GenmodelsError, SpecError
-from genmodels.family import DataInfo, Family, TextFamily
+from genmodels.errors import DataError, RequestError, SpecError
+from genmodels.family import DataInfo, Family
 from genmodels.spec import JobSpec, ModelSpec
 from genmodels.storage import Storage
 
-DATASET_SECONDS = 5.0  # to wait for a built-in dataset that has to be fetched first
+DATASET_SECONDS = 5.0  # for one plan to wait for built-in datasets that have to be fetched first
 FLOAT = 4  # bytes; weights and optimizer states are kept in float32
 
 
@@ -56,24 +56,31 @@ class Facts(BaseModel):
 
 
 class Planner:
-    """Answers quickly and with little memory: networks are built without their weights, datasets are opened once."""
+    """Answers quickly and with little memory: networks are counted, not built, and datasets are opened once."""
 
     def __init__(self, storage: Storage) -> None:
         self._storage = storage
         self._opening = ThreadPoolExecutor(1, "datasets")
         self._built_in: dict[str, Future[Facts]] = {}
 
-    def plan(self, job: JobSpec, capacity: Mapping[str, int] | None) -> JobPlan:
+    def plan(
+        self, job: JobSpec, capacity: Mapping[str, int] | None, gone: Callable[[], bool] = lambda: False
+    ) -> JobPlan:
         """The plan of a job.
 
         Args:
             capacity: the most `cpus` and `gpus` that the cluster has, as far as it is known.
+            gone: whether the answer is wanted no more.
 
         Raises:
             SpecError: a family cannot work on its data.
+            RequestError: it is wanted no more.
         """
-        until = time.monotonic() + DATASET_SECONDS
-        plans = [self._model(place, spec, capacity, until) for place, spec in enumerate(job.models)]
+        plans, until = [], time.monotonic() + DATASET_SECONDS
+        for place, spec in enumerate(job.models):
+            if gone():
+                raise RequestError("the client has left", status=499)
+            plans.append(self._model(place, spec, capacity, until))
         return JobPlan(name=job.name, priority=job.priority, models=plans)
 
     def _model(self, place: int, spec: ModelSpec, capacity: Mapping[str, int] | None, until: float) -> ModelPlan:
@@ -134,33 +141,13 @@ def _judge(plan: ModelPlan, capacity: Mapping[str, int] | None) -> None:
 
 
 def _measure(plan: ModelPlan, spec: ModelSpec, cls: type[Family[Any, Any]], facts: Facts) -> None:
-    import torch
-    from torch.optim import Muon
-
-    try:
-        with torch.device("meta"):  # shapes without memory
-            family = cls(spec.model, facts.info)
-            roles = family.roles(spec.train)
-    except GenmodelsError:
-        raise
-    except Exception as error:
-        plan.notes.append(f"its parameters could not be counted ({type(error).__name__})")
-        return
-    optimizers = [optimizer for role in roles for optimizer in role.optimizers]
-    moments = sum(
-        (1 if isinstance(optimizer, Muon) else 2) * sum(p.numel() for p in group["params"])
-        for optimizer in optimizers
-        for group in optimizer.param_groups
-    )
-    weights = sum(tensor.numel() for role in roles for tensor in role.loss.state_dict().values())
-    served = sum(tensor.numel() for tensor in family.network.state_dict().values())
-    plan.parameters = sum(p.numel() for role in roles for p in role.loss.parameters())
-    plan.checkpoint_bytes = FLOAT * (weights + served + moments)
+    size = parameters.count(cls, spec.model, facts.info, spec.train)
+    plan.parameters = size.trained
+    plan.checkpoint_bytes = FLOAT * size.saved
     plan.serving_bytes = cls.footprint(spec.model, facts.info).total
     refusal = servable.refusal(spec, facts.info)
     plan.servable = refusal is None
     if refusal:
         plan.notes.append(refusal)
-    window = family.block_size if isinstance(family, TextFamily) else None
-    plan.samples = max(1, facts.examples // window - 1) if window else facts.examples
+    plan.samples = max(1, facts.examples // size.window - 1) if size.window else facts.examples
     plan.epochs = round(plan.max_steps * plan.batch_size / plan.samples, 2)

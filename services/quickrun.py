@@ -24,6 +24,7 @@ from genmodels.spec import JobSpec, ModelSpec, job_id
 from genmodels.storage import Storage, begin_writing
 from services.auth import require_keys
 from services.curl import curl
+from services.descriptors import raise_file_limit
 from services.environment import outlive_output
 from services.local import LocalPlatform, check_port, submit
 from services.options import console
@@ -45,11 +46,12 @@ def quick_run(
 
     Raises:
         SpecError: `only` names a model that the job does not have, or a family does not fit its data.
-        GenmodelsError: the endpoint would ask for a key, and there is none.
+        GenmodelsError: the endpoint would ask for a key, and there is none; or this process may open too few files.
         DataError: a dataset is missing, damaged or too small.
         KeyboardInterrupt: Ctrl-C in training; everything was saved and ended.
     """
     outlive_output()
+    raise_file_limit()
     job = pin_datasets(job, storage)
     screen = console()
     job, validation = _check(job, [spec.name for spec in _choose(job, only)], storage, screen)

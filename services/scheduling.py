@@ -162,9 +162,10 @@ def _gives_way(other: Running, run: Queued) -> bool:
 
 
 def _why(run: Queued, other: Running) -> str:
+    """For the other run's history, whose reader may not know this one."""
     if other.priority < run.priority:
-        return f"preempted by {run.key} of priority {run.priority}"
-    return f"makes room for {run.key}"
+        return f"preempted by a run of priority {run.priority}"
+    return "makes room for another run"
 
 
 def _growing(running: Sequence[Running], leaving: set[str], there: _Free, able: _Free) -> list[tuple[str, str]]:

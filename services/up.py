@@ -26,6 +26,7 @@ from genmodels.storage import Storage, begin_writing
 from services import dashboard, exporter
 from services.backends import RayJobsBackend
 from services.children import Child, Tell
+from services.descriptors import raise_file_limit
 from services.environment import own_folder, python, ray_command
 from services.jobs import check_access
 from services.leaving import interruptions, leave
@@ -62,9 +63,10 @@ def up(storage: Storage, options: Options, tell: Tell | None = None) -> None:
     """Run the platform until SIGINT or SIGTERM; attempts that run then have saved, and go on at the next `up`.
 
     Raises:
-        GenmodelsError: there is no key that anybody could use, or a port is taken.
+        GenmodelsError: there is no key that anybody could use, a port is taken, or too few files may be open.
     """
     tell = tell or _print
+    raise_file_limit()
     check_access(storage, HOST, not options.auth)
     begin_writing(storage)
     for name in ("port", "api_port", "metrics_port"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -13,7 +14,7 @@ from pydantic import BaseModel
 from genmodels.errors import DamagedObject, JobNotFound, KeyNotFound
 from genmodels.job import QUEUE as QUEUE
 from genmodels.job import EndedEntry, Entry, Jobs, Queue
-from genmodels.run import ENDED, Change, Run, State
+from genmodels.run import ENDED, Change, Run, State, Status
 from genmodels.spec import JobSpec, ModelSpec
 from genmodels.storage import Storage
 
@@ -127,9 +128,15 @@ class Views:
         views += [_from_index(entry) for _, entry in shown if entry.job not in open_now and may_see(entry.models)]
         return Page(data=views, next=f"ended!{mark}" if more else None)
 
-    def open_runs(self) -> list[RunView]:
-        """The runs of all open jobs."""
-        return [run for view in self._summary(self._open()) for run in view.models]
+    def open_runs(self) -> list[tuple[str, Status | None]]:
+        """The runs of all open jobs, named job/model, as their statuses say: one small object of each is read.
+
+        None stands for a status that is damaged.
+        """
+        jobs = [entry for entry in self._open() if entry.job in self._specs or self.jobs.exists(entry.job)]
+        runs = [Run(self.storage, entry.job, model) for entry in jobs for model in entry.models]
+        statuses = self._threads.map(_status, runs)
+        return [(run.name, status) for run, status in zip(runs, statuses, strict=True)]
 
     def queue(self) -> Queue:
         """What the dispatcher says of the queue."""
@@ -210,6 +217,12 @@ def _from_index(entry: EndedEntry) -> JobView:
 def _unreadable(entry: Entry, error: DamagedObject) -> JobView:
     """A job whose spec is damaged: its entry names its models."""
     return _view(entry, [RunView(model=model, state="damaged", reason=str(error)) for model in entry.models])
+
+
+def _status(run: Run) -> Status | None:
+    with contextlib.suppress(DamagedObject):
+        return run.status()[0]
+    return None
 
 
 def _run(run: Run, spec: ModelSpec) -> RunView:

@@ -12,13 +12,19 @@ import uvicorn
 
 
 @contextmanager
-def served(app: Any, port: int = 0) -> Iterator[str]:
-    """The URL of a server that is up; it is gone at the end."""
+def served(app: Any, port: int = 0, **options: Any) -> Iterator[str]:
+    """The URL of a server that is up; it is gone at the end.
+
+    Args:
+        options: uvicorn's.
+    """
     listening = socket.socket()
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     listening.bind(("127.0.0.1", port))
     listening.listen()  # from now on who connects is heard, if not at once
-    config = uvicorn.Config(app, log_level="critical", lifespan="off", ws="none", timeout_graceful_shutdown=1)
+    config = uvicorn.Config(
+        app, log_level="critical", lifespan="off", ws="none", timeout_graceful_shutdown=1, **options
+    )
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, args=([listening],))
     thread.start()

@@ -68,7 +68,11 @@ def test_models_and_promote(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("arguments", "code", "error"),
     [
-        (["promote", "nothing@1"], 1, "error: no model 'nothing'; there are: none yet\n"),
+        (
+            ["promote", "nothing@1"],
+            1,
+            "error: no model 'nothing'; `genmodels models` or GET /v1/models lists what there is\n",
+        ),
         (["models", "--storage", "ftp://x"], 1, "error: storage URL 'ftp://x': must be file:///"),
         (["run", "nowhere.yaml"], 2, "error: nowhere.yaml: no such file; write the path of a job spec"),
     ],

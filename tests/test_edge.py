@@ -7,8 +7,9 @@ from typing import Any
 
 import pytest
 from asking import ask, refused
-from starlette.requests import ClientDisconnect
+from starlette.requests import ClientDisconnect, Request
 
+from services.bodies import BodyLimit
 from services.edge import LOOPBACK, MAX_BODY, Edge, Streamed
 from services.routes import create_app
 
@@ -154,13 +155,12 @@ def part(body: bytes, more: bool = False) -> dict[str, Any]:
 
 async def echo(scope: Any, receive: Any, send: Any) -> None:
     """Answers with the body and the names of the headers that it was sent."""
-    message = await receive()
-    assert not message["more_body"]
+    body = await Request(scope, receive).body()
     names = b" ".join(name for name, _ in scope["headers"])
     await send(
         {"type": "http.response.start", "status": 200, "headers": [(b"x-request-id", b"1"), (b"x-request-id", b"2")]}
     )
-    await send({"type": "http.response.body", "body": message["body"] + b"|" + names, "more_body": False})
+    await send({"type": "http.response.body", "body": body + b"|" + names, "more_body": False})
 
 
 def test_a_body_that_is_announced_too_large_is_refused_unread() -> None:
@@ -192,7 +192,7 @@ def test_a_client_that_leaves_in_its_body_is_forgotten() -> None:
     assert client.call(Edge(echo)) == []
 
 
-UPLOAD = Streamed("POST", "/", 3000)
+UPLOAD = Streamed("POST", "/", BodyLimit(3000, 30.0))
 
 
 async def swallow(scope: Any, receive: Any, send: Any) -> None:
@@ -215,13 +215,13 @@ def test_a_streamed_body_has_its_own_limit() -> None:
     client.call(edge)
     assert (client.status, client.error["code"], client.taken) == (413, "body_too_large", 4)
     client = Client(part(b"x" * 11))
-    client.call(Edge(swallow, max_body=10, streamed=Streamed("PUT", "/", 3000)))
+    client.call(Edge(swallow, max_body=10, streamed=Streamed("PUT", "/", BodyLimit(3000, 30.0))))
     assert client.status == 413
 
 
 def test_a_streamed_body_that_stops_coming_is_not_waited_for(caplog: pytest.LogCaptureFixture) -> None:
     client = Client(part(b"x", more=True))
-    client.call(Edge(swallow, body_seconds=0.05, streamed=UPLOAD))
+    client.call(Edge(swallow, streamed=Streamed("POST", "/", BodyLimit(3000, 0.05))))
     assert client.status == 408
     client = Client(part(b"x", more=True), {"type": "http.disconnect"})
     assert client.call(Edge(swallow, streamed=UPLOAD)) == []

@@ -174,7 +174,10 @@ def test_a_text_is_read_with_the_tokenizer_of_the_model_it_continues(
     [
         ("vae@7", r"models\[0\].train.init_from: model 'vae' has no version 7; aliases: production; versions: 1"),
         ("vae@canary", r"models\[0\].train.init_from: model 'vae' has no alias 'canary'"),
-        ("gone", r"models\[0\].train.init_from: no model 'gone'; there are: vae"),
+        (
+            "gone",
+            r"models\[0\].train.init_from: no model 'gone'; `genmodels models` or GET /v1/models lists what there is",
+        ),
         ("vae@nobody:step-3", r"vae@nobody:step-3: no such checkpoint; those of vae in job nobody: none yet"),
         ("vae@{job}:step-4", r"no such checkpoint; those of vae in job source-\w+: 3, 6"),
     ],

@@ -37,6 +37,7 @@ from genmodels.registry import Registry
 from genmodels.storage import Storage, open_storage
 from services import docs, jobmetrics, jobroutes, jobs, modelroutes
 from services.auth import Caller
+from services.bodies import BodyLimit
 from services.edge import Streamed
 from services.jobmetrics import JobMetrics
 from services.views import Views
@@ -104,9 +105,10 @@ def test_who_follows_is_let_go_when_the_service_ends(file_storage: Storage, monk
         assert list(lines) == []
 
 
-def test_only_so_many_follow(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_only_so_many_follow(file_storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jobroutes, "FOLLOW_SECONDS", 0.02)
-    monkeypatch.setattr(jobroutes, "MOST_FOLLOWERS", 1)
+    monkeypatch.setattr(jobroutes, "FOLLOWERS", (1, 1))
+    service = Service(file_storage)
     job = service.submit("a")
     service.log(job, "a", 1, "0", 1, ("1", "one"))
     path = f"/v1/jobs/{job}/logs"
@@ -194,7 +196,7 @@ def test_a_version_is_a_number(service: Service, number: str) -> None:
 def test_a_damaged_file_is_not_sent(service: Service) -> None:
     version = publish(service.storage, "clothes", "vae")
     service.storage.put(f"models/clothes/blobs/{version.files['model.safetensors'].sha256}", b"nonsense")
-    for _ in range(modelroutes.MOST_DOWNLOADS + 1):  # and none of the places for downloads is lost
+    for _ in range(modelroutes.DOWNLOADS[0] + 1):  # and none of the places for downloads is lost
         response = service("GET", "/v1/models/clothes/versions/1/files/model.safetensors")
         assert (refused(response, 500)["code"], b"nonsense" in response.content) == ("damaged", False)
     assert service("GET", "/v1/models/clothes/versions/1/files/config.json").status_code == 200
@@ -317,7 +319,7 @@ def test_data_that_does_not_fit_is_refused(
 
 
 def test_an_upload_has_a_limit_of_its_own(file_storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(jobs, "UPLOADS", Streamed("PUT", "/v1/datasets/", 20_000))
+    monkeypatch.setattr(jobs, "UPLOADS", Streamed("PUT", "/v1/datasets/", BodyLimit(20_000, 30.0)))
     service = Service(file_storage)
     assert service("PUT", "/v1/datasets/lines", content=TEXT).status_code == 201
 
@@ -334,7 +336,7 @@ def test_an_upload_has_a_limit_of_its_own(file_storage: Storage, monkeypatch: py
 def test_an_upload_that_breaks_off_is_nothing(service: Service, caplog: pytest.LogCaptureFixture) -> None:
     with served(service.app) as url:
         address = httpx.URL(url)
-        for _ in range(modelroutes.MOST_UPLOADS + 1):  # and none of the places for uploads is lost
+        for _ in range(modelroutes.UPLOADS_AT_ONCE[0] + 1):  # and none of the places for uploads is lost
             with socket.create_connection((address.host, address.port)) as client:
                 head = "PUT /v1/datasets/lines HTTP/1.1\r\nhost: x\r\ncontent-length: 20000\r\n\r\n"
                 client.sendall(head.encode() + TEXT[:5000])

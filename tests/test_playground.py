@@ -24,12 +24,13 @@ from served import served
 from genmodels import findings
 from genmodels.checkpoint import Place
 from genmodels.data.images import png
-from genmodels.engine.history import MOST_ROWS, MOST_STEPS, read, thinned
+from genmodels.engine.history import MOST_ROWS, MOST_STEPS, read
 from genmodels.family import Findings, Measure
 from genmodels.keys import Keys
 from genmodels.registry import Registry
 from genmodels.run import Run
 from genmodels.storage import Storage, open_storage
+from genmodels.thinning import thinned
 from services.host import ModelHost
 from services.playground import FOLDER, TYPES
 from services.routes import create_app

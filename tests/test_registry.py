@@ -285,10 +285,10 @@ def test_what_names_mean() -> None:
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("other", "no model 'other'; there are: model, second"),
-        ("other@3", "no model 'other'; there are: model, second"),
-        ("other@latest", "no model 'other'; there are: model, second"),
-        ("mode", "no model 'mode'; there are: model, second"),
+        ("other", "no model 'other'; `genmodels models` or GET /v1/models lists what there is"),
+        ("other@3", "no model 'other'; `genmodels models` or GET /v1/models lists what there is"),
+        ("other@latest", "no model 'other'; `genmodels models` or GET /v1/models lists what there is"),
+        ("mode", "no model 'mode'; `genmodels models` or GET /v1/models lists what there is"),
         ("second", "model 'second' has no alias 'production'; aliases: none; versions: 1"),
         ("model@canary", "model 'model' has no alias 'canary'; aliases: production; versions: 1, 2"),
         ("model@3", "model 'model' has no version 3; aliases: production; versions: 1, 2"),
@@ -318,7 +318,7 @@ def test_names_that_mean_nothing_say_what_there_is(name: str, said: str) -> None
 def test_an_empty_registry_says_so() -> None:
     store = Registry(MemoryStorage())
     assert (store.models(), store.versions("m"), store.aliases("m")) == ([], [], {})
-    with pytest.raises(ModelNotFound, match="no model 'm'; there are: none yet"):
+    with pytest.raises(ModelNotFound, match="no model 'm'; `genmodels models` or GET /v1/models lists what there is"):
         store.resolve("m")
 
 

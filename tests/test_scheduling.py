@@ -89,7 +89,7 @@ def test_gpus() -> None:
 def test_a_higher_priority_has_lower_ones_leave() -> None:
     running = [runs("old", 2, since="1"), runs("young", 2, since="2"), runs("dear", 2, priority=9)]
     found = decide([waits("urgent", 2, priority=5)], running, cpus=6)
-    assert found.leaves == [("young", "preempted by urgent of priority 5")]
+    assert found.leaves == [("young", "preempted by a run of priority 5")]
     assert found.reasons == [("urgent", "waits for others to save and leave")]
     again = decide(
         [waits("urgent", 2, priority=5), waits("small", 1)],
@@ -124,7 +124,7 @@ def test_elastic_runs_share() -> None:
 def test_an_elastic_run_gives_its_surplus_to_others() -> None:
     grown = runs("grown", 4, sizes=[1, 2, 4])
     found = decide([waits("a", 2)], [grown])
-    assert found.leaves == [("grown", "makes room for a")]
+    assert found.leaves == [("grown", "makes room for another run")]
     both = decide([waits("grown", [1, 2, 4], at="0"), waits("a", 2, at="1")])
     assert both.starts == [("grown", 2), ("a", 2)]
     assert decide([waits("a", 4)], [grown]).leaves == [], "it keeps its fewest"

@@ -200,16 +200,39 @@ def test_errors_over_serve_have_one_form(endpoint: str, token: str) -> None:
         assert own.headers.get_list("x-request-id") == [str(uuid.UUID(own.headers["x-request-id"]))]
 
 
-def test_a_large_body_is_refused_at_the_door(endpoint: str) -> None:
+def test_a_large_body_is_refused_at_the_door(endpoint: str, token: str) -> None:
     """The answer is there before the body has been sent: Serve's proxy itself refuses it."""
     host, port = endpoint.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), timeout=20) as connection:
         head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}:{port}\r\nContent-Length: {MAX_BODY + 1}\r\n\r\n"
         connection.sendall(head.encode())
         assert connection.recv(100).startswith(b"HTTP/1.1 413")
-    with httpx.Client(base_url=endpoint) as client:
-        refused(client.post("/v1/completions", content=(b"x" * 2**20 for _ in range(9)), headers=JSON), 413)
+    with httpx.Client(base_url=endpoint, headers=JSON) as client:
+        whole = [b"x" * 2**20] * 9
+        assert client.post("/v1/completions", content=iter(whole)).status_code == 401
+        refused(client.post("/v1/completions", content=iter(whole), headers={"authorization": f"Bearer {token}"}), 413)
         assert client.get("/healthz").status_code == 200
+
+
+def test_a_large_body_waits_for_its_key_in_serves_proxy(endpoint: str, token: str) -> None:
+    """Without a key only its beginning is read; with one all of it reaches the gateway."""
+    host, port = endpoint.removeprefix("http://").split(":")
+    head = f"POST /v1/models/shapes/decode HTTP/1.1\r\nHost: {host}\r\nContent-Length: {MAX_BODY}\r\n"
+    with socket.create_connection((host, int(port)), timeout=20) as connection:
+        connection.sendall(f"{head}\r\n{'x' * 1000}".encode())
+        assert connection.recv(100).startswith(b"HTTP/1.1 401")
+    body = json.dumps({"images": [PICTURE] * 64}).encode() + b" " * 2**22
+    with httpx.Client(base_url=endpoint, headers={**JSON, "authorization": f"Bearer {token}"}, timeout=60) as client:
+        for _ in range(20):  # and none of what it holds is lost
+            assert len(client.post("/v1/models/shapes/reconstruct", content=body).json()["data"]) == 64
+
+
+def test_serves_proxy_bounds_what_comes_before_a_request(endpoint: str) -> None:
+    host, port = endpoint.removeprefix("http://").split(":")
+    with socket.create_connection((host, int(port)), timeout=20) as connection, contextlib.suppress(ConnectionError):
+        for _ in range(1000):
+            connection.sendall(b"x" * 2**16)
+        pytest.fail("64 MiB of a header were taken")
 
 
 LONG = {"model": "play", "prompt": "To be", "max_tokens": 4000, "seed": 1, "stream": True}
@@ -229,6 +252,22 @@ def replica(deployment: str) -> int:
         return next((pid for pid in titled if os.getpid() in ancestors(pid, parents)), None)
 
     return until(running, f"a replica of {deployment}")
+
+
+def test_replicas_listen_on_this_machine_alone(endpoint: str) -> None:
+    for deployment in ("default", "gateway"):
+        addresses = listening(replica(deployment))
+        assert addresses
+        assert all(address.endswith("0100007F") for address in addresses)  # 127.0.0.1, or that within IPv6
+
+
+def listening(pid: int) -> list[str]:
+    """Addresses that a process listens on, as the kernel writes them."""
+    process = Path(f"/proc/{pid}")
+    mine = {os.readlink(file) for file in (process / "fd").iterdir() if file.is_symlink()}
+    tables = ((process / "net" / name).read_text().splitlines()[1:] for name in ("tcp", "tcp6"))
+    rows = [line.split() for table in tables for line in table]
+    return [row[1].partition(":")[0] for row in rows if row[3] == "0A" and f"socket:[{row[9]}]" in mine]
 
 
 def ancestors(pid: int, parents: dict[int, int]) -> Iterator[int]:

@@ -392,12 +392,13 @@ def endpoint(ray_cluster: str, models: Storage) -> Iterator[str]:
     """Two gateways before two hosts; their address."""
     from ray import serve
 
-    from services.gateway import HTTP_OPTIONS, Gateway, _host
+    from services.gateway import HTTP_OPTIONS, Gateway, Host
 
     port = free_ports(1)
     serve.start(http_options={**HTTP_OPTIONS, "port": port}, logging_config={"log_level": "ERROR"})
-    hosts = _host.options(num_replicas=2).bind(models.url)
     gateway: Any = Gateway
+    host: Any = Host
+    hosts = host.options(num_replicas=2).bind(models.url)
     serve.run(gateway.options(num_replicas=2).bind(hosts, models.url), name="genmodels", route_prefix="/")
     yield f"http://127.0.0.1:{port}"
     serve.shutdown()

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
+import json
 import re
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import Any, TypeVar
+from typing import Any
 
 from genmodels.errors import CheckpointError, KeyNotFound, RequestError
 from genmodels.references import Found
 from genmodels.run import Run
-from genmodels.storage import Storage
+from genmodels.storage import Storage, decode_floats
+from genmodels.thinning import thinned, thinned_rows
 
-MOST_ROWS = 1000
+LEAST_ROWS, MOST_ROWS = 10, 1000
 MOST_STEPS = 200  # with samples
 SAMPLE = r"^[a-z0-9][a-z0-9_-]{0,63}\.(png|txt)$"
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -32,15 +31,15 @@ class History:
     samples: dict[int, list[str]]  # step -> names of files
 
 
-def read(storage: Storage, found: Found) -> History:
-    """The history of the run behind a version: at most MOST_ROWS rows, and samples of at most MOST_STEPS steps.
+def read(storage: Storage, found: Found, points: int = MOST_ROWS) -> History:
+    """The history of the run behind a version: at most `points` rows, and samples of at most MOST_STEPS steps.
 
     Raises:
         RequestError: the run's records are damaged, or are being deleted.
     """
     run = Run(storage, found.job, found.model)
     try:
-        rows, samples = run.metrics(), run.samples()
+        rows, samples = thinned_rows(run.metric_lines(), points), run.samples()
     except (CheckpointError, KeyNotFound):
         raise _gone(found) from None
     files: dict[int, list[str]] = {}
@@ -50,7 +49,12 @@ def read(storage: Storage, found: Found) -> History:
             files.setdefault(step, []).append(name)
     steps = thinned(sorted(files), MOST_STEPS)
     return History(
-        found.name, found.family, found.job, found.place.step, _thin(rows), {step: files[step] for step in steps}
+        found.name,
+        found.family,
+        found.job,
+        found.place.step,
+        [decode_floats(json.loads(row)) for row in rows],
+        {step: files[step] for step in steps},
     )
 
 
@@ -69,23 +73,6 @@ def read_sample(storage: Storage, found: Found, step: int, file: str) -> bytes:
         raise _gone(found) from None
     message = f"the run of {found.name} left no {file!r} at step {step}; GET /v1/models/{found.name}/history lists all"
     raise RequestError(message, status=404, param="name", code="sample_not_found")
-
-
-def thinned(items: Sequence[T], most: int) -> list[T]:
-    """At most `most` items, evenly spread, the first and the last among them."""
-    if len(items) <= most:
-        return list(items)
-    return [items[i * (len(items) - 1) // (most - 1)] for i in range(most)]
-
-
-def _thin(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Evaluations are few and far between, so that they are kept before the rows of training."""
-    if len(rows) <= MOST_ROWS:
-        return rows
-    evaluations = [i for i, row in enumerate(rows) if any(name.startswith("val_") for name in row)]
-    others = sorted(set(range(len(rows))) - set(evaluations))
-    kept = thinned(evaluations, MOST_ROWS // 2)
-    return [rows[i] for i in sorted([*kept, *thinned(others, MOST_ROWS - len(kept))])]
 
 
 def _gone(found: Found) -> RequestError:

@@ -129,8 +129,10 @@ def read_document(storage: Storage, key: str) -> tuple[dict[str, Any], str]:
     return document, etag
 
 
-def read_rows(storage: Storage, key: str, kind: str, fields: Mapping[str, type]) -> Iterator[dict[str, Any]]:
-    """Read lines of flat JSON objects; damaged lines are left out and counted.
+def read_lines(
+    storage: Storage, key: str, kind: str, fields: Mapping[str, type]
+) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    """Read lines of flat JSON objects, each as it is stored and parsed; damaged lines are left out and counted.
 
     Args:
         kind: of object, in metrics.
@@ -146,7 +148,7 @@ def read_rows(storage: Storage, key: str, kind: str, fields: Mapping[str, type])
             continue
         flat = not any(isinstance(value, (dict, list)) for value in row.values())
         if flat and all(type(row.get(name)) is of for name, of in fields.items()):
-            yield row
+            yield line, row
         else:
             spoiled += 1
     if spoiled:

@@ -1,0 +1,62 @@
+"""How many numbers a model has, from its configuration, without building it at its depth.
+
+A family names the field of its configuration that repeats equal blocks (`Family.repeated`). All counts are linear in
+that field, so two shallow models, built on the meta device without memory for weights, tell those of any depth.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+from genmodels.family import Family, ImageInfo, OptimizerConfig, Section, TextInfo
+
+KEPT = 1024  # counts of shallow models
+
+
+@dataclass(frozen=True)
+class Parameters:
+    trained: int  # of all networks
+    saved: int  # numbers in a checkpoint: weights, what is served, moments of the optimizers
+    window: int | None = None  # tokens of a text that it learns from at once
+
+
+def count(
+    cls: type[Family[Any, Any]], config: Section, data: ImageInfo | TextInfo, optimizer: OptimizerConfig
+) -> Parameters:
+    """The numbers of the model that `cls(config, data)` would be, trained with this optimizer."""
+    built = OptimizerConfig(optimizer=optimizer.optimizer)
+    if cls.repeated is None:
+        return _built(cls, config.model_dump_json(), data, built)
+    one, two = (
+        _built(cls, config.model_copy(update={cls.repeated: depth}).model_dump_json(), data, built) for depth in (1, 2)
+    )
+    more = getattr(config, cls.repeated) - 1
+    return Parameters(
+        one.trained + more * (two.trained - one.trained),
+        one.saved + more * (two.saved - one.saved),
+        one.window,
+    )
+
+
+@lru_cache(KEPT)
+def _built(
+    cls: type[Family[Any, Any]], config: str, data: ImageInfo | TextInfo, optimizer: OptimizerConfig
+) -> Parameters:
+    import torch
+    from torch.optim import Muon
+
+    with torch.device("meta"):  # shapes without memory
+        family = cls(cls.Config.model_validate_json(config), data)
+        roles = family.roles(optimizer)
+    moments = sum(
+        (1 if isinstance(one, Muon) else 2) * sum(parameter.numel() for parameter in group["params"])
+        for role in roles
+        for one in role.optimizers
+        for group in one.param_groups
+    )
+    weights = sum(tensor.numel() for role in roles for tensor in role.loss.state_dict().values())
+    served = sum(tensor.numel() for tensor in family.network.state_dict().values())
+    trained = sum(parameter.numel() for role in roles for parameter in role.loss.parameters())
+    return Parameters(trained, weights + served + moments, getattr(family, "block_size", None))

@@ -1,0 +1,153 @@
+"""Bodies of requests on their way to the application: bounded in size, in time, and in the memory they hold together.
+
+Nothing reads a body before the application does, which by then has checked the key. Serve's proxy is another process
+than the application, and fetches a body at once. So there the rest of a large body waits until the application says
+that it reads it (`WANTED`, a message of the ASGI extension `EXTENSION`), and until there is room for it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import math
+import time
+from collections import Counter
+from dataclasses import dataclass
+
+from starlette.datastructures import Headers
+from starlette.types import Message, Receive, Scope, Send
+
+from genmodels.errors import RequestError
+
+EXTENSION = "genmodels.body"
+WANTED = "genmodels.body.wanted"
+SMALL_BYTES = 64 * 1024  # bodies up to this size, and about as much of others, are passed on unasked
+DISCONNECT: Message = {"type": "http.disconnect"}
+
+
+@dataclass(frozen=True)
+class BodyLimit:
+    """How large a body may be, and how slow: `seconds`, and 1 s more for each `rate` bytes that have come."""
+
+    bytes: int
+    seconds: float
+    rate: float = math.inf
+
+
+class BodyMemory:
+    """What the bodies of one process may hold together, and those of one caller."""
+
+    def __init__(self, total: int, share: int) -> None:
+        self._total, self._share = total, share
+        self._held: Counter[bytes] = Counter()
+
+    def take(self, caller: bytes, size: int) -> bool:
+        """Reserve room; False where there is not enough."""
+        if self._held.total() + size > self._total or self._held[caller] + size > self._share:
+            return False
+        self._held[caller] += size
+        return True
+
+    def give_back(self, caller: bytes, size: int) -> None:
+        self._held[caller] -= size
+        if not self._held[caller]:
+            del self._held[caller]
+
+
+class Body:
+    """ASGI's `receive` for one request. A body that breaks its limit ends in a disconnect, and `refusal` says why."""
+
+    def __init__(self, scope: Scope, receive: Receive, send: Send, limit: BodyLimit) -> None:
+        self.refusal: RequestError | None = None
+        self.expected = expected_bytes(scope, limit)
+        self._receive, self._send, self._limit = receive, send, limit
+        self._unannounced = EXTENSION in (scope.get("extensions") or {}) and self.expected > SMALL_BYTES
+        self._size, self._waited, self._more = 0, 0.0, True
+
+    async def receive(self) -> Message:
+        if self.refusal:
+            return DISCONNECT
+        if not self._more:  # what comes after the body, the client's leaving, may take its time
+            return await self._receive()
+        if self._unannounced:
+            self._unannounced = False
+            await self._send({"type": WANTED})
+        try:
+            await self._admit()
+        except RequestError as refusal:
+            return self._refuse(refusal)
+        began = time.monotonic()
+        try:
+            async with asyncio.timeout(self._limit.seconds + self._size / self._limit.rate - self._waited):
+                message = await self._receive()
+        except TimeoutError:
+            return self._refuse(_too_slow(self._limit))
+        self._waited += time.monotonic() - began  # not what the application takes
+        self._size += len(message.get("body", b""))
+        if self._size > self._limit.bytes:
+            return self._refuse(too_large(self._limit.bytes))
+        self._more = message.get("more_body", False)
+        return message
+
+    def release(self) -> None:
+        """Called when the request has ended."""
+
+    async def _admit(self) -> None:
+        """Wait until the next part may be read."""
+
+    def _refuse(self, refusal: RequestError) -> Message:
+        self.refusal = refusal
+        return DISCONNECT
+
+
+class HeldBody(Body):
+    """A body in front of another process, which has to say that it wants more than its beginning."""
+
+    def __init__(self, scope: Scope, receive: Receive, send: Send, limit: BodyLimit, memory: BodyMemory) -> None:
+        super().__init__(scope, receive, send, limit)
+        self._caller = Headers(scope=scope).get("authorization", "").encode()
+        self._memory, self._held, self._is_wanted = memory, 0, asyncio.Event()
+
+    def want(self) -> None:
+        self._is_wanted.set()
+
+    def release(self) -> None:
+        if self._held:
+            self._memory.give_back(self._caller, self._held)
+            self._held = 0
+
+    async def _admit(self) -> None:
+        if not self._size or self.expected <= SMALL_BYTES or self._held:
+            return
+        await self._is_wanted.wait()
+        if not self._memory.take(self._caller, self.expected):
+            message = "the large bodies of other requests are in the way; try again in a moment"
+            raise RequestError(message, status=503, code="too_many_large_bodies", retry_after=1)
+        self._held = self.expected
+
+
+def expected_bytes(scope: Scope, limit: BodyLimit) -> int:
+    """The size of a request's body, or the largest that it may have where that is not told.
+
+    Raises:
+        RequestError: too large, or no size at all.
+    """
+    headers = Headers(scope=scope)
+    if "transfer-encoding" in headers:
+        return limit.bytes
+    length = headers.get("content-length", "0")
+    if not length.isdecimal():
+        raise RequestError("the Content-Length header is not a number")
+    if int(length[:20]) > limit.bytes:
+        raise too_large(limit.bytes)
+    return int(length[:20])
+
+
+def too_large(limit: int) -> RequestError:
+    message = f"the request's body is larger than {limit:,} bytes, the most that is read"
+    return RequestError(message, status=413, code="body_too_large")
+
+
+def _too_slow(limit: BodyLimit) -> RequestError:
+    more = "" if math.isinf(limit.rate) else f", and 1 s more for each {limit.rate:,.0f} bytes of it"
+    message = f"the request's body did not arrive in time: it may take {limit.seconds:g} s{more}"
+    return RequestError(message, status=408, code="body_too_slow")
