@@ -58,11 +58,11 @@ def models(context: typer.Context, storage_url: StorageUrl = None, api: MaybeApi
 def promote(
     context: typer.Context,
     version: VersionName,
-    alias: Annotated[str, typer.Argument(metavar="ALIAS", help="The alias to point at it.")] = "production",
+    alias: Annotated[str, typer.Argument(metavar="ALIAS", help="Alias to move.")] = "production",
     storage_url: StorageUrl = None,
     api: MaybeApi = None,
 ) -> None:
-    """Point an alias at a version, newer or older."""
+    """Point an alias at a version, newer or older. Serving follows within seconds."""
     remote = service(context, api)
     if remote is None:
         from genmodels.registry import Registry
@@ -84,12 +84,14 @@ def pull(
     version: VersionName,
     folder: Annotated[
         Path | None,
-        typer.Argument(metavar="FOLDER", help="A new folder; default: MODEL-VERSION here.", show_default=False),
+        typer.Argument(
+            metavar="FOLDER", help="Folder to create; default: MODEL-VERSION in the current folder.", show_default=False
+        ),
     ] = None,
     storage_url: StorageUrl = None,
     api: MaybeApi = None,
 ) -> None:
-    """Download a version's files. Each is verified."""
+    """Download the files of a version. Each file is verified by its sha256."""
     from services.tables import amount
 
     remote = service(context, api)
@@ -113,12 +115,12 @@ def pull(
 def evaluate(
     version: VersionName,
     thorough: Annotated[
-        bool, typer.Option("--thorough", help="Take minutes: all validation data, many more draws.")
+        bool, typer.Option("--thorough", help="Use all validation data and many more draws; this takes minutes.")
     ] = False,
     storage_url: StorageUrl = None,
     as_json: AsJson = False,
 ) -> None:
-    """Measure a version on its data, and keep what was found. Always opens the storage."""
+    """Evaluate a version on its data, and store the result with it. This always opens the storage."""
     import time
 
     from genmodels import findings
@@ -159,7 +161,7 @@ def delete(
     storage_url: StorageUrl = None,
     api: MaybeApi = None,
 ) -> None:
-    """Delete an ended job, or a version. Checkpoints and logs go with the job; an alias's version stays."""
+    """Delete an ended job, or a version. Checkpoints and logs are deleted with the job."""
     model, _, number = what.partition("@")
     if number and not number.isdecimal():
         raise SpecError(f"{what}: a version is deleted by its number, e.g. {model}@3; `genmodels models` lists them")
@@ -186,22 +188,28 @@ def delete(
 def data_add(
     context: typer.Context,
     name: Annotated[
-        str, typer.Argument(metavar="NAME", help="What specs call it: `data: {dataset: NAME}`.", show_default=False)
+        str,
+        typer.Argument(
+            metavar="NAME", help="Name of the dataset in specs: `data: {dataset: NAME}`.", show_default=False
+        ),
     ],
     path: Annotated[
         Path,
-        typer.Argument(metavar="PATH", help="A text file, a folder of pictures, or a zip of one.", show_default=False),
+        typer.Argument(
+            metavar="PATH", help="A text file, a folder of pictures, or a zip of a folder.", show_default=False
+        ),
     ],
     image_size: Annotated[
-        int | None, typer.Option(help="Side of the squares that pictures become; default: 32.", show_default=False)
+        int | None, typer.Option(help="Side of the square pictures, in pixels; default: 32.", show_default=False)
     ] = None,
     channels: Annotated[
-        int | None, typer.Option(help="1: grey, 3: colour; default: as most pictures are.", show_default=False)
+        int | None,
+        typer.Option(help="Channels: 1 (grey) or 3 (colour); default: as most pictures are.", show_default=False),
     ] = None,
     storage_url: StorageUrl = None,
     api: MaybeApi = None,
 ) -> None:
-    """Add a text or pictures of your own. They are checked, and found also where no path of yours exists."""
+    """Add a text or pictures to the storage, after a check. Specs name the dataset on every machine."""
     if channels not in (None, 1, 3):
         raise SpecError(f"--channels: got {channels}, expected 1 (grey) or 3 (colour)")
     remote = service(context, api)
@@ -221,7 +229,7 @@ def data_add(
 def data_list(
     context: typer.Context, storage_url: StorageUrl = None, api: MaybeApi = None, as_json: AsJson = False
 ) -> None:
-    """List what a spec's `data.dataset` may name: built in, or added."""
+    """List the datasets that a spec may name: built-in and added."""
     from services.tables import datasets_table
 
     remote = service(context, api)

@@ -36,16 +36,16 @@ Number = Annotated[int, Path(ge=1, le=99_999_999)]
 
 
 class AliasBody(Section):
-    version: int = Field(ge=1, le=99_999_999, description="the version to point at, newer or older")
+    version: int = Field(ge=1, le=99_999_999, description="number of the version, newer or older")
 
 
 class GcQuery(Strict):
-    dry_run: bool = Field(False, description="only say what would go")
+    dry_run: bool = Field(False, description="only report what would be removed")
 
 
 class DatasetQuery(Strict):
-    image_size: int | None = Field(None, ge=8, le=256, description="of pictures: side of the squares they become")
-    channels: Literal["1", "3"] | None = Field(None, description="of pictures: 1 grey, 3 RGB")
+    image_size: int | None = Field(None, ge=8, le=256, description="side of the square pictures, in pixels")
+    channels: Literal["1", "3"] | None = Field(None, description="channels of the pictures: 1 (grey) or 3 (RGB)")
 
 
 def add_model_routes(app: FastAPI, guard: Guard, storage: Storage) -> None:
@@ -63,7 +63,7 @@ def add_model_routes(app: FastAPI, guard: Guard, storage: Storage) -> None:
 
     @app.get("/v1/models/{model}/versions/{number}")
     def show_version(model: str, number: Number, caller: Caller = submit) -> Response:
-        """Show a version: what it was trained from and reached, its evaluations, its files with size and sha256."""
+        """Show a version: its lineage, metrics, evaluations, and files with size and sha256."""
         version = _version(registry, model, number, caller).model_dump(mode="json")
         made = [evaluation.model_dump(mode="json") for evaluation in evaluations(registry, model, number)]
         return Json(encode_floats({**version, "evaluations": made}))
@@ -111,7 +111,7 @@ def add_model_routes(app: FastAPI, guard: Guard, storage: Storage) -> None:
 
     @app.post("/v1/gc")
     def collect_garbage(query: Annotated[GcQuery, Query()], caller: Caller = admin) -> Response:
-        """Remove what nothing names any more: blobs of deleted versions, what interrupted uploads left."""
+        """Remove unreferenced objects: blobs of deleted versions, and remains of interrupted uploads."""
         caller.need_all()
         plan = cleanup.gc(storage)
         if not query.dry_run:
@@ -121,7 +121,7 @@ def add_model_routes(app: FastAPI, guard: Guard, storage: Storage) -> None:
 
     @app.get("/v1/datasets")
     def list_datasets(caller: Caller = submit) -> Response:
-        """List what a spec's `data.dataset` may name."""
+        """List the datasets that a spec's `data.dataset` may name."""
         built_in = [
             {"name": source.name, "kind": source.kind, "what": source.what, "built_in": True}
             for source in DATASETS.values()
@@ -136,9 +136,9 @@ def add_model_routes(app: FastAPI, guard: Guard, storage: Storage) -> None:
         query: Annotated[DatasetQuery, Query()],
         caller: Caller = submit,
     ) -> Response:
-        """Add a dataset: a text in UTF-8, or a zip of pictures, whose folders are the classes.
+        """Add a dataset: a text in UTF-8, or a zip of pictures whose folders are the classes.
 
-        The same content again gives 200 and changes nothing. Jobs that were submitted keep the content they had.
+        The same content again returns 200 and changes nothing. Submitted jobs keep the content they had.
         """
         caller.need([name])  # else a limited key could change what others' specs mean
         if name in DATASETS:

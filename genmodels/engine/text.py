@@ -33,22 +33,25 @@ Finish: TypeAlias = Literal["stop", "length"]
 class CompletionRequest(Request):
     """Continue a prompt. Options of the family (`max_tokens`, `temperature`, ...) stand beside these fields."""
 
-    prompt: str = Field(min_length=1, max_length=MAX_PROMPT, description="the text to go on from")
-    n: Count = 1
+    prompt: str = Field(min_length=1, max_length=MAX_PROMPT, description="text to continue")
+    n: Count = Field(1, description="number of answers")
     best_of: Count | None = Field(
-        None, description="write so many, give the n whose tokens were the most probable on average; n if left out"
+        None,
+        description="write this many answers and return the n with the most probable tokens on average; default: n",
     )
-    seed: Seed | None = None
-    stop: list[Annotated[str, Field(min_length=1, max_length=256)]] = Field([], max_length=MAX_STOPS)
-    echo: bool = Field(False, description="put the prompt before the answer; max_tokens may then be 0")
+    seed: Seed | None = Field(None, description="the same seed gives the same answer; default: a random seed")
+    stop: list[Annotated[str, Field(min_length=1, max_length=256)]] = Field(
+        [], max_length=MAX_STOPS, description="texts that end an answer; they are not part of it"
+    )
+    echo: bool = Field(False, description="return the prompt before the answer; max_tokens may then be 0")
     logprobs: int | None = Field(
         None,
         ge=0,
         le=MAX_LOGPROBS,
-        description="tell how probable each token was, and so many of the most probable ones in its place: by the "
-        "log-softmax of the model's own logits, before temperature, penalties, biases and filters. With echo also of "
-        "the prompt's tokens; null for the first that the model reads and those before it: of a prompt longer than "
-        "block_size it reads the last half block_size",
+        description="return the log-probability of each token, and of this many of the most probable tokens in its "
+        "place. They are the log-softmax of the model's logits, before temperature, penalties, biases and filters. "
+        "With echo, tokens of the prompt have them too, except the first token that the model reads and those "
+        "before it. Of a prompt longer than block_size the model reads the last block_size/2 tokens",
     )
 
     @field_validator("stop", mode="before")
