@@ -175,7 +175,14 @@ def add_job_routes(app: FastAPI, guard: Guard, storage: Storage, closing: Callab
     async def submit_job(
         request: Request,
         query: Annotated[SubmitQuery, Query()],
-        idempotency_key: Annotated[str | None, Header(max_length=255, pattern=r"^[!-~]([ -~]*[!-~])?$")] = None,
+        idempotency_key: Annotated[
+            str | None,
+            Header(
+                max_length=255,
+                pattern=r"^[!-~]([ -~]*[!-~])?$",
+                description="any text that is new for each job; a repeated request with it returns the same job",
+            ),
+        ] = None,
         caller: Caller = submit,
     ) -> Response:
         """Submit a job.
