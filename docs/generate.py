@@ -31,7 +31,10 @@ from services import cli, jobs, routes
 
 PAGES = Path(__file__).parent
 BLOCK = re.compile(r"(<!-- generated: ([a-z-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
-SIZES = {"image": ImageInfo(channels=1, height=28, width=28, num_classes=10), "text": TextInfo(vocab_size=65)}
+SIZES: dict[str, Any] = {
+    "image": ImageInfo(channels=1, height=28, width=28, num_classes=10),
+    "text": TextInfo(vocab_size=65),
+}
 TYPES = {"integer": "integer", "number": "number", "boolean": "true or false", "string": "text", "object": "mapping"}
 
 VALUES = {int: "N", Path: "PATH"}  # how the value of an option is shown
@@ -110,7 +113,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
 
 
 def table(header: Row, rows: Sequence[Row]) -> str:
-    lines = [header, ["---"] * len(header), *([cell.replace("|", "\\|") for cell in row] for row in rows)]
+    lines: list[Row] = [header, ["---"] * len(header), *([cell.replace("|", "\\|") for cell in row] for row in rows)]
     return "\n".join(f"| {' | '.join(line)} |".replace("|  |", "| |") for line in lines)
 
 
@@ -269,8 +272,8 @@ def _type(schema: Schema, document: Schema) -> str:
     if schema.get("type") == "array":
         items = schema.get("items") or (schema.get("prefixItems") or [{}])[0]
         return f"list of {_type(items, document)}" if items else "list"
-    words = TYPES.get(schema.get("type", ""), "any")
-    return f"{words}{_bounds(schema)}"
+    kind = TYPES.get(schema.get("type", ""), "any")
+    return f"{kind}{_bounds(schema)}"
 
 
 def _bounds(schema: Schema) -> str:

@@ -111,7 +111,7 @@ def status(
     gateway: Gateway = GATEWAY,
     as_json: AsJson = False,
 ) -> None:
-    """Show how far each model of a job is. With --wait it is shown until the job has ended."""
+    """Show the state and progress of each model of a job."""
     from services.tables import history_table, runs_table
 
     if wait and job is None:

@@ -35,7 +35,12 @@ PANEL = "What is stored"
 app.add_typer(data_app, name="data", help="Datasets of your own, in the storage: add, list.", rich_help_panel=PANEL)
 
 VersionName = Annotated[
-    str, typer.Argument(metavar="MODEL@VERSION", help="e.g. vae-digits@3, @latest or @production.", show_default=False)
+    str,
+    typer.Argument(
+        metavar="MODEL@VERSION",
+        help="A version, e.g. vae-digits@3, vae-digits@latest or vae-digits@production.",
+        show_default=False,
+    ),
 ]
 
 
@@ -204,7 +209,9 @@ def data_add(
     ] = None,
     channels: Annotated[
         int | None,
-        typer.Option(help="Channels: 1 (grey) or 3 (colour); default: as most pictures are.", show_default=False),
+        typer.Option(
+            help="Channels: 1 (grey) or 3 (colour); default: 1 if every picture is grey, else 3.", show_default=False
+        ),
     ] = None,
     storage_url: StorageUrl = None,
     api: MaybeApi = None,
