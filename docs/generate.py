@@ -286,7 +286,7 @@ def _bounds(schema: Schema) -> str:
 
 
 def _number(value: float) -> str:
-    if value != int(value):
+    if value != int(value) or abs(value) >= 2**64:
         return f"{value:g}"
     power = int(value).bit_length() - 1
     return f"2^{power}" if value > 10_000 and value == 2**power else f"{int(value)}"

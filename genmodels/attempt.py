@@ -16,7 +16,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 
-from genmodels import __version__, checkpoint, flops, initial, metrics, models
+from genmodels import __version__, checkpoint, flops, initial, metrics, models, servable
 from genmodels.checkpoint import Lineage, Manifest, Place
 from genmodels.data import Dataset, open_dataset
 from genmodels.errors import CheckpointError, SpecError
@@ -27,6 +27,7 @@ from genmodels.recorder import RunRecorder
 from genmodels.run import Heartbeat, Run
 from genmodels.spec import JobSpec, ModelSpec, load_stored, model_digest
 from genmodels.storage import Storage
+from genmodels.storage.disk import disk_outages
 from genmodels.train import Group, to_tensors, train
 from genmodels.wishes import WishWatch
 
@@ -47,7 +48,8 @@ def stored_model(storage: Storage, job: str, model: str) -> ModelSpec:
 def work(storage: Storage, job: str, model: str, attempt: int, group: Group) -> bool:
     """`run_attempt` in a process of its own: what it prints goes to storage as well, and it obeys wishes."""
     run = Run(storage, job, model)
-    with LogShipper(run, attempt, str(group.rank)) as logs, WishWatch(run, attempt, logs) as watch:
+    # here, because Ray passes on an error without its causes
+    with LogShipper(run, attempt, str(group.rank)) as logs, WishWatch(run, attempt, logs) as watch, disk_outages():
         return run_attempt(storage, job, model, attempt, group, watch.leave)
 
 
@@ -99,33 +101,17 @@ def run_attempt(
             return train(spec, family, served, dataset, group, recorder, resume)
 
 
-def check(spec: ModelSpec, storage: Storage) -> Dataset:
-    """Open a model's data and build the model, as its first attempt will.
-
-    Raises:
-        DataError, SpecError: what that attempt would fail with.
-    """
-    dataset = open_dataset(spec.data, storage)
-    with checkpoint.scratch_folder() as name:
-        source = initial.fetch(spec, storage, Path(name, "initial"))
-        if source:
-            initial.adopt_tokenizer(dataset, source)
-        family = build(spec, dataset)
-        if source:
-            initial.load(family, source)
-    return dataset
-
-
 def build(spec: ModelSpec, dataset: Dataset) -> Family[Any, Any]:
     """A fresh model for a dataset.
 
     Raises:
-        SpecError: family and dataset do not fit.
+        SpecError: family and dataset do not fit, or no host can serve such a model.
     """
     cls = models.load(spec.family)
     if cls.kind != dataset.info.kind:
         raise SpecError(f"data: {spec.family} learns from {cls.kind}s, this dataset has {dataset.info.kind}s")
     cls.check(spec.model, dataset.info)
+    servable.check(spec, dataset.info)
     return cls(spec.model, dataset.info)
 
 

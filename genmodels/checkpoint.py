@@ -15,7 +15,8 @@ from __future__ import annotations
 import hashlib
 import json
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -27,6 +28,7 @@ from genmodels.errors import CheckpointError, KeyNotFound, SpecError, StorageErr
 from genmodels.family import DataInfo, Family
 from genmodels.storage import Storage, encode_floats, write_document
 from genmodels.storage.base import check_key
+from genmodels.storage.disk import disk_outages
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -222,11 +224,13 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(path)
     except (OSError, SafetensorError) as error:
-        raise CheckpointError(f"{path.name}: not readable as safetensors ({error})") from error
+        raise _not_readable(path, error) from error
 
 
 def load_family(folder: Path, weights: Mapping[str, Tensor] | None = None) -> Family[Any, Any]:
     """The model of a checkpoint or version, ready to answer: served weights, assets, eval mode, on the CPU.
+
+    Its networks get memory only once their shapes are known to be those of the weights.
 
     Args:
         folder: holds `config.json`, `assets/` and, unless `weights` is given, `model.safetensors`.
@@ -237,32 +241,82 @@ def load_family(folder: Path, weights: Mapping[str, Tensor] | None = None) -> Fa
     """
     import torch
 
+    outline = read_outline(folder)
+    if weights is None:
+        _check_shapes(outline, _stored_shapes(folder / WEIGHTS))
+        weights = load_tensors(folder / WEIGHTS)
+    else:
+        _check_shapes(outline, {name: tuple(tensor.shape) for name, tensor in weights.items()})
+    with torch.random.fork_rng(devices=[]):  # building draws initial weights: leave the caller's RNG alone
+        family = type(outline)(outline.config, outline.data)
+    family.network.load_state_dict(dict(weights))
+    family.load_assets(read_assets(folder))
+    family.network.eval().requires_grad_(False)
+    return family
+
+
+def read_outline(folder: Path) -> Family[Any, Any]:
+    """Build the model that `config.json` describes, with networks that have shapes and no memory.
+
+    Raises:
+        CheckpointError: it describes none that this release knows.
+    """
+    from genmodels.outline import shapes_only
+
     try:
         document = json.loads((folder / CONFIG).read_text())
         cls = models.load(document["family"])
         # Lenient: a newer release may have added settings. Where they matter, shapes or the probe differ.
         config = cls.Config.model_validate(document["config"], strict=False, extra="ignore")
         data: Any = TypeAdapter(DataInfo).validate_python(document["data"], strict=False, extra="ignore")
-        with torch.random.fork_rng(devices=[]):  # building draws initial weights: leave the caller's RNG alone
-            family = cls(config, data)
-    except (OSError, KeyError, TypeError, ValueError, SpecError) as error:
-        raise CheckpointError(f"{CONFIG}: {' '.join(str(error).split())}") from error
+        with shapes_only():
+            return cls(config, data)
+    except (OSError, KeyError, TypeError, ValueError, ArithmeticError, RuntimeError, SpecError) as error:
+        raise CheckpointError(f"{CONFIG}: {' '.join(str(error).split())[:1000]}") from error
+
+
+def _stored_shapes(path: Path) -> dict[str, tuple[int, ...]]:
+    """The shapes of a file's tensors, of which only the header is read."""
+    from safetensors import SafetensorError, safe_open
+
     try:
-        family.network.load_state_dict(dict(weights if weights is not None else load_tensors(folder / WEIGHTS)))
-    except RuntimeError as error:
-        raise CheckpointError(f"{WEIGHTS}: {' '.join(str(error).split())}") from error
-    family.load_assets(read_assets(folder))
-    family.network.eval().requires_grad_(False)
-    return family
+        with safe_open(path, "pt") as file:
+            return {name: tuple(file.get_slice(name).get_shape()) for name in file.keys()}  # noqa: SIM118
+    except (OSError, SafetensorError) as error:
+        raise _not_readable(path, error) from error
+
+
+def _check_shapes(outline: Family[Any, Any], shapes: Mapping[str, tuple[int, ...]]) -> None:
+    expected = {name: tuple(tensor.shape) for name, tensor in outline.network.state_dict().items()}
+    if shapes == expected:
+        return
+    wrong = [name for name in {**expected, **shapes} if shapes.get(name) != expected.get(name)]
+    found, right = (_said(named.get(wrong[0])) for named in (shapes, expected))
+    more = f", and {len(wrong) - 1} more differ" if len(wrong) > 1 else ""
+    raise CheckpointError(f"{WEIGHTS}: {wrong[0]} is {found}, and by {CONFIG} it is {right}{more}")
+
+
+def _said(shape: tuple[int, ...] | None) -> str:
+    return "missing" if shape is None else " x ".join(map(str, shape)) or "one number"
 
 
 def read_assets(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted((folder / "assets").glob("*")) if path.is_file()}
 
 
-def scratch_folder() -> tempfile.TemporaryDirectory[str]:
-    """A folder for the files of one checkpoint; with `with`, gone at the end."""
-    return tempfile.TemporaryDirectory(prefix="genmodels-", ignore_cleanup_errors=True)
+@contextmanager
+def scratch_folder() -> Iterator[str]:
+    """Make a folder for the files of one checkpoint, gone at the end.
+
+    Raises:
+        StorageUnavailable: the disk of this machine is full or fails, whatever that made of the work in the folder.
+    """
+    with disk_outages(), tempfile.TemporaryDirectory(prefix="genmodels-", ignore_cleanup_errors=True) as name:
+        yield name
+
+
+def _not_readable(path: Path, error: Exception) -> CheckpointError:
+    return CheckpointError(f"{path.name}: not readable as safetensors ({error})")
 
 
 def _digest(document: Mapping[str, Any]) -> str:

@@ -1,5 +1,7 @@
 """What nobody needs any more: found by `gc`, removed by `Plan.carry_out`. And the deletion of versions.
 
+Whole models and datasets: `removal.py`.
+
 Spared is everything of open jobs, all of a run that ended less than SPARED_SECONDS ago, and the ended jobs themselves.
 Processes go on publishing, resuming and pinning meanwhile; where they may want what is about to go, the comment at the
 deletion says why neither loses anything.
@@ -20,6 +22,7 @@ from genmodels import pin, registry
 from genmodels.checkpoint import MANIFEST, Place
 from genmodels.errors import GenmodelsError, JobNotFound, KeyNotFound, StorageError
 from genmodels.job import Jobs
+from genmodels.lease import Lease
 from genmodels.registry import Registry
 from genmodels.run import ENDED, Run
 from genmodels.spec import Gate
@@ -65,7 +68,7 @@ class Plan:
                 checkpoints.append(item)
         for model, keys in blobs.items():
             for i in range(0, len(keys), BATCH):
-                _remove_blobs(Registry(self.storage), model, keys[i : i + BATCH])
+                remove_blobs(Registry(self.storage), model, keys[i : i + BATCH])
         with ThreadPoolExecutor(AT_ONCE) as threads:
             list(threads.map(lambda item: _remove_checkpoint(self.storage, item), checkpoints))
 
@@ -97,7 +100,7 @@ def delete_version(registry: Registry, model: str, number: int) -> None:
         GenmodelsError: an alias names it.
     """
     version = registry.version(model, number)
-    with _alone(registry, model):
+    with alone(registry.sweeper(model)):
         # Who promotes it now either has moved his alias, and we see it here, or looks at the version when we have gone.
         for alias, target in registry.aliases(model).items():
             if target.version == number:
@@ -106,10 +109,17 @@ def delete_version(registry: Registry, model: str, number: int) -> None:
         registry.strike(model, number)
 
 
+def delete_versions(registry: Registry, model: str, numbers: list[int]) -> None:
+    """Delete versions whatever names them, as many as there is time for."""
+    with alone(registry.sweeper(model)) as until:
+        for number in numbers:
+            if time.monotonic() < until:
+                registry.strike(model, number)
+
+
 @contextmanager
-def _alone(registry: Registry, model: str) -> Iterator[float]:
-    """Hold the model's lease; yields the time, by the monotonic clock, up to which to delete."""
-    lease = registry.sweeper(model)
+def alone(lease: Lease) -> Iterator[float]:
+    """Hold the lease of what is deleted from; yields the time, by the monotonic clock, up to which to delete."""
     while True:
         until = time.monotonic() + DELETING_SECONDS
         if lease.try_acquire() is not None:
@@ -143,8 +153,8 @@ def _blobs(registry: Registry, model: str) -> list[Item]:
     return [Item(key, size, "a file of no version") for key, size in sizes.items() if key not in named]
 
 
-def _remove_blobs(registry: Registry, model: str, keys: list[str]) -> None:
-    with _alone(registry, model) as until:
+def remove_blobs(registry: Registry, model: str, keys: list[str]) -> None:
+    with alone(registry.sweeper(model)) as until:
         # Who publishes now either has written his version, and we see it here, or looks at the files when we have gone.
         named = _named(registry, model)
         for key in keys:

@@ -3,10 +3,11 @@
 GenmodelsError                  one clear line for the person who sees it
 ├── SpecError                   a job spec or an option is wrong; names the field path
 ├── DataError                   a dataset is missing, damaged or too small
+│   └── DatasetExists           the name is taken by another content, which may be replaced
 ├── StorageError
 │   ├── KeyNotFound             no object under that key
 │   ├── Conflict                a conditional put lost: somebody else wrote first
-│   └── StorageUnavailable      the store did not answer; trying again may help
+│   └── StorageUnavailable      the store does not answer or refuses for now; trying again may help
 ├── CheckpointError             a checkpoint or version is incomplete or damaged
 ├── TrainingDiverged            a loss or gradient is no longer finite
 ├── JobNotFound                 no job has that id
@@ -36,6 +37,10 @@ class DataError(GenmodelsError):
     """A dataset is missing, damaged, or does not fit; the message says what to do."""
 
 
+class DatasetExists(DataError):
+    """A dataset's name means another content now; it is replaced where that is said to be meant."""
+
+
 class StorageError(GenmodelsError):
     """An operation on the object store failed."""
 
@@ -49,7 +54,15 @@ class Conflict(StorageError):
 
 
 class StorageUnavailable(StorageError):
-    """The object store did not answer in time or answered with a server error."""
+    """An outage: of the object store, or of the disk of this machine. Whoever meets it waits and tries again.
+
+    Args:
+        reason: a clause for people, shown while a run waits: no key, host or path.
+    """
+
+    def __init__(self, message: str, reason: str = "the storage does not answer") -> None:
+        super().__init__(message)
+        self.reason = reason
 
 
 class CheckpointError(GenmodelsError):

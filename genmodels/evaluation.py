@@ -17,6 +17,7 @@ from genmodels.family import Family, Findings, Material, Note, TextFamily
 from genmodels.run import Run
 from genmodels.spec import ModelSpec
 
+VALIDATION_EXAMPLES = "validation_examples"  # pictures or characters, on which it depends how exact the figures are
 COURSE = 8  # figures that tell how something went over the whole of training
 
 
@@ -61,6 +62,7 @@ def evaluate(
         )
     )
     notes = found.notes | training(family, run, place, lineage)
+    notes[VALIDATION_EXAMPLES] = len(next(iter(dataset.arrays("val").values())))
     return found.model_copy(update={"notes": notes})
 
 

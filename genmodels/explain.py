@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import difflib
 import re
-from collections.abc import Iterable, Sized
+import unicodedata
+from collections.abc import Callable, Iterable, Iterator, Sized
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Annotated, Any, get_args
 
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails, PydanticCustomError
 
@@ -29,9 +30,17 @@ class Problem:
         return f"{path}: {self.text}" if path else self.text
 
 
-def explain(error: ValidationError, root: type[BaseModel]) -> list[Problem]:
-    """The problems of a failed validation against `root`, one for each wrong field; of very many, the first ones."""
-    return [Problem(details["loc"], _words(details, root)) for details in error.errors(include_url=False)[:MOST]]
+Homes = Callable[[Loc], list[str]]
+
+
+def explain(error: ValidationError, root: type[BaseModel], homes: Homes = lambda loc: []) -> list[Problem]:
+    """The problems of a failed validation against `root`, one for each wrong field; of very many, the first ones.
+
+    Args:
+        homes: other sections of the document, in words, that have a key which is unknown where it stands.
+    """
+    shown = error.errors(include_url=False)[:MOST]
+    return [Problem(details["loc"], _words(details, root, homes)) for details in shown]
 
 
 def wrong(text: str) -> PydanticCustomError:
@@ -46,10 +55,25 @@ def all_wrong(problems: Iterable[Problem]) -> ValidationError:
     )
 
 
-def nearest(word: object, choices: Iterable[str]) -> str:
+def nearest(word: object, choices: Iterable[str], cutoff: float = 0.6) -> str:
     """`; did you mean 'x'?` where a choice is near, else nothing."""
-    found = difflib.get_close_matches(str(word)[:100], list(choices), n=1, cutoff=0.6)
+    found = difflib.get_close_matches(str(word)[:100], list(choices), n=1, cutoff=cutoff)
     return f"; did you mean {found[0]!r}?" if found else ""
+
+
+def as_label(name: str) -> str:
+    """Return the label nearest to a name, `meu-coracao` for `Meu coração`; "" where no letter of it is Latin."""
+    spelt = "".join(_LETTERS.get(letter, letter) for letter in name.lower())
+    latin = "".join(letter for letter in unicodedata.normalize("NFKD", spelt) if not unicodedata.combining(letter))
+    return re.sub(r"[^a-z0-9]+", "-", latin)[:63].strip("-")
+
+
+def sections_of(root: type[BaseModel], path: Loc = ()) -> Iterator[tuple[Loc, type[BaseModel]]]:
+    """Yield a section and those below it, each with the names that lead to it."""
+    yield path, root
+    for name, field in root.model_fields.items():
+        for section in _all_inner(field.annotation):
+            yield from sections_of(section, (*path, name))
 
 
 def path_of(loc: Loc) -> str:
@@ -79,6 +103,10 @@ def show(value: object) -> str:
     return shown if len(shown) <= 60 else shown[:57] + "..."
 
 
+# Letters that Unicode does not take apart into a Latin one and a mark.
+_LETTERS = {"ß": "ss", "æ": "ae", "œ": "oe", "ø": "o", "ł": "l", "đ": "d", "ð": "d", "þ": "th", "ı": "i", "ħ": "h"}
+_STRONG = 0.75  # above that a near key is taken for a slip of the keyboard, without a look at other sections
+
 _TYPES = {
     "int": "a whole number",
     "float": "a number",
@@ -89,7 +117,11 @@ _TYPES = {
     "dict": "a mapping",
     "model": "a mapping",
 }
-_EXAMPLES = {"int": "100", "float": "0.001", "bool": "true"}
+_EXAMPLES: dict[str, tuple[float, ...]] = {
+    "int": (100, 10, 2, 1, 0),
+    "float": (0.001, 0.1, 1.0, 10.0, 0.0),
+    "bool": (True,),
+}
 _BOUNDS = {
     "greater_than": ("gt", "greater than"),
     "greater_than_equal": ("ge", "at least"),
@@ -105,14 +137,14 @@ _LENGTHS = {
 }
 
 
-def _words(details: ErrorDetails, root: type[BaseModel]) -> str:
+def _words(details: ErrorDetails, root: type[BaseModel], homes: Homes) -> str:
     kind, loc, value, context = details["type"], details["loc"], details["input"], details.get("ctx", {})
     if kind == "explained":
         return str(context["text"])
     if kind in ("value_error", "assertion_error"):
         return str(context["error"])
     if kind == "extra_forbidden":
-        return _unknown_key(loc, root)
+        return _unknown_key(loc, root, homes)
     field = _field(root, loc)
     if kind == "missing":
         meaning = f" ({field.description})" if field and field.description else ""
@@ -120,59 +152,83 @@ def _words(details: ErrorDetails, root: type[BaseModel]) -> str:
     if kind in _LENGTHS and isinstance(value, Sized):
         bound, words = _LENGTHS[kind]
         return f"got {len(value)} {words} {context[bound]}"
-    return f"got {show(value)}, {_expected(kind, value, context, field) or _as_pydantic_says(details['msg'])}"
+    is_entry = isinstance(loc[-1], int)  # of the field's list
+    form = _FieldForm(field, root.model_config) if field and not is_entry else None
+    return f"got {show(value)}, {_expected(kind, value, context, field, form) or _as_pydantic_says(details['msg'])}"
 
 
-def _expected(kind: str, value: object, context: dict[str, Any], field: FieldInfo | None) -> str:
+def _expected(
+    kind: str, value: object, context: dict[str, Any], field: FieldInfo | None, form: _FieldForm | None
+) -> str:
     if kind in _BOUNDS:
         bound, words = _BOUNDS[kind]
-        return f"expected {_number(field)} {words} {context[bound]}{_hint(field)}"
+        return f"expected {_number(field)} {words} {context[bound]}{_hint(form)}"
     if kind in ("literal_error", "enum"):
-        choices = re.findall(r"'([^']*)'", str(context["expected"]))
+        choices = [choice.strip("'") for choice in re.split(", | or ", str(context["expected"]))]
         return f"expected one of {', '.join(choices)}{nearest(value, choices)}"
-    if kind == "int_from_float":
-        return "expected a whole number" + _write(value)
     if kind == "finite_number":
         return "expected a finite number"
     if kind == "string_pattern_mismatch":
         return f"expected text of the form {context['pattern']}"
-    name = kind.removesuffix("_type").removesuffix("_parsing")
+    name = kind.removesuffix("_type").removesuffix("_parsing").removesuffix("_from_float")
     if name not in _TYPES:
         return ""
-    if name == "int" and isinstance(value, float) and value.is_integer():
-        return "expected a whole number" + _write(value)
+    if name == "int" and isinstance(value, float) and value.is_integer() and form and form.accepts(int(value)):
+        return f"expected a whole number; write {int(value)}"
     if name == "string" and isinstance(value, int | float) and not isinstance(value, bool):
         return "expected text; put it in quotes"
-    return f"expected {_TYPES[name]}{_hint(field, _EXAMPLES.get(name))}"
+    return f"expected {_TYPES[name]}{_hint(form, _EXAMPLES.get(name, ()))}"
 
 
 def _number(field: FieldInfo | None) -> str:
-    return "a whole number" if field and (field.annotation is int or int in get_args(field.annotation)) else "a number"
+    types = _types(field.annotation) if field else set()
+    return "a whole number" if int in types and float not in types else "a number"
 
 
-def _hint(field: FieldInfo | None, otherwise: str | None = None) -> str:
-    default = field.default if field and not field.is_required() else None
-    if isinstance(default, bool):
-        return f"; write e.g. {str(default).lower()}"
-    if isinstance(default, int | float | str):
-        return f"; write e.g. {default}"
-    return f"; write e.g. {otherwise}" if otherwise else ""
+def _types(annotation: Any) -> set[Any]:
+    """Return which kinds of number an annotation such as `Annotated[int, ...] | None` is made of."""
+    arguments = get_args(annotation)
+    if arguments:
+        return set().union(*map(_types, arguments))
+    return {annotation} if annotation in (int, float) else set()
 
 
-def _write(value: object) -> str:
-    return f"; write {int(value)}" if isinstance(value, float) and value.is_integer() and abs(value) < 2**53 else ""
+class _FieldForm:
+    """Tries values on a field before they are advised: advice must not be refused in its turn."""
+
+    def __init__(self, field: FieldInfo, config: ConfigDict) -> None:
+        self.field, self._config = field, config
+
+    def accepts(self, value: object) -> bool:
+        annotation: Any = Annotated[self.field.annotation, self.field]
+        try:
+            TypeAdapter(annotation, config=self._config).validate_python(value)
+        except ValidationError:
+            return False
+        return True
 
 
-def _unknown_key(loc: Loc, root: type[BaseModel]) -> str:
+def _hint(form: _FieldForm | None, examples: Iterable[object] = ()) -> str:
+    if form is None:
+        return ""
+    for value in (form.field.default, *examples):
+        if isinstance(value, bool | int | float | str) and form.accepts(value):
+            return f"; write e.g. {show(value) if isinstance(value, bool) else value}"
+    return ""
+
+
+def _unknown_key(loc: Loc, root: type[BaseModel], homes: Homes) -> str:
     section = _section(root, loc[:-1])
     known = list(section.model_fields) if section else []
     key = loc[-1]
-    if hint := nearest(key, known):
+    if hint := nearest(key, known, _STRONG):
         return f"unknown key{hint}"
-    homes = [name for name, info in section.model_fields.items() if _has(info, key)] if section else []
-    if homes:
-        return f"unknown key; it belongs into {homes[0]!r}"
-    return f"unknown key; known here: {', '.join(known)}"
+    below = [repr(name) for name, info in section.model_fields.items() if _has(info, key)] if section else []
+    if places := below[:1] or homes(loc):
+        return f"unknown key; it belongs under {' or '.join(places)}"
+    return (
+        f"unknown key{nearest(key, known)}" if nearest(key, known) else f"unknown key; known here: {', '.join(known)}"
+    )
 
 
 def _has(field: FieldInfo, key: str | int) -> bool:
@@ -199,9 +255,14 @@ def _section(root: type[BaseModel], loc: Loc) -> type[BaseModel] | None:
 
 def _inner(annotation: Any) -> type[BaseModel] | None:
     """The section that an annotation such as `list[Section]` or `Section | None` is about."""
+    return next(_all_inner(annotation), None)
+
+
+def _all_inner(annotation: Any) -> Iterator[type[BaseModel]]:
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
-        return annotation
-    return next((found for argument in get_args(annotation) if (found := _inner(argument))), None)
+        yield annotation
+    for argument in get_args(annotation):
+        yield from _all_inner(argument)
 
 
 def _as_pydantic_says(message: str) -> str:

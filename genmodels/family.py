@@ -18,6 +18,8 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, Literal, Pr
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from genmodels.memory import Footprint, network_bytes
+
 if TYPE_CHECKING:
     import numpy as np
     import torch
@@ -38,10 +40,10 @@ class ImageInfo(Section):
     """What a family must know of an image dataset to build its networks."""
 
     kind: Literal["image"] = "image"
-    channels: int
-    height: int
-    width: int
-    num_classes: int | None = None
+    channels: int = Field(ge=1, le=1024)
+    height: int = Field(ge=1, le=16_384)
+    width: int = Field(ge=1, le=16_384)
+    num_classes: int | None = Field(None, ge=0, le=65_536)
 
     @property
     def shape(self) -> tuple[int, int, int]:
@@ -53,7 +55,7 @@ class TextInfo(Section):
     """What a family must know of a text dataset to build its networks."""
 
     kind: Literal["text"] = "text"
-    vocab_size: int
+    vocab_size: int = Field(ge=1, le=2**21)  # there are fewer characters
 
 
 DataInfo = Annotated[ImageInfo | TextInfo, Field(discriminator="kind")]
@@ -146,6 +148,7 @@ class Family(ABC, Generic[ConfigT, RequestT]):
     evaluation_names: ClassVar[tuple[str, ...]] = ()  # what `evaluate` may find; a gate may name any of these as well
     followed: ClassVar[tuple[str, ...]] = ()  # columns of training's rows whose course an evaluation shows
     kind: ClassVar[str]  # "image" or "text": which datasets it learns from
+    repeated: ClassVar[str | None] = None  # field of Config with a number of equal blocks: see `genmodels.parameters`
 
     config: ConfigT
     data: ImageInfo | TextInfo
@@ -164,6 +167,14 @@ class Family(ABC, Generic[ConfigT, RequestT]):
     @abstractmethod
     def __init__(self, config: ConfigT, data: ImageInfo | TextInfo) -> None:
         """Build the networks on the CPU, initialised from the global RNG."""
+
+    @classmethod
+    def footprint(cls, config: ConfigT, data: ImageInfo | TextInfo) -> Footprint:
+        """Compute the memory that such a model takes where it is served, without building it.
+
+        Default: that of its networks; a family says what it takes beside them.
+        """
+        return Footprint(network_bytes(cls, config, data))
 
     def to(self, device: torch.device) -> None:
         """Move every network, in place."""
@@ -288,11 +299,6 @@ class Decoder(Protocol):
     """
 
     chunk: int  # the most tokens of one prefill
-
-    @property
-    def size(self) -> int:
-        """Bytes that it takes beside the network."""
-        ...
 
     def prefill(self, slot: int, tokens: Sequence[int], start: int) -> Tensor:
         """Read 1 to `chunk` tokens of one sequence, the first at position `start`: logits after each, (n, vocab)."""

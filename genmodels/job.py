@@ -23,7 +23,7 @@ from typing import Literal
 
 from genmodels.checkpoint import Document
 from genmodels.errors import Conflict, GenmodelsError, IdempotencyConflict, JobNotFound, KeyNotFound, SpecError
-from genmodels.run import State, now
+from genmodels.run import ACTIVE, Run, State, now
 from genmodels.spec import JobSpec, digest, dump, load_stored
 from genmodels.storage import Storage, read_document, write_document
 
@@ -107,6 +107,10 @@ class Jobs:
         if not self.storage.exists(_open_key(entry.job)):  # clean-up took this for a submission that never ended
             self._put(_open_key(entry.job), entry)
         return entry.job, first is mine
+
+    def is_known(self, job: str) -> bool:
+        """Whether there is such a job, or what is left of one whose deletion broke off."""
+        return self.exists(job) or (re.fullmatch(JOB_ID, job) is not None and self.storage.exists(_index_key(job)))
 
     def exists(self, job: str) -> bool:
         return re.fullmatch(JOB_ID, job) is not None and self.storage.exists(_spec_key(job))
@@ -205,6 +209,9 @@ class Jobs:
             GenmodelsError: it has not ended.
         """
         index, etag = self._index(_checked(job))
+        if index is None and self.exists(job) and self._open_entry(job) is None:
+            self._delete_own(job)
+            return
         if index is None or index.state == "open":
             self.entry(job)
             raise GenmodelsError(f"job {job} has not ended; cancel it first")
@@ -222,6 +229,18 @@ class Jobs:
         with ThreadPoolExecutor(AT_ONCE) as threads:
             list(threads.map(self.storage.delete, [*listed, *self.storage.list(f"runs/{job}/")]))
         self.storage.delete(_index_key(job))  # last, so that a second try finds what there is to do
+
+    def _delete_own(self, job: str) -> None:
+        """Remove a job of `genmodels run`, which stands in no index."""
+        models = [model.name for model in self.spec(job).models]
+        for model in models:
+            if Run(self.storage, job, model).status()[0].state in ACTIVE:
+                raise GenmodelsError(f"job {job} has not ended; end its `genmodels run` first")
+        listed = [key for model in models for key in self.storage.list(f"models/{model}/runs/")]
+        with ThreadPoolExecutor(AT_ONCE) as threads:
+            own = [key for key in listed if key.partition("/runs/")[2].partition("-")[2] == job]
+            list(threads.map(self.storage.delete, [*own, *self.storage.list(f"runs/{job}/")]))
+        self.storage.delete(_spec_key(job))  # last, so that a second try finds what there is to do
 
     # The inbox
 
@@ -289,6 +308,12 @@ def index_runs(storage: Storage, job: str, models: Iterable[str], submitted: str
     """Note, for `newest_run`, that a job trains these models."""
     for key in _run_keys(job, models, submitted):
         storage.put(key, b"")
+
+
+def run_jobs(storage: Storage, model: str) -> list[str]:
+    """The jobs that train a model, the newest first; among them may be some that do not exist yet, or any more."""
+    prefix = f"models/{model}/runs/"
+    return [key.removeprefix(prefix).partition("-")[2] for key in storage.list(prefix)]
 
 
 def newest_run(storage: Storage, model: str) -> str | None:

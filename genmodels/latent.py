@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from genmodels.family import Way
+from genmodels.memory import FLOAT
 
 DENSITY_FILE = "density.safetensors"
 MAX_FIT = 4096  # more latents hardly change the density, and the fit has to take seconds
@@ -83,9 +84,7 @@ class GaussianMixture:
         if not len(points) or not np.isfinite(points).all():
             raise ValueError(f"a density needs at least one latent and finite values; got shape {tuple(latents.shape)}")
         centre, spread = points.mean(0), np.maximum(points.std(0), 1e-6)
-        n_components = max(
-            1, min(n_components, len(points) // (points.shape[1] + 1))
-        )  # full rank needs d + 1 points each
+        n_components = _most_components(n_components, *points.shape)
         if len(points) == 1:
             points = np.repeat(points, 2, axis=0)  # scikit-learn wants two
         mixture = SklearnMixture(n_components, reg_covar=1e-3, max_iter=50, tol=1e-2, random_state=seed % 2**32)
@@ -119,10 +118,20 @@ class GaussianMixture:
         return cls(tensors["weights"], tensors["means"], tensors["scales"])
 
 
+def _most_components(wanted: int, points: int, dim: int) -> int:
+    """Full rank needs dim + 1 points for each."""
+    return max(1, min(wanted, points // (dim + 1)))
+
+
 class FittedDensity:
     """The part of a family whose `fit` leaves a density over latents: how it travels with a checkpoint."""
 
     density: GaussianMixture | None = None
+
+    @staticmethod
+    def density_bytes(n_components: int, dim: int) -> int:
+        """Bytes of a density at its largest."""
+        return FLOAT * _most_components(n_components, MAX_FIT, dim) * (dim**2 + dim + 1)
 
     def assets(self) -> dict[str, bytes]:
         return {DENSITY_FILE: self.density.to_bytes()} if self.density else {}

@@ -12,14 +12,17 @@ import secrets
 import threading
 import time
 
-from genmodels.checkpoint import Document
+from pydantic import BaseModel, ConfigDict
+
 from genmodels.errors import Conflict, KeyNotFound, LeaseLost
 from genmodels.storage import Storage, read_document, write_document
 
 LEASE_SECONDS = 15.0
 
 
-class _Lease(Document):
+class _Lease(BaseModel):
+    model_config = ConfigDict(extra="ignore", frozen=True)
+
     epoch: int
     holder: str  # "" when it was given back
     beat: int = 0

@@ -1,6 +1,6 @@
 """What a process prints, brought to storage while it runs: its logs outlive it, and the cluster it ran on.
 
-Standard output and error go to a local file; one thread copies what arrives there to where the output went before,
+Standard output and error go to a file in memory; one thread copies what arrives there to where the output went before,
 another one puts it into storage, in parts. So nobody who prints ever waits, whatever the store does, and a thread that
 hangs holds no line back.
 """
@@ -29,7 +29,7 @@ SHIP_SECONDS = 2.0  # between two parts: what is lost when the process is killed
 CLOSE_SECONDS = 10.0  # that the end of a process may wait for the store
 MOST_BYTES = 8 << 20  # that wait for the store; the oldest lines go first
 PART_BYTES = 1 << 20
-FILE_BYTES = 64 << 20  # after which a new local file is begun
+FILE_BYTES = 8 << 20  # after which a new local file is begun
 LONGEST_LINE = 8192  # a longer one is cut into several
 
 
@@ -209,11 +209,17 @@ class LogShipper:
 
 
 class _LocalFile:
-    """A file without a name, gone with the process; written to by file descriptors, read from the front."""
+    """A file without a name, gone with the process; written to by file descriptors, read from the front.
+
+    In memory: on a disk that is full, whoever prints would fail.
+    """
 
     def __init__(self) -> None:
-        self.descriptor, name = tempfile.mkstemp(prefix="genmodels-log-")
-        os.unlink(name)
+        if hasattr(os, "memfd_create"):
+            self.descriptor = os.memfd_create("genmodels-log")
+        else:  # not Linux
+            self.descriptor, name = tempfile.mkstemp(prefix="genmodels-log-")
+            os.unlink(name)
         self.position = 0
 
     def new(self) -> Iterator[bytes]:

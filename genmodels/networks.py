@@ -20,8 +20,10 @@ from torch import Tensor, nn
 
 from genmodels.errors import SpecError
 from genmodels.family import ImageInfo, TextInfo
+from genmodels.memory import FLOAT, SERVED_ROWS
 
 MIN_SIDE = 8  # pixels; what is smaller is not halved
+MAPS_AT_ONCE = 5  # of one size, in a residual block
 SSIM_RADIUS, SSIM_SIGMA = 5, 1.5  # pixels
 
 Norm = Literal["group", "none"]
@@ -114,6 +116,12 @@ class ImageDecoder(nn.Module):
             h, w = self.sizes[i]
             x = self.levels[i](x)[..., :h, :w]  # the halving rounded up, so doubling may be one too many
         return x
+
+
+def pass_bytes(shape: tuple[int, int, int], width: int) -> int:
+    """Bytes that feature maps take while images are encoded or decoded where models are served, at most."""
+    maps = [channels * math.prod(size) for size, channels in zip(*_ladder(shape, width), strict=True)]
+    return FLOAT * SERVED_ROWS * (sum(maps) + MAPS_AT_ONCE * max(maps))
 
 
 class ResidualBlock(nn.Module):

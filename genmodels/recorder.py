@@ -2,12 +2,12 @@
 
 Two threads, so that a slow or absent store holds no step up: one beats and writes metrics and samples; the other takes
 one snapshot at a time from a queue of one, and brings it to storage, manifest last. Where too much waits already, the
-next save, row or sample waits too: memory stays bounded. A store that does not answer is tried again until it does.
+next save, row or sample waits too: memory stays bounded. What meets an outage, of the store or of the disk on which a
+snapshot is prepared, is tried again until it is over, and the heartbeat says meanwhile what is waited for.
 """
 
 from __future__ import annotations
 
-import contextlib
 import queue
 import statistics
 import threading
@@ -39,7 +39,7 @@ T = TypeVar("T")
 class RunRecorder:
     """A `Recorder` for one attempt. Use as a context manager: leaving it waits for the last checkpoint.
 
-    Errors of the background threads (a newer attempt has taken over, a full disk) are raised by the next call.
+    Errors of the background threads (a newer attempt has taken over) are raised by the next call.
     """
 
     def __init__(
@@ -71,6 +71,7 @@ class RunRecorder:
         self.flushing = threading.Lock()
         self.leave = leave or threading.Event()
         self.error: BaseException | None = None
+        self.reasons: dict[str, str] = {}  # why a thread waits, by its name
         self.closing = threading.Event()
         self.snapshots: queue.Queue[tuple[Snapshot, float] | None] = queue.Queue(maxsize=1)  # and when it was begun
         self.pace: tuple[float, int] | None = None  # when this attempt's first step ended, and its number
@@ -93,6 +94,11 @@ class RunRecorder:
         if kind is None and self.error:
             raise self.error
 
+    @property
+    def waiting(self) -> str:
+        """Why one of the two threads waits; "" while none does."""
+        return next(filter(None, list(self.reasons.values())), "")
+
     def tick(self, phase: Phase, step: int, loss: float | None = None) -> None:
         if self.error:
             raise self.error
@@ -103,7 +109,7 @@ class RunRecorder:
                 self.durations.append(now - self.ticked)
         self.ticked = now
         seconds_left = None
-        if self.pace and step > self.pace[1]:
+        if self.pace and step > self.pace[1] and phase != "waiting for storage":  # however long that takes
             seconds_left = (now - self.pace[0]) / (step - self.pace[1]) * (self.spec.train.max_steps - step)
         self._show(
             phase=phase,
@@ -165,19 +171,23 @@ class RunRecorder:
         """Heartbeats that changed, and metrics and samples every few seconds."""
         written, flushed = None, time.monotonic()
         while not self.closing.wait(BEAT_SECONDS):
-            with contextlib.suppress(StorageUnavailable):  # the next round writes what this one could not
+            try:
                 if self.heartbeat is not written:
                     written = self._write_beat()
                 if time.monotonic() - flushed >= METRICS_SECONDS:
                     self._flush()
                     flushed = time.monotonic()
+                    self._waits("beat")
+            except StorageUnavailable as outage:  # the next round writes what this one could not
+                self._waits("beat", outage.reason)
         self._persist(self._flush)
         self._persist(self._write_beat)
 
     def _write_beat(self) -> Heartbeat:
         latest, durations = self.heartbeat, list(self.durations)
         step_seconds = statistics.median(durations) if durations else None
-        self.run.beat(self.attempt, latest.model_copy(update={"step_seconds": step_seconds}))
+        facts = {"step_seconds": step_seconds, "waiting": self.waiting}
+        self.run.beat(self.attempt, latest.model_copy(update=facts))
         return latest
 
     def _flush(self) -> None:
@@ -192,7 +202,7 @@ class RunRecorder:
     def _upload(self) -> None:
         while (waiting := self.snapshots.get()) is not None:
             snapshot, began = waiting
-            size = self._upload_one(snapshot)
+            size = self._persist(partial(self._upload_one, snapshot))  # what it prepares on the disk, too
             self.gauges.saved(snapshot.step)
             CHECKPOINT_SECONDS.labels(self.spec.family).observe(time.monotonic() - began)
             CHECKPOINT_BYTES.labels(self.spec.family).inc(size)
@@ -250,8 +260,20 @@ class RunRecorder:
             refused: called for each try that it did not take.
         """
 
-        def waiting() -> None:
-            refused()
-            self.tick("waiting for storage", self.heartbeat.step)
+        thread = threading.current_thread().name
 
-        return patiently(work, waiting)
+        def waiting(outage: StorageUnavailable) -> None:
+            refused()
+            if self.error:
+                raise self.error
+            self._waits(thread, outage.reason)
+
+        result = patiently(work, waiting)
+        self._waits(thread)
+        return result
+
+    def _waits(self, thread: str, reason: str = "") -> None:
+        """Note for the next heartbeat what one of the two threads waits for; nothing, without a reason."""
+        if reason or self.reasons.get(thread):
+            self.reasons[thread] = reason
+            self._show()

@@ -173,6 +173,17 @@ class Registry:
             PROMOTED.labels(version.family).inc()
             return moved
 
+    def remove_alias(self, model: str, alias: str) -> None:
+        """Remove an alias with its history. The version that it names stays.
+
+        Raises:
+            ModelNotFound: there is none.
+        """
+        check_alias(alias)
+        if not self.storage.exists(_alias_key(model, alias)):
+            raise ModelNotFound(self._what_there_is(model, f"alias {alias!r}"))
+        self.storage.delete(_alias_key(model, alias))
+
     def sweeper(self, model: str) -> Lease:
         """The lease of whoever deletes versions or blobs of a model."""
         return Lease(self.storage, SWEEP_SECONDS, f"models/{model}/sweep.json")

@@ -19,6 +19,7 @@ from __future__ import annotations
 import contextlib
 import heapq
 import json
+import logging
 import re
 import time
 from collections.abc import Callable, Iterator
@@ -28,7 +29,7 @@ from pathlib import Path
 from typing import Any, Literal, TypeVar
 
 from pydantic import Field
-from tenacity import Retrying, retry_if_exception_type, wait_random_exponential
+from tenacity import RetryCallState, Retrying, retry_if_exception_type, wait_random_exponential
 
 from genmodels import checkpoint
 from genmodels.checkpoint import Document, Manifest, Metrics, Place
@@ -48,8 +49,11 @@ Cause = Literal[
     "superseded",
 ]
 ENDED: tuple[State, ...] = ("succeeded", "failed", "cancelled")
+ACTIVE: tuple[State, ...] = ("starting", "running", "publishing")
 
 LONGEST_WAIT_SECONDS = 10.0  # between two tries of what waits for the store
+
+log = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
@@ -96,6 +100,7 @@ class Heartbeat(Document):
     loss: float | None = None
     seconds_left: float | None = None
     step_seconds: float | None = None  # median of the latest steps
+    waiting: str = ""  # why its writes wait (the reason of a StorageUnavailable), also while the steps go on
 
 
 class GateResult(Document):
@@ -448,15 +453,23 @@ def now() -> str:
     return datetime.fromtimestamp(time.time(), UTC).isoformat(timespec="milliseconds")
 
 
-def patiently(work: Callable[[], T], waiting: Callable[[], None] = lambda: None) -> T:
-    """What `work` returns, tried again for as long as the store does not answer.
+def patiently(work: Callable[[], T], waiting: Callable[[StorageUnavailable], None] = lambda outage: None) -> T:
+    """What `work` returns, tried again for as long as an outage lasts.
 
     Args:
         waiting: called before each pause; what it raises ends the waiting.
     """
+
+    def before_sleep(state: RetryCallState) -> None:
+        outage = state.outcome.exception() if state.outcome else None
+        assert isinstance(outage, StorageUnavailable)
+        if state.attempt_number == 1:
+            log.warning("waiting, because %s: %s", outage.reason, outage)
+        waiting(outage)
+
     retrying = Retrying(
         retry=retry_if_exception_type(StorageUnavailable),
         wait=wait_random_exponential(multiplier=0.2, max=LONGEST_WAIT_SECONDS),
-        before_sleep=lambda _: waiting(),
+        before_sleep=before_sleep,
     )
     return retrying(work)

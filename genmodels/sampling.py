@@ -9,8 +9,9 @@ Presence and frequency penalties: as OpenAI's API defines them, over the tokens 
 from __future__ import annotations
 
 import hashlib
+import math
 import re
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from typing import Annotated, Any
 
 import torch
@@ -23,6 +24,9 @@ from genmodels.family import Section
 
 TokenId = Annotated[int, Field(ge=0)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
+MAX_BIASES = 1024
+
+MAX_INT = 2**31 - 1  # of whole numbers that are compared with tensors
 
 
 class SamplingOptions(Section):
@@ -32,7 +36,7 @@ class SamplingOptions(Section):
     temperature: float = Field(
         0.8, ge=0, le=100, description="0 always takes the most probable token; higher is more varied"
     )
-    top_k: int | None = Field(None, ge=1, description="choose among the k most probable tokens only")
+    top_k: int | None = Field(None, ge=1, le=MAX_INT, description="choose among the k most probable tokens only")
     top_p: float = Field(
         1.0, gt=0, le=1, description="choose among the most probable tokens whose probabilities add up to p"
     )
@@ -40,7 +44,7 @@ class SamplingOptions(Section):
         0.0, ge=0, le=1, description="drop tokens less probable than this fraction of the most probable token"
     )
     repetition_penalty: float = Field(
-        1.0, gt=0, le=10, description="above 1: make tokens of the prompt and the answer less probable"
+        1.0, ge=0.01, le=10, description="above 1: make tokens of the prompt and the answer less probable"
     )
     presence_penalty: float = Field(
         0.0, ge=-2, le=2, description="subtracted from the logits of tokens that are in the answer"
@@ -48,13 +52,15 @@ class SamplingOptions(Section):
     frequency_penalty: float = Field(
         0.0, ge=-2, le=2, description="subtracted once for each time that the token is in the answer"
     )
-    logit_bias: dict[TokenId, Bias] = Field({}, max_length=1024, description="added to logits, by token id")
+    logit_bias: dict[TokenId, Bias] = Field({}, max_length=MAX_BIASES, description="added to logits, by token id")
 
     @field_validator("logit_bias", mode="before")
     @classmethod
     def _ids_are_text_in_json(cls, bias: Any) -> Any:
         if not isinstance(bias, dict):
             return bias
+        if len(bias) > MAX_BIASES:  # else each of them is judged first
+            raise wrong(f"got {len(bias)} entries, expected at most {MAX_BIASES}")
         for key in bias:
             if isinstance(key, str) and not re.fullmatch("0|[1-9][0-9]{0,8}", key):
                 raise wrong(f"got the key {show(key)}, expected the id of a token, as in {{'11': -100}}")
@@ -65,14 +71,12 @@ class Sampler:
     """Chooses the tokens of one answer. Its randomness depends on `seed` and a token's number in the answer alone.
 
     Raises:
-        RequestError: `logit_bias` names a token that there is not.
+        RequestError: `prompt` or `logit_bias` names a token that there is not.
     """
 
     def __init__(self, options: SamplingOptions, seed: int, prompt: Sequence[int], vocab_size: int) -> None:
-        unknown = next((token for token in options.logit_bias if token >= vocab_size), None)
-        if unknown is not None:
-            message = f"logit_bias: token {unknown} does not exist; this model's are 0 to {vocab_size - 1}"
-            raise RequestError(message, param="logit_bias", code="invalid_value")
+        _check_tokens("prompt", prompt, vocab_size)
+        _check_tokens("logit_bias", options.logit_bias, vocab_size)
         self.options, self.seed, self.count = options, seed, 0
         self._bias = None
         if options.logit_bias:
@@ -110,11 +114,55 @@ class Sampler:
 
 
 def choose(logits: Tensor, samplers: Sequence[Sampler]) -> list[int]:
-    """The next token of each of n answers, accepted by its sampler: logits (n, vocab_size).
+    """Draw the next token of each of n answers and let its sampler accept it: logits (n, vocab_size).
 
-    A row's token does not depend on the other rows. Where an exception is raised nothing has been accepted.
+    Raises:
+        RequestError: the numbers of a row are not finite; then no sampler has accepted a token.
     """
-    rows = torch.stack([sampler.adjust(row) for row, sampler in zip(logits.cpu().double(), samplers, strict=True)])
+    tokens = []
+    for token in draw(logits, samplers):
+        if isinstance(token, Exception):
+            raise token
+        tokens.append(token)
+    for sampler, token in zip(samplers, tokens, strict=True):
+        sampler.accept(token)
+    return tokens
+
+
+def draw(logits: Tensor, samplers: Sequence[Sampler]) -> list[int | Exception]:
+    """Draw the next token of each of n answers, or give the error of a row that has none: logits (n, vocab_size).
+
+    A row's token does not depend on the other rows, and no sampler changes: drawing again gives the same. Every token
+    is checked here, so that `Sampler.accept` cannot fail.
+    """
+    adjusted = [_adjusted(row, sampler) for row, sampler in zip(logits.cpu().double(), samplers, strict=True)]
+    void = torch.full(logits.shape[1:], math.nan, dtype=torch.float64)
+    rows = torch.stack([void if isinstance(row, Exception) else row for row in adjusted])
+    sound, drawn = rows.isfinite().all(-1).tolist(), _drawn(rows, samplers)
+    tokens: list[int | Exception] = []
+    for row, finite, token in zip(adjusted, sound, drawn, strict=True):
+        if isinstance(row, Exception):
+            tokens.append(row)
+        else:
+            tokens.append(token if finite and token < len(row) else not_finite())
+    return tokens
+
+
+def not_finite() -> RequestError:
+    """Why an answer ends whose numbers have left the range of floats."""
+    message = "the model's numbers are no longer finite for this text; try another prompt or version"
+    return RequestError(message, status=500, code="not_finite")
+
+
+def _adjusted(logits: Tensor, sampler: Sampler) -> Tensor | Exception:
+    try:
+        return sampler.adjust(logits)
+    except Exception as error:
+        return error
+
+
+def _drawn(rows: Tensor, samplers: Sequence[Sampler]) -> list[int]:
+    """The token of each row (n, vocab_size); any number for a row that is not finite."""
     best = rows.argmax(-1).tolist()
     temperature = torch.tensor([[sampler.options.temperature or 1.0] for sampler in samplers], dtype=torch.float64)
     probabilities = ((rows - rows.amax(-1, keepdim=True)) / temperature).softmax(-1)
@@ -123,13 +171,10 @@ def choose(logits: Tensor, samplers: Sequence[Sampler]) -> list[int]:
     cumulative = probabilities.cumsum(-1)
     draws = torch.tensor([[uniform(sampler.seed, sampler.count)] for sampler in samplers], dtype=torch.float64)
     drawn = torch.searchsorted(cumulative, draws * cumulative[:, -1:], right=True)[:, 0].tolist()
-    tokens = [
+    return [
         greedy if sampler.options.temperature == 0 else sampled
         for sampler, greedy, sampled in zip(samplers, best, drawn, strict=True)
     ]
-    for sampler, token in zip(samplers, tokens, strict=True):
-        sampler.accept(token)
-    return tokens
 
 
 def _dropped(probabilities: Tensor, options: Sequence[SamplingOptions]) -> Tensor:
@@ -145,6 +190,13 @@ def _dropped(probabilities: Tensor, options: Sequence[SamplingOptions]) -> Tenso
     dropped = (torch.arange(size) >= top_k) | (descending < min_p * descending[:, :1])
     dropped |= (mass_before >= top_p) & (top_p < 1)
     return probabilities.scatter(-1, order, descending.masked_fill(dropped, 0.0))
+
+
+def _check_tokens(param: str, tokens: Collection[int], vocab_size: int) -> None:
+    for token in (min(tokens, default=0), max(tokens, default=0)):
+        if not 0 <= token < vocab_size:
+            message = f"{param}: token {token} does not exist; this model's are 0 to {vocab_size - 1}"
+            raise RequestError(message, param=param, code="invalid_value")
 
 
 def uniform(seed: int, index: int) -> float:

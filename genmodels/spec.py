@@ -30,8 +30,9 @@ from pydantic import (
 
 from genmodels import models, strict_yaml
 from genmodels.data import DATASETS, DataConfig, stored
+from genmodels.data.files import shown
 from genmodels.errors import SpecError
-from genmodels.explain import Problem, all_wrong, explain, nearest, show, wrong
+from genmodels.explain import Loc, Problem, all_wrong, as_label, explain, nearest, sections_of, show, wrong
 from genmodels.family import OptimizerConfig, Section
 
 MAX_STORED_BYTES = 1024 * 1024  # a normalised spec spells out every default
@@ -44,7 +45,7 @@ REFERENCE = r"^[a-z0-9-]{1,63}(@[a-z0-9-]{1,63}|@[a-z0-9-]{1,72}:step-[0-9]{1,9}
 def _label(name: str) -> str:
     if re.fullmatch(LABEL, name):
         return name
-    near = re.sub(r"[^a-z0-9]+", "-", name.lower())[:63].strip("-")
+    near = as_label(name)
     rule = "expected at most 63 lower-case letters, digits and '-', with no '-' at the ends"
     raise wrong(f"got {show(name)}, {rule}" + (f"; write e.g. {near}" if near else ""))
 
@@ -246,7 +247,7 @@ class ModelSpec(Section):
         try:
             return config.model_validate(settings, extra="ignore" if _is_stored(info) else None)
         except ValidationError as error:
-            raise all_wrong(explain(error, config)) from None
+            raise all_wrong(explain(error, config, _homes)) from None
 
     @field_validator("data", mode="before")
     @classmethod
@@ -260,7 +261,11 @@ class ModelSpec(Section):
         path, base = os.path.expanduser(path), context["base"]
         if base is None and not os.path.isabs(path):
             raise all_wrong([Problem(("path",), f"got {show(path)}, expected an absolute path")])
-        return {**value, "path": os.path.abspath(os.path.join(base or "", path))}
+        path = os.path.abspath(os.path.join(base or "", path))
+        if re.search("[\udc80-\udcff]", path):  # the folder that the spec lies in; a stored spec is UTF-8
+            remedy = "rename the folder, or use `genmodels data add NAME PATH` and `dataset: NAME`"
+            raise all_wrong([Problem(("path",), f"{shown(path)} is not UTF-8; {remedy}")])
+        return {**value, "path": path}
 
     @field_serializer("model")
     def _with_family(self, model: Section, info: FieldSerializationInfo) -> dict[str, Any]:
@@ -440,10 +445,34 @@ def _validate(document: strict_yaml.Document, source: str, context: dict[str, An
             document.value, context=context, extra="ignore" if context.get("stored") else None
         )
     except ValidationError as error:
-        problems, more = explain(error, JobSpec), error.error_count()
+        problems, more = explain(error, JobSpec, lambda loc: _homes(loc, document.value)), error.error_count()
     lines = sorted((_line(document, problem), f"{problem}") for problem in problems)
     said = [f"{source}:{line}: {text}" for line, text in lines]
     raise SpecError(*said, *([f"{source}: and {more - len(said)} more"] if more > len(said) else []))
+
+
+def _homes(loc: Loc, document: dict[str, Any] | None = None) -> list[str]:
+    """The sections of a model, in words, that have a key which is unknown at `loc`.
+
+    Args:
+        document: to look into the settings of the model's family as well, whose file is then imported.
+    """
+    key, found = loc[-1], []
+    sections = [*sections_of(ModelSpec)]
+    if config := _family_config(loc, document):
+        sections += [(("model", *path), section) for path, section in sections_of(config)]
+    for path, section in sections:
+        if path and key in section.model_fields:
+            found.append(repr(".".join(map(str, path))))
+    return found or (["an entry of 'models'"] if key in ModelSpec.model_fields else [])
+
+
+def _family_config(loc: Loc, document: dict[str, Any] | None) -> type[Section] | None:
+    try:
+        family = document["models"][loc[1]]["model"]["family"]  # type: ignore[index]
+    except (LookupError, TypeError):
+        return None
+    return models.load(family).Config if family in models.names() else None
 
 
 def _line(document: strict_yaml.Document, problem: Problem) -> int:

@@ -42,14 +42,15 @@ def read(data: bytes, source: str, max_bytes: int = MAX_BYTES) -> Document:
     text = _text(data, source, max_bytes)
     reader = _Reader(source)
     try:
-        value = reader.document(yaml.parse(text, Loader=yaml.SafeLoader))  # never the C loader: 200 KB of "[" crash it
+        value = reader.document(yaml.parse(text, Loader=_Loader))  # never the C loader: 200 KB of "[" crash it
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
         _fail(source, line, f"the character U+{error.character:04X} cannot stand in YAML; remove it")
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = " ".join(filter(None, [error.context, error.problem]))
-        hint = "indent with spaces, not tabs" if "'\\t'" in where else "look at the indentation and the quotes there"
+        has_tab = mark is not None and "\t" in text[mark.index - mark.column :].partition("\n")[0]
+        hint = "write spaces in place of tabs" if has_tab else "look at the indentation and the quotes there"
         _fail(source, mark.line + 1 if mark else None, f"not valid YAML: {where}; {hint}")
     except (ValueError, OverflowError):  # an escape such as \UFFFFFFFF or a version of 5,000 digits
         _fail(source, None, "not valid YAML: a number in an escape or a directive is out of range")
@@ -116,9 +117,32 @@ def _text(data: bytes, source: str, max_bytes: int) -> str:
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         _fail(source, line, f"the byte 0x{data[error.start]:02x} is not UTF-8; save the file as UTF-8")
-    if text.lstrip().startswith("{"):  # JSON may be indented with tabs, which PyYAML does not take
-        text = re.sub(r"(?m)^[ \t]+", lambda blank: " " * len(blank[0]), text)
     return text
+
+
+class _Loader(yaml.SafeLoader):
+    """Take tabs where they separate and in JSON, as YAML does; PyYAML refuses them everywhere.
+
+    Where they would indent they stay an error: YAML 1.2.2, 6.1 and 6.2.
+    """
+
+    def scan_to_next_token(self) -> None:
+        super().scan_to_next_token()
+        while self.peek() == "\t" and (self.flow_level or not self._indents()):
+            if not self.flow_level:
+                self.allow_simple_key = False  # no block begins behind a tab: the tab would indent it
+            while self.peek() in " \t":
+                self.forward()
+            super().scan_to_next_token()
+
+    def _indents(self) -> bool:
+        """Tell whether the tab begins a line on which something stands that an indentation matters to."""
+        if self.buffer[self.pointer - self.column : self.pointer].strip():
+            return False
+        at = self.pointer
+        while self.buffer[at] in " \t":
+            at += 1
+        return self.buffer[at] not in "\r\n\0#" and not (self.buffer[at] == "{" and self.indent < 0)
 
 
 @dataclass

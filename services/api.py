@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+from codecs import BOM_UTF8
 from collections.abc import Callable, Collection, Mapping
 from typing import Any, TypeVar
 
@@ -31,6 +32,7 @@ from genmodels.explain import show
 from services.counting import COUNT, answers
 from services.docs import HEADERS, page
 from services.edge import MAX_BODY, Edge, Json, Streamed, refuse
+from services.semantics import Head, PlainBodies
 
 JSON = ("application/json",)
 
@@ -68,6 +70,8 @@ def new_app(
         redoc_url=None,
         redirect_slashes=False,
     )
+    app.add_middleware(Head)
+    app.add_middleware(PlainBodies)
     app.add_middleware(Edge, hosts=hosts, max_body=max_body, streamed=streamed)
     for kind in (GenmodelsError, HTTPException, RequestValidationError):
         app.add_exception_handler(kind, _on_error)
@@ -96,7 +100,7 @@ async def read_body(kind: type[BodyT], request: Request, *, optional: bool = Fal
         return kind()
     check_content_type(request, JSON)
     try:
-        return kind.model_validate_json(body)
+        return kind.model_validate_json(body.removeprefix(BOM_UTF8))
     except ValidationError as error:
         first = error.errors(include_url=False)[0]
         if first["type"] == "json_invalid":
@@ -176,7 +180,8 @@ async def _on_error(request: Request, error: Exception) -> Response:
             404: f"no route {request.url.path[:200]!r}; GET /docs and /openapi.json list what there is",
             405: f"{request.method} is not for {request.url.path[:200]!r}; see the Allow header",
         }
-        return refuse(error.status_code, messages.get(error.status_code, error.detail), headers=error.headers)
+        told = {name: value.replace("GET", "GET, HEAD") for name, value in (error.headers or {}).items()}
+        return refuse(error.status_code, messages.get(error.status_code, error.detail), headers=told)
     if isinstance(error, RequestValidationError):
         return _parameter(error)
     found = _request_error(error)
@@ -200,7 +205,7 @@ def _request_error(error: Exception) -> RequestError:
     if isinstance(error, SpecError):
         return RequestError(str(error), code="invalid_value")
     if isinstance(error, StorageUnavailable):
-        return RequestError("the storage does not answer; try again in a moment", status=503, code="storage_away")
+        return RequestError(f"{error.reason}; try again in a moment", status=503, code="storage_away")
     if isinstance(error, KeyNotFound):
         return RequestError("it has just gone; look again", status=404, code="gone")
     if isinstance(error, StorageError):  # its message names the storage, which is the operator's to know

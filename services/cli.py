@@ -11,7 +11,7 @@ import typer
 from typer.core import TyperGroup
 
 from genmodels.errors import GenmodelsError, SpecError
-from services import commands_admin, commands_jobs, commands_storage
+from services import commands_admin, commands_delete, commands_jobs, commands_storage
 from services.options import SpecFile, StorageUrl, storage
 
 PANEL = "On this machine alone"
@@ -44,16 +44,36 @@ app = typer.Typer(
 )
 
 
+UsageError: Any = typer.BadParameter.__base__  # of the click that typer carries
+
+
 def main() -> None:
     """Entry point. Exits with 2 for a wrong spec or usage, 1 for what failed, 130 after Ctrl-C."""
     try:
-        app()
+        sys.exit(app(prog_name="genmodels", standalone_mode=False) or 0)
     except GenmodelsError as error:
         for line in str(error).splitlines():
             print(f"error: {line}", file=sys.stderr)
         sys.exit(2 if isinstance(error, SpecError) else 1)
+    except UsageError as error:
+        print(_usage(error), file=sys.stderr)
+        sys.exit(2)
+    except typer.Abort:
+        print("Aborted.", file=sys.stderr)
+        sys.exit(1)
     except KeyboardInterrupt:
         sys.exit(130)
+
+
+def _usage(error: Any) -> str:
+    """Return what is wrong with the arguments in one line; without any arguments, the whole help."""
+    message = str(error.format_message())
+    if "\n" in message:
+        return message
+    said = message.removesuffix(".").replace("Input should be", "expected").replace("Value error, ", "")
+    command = error.ctx.command_path if error.ctx else "genmodels"
+    end = "" if said.endswith("?") else ";"
+    return f"error: {said[:1].lower()}{said[1:]}{end} `{command} --help` shows how"
 
 
 @app.callback()
@@ -101,8 +121,18 @@ def validate(
 
     store = storage(storage_url)
     job = read_spec(spec, stored.kinds(store))
+    from genmodels.precheck import check_job
+
+    try:
+        checked = check_job(job, store)
+    except SpecError as error:
+        raise SpecError(*(f"{spec}: {problem}" for problem in error.problems)) from None
+    job = checked.job
     families = ", ".join(model.family for model in job.models)
     print(f"ok: {spec}: job {job.name}, {len(job.models)} model{'s' if len(job.models) > 1 else ''} ({families})")
+    for name, notes in checked.notes.items():
+        for note in notes:
+            print(f"{name}: {note}")
     if smoke:
         from services.smoke import smoke as try_out
 
@@ -119,7 +149,7 @@ def schema() -> None:
     print(json.dumps(json_schema(), indent=2))
 
 
-for part in (commands_jobs, commands_storage, commands_admin):
+for part in (commands_jobs, commands_storage, commands_delete, commands_admin):
     app.add_typer(part.app)
 
 

@@ -158,6 +158,14 @@ class Client:
     def promote(self, model: str, alias: str, number: int) -> None:
         self._http.json("PUT", f"/v1/models/{_name(model)}/aliases/{_name(alias)}", json={"version": number})
 
+    def delete_model(self, model: str, *, with_runs: bool = False, dry_run: bool = False) -> Json:
+        """Delete a whole model; what there was of it. `dry_run`: only tell."""
+        query = {"with_runs": str(with_runs).lower(), "dry_run": str(dry_run).lower()}
+        return self._http.json("DELETE", f"/v1/models/{_name(model)}", params=query, seconds=WORK_SECONDS)
+
+    def delete_alias(self, model: str, alias: str) -> None:
+        self._http.json("DELETE", f"/v1/models/{_name(model)}/aliases/{_name(alias)}")
+
     def delete_version(self, model: str, number: int) -> None:
         self._http.json("DELETE", f"/v1/models/{_name(model)}/versions/{number}")
 
@@ -182,11 +190,15 @@ class Client:
     def datasets(self) -> list[Json]:
         return list(self._http.json("GET", "/v1/datasets")["data"])
 
-    def add_dataset(self, name: str, file: IO[bytes], **options: int | None) -> Json:
+    def add_dataset(self, name: str, file: IO[bytes], *, replace: bool = False, **options: int | None) -> Json:
         """Add a text file or a zip of pictures.
 
         Args:
+            replace: also where the name means another content.
             options: `image_size` and `channels` of pictures.
+
+        Raises:
+            DatasetExists: it does, and `replace` is not given.
         """
 
         def parts() -> Iterator[bytes]:
@@ -194,10 +206,16 @@ class Client:
             while part := file.read(2**20):
                 yield part
 
-        query = {option: value for option, value in options.items() if value is not None}
+        query: Json = {option: value for option, value in options.items() if value is not None}
+        query |= {"replace": "true"} if replace else {}
         headers = {"content-type": "application/octet-stream"}
         route = f"/v1/datasets/{_name(name)}"
         return self._http.json("PUT", route, content=parts, headers=headers, params=query, seconds=WORK_SECONDS)
+
+    def delete_dataset(self, name: str, *, dry_run: bool = False) -> Json:
+        """Delete a dataset; what there was of it, and what was trained on it. `dry_run`: only tell."""
+        query = {"dry_run": str(dry_run).lower()}
+        return self._http.json("DELETE", f"/v1/datasets/{_name(name)}", params=query, seconds=WORK_SECONDS)
 
 
 def _name(name: str) -> str:

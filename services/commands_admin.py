@@ -40,7 +40,13 @@ def up(
 
 
 @app.command(rich_help_panel=PANEL)
-def gc(context: typer.Context, yes: Yes = False, storage_url: StorageUrl = None, api: MaybeApi = None) -> None:
+def gc(
+    context: typer.Context,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list what would be removed.")] = False,
+    yes: Yes = False,
+    storage_url: StorageUrl = None,
+    api: MaybeApi = None,
+) -> None:
     """Remove unreferenced objects from the storage. It lists them first, and asks for confirmation."""
     remote = service(context, api)
     if remote is None:
@@ -48,12 +54,12 @@ def gc(context: typer.Context, yes: Yes = False, storage_url: StorageUrl = None,
 
         plan = cleanup.gc(storage(storage_url))
         found = [{"key": item.key, "bytes": item.bytes, "why": item.why} for item in plan.items]
-        if _is_wanted(found, yes):
+        if _is_wanted(found, yes, dry_run):
             plan.carry_out()
             print("done")
         return
     with remote:
-        if _is_wanted(remote.gc(dry_run=True)["items"], yes):
+        if _is_wanted(remote.gc(dry_run=True)["items"], yes, dry_run):
             from services.tables import amount
 
             print(f"done: {amount(remote.gc(dry_run=False)['bytes'])} are free")
@@ -129,7 +135,7 @@ def keys_revoke(
     print(f"key {key.id} of {key.name} works no longer")
 
 
-def _is_wanted(items: list[dict[str, object]], yes: bool) -> bool:
+def _is_wanted(items: list[dict[str, object]], yes: bool, dry_run: bool) -> bool:
     from services.tables import amount, garbage_table
 
     if not items:
@@ -137,4 +143,7 @@ def _is_wanted(items: list[dict[str, object]], yes: bool) -> bool:
         return False
     size = sum(int(str(item["bytes"])) for item in items)
     console().print(garbage_table(items))
+    if dry_run:
+        print(f"{len(items)} items, {amount(size)} would go")
+        return False
     return agreed(f"Remove {len(items)} items, {amount(size)}?", yes)

@@ -64,6 +64,8 @@ def submit(
                     print(f"{model['model']}: {note}")
             return
         job = service.submit(data, str(spec))
+        for note in job.notes:
+            tell(note)
         if as_json and not wait:
             print_json(job.model_dump(mode="json"))
         else:

@@ -5,19 +5,18 @@ from __future__ import annotations
 import tempfile
 import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Annotated
+from typing import IO, TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from genmodels.errors import GenmodelsError, KeyNotFound, SpecError
+from genmodels.errors import DatasetExists, GenmodelsError, KeyNotFound, SpecError
 from genmodels.storage import encode_floats
 from services.options import (
     AsJson,
     MaybeApi,
     StorageUrl,
-    Yes,
     agreed,
     console,
     print_json,
@@ -32,7 +31,9 @@ if TYPE_CHECKING:
 app = typer.Typer()
 data_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 PANEL = "What is stored"
-app.add_typer(data_app, name="data", help="Datasets of your own, in the storage: add, list.", rich_help_panel=PANEL)
+app.add_typer(
+    data_app, name="data", help="Datasets of your own, in the storage: add, list, delete.", rich_help_panel=PANEL
+)
 
 VersionName = Annotated[
     str,
@@ -156,39 +157,6 @@ def evaluate(
         console().print(measures_table(evaluation))
 
 
-@app.command(rich_help_panel=PANEL)
-def delete(
-    context: typer.Context,
-    what: Annotated[
-        str, typer.Argument(metavar="JOB|MODEL@VERSION", help="An ended job, or a version.", show_default=False)
-    ],
-    yes: Yes = False,
-    storage_url: StorageUrl = None,
-    api: MaybeApi = None,
-) -> None:
-    """Delete an ended job, or a version. Checkpoints and logs are deleted with the job."""
-    model, _, number = what.partition("@")
-    if number and not number.isdecimal():
-        raise SpecError(f"{what}: a version is deleted by its number, e.g. {model}@3; `genmodels models` lists them")
-    kind = "version" if number else "job"
-    if not agreed(f"Delete {kind} {what}{'' if number else ', its checkpoints and its logs'}?", yes):
-        raise typer.Abort
-    remote = service(context, api)
-    if remote is not None:
-        with remote:
-            remote.delete_version(model, int(number)) if number else remote.delete_job(model)
-    elif number:
-        from genmodels.cleanup import delete_version
-        from genmodels.registry import Registry
-
-        delete_version(Registry(storage(storage_url)), model, int(number))
-    else:
-        from genmodels.job import Jobs
-
-        Jobs(storage(storage_url)).delete(model)
-    print(f"{kind} {what} is deleted")
-
-
 @data_app.command("add")
 def data_add(
     context: typer.Context,
@@ -213,6 +181,7 @@ def data_add(
             help="Channels: 1 (grey) or 3 (colour); default: 1 if every picture is grey, else 3.", show_default=False
         ),
     ] = None,
+    replace: Annotated[bool, typer.Option("--replace", help="Replace a dataset of this name without asking.")] = False,
     storage_url: StorageUrl = None,
     api: MaybeApi = None,
 ) -> None:
@@ -220,14 +189,25 @@ def data_add(
     if channels not in (None, 1, 3):
         raise SpecError(f"--channels: got {channels}, expected 1 (grey) or 3 (colour)")
     remote = service(context, api)
-    if remote is None:
-        from genmodels.data import stored
 
-        added, _ = stored.add(storage(storage_url), name, path, image_size, channels)  # type: ignore[arg-type]
-        dataset = added.model_dump(mode="json")
-    else:
-        with remote, _streamable(path) as file, console(stderr=True).status("Sending"):
-            dataset = remote.add_dataset(name, file, image_size=image_size, channels=channels)
+    def add(replace: bool) -> dict[str, Any]:
+        if remote is None:
+            from genmodels.data import stored
+
+            store = storage(storage_url)
+            added, _ = stored.add(store, name, path, image_size, channels, replace=replace)  # type: ignore[arg-type]
+            return added.model_dump(mode="json")
+        with _streamable(path) as file, console(stderr=True).status("Sending"):
+            return remote.add_dataset(name, file, replace=replace, image_size=image_size, channels=channels)
+
+    with remote or nullcontext():
+        try:
+            dataset = add(replace)
+        except DatasetExists as error:
+            question = f"{error}. Replace it? Jobs that were submitted keep what they had."
+            if not agreed(question, False, "--replace"):
+                raise typer.Abort from None
+            dataset = add(True)
     print(f"{name}: {'; '.join(dataset['notes'])}")
     tell(f"in a spec: data: {{dataset: {name}}}")
 
@@ -274,19 +254,28 @@ def _new_folder(folder: Path | None, version: Version) -> Iterator[tuple[Path, P
 
 @contextmanager
 def _streamable(path: Path) -> Iterator[IO[bytes]]:
-    """A file as it is, a folder's pictures as a zip: the form in which data travels."""
-    from genmodels.data.images import SUFFIXES
+    """A file as it is, a folder's pictures as a zip: the form in which data travels.
+
+    A text is checked here first: what is said of it names the file, and nothing is sent in vain.
+    """
+    from genmodels.data.files import find_pictures, shown, skipped_note
+    from genmodels.data.text import read_text
+    from genmodels.data.unpack import is_zip
 
     try:
         if not path.is_dir():
+            if not is_zip(path):
+                read_text(path)
             with path.open("rb") as file:
                 yield file
             return
         with tempfile.TemporaryFile(prefix="genmodels-data-") as file:
+            pictures, skipped = find_pictures(path)
+            if skipped:
+                tell(f"{shown(path)}: {skipped_note(skipped)}")
             with zipfile.ZipFile(file, "w") as archive:  # pictures are packed already
-                for picture in sorted(path.rglob("*")):
-                    if picture.suffix.lower() in SUFFIXES and picture.is_file():
-                        archive.write(picture, picture.relative_to(path))
+                for picture in pictures:
+                    archive.write(picture, shown(picture.relative_to(path)))
             yield file
     except OSError as error:
-        raise GenmodelsError(f"{path}: cannot be read: {error.strerror}") from None
+        raise GenmodelsError(f"{shown(path)}: cannot be read: {error.strerror}") from None

@@ -15,11 +15,12 @@ from pydantic import Field, ValidationInfo, field_validator
 from starlette.requests import ClientDisconnect
 from starlette.types import Receive, Scope, Send
 
+from genmodels.engine.choices import Piece
+from genmodels.engine.completion_request import CompletionRequest
 from genmodels.engine.logprobs import TokenLogprob
-from genmodels.engine.text import CompletionRequest, Piece
+from genmodels.engine.requests import Body
 from genmodels.errors import RequestError
 from genmodels.explain import wrong
-from genmodels.family import Section
 from services.api import documented, read_body
 from services.auth import Caller
 from services.counting import Count, answers, count_of
@@ -31,7 +32,7 @@ Items = AsyncGenerator[Opened | Piece | RequestError, None]
 T = TypeVar("T")
 
 
-class StreamOptions(Section):
+class StreamOptions(Body):
     include_usage: bool = Field(False, description="send the token counts in a last event")
     include_obfuscation: bool = Field(False, description="accepted; no padding is sent")
 
@@ -63,6 +64,15 @@ def add_completions(app: FastAPI, pool: Pool, generate: Any) -> None:
         generate: the dependency that gives a Caller.
     """
 
+    @app.get("/v1/models/{model}/vocabulary", summary="List tokens")
+    async def vocabulary(model: str, request: Request, caller: Caller = generate) -> Response:
+        """List the tokens of a text model: `text` is the text of the token `id` in prompts and answers."""
+        caller.need([model])
+        found = checked(await pool.vocabulary(model))
+        answers(request, found.model, found.family)
+        tokens = [{"id": token, "text": text} for token, text in enumerate(found.tokens)]
+        return Json({"object": "vocabulary", "model": found.model, "data": tokens}, headers={VERSION: found.model})
+
     @app.post("/v1/completions", summary="Continue a text", openapi_extra=documented(CompletionBody))
     async def completions(request: Request, caller: Caller = generate) -> Response:
         """Continue a prompt, whole or as a stream of events."""
@@ -90,7 +100,7 @@ def add_completions(app: FastAPI, pool: Pool, generate: Any) -> None:
 
 
 async def _whole(opened: Opened, items: Items, body: CompletionBody) -> dict[str, Any]:
-    pieces: list[list[Piece]] = [[] for _ in range(body.n)]
+    pieces: list[list[Piece]] = [[] for _ in range(body.choices)]
     async for item in items:
         piece = _piece(item)
         pieces[piece.index].append(piece)
@@ -112,7 +122,7 @@ async def _events(
             piece = _piece(item)
             tokens, ended = tokens + piece.tokens, ended + (piece.finish_reason is not None)
             yield _event({**answer, "choices": [_choice(piece.index, [piece], body)]})
-        if ended < body.n:
+        if ended < body.choices:
             raise _host_lost()
     except RequestError as error:
         count.error = error.status

@@ -27,6 +27,7 @@ ROUTES = (
     *(f"/v1/models/{{model}}/{verb}" for verb in ("decode", "denoise", "encode", "interpolate", "reconstruct")),
     "/v1/models/{model}/history",
     "/v1/models/{model}/samples/{step}/{name}",
+    "/v1/models/{model}/vocabulary",
 )
 
 _PATTERNS = [(compile_path(route)[0], route) for route in ROUTES]

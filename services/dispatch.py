@@ -68,22 +68,23 @@ class Dispatcher:
         self._unreadable: set[str] = set()
         self._silences: Counter[str] = Counter()
         self._shown: Any = None
-        self._silent = False
+        self._trouble = ""  # why nothing could be dispatched at the last look
 
     def run(self, stop: threading.Event) -> None:
         """Dispatch whenever the lease can be had, until `stop` is set; runs go on without a dispatcher."""
         while not stop.is_set():
+            epoch = None
             try:
                 epoch = self.lease.try_acquire()
                 self._answered()
-            except StorageUnavailable as error:
+                if epoch is not None:
+                    log.info("this dispatcher holds the lease, epoch %d", epoch)
+                    self._hold(epoch, stop)
+            except Exception as error:
                 epoch = None
                 self._away(error)
             if epoch is None:
                 stop.wait(POLL_SECONDS)
-                continue
-            log.info("this dispatcher holds the lease, epoch %d", epoch)
-            self._hold(epoch, stop)
         try:
             self.lease.release()
         except GenmodelsError as error:
@@ -103,7 +104,9 @@ class Dispatcher:
             self._close()
             self._schedule()
             self._answered()
-        except StorageUnavailable as error:
+        except LeaseLost:
+            raise
+        except Exception as error:  # whatever it is, a queue that stands still helps no run
             self._away(error)
 
     def _hold(self, epoch: int, stop: threading.Event) -> None:
@@ -130,7 +133,7 @@ class Dispatcher:
             except LeaseLost as lost:
                 log.warning("%s", lost)
                 over.set()
-            except GenmodelsError as error:
+            except Exception as error:
                 log.debug("the lease was not renewed: %s", error)
 
     # Jobs
@@ -292,12 +295,15 @@ class Dispatcher:
             raise error
         log.warning("%s: passed over: %s", name, error)
 
-    def _away(self, error: StorageUnavailable) -> None:
-        if not self._silent:
-            log.warning("waiting for storage: %s", error)
-        self._silent = True
+    def _away(self, error: Exception) -> None:
+        """Log, once for each kind of trouble, why nothing is dispatched for now."""
+        kind = error.reason if isinstance(error, StorageUnavailable) else type(error).__name__
+        if kind != self._trouble:
+            trace = None if isinstance(error, GenmodelsError) else error
+            log.warning("nothing is dispatched for now, because %s: %s", kind, error, exc_info=trace)
+        self._trouble = kind
 
     def _answered(self) -> None:
-        if self._silent:
-            log.info("storage answers again")
-        self._silent = False
+        if self._trouble:
+            log.info("dispatching again")
+        self._trouble = ""

@@ -12,7 +12,7 @@ from genmodels.run import ENDED
 from services.client import Client
 from services.curl import curl
 from services.tables import note
-from services.terminal import Board, Shown
+from services.terminal import Board, Shown, waits
 from services.transport import Unreachable
 from services.views import JobView, RunView
 
@@ -87,6 +87,7 @@ def _shown(run: RunView) -> Shown:
         loss=run.loss,
         seconds_left=run.seconds_left,
         note=note(run),
+        waiting=waits(run.phase, run.waiting),
     )
 
 

@@ -15,14 +15,17 @@ from ray.serve import Application
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 
+from genmodels.engine.choices import Piece
+from genmodels.engine.completion_request import CompletionRequest
 from genmodels.engine.history import History
 from genmodels.engine.images import ImageAnswer, ImageRequest
-from genmodels.engine.text import CompletionRequest, Piece
+from genmodels.engine.text import Vocabulary
 from genmodels.errors import RequestError
 from genmodels.keys import Keys
+from genmodels.memory import HOST_MEMORY
 from genmodels.storage import open_storage
 from services.edge import LOOPBACK
-from services.host import MEMORY, Entry, ModelHost, Opened
+from services.host import Entry, ModelHost, Opened
 from services.routes import create_app
 
 POOL = "default"
@@ -39,7 +42,7 @@ _COMMON: dict[str, Any] = {
 
 
 def build(
-    storage_url: str, *, auth: bool, memory: int = MEMORY, workers: int = 4, torch_threads: int = 1
+    storage_url: str, *, auth: bool, memory: int = HOST_MEMORY, workers: int = 4, torch_threads: int = 1
 ) -> Application:
     """The application, to be run with `serve.run(build(url, auth=True), name="genmodels", route_prefix="/")`.
 
@@ -67,7 +70,7 @@ _host = serve.deployment(
 class Gateway:
     def __init__(self, host: DeploymentHandle[Any], keys_url: str | None) -> None:
         self.pool = HandlePool(host)
-        self.keys = Keys(open_storage(keys_url)) if keys_url else None
+        self.keys = Keys(open_storage(keys_url, in_use=True)) if keys_url else None
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return create_app(self.pool, hosts=None if self.keys else LOOPBACK, keys=self.keys)
@@ -88,6 +91,9 @@ class HandlePool:
 
     async def answer(self, name: str, request: ImageRequest) -> ImageAnswer | RequestError:
         return await self._ask("answer", name, request)
+
+    async def vocabulary(self, name: str) -> Vocabulary | RequestError:
+        return await self._ask("vocabulary", name)
 
     async def history(self, name: str) -> History | RequestError:
         return await self._ask("history", name)

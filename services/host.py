@@ -24,22 +24,24 @@ from typing import Any, TypeVar
 import torch
 
 from genmodels.engine import history, images, text
+from genmodels.engine.choices import Piece
+from genmodels.engine.completion_request import CompletionRequest
 from genmodels.engine.following import Follower, Refused
 from genmodels.engine.history import History
 from genmodels.engine.images import ImageAnswer, ImageRequest
 from genmodels.engine.loaded import ImageModel, Loaded, TextModel
 from genmodels.engine.measured import Measured
 from genmodels.engine.shelf import Shelf
-from genmodels.engine.text import CompletionRequest, Piece
+from genmodels.engine.text import Vocabulary
 from genmodels.errors import GenmodelsError, ModelNotFound, RequestError, StorageUnavailable
 from genmodels.findings import Evaluation, newest
+from genmodels.memory import HOST_MEMORY
 from genmodels.references import Found, of_version
 from genmodels.registry import Registry
 from genmodels.storage import open_storage
 
 FOLLOW_SECONDS = 1.0  # between two looks at the registry
 LISTED_SECONDS = 1.0  # how long the list of models is believed
-MEMORY = 2 * 2**30  # bytes of models
 GATHER_SECONDS = 0.05  # of text that travels as one piece: each hop between processes costs about a token's time
 TRIES = 3  # to have a model in memory that others push out
 
@@ -54,7 +56,7 @@ class Opened:
 
     model: str
     family: str
-    seed: int
+    seed: int | list[int]
     prompt_tokens: int
 
 
@@ -82,9 +84,11 @@ class ModelHost:
         torch_threads: of each computation.
     """
 
-    def __init__(self, storage_url: str, *, memory: int = MEMORY, workers: int = 4, torch_threads: int = 1) -> None:
+    def __init__(
+        self, storage_url: str, *, memory: int = HOST_MEMORY, workers: int = 4, torch_threads: int = 1
+    ) -> None:
         torch.set_num_threads(torch_threads)
-        self._registry = Registry(open_storage(storage_url))
+        self._registry = Registry(open_storage(storage_url, in_use=True))
         self._shelf = Shelf(self._registry.storage, memory, functools.partial(_start, torch_threads=torch_threads))
         self._follower = Follower(self._registry.storage, self._shelf)
         self._measured = Measured(self._registry)
@@ -136,6 +140,13 @@ class ModelHost:
         except GenmodelsError as error:
             return _refusal(error)
 
+    async def vocabulary(self, name: str) -> Vocabulary | RequestError:
+        try:
+            async with self._using(name) as loaded:
+                return await _in(self._lookups, text.vocabulary, loaded)
+        except GenmodelsError as error:
+            return _refusal(error)
+
     async def history(self, name: str) -> History | RequestError:
         try:
             return await _in(self._readers, history.read, self._registry.storage, await self._find(name))
@@ -160,7 +171,7 @@ class ModelHost:
                 inbox = Inbox()
                 completion.start(inbox.put, began)
                 yield Opened(completion.model, loaded.family.family_name(), completion.seed, completion.prompt_tokens)
-                unfinished = request.n
+                unfinished = request.choices
                 while unfinished:
                     for piece in await inbox.take():  # at once, and then only every so often
                         unfinished -= piece.finish_reason is not None

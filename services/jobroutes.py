@@ -17,11 +17,12 @@ from pydantic import BaseModel, Field
 from starlette.concurrency import run_in_threadpool
 
 from genmodels.data import stored
+from genmodels.engine.requests import Body
 from genmodels.errors import RequestError, SpecError
 from genmodels.explain import nearest, show
-from genmodels.family import Section
 from genmodels.job import Jobs
 from genmodels.pin import pin
+from genmodels.precheck import check_job
 from genmodels.run import ENDED, Run, Status
 from genmodels.spec import JobSpec, Label, parse_spec
 from genmodels.storage import Storage, encode_floats
@@ -61,15 +62,15 @@ class MetricsQuery(Strict):
     model: str | None = Field(
         None, max_length=100, description="model of the job; required if the job has several models"
     )
-    after: int = Field(0, ge=0, description="only rows of later steps")
+    after: int = Field(0, ge=0, le=10**9, description="only rows of later steps")
 
 
-class CancelBody(Section):
+class CancelBody(Body):
     now: bool = Field(False, description="end at once, and lose the steps since the last checkpoint")
     models: Names = Field(None, description="only these models of the job")
 
 
-class ResumeBody(Section):
+class ResumeBody(Body):
     models: Names = Field(None, description="only these models of the job")
 
 
@@ -86,14 +87,23 @@ class JobRoutes:
             spec = parse_spec(body, "spec", datasets=stored.kinds(self.storage), paths=False)
             caller.need(model.name for model in spec.models)
             caller.need(filter(None, (model.train.init_from for model in spec.models)))
-            spec = pin(spec, self.storage, mark=not dry_run)
+            capacity = self.views.queue()["capacity"]
+            spec = pin(spec, self.storage, mark=False)
+            checked = check_job(spec, self.storage, capacity=capacity, planned=dry_run)
             if dry_run:
-                return self.planner.plan(spec, self.views.queue()["capacity"])
+                plan = self.planner.plan(checked.job, capacity)
+                for model in plan.models:
+                    model.notes += checked.notes[model.model]
+                return plan
+            spec = pin(checked.job, self.storage)
         except SpecError as error:
             raise RequestError(str(error), param=_path(error), code="invalid_spec") from None
         digest = hashlib.sha256(body).hexdigest()
         job, new = self.jobs.submit(spec, caller=caller.id, idempotency_key=key, body_digest=digest)
-        return (self.views.submitted(self.jobs.entry(job), spec) if new else self.views.job(job)), new
+        if not new:
+            return self.views.job(job), False
+        notes = [f"{model}: {note}" for model, notes in checked.notes.items() for note in notes]
+        return self.views.submitted(self.jobs.entry(job), spec, notes), True
 
     def cancel(self, job: str, body: CancelBody, caller: Caller) -> JobView:
         wish: Literal["leave", "kill"] = "kill" if body.now else "leave"
@@ -138,8 +148,10 @@ class JobRoutes:
 
     def logs(self, job: str, query: LogQuery, caller: Caller) -> Callable[[], tuple[Iterator[bytes], bool]]:
         """A function that gives what has come since it was last called, and whether no more will."""
-        names = [model.name for model in self._spec(job, caller).models]
-        runs = [Run(self.storage, job, model) for model in _chosen(names, query.model or None)]
+        models = self._spec(job, caller).models
+        chosen = _chosen([model.name for model in models], query.model or None)
+        _check_source(query.source, max(m.scaling.most_workers for m in models if m.name in chosen))
+        runs = [Run(self.storage, job, model) for model in chosen]
         cursors: list[dict[str, str]] = [{} for _ in runs]
 
         def look() -> tuple[Iterator[bytes], bool]:
@@ -273,6 +285,14 @@ def _chosen(names: list[str], models: Iterable[str] | None) -> list[str]:
             known = f"this job has {', '.join(names)}{nearest(model, names)}"
             raise RequestError(f"got {show(model)}; {known}", param="model", status=404, code="model_not_found")
     return [name for name in names if models is None or name in models]
+
+
+def _check_source(source: str | None, workers: int) -> None:
+    if source in (None, "driver") or int(source or 0) < workers:
+        return
+    ranks = "worker 0" if workers == 1 else f"the workers 0 to {workers - 1}"
+    message = f"got {show(source)}; what there is: driver and {ranks}"
+    raise RequestError(f"source: {message}", param="source", status=404, code="source_not_found")
 
 
 def _path(error: SpecError) -> str | None:

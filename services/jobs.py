@@ -25,7 +25,7 @@ from prometheus_client import CONTENT_TYPE_LATEST
 from genmodels.errors import GenmodelsError
 from genmodels.keys import Keys
 from genmodels.spec import json_schema
-from genmodels.storage import Storage, open_storage
+from genmodels.storage import Storage, begin_writing, open_storage
 from services.api import new_app, rebased
 from services.auth import Guard, require_keys
 from services.edge import LOOPBACK
@@ -115,6 +115,7 @@ def _serve(options: argparse.Namespace) -> int:
 
     storage = open_storage(options.storage)
     keys = check_access(storage, options.host, options.no_auth)
+    begin_writing(storage)
     app = create_app(storage, keys=keys, hosts=None if keys else LOOPBACK, closing=lambda: server.should_exit)
     app.openapi()  # imports the families, so that nobody has to wait for them
     server = uvicorn.Server(_uvicorn(app, options.host, options.port))

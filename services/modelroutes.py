@@ -6,6 +6,8 @@ import re
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import ExitStack
+from dataclasses import asdict
 from pathlib import Path as FilePath
 from typing import Annotated, Any, Literal
 
@@ -15,11 +17,11 @@ from pydantic import Field
 from starlette.concurrency import run_in_threadpool
 from starlette.types import Receive, Scope, Send
 
-from genmodels import cleanup
+from genmodels import cleanup, removal
 from genmodels.checkpoint import scratch_folder
 from genmodels.data import DATASETS, stored
-from genmodels.errors import DataError, ModelNotFound, RequestError
-from genmodels.family import Section
+from genmodels.engine.requests import Body
+from genmodels.errors import DataError, DatasetExists, ModelNotFound, RequestError
 from genmodels.findings import evaluations
 from genmodels.registry import Registry, Version
 from genmodels.spec import LABEL
@@ -35,15 +37,20 @@ MOST_DOWNLOADS = 8
 Number = Annotated[int, Path(ge=1, le=99_999_999)]
 
 
-class AliasBody(Section):
+class AliasBody(Body):
     version: int = Field(ge=1, le=99_999_999, description="number of the version, newer or older")
 
 
-class GcQuery(Strict):
+class DryRunQuery(Strict):
     dry_run: bool = Field(False, description="only report what would be removed")
 
 
+class DeleteModelQuery(DryRunQuery):
+    with_runs: bool = Field(False, description="also delete the checkpoints, samples and logs of its runs")
+
+
 class DatasetQuery(Strict):
+    replace: bool = Field(False, description="replace another content of this name; without it that is 409")
     image_size: int | None = Field(None, ge=8, le=256, description="side of the square pictures, in pixels")
     channels: Literal["1", "3"] | None = Field(None, description="channels of the pictures: 1 (grey) or 3 (RGB)")
 
@@ -78,18 +85,11 @@ def add_model_routes(app: FastAPI, guard: Guard, storage: Storage) -> None:
             raise RequestError(message, status=404, param="name", code="file_not_found")
         if not downloads.acquire(blocking=False):
             raise RequestError("too many files are being fetched; try again in a moment", status=429, code="too_many")
-        scratch = scratch_folder()
-
-        def done() -> None:
-            scratch.cleanup()
-            downloads.release()
-
-        try:
-            registry.fetch(version.model_copy(update={"files": {name: file}}), FilePath(scratch.name))
-        except BaseException:
-            done()
-            raise
-        return _Pulled(FilePath(scratch.name) / name, file.sha256, done)
+        with ExitStack() as stack:
+            stack.callback(downloads.release)
+            folder = FilePath(stack.enter_context(scratch_folder()))
+            registry.fetch(version.model_copy(update={"files": {name: file}}), folder)
+            return _Pulled(folder / name, file.sha256, stack.pop_all().close)
 
     @app.delete("/v1/models/{model}/versions/{number}", status_code=204, response_class=Response)
     def delete_version(model: str, number: Number, caller: Caller = admin) -> Response:
@@ -109,8 +109,26 @@ def add_model_routes(app: FastAPI, guard: Guard, storage: Storage) -> None:
 
         return Json({"model": model, "alias": alias, **await run_in_threadpool(work)})
 
+    @app.delete("/v1/models/{model}/aliases/{alias}", status_code=204, response_class=Response)
+    def delete_alias(model: str, alias: str, caller: Caller = admin) -> Response:
+        """Delete an alias with its history. The version that it points at stays."""
+        _need(caller, model)
+        registry.remove_alias(model, alias)
+        return Response(status_code=204)
+
+    @app.delete("/v1/models/{model}")
+    def delete_model(model: str, query: Annotated[DeleteModelQuery, Query()], caller: Caller = admin) -> Response:
+        """Delete a whole model: aliases, versions, evaluations, files. 409 while a run of it is open.
+
+        The answer lists what was deleted. Checkpoints, samples and logs of its runs stay, unless `with_runs` is true.
+        """
+        _need(caller, model)
+        if query.dry_run:
+            return Json(asdict(removal.model_contents(storage, model)))
+        return Json(asdict(removal.delete_model(storage, model, with_runs=query.with_runs)))
+
     @app.post("/v1/gc")
-    def collect_garbage(query: Annotated[GcQuery, Query()], caller: Caller = admin) -> Response:
+    def collect_garbage(query: Annotated[DryRunQuery, Query()], caller: Caller = admin) -> Response:
         """Remove unreferenced objects: blobs of deleted versions, and remains of interrupted uploads."""
         caller.need_all()
         plan = cleanup.gc(storage)
@@ -138,7 +156,8 @@ def add_model_routes(app: FastAPI, guard: Guard, storage: Storage) -> None:
     ) -> Response:
         """Add a dataset: a text in UTF-8, or a zip of pictures whose folders are the classes.
 
-        The same content again returns 200 and changes nothing. Submitted jobs keep the content they had.
+        The same content again returns 200 and changes nothing. Another content under an existing name is 409, unless
+        `replace` is true. Submitted jobs keep the content they had.
         """
         caller.need([name])  # else a limited key could change what others' specs mean
         if name in DATASETS:
@@ -155,6 +174,26 @@ def add_model_routes(app: FastAPI, guard: Guard, storage: Storage) -> None:
         finally:
             uploads.release()
         return Json(dataset.model_dump(mode="json"), 201 if new else 200)
+
+    @app.delete("/v1/datasets/{name}")
+    def delete_dataset(
+        name: Annotated[str, Path(pattern=stored.NAME)],
+        query: Annotated[DryRunQuery, Query()],
+        caller: Caller = admin,
+    ) -> Response:
+        """Delete a dataset with all its contents. 409 while an open job needs it.
+
+        The answer lists what was deleted, and the runs and versions that were trained on it; these stay.
+        """
+        caller.need([name])
+        try:
+            found = (removal.dataset_contents if query.dry_run else removal.delete_dataset)(storage, name)
+        except DataError as error:
+            raise RequestError(str(error), status=404, param="name", code="dataset_not_found") from None
+        shown = asdict(found)
+        shown["runs"] = [run for run in found.runs if caller.may_use([run.partition("/")[2]])]
+        shown["versions"] = [version for version in found.versions if caller.may_use([version])]
+        return Json(shown)
 
 
 class _Pulled(FileResponse):
@@ -174,16 +213,24 @@ class _Pulled(FileResponse):
 def _add(storage: Storage, name: str, path: FilePath, query: DatasetQuery) -> tuple[stored.StoredDataset, bool]:
     channels: Any = int(query.channels) if query.channels else None
     try:
-        return stored.add(storage, name, path, query.image_size, channels)
+        return stored.add(storage, name, path, query.image_size, channels, replace=query.replace)
+    except DatasetExists as error:
+        message = f"{error}; add ?replace=true to replace it"
+        raise RequestError(message, status=409, param="name", code="dataset_exists") from None
     except DataError as error:
-        raise RequestError(str(error).replace(str(path), name), code="invalid_data") from None
+        raise RequestError(str(error).replace(str(path), "FILE"), code="invalid_data") from None
 
 
 def _version(registry: Registry, model: str, number: int, caller: Caller) -> Version:
+    _need(caller, model)
+    return registry.version(model, number)
+
+
+def _need(caller: Caller, model: str) -> None:
+    """Raise RequestError unless this is a model's name, and one that the caller may use."""
     if not re.fullmatch(LABEL, model):
         raise ModelNotFound(f"no model {model[:100]!r}: names are lower-case letters, digits and dashes")
     caller.need([model])
-    return registry.version(model, number)
 
 
 def _model(registry: Registry, name: str) -> dict[str, Any] | None:

@@ -77,9 +77,12 @@ def service(context: typer.Context, api: str | None) -> Client | None:
 
 
 def storage(url: str | None) -> Storage:
-    from genmodels.storage import open_storage
+    """The storage of a command, which may only read; one of another format is refused at once."""
+    from genmodels.storage import open_storage, read_marker
 
-    return open_storage(url or (Path.cwd() / ".genmodels").as_uri())
+    opened = open_storage(url or (Path.cwd() / ".genmodels").as_uri())
+    read_marker(opened)
+    return opened
 
 
 def console(*, stderr: bool = False) -> Console:
@@ -100,8 +103,11 @@ def print_json(document: Any) -> None:
     print(json.dumps(document, indent=2, ensure_ascii=False))
 
 
-def agreed(question: str, yes: bool) -> bool:
+def agreed(question: str, yes: bool, option: str = "--yes") -> bool:
     """Whether to go on with what cannot be undone.
+
+    Args:
+        option: that stands for yes.
 
     Raises:
         SpecError: there is no terminal to ask on.
@@ -109,7 +115,7 @@ def agreed(question: str, yes: bool) -> bool:
     if yes:
         return True
     if not sys.stdin.isatty():
-        raise SpecError(f"{question} There is no terminal to ask on: add --yes")
+        raise SpecError(f"{question} There is no terminal to ask on: add {option}")
     return typer.confirm(question, err=True)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import TimeoutError as NotYet
@@ -9,7 +10,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from genmodels import models
+from genmodels import models, servable
 from genmodels.data import DataConfig, TextData, open_dataset, stored
 from genmodels.errors import DataError, GenmodelsError, SpecError
 from genmodels.family import DataInfo, Family, TextFamily
@@ -34,6 +35,8 @@ class ModelPlan(BaseModel):
     epochs: float | None = None
     parameters: int | None = None  # of all its networks
     checkpoint_bytes: int | None = None  # of one: weights, what is served, optimizers
+    serving_bytes: int | None = None  # of memory, where it is served
+    servable: bool | None = None  # whether a model host has as much; a note says what would be right
     checkpoints_kept: int
     fits: bool | None = None  # its smallest worker group, into the cluster at its largest
     notes: list[str] = []
@@ -69,11 +72,11 @@ class Planner:
         Raises:
             SpecError: a family cannot work on its data.
         """
-        return JobPlan(
-            name=job.name, priority=job.priority, models=[self._model(i, m, capacity) for i, m in enumerate(job.models)]
-        )
+        until = time.monotonic() + DATASET_SECONDS
+        plans = [self._model(place, spec, capacity, until) for place, spec in enumerate(job.models)]
+        return JobPlan(name=job.name, priority=job.priority, models=plans)
 
-    def _model(self, place: int, spec: ModelSpec, capacity: Mapping[str, int] | None) -> ModelPlan:
+    def _model(self, place: int, spec: ModelSpec, capacity: Mapping[str, int] | None, until: float) -> ModelPlan:
         scaling, dataset = spec.scaling, spec.data.dataset or ""
         plan = ModelPlan(
             model=spec.name,
@@ -87,7 +90,7 @@ class Planner:
         )
         _judge(plan, capacity)
         try:
-            facts = self._facts(spec.data)
+            facts = self._facts(spec.data, until)
         except NotYet:
             plan.notes.append(f"{dataset} is being fetched: ask again for samples, parameters and sizes")
             return plan
@@ -102,7 +105,7 @@ class Planner:
         _measure(plan, spec, family, facts)
         return plan
 
-    def _facts(self, data: DataConfig) -> Facts:
+    def _facts(self, data: DataConfig, until: float) -> Facts:
         assert data.dataset is not None
         if data.is_added:
             found = stored.find(self._storage, data.dataset, data.sha256)
@@ -110,7 +113,7 @@ class Planner:
         opening = self._built_in.get(data.dataset)
         if opening is None or (opening.done() and opening.exception()):
             opening = self._built_in[data.dataset] = self._opening.submit(_open, data)
-        return opening.result(DATASET_SECONDS)
+        return opening.result(max(0.0, until - time.monotonic()))
 
 
 def _open(data: DataConfig) -> Facts:
@@ -153,6 +156,11 @@ def _measure(plan: ModelPlan, spec: ModelSpec, cls: type[Family[Any, Any]], fact
     served = sum(tensor.numel() for tensor in family.network.state_dict().values())
     plan.parameters = sum(p.numel() for role in roles for p in role.loss.parameters())
     plan.checkpoint_bytes = FLOAT * (weights + served + moments)
+    plan.serving_bytes = cls.footprint(spec.model, facts.info).total
+    refusal = servable.refusal(spec, facts.info)
+    plan.servable = refusal is None
+    if refusal:
+        plan.notes.append(refusal)
     window = family.block_size if isinstance(family, TextFamily) else None
     plan.samples = max(1, facts.examples // window - 1) if window else facts.examples
     plan.epochs = round(plan.max_steps * plan.batch_size / plan.samples, 2)

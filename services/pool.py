@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import AsyncGenerator
 from typing import Protocol, TypeVar
 
+from genmodels.engine.choices import Piece
+from genmodels.engine.completion_request import CompletionRequest
 from genmodels.engine.history import History
 from genmodels.engine.images import ImageAnswer, ImageRequest
-from genmodels.engine.text import CompletionRequest, Piece
+from genmodels.engine.text import Vocabulary
 from genmodels.errors import RequestError
 from services.host import Entry, Opened
 
@@ -22,6 +24,7 @@ class Pool(Protocol):
     async def models(self) -> list[Entry] | RequestError: ...
     async def model(self, name: str) -> Entry | RequestError: ...
     async def answer(self, name: str, request: ImageRequest) -> ImageAnswer | RequestError: ...
+    async def vocabulary(self, name: str) -> Vocabulary | RequestError: ...
     async def history(self, name: str) -> History | RequestError: ...
     async def sample(self, name: str, step: int, file: str) -> bytes | RequestError: ...
     def complete(

@@ -14,13 +14,13 @@ from types import FrameType
 import httpx
 from rich.console import Console
 
-from genmodels.attempt import check
 from genmodels.errors import SpecError
 from genmodels.keys import Keys
 from genmodels.pin import pin_datasets
+from genmodels.precheck import check_job
 from genmodels.run import Result, Run, Status, now
 from genmodels.spec import JobSpec, ModelSpec
-from genmodels.storage import Storage
+from genmodels.storage import Storage, begin_writing
 from services.auth import require_keys
 from services.curl import curl
 from services.local import LocalPlatform, check_port, submit
@@ -54,9 +54,9 @@ def quick_run(
     auth = not no_auth
     if auth:
         require_keys(storage, "generate")
-    for spec in chosen:  # what is wrong with the data is said before anything is started
-        for note in check(spec, storage).notes:
-            console.print(f"{spec.name}: {note}", markup=False, highlight=False)
+    begin_writing(storage)
+    job, validation = _check(job, [spec.name for spec in chosen], storage, console)
+    chosen = _choose(job, only)
     name = submit(storage, job)
     console.print(
         f"[bold]Job {name}[/bold]: {', '.join(model.name for model in chosen)}, storage {storage.url}", highlight=False
@@ -70,7 +70,7 @@ def quick_run(
         rows = _train(chosen, name, platform, console)
         published = [spec for spec, status, _ in rows if status.state == "succeeded"]
         if not published:
-            console.print(summary(rows, None))
+            console.print(summary(rows, None, validation))
             return 1
         began = time.monotonic()
         with console.status("Starting the endpoint"):
@@ -84,7 +84,7 @@ def quick_run(
                 console.rule(f"{spec.name} ({spec.family})", align="left")
                 Showcase(client, console, pictures / name).show(spec, _called(spec), Run(storage, name, spec.name))
             shown = [client.get(f"/v1/models/{_called(spec)}").json() for spec in published]
-        console.print(summary(rows, endpoint))
+        console.print(summary(rows, endpoint, validation))
         console.print(
             _costs([row for row in rows if row[1].history[-1].time >= started], platform.ray_seconds, serve_seconds),
             highlight=False,
@@ -97,6 +97,24 @@ def quick_run(
             console.print(f"\nServing at {endpoint} until Ctrl-C.", highlight=False)
             _wait_for_ctrl_c()
     return 0 if len(published) == len(chosen) else 1
+
+
+def _check(job: JobSpec, chosen: list[str], storage: Storage, console: Console) -> tuple[JobSpec, dict[str, int]]:
+    """Say what is wrong with any model before anything is started; the job, and the validation examples by model."""
+    checked = check_job(job, storage, open_data=True, only=chosen)
+    gpus = max((spec.world_sizes[0] for spec in _choose(job, chosen) if spec.scaling.use_gpu), default=0)
+    if gpus > (there := _gpus() if gpus else 0):
+        raise SpecError(f"scaling.use_gpu: needs {gpus} GPUs, and this machine has {there}; write use_gpu: false")
+    for name in chosen:
+        for note in checked.notes[name]:
+            console.print(f"{name}: {note}", markup=False, highlight=False)
+    return checked.job, {name: facts.validation for name, facts in checked.facts.items()}
+
+
+def _gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count()
 
 
 def _choose(job: JobSpec, only: list[str]) -> list[ModelSpec]:

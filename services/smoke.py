@@ -9,6 +9,7 @@ from genmodels import checkpoint
 from genmodels.attempt import run_attempt
 from genmodels.data import Dataset, TextData, open_dataset, pin_data
 from genmodels.engine import images, loaded, text
+from genmodels.engine.completion_request import CompletionRequest
 from genmodels.references import of_version
 from genmodels.registry import Registry
 from genmodels.run import Run
@@ -49,7 +50,7 @@ def smoke(spec: ModelSpec, storage: Storage | None = None) -> str:
 def _answer(model: loaded.Loaded, dataset: Dataset) -> str:
     if isinstance(dataset, TextData):
         prompt = dataset.tokenizer.decode(dataset.val[:1].tolist())
-        request = text.CompletionRequest.model_validate({"prompt": prompt, "max_tokens": 8, "seed": 0})
+        request = CompletionRequest.model_validate({"prompt": prompt, "max_tokens": 8, "seed": 0})
         return f"continued {prompt!r} with {''.join(piece.text for piece in text.complete(model, request))!r}"
     answer = images.answer(model, images.GenerateRequest(n=1, seed=0))
     height, width = dataset.info.height, dataset.info.width

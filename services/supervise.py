@@ -20,6 +20,7 @@ from genmodels.errors import Conflict, LeaseLost, StorageUnavailable
 from genmodels.metrics import ATTEMPTS, QUEUE_WAIT_SECONDS, RUNS_ENDED
 from genmodels.run import ENDED, Cause, Heartbeat, Result, Run, State, Status, Wish, patiently
 from genmodels.storage import Storage
+from genmodels.storage.disk import outage_of_disk
 
 POLL_SECONDS = 0.5
 LEAVE_SECONDS = 60.0  # for an attempt to save and end before it is killed; longer where ten steps take longer
@@ -180,6 +181,12 @@ class Supervisor:
     def to(self, state: State, reason: str, **facts: int) -> None:
         """Change the state, in storage first."""
         self._write(self.status.to(state, reason, **facts))
+
+    def show(self, outage: StorageUnavailable) -> None:
+        """Show whoever watches what this run waits for."""
+        beat = self.heartbeat or Heartbeat(phase="waiting for storage")
+        facts = {"phase": "waiting for storage", "seconds_left": None, "waiting": outage.reason}
+        self.watch(self.status, beat.model_copy(update=facts))
 
     def interrupt(self, reason: str) -> None:
         """Let the attempt save and end, and wait for that; kill it when it takes too long or cannot be."""
@@ -398,7 +405,7 @@ def carry(
     supervisor = Supervisor(run, backend, status, etag, watch)
     try:
         while True:
-            with contextlib.suppress(StorageUnavailable):  # the next round goes on
+            try:
                 supervisor.step()
                 if supervisor.status.state in ENDED and supervisor.status is not status:
                     return supervisor.status, patiently(lambda: run.result(supervisor.status.attempt))
@@ -406,6 +413,11 @@ def carry(
                 if supervisor.status.state == "queued" and not supervisor.seconds_to_wait:
                     supervisor.start(workers)
                     continue
+            except Exception as error:
+                outage = outage_of_disk(error)  # of the store, or of this machine's disk
+                if outage is None:
+                    raise
+                supervisor.show(outage)  # the next round goes on
             time.sleep(POLL_SECONDS)
     except BaseException as interruption:
         stopped = isinstance(interruption, KeyboardInterrupt)

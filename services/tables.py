@@ -13,7 +13,7 @@ from genmodels.findings import Evaluation
 from genmodels.keys import Key
 from genmodels.registry import Registry
 from genmodels.run import State
-from services.terminal import STYLES, clock
+from services.terminal import STYLES, clock, digits, of_few, waits
 from services.views import JobView, RunView
 
 
@@ -56,8 +56,10 @@ def history_table(job: JobView) -> Table:
 
 
 def plan_table(plan: Mapping[str, Any]) -> Table:
-    """What a dry run tells: model, family, steps, epochs, workers, parameters, checkpoint, fits"""
-    table = _table("model", "family", "dataset", "steps", "epochs", "workers", "parameters", "checkpoint", "fits")
+    """What a dry run tells: model, family, steps, epochs, workers, parameters, checkpoint, serving, fits"""
+    table = _table(
+        "model", "family", "dataset", "steps", "epochs", "workers", "parameters", "checkpoint", "serving", "fits"
+    )
     for model in plan["models"]:
         fewest, most = model["workers"]
         fits = {True: "[green]yes", False: "[red]no", None: "?"}[model["fits"]]
@@ -71,9 +73,17 @@ def plan_table(plan: Mapping[str, Any]) -> Table:
             (str(most) if fewest == most else f"{fewest} to {most}") + (" GPU" if model["use_gpu"] else ""),
             "?" if model["parameters"] is None else f"{model['parameters']:,}",
             "?" if size is None else f"{amount(size)}, {kept} kept",
+            _serving(model),
             fits,
         )
     return table
+
+
+def _serving(model: Mapping[str, Any]) -> str:
+    """The memory that a model takes where it is served."""
+    if model["serving_bytes"] is None:
+        return "?"
+    return amount(model["serving_bytes"]) + ("" if model["servable"] else " [red]too large")
 
 
 def registry_table(registry: Registry) -> Table:
@@ -103,10 +113,14 @@ def measures_table(evaluation: Evaluation) -> Table:
     table = _table("measure", "value", "beside it")
     table.title = f"{evaluation.model}@{evaluation.version}, {evaluation.seconds:.0f} s"
     table.title_justify = table.caption_justify = "left"
+    examples = evaluation.notes.get("validation_examples")
+    count = examples if isinstance(examples, int | float) else None
+    exact = digits(count)
     for name, measure in evaluation.measures.items():
-        beside = ", ".join(f"{what}: {value:.4g}" for what, value in measure.beside.items())
-        table.add_row(name, f"{measure.value:.4g} {measure.unit}".rstrip(), Text(beside))
-    table.caption = Text("; ".join(f"{name}: {note}" for name, note in evaluation.notes.items()))
+        beside = ", ".join(f"{what}: {value:.{exact}g}" for what, value in measure.beside.items())
+        table.add_row(name, f"{measure.value:.{exact}g} {measure.unit}".rstrip(), Text(beside))
+    few = [f"figures are {of_few(count)}: more digits mean nothing"] if of_few(count) else []
+    table.caption = Text("; ".join([*few, *(f"{name}: {note}" for name, note in evaluation.notes.items())]))
     return table
 
 
@@ -147,6 +161,8 @@ def garbage_table(items: Iterable[Mapping[str, Any]]) -> Table:
 
 def note(run: RunView) -> str:
     """Why a run is in its state, or what it waits for."""
+    if waiting := waits(run.phase, run.waiting):
+        return waiting
     if run.position is None:
         return run.reason
     return f"number {run.position} in the queue" + (f": {run.wait}" if run.wait else "")

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import TracebackType
 
 from rich.console import Console, RenderableType
@@ -18,9 +18,11 @@ from rich.text import Text
 from genmodels import models
 from genmodels.run import Heartbeat, Phase, Result, State, Status
 from genmodels.spec import ModelSpec
-from services.supervise import Watch
+from services.supervise import ACTIVE, Watch
 
+MANY_EXAMPLES, FEW_EXAMPLES = 1000, 100
 LINE_SECONDS = 10.0  # between two lines of a model where the output is no terminal
+QUIET_SECONDS = 15.0  # without news of a model that trains, after which that is said
 STORAGE_AWAY: Phase = "waiting for storage"
 SHOWN_PHASES: tuple[Phase, ...] = ("compiling", "evaluating", "saving")  # instead of `running`
 STYLES: dict[State, str] = {
@@ -35,7 +37,7 @@ STYLES: dict[State, str] = {
 
 @dataclass(frozen=True)
 class Shown:
-    """How far a run is. `note`: why it is in its state, or what it waits for."""
+    """How far a run is. `note`: why it is in its state; `waiting`: that its attempt waits and why, else ""."""
 
     model: str
     state: State
@@ -45,6 +47,7 @@ class Shown:
     loss: float | None = None
     seconds_left: float | None = None
     note: str = ""
+    waiting: str = ""
 
 
 class Board:
@@ -55,6 +58,7 @@ class Board:
         self.console = console
         self._runs: dict[str, Shown] = {}
         self._lines: dict[str, float] = {}  # when each model had its last one
+        self._news: dict[str, tuple[Shown, float]] = {}  # of each model, and since when nothing new has come
         self._live = Live(console=console, get_renderable=self._bars, refresh_per_second=4)
 
     def __enter__(self) -> Board:
@@ -67,6 +71,7 @@ class Board:
             self._live.stop()
 
     def show(self, run: Shown) -> None:
+        run = self._aged(run)
         if not self.console.is_terminal:
             self._line(run)
         else:
@@ -76,14 +81,25 @@ class Board:
         """A line that stays: above the bars, or among the others."""
         self.console.print(line, markup=False, highlight=False, soft_wrap=True)
 
+    def _aged(self, run: Shown) -> Shown:
+        """The same run; where it should train and shows no step any more, that is said instead of a time left."""
+        now = time.monotonic()
+        news, since = self._news.get(run.model, (None, now))
+        if run != news:
+            self._news[run.model] = run, now
+        elif run.phase == "training" and not run.waiting and now - since >= QUIET_SECONDS:
+            return replace(run, waiting=f"no step for over {QUIET_SECONDS:.0f} s")
+        return run
+
     def _line(self, run: Shown) -> None:
         last = self._runs.get(run.model)
-        changed = not last or (run.state, run.note) != (last.state, last.note)
+        changed = not last or (run.state, run.note, run.waiting) != (last.state, last.note, last.waiting)
         due = time.monotonic() - self._lines.get(run.model, 0.0) >= LINE_SECONDS
         if not last or changed or (due and _numbers(run) != _numbers(last)):
             self._runs[run.model], self._lines[run.model] = run, time.monotonic()
             numbers = "".join(f", {number}" for number in _numbers(run) if number)
-            note = f" ({run.note})" if run.note and changed else ""
+            said = run.waiting or (run.note if changed else "")
+            note = f" ({said})" if said else ""
             self.say(f"{run.model}: {run.state}{numbers}{note}")
 
     def _bars(self) -> Table:
@@ -109,14 +125,16 @@ class TrainingView:
 
             def watch(status: Status, heartbeat: Heartbeat | None) -> None:
                 beat = heartbeat.model_dump(include={"phase", "step", "loss", "seconds_left"}) if heartbeat else {}
-                board.show(Shown(spec.name, status.state, max_steps=spec.train.max_steps, note=status.reason, **beat))
+                waiting = waits(heartbeat.phase, heartbeat.waiting) if heartbeat else ""
+                steps, note = spec.train.max_steps, status.reason
+                board.show(Shown(spec.name, status.state, max_steps=steps, note=note, waiting=waiting, **beat))
 
             yield watch
 
 
 def _rest(run: Shown) -> RenderableType:
-    if run.state == "running" and run.phase == STORAGE_AWAY:
-        return Text(run.phase, "yellow")
+    if run.waiting and run.state in ACTIVE:
+        return Text(", ".join(filter(None, [*_numbers(run)[:2], run.waiting])), "yellow", no_wrap=True)
     if run.note and (run.state not in ("running", "publishing") or not run.step):
         return Text(run.note, "red" if run.state == "failed" else "dim", no_wrap=True, overflow="ellipsis")
     steps, loss, left = _numbers(run)
@@ -128,15 +146,29 @@ def _rest(run: Shown) -> RenderableType:
 def _numbers(run: Shown) -> tuple[str, str, str]:
     """steps, loss and time left, each empty where there is none"""
     running = run.state == "running"
+    left = None if run.waiting else run.seconds_left
     return (
         f"step {run.step}/{run.max_steps}" if run.step else "",
         f"loss {run.loss:.4g}" if running and run.loss is not None else "",
-        f"{clock(run.seconds_left)} left" if running and run.seconds_left is not None else "",
+        f"{clock(left)} left" if running and left is not None else "",
     )
 
 
-def summary(rows: list[tuple[ModelSpec, Status, Result | None]], endpoint: str | None) -> Table:
-    """model, family, steps, metric, gate, version, seconds, endpoint"""
+def waits(phase: str | None, reason: str | None) -> str:
+    """That an attempt waits, and why; "" while it does not."""
+    if reason:
+        return f"waiting, because {reason}"
+    return STORAGE_AWAY if phase == STORAGE_AWAY else ""
+
+
+def summary(
+    rows: list[tuple[ModelSpec, Status, Result | None]], endpoint: str | None, validation: Mapping[str, int]
+) -> Table:
+    """model, family, steps, metric, gate, version, seconds, endpoint
+
+    Args:
+        validation: by model, how many validation examples its metrics are of: pictures or characters.
+    """
     table = Table(title=f"Endpoints at {endpoint}" if endpoint else "No endpoint: no model was published")
     for heading in ("model", "family", "steps", "metric", "gate", "version", "seconds", "endpoint"):
         table.add_column(heading, overflow="fold")
@@ -147,7 +179,7 @@ def summary(rows: list[tuple[ModelSpec, Status, Result | None]], endpoint: str |
             spec.name,
             spec.family,
             str(result.step) if result else "-",
-            _metric(spec, result),
+            _metric(spec, result, validation.get(spec.name)),
             _gate(result),
             str(result.version) if published and result else "[red]none",
             f"{result.training_seconds:.0f}" if result else "-",
@@ -163,11 +195,24 @@ def clock(seconds: float) -> str:
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
-def _metric(spec: ModelSpec, result: Result | None) -> str:
+def digits(examples: float | None) -> int:
+    """How many digits of a mean over so many examples mean anything: its error is of the order of 1/sqrt(examples)."""
+    if examples is None or examples >= MANY_EXAMPLES:
+        return 4
+    return 3 if examples >= FEW_EXAMPLES else 2
+
+
+def of_few(examples: float | None) -> str:
+    """What to say beside figures of few validation examples; nothing of many."""
+    return f"of {examples:.0f} validation examples" if examples is not None and examples < FEW_EXAMPLES else ""
+
+
+def _metric(spec: ModelSpec, result: Result | None, examples: int | None) -> str:
     if result is None or not result.metrics:
         return "-"
     name = spec.serve.gate.metric if spec.serve.gate else models.load(spec.family).metric_names[0]
-    return f"{name} {result.metrics.get(name, math.nan):.4g}"
+    value = f"{name} {result.metrics.get(name, math.nan):.{digits(examples)}g}"
+    return f"{value} ({of_few(examples)})" if of_few(examples) else value
 
 
 def _gate(result: Result | None) -> str:

@@ -9,6 +9,8 @@ What it learns goes to storage (`heartbeat.json`, `result.json`); the dispatcher
 from __future__ import annotations
 
 import argparse
+import contextlib
+import itertools
 import logging
 import os
 import tempfile
@@ -26,6 +28,7 @@ from genmodels.errors import (
     CheckpointError,
     DataError,
     GenmodelsError,
+    StorageError,
     StorageUnavailable,
     Superseded,
     TrainingDiverged,
@@ -37,7 +40,8 @@ from genmodels.metrics import GATES
 from genmodels.registry import Registry
 from genmodels.run import Heartbeat, Result, Run, patiently
 from genmodels.spec import ModelSpec
-from genmodels.storage import open_storage
+from genmodels.storage import begin_writing, open_storage
+from genmodels.storage.disk import outage_of_disk
 from genmodels.train import Group
 from services.driver_watch import DriverWatch
 
@@ -70,11 +74,12 @@ def drive(storage_url: str, job: str, model: str, attempt: int, workers: int | N
         workers: in the group; default: the fewest that the spec allows.
     """
     began = time.time()
-    storage = open_storage(storage_url)
+    storage = open_storage(storage_url, in_use=True)
     run = Run(storage, job, model)
     with LogShipper(run, attempt, "driver") as logs, DriverWatch(run, attempt, logs) as watch:
         watch.catch_sigterm()
         try:
+            patiently(lambda: begin_writing(storage))
             spec = patiently(lambda: stored_model(storage, job, model))
             if not patiently(lambda: _complete(run, spec)):
                 watch.training(spec.train.max_steps)
@@ -82,8 +87,9 @@ def drive(storage_url: str, job: str, model: str, attempt: int, workers: int | N
                     _train(storage_url, job, spec, attempt, workers or spec.world_sizes[0], watch)
                 finally:
                     watch.trained()
-            # An outage of the store is waited for: what is done twice here changes nothing.
-            result = patiently(lambda: _publish(run, spec, attempt) if _complete(run, spec) else _left(run))
+            # An outage of the store or of the disk is waited for: what is done twice here changes nothing.
+            tell = _teller(run, attempt, spec)
+            result = patiently(lambda: _publish(run, spec, attempt) if _complete(run, spec) else _left(run), tell)
             if result.gate:
                 GATES.labels(spec.family, str(result.gate.passed).lower()).inc()
         except Exception as error:  # whatever it was, the dispatcher has to learn of it
@@ -107,7 +113,7 @@ def worker(config: dict[str, Any]) -> None:
     context = ray.train.get_context()
     device = ray.train.torch.get_device()
     group = Group(context.get_world_rank(), context.get_world_size(), device)
-    work(open_storage(config["storage"]), config["job"], config["model"], config["attempt"], group)
+    work(open_storage(config["storage"], in_use=True), config["job"], config["model"], config["attempt"], group)
 
 
 def _train(storage_url: str, job: str, spec: ModelSpec, attempt: int, workers: int, watch: DriverWatch) -> None:
@@ -234,6 +240,18 @@ def _ticker(run: Run, attempt: int, spec: ModelSpec) -> Callable[[], None]:
     return tick
 
 
+def _teller(run: Run, attempt: int, spec: ModelSpec) -> Callable[[StorageUnavailable], None]:
+    """Shows, as far as storage takes it, what publishing waits for."""
+    steps, ticks = spec.train.max_steps, itertools.count(1)
+
+    def tell(outage: StorageUnavailable) -> None:
+        beat = Heartbeat(phase="publishing", step=steps, max_steps=steps, tick=-next(ticks), waiting=outage.reason)
+        with contextlib.suppress(StorageError):
+            run.beat(attempt, beat)
+
+    return tell
+
+
 def _failure(error: BaseException) -> Result:
     """The class of a failure. What one rank says of its own comes before what the others saw of its end."""
     error = _original(error)
@@ -244,9 +262,10 @@ def _failure(error: BaseException) -> Result:
                 return Result(outcome="failed", cause="diverged", message=str(cause), step=cause.step)
             case Superseded():
                 return Result(outcome="failed", cause="superseded", message=str(cause))
-            case StorageUnavailable():
-                return Result(outcome="failed", cause="storage", message=str(cause))
-            case CheckpointError():  # the next attempt passes over a damaged checkpoint
+        if outage := outage_of_disk(cause):
+            return Result(outcome="failed", cause="storage", message=str(outage))
+        match cause:
+            case CheckpointError() | StorageError():  # the next attempt passes over a damaged checkpoint
                 return Result(outcome="failed", cause="infrastructure", message=str(cause))
             case GenmodelsError():
                 return Result(outcome="failed", cause="user", message=str(cause))

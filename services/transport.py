@@ -12,7 +12,7 @@ import httpx
 from pydantic import BaseModel, ValidationError
 from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_random_exponential
 
-from genmodels.errors import GenmodelsError, JobNotFound, SpecError
+from genmodels.errors import DatasetExists, GenmodelsError, JobNotFound, ModelNotFound, SpecError
 
 PATIENCE_SECONDS = 10.0  # to go on trying a service that does not answer
 FIRST_PATIENCE_SECONDS = 2.0  # the same, before it has answered once: the address may be wrong
@@ -159,7 +159,7 @@ class Transport:
             raise Unauthorized(message)
         if status in (400, 413) and source is not None:
             raise SpecError(*(_of_file(line, source) for line in message.splitlines()))
-        raise (JobNotFound if body["error"].get("code") == "job_not_found" else GenmodelsError)(message)
+        raise _BY_CODE.get(body["error"].get("code"), GenmodelsError)(message)
 
     def _strange(self, status: int) -> str:
         return f"{self.url} answers ({status}), but not as a job service does; is its address right? See --api"
@@ -169,6 +169,13 @@ class Transport:
         if self.key:
             return f"{self.url} does not take the key in GENMODELS_KEY: it is unknown or was revoked; {remedy}"
         return f"{self.url} asks for a key: set GENMODELS_KEY; {remedy}"
+
+
+_BY_CODE: dict[str, type[GenmodelsError]] = {
+    "job_not_found": JobNotFound,
+    "model_not_found": ModelNotFound,
+    "dataset_exists": DatasetExists,
+}
 
 
 def _understood(response: httpx.Response) -> tuple[Json | None, str]:

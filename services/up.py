@@ -25,7 +25,7 @@ from typing import NamedTuple
 import httpx
 
 from genmodels.metrics import DIRECTORY
-from genmodels.storage import Storage
+from genmodels.storage import Storage, begin_writing
 from services import dashboard, exporter
 from services.backends import RayJobsBackend
 from services.children import Child, Tell
@@ -68,6 +68,7 @@ def up(storage: Storage, options: Options, tell: Tell | None = None) -> None:
     """
     tell = tell or _print
     check_access(storage, HOST, not options.auth)
+    begin_writing(storage)
     for name in ("port", "api_port", "metrics_port"):
         check_port(getattr(options, name), f"--{name.replace('_', '-')}")
     with tempfile.TemporaryDirectory(prefix="genmodels-up-", dir=_short_folder(), ignore_cleanup_errors=True) as folder:

@@ -39,6 +39,7 @@ class RunView(BaseModel):
     seconds_left: float | None = None
     position: int | None = None  # in the queue, from 1 on
     wait: str | None = None  # why it waits there
+    waiting: str | None = None  # what its attempt waits for, e.g. "the storage is full"
     metrics: dict[str, float | None] = {}  # of what was trained, once it has ended
     version: int | None = None  # that was published
     alias: str | None = None  # under which it is served
@@ -55,6 +56,7 @@ class JobView(BaseModel):
     submitted: str
     ended: str | None = None
     models: list[RunView]
+    notes: list[str] = []  # on its submission: what was chosen, what to expect
 
 
 class Page(BaseModel):
@@ -83,10 +85,10 @@ class Views:
         (view,) = self._whole([entry], [self.jobs.spec(job)])
         return view
 
-    def submitted(self, entry: Entry, spec: JobSpec) -> JobView:
+    def submitted(self, entry: Entry, spec: JobSpec, notes: list[str]) -> JobView:
         """A job that has just come, which nobody has touched yet."""
         runs = [RunView(model=model.name, state="queued", **_plan(model)) for model in spec.models]
-        return _view(entry, runs)
+        return _view(entry, runs).model_copy(update={"notes": notes})
 
     def page(self, kind: str, limit: int, after: str, may_see: Callable[[Sequence[str]], bool]) -> Page:
         """Some of the jobs.
@@ -218,6 +220,7 @@ def _run(run: Run, spec: ModelSpec) -> RunView:
         view.step, view.loss = beat.step, _finite(beat.loss)
         if active:
             view.phase, view.seconds_left = beat.phase, _finite(beat.seconds_left)
+            view.waiting = beat.waiting or None
     return view
 
 

@@ -34,10 +34,11 @@ from rich.table import Table
 from torch import Tensor
 
 from genmodels.engine import images, text
+from genmodels.engine.choices import Piece
+from genmodels.engine.completion_request import CompletionRequest
 from genmodels.engine.images import GenerateRequest
 from genmodels.engine.loaded import ImageModel, TextModel, load
 from genmodels.engine.passes import CHUNK
-from genmodels.engine.text import CompletionRequest, Piece
 from genmodels.family import ImageInfo
 from genmodels.models.minigpt import MiniGPT
 from genmodels.references import find

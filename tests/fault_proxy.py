@@ -31,7 +31,8 @@ class FaultProxy:
 
     Modes:
         ok            forward
-        503, ...      answer with that status, and an S3 error code if one follows, without forwarding
+        503, ...      answer with that status, and an S3 error code if one follows, without forwarding; 200 for PUT is
+                      the answer of a store that ignores conditions
         reset         reset the connection without forwarding
         drop-answer   forward, then reset the connection instead of answering
         cut-answer    forward, then break off in the middle of the answer's body
@@ -149,8 +150,8 @@ class _Handler(BaseHTTPRequestHandler):
             return None
         if mode[0].isdigit():
             status, _, code = mode.partition(" ")
-            error = f"<Error><Code>{code or 'Fault'}</Code></Error>"
-            return int(status), [("Content-Type", "application/xml")], error.encode()
+            error = "" if status == "200" else f"<Error><Code>{code or 'Fault'}</Code></Error>"
+            return int(status), [("Content-Type", "application/xml"), ("ETag", '"fault"')], error.encode()
         try:
             answer = self._forward(body)
         except OSError:

@@ -103,7 +103,7 @@ def main() -> None:
         go_wrong(*fault.split("@"), Path(store).with_name("go"))
     for task in tasks:
         job, model, attempt = task.split(":")
-        work(open_storage(storage_url), job, model, int(attempt), group)
+        work(open_storage(storage_url, in_use=True), job, model, int(attempt), group)
     dist.destroy_process_group()
 
 

@@ -1,4 +1,4 @@
-"""Who may do what: every route of both APIs, as OpenAPI lists them, times every kind of caller."""
+"""Every route of both APIs, as OpenAPI lists them, times every kind of caller: who may do what, and what HTTP asks."""
 
 from __future__ import annotations
 
@@ -23,6 +23,7 @@ from genmodels.storage import Storage, open_storage
 from services import auth
 from services.auth import Guard, require_keys
 from services.host import ModelHost
+from services.jobroutes import MOST_FOLLOWERS
 from services.jobs import create_app as create_job_app
 from services.routes import create_app as create_gateway
 
@@ -56,6 +57,7 @@ RULES: dict[str, dict[str, Rule]] = {
         "GET /v1/models/{model}": Rule(("generate",)),
         "GET /v1/models/{model}/history": Rule(("generate",)),
         "GET /v1/models/{model}/samples/{step}/{name}": Rule(("generate",)),
+        "GET /v1/models/{model}/vocabulary": Rule(("generate",)),
         "POST /v1/completions": Rule(("generate",), {"model": "clothing", "prompt": "a"}),
         "POST /v1/images/generations": Rule(("generate",), {"model": "clothing", "prompt": ""}),
         "POST /v1/models/{model}/encode": Rule(("generate",), IMAGE),
@@ -79,10 +81,13 @@ RULES: dict[str, dict[str, Rule]] = {
         "GET /v1/models/{model}/versions/{number}": Rule(("submit",)),
         "GET /v1/models/{model}/versions/{number}/files/{name}": Rule(("submit",)),
         "DELETE /v1/models/{model}/versions/{number}": Rule(("admin",)),
+        "DELETE /v1/models/{model}": Rule(("admin",), options={"params": {"dry_run": "true"}}),
         "PUT /v1/models/{model}/aliases/{alias}": Rule(("submit",), {"version": 1}),
+        "DELETE /v1/models/{model}/aliases/{alias}": Rule(("admin",)),
         "POST /v1/gc": Rule(("admin",)),
         "GET /v1/datasets": Rule(("submit",), limited="all"),
         "PUT /v1/datasets/{name}": Rule(("submit",), options={"content": b"too little"}),
+        "DELETE /v1/datasets/{name}": Rule(("admin",)),
     },
 }
 
@@ -120,15 +125,16 @@ def routes(app: Any) -> list[str]:
     return [f"{method.upper()} {path}" for path, methods in app.openapi()["paths"].items() for method in methods]
 
 
-def send(place: Place, app: str, route: str, caller: str) -> Any:
+def send(place: Place, app: str, route: str, caller: str, as_method: str = "", **headers: str) -> Any:
     rule, (method, path) = RULES[app][route], route.split()
     names = dict(place.names)
     if "datasets" in path or "samples" in path:
         names["name"] = "texts" if "datasets" in path else "samples.png"
     token, options = place.tokens[caller], dict(rule.options or {})
+    options["headers"] = {**options.get("headers", {}), **headers}
     if token:
-        options["headers"] = {**options.get("headers", {}), "authorization": f"Bearer {token}"}
-    return ask(place.apps[app], method, path.format(**names), rule.body, **options)
+        options["headers"]["authorization"] = f"Bearer {token}"
+    return ask(place.apps[app], as_method or method, path.format(**names), rule.body, **options)
 
 
 @pytest.mark.parametrize("app", RULES)
@@ -179,6 +185,54 @@ def test_a_limited_key_is_shown_nothing_of_others(place: Place, app: str) -> Non
         if rule.limited == "nothing":
             assert send(place, app, route, "limited").json()["data"] == []
             assert send(place, app, route, "admin").json()["data"] != []
+
+
+@pytest.mark.parametrize("app", RULES)
+def test_head_is_answered_as_get_is_without_the_body(place: Place, app: str) -> None:
+    for route in filter(lambda route: route.startswith("GET"), RULES[app]):
+        for caller in ("admin", "nobody", "limited"):
+            head, get = (send(place, app, route, caller, method) for method in ("HEAD", "GET"))
+            assert (head.status_code, head.content) == (get.status_code, b""), (route, caller)
+            differing = {
+                name for name in {*head.headers, *get.headers} if head.headers.get(name) != get.headers.get(name)
+            }
+            assert differing <= {"x-request-id", "content-length"}, (
+                route,
+                caller,
+            )  # the length: /metrics counts itself
+    for path in ("/docs", "/openapi.json", "/none"):
+        head, get = (ask(place.apps[app], method, path) for method in ("HEAD", "GET"))
+        assert (head.status_code, head.content) == (get.status_code, b"")
+        assert head.headers["content-length"] == get.headers["content-length"] != "0"
+
+
+def test_head_gives_back_at_once_what_it_takes(place: Place) -> None:
+    """Of a log that has no end, and of a file, of which only so many may be read at the same time."""
+    headers = {"authorization": f"Bearer {place.tokens['submit']}"}
+    for path in (f"/v1/jobs/{place.names['job']}/logs?follow=true", "/v1/models/clothing/versions/1/files/config.json"):
+        for _ in range(MOST_FOLLOWERS + 10):
+            response = ask(place.apps["jobs"], "HEAD", path, headers=headers)
+            assert (response.status_code, response.content) == (200, b"")
+
+
+def test_head_is_405_where_get_is_and_the_allow_header_tells_it(place: Place) -> None:
+    assert ask(place.apps["gateway"], "HEAD", "/v1/completions").status_code == 405
+    for app in place.apps.values():
+        assert ask(app, "PUT", "/healthz").headers["allow"] == "GET, HEAD"
+
+
+@pytest.mark.parametrize("coding", ["gzip", "GZIP", "x-gzip", "deflate", "br", "zstd", "gzip, identity", "none"])
+@pytest.mark.parametrize("app", RULES)
+def test_an_encoded_body_is_415_and_names_the_encoding(place: Place, app: str, coding: str) -> None:
+    for route in RULES[app]:
+        response = send(place, app, route, "admin", **{"content-encoding": coding})
+        if route.startswith("GET"):
+            assert response.status_code != 415
+            continue
+        error = refused(response, 415)
+        assert (error["param"], response.headers["accept-encoding"]) == ("content-encoding", "identity")
+        assert repr(coding.lower()) in error["message"]
+        assert send(place, app, route, "nobody", **{"content-encoding": "identity"}).status_code != 415
 
 
 def test_no_key_is_401_and_says_how_to_have_one(place: Place) -> None:

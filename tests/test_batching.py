@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 import random
 import threading
 from collections.abc import Callable, Sequence
@@ -10,14 +11,17 @@ from typing import Any, TypeVar
 
 import pytest
 import torch
+from bounds import any_value
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
 from genmodels.data.text import CharTokenizer
 from genmodels.engine.batching import Batcher, Text
+from genmodels.engine.choices import Piece, choice_seed
+from genmodels.engine.completion_request import CompletionRequest
 from genmodels.engine.loaded import TextModel
-from genmodels.engine.text import CompletionRequest, Piece, choice_seed, complete
+from genmodels.engine.text import complete
 from genmodels.errors import RequestError
 from genmodels.family import TextInfo
 from genmodels.models.minigpt import MiniGPT, MiniGPTConfig, _Linear
@@ -184,6 +188,23 @@ def referred(family: MiniGPT, request: CompletionRequest, index: int) -> Choice:
     return (text[: min(ends)[1]], "stop", min(ends)[0]) if ends else (text, "length", len(text))
 
 
+HONEST = [
+    CompletionRequest.model_validate({"prompt": CHARACTERS[at : at + 3], "seed": at, "max_tokens": 25, **options})
+    for at, options in enumerate(({}, {"temperature": 0, "logprobs": 5}, {"n": 2, "logprobs": 1, "top_p": 0.9}))
+]
+
+
+def pieces(family: MiniGPT, requests: Sequence[CompletionRequest]) -> list[list[Piece | Exception]]:
+    """Each choice of requests that share one engine, with all that is told of it."""
+    model = TextModel("m@1", family, CharTokenizer(CHARACTERS))
+    found: list[list[Any]] = [[] for _ in requests]
+    for request, items in zip(requests, found, strict=True):
+        complete(model, request).start(items.append)
+    while model.batcher.step():
+        pass
+    return [sorted(items, key=lambda item: getattr(item, "index", -1)) for items in found]
+
+
 def mixed(count: int) -> list[Ask]:
     chance = random.Random(0)
     return [
@@ -307,20 +328,84 @@ BREAKS = {
     "read": lambda text: setattr(text, "on_read", lambda *_: 1 / 0),
     "adjust": lambda text: setattr(text.sampler, "adjust", lambda *_: 1 / 0),
     "bias": lambda text: setattr(text.sampler, "_bias", torch.zeros(VOCAB + 1)),
+    "overflow": lambda text: setattr(text.sampler, "adjust", lambda row: row * math.inf),
+    "no mass": lambda text: setattr(text.sampler, "options", text.sampler.options.model_copy(update={"top_p": 0.0})),
 }
 
 
 @pytest.mark.parametrize("breaks", BREAKS.values(), ids=list(BREAKS))
 def test_a_text_that_breaks_ends_alone(breaks: Any) -> None:
-    family, broken, asks = FAMILIES["rotary"], Ask([5, 6, 7], max_tokens=9), mixed(8)
+    family, broken, asks = FAMILIES["rotary"], Ask([5, 6, 7], max_tokens=9, presence_penalty=1), mixed(8)
     batcher, text = Batcher(family), broken.text()
     breaks(text)
     batcher.add(*(ask.text() for ask in asks[:4]), text, *(ask.text() for ask in asks[4:]))
     while batcher.step():
         pass
-    assert [type(error) for error in broken.ends] in ([ZeroDivisionError], [RuntimeError])
+    (error,) = broken.ends
+    assert isinstance(error, ZeroDivisionError | RuntimeError | RequestError)
+    assert not isinstance(error, RequestError) or error.code == "not_finite"
     assert all(ask.has_the_reference_s_tokens(family) for ask in asks)
     assert all(ask.ends == [None] for ask in asks)
+
+
+ODD = st.fixed_dictionaries(
+    {"prompt": st.text(CHARACTERS, min_size=1, max_size=60), "n": st.integers(1, 3), "seed": st.integers(0, 2**63 - 1)},
+    optional={name: any_value(field) for name, field in SamplingOptions.model_json_schema()["properties"].items()},
+)
+
+
+@pytest.mark.parametrize("family", FAMILIES.values(), ids=list(FAMILIES))
+@given(odd=st.lists(ODD, min_size=1, max_size=5), chance=st.randoms(use_true_random=False))
+@settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
+def test_no_request_changes_the_answers_of_others(
+    family: MiniGPT, odd: list[dict[str, Any]], chance: random.Random
+) -> None:
+    """Answers with all their log-probabilities, to the bit: alone, and among any other valid requests."""
+    others = [
+        CompletionRequest.model_validate({**one, "max_tokens": min(one.get("max_tokens", 9), 30) or 1}) for one in odd
+    ]
+    together = [*HONEST, *others]
+    chance.shuffle(together)
+    found = pieces(family, together)
+    for request in HONEST:
+        place = next(at for at, one in enumerate(together) if one is request)
+        assert found[place] == pieces(family, [request])[0]
+
+
+def test_options_that_no_number_survives_end_their_own_text() -> None:
+    """As if the bounds of options were not there."""
+    hostile = [
+        {"repetition_penalty": 1e-310},
+        {"repetition_penalty": 1e-310, "temperature": 0},
+        {"temperature": math.nan},
+        {"logit_bias": {3: math.inf}},
+        {"logit_bias": {3: math.nan}, "frequency_penalty": 1},
+        {"presence_penalty": -math.inf},
+        {"top_p": 0.0, "presence_penalty": 1},
+        {"min_p": 2.0, "repetition_penalty": 1.1},
+    ]
+    family, asks, broken = FAMILIES["rotary"], mixed(8), [Ask([1, 2, 3]) for _ in hostile]
+    for ask, options in zip(broken, hostile, strict=True):
+        ask.options = SamplingOptions().model_copy(update=options)
+    batcher = Batcher(family)
+    batcher.add(*(ask.text() for pair in zip(asks, broken, strict=True) for ask in pair))
+    while batcher.step():
+        pass
+    assert [[getattr(error, "code", error) for error in ask.ends] for ask in broken] == [["not_finite"]] * len(hostile)
+    assert [ask.ends for ask in asks] == [[None]] * 8
+    assert [ask.tokens for ask in asks] == answers(family, mixed(8))
+
+
+@pytest.mark.parametrize("options", [{"temperature": 5e-324}, {"temperature": 1e-300}, {"top_p": 1e-310}])
+def test_the_smallest_options_take_the_most_probable_token(options: dict[str, float]) -> None:
+    small, greedy = Ask([1, 2], max_tokens=20, **options), Ask([1, 2], max_tokens=20, temperature=0)
+    assert answers(FAMILIES["rotary"], [small]) == answers(FAMILIES["rotary"], [greedy])
+
+
+def test_a_prompt_of_tokens_that_there_are_not_is_refused() -> None:
+    for token in (-1, VOCAB, 2**70):
+        with pytest.raises(RequestError, match=f"prompt: token {token} does not exist; this model's are 0 to 64"):
+            Ask([1, token]).text()
 
 
 def test_a_text_nobody_can_be_told_of_ends_alone(caplog: pytest.LogCaptureFixture) -> None:
@@ -391,6 +476,24 @@ def test_a_pass_that_fails_ends_the_texts_in_it_and_not_the_engine(monkeypatch: 
         pass
     assert reading.has_the_reference_s_tokens(family)
     assert reading.ends == [None]
+
+
+def test_a_pass_that_one_text_makes_fail_ends_that_text_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    family, bad = FAMILIES["rotary"], VOCAB - 1
+
+    def others() -> list[Ask]:
+        return [Ask([token], seed=token, max_tokens=20, logit_bias={bad: -100}) for token in range(5)]
+
+    batcher, asks, broken = Batcher(family), others(), Ask([bad])
+    step = batcher._decoder.step
+    monkeypatch.setattr(
+        batcher._decoder, "step", lambda tokens, places: 1 / 0 if bad in tokens else step(tokens, places)
+    )
+    batcher.add(*(ask.text() for ask in asks[:3]), broken.text(), *(ask.text() for ask in asks[3:]))
+    while batcher.step():
+        pass
+    assert [type(error) for error in broken.ends] == [ZeroDivisionError]
+    assert [ask.tokens for ask in asks] == answers(family, others())
 
 
 def test_what_breaks_between_texts_ends_them_all_and_is_not_tried_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:

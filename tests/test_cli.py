@@ -36,7 +36,9 @@ def test_smoke_goes_the_whole_way_for_every_family(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
     first, *lines = done.stdout.splitlines()
     assert first == "ok: job.yaml: job test, 4 models (autoencoder, gan, minigpt, vae)"
-    for family, line in zip(models.names(), lines, strict=True):
+    notes, answers = lines[:4], lines[4:]
+    assert notes[0] == "autoencoder: pictures: 80 pictures as grey 16 x 16"
+    for family, line in zip(models.names(), answers, strict=True):
         made = "continued " if models.load(family).kind == "text" else "made a PNG of 16x16, "
         assert line.startswith(f"{family}: ok: {made}")
     assert not done.stderr
@@ -49,7 +51,7 @@ def test_smoke_says_what_does_not_fit(tmp_path: Path) -> None:
     (tmp_path / "job.yaml").write_text(yaml.safe_dump({"name": "test", "models": [entry]}))
     done = genmodels(tmp_path, "validate", "job.yaml", "--smoke")
     assert done.returncode == 2
-    assert done.stderr == "error: data: vae learns from images, this dataset has texts\n"
+    assert done.stderr == "error: job.yaml: models[0].data: vae learns from images, this dataset has texts\n"
 
 
 def test_models_and_promote(tmp_path: Path) -> None:

@@ -31,6 +31,7 @@ from genmodels.job import Jobs
 from genmodels.keys import Keys
 from genmodels.registry import Registry
 from genmodels.run import Heartbeat, Result, Run, State, Status, now
+from genmodels.spec import parse_spec
 from genmodels.storage import Storage, open_storage, write_document
 from services import cli, follow, transport
 from services import client as client_module
@@ -496,6 +497,100 @@ def test_datasets(api: str, command: Command, tmp_path: Path) -> None:
     assert "too few pictures" in command("data", "add", "pets", "pets.zip")[2]
 
 
+THROUGH = pytest.mark.parametrize("through", ["the service", "the storage"])
+
+
+@pytest.fixture
+def where(api: str, store: Storage, through: str) -> tuple[str, ...]:
+    return () if through == "the service" else ("--storage", store.url)
+
+
+@THROUGH
+def test_what_is_deleted_is_looked_at_first(command: Command, store: Storage, where: tuple[str, ...]) -> None:
+    for what in ("nope", "nope@1", "nope@production", "vae@7", "no pe"):
+        publish(store, "vae", "vae")
+        code, _, err = command("delete", what, *where)
+        assert (code, err.count("\n")) == (1, 1), err
+        assert "no terminal" not in err
+    code, _, err = command("data", "delete", "nope", *where)
+    assert (code, err) == (1, "error: no dataset 'nope'; `genmodels data list` lists what there is\n")
+    assert command("delete", "vae@live", "--yes", *where)[0] == 2
+
+
+@THROUGH
+def test_delete_an_alias_and_a_whole_model(command: Command, store: Storage, where: tuple[str, ...]) -> None:
+    publish(store, "vae", "vae")
+    job, _ = Jobs(store).submit(parse_spec(SPEC.replace("vae-digits", "vae").encode(), "spec"))
+    code, _, err = command("delete", "vae@production", *where)
+    assert (code, err.partition("?")[0]) == (2, "error: Delete alias vae@production, which names version 1")
+    done = command("delete", "vae@production", "--yes", *where)
+    assert done[:2] == (0, "alias vae@production is deleted; version 1 stays\n")
+    assert Registry(store).aliases("vae") == {}
+    code, _, err = command("delete", "vae", *where)
+    assert code == 2
+    assert re.match(
+        r"error: Delete model vae \(1 version, no alias, [\d.]+ KiB\)\? The checkpoints, samples and logs", err
+    )
+    assert f"stay: {job}; --with-runs takes them too" in err
+    code, _, err = command("delete", "vae", "--yes", *where)
+    assert (code, err) == (1, f"error: model 'vae': job {job} trains it and has not ended; cancel it first\n")
+    assert Registry(store).versions("vae") == [1]
+    Jobs(store).close(job, now(), {"vae": "cancelled", "gan-digits": "cancelled"})
+    code, out, _ = command("delete", "vae", "--with-runs", "--yes", *where)
+    assert (code, out) == (
+        0,
+        f"model vae is deleted. The checkpoints, samples and logs of its runs go too: {job}.\n",
+    )
+    assert Registry(store).models() == []
+    assert command("delete", "vae", "--yes", *where)[2].startswith("error: no job or model 'vae'; ")
+
+
+@THROUGH
+def test_a_job_and_a_model_of_one_name(command: Command, store: Storage, where: tuple[str, ...]) -> None:
+    job = submitted(command) if not where else Jobs(store).submit(parse_spec(SPEC.encode(), "spec"))[0]
+    publish(store, job, "vae")
+    code, _, err = command("delete", job, "--yes", *where)
+    assert (code, err) == (
+        2,
+        f"error: {job} is a job and a model: write `genmodels delete {job} --model` for the model\n",
+    )
+    assert command("delete", job, "--model", "--yes", *where)[1] == f"model {job} is deleted.\n"
+    assert Jobs(store).exists(job)
+
+
+@THROUGH
+def test_a_dataset_is_replaced_and_deleted_only_when_that_is_meant(
+    command: Command, store: Storage, where: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "novel.txt").write_text("It was a dark and stormy night. " * 200)
+    (tmp_path / "other.txt").write_text("Call me Ishmael. " * 200)
+    assert command("data", "add", "novel", "novel.txt", *where)[0] == 0
+    assert command("data", "add", "novel", "novel.txt", *where)[0] == 0  # the same again
+    code, _, err = command("data", "add", "novel", "other.txt", *where)
+    assert code == 2
+    assert re.match(r"error: dataset 'novel' is there with another content: 6,400 characters.* Replace it\? ", err)
+    assert err.endswith("There is no terminal to ask on: add --replace\n")
+    monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
+    for answer, code, size in ((False, 1, "6,400"), (True, 0, "3,400")):
+        monkeypatch.setattr("typer.confirm", lambda question, err, answer=answer: answer)
+        assert command("data", "add", "novel", "other.txt", *where)[0] == code
+        assert f"{size} characters" in command("data", "list", *where)[1]
+    assert command("data", "add", "novel", "novel.txt", "--replace", *where)[0] == 0
+    code, out, _ = command("data", "delete", "novel", "--yes", *where)
+    assert code == 0
+    assert out.startswith("dataset novel is deleted. Nothing was trained on it.\n")
+    assert store.list("datasets/novel/") == ["datasets/novel/sweep.json"]
+    assert "novel" not in command("data", "list", *where)[1]
+
+
+@pytest.mark.parametrize("name", ["a b.txt", "caf\udce9.txt"])
+def test_what_is_wrong_with_a_text_names_the_file(api: str, command: Command, tmp_path: Path, name: str) -> None:
+    (tmp_path / name).write_bytes(b"caf\xe9 " * 1000)
+    code, _, err = command("data", "add", "novel", name)
+    assert (code, err.count("\n")) == (1, 1)
+    assert "iconv -f WINDOWS-1252 -t UTF-8 'a b.txt' >" in err or "caf%E9.txt" in err
+
+
 @dataclass
 class Garbage:
     """What `genmodels.cleanup.gc` gives, with two things to remove."""
@@ -514,12 +609,11 @@ def collect(storage: Storage) -> Garbage:
     return Garbage(storage, there)
 
 
-@pytest.mark.parametrize("through", ["the service", "the storage"])
+@THROUGH
 def test_gc_says_first_what_it_would_free(
-    api: str, command: Command, store: Storage, monkeypatch: pytest.MonkeyPatch, through: str
+    command: Command, store: Storage, monkeypatch: pytest.MonkeyPatch, where: tuple[str, ...]
 ) -> None:
     monkeypatch.setattr(cleanup, "gc", collect)
-    where = () if through == "the service" else ("--storage", store.url)
     assert command("gc", *where)[1] == "there is nothing to remove\n"
     for name in "abc":
         store.put(f"junk/{name}", b"")
@@ -528,6 +622,9 @@ def test_gc_says_first_what_it_would_free(
     assert err == "error: Remove 3 items, 3 MiB? There is no terminal to ask on: add --yes\n"
     rows = [[cell.strip() for cell in line.split("│")[1:-1]] for line in out.splitlines() if "MiB" in line]
     assert rows == [["2", "2 MiB", "an upload that never ended"], ["1", "1 MiB", "no version"]]
+    code, out, err = command("gc", "--dry-run", *where)
+    assert (code, out.splitlines()[-1], err) == (0, "3 items, 3 MiB would go", "")
+    assert command("gc", "--dry-run", "--yes", *where)[0] == 0
     assert len(store.list("junk/")) == 3
     monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
     for answer, code, left in (("n\n", 0, 3), ("y\n", 0, 0)):
@@ -575,7 +672,8 @@ def test_the_same_without_a_service(command: Command, tmp_path: Path) -> None:
     code, _, err = command("delete", "vae@1", "--yes")
     assert code == 1
     code, _, err = command("delete", "shapes-01234567", "--yes")
-    assert err == "error: no job 'shapes-01234567'; `genmodels jobs` lists what there is\n"
+    listed = "`genmodels models` and `genmodels jobs` list what there is"
+    assert err == f"error: no job or model 'shapes-01234567'; {listed}\n"
 
 
 def test_a_storage_that_is_typed_outdoes_a_service_of_the_environment(

@@ -6,6 +6,7 @@ import sys
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -42,7 +43,32 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp
 
 def test_a_sound_spec_is_summed_up(run: Run, tmp_path: Path) -> None:
     (tmp_path / "job.yaml").write_text(GOOD + GOOD[GOOD.index("  - name") :].replace("tiny", "small"))
-    assert run("validate", "job.yaml") == (0, "ok: job.yaml: job study, 2 models (minigpt, minigpt)\n", [])
+    (tmp_path / "my.txt").write_text("Call me Ishmael.\n" * 1000)
+    note = "my.txt: 17,000 characters, 11 different ones; the last 1,700 are for validation"
+    summed_up = f"ok: job.yaml: job study, 2 models (minigpt, minigpt)\ntiny: {note}\nsmall: {note}\n"
+    assert run("validate", "job.yaml") == (0, summed_up, [])
+
+
+def test_everything_that_is_wrong_is_told_of_all_models(run: Run, tmp_path: Path) -> None:
+    entry = GOOD[GOOD.index("  - name") :]
+    (tmp_path / "short.txt").write_text("Call me Ishmael.\n" * 150)
+    (tmp_path / "job.yaml").write_text(
+        GOOD
+        + entry.replace("tiny", "small")
+        .replace("my.txt", "short.txt")
+        .replace("n_head: 4", "n_head: 4, block_size: 4000")
+        + entry.replace("tiny", "large").replace("my.txt", "short.txt").replace("1e-4", "1e-4, batch_size: 64")
+    )
+    code, out, errors = run("validate", "job.yaml")
+    assert (code, out) == (2, "")
+    assert [error.partition(": ")[2] for error in errors] == [
+        f"job.yaml: models[0].data.path: {tmp_path}/my.txt does not exist (looked from {tmp_path}): "
+        "name a text file or a folder of pictures",
+        "job.yaml: models[1].model.block_size: the training text has 2,295 characters, block_size 4000 needs at least "
+        "8,000: set model.block_size to 1147 or less, or bring more text",
+        "job.yaml: models[2].train.batch_size: got 64, expected at most the 16 training examples there are; "
+        "write 16 or less, or leave it out",
+    ]
 
 
 def test_each_problem_is_one_line_and_the_exit_code_2(run: Run, tmp_path: Path) -> None:
@@ -74,16 +100,50 @@ def test_a_path_that_is_no_readable_file(run: Run, tmp_path: Path, monkeypatch: 
     assert (code, len(errors)) == (2, 1)
     assert "cannot be read: File name too long" in errors[0]
 
-    def refuse(*_: object, **__: object) -> None:
-        raise PermissionError(13, "Permission denied")
+    opens = Path.open
+
+    def refuse(path: Path, *arguments: Any, **options: Any) -> Any:
+        if path.name == "big.yaml":
+            raise PermissionError(13, "Permission denied")
+        return opens(path, *arguments, **options)
 
     monkeypatch.setattr(Path, "open", refuse)
     assert run("validate", "big.yaml")[::2] == (2, ["error: big.yaml: cannot be read: Permission denied"])
 
 
-@pytest.mark.parametrize("arguments", [(), ("validate",), ("validate", "a", "b"), ("validat", "a"), ("schema", "--x")])
-def test_wrong_usage_ends_with_2(run: Run, arguments: tuple[str, ...]) -> None:
-    assert run(*arguments)[0] == 2
+@pytest.mark.parametrize("arguments", [(), ("data",), ("keys",)])
+def test_without_arguments_the_help_is_shown(run: Run, arguments: tuple[str, ...]) -> None:
+    code, _, errors = run(*arguments)
+    assert code == 2
+    assert errors[0].startswith("Usage: genmodels")
+    assert len(errors) > 5
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "error"),
+    [
+        ("validate", 2, "missing argument 'SPEC'; `genmodels validate --help` shows how"),
+        ("validate a b", 2, "got unexpected extra argument(s) (b); `genmodels validate --help` shows how"),
+        (
+            "validat x",
+            2,
+            "no such command 'validat'. Did you mean 'validate', 'evaluate'? `genmodels --help` shows how",
+        ),
+        ("data add x", 2, "missing argument 'PATH'; `genmodels data add --help` shows how"),
+        ("jobs --limit 0", 2, "invalid value for '--limit': "),
+        ("jobs --state x", 2, "invalid value for '--state': 'x' is not one of"),
+        ("jobs --limit", 2, "option '--limit' requires an argument"),
+        ("schema --x", 2, "no such option: --x; `genmodels schema --help` shows how"),
+        ("data add Meu_coração x", 1, "dataset name: got 'Meu_coração', expected at most 63 lower-case letters"),
+        ("models --storage /data/x", 1, "storage URL '/data/x': write the folder as file:///data/x"),
+        ("models --storage C:\\data", 1, "storage URL 'C:\\\\data': must be file:///absolute/folder"),
+        ("models --storage s3:/bucket", 1, "storage URL 's3:/bucket': must be file:///absolute/folder"),
+    ],
+)
+def test_what_is_wrong_with_the_arguments_is_one_line(run: Run, arguments: str, code: int, error: str) -> None:
+    found, out, errors = run(*arguments.split())
+    assert (found, out, len(errors)) == (code, "", 1)
+    assert errors[0].startswith(f"error: {error}")
 
 
 @pytest.mark.parametrize(("error", "code"), [(DataError("no data"), 1), (KeyboardInterrupt(), 130)])

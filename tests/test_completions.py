@@ -18,7 +18,8 @@ from asking import ask, refused
 from published import VOCABULARY, publish
 from served import served
 
-from genmodels.engine.text import CompletionRequest, Piece
+from genmodels.engine.choices import Piece
+from genmodels.engine.completion_request import CompletionRequest
 from genmodels.errors import RequestError
 from genmodels.storage import Storage, open_storage
 from services.host import ModelHost, Opened
@@ -191,7 +192,7 @@ def test_penalties_and_biases_arrive(app: Any) -> None:
     ("fields", "param", "says"),
     [
         ({"prompt": "caf\u00e9"}, "prompt", "\u00e9"),
-        ({"prompt": ["To be"]}, "prompt", "expected text"),
+        ({"prompt": {"text": "To be"}}, "prompt", "expected text"),
         ({"prompt": None}, "prompt", "missing"),
         ({"model": 3}, "model", "expected text"),
         ({"model": None}, "model", "missing"),
@@ -206,8 +207,12 @@ def test_penalties_and_biases_arrive(app: Any) -> None:
         ({"max_tokens": 0}, "max_tokens", "at least 1; 0 is only for echo"),
         ({"max_tokens": 4096, "n": 64}, "max_tokens", "at most 256 with n = 64"),
         ({"max_tokens": 256, "n": 64, "echo": True}, "max_tokens", "at most 251 with n = 64 and 5 tokens to echo"),
-        ({"prompt": "x" * 300, "n": 64, "echo": True}, "echo", "300 tokens, expected at most 256 to echo with n = 64"),
-        ({"stop": ["a"] * 5}, "stop", "at most 4"),
+        (
+            {"prompt": "x" * 300, "n": 64, "echo": True},
+            "echo",
+            "300 tokens of prompts, expected at most 256 to",
+        ),
+        ({"stop": ["a"] * 17}, "stop", "at most 16"),
         ({"echo": 1}, "echo", "true or false"),
         ({"n": 3, "best_of": 2}, "best_of", "got 2, expected at least n, which is 3"),
         ({"best_of": 65}, "best_of", "at most 64"),

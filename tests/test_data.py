@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import gzip
 import hashlib
 import http.server
@@ -39,7 +40,7 @@ from genmodels.data import (
 )
 from genmodels.data.sources import File, Source, plays, read
 from genmodels.errors import DataError, RequestError
-from genmodels.family import ImageInfo
+from genmodels.family import ImageInfo, TextInfo
 
 NOWHERE = "http://127.0.0.1:9/"  # the discard port: nothing listens there
 
@@ -148,7 +149,10 @@ def test_a_text_file_of_ones_own_just_works(tmp_path: Path) -> None:
     [
         (b"too short", "9 characters, too little to learn from: bring 2,000 or more"),
         (b"", "0 characters"),
-        (b"caf\xe9 " * 1000, "not UTF-8 text: byte 3 is 0xe9. Save it as UTF-8, for example: iconv"),
+        (
+            b"caf\xe9 " * 1000,
+            "not UTF-8 text: byte 3 is 0xe9. Save it as UTF-8, for example, of a western European text: iconv",
+        ),
         (b"\0" * 3000, "NUL bytes"),
     ],
 )
@@ -231,7 +235,7 @@ def test_a_folder_of_pictures_just_works(tmp_path: Path) -> None:
         "photos: 43 pictures as RGB 32 x 32, 42 of them scaled and centre-cropped",
         "smaller than that and enlarged: 12; a lower data.image_size keeps them sharp",
         "2 classes, one for each folder: cats, dogs",
-        "links that were not followed: 1",
+        "3 skipped: 1 .txt, 1 hidden, 1 link",
     ]
     assert open_dataset(DataConfig(path=str(folder))).digest == data.digest
     picture(folder / "dogs" / "0.png", (20, 50), 1234)
@@ -428,7 +432,9 @@ CONTENT = b"To be, or not to be: that is the question.\n" * 100
 
 def source(url: str = NOWHERE, content: bytes = CONTENT) -> Source:
     file = File("play.txt.gz", len(content), hashlib.sha256(content).hexdigest())
-    return Source("toy", "text", "a toy", "nowhere", "none", (file,), url=url, hint="on Debian: apt-get install toy")
+    info, sizes = TextInfo(vocab_size=20), (9 * len(content) // 10, len(content) // 10)
+    hint = "on Debian: apt-get install toy"
+    return Source("toy", "text", "a toy", "nowhere", "none", (file,), info, sizes, url=url, hint=hint)
 
 
 def test_a_file_is_found_packed_or_not_and_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -480,7 +486,7 @@ def test_another_edition_of_a_package_is_named(tmp_path: Path, monkeypatch: pyte
 
 
 def test_a_package_that_is_not_installed_is_named() -> None:
-    missing = Source("toy", "text", "", "", "", source().files, package="no-such-package==1.0")
+    missing = dataclasses.replace(source(), url=None, package="no-such-package==1.0")
     with pytest.raises(DataError, match="comes with the package no-such-package, not installed here: pip install no-s"):
         read(missing)
 

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import copy
+import errno
 import math
+import os
 import pickle
 import signal
 import subprocess
@@ -19,6 +21,7 @@ import pytest
 import stores
 import torch
 from published import build, write
+from safetensors import SafetensorError
 from stores import LINEAGE, MemoryStorage
 from tiny import job, make_data, model
 
@@ -31,6 +34,7 @@ from genmodels.errors import (
     ModelNotFound,
     RequestError,
     SpecError,
+    StorageError,
     StorageUnavailable,
     Superseded,
     TrainingDiverged,
@@ -94,6 +98,13 @@ def controller_of_workers() -> Exception:
     return ControllerError(ranks(rank0=GLOO, rank1=SHORT))
 
 
+def full(error: Exception, number: int = errno.ENOSPC) -> Exception:
+    """What was made of an error of the disk."""
+    error.__cause__ = OSError(number, os.strerror(number))
+    return error
+
+
+RUST = "Error while serializing: I/O error: No space left on device (os error 28)"
 ALLOCATOR = RuntimeError("[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory: 4000 bytes")
 DIVERGED = TrainingDiverged(8, "model: loss = nan")
 SHORT = DataError("data.path: too short")
@@ -114,6 +125,19 @@ LOST = "a worker was lost "
         (lambda: ranks(rank0=StorageUnavailable("s3: no answer")), "storage", "s3: no answer"),
         (lambda: ranks(rank0=GLOO, rank1=StorageUnavailable("s3: no answer")), "storage", "s3: no answer"),
         (lambda: StorageUnavailable("s3: no answer"), "storage", "s3: no answer"),
+        (
+            lambda: full(DataError("data.path: cannot be read")),
+            "storage",
+            "the disk of this machine is full: [Errno 28]",
+        ),
+        (lambda: full(SpecError("x"), errno.EDQUOT), "storage", "the disk of this machine is full: [Errno 122]"),
+        (lambda: full(CheckpointError("x"), errno.EIO), "storage", "the disk of this machine fails: [Errno 5]"),
+        (lambda: ranks(rank0=GLOO, rank1=full(ValueError("x"))), "storage", "the disk of this machine is full: "),
+        (lambda: SafetensorError(RUST), "storage", "the disk of this machine is full: Error while serializing"),
+        (lambda: full(DataError("data.path: cannot be read"), errno.EACCES), "user", "data.path: cannot be read"),
+        (lambda: full(DataError("no file"), errno.ENOENT), "user", "no file"),
+        (lambda: full(DataError("no answer"), errno.ECONNRESET), "user", "no answer"),
+        (lambda: StorageError("s3: refused (400 BadDigest)"), "infrastructure", "s3: refused (400 BadDigest)"),
         (lambda: ranks(rank0=GLOO, rank1=CheckpointError("a: missing")), "infrastructure", "a: missing"),
         (lambda: ranks(rank1=actor_died()), "infrastructure", LOST + "(ActorDiedError: "),
         (lambda: ranks(rank0=GLOO, rank1=actor_died()), "infrastructure", LOST + "(RuntimeError: "),

@@ -22,9 +22,9 @@ from torch import Tensor
 from torch.distributions import Bernoulli, Independent, Normal
 
 from genmodels import checkpoint, findings, models, registry
-from genmodels.attempt import check
 from genmodels.checkpoint import Manifest, Place
 from genmodels.cleanup import delete_version
+from genmodels.data import open_dataset
 from genmodels.data.images import ImageData
 from genmodels.errors import DataError, ModelNotFound, SpecError
 from genmodels.evaluation import evaluate, training
@@ -295,7 +295,7 @@ def gated(spec: ModelSpec, **gate: Any) -> ModelSpec:
 def saved(spec: ModelSpec, steps: int = 2) -> Run:
     """A run with checkpoints of a real model on real data."""
     storage = MemoryStorage()
-    dataset = check(spec, storage)
+    dataset = open_dataset(spec.data)
     run = Run(storage, "tiny-00000000", spec.name)
     run.start(1, None, 1)
     for step in range(1, steps + 1):
@@ -364,7 +364,7 @@ def test_where_the_data_has_gone_only_a_gate_that_needs_it_stands_in_the_way(tin
 def test_an_evaluation_says_what_training_cost_and_how_it_went(tmp_path: Path) -> None:
     (spec,) = job("tiny", model(make_data(tmp_path), "gan")).models
     storage = MemoryStorage()
-    family = build("gan", pictures=check(spec, storage).info)[0]
+    family = build("gan", pictures=open_dataset(spec.data).info)[0]
     run, course = Run(storage, "tiny-00000000", spec.name), "discriminator_accuracy_real"
     run.start(1, None, 2)
     assert training(family, run, Place(attempt=1, step=9), LINEAGE) == {

@@ -3,6 +3,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import textwrap
 from typing import Any
 
 import numpy as np
@@ -14,8 +15,11 @@ from PIL import Image
 from published import VOCABULARY, publish
 
 from genmodels.storage import Storage, open_storage
+from services.completions import CompletionBody, StreamOptions
 from services.host import ModelHost
-from services.routes import VERBS, create_app
+from services.jobroutes import CancelBody, ResumeBody
+from services.modelroutes import AliasBody
+from services.routes import VERBS, GenerationBody, create_app
 
 
 @pytest.fixture(scope="module")
@@ -125,6 +129,24 @@ def test_what_is_no_json_object_is_400(app: Any, body: bytes) -> None:
     assert refused(ask(app, "POST", "/v1/completions", body), 400)["code"] == "invalid_json"
 
 
+BODIES = [CompletionBody, GenerationBody, StreamOptions, *VERBS, AliasBody, CancelBody, ResumeBody]
+
+
+@pytest.mark.parametrize("kind", BODIES, ids=lambda kind: kind.__name__)
+def test_null_stands_for_the_default_in_every_body(kind: Any) -> None:
+    needed = {name: "x" for name in ("model", "prompt", "start", "end") if name in kind.model_fields}
+    needed |= {"images": [PICTURE], "latents": [[0.5]], "version": 1}
+    needed = {name: value for name, value in needed.items() if name in kind.model_fields}
+    nulls = dict.fromkeys(kind.model_fields, None)
+    assert kind.model_validate({**nulls, **needed}) == kind.model_validate(needed)
+    assert kind.model_validate_json(json.dumps({**nulls, **needed})) == kind.model_validate(needed)
+
+
+def test_a_byte_order_mark_before_json_is_passed_over(app: Any) -> None:
+    body = json.dumps({"model": "play", "prompt": "x", "max_tokens": 1}).encode("utf-8-sig")
+    assert ask(app, "POST", "/v1/completions", body).status_code == 200
+
+
 @pytest.mark.parametrize("number", ["NaN", "Infinity", "-Infinity", "1e999"])
 def test_numbers_are_finite(app: Any, number: str) -> None:
     body = f'{{"model": "play", "prompt": "x", "temperature": {number}}}'.encode()
@@ -206,6 +228,17 @@ def test_the_verbs_of_an_image_model(app: Any) -> None:
     assert (error["code"], "decode, encode" in error["message"]) == ("verb_not_supported", True)
 
 
+@pytest.mark.parametrize("end", ["\n", "\r\n", " ", "\t\n"])
+def test_base64_may_have_line_breaks(app: Any, end: str) -> None:
+    wrapped = end.join(textwrap.wrap(PICTURE, 19)) + end
+    bodies = [{"images": [picture]} for picture in (PICTURE, wrapped, f"data:image/png;base64,{end}{wrapped}")]
+    expected, *others = (ask(app, "POST", "/v1/models/shapes/encode", body) for body in bodies)
+    assert expected.status_code == 200
+    assert [other.json()["latents"] for other in others] == [expected.json()["latents"]] * 2
+    for spoilt in (PICTURE[:20] + "!" + PICTURE[20:], PICTURE[:30] + "\0" + PICTURE[30:]):
+        assert refused(ask(app, "POST", "/v1/models/shapes/encode", {"images": [spoilt]}), 400)["param"] == "images[0]"
+
+
 def test_a_wrong_field_of_a_verb_is_named(app: Any) -> None:
     assert (
         refused(ask(app, "POST", "/v1/models/shapes/encode", {"images": [PICTURE, "x"]}), 400)["param"] == "images[1]"
@@ -228,6 +261,7 @@ def test_the_openapi_document_describes_bodies(app: Any) -> None:
         "/v1/images/generations",
         "/v1/models/{model}/history",
         "/v1/models/{model}/samples/{step}/{name}",
+        "/v1/models/{model}/vocabulary",
         *(f"/v1/models/{{model}}/{verb}" for verb in ("encode", "decode", "reconstruct", "denoise", "interpolate")),
     }
     schema = paths["/v1/completions"]["post"]["requestBody"]["content"]["application/json"]["schema"]

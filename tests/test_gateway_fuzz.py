@@ -17,7 +17,7 @@ from genmodels.storage import open_storage
 from services.host import ModelHost
 from services.routes import create_app
 
-OPERATIONS = 12
+OPERATIONS = 13
 NAMES = ["play", "shapes", "clean", "play@1", "shapes@latest", "shapes@live", "shapes@step-1", "play@x:step-1"]
 
 

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import asyncio
+import subprocess
+import sys
+import textwrap
 import threading
 import time
 from collections.abc import Callable
@@ -15,9 +18,11 @@ from published import publish, save_checkpoint
 
 from genmodels.engine import shelf as shelf_module
 from genmodels.engine import warm as warm_module
+from genmodels.engine.choices import Piece
+from genmodels.engine.completion_request import CompletionRequest
 from genmodels.engine.images import GenerateRequest, answer
 from genmodels.engine.loaded import load
-from genmodels.engine.text import CompletionRequest, Piece, complete
+from genmodels.engine.text import complete
 from genmodels.errors import RequestError, StorageUnavailable
 from genmodels.metrics import REFUSED
 from genmodels.references import find
@@ -303,6 +308,31 @@ def test_the_least_recently_used_goes_first_and_never_one_in_use(storage: Storag
     assert version_of(app, "shapes@4") == "shapes@4"
     assert list(host._shelf._held) == ["shapes@3", "shapes@4"]
     assert version_of(app, "shapes") == "shapes@1"
+
+
+def test_a_host_of_two_threads_answers_the_same_text_many_times(storage: Storage) -> None:
+    """In a process of its own: a process that was forked from one with two threads of torch would wait for ever."""
+    program = """
+        import asyncio, sys
+        from genmodels.engine.text import CompletionRequest, Piece
+        from services.host import ModelHost
+
+        request = CompletionRequest.model_validate({"prompt": "To be", "max_tokens": 40, "seed": 4})
+
+        async def text(host):
+            return "".join([item.text async for item in host.complete("play", request) if isinstance(item, Piece)])
+
+        async def texts(host):
+            return await asyncio.gather(*(text(host) for _ in range(8)))
+
+        for threads in (2, 1):
+            host = ModelHost(sys.argv[1], torch_threads=threads)
+            (said,) = {*asyncio.run(texts(host)), *asyncio.run(texts(host))}
+            print(threads, len(said))
+    """
+    command = [sys.executable, "-c", textwrap.dedent(program), storage.url]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout.split() == ["2", "40", "1", "40"]
 
 
 def test_decoding_ends_when_a_text_model_goes(storage: Storage) -> None:

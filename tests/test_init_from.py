@@ -12,11 +12,12 @@ import yaml
 from tiny import job, make_data, model
 
 from genmodels import checkpoint, models, pin
-from genmodels.attempt import check, run_attempt, stored_model
+from genmodels.attempt import run_attempt, stored_model
 from genmodels.checkpoint import Place, load_tensors
 from genmodels.data import stored
 from genmodels.errors import SpecError
 from genmodels.job import Jobs
+from genmodels.precheck import check_job
 from genmodels.registry import Registry, Version
 from genmodels.run import Run
 from genmodels.spec import parse_spec
@@ -165,7 +166,7 @@ def test_a_text_is_read_with_the_tokenizer_of_the_model_it_continues(
     (tmp_path / "play.txt").write_text("Dort was\n" * 300)
     unknown = r"train.init_from: the text has characters that the model's tokenizer does not know: 'D'; remove them"
     with pytest.raises(SpecError, match=unknown):
-        check(job("other", entry).models[0], storage)
+        check_job(job("other", entry), storage, open_data=True)
 
 
 @pytest.mark.parametrize(
@@ -192,23 +193,23 @@ def test_what_does_not_fit_is_said_by_field(data: Path, storage: Storage) -> Non
     source = trained(storage, "source", model(data, "vae"))
     published(storage, source, Place(attempt=1, step=6))
     with pytest.raises(SpecError, match=r"train.init_from: vae@1 is of family vae, this model of gan"):
-        check(job("a", model(data, "gan", init_from="vae")).models[0], storage)
+        check_job(job("a", model(data, "gan", init_from="vae")), storage, open_data=True)
     wider = model(data, "vae", init_from="vae")
     wider["model"]["latent_dim"] = 6
     with pytest.raises(SpecError, match=r"train.init_from: .* another shape \(latent_dim 4, here 6\)$"):
-        check(job("b", wider).models[0], storage)
+        check_job(job("b", wider), storage, open_data=True)
     larger = model(data, "vae", init_from="vae")
     larger["data"]["image_size"] = 24
     with pytest.raises(SpecError, match=r"another shape \(height 16, here 24; width 16, here 24\)$"):
-        check(job("c", larger).models[0], storage)
-    assert check(job("d", model(data, "vae", init_from="vae")).models[0], storage).info.kind == "image"
+        check_job(job("c", larger), storage, open_data=True)
+    assert check_job(job("d", model(data, "vae", init_from="vae")), storage).facts["vae"].info.kind == "image"
     blob = next(key for key in storage.list("models/vae/blobs/"))
     storage.put(blob, storage.get(blob)[0] + b"x")
     with pytest.raises(SpecError, match=r"train.init_from: vae@1: .*damaged"):
-        check(job("e", model(data, "vae", init_from="vae")).models[0], storage)
+        check_job(job("e", model(data, "vae", init_from="vae")), storage, open_data=True)
     storage.delete(f"{source.checkpoint_prefix(Place(attempt=1, step=3))}/{checkpoint.MANIFEST}")
     with pytest.raises(SpecError, match="no such checkpoint"):
-        check(job("f", model(data, "vae", init_from=f"vae@{source.job}:step-3")).models[0], storage)
+        check_job(job("f", model(data, "vae", init_from=f"vae@{source.job}:step-3")), storage, open_data=True)
 
 
 def test_a_marked_step_stays_the_one_it_was_and_asking_marks_nothing(data: Path, storage: Storage) -> None:
@@ -239,7 +240,7 @@ def test_an_added_dataset_is_pinned_at_submit(
     spec = parse_spec(body, "job.yaml", datasets=stored.kinds(storage))
     name = submit(storage, spec)
     (tmp_path / "tale.txt").write_text("Once upon a time there was a mouse.\n" * 100)
-    second, _ = stored.add(storage, "mine", tmp_path / "tale.txt")
+    second, _ = stored.add(storage, "mine", tmp_path / "tale.txt", replace=True)
     assert stored_model(storage, name, "minigpt").data.sha256 == first.sha256
     run_attempt(storage, name, "minigpt", 1, Group())
     run = Run(storage, name, "minigpt")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
+import re
 from pathlib import Path
 from typing import Any
 
@@ -299,6 +300,29 @@ def test_a_giant_is_counted_without_being_built(service: Service) -> None:
     (plan,) = service.post(document, "?dry_run=true").json()["models"]
     assert plan["parameters"] > 4e11
     assert plan["checkpoint_bytes"] > 4 * 4e11
+    assert plan["serving_bytes"] > 8 * 4e11
+    assert plan["servable"] is False
+    assert "a model host has 2.0 GiB; lower it, and" in plan["notes"][-1]
+
+
+@pytest.mark.parametrize(
+    ("model", "setting"),
+    [
+        ({"family": "minigpt", "block_size": 65536}, "block_size"),
+        ({"family": "minigpt", "block_size": 16384, "n_layer": 12}, "block_size"),
+        ({"family": "minigpt", "n_layer": 128, "n_embd": 16384, "n_head": 128, "block_size": 65536}, "block_size"),
+    ],
+)
+def test_what_no_host_can_serve_is_not_submitted(service: Service, model: dict[str, Any], setting: str) -> None:
+    document = spec("x", "fine", "large")
+    document["models"][1] |= {"model": model, "data": {"dataset": "shakespeare"}}
+    path = f"models[1].model.{setting}"
+    answer = service.post(document)
+    error = refused(answer, 400)
+    assert (error["param"], error["code"]) == (path, "invalid_spec")
+    assert re.match(rf"{re.escape(path)}: got \d+: it takes [\d,.]+ GiB of memory to serve, and a", error["message"])
+    assert service.storage.list("jobs") == []
+    assert service.post(spec("x", "fine")).status_code == 201
 
 
 # Lists
@@ -447,6 +471,18 @@ def test_an_open_job_is_not_deleted(service: Service) -> None:
 
 
 # Metrics of a run
+
+
+@pytest.mark.parametrize("source", ["7", "2", "9999"])
+def test_logs_of_a_worker_that_cannot_be_are_404(service: Service, source: str) -> None:
+    document = spec("test", "a")
+    document["models"][0]["scaling"] = {"num_workers": 2}
+    job = service.post(document).json()["job"]
+    error = refused(service("GET", f"/v1/jobs/{job}/logs?source={source}"), 404)
+    assert error["param"] == "source"
+    assert error["message"] == f"source: got '{source}'; what there is: driver and the workers 0 to 1"
+    for there in ("driver", "0", "1"):
+        assert service("GET", f"/v1/jobs/{job}/logs?source={there}").status_code == 200
 
 
 def test_metrics_are_rows_of_the_chain(service: Service) -> None:

@@ -25,7 +25,7 @@ from stores import MemoryStorage
 
 SECONDS = 1.0  # of this process's own time, which other processes of the machine do not add to
 ROUNDS = [40, pytest.param(1000, marks=pytest.mark.long)]
-OPERATIONS = 18
+OPERATIONS = 21
 
 
 @pytest.fixture(scope="module")
@@ -34,6 +34,7 @@ def service() -> Service:
     service = Service(MemoryStorage(), closing=lambda: True)
     service.app.openapi()  # as the process does when it starts: imports the families
     publish(service.storage, "clothes", "vae")
+    publish(service.storage, "words", "minigpt")
     service.submit("a", "b", name="open")
     ended = service.submit("a", name="ended")
     service.log(ended, "a", 1, "driver", 1, ("1", "line"))
@@ -114,12 +115,16 @@ ODD = st.one_of(
 )
 DOCUMENT = spec("fuzz", "a", "b", priority=1)
 DOCUMENT["models"][0] |= {
-    "train": {"max_steps": 10, "batch_size": 8, "learning_rate": 1e-3, "betas": [0.9, 0.99], "init_from": "clothes@1"},
+    "train": {"max_steps": 10, "batch_size": 8, "learning_rate": 1e-3, "betas": [0.9, 0.99]},
     "scaling": {"num_workers": {"min": 1, "max": 4}, "use_gpu": False},
     "checkpoints": {"num_to_keep": 3},
     "serve": {"alias": "production", "gate": {"metric": "val_loss", "max": 1.0}, "pool": "default"},
 }
-DOCUMENT["models"][1] |= {"model": {"family": "minigpt", "n_layer": 2}, "data": {"dataset": "shakespeare"}}
+DOCUMENT["models"][1] |= {
+    "model": {"family": "minigpt", "n_embd": 16, "n_layer": 1, "n_head": 2, "block_size": 16},
+    "data": {"dataset": "shakespeare"},
+    "train": {"init_from": "words@1"},
+}
 
 
 def paths(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:

@@ -252,6 +252,39 @@ def test_a_text_is_added_and_may_then_be_named(service: Service) -> None:
     assert service.jobs.spec(job).models[0].data.sha256 == first.json()["sha256"]
 
 
+def test_another_content_under_a_name_is_409_unless_it_is_to_be_replaced(service: Service) -> None:
+    assert service("PUT", "/v1/datasets/lines", content=TEXT).status_code == 201
+    error = refused(service("PUT", "/v1/datasets/lines", content=TEXT + b"more\n"), 409)
+    assert (error["code"], error["param"]) == ("dataset_exists", "name")
+    assert error["message"].startswith("dataset 'lines' is there with another content: ")
+    assert error["message"].endswith("; add ?replace=true to replace it")
+    assert service("PUT", "/v1/datasets/lines?replace=true", content=TEXT + b"more\n").status_code == 201
+    told = service("DELETE", "/v1/datasets/lines?dry_run=true").json()
+    assert (told["runs"], told["versions"], len(told["contents"])) == ([], [], 2)
+    assert service("DELETE", "/v1/datasets/lines").json() == told
+    for query in ("", "?dry_run=true"):
+        assert refused(service("DELETE", f"/v1/datasets/lines{query}"), 404)["code"] == "dataset_not_found"
+
+
+def test_what_is_wrong_with_an_upload_names_no_file_of_ours(service: Service) -> None:
+    error = refused(service("PUT", "/v1/datasets/lines", content=b"caf\xe9 " * 1000), 400)
+    assert error["message"].startswith("FILE is not UTF-8 text: byte 3 is 0xe9")
+    assert error["message"].endswith("iconv -f WINDOWS-1252 -t UTF-8 FILE > converted.txt")
+
+
+def test_aliases_and_whole_models_are_deleted(service: Service) -> None:
+    publish(service.storage, "vae", "vae")
+    assert service("DELETE", "/v1/models/vae/aliases/production").status_code == 204
+    assert refused(service("DELETE", "/v1/models/vae/aliases/production"), 404)["code"] == "model_not_found"
+    for path in ("/v1/models/nope", "/v1/models/NOPE", "/v1/models/nope/aliases/production", "/v1/models/a%0Ab"):
+        assert refused(service("DELETE", path), 404)["code"] == "model_not_found"
+    told = service("DELETE", "/v1/models/vae?dry_run=true").json()
+    assert (told["versions"], told["aliases"]) == ([1], {})
+    assert service("DELETE", "/v1/models/vae").json() == told
+    assert service("GET", "/v1/models").json()["data"] == []
+    assert refused(service("DELETE", "/v1/models/vae"), 404)
+
+
 def test_pictures_are_added_as_a_zip(service: Service) -> None:
     response = service("PUT", "/v1/datasets/noise?image_size=16&channels=1", content=pictures())
     assert response.status_code == 201

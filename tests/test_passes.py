@@ -12,10 +12,20 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from bounds import any_value
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from published import loaded
 
 from genmodels.engine import images
-from genmodels.engine.images import DecodeRequest, EncodeRequest, GenerateRequest, ImageAnswer, InterpolateRequest
+from genmodels.engine.images import (
+    DecodeRequest,
+    EncodeRequest,
+    GenerateRequest,
+    ImageAnswer,
+    InterpolateRequest,
+    ReconstructRequest,
+)
 from genmodels.engine.loaded import ImageModel
 from genmodels.engine.passes import CHUNK, Passes
 from genmodels.errors import RequestError
@@ -86,7 +96,7 @@ def test_a_large_request_takes_turns_with_small_ones() -> None:
     assert beside <= 2
 
 
-def test_other_options_are_another_pass_and_an_error_is_everybodys_who_shared_it() -> None:
+def test_other_options_are_another_pass() -> None:
     passes = Passes()
 
     def fail(_: torch.Tensor) -> torch.Tensor:
@@ -100,6 +110,36 @@ def test_other_options_are_another_pass_and_an_error_is_everybodys_who_shared_it
     assert not passes._waiting
 
 
+def test_a_row_that_fails_fails_its_own_request(monkeypatch: pytest.MonkeyPatch) -> None:
+    passes, gate = Passes(), Gate()
+    computed: list[int] = []
+
+    def odd_fail(part: torch.Tensor) -> torch.Tensor:
+        computed.append(len(part))
+        if (part % 2 == 1).any():
+            raise RequestError("odd", param="rows")
+        return part * 2
+
+    with ThreadPoolExecutor(8) as pool:
+        first = pool.submit(passes.apply, "gate", gate, rows(0, 1))
+        gate.entered.wait(10)
+        parts = [torch.full((count, 1), float(value)) for value, count in ((2, 3), (5, 2), (4, CHUNK), (7, 20), (6, 1))]
+        asked = []
+        for part in parts:
+            asked.append(pool.submit(passes.apply, "k", odd_fail, part))
+            waiting(passes, len(asked))
+        gate.open.set()
+        first.result()
+        for part, one in zip(parts, asked, strict=True):
+            if part[0, 0] % 2:
+                with pytest.raises(RequestError, match="odd"):
+                    one.result(10)
+            else:
+                assert torch.equal(one.result(10), part * 2)
+    assert set(computed) == {CHUNK}  # also those that were tried alone
+    assert not passes._waiting
+
+
 def test_an_answer_is_the_same_alone_and_in_company(model: ImageModel) -> None:
     requests: list[Any] = [GenerateRequest(n=1 + i % 5, seed=i) for i in range(24)]
     requests += [GenerateRequest.model_validate({"n": 2, "seed": i, "temperature": 0.5}) for i in range(6)]
@@ -110,6 +150,53 @@ def test_an_answer_is_the_same_alone_and_in_company(model: ImageModel) -> None:
     with ThreadPoolExecutor(12) as pool:
         for _ in range(3):
             assert list(pool.map(lambda request: images.answer(model, request), requests)) == alone
+
+
+def odd_requests(model: ImageModel) -> st.SearchStrategy[Any]:
+    """Valid requests whose numbers lie at the edges of what is allowed."""
+    options = {
+        name: any_value(field)
+        for name, field in model.family.Request.model_json_schema()["properties"].items()
+        if name != "label"  # of classes that this model has not
+    }
+    seeds = st.sampled_from([0, 2**63 - 1]) | st.integers(0, 2**63 - 1)
+    number = st.sampled_from([0.0, -0.0, 5e-324, 1e-310, images.LARGEST, -images.LARGEST]) | st.floats(-9, 9)
+    latent = st.lists(number, min_size=model.family.latent_dim, max_size=model.family.latent_dim)
+    kinds: list[tuple[Any, dict[str, st.SearchStrategy[Any]]]] = [
+        (GenerateRequest, {"n": st.integers(1, 20), "seed": seeds}),
+        (GenerateRequest, {"seed": st.lists(seeds, min_size=1, max_size=20)}),
+        (DecodeRequest, {"latents": st.lists(latent, min_size=1, max_size=20)}),
+        (InterpolateRequest, {"start": seeds | latent, "end": seeds | latent, "steps": st.integers(2, 20)}),
+    ]
+    if "encode" in model.family.verbs:
+        pixel = st.sampled_from([0, 1, 5e-324, 1.0])
+        pictures = st.lists(pixel.map(lambda value: [[value] * 16] * 16), min_size=1, max_size=20)
+        kinds += [(EncodeRequest, {"images": pictures}), (ReconstructRequest, {"images": pictures})]
+    return st.one_of(st.fixed_dictionaries(fields, optional=options).map(kind.model_validate) for kind, fields in kinds)
+
+
+@given(data=st.data())
+@settings(
+    max_examples=5,
+    deadline=None,
+    suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large, HealthCheck.function_scoped_fixture],
+)
+def test_no_request_changes_or_fails_another(model: ImageModel, data: st.DataObject) -> None:
+    honest: list[Any] = [GenerateRequest(n=1 + i % 3, seed=i, output_format="npy") for i in range(6)]
+    honest += [DecodeRequest(latents=[[0.1 * i] * model.family.latent_dim]) for i in range(3)]
+    alone = [images.answer(model, request) for request in honest]
+    odd = data.draw(st.lists(odd_requests(model), min_size=4, max_size=8))
+
+    def answered(request: Any) -> Any:
+        try:
+            return images.answer(model, request)
+        except RequestError as error:
+            return error.status
+
+    with ThreadPoolExecutor(12) as pool:
+        found = list(pool.map(answered, [*odd, *honest]))
+    assert found[len(odd) :] == alone
+    assert all(isinstance(one, ImageAnswer) or one == 400 for one in found)
 
 
 def test_a_list_of_seeds_gives_the_picture_of_each(model: ImageModel) -> None:

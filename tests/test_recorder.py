@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -13,6 +15,7 @@ import pytest
 import torch
 from counts import value
 from published import CONFIGS, IMAGES, build
+from safetensors import SafetensorError
 from stores import LINEAGE, FailingStorage, MemoryStorage, RecordingStorage, Wrapped
 from tiny import job, make_data, model
 
@@ -193,7 +196,8 @@ def test_an_outage_loses_nothing_and_holds_no_step_up(make: Any) -> None:
             if step % 10 == 0:
                 rank0.sample(step, "a.png", b"%d" % step)
         rank0.save(snapshot(50))
-        until(lambda: rank0.heartbeat.phase == "waiting for storage")
+        until(lambda: rank0.waiting == "the storage does not answer")
+        assert (rank0.heartbeat.phase, rank0.heartbeat.step) == ("training", 50)
         until(lambda: storage.refused > 20)
         assert rank0.error is None
         assert manifests(storage.inner) == []
@@ -203,6 +207,53 @@ def test_an_outage_loses_nothing_and_holds_no_step_up(make: Any) -> None:
     assert [row["step"] for row in run.metrics()] == list(range(1, 51))
     assert [(step, storage.get(key)[0]) for step, key in run.samples()] == [(s, b"%d" % s) for s in range(10, 51, 10)]
     assert [manifest.step for _, manifest in run.manifests()] == [50]
+
+
+DISK_FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize(
+    ("where", "error"),
+    [
+        ("genmodels.checkpoint.tempfile.TemporaryDirectory", DISK_FULL),
+        ("genmodels.checkpoint.write_files", DISK_FULL),
+        ("safetensors.torch.save_file", SafetensorError("I/O error: No space left on device (os error 28)")),
+        ("genmodels.checkpoint.write_config", OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))),
+        ("genmodels.checkpoint.write_assets", OSError(errno.EIO, os.strerror(errno.EIO))),
+        ("genmodels.checkpoint.sha256_of", OSError(errno.EMFILE, os.strerror(errno.EMFILE))),
+    ],
+)
+def test_a_full_scratch_disk_is_waited_for_and_said(
+    make: Any, monkeypatch: pytest.MonkeyPatch, where: str, error: Exception
+) -> None:
+    storage = MemoryStorage()
+    with make(storage) as rank0:
+        with monkeypatch.context() as patch:
+
+            def fail(*_: Any, **__: Any) -> None:
+                raise error
+
+            patch.setattr(where, fail)
+            rank0.tick("training", 5, 1.0)
+            rank0.save(snapshot(5))
+            until(lambda: (beat := rank0.run.heartbeat(1)) and beat.waiting.startswith("the disk of this machine"))
+            rank0.tick("training", 6, 1.0)  # the steps go on
+            until(lambda: (beat := rank0.run.heartbeat(1)) and (beat.step, beat.phase) == (6, "training"))
+        until(lambda: manifests(storage))
+        until(lambda: (beat := rank0.run.heartbeat(1)) and not beat.waiting)
+    assert [manifest.step for _, manifest in Run(storage, "job", "vae").manifests()] == [5]
+
+
+def test_what_waits_has_no_time_left(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A time left that grows with the wait looks like progress."""
+    rank0 = make(MemoryStorage())
+    lefts = []
+    for second, phase in ((0.0, "training"), (1.0, "training"), (11.0, "waiting for storage"), (21.0, "training")):
+        with monkeypatch.context() as patch:
+            patch.setattr(recorder.time, "monotonic", lambda second=second: second)
+            rank0.tick(phase, 10 + int(second), 1.0)
+        lefts.append(rank0.heartbeat.seconds_left is not None)
+    assert lefts == [False, True, False, True]
 
 
 def test_an_outage_that_begins_with_the_last_save_is_waited_for(make: Any) -> None:

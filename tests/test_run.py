@@ -469,7 +469,8 @@ def test_patience_outlasts_the_store(monkeypatch: pytest.MonkeyPatch) -> None:
     storage.away = True
     waits = []
 
-    def wait() -> None:
+    def wait(outage: StorageUnavailable) -> None:
+        assert outage.reason == "the storage does not answer"
         waits.append(storage.refused)
         storage.away = len(waits) < 5
 
@@ -483,5 +484,5 @@ def test_patience_outlasts_the_store(monkeypatch: pytest.MonkeyPatch) -> None:
         patiently(lambda: storage.put("a", b"2", if_absent=True))
 
 
-def _interrupt() -> None:
+def _interrupt(outage: StorageUnavailable) -> None:
     raise KeyboardInterrupt

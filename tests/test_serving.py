@@ -81,7 +81,7 @@ def test_the_openai_client_lists_models(client: openai.OpenAI) -> None:
 def test_the_openai_client_completes_and_streams_the_same(client: openai.OpenAI, app: Any) -> None:
     fields: dict[str, Any] = {
         "model": "play",
-        "prompt": "To be",
+        "prompt": ["To be", [7, 8, 9]],
         "max_tokens": 60,
         "seed": 5,
         "temperature": 0.8,
@@ -177,11 +177,23 @@ def test_verbs_over_serve(endpoint: str, token: str) -> None:
     assert decoded.headers["x-genmodels-version"] == "shapes@1"
 
 
+def test_the_vocabulary_and_head_over_serve(endpoint: str, token: str, app: Any) -> None:
+    path, headers = "/v1/models/play/vocabulary", {"authorization": f"Bearer {token}"}
+    with httpx.Client(base_url=endpoint, headers=headers) as client:
+        for _ in range(3):  # over one connection
+            got, head = client.get(path), client.head(path)
+            assert got.json() == ask(app, "GET", path).json()
+            assert (head.status_code, head.content) == (200, b"")
+            assert head.headers["content-length"] == got.headers["content-length"]
+        assert client.head("/v1/models/none").status_code == 404
+
+
 def test_errors_over_serve_have_one_form(endpoint: str, token: str) -> None:
     with httpx.Client(base_url=endpoint) as client:
         refused(client.get("/nothing"), 404)
         refused(client.put("/v1/completions"), 405)
         refused(client.post("/v1/completions", content=b"{", headers=JSON), 401)
+        refused(client.post("/v1/completions", content=b"{}", headers={**JSON, "content-encoding": "gzip"}), 415)
         refused(client.post("/v1/completions", content=b"{", headers={**JSON, "authorization": f"Bearer {token}"}), 400)
         own = client.get("/healthz", headers={"x-request-id": "mine", "x-request-timeout-seconds": "0.000001"})
         assert own.json() == {"status": "ok"}

@@ -30,7 +30,8 @@ from served import served
 
 from genmodels import metrics
 from genmodels.engine import meters
-from genmodels.engine.text import CompletionRequest, Piece
+from genmodels.engine.choices import Piece
+from genmodels.engine.completion_request import CompletionRequest
 from genmodels.errors import RequestError
 from genmodels.keys import Keys
 from genmodels.metrics import version_labels

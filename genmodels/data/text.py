@@ -12,6 +12,8 @@ from typing import Literal, Protocol
 
 import numpy as np
 
+from genmodels.data.encoding import in_another_encoding, other_than_text
+from genmodels.data.files import shown
 from genmodels.errors import DataError, RequestError
 from genmodels.family import TextInfo
 
@@ -25,8 +27,11 @@ class Tokenizer(Protocol):
     @property
     def vocab_size(self) -> int: ...
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids of a prompt. Raises RequestError (400) naming what the model has never seen."""
+    def encode(self, text: str, param: str = "prompt") -> list[int]:
+        """Token ids of a text. Raises RequestError (400) naming the field `param` and what the model has never seen."""
+
+    def normalize(self, text: str) -> str:
+        """Write a text as the training text was written, where it was rewritten before training."""
 
     def decode(self, tokens: Iterable[int]) -> str:
         """The text of token ids."""
@@ -44,6 +49,10 @@ def load_tokenizer(content: bytes) -> Tokenizer:
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"tokenizer.json is damaged: {error!r}") from error
     raise DataError(f"tokenizer.json has type {fields['type']!r}, known here: 'char'")
+
+
+def unix_line_ends(text: str) -> str:
+    return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
 class CharTokenizer:
@@ -68,18 +77,23 @@ class CharTokenizer:
     def vocab_size(self) -> int:
         return len(self.vocab)
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids of a prompt. Raises RequestError (400) naming the characters that the model has never seen."""
+    def encode(self, text: str, param: str = "prompt") -> list[int]:
+        """Token ids of a text. Raises RequestError (400) naming the characters that the model has never seen."""
+        text = self.normalize(text)
         unknown = sorted(set(text) - self._ids.keys())
         if unknown:
             named = " ".join(map(repr, unknown[:10])) + (" and others" if len(unknown) > 10 else "")
             raise RequestError(
-                f"prompt has characters that this model has never seen: {named}; it knows {''.join(self.vocab[:200])!r}"
-                + (" and others" if self.vocab_size > 200 else ""),
-                param="prompt",
+                f"{param} has characters that this model has never seen: {named}; "
+                f"it knows {''.join(self.vocab[:200])!r}" + (" and others" if self.vocab_size > 200 else ""),
+                param=param,
                 code="unknown_characters",
             )
         return [self._ids[character] for character in text]
+
+    def normalize(self, text: str) -> str:
+        """Write line ends as they were written before training, unless the model has learnt others."""
+        return text if "\r" in self._ids else unix_line_ends(text)
 
     def encode_array(self, text: str) -> np.ndarray:
         """Token ids of a text whose characters are all known, as the smallest unsigned integers: (len(text),)."""
@@ -117,9 +131,7 @@ class TextData:
         """
         if tokenizer.vocab == self.tokenizer.vocab:
             return
-        if unknown := sorted(set(self.tokenizer.vocab) - set(tokenizer.vocab)):
-            named = " ".join(map(repr, unknown[:10])) + (" and others" if len(unknown) > 10 else "")
-            raise DataError(f"the text has characters that the model's tokenizer does not know: {named}")
+        check_vocabulary(self.tokenizer.vocab, tokenizer)
         ids = tokenizer.encode_array(self.tokenizer.vocab)
         self.train, self.val = ids[self.train], ids[self.val]
         self.tokenizer, self.info = tokenizer, TextInfo(vocab_size=tokenizer.vocab_size)
@@ -138,11 +150,7 @@ class TextData:
             raise ValueError("windows of a text need a block_size")
         if name == "val":
             return ValWindows(self.val, block_size)
-        if len(self.train) < 2 * block_size:
-            raise DataError(
-                f"the training text has {len(self.train):,} characters, block_size {block_size} needs at least "
-                f"{2 * block_size:,}: set model.block_size to {len(self.train) // 2} or less, or bring more text"
-            )
+        check_block_size(len(self.train), block_size)
         return TrainWindows(self.train, block_size)
 
 
@@ -155,33 +163,58 @@ def read_text(path: Path) -> TextData:
     try:
         status = path.stat()
         if not stat.S_ISREG(status.st_mode):
-            raise DataError(f"data.path: {path} is not a regular file")
+            raise DataError(f"data.path: {shown(path)} is not a regular file")
         if status.st_size > MAX_BYTES:
-            raise DataError(f"data.path: {path} has {status.st_size:,} bytes, at most {MAX_BYTES:,} (1 GiB) are read")
+            raise DataError(
+                f"data.path: {shown(path)} has {status.st_size:,} bytes, at most {MAX_BYTES:,} (1 GiB) are read"
+            )
         content = path.read_bytes()
     except OSError as error:
-        raise DataError(f"data.path: {path} cannot be read: {error.strerror}") from error
+        raise DataError(f"data.path: {shown(path)} cannot be read: {error.strerror}") from error
+    if other := other_than_text(content, path):
+        raise DataError(f"data.path: {shown(path)} {other}")
     try:
-        text = content.decode("utf-8-sig")
+        text = content.decode().removeprefix("\ufeff")
     except UnicodeDecodeError as error:
-        raise DataError(
-            f"data.path: {path} is not UTF-8 text: byte {error.start:,} is 0x{content[error.start]:02x}. "
-            f"Save it as UTF-8, for example: iconv -f WINDOWS-1252 -t UTF-8 '{path.name}' > converted.txt"
-        ) from error
-    if "\0" in text:
-        raise DataError(f"data.path: {path} is not a text file: it has NUL bytes")
-    text = text.replace("\r\n", "\n").replace("\r", "\n")
+        raise DataError(f"data.path: {shown(path)} {in_another_encoding(content, error.start, path)}") from None
+    text = unix_line_ends(text)
     if len(text) < MIN_CHARACTERS:
         raise DataError(
-            f"data.path: {path} has {len(text):,} characters, too little to learn from: bring "
+            f"data.path: {shown(path)} has {len(text):,} characters, too little to learn from: bring "
             f"{MIN_CHARACTERS:,} or more"
         )
     data = TextData(text)
     data.notes.append(
-        f"{path.name}: {len(text):,} characters, {data.info.vocab_size} different ones; "
+        f"{shown(path.name)}: {len(text):,} characters, {data.info.vocab_size} different ones; "
         f"the last {len(data.val):,} are for validation"
     )
     return data
+
+
+def check_vocabulary(vocabulary: str, tokenizer: CharTokenizer) -> None:
+    """Raise DataError where a text has characters that a tokenizer does not know."""
+    if unknown := sorted(set(vocabulary) - set(tokenizer.vocab)):
+        named = " ".join(map(repr, unknown[:10])) + (" and others" if len(unknown) > 10 else "")
+        raise DataError(f"the text has characters that the model's tokenizer does not know: {named}")
+
+
+def training_windows(characters: int, block_size: int) -> int:
+    """The windows in an epoch of a training text, whatever offset the epoch has."""
+    return (characters - block_size) // block_size
+
+
+def validation_windows(characters: int, block_size: int) -> int:
+    """The windows of a validation text, the last of which may be padded."""
+    return (characters - 2) // block_size + 1
+
+
+def check_block_size(characters: int, block_size: int) -> None:
+    """Raise DataError where a training text has not one window."""
+    if characters < 2 * block_size:
+        raise DataError(
+            f"the training text has {characters:,} characters, block_size {block_size} needs at least "
+            f"{2 * block_size:,}: set model.block_size to {characters // 2} or less, or bring more text"
+        )
 
 
 @dataclass(frozen=True)
@@ -192,7 +225,7 @@ class TrainWindows:
     block_size: int
 
     def __len__(self) -> int:
-        return (len(self.tokens) - self.block_size) // self.block_size
+        return training_windows(len(self.tokens), self.block_size)
 
     def take(self, index: np.ndarray, epoch: np.ndarray) -> dict[str, np.ndarray]:
         """`tokens` and the `targets` that follow them, int64 (n, block_size) both; index and epoch are (n,)."""
@@ -212,7 +245,7 @@ class ValWindows:
     block_size: int
 
     def __len__(self) -> int:
-        return (len(self.tokens) - 2) // self.block_size + 1
+        return validation_windows(len(self.tokens), self.block_size)
 
     def take(self, index: np.ndarray, epoch: np.ndarray) -> dict[str, np.ndarray]:
         """`tokens` and the `targets` that follow them, int64 (n, block_size) both; the same in every epoch."""

@@ -6,9 +6,10 @@ import lzma
 import stat
 import zipfile
 import zlib
+from collections import Counter
 from pathlib import Path, PurePosixPath
 
-from genmodels.data.images import SUFFIXES
+from genmodels.data.files import HIDDEN, LINK, kind_by_name
 from genmodels.errors import DataError
 
 MAX_FILES = 500_000
@@ -17,15 +18,18 @@ MAX_BYTES = 8 * 2**30  # unpacked
 
 
 def is_zip(path: Path) -> bool:
+    """Return whether a file is a zip or was meant to be one, by its start or its name."""
     with path.open("rb") as file:
-        return file.read(4) in (b"PK\x03\x04", b"PK\x05\x06")
+        start = file.read(4)
+    # the start of a zip with files, of an empty one, and of what was cut off or is a part of several
+    return start in (b"PK\x03\x04", b"PK\x05\x06", b"PK\x07\x08", b"PK") or path.suffix.lower() == ".zip"
 
 
-def unpack(path: Path, folder: Path) -> Path:
-    """Unpack the pictures of a zip into a new folder; other files, hidden ones and links are passed over.
+def unpack(path: Path, folder: Path) -> tuple[Path, Counter[str]]:
+    """Unpack the pictures of a zip into a new folder; other files, hidden ones and links are skipped.
 
     Returns:
-        The folder, or the one inside it that holds everything.
+        The folder, or the one inside it that holds everything; and how many files of each kind were skipped.
 
     Raises:
         DataError: it is damaged, encrypted, too large, or a name in it leads out of the folder.
@@ -38,26 +42,29 @@ def unpack(path: Path, folder: Path) -> Path:
             if end and end[5] > MAX_DIRECTORY_BYTES:
                 raise DataError(f"{path} has too many files, at most {MAX_FILES:,} are unpacked")
             with zipfile.ZipFile(file) as archive:
-                _extract(archive, path, folder)
+                skipped = _extract(archive, path, folder)
     except damaged as error:
-        raise DataError(f"{path} cannot be read as a zip: {error}") from error
+        raise DataError(f"{path} cannot be read as a zip: {error}; pack it anew") from error
     except OSError as error:
         raise DataError(f"{path} cannot be unpacked: {error.strerror}") from error
     while len(inner := list(folder.iterdir())) == 1 and inner[0].is_dir():
         folder = inner[0]
-    return folder
+    return folder, skipped
 
 
-def _extract(archive: zipfile.ZipFile, path: Path, folder: Path) -> None:
+def _extract(archive: zipfile.ZipFile, path: Path, folder: Path) -> Counter[str]:
     entries = archive.infolist()
     if len(entries) > MAX_FILES:
         raise DataError(f"{path} has {len(entries):,} files, at most {MAX_FILES:,} are unpacked")
-    left = MAX_BYTES
+    left, skipped = MAX_BYTES, Counter[str]()
     for entry in entries:
         name = PurePosixPath(entry.filename.replace("\\", "/"))
         if name.is_absolute() or ".." in name.parts or ":" in name.as_posix().partition("/")[0]:
             raise DataError(f"{path}: the name {entry.filename[:100]!r} in it leads out of its folder; pack it anew")
-        if not _is_picture(entry, name):
+        if entry.filename.endswith("/"):  # is_dir() breaks on the empty name that one beginning with NUL becomes
+            continue
+        if kind := _kind_to_skip(entry, name):
+            skipped[kind] += 1
             continue
         target = folder / name
         target.parent.mkdir(parents=True, exist_ok=True)
@@ -67,9 +74,12 @@ def _extract(archive: zipfile.ZipFile, path: Path, folder: Path) -> None:
                 if left < 0:
                     raise DataError(f"{path} unpacks to more than {MAX_BYTES:,} bytes; bring fewer or smaller pictures")
                 out.write(part)
+    return skipped
 
 
-def _is_picture(entry: zipfile.ZipInfo, name: PurePosixPath) -> bool:
-    hidden = any(part.startswith(".") or part == "__MACOSX" for part in name.parts)
-    is_link = stat.S_ISLNK(entry.external_attr >> 16)
-    return not (entry.is_dir() or hidden or is_link) and name.suffix.lower() in SUFFIXES
+def _kind_to_skip(entry: zipfile.ZipInfo, name: PurePosixPath) -> str | None:
+    if stat.S_ISLNK(entry.external_attr >> 16):
+        return LINK
+    if any(part.startswith(".") or part == "__MACOSX" for part in name.parts):
+        return HIDDEN
+    return kind_by_name(name)

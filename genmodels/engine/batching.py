@@ -17,9 +17,10 @@ from torch import Tensor
 from genmodels.engine.meters import TextMeter
 from genmodels.errors import RequestError
 from genmodels.family import TextFamily, keep_half
-from genmodels.sampling import Sampler, choose
+from genmodels.memory import SERVED_ROWS
+from genmodels.sampling import Sampler, draw
 
-SLOTS = 16  # texts in one step
+SLOTS = SERVED_ROWS  # texts in one step
 MAX_WAITING = 256  # texts without a slot
 PREFILLS = 2  # chunks read between two steps: a long prompt holds the others up for no longer
 
@@ -67,11 +68,6 @@ class Batcher:
     @property
     def slots(self) -> int:
         return len(self._slots)
-
-    @property
-    def size(self) -> int:
-        """Bytes of what it keeps beside the network."""
-        return self._decoder.size
 
     def add(self, *texts: Text) -> None:
         """Let texts join, all or none.
@@ -162,19 +158,23 @@ class Batcher:
             return []
         if self.meter:
             self.meter.batch_size.observe(len(ready))
+        return self._step(ready)
+
+    def _step(self, texts: list[tuple[int, Text]]) -> list[tuple[int, Text, Tensor]]:
         tokens: list[int | None] = [None] * len(self._slots)
         positions = [0] * len(self._slots)
-        for slot, text in ready:
+        for slot, text in texts:
             tokens[slot], positions[slot] = text.window[-1], text.read
         try:
             logits = self._decoder.step(tokens, positions)
-        except Exception as error:  # of the one pass that they share
-            for slot, text in ready:
-                self._end(slot, text, error)
+        except Exception as error:
+            if len(texts) > 1:  # each alone, as its numbers are the same then: the one at fault ends, not all
+                return [read for one in texts for read in self._step([one])]
+            self._end(*texts[0], error)
             return []
-        for _, text in ready:
+        for _, text in texts:
             text.read += 1
-        return [(slot, text, logits[slot]) for slot, text in ready]
+        return [(slot, text, logits[slot]) for slot, text in texts]
 
     def _active(self) -> list[tuple[int, Text]]:
         return [(slot, text) for slot, text in enumerate(self._slots) if text is not None]
@@ -190,29 +190,26 @@ class Batcher:
         return [slot for left, slot in sorted(unread) if left > 1]
 
     def _continue(self, texts: Sequence[tuple[int, Text, Tensor]]) -> None:
-        logits = torch.stack([row for *_, row in texts])
-        finite, going = logits.isfinite().all(-1).tolist(), []
-        for at, (slot, text, _) in enumerate(texts):
+        going = []
+        for slot, text, row in texts:
             if text.sampler.done:  # wants no token, only to be read
                 self._end(slot, text)
-            elif not finite[at]:
-                self._end(slot, text, not_finite())
             else:
-                going.append(at)
-        if len(going) < len(texts):
-            logits, texts = logits[going], [texts[at] for at in going]
-        if texts:
-            chosen = _choose(logits, [text.sampler for _, text, _ in texts])
-            parts = zip(texts, chosen, strict=True)
-            made = [text for (slot, text, row), token in parts if self._accept(slot, text, token, row)]
-            if self.meter:
-                self.meter.made(made)
+                going.append((slot, text, row))
+        if not going:
+            return
+        tokens = draw(torch.stack([row for *_, row in going]), [text.sampler for _, text, _ in going])
+        parts = zip(going, tokens, strict=True)
+        made = [text for (slot, text, row), token in parts if self._accept(slot, text, token, row)]
+        if self.meter:
+            self.meter.made(made)
 
     def _accept(self, slot: int, text: Text, token: int | Exception, logits: Tensor) -> bool:
         """False if the text has ended in an error."""
         if isinstance(token, Exception):
             self._end(slot, text, token)
             return False
+        text.sampler.accept(token)
         text.window.append(token)
         kept = keep_half(text.window, self._block_size)
         if kept is not text.window:
@@ -244,22 +241,6 @@ class Batcher:
         for text in waiting:
             _tell(text, error)
         self._tell_meter()
-
-
-def not_finite() -> RequestError:
-    """Why a text ends whose numbers have left the range of float32."""
-    message = "the model's numbers are no longer finite for this text; try another prompt or version"
-    return RequestError(message, status=500, code="not_finite")
-
-
-def _choose(logits: Tensor, samplers: Sequence[Sampler]) -> list[int | Exception]:
-    """The next token of each text, or what is wrong with its own sampler: logits (n, vocab_size)."""
-    try:
-        return [*choose(logits, samplers)]
-    except Exception as error:
-        if len(samplers) == 1:
-            return [error]
-        return [_choose(row[None], [sampler])[0] for row, sampler in zip(logits, samplers, strict=True)]
 
 
 def _tell(text: Text, error: Exception | None) -> None:

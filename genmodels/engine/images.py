@@ -17,13 +17,16 @@ from torch import Tensor
 
 from genmodels.data.images import decode_image, grid, pixels_of, png
 from genmodels.engine.loaded import ImageModel, Loaded
-from genmodels.engine.requests import MAX_N, Count, Request, Seed, seed_or_random
+from genmodels.engine.requests import MAX_N, Count, Request, Seeds, seed_or_random
 from genmodels.errors import RequestError
+from genmodels.explain import show
 
 MAX_PIXELS = 2**24  # of all pictures of one answer: 64 of 256 x 256 in three colours
 
-Many = Field(min_length=1, max_length=MAX_N)
+Many = Field(min_length=1, max_length=MAX_N, fail_fast=True)
 Images = Annotated[list[Any], Many, Field(description="base64 of PNG files, or nested lists of numbers from 0 to 1")]
+LARGEST = 3.4028234663852886e38  # of float32
+Coordinate = Annotated[float, Field(ge=-LARGEST, le=LARGEST)]
 
 
 class ImageRequest(Request):
@@ -53,9 +56,7 @@ class GenerateRequest(DrawnRequest):
     verb = "generate"
 
     n: Count = Field(1, description="number of images")
-    seed: Seed | Annotated[list[Seed], Many] | None = Field(
-        None, description="one seed for all images, or a list with one seed for each"
-    )
+    seed: Seeds | None = Field(None, description="one seed for all images, or a list with one seed for each")
     size: str = Field("auto", max_length=32, description="`auto`, or the size of the model's pictures as WIDTHxHEIGHT")
 
 
@@ -72,7 +73,9 @@ class DecodeRequest(DrawnRequest):
 
     verb = "decode"
 
-    latents: list[list[float]] = Field(min_length=1, max_length=MAX_N, description="lists of latent_dim numbers")
+    latents: Annotated[
+        list[Annotated[list[Coordinate], Field(fail_fast=True)]], Many, Field(description="lists of latent_dim numbers")
+    ]
 
 
 class ReconstructRequest(DrawnRequest):
@@ -184,6 +187,7 @@ def read_images(model: ImageModel, values: Sequence[Any], param: str) -> Tensor:
     Raises:
         RequestError: one cannot be read or is of another size.
     """
+    _check_pixels(model, len(values), param)
     return torch.stack([_image(model, value, f"{param}[{i}]") for i, value in enumerate(values)])
 
 
@@ -207,7 +211,8 @@ def _picture(model: ImageModel, value: str, param: str) -> np.ndarray:
     if value.startswith("data:"):
         value = value.partition(",")[2]
     try:
-        return decode_image(base64.b64decode(value, validate=True), model.family.data)
+        encoded = "".join(value.split())  # mail and the command base64 break lines
+        return decode_image(base64.b64decode(encoded, validate=True), model.family.data)
     except (binascii.Error, ValueError):
         raise _wrong(param, "is not base64 of a PNG file") from None
     except RequestError as error:
@@ -220,7 +225,7 @@ def _end(model: ImageModel, value: Any, param: str, options: Any) -> Tensor:
     """A latent (latent_dim,) from a seed, a latent, or an image."""
     if isinstance(value, int) and not isinstance(value, bool):
         if not 0 <= value < 2**63:
-            raise _wrong(param, f"got {value}, a seed is from 0 to 2^63 - 1")
+            raise _wrong(param, f"got {show(value)}, a seed is from 0 to 2^63 - 1")
         return model.family.sample_latents(1, value, options)[0]
     if isinstance(value, list) and value and not isinstance(value[0], list):
         return _latent(model, value, param)

@@ -7,8 +7,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from torch import nn
-
 from genmodels import checkpoint
 from genmodels.data.text import Tokenizer, load_tokenizer
 from genmodels.engine.batching import Batcher
@@ -17,12 +15,14 @@ from genmodels.engine.passes import Passes
 from genmodels.engine.requests import Request, parse_options
 from genmodels.errors import CheckpointError, DataError, ModelNotFound
 from genmodels.family import Family, ImageFamily, TextFamily
+from genmodels.memory import Footprint
 from genmodels.metrics import Labels, version_labels
 from genmodels.references import Found
 from genmodels.registry import finite_probe, verify_probe
 from genmodels.storage import Storage
 
 TOKENIZER = "tokenizer.json"
+MAX_CONFIG = 2**20  # bytes
 
 
 @dataclass(frozen=True)
@@ -39,20 +39,17 @@ class Loaded:
             ModelNotFound: the model does not answer this verb; the message says which it does.
             RequestError: an option is unknown or wrong.
         """
+        self.check_verb(verb)
+        return parse_options(self.family.Request, request)
+
+    def check_verb(self, verb: str) -> None:
+        """Raise ModelNotFound where the model does not answer this verb; the message says which it does."""
         verbs = self.family.verbs
         if verb not in verbs:
             family, answered = self.family.family_name(), ", ".join(sorted(verbs))
             raise ModelNotFound(
                 f"{self.name} ({family}) has no {verb!r}; it answers: {answered}", code="verb_not_supported"
             )
-        return parse_options(self.family.Request, request)
-
-    @property
-    def size(self) -> int:
-        """Bytes of its networks in memory."""
-        networks = [value for value in vars(self.family).values() if isinstance(value, nn.Module)]
-        tensors = {tensor.data_ptr(): tensor for net in networks for tensor in net.state_dict().values()}
-        return sum(tensor.nbytes for tensor in tensors.values())
 
     @property
     def labels(self) -> Labels:
@@ -86,15 +83,26 @@ class TextModel(Loaded):
         """What its texts share; made when the first comes."""
         return Batcher(self.family)
 
-    @property
-    def size(self) -> int:
-        return super().size + self.batcher.size
-
     def meter(self) -> None:
         self.batcher.meter = TextMeter(self.labels, self.batcher.slots)
 
     def close(self) -> None:
         self.batcher.close()
+
+
+def footprint(storage: Storage, found: Found) -> Footprint:
+    """Tell what a model will take in memory, of which nothing but `config.json` is read.
+
+    Raises:
+        CheckpointError: it is missing or damaged.
+    """
+    file = found.files.get(checkpoint.CONFIG)
+    if file is None or file.size > MAX_CONFIG:
+        raise CheckpointError(f"{checkpoint.CONFIG}: {'missing' if file is None else 'too large for what it is'}")
+    with checkpoint.scratch_folder() as scratch:
+        checkpoint.download(storage, found.keys, {checkpoint.CONFIG: file}, Path(scratch))
+        outline = checkpoint.read_outline(Path(scratch))
+    return outline.footprint(outline.config, outline.data)
 
 
 def load(storage: Storage, found: Found) -> Loaded:

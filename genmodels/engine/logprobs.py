@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from genmodels.data.text import Tokenizer
-from genmodels.engine.batching import not_finite
+from genmodels.sampling import not_finite
 
 
 @dataclass(frozen=True)

@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 
 from genmodels.engine.meters import ImageMeter
+from genmodels.memory import SERVED_ROWS
 
-CHUNK = 16  # rows in every pass
+CHUNK = SERVED_ROWS  # rows in every pass
 
 
 @dataclass(eq=False)
@@ -65,23 +66,32 @@ class Passes:
 
     def _pass(self) -> None:
         taken = self._take()
-        rows = torch.cat([part.rows[start:end] for part, start, end in taken])
         if self.meter:
-            self.meter.batch_size.observe(len(rows))
+            self.meter.batch_size.observe(sum(end - start for _, start, end in taken))
+        self._compute(taken)
+
+    def _compute(self, taken: list[tuple[_Part, int, int]]) -> None:
         try:
+            rows = torch.cat([part.rows[start:end] for part, start, end in taken])
             padding = rows.new_zeros(CHUNK - len(rows), *rows.shape[1:])
             found = taken[0][0].function(torch.cat((rows, padding)))
         except Exception as error:
-            for part, _, _ in taken:
-                part.error = error
-            with self._changed:
-                self._waiting = deque(part for part in self._waiting if part.error is None)
-                self._tell_meter()
+            if len(taken) == 1:
+                self._fail(taken[0][0], error)
+            else:  # each alone, as its numbers are the same then: the one at fault ends, not all
+                for one in taken:
+                    self._compute([one])
             return
         place = 0
         for part, start, end in taken:
             part.results.append(found[place : place + end - start])
             place += end - start
+
+    def _fail(self, part: _Part, error: Exception) -> None:
+        part.error = error
+        with self._changed:
+            self._waiting = deque(other for other in self._waiting if other is not part)
+            self._tell_meter()
 
     def _take(self) -> list[tuple[_Part, int, int]]:
         """(request, first row, last row + 1) of the next pass: the longest waiting, and what fits beside it."""

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Mapping
-from typing import Annotated, Any, ClassVar
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, ClassVar, TypeAlias, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, TypeAdapter, ValidationError, model_validator
+from pydantic_core import CoreSchema, core_schema
 
 from genmodels.errors import RequestError
 from genmodels.explain import Problem, all_wrong, explain, nearest, path_of
@@ -14,12 +16,50 @@ from genmodels.family import Section
 
 MAX_N = 64  # choices, images, latents or steps in one request
 
+
+def is_list(value: Any) -> bool:
+    return isinstance(value, list)
+
+
+@dataclass(frozen=True)
+class ByForm:
+    """Validate `One | Several` by the form of the value: a plain union reports what is wrong with it as each.
+
+    Args:
+        several: tell whether a value is to be validated as the second of the two.
+    """
+
+    several: Callable[[Any], bool] = is_list
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: GetCoreSchemaHandler) -> CoreSchema:
+        one, several = (TypeAdapter(form, config=Section.model_config) for form in get_args(source))
+
+        def validate(value: Any, _: Any) -> Any:
+            return (several if self.several(value) else one).validate_python(value)
+
+        return core_schema.no_info_wrap_validator_function(validate, handler(source))
+
+
 Count = Annotated[int, Field(ge=1, le=MAX_N)]
 Seed = Annotated[int, Field(ge=0, lt=2**63)]
+Seeds: TypeAlias = Annotated[
+    Seed | Annotated[list[Seed], Field(min_length=1, max_length=MAX_N, fail_fast=True)], ByForm()
+]
 
 
-class Request(Section):
-    """A request as a client writes it. What is not among its fields is an option of the family; null is not given."""
+class Body(Section):
+    """A JSON object as a client writes it: null stands for the default, as clients with typed fields send it."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_not_given(cls, fields: Any) -> Any:
+        if not isinstance(fields, dict):
+            return fields
+        return {name: value for name, value in fields.items() if value is not None}
+
+
+class Request(Body):
+    """A request for an answer. What is not among its fields is an option of the family."""
 
     model_config = ConfigDict(extra="allow")
 
@@ -31,9 +71,10 @@ class Request(Section):
     def _drop_what_asks_for_nothing(cls, fields: Any) -> Any:
         if not isinstance(fields, dict):
             return fields
-        fields = {name: value for name, value in fields.items() if value is not None}
         refused = [
-            name for name, values in cls.neutral.items() if name in fields and values and fields[name] not in values
+            name
+            for name, values in cls.neutral.items()
+            if values and fields.get(name) is not None and fields[name] not in values
         ]
         if refused:
             raise all_wrong(

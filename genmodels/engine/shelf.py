@@ -10,9 +10,10 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
 
-from genmodels.engine.loaded import Loaded, load
+from genmodels.engine.loaded import Loaded, footprint, load
 from genmodels.engine.warm import warm
 from genmodels.errors import CheckpointError, RequestError
+from genmodels.memory import Footprint
 from genmodels.metrics import LOAD_SECONDS, LOADED_BYTES
 from genmodels.references import Found
 from genmodels.storage import Storage
@@ -34,7 +35,7 @@ class Shelf:
 
     Args:
         budget: bytes.
-        start: called once with each model that has got its place.
+        start: called once with each model that has got its place, before any request.
     """
 
     def __init__(self, storage: Storage, budget: int, start: Callable[[Loaded], None]) -> None:
@@ -109,21 +110,27 @@ class Shelf:
             loading.set_result(None)
 
     def _bring(self, found: Found) -> None:
+        began = time.monotonic()
+        size = self._footprint(found)
+        peak = max(size.total, size.weights + found.size)  # files are read while networks stand
+        with self._room(min(peak, self._budget)):
+            loaded = load(self._storage, found)
+            warm(loaded)
+            LOAD_SECONDS.labels(found.family).observe(time.monotonic() - began)
+            loaded.meter()
+            self._start(loaded)  # before requests can find it: they would wait for ever for one that cannot start
+            with self._lock:
+                LOADED_BYTES.labels(*loaded.labels).inc(size.total)
+                self._held[found.name] = _Held(loaded, size.total)
+
+    def _footprint(self, found: Found) -> Footprint:
+        """What a model will take, before any of it is taken."""
         if found.size > self._budget:
             raise _too_large(found.size, self._budget)
-        began = time.monotonic()
-        with self._room(found.size):
-            loaded = load(self._storage, found)
-            size = loaded.size
-            if size > self._budget:
-                raise _too_large(size, self._budget)
-            warm(loaded)
-        LOAD_SECONDS.labels(found.family).observe(time.monotonic() - began)
-        with self._room(size), self._lock:
-            loaded.meter()
-            LOADED_BYTES.labels(*loaded.labels).inc(size)
-            self._held[found.name] = _Held(loaded, size)
-        self._start(loaded)
+        size = footprint(self._storage, found)
+        if size.total > self._budget:
+            raise _too_large(size.total, self._budget)
+        return size
 
     @contextlib.contextmanager
     def _room(self, size: int) -> Iterator[None]:

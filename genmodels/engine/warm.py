@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import time
 
+from genmodels.engine.completion_request import CompletionRequest
 from genmodels.engine.images import DecodeRequest, GenerateRequest, answer
 from genmodels.engine.loaded import ImageModel, Loaded, TextModel
-from genmodels.engine.text import CompletionRequest, complete
+from genmodels.engine.text import complete
 from genmodels.errors import CheckpointError, RequestError
 
 SLOWEST = 30.0  # seconds that the small requests may take

@@ -37,7 +37,8 @@ from genmodels.family import (
 from genmodels.latent import FittedDensity, GaussianMixture, first_rows, image_normal, way
 from genmodels.measures.filters import best_filter, noisy
 from genmodels.measures.pictures import components, mean_psnr, mean_ssim, pictures, spread
-from genmodels.networks import ImageDecoder, ImageEncoder, Norm, check_shape, inference, placed, psnr, ssim
+from genmodels.memory import Footprint, network_bytes
+from genmodels.networks import ImageDecoder, ImageEncoder, Norm, check_shape, inference, pass_bytes, placed, psnr, ssim
 from genmodels.optim import make_optimizers
 
 if TYPE_CHECKING:
@@ -88,6 +89,7 @@ class Autoencoder(FittedDensity, ImageFamily[AutoencoderConfig, AutoencoderReque
 
     Config = AutoencoderConfig
     Request = AutoencoderRequest
+    repeated = "blocks"
     metric_names = ("val_loss", "val_psnr", "val_denoise_psnr")
     evaluation_names = ("psnr", "ssim", "pca_gain", *NOISE_LEVELS, "denoise_ssim", "denoise_gain")
 
@@ -103,6 +105,13 @@ class Autoencoder(FittedDensity, ImageFamily[AutoencoderConfig, AutoencoderReque
         self.config = config
         self.data = data
         self.network = AutoencoderNetwork(config, data.shape)
+
+    @classmethod
+    def footprint(cls, config: AutoencoderConfig, data: ImageInfo | TextInfo) -> Footprint:
+        assert isinstance(data, ImageInfo)
+        density = cls.density_bytes(config.density_components, config.latent_dim)
+        working = pass_bytes(data.shape, config.width) + 2 * density  # which draws in float64
+        return Footprint(network_bytes(cls, config, data), kept=density, working=working)
 
     def roles(self, optimizer: OptimizerConfig) -> list[Role]:
         loss = AutoencoderLoss(self.network, self.config)

@@ -29,7 +29,8 @@ from genmodels.family import Findings, ImageFamily, ImageInfo, Material, Optimiz
 from genmodels.latent import row_generators, standard_normal, way
 from genmodels.measures import samples
 from genmodels.measures.distances import frechet_distance, moments
-from genmodels.networks import check_shape, image_sizes, inference, placed
+from genmodels.memory import Footprint, network_bytes
+from genmodels.networks import check_shape, image_sizes, inference, pass_bytes, placed
 from genmodels.optim import make_optimizers
 
 if TYPE_CHECKING:
@@ -71,7 +72,10 @@ class GANRequest(Section):
         1.0, ge=0, le=2, description="scale of the noise (truncation); lower gives more typical, less varied pictures"
     )
     label: int | None = Field(
-        None, ge=0, description="class to draw, for a conditional model; default: a random class for each image"
+        None,
+        ge=0,
+        le=65_535,
+        description="class to draw, for a conditional model; default: a random class for each image",
     )
 
 
@@ -80,6 +84,7 @@ class GAN(ImageFamily[GANConfig, GANRequest]):
 
     Config = GANConfig
     Request = GANRequest
+    repeated = "blocks"
     metric_names = ("val_frechet", "val_frechet_floor")
     evaluation_names = samples.NAMES
     followed = ("discriminator_accuracy_real", "discriminator_accuracy_fake", "val_frechet")
@@ -102,6 +107,11 @@ class GAN(ImageFamily[GANConfig, GANRequest]):
         self.network = Generator(config, self.latent_dim, data.shape)
         self.discriminator = Discriminator(config, self.num_classes, data.shape)
         self.features = RandomFeatures(data.channels)
+
+    @classmethod
+    def footprint(cls, config: GANConfig, data: ImageInfo | TextInfo) -> Footprint:
+        assert isinstance(data, ImageInfo)
+        return Footprint(network_bytes(cls, config, data), working=pass_bytes(data.shape, config.width))
 
     def roles(self, optimizer: OptimizerConfig) -> list[Role]:
         judging = DiscriminatorLoss(self.discriminator, self.network, self.config)

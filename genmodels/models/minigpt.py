@@ -35,6 +35,7 @@ from genmodels.family import (
     keep_half,
 )
 from genmodels.measures.texts import EVALUATION_NAMES, IGNORED, evaluate_text
+from genmodels.memory import FLOAT, SERVED_ROWS, Footprint, network_bytes
 from genmodels.networks import inference
 from genmodels.optim import make_optimizers
 from genmodels.sampling import Sampler, SamplingOptions, choose
@@ -82,6 +83,7 @@ class MiniGPT(TextFamily[MiniGPTConfig, SamplingOptions]):
 
     Config = MiniGPTConfig
     Request = SamplingOptions
+    repeated = "n_layer"
     metric_names = ("val_loss", "val_bits_per_char")
     evaluation_names = EVALUATION_NAMES
 
@@ -98,6 +100,11 @@ class MiniGPT(TextFamily[MiniGPTConfig, SamplingOptions]):
         self.config = config
         self.data = data
         self.network = Transformer(config, data.vocab_size)
+
+    @classmethod
+    def footprint(cls, config: MiniGPTConfig, data: ImageInfo | TextInfo) -> Footprint:
+        assert isinstance(data, TextInfo)
+        return Footprint(network_bytes(cls, config, data), *MiniGPTDecoder.footprint(config, data.vocab_size))
 
     @property
     def block_size(self) -> int:
@@ -245,7 +252,7 @@ class MLP(nn.Module):
     def __init__(self, config: MiniGPTConfig) -> None:
         super().__init__()
         self.kind = config.mlp
-        hidden = 4 * config.n_embd if config.mlp != "swiglu" else -(-8 * config.n_embd // 24) * 8
+        hidden = hidden_size(config)
         self.input = nn.Linear(config.n_embd, hidden, bias=config.bias)
         self.gate = nn.Linear(config.n_embd, hidden, bias=config.bias) if config.mlp == "swiglu" else None
         self.output = nn.Linear(hidden, config.n_embd, bias=config.bias)
@@ -274,11 +281,28 @@ class MiniGPTDecoder:
 
     chunk = 32  # tokens of one prefill
 
+    @classmethod
+    def footprint(cls, config: MiniGPTConfig, vocab_size: int) -> tuple[int, int]:
+        """Bytes that it keeps, and bytes that a pass takes for its time, for `SERVED_ROWS` slots."""
+        width, kept, rows = config.n_embd, _rounded_up(config.block_size + 1), max(SERVED_ROWS, cls.chunk)
+        hidden, inputs = hidden_size(config), 2 if config.mlp == "swiglu" else 1
+        layer = 4 * width**2 + (inputs + 1) * hidden * width + 2 * SERVED_ROWS * kept * width  # keys and values
+        biases = inputs * hidden + (5 if config.norm == "layer" else 2) * width if config.bias else 0
+        positions = kept * (width if config.positions == "learned" else width // config.n_head)
+        head = vocab_size * (width + config.bias)
+        tables = vocab_size * width + positions + head
+        attention = 3 * rows * config.n_head * kept  # mask, scores, probabilities
+        passing = attention + rows * (3 * inputs * hidden + 8 * width + 16 * vocab_size)
+        making = 3 * width * max(3 * width, inputs * hidden, vocab_size)  # a matrix, and what it is made from
+        working = max(passing, making)
+        return FLOAT * (tables + config.n_layer * (layer + biases)), FLOAT * working
+
     @torch.inference_mode()
     def __init__(self, network: Transformer, block_size: int, slots: int) -> None:
         embedding, head = network.token_embedding.weight.float(), network.head
         device, kept = embedding.device, _rounded_up(block_size + 1)
         self._padding, self._device = block_size, device
+        self._n_head = cast(Block, network.blocks[0]).attention.n_head
         self._embedding = embedding.clone()
         self._positions, self._rotations = None, None
         if network.position_embedding is None:
@@ -291,13 +315,7 @@ class MiniGPTDecoder:
         self._head = _Projection(
             network.norm, embedding if head is None else head.weight, None if head is None else head.bias
         )
-        self._mask = torch.full((kept, kept), -torch.inf, device=device).triu(1)  # row p: what position p sees
         self._slots, self._heights = slots, self._equal_heights(slots)
-
-    @property
-    def size(self) -> int:
-        """Bytes, but for the embeddings."""
-        return self._mask.nbytes + sum(layer.size for layer in self._layers)
 
     @torch.inference_mode()
     def prefill(self, slot: int, tokens: Sequence[int], start: int) -> Tensor:
@@ -346,10 +364,17 @@ class MiniGPTDecoder:
         elif self._positions is not None:
             x = x + self._positions[places]
         places = places[: attended.count * attended.t]
-        mask = self._mask[places, : attended.length]
+        mask = self._mask(places, attended)
         for layer in self._layers:
             x = layer.forward(x, rotation, places, mask, attended)
         return self._head(x).cpu()
+
+    def _mask(self, places: Tensor, attended: _Attended) -> Tensor:
+        """What is added to scores, (count * n_head, t, length): a token sees its own position and those before."""
+        later = torch.arange(attended.length, device=places.device) > places[:, None]
+        mask = torch.zeros(later.shape, device=places.device).masked_fill_(later, -torch.inf)
+        mask = mask.view(attended.count, 1, attended.t, attended.length).expand(-1, self._n_head, -1, -1)
+        return mask.reshape(-1, attended.t, attended.length)
 
 
 @dataclass(frozen=True)
@@ -384,11 +409,6 @@ class _DecoderLayer:
         n_head, _, head_size = self._shape
         self._kept = torch.zeros(slots, n_head, kept, 2, head_size, device=weights.device)
 
-    @property
-    def size(self) -> int:
-        linears = (self._query_key_value, self._output, self._hidden, self._down)
-        return self._kept.nbytes + sum(linear.weight.nbytes for linear in linears)
-
     def forget(self, slot: int) -> None:
         """Make room for another sequence: numbers that are not finite would spoil it even where they are masked."""
         self._kept[slot] = 0
@@ -417,7 +437,6 @@ class _DecoderLayer:
         sequences[owners, :, places.view(count, t)] = new[:, :, :, 1:]
         keys, values = sequences[:, :, :length].flatten(0, 1).unbind(2)
         query = new[:, :, :, 0].transpose(1, 2).reshape(count * n_head, t, head_size)
-        mask = mask.view(count, 1, t, length).expand(-1, n_head, -1, -1).reshape(-1, t, length)
         scores = torch.baddbmm(mask, query, keys.mT, alpha=head_size**-0.5)
         found = torch.bmm(scores.softmax(-1), values).view(count, n_head, t, head_size)
         return F.pad(found.transpose(1, 2).reshape(rows, -1), (0, 0, 0, len(projected) - rows))
@@ -461,6 +480,11 @@ def _activate(hidden: Tensor, kind: str) -> Tensor:
         gate, value = hidden.chunk(2, dim=-1)
         return F.silu(gate) * value
     return F.relu(hidden) if kind == "relu" else F.gelu(hidden)
+
+
+def hidden_size(config: MiniGPTConfig) -> int:
+    """How wide the feed-forward part is."""
+    return 4 * config.n_embd if config.mlp != "swiglu" else -(-8 * config.n_embd // 24) * 8
 
 
 def _rounded_up(length: int) -> int:

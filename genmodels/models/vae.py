@@ -32,7 +32,8 @@ from genmodels.family import (
 )
 from genmodels.latent import MAX_FIT, FittedDensity, GaussianMixture, first_rows, image_normal, standard_normal, way
 from genmodels.measures.pictures import components, mean_psnr, mean_ssim, pictures, spread
-from genmodels.networks import ImageDecoder, ImageEncoder, Norm, check_shape, inference, placed, psnr
+from genmodels.memory import Footprint, network_bytes
+from genmodels.networks import ImageDecoder, ImageEncoder, Norm, check_shape, inference, pass_bytes, placed, psnr
 from genmodels.optim import make_optimizers
 
 if TYPE_CHECKING:
@@ -98,6 +99,7 @@ class VAE(FittedDensity, ImageFamily[VAEConfig, VAERequest]):
 
     Config = VAEConfig
     Request = VAERequest
+    repeated = "blocks"
     metric_names = ("val_loss", "val_reconstruction", "val_kl", "val_psnr", "val_active_units")
     evaluation_names = ("nll", "negative_elbo", "reconstruction", "kl", "active_units", "psnr", "ssim")
 
@@ -113,6 +115,13 @@ class VAE(FittedDensity, ImageFamily[VAEConfig, VAERequest]):
         self.config = config
         self.data = data
         self.network = VAENetwork(config, data.shape)
+
+    @classmethod
+    def footprint(cls, config: VAEConfig, data: ImageInfo | TextInfo) -> Footprint:
+        assert isinstance(data, ImageInfo)
+        density = cls.density_bytes(config.density_components, config.latent_dim)
+        working = pass_bytes(data.shape, config.width) + 2 * density  # which draws in float64
+        return Footprint(network_bytes(cls, config, data), kept=density, working=working)
 
     def roles(self, optimizer: OptimizerConfig) -> list[Role]:
         loss = ELBO(self.network, self.config)

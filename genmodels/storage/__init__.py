@@ -19,13 +19,29 @@ from genmodels.errors import StorageError
 from genmodels.storage.base import UNPRINTABLE, Storage, check_key
 from genmodels.storage.documents import decode_floats, encode_floats, read_document, write_document
 from genmodels.storage.folder import FolderStorage
+from genmodels.storage.marker import read_marker
 from genmodels.storage.measured import MeasuredStorage
+from genmodels.storage.probe import begin_writing, probe_conditional_puts
 
-__all__ = ["Storage", "decode_floats", "encode_floats", "open_storage", "read_document", "write_document"]
+__all__ = [
+    "Storage",
+    "begin_writing",
+    "decode_floats",
+    "encode_floats",
+    "open_storage",
+    "probe_conditional_puts",
+    "read_document",
+    "read_marker",
+    "write_document",
+]
 
 
-def open_storage(url: str) -> Storage:
+def open_storage(url: str, *, in_use: bool = False) -> Storage:
     """The storage at `file:///folder` or `s3://bucket/prefix`. Makes no request: errors of the store come on use.
+
+    Args:
+        in_use: for a process that carries on what others have begun here (a driver, a worker, a model host): a refusal
+            or a missing folder is then an outage from the start, and not the user's mistake.
 
     Raises:
         StorageError: the URL is of another form.
@@ -38,10 +54,13 @@ def open_storage(url: str) -> Storage:
             "set AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY in the environment"
         )
     if scheme == "file" and rest.startswith("/") and not UNPRINTABLE.search(unquote(rest)):
-        return MeasuredStorage(FolderStorage(Path(os.path.normpath(unquote(rest)))))
+        return MeasuredStorage(FolderStorage(Path(os.path.normpath(unquote(rest))), in_use), in_use)
     bucket, _, prefix = rest.partition("/")
     if scheme == "s3" and re.fullmatch("[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]", bucket):
         from genmodels.storage.s3 import S3Storage  # boto3 takes a quarter of a second to import
 
-        return MeasuredStorage(S3Storage(bucket, check_key(prefix.removesuffix("/")) if prefix else ""))
-    raise StorageError(f"storage URL {shown!r}: must be file:///absolute/folder or s3://bucket/prefix")
+        return MeasuredStorage(S3Storage(bucket, check_key(prefix.removesuffix("/")) if prefix else ""), in_use)
+    form = "must be file:///absolute/folder or s3://bucket/prefix"
+    if re.fullmatch(r"[^:@]+", url):
+        form = f"write the folder as {Path(os.path.abspath(os.path.expanduser(url))).as_uri()}"
+    raise StorageError(f"storage URL {shown!r}: {form}")

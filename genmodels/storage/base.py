@@ -13,7 +13,12 @@ import tenacity
 
 from genmodels.errors import StorageError, StorageUnavailable
 
-RESERVED = ".storage"  # first name of no key: a local folder keeps its lock and temporary files there
+RESERVED = ".storage"  # first name of no key but those of INTERNAL: a local folder keeps its lock there, too
+INTERNAL = re.compile(r"\.storage/(marker\.json|probe-[0-9a-f]{32})")  # of `genmodels.storage.marker` and `.probe`
+CONDITIONS_NEEDED = (
+    "genmodels needs conditional puts (If-None-Match and If-Match): use a store that honours them, e.g. AWS S3, MinIO "
+    "or SeaweedFS, or a local folder"
+)
 UNPRINTABLE = re.compile("[\x00-\x1f\x7f\ud800-\udfff]")
 
 
@@ -21,7 +26,10 @@ class Storage(ABC):
     """Objects under a root. Cheap to make, safe to share between threads; `open_storage(self.url)` is the same storage.
 
     Every method raises StorageError where the key, the credentials or the bucket are wrong, and StorageUnavailable
-    where the store does not answer: then a put may or may not have happened.
+    where the store does not answer: then a put may or may not have happened. What was allowed before and is refused now
+    is StorageUnavailable as well: see `Refused`.
+
+    Keys of INTERNAL can be read and written; no list shows them.
     """
 
     url: str
@@ -83,6 +91,18 @@ class Storage(ABC):
         """Fetch an object of any size into a file, which appears only when complete. Raises KeyNotFound."""
 
 
+class Refused(StorageError):
+    """The store refuses, for a reason that lies outside of the request: rights, credentials, bucket, mount.
+
+    At the start of a command that is the user's to mend. Once the same kind of operation has succeeded, it is an outage
+    that passes: `MeasuredStorage` decides. `reason`: as StorageUnavailable has it.
+    """
+
+    def __init__(self, message: str, reason: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+
 class PassingFailure(StorageUnavailable):
     """A failure after which the next try is likely to succeed."""
 
@@ -101,7 +121,7 @@ def check_key(key: str) -> str:
         raise StorageError(
             f"key {key[:300]!r}: must be names of 1 to 255 bytes joined by '/', none of them '.' or '..'"
         )
-    if names[0] == RESERVED:
+    if names[0] == RESERVED and not INTERNAL.fullmatch(key):
         raise StorageError(f"key {key!r}: {RESERVED!r} is reserved for lock and temporary files")
     return key
 

@@ -17,22 +17,34 @@ from typing import BinaryIO
 from filelock import FileLock, Timeout
 
 from genmodels.errors import Conflict, KeyNotFound, StorageError, StorageUnavailable
-from genmodels.storage.base import RESERVED, Storage, appears_whole, check_key, check_prefix
+from genmodels.storage.base import CONDITIONS_NEEDED, RESERVED, Refused, Storage, appears_whole, check_key, check_prefix
+from genmodels.storage.disk import AWAY, disk_failure
+from genmodels.storage.marker import MARKER, Marker, mark, parse_marker
 
 LOCK_TIMEOUT = 30.0  # seconds until a lock that a stopped process holds counts as an outage
 STALE_TEMPORARY = 86_400.0  # seconds until a temporary file must be one that a killed process left behind
 
 
 class FolderStorage(Storage):
-    """Objects as files: written to a temporary file, synced, renamed while a lock is held. Reading takes no lock."""
+    """Objects as files: written to a temporary file, synced, renamed while a lock is held. Reading takes no lock.
 
-    def __init__(self, root: Path) -> None:
+    A folder that is unmounted or deleted looks empty, and would be written anew on the disk beneath. So the first
+    writer leaves a marker, and each operation looks at it, before and after: an answer counts only if the folder that
+    was there at first is there still.
+
+    Args:
+        in_use: it was written before, so that it must have its marker.
+    """
+
+    def __init__(self, root: Path, in_use: bool = False) -> None:
         self.url = root.as_uri()
         self._root = root
         self._hidden = root / RESERVED
         # One lock for the whole folder: it is held for a comparison and a rename, not while data is written.
         self._lock = FileLock(self._hidden / "lock", LOCK_TIMEOUT, poll_interval=0.005, fallback_to_soft=False)
         self._swept = False
+        self._in_use = in_use
+        self._marker: tuple[Marker, tuple[int, ...]] | None = None  # and which file that is
 
     def get(self, key: str) -> tuple[bytes, str]:
         with self._errors("get", key), self._open(key) as file:
@@ -41,7 +53,7 @@ class FolderStorage(Storage):
 
     def put(self, key: str, data: bytes, *, if_absent: bool = False, if_match: str | None = None) -> str:
         path = self._path(key)
-        with self._errors("put", key), self._temporary() as temporary:
+        with self._errors("put", key), self._temporary(key) as temporary:
             temporary.write_bytes(data)
             _sync(temporary)
             with self._lock:
@@ -88,7 +100,7 @@ class FolderStorage(Storage):
 
     def upload(self, path: Path, key: str) -> None:
         target = self._path(key)
-        with open(path, "rb") as source, self._errors("upload", key), self._temporary() as temporary:
+        with open(path, "rb") as source, self._errors("upload", key), self._temporary(key) as temporary:
             _copy(source, temporary)
             _sync(temporary)
             with self._lock:
@@ -117,9 +129,12 @@ class FolderStorage(Storage):
             raise KeyNotFound(f"{self.url}/{key}: no such object") from None
 
     @contextmanager
-    def _temporary(self) -> Iterator[Path]:
+    def _temporary(self, key: str) -> Iterator[Path]:
         """A new path in the hidden folder, so on the same file system as the objects."""
-        self._hidden.mkdir(parents=True, exist_ok=True)
+        if self._marker is None:
+            self._hidden.mkdir(parents=True, exist_ok=True)
+            if key != MARKER:
+                mark(self)
         if not self._swept:
             self._swept = True
             _sweep(self._hidden)
@@ -129,16 +144,56 @@ class FolderStorage(Storage):
         finally:
             path.unlink(missing_ok=True)
 
+    def _look(self) -> None:
+        """Raise StorageUnavailable if another folder is here than before, StorageError if it is of another format."""
+        path, known = self._root / MARKER, self._marker  # before the look: another thread may write the marker now
+        try:
+            stat = path.stat()
+            file = stat.st_dev, stat.st_ino, stat.st_mtime_ns
+            if known and known[1] == file:
+                return
+            marker = parse_marker(self.url, path.read_bytes())
+        except (FileNotFoundError, NotADirectoryError):
+            if known or self._in_use:
+                raise _gone(f"{self.url}: the folder is gone or its {MARKER} is missing; mount it again") from None
+            return
+        if known and known[0].id != marker.id:
+            raise _gone(f"{self.url}: another storage is there now; mount the one that was there before")
+        self._marker = marker, file
+
     @contextmanager
     def _errors(self, action: str, key: str) -> Iterator[None]:
         where = f"{self.url}/{key}: {action}"
         try:
-            yield
+            self._look()
+            try:
+                yield
+            finally:
+                self._look()
         except Timeout:
             raise StorageUnavailable(f"{where}: another process has held the lock for {LOCK_TIMEOUT:.0f} s") from None
+        except NotImplementedError:
+            raise StorageError(f"{where}: its file system has no file locks (flock); {CONDITIONS_NEEDED}") from None
         except OSError as error:
-            passing = error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.ESTALE)
-            raise (StorageUnavailable if passing else StorageError)(f"{where}: {error}") from error
+            raise _meaning(where, error) from error
+
+
+def _meaning(where: str, error: OSError) -> StorageError:
+    """What an error of the file system means."""
+    message = f"{where}: {error}"
+    if error.errno in (errno.EACCES, errno.EPERM):
+        return Refused(f"{message}; check the rights of the folder", "the storage refuses access")
+    if error.errno == errno.EROFS:
+        return Refused(message, "the storage is read-only")
+    if error.errno in AWAY:
+        return StorageUnavailable(message)
+    if state := disk_failure(error):
+        return StorageUnavailable(message, f"the storage {state}")
+    return StorageError(message)
+
+
+def _gone(message: str) -> StorageUnavailable:
+    return StorageUnavailable(message, "the folder of the storage is gone")
 
 
 def _names(folder: Path, path: str) -> list[str]:

@@ -1,4 +1,4 @@
-"""Any storage, with its operations timed and its failures counted."""
+"""Any storage, with its operations timed, its failures counted, and refusals that pass told from those that do not."""
 
 from __future__ import annotations
 
@@ -9,62 +9,85 @@ from pathlib import Path
 
 from genmodels.errors import Conflict, KeyNotFound, StorageError, StorageUnavailable
 from genmodels.metrics import STORAGE_ERRORS, STORAGE_SECONDS
-from genmodels.storage.base import Storage
+from genmodels.storage.base import Refused, Storage
+
+WRITES = ("put", "delete", "upload")
 
 
 class MeasuredStorage(Storage):
-    """Passes everything on; what a storage asks of itself on the way is part of the one operation."""
+    """Passes everything on; what a storage asks of itself on the way is part of the one operation.
 
-    def __init__(self, storage: Storage) -> None:
+    A refusal (`Refused`) is final until an operation of the same kind, reading or writing, has succeeded here: the
+    credentials, the bucket or the rights are wrong, and the user learns it at once. Afterwards it is an outage.
+
+    Args:
+        in_use: other processes have read and written this storage before, so that each refusal is an outage.
+    """
+
+    def __init__(self, storage: Storage, in_use: bool = False) -> None:
         self.url, self._storage = storage.url, storage
+        self._allowed = {"read": in_use, "write": in_use}
 
     def get(self, key: str) -> tuple[bytes, str]:
-        with _measured("get"):
+        with self._operation("get"):
             return self._storage.get(key)
 
     def put(self, key: str, data: bytes, *, if_absent: bool = False, if_match: str | None = None) -> str:
-        with _measured("put"):
+        with self._operation("put"):
             return self._storage.put(key, data, if_absent=if_absent, if_match=if_match)
 
     def folders(self, prefix: str) -> list[str]:
-        with _measured("list"):
+        with self._operation("list"):
             return self._storage.folders(prefix)
 
     def list(self, prefix: str, *, after: str = "", limit: int | None = None) -> list[str]:
-        with _measured("list"):
+        with self._operation("list"):
             return self._storage.list(prefix, after=after, limit=limit)
 
     def sizes(self, prefix: str) -> dict[str, int]:
-        with _measured("list"):
+        with self._operation("list"):
             return self._storage.sizes(prefix)
 
     def delete(self, key: str) -> None:
-        with _measured("delete"):
+        with self._operation("delete"):
             self._storage.delete(key)
 
     def exists(self, key: str) -> bool:
-        with _measured("exists"):
+        with self._operation("exists"):
             return self._storage.exists(key)
 
     def upload(self, path: Path, key: str) -> None:
-        with _measured("upload"):
+        with self._operation("upload"):
             self._storage.upload(path, key)
 
     def download(self, key: str, path: Path) -> None:
-        with _measured("download"):
+        with self._operation("download"):
             self._storage.download(key, path)
 
+    @contextmanager
+    def _operation(self, name: str) -> Iterator[None]:
+        began = time.perf_counter()
+        try:
+            with self._outages("write" if name in WRITES else "read"):
+                yield
+        except (KeyNotFound, Conflict):
+            raise
+        except StorageError as error:
+            kind = StorageUnavailable if isinstance(error, StorageUnavailable) else StorageError
+            STORAGE_ERRORS.labels(name, kind.__name__).inc()
+            raise
+        finally:
+            STORAGE_SECONDS.labels(name).observe(time.perf_counter() - began)
 
-@contextmanager
-def _measured(operation: str) -> Iterator[None]:
-    began = time.perf_counter()
-    try:
-        yield
-    except (KeyNotFound, Conflict):
-        raise
-    except StorageError as error:
-        kind = StorageUnavailable if isinstance(error, StorageUnavailable) else StorageError
-        STORAGE_ERRORS.labels(operation, kind.__name__).inc()
-        raise
-    finally:
-        STORAGE_SECONDS.labels(operation).observe(time.perf_counter() - began)
+    @contextmanager
+    def _outages(self, access: str) -> Iterator[None]:
+        try:
+            yield
+        except (KeyNotFound, Conflict):  # answers, too
+            self._allowed[access] = True
+            raise
+        except Refused as error:
+            if not self._allowed[access]:
+                raise
+            raise StorageUnavailable(str(error), error.reason) from error
+        self._allowed[access] = True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -15,9 +16,25 @@ from botocore import exceptions as boto
 from botocore.config import Config
 
 from genmodels.errors import Conflict, KeyNotFound, StorageError, StorageUnavailable
-from genmodels.storage.base import PassingFailure, Storage, appears_whole, check_key, check_prefix, retry_passing
+from genmodels.storage.base import (
+    CONDITIONS_NEEDED,
+    RESERVED,
+    PassingFailure,
+    Refused,
+    Storage,
+    appears_whole,
+    check_key,
+    check_prefix,
+    retry_passing,
+)
+from genmodels.storage.disk import outage_of_disk
 
 CONNECT_TIMEOUT, READ_TIMEOUT = 5.0, 30.0  # seconds, of one try; boto makes AWS_MAX_ATTEMPTS of them (3 unless set)
+# Codes of answers with status 400, which else means that the request itself is wrong.
+_ACCESS = re.compile(
+    "Token|Authorization|Expired|Signature|AccessKey|Credential|Skew|Denied|Security|Account|Suspended"
+)
+_DENIED = "the storage refuses access"
 _CREDENTIALS = "check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN, AWS_ENDPOINT_URL in the environment"
 
 
@@ -63,7 +80,7 @@ class S3Storage(Storage):
         with self._errors("folders", prefix):
             pages = self._pages(prefix, Delimiter="/")
             names = [item["Prefix"] for page in pages for item in page.get("CommonPrefixes", ())]
-        return sorted(Path(name).name for name in names)
+        return sorted(Path(name).name for name in names if name != f"{self._prefix}{RESERVED}/")
 
     def list(self, prefix: str, *, after: str = "", limit: int | None = None) -> list[str]:
         options: dict[str, Any] = {"StartAfter": self._prefix + after} if after else {}
@@ -121,8 +138,9 @@ class S3Storage(Storage):
         """Keys and sizes, in the store's order."""
         for page in self._pages(prefix, **options):
             for item in page.get("Contents", ()):
-                if not item["Key"].endswith("/"):  # a folder marker of other tools
-                    yield item["Key"].removeprefix(self._prefix), item["Size"]
+                key = item["Key"].removeprefix(self._prefix)
+                if not key.endswith("/") and not key.startswith(f"{RESERVED}/"):  # a folder marker of other tools
+                    yield key, item["Size"]
 
     def _pages(self, prefix: str, **options: Any) -> Iterator[dict[str, Any]]:
         name = self._prefix + check_prefix(prefix)
@@ -151,21 +169,22 @@ class S3Storage(Storage):
             status, code = error.response["ResponseMetadata"]["HTTPStatusCode"], error.response["Error"].get("Code", "")
             raise _answer_error(where, status, code) from None
         except (boto.NoCredentialsError, boto.PartialCredentialsError):
-            raise StorageError(f"{where}: no credentials; {_CREDENTIALS}") from None
+            raise Refused(f"{where}: no credentials; {_CREDENTIALS}", _DENIED) from None
         except (boto.ResponseStreamingError, boto.IncompleteReadError, boto.FlexibleChecksumError) as error:
             raise PassingFailure(f"{where}: the answer broke off ({type(error).__name__})") from None
         except boto.HTTPClientError as error:
             if isinstance(error.kwargs.get("error"), ValueError):  # a header that cannot be sent
-                raise StorageError(f"{where}: credentials with a line break or space in them; {_CREDENTIALS}") from None
+                raise Refused(
+                    f"{where}: credentials with a line break or space in them; {_CREDENTIALS}", _DENIED
+                ) from None
             raise StorageUnavailable(f"{where}: {self._no_answer(error)}") from None
         except (boto.ConnectionError, boto.CredentialRetrievalError) as error:
             raise StorageUnavailable(f"{where}: {self._no_answer(error)}") from None
         except boto.BotoCoreError as error:
-            raise StorageError(
-                f"{where}: {type(error).__name__}; check the AWS_ variables of the environment"
-            ) from None
-        except OSError as error:
-            raise StorageError(f"{where}: {error}") from error
+            message = f"{where}: {type(error).__name__}; check the AWS_ variables of the environment"
+            raise Refused(message, _DENIED) from None
+        except OSError as error:  # of the file that is read or written here
+            raise outage_of_disk(error) or StorageError(f"{where}: {error}") from error
 
     def _no_answer(self, error: Exception) -> str:
         host = urlsplit(self._client.meta.endpoint_url).netloc.rpartition("@")[2]
@@ -175,20 +194,27 @@ class S3Storage(Storage):
 def _answer_error(where: str, status: int, code: str) -> StorageError:
     """What an S3 error answer means."""
     if code == "NoSuchBucket":
-        return StorageError(f"{where}: the bucket does not exist; create it or mend the storage URL")
+        message = f"{where}: the bucket does not exist; create it or mend the storage URL"
+        return Refused(message, "the bucket of the storage is gone")
     if code == "NoSuchUpload":  # boto repeats a multipart upload's end, after which there is no such upload
         return PassingFailure(f"{where}: the upload is gone")
     if status == 404:
         return KeyNotFound(f"{where}: no such object")
     if status == 412:
         return Conflict(f"{where}: exists already, or is not the object that was read")
-    if status in (401, 403) or code in ("ExpiredToken", "InvalidToken"):
-        return StorageError(f"{where}: not allowed ({status} {code}); {_CREDENTIALS}")
     if status == 409:
         return PassingFailure(f"{where}: others write there ({status} {code})")
+    if status == 501:
+        return StorageError(f"{where}: not implemented by this store ({status} {code}); {CONDITIONS_NEEDED}")
+    if status == 507 or "StorageFull" in code or "Quota" in code:
+        return StorageUnavailable(f"{where}: the store is full ({status} {code})", "the storage is full")
     if status >= 500 or status == 429 or code == "RequestTimeout":
         return StorageUnavailable(f"{where}: the store failed ({status} {code})")
-    return StorageError(f"{where}: refused ({status} {code})")
+    if status in (401, 403) or _ACCESS.search(code):
+        return Refused(f"{where}: not allowed ({status} {code}); {_CREDENTIALS}", _DENIED)
+    if status in (400, 405, 411, 413, 414):  # the request is wrong, and will be the next time
+        return StorageError(f"{where}: refused ({status} {code})")
+    return Refused(f"{where}: refused ({status} {code}); check AWS_ENDPOINT_URL and AWS_DEFAULT_REGION", _DENIED)
 
 
 def _make_client() -> Any:

@@ -1,0 +1,133 @@
+"""Decode a picture file: one meaning for each of Pillow's modes, in training, in uploads and in requests.
+
+    1, L, LA, La                 grey
+    P, PA                        grey where every colour of the palette is, else RGB
+    RGB, RGBA, RGBa, RGBX        RGB; of 16 bits a sample the upper 8
+    CMYK, YCbCr, LAB, HSV        converted to RGB
+    I;16, I;16B, I;16L, I;16N    grey, white is 65,535; white is 4,095 where the file says 12 bits a sample
+    F                            grey, black is 0 and white is 1; other values are refused
+    I                            refused: nothing says which of 4 billion values is white
+
+Transparent pixels become white, and EXIF's orientation is applied. A file of 16 bits a sample that uses 12 of them or
+fewer is refused: it would be black, and a dark picture cannot be told from one that was never scaled.
+"""
+
+from __future__ import annotations
+
+import threading
+from contextlib import nullcontext
+
+import numpy as np
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from genmodels.errors import DataError
+
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")  # the decoders that a file may reach; none runs a program
+MAX_PIXELS = 89_000_000  # of one file; where Pillow begins to warn
+LARGE_PIXELS = 2**22  # a larger picture is decoded alone: each of its pixels takes about 16 bytes meanwhile
+TWELVE_BITS = 4095
+
+BITS_PER_SAMPLE, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0  # of TIFF 6.0
+
+_decoding_large = threading.Lock()
+
+
+def is_grey(image: Image.Image) -> bool:
+    """Return whether a picture has no colours, from its header alone."""
+    if image.mode in ("P", "PA"):
+        colours = np.array(image.getpalette("RGB") or []).reshape(-1, 3)
+        return bool((colours == colours[:, :1]).all())
+    return image.mode in ("1", "L", "LA", "La", "F") or image.mode.startswith("I")
+
+
+def check_pixels(image: Image.Image) -> None:
+    """Raise DataError where a picture is too large to decode; nothing is decoded for it."""
+    if image.width * image.height > MAX_PIXELS:
+        raise DataError(f"{image.width} x {image.height} is more than {MAX_PIXELS:,} pixels")
+
+
+def decode(image: Image.Image) -> Image.Image:
+    """Return an opened picture upright, opaque, and in mode L or RGB.
+
+    Raises:
+        DataError: it is too large, or its values have no meaning that can be told; the message says what to do.
+    """
+    check_pixels(image)
+    with _decoding_large if image.width * image.height > LARGE_PIXELS else nullcontext():
+        # The copy that is turned upright no longer has what the file's header says.
+        white, is_negative, is_deep = _white(image), _tag(image, PHOTOMETRIC) == WHITE_IS_ZERO, _is_deep(image)
+        key = image.info.get("transparency")
+        upright = ImageOps.exif_transpose(image)
+        if image.mode == "I":
+            raise DataError("whole numbers of 32 bits, where nothing says which is white; save it with 8 or 16 bits")
+        if image.mode == "F":
+            return _grey(_unit_floats(np.asarray(upright)), 1, is_negative)
+        if image.mode.startswith("I;16"):
+            values = np.asarray(upright)
+            if white > TWELVE_BITS:
+                _check_depth(int(values.max()))
+            values = np.where(values == key, white, values) if isinstance(key, int) else values
+            return _grey(values, white, is_negative)
+        if is_deep:
+            extrema = np.array(upright.convert("RGB").getextrema())
+            _check_depth(int(extrema.max()) * 257)
+        return _opaque(upright)
+
+
+def reason(error: Exception) -> str:
+    """Return in a few words why a picture cannot be read."""
+    if isinstance(error, UnidentifiedImageError):
+        return "not a picture"
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    return str(error).partition("\n")[0] or type(error).__name__
+
+
+def _tag(image: Image.Image, number: int) -> object:
+    """Return an entry of a TIFF's header; None in other files."""
+    value = getattr(image, "tag_v2", {}).get(number)
+    return value[0] if isinstance(value, tuple) and value else value
+
+
+def _white(image: Image.Image) -> int:
+    return TWELVE_BITS if _tag(image, BITS_PER_SAMPLE) == 12 else 65535
+
+
+def _is_deep(image: Image.Image) -> bool:
+    """Return whether Pillow will leave out the lower 8 bits of each sample; it keeps them of grey."""
+    return any(";16" in str(tile[3]) for tile in getattr(image, "tile", ())) and image.mode != "CMYK"
+
+
+def _check_depth(brightest: int) -> None:
+    if 0 < brightest <= TWELVE_BITS:
+        raise DataError(
+            "16 bits a sample, of which it uses 12 or fewer, so it would be black; save it with 8 bits, "
+            "or scale its values to 0 to 65535"
+        )
+
+
+def _unit_floats(values: np.ndarray) -> np.ndarray:
+    low, high = float(values.min()), float(values.max())
+    if low >= 0 and high <= 1:  # NaN compares as false
+        return values
+    found = f"from {low:g} to {high:g}" if np.isfinite(values).all() else "some are not finite"
+    raise DataError(f"floating-point values must be from 0 to 1, {found}; scale them, or save it with 8 bits")
+
+
+def _grey(values: np.ndarray, white: int, is_negative: bool) -> Image.Image:
+    pixels = np.rint(values * np.float32(255 / white)).astype(np.uint8)
+    return Image.fromarray(255 - pixels if is_negative else pixels)
+
+
+def _opaque(image: Image.Image) -> Image.Image:
+    if image.mode in ("La", "RGBa"):
+        image = image.convert(image.mode.upper())
+    mode = "L" if is_grey(image) else "RGB"
+    if image.has_transparency_data:
+        solid = image.convert("RGBA")
+        white = Image.new("RGBA", solid.size, "white")
+        white.alpha_composite(solid)
+        return white.convert(mode)
+    if image.mode not in ("L", "RGB"):
+        image = image.convert("RGB")
+    return image.convert(mode)

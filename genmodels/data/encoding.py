@@ -1,0 +1,106 @@
+"""What a file is that is no UTF-8 text, as far as its bytes say so surely, and how to make one of it."""
+
+from __future__ import annotations
+
+import codecs
+import re
+import shlex
+from pathlib import Path
+
+SAMPLE_BYTES = 2**20  # from the start; enough to recognise an encoding
+
+# How a file begins that is packed, and the command that unpacks it.
+_PACKED = {
+    b"\x1f\x8b": ("gzip", "gunzip --keep {}"),
+    b"BZh": ("bzip2", "bunzip2 --keep {}"),
+    b"\xfd7zXZ\0": ("xz", "unxz --keep {}"),
+    b"\x28\xb5\x2f\xfd": ("Zstandard", "unzstd {}"),
+    b"7z\xbc\xaf\x27\x1c": ("7-Zip", "7z x {}"),
+    b"Rar!": ("RAR", "unrar x {}"),
+    b"PK\x03\x04": ("zip", "unzip {}"),
+}
+_OTHER = {
+    b"%PDF-": "a PDF; save it as plain text in UTF-8",
+    b"\xd0\xcf\x11\xe0": "an old Office document; save it as plain text in UTF-8",
+    b"{\\rtf": "a rich-text document; save it as plain text in UTF-8",
+    b"\x89PNG": "one picture; name a folder of pictures",
+    b"\xff\xd8\xff": "one picture; name a folder of pictures",
+}
+_MARKS = {  # the longer ones first: UTF-32's begins with UTF-16's
+    codecs.BOM_UTF32_LE: "UTF-32",
+    codecs.BOM_UTF32_BE: "UTF-32",
+    codecs.BOM_UTF16_LE: "UTF-16",
+    codecs.BOM_UTF16_BE: "UTF-16",
+}
+# Encodings of several bytes a character refuse most bytes of others. And a part of the characters beyond ASCII must be
+# the language's own: kana, hangul, or the commonest Chinese characters.
+_ASIAN = (
+    ("EUC-JP", "[\u3041-\u30fe]", 0.2),
+    ("SHIFT_JIS", "[\u3041-\u30fe]", 0.2),
+    ("EUC-KR", "[\uac00-\ud7a3]", 0.8),
+    ("GB18030", "[的一是不了在人有我他这个们中来上大为和国地到以说时要就出会]", 0.1),
+    ("BIG5", "[的一是不了在人有我他這個們中來上大為和國地到以說時要就出會]", 0.1),
+)
+_WESTERN_SHARE = 0.3  # more bytes beyond ASCII than that no western European language has
+
+
+def other_than_text(content: bytes, path: Path) -> str | None:
+    """Return what a file is instead of a text in UTF-8, with the remedy; None where nothing says so."""
+    file = _for_a_shell(path)
+    for start, (name, command) in _PACKED.items():
+        if content.startswith(start):
+            return f"is packed with {name}; unpack it first: {command.format(file)}"
+    for start, name in _OTHER.items():
+        if content.startswith(start):
+            return f"is {name}"
+    encoding = next((name for mark, name in _MARKS.items() if content.startswith(mark)), None) or _without_mark(content)
+    if encoding:
+        return f"is text in {encoding}; save it as UTF-8: {_iconv(encoding, file)}"
+    if b"\0" in content:
+        return "is not a text file: it has NUL bytes"
+    return None
+
+
+def in_another_encoding(content: bytes, at: int, path: Path) -> str:
+    """Return what to do with a text whose byte `at` is not UTF-8."""
+    found, file = f"is not UTF-8 text: byte {at:,} is 0x{content[at]:02x}", _for_a_shell(path)
+    sample = content[:SAMPLE_BYTES]
+    if encoding := next((name for name, own, share in _ASIAN if _share(sample, name, own) >= share), None):
+        return f"{found}. It looks like {encoding}; save it as UTF-8: {_iconv(encoding, file)}"
+    visible = re.sub(rb"\s", b"", sample)
+    if sum(byte > 127 for byte in visible) <= _WESTERN_SHARE * len(visible):
+        return f"{found}. Save it as UTF-8, for example, of a western European text: {_iconv('WINDOWS-1252', file)}"
+    return (
+        f"{found}. Save it as UTF-8: {_iconv('ENCODING', file)}, where ENCODING is what it was written in, "
+        "e.g. WINDOWS-1251 or KOI8-R for Cyrillic"
+    )
+
+
+def _without_mark(content: bytes) -> str | None:
+    """Recognise UTF-16 by its zeros: each second byte of a text that is ASCII for the most part."""
+    sample = content[: SAMPLE_BYTES // 2 * 2]
+    even, odd = sample[::2].count(0), sample[1::2].count(0)
+    most, least = len(sample) * 0.4, len(sample) * 0.01
+    if len(sample) < 2:
+        return None
+    if odd > most and even <= least:
+        return "UTF-16LE"
+    return "UTF-16BE" if even > most and odd <= least else None
+
+
+def _share(sample: bytes, encoding: str, own: str) -> float:
+    """Return which part of the characters beyond ASCII are a language's own; 0 where the bytes are no such text."""
+    try:
+        text = codecs.getincrementaldecoder(encoding)().decode(sample)  # a character may be cut off at the end
+    except UnicodeDecodeError:
+        return 0.0
+    others = sum(not character.isascii() for character in text)
+    return len(re.findall(own, text)) / others if others else 0.0
+
+
+def _for_a_shell(path: Path) -> str:
+    return shlex.quote(str(path)) if str(path).isprintable() else "FILE"
+
+
+def _iconv(encoding: str, file: str) -> str:
+    return f"iconv -f {encoding} -t UTF-8 {file} > converted.txt"
