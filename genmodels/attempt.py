@@ -21,11 +21,12 @@ from genmodels.checkpoint import Lineage, Manifest, Place
 from genmodels.data import Dataset, open_dataset
 from genmodels.errors import CheckpointError, SpecError
 from genmodels.family import Batch, Family, TextFamily
+from genmodels.job import Jobs
 from genmodels.logs import LogShipper
 from genmodels.measures.pictures import spread
 from genmodels.recorder import RunRecorder
 from genmodels.run import Heartbeat, Run
-from genmodels.spec import JobSpec, ModelSpec, load_stored, model_digest
+from genmodels.spec import ModelSpec, model_digest
 from genmodels.storage import Storage
 from genmodels.storage.disk import disk_outages
 from genmodels.train import Group, to_tensors, train
@@ -36,13 +37,8 @@ log = logging.getLogger(__name__)
 FIT_EXAMPLES, FIT_BATCH = 4096, 256
 
 
-def stored_job(storage: Storage, job: str) -> JobSpec:
-    data, _ = storage.get(f"jobs/{job}/spec.yaml")
-    return load_stored(data)
-
-
 def stored_model(storage: Storage, job: str, model: str) -> ModelSpec:
-    return next(spec for spec in stored_job(storage, job).models if spec.name == model)
+    return next(spec for spec in Jobs(storage).spec(job).models if spec.name == model)
 
 
 def work(storage: Storage, job: str, model: str, attempt: int, group: Group) -> bool:

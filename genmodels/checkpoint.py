@@ -21,14 +21,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
+from pydantic import Field, TypeAdapter, ValidationError
 
 from genmodels import models
 from genmodels.errors import CheckpointError, KeyNotFound, SpecError, StorageError
 from genmodels.family import DataInfo, Family
-from genmodels.storage import Storage, encode_floats, write_document
+from genmodels.storage import Document, Storage, encode_floats, write_document
 from genmodels.storage.base import check_key
 from genmodels.storage.disk import disk_outages
+from genmodels.storage.documents import damaged, parse_object
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -38,22 +39,16 @@ WEIGHTS = "model.safetensors"
 CONFIG = "config.json"
 
 
-class Document(BaseModel):
-    """Something stored as JSON: an older process reads what a newer one wrote."""
-
-    model_config = ConfigDict(extra="ignore", frozen=True)
-
-
 class File(Document):
-    size: int
+    size: int = Field(ge=0)
     sha256: str
 
 
 class Place(Document):
     """Where in a run a checkpoint stands."""
 
-    attempt: int
-    step: int
+    attempt: int = Field(ge=0)
+    step: int = Field(ge=0)
 
 
 class Lineage(Document):
@@ -71,6 +66,9 @@ Metrics = dict[str, Annotated[float, Field(allow_inf_nan=True)]]
 
 
 class Manifest(Document):
+    object_kind = "checkpoint"
+    remedy = "the run goes on from another checkpoint; delete this one's folder"
+
     step: int
     samples: int  # seen by all workers together: the position in the data
     metrics: Metrics
@@ -163,21 +161,22 @@ def read_manifest(storage: Storage, prefix: str) -> Manifest:
     """The manifest of a checkpoint in storage.
 
     Raises:
-        CheckpointError: it is not there or cannot be read.
+        CheckpointError: it is not there or damaged.
     """
+    key = f"{prefix}/{MANIFEST}"
     try:
-        data, _ = storage.get(f"{prefix}/{MANIFEST}")
+        data, etag = storage.get(key)
     except KeyNotFound:
         raise CheckpointError(f"{prefix}: no complete checkpoint (it has no {MANIFEST})") from None
     try:
-        # Not `read_document`: what it raises for damage could as well be missing rights, and is no reason to fall back.
-        document = json.loads(data)
+        document = parse_object(data)
         written, _ = document.pop("digest"), document.pop("nonce")
         manifest = Manifest.model_validate(document)
-    except (ValueError, KeyError, AttributeError, TypeError) as error:
-        raise CheckpointError(f"{prefix}/{MANIFEST}: damaged ({type(error).__name__})") from error
-    if written != _digest(document):
-        raise CheckpointError(f"{prefix}/{MANIFEST}: damaged (its digest differs from its content)")
+        if written != _digest(document):
+            raise ValueError("its digest differs from its content")
+    except (ValueError, KeyError) as error:
+        what = f"it lacks {error}" if isinstance(error, KeyError) else _in_short(error)
+        raise CheckpointError(str(damaged(key, what, Manifest, etag))) from None
     return manifest
 
 
@@ -264,7 +263,7 @@ def read_outline(folder: Path) -> Family[Any, Any]:
     from genmodels.outline import shapes_only
 
     try:
-        document = json.loads((folder / CONFIG).read_text())
+        document = read_config(folder)
         cls = models.load(document["family"])
         # Lenient: a newer release may have added settings. Where they matter, shapes or the probe differ.
         config = cls.Config.model_validate(document["config"], strict=False, extra="ignore")
@@ -300,6 +299,26 @@ def _said(shape: tuple[int, ...] | None) -> str:
     return "missing" if shape is None else " x ".join(map(str, shape)) or "one number"
 
 
+def read_config(folder: Path) -> dict[str, Any]:
+    """Read a folder's `config.json`. Raises CheckpointError: it is missing or damaged."""
+    try:
+        return parse_config((folder / CONFIG).read_bytes())
+    except OSError as error:
+        raise CheckpointError(f"{CONFIG}: {error.strerror}") from None
+
+
+def parse_config(data: bytes) -> dict[str, Any]:
+    """Parse a `config.json`: `family`, its `config`, and the shape of the `data`. Raises CheckpointError."""
+    try:
+        document = parse_object(data)
+    except ValueError as error:
+        raise CheckpointError(f"{CONFIG}: damaged ({error})") from None
+    for name, kind in (("family", str), ("config", dict), ("data", dict)):
+        if not isinstance(document.get(name), kind):
+            raise CheckpointError(f"{CONFIG}: damaged ({name} is missing or of another type)")
+    return document
+
+
 def read_assets(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in sorted((folder / "assets").glob("*")) if path.is_file()}
 
@@ -317,6 +336,10 @@ def scratch_folder() -> Iterator[str]:
 
 def _not_readable(path: Path, error: Exception) -> CheckpointError:
     return CheckpointError(f"{path.name}: not readable as safetensors ({error})")
+
+
+def _in_short(error: ValueError) -> str:
+    return f"{error.error_count()} fields are wrong" if isinstance(error, ValidationError) else str(error)
 
 
 def _digest(document: Mapping[str, Any]) -> str:

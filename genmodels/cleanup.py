@@ -2,7 +2,8 @@
 
 Whole models and datasets: `removal.py`.
 
-Spared is everything of open jobs, all of a run that ended less than SPARED_SECONDS ago, and the ended jobs themselves.
+Spared is everything of open jobs, all of a run that ended less than SPARED_SECONDS ago, and the ended jobs themselves;
+and whatever a damaged object may name: it is not judged.
 Processes go on publishing, resuming and pinning meanwhile; where they may want what is about to go, the comment at the
 deletion says why neither loses anything.
 """
@@ -12,7 +13,7 @@ from __future__ import annotations
 import re
 import time
 from collections import defaultdict
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,12 +21,19 @@ from datetime import datetime
 
 from genmodels import pin, registry
 from genmodels.checkpoint import MANIFEST, Place
-from genmodels.errors import GenmodelsError, JobNotFound, KeyNotFound, StorageError
-from genmodels.job import Jobs
+from genmodels.errors import (
+    DamagedObject,
+    GenmodelsError,
+    JobNotFound,
+    KeyNotFound,
+    ModelNotFound,
+    StorageError,
+)
+from genmodels.job import JOB_ID, Jobs
 from genmodels.lease import Lease
-from genmodels.registry import Registry
+from genmodels.registry import Registry, Version
 from genmodels.run import ENDED, Run
-from genmodels.spec import Gate
+from genmodels.spec import LABEL, Gate
 from genmodels.storage import Storage
 
 SPARED_SECONDS = 3600.0
@@ -76,18 +84,20 @@ class Plan:
 def gc(storage: Storage) -> Plan:
     """Look for what nobody needs: files of no version, checkpoints of no use to a run that ended, dead submissions."""
     jobs, store = Jobs(storage), Registry(storage)
-    is_open, models = jobs.open(), storage.folders("models/")
+    is_open = jobs.open()
+    models = [name for name in storage.folders("models/") if re.fullmatch(LABEL, name)]
     with ThreadPoolExecutor(AT_ONCE) as threads:
-        busy = {model for found in threads.map(lambda job: _publishing(jobs, job), is_open) for model in found}
+        busy = {model for found in threads.map(lambda job: _publishing(jobs, job, models), is_open) for model in found}
         places: defaultdict[tuple[str, str], set[Place]] = defaultdict(set)
-        for versions in threads.map(store.all_versions, models):
-            for version in versions:
-                places[version.job, version.model].add(version.place)
-        ended = sorted(set(storage.folders("runs/")) - set(is_open))
+        whole = dict(zip(models, threads.map(lambda model: _versions(store, model), models), strict=True))
+        for version in (version for versions in whole.values() for version in versions or ()):
+            places[version.job, version.model].add(version.place)
+        spared = {model for model, versions in whole.items() if versions is None}
+        ended = sorted({job for job in storage.folders("runs/") if re.fullmatch(JOB_ID, job)} - set(is_open))
         found = [
             *threads.map(lambda job: _submission(jobs, job), is_open),
-            *threads.map(lambda model: _blobs(store, model), [model for model in models if model not in busy]),
-            *threads.map(lambda job: _checkpoints(jobs, job, places), ended),
+            *threads.map(lambda model: _blobs(store, model), [model for model in models if model not in busy | spared]),
+            *threads.map(lambda job: _checkpoints(jobs, job, places, spared), ended),
         ]
     return Plan(storage, [item for items in found for item in items])
 
@@ -97,13 +107,13 @@ def delete_version(registry: Registry, model: str, number: int) -> None:
 
     Raises:
         ModelNotFound: there is none.
-        GenmodelsError: an alias names it.
+        GenmodelsError: an alias names it, or may name it, since it is damaged.
     """
     version = registry.version(model, number)
     with alone(registry.sweeper(model)):
         # Who promotes it now either has moved his alias, and we see it here, or looks at the version when we have gone.
-        for alias, target in registry.aliases(model).items():
-            if target.version == number:
+        for alias in registry.alias_names(model):
+            if registry.alias(model, alias).version == number:  # a damaged one may name it, and raises
                 remedy = f"point it at another version first: genmodels promote {model}@VERSION {alias}"
                 raise GenmodelsError(f"alias {alias!r} names {version.name}; {remedy}")
         registry.strike(model, number)
@@ -137,7 +147,7 @@ def alone(lease: Lease) -> Iterator[float]:
 def _submission(jobs: Jobs, job: str) -> list[Item]:
     try:
         entry = jobs.entry(job)
-    except JobNotFound:
+    except (JobNotFound, DamagedObject):
         return []
     if _age(entry.submitted) < SPARED_SECONDS or jobs.exists(job):
         return []
@@ -150,6 +160,8 @@ def _submission(jobs: Jobs, job: str) -> list[Item]:
 def _blobs(registry: Registry, model: str) -> list[Item]:
     sizes = registry.storage.sizes(f"models/{model}/blobs/")
     named = _named(registry, model) if sizes else set()
+    if named is None:
+        return []
     return [Item(key, size, "a file of no version") for key, size in sizes.items() if key not in named]
 
 
@@ -157,38 +169,72 @@ def remove_blobs(registry: Registry, model: str, keys: list[str]) -> None:
     with alone(registry.sweeper(model)) as until:
         # Who publishes now either has written his version, and we see it here, or looks at the files when we have gone.
         named = _named(registry, model)
+        if named is None:
+            return
         for key in keys:
             if key not in named and time.monotonic() < until:  # what is left another `gc` finds
                 registry.storage.delete(key)
 
 
-def _named(registry: Registry, model: str) -> set[str]:
-    return {key for version in registry.all_versions(model) for key in registry.keys(version).values()}
+def _named(registry: Registry, model: str) -> set[str] | None:
+    """Files that versions name; None where a version is damaged, which may name any."""
+    versions = _versions(registry, model)
+    if versions is None:
+        return None
+    return {key for version in versions for key in registry.keys(version).values()}
 
 
-def _publishing(jobs: Jobs, job: str) -> list[str]:
-    """Models that a job is publishing: their files come before their version, and would have to be sent again."""
+def _versions(registry: Registry, model: str) -> list[Version] | None:
+    """All versions; None where one of them is damaged."""
+    found = []
+    for number in registry.versions(model):
+        try:
+            found.append(registry.version(model, number))
+        except ModelNotFound:  # deleted just now
+            continue
+        except DamagedObject:
+            return None
+    return found
+
+
+def _publishing(jobs: Jobs, job: str, models: list[str]) -> list[str]:
+    """Those of all models that a job is publishing: their files come before their version.
+
+    Where that cannot be read, those that it may be publishing.
+    """
     try:
         models = jobs.entry(job).models
     except JobNotFound:
         return []
-    return [model for model in models if Run(jobs.storage, job, model).status()[0].state == "publishing"]
+    except DamagedObject:
+        return models
+    return [model for model in models if _may_publish(Run(jobs.storage, job, model))]
+
+
+def _may_publish(run: Run) -> bool:
+    try:
+        return run.status()[0].state == "publishing"
+    except DamagedObject:
+        return True
 
 
 # Checkpoints
 
 
-def _checkpoints(jobs: Jobs, job: str, places: Mapping[tuple[str, str], set[Place]]) -> list[Item]:
+def _checkpoints(
+    jobs: Jobs, job: str, places: Mapping[tuple[str, str], set[Place]], spared: Collection[str]
+) -> list[Item]:
     """Checkpoints that can go of a job that is not open.
 
     Args:
         places: by job and model, those that versions were published from.
+        spared: models of which that is not known.
     """
     found = []
     try:
         for model in jobs.spec(job).models:
             run = Run(jobs.storage, job, model.name)
-            if _has_long_ended(run):
+            if model.name not in spared and _has_long_ended(run):
                 found += _unneeded(run, model.serve.gate, places.get((job, model.name), set()))
     except StorageError:
         raise
@@ -198,7 +244,10 @@ def _checkpoints(jobs: Jobs, job: str, places: Mapping[tuple[str, str], set[Plac
 
 
 def _has_long_ended(run: Run) -> bool:
-    status, _ = run.status()
+    try:
+        status, _ = run.status()
+    except DamagedObject:
+        return False
     return status.state in ENDED and bool(status.history) and _age(status.history[-1].time) >= SPARED_SECONDS
 
 

@@ -8,6 +8,8 @@ GenmodelsError                  one clear line for the person who sees it
 │   ├── KeyNotFound             no object under that key
 │   ├── Conflict                a conditional put lost: somebody else wrote first
 │   └── StorageUnavailable      the store does not answer or refuses for now; trying again may help
+├── DamagedObject               a stored object is not what its key says; names the key and the remedy
+├── UnexpectedFailure           an exception of another kind, contained where it is in no other's way
 ├── CheckpointError             a checkpoint or version is incomplete or damaged
 ├── TrainingDiverged            a loss or gradient is no longer finite
 ├── JobNotFound                 no job has that id
@@ -65,6 +67,28 @@ class StorageUnavailable(StorageError):
         self.reason = reason
 
 
+class DamagedObject(GenmodelsError):
+    """A stored object is empty, cut off, not JSON, or lacks what its kind has. The store itself works.
+
+    Args:
+        key: of the object.
+        what: is wrong with it.
+        remedy: what a person can do.
+        etag: of the damaged object, for a writer who replaces it.
+    """
+
+    def __init__(self, key: str, what: str, remedy: str, etag: str = "") -> None:
+        super().__init__(f"{key}: damaged ({what}); {remedy}")
+        self.key, self.what, self.remedy, self.etag = key, what, remedy, etag
+
+    def __reduce__(self) -> tuple[type, tuple[str, str, str, str]]:
+        return type(self), (self.key, self.what, self.remedy, self.etag)  # crosses process borders under Ray
+
+
+class UnexpectedFailure(GenmodelsError):
+    """An exception of any kind where one model, job or round failed and the others go on; see `contained`."""
+
+
 class CheckpointError(GenmodelsError):
     """A checkpoint or a published version is incomplete, damaged, or of another shape."""
 
@@ -97,7 +121,15 @@ class IdempotencyConflict(GenmodelsError):
 
 
 class LeaseLost(GenmodelsError):
-    """Another dispatcher has taken over; this one must not write states any more."""
+    """Another dispatcher has taken over; this one must not write states any more.
+
+    Args:
+        epoch: of its lease, where it is known.
+    """
+
+    def __init__(self, message: str, epoch: int = 0) -> None:
+        super().__init__(message)
+        self.epoch = epoch
 
 
 class RequestError(GenmodelsError):
@@ -135,6 +167,24 @@ class ModelNotFound(RequestError):
         self, message: str, *, param: str | None = "model", status: int = 404, code: str | None = "model_not_found"
     ) -> None:
         super().__init__(message, param=param, status=status, code=code)
+
+
+def contained(error: Exception) -> GenmodelsError:
+    """Make one of our errors of any exception, for a place where one object's failure must not stop the others.
+
+    The message is safe to show: of the system's errors their text without paths, of others the kind and first line.
+    """
+    match error:
+        case GenmodelsError():
+            return error
+        case MemoryError():
+            return UnexpectedFailure("out of memory")
+        case RecursionError():
+            return UnexpectedFailure("nested too deeply")
+        case OSError() if error.strerror:
+            return UnexpectedFailure(f"{error.strerror} ({type(error).__name__})")
+    first = next(iter(str(error).strip().splitlines()), "")[:200]
+    return UnexpectedFailure(f"{type(error).__name__}: {first}" if first else type(error).__name__)
 
 
 def _request_error(

@@ -13,21 +13,24 @@ from collections.abc import Callable
 from pydantic import Field
 
 from genmodels import __version__
-from genmodels.checkpoint import Document
-from genmodels.errors import Conflict, KeyNotFound, ModelNotFound
+from genmodels.errors import Conflict, DamagedObject, KeyNotFound, ModelNotFound
 from genmodels.family import Findings, Measure, Note
 from genmodels.registry import Registry, Version
 from genmodels.run import now
-from genmodels.storage import Storage, read_document, write_document
+from genmodels.storage import Document, Storage, Time, list_names, load_document, write_document
 
 PUBLICATION = "publication"
+EVALUATED = r"(publication|\d{8}T\d{6}-[0-9a-f]{4})\.json"
 
 
 class Evaluation(Document):
+    object_kind = "evaluation"
+    remedy = "delete it and evaluate again: genmodels evaluate MODEL@VERSION"
+
     model: str
     version: int
     id: str
-    created: str
+    created: Time
     code_version: str
     data_digest: str
     thorough: bool
@@ -74,11 +77,11 @@ def record(
 
 
 def evaluations(registry: Registry, model: str, version: int) -> list[Evaluation]:
-    """All of a version, the oldest first."""
-    found = []
-    for key in registry.storage.list(registry.evaluations_prefix(model, version)):
-        with contextlib.suppress(KeyNotFound):  # deleted just now
-            found.append(Evaluation.model_validate(read_document(registry.storage, key)[0]))
+    """All of a version that can be read, the oldest first."""
+    prefix, found = registry.evaluations_prefix(model, version), []
+    for name in list_names(registry.storage, prefix, EVALUATED):
+        with contextlib.suppress(KeyNotFound, DamagedObject):  # KeyNotFound: deleted just now
+            found.append(load_document(registry.storage, prefix + name, Evaluation, model=model, version=version)[0])
     return sorted(found, key=lambda evaluation: evaluation.created)
 
 

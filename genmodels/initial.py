@@ -38,7 +38,7 @@ def fetch(spec: ModelSpec, storage: Storage, folder: Path) -> Path | None:
         find(storage, pinned).fetch(storage, folder)
     except (CheckpointError, ModelNotFound) as error:
         raise SpecError(f"train.init_from: {pinned}: {error}") from None
-    family = json.loads((folder / checkpoint.CONFIG).read_text())["family"]
+    family = checkpoint.read_config(folder)["family"]
     if family != spec.family:
         raise SpecError(f"train.init_from: {pinned} is of family {family}, this model of {spec.family}")
     return folder
@@ -70,7 +70,7 @@ def check(
             small = {checkpoint.CONFIG, "assets/tokenizer.json"}
             files = {name: file for name, file in found.files.items() if with_weights or name in small}
             checkpoint.download(storage, found.keys, files, folder)
-            theirs = json.loads((folder / checkpoint.CONFIG).read_text())
+            theirs = checkpoint.read_config(folder)
             before = {"config": theirs["config"], "data": theirs["data"]}
         except (CheckpointError, KeyError, ModelNotFound, OSError, ValueError) as error:
             raise SpecError(f"train.init_from: {pinned}: {error}") from None
@@ -132,7 +132,7 @@ def load(family: Family[Any, Any], folder: Path) -> None:
     Raises:
         SpecError: the shapes differ.
     """
-    found = json.loads((folder / checkpoint.CONFIG).read_text())
+    found = checkpoint.read_config(folder)
     data, config, ours = found["data"], found["config"], family.config.model_dump(mode="json")
     try:
         family.network.load_state_dict(checkpoint.load_tensors(folder / checkpoint.WEIGHTS))

@@ -21,49 +21,93 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from typing import Literal
 
-from genmodels.checkpoint import Document
-from genmodels.errors import Conflict, GenmodelsError, IdempotencyConflict, JobNotFound, KeyNotFound, SpecError
+from pydantic import Field
+
+from genmodels.errors import (
+    Conflict,
+    DamagedObject,
+    GenmodelsError,
+    IdempotencyConflict,
+    JobNotFound,
+    KeyNotFound,
+    SpecError,
+)
 from genmodels.run import ACTIVE, Run, State, now
 from genmodels.spec import JobSpec, digest, dump, load_stored
-from genmodels.storage import Storage, read_document, write_document
+from genmodels.storage import Document, Storage, Time, list_names, load_document, write_document
+from genmodels.storage.documents import damaged
 
 JOB_ID = r"[a-z0-9]([a-z0-9-]{0,70}[a-z0-9])?"
+ENDED_NAME = rf"\d{{13}}-{JOB_ID}"
 END_OF_TIME = 10**13  # milliseconds; times count down from here
-NUDGES = "dispatcher/nudges/"
+NUDGES, QUEUE = "dispatcher/nudges/", "dispatcher/queue.json"
 AT_ONCE = 8  # requests to the store
+
+
+class StoredSpec(Document):
+    """A job's spec, which is YAML: see `Jobs.spec`."""
+
+    object_kind = "spec"
+    remedy = "restore it from a backup; without one, delete jobs/, open/ and runs/ of that job and submit it again"
 
 
 class Entry(Document):
     """A job in the index."""
 
+    object_kind = "index"
+    remedy = "restore it from a backup; without one, delete it and submit the job again"
+
     job: str
     name: str
     priority: int
-    submitted: str
+    submitted: Time
     caller: str  # id of the key it came with; "" without keys
     models: list[str]
     idempotency: str = ""  # name of its object under idempotency/
 
 
 class EndedEntry(Entry):
-    ended: str
+    ended: Time
     states: dict[str, State]
 
 
-class _Submission(Document):
+class Submission(Document):
     """What the first one with an idempotency key was about to make."""
+
+    object_kind = "submission"
+    remedy = "submit with another Idempotency-Key, or delete it"
 
     job: str
     digest: str
-    submitted: str
+    submitted: Time
     deleted: bool = False  # the job is gone, and its key makes no other
 
 
-class _Index(Document):
+class Index(Document):
     """Which of the two indexes an ended job belongs to; the entries there follow from it."""
+
+    object_kind = "index"
+    remedy = "restore it from a backup, or delete it: the job's end is then written anew"
 
     entry: EndedEntry
     state: Literal["ended", "open", "deleted"]
+
+
+class Waiting(Document):
+    job: str
+    model: str
+    reason: str
+
+
+class Queue(Document):
+    """Who waits, in order, and why, and what the cluster has: the dispatcher writes it for whoever asks."""
+
+    object_kind = "queue"
+    remedy = "nothing: the dispatcher writes it again within a minute"
+
+    time: str = ""
+    capacity: dict[str, int] | None = None
+    queue: list[Waiting] = Field(default_factory=list)
 
 
 class Jobs:
@@ -84,7 +128,7 @@ class Jobs:
             IdempotencyConflict: the key came before with another body, or its job was deleted.
             StorageUnavailable: there may or may not be a job now; the same key again makes it certain.
         """
-        first = mine = _Submission(job=self._new_id(spec.name), digest=body_digest or digest(spec), submitted=now())
+        first = mine = Submission(job=self._new_id(spec.name), digest=body_digest or digest(spec), submitted=now())
         name = ""
         if idempotency_key is not None:
             name = hashlib.sha256(json.dumps([caller, idempotency_key]).encode()).hexdigest()
@@ -116,16 +160,26 @@ class Jobs:
         return re.fullmatch(JOB_ID, job) is not None and self.storage.exists(_spec_key(job))
 
     def spec(self, job: str) -> JobSpec:
-        """Raises JobNotFound."""
+        """The spec as it was submitted. Raises JobNotFound or DamagedObject."""
+        key = _spec_key(_checked(job))
         try:
-            return load_stored(self.storage.get(_spec_key(_checked(job)))[0])
+            data, etag = self.storage.get(key)
         except KeyNotFound:
             raise _not_found(job) from None
+        try:
+            return load_stored(data)
+        except SpecError as error:
+            raise damaged(key, error.problems[0], StoredSpec, etag) from None
 
     # The index
 
     def entry(self, job: str) -> Entry | EndedEntry:
-        """How a job stands in the index; it may stand there just before it exists. Raises JobNotFound."""
+        """How a job stands in the index; it may stand there just before it exists.
+
+        Raises:
+            JobNotFound
+            DamagedObject
+        """
         if entry := self._open_entry(_checked(job)):
             return entry
         index, _ = self._index(job)
@@ -135,16 +189,23 @@ class Jobs:
 
     def open(self) -> list[str]:
         """Ids of the jobs that have not ended; among them may be some that do not exist yet."""
-        return [key.removeprefix("open/") for key in self.storage.list("open/")]
+        return list_names(self.storage, "open/", JOB_ID)
 
     def ended(self, after: str = "", limit: int = 20) -> list[tuple[str, EndedEntry]]:
-        """Ended jobs, the newest first, each with a cursor to go on after."""
-        if after and not re.fullmatch(rf"\d{{13}}-{JOB_ID}", after):
+        """Ended jobs that can be read, the newest first, each with a cursor to go on after."""
+        if after and not re.fullmatch(ENDED_NAME, after):
             raise SpecError(f"after: got {after[:100]!r}, expected what a page before gave to go on with")
-        keys = self.storage.list("ended/", after=f"ended/{after}" if after else "", limit=limit)
+        found: list[tuple[str, EndedEntry]] = []
         with ThreadPoolExecutor(AT_ONCE) as threads:
-            found = threads.map(self._read_ended, keys)
-            return [(key.removeprefix("ended/"), entry) for key, entry in zip(keys, found, strict=True) if entry]
+            while len(found) < limit:
+                asked = limit - len(found)
+                names = list_names(self.storage, "ended/", ENDED_NAME, after=after, limit=asked)
+                entries = threads.map(self._read_ended, names)
+                found += [(name, entry) for name, entry in zip(names, entries, strict=True) if entry]
+                if len(names) < asked:
+                    break
+                after = names[-1]
+        return found
 
     def close(self, job: str, ended: str, states: Mapping[str, State]) -> None:
         """Move a job whose runs have all ended to the ended ones; with the same `ended` twice changes nothing.
@@ -161,7 +222,7 @@ class Jobs:
         if before and _ended_key(before.entry) != _ended_key(closed):
             self.storage.delete(_ended_key(before.entry))  # left by one who died when he reopened it
         try:
-            self._swap(_Index(entry=closed, state="ended"), etag)
+            self._swap(Index(entry=closed, state="ended"), etag)
         except Conflict:
             current, _ = self._index(job)
             if current is None or current.state != "ended" or current.entry.ended != ended:
@@ -222,7 +283,7 @@ class Jobs:
                 raise GenmodelsError(f"job {job} was resumed just now; cancel it first") from None
         entry = index.entry
         if entry.idempotency:
-            body = _Submission(job=job, digest="", submitted=entry.submitted, deleted=True)
+            body = Submission(job=job, digest="", submitted=entry.submitted, deleted=True)
             write_document(self.storage, _submission_key(entry.idempotency), body.model_dump(mode="json"))
         self.storage.delete(_spec_key(job))
         listed = [*_run_keys(job, entry.models, entry.submitted), _ended_key(entry), _open_key(job)]
@@ -254,6 +315,12 @@ class Jobs:
         names = (key.removeprefix(NUDGES).split("/") for key in self.storage.list(NUDGES))
         return [(name[0], name[1], name[2]) for name in names if len(name) == 3]
 
+    def queue(self) -> Queue:
+        """What the dispatcher says of the queue; empty before it has, and while that is damaged."""
+        with contextlib.suppress(KeyNotFound, DamagedObject):
+            return load_document(self.storage, QUEUE, Queue)[0]
+        return Queue()
+
     def take_nudge(self, job: str, model: str, nudge: str) -> None:
         self.storage.delete(f"{NUDGES}{job}/{model}/{nudge}")
 
@@ -263,14 +330,14 @@ class Jobs:
             if not self.exists(job):
                 return job
 
-    def _first(self, name: str, mine: _Submission) -> _Submission:
+    def _first(self, name: str, mine: Submission) -> Submission:
         """What the first one that came with this key left; `mine` itself if that is it."""
         key = _submission_key(name)
         try:
             write_document(self.storage, key, mine.model_dump(mode="json"), if_absent=True)
             return mine
         except Conflict:
-            first = _Submission.model_validate(read_document(self.storage, key)[0])
+            first, _ = load_document(self.storage, key, Submission)
         if first.deleted:
             raise IdempotencyConflict(f"this idempotency key was used for job {first.job}, which was deleted")
         if first.digest != mine.digest:
@@ -279,24 +346,25 @@ class Jobs:
 
     def _open_entry(self, job: str) -> Entry | None:
         try:
-            return Entry.model_validate(read_document(self.storage, _open_key(job))[0])
+            return load_document(self.storage, _open_key(job), Entry, job=job)[0]
         except KeyNotFound:
             return None
 
-    def _read_ended(self, key: str) -> EndedEntry | None:
-        try:
-            return EndedEntry.model_validate(read_document(self.storage, key)[0])
-        except KeyNotFound:  # it was resumed or deleted just now
-            return None
+    def _read_ended(self, name: str) -> EndedEntry | None:
+        with contextlib.suppress(KeyNotFound, DamagedObject):  # KeyNotFound: it was resumed or deleted just now
+            return load_document(self.storage, f"ended/{name}", EndedEntry, job=name.partition("-")[2])[0]
+        return None
 
-    def _index(self, job: str) -> tuple[_Index | None, str | None]:
+    def _index(self, job: str) -> tuple[Index | None, str | None]:
         try:
-            document, etag = read_document(self.storage, _index_key(job))
+            index, etag = load_document(self.storage, _index_key(job), Index)
         except KeyNotFound:
             return None, None
-        return _Index.model_validate(document), etag
+        if index.entry.job != job:
+            raise damaged(_index_key(job), "it is a copy of another job's", Index, etag)
+        return index, etag
 
-    def _swap(self, index: _Index, etag: str | None) -> None:
+    def _swap(self, index: Index, etag: str | None) -> None:
         key, body = _index_key(index.entry.job), index.model_dump(mode="json")
         write_document(self.storage, key, body, if_absent=etag is None, if_match=etag)
 
@@ -318,10 +386,10 @@ def run_jobs(storage: Storage, model: str) -> list[str]:
 
 def newest_run(storage: Storage, model: str) -> str | None:
     """The job that was submitted last of those that train a model."""
-    prefix, last = f"models/{model}/runs/", ""
-    while keys := storage.list(prefix, after=last, limit=AT_ONCE):
-        last = keys[-1]
-        jobs = (key.removeprefix(prefix).partition("-")[2] for key in keys)
+    last = ""
+    while names := list_names(storage, f"models/{model}/runs/", ENDED_NAME, after=last, limit=AT_ONCE):
+        last = names[-1]
+        jobs = (name.partition("-")[2] for name in names)
         if found := next((job for job in jobs if storage.exists(_spec_key(job))), None):  # not one half submitted
             return found
     return None

@@ -7,6 +7,7 @@ A token is `gm_<id>_<secret>`. The secret has 256 random bits, so that a plain s
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import hmac
 import math
@@ -19,11 +20,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, get_args
 
-from genmodels.checkpoint import Document
-from genmodels.errors import Conflict, KeyNotFound, SpecError, StorageUnavailable
+from genmodels.errors import Conflict, DamagedObject, KeyNotFound, SpecError, StorageUnavailable
 from genmodels.run import now
 from genmodels.spec import LABEL
-from genmodels.storage import Storage, read_document, write_document
+from genmodels.storage import Document, Storage, Time, list_names, load_document, write_document
 
 Scope = Literal["generate", "submit", "admin"]
 SCOPES: tuple[Scope, ...] = get_args(Scope)
@@ -35,6 +35,9 @@ TOKEN = r"gm_([0-9a-f]{8})_([A-Za-z0-9_-]{43})"
 
 
 class Key(Document):
+    object_kind = "key"
+    remedy = "delete it and make another key: genmodels keys create"
+
     id: str
     name: str
     scopes: tuple[Scope, ...]
@@ -42,8 +45,8 @@ class Key(Document):
     rate: int | None = None  # requests a minute
     concurrency: int | None = None  # requests at once
     sha256: str
-    created: str
-    revoked: str | None = None
+    created: Time
+    revoked: Time | None = None
 
     def allows(self, scope: Scope) -> bool:
         return scope in self.scopes or "admin" in self.scopes
@@ -132,8 +135,11 @@ class Keys:
         return key
 
     def list(self) -> list[Key]:
-        """All keys, also revoked ones, the oldest first."""
-        found = (self._read(Path(path).stem) for path in self.storage.list("keys/"))
+        """All keys that can be read, also revoked ones, the oldest first."""
+        found = []
+        for name in list_names(self.storage, "keys/", r"[0-9a-f]{8}\.json"):
+            with contextlib.suppress(DamagedObject):
+                found.append(self._read(Path(name).stem))
         return sorted(filter(None, found), key=lambda key: (key.created, key.id))
 
     def any(self) -> bool:
@@ -148,10 +154,9 @@ class Keys:
         """
         while True:
             try:
-                document, etag = read_document(self.storage, _path(id))
+                key, etag = load_document(self.storage, _path(id), Key, id=id)
             except KeyNotFound:
                 raise _no_key(id) from None
-            key = Key.model_validate(document)
             if key.revoked is None:
                 key = key.model_copy(update={"revoked": now()})
                 try:
@@ -174,6 +179,7 @@ class Keys:
 
         Raises:
             StorageUnavailable: the store is away, and the key has not been seen lately.
+            DamagedObject: what is stored of this key, and of no other.
         """
         match = re.fullmatch(TOKEN, token)
         if match is None:
@@ -208,7 +214,7 @@ class Keys:
 
     def _read(self, id: str) -> Key | None:
         try:
-            return Key.model_validate(read_document(self.storage, _path(id))[0])
+            return load_document(self.storage, _path(id), Key, id=id)[0]
         except KeyNotFound:
             return None
 

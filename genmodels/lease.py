@@ -4,6 +4,13 @@ The holder writes the object again every few seconds. Who wants it watches the e
 lease's length of the watcher's own monotonic clock, the holder is taken to be gone. The holder, by its own clock, knows
 itself when its time is over. What it still does after that, because it was paused in the middle, is what epochs are
 for.
+
+A damaged lease is held by someone unknown: it is taken over like that of a holder who is gone, by compare-and-swap on
+its etag, after it has stayed unchanged for the lease's length. A holder that lives writes it anew before that. The
+number of its epoch is lost with it, and with a lease that was deleted. Epochs must only grow, or states that were
+stamped under the old one could not be written any more: so `try_acquire` asks its caller for the highest epoch that
+stands elsewhere (the dispatcher: in the statuses of open runs), and `outgrow` takes note of a higher one that is met
+later (in the status of an ended run that is resumed).
 """
 
 from __future__ import annotations
@@ -11,19 +18,21 @@ from __future__ import annotations
 import secrets
 import threading
 import time
+from collections.abc import Callable
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import Field
 
-from genmodels.errors import Conflict, KeyNotFound, LeaseLost
-from genmodels.storage import Storage, read_document, write_document
+from genmodels.errors import Conflict, DamagedObject, KeyNotFound, LeaseLost
+from genmodels.storage import Document, Storage, load_document, write_document
 
 LEASE_SECONDS = 15.0
 
 
-class _Lease(BaseModel):
-    model_config = ConfigDict(extra="ignore", frozen=True)
+class LeaseDocument(Document):
+    object_kind = "lease"
+    remedy = "nothing: it is written anew when its time is over"
 
-    epoch: int
+    epoch: int = Field(ge=0)
     holder: str  # "" when it was given back
     beat: int = 0
 
@@ -35,26 +44,28 @@ class Lease:
         self.storage, self.seconds, self.name = storage, seconds, name
         self._me = secrets.token_hex(8)
         self._lock = threading.Lock()
-        self._mine: tuple[_Lease, str] | None = None  # as written last, and its etag
+        self._mine: tuple[LeaseDocument, str] | None = None  # as written last, and its etag
         self._renewed = 0.0
         self._seen: tuple[str, float] | None = None  # somebody else's etag, and since when
+        self._outgrown = 0  # the next epoch is higher
 
-    def try_acquire(self) -> int | None:
+    def try_acquire(self, stamped: Callable[[], int] = lambda: 0) -> int | None:
         """The epoch, which only grows, if the lease is this one's now; None while somebody else's is fresh.
+
+        Args:
+            stamped: gives the highest epoch that stands elsewhere; called where the lease's own number is lost.
 
         Raises:
             StorageUnavailable: nobody can tell.
         """
         with self._lock:
             began = time.monotonic()
-            try:
-                document, etag = read_document(self.storage, self.name)
-                current = _Lease.model_validate(document)
-            except KeyNotFound:
-                current, etag = _Lease(epoch=0, holder=""), ""
-            if current.holder not in ("", self._me) and not self._is_stale(etag, time.monotonic()):
+            current, etag = self._read()
+            is_free = current is not None and current.holder in ("", self._me)
+            if etag and not is_free and not self._is_stale(etag, time.monotonic()):
                 return None
-            mine = _Lease(epoch=current.epoch + 1, holder=self._me)
+            last = current.epoch if current else stamped()
+            mine = LeaseDocument(epoch=max(last, self._outgrown) + 1, holder=self._me)
             try:
                 self._write(mine, etag, began)
             except Conflict:  # somebody else was quicker
@@ -64,13 +75,14 @@ class Lease:
     def wait_until_free(self, poll_seconds: float = 0.2) -> None:
         """Return when nobody holds it, or its holder has written nothing for the lease's length."""
         while True:
-            try:
-                document, etag = read_document(self.storage, self.name)
-            except KeyNotFound:
-                return
-            if not _Lease.model_validate(document).holder or self._is_stale(etag, time.monotonic()):
+            current, etag = self._read()
+            if not etag or (current and not current.holder) or self._is_stale(etag, time.monotonic()):
                 return
             time.sleep(poll_seconds)
+
+    def outgrow(self, epoch: int) -> None:
+        """Make the next epoch higher than one that was met: it was given before the lease was damaged or deleted."""
+        self._outgrown = max(self._outgrown, epoch)
 
     def renew(self) -> None:
         """Hold it for another while.
@@ -109,16 +121,28 @@ class Lease:
             except Conflict:
                 return  # it was somebody else's already
 
-    def _own_etag(self, lease: _Lease) -> str:
-        """The etag of what this one wrote last, if it never had an answer to that. Raises Conflict."""
-        try:
-            document, etag = read_document(self.storage, self.name)
-        except KeyNotFound:
-            raise Conflict(f"{self.name}: is gone") from None
-        current = _Lease.model_validate(document)
-        if (current.holder, current.epoch) != (self._me, lease.epoch):
+    def _own_etag(self, lease: LeaseDocument) -> str:
+        """The etag to go on from: of what this one wrote last and never had an answer to, or of a damaged lease.
+
+        Raises:
+            Conflict: the lease is gone, or another's.
+        """
+        current, etag = self._read()
+        if not etag:
+            raise Conflict(f"{self.name}: is gone")
+        damaged_under_us = current is None and self.held()  # nobody else can have taken it in that time
+        if not damaged_under_us and (current is None or (current.holder, current.epoch) != (self._me, lease.epoch)):
             raise Conflict(f"{self.name}: is another's")
         return etag
+
+    def _read(self) -> tuple[LeaseDocument | None, str]:
+        """The lease (None: damaged, or there is none) and its etag ("": there is none)."""
+        try:
+            return load_document(self.storage, self.name, LeaseDocument)
+        except KeyNotFound:
+            return None, ""
+        except DamagedObject as error:
+            return None, error.etag
 
     def _is_stale(self, etag: str, at: float) -> bool:
         """Whether an etag, read by now, was there all the time; `at` is after its reading, so no renewal is missed."""
@@ -126,7 +150,7 @@ class Lease:
             self._seen = etag, at
         return at - self._seen[1] >= self.seconds
 
-    def _write(self, lease: _Lease, etag: str, began: float) -> None:
+    def _write(self, lease: LeaseDocument, etag: str, began: float) -> None:
         body = lease.model_dump(mode="json")
         written = write_document(self.storage, self.name, body, if_absent=not etag, if_match=etag or None)
         self._mine, self._renewed = (lease, written), began

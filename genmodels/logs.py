@@ -10,6 +10,7 @@ from __future__ import annotations
 import contextlib
 import faulthandler
 import json
+import logging
 import os
 import sys
 import tempfile
@@ -23,6 +24,7 @@ from typing import Self
 
 from genmodels.errors import Conflict, KeyNotFound, StorageError
 from genmodels.run import Run, now
+from genmodels.threads import Rounds
 
 COPY_SECONDS = 0.2  # between two looks for new output
 SHIP_SECONDS = 2.0  # between two parts: what is lost when the process is killed
@@ -31,6 +33,8 @@ MOST_BYTES = 8 << 20  # that wait for the store; the oldest lines go first
 PART_BYTES = 1 << 20
 FILE_BYTES = 8 << 20  # after which a new local file is begun
 LONGEST_LINE = 8192  # a longer one is cut into several
+
+logger = logging.getLogger("genmodels")
 
 
 class Spool:
@@ -122,8 +126,11 @@ class LogShipper:
         self.copying = threading.Lock()
         self.closing = threading.Event()
         self.threads = [
-            threading.Thread(target=self._every, args=(COPY_SECONDS, self._copy), name="copy-log", daemon=True),
-            threading.Thread(target=self._every, args=(SHIP_SECONDS, self.spool.ship), name="ship-log", daemon=True),
+            threading.Thread(target=self._every, args=(seconds, work, name), name=name, daemon=True)
+            for seconds, work, name in (
+                (COPY_SECONDS, self._copy, "copy-log"),
+                (SHIP_SECONDS, self.spool.ship, "ship-log"),
+            )
         ]
 
     def __enter__(self) -> Self:
@@ -173,9 +180,11 @@ class LogShipper:
         threading.Thread(target=work, name="flush-log", daemon=True).start()
         return done.wait(seconds)
 
-    def _every(self, seconds: float, work: Callable[[], object]) -> None:
+    def _every(self, seconds: float, work: Callable[[], object], name: str) -> None:
+        rounds = Rounds(name, logger)
         while not self.closing.wait(seconds):
-            work()
+            with rounds.round():
+                work()
 
     def _begin_file(self) -> None:
         self.files.append(_LocalFile())

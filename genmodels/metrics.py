@@ -136,6 +136,21 @@ GATES = _counter("gates_total", "Checkpoints that were checked by a gate.", ("fa
 STORAGE_SECONDS = _histogram("storage_seconds", "Seconds of an operation on storage, with its retries.", ("operation",))
 STORAGE_ERRORS = _counter("storage_errors_total", "Operations on storage that failed.", ("operation", "kind"))
 
+# By kind of object, as `Document.kind` names it. An object that stays damaged is counted at each read.
+DAMAGED = _counter("damaged_objects_total", "Reads of a damaged object in storage, by kind.", ("kind",))
+
+# Background threads that live as long as their process. `thread`: "follow" (a model host's, on the registry) or
+# "dispatch" (the job service's); failures also of "lease", "wishes", "copy-log", "ship-log", "decode" and "export".
+THREAD_PROGRESS = _gauge(
+    "thread_progress_timestamp_seconds",
+    "Unix time at which a background thread last completed a round, or one object of a round.",
+    ("thread",),
+    "livemin",
+)
+THREAD_FAILURES = _counter(
+    "thread_failures_total", "Rounds of background threads that ended with an unexpected error.", ("thread",)
+)
+
 # Requests: counted by the gateway. Of requests that named no model that there is, its labels are empty.
 REQUESTS = _counter("requests_total", "Requests answered, by route and status.", (*VERSION_LABELS, "route", "code"))
 REQUEST_SECONDS = _histogram(

@@ -11,18 +11,24 @@ from __future__ import annotations
 import contextlib
 import re
 from collections.abc import Callable
+from pathlib import Path
 
 from genmodels import checkpoint
 from genmodels.checkpoint import Place
 from genmodels.data import pin_data
-from genmodels.errors import Conflict, DataError, KeyNotFound, ModelNotFound, SpecError
+from genmodels.errors import Conflict, DamagedObject, DataError, KeyNotFound, ModelNotFound, SpecError
 from genmodels.job import newest_run
 from genmodels.registry import Registry
 from genmodels.run import Run
 from genmodels.spec import JobSpec, ModelSpec
-from genmodels.storage import Storage, read_document, write_document
+from genmodels.storage import Storage, list_names, load_document, write_document
 
 CHECKPOINT = r"[a-z0-9-]{1,63}@([a-z0-9-]{1,72}:)?(live|step-[0-9]{1,9})"
+
+
+class Pin(Place):
+    object_kind = "pin"
+    remedy = "all checkpoints of that step are kept; delete it where no job starts from that checkpoint"
 
 
 def pin(job: JobSpec, storage: Storage, *, mark: bool = True) -> JobSpec:
@@ -79,9 +85,18 @@ def resolve(reference: str, storage: Storage, *, mark: bool = True) -> str:
 
 
 def marked(run: Run) -> list[Place]:
-    """Checkpoints of a run that specs are pinned to: clean-up keeps them."""
-    keys = run.storage.list(f"{run.prefix}/pins/")
-    return [Place.model_validate(read_document(run.storage, key)[0]) for key in keys]
+    """Checkpoints of a run that specs are pinned to: clean-up keeps them.
+
+    A damaged pin keeps the checkpoints of its step of all attempts: which one it meant is lost.
+    """
+    found: list[Place] = []
+    for name in list_names(run.storage, f"{run.prefix}/pins/", r"step-\d{8,9}\.json"):
+        step = int(Path(name).stem.removeprefix("step-"))
+        try:
+            found += filter(None, [_marked(run, step)])
+        except DamagedObject:
+            found += [Place(attempt=attempt, step=step) for attempt in run.attempts()]
+    return found
 
 
 def names_checkpoint(reference: str) -> bool:
@@ -119,7 +134,8 @@ def find_checkpoint(reference: str, storage: Storage) -> tuple[Run, Place]:
 
 def _marked(run: Run, step: int) -> Place | None:
     try:
-        return Place.model_validate(read_document(run.storage, _key(run, step))[0])
+        pinned, _ = load_document(run.storage, _key(run, step), Pin, step=step)
+        return Place(attempt=pinned.attempt, step=step)
     except KeyNotFound:
         return None
 

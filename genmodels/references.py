@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -67,11 +66,12 @@ def find(storage: Storage, name: str) -> Found:
     try:
         manifest = run.manifest(place)
         config, _ = storage.get(f"{prefix}/{checkpoint.CONFIG}")
-        family = str(json.loads(config)["family"])
     except KeyNotFound:
         raise ModelNotFound(f"{name}: that checkpoint was cleaned away just now; ask for {run.model}@live") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise CheckpointError(f"{prefix}/{checkpoint.CONFIG}: damaged ({type(error).__name__})") from error
+    try:
+        family = str(checkpoint.parse_config(config)["family"])
+    except CheckpointError as error:
+        raise CheckpointError(f"{prefix}/{error}") from None
     start = run.start_of(place.attempt)
     files = checkpoint.served(manifest.files)
     return Found(

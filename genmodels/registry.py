@@ -26,24 +26,28 @@ from typing import TYPE_CHECKING, Any
 from pydantic import Field, TypeAdapter, ValidationError
 
 from genmodels import checkpoint
-from genmodels.checkpoint import Document, File, Lineage, Manifest, Metrics, Place
-from genmodels.errors import CheckpointError, Conflict, KeyNotFound, ModelNotFound, SpecError
+from genmodels.checkpoint import File, Lineage, Manifest, Metrics, Place
+from genmodels.errors import CheckpointError, Conflict, DamagedObject, KeyNotFound, ModelNotFound, SpecError
 from genmodels.family import Family
 from genmodels.lease import Lease
 from genmodels.metrics import PROMOTED, PUBLISHED
 from genmodels.run import GateResult, Run, now
 from genmodels.spec import LABEL, Gate
 from genmodels.spec import Alias as AliasName
-from genmodels.storage import Storage, read_document, write_document
+from genmodels.storage import Document, Storage, Time, list_names, load_document, write_document
 
 if TYPE_CHECKING:
     from torch import Tensor
 
 PROBE = "probe.safetensors"
+NUMBERED, NAMED = r"\d{8}\.json", LABEL.removesuffix("$") + r"\.json"
 SWEEP_SECONDS = 120.0  # after which one who deletes is taken for dead
 
 
 class Version(Document):
+    object_kind = "version"
+    remedy = "restore it from a backup, or delete it and publish again: genmodels resume JOB, or a new job"
+
     model: str
     version: int
     family: str
@@ -52,7 +56,7 @@ class Version(Document):
     metrics: Metrics
     gate: GateResult | None
     lineage: Lineage
-    created: str
+    created: Time
     files: dict[str, File]
 
     @property
@@ -61,13 +65,16 @@ class Version(Document):
 
 
 class Move(Document):
-    version: int
+    version: int = Field(ge=1)
     time: str
     reason: str
 
 
 class Alias(Document):
-    version: int
+    object_kind = "alias"
+    remedy = "set it anew: genmodels promote MODEL@VERSION ALIAS"
+
+    version: int = Field(ge=1)
     history: list[Move] = Field(default_factory=list)
 
 
@@ -78,36 +85,63 @@ class Registry:
     def models(self) -> list[str]:
         """Names of models that have a version."""
         names = self.storage.folders("models/")  # not what is in them: blobs and runs are many
-        return [name for name in names if self.storage.list(f"models/{name}/versions/", limit=1)]
+        named = (name for name in names if re.fullmatch(LABEL, name))
+        return [name for name in named if list_names(self.storage, f"models/{name}/versions/", NUMBERED, limit=1)]
 
     def versions(self, model: str) -> list[int]:
-        found = (re.fullmatch(r".*/(\d+)\.json", key) for key in self.storage.list(f"models/{model}/versions/"))
-        return sorted(int(match[1]) for match in found if match)
+        """Numbers of the versions, also of damaged ones, ascending."""
+        return [int(Path(name).stem) for name in list_names(self.storage, f"models/{model}/versions/", NUMBERED)]
 
     def all_versions(self, model: str) -> list[Version]:
-        """All versions, the oldest first."""
+        """All versions that can be read, the oldest first."""
         found = []
         for number in self.versions(model):
-            with contextlib.suppress(ModelNotFound):  # deleted just now
+            with contextlib.suppress(ModelNotFound, DamagedObject):  # ModelNotFound: deleted just now
                 found.append(self.version(model, number))
         return found
 
     def version(self, model: str, number: int) -> Version:
+        """Read a version.
+
+        Raises:
+            ModelNotFound: there is none.
+            DamagedObject
+        """
         try:
-            document, _ = read_document(self.storage, _version_key(model, number))
+            return load_document(self.storage, _version_key(model, number), Version, model=model, version=number)[0]
         except KeyNotFound:
             raise ModelNotFound(self._what_there_is(model, f"version {number}")) from None
-        return Version.model_validate(document)
+
+    def alias_names(self, model: str) -> list[str]:
+        """Names of a model's aliases, also of damaged ones."""
+        return [Path(name).stem for name in list_names(self.storage, f"models/{model}/aliases/", NAMED)]
+
+    def alias(self, model: str, name: str) -> Alias:
+        """Where an alias stands.
+
+        Raises:
+            ModelNotFound: there is none.
+            DamagedObject
+        """
+        try:
+            return load_document(self.storage, _alias_key(model, name), Alias)[0]
+        except KeyNotFound:
+            raise ModelNotFound(self._what_there_is(model, f"alias {name!r}")) from None
 
     def aliases(self, model: str) -> dict[str, Alias]:
-        keys = self.storage.list(f"models/{model}/aliases/")
-        return {Path(key).stem: Alias.model_validate(read_document(self.storage, key)[0]) for key in keys}
+        """All aliases that can be read, by name."""
+        found = {}
+        for name in self.alias_names(model):
+            with contextlib.suppress(ModelNotFound, DamagedObject):
+                found[name] = self.alias(model, name)
+        return found
 
     def resolve(self, name: str) -> Version:
         """The version a name means: `m` (its alias production), `m@alias`, `m@3`, or `m@latest`.
 
         Raises:
             ModelNotFound: there is none; the message says what there is.
+            DamagedObject: of the alias or the version.
         """
         model, _, reference = name.partition("@")
         if not re.fullmatch(LABEL, model):
@@ -118,12 +152,7 @@ class Registry:
             return self.version(model, int(reference))
         if reference == "latest":
             return self._latest(model)
-        alias = reference or "production"
-        try:
-            document, _ = read_document(self.storage, _alias_key(model, alias))
-        except KeyNotFound:
-            raise ModelNotFound(self._what_there_is(model, f"alias {alias!r}")) from None
-        return self.version(model, Alias.model_validate(document).version)
+        return self.version(model, self.alias(model, reference or "production").version)
 
     def publish(self, run: Run, place: Place, manifest: Manifest, folder: Path, gate: GateResult | None) -> Version:
         """Make a checkpoint a version of the run's model; the same run and step again give the same version.
@@ -145,15 +174,24 @@ class Registry:
         Args:
             forward_only: leave the alias alone if it was ever at this version or a higher one, so that a publisher
                 that runs again never undoes a person's rollback.
+
+        Raises:
+            ModelNotFound: there is no such version.
+            DamagedObject: the version is damaged, or, with `forward_only`, the alias: where it ever was is lost.
         """
         check_alias(alias)
         version = self.version(model, number)
         while True:
+            current: Alias | None = None
+            etag: str | None = None
             try:
-                document, etag = read_document(self.storage, _alias_key(model, alias))
-                current = Alias.model_validate(document)
+                current, etag = load_document(self.storage, _alias_key(model, alias), Alias)
             except KeyNotFound:
-                current, etag = None, None
+                pass
+            except DamagedObject as error:
+                if forward_only:
+                    raise
+                etag = error.etag  # set anew, with a history that begins here
             history = current.history if current else []
             highest = max((move.version for move in history), default=0)
             if current and (current.version == number or (forward_only and number <= highest)):
@@ -255,8 +293,9 @@ class Registry:
         """The version that was published from a checkpoint, if there is one, and the next free number."""
         versions = self.all_versions(run.model)
         known = next((version for version in versions if (version.job, version.place) == (run.job, place)), None)
-        deleted = self.storage.list(f"models/{run.model}/deleted/")  # after the versions: it is written before they go
-        numbers = [version.version for version in versions] + [int(Path(key).name) for key in deleted]
+        numbers = self.versions(run.model)  # also of damaged ones: their numbers are taken
+        # after the versions: it is written before they go
+        numbers += map(int, list_names(self.storage, f"models/{run.model}/deleted/", r"\d{8}"))
         return known, max(numbers, default=0) + 1
 
     def _restore(self, folder: Path, name: str, file: File, key: str) -> None:
@@ -286,7 +325,7 @@ class Registry:
         numbers = self.versions(model)
         if not numbers:
             return f"no model {model!r}; there are: {', '.join(self.models()) or 'none yet'}"
-        aliases = ", ".join(self.aliases(model)) or "none"
+        aliases = ", ".join(self.alias_names(model)) or "none"
         return f"model {model!r} has no {missing}; aliases: {aliases}; versions: {', '.join(map(str, numbers))}"
 
 

@@ -32,9 +32,19 @@ from pydantic import Field
 from tenacity import RetryCallState, Retrying, retry_if_exception_type, wait_random_exponential
 
 from genmodels import checkpoint
-from genmodels.checkpoint import Document, Manifest, Metrics, Place
-from genmodels.errors import CheckpointError, Conflict, KeyNotFound, StorageUnavailable, Superseded
-from genmodels.storage import Storage, decode_floats, encode_floats, read_document, write_document
+from genmodels.checkpoint import Manifest, Metrics, Place
+from genmodels.errors import CheckpointError, Conflict, DamagedObject, KeyNotFound, StorageUnavailable, Superseded
+from genmodels.storage import (
+    Document,
+    Storage,
+    Time,
+    decode_floats,
+    encode_floats,
+    list_names,
+    load_document,
+    write_document,
+)
+from genmodels.storage.documents import DocumentT, read_rows
 
 State = Literal["queued", "starting", "running", "publishing", "succeeded", "failed", "cancelled"]
 Phase = Literal["starting", "compiling", "training", "evaluating", "saving", "waiting for storage", "publishing"]
@@ -51,6 +61,7 @@ Cause = Literal[
 ENDED: tuple[State, ...] = ("succeeded", "failed", "cancelled")
 ACTIVE: tuple[State, ...] = ("starting", "running", "publishing")
 
+PART = r"\d{8}\.jsonl"  # of logs and of metrics
 LONGEST_WAIT_SECONDS = 10.0  # between two tries of what waits for the store
 
 log = logging.getLogger(__name__)
@@ -60,17 +71,20 @@ T = TypeVar("T")
 
 class Change(Document):
     state: State
-    time: str
+    time: Time
     reason: str
 
 
 class Status(Document):
     """A run's state and how it came to it. Only the dispatcher writes it."""
 
+    object_kind = "status"
+    remedy = "the run is left alone until it is restored from a backup; without one, delete the job and submit it again"
+
     state: State
-    attempt: int = 0  # the highest number given out
-    workers: int = 0  # of that attempt
-    epoch: int = 0  # of the dispatcher's lease under which this was written
+    attempt: int = Field(0, ge=0)  # the highest number given out
+    workers: int = Field(0, ge=0)  # of that attempt
+    epoch: int = Field(0, ge=0, lt=2**53)  # of the dispatcher's lease under which this was written
     wishes: int = 0  # number of the last wish that was dealt with
     fruitless: int = 0  # attempts in a row without a new checkpoint, as far as they count
     out_of_memory: int = 0  # attempts that ended so
@@ -93,6 +107,9 @@ class Status(Document):
 class Heartbeat(Document):
     """How far an attempt is; `tick` changes with every sign of progress."""
 
+    object_kind = "heartbeat"
+    remedy = "a driver that lives writes it again within seconds; delete it otherwise"
+
     phase: Phase
     step: int = 0
     max_steps: int = 0
@@ -113,6 +130,9 @@ class GateResult(Document):
 class Result(Document):
     """How an attempt ended. `cause` is the class of failure, from which the dispatcher decides what comes next."""
 
+    object_kind = "result"
+    remedy = "the next attempt goes on from the last checkpoint; delete it"
+
     outcome: Literal["succeeded", "left", "failed"]
     cause: Cause | None = None
     message: str = ""
@@ -125,10 +145,13 @@ class Result(Document):
 
 
 class Start(Document):
+    object_kind = "start"
+    remedy = "the run's history cannot be followed; restore it from a backup, or submit the job again"
+
     attempt: int
     parent: Place | None
     world_size: int
-    time: str
+    time: Time
 
 
 class Wish(Document):
@@ -137,6 +160,9 @@ class Wish(Document):
     `leave`: its attempt saves at the next step boundary and ends. `kill`: every rank writes down its stacks and ends at
     once. Both are meant for one attempt, and say what then becomes of the run. `resume`: an ended run is queued again.
     """
+
+    object_kind = "wish"
+    remedy = "it is passed over; ask again (genmodels cancel or resume) and delete it"
 
     wish: Literal["leave", "kill", "resume"]
     attempt: int  # the one that was the newest when it was wished
@@ -210,8 +236,8 @@ class Run:
         return [attempt for attempt in found if self.storage.exists(self._key(attempt, "start.json"))]
 
     def start_of(self, attempt: int) -> Start | None:
-        document = self._read(attempt, "start.json")
-        return Start.model_validate(document) if document else None
+        """The start of an attempt, None if it has not started. Raises DamagedObject."""
+        return self._read(attempt, "start.json", Start, attempt=attempt)
 
     def chain(self) -> list[Link]:
         """The attempts that make up this run's history, oldest first."""
@@ -279,7 +305,8 @@ class Run:
 
     def training_seconds(self) -> float:
         """Time spent in training steps and evaluation by the attempts of the chain, as far as they count."""
-        return sum(max((row["seconds"] for row in self._rows(link)), default=0.0) for link in self.chain())
+        found = ([row.get("seconds") for row in self._rows(link)] for link in self.chain())
+        return sum(max((s for s in seconds if isinstance(s, (int, float))), default=0.0) for seconds in found)
 
     def write_sample(self, attempt: int, step: int, name: str, data: bytes) -> None:
         self.storage.put(self._key(attempt, f"samples/{step:08d}/{name}"), data)
@@ -315,8 +342,9 @@ class Run:
         spans: list[tuple[int, str | None]] = []
         for attempt in reversed(self.attempts()):
             spans.insert(0, (attempt, taken_over))
-            start = self.start_of(attempt)
-            taken_over = start.time if start else taken_over
+            with contextlib.suppress(DamagedObject):  # then that attempt's lines and the one's before it may mix
+                start = self.start_of(attempt)
+                taken_over = start.time if start else taken_over
         for attempt, until in spans:
             sources = [source] if source else self.storage.folders(self._key(attempt, "logs/"))
             streams = (self._log(attempt, name, cursor) for name in sources)
@@ -338,15 +366,19 @@ class Run:
         return self._write(attempt, "heartbeat.json", heartbeat, if_match=if_match)
 
     def heartbeat(self, attempt: int) -> Heartbeat | None:
-        document = self._read(attempt, "heartbeat.json")
-        return Heartbeat.model_validate(document) if document else None
+        """The latest of an attempt. A damaged one counts as none: the next is a second away."""
+        with contextlib.suppress(DamagedObject):
+            return self._read(attempt, "heartbeat.json", Heartbeat)
+        return None
 
     def end(self, attempt: int, result: Result) -> None:
         self._write(attempt, "result.json", result)
 
     def result(self, attempt: int) -> Result | None:
-        document = self._read(attempt, "result.json")
-        return Result.model_validate(document) if document else None
+        """How an attempt ended. A damaged one counts as none: then the next attempt finds what is left to do."""
+        with contextlib.suppress(DamagedObject):
+            return self._read(attempt, "result.json", Result)
+        return None
 
     def wish(
         self,
@@ -355,38 +387,39 @@ class Run:
         reason: str,
         then: Literal["queued", "cancelled"] = "queued",
     ) -> Wish:
-        number = self._last_wish() + 1
+        number = max(self._wish_numbers(), default=0) + 1
         while True:
             body = Wish(wish=wish, attempt=attempt, then=then, reason=reason, time=now(), number=number)
             try:
-                key = f"{self.prefix}/wishes/{number:08d}.json"
-                write_document(self.storage, key, body.model_dump(mode="json"), if_absent=True)
+                write_document(self.storage, self._wish_key(number), body.model_dump(mode="json"), if_absent=True)
                 return body
             except Conflict:
                 number += 1
 
     def wishes(self, attempt: int | None = None, after: int = 0) -> list[Wish]:
-        """What is wished, oldest first.
+        """What is wished, oldest first, as far as it can be read.
 
         Args:
             attempt: only of this attempt.
             after: only wishes with a higher number.
         """
-        names = [name for name in self._names("wishes/") if name > f"wishes/{after:08d}.json"]
         found = []
-        for name in names:
-            document, _ = read_document(self.storage, f"{self.prefix}/{name}")
-            with contextlib.suppress(ValueError):  # one that a newer release has thought of
-                found.append(Wish.model_validate({**document, "number": int(Path(name).stem)}))
+        for number in self._wish_numbers(after):
+            with contextlib.suppress(DamagedObject):  # or one that a newer release has thought of
+                wish, _ = load_document(self.storage, self._wish_key(number), Wish)
+                found.append(wish.model_copy(update={"number": number}))
         return [wish for wish in found if attempt in (None, wish.attempt)]
 
     def status(self) -> tuple[Status, str | None]:
-        """The status and the etag to swap it by; a run nobody has touched is queued, and has no etag."""
+        """The status and the etag to swap it by; a run nobody has touched is queued, and has no etag.
+
+        Raises:
+            DamagedObject: what has become of the run cannot be told, and must not be guessed.
+        """
         try:
-            document, etag = read_document(self.storage, f"{self.prefix}/status.json")
+            return load_document(self.storage, f"{self.prefix}/status.json", Status)
         except KeyNotFound:
             return Status(state="queued"), None
-        return Status.model_validate(document), etag
 
     def write_status(self, status: Status, etag: str | None, nonce: str | None = None) -> str:
         """Swap the status; the etag of the new one.
@@ -400,16 +433,19 @@ class Run:
         key, body = f"{self.prefix}/status.json", status.model_dump(mode="json")
         return write_document(self.storage, key, body, if_absent=etag is None, if_match=etag, nonce=nonce)
 
-    def _last_wish(self) -> int:
-        return max((int(Path(name).stem) for name in self._names("wishes/")), default=0)
+    def _wish_numbers(self, after: int = 0) -> list[int]:
+        names = list_names(self.storage, f"{self.prefix}/wishes/", r"\d{8}\.json", after=f"{after:08d}.json")
+        return [int(Path(name).stem) for name in names]
+
+    def _wish_key(self, number: int) -> str:
+        return f"{self.prefix}/wishes/{number:08d}.json"
 
     def _log(self, attempt: int, source: str, cursor: dict[str, str]) -> Iterator[LogLine]:
         folder = self._key(attempt, f"logs/{source}/")
-        for key in self.storage.list(folder, after=cursor.get(folder, "")):
-            for text in self.storage.get(key)[0].decode().splitlines():
-                row = json.loads(text)
+        for name in list_names(self.storage, folder, PART, after=cursor.get(folder, "")):
+            for row in read_rows(self.storage, folder + name, "log", {"time": str, "line": str}):
                 yield LogLine(attempt, source, row["time"], row["line"])
-            cursor[folder] = key
+            cursor[folder] = name
 
     def _saved(self, attempt: int) -> list[int]:
         """Steps of the checkpoints that have a manifest, ascending."""
@@ -418,10 +454,10 @@ class Run:
         return sorted(int(match[1]) for match in found if match)
 
     def _rows(self, link: Link) -> list[dict[str, Any]]:
-        names = self._names(f"attempt-{link.attempt}/metrics/")
-        parts = (self.storage.get(f"{self.prefix}/{name}")[0] for name in names)
-        rows = (decode_floats(json.loads(line)) for part in parts for line in part.decode().splitlines())
-        return [row for row in rows if link.holds(row["step"])]
+        folder = self._key(link.attempt, "metrics/")
+        parts = list_names(self.storage, folder, PART)
+        rows = (row for part in parts for row in read_rows(self.storage, folder + part, "metrics", {"step": int}))
+        return [decode_floats(row) for row in rows if link.holds(row["step"])]
 
     def _key(self, attempt: int, name: str) -> str:
         return f"{self.prefix}/attempt-{attempt}/{name}"
@@ -441,9 +477,9 @@ class Run:
         body = document.model_dump(mode="json")
         return write_document(self.storage, self._key(attempt, name), body, if_absent=if_absent, if_match=if_match)
 
-    def _read(self, attempt: int, name: str) -> dict[str, Any] | None:
+    def _read(self, attempt: int, name: str, kind: type[DocumentT], /, **identity: object) -> DocumentT | None:
         try:
-            return read_document(self.storage, self._key(attempt, name))[0]
+            return load_document(self.storage, self._key(attempt, name), kind, **identity)[0]
         except KeyNotFound:
             return None
 

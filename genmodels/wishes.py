@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import faulthandler
+import logging
 import os
 import threading
 from typing import Self
 
-from genmodels.errors import StorageError
+from genmodels.errors import StorageUnavailable
 from genmodels.logs import LogShipper
 from genmodels.run import Run, Wish
+from genmodels.threads import Rounds
+
+log = logging.getLogger("genmodels")
 
 LOOK_SECONDS = 1.0
 KILL_SECONDS = 3.0  # from the wish to the end of a process: the others want to find it and to ship their stacks too
@@ -30,6 +34,7 @@ class WishWatch:
         self.killed: Wish | None = None
         self.seen = 0  # number of the last wish that was read
         self.closing = threading.Event()
+        self._rounds = Rounds("wishes", log)
         self.thread = threading.Thread(target=self._watch, name="wishes", daemon=True)
 
     def __enter__(self) -> Self:
@@ -52,8 +57,7 @@ class WishWatch:
 
     def _watch(self) -> None:
         while not self.closing.wait(LOOK_SECONDS):
-            # the next look may find what this one could not; a wish that a newer release has thought of is not for us
-            with contextlib.suppress(StorageError, ValueError):
+            with self._rounds.round(), contextlib.suppress(StorageUnavailable):  # the next look may find it
                 self.look()
 
     def _kill(self, wish: Wish) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 from codecs import BOM_UTF8
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Awaitable, Callable, Collection, Mapping
 from typing import Any, TypeVar
 
 from fastapi import FastAPI, Request, Response
@@ -19,6 +19,7 @@ from genmodels import __version__
 from genmodels.engine.requests import refusal
 from genmodels.errors import (
     CheckpointError,
+    DamagedObject,
     GenmodelsError,
     IdempotencyConflict,
     JobNotFound,
@@ -41,6 +42,10 @@ logger = logging.getLogger("genmodels.api")
 BodyT = TypeVar("BodyT", bound=BaseModel)
 
 
+async def _well() -> str | None:
+    return None
+
+
 class Strict(BaseModel):
     """Parameters of a query: one that is misspelt is an error, not ignored."""
 
@@ -55,12 +60,14 @@ def new_app(
     max_body: int = MAX_BODY,
     streamed: Streamed | None = None,
     schemas: Callable[[], Mapping[str, Any]] = dict,
+    health: Callable[[], Awaitable[str | None]] = _well,
 ) -> FastAPI:
     """An application behind an Edge, with `/openapi.json` and a readable page of it at `/docs`.
 
     Args:
         hosts, max_body, streamed: the Edge's.
         schemas: more of OpenAPI's `components.schemas`, called when the document is first asked for.
+        health: says why the service is not well, though it answers; None: it is.
     """
     app = FastAPI(
         title=title,
@@ -83,7 +90,9 @@ def new_app(
 
     @app.get("/healthz")
     async def healthz() -> Response:
-        """Answer 200 while the process is alive."""
+        """Answer 200 while the process and its background threads make progress, else 503 with the reason."""
+        if problem := await health():
+            return refuse(503, problem, code="stalled", headers={"retry-after": "10"})
         return Json({"status": "ok"})
 
     return app
@@ -210,6 +219,8 @@ def _request_error(error: Exception) -> RequestError:
         return RequestError("it has just gone; look again", status=404, code="gone")
     if isinstance(error, StorageError):  # its message names the storage, which is the operator's to know
         return RequestError("the storage refused; the service's log says why", status=500, code="storage_error")
+    if isinstance(error, DamagedObject):
+        return RequestError(str(error), status=500, code="object_damaged")
     if isinstance(error, CheckpointError):
         return RequestError(str(error), status=500, code="damaged")
     return RequestError(str(error), status=409, code="refused")

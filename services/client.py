@@ -117,7 +117,7 @@ class Client:
                         continue
                     seen[mark] += 1
                     yield line
-                if not follow or self.job(job).state in ENDED:
+                if not follow or self.job(job).state in (*ENDED, "damaged"):
                     return
             except Unreachable as error:
                 if not follow or not self._http.reached:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import io
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -63,6 +65,33 @@ def gc(
             from services.tables import amount
 
             print(f"done: {amount(remote.gc(dry_run=False)['bytes'])} are free")
+
+
+@app.command(rich_help_panel=PANEL)
+def doctor(storage_url: StorageUrl = None, as_json: AsJson = False) -> None:
+    """Find faults of this installation, and say how to mend them.
+
+    The command checks the storage, its objects, this machine and the installation.
+
+    The exit code is 1 if there is a problem; a warning is not a problem.
+    """
+    from dataclasses import asdict
+
+    from genmodels.doctor import examine
+    from services import options
+
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a key may have letters that the terminal has not
+    found = []
+    for check in examine(options.storage_url(storage_url)):
+        found.append(check)
+        if not as_json:
+            line = f"{check.state:<8} {check.name:<16} {check.found}" + (f". {check.remedy}" if check.remedy else "")
+            print("".join(letter if letter.isprintable() else "?" for letter in line), flush=True)
+    if as_json:
+        print_json([asdict(check) for check in found])
+    if any(check.state == "problem" for check in found):
+        raise typer.Exit(1)
 
 
 @keys_app.command("create")

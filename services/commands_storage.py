@@ -11,7 +11,7 @@ from typing import IO, TYPE_CHECKING, Annotated, Any
 
 import typer
 
-from genmodels.errors import DatasetExists, GenmodelsError, KeyNotFound, SpecError
+from genmodels.errors import DatasetExists, GenmodelsError, JobNotFound, SpecError
 from genmodels.storage import encode_floats
 from services.options import (
     AsJson,
@@ -142,7 +142,7 @@ def evaluate(
     found = registry.resolve(version)
     try:
         spec = stored_model(store, found.job, found.model)
-    except KeyNotFound:
+    except JobNotFound:
         raise GenmodelsError(f"{found.name}: job {found.job} was deleted, so its data is not known any more") from None
     with scratch_folder() as name, console(stderr=True).status(f"Evaluating {found.name}"):
         registry.fetch(found, Path(name))

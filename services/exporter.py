@@ -29,6 +29,7 @@ from prometheus_client.mmap_dict import MmapedDict, mmap_key
 from prometheus_client.multiprocess import MultiProcessCollector
 
 from genmodels.metrics import DIRECTORY, identity
+from genmodels.threads import Rounds
 
 PORT = 9400
 FOLD_SECONDS = 30.0  # also where nobody asks: files of the dead do not pile up
@@ -131,11 +132,10 @@ def main() -> None:
     registry, collector = CollectorRegistry(), NodeCollector(Path(os.environ[DIRECTORY]))
     registry.register(collector)
     server, thread = start_http_server(options.port, options.host, registry)
+    rounds = Rounds("export", log)
     while not stop.wait(FOLD_SECONDS):
-        try:
+        with rounds.round():  # on a full disk dead processes' files stay for now, and nothing is lost
             collector.fold()
-        except OSError as error:  # a full disk; nothing is lost
-            log.warning("dead processes' files stay for now: %s", error)
     server.shutdown()
     thread.join()
 

@@ -36,7 +36,7 @@ def follow(client: Client, job: JobView, console: Console) -> JobView:
             for run in job.models:
                 _tell(board, run, told)
                 board.show(_shown(run))
-            if job.state in ENDED:
+            if job.state in (*ENDED, "damaged"):  # one that is damaged is carried on by nobody
                 return job
             time.sleep(POLL_SECONDS)
             try:

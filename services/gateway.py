@@ -5,6 +5,9 @@ It is the same whatever models there are; hosts follow the registry. Nothing her
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import time
 from collections.abc import AsyncGenerator
 from typing import Any
 
@@ -29,6 +32,7 @@ from services.host import Entry, ModelHost, Opened
 from services.routes import create_app
 
 POOL = "default"
+HEALTH_SECONDS = 2.0
 HTTP_OPTIONS = {"host": "127.0.0.1", "request_timeout_s": 300.0}  # for `serve.start`, with a `port`
 
 # Serve's own defaults are no limit on what waits, and a rollout that first takes the old replica away.
@@ -82,6 +86,19 @@ class HandlePool:
     def __init__(self, handle: DeploymentHandle[Any]) -> None:
         self._handle = handle
         self._stream = handle.options(stream=True)
+        self._asked = -HEALTH_SECONDS
+        self._problem: str | None = None
+
+    async def health(self) -> str | None:
+        """What a host says of itself, asked at most once in HEALTH_SECONDS: without a key anyone may ask for it.
+
+        A host that is busy or away is not unwell: the answers to requests tell of that.
+        """
+        if time.monotonic() - self._asked >= HEALTH_SECONDS:
+            self._asked = time.monotonic()
+            with contextlib.suppress(RayError, BackPressureError, DeploymentUnavailableError, TimeoutError):
+                self._problem = await asyncio.wait_for(self._handle.health.remote(), HEALTH_SECONDS)
+        return self._problem
 
     async def models(self) -> list[Entry] | RequestError:
         return await self._ask("models")

@@ -33,12 +33,13 @@ from genmodels.engine.loaded import ImageModel, Loaded, TextModel
 from genmodels.engine.measured import Measured
 from genmodels.engine.shelf import Shelf
 from genmodels.engine.text import Vocabulary
-from genmodels.errors import GenmodelsError, ModelNotFound, RequestError, StorageUnavailable
+from genmodels.errors import DamagedObject, GenmodelsError, ModelNotFound, RequestError, StorageUnavailable
 from genmodels.findings import Evaluation, newest
 from genmodels.memory import HOST_MEMORY
 from genmodels.references import Found, of_version
 from genmodels.registry import Registry
 from genmodels.storage import open_storage
+from genmodels.threads import Rounds
 
 FOLLOW_SECONDS = 1.0  # between two looks at the registry
 LISTED_SECONDS = 1.0  # how long the list of models is believed
@@ -65,7 +66,7 @@ class Entry:
     """A model as `GET /v1/models` shows it."""
 
     id: str
-    found: Found
+    found: Found | None  # None: even what it stands for cannot be read
     aliases: dict[str, int]
     kind: str | None = None
     verbs: tuple[str, ...] = ()
@@ -73,6 +74,10 @@ class Entry:
     problem: str | None = None  # why it cannot be served
     refused: dict[str, Refused] | None = None  # aliases that have moved to what is not served
     evaluation: Evaluation | None = None  # the newest of the version, where one model was asked about
+
+    @property
+    def model(self) -> str:
+        return self.id.partition("@")[0]
 
 
 class ModelHost:
@@ -90,14 +95,15 @@ class ModelHost:
         torch.set_num_threads(torch_threads)
         self._registry = Registry(open_storage(storage_url, in_use=True))
         self._shelf = Shelf(self._registry.storage, memory, functools.partial(_start, torch_threads=torch_threads))
-        self._follower = Follower(self._registry.storage, self._shelf)
+        self._rounds = Rounds("follow", logger, lasting=True)
+        self._follower = Follower(self._registry.storage, self._shelf, self._rounds)
         self._measured = Measured(self._registry)
         self._threads, self._lookups = (  # names are found while all workers compute
             ThreadPoolExecutor(count, name, initializer=torch.set_num_threads, initargs=(torch_threads,))
             for count, name in ((workers, "model"), (4, "registry"))
         )
         self._readers = ThreadPoolExecutor(2, "history")  # a long run's history takes its time
-        self._listed: tuple[float, list[tuple[str, Found, dict[str, int]]]] | None = None
+        self._listed: tuple[float, list[tuple[str, Found | DamagedObject, dict[str, int]]]] | None = None
         self._entries: dict[str, Entry] = {}
         self._evaluations: dict[str, Evaluation | None] = {}  # of versions that were asked about
         self._known_aliases: dict[str, dict[str, int]] = {}  # of models that were asked about
@@ -105,12 +111,22 @@ class ModelHost:
         threading.Thread(target=_follow, args=(weakref.ref(self),), name="follow", daemon=True).start()
 
     def follow(self) -> None:
-        """Look at the registry once, and load what is new."""
-        try:
-            self._follower.follow()
-            self._measured.show(self._follower.served())
-        except GenmodelsError as error:
-            logger.warning("the registry cannot be followed: %s", error)
+        """Look at the registry once, and load what is new. Whatever goes wrong with one model is no other's."""
+        with self._rounds.round():
+            try:
+                self._follower.follow()
+                self._measured.show(self._follower.served())
+            except StorageUnavailable as error:  # all stays as it is
+                logger.warning("the registry cannot be followed: %s", error)
+
+    async def health(self) -> str | None:
+        """Say why this host is not well, None if it is: what it serves may be out of date."""
+        return self._rounds.stalled()
+
+    def check_health(self) -> None:
+        """Tell Serve, by raising, to replace this replica: its thread that follows the registry hangs or has ended."""
+        if self._rounds.stuck():
+            raise RuntimeError(self._rounds.stalled())
 
     async def models(self) -> list[Entry] | RequestError:
         """All models, each by what its bare name means, or by its newest version if that means nothing."""
@@ -131,7 +147,7 @@ class ModelHost:
         except GenmodelsError as error:
             return _refusal(error)
         entry = await self._describe(name, found, aliases)
-        return dataclasses.replace(entry, evaluation=await self._evaluation_of(entry.found))
+        return dataclasses.replace(entry, evaluation=await self._evaluation_of(entry.found or found))
 
     async def answer(self, name: str, request: ImageRequest) -> ImageAnswer | RequestError:
         try:
@@ -223,26 +239,26 @@ class ModelHost:
                 self._evaluations[found.name] = await look
         return self._evaluations.get(found.name)
 
-    def _list(self) -> list[tuple[str, Found, dict[str, int]]]:
-        """(name to ask for it, what it means, aliases) of every model."""
-        listed = []
+    def _list(self) -> list[tuple[str, Found | DamagedObject, dict[str, int]]]:
+        """(name to ask for it, what it means or why that cannot be read, aliases) of every model."""
+        listed: list[tuple[str, Found | DamagedObject, dict[str, int]]] = []
         for model in self._registry.models():
             aliases = _aliases(self._registry, model)
+            bare = "production" in self._registry.alias_names(model)
             with contextlib.suppress(ModelNotFound):  # the last of its versions was deleted just now
-                found = of_version(
-                    self._registry, self._registry.resolve(model if "production" in aliases else f"{model}@latest")
-                )
-                listed.append((model if "production" in aliases else found.name, found, aliases))
+                try:
+                    version = self._registry.resolve(model if bare else f"{model}@latest")
+                    listed.append((model if bare else version.name, of_version(self._registry, version), aliases))
+                except DamagedObject as error:
+                    listed.append((model, error, aliases))
         return listed
 
-    async def _describe(self, name: str, found: Found, aliases: dict[str, int]) -> Entry:
+    async def _describe(self, name: str, found: Found | DamagedObject, aliases: dict[str, int]) -> Entry:
         """What only a loaded model knows of itself is kept when the model goes."""
         found = self._follower.known(name) or found  # what answers, maybe not yet what is registered
-        refused = {
-            alias: refused
-            for alias in aliases
-            if (refused := self._follower.refused.get(f"{found.model}@{alias}")) is not None
-        }
+        refused = self._follower.refusals(name.partition("@")[0])
+        if isinstance(found, DamagedObject):
+            return Entry(name, None, aliases, problem=_refusal(found).message, refused=refused)
         known = self._entries.get(found.name)
         if known is None:
             try:
@@ -277,7 +293,13 @@ def _start(loaded: Loaded, torch_threads: int) -> None:
 
 def _decode(model: TextModel, torch_threads: int) -> None:
     torch.set_num_threads(torch_threads)
-    model.batcher.run()
+    rounds, ended = Rounds("decode", logger), False
+    while not ended:
+        with rounds.round():
+            model.batcher.run()
+            ended = True
+        if not ended:
+            time.sleep(FOLLOW_SECONDS)
 
 
 class Inbox:

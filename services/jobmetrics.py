@@ -17,6 +17,7 @@ from prometheus_client import CollectorRegistry, Gauge, Metric, generate_latest
 from genmodels.errors import StorageError
 from genmodels.metrics import (
     ATTEMPTS,
+    DAMAGED,
     OPEN_RUNS,
     PROMOTED,
     QUEUE_LENGTH,
@@ -26,12 +27,24 @@ from genmodels.metrics import (
     STORAGE_ERRORS,
     STORAGE_SECONDS,
     STORAGE_UP,
+    THREAD_FAILURES,
+    THREAD_PROGRESS,
     exported,
 )
 from genmodels.run import State, now
 from services.views import RunView, Views
 
-COUNTED = (ATTEMPTS, RUNS_ENDED, QUEUE_WAIT_SECONDS, PROMOTED, STORAGE_SECONDS, STORAGE_ERRORS)  # by this process
+COUNTED = (  # by this process
+    ATTEMPTS,
+    RUNS_ENDED,
+    QUEUE_WAIT_SECONDS,
+    PROMOTED,
+    STORAGE_SECONDS,
+    STORAGE_ERRORS,
+    DAMAGED,
+    THREAD_PROGRESS,
+    THREAD_FAILURES,
+)
 BELIEVED_SECONDS = 5.0  # so that scrapes, and whoever else asks, cost the store little
 
 
@@ -63,7 +76,7 @@ class JobMetrics:
             return
         states = Counter(run.state for run in runs)
         waiting = [run for run in runs if run.position is not None]
-        yield _told(OPEN_RUNS, {state: states[state] for state in get_args(State)})
+        yield _told(OPEN_RUNS, {state: states[state] for state in (*get_args(State), "damaged")})
         yield _told(QUEUE_LENGTH, {"": len(waiting)})
         yield _told(QUEUE_OLDEST, {"": max(map(_age, waiting), default=0.0)})
 

@@ -18,7 +18,7 @@ from starlette.concurrency import run_in_threadpool
 
 from genmodels.data import stored
 from genmodels.engine.requests import Body
-from genmodels.errors import RequestError, SpecError
+from genmodels.errors import DamagedObject, RequestError, SpecError
 from genmodels.explain import nearest, show
 from genmodels.job import Jobs
 from genmodels.pin import pin
@@ -87,7 +87,7 @@ class JobRoutes:
             spec = parse_spec(body, "spec", datasets=stored.kinds(self.storage), paths=False)
             caller.need(model.name for model in spec.models)
             caller.need(filter(None, (model.train.init_from for model in spec.models)))
-            capacity = self.views.queue()["capacity"]
+            capacity = self.views.queue().capacity
             spec = pin(spec, self.storage, mark=False)
             checked = check_job(spec, self.storage, capacity=capacity, planned=dry_run)
             if dry_run:
@@ -155,7 +155,7 @@ class JobRoutes:
         cursors: list[dict[str, str]] = [{} for _ in runs]
 
         def look() -> tuple[Iterator[bytes], bool]:
-            ended = all(run.status()[0].state in ENDED for run in runs)  # first, so that the last lines are seen
+            ended = all(map(_has_ended, runs))  # first, so that the last lines are seen
             streams = (_lines(run, query.source, seen) for run, seen in zip(runs, cursors, strict=True))
             return _packed(text for _, text in merge(*streams)), ended
 
@@ -293,6 +293,14 @@ def _check_source(source: str | None, workers: int) -> None:
     ranks = "worker 0" if workers == 1 else f"the workers 0 to {workers - 1}"
     message = f"got {show(source)}; what there is: driver and {ranks}"
     raise RequestError(f"source: {message}", param="source", status=404, code="source_not_found")
+
+
+def _has_ended(run: Run) -> bool:
+    """Also of a run whose status is damaged: nobody carries it on."""
+    try:
+        return run.status()[0].state in ENDED
+    except DamagedObject:
+        return True
 
 
 def _path(error: SpecError) -> str | None:

@@ -59,6 +59,7 @@ def create_app(
     keys: Keys | None,
     hosts: Collection[str] | None,
     closing: Callable[[], bool] = lambda: False,
+    stalled: Callable[[], str | None] = lambda: None,
 ) -> FastAPI:
     """The HTTP application. It reads and writes storage, and knows nothing of the cluster.
 
@@ -66,8 +67,21 @@ def create_app(
         keys: who may ask; None: anyone.
         hosts: names that a Host header may have; None for any, where there are keys.
         closing: whether the service is about to end, so that those who follow logs are let go.
+        stalled: says why the dispatcher of this process does not get on; None: it does.
     """
-    app = new_app("genmodels jobs", _ABOUT, hosts=hosts, schemas=_spec_schemas, max_body=MAX_BODY, streamed=UPLOADS)
+
+    async def health() -> str | None:
+        return stalled()
+
+    app = new_app(
+        "genmodels jobs",
+        _ABOUT,
+        hosts=hosts,
+        schemas=_spec_schemas,
+        max_body=MAX_BODY,
+        streamed=UPLOADS,
+        health=health,
+    )
     guard = Guard(keys)
     views = add_job_routes(app, guard, storage, closing)
     add_model_routes(app, guard, storage)
@@ -116,10 +130,16 @@ def _serve(options: argparse.Namespace) -> int:
     storage = open_storage(options.storage)
     keys = check_access(storage, options.host, options.no_auth)
     begin_writing(storage)
-    app = create_app(storage, keys=keys, hosts=None if keys else LOOPBACK, closing=lambda: server.should_exit)
+    dispatcher = Dispatcher(storage, _backend(options, storage), lease=Lease(storage))
+    app = create_app(
+        storage,
+        keys=keys,
+        hosts=None if keys else LOOPBACK,
+        closing=lambda: server.should_exit,
+        stalled=dispatcher.rounds.stalled,
+    )
     app.openapi()  # imports the families, so that nobody has to wait for them
     server = uvicorn.Server(_uvicorn(app, options.host, options.port))
-    dispatcher = Dispatcher(storage, _backend(options, storage), lease=Lease(storage))
     stop, broken = threading.Event(), threading.Event()
 
     def dispatch() -> None:

@@ -41,7 +41,7 @@ import logging
 import signal
 import time
 
-from genmodels.attempt import stored_job
+from genmodels.job import Jobs
 from genmodels.run import Run
 from genmodels.storage import Storage
 from services.backends import ACCEPT_SECONDS, submission_id
@@ -85,7 +85,7 @@ class KubeRayBackend:
         self._ended: dict[str, float] = {}  # RayJobs, and when they were first seen ended
 
     def start(self, storage_url: str, job: str, model: str, attempt: int, workers: int) -> Driver:
-        spec = stored_job(self.storage, job)
+        spec = Jobs(self.storage).spec(job)
         of_model = next(each for each in spec.models if each.name == model)
         body = self.template.fill(storage_url, job, of_model, attempt, workers, spec.priority)
         return _RayJob(self, Run(self.storage, job, model), attempt, body)

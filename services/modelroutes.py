@@ -21,7 +21,7 @@ from genmodels import cleanup, removal
 from genmodels.checkpoint import scratch_folder
 from genmodels.data import DATASETS, stored
 from genmodels.engine.requests import Body
-from genmodels.errors import DataError, DatasetExists, ModelNotFound, RequestError
+from genmodels.errors import DamagedObject, DataError, DatasetExists, ModelNotFound, RequestError
 from genmodels.findings import evaluations
 from genmodels.registry import Registry, Version
 from genmodels.spec import LABEL
@@ -234,20 +234,18 @@ def _need(caller: Caller, model: str) -> None:
 
 
 def _model(registry: Registry, name: str) -> dict[str, Any] | None:
-    """None: the last of its versions has just been deleted."""
+    """A model as the list shows it, by its newest version; None: the last has just been deleted."""
     versions = registry.versions(name)
+    aliases = {alias: target.version for alias, target in registry.aliases(name).items()}
+    shown = {"name": name, "versions": versions, "aliases": aliases}
     try:
         newest = registry.version(name, versions[-1])
     except (IndexError, ModelNotFound):
         return None
-    return {
-        "name": name,
-        "family": newest.family,
-        "versions": versions,
-        "aliases": {alias: target.version for alias, target in registry.aliases(name).items()},
-        "metrics": encode_floats(newest.metrics),
-        "created": newest.created,
-    }
+    except DamagedObject as error:
+        return {**shown, "family": None, "metrics": {}, "created": None, "problem": str(error)}
+    metrics = encode_floats(newest.metrics)
+    return {**shown, "family": newest.family, "metrics": metrics, "created": newest.created}
 
 
 _DATASET_BODY = {

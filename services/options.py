@@ -80,9 +80,13 @@ def storage(url: str | None) -> Storage:
     """The storage of a command, which may only read; one of another format is refused at once."""
     from genmodels.storage import open_storage, read_marker
 
-    opened = open_storage(url or (Path.cwd() / ".genmodels").as_uri())
+    opened = open_storage(storage_url(url))
     read_marker(opened)
     return opened
+
+
+def storage_url(url: str | None) -> str:
+    return url or (Path.cwd() / ".genmodels").as_uri()
 
 
 def console(*, stderr: bool = False) -> Console:

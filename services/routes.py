@@ -86,14 +86,14 @@ def create_app(pool: Pool, *, hosts: Collection[str] | None = LOOPBACK, keys: Ke
         hosts: names that a Host header may have; None for any, where there are keys.
         keys: who may ask; None: anyone.
     """
-    app = new_app("genmodels", _ABOUT, hosts=hosts)
+    app = new_app("genmodels", _ABOUT, hosts=hosts, health=lambda: pool.health())
     app.add_middleware(Counted)
     generate = Guard(keys, Limits())("generate")
 
     @app.get("/v1/models", summary="List models")
     async def models(caller: Caller = generate) -> Response:
         """List the models with family, verbs, version, aliases and metrics."""
-        entries = [entry for entry in checked(await pool.models()) if caller.may_use([entry.found.model])]
+        entries = [entry for entry in checked(await pool.models()) if caller.may_use([entry.model])]
         return Json({"object": "list", "data": [_model(entry) for entry in entries]})
 
     @app.get("/v1/models/{model}", summary="Show a model")
@@ -101,6 +101,8 @@ def create_app(pool: Pool, *, hosts: Collection[str] | None = LOOPBACK, keys: Ke
         """Show a model, and the newest evaluation of its version."""
         caller.need([model])
         entry = checked(await pool.model(model))
+        if entry.found is None:
+            return Json(_model(entry))
         answers(request, entry.found.name, entry.found.family)
         return Json(_model(entry), headers={VERSION: entry.found.name})
 
@@ -146,14 +148,14 @@ def _model(entry: Entry) -> dict[str, Any]:
     return {
         "id": entry.id,
         "object": "model",
-        "created": created(found),
+        "created": created(found) if found else 0,
         "owned_by": "genmodels",
-        "family": found.family,
+        "family": found.family if found else None,
         "kind": entry.kind,
         "verbs": entry.verbs,
-        "version": found.version,
+        "version": found.version if found else None,
         "aliases": entry.aliases,
-        "metrics": {name: _finite(value) for name, value in found.metrics.items()},
+        "metrics": {name: _finite(value) for name, value in found.metrics.items()} if found else {},
         **(entry.shape or {}),
         **({"evaluation": _evaluation(entry.evaluation)} if entry.evaluation else {}),
         **({"problem": entry.problem} if entry.problem else {}),
@@ -180,6 +182,4 @@ def _finite(value: float) -> float | None:
 
 def _refused(refused: Mapping[str, Refused]) -> list[dict[str, Any]]:
     """Aliases that stand at a version which is not served, so that an older one still answers to them."""
-    return [
-        {"alias": alias, "version": one.found.version, "reason": one.reason} for alias, one in sorted(refused.items())
-    ]
+    return [{"alias": alias, "version": one.version, "reason": one.reason} for alias, one in sorted(refused.items())]

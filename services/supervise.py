@@ -141,7 +141,8 @@ class Supervisor:
         """Take the run over under a lease: from now on whoever held it before can write no state."""
         while True:
             if self.status.epoch > epoch:
-                raise LeaseLost(f"run {self.run.name} is carried under lease {self.status.epoch}; {epoch} is over")
+                message = f"run {self.run.name} is carried under lease {self.status.epoch}; {epoch} is over"
+                raise LeaseLost(message, self.status.epoch)
             status = self.status if self.etag else self.status.to("queued", "submitted")
             try:
                 self._write(status.model_copy(update={"epoch": epoch}))

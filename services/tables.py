@@ -12,9 +12,8 @@ from rich.text import Text
 from genmodels.findings import Evaluation
 from genmodels.keys import Key
 from genmodels.registry import Registry
-from genmodels.run import State
 from services.terminal import STYLES, clock, digits, of_few, waits
-from services.views import JobView, RunView
+from services.views import JobView, RunView, ShownState
 
 
 def jobs_table(jobs: Iterable[JobView]) -> Table:
@@ -104,7 +103,8 @@ def models_table(models: Iterable[Mapping[str, Any]]) -> Table:
     for model in models:
         aliases = ", ".join(f"{alias}: {number}" for alias, number in model["aliases"].items())
         versions = ", ".join(map(str, model["versions"]))
-        table.add_row(model["name"], model["family"], versions, aliases, _metrics(model["metrics"]))
+        shown = model.get("problem") or _metrics(model["metrics"])
+        table.add_row(model["name"], model["family"] or "?", versions, aliases, Text(shown))
     return table
 
 
@@ -201,7 +201,7 @@ def _short(run: RunView) -> Text:
     return Text(f"{run.model}{state}{share}{place}", STYLES.get(run.state, ""))
 
 
-def _state(state: State) -> Text:
+def _state(state: ShownState) -> Text:
     return Text(state, STYLES.get(state, ""))
 
 

@@ -16,21 +16,23 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from genmodels import models
-from genmodels.run import Heartbeat, Phase, Result, State, Status
+from genmodels.run import Heartbeat, Phase, Result, Status
 from genmodels.spec import ModelSpec
 from services.supervise import ACTIVE, Watch
+from services.views import ShownState
 
 MANY_EXAMPLES, FEW_EXAMPLES = 1000, 100
 LINE_SECONDS = 10.0  # between two lines of a model where the output is no terminal
 QUIET_SECONDS = 15.0  # without news of a model that trains, after which that is said
 STORAGE_AWAY: Phase = "waiting for storage"
 SHOWN_PHASES: tuple[Phase, ...] = ("compiling", "evaluating", "saving")  # instead of `running`
-STYLES: dict[State, str] = {
+STYLES: dict[str, str] = {
     "starting": "cyan",
     "running": "cyan",
     "publishing": "cyan",
     "succeeded": "green",
     "failed": "red",
+    "damaged": "red",
     "cancelled": "yellow",
 }
 
@@ -40,7 +42,7 @@ class Shown:
     """How far a run is. `note`: why it is in its state; `waiting`: that its attempt waits and why, else ""."""
 
     model: str
-    state: State
+    state: ShownState
     phase: str = ""
     step: int = 0
     max_steps: int = 0

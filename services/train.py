@@ -26,6 +26,7 @@ from genmodels.attempt import stored_model, work
 from genmodels.checkpoint import Manifest, Place
 from genmodels.errors import (
     CheckpointError,
+    DamagedObject,
     DataError,
     GenmodelsError,
     StorageError,
@@ -265,7 +266,8 @@ def _failure(error: BaseException) -> Result:
         if outage := outage_of_disk(cause):
             return Result(outcome="failed", cause="storage", message=str(outage))
         match cause:
-            case CheckpointError() | StorageError():  # the next attempt passes over a damaged checkpoint
+            # The next attempt passes over a damaged checkpoint; another object may have been mended by then.
+            case CheckpointError() | DamagedObject() | StorageError():
                 return Result(outcome="failed", cause="infrastructure", message=str(cause))
             case GenmodelsError():
                 return Result(outcome="failed", cause="user", message=str(cause))

@@ -6,21 +6,23 @@ import math
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeAlias, TypeVar
 
 from pydantic import BaseModel
 
-from genmodels.errors import JobNotFound, KeyNotFound
-from genmodels.job import EndedEntry, Entry, Jobs
+from genmodels.errors import DamagedObject, JobNotFound, KeyNotFound
+from genmodels.job import QUEUE as QUEUE
+from genmodels.job import EndedEntry, Entry, Jobs, Queue
 from genmodels.run import ENDED, Change, Run, State
 from genmodels.spec import JobSpec, ModelSpec
-from genmodels.storage import Storage, read_document
+from genmodels.storage import Storage
 
-QUEUE = "dispatcher/queue.json"  # who waits, in order, and why: the dispatcher writes it
 READERS = 16  # objects read at the same time
 MOST_KEPT = 4096  # specs, and entries of the index, kept in memory: they never change
 
 T = TypeVar("T")
+
+ShownState: TypeAlias = State | Literal["damaged"]  # damaged: what has become of it cannot be read, and is not guessed
 
 
 class RunView(BaseModel):
@@ -28,7 +30,7 @@ class RunView(BaseModel):
 
     model: str
     family: str | None = None
-    state: State
+    state: ShownState
     reason: str = ""
     attempt: int = 0
     workers: int = 0
@@ -52,7 +54,7 @@ class JobView(BaseModel):
     job: str
     name: str
     priority: int
-    state: State
+    state: ShownState
     submitted: str
     ended: str | None = None
     models: list[RunView]
@@ -80,6 +82,7 @@ class Views:
 
         Raises:
             JobNotFound
+            DamagedObject: its spec or its entry in the index. What is damaged of a run is shown with that run.
         """
         entry = self.jobs.entry(job)
         (view,) = self._whole([entry], [self.jobs.spec(job)])
@@ -91,7 +94,7 @@ class Views:
         return _view(entry, runs).model_copy(update={"notes": notes})
 
     def page(self, kind: str, limit: int, after: str, may_see: Callable[[Sequence[str]], bool]) -> Page:
-        """Some of the jobs.
+        """Some of the jobs, without those whose entry in the index is damaged.
 
         Args:
             kind: "open", "ended" or "all".
@@ -123,12 +126,9 @@ class Views:
         """The runs of all open jobs."""
         return [run for view in self._summary(self._open()) for run in view.models]
 
-    def queue(self) -> dict[str, Any]:
-        """What the dispatcher says of the queue: `capacity` and `queue`, both empty before it has."""
-        try:
-            return read_document(self.storage, QUEUE)[0]
-        except KeyNotFound:
-            return {"capacity": None, "queue": []}
+    def queue(self) -> Queue:
+        """What the dispatcher says of the queue."""
+        return self.jobs.queue()
 
     def _open(self) -> list[Entry]:
         """Entries of the open jobs, newest first."""
@@ -138,26 +138,30 @@ class Views:
     def _entry(self, job: str) -> Entry | None:
         try:
             return _kept(self._entries, job, lambda: self.jobs.entry(job))
-        except JobNotFound:  # it has just ended, or its submission has not
+        except (JobNotFound, DamagedObject):  # JobNotFound: it has just ended, or its submission has not
             return None
 
     def _summary(self, entries: Sequence[Entry]) -> list[JobView]:
         """Views of open jobs, but for those that go in this moment."""
         if not entries:
             return []
-        specs = list(self._threads.map(self._spec, [entry.job for entry in entries]))
-        both = [(entry, spec) for entry, spec in zip(entries, specs, strict=True) if spec]
-        return self._whole([entry for entry, _ in both], [spec for _, spec in both])
+        specs = list(zip(entries, self._threads.map(self._spec, [entry.job for entry in entries]), strict=True))
+        sound = [(entry, spec) for entry, spec in specs if isinstance(spec, JobSpec)]
+        views = {view.job: view for view in self._whole([entry for entry, _ in sound], [spec for _, spec in sound])}
+        views |= {entry.job: _unreadable(entry, spec) for entry, spec in specs if isinstance(spec, DamagedObject)}
+        return [views[entry.job] for entry in entries if entry.job in views]
 
-    def _spec(self, job: str) -> JobSpec | None:
+    def _spec(self, job: str) -> JobSpec | DamagedObject | None:
         try:
             return _kept(self._specs, job, lambda: self.jobs.spec(job))
         except (JobNotFound, KeyNotFound):
             return None
+        except DamagedObject as error:
+            return error
 
     def _whole(self, entries: Sequence[Entry], specs: Sequence[JobSpec]) -> list[JobView]:
-        queue = self.queue()["queue"]
-        waiting = {(item["job"], item["model"]): place for place, item in enumerate(queue)}
+        queue = self.queue().queue
+        waiting = {(item.job, item.model): place for place, item in enumerate(queue)}
         todo = [(entry.job, model) for entry, spec in zip(entries, specs, strict=True) for model in spec.models]
         runs = iter(self._threads.map(lambda one: _run(Run(self.storage, one[0], one[1].name), one[1]), todo))
         views = []
@@ -166,16 +170,16 @@ class Views:
             for run in mine:
                 place = waiting.get((entry.job, run.model))
                 if run.state == "queued" and place is not None:
-                    run.position, run.wait = place + 1, queue[place]["reason"]
+                    run.position, run.wait = place + 1, queue[place].reason
             views.append(_view(entry, mine))
         return views
 
 
-def job_state(states: Sequence[State]) -> State:
+def job_state(states: Sequence[ShownState]) -> ShownState:
     """What a job's runs make of it."""
     if any(state in ("starting", "running", "publishing") for state in states):
         return "running"
-    worst: tuple[State, ...] = ("queued", "failed", "cancelled")
+    worst: tuple[ShownState, ...] = ("queued", "damaged", "failed", "cancelled")
     return next((state for state in worst if state in states), "succeeded")
 
 
@@ -198,8 +202,16 @@ def _from_index(entry: EndedEntry) -> JobView:
     return _view(entry, runs).model_copy(update={"ended": entry.ended})
 
 
+def _unreadable(entry: Entry, error: DamagedObject) -> JobView:
+    """A job whose spec is damaged: its entry names its models."""
+    return _view(entry, [RunView(model=model, state="damaged", reason=str(error)) for model in entry.models])
+
+
 def _run(run: Run, spec: ModelSpec) -> RunView:
-    status, _ = run.status()
+    try:
+        status, _ = run.status()
+    except DamagedObject as error:
+        return RunView(model=spec.name, state="damaged", reason=str(error), **_plan(spec))
     view = RunView(
         model=spec.name,
         state=status.state,

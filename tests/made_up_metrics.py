@@ -29,6 +29,7 @@ VALUES = {
     "passed": ("true", "false"),
     "operation": ("get", "put"),
     "kind": ("prompt", "completion"),
+    "thread": ("follow", "dispatch"),
     "route": ("/v1/completions", "/v1/images/generations"),
     "code": ("200", "429", "503"),
     "verb": ("generate", "encode"),
@@ -70,7 +71,7 @@ def main() -> None:
 def move(metric: MetricWrapperBase) -> None:
     for labels in itertools.product(*(VALUES[name] for name in metric._labelnames)):
         series = metric.labels(*labels) if labels else metric
-        if metric is metrics.TRAINING_TICK:
+        if metric in (metrics.TRAINING_TICK, metrics.THREAD_PROGRESS):
             series.set(time.time())
         elif isinstance(series, Gauge):
             series.set(random.uniform(0.1, 1.0))

@@ -49,7 +49,13 @@ def publish(storage: Storage, folder: Path, step: int = 1, job: str = JOB) -> Ve
 
 def version_without_files(storage: Storage, step: int) -> None:
     version = {"model": "model", "version": 1, "family": "vae", "job": JOB, "place": {"attempt": 1, "step": step}}
-    rest = {"metrics": {}, "gate": None, "lineage": LINEAGE.model_dump(), "created": "t", "files": {}}
+    rest = {
+        "metrics": {},
+        "gate": None,
+        "lineage": LINEAGE.model_dump(),
+        "created": "2026-01-01T00:00Z",
+        "files": {},
+    }
     write_document(storage, "models/model/versions/00000001.json", version | rest)
 
 

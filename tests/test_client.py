@@ -255,7 +255,7 @@ def _version(**files: bytes) -> Version:
         metrics={},
         gate=None,
         lineage=Lineage(spec_digest="", data_digest="", code_version="", world_size=1, parent=None),
-        created="",
+        created="2026-01-01T00:00Z",
         files=described,
     )
 

@@ -13,9 +13,16 @@ from services.edge import LOOPBACK, MAX_BODY, Edge, Streamed
 from services.routes import create_app
 
 
+class Pool:
+    problem: str | None = None
+
+    async def health(self) -> str | None:
+        return self.problem
+
+
 @pytest.fixture(scope="module")
 def app() -> Any:
-    return create_app(None)  # type: ignore[arg-type]  # no request here gets as far as a model
+    return create_app(Pool())  # type: ignore[arg-type]  # no request here gets as far as a model
 
 
 @pytest.mark.parametrize(

@@ -40,7 +40,7 @@ class Clock:
 
 
 def key(**limits: Any) -> Key:
-    return Key(id="00000000", name="k", scopes=("generate",), sha256="", created="", **limits)
+    return Key(id="00000000", name="k", scopes=("generate",), sha256="", created="2026-01-01T00:00Z", **limits)
 
 
 @pytest.fixture(scope="module")

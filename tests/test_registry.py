@@ -65,7 +65,7 @@ def fill(storage: Storage, numbers: int, model: str = "model", **more: Any) -> N
             "metrics": {},
             "gate": None,
             "lineage": LINEAGE.model_dump(),
-            "created": "t",
+            "created": "2026-01-01T00:00Z",
             "files": {},
         }
         write_document(storage, f"models/{model}/versions/{number:08d}.json", version | more)
@@ -170,7 +170,7 @@ def test_a_version_cannot_name_files_elsewhere(tmp_path: Path) -> None:
 def test_an_older_process_reads_what_a_newer_one_wrote() -> None:
     storage = MemoryStorage()
     fill(storage, 1, signature="s", gate={"metric": "val_loss", "value": 1, "passed": True, "reason": "r", "by": "x"})
-    move = {"version": 1, "time": "t", "reason": "r", "by": "x"}
+    move = {"version": 1, "time": "2026-01-01T00:00Z", "reason": "r", "by": "x"}
     write_document(storage, "models/model/aliases/production.json", {"version": 1, "history": [move], "canary": 0.1})
     version = Registry(storage).resolve("model")
     assert (version.version, version.gate.reason if version.gate else "") == (1, "r")

@@ -127,7 +127,7 @@ def test_history_is_what_its_own_attempts_did(attempts: list[tuple[int, int, int
 @pytest.mark.parametrize("parent", [1, 2])
 def test_a_damaged_start_does_not_send_readers_in_circles(parent: int) -> None:
     run = Run(MemoryStorage(), "j", "m")
-    start = Start(attempt=1, parent=Place(attempt=parent, step=3), world_size=1, time="")
+    start = Start(attempt=1, parent=Place(attempt=parent, step=3), world_size=1, time="2026-01-01T00:00Z")
     write_document(run.storage, "runs/j/m/attempt-1/start.json", start.model_dump())
     with pytest.raises(CheckpointError, match=f"attempt 1 cannot go on from attempt {parent}"):
         run.chain()
@@ -157,19 +157,34 @@ def started(run: Run, attempt: int, time: str) -> None:
 def test_logs_are_merged_by_time_and_cut_where_a_later_attempt_took_over(storage: Storage) -> None:
     run = Run(storage, "j", "m")
     assert list(run.log_lines()) == []
-    write_log(run, 1, "driver", 1, ("10:00", "driver 1 begins"), ("10:09", "driver 1: a worker was lost"))
-    started(run, 1, "10:02")
-    write_log(run, 1, "0", 1, ("10:03", "rank 0"), ("10:04", "rank 0 again"))
-    write_log(run, 1, "0", 2, ("10:06", "rank 0 at last"))
-    write_log(run, 1, "1", 1, ("10:03", "rank 1"), ("10:05", "rank 1 at last"))
-    write_log(run, 2, "driver", 1, ("10:10", "driver 2: no workers"))  # it never started: it cuts nothing
-    write_log(run, 1, "1", 2, ("10:12", "paused until now; attempt 2 has not started"))
-    write_log(run, 3, "driver", 1, ("10:19", "driver 3 begins"))
-    started(run, 3, "10:20")
-    write_log(run, 3, "0", 1, ("10:21", "rank 0 of 3"))
+    write_log(
+        run,
+        1,
+        "driver",
+        1,
+        ("2026-01-01T10:00Z", "driver 1 begins"),
+        ("2026-01-01T10:09Z", "driver 1: a worker was lost"),
+    )
+    started(run, 1, "2026-01-01T10:02Z")
+    write_log(run, 1, "0", 1, ("2026-01-01T10:03Z", "rank 0"), ("2026-01-01T10:04Z", "rank 0 again"))
+    write_log(run, 1, "0", 2, ("2026-01-01T10:06Z", "rank 0 at last"))
+    write_log(run, 1, "1", 1, ("2026-01-01T10:03Z", "rank 1"), ("2026-01-01T10:05Z", "rank 1 at last"))
+    write_log(run, 2, "driver", 1, ("2026-01-01T10:10Z", "driver 2: no workers"))  # it never started: it cuts nothing
+    write_log(run, 1, "1", 2, ("2026-01-01T10:12Z", "paused until now; attempt 2 has not started"))
+    write_log(run, 3, "driver", 1, ("2026-01-01T10:19Z", "driver 3 begins"))
+    started(run, 3, "2026-01-01T10:20Z")
+    write_log(run, 3, "0", 1, ("2026-01-01T10:21Z", "rank 0 of 3"))
     # both wake
-    write_log(run, 1, "1", 3, ("10:19", "just in time"), ("10:20", "late"), ("10:30", "later"))
-    write_log(run, 2, "driver", 2, ("10:21", "late too"))
+    write_log(
+        run,
+        1,
+        "1",
+        3,
+        ("2026-01-01T10:19Z", "just in time"),
+        ("2026-01-01T10:20Z", "late"),
+        ("2026-01-01T10:30Z", "later"),
+    )
+    write_log(run, 2, "driver", 2, ("2026-01-01T10:21Z", "late too"))
     assert [(line.attempt, line.source, line.line) for line in run.log_lines()] == [
         (1, "driver", "driver 1 begins"),
         (1, "0", "rank 0"),
@@ -201,16 +216,16 @@ def test_a_log_is_followed_with_a_cursor(storage: Storage) -> None:
         return [line.line for line in run.log_lines(source, cursor)]
 
     assert new() == []
-    write_log(run, 1, "driver", 1, ("10:00", "a"))
-    write_log(run, 1, "0", 1, ("10:01", "b"), ("10:02", "c"))
+    write_log(run, 1, "driver", 1, ("2026-01-01T10:00Z", "a"))
+    write_log(run, 1, "0", 1, ("2026-01-01T10:01Z", "b"), ("2026-01-01T10:02Z", "c"))
     assert new() == ["a", "b", "c"]
     assert new() == []
-    write_log(run, 1, "0", 2, ("10:03", "d"))
-    write_log(run, 1, "1", 1, ("10:01", "e"))  # shipped later than what has been read
+    write_log(run, 1, "0", 2, ("2026-01-01T10:03Z", "d"))
+    write_log(run, 1, "1", 1, ("2026-01-01T10:01Z", "e"))  # shipped later than what has been read
     assert new() == ["e", "d"]
-    started(run, 2, "10:05")
-    write_log(run, 1, "0", 3, ("10:04", "f"), ("10:05", "late"))
-    write_log(run, 2, "0", 1, ("10:06", "g"))
+    started(run, 2, "2026-01-01T10:05Z")
+    write_log(run, 1, "0", 3, ("2026-01-01T10:04Z", "f"), ("2026-01-01T10:05Z", "late"))
+    write_log(run, 2, "0", 1, ("2026-01-01T10:06Z", "g"))
     assert new() == ["f", "g"]
     assert new() == []
     assert [line.line for line in run.log_lines("driver", {})] == ["a"]
@@ -230,7 +245,7 @@ def test_many_parts_of_logs_and_metrics_slow_the_fence_not_down() -> None:
     for attempt in (1, 2, 3):
         run.start(attempt, None, 1)
     for number in range(1, 501):
-        write_log(run, 3, "0", number, ("10:00", "a"))
+        write_log(run, 3, "0", number, ("2026-01-01T10:00Z", "a"))
     storage.looked, listed = 0, storage.list
 
     def no_list(prefix: str, **options: object) -> list[str]:
@@ -394,10 +409,16 @@ def test_what_has_not_been_written_is_none() -> None:
 
 def test_an_older_process_reads_what_a_newer_one_wrote() -> None:
     run = Run(MemoryStorage(), "j", "m")
-    change = {"state": "running", "time": "t", "reason": "r", "by": "x"}
+    change = {"state": "running", "time": "2026-01-01T00:00Z", "reason": "r", "by": "x"}
     documents = {
         "status.json": {"state": "running", "attempt": 1, "priority": 9, "history": [change]},
-        "attempt-1/start.json": {"attempt": 1, "parent": None, "world_size": 2, "time": "t", "nodes": ["a"]},
+        "attempt-1/start.json": {
+            "attempt": 1,
+            "parent": None,
+            "world_size": 2,
+            "time": "2026-01-01T00:00Z",
+            "nodes": ["a"],
+        },
         "attempt-1/heartbeat.json": {"phase": "training", "step": 4, "gpu": 0.5},
         "attempt-1/result.json": {"outcome": "left", "step": 4, "cost": 1},
         "wishes/00000001.json": {
@@ -405,7 +426,7 @@ def test_an_older_process_reads_what_a_newer_one_wrote() -> None:
             "attempt": 1,
             "then": "queued",
             "reason": "r",
-            "time": "t",
+            "time": "2026-01-01T00:00Z",
             "by": "x",
         },
     }

@@ -18,7 +18,7 @@ from typing import Any
 
 import pytest
 
-from genmodels.errors import Conflict, KeyNotFound, StorageError, StorageUnavailable
+from genmodels.errors import Conflict, DamagedObject, KeyNotFound, StorageError, StorageUnavailable
 from genmodels.storage import Storage, decode_floats, encode_floats, open_storage, read_document, write_document
 from genmodels.storage import folder as folder_module
 
@@ -417,7 +417,7 @@ def test_document_conflict_leaves_the_winner(storage: Storage) -> None:
 def test_damaged_documents(storage: Storage) -> None:
     for data in (b"", b"{", b"[1]", b"\xff\xfe", b'"text"'):
         storage.put("doc", data)
-        with pytest.raises(StorageError, match="doc: is damaged"):
+        with pytest.raises(DamagedObject, match=r"^doc: damaged"):
             read_document(storage, "doc")
         with pytest.raises(Conflict):
             write_document(storage, "doc", {}, if_absent=True)

@@ -24,18 +24,18 @@ from typing import Literal
 
 import numpy as np
 from filelock import FileLock
-from pydantic import BaseModel, ConfigDict
+from pydantic import Field
 
 from genmodels.data.files import shown
 from genmodels.data.images import ImageData, Pictures, divide, read_folder
 from genmodels.data.sources import DATASETS, cache_folder
 from genmodels.data.text import TextData, read_text
 from genmodels.data.unpack import is_zip, unpack
-from genmodels.errors import Conflict, DataError, DatasetExists, KeyNotFound
+from genmodels.errors import Conflict, DamagedObject, DataError, DatasetExists, KeyNotFound
 from genmodels.explain import as_label
 from genmodels.family import DataInfo
 from genmodels.lease import Lease
-from genmodels.storage import Storage, read_document, write_document
+from genmodels.storage import Document, Storage, Time, load_document, write_document
 from genmodels.storage.disk import disk_outages
 
 NAME = r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$"
@@ -48,10 +48,11 @@ UNPACKED = "unpacked"
 FILES: dict[Kind, str] = {"text": "text.txt", "image": "pictures.safetensors"}
 
 
-class StoredDataset(BaseModel):
+class StoredDataset(Document):
     """One content of an added dataset."""
 
-    model_config = ConfigDict(extra="ignore", frozen=True)
+    object_kind = "dataset"
+    remedy = "delete the folder that it lies in and add the dataset again: genmodels data add"
 
     name: str
     sha256: str
@@ -62,11 +63,20 @@ class StoredDataset(BaseModel):
     digest: str = ""  # of the data as training sees it, which stands in a checkpoint's lineage
     info: DataInfo  # what a family must know of it
     notes: list[str]  # for people: how many, of what size, how they were converted
-    added: str
+    added: Time
 
     @property
     def key(self) -> str:
         return f"datasets/{self.name}/{self.sha256}/{FILES[self.kind]}"
+
+
+class Current(Document):
+    """Which content a name means."""
+
+    object_kind = "dataset"
+    remedy = "add the dataset again: genmodels data add"
+
+    sha256: str = Field(pattern="^[0-9a-f]{64}$")
 
 
 def add(
@@ -102,7 +112,9 @@ def add(
             raise DataError(said.replace(f"{scratch}/{UNPACKED}", shown(path.name))) from None
         except OSError as error:
             raise DataError(f"{shown(error.filename or path)} cannot be read: {error.strerror}") from error
-        before = _current(storage, name)
+        before = None
+        with contextlib.suppress(DamagedObject):  # adding is the remedy
+            before = _current(storage, name)
         if before and before.kind != dataset.kind:
             raise DataError(f"{name!r} is a dataset of {before.kind}s, this has {dataset.kind}s: choose another name")
         if before and before.sha256 == dataset.sha256:
@@ -153,8 +165,11 @@ def contents(storage: Storage, name: str) -> list[StoredDataset]:
 
 
 def catalog(storage: Storage) -> list[StoredDataset]:
-    """What the added names mean now, by name."""
-    found = (_current(storage, name) for name in sorted(kinds(storage)))
+    """What the added names mean now, by name; without those that are damaged."""
+    found = []
+    for name in sorted(kinds(storage)):
+        with contextlib.suppress(DamagedObject):
+            found.append(_current(storage, name))
     return [dataset for dataset in found if dataset]
 
 
@@ -300,18 +315,18 @@ def _cached(folder: Path, sha256: str) -> Path | None:
 
 def _current(storage: Storage, name: str) -> StoredDataset | None:
     try:
-        document, _ = read_document(storage, f"datasets/{name}/current.json")
+        current, _ = load_document(storage, f"datasets/{name}/current.json", Current)
     except KeyNotFound:
         return None
-    return _described(storage, name, document["sha256"])
+    return _described(storage, name, current.sha256)
 
 
 def _described(storage: Storage, name: str, sha256: str) -> StoredDataset | None:
     try:
-        document, _ = read_document(storage, f"datasets/{name}/{sha256}/dataset.json")
+        key = f"datasets/{name}/{sha256}/dataset.json"
+        return load_document(storage, key, StoredDataset, name=name, sha256=sha256)[0]
     except KeyNotFound:
         return None
-    return StoredDataset.model_validate(document)
 
 
 def _check_free(name: str) -> None:

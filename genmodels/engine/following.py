@@ -10,11 +10,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from genmodels.engine.shelf import Shelf
-from genmodels.errors import CheckpointError, ModelNotFound, RequestError, StorageUnavailable
+from genmodels.errors import DamagedObject, GenmodelsError, ModelNotFound, StorageUnavailable, contained
 from genmodels.metrics import ACTIVE, REFUSED, SWAPPED, Labels, version_labels
 from genmodels.references import Found, find, full_name, moves
 from genmodels.registry import Registry
 from genmodels.storage import Storage
+from genmodels.threads import Rounds
 
 BELIEVED_SECONDS = 1.0  # what a name that does not move means: a version may be deleted
 BELIEVED = 1024  # 3, 03, 003, ...: one version has any number of names
@@ -25,17 +26,29 @@ logger = logging.getLogger("genmodels.serving")
 
 @dataclass(frozen=True)
 class Refused:
-    """A name has moved to a model that is not served."""
+    """A name does not answer as what it stands for. `found` is None where even that cannot be read."""
 
-    found: Found
     reason: str
+    found: Found | None = None
+
+    @property
+    def version(self) -> int | None:
+        return self.found.version if self.found else None
 
 
 class Follower:
-    """Safe between threads; `follow` is for one at a time."""
+    """Safe between threads; `follow` is for one at a time.
 
-    def __init__(self, storage: Storage, shelf: Shelf) -> None:
-        self._storage, self._registry, self._shelf = storage, Registry(storage), shelf
+    Each name stands alone: whatever goes wrong with one becomes its refusal, what answered to it goes on answering, and
+    the next round tries again.
+
+    Args:
+        rounds: of the thread that follows.
+    """
+
+    def __init__(self, storage: Storage, shelf: Shelf, rounds: Rounds) -> None:
+        self._storage, self._registry, self._shelf, self._rounds = storage, Registry(storage), shelf, rounds
+        self._aliases: set[str] = set()  # as of the last look
         self._current: dict[str, Found] = {}  # what answers to a name that moves
         self._wanted: dict[str, float] = {}  # when those that are no aliases were asked for
         self._believed: OrderedDict[str, tuple[float, Found]] = OrderedDict()
@@ -84,19 +97,14 @@ class Follower:
         Raises:
             StorageUnavailable: all stays as it is.
         """
-        aliases = {
-            f"{model}@{name}": alias.version
-            for model in self._registry.models()
-            for name, alias in self._registry.aliases(model).items()
-        }
+        aliases = self._look()
+        self._aliases = set(aliases)
         oldest = time.monotonic() - WANTED_SECONDS
         self._wanted = {name: asked for name, asked in self._wanted.items() if asked > oldest and name not in aliases}
-        for name in sorted(aliases, key=lambda name: not name.endswith("@production")):
-            current = self._current.get(name)
-            if current is None or current.version != aliases[name] or name in self.refused:
+        moved = [name for name, version in aliases.items() if version is not None and self._is_due(name, version)]
+        for name in [*sorted(moved, key=lambda name: not name.endswith("@production")), *self._wanted]:
+            with self._rounds.round(StorageUnavailable):
                 self._advance(name)
-        for name in list(self._wanted):
-            self._advance(name)
         for name in {*list(self._current), *self.refused} - {*aliases, *self._wanted}:
             self._forget(name)
         self._count_active(aliases)
@@ -105,35 +113,61 @@ class Follower:
         """What answers to the names that are followed."""
         return list(self._current.values())
 
+    def refusals(self, model: str) -> dict[str, Refused]:
+        """Those of a model's aliases, by alias."""
+        names = [name for name in list(self.refused) if name in self._aliases and name.partition("@")[0] == model]
+        return {name.partition("@")[2]: refused for name in names if (refused := self.refused.get(name))}
+
+    def _look(self) -> dict[str, int | None]:
+        """Where each alias stands; None where that cannot be read."""
+        found: dict[str, int | None] = {}
+        for model in self._registry.models():
+            for alias in self._registry.alias_names(model):
+                name = f"{model}@{alias}"
+                try:
+                    found[name] = self._registry.alias(model, alias).version
+                except ModelNotFound:
+                    continue  # deleted just now
+                except DamagedObject as error:
+                    found[name] = None
+                    self._refuse(name, error, None)
+        return found
+
+    def _is_due(self, name: str, version: int) -> bool:
+        current = self._current.get(name)
+        return current is None or current.version != version or name in self.refused
+
     def _advance(self, name: str) -> None:
         """Have a name mean what it means now."""
-        before = self._current.get(name)
+        found = None
         try:
             found = find(self._storage, name)
+            self._take(name, found)
+        except StorageUnavailable:
+            raise
         except ModelNotFound:
             self._forget(name)
-            return
-        except CheckpointError as error:
-            logger.warning("%s: %s", name, error)
-            return
+        except Exception as error:  # of whatever kind: a damaged object, a full disk, no memory, a bug
+            self._refuse(name, contained(error), found)
+
+    def _take(self, name: str, found: Found) -> None:
+        before = self._current.get(name)
         if before is None or before.name != found.name:
-            try:
-                self._shelf.bring(found)
-            except (CheckpointError, RequestError) as error:
-                self._refuse(name, found, str(error))
-                return
+            self._shelf.bring(found)
             self._current[name] = found
             if before:
-                SWAPPED.labels(*version_labels(found.name, found.family)).inc()
                 self._release(before)
+                SWAPPED.labels(*version_labels(found.name, found.family)).inc()
         self.refused.pop(name, None)
 
-    def _refuse(self, name: str, found: Found, reason: str) -> None:
-        known = self.refused.get(name)
-        if known is None or known.found.name != found.name:
-            logger.warning("%s is not served as %s: %s", found.name, name, reason)
+    def _refuse(self, name: str, error: GenmodelsError, found: Found | None) -> None:
+        known, refused = self.refused.get(name), Refused(str(error), found)
+        self.refused[name] = refused
+        if known and (known.found.name if known.found else known.reason) == (found.name if found else refused.reason):
+            return
+        logger.warning("%s is not served as %s: %s", found.name if found else "what it stands for", name, error)
+        if found:
             REFUSED.labels(*version_labels(found.name, found.family)).inc()
-        self.refused[name] = Refused(found, reason)
 
     def _forget(self, name: str) -> None:
         self.refused.pop(name, None)

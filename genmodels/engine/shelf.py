@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import threading
 import time
 from collections import OrderedDict
@@ -12,14 +13,17 @@ from dataclasses import dataclass
 
 from genmodels.engine.loaded import Loaded, footprint, load
 from genmodels.engine.warm import warm
-from genmodels.errors import CheckpointError, RequestError
+from genmodels.errors import CheckpointError, GenmodelsError, RequestError, UnexpectedFailure, contained
 from genmodels.memory import Footprint
 from genmodels.metrics import LOAD_SECONDS, LOADED_BYTES
 from genmodels.references import Found
 from genmodels.storage import Storage
 
 REFUSED_SECONDS = 60.0  # how long one that could not be loaded is not tried again
+RETRY_SECONDS = 5.0  # the same, where this machine may be at fault: a full disk, no memory
 REFUSED_KNOWN = 1024
+
+logger = logging.getLogger("genmodels.serving")
 
 
 @dataclass
@@ -43,7 +47,7 @@ class Shelf:
         self._held: OrderedDict[str, _Held] = OrderedDict()
         self._loading: dict[str, Future[None]] = {}
         self._coming = 0  # bytes of what is being loaded, as far as known
-        self._refused: OrderedDict[str, tuple[float, CheckpointError]] = OrderedDict()
+        self._refused: OrderedDict[str, tuple[float, GenmodelsError]] = OrderedDict()  # until when, and why
         self._lock = threading.RLock()
 
     @contextlib.contextmanager
@@ -70,13 +74,14 @@ class Shelf:
 
         Raises:
             CheckpointError: it is damaged, or larger than the budget.
+            UnexpectedFailure: anything else went wrong, on this machine or in the code.
             RequestError: all that is in memory is in use.
         """
         with self._lock:
             if held := self._held.get(found.name):
                 held.leaves = False
                 return
-            if (refused := self._refused.get(found.name)) and time.monotonic() - refused[0] < REFUSED_SECONDS:
+            if (refused := self._refused.get(found.name)) and time.monotonic() < refused[0]:
                 raise refused[1]
             loading = self._loading.get(found.name)
             if mine := loading is None:
@@ -97,10 +102,13 @@ class Shelf:
     def _settle(self, found: Found, loading: Future[None]) -> None:
         try:
             self._bring(found)
-        except BaseException as error:
-            if isinstance(error, CheckpointError):
+        except BaseException as raised:
+            error = contained(raised) if isinstance(raised, Exception) else raised
+            if isinstance(error, (CheckpointError, UnexpectedFailure)):
+                logger.debug("%s was not loaded", found.name, exc_info=raised)
+                seconds = REFUSED_SECONDS if isinstance(error, CheckpointError) else RETRY_SECONDS
                 with self._lock:
-                    self._refused[found.name] = time.monotonic(), error
+                    self._refused[found.name] = time.monotonic() + seconds, error
                     while len(self._refused) > REFUSED_KNOWN:
                         self._refused.popitem(last=False)
             self._loading.pop(found.name)

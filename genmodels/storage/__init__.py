@@ -17,17 +17,30 @@ from urllib.parse import unquote
 
 from genmodels.errors import StorageError
 from genmodels.storage.base import UNPRINTABLE, Storage, check_key
-from genmodels.storage.documents import decode_floats, encode_floats, read_document, write_document
+from genmodels.storage.documents import (
+    Document,
+    Time,
+    decode_floats,
+    encode_floats,
+    list_names,
+    load_document,
+    read_document,
+    write_document,
+)
 from genmodels.storage.folder import FolderStorage
 from genmodels.storage.marker import read_marker
 from genmodels.storage.measured import MeasuredStorage
 from genmodels.storage.probe import begin_writing, probe_conditional_puts
 
 __all__ = [
+    "Document",
     "Storage",
+    "Time",
     "begin_writing",
     "decode_floats",
     "encode_floats",
+    "list_names",
+    "load_document",
     "open_storage",
     "probe_conditional_puts",
     "read_document",

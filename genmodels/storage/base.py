@@ -90,6 +90,10 @@ class Storage(ABC):
     def download(self, key: str, path: Path) -> None:
         """Fetch an object of any size into a file, which appears only when complete. Raises KeyNotFound."""
 
+    def clock(self) -> float | None:
+        """The store's time now, in seconds since 1970, where it tells."""
+        return None
+
 
 class Refused(StorageError):
     """The store refuses, for a reason that lies outside of the request: rights, credentials, bucket, mount.

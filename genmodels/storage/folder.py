@@ -110,6 +110,16 @@ class FolderStorage(Storage):
         with self._errors("download", key), self._open(key) as source, appears_whole(path) as temporary:
             _copy(source, temporary)
 
+    def clock(self) -> float | None:
+        if not self._root.is_dir():
+            return None
+        with (
+            self._errors("clock", ""),
+            self._temporary(MARKER) as temporary,
+        ):  # a network's file system has its own clock
+            temporary.touch()
+            return temporary.stat().st_mtime
+
     def _walk(self, top: str, prefix: str, after: str) -> Iterator[str]:
         """Keys below a folder (a path that ends in "/") in order; folders without any that are asked for stay shut."""
         for name in _names(self._root / top, top):

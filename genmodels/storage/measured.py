@@ -79,6 +79,9 @@ class MeasuredStorage(Storage):
         finally:
             STORAGE_SECONDS.labels(name).observe(time.perf_counter() - began)
 
+    def clock(self) -> float | None:
+        return self._storage.clock()
+
     @contextmanager
     def _outages(self, access: str) -> Iterator[None]:
         try:

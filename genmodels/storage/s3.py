@@ -6,6 +6,7 @@ import re
 import threading
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
+from email.utils import parsedate_to_datetime
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -133,6 +134,12 @@ class S3Storage(Storage):
                     file.write(chunk)
 
         fetch()
+
+    def clock(self) -> float | None:
+        with self._errors("clock", ""):
+            answer = self._client.list_objects_v2(Bucket=self._bucket, Prefix=self._prefix, MaxKeys=1)
+        told = answer["ResponseMetadata"]["HTTPHeaders"].get("date")
+        return parsedate_to_datetime(told).timestamp() if told else None
 
     def _objects(self, prefix: str, **options: Any) -> Iterator[tuple[str, int]]:
         """Keys and sizes, in the store's order."""
