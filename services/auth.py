@@ -61,7 +61,7 @@ class Caller:
             raise RequestError("this key is limited to some models, and this is about all", status=403, code="limited")
 
 
-def require_keys(storage: Storage, scope: Scope) -> Keys:
+def require_keys(storage: Storage) -> Keys:
     """The keys in a storage.
 
     Raises:
@@ -72,7 +72,7 @@ def require_keys(storage: Storage, scope: Scope) -> Keys:
         return keys
     raise GenmodelsError(
         f"{storage.url} holds no key yet, and without one nobody could ask. Make one: "
-        f"genmodels keys create NAME --scope {scope} --storage {storage.url} - or ask for none, on this machine alone: "
+        f"genmodels keys create NAME --storage {storage.url} - or ask for none, on this machine alone: "
         "--no-auth"
     )
 

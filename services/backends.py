@@ -9,12 +9,12 @@ import os
 import shlex
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 from typing import Any
 
 from services.dashboard import Dashboard
+from services.environment import python
 from services.supervise import LOST, Capacity, Driver
 
 log = logging.getLogger("genmodels.backends")
@@ -27,11 +27,14 @@ ACCEPT_SECONDS = 60.0  # of a cluster that answers, for a driver to be accepted
 class SubprocessBackend:
     """Drivers as processes of this machine, in sessions of their own: a Ctrl-C in the terminal is not theirs."""
 
-    def __init__(self, logs: Path, environment: dict[str, str], capacity: Capacity | None = None) -> None:
+    def __init__(
+        self, logs: Path, environment: dict[str, str], capacity: Capacity | None = None, folder: Path | None = None
+    ) -> None:
         """Args:
         capacity: of the Ray that the drivers connect to; default: the CPUs of this machine.
+        folder: that they work in; default: this process's.
         """
-        self.logs, self.environment = logs, environment
+        self.logs, self.environment, self.folder = logs, environment, folder
         self._capacity = capacity or Capacity(cpus=os.cpu_count() or 1, gpus=0)
         self._drivers: dict[tuple[str, str, int], Driver] = {}
 
@@ -44,6 +47,7 @@ class SubprocessBackend:
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 env={**os.environ, **self.environment},
+                cwd=self.folder,
                 start_new_session=True,
             )
         self._drivers[job, model, attempt] = driver = _Process(process)
@@ -204,5 +208,5 @@ class _RayJob(Driver):
 
 
 def driver_command(storage_url: str, job: str, model: str, attempt: int, workers: int) -> list[str]:
-    command = [sys.executable, "-m", "services.train", "--storage", storage_url, "--job", job, "--model", model]
-    return [*command, "--attempt", str(attempt), "--workers", str(workers)]
+    what = ("--storage", storage_url, "--job", job, "--model", model)
+    return python("train", *what, "--attempt", str(attempt), "--workers", str(workers))

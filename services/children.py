@@ -5,14 +5,14 @@ from __future__ import annotations
 import contextlib
 import signal
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
 
-from services.guard import sweep
+from services.environment import python
+from services.guard import REMOVE, sweep
 
 BACK_OFF_SECONDS = (0.2, 1.0, 3.0, 10.0, 30.0)
 STEADY_SECONDS = 60.0  # of running, after which an end counts as the first
@@ -25,7 +25,8 @@ Tell = Callable[[str], None]
 class Child:
     """One of them. Secrets belong into `environment`, which nobody else sees.
 
-    Its output is appended to `log`; None: it goes where this process's goes.
+    Its output is appended to `log`; None: it goes where this process's goes. It works in `folder`, by default in this
+    process's.
     """
 
     name: str
@@ -34,6 +35,8 @@ class Child:
     ready: Callable[[], bool]  # quick to answer
     says: str  # what is shown when it is ready, e.g. its URL
     environment: Mapping[str, str] = field(default_factory=dict)
+    folder: Path | None = None
+    leaves: Path | None = None  # a folder that its guard removes if this process is killed
 
     process: subprocess.Popen[bytes] | None = field(default=None, init=False)
     is_ready: bool = field(default=False, init=False)
@@ -73,11 +76,12 @@ class Child:
     def _start(self) -> None:
         with self._output() as log:
             self.process = subprocess.Popen(
-                [sys.executable, "-m", "services.guard", *self.command],
+                python("guard", *([f"{REMOVE}{self.leaves}"] if self.leaves else []), *self.command),
                 stdin=subprocess.PIPE,  # never written to; its end tells the guard that this process is gone
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env=dict(self.environment),
+                cwd=self.folder,
                 start_new_session=True,
             )
         self.is_ready, self._began = False, time.monotonic()

@@ -12,6 +12,7 @@ from typer.core import TyperGroup
 
 from genmodels.errors import GenmodelsError, SpecError
 from services import commands_admin, commands_delete, commands_jobs, commands_storage
+from services.environment import settle
 from services.options import SpecFile, StorageUrl, storage
 
 PANEL = "On this machine alone"
@@ -49,6 +50,7 @@ UsageError: Any = typer.BadParameter.__base__  # of the click that typer carries
 
 def main() -> None:
     """Entry point. Exits with 2 for a wrong spec or usage, 1 for what failed, 130 after Ctrl-C."""
+    settle()
     try:
         sys.exit(app(prog_name="genmodels", standalone_mode=False) or 0)
     except GenmodelsError as error:

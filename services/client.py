@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import re
 import secrets
+import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -181,6 +182,15 @@ class Client:
             self._http.download(f"{_route(version)}/files/{quote(name)}", path)
             if path.stat().st_size != expected.size or sha256_of(path) != expected.sha256:
                 raise CheckpointError(f"{version.name}: {name} came damaged (its size or sha256 differs)")
+
+    def example_prompt(self, model: str, number: int) -> str:
+        """A prompt that a version of a text model understands."""
+        from genmodels.data.text import load_tokenizer
+
+        with tempfile.TemporaryDirectory(prefix="genmodels-") as folder:
+            path = Path(folder) / "tokenizer.json"
+            self._http.download(f"/v1/models/{_name(model)}/versions/{number}/files/assets/{path.name}", path)
+            return load_tokenizer(path.read_bytes()).example_prompt
 
     def gc(self, *, dry_run: bool) -> Json:
         return self._http.json("POST", "/v1/gc", params={"dry_run": str(dry_run).lower()}, seconds=WORK_SECONDS)

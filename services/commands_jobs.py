@@ -25,10 +25,14 @@ API = "http://127.0.0.1:8080"
 MAX_PAGE = 100
 
 Gateway = Annotated[
-    str,
-    typer.Option(metavar="URL", envvar="GENMODELS_GATEWAY", help="URL of the endpoint, for the curl lines at the end."),
+    str | None,
+    typer.Option(
+        metavar="URL",
+        envvar="GENMODELS_GATEWAY",
+        help="URL of the endpoint, for the curl lines at the end; default: the job service names it.",
+        show_default=False,
+    ),
 ]
-GATEWAY = "http://127.0.0.1:8000"
 
 
 class Kind(StrEnum):
@@ -45,7 +49,7 @@ def submit(
         bool, typer.Option("--dry-run", help="Only report what would run: steps, workers, sizes, and whether it fits.")
     ] = False,
     api: Api = API,
-    gateway: Gateway = GATEWAY,
+    gateway: Gateway = None,
     as_json: AsJson = False,
 ) -> None:
     """Submit a job and print its id."""
@@ -110,7 +114,7 @@ def status(
         bool, typer.Option("--history", help="Also show every change of state, with time and reason.")
     ] = False,
     api: Api = API,
-    gateway: Gateway = GATEWAY,
+    gateway: Gateway = None,
     as_json: AsJson = False,
 ) -> None:
     """Show the state and progress of each model of a job."""
@@ -168,11 +172,12 @@ def cancel(
     """Cancel a job. Its runs save at their next step and end; `genmodels resume` continues from there."""
     with client(api) as service:
         answer = service.cancel(job, models or [], now=now)
-    going = [run.model for run in _chosen(answer, models) if run.state not in ENDED]
+    going = [run for run in _chosen(answer, models) if run.state not in ENDED]
     if not going:
         print(f"{job}: nothing to cancel, it had ended")
         return
-    print(f"{job}: {', '.join(going)} will {'end at once' if now else 'save at the next step and end'}")
+    for run in going:
+        print(f"{job}: {run.model} {_end(run, now)}")
     tell(f"`genmodels resume {job}` goes on from there")
 
 
@@ -185,9 +190,11 @@ def resume(job: JobId, models: Models = None, api: Api = API) -> None:
     print(f"{job}: {', '.join(going)} will go on from the last checkpoint")
 
 
-def _follow(service: Client, job: JobView, gateway: str, as_json: bool) -> int:
+def _follow(service: Client, job: JobView, gateway: str | None, as_json: bool) -> int:
+    from services.environment import outlive_output
     from services.follow import conclude, follow
 
+    outlive_output()
     shown = console(stderr=as_json)
     try:
         job = follow(service, job, shown)
@@ -199,6 +206,13 @@ def _follow(service: Client, job: JobView, gateway: str, as_json: bool) -> int:
     if as_json:
         print_json(job.model_dump(mode="json"))
     return code
+
+
+def _end(run: RunView, now: bool) -> str:
+    """Return how a run that was cancelled ends: only what trains has something to save."""
+    if run.state == "queued":
+        return "leaves the queue"
+    return "will end at once" if now or run.state == "starting" else "will save at the next step and end"
 
 
 def _chosen(job: JobView, models: list[str] | None) -> list[RunView]:

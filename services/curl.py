@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Mapping
 from typing import Any
 
@@ -25,10 +26,10 @@ def curl(model: Mapping[str, Any], base_url: str, *, key: bool = False) -> list[
 
     def command(path: str, body: Mapping[str, Any], flags: str = "-s") -> str:
         headers = f"{_KEY} {_JSON}" if key else _JSON
-        return f"curl {flags} {base_url}{path} {headers} -d '{json.dumps(body)}'"
+        return f"curl {flags} {base_url}{path} {headers} -d {shlex.quote(json.dumps(body))}"
 
     if "complete" in verbs:
-        body = {"model": name, "prompt": "The ", "max_tokens": 200, "stream": True}
+        body = {"model": name, "prompt": model["example_prompt"], "max_tokens": 200, "stream": True}
         lines.append(command("/v1/completions", body, "-sN"))
     if "generate" in verbs:
         body = {"model": name, "prompt": "", "n": 16, "grid": True}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -25,6 +26,7 @@ def draw(spec: ModelSpec, rows: Rows) -> bytes | None:
     Args:
         rows: of the run's metrics, by step.
     """
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # where it has no cache it makes one that goes
     from matplotlib.figure import Figure  # slow to import; drawn on itself, so that no display is asked for
 
     panels = [(title, lines) for title, names in _panels(spec, rows) if (lines := _lines(rows, names))]

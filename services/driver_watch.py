@@ -52,10 +52,11 @@ class DriverWatch(WishWatch):
 
     def look(self) -> None:
         with self.busy:
-            if self.in_training and self.terminated.is_set() and not self.wished:
+            super().look()
+            if self.in_training and self.terminated.is_set() and not (self.wished or self.leave.is_set()):
                 self.run.wish("leave", self.attempt, "the driver was told to end (SIGTERM)")
                 self.wished = True
-            super().look()
+                super().look()
             if not self.in_training:
                 return
             if self.leave.is_set() and self._group_has_not_begun():

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import time
 
-import httpx
 from rich.console import Console
+from rich.text import Text
 
 from genmodels import models
+from genmodels.data.text import EXAMPLE
+from genmodels.errors import GenmodelsError
 from genmodels.run import ENDED
 from services.client import Client
 from services.curl import curl
@@ -17,7 +19,6 @@ from services.transport import Unreachable
 from services.views import JobView, RunView
 
 POLL_SECONDS = 1.0
-ASK_SECONDS = 3.0  # for the gateway to say what a model can do
 
 
 def follow(client: Client, job: JobView, console: Console) -> JobView:
@@ -48,22 +49,26 @@ def follow(client: Client, job: JobView, console: Console) -> JobView:
                 away = True
 
 
-def conclude(client: Client, job: JobView, gateway: str, console: Console) -> int:
-    """Say what came of a job that has ended, and how to use what it published; the exit code."""
+def conclude(client: Client, job: JobView, gateway: str | None, console: Console) -> int:
+    """Say what came of a job that has ended, and how to use what it published; the exit code.
+
+    Args:
+        gateway: URL of the endpoint; default: what the job service says.
+    """
     for run in job.models:
         if run.state != "succeeded":
-            console.print(f"[red]{run.model}: {run.state}[/red]", end="", highlight=False)
-            console.print(f": {run.reason}", markup=False, highlight=False, soft_wrap=True)
+            console.print(Text(f"{run.model}: {run.state}", "red"), Text(f": {run.reason}"), sep="", soft_wrap=True)
     unsuccessful = [run for run in job.models if run.state != "succeeded"]
     if unsuccessful:
         hint = f"`genmodels logs {job.job}` shows why; `genmodels resume {job.job}` goes on from the last checkpoint"
-        console.print(hint, markup=False, highlight=False, soft_wrap=True)
+        console.print(hint, soft_wrap=True)
     published = [run for run in job.models if run.state == "succeeded"]
+    endpoint = gateway or job.endpoint
     if published:
-        console.print("Try:", highlight=False)
+        console.print("Try:" if endpoint else "Try, where GENMODELS_GATEWAY is the URL of the endpoint:")
     for run in published:
-        line = curl(_model(client, run, gateway), gateway, key=client.key is not None)[0]
-        console.print(f"  {line}", markup=False, highlight=False, soft_wrap=True)
+        line = curl(_model(client, run), endpoint or "$GENMODELS_GATEWAY", key=client.key is not None)[0]
+        console.print(f"  {line}", soft_wrap=True)
     return 1 if unsuccessful else 0
 
 
@@ -91,15 +96,13 @@ def _shown(run: RunView) -> Shown:
     )
 
 
-def _model(client: Client, run: RunView, gateway: str) -> dict[str, object]:
-    """A model as the gateway lists it: what it says itself, or, where it does not, what its family can do."""
+def _model(client: Client, run: RunView) -> dict[str, object]:
+    """Return a model as the gateway lists it. The job service alone is asked: the key is meant for no other address."""
     name = run.model if run.alias == "production" else f"{run.model}@{run.alias or run.version}"
-    headers = {"authorization": f"Bearer {client.key}"} if client.key else {}
+    if models.load(run.family or "").kind != "text":
+        return {"id": name, "verbs": ["generate"]}
     try:
-        answer = httpx.get(f"{gateway}/v1/models/{name}", headers=headers, timeout=ASK_SECONDS, trust_env=False)
-        if answer.is_success and answer.json()["verbs"]:
-            return {"id": name, "verbs": answer.json()["verbs"]}
-    except (httpx.HTTPError, httpx.InvalidURL, ValueError, LookupError, TypeError):
-        pass  # it may be elsewhere, or this key not be for it
-    kind = models.load(run.family or "").kind
-    return {"id": name, "verbs": ["complete"] if kind == "text" else ["generate"]}
+        prompt = client.example_prompt(run.model, run.version or 0)
+    except GenmodelsError:  # the version may be gone
+        prompt = EXAMPLE
+    return {"id": name, "verbs": ["complete"], "example_prompt": prompt}

@@ -29,9 +29,9 @@ from genmodels.memory import HOST_MEMORY
 from genmodels.storage import open_storage
 from services.edge import LOOPBACK
 from services.host import Entry, ModelHost, Opened
+from services.local import POOL
 from services.routes import create_app
 
-POOL = "default"
 HEALTH_SECONDS = 2.0
 HTTP_OPTIONS = {"host": "127.0.0.1", "request_timeout_s": 300.0}  # for `serve.start`, with a `port`
 

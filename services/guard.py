@@ -1,21 +1,26 @@
 """Runs a command and leaves nothing of it behind, however it or whoever started it ends.
 
-    python -m services.guard COMMAND ...
+    python -m services.guard [--remove=FOLDER] COMMAND ...
 
 Ray's processes outlive their parents for up to minutes, and hold ports. So a guard leads a session of its own; when the
-command ends, or the guard's standard input does (whoever held the other end is gone), it kills the whole session.
+command ends, or the guard's standard input does (whoever held the other end is gone), it kills the whole session. In
+the second case it removes the folder, too: the process that would have done so was killed.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
 from pathlib import Path
+
+REMOVE = "--remove="
+REMOVE_SECONDS = 5.0  # for other guards to end what still writes to the folder
 
 
 def sweep(session: int) -> None:
@@ -28,19 +33,30 @@ def sweep(session: int) -> None:
 
 
 def main() -> None:
-    command = subprocess.Popen(sys.argv[1:], stdin=subprocess.DEVNULL)
+    arguments = sys.argv[1:]
+    folder = arguments.pop(0).removeprefix(REMOVE) if arguments[0].startswith(REMOVE) else None
+    command = subprocess.Popen(arguments, stdin=subprocess.DEVNULL)
     signal.signal(signal.SIGTERM, lambda *_: command.terminate())
-    threading.Thread(target=_end_with_input, daemon=True).start()
+    ending = threading.Event()
+    end = threading.Thread(target=_end_with_input, args=[ending, folder], daemon=True)
+    end.start()
     code = command.wait()
+    if ending.is_set():
+        end.join()  # which ends this process
     sweep(os.getpid())
     os._exit(code if code >= 0 else 128 - code)  # as a shell tells of a signal
 
 
-def _end_with_input() -> None:
+def _end_with_input(ending: threading.Event, folder: str | None) -> None:
     with contextlib.suppress(OSError):  # an input that cannot be read is one whose other end is gone
         while os.read(0, 1024):
             pass
+    ending.set()
     sweep(os.getpid())
+    deadline = time.monotonic() + REMOVE_SECONDS
+    while folder and os.path.exists(folder) and time.monotonic() < deadline:
+        shutil.rmtree(folder, ignore_errors=True)
+        time.sleep(0.1)
     os._exit(1)
 
 

@@ -350,6 +350,7 @@ def _entry(found: Found, loaded: Loaded) -> Entry:
             shape["num_classes"] = loaded.family.num_classes
     elif isinstance(loaded, TextModel):
         shape = {"block_size": loaded.family.block_size, "vocab_size": loaded.tokenizer.vocab_size}
+        shape["example_prompt"] = loaded.tokenizer.example_prompt
     return Entry(found.name, found, {}, loaded.family.kind, tuple(sorted(loaded.family.verbs)), shape)
 
 

@@ -77,9 +77,9 @@ class ResumeBody(Body):
 class JobRoutes:
     """What the routes do, without HTTP: called in threads."""
 
-    def __init__(self, storage: Storage) -> None:
+    def __init__(self, storage: Storage, endpoint: str | None) -> None:
         self.storage, self.jobs = storage, Jobs(storage)
-        self.views, self.planner = Views(storage), Planner(storage)
+        self.views, self.planner = Views(storage, endpoint), Planner(storage)
 
     def submit(self, body: bytes, caller: Caller, key: str | None, dry_run: bool) -> JobPlan | tuple[JobView, bool]:
         """Put a job into the queue; the job, and whether it is new."""
@@ -174,13 +174,16 @@ class JobRoutes:
         return spec
 
 
-def add_job_routes(app: FastAPI, guard: Guard, storage: Storage, closing: Callable[[], bool]) -> Views:
+def add_job_routes(
+    app: FastAPI, guard: Guard, storage: Storage, closing: Callable[[], bool], endpoint: str | None = None
+) -> Views:
     """Add the routes.
 
     Args:
         closing: whether the service is about to end, and nobody may be kept waiting.
+        endpoint: URL of the gateway, which clients are told.
     """
-    routes, submit, admin = JobRoutes(storage), guard("submit"), guard("admin")
+    routes, submit, admin = JobRoutes(storage, endpoint), guard("submit"), guard("admin")
     log_threads, followers = ThreadPoolExecutor(8, "logs"), [0]
 
     @app.post("/v1/jobs", status_code=201, response_model=JobView, openapi_extra=_SPEC_BODY)

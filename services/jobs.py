@@ -60,6 +60,7 @@ def create_app(
     hosts: Collection[str] | None,
     closing: Callable[[], bool] = lambda: False,
     stalled: Callable[[], str | None] = lambda: None,
+    endpoint: str | None = None,
 ) -> FastAPI:
     """The HTTP application. It reads and writes storage, and knows nothing of the cluster.
 
@@ -68,6 +69,7 @@ def create_app(
         hosts: names that a Host header may have; None for any, where there are keys.
         closing: whether the service is about to end, so that those who follow logs are let go.
         stalled: says why the dispatcher of this process does not get on; None: it does.
+        endpoint: URL of the gateway, which clients are told.
     """
 
     async def health() -> str | None:
@@ -83,7 +85,7 @@ def create_app(
         health=health,
     )
     guard = Guard(keys)
-    views = add_job_routes(app, guard, storage, closing)
+    views = add_job_routes(app, guard, storage, closing, endpoint)
     add_model_routes(app, guard, storage)
     metrics = JobMetrics(views)
 
@@ -120,7 +122,7 @@ def check_access(storage: Storage, host: str, no_auth: bool) -> Keys | None:
         if host not in ("127.0.0.1", "localhost", "::1"):
             raise GenmodelsError(f"--no-auth is for this machine alone: --host must be 127.0.0.1, not {host}")
         return None
-    return require_keys(storage, "submit")
+    return require_keys(storage)
 
 
 def _serve(options: argparse.Namespace) -> int:
@@ -137,6 +139,7 @@ def _serve(options: argparse.Namespace) -> int:
         hosts=None if keys else LOOPBACK,
         closing=lambda: server.should_exit,
         stalled=dispatcher.rounds.stalled,
+        endpoint=options.endpoint or None,
     )
     app.openapi()  # imports the families, so that nobody has to wait for them
     server = uvicorn.Server(_uvicorn(app, options.host, options.port))
@@ -201,6 +204,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--storage", required=True, help="file:///folder or s3://bucket/prefix")
     parser.add_argument("--host", default="127.0.0.1", help="address to listen on")
     parser.add_argument("--port", type=int, default=PORT)
+    parser.add_argument(
+        "--endpoint",
+        default=os.environ.get("GENMODELS_GATEWAY"),
+        help="URL of the gateway, for clients that want to know (GENMODELS_GATEWAY)",
+    )
     parser.add_argument("--no-auth", action="store_true", help="ask for no key; for this machine alone")
     parser.add_argument(
         "--backend",

@@ -19,10 +19,13 @@ from genmodels.run import now
 from genmodels.spec import JobSpec, dump, job_id
 from genmodels.storage import Storage
 from services.backends import SubprocessBackend
+from services.deploy import APPLICATION
 from services.edge import SERVE_ENVIRONMENT
+from services.environment import own_folder
 from services.supervise import Capacity
 
 HOST = "127.0.0.1"
+POOL = "default"  # Serve's deployment of model hosts
 
 
 class LocalPlatform:
@@ -31,39 +34,49 @@ class LocalPlatform:
     def __init__(self, storage: Storage, logs: Path, num_cpus: int) -> None:
         self.storage, self.logs, self.num_cpus = storage, logs, num_cpus
         self.ray_seconds = 0.0
+        self._end = contextlib.ExitStack()
+        self._serves = False
 
     def __enter__(self) -> LocalPlatform:
         return self
 
     def start(self) -> None:
-        """Start Ray."""
+        """Start Ray. It works in a folder of its own, and so do drivers: none imports what lies in the user's."""
         began = time.monotonic()
         os.environ |= ray_environment()
         os.environ.pop("RAY_ADDRESS", None)
         import ray
 
-        ray.init(
-            address="local",
-            num_cpus=self.num_cpus,
-            include_dashboard=False,
-            log_to_driver=False,
-            logging_level=logging.ERROR,
-            _node_ip_address=HOST,
-        )
+        self.folder = self._end.enter_context(own_folder())
+        with contextlib.chdir(self.folder):
+            ray.init(
+                address="local",
+                num_cpus=self.num_cpus,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.ERROR,
+                _node_ip_address=HOST,
+                _temp_dir=str(self.folder / "ray"),
+            )
         self.address = ray.get_runtime_context().gcs_address
         self.ray_seconds = time.monotonic() - began
 
     def __exit__(self, *_: type[BaseException] | BaseException | TracebackType | None) -> None:
         import ray
 
-        ray.shutdown()  # with Serve and everything else that runs in it
+        try:
+            if self._serves:
+                _end_serving()
+        finally:
+            ray.shutdown()  # with Serve and everything else that runs in it
+            self._end.close()
 
     def backend(self) -> SubprocessBackend:
         import ray
 
         there = ray.cluster_resources()
         capacity = Capacity(int(there.get("CPU", 0)), int(there.get("GPU", 0)))
-        return SubprocessBackend(self.logs, {"RAY_ADDRESS": self.address}, capacity)
+        return SubprocessBackend(self.logs, {"RAY_ADDRESS": self.address}, capacity, self.folder)
 
     def serve(self, port: int, *, auth: bool) -> str:
         """Start gateway and model hosts; the endpoint's URL once they answer. With `auth` they ask for keys."""
@@ -73,8 +86,21 @@ class LocalPlatform:
 
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
         serve.start(http_options={**HTTP_OPTIONS, "port": port}, logging_config={"log_level": "ERROR"})
-        serve.run(build(self.storage.url, auth=auth), name="genmodels", route_prefix="/")
+        serve.run(build(self.storage.url, auth=auth), name=APPLICATION, route_prefix="/")
+        self._serves = True
         return f"http://{HOST}:{port}"
+
+
+def _end_serving() -> None:
+    """End model hosts first and then the gateway: so it can tell clients, in an event, that their stream is cut."""
+    import ray
+    from ray import serve
+
+    with contextlib.suppress(Exception):  # of a Ray that is broken all ends at once
+        for actor in ray.util.list_named_actors(all_namespaces=True):
+            if actor["name"].startswith(f"SERVE_REPLICA::{APPLICATION}#{POOL}#"):
+                ray.kill(ray.get_actor(actor["name"], namespace=actor["namespace"]))
+        serve.delete(APPLICATION)
 
 
 def ray_environment() -> dict[str, str]:

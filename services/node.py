@@ -13,7 +13,6 @@ import os
 import socket
 import subprocess
 import sys
-import sysconfig
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -25,6 +24,7 @@ from services import dashboard, exporter
 from services.backends import RayJobsBackend
 from services.children import Child
 from services.dashboard import Dashboard
+from services.environment import python, ray_command, settle
 from services.leaving import interruptions, leave
 from services.local import cluster_environment
 
@@ -48,7 +48,7 @@ def run(role: str, head: str, storage_url: str, num_cpus: int | None) -> int:
     address = own_address(head)
     os.environ |= environment(role, f"http://{head}:{DASHBOARD_PORT}")
     ray = Child("ray", command(role, head, address, num_cpus), None, lambda: True, address, os.environ)
-    serve = [sys.executable, "-m", "services.exporter", "--host", "0.0.0.0"]
+    serve = python("exporter", "--host", "0.0.0.0")
     metrics = Child("exporter", serve, None, lambda: True, f"port {exporter.PORT}", os.environ)
     with interruptions() as interrupted:
         try:
@@ -122,12 +122,9 @@ def command(role: str, head: str, address: str, num_cpus: int | None) -> list[st
         flags |= {"head": None, "port": GCS_PORT, **at}
     else:
         flags["address"] = f"{head}:{GCS_PORT}"
-    ray = Path(sysconfig.get_path("scripts")) / "ray"
-    return [
-        str(ray),
-        "start",
-        *(f"--{name}" if value is None else f"--{name}={value}" for name, value in flags.items()),
-    ]
+    return ray_command(
+        "start", *(f"--{name}" if value is None else f"--{name}={value}" for name, value in flags.items())
+    )
 
 
 def tell(line: str) -> None:
@@ -141,10 +138,9 @@ def _withdraw(head: str, address: str) -> list[str]:
     here = [node["node_id"] for node in nodes if node["node_ip"] == address and node["state"] == "ALIVE"]
     if not here:
         return []
-    path = str(Path(sysconfig.get_path("scripts")) / "ray")
     why = ["--reason", "DRAIN_NODE_REASON_PREEMPTION", "--reason-message", "the worker was stopped"]
     to = ["--address", f"{head}:{GCS_PORT}", "--node-id", here[0], "--deadline-remaining-seconds", "600"]
-    subprocess.run([path, "drain-node", *to, *why], check=False, timeout=60)
+    subprocess.run(ray_command("drain-node", *to, *why), check=False, timeout=60)
     actors = _listed(ray, "/api/v0/actors?detail=1&limit=10000&timeout=4")
     drivers = {a["job_id"] for a in actors if a["node_id"] == here[0] and TRAINING in a["class_name"]}
     jobs = ray.ask("GET", "/api/jobs/")
@@ -171,6 +167,7 @@ def main() -> int:
     parser.add_argument("--storage", required=True, help="s3://bucket/prefix, where runs hear wishes")
     parser.add_argument("--num-cpus", type=int, help="for training workers; default: all")
     options = parser.parse_args()
+    settle()
     try:
         return run(options.role, options.head, options.storage, options.num_cpus)
     except GenmodelsError as error:

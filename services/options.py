@@ -90,9 +90,10 @@ def storage_url(url: str | None) -> str:
 
 
 def console(*, stderr: bool = False) -> Console:
+    """Make the console of a command. It prints names and paths as they are: none of their characters is markup."""
     from rich.console import Console
 
-    made = Console(stderr=stderr)
+    made = Console(stderr=stderr, markup=False, highlight=False, emoji=False)
     if not made.is_terminal:
         made.width = LOG_WIDTH
     return made

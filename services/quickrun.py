@@ -13,20 +13,24 @@ from types import FrameType
 
 import httpx
 from rich.console import Console
+from rich.text import Text
 
-from genmodels.errors import SpecError
+from genmodels.errors import GenmodelsError, SpecError
 from genmodels.keys import Keys
 from genmodels.pin import pin_datasets
 from genmodels.precheck import check_job
 from genmodels.run import Result, Run, Status, now
-from genmodels.spec import JobSpec, ModelSpec
+from genmodels.spec import JobSpec, ModelSpec, job_id
 from genmodels.storage import Storage, begin_writing
 from services.auth import require_keys
 from services.curl import curl
+from services.environment import outlive_output
 from services.local import LocalPlatform, check_port, submit
-from services.showcase import Showcase
+from services.options import console
+from services.showcase import Showcase, warned
 from services.supervise import carry
 from services.terminal import TrainingView, clock, summary
+from services.under_way import UnderWay
 
 Row = tuple[ModelSpec, Status, Result | None]
 
@@ -45,61 +49,88 @@ def quick_run(
         DataError: a dataset is missing, damaged or too small.
         KeyboardInterrupt: Ctrl-C in training; everything was saved and ended.
     """
+    outlive_output()
     job = pin_datasets(job, storage)
-    console = Console()
-    if not console.is_terminal:
-        console.width = 132  # a log file has room for the table
+    screen = console()
+    job, validation = _check(job, [spec.name for spec in _choose(job, only)], storage, screen)
     chosen = _choose(job, only)
-    check_port(port)
+    name, names = job_id(job), [spec.name for spec in chosen]
+    under_way = UnderWay(storage, name)
     auth = not no_auth
+    while True:
+        with under_way.held(names) as holder:
+            if holder is None:
+                return _run(job, chosen, validation, storage, port, exit_after, auth, pictures, screen, under_way)
+        if others := sorted(set(names) - set(holder.models)) if holder.models else []:
+            raise GenmodelsError(
+                f"job {name} is under way (process {holder.pid}) and runs {', '.join(holder.models)}; "
+                f"run {', '.join(others)} when it has ended"
+            )
+        screen.print(
+            f"Job {name} is under way already (process {holder.pid}). This command follows it; "
+            "Ctrl-C ends this command alone.",
+            soft_wrap=True,
+        )
+        serving = under_way.follow(storage, name, chosen, screen)
+        if serving and serving.endpoint:
+            rows = [_row(storage, name, spec) for spec in chosen]
+            screen.print(summary(rows, serving.endpoint, validation))
+            published = [spec for spec, status, _ in rows if status.state == "succeeded"]
+            _suggest(published, storage, serving.endpoint, auth, screen)
+            return 0 if len(published) == len(chosen) else 1
+        screen.print("The other command has ended; this one goes on.")
+
+
+def _run(
+    job: JobSpec,
+    chosen: list[ModelSpec],
+    validation: dict[str, int],
+    storage: Storage,
+    port: int,
+    exit_after: bool,
+    auth: bool,
+    pictures: Path,
+    screen: Console,
+    under_way: UnderWay,
+) -> int:
+    check_port(port)
     if auth:
-        require_keys(storage, "generate")
+        require_keys(storage)
     begin_writing(storage)
-    job, validation = _check(job, [spec.name for spec in chosen], storage, console)
-    chosen = _choose(job, only)
-    name = submit(storage, job)
-    console.print(
-        f"[bold]Job {name}[/bold]: {', '.join(model.name for model in chosen)}, storage {storage.url}", highlight=False
-    )
+    name, names = submit(storage, job), [spec.name for spec in chosen]
+    screen.print(Text(f"Job {name}", "bold"), Text(f": {', '.join(names)}, storage {storage.url}"), sep="")
     workers = max(model.world_sizes[0] for model in chosen)
     with LocalPlatform(storage, Path(".genmodels") / "logs" / name, max(os.cpu_count() or 1, workers)) as platform:
-        with console.status("Starting Ray"):
+        with screen.status("Starting Ray"):
             platform.start()
         signal.signal(signal.SIGTERM, _interrupt)
         started = now()
-        rows = _train(chosen, name, platform, console)
+        rows = _train(chosen, name, platform, screen)
         published = [spec for spec, status, _ in rows if status.state == "succeeded"]
         if not published:
-            console.print(summary(rows, None, validation))
+            screen.print(summary(rows, None, validation))
             return 1
         began = time.monotonic()
-        with console.status("Starting the endpoint"):
+        with screen.status("Starting the endpoint"):
             endpoint = platform.serve(port, auth=auth)
         serve_seconds = time.monotonic() - began
-        with (
-            _own_key(storage, auth, [spec.name for spec in published]) as headers,
-            httpx.Client(base_url=endpoint, timeout=120, headers=headers) as client,
-        ):
+        under_way.serves(names, endpoint)
+        with _client(storage, endpoint, auth, published) as client:
             for spec in published:
-                console.rule(f"{spec.name} ({spec.family})", align="left")
-                Showcase(client, console, pictures / name).show(spec, _called(spec), Run(storage, name, spec.name))
-            shown = [client.get(f"/v1/models/{_called(spec)}").json() for spec in published]
-        console.print(summary(rows, endpoint, validation))
-        console.print(
-            _costs([row for row in rows if row[1].history[-1].time >= started], platform.ray_seconds, serve_seconds),
-            highlight=False,
-        )
-        where = ", where GENMODELS_KEY is a key with the scope generate" if auth else ""
-        console.print(f"\nTry, from another terminal{where}:", highlight=False)
-        for model in shown:
-            console.print(f"  {curl(model, endpoint, key=auth)[0]}", markup=False, highlight=False, soft_wrap=True)
+                screen.rule(f"{spec.name} ({spec.family})", align="left")
+                Showcase(client, screen, pictures / name).show(spec, _called(spec), Run(storage, name, spec.name))
+        with warned(screen, "summary"):
+            screen.print(summary(rows, endpoint, validation))
+            carried = [row for row in rows if row[1].history[-1].time >= started]
+            screen.print(_costs(carried, platform.ray_seconds, serve_seconds))
+        _suggest(published, storage, endpoint, auth, screen)
         if not exit_after:
-            console.print(f"\nServing at {endpoint} until Ctrl-C.", highlight=False)
+            screen.print(f"\nServing at {endpoint} until Ctrl-C.")
             _wait_for_ctrl_c()
     return 0 if len(published) == len(chosen) else 1
 
 
-def _check(job: JobSpec, chosen: list[str], storage: Storage, console: Console) -> tuple[JobSpec, dict[str, int]]:
+def _check(job: JobSpec, chosen: list[str], storage: Storage, screen: Console) -> tuple[JobSpec, dict[str, int]]:
     """Say what is wrong with any model before anything is started; the job, and the validation examples by model."""
     checked = check_job(job, storage, open_data=True, only=chosen)
     gpus = max((spec.world_sizes[0] for spec in _choose(job, chosen) if spec.scaling.use_gpu), default=0)
@@ -107,7 +138,7 @@ def _check(job: JobSpec, chosen: list[str], storage: Storage, console: Console) 
         raise SpecError(f"scaling.use_gpu: needs {gpus} GPUs, and this machine has {there}; write use_gpu: false")
     for name in chosen:
         for note in checked.notes[name]:
-            console.print(f"{name}: {note}", markup=False, highlight=False)
+            screen.print(f"{name}: {note}", soft_wrap=True)
     return checked.job, {name: facts.validation for name, facts in checked.facts.items()}
 
 
@@ -115,6 +146,22 @@ def _gpus() -> int:
     import torch
 
     return torch.cuda.device_count()
+
+
+def _row(storage: Storage, job: str, spec: ModelSpec) -> Row:
+    run = Run(storage, job, spec.name)
+    status, _ = run.status()
+    return spec, status, run.result(status.attempt) if status.attempt else None
+
+
+def _suggest(published: list[ModelSpec], storage: Storage, endpoint: str, auth: bool, screen: Console) -> None:
+    """Print a command for each model, made of what the endpoint says of it."""
+    where = ", where GENMODELS_KEY is a key with the scope generate" if auth else ""
+    screen.print(f"\nTry, from another terminal{where}:")
+    with warned(screen, "commands"), _client(storage, endpoint, auth, published) as client:
+        for spec in published:
+            model = client.get(f"/v1/models/{_called(spec)}").raise_for_status().json()
+            screen.print(f"  {curl(model, endpoint, key=auth)[0]}", soft_wrap=True)
 
 
 def _choose(job: JobSpec, only: list[str]) -> list[ModelSpec]:
@@ -126,17 +173,17 @@ def _choose(job: JobSpec, only: list[str]) -> list[ModelSpec]:
 
 
 @contextlib.contextmanager
-def _own_key(storage: Storage, auth: bool, models: list[str]) -> Iterator[dict[str, str]]:
-    """Headers with a key for the showcase, which is gone afterwards; none where none is asked for."""
-    if not auth:
-        yield {}
-        return
-    keys = Keys(storage)
-    key, token = keys.create("showcase", ("generate",), tuple(models))
-    try:
-        yield {"authorization": f"Bearer {token}"}
-    finally:
-        keys.delete(key.id)
+def _client(storage: Storage, endpoint: str, auth: bool, models: list[ModelSpec]) -> Iterator[httpx.Client]:
+    """A client of the endpoint, with a key that is gone afterwards where one is asked for."""
+    with contextlib.ExitStack() as stack:
+        headers = {}
+        if auth:
+            keys = Keys(storage)
+            key, token = keys.create("showcase", ("generate",), tuple(spec.name for spec in models))
+            stack.callback(keys.delete, key.id)
+            headers = {"authorization": f"Bearer {token}"}
+        # no proxy: it is this machine
+        yield stack.enter_context(httpx.Client(base_url=endpoint, timeout=120, headers=headers, trust_env=False))
 
 
 def _called(spec: ModelSpec) -> str:
@@ -144,8 +191,8 @@ def _called(spec: ModelSpec) -> str:
     return spec.name if spec.serve.alias == "production" else f"{spec.name}@{spec.serve.alias}"
 
 
-def _train(chosen: list[ModelSpec], name: str, platform: LocalPlatform, console: Console) -> list[Row]:
-    backend, view = platform.backend(), TrainingView(console)
+def _train(chosen: list[ModelSpec], name: str, platform: LocalPlatform, screen: Console) -> list[Row]:
+    backend, view = platform.backend(), TrainingView(screen)
     rows: list[Row] = []
     for spec in chosen:
         with view.follow(spec) as watch:
@@ -153,9 +200,8 @@ def _train(chosen: list[ModelSpec], name: str, platform: LocalPlatform, console:
             rows.append((spec, *carry(platform.storage, backend, name, spec.name, workers, watch)))
         _, status, _ = rows[-1]
         if status.state != "succeeded":
-            console.print(
-                f"[red]{spec.name}: {status.state}[/red]: {status.reason}; log: {platform.logs}", highlight=False
-            )
+            reason = f": {status.reason}; log: {platform.logs}"
+            screen.print(Text(f"{spec.name}: {status.state}", "red"), Text(reason), sep="")
     return rows
 
 

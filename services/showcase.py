@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,7 @@ from typing import Any
 import httpx
 import numpy as np
 from rich.console import Console
+from rich.text import Text
 
 from genmodels.data import ImageData, TextData, decode_image, grid, open_dataset, png
 from genmodels.errors import GenmodelsError
@@ -22,6 +24,7 @@ from services.curves import draw
 
 SAMPLES, COLUMNS, ROWS = 64, 10, 8
 PASSAGE_TOKENS = 600
+PROMPT = 80  # characters of a passage's prompt, at most
 
 
 class Showcase:
@@ -31,35 +34,33 @@ class Showcase:
         self.client, self.console, self.folder = client, console, folder
 
     def show(self, spec: ModelSpec, name: str, run: Run) -> None:
-        """Let a model show each of its verbs, and how it was trained.
+        """Let a model show each of its verbs, and how it was trained. What cannot be shown costs one line of warning.
 
         Args:
             name: what the endpoint calls it.
-
-        Raises:
-            GenmodelsError: the endpoint answered with an error.
         """
-        model = self._get(f"/v1/models/{name}")
-        dataset = open_dataset(spec.data, run.storage)
-        if curves := draw(spec, run.metrics()):
-            self._keep(spec, "curves", curves)
-        if isinstance(dataset, TextData):
-            self._passage(name, dataset)
-            return
-        for what, picture in self._pictures(name, set(model["verbs"]), dataset):
-            self._keep(spec, what, picture)
+        with warned(self.console, "curves"):
+            if curves := draw(spec, run.metrics()):
+                self._keep(spec, "curves", curves)
+        with warned(self.console, "samples"):
+            model = self._get(f"/v1/models/{name}")
+            dataset = open_dataset(spec.data, run.storage)
+            if isinstance(dataset, TextData):
+                self._passage(name, dataset)
+                return
+            for what, picture in self._pictures(name, set(model["verbs"]), dataset):
+                self._keep(spec, what, picture)
 
     def _keep(self, spec: ModelSpec, what: str, picture: bytes) -> None:
         path = self.folder / f"{spec.name}-{what}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(picture)
-        self.console.print(f"  {what}: {path}", highlight=False, soft_wrap=True)
+        self.console.print(f"  {what}: {path}", soft_wrap=True)
 
     def _passage(self, name: str, dataset: TextData) -> None:
-        paragraphs = dataset.tokenizer.decode(dataset.val[:5000].tolist()).split("\n\n")
-        first_line = paragraphs[min(1, len(paragraphs) - 1)].partition("\n")[0] + "\n"  # the first may be cut
-        body = {"model": name, "prompt": first_line, "max_tokens": PASSAGE_TOKENS, "seed": 1, "stream": True}
-        self.console.out(first_line, end="", style="bold", highlight=False)
+        prompt = opening(dataset.tokenizer.decode(dataset.val[:5000].tolist()))
+        body = {"model": name, "prompt": prompt, "max_tokens": PASSAGE_TOKENS, "seed": 1, "stream": True}
+        self.console.out(prompt, end="", style="bold", highlight=False)
         with self.client.stream("POST", "/v1/completions", json=body) as response:
             _check(response)
             for line in response.iter_lines():
@@ -113,6 +114,29 @@ class Showcase:
         response = self.client.post(path, json=body)
         _check(response)
         return response.json()
+
+
+@contextlib.contextmanager
+def warned(console: Console, what: str) -> Iterator[None]:
+    """Print one line where something that is only shown fails: what was trained and is served must not end by it."""
+    try:
+        yield
+    except Exception as error:
+        said = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
+        reason = next(iter(said.splitlines()), "") or type(error).__name__
+        console.print(Text(f"  {what}: not shown: {reason}", "yellow"), soft_wrap=True)
+
+
+def opening(text: str) -> str:
+    """Return a prompt from a text: a line after the first blank one, as the beginning may be cut; else some words.
+
+    All its characters are the text's own.
+    """
+    line, newline, _ = [*text.split("\n\n"), text][1].partition("\n")
+    if newline and line.strip() and len(line) <= PROMPT:
+        return line + newline
+    start = text.strip()[:PROMPT] or text[:PROMPT]
+    return start.rpartition(" ")[0] or start
 
 
 def _check(response: httpx.Response) -> None:

@@ -290,9 +290,10 @@ class Supervisor:
             self.to("succeeded", result.message)
             return
         number = self.status.attempt
-        wishes = self.run.wishes(number)
+        wishes = [wish for wish in self.run.wishes(number) if wish.wish != "resume"]
         cancel = next((wish for wish in wishes if wish.then == "cancelled"), None)
         if cancel:
+            self._ended_by = "cancelled"  # nothing failed, also where it was ended at once
             self.to("cancelled", f"{cancel.reason}; a resume goes on from step {self._progress()}")
             return
         left = result.outcome == "left"
@@ -301,7 +302,7 @@ class Supervisor:
         fruitless = 0 if saved else self.status.fruitless + counts
         memory = self.status.out_of_memory + (result.cause == "out of memory")
         facts = {"fruitless": fruitless, "out_of_memory": memory}
-        message = wishes[-1].reason if wishes else result.message
+        message = wishes[0].reason if wishes else result.message  # later ones only press for the same end
         if not (left or result.cause in RETRIED) or memory >= OUT_OF_MEMORY_ATTEMPTS:
             self.to("failed", result.message, **facts)
         elif counts and fruitless >= FRUITLESS_ATTEMPTS:

@@ -12,7 +12,7 @@ from rich.text import Text
 from genmodels.findings import Evaluation
 from genmodels.keys import Key
 from genmodels.registry import Registry
-from services.terminal import STYLES, clock, digits, of_few, waits
+from services.terminal import STYLES, clock, current, digits, of_few, waits
 from services.views import JobView, RunView, ShownState
 
 
@@ -61,7 +61,7 @@ def plan_table(plan: Mapping[str, Any]) -> Table:
     )
     for model in plan["models"]:
         fewest, most = model["workers"]
-        fits = {True: "[green]yes", False: "[red]no", None: "?"}[model["fits"]]
+        fits = {True: Text("yes", "green"), False: Text("no", "red"), None: Text("?")}[model["fits"]]
         kept, size = model["checkpoints_kept"], model["checkpoint_bytes"]
         table.add_row(
             model["model"],
@@ -141,7 +141,7 @@ def keys_table(keys: Iterable[Key]) -> Table:
         models = ", ".join(f"{prefix}..." for prefix in key.prefixes) or "all"
         limits = [f"{key.rate} a minute"] if key.rate else []
         limits += [f"{key.concurrency} at once"] if key.concurrency else []
-        revoked = f"[red]{age(key.revoked)}" if key.revoked else "-"
+        revoked = Text(age(key.revoked), "red") if key.revoked else Text("-")
         scopes = ", ".join(key.scopes)
         table.add_row(key.id, key.name, scopes, models, ", ".join(limits) or "none", age(key.created), revoked)
     return table
@@ -195,9 +195,11 @@ def _table(*headings: str) -> Table:
 
 def _short(run: RunView) -> Text:
     """A model of a job in a list: coloured by its state, with how far it is."""
-    share = f" {100 * run.step // run.max_steps}%" if run.state == "running" and run.step and run.max_steps else ""
+    doing = current(run.state, run.phase)
+    trains = doing == "running" and run.phase != "starting"
+    share = f" {min(99, 100 * run.step // run.max_steps)}%" if trains and run.step and run.max_steps else ""
     place = f" (number {run.position})" if run.position is not None else ""
-    state = "" if run.state == "succeeded" else f" {run.state}"
+    state = "" if run.state == "succeeded" else f" {doing}"
     return Text(f"{run.model}{state}{share}{place}", STYLES.get(run.state, ""))
 
 

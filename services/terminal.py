@@ -25,7 +25,7 @@ MANY_EXAMPLES, FEW_EXAMPLES = 1000, 100
 LINE_SECONDS = 10.0  # between two lines of a model where the output is no terminal
 QUIET_SECONDS = 15.0  # without news of a model that trains, after which that is said
 STORAGE_AWAY: Phase = "waiting for storage"
-SHOWN_PHASES: tuple[Phase, ...] = ("compiling", "evaluating", "saving")  # instead of `running`
+SHOWN_PHASES: tuple[Phase, ...] = ("starting", "compiling", "evaluating", "saving", "publishing")  # for `running`
 STYLES: dict[str, str] = {
     "starting": "cyan",
     "running": "cyan",
@@ -81,7 +81,7 @@ class Board:
 
     def say(self, line: str) -> None:
         """A line that stays: above the bars, or among the others."""
-        self.console.print(line, markup=False, highlight=False, soft_wrap=True)
+        self.console.print(line, soft_wrap=True)
 
     def _aged(self, run: Shown) -> Shown:
         """The same run; where it should train and shows no step any more, that is said instead of a time left."""
@@ -109,9 +109,17 @@ class Board:
         table = Table.grid(Column(max_width=24, no_wrap=True), Column(no_wrap=True), Column(ratio=1), padding=(0, 1))
         table.expand = True
         for run in list(self._runs.values()):  # another thread draws than tells
-            phase = run.phase if run.state == "running" and run.phase in SHOWN_PHASES else run.state
-            table.add_row(Text(run.model, "bold"), Text(f"{phase:<10}", STYLES.get(run.state, "")), _rest(run))
+            table.add_row(
+                Text(run.model, "bold"),
+                Text(f"{current(run.state, run.phase):<10}", STYLES.get(run.state, "")),
+                _rest(run),
+            )
         return table
+
+
+def current(state: ShownState, phase: str | None) -> str:
+    """Return what a run is doing: its state, or, while it is `running` but does not train, the phase."""
+    return phase if state == "running" and phase in SHOWN_PHASES else state
 
 
 class TrainingView:
@@ -183,7 +191,7 @@ def summary(
             str(result.step) if result else "-",
             _metric(spec, result, validation.get(spec.name)),
             _gate(result),
-            str(result.version) if published and result else "[red]none",
+            str(result.version) if published and result else Text("none", "red"),
             f"{result.training_seconds:.0f}" if result else "-",
             route if endpoint and published else "-",
         )
@@ -217,7 +225,7 @@ def _metric(spec: ModelSpec, result: Result | None, examples: int | None) -> str
     return f"{value} ({of_few(examples)})" if of_few(examples) else value
 
 
-def _gate(result: Result | None) -> str:
+def _gate(result: Result | None) -> Text:
     if result is None or result.gate is None:
-        return "none"
-    return "[green]passed" if result.gate.passed else f"[red]{result.gate.reason}"
+        return Text("none")
+    return Text("passed", "green") if result.gate.passed else Text(result.gate.reason, "red")

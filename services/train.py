@@ -98,8 +98,8 @@ def drive(storage_url: str, job: str, model: str, attempt: int, workers: int | N
             result = _failure(error)
             if watch.killed:
                 result = Result(outcome="failed", cause="infrastructure", message=f"killed: {watch.killed.reason}")
-        seconds = patiently(lambda: _seconds(run, attempt, began))
-        result = result.model_copy(update=seconds)
+        facts = patiently(lambda: {"step": result.step or _saved_step(run), **_seconds(run, attempt, began)})
+        result = result.model_copy(update=facts)
         if result.cause != "superseded":
             patiently(lambda: run.end(attempt, result))
         log.info("attempt %d of %s/%s: %s. %s", attempt, job, model, result.outcome, result.message)
@@ -154,8 +154,12 @@ def _complete(run: Run, spec: ModelSpec) -> bool:
     return any(place.step >= spec.train.max_steps for place in run.checkpoints())
 
 
+def _saved_step(run: Run) -> int:
+    return max((place.step for place in run.checkpoints()), default=0)
+
+
 def _left(run: Run) -> Result:
-    step = max((place.step for place in run.checkpoints()), default=0)
+    step = _saved_step(run)
     return Result(outcome="left", message=f"saved at step {step} and left", step=step)
 
 

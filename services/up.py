@@ -13,9 +13,6 @@ from __future__ import annotations
 
 import os
 import secrets
-import sys
-import sysconfig
-import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -29,6 +26,7 @@ from genmodels.storage import Storage, begin_writing
 from services import dashboard, exporter
 from services.backends import RayJobsBackend
 from services.children import Child, Tell
+from services.environment import own_folder, python, ray_command
 from services.jobs import check_access
 from services.leaving import interruptions, leave
 from services.local import HOST, check_port, free_ports, is_free, ray_environment
@@ -71,13 +69,13 @@ def up(storage: Storage, options: Options, tell: Tell | None = None) -> None:
     begin_writing(storage)
     for name in ("port", "api_port", "metrics_port"):
         check_port(getattr(options, name), f"--{name.replace('_', '-')}")
-    with tempfile.TemporaryDirectory(prefix="genmodels-up-", dir=_short_folder(), ignore_cleanup_errors=True) as folder:
+    with own_folder() as folder:
         first = free_ports(4)
         ports = RayPorts(first, first + 1, first + 2, DASHBOARD_PORT if is_free(DASHBOARD_PORT) else first + 3)
-        os.environ |= _environment(Path(folder), ports)
+        os.environ |= _environment(folder, ports)
         for name in ("RAY_ADDRESS", "RAY_AUTH_TOKEN"):
             os.environ.pop(name, None)
-        ray, jobs, gateway, metrics = children = _children(storage, options, Path(folder), ports)
+        ray, jobs, gateway, metrics = children = _children(storage, options, folder, ports)
         with interruptions() as interrupted:
             try:
                 _tend(children, options, tell, f"Starting. Storage: {storage.url}. Logs: {options.logs}", interrupted)
@@ -111,11 +109,13 @@ def _children(storage: Storage, options: Options, folder: Path, ports: RayPorts)
     metered = shared | {DIRECTORY: str(folder / "metrics")}  # before Ray starts, so that workers inherit it
 
     def child(name: str, command: list[str], url: str, ready: Callable[[], bool], env: dict[str, str]) -> Child:
-        return Child(name, command, options.logs / f"{name}.log", ready, url, env)
+        return Child(
+            name, command, options.logs / f"{name}.log", ready, url, env, folder, folder if name == "ray" else None
+        )
 
     def service(name: str, module: str, port: int, path: str, env: dict[str, str], *arguments: str) -> Child:
         url = f"http://{HOST}:{port}"
-        command = [sys.executable, "-m", f"services.{module}", *arguments, "--port", str(port)]
+        command = python(module, *arguments, "--port", str(port))
         return child(name, command, url + path.removesuffix("/healthz"), lambda: _answers(url + path), env)
 
     def ray_answers() -> bool:
@@ -124,7 +124,9 @@ def _children(storage: Storage, options: Options, folder: Path, ports: RayPorts)
     at = ["--storage", storage.url, *with_auth]
     return [
         child("ray", _ray_command(options, folder, ports), shared[dashboard.ADDRESS], ray_answers, metered),
-        service("jobs", "jobs", options.api_port, "/healthz", shared, *at),
+        service(
+            "jobs", "jobs", options.api_port, "/healthz", shared, *at, "--endpoint", f"http://{HOST}:{options.port}"
+        ),
         service("gateway", "deploy", options.port, "/healthz", shared, *at),
         service("exporter", "exporter", options.metrics_port, "/metrics", metered),
     ]
@@ -144,8 +146,7 @@ def _ray_command(options: Options, folder: Path, ports: RayPorts) -> list[str]:
         "temp-dir": folder / "ray",
         "include-log-monitor": "false",  # logs go to storage
     }
-    ray = Path(sysconfig.get_path("scripts")) / "ray"
-    return [str(ray), "start", "--head", "--block", *(f"--{name}={value}" for name, value in flags.items())]
+    return ray_command("start", "--head", "--block", *(f"--{name}={value}" for name, value in flags.items()))
 
 
 def _environment(folder: Path, ports: RayPorts) -> dict[str, str]:
@@ -168,6 +169,8 @@ def _next_steps(options: Options) -> Iterator[str]:
         yield "  export GENMODELS_KEY=gm_...   # `genmodels keys create NAME` makes one"
     if options.api_port != 8080:
         yield f"  export GENMODELS_API=http://{HOST}:{options.api_port}"
+    if options.port != 8000:
+        yield f"  export OPENAI_BASE_URL=http://{HOST}:{options.port}/v1   # for OpenAI's clients"
     yield "  genmodels submit jobs/quickstart.yaml --wait"
     yield f"  RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH={os.environ['RAY_AUTH_TOKEN_PATH']} ray status"
     yield "Ctrl-C ends all of it; what trains then goes on at the next `genmodels up`."
@@ -182,8 +185,3 @@ def _answers(url: str) -> bool:
         return httpx.get(url, timeout=READY_SECONDS, trust_env=False).status_code == 200
     except httpx.HTTPError:
         return False
-
-
-def _short_folder() -> str:
-    """Ray puts sockets there, whose paths may have about 100 characters."""
-    return os.environ.get("RAY_TMPDIR") or "/tmp"

@@ -59,6 +59,7 @@ class JobView(BaseModel):
     ended: str | None = None
     models: list[RunView]
     notes: list[str] = []  # on its submission: what was chosen, what to expect
+    endpoint: str | None = None  # URL of the gateway, where the service was told of it; not in lists
 
 
 class Page(BaseModel):
@@ -69,10 +70,14 @@ class Page(BaseModel):
 
 
 class Views:
-    """Reads in parallel, safe between threads."""
+    """Reads in parallel, safe between threads.
 
-    def __init__(self, storage: Storage) -> None:
-        self.storage, self.jobs = storage, Jobs(storage)
+    Args:
+        endpoint: URL of the gateway that serves what the jobs publish.
+    """
+
+    def __init__(self, storage: Storage, endpoint: str | None = None) -> None:
+        self.storage, self.jobs, self.endpoint = storage, Jobs(storage), endpoint
         self._threads = ThreadPoolExecutor(READERS, "views")
         self._specs: OrderedDict[str, JobSpec] = OrderedDict()
         self._entries: OrderedDict[str, Entry] = OrderedDict()
@@ -86,12 +91,12 @@ class Views:
         """
         entry = self.jobs.entry(job)
         (view,) = self._whole([entry], [self.jobs.spec(job)])
-        return view
+        return view.model_copy(update={"endpoint": self.endpoint})
 
     def submitted(self, entry: Entry, spec: JobSpec, notes: list[str]) -> JobView:
         """A job that has just come, which nobody has touched yet."""
         runs = [RunView(model=model.name, state="queued", **_plan(model)) for model in spec.models]
-        return _view(entry, runs).model_copy(update={"notes": notes})
+        return _view(entry, runs).model_copy(update={"notes": notes, "endpoint": self.endpoint})
 
     def page(self, kind: str, limit: int, after: str, may_see: Callable[[Sequence[str]], bool]) -> Page:
         """Some of the jobs, without those whose entry in the index is damaged.

@@ -359,12 +359,10 @@ def test_who_guesses_keys_stands_in_no_others_way(monkeypatch: pytest.MonkeyPatc
 
 
 def test_without_a_key_in_the_store_a_service_does_not_start(file_storage: Storage) -> None:
-    with pytest.raises(
-        GenmodelsError, match=r"genmodels keys create NAME --scope submit --storage file://.* --no-auth"
-    ):
-        require_keys(file_storage, "submit")
+    with pytest.raises(GenmodelsError, match=r"genmodels keys create NAME --storage file://.* --no-auth"):
+        require_keys(file_storage)
     key, _ = Keys(file_storage).create("me", ("submit",))
-    assert require_keys(file_storage, "submit")
+    assert require_keys(file_storage)
     Keys(file_storage).revoke(key.id)
     with pytest.raises(GenmodelsError):
-        require_keys(file_storage, "submit")
+        require_keys(file_storage)

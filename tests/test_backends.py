@@ -71,7 +71,9 @@ def test_a_killed_process_takes_its_children_along(tmp_path: Path, monkeypatch: 
 
 def test_what_a_driver_is_told() -> None:
     words = backends.driver_command("s3://b/p q", "j-1", "m", 2, 3)
-    assert " ".join(words[1:]) == "-m services.train --storage s3://b/p q --job j-1 --model m --attempt 2 --workers 3"
+    assert (
+        " ".join(words[1:]) == "-P -m services.train --storage s3://b/p q --job j-1 --model m --attempt 2 --workers 3"
+    )
     assert "s3://b/p q" in words
 
 

@@ -58,11 +58,11 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
     """Runs the command line in a folder of its own, without a terminal: (exit code, output, errors)."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(follow, "POLL_SECONDS", 0.01)
-    monkeypatch.setattr(follow, "ASK_SECONDS", 0.2)
     monkeypatch.setattr(client_module, "LOOK_AGAIN_SECONDS", 0.01)
     monkeypatch.setattr(transport, "FIRST_PATIENCE_SECONDS", 0.2)
     for name in [name for name in os.environ if name.startswith("GENMODELS_")]:
         monkeypatch.delenv(name)
+    monkeypatch.setattr(cli, "settle", lambda: None)  # this process's environment is also that of other tests
 
     def run(*arguments: str) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["genmodels", *arguments])
@@ -313,11 +313,11 @@ def test_cancel_and_resume_leave_wishes(api: str, command: Command, store: Stora
     vae, gan = Run(store, job, "vae-digits"), Run(store, job, "gan-digits")
     to(vae, "starting", "attempt 1", attempt=1)
     code, out, _ = command("cancel", job, "--model", "vae-digits")
-    assert (code, out) == (0, f"{job}: vae-digits will save at the next step and end\n")
+    assert (code, out) == (0, f"{job}: vae-digits will end at once\n")
     assert [(wish.wish, wish.then) for wish in vae.wishes()] == [("leave", "cancelled")]
     assert gan.wishes() == []
     code, out, _ = command("cancel", job, "--now")
-    assert out == f"{job}: vae-digits, gan-digits will end at once\n"
+    assert out == f"{job}: vae-digits will end at once\n{job}: gan-digits leaves the queue\n"
     assert vae.wishes()[-1].wish == "kill"
     for run in (vae, gan):
         to(run, "cancelled", "cancelled by hand", wishes=9)
@@ -686,21 +686,34 @@ def test_a_storage_that_is_typed_outdoes_a_service_of_the_environment(
     assert "vae" in command("models")[1]
 
 
-def test_status_is_right_while_the_gateway_knows_the_model(
-    api: str, command: Command, store: Storage, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("told", [True, False])
+def test_the_key_goes_to_the_job_service_alone(
+    told: bool, command: Command, store: Storage, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """The curl line is made of what the endpoint says of the model, when it answers."""
-    job = submitted(command)
-    for model in ("vae-digits", "gan-digits"):
-        to(Run(store, job, model), "succeeded", "published")
+    """The curl line names the endpoint that the service was told of; what listens at any other port hears nothing."""
+    _, key = Keys(store).create("ann", ("submit",))
+    monkeypatch.setenv("GENMODELS_KEY", key)
+    (tmp_path / "shapes.yaml").write_text(SPEC)
+    asked: list[str] = []
+    send = httpx.Client.send
 
-    def get(url: str, **_: Any) -> httpx.Response:
-        return httpx.Response(200, json={"verbs": ["interpolate"]})
+    def recorded(client: httpx.Client, request: httpx.Request, **options: Any) -> httpx.Response:
+        asked.append(f"{request.url.host}:{request.url.port}")
+        return send(client, request, **options)
 
-    monkeypatch.setattr(follow.httpx, "get", get)
-    code, out, _ = command("status", job, "--wait")
-    assert code == 0
-    assert out.count("/interpolate -H") == 2
+    monkeypatch.setattr(httpx.Client, "send", recorded)
+    endpoint = "http://127.0.0.1:18000" if told else None
+    with served(create_app(store, keys=Keys(store), hosts=None, endpoint=endpoint)) as url:
+        monkeypatch.setenv("GENMODELS_API", url)
+        job = submitted(command)
+        for model in ("vae-digits", "gan-digits"):
+            to(Run(store, job, model), "succeeded", "published")
+        code, out, err = command("status", job, "--wait")
+    assert code == 0, err
+    assert {f"http://{address}" for address in asked} == {url}
+    assert out.count(f"curl -s {endpoint or '$GENMODELS_GATEWAY'}/v1/images/generations") == 2
+    assert key not in out
+    assert ("where GENMODELS_GATEWAY is the URL" in out) == (not told)
 
 
 def test_statuses_of_many_jobs_come_page_by_page(

@@ -391,6 +391,17 @@ def test_sigterm_in_training_is_a_wish_to_leave(watch: DriverWatch) -> None:
     assert watch.leave.is_set()
 
 
+def test_a_sigterm_after_a_wish_adds_none(watch: DriverWatch) -> None:
+    watch.training(max_steps=9)
+    watch.run.beat(1, Heartbeat(phase="training", step=3))
+    watch.run.wish("leave", 1, "preempted")
+    watch.terminated.set()
+    for _ in range(2):
+        watch.look()
+    assert [wish.reason for wish in watch.run.wishes(1)] == ["preempted"]
+    assert watch.leave.is_set()
+
+
 def test_after_training_nothing_is_looked_after(watch: DriverWatch) -> None:
     watch.training(max_steps=9)
     watch.trained()

@@ -142,9 +142,9 @@ def test_a_real_attempt_outlives_its_dispatcher(
 
     def process(job: dict[str, Any]) -> Any:
         command = shlex.split(job["spec"]["entrypoint"])
-        assert command[:3] == ["python", "-m", "services.train"]
+        assert command[:4] == ["python", "-P", "-m", "services.train"]
         environment = {**os.environ, "PYTHONPATH": f"{here.parent}:{here}"}
-        return subprocess.Popen([sys.executable, str(here / "plain_driver.py"), *command[3:]], env=environment)
+        return subprocess.Popen([sys.executable, str(here / "plain_driver.py"), *command[4:]], env=environment)
 
     platform.operator.driver = process
     name = submit(storage, data, "real", "a", workers=2)
@@ -508,7 +508,7 @@ def test_every_rayjob_is_valid_and_sized(
     )
     assert meta["annotations"]["genmodels/run"] == f"{'j' * 72}/{'m' * 63}"
     command = shlex.split(made["entrypoint"])
-    assert command[:5] == ["python", "-m", "services.train", "--storage", "s3://bucket/a b"]
+    assert command[:6] == ["python", "-P", "-m", "services.train", "--storage", "s3://bucket/a b"]
     assert command[-4:] == ["--attempt", "2", "--workers", "3"]
     (group,) = made["rayClusterSpec"]["workerGroupSpecs"]
     assert (group["replicas"], group["minReplicas"], group["maxReplicas"]) == (3, 3, 3)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
 import threading
 import time
 from collections.abc import Callable
@@ -30,6 +31,7 @@ from genmodels.removal import dataset_contents, delete_dataset, delete_model, mo
 from genmodels.run import Change, Run, State, Status, now
 from genmodels.spec import JobSpec, dump, parse_spec
 from genmodels.storage import Storage, write_document
+from genmodels.threads import Rounds
 
 LONG_AGO = "2020-01-01T00:00:00.000+00:00"
 OWN = "own-00000000"  # a job of `genmodels run`
@@ -312,7 +314,9 @@ def test_names_of_nothing_are_told(name: str) -> None:
 
 def test_a_served_model_that_is_deleted_is_gone_at_the_next_look(base: MemoryStorage) -> None:
     storage = copy(base)
-    follower = Follower(storage, Shelf(storage, 2**30, lambda loaded: None))
+    follower = Follower(
+        storage, Shelf(storage, 2**30, lambda loaded: None), Rounds("follow", logging.getLogger("test"))
+    )
     follower.follow()
     assert follower.find("first").version == 2
     second = follower.find("second")

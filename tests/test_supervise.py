@@ -12,6 +12,7 @@ from stores import FailingStorage, MemoryStorage, Wrapped, save
 from genmodels import run as run_module
 from genmodels.checkpoint import Place
 from genmodels.errors import GenmodelsError, StorageUnavailable
+from genmodels.metrics import ATTEMPTS
 from genmodels.run import GateResult, Heartbeat, Result, Run, Status
 from genmodels.storage import Storage
 from services import supervise
@@ -525,8 +526,11 @@ def test_cancel_now_kills_what_does_not_end_by_itself(monkeypatch: pytest.Monkey
     clock.sleep(5)
     supervisor.step()
     assert backend.drivers[0].killed
+    counted = {cause: ATTEMPTS.labels(cause)._value.get() for cause in ("infrastructure", "cancelled")}
     supervisor.step()
     assert supervisor.status.state == "cancelled"
+    assert ATTEMPTS.labels("infrastructure")._value.get() == counted["infrastructure"], "nothing failed"
+    assert ATTEMPTS.labels("cancelled")._value.get() == counted["cancelled"] + 1
 
 
 def test_wishes_are_obeyed_once() -> None:
@@ -566,6 +570,16 @@ def test_preempted_attempts_do_not_count() -> None:
         assert supervisor.status.reason.startswith("preempted by job/model; goes on from step 8")
         assert not supervisor.seconds_to_wait
     assert backend.attempts == [1, 2, 3, 4, 5]
+
+
+def test_the_reason_of_an_end_is_the_first_that_asked_for_it() -> None:
+    """A driver that is ended while its group starts adds that it got a SIGTERM."""
+    supervisor, _ = supervised(MemoryStorage(), obedient)
+    play(supervisor, "running")
+    supervisor.leave("preempted by job/model")
+    supervisor.run.wish("leave", 1, "the driver was told to end (SIGTERM)")
+    settle(supervisor)
+    assert supervisor.status.reason.startswith("preempted by job/model; goes on")
 
 
 @pytest.mark.parametrize("cause", ["no workers", "storage"])

@@ -19,6 +19,7 @@ from genmodels.family import TextInfo
 
 MAX_BYTES = 2**30
 MIN_CHARACTERS = 2_000
+EXAMPLE = "The "  # a prompt that most texts have the characters of
 
 
 class Tokenizer(Protocol):
@@ -32,6 +33,10 @@ class Tokenizer(Protocol):
 
     def normalize(self, text: str) -> str:
         """Write a text as the training text was written, where it was rewritten before training."""
+
+    @property
+    def example_prompt(self) -> str:
+        """A short prompt that `encode` takes, to suggest to people."""
 
     def decode(self, tokens: Iterable[int]) -> str:
         """The text of token ids."""
@@ -76,6 +81,13 @@ class CharTokenizer:
     @property
     def vocab_size(self) -> int:
         return len(self.vocab)
+
+    @property
+    def example_prompt(self) -> str:
+        if set(EXAMPLE) <= self._ids.keys():
+            return EXAMPLE
+        kinds = (str.isupper, str.isalpha, str.isalnum, lambda character: character.isprintable() and character != " ")
+        return next((found for kind in kinds for found in self.vocab if kind(found)), self.vocab[0])
 
     def encode(self, text: str, param: str = "prompt") -> list[int]:
         """Token ids of a text. Raises RequestError (400) naming the characters that the model has never seen."""

@@ -66,8 +66,9 @@ def open_storage(url: str, *, in_use: bool = False) -> Storage:
             f"storage URL {shown!r}: options are not taken from a URL; "
             "set AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY in the environment"
         )
-    if scheme == "file" and rest.startswith("/") and not UNPRINTABLE.search(unquote(rest)):
-        return MeasuredStorage(FolderStorage(Path(os.path.normpath(unquote(rest))), in_use), in_use)
+    path = unquote(rest, errors="surrogateescape")  # a name that is not UTF-8 is refused, not read as another one
+    if scheme == "file" and rest.startswith("/") and not UNPRINTABLE.search(path):
+        return MeasuredStorage(FolderStorage(Path(os.path.normpath(path)), in_use), in_use)
     bucket, _, prefix = rest.partition("/")
     if scheme == "s3" and re.fullmatch("[a-z0-9][a-z0-9.-]{1,61}[a-z0-9]", bucket):
         from genmodels.storage.s3 import S3Storage  # boto3 takes a quarter of a second to import

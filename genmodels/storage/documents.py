@@ -171,7 +171,7 @@ def parse_object(data: bytes) -> dict[str, Any]:
         raise ValueError("it is not UTF-8") from None
     except RecursionError:
         raise ValueError("it is nested too deeply") from None
-    except ValueError:
+    except json.JSONDecodeError:
         raise ValueError("it is not JSON") from None
     if not isinstance(document, dict):
         raise ValueError("it is JSON, but not an object")

@@ -113,10 +113,8 @@ class FolderStorage(Storage):
     def clock(self) -> float | None:
         if not self._root.is_dir():
             return None
-        with (
-            self._errors("clock", ""),
-            self._temporary(MARKER) as temporary,
-        ):  # a network's file system has its own clock
+        # A network's file system has a clock of its own. To ask for it marks no folder as in use.
+        with self._errors("clock", ""), self._temporary(MARKER) as temporary:
             temporary.touch()
             return temporary.stat().st_mtime
 

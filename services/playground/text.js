@@ -8,6 +8,8 @@ export function text(section, attempt) {
   const stop = $("[data-stop]", section);
   const output = $("[data-output]", section);
   const rate = $("[data-rate]", section);
+  const prompt = $("[name=prompt]", form);
+  let suggested = prompt.value;
   let model = null;
   let aborter = null;
 
@@ -86,7 +88,7 @@ export function text(section, attempt) {
     attempt(write);
   });
   stop.addEventListener("click", () => aborter?.abort());
-  $("[name=prompt]", form).addEventListener("keydown", (event) => {
+  prompt.addEventListener("keydown", (event) => {
     if (event.key === "Enter" && (event.ctrlKey || event.metaKey)) form.requestSubmit();
   });
 
@@ -95,6 +97,7 @@ export function text(section, attempt) {
     aborter = null;
     end();
     model = shown;
+    if (prompt.value === suggested) prompt.value = suggested = shown.example_prompt ?? suggested; // else a person's own
     output.textContent = "";
     rate.textContent = "";
     $("[data-seed]", section).replaceChildren();
