@@ -12,7 +12,7 @@ RESULTS ?= quickstart autoencoder denoising vae gan minigpt study study-improved
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check install --progress-bar on -c constraints.txt
 
-.PHONY: setup setup-dev demo test test-long test-k8s results bench-serving lint format \
+.PHONY: setup setup-dev demo test test-long test-k8s results bench-serving lint format docs \
         secrets image sbom test-compose clean
 
 setup: $(VENV)/.ready
@@ -54,7 +54,7 @@ test-k8s: setup-dev $(K8S_TOOLS)/.ready
 test-long: setup-dev
 	$(BIN)/python -m pytest -m long
 
-# Every row of the README's tables of models: trains what a spec names, then measures it. One spec: make results RESULTS=vae.
+# Every row of the tables of docs/results.md: trains what a spec names, then measures it. One spec: make results RESULTS=vae.
 # The study's tests 4 and 5 need a GPU: make results STUDY="1 2 3 4 5"
 results: setup
 	@for spec in $(RESULTS); do \
@@ -76,6 +76,10 @@ lint: setup-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
+
+# What the code knows (fields, commands, routes, metrics), written into the pages of docs/; tests/test_docs.py checks it.
+docs: setup-dev
+	$(BIN)/python docs/generate.py
 
 format: setup-dev
 	$(BIN)/ruff check --fix .

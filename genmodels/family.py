@@ -64,13 +64,17 @@ DataInfo = Annotated[ImageInfo | TextInfo, Field(discriminator="kind")]
 class OptimizerConfig(Section):
     """The optimizer's part of a spec's `train` section."""
 
-    optimizer: Literal["adamw", "muon"] = "adamw"
-    learning_rate: float = Field(1e-3, gt=0)
-    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
-        (0.9, 0.99), strict=False
+    optimizer: Literal["adamw", "muon"] = Field(
+        "adamw", description="muon: Muon for the matrices, AdamW for all other parameters"
     )
-    weight_decay: float = Field(0.01, ge=0)
-    muon_learning_rate: float = Field(0.02, gt=0, description="for the matrices, when optimizer is muon")
+    learning_rate: float = Field(1e-3, gt=0, description="highest learning rate of AdamW")
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = Field(
+        (0.9, 0.99), strict=False, description="decay rates of AdamW's two moving averages"
+    )
+    weight_decay: float = Field(0.01, ge=0, description="decoupled weight decay")
+    muon_learning_rate: float = Field(
+        0.02, gt=0, description="highest learning rate of the matrices when optimizer is muon"
+    )
 
 
 @dataclass(frozen=True)

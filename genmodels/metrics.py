@@ -78,102 +78,121 @@ def _training(name: str, help: str, *more: str) -> Gauge:
 
 # Training: of rank 0, as long as it runs. `role`: "model", or a GAN's "generator" and "discriminator".
 TRAINING_STEP = _training("step", "Optimizer steps done.")
-TRAINING_MAX_STEPS = _training("max_steps", "Optimizer steps that the run is to take.")
-TRAINING_ETA = _training("eta_seconds", "Time left until the last step, at the pace so far.")
-TRAINING_TICK = _training("tick_timestamp_seconds", "When the attempt last showed progress, in Unix time.")
-TRAINING_WORKERS = _training("workers", "Workers in the group.")
+TRAINING_MAX_STEPS = _training("max_steps", "Optimizer steps that the run will take in all.")
+TRAINING_ETA = _training("eta_seconds", "Seconds left until the last step, at the speed so far.")
+TRAINING_TICK = _training("tick_timestamp_seconds", "Unix time of the attempt's last progress.")
+TRAINING_WORKERS = _training("workers", "Workers in the run's group.")
 TRAINING_SAMPLES = _training("samples", "Samples seen by all workers together since step 0.")
-TRAINING_LOSS = _training("loss", "Loss, mean over all workers and the steps since the last row.", "role")
-TRAINING_PART = _training(
-    "part", "Part of a loss or what stands beside it (kl, accuracy_real), by name.", "role", "part"
-)
+TRAINING_LOSS = _training("loss", "Loss, the mean over all workers and the steps since the last row.", "role")
+TRAINING_PART = _training("part", "Any other value that a loss reports, by name (kl, accuracy_real).", "role", "part")
 TRAINING_VALIDATION = _training("validation", "Metric of the latest evaluation, e.g. val_loss.", "metric")
 TRAINING_LEARNING_RATE = _training("learning_rate", "Learning rate of the latest step.")
 TRAINING_GRADIENT_NORM = _training("gradient_norm", "Norm of the gradient before clipping.", "role")
 TRAINING_SAMPLES_PER_SECOND = _training("samples_per_second", "Samples a second, all workers together.")
-TRAINING_TOKENS_PER_SECOND = _training("tokens_per_second", "Tokens a second, all workers together; of texts alone.")
-TRAINING_STEP_SECONDS = _training("step_seconds", "Seconds of an optimizer step.")
-TRAINING_DATA_WAIT = _training("data_wait_ratio", "Share of the time that steps wait for data.")
+TRAINING_TOKENS_PER_SECOND = _training(
+    "tokens_per_second", "Tokens a second, all workers together; only for text models."
+)
+TRAINING_STEP_SECONDS = _training("step_seconds", "Duration of an optimizer step, in seconds.")
+TRAINING_DATA_WAIT = _training("data_wait_ratio", "Share of the time in which steps wait for data.")
 TRAINING_FLOPS = _training("flops_per_second", "Floating point operations a second of forward and backward passes.")
-TRAINING_MFU = _training("mfu_ratio", "Those operations over what matrix products alone reach on this device.")
-TRAINING_GPU_MEMORY = _training("gpu_memory_bytes", "Most GPU memory that rank 0 has had allocated.")
-TRAINING_CHECKPOINT_STEP = _training("checkpoint_step", "Step of the newest whole checkpoint of this attempt.")
+TRAINING_MFU = _training("mfu_ratio", "flops_per_second divided by the speed of plain matrix products on this device.")
+TRAINING_GPU_MEMORY = _training("gpu_memory_bytes", "Largest GPU memory that rank 0 had allocated.")
+TRAINING_CHECKPOINT_STEP = _training("checkpoint_step", "Step of the newest complete checkpoint of this attempt.")
 
 # Checkpoints: counted by rank 0.
 CHECKPOINT_SECONDS = _histogram(
-    "checkpoint_seconds", "From a snapshot to its manifest in storage.", FAMILY_LABELS, _LONG_SECONDS
+    "checkpoint_seconds", "Seconds from a snapshot to its manifest in storage.", FAMILY_LABELS, _LONG_SECONDS
 )
-CHECKPOINT_STALL_SECONDS = _histogram("checkpoint_stall_seconds", "How long a save held the steps up.", FAMILY_LABELS)
-CHECKPOINT_BYTES = _counter("checkpoint_bytes_total", "Bytes of the checkpoints brought to storage.", FAMILY_LABELS)
+CHECKPOINT_STALL_SECONDS = _histogram(
+    "checkpoint_stall_seconds", "Seconds for which a save delayed the training steps.", FAMILY_LABELS
+)
+CHECKPOINT_BYTES = _counter("checkpoint_bytes_total", "Bytes of the checkpoints written to storage.", FAMILY_LABELS)
 CHECKPOINT_FAILURES = _counter(
-    "checkpoint_failures_total", "Uploads that the store did not take at once and that were tried again.", FAMILY_LABELS
+    "checkpoint_failures_total", "Uploads that the store did not accept at once and that were retried.", FAMILY_LABELS
 )
 
 # Jobs: counted where the dispatcher is. `cause`: as in `Result.cause`, or the outcome where it has none.
 ATTEMPTS = _counter("attempts_ended_total", "Attempts of runs that ended, by cause.", ("cause",))
-RUNS_ENDED = _counter("runs_ended_total", "Runs that came to an end, by state.", ("state",))
+RUNS_ENDED = _counter("runs_ended_total", "Runs that ended, by state.", ("state",))
 QUEUE_WAIT_SECONDS = _histogram(
-    "queue_wait_seconds", "From queued to starting, each time a run is queued.", (), _LONG_SECONDS
+    "queue_wait_seconds", "Seconds from queued to starting, each time a run is queued.", (), _LONG_SECONDS
 )
 
 # Told by the job service, from what is in storage, at each scrape.
-STORAGE_UP = _gauge("storage_up", "Whether the storage answered the job service.", ())
+STORAGE_UP = _gauge("storage_up", "1 if the storage answered the job service, else 0.", ())
 OPEN_RUNS = _gauge("open_runs", "Runs of open jobs, by state.", ("state",))
 QUEUE_LENGTH = _gauge("queue_length", "Runs that wait for room in the cluster.", ())
-QUEUE_OLDEST = _gauge("queue_oldest_seconds", "For how long the run has waited that waits longest; 0: none waits.", ())
-FIGURES_AGE = _gauge("job_figures_age_seconds", "How old the figures of open runs and of the queue are.", ())
+FIGURES_AGE = _gauge("job_figures_age_seconds", "Age of the figures of open runs and of the queue, in seconds.", ())
+QUEUE_OLDEST = _gauge(
+    "queue_oldest_seconds", "Longest time that a run has waited in the queue, in seconds; 0 if the queue is empty.", ()
+)
 
 # Registry: counted by who publishes, promotes or judges.
 PUBLISHED = _counter("versions_published_total", "Versions put into the registry.", FAMILY_LABELS)
 PROMOTED = _counter("promotions_total", "Aliases that were moved to another version.", FAMILY_LABELS)
-GATES = _counter("gates_total", "Checkpoints judged by a gate.", ("family", "passed"))
+GATES = _counter("gates_total", "Checkpoints that were checked by a gate.", ("family", "passed"))
 
 # Storage. `operation`: get, put, list, delete, exists, upload, download; `kind`: StorageUnavailable (no answer) or
 # StorageError (refused). That an object is not there, or not the one expected, is an answer.
-STORAGE_SECONDS = _histogram("storage_seconds", "Of an operation on storage, tries again included.", ("operation",))
+STORAGE_SECONDS = _histogram("storage_seconds", "Seconds of an operation on storage, with its retries.", ("operation",))
 STORAGE_ERRORS = _counter("storage_errors_total", "Operations on storage that failed.", ("operation", "kind"))
 
 # By kind of object, as `Document.kind` names it. An object that stays damaged is counted at each read.
-DAMAGED = _counter("damaged_objects_total", "Reads that met a damaged object in storage, by kind.", ("kind",))
+DAMAGED = _counter("damaged_objects_total", "Reads of a damaged object in storage, by kind.", ("kind",))
 
 # Background threads that live as long as their process. `thread`: "follow" (a model host's, on the registry) or
 # "dispatch" (the job service's); failures also of "lease", "wishes", "copy-log", "ship-log", "decode" and "export".
 THREAD_PROGRESS = _gauge(
     "thread_progress_timestamp_seconds",
-    "When a background thread last completed a round, or one object of it, in Unix time.",
+    "Unix time at which a background thread last completed a round, or one object of a round.",
     ("thread",),
     "livemin",
 )
 THREAD_FAILURES = _counter(
-    "thread_failures_total", "Rounds of background threads that an unexpected error ended.", ("thread",)
+    "thread_failures_total", "Rounds of background threads that ended with an unexpected error.", ("thread",)
 )
 
 # Requests: counted by the gateway. Of requests that named no model that there is, its labels are empty.
 REQUESTS = _counter("requests_total", "Requests answered, by route and status.", (*VERSION_LABELS, "route", "code"))
-REQUEST_SECONDS = _histogram("request_seconds", "From a request to the end of its answer.", (*VERSION_LABELS, "route"))
+REQUEST_SECONDS = _histogram(
+    "request_seconds", "Seconds from a request to the end of its answer.", (*VERSION_LABELS, "route")
+)
 
 # Model hosts.
 FIRST_TOKEN_SECONDS = _histogram(
-    "time_to_first_token_seconds", "From a request at the host to its first token.", VERSION_LABELS
+    "time_to_first_token_seconds", "Seconds from a request at the model host to its first token.", VERSION_LABELS
 )
-BETWEEN_TOKENS_SECONDS = _histogram("time_between_tokens_seconds", "Between two tokens of one text.", VERSION_LABELS)
-TOKENS = _counter("tokens_total", "Tokens read (prompt) and made (completion).", (*VERSION_LABELS, "kind"))
-IMAGES = _counter("images_total", "Pictures and latents answered, by verb.", (*VERSION_LABELS, "verb"))
-BATCH_SIZE = _histogram("batch_size", "Texts in a step of decoding, or rows in a pass.", VERSION_LABELS, _ROWS)
+BETWEEN_TOKENS_SECONDS = _histogram(
+    "time_between_tokens_seconds", "Seconds between two tokens of one text.", VERSION_LABELS
+)
+TOKENS = _counter("tokens_total", "Tokens read (prompt) and generated (completion).", (*VERSION_LABELS, "kind"))
+IMAGES = _counter("images_total", "Pictures and latents in answers, by verb.", (*VERSION_LABELS, "verb"))
+BATCH_SIZE = _histogram(
+    "batch_size", "Texts in a decoding step, or rows in a batch of an image model.", VERSION_LABELS, _ROWS
+)
 WAITING = _gauge(
-    "waiting_requests", "Texts without a slot, or requests for pictures without a pass.", VERSION_LABELS, "livesum"
+    "waiting_requests",
+    "Texts that wait for a slot, or image requests that wait for a batch.",
+    VERSION_LABELS,
+    "livesum",
 )
 KV_SLOTS = _gauge(
-    "kv_slots", "Slots of the key-value cache, all of them and those in use.", (*VERSION_LABELS, "state"), "livesum"
+    "kv_slots", "Slots of the key-value cache: all slots and used slots.", (*VERSION_LABELS, "state"), "livesum"
 )
-LOADED_BYTES = _gauge("loaded_bytes", "Memory of a loaded version.", VERSION_LABELS, "livesum")
-ACTIVE = _gauge("version_active", "Hosts in which an alias means this version.", VERSION_LABELS, "livesum")
+LOADED_BYTES = _gauge("loaded_bytes", "Memory of a loaded version, in bytes.", VERSION_LABELS, "livesum")
+ACTIVE = _gauge("version_active", "Model hosts in which an alias points at this version.", VERSION_LABELS, "livesum")
 MEASURE = _gauge(
-    "version_measure", "Figure of a served version's newest evaluation, by name.", (*VERSION_LABELS, "metric")
+    "version_measure",
+    "Result of a served version's newest evaluation, by name of the measure.",
+    (*VERSION_LABELS, "metric"),
 )
-LOAD_SECONDS = _histogram("version_load_seconds", "To fetch, check and warm a version.", FAMILY_LABELS, _LONG_SECONDS)
-SWAPPED = _counter("versions_swapped_total", "Versions that took over from an older one.", VERSION_LABELS)
-REFUSED = _counter("versions_refused_total", "Versions that were not served: damaged or unfit.", VERSION_LABELS)
+LOAD_SECONDS = _histogram(
+    "version_load_seconds", "Seconds to fetch, verify and warm up a version.", FAMILY_LABELS, _LONG_SECONDS
+)
+SWAPPED = _counter("versions_swapped_total", "Versions that replaced an older version.", VERSION_LABELS)
+REFUSED = _counter(
+    "versions_refused_total", "Versions that were refused: damaged, or not fit to be served.", VERSION_LABELS
+)
 
 
 def version_labels(name: str, family: str) -> Labels:

@@ -32,14 +32,26 @@ MAX_INT = 2**31 - 1  # of whole numbers that are compared with tensors
 class SamplingOptions(Section):
     """Options of a completion: how many tokens, and how they are chosen."""
 
-    max_tokens: int = Field(200, ge=0, le=4096)
-    temperature: float = Field(0.8, ge=0, le=100, description="0 always takes the most probable token")
+    max_tokens: int = Field(200, ge=0, le=4096, description="largest number of tokens in the answer")
+    temperature: float = Field(
+        0.8, ge=0, le=100, description="0 always takes the most probable token; higher is more varied"
+    )
     top_k: int | None = Field(None, ge=1, le=MAX_INT, description="choose among the k most probable tokens only")
-    top_p: float = Field(1.0, gt=0, le=1, description="choose among the most probable tokens that make up p")
-    min_p: float = Field(0.0, ge=0, le=1, description="drop tokens less probable than this part of the best one's")
-    repetition_penalty: float = Field(1.0, ge=0.01, le=10, description="above 1: tokens of prompt and answer come less")
-    presence_penalty: float = Field(0.0, ge=-2, le=2, description="off the logits of tokens that are in the answer")
-    frequency_penalty: float = Field(0.0, ge=-2, le=2, description="the same, for each time that they are")
+    top_p: float = Field(
+        1.0, gt=0, le=1, description="choose among the most probable tokens whose probabilities add up to p"
+    )
+    min_p: float = Field(
+        0.0, ge=0, le=1, description="drop tokens less probable than this fraction of the most probable token"
+    )
+    repetition_penalty: float = Field(
+        1.0, ge=0.01, le=10, description="above 1: make tokens of the prompt and the answer less probable"
+    )
+    presence_penalty: float = Field(
+        0.0, ge=-2, le=2, description="subtracted from the logits of tokens that are in the answer"
+    )
+    frequency_penalty: float = Field(
+        0.0, ge=-2, le=2, description="subtracted once for each time that the token is in the answer"
+    )
     logit_bias: dict[TokenId, Bias] = Field({}, max_length=MAX_BIASES, description="added to logits, by token id")
 
     @field_validator("logit_bias", mode="before")

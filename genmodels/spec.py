@@ -73,24 +73,34 @@ Reference = Annotated[str, AfterValidator(_reference), Field(json_schema_extra={
 class TrainConfig(OptimizerConfig):
     """How a model is trained. Steps are optimizer steps; the last one always evaluates and saves."""
 
-    max_steps: int = Field(1000, ge=1, le=10**9, description="optimizer steps in all")
-    batch_size: int = Field(64, ge=1, le=2**20, description="samples in one optimizer step, over all workers together")
+    max_steps: int = Field(
+        1000, ge=1, le=10**9, description="number of optimizer steps; the last step always evaluates and saves"
+    )
+    batch_size: int = Field(
+        64, ge=1, le=2**20, description="samples in one optimizer step, over all workers and accumulation steps"
+    )
     accumulation_steps: int = Field(1, ge=1, le=2**20, description="forward passes that make up one optimizer step")
     schedule: Literal["constant", "linear", "cosine"] = Field(
-        "cosine", description="the learning rate after the warm-up: kept, or down to zero at max_steps"
+        "cosine", description="learning rate after the warm-up: constant, or falling to zero at max_steps"
     )
-    warmup_steps: int = Field(0, ge=0, description="steps over which the learning rate rises from zero")
-    clip_norm: float | None = Field(None, gt=0, description="gradients of a larger norm are scaled down to it")
-    ema: float | None = Field(None, gt=0, lt=1, description="decay of the averaged weights that are served")
+    warmup_steps: int = Field(0, ge=0, description="steps in which the learning rate rises from zero")
+    clip_norm: float | None = Field(
+        None, gt=0, description="largest norm of the gradient; a larger gradient is scaled down"
+    )
+    ema: float | None = Field(
+        None, gt=0, lt=1, description="decay of the averaged weights; if set, these weights are evaluated and served"
+    )
     seed: int = Field(0, ge=0, lt=2**32, description="the same seed and number of workers give the same weights")
-    eval_every: int = Field(250, ge=1, description="steps from one evaluation on all validation data to the next")
-    save_every: int = Field(500, ge=1, description="steps from one checkpoint to the next; each is evaluated too")
-    log_every: int = Field(10, ge=1, description="steps from one logged training loss to the next")
+    eval_every: int = Field(250, ge=1, description="steps between two evaluations on all validation data")
+    save_every: int = Field(500, ge=1, description="steps between two checkpoints; each checkpoint is also evaluated")
+    log_every: int = Field(10, ge=1, description="steps between two logged rows of the training loss")
     init_from: Reference | None = Field(
         None, description="start with the served weights of a version or a checkpoint, e.g. vae-digits@3"
     )
-    precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16: autocast; weights stay in float32")
-    compile: bool = Field(False, description="use torch.compile; without a C compiler the run goes on uncompiled")
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16 uses autocast; the weights stay in float32")
+    compile: bool = Field(
+        False, description="use torch.compile; without a C++ compiler the run logs one warning and continues uncompiled"
+    )
 
     @model_validator(mode="after")
     def _warms_up_in_time(self, info: ValidationInfo) -> Self:
@@ -106,8 +116,8 @@ Workers = Annotated[int, Field(ge=1, le=1024)]
 class WorkerRange(Section):
     """An elastic run: it starts with as many workers as there is room for, shrinks and grows between its bounds."""
 
-    min: Workers = Field(description="fewest workers to go on with")
-    max: Workers = Field(description="most workers it may grow to")
+    min: Workers = Field(description="smallest number of workers the run continues with")
+    max: Workers = Field(description="largest number of workers the run may grow to")
 
     @model_validator(mode="after")
     def _in_order(self) -> Self:
@@ -159,7 +169,9 @@ class _Elastic(Section):
 class CheckpointConfig(Section):
     """Which checkpoints of a run are kept."""
 
-    num_to_keep: int = Field(3, ge=2, le=10_000, description="the newest checkpoints kept, beside the best one")
+    num_to_keep: int = Field(
+        3, ge=2, le=10_000, description="how many of the newest checkpoints are kept, in addition to the best one"
+    )
 
 
 class Gate(Section):
@@ -169,11 +181,10 @@ class Gate(Section):
     """
 
     metric: str = Field(
-        description="one of the family's metrics on the validation data, e.g. val_loss, or of the "
-        "measures of its evaluation, e.g. nll"
+        description="a validation metric of the family, e.g. val_loss, or a measure of its evaluation, e.g. nll"
     )
-    max: float | None = Field(None, description="publish if the metric is at most this (smaller is better)")
-    min: float | None = Field(None, description="publish if the metric is at least this (larger is better)")
+    max: float | None = Field(None, description="publish if the metric is at most this number (lower is better)")
+    min: float | None = Field(None, description="publish if the metric is at least this number (higher is better)")
 
     @model_validator(mode="after")
     def _one_bound(self) -> Self:
@@ -186,21 +197,24 @@ class Gate(Section):
 class ServeConfig(Section):
     """How a trained model is published and served."""
 
-    alias: Alias = Field("production", description="the alias that moves to the new version")
-    gate: Gate | None = Field(None, description="what the model must reach to be published; without one it always is")
-    pool: Label = Field("default", description="the pool of model hosts that serves it")
+    alias: Alias = Field("production", description="alias that is moved to the new version")
+    gate: Gate | None = Field(
+        None,
+        description="bound that the model must reach to be published; without a gate the last checkpoint is published",
+    )
+    pool: Label = Field("default", description="pool of model hosts that serves the model")
 
 
 class ModelSpec(Section):
     """One model of a job."""
 
-    name: Label = Field(description="its name in the registry and at the endpoint")
-    model: Section = Field(description="`family`, and the family's own settings")
-    data: DataConfig = Field(description="what it learns from")
-    train: TrainConfig = TrainConfig()
-    scaling: ScalingConfig = ScalingConfig()
-    checkpoints: CheckpointConfig = CheckpointConfig()
-    serve: ServeConfig = ServeConfig()
+    name: Label = Field(description="name of the model in the registry and at the endpoint")
+    model: Section = Field(description="`family`, and the settings of that family")
+    data: DataConfig = Field(description="dataset that the model learns from")
+    train: TrainConfig = Field(TrainConfig(), description="how the model is trained")
+    scaling: ScalingConfig = Field(ScalingConfig(), description="how many workers train the model")
+    checkpoints: CheckpointConfig = Field(CheckpointConfig(), description="which checkpoints are kept")
+    serve: ServeConfig = Field(ServeConfig(), description="how the model is published and served")
 
     @property
     def family(self) -> str:
@@ -313,9 +327,11 @@ class ModelSpec(Section):
 class JobSpec(Section):
     """A job: models that are trained, published and served."""
 
-    name: Label = Field(description="what to call the job; its id is this and eight hex digits")
-    priority: int = Field(0, ge=-1000, le=1000, description="higher ones start first")
-    models: list[ModelSpec] = Field(min_length=1, max_length=100, description="what to train, each in a run of its own")
+    name: Label = Field(description="name of the job; the job's id is this name and eight hex digits")
+    priority: int = Field(0, ge=-1000, le=1000, description="jobs of higher priority start first")
+    models: list[ModelSpec] = Field(
+        min_length=1, max_length=100, description="models to train; each model is trained in its own run"
+    )
 
     @model_validator(mode="after")
     def _names_differ(self) -> Self:

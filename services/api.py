@@ -94,7 +94,7 @@ def new_app(
 
     @app.get("/healthz")
     async def healthz() -> Response:
-        """Whether this process answers, and what it does in the background gets on."""
+        """Answer 200 while the process and its background threads make progress, else 503 with the reason."""
         if problem := await health():
             return refuse(503, problem, code="stalled", headers={"retry-after": "10"})
         return Json({"status": "ok"})

@@ -89,16 +89,16 @@ def run(
     storage_url: StorageUrl = None,
     only: Annotated[
         list[str] | None,
-        typer.Option(metavar="MODEL", help="Only this model of the job; may be given again.", show_default=False),
+        typer.Option(metavar="MODEL", help="Only this model of the job; may be repeated.", show_default=False),
     ] = None,
-    port: Annotated[int, typer.Option(help="Where the endpoint listens, on 127.0.0.1.", min=1, max=65535)] = 8000,
+    port: Annotated[int, typer.Option(help="Port of the endpoint on 127.0.0.1.", min=1, max=65535)] = 8000,
     exit: Annotated[
         bool, typer.Option("--exit", help="End after the summary instead of serving until Ctrl-C.")
     ] = False,
-    no_auth: Annotated[bool, typer.Option("--no-auth", help="Serve without a key, to this machine alone.")] = False,
-    pictures: Annotated[Path, typer.Option(help="Folder for pictures of what the models make.")] = Path("samples"),
+    no_auth: Annotated[bool, typer.Option("--no-auth", help="Require no key; serve only this machine.")] = False,
+    pictures: Annotated[Path, typer.Option(help="Folder for pictures and curves of the models.")] = Path("samples"),
 ) -> None:
-    """Train, publish and serve all models of a job."""
+    """Train, publish and serve all models of a job on this machine."""
     from genmodels.data import stored
     from genmodels.spec import read_spec
 
@@ -113,7 +113,7 @@ def run(
 def validate(
     spec: SpecFile,
     smoke: Annotated[
-        bool, typer.Option("--smoke", help="Also train two steps, load the result and ask it once.")
+        bool, typer.Option("--smoke", help="Also train two steps, load the result and send one request to it.")
     ] = False,
     storage_url: StorageUrl = None,
 ) -> None:

@@ -20,19 +20,19 @@ app.add_typer(keys_app, name="keys", help="Keys to the services: create, list, r
 @app.command(rich_help_panel=PANEL)
 def up(
     storage_url: StorageUrl = None,
-    port: Annotated[int, typer.Option(help="Where the endpoint listens.", min=1, max=65535)] = 8000,
-    api_port: Annotated[int, typer.Option(help="Where the job service listens.", min=1, max=65535)] = 8080,
+    port: Annotated[int, typer.Option(help="Port of the endpoint.", min=1, max=65535)] = 8000,
+    api_port: Annotated[int, typer.Option(help="Port of the job service.", min=1, max=65535)] = 8080,
     metrics_port: Annotated[
         int | None,
-        typer.Option(help="Where the metrics of this node are.", min=1, max=65535, show_default=False),
+        typer.Option(help="Port of this node's metrics; default: 9400.", min=1, max=65535, show_default=False),
     ] = None,
     num_cpus: Annotated[
-        int | None, typer.Option(help="CPUs for workers; default: all.", min=1, show_default=False)
+        int | None, typer.Option(help="CPUs for workers; default: all CPUs.", min=1, show_default=False)
     ] = None,
-    no_auth: Annotated[bool, typer.Option("--no-auth", help="Ask nobody for a key.")] = False,
-    logs: Annotated[Path, typer.Option(help="Folder for the logs of the platform itself.")] = Path(".genmodels/logs"),
+    no_auth: Annotated[bool, typer.Option("--no-auth", help="Require no key; serve only this machine.")] = False,
+    logs: Annotated[Path, typer.Option(help="Folder for the platform's own logs.")] = Path(".genmodels/logs"),
 ) -> None:
-    """Run the whole platform on this machine. It serves this machine alone, until Ctrl-C."""
+    """Run the whole platform on this machine until Ctrl-C. It serves only this machine."""
     from services.up import Options
     from services.up import up as run
 
@@ -44,12 +44,12 @@ def up(
 @app.command(rich_help_panel=PANEL)
 def gc(
     context: typer.Context,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list what would be removed.")] = False,
     yes: Yes = False,
     storage_url: StorageUrl = None,
     api: MaybeApi = None,
 ) -> None:
-    """Remove what nothing names any more. It says first what that would free, and asks."""
+    """Remove unreferenced objects from the storage. It lists them first, and asks for confirmation."""
     remote = service(context, api)
     if remote is None:
         from genmodels import cleanup
@@ -69,11 +69,11 @@ def gc(
 
 @app.command(rich_help_panel=PANEL)
 def doctor(storage_url: StorageUrl = None, as_json: AsJson = False) -> None:
-    """Look for what is wrong here, and say what to do.
+    """Find faults of this installation, and say how to mend them.
 
-    It looks at the storage, what is in it, this machine and the installation.
+    The command checks the storage, its objects, this machine and the installation.
 
-    Exit code 1 if there is a problem; warnings are none.
+    The exit code is 1 if there is a problem; a warning is not a problem.
     """
     from dataclasses import asdict
 
@@ -96,32 +96,34 @@ def doctor(storage_url: StorageUrl = None, as_json: AsJson = False) -> None:
 
 @keys_app.command("create")
 def keys_create(
-    name: Annotated[str, typer.Argument(metavar="NAME", help="Whose it is, e.g. alice or ci.", show_default=False)],
+    name: Annotated[
+        str, typer.Argument(metavar="NAME", help="Owner of the key, e.g. alice or ci.", show_default=False)
+    ],
     scope: Annotated[
         list[str],
         typer.Option(
             metavar="SCOPE",
-            help="generate (ask models), submit (jobs, datasets, aliases), admin (all, also delete and gc); "
-            "may be given again.",
+            help="generate (use models), submit (jobs, datasets, aliases), admin (everything, also delete and gc); "
+            "may be repeated.",
         ),
     ] = ["generate", "submit"],  # noqa: B006  typer copies it
     prefix: Annotated[
         list[str] | None,
         typer.Option(
             metavar="PREFIX",
-            help="Only models whose names begin so; may be given again. Default: all.",
+            help="Only models whose names begin with this; may be repeated. Default: all models.",
             show_default=False,
         ),
     ] = None,
     rate: Annotated[
-        int | None, typer.Option(metavar="N", help="At most so many requests a minute. Default: any number.")
+        int | None, typer.Option(metavar="N", help="Largest number of requests in a minute. Default: no limit.")
     ] = None,
     concurrency: Annotated[
-        int | None, typer.Option(metavar="N", help="At most so many requests at once. Default: any number.")
+        int | None, typer.Option(metavar="N", help="Largest number of requests at the same time. Default: no limit.")
     ] = None,
     storage_url: StorageUrl = None,
 ) -> None:
-    """Make a key. It is printed this once, alone on standard output; only its hash is stored."""
+    """Create a key. It is printed once, alone on standard output; only its hash is stored."""
     from genmodels.keys import Keys
 
     keys = Keys(storage(storage_url))
@@ -135,7 +137,7 @@ def keys_create(
 
 @keys_app.command("list")
 def keys_list(storage_url: StorageUrl = None, as_json: AsJson = False) -> None:
-    """List keys: what each may do, never the keys themselves."""
+    """List keys and their scopes, never the keys themselves."""
     from genmodels.keys import Keys
     from services.tables import keys_table
 
@@ -150,10 +152,12 @@ def keys_list(storage_url: StorageUrl = None, as_json: AsJson = False) -> None:
 
 @keys_app.command("revoke")
 def keys_revoke(
-    id: Annotated[str, typer.Argument(metavar="ID", help="As `genmodels keys list` shows it.", show_default=False)],
+    id: Annotated[
+        str, typer.Argument(metavar="ID", help="Id of the key, as `genmodels keys list` shows it.", show_default=False)
+    ],
     storage_url: StorageUrl = None,
 ) -> None:
-    """End a key. Services notice within seconds."""
+    """Revoke a key. Services refuse it within 5 seconds."""
     from genmodels.keys import Keys
 
     key = Keys(storage(storage_url)).revoke(id)

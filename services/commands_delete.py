@@ -30,15 +30,16 @@ def delete(
             show_default=False,
         ),
     ],
-    model: Annotated[bool, typer.Option("--model", help="A model is meant, where a job has the same name.")] = False,
+    model: Annotated[bool, typer.Option("--model", help="Delete the model, if a job has the same name.")] = False,
     with_runs: Annotated[
-        bool, typer.Option("--with-runs", help="With a model: also what its runs left: checkpoints, samples, logs.")
+        bool,
+        typer.Option("--with-runs", help="With a model: also delete the checkpoints, samples and logs of its runs."),
     ] = False,
     yes: Yes = False,
     storage_url: StorageUrl = None,
     api: MaybeApi = None,
 ) -> None:
-    """Delete an ended job, a whole model, a version, or an alias. It says first what goes and what stays, and asks."""
+    """Delete an ended job, a whole model, a version, or an alias. It asks for confirmation first."""
     remote = service(context, api)
     place = _Remote(remote) if remote else _Local(storage(storage_url))
     with place:
@@ -52,12 +53,17 @@ def delete(
 @data_app.command("delete")
 def data_delete(
     context: typer.Context,
-    name: Annotated[str, typer.Argument(metavar="NAME", help="As `data list` shows it.", show_default=False)],
+    name: Annotated[
+        str,
+        typer.Argument(
+            metavar="NAME", help="Name of the dataset, as `genmodels data list` shows it.", show_default=False
+        ),
+    ],
     yes: Yes = False,
     storage_url: StorageUrl = None,
     api: MaybeApi = None,
 ) -> None:
-    """Delete a dataset with all its contents. Models that were trained on it stay; it says which."""
+    """Delete a dataset with all its contents. Models that were trained on it stay, and are listed."""
     from services.tables import amount
 
     remote = service(context, api)

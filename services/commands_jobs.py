@@ -29,7 +29,7 @@ Gateway = Annotated[
     typer.Option(
         metavar="URL",
         envvar="GENMODELS_GATEWAY",
-        help="The endpoint, for the curl lines at the end; default: what the job service says.",
+        help="URL of the endpoint, for the curl lines at the end; default: the job service names it.",
         show_default=False,
     ),
 ]
@@ -46,13 +46,13 @@ def submit(
     spec: SpecFile,
     wait: Annotated[bool, typer.Option("--wait", "-w", help="Follow until it has ended; exit code 0 or 1.")] = False,
     dry_run: Annotated[
-        bool, typer.Option("--dry-run", help="Only say what would run: steps, workers, sizes, whether it fits.")
+        bool, typer.Option("--dry-run", help="Only report what would run: steps, workers, sizes, and whether it fits.")
     ] = False,
     api: Api = API,
     gateway: Gateway = None,
     as_json: AsJson = False,
 ) -> None:
-    """Submit a job, and print its id."""
+    """Submit a job and print its id."""
     data = _read(spec)
     with client(api) as service:
         if dry_run:
@@ -81,8 +81,10 @@ def submit(
 
 @app.command(rich_help_panel=PANEL)
 def jobs(
-    state: Annotated[Kind, typer.Option(help="Which jobs: open ones are queued or run.")] = Kind.all,
-    limit: Annotated[int, typer.Option(help="At most so many; open ones and then the newest come first.", min=1)] = 20,
+    state: Annotated[Kind, typer.Option(help="Which jobs; open jobs are queued or running.")] = Kind.all,
+    limit: Annotated[
+        int, typer.Option(help="Largest number of jobs; open jobs come first, then the newest.", min=1)
+    ] = 20,
     api: Api = API,
     as_json: AsJson = False,
 ) -> None:
@@ -105,17 +107,17 @@ def jobs(
 @app.command(rich_help_panel=PANEL)
 def status(
     job: Annotated[
-        str | None, typer.Argument(metavar="JOB", help="A job's id; default: all open jobs.", show_default=False)
+        str | None, typer.Argument(metavar="JOB", help="Id of a job; default: all open jobs.", show_default=False)
     ] = None,
     wait: Annotated[bool, typer.Option("--wait", "-w", help="Follow until it has ended; exit code 0 or 1.")] = False,
     history: Annotated[
-        bool, typer.Option("--history", help="Also every change of state, with time and reason.")
+        bool, typer.Option("--history", help="Also show every change of state, with time and reason.")
     ] = False,
     api: Api = API,
     gateway: Gateway = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show how far each model of a job is. With --wait it is shown until the job has ended."""
+    """Show the state and progress of each model of a job."""
     from services.tables import history_table, runs_table
 
     if wait and job is None:
@@ -140,15 +142,17 @@ def status(
 @app.command(rich_help_panel=PANEL)
 def logs(
     job: JobId,
-    follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until the job has ended.")] = False,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Continue until the job has ended.")] = False,
     models: Models = None,
     source: Annotated[
         str | None,
-        typer.Option(metavar="driver|RANK", help="Only of the driver, or of one worker: 0, 1, ...", show_default=False),
+        typer.Option(
+            metavar="driver|RANK", help="Only the output of the driver, or of one worker: 0, 1, ...", show_default=False
+        ),
     ] = None,
     api: Api = API,
 ) -> None:
-    """Print a job's logs. They are there while it runs, and also after the cluster has gone."""
+    """Print a job's logs, while the job runs and afterwards."""
     with client(api) as service:
         any_line = False
         for line in service.logs(job, models or [], source, follow=follow, waiting=lambda why: tell(f"waiting: {why}")):
@@ -161,11 +165,11 @@ def logs(
 @app.command(rich_help_panel=PANEL)
 def cancel(
     job: JobId,
-    now: Annotated[bool, typer.Option("--now", help="Do not wait for the next step to save: end at once.")] = False,
+    now: Annotated[bool, typer.Option("--now", help="End at once, without a save at the next step.")] = False,
     models: Models = None,
     api: Api = API,
 ) -> None:
-    """End a job. Its runs save at their next step, and a resume goes on from there."""
+    """Cancel a job. Its runs save at their next step and end; `genmodels resume` continues from there."""
     with client(api) as service:
         answer = service.cancel(job, models or [], now=now)
     going = [run for run in _chosen(answer, models) if run.state not in ENDED]
@@ -179,7 +183,7 @@ def cancel(
 
 @app.command(rich_help_panel=PANEL)
 def resume(job: JobId, models: Models = None, api: Api = API) -> None:
-    """Go on with a failed or cancelled job. It is queued again and starts from its last checkpoint."""
+    """Resume a failed or cancelled job. It is queued again and starts from its last checkpoint."""
     with client(api) as service:
         answer = service.resume(job, models or [])
     going = [run.model for run in _chosen(answer, models) if run.state != "succeeded"]

@@ -36,7 +36,12 @@ app.add_typer(
 )
 
 VersionName = Annotated[
-    str, typer.Argument(metavar="MODEL@VERSION", help="e.g. vae-digits@3, @latest or @production.", show_default=False)
+    str,
+    typer.Argument(
+        metavar="MODEL@VERSION",
+        help="A version, e.g. vae-digits@3, vae-digits@latest or vae-digits@production.",
+        show_default=False,
+    ),
 ]
 
 
@@ -59,11 +64,11 @@ def models(context: typer.Context, storage_url: StorageUrl = None, api: MaybeApi
 def promote(
     context: typer.Context,
     version: VersionName,
-    alias: Annotated[str, typer.Argument(metavar="ALIAS", help="The alias to point at it.")] = "production",
+    alias: Annotated[str, typer.Argument(metavar="ALIAS", help="Alias to move.")] = "production",
     storage_url: StorageUrl = None,
     api: MaybeApi = None,
 ) -> None:
-    """Point an alias at a version, newer or older."""
+    """Point an alias at a version, newer or older. Serving follows within seconds."""
     remote = service(context, api)
     if remote is None:
         from genmodels.registry import Registry
@@ -85,12 +90,14 @@ def pull(
     version: VersionName,
     folder: Annotated[
         Path | None,
-        typer.Argument(metavar="FOLDER", help="A new folder; default: MODEL-VERSION here.", show_default=False),
+        typer.Argument(
+            metavar="FOLDER", help="Folder to create; default: MODEL-VERSION in the current folder.", show_default=False
+        ),
     ] = None,
     storage_url: StorageUrl = None,
     api: MaybeApi = None,
 ) -> None:
-    """Download a version's files. Each is verified."""
+    """Download the files of a version. Each file is verified by its sha256."""
     from services.tables import amount
 
     remote = service(context, api)
@@ -114,12 +121,12 @@ def pull(
 def evaluate(
     version: VersionName,
     thorough: Annotated[
-        bool, typer.Option("--thorough", help="Take minutes: all validation data, many more draws.")
+        bool, typer.Option("--thorough", help="Use all validation data and many more draws; this takes minutes.")
     ] = False,
     storage_url: StorageUrl = None,
     as_json: AsJson = False,
 ) -> None:
-    """Measure a version on its data, and keep what was found. Always opens the storage."""
+    """Evaluate a version on its data, and store the result with it. This always opens the storage."""
     import time
 
     from genmodels import findings
@@ -154,23 +161,31 @@ def evaluate(
 def data_add(
     context: typer.Context,
     name: Annotated[
-        str, typer.Argument(metavar="NAME", help="What specs call it: `data: {dataset: NAME}`.", show_default=False)
+        str,
+        typer.Argument(
+            metavar="NAME", help="Name of the dataset in specs: `data: {dataset: NAME}`.", show_default=False
+        ),
     ],
     path: Annotated[
         Path,
-        typer.Argument(metavar="PATH", help="A text file, a folder of pictures, or a zip of one.", show_default=False),
+        typer.Argument(
+            metavar="PATH", help="A text file, a folder of pictures, or a zip of a folder.", show_default=False
+        ),
     ],
     image_size: Annotated[
-        int | None, typer.Option(help="Side of the squares that pictures become; default: 32.", show_default=False)
+        int | None, typer.Option(help="Side of the square pictures, in pixels; default: 32.", show_default=False)
     ] = None,
     channels: Annotated[
-        int | None, typer.Option(help="1: grey, 3: colour; default: as most pictures are.", show_default=False)
+        int | None,
+        typer.Option(
+            help="Channels: 1 (grey) or 3 (colour); default: 1 if every picture is grey, else 3.", show_default=False
+        ),
     ] = None,
     replace: Annotated[bool, typer.Option("--replace", help="Replace a dataset of this name without asking.")] = False,
     storage_url: StorageUrl = None,
     api: MaybeApi = None,
 ) -> None:
-    """Add a text or pictures of your own. They are checked, and found also where no path of yours exists."""
+    """Add a text or pictures to the storage, after a check. Specs name the dataset on every machine."""
     if channels not in (None, 1, 3):
         raise SpecError(f"--channels: got {channels}, expected 1 (grey) or 3 (colour)")
     remote = service(context, api)
@@ -201,7 +216,7 @@ def data_add(
 def data_list(
     context: typer.Context, storage_url: StorageUrl = None, api: MaybeApi = None, as_json: AsJson = False
 ) -> None:
-    """List what a spec's `data.dataset` may name: built in, or added."""
+    """List the datasets that a spec may name: built-in and added."""
     from services.tables import datasets_table
 
     remote = service(context, api)

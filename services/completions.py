@@ -30,8 +30,8 @@ Items = AsyncGenerator[Opened | Piece | RequestError, None]
 
 
 class StreamOptions(Body):
-    include_usage: bool = False
-    include_obfuscation: bool = False  # padding against eavesdroppers; there is none
+    include_usage: bool = Field(False, description="send the token counts in a last event")
+    include_obfuscation: bool = Field(False, description="accepted; no padding is sent")
 
 
 class CompletionBody(CompletionRequest):
@@ -39,9 +39,11 @@ class CompletionBody(CompletionRequest):
 
     neutral: ClassVar = {"suffix": ("",), "user": ()}
 
-    model: str = Field(max_length=256)
-    stream: bool = False
-    stream_options: StreamOptions = StreamOptions()
+    model: str = Field(
+        max_length=256, description="name of the model, e.g. minigpt-shakespeare or minigpt-shakespeare@3"
+    )
+    stream: bool = Field(False, description="send the text in server-sent events while it is written")
+    stream_options: StreamOptions = Field(StreamOptions(), description="options of a stream")
 
     @field_validator("stream")
     @classmethod
@@ -59,17 +61,18 @@ def add_completions(app: FastAPI, pool: Pool, generate: Any) -> None:
         generate: the dependency that gives a Caller.
     """
 
-    @app.get("/v1/models/{model}/vocabulary", summary="The token ids of a text model")
+    @app.get("/v1/models/{model}/vocabulary", summary="List tokens")
     async def vocabulary(model: str, request: Request, caller: Caller = generate) -> Response:
-        """List the tokens of a text model: `text` is what the token `id` stands for, in prompts and answers."""
+        """List the tokens of a text model: `text` is the text of the token `id` in prompts and answers."""
         caller.need([model])
         found = checked(await pool.vocabulary(model))
         answers(request, found.model, found.family)
         tokens = [{"id": token, "text": text} for token, text in enumerate(found.tokens)]
         return Json({"object": "vocabulary", "model": found.model, "data": tokens}, headers={VERSION: found.model})
 
-    @app.post("/v1/completions", summary="Text that goes on from a prompt", openapi_extra=documented(CompletionBody))
+    @app.post("/v1/completions", summary="Continue a text", openapi_extra=documented(CompletionBody))
     async def completions(request: Request, caller: Caller = generate) -> Response:
+        """Continue a prompt, whole or as a stream of events."""
         body = await read_body(CompletionBody, request)
         caller.need([body.model])
         items = pool.complete(body.model, body)

@@ -33,10 +33,11 @@ def add_history_routes(app: FastAPI, pool: Pool, generate: Any) -> None:
         generate: the dependency that gives a Caller.
     """
 
-    @app.get("/v1/models/{model}/history", summary="How a version was trained")
+    @app.get("/v1/models/{model}/history", summary="Read a training history")
     async def read_history(
         model: str, request: Request, query: Annotated[HistoryQuery, Query()], caller: Caller = generate
     ) -> Response:
+        """Read the logged metrics of the run that trained a version, and the names of its samples."""
         caller.need([model])
         found = checked(await pool.history(model, query.points))
         answers(request, found.version, found.family)
@@ -53,11 +54,12 @@ def add_history_routes(app: FastAPI, pool: Pool, generate: Any) -> None:
 
     @app.get(
         "/v1/models/{model}/samples/{step}/{name}",
-        summary="A picture or text from a version's training",
+        summary="Read a training sample",
         response_class=Response,
         responses={200: {"content": {kind.partition(";")[0]: {} for kind in TYPES.values()}}},
     )
     async def read_sample(model: str, step: Step, name: File, caller: Caller = generate) -> Response:
+        """Read a picture or text that was made during the training of a version."""
         caller.need([model])
         data = checked(await pool.sample(model, step, name))
         headers = {"x-content-type-options": "nosniff", "content-security-policy": "default-src 'none'; sandbox"}

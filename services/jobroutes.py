@@ -50,29 +50,33 @@ Names = Annotated[list[Label] | None, Field(max_length=100)]
 
 
 class SubmitQuery(Strict):
-    dry_run: bool = Field(False, description="only say what would run")
+    dry_run: bool = Field(False, description="only report what would run")
 
 
 class ListQuery(Strict):
-    state: Literal["all", "open", "ended"] = "all"
-    limit: int = Field(20, ge=1, le=100)
-    after: str = Field("", max_length=300, pattern=r"^((open|ended)![\w :.+!-]*)?$", description="`next` of a page")
+    state: Literal["all", "open", "ended"] = Field("all", description="which jobs; open jobs are queued or running")
+    limit: int = Field(20, ge=1, le=100, description="largest number of jobs on a page")
+    after: str = Field(
+        "", max_length=300, pattern=r"^((open|ended)![\w :.+!-]*)?$", description="`next` of the page before"
+    )
 
 
 class LogQuery(Strict):
-    model: list[str] = Field([], max_length=100, description="only of these models of the job")
-    follow: bool = Field(False, description="go on until the job has ended")
+    model: list[str] = Field([], max_length=100, description="only the logs of these models of the job")
+    follow: bool = Field(False, description="continue until the job has ended")
     source: str | None = Field(None, pattern=r"^(driver|[0-9]{1,4})$", description="`driver`, or a worker's rank")
 
 
 class MetricsQuery(Strict):
-    model: str | None = Field(None, max_length=100, description="needed where the job has several")
+    model: str | None = Field(
+        None, max_length=100, description="model of the job; required if the job has several models"
+    )
     after: int = Field(0, ge=0, le=10**9, description="only rows of later steps")
     points: int | None = Field(None, ge=10, le=10_000, description="the most rows, evenly spread; default: all")
 
 
 class CancelBody(Body):
-    now: bool = Field(False, description="end at once, and lose what was not saved")
+    now: bool = Field(False, description="end at once, and lose the steps since the last checkpoint")
     models: Names = Field(None, description="only these models of the job")
 
 
@@ -211,13 +215,20 @@ def add_job_routes(
     async def submit_job(
         request: Request,
         query: Annotated[SubmitQuery, Query()],
-        idempotency_key: Annotated[str | None, Header(max_length=255, pattern=r"^[!-~]([ -~]*[!-~])?$")] = None,
+        idempotency_key: Annotated[
+            str | None,
+            Header(
+                max_length=255,
+                pattern=r"^[!-~]([ -~]*[!-~])?$",
+                description="any text that is new for each job; a repeated request with it returns the same job",
+            ),
+        ] = None,
         caller: Caller = submit,
     ) -> Response:
         """Submit a job.
 
-        With an `Idempotency-Key`, a request that is sent again gives the same job and 200. A dry run gives 200 and
-        what would run.
+        With an `Idempotency-Key`, a repeated request returns the same job and 200. A dry run returns 200 and what
+        would run.
         """
         check_content_type(request, SPEC_TYPES)
         body = await request.body()
@@ -239,7 +250,7 @@ def add_job_routes(
 
     @app.get("/v1/jobs/{job}/logs", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
     async def read_logs(job: str, query: Annotated[LogQuery, Query()], caller: Caller = submit) -> Response:
-        """Read what a job's driver and workers printed, while it runs and ever after."""
+        """Read the output of a job's driver and workers, while the job runs and afterwards."""
         in_thread = asyncio.get_running_loop().run_in_executor
 
         async def text(look: Look, parts: Iterator[bytes], ended: bool, part: bytes) -> AsyncIterator[bytes]:
@@ -265,7 +276,7 @@ def add_job_routes(
 
     @app.get("/v1/jobs/{job}/metrics")
     async def read_metrics(job: str, query: Annotated[MetricsQuery, Query()], caller: Caller = submit) -> Response:
-        """Read a model's metrics: one row for each logged step, over all attempts, as far as they count."""
+        """Read a model's metrics: one row for each logged step of the run's whole history."""
         in_thread = asyncio.get_running_loop().run_in_executor
         parts = await in_thread(log_threads, routes.metrics, job, query, caller)
         first = await in_thread(log_threads, next, parts, b"")  # an error that is told now is an answer of its own
@@ -281,13 +292,13 @@ def add_job_routes(
 
     @app.post("/v1/jobs/{job}/cancel", response_model=JobView, openapi_extra=documented(CancelBody, optional=True))
     async def cancel_job(job: str, request: Request, caller: Caller = submit) -> Response:
-        """Cancel a job: its runs save and end, and can be resumed. What has ended already stays as it is."""
+        """Cancel a job: its runs save and end, and can be resumed. Runs that have ended stay unchanged."""
         body = await read_body(CancelBody, request, optional=True)
         return _json(await run_in_threadpool(routes.cancel, job, body, caller))
 
     @app.post("/v1/jobs/{job}/resume", response_model=JobView, openapi_extra=documented(ResumeBody, optional=True))
     async def resume_job(job: str, request: Request, caller: Caller = submit) -> Response:
-        """Resume what failed or was cancelled, from its newest checkpoint."""
+        """Resume the failed and cancelled runs of a job, each from its newest checkpoint."""
         body = await read_body(ResumeBody, request, optional=True)
         return _json(await run_in_threadpool(routes.resume, job, body, caller))
 

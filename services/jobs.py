@@ -96,7 +96,7 @@ def create_app(
 
     @app.get("/metrics", response_class=Response, responses={200: {"content": {"text/plain": {}}}})
     def read_service_metrics() -> Response:
-        """Counts for Prometheus."""
+        """Read the metrics for Prometheus."""
         return Response(metrics.text(), headers={"content-type": CONTENT_TYPE_LATEST})
 
     @app.get("/", include_in_schema=False)

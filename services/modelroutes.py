@@ -40,21 +40,21 @@ Number = Annotated[int, Path(ge=1, le=99_999_999)]
 
 
 class AliasBody(Body):
-    version: int = Field(ge=1, le=99_999_999, description="the version to point at, newer or older")
+    version: int = Field(ge=1, le=99_999_999, description="number of the version, newer or older")
 
 
 class DryRunQuery(Strict):
-    dry_run: bool = Field(False, description="only say what would go")
+    dry_run: bool = Field(False, description="only report what would be removed")
 
 
 class DeleteModelQuery(DryRunQuery):
-    with_runs: bool = Field(False, description="also what its runs left: checkpoints, samples, logs")
+    with_runs: bool = Field(False, description="also delete the checkpoints, samples and logs of its runs")
 
 
 class DatasetQuery(Strict):
-    replace: bool = Field(False, description="also where the name means another content, which is 409 otherwise")
-    image_size: int | None = Field(None, ge=8, le=256, description="of pictures: side of the squares they become")
-    channels: Literal["1", "3"] | None = Field(None, description="of pictures: 1 grey, 3 RGB")
+    replace: bool = Field(False, description="replace another content of this name; without it that is 409")
+    image_size: int | None = Field(None, ge=8, le=256, description="side of the square pictures, in pixels")
+    channels: Literal["1", "3"] | None = Field(None, description="channels of the pictures: 1 (grey) or 3 (RGB)")
 
 
 def add_model_routes(app: FastAPI, guard: Guard, storage: Storage) -> None:
@@ -72,7 +72,7 @@ def add_model_routes(app: FastAPI, guard: Guard, storage: Storage) -> None:
 
     @app.get("/v1/models/{model}/versions/{number}")
     def show_version(model: str, number: Number, caller: Caller = submit) -> Response:
-        """Show a version: what it was trained from and reached, its evaluations, its files with size and sha256."""
+        """Show a version: its lineage, metrics, evaluations, and files with size and sha256."""
         version = _version(registry, model, number, caller).model_dump(mode="json")
         made = [evaluation.model_dump(mode="json") for evaluation in evaluations(registry, model, number)]
         return Json(encode_floats({**version, "evaluations": made}))
@@ -111,7 +111,7 @@ def add_model_routes(app: FastAPI, guard: Guard, storage: Storage) -> None:
 
     @app.delete("/v1/models/{model}/aliases/{alias}", status_code=204, response_class=Response)
     def delete_alias(model: str, alias: str, caller: Caller = admin) -> Response:
-        """Delete an alias with its history. The version that it names stays."""
+        """Delete an alias with its history. The version that it points at stays."""
         _need(caller, model)
         registry.remove_alias(model, alias)
         return Response(status_code=204)
@@ -120,7 +120,7 @@ def add_model_routes(app: FastAPI, guard: Guard, storage: Storage) -> None:
     def delete_model(model: str, query: Annotated[DeleteModelQuery, Query()], caller: Caller = admin) -> Response:
         """Delete a whole model: aliases, versions, evaluations, files. 409 while a run of it is open.
 
-        The answer says what there was. What its runs left stays, unless `with_runs` is true.
+        The answer lists what was deleted. Checkpoints, samples and logs of its runs stay, unless `with_runs` is true.
         """
         _need(caller, model)
         if query.dry_run:
@@ -129,7 +129,7 @@ def add_model_routes(app: FastAPI, guard: Guard, storage: Storage) -> None:
 
     @app.post("/v1/gc")
     def collect_garbage(query: Annotated[DryRunQuery, Query()], caller: Caller = admin) -> Response:
-        """Remove what nothing names any more: blobs of deleted versions, what interrupted uploads left."""
+        """Remove unreferenced objects: blobs of deleted versions, and remains of interrupted uploads."""
         caller.need_all()
         plan = cleanup.gc(storage)
         if not query.dry_run:
@@ -139,7 +139,7 @@ def add_model_routes(app: FastAPI, guard: Guard, storage: Storage) -> None:
 
     @app.get("/v1/datasets")
     def list_datasets(caller: Caller = submit) -> Response:
-        """List what a spec's `data.dataset` may name."""
+        """List the datasets that a spec's `data.dataset` may name."""
         built_in = [
             {"name": source.name, "kind": source.kind, "what": source.what, "built_in": True}
             for source in DATASETS.values()
@@ -154,10 +154,10 @@ def add_model_routes(app: FastAPI, guard: Guard, storage: Storage) -> None:
         query: Annotated[DatasetQuery, Query()],
         caller: Caller = submit,
     ) -> Response:
-        """Add a dataset: a text in UTF-8, or a zip of pictures, whose folders are the classes.
+        """Add a dataset: a text in UTF-8, or a zip of pictures whose folders are the classes.
 
-        The same content again gives 200 and changes nothing. Another content under a name that is there is 409, unless
-        `replace` is true. Jobs that were submitted keep the content they had.
+        The same content again returns 200 and changes nothing. Another content under an existing name is 409, unless
+        `replace` is true. Submitted jobs keep the content they had.
         """
         caller.need([name])  # else a limited key could change what others' specs mean
         if name in DATASETS:
@@ -178,7 +178,7 @@ def add_model_routes(app: FastAPI, guard: Guard, storage: Storage) -> None:
     ) -> Response:
         """Delete a dataset with all its contents. 409 while an open job needs it.
 
-        The answer says what there was, and which runs and versions were trained on it: they stay.
+        The answer lists what was deleted, and the runs and versions that were trained on it; these stay.
         """
         caller.need([name])
         try:

@@ -26,14 +26,17 @@ StorageUrl = Annotated[
         "--storage",
         metavar="URL",
         envvar="GENMODELS_STORAGE",
-        help="file:///folder or s3://bucket/prefix; default: the folder .genmodels here.",
+        help="file:///folder or s3://bucket/prefix; default: .genmodels in the current folder.",
         show_default=False,
     ),
 ]
 Api = Annotated[
     str,
     typer.Option(
-        "--api", metavar="URL", envvar="GENMODELS_API", help="The job service. The key for it is in GENMODELS_KEY."
+        "--api",
+        metavar="URL",
+        envvar="GENMODELS_API",
+        help="URL of the job service; its key is read from GENMODELS_KEY.",
     ),
 ]
 MaybeApi = Annotated[
@@ -42,19 +45,19 @@ MaybeApi = Annotated[
         "--api",
         metavar="URL",
         envvar="GENMODELS_API",
-        help="Ask this job service (key in GENMODELS_KEY) instead of opening the storage.",
+        help="Use this job service (key in GENMODELS_KEY) instead of opening the storage.",
         show_default=False,
     ),
 ]
-JobId = Annotated[str, typer.Argument(metavar="JOB", help="A job's id, as `submit` prints it.", show_default=False)]
+JobId = Annotated[
+    str, typer.Argument(metavar="JOB", help="Id of a job, as `genmodels submit` prints it.", show_default=False)
+]
 Models = Annotated[
     list[str] | None,
-    typer.Option(
-        "--model", metavar="MODEL", help="Only this model of the job; may be given again.", show_default=False
-    ),
+    typer.Option("--model", metavar="MODEL", help="Only this model of the job; may be repeated.", show_default=False),
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
-Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask first.")]
+Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask for confirmation.")]
 
 
 def client(api: str) -> Client:

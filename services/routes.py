@@ -54,9 +54,9 @@ class GenerationBody(GenerateRequest):
         "user": (),
     }
 
-    model: str = Field(max_length=256)
-    prompt: str = Field("", max_length=65_536)
-    response_format: Literal["b64_json"] = "b64_json"
+    model: str = Field(max_length=256, description="name of the model, e.g. vae-digits or vae-digits@3")
+    prompt: str = Field("", max_length=65_536, description="accepted, and has no effect")
+    response_format: Literal["b64_json"] = Field("b64_json", description="the only format")
 
     @field_validator("response_format", mode="before")
     @classmethod
@@ -90,13 +90,15 @@ def create_app(pool: Pool, *, hosts: Collection[str] | None = LOOPBACK, keys: Ke
     app.add_middleware(Counted)
     generate = Guard(keys, Limits())("generate")
 
-    @app.get("/v1/models", summary="The models")
+    @app.get("/v1/models", summary="List models")
     async def models(caller: Caller = generate) -> Response:
+        """List the models with family, verbs, version, aliases and metrics."""
         entries = [entry for entry in checked(await pool.models()) if caller.may_use([entry.model])]
         return Json({"object": "list", "data": [_model(entry) for entry in entries]})
 
-    @app.get("/v1/models/{model}", summary="A model")
+    @app.get("/v1/models/{model}", summary="Show a model")
     async def model(model: str, request: Request, caller: Caller = generate) -> Response:
+        """Show a model, and the newest evaluation of its version."""
         caller.need([model])
         entry = checked(await pool.model(model))
         if entry.found is None:
@@ -106,8 +108,9 @@ def create_app(pool: Pool, *, hosts: Collection[str] | None = LOOPBACK, keys: Ke
 
     add_completions(app, pool, generate)
 
-    @app.post("/v1/images/generations", summary="New pictures", openapi_extra=documented(GenerationBody))
+    @app.post("/v1/images/generations", summary="Generate images", openapi_extra=documented(GenerationBody))
     async def generations(request: Request, caller: Caller = generate) -> Response:
+        """Generate images from seeds."""
         body = await read_body(GenerationBody, request)
         caller.need([body.model])
         return _images(request, checked(await pool.answer(body.model, body)))
@@ -125,7 +128,7 @@ def _add_verb(app: FastAPI, pool: Pool, kind: type[ImageRequest], generate: Any)
         return _images(request, checked(await pool.answer(model, await read_body(kind, request))))
 
     path, summary = f"/v1/models/{{model}}/{kind.verb}", kind.verb.capitalize()
-    app.post(path, name=kind.verb, summary=summary, openapi_extra=documented(kind))(verb)
+    app.post(path, name=kind.verb, summary=summary, description=kind.__doc__, openapi_extra=documented(kind))(verb)
 
 
 def _images(request: Request, answer: ImageAnswer) -> Response:

@@ -367,7 +367,7 @@ def test_choices_that_are_numbers_are_listed(value: object) -> None:
             {"models__0__scaling__bad\nkey": 1},
             r"models[0].scaling['bad\nkey']: unknown key; known here: num_workers, use_gpu",
         ),
-        ({"name": ...}, "name: missing; add it (what to call the job"),
+        ({"name": ...}, "name: missing; add it (name of the job"),
         ({"models": ...}, "models: missing"),
         ({"models": []}, "models: got 0 entries, expected at least 1"),
         ({"models": {}}, "models: got a mapping, expected a list"),
@@ -405,7 +405,10 @@ def test_choices_that_are_numbers_are_listed(value: object) -> None:
             {"models__0__scaling__num_workers": "2"},
             "num_workers: got '2', expected a whole number, e.g. 2, or a range, e.g. {min: 1, max: 4}",
         ),
-        ({"models__0__scaling__num_workers": {"min": 1}}, "num_workers.max: missing; add it (most workers"),
+        (
+            {"models__0__scaling__num_workers": {"min": 1}},
+            "num_workers.max: missing; add it (largest number of workers",
+        ),
         (
             {"models__0__scaling__num_workers": {"min": 0, "max": 4}},
             "num_workers.min: got 0, expected a whole number at",

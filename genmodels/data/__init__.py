@@ -58,20 +58,21 @@ class DataConfig(Section):
     dataset: str | None = Field(
         default=None,
         json_schema_extra={"pattern": stored.NAME, "examples": [*DATASETS]},
-        description="a built-in dataset, or one that was added with `genmodels data add`",
+        description="name of a built-in dataset, or of a dataset added with `genmodels data add`",
     )
     sha256: str | None = Field(
-        default=None, pattern="^[0-9a-f]{64}$", description="with an added dataset: which content; default: the newest"
+        default=None, pattern="^[0-9a-f]{64}$", description="content of an added dataset; default: the newest content"
     )
     path: str | None = Field(default=None, min_length=1, description="a text file (UTF-8), or a folder of pictures")
     image_size: int | None = Field(
         default=None,
         ge=LEAST_SIZE,
         le=MOST_SIZE,
-        description=f"with a folder: side of the squares, in pixels; default {IMAGE_SIZE}",
+        description=f"side of the square pictures made from a folder, in pixels; default: {IMAGE_SIZE}",
     )
     channels: Literal[1, 3] | None = Field(
-        default=None, description="with a folder: 1 grey, 3 RGB; default: 1 when every picture is grey, else 3"
+        default=None,
+        description="channels of pictures: 1 (grey) or 3 (RGB); default: 1 if every picture is grey, else 3",
     )
 
     @field_validator("dataset")

@@ -36,32 +36,32 @@ class CompletionRequest(Request):
     """Continue prompts. Options of the family (`max_tokens`, `temperature`, ...) stand beside these fields."""
 
     prompt: Annotated[Prompt | Prompts, ByForm(_are_several)] = Field(
-        description="what to go on from: a text, a list of token ids, or a list of such prompts, each with n choices; "
-        "those of prompt i begin at index i * n. GET /v1/models/{model}/vocabulary tells the token ids"
+        description="text to continue, a list of token ids, or a list of such prompts, each with n choices; the "
+        "choices of prompt i begin at index i * n. GET /v1/models/{model}/vocabulary lists the token ids"
     )
     n: Count = Field(1, description="choices for each prompt")
     best_of: Count | None = Field(
         None,
-        description="write so many for each prompt, give the n whose tokens were the most probable on average; n if "
-        "left out",
+        description="write this many answers for each prompt and return the n with the most probable tokens on "
+        "average; default: n",
     )
     seed: Seeds | None = Field(
         None,
-        description="each prompt is answered as if it had been sent alone with this seed; a list has one for each "
-        "prompt. If left out, each prompt has one of its own, and the answer tells them",
+        description="each prompt is answered as if it had been sent alone with this seed; a list has one seed for each "
+        "prompt. Default: a random seed for each prompt; the answer contains the seeds",
     )
     stop: Annotated[list[Stop], BeforeValidator(_one_is_a_list, json_schema_input_type=Stop | list[Stop])] = Field(
-        [], max_length=MAX_STOPS
+        [], max_length=MAX_STOPS, description="texts that end an answer; they are not part of it"
     )
-    echo: bool = Field(False, description="put the prompt before the answer; max_tokens may then be 0")
+    echo: bool = Field(False, description="return the prompt before the answer; max_tokens may then be 0")
     logprobs: int | None = Field(
         None,
         ge=0,
         le=MAX_LOGPROBS,
-        description="tell how probable each token was, and so many of the most probable ones in its place: by the "
-        "log-softmax of the model's own logits, before temperature, penalties, biases and filters. With echo also of "
-        "the prompt's tokens; null for the first that the model reads and those before it: of a prompt longer than "
-        "block_size it reads the last half block_size",
+        description="return the log-probability of each token, and of this many of the most probable tokens in its "
+        "place. They are the log-softmax of the model's logits, before temperature, penalties, biases and filters. "
+        "With echo, tokens of the prompt have them too, except the first token that the model reads and those "
+        "before it. Of a prompt longer than block_size the model reads the last block_size/2 tokens",
     )
 
     @field_validator("prompt")

@@ -24,6 +24,7 @@ from genmodels.explain import show
 MAX_PIXELS = 2**24  # of all pictures of one answer: 64 of 256 x 256 in three colours
 
 Many = Field(min_length=1, max_length=MAX_N, fail_fast=True)
+Images = Annotated[list[Any], Many, Field(description="base64 of PNG files, or nested lists of numbers from 0 to 1")]
 LARGEST = 3.4028234663852886e38  # of float32
 Coordinate = Annotated[float, Field(ge=-LARGEST, le=LARGEST)]
 
@@ -37,7 +38,7 @@ class ImageRequest(Request):
 class DrawnRequest(ImageRequest):
     """Answered with pictures."""
 
-    grid: bool = Field(False, description="all images as one picture")
+    grid: bool = Field(False, description="return all images as one picture")
     output_format: Literal["png", "npy"] = Field(
         "png", description="npy: float32 (C, H, W) from 0 to 1, as numpy.load reads it"
     )
@@ -50,46 +51,63 @@ class DrawnRequest(ImageRequest):
 
 
 class GenerateRequest(DrawnRequest):
+    """Generate images from seeds."""
+
     verb = "generate"
 
-    n: Count = 1
-    seed: Seeds | None = Field(None, description="one for all images, or one for each")
-    size: str = Field("auto", max_length=32, description="`auto`, or the model's own size as WIDTHxHEIGHT")
+    n: Count = Field(1, description="number of images")
+    seed: Seeds | None = Field(None, description="one seed for all images, or a list with one seed for each")
+    size: str = Field("auto", max_length=32, description="`auto`, or the size of the model's pictures as WIDTHxHEIGHT")
 
 
 class EncodeRequest(ImageRequest):
+    """Encode images to latents."""
+
     verb = "encode"
 
-    images: list[Any] = Many
+    images: Images
 
 
 class DecodeRequest(DrawnRequest):
+    """Decode latents to images."""
+
     verb = "decode"
 
-    latents: list[Annotated[list[Coordinate], Field(fail_fast=True)]] = Many
+    latents: Annotated[
+        list[Annotated[list[Coordinate], Field(fail_fast=True)]], Many, Field(description="lists of latent_dim numbers")
+    ]
 
 
 class ReconstructRequest(DrawnRequest):
+    """Encode images to latents and decode these to images."""
+
     verb = "reconstruct"
 
-    images: list[Any] = Many
+    images: Images
 
 
 class DenoiseRequest(DrawnRequest):
+    """Remove the noise of images."""
+
     verb = "denoise"
 
-    images: list[Any] = Many
+    images: Images
 
 
 class InterpolateRequest(DrawnRequest):
-    """Each end is a seed (a whole number), a latent (a list of numbers) or an image, as in the other requests."""
+    """Decode the latents between two ends.
+
+    Each end is a seed (a whole number), a latent (a list of numbers) or an image.
+    """
 
     verb = "interpolate"
 
-    start: Any
-    end: Any
-    steps: int = Field(8, ge=2, le=MAX_N)
-    method: Literal["linear", "spherical"] | None = Field(None, description="none: as the latent space wants it")
+    start: Any = Field(description="a seed, a latent or an image")
+    end: Any = Field(description="a seed, a latent or an image")
+    steps: int = Field(8, ge=2, le=MAX_N, description="number of images, both ends included")
+    method: Literal["linear", "spherical"] | None = Field(
+        None, description="default: the method that suits the family's latent space"
+    )
 
 
 @dataclass(frozen=True)

@@ -55,27 +55,33 @@ NOISE_LEVELS = {"denoise_psnr": 1.0, "denoise_psnr_half": 0.5, "denoise_psnr_bey
 class AutoencoderConfig(Section):
     """The `model` section."""
 
-    latent_dim: int = Field(32, ge=1, le=4096)
-    width: int = Field(16, ge=1, le=512, description="channels at half size; coarser sizes have up to four times that")
-    blocks: int = Field(1, ge=0, le=8, description="residual blocks at each size")
-    norm: Norm = "group"
-    noise_std: float = Field(
-        0.0, ge=0, le=2, description="above 0: also a denoiser, of noise up to this (pixels are 0 to 1)"
+    latent_dim: int = Field(32, ge=1, le=4096, description="numbers in a latent")
+    width: int = Field(
+        16, ge=1, le=512, description="channels at half size; smaller sizes have up to four times as many"
     )
-    loss: Literal["bce", "mse"] = Field("bce", description="of a pixel: cross-entropy on its grey, or squared error")
+    blocks: int = Field(1, ge=0, le=8, description="residual blocks at each size")
+    norm: Norm = Field("group", description="normalisation of the convolutions: GroupNorm, or none")
+    noise_std: float = Field(
+        0.0, ge=0, le=2, description="above 0: also train a denoiser, for noise up to this value (pixels are 0 to 1)"
+    )
+    loss: Literal["bce", "mse"] = Field(
+        "bce", description="loss of a pixel: cross-entropy on its grey value, or squared error"
+    )
     ssim_weight: float = Field(
-        0.0, ge=0, description="weight of 1 - SSIM of reconstructions, beside the mean loss of a pixel"
+        0.0, ge=0, description="weight of 1 - SSIM of reconstructions, added to the mean loss of a pixel"
     )
     latent_penalty: float = Field(
-        3e-4, ge=0, description="weight of the mean squared latent, beside the mean loss of a pixel"
+        3e-4, ge=0, description="weight of the mean squared latent, added to the mean loss of a pixel"
     )
-    density_components: int = Field(30, ge=1, le=500, description="Gaussians in the density of latents, for generation")
+    density_components: int = Field(
+        30, ge=1, le=500, description="Gaussians in the density over latents, from which new pictures are drawn"
+    )
 
 
 class AutoencoderRequest(Section):
     """Options of a generation request."""
 
-    temperature: float = Field(1.0, ge=0, le=2, description="spread around the means of the density's components")
+    temperature: float = Field(1.0, ge=0, le=2, description="spread around the means of the density's Gaussians")
 
 
 class Autoencoder(FittedDensity, ImageFamily[AutoencoderConfig, AutoencoderRequest]):

@@ -48,25 +48,34 @@ Loss = Literal["relativistic", "non-saturating"]
 class GANConfig(Section):
     """The `model` section."""
 
-    latent_dim: int = Field(64, ge=1, le=4096, description="noise a picture is made from; classes come on top")
-    width: int = Field(16, ge=1, le=512, description="channels at half size; coarser sizes have up to four times that")
-    blocks: int = Field(1, ge=0, le=8, description="residual blocks at each size below half")
-    loss: Loss = "relativistic"
-    gradient_penalty: float = Field(4.0, ge=0, description="weight of R1 and R2, gamma; sharper but less stable if low")
-    penalty_share: float = Field(
-        0.25, gt=0, le=1, description="share of each batch the penalties are estimated on; they are the costly part"
+    latent_dim: int = Field(
+        64, ge=1, le=4096, description="numbers of noise that a picture is made from; classes are added to them"
     )
-    conditional: bool = Field(False, description="learn the classes of the dataset, and draw the one asked for")
+    width: int = Field(
+        16, ge=1, le=512, description="channels at half size; smaller sizes have up to four times as many"
+    )
+    blocks: int = Field(1, ge=0, le=8, description="residual blocks at each size below half")
+    loss: Loss = Field("relativistic", description="adversarial loss: relativistic pairing, or non-saturating")
+    gradient_penalty: float = Field(
+        4.0, ge=0, description="weight (gamma) of the penalties R1 and R2; a low weight is sharper and less stable"
+    )
+    penalty_share: float = Field(
+        0.25, gt=0, le=1, description="share of each batch that the penalties are estimated on; they cost the most time"
+    )
+    conditional: bool = Field(False, description="learn the classes of the dataset, so that a request can name a class")
 
 
 class GANRequest(Section):
     """Options of a generation request."""
 
     temperature: float = Field(
-        1.0, ge=0, le=2, description="scale of the noise (truncation); lower is more typical, less varied"
+        1.0, ge=0, le=2, description="scale of the noise (truncation); lower gives more typical, less varied pictures"
     )
     label: int | None = Field(
-        None, ge=0, le=65_535, description="class of a conditional model; each image draws its own if absent"
+        None,
+        ge=0,
+        le=65_535,
+        description="class to draw, for a conditional model; default: a random class for each image",
     )
 
 

@@ -49,17 +49,19 @@ ROTARY_BASE = 10_000.0  # wavelengths of the rotary positions: 2 pi to 2 pi * ba
 class MiniGPTConfig(Section):
     """The `model` section. The defaults are modern; jobs/study.yaml spells out the plain settings."""
 
-    n_layer: int = Field(4, ge=1, le=128)
-    n_head: int = Field(4, ge=1, le=256)
-    positions: Literal["learned", "rotary"] = "rotary"
-    n_embd: int = Field(128, ge=1, le=16_384)  # after those it is checked against
+    n_layer: int = Field(4, ge=1, le=128, description="transformer blocks")
+    n_head: int = Field(4, ge=1, le=256, description="attention heads of each block")
+    positions: Literal["learned", "rotary"] = Field("rotary", description="position encoding")
+    n_embd: int = Field(  # after those it is checked against
+        128, ge=1, le=16_384, description="width of the embeddings; a multiple of n_head"
+    )
     block_size: int = Field(128, ge=2, le=65_536, description="the longest context, in tokens")
-    dropout: float = Field(0.0, ge=0, lt=1)
-    norm: Literal["layer", "rms"] = "rms"
-    mlp: Literal["relu", "gelu", "swiglu"] = "swiglu"
-    qk_norm: bool = Field(True, description="normalise queries and keys, which keeps attention scores bounded")
-    tied_head: bool = Field(False, description="the head uses the token embedding's weights")
-    bias: bool = Field(False, description="biases in norms and in all projections except queries, keys and values")
+    dropout: float = Field(0.0, ge=0, lt=1, description="share of activations set to zero in training")
+    norm: Literal["layer", "rms"] = Field("rms", description="LayerNorm or RMSNorm")
+    mlp: Literal["relu", "gelu", "swiglu"] = Field("swiglu", description="activation of the feed-forward layers")
+    qk_norm: bool = Field(True, description="normalise queries and keys, so that attention scores stay bounded")
+    tied_head: bool = Field(False, description="the output layer shares the weights of the token embedding")
+    bias: bool = Field(False, description="use biases in norms and in all projections except queries, keys and values")
 
     @field_validator("n_embd")
     @classmethod

@@ -63,15 +63,21 @@ class VAEConfig(Section):
     learned standard deviation for all pixels.
     """
 
-    latent_dim: int = Field(16, ge=1, le=4096)
-    width: int = Field(16, ge=1, le=512, description="channels at half size; coarser sizes have up to four times that")
+    latent_dim: int = Field(16, ge=1, le=4096, description="numbers in a latent")
+    width: int = Field(
+        16, ge=1, le=512, description="channels at half size; smaller sizes have up to four times as many"
+    )
     blocks: int = Field(1, ge=0, le=8, description="residual blocks at each size")
-    norm: Norm = "group"
-    likelihood: Likelihood = "bernoulli"
+    norm: Norm = Field("group", description="normalisation of the convolutions: GroupNorm, or none")
+    likelihood: Likelihood = Field(
+        "bernoulli",
+        description="bernoulli: cross-entropy on greys; bernoulli-binarized: black or white pixels drawn by their "
+        "grey; gaussian: one learned standard deviation",
+    )
     beta: float = Field(1.0, ge=0, description="weight of the KL divergence; 1 is the ELBO")
-    kl_warmup: float = Field(0.1, ge=0, le=1, description="fraction of training over which that weight rises from 0")
+    kl_warmup: float = Field(0.1, ge=0, le=1, description="fraction of training in which the weight beta rises from 0")
     free_bits: float = Field(
-        0.0, ge=0, description="nats of KL divergence that each latent dimension has free of charge"
+        0.0, ge=0, description="nats of KL divergence in each latent dimension that the loss does not count"
     )
     density_components: int = Field(30, ge=1, le=500, description="Gaussians in the fitted prior")
 
@@ -79,10 +85,12 @@ class VAEConfig(Section):
 class VAERequest(Section):
     """Options of a generation request."""
 
-    temperature: float = Field(1.0, ge=0, le=2, description="spread of the draw; lower is more typical, less varied")
+    temperature: float = Field(
+        1.0, ge=0, le=2, description="spread of the drawn latents; lower gives more typical, less varied pictures"
+    )
     prior: Literal["auto", "standard", "fitted"] = Field(
         "auto",
-        description="standard: N(0, I); fitted: a mixture over training images; auto: fitted where there is one",
+        description="standard: N(0, I); fitted: a mixture over training images; auto: fitted if it exists",
     )
 
 

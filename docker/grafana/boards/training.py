@@ -61,7 +61,7 @@ def training() -> Json:
         ),
         curves(
             "Parts of the loss",
-            "And what stands beside it, by name.",
+            "Every other value that the loss reports, by name.",
             (of("part", "role", "part"), f"{RUN} {{{{part}}}}"),
             scale="symlog",
         ),
