@@ -25,9 +25,11 @@ import typer
 from genmodels import metrics, models
 from genmodels.family import ImageInfo, TextInfo
 from genmodels.keys import Keys
-from genmodels.spec import json_schema
+from genmodels.spec.sections import json_schema
 from genmodels.storage import open_storage
-from services import cli, jobs, routes
+from services.cli import main as cli
+from services.gateway import routes
+from services.jobs import app
 
 PAGES = Path(__file__).parent
 BLOCK = re.compile(r"(<!-- generated: ([a-z-]+) -->\n).*?(<!-- end -->)", re.DOTALL)
@@ -92,7 +94,7 @@ def command_list() -> str:
 def job_routes() -> str:
     with tempfile.TemporaryDirectory() as folder:
         storage = open_storage(Path(folder).as_uri())
-        return _routes(jobs.create_app(storage, keys=Keys(storage), hosts=None).openapi())
+        return _routes(app.create_app(storage, keys=Keys(storage), hosts=None).openapi())
 
 
 def gateway_routes() -> str:

@@ -260,7 +260,7 @@ def read_outline(folder: Path) -> Family[Any, Any]:
     Raises:
         CheckpointError: it describes none that this release knows.
     """
-    from genmodels.outline import shapes_only
+    from genmodels.sizing.outline import shapes_only
 
     try:
         document = read_config(folder)

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, Literal, Pr
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from genmodels.memory import Footprint, network_bytes
+from genmodels.sizing.memory import Footprint, network_bytes
 
 if TYPE_CHECKING:
     import numpy as np
@@ -148,7 +148,9 @@ class Family(ABC, Generic[ConfigT, RequestT]):
     evaluation_names: ClassVar[tuple[str, ...]] = ()  # what `evaluate` may find; a gate may name any of these as well
     followed: ClassVar[tuple[str, ...]] = ()  # columns of training's rows whose course an evaluation shows
     kind: ClassVar[str]  # "image" or "text": which datasets it learns from
-    repeated: ClassVar[str | None] = None  # field of Config with a number of equal blocks: see `genmodels.parameters`
+    repeated: ClassVar[str | None] = (
+        None  # field of Config with a number of equal blocks: see `genmodels.preflight.parameters`
+    )
 
     config: ConfigT
     data: ImageInfo | TextInfo

@@ -21,8 +21,8 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from genmodels.errors import Conflict, DamagedObject, KeyNotFound, SpecError, StorageUnavailable
-from genmodels.run import now
-from genmodels.spec import LABEL
+from genmodels.runs.records import now
+from genmodels.spec.sections import LABEL
 from genmodels.storage import Document, Storage, Time, list_names, load_document, write_document
 
 Scope = Literal["generate", "submit", "admin"]

@@ -1,7 +1,7 @@
 """Every metric of this project's own, named once. Series go to files in PROMETHEUS_MULTIPROC_DIR, where that is set.
 
-An exporter on the same node reads those files (`services/exporter.py`); so a process that trains or serves opens no
-port, and one without an exporter keeps a few numbers in memory that nobody asks for.
+An exporter on the same node reads those files (`services/node/exporter.py`); so a process that trains or serves opens
+no port, and one without an exporter keeps a few numbers in memory that nobody asks for.
 
 Three sets of labels, and nothing else but values from short fixed lists: never a prompt, an id of a request, or text
 that somebody wrote. Counters and histograms outlive the process that counted, so they carry no job: a job's series

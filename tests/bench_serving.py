@@ -33,18 +33,19 @@ from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
 
-from genmodels.engine import images, text
-from genmodels.engine.choices import Piece
-from genmodels.engine.completion_request import CompletionRequest
-from genmodels.engine.images import GenerateRequest
-from genmodels.engine.loaded import ImageModel, TextModel, load
-from genmodels.engine.passes import CHUNK
+from genmodels.engine.image import requests
+from genmodels.engine.image.batcher import CHUNK
+from genmodels.engine.image.requests import GenerateRequest
+from genmodels.engine.loader import ImageModel, TextModel, load
+from genmodels.engine.text import completion
+from genmodels.engine.text.choices import Piece
+from genmodels.engine.text.request import CompletionRequest
 from genmodels.family import ImageInfo
 from genmodels.models.minigpt import MiniGPT
-from genmodels.references import find
-from genmodels.registry import Registry
+from genmodels.registry.references import find
+from genmodels.registry.store import Registry
 from genmodels.storage import Storage, open_storage
-from services.local import free_ports
+from services.local.platform import free_ports
 
 THREADS = 1
 ROUNDS = 5
@@ -214,7 +215,7 @@ def engine(model: TextModel, n: int, tokens: int = TOKENS) -> float:
 
     started = time.perf_counter()
     for _ in range(n):
-        text.complete(model, request).start(take)
+        completion.complete(model, request).start(take)
     while unfinished:
         model.batcher.step()
     return n * tokens / (time.perf_counter() - started)
@@ -344,7 +345,7 @@ def engine_images(model: ImageModel, times: int = 10) -> float:
     request = GenerateRequest(n=PICTURES, seed=1)
     started = time.perf_counter()
     for _ in range(times):
-        assert len(images.answer(model, request).images) == PICTURES
+        assert len(requests.answer(model, request).images) == PICTURES
     return times * PICTURES / (time.perf_counter() - started)
 
 
@@ -369,7 +370,7 @@ def endpoint(storage_url: str) -> Iterator[str]:
         warnings.simplefilter("ignore")
         from ray import serve
 
-        from services.gateway import HTTP_OPTIONS, build
+        from services.gateway.app import HTTP_OPTIONS, build
     cluster = ray_cluster.__wrapped__()
     next(cluster)
     try:

@@ -7,15 +7,15 @@ from typing import Any
 
 from stores import save
 
-from genmodels.run import Heartbeat, Result, Run
+from genmodels.runs.records import Heartbeat, Result, Run
 from genmodels.storage import Storage
-from services import supervise
-from services.supervise import LOST, Capacity
+from services.dispatch import supervisor
+from services.dispatch.supervisor import LOST, Capacity
 
 Script = Callable[[Run, int], Iterator[object]]  # what a driver does; each `yield` is one look at it
 
 
-class Driver(supervise.Driver):
+class Driver(supervisor.Driver):
     def __init__(self, steps: Iterator[object]) -> None:
         self.steps, self.code, self.killed = steps, None, False
 

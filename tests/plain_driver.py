@@ -6,7 +6,7 @@ from typing import Any
 
 from plain_workers import WorkerGroup
 
-from services import train
+from services.train import driver
 
 
 def with_plain_workers(storage: str, job: str, spec: Any, attempt: int, workers: int, watch: Any) -> None:
@@ -15,5 +15,5 @@ def with_plain_workers(storage: str, job: str, spec: Any, attempt: int, workers:
 
 
 if __name__ == "__main__":
-    train._train = with_plain_workers
-    train.main()
+    driver._train = with_plain_workers
+    driver.main()

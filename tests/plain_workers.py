@@ -82,9 +82,9 @@ def main() -> None:
     import torch
     import torch.distributed as dist
 
-    from genmodels.attempt import work
     from genmodels.storage import open_storage
-    from genmodels.train import Group
+    from genmodels.training.attempt import work
+    from genmodels.training.loop import Group
 
     rank, world_size, device, store, storage_url, fault, *tasks = sys.argv[1:]
     logging.basicConfig(level=logging.INFO)
@@ -109,9 +109,9 @@ def main() -> None:
 
 def go_wrong(how: str, at: str, go: Path) -> None:
     """Put a fault between two steps: where the next one takes its data."""
-    from genmodels import train
+    from genmodels.training import loop
 
-    healthy = train.micro_batches
+    healthy = loop.micro_batches
 
     def faulty(split: Any, config: Any, samples: int, group: Any) -> Iterator[Any]:
         step = samples // config.batch_size + 1
@@ -126,7 +126,7 @@ def go_wrong(how: str, at: str, go: Path) -> None:
             os.kill(os.getpid(), signal.SIGSTOP)
         return healthy(split, config, samples, group)
 
-    train.micro_batches = faulty  # type: ignore[assignment]
+    loop.micro_batches = faulty  # type: ignore[assignment]
 
 
 if __name__ == "__main__":

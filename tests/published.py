@@ -12,11 +12,11 @@ from safetensors.torch import save_file
 from genmodels import checkpoint, models
 from genmodels.checkpoint import Lineage, Manifest, Place
 from genmodels.data.text import CharTokenizer
-from genmodels.engine.loaded import Loaded, load_folder
+from genmodels.engine.loader import Loaded, load_folder
 from genmodels.family import Family, ImageInfo, TextInfo
-from genmodels.job import index_runs
-from genmodels.registry import Registry, Version
-from genmodels.run import Run, now
+from genmodels.registry.store import Registry, Version
+from genmodels.runs.jobs import index_runs
+from genmodels.runs.records import Run, now
 from genmodels.storage import Storage
 
 VOCABULARY = "\n !,.?ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"

@@ -12,9 +12,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from services.backends import RayJobsBackend
-from services.guard import sweep
-from services.local import free_ports
+from services.cluster.reaper import sweep
+from services.dispatch.backends.base import RayJobsBackend
+from services.local.platform import free_ports
 
 READY_SECONDS = 90.0
 HEAD, OTHER = "127.0.0.3", "127.0.0.2"  # Ray would take 127.0.0.1 for this machine's address to the outside
@@ -29,7 +29,13 @@ class RayNode:
         command = [str(Path(sysconfig.get_path("scripts")) / "ray"), "start", "--block"]
         options = {"min-worker-port": 0, "max-worker-port": 0, "include-log-monitor": "false", **flags}
         command += ["--head"] * ("address" not in flags)
-        self.command = [sys.executable, "-m", "services.guard", *command, *(f"--{k}={v}" for k, v in options.items())]
+        self.command = [
+            sys.executable,
+            "-m",
+            "services.cluster.reaper",
+            *command,
+            *(f"--{k}={v}" for k, v in options.items()),
+        ]
         self.log = log
         self.start()
 

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import plain_workers
 
-from genmodels import attempt, train
+from genmodels.training import attempt, loop
 
 
 class Recorded:
@@ -50,6 +50,6 @@ def run_attempt(storage: Any, job: str, model: str, number: int, group: Any, eve
 
 if __name__ == "__main__":
     file, last, leave = Path(), None, threading.Event()
-    healthy, carry_out = train.micro_batches, attempt.run_attempt
-    train.micro_batches, attempt.run_attempt = micro_batches, run_attempt
+    healthy, carry_out = loop.micro_batches, attempt.run_attempt
+    loop.micro_batches, attempt.run_attempt = micro_batches, run_attempt
     plain_workers.main()

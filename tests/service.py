@@ -10,12 +10,12 @@ import yaml
 from asking import ask
 
 from genmodels.checkpoint import Metrics
-from genmodels.job import Jobs
 from genmodels.keys import Keys
-from genmodels.run import ENDED, Heartbeat, Result, Run, State, Status
+from genmodels.runs.jobs import Jobs
+from genmodels.runs.records import ENDED, Heartbeat, Result, Run, State, Status
 from genmodels.storage import Storage, write_document
-from services.jobs import create_app
-from services.views import QUEUE
+from services.jobs.app import create_app
+from services.jobs.views import QUEUE
 
 YAML = {"content-type": "application/yaml"}
 

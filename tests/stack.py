@@ -28,16 +28,16 @@ from s3_server import S3Server
 from tiny import make_data, model
 
 from genmodels.checkpoint import Place
-from genmodels.data import stored
-from genmodels.job import Jobs
+from genmodels.data import uploads
 from genmodels.keys import Keys
-from genmodels.registry import Registry
-from genmodels.run import ENDED, Heartbeat, Run, State, Status
-from genmodels.spec import JobSpec, ModelSpec, dump, model_digest
+from genmodels.registry.store import Registry
+from genmodels.runs.jobs import Jobs
+from genmodels.runs.records import ENDED, Heartbeat, Run, State, Status
+from genmodels.spec.sections import JobSpec, ModelSpec, dump, model_digest
 from genmodels.storage import open_storage, read_document
-from services.backends import RayJobsBackend, submission_id
-from services.dispatch import QUEUE
-from services.local import free_ports
+from services.dispatch.backends.base import RayJobsBackend, submission_id
+from services.dispatch.dispatcher import QUEUE
+from services.local.platform import free_ports
 
 CPUS = 2
 Look = Callable[[], Any]
@@ -129,7 +129,7 @@ class Stack:
             self.storage = open_storage(f"s3://{self.s3.bucket}/{uuid.uuid4().hex}")
             self.jobs, self.registry = Jobs(self.storage), Registry(self.storage)
             make_data(self.folder)
-            stored.add(self.storage, "shapes", self.folder / "pictures", image_size=16)
+            uploads.add(self.storage, "shapes", self.folder / "pictures", image_size=16)
             _, token = Keys(self.storage).create("tests", ("submit", "admin"))
             exits.callback(self._sweep)
             with self.through_proxy():
@@ -349,7 +349,7 @@ class Stack:
         digest = model_digest(spec), workers
         if digest not in self._references:
             calm = open_storage((self.folder / f"calm-{len(self._references)}").as_uri())
-            stored.add(calm, "shapes", self.folder / "pictures", image_size=16)
+            uploads.add(calm, "shapes", self.folder / "pictures", image_size=16)
             calm.put("jobs/calm/spec.yaml", dump(JobSpec(name="calm", models=[spec])))
             with WorkerGroup(workers, calm.url, [("calm", "calm", 1)]) as group:
                 group.succeed()

@@ -16,16 +16,16 @@ from stores import FailingStorage
 
 from genmodels import keys as keys_module
 from genmodels.errors import GenmodelsError, RequestError
-from genmodels.job import Jobs
 from genmodels.keys import Keys
-from genmodels.spec import parse_spec
+from genmodels.runs.jobs import Jobs
+from genmodels.spec.sections import parse_spec
 from genmodels.storage import Storage, open_storage
-from services import auth
-from services.auth import Guard, require_keys
-from services.host import ModelHost
-from services.jobroutes import MOST_FOLLOWERS
-from services.jobs import create_app as create_job_app
-from services.routes import create_app as create_gateway
+from services.gateway.model_host import ModelHost
+from services.gateway.routes import create_app as create_gateway
+from services.http import auth
+from services.http.auth import Guard, require_keys
+from services.jobs.app import create_app as create_job_app
+from services.jobs.routes import MOST_FOLLOWERS
 
 SPEC = b"""
 name: mine

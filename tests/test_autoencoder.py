@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 
 from genmodels.errors import RequestError, SpecError
+from genmodels.evals.images import mean_ssim
 from genmodels.family import ImageInfo, OptimizerConfig, TextInfo
-from genmodels.measures.pictures import mean_ssim
 from genmodels.models.autoencoder import Autoencoder, AutoencoderConfig, AutoencoderRequest
-from genmodels.networks import ImageDecoder, ImageEncoder, image_sizes, inference, psnr, ssim
+from genmodels.nn.networks import ImageDecoder, ImageEncoder, image_sizes, inference, psnr, ssim
 
 SHAPES = [(1, 28, 28), (3, 32, 32), (3, 40, 24), (1, 8, 9), (2, 33, 17)]
 REQUEST = AutoencoderRequest()

@@ -16,13 +16,14 @@ import pytest
 from ray_node import RayHead, until
 from tiny import job, make_data, model
 
-from genmodels.job import Jobs
-from genmodels.run import Run
+from genmodels.runs.jobs import Jobs
+from genmodels.runs.records import Run
 from genmodels.storage import open_storage
-from services import backends, dashboard
-from services.backends import RayJobsBackend, SubprocessBackend, submission_id
-from services.dashboard import Dashboard
-from services.supervise import LOST, Capacity, Driver
+from services.cluster import dashboard
+from services.cluster.dashboard import Dashboard
+from services.dispatch.backends import base
+from services.dispatch.backends.base import RayJobsBackend, SubprocessBackend, submission_id
+from services.dispatch.supervisor import LOST, Capacity, Driver
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +41,7 @@ def end_of(driver: Driver, seconds: float = 60.0) -> int:
 
 def command(monkeypatch: pytest.MonkeyPatch, *words: str) -> None:
     """Drivers run this instead."""
-    monkeypatch.setattr(backends, "driver_command", lambda *_: list(words))
+    monkeypatch.setattr(base, "driver_command", lambda *_: list(words))
 
 
 # ---- processes of this machine
@@ -70,7 +71,7 @@ def test_a_killed_process_takes_its_children_along(tmp_path: Path, monkeypatch: 
 
 
 def test_what_a_driver_is_told() -> None:
-    words = backends.driver_command("s3://b/p q", "j-1", "m", 2, 3)
+    words = base.driver_command("s3://b/p q", "j-1", "m", 2, 3)
     assert (
         " ".join(words[1:]) == "-P -m services.train --storage s3://b/p q --job j-1 --model m --attempt 2 --workers 3"
     )
@@ -189,7 +190,7 @@ def test_a_submission_that_was_taken_though_the_answer_was_lost(monkeypatch: pyt
 
 def test_a_cluster_that_takes_nothing_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     ray = Ray(monkeypatch)
-    monkeypatch.setattr(backends, "ACCEPT_SECONDS", 0.0)
+    monkeypatch.setattr(base, "ACCEPT_SECONDS", 0.0)
     ray.answers = {"POST /api/jobs/": (500, {}), "GET JOB": (404, {})}
     assert ray.backend.start("file:///s", "j", "m", 1, 1).poll() == LOST
 

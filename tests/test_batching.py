@@ -17,15 +17,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from genmodels.data.text import CharTokenizer
-from genmodels.engine.batching import Batcher, Text
-from genmodels.engine.choices import Piece, choice_seed
-from genmodels.engine.completion_request import CompletionRequest
-from genmodels.engine.loaded import TextModel
-from genmodels.engine.text import complete
+from genmodels.engine.loader import TextModel
+from genmodels.engine.text.batcher import Batcher, Text
+from genmodels.engine.text.choices import Piece, choice_seed
+from genmodels.engine.text.completion import complete
+from genmodels.engine.text.request import CompletionRequest
 from genmodels.errors import RequestError
 from genmodels.family import TextInfo
 from genmodels.models.minigpt import MiniGPT, MiniGPTConfig, _Linear
-from genmodels.sampling import Sampler, SamplingOptions
+from genmodels.nn.sampling import Sampler, SamplingOptions
 
 T = TypeVar("T")
 

@@ -16,9 +16,11 @@ from starlette.requests import ClientDisconnect, Request
 
 from genmodels.keys import Keys
 from genmodels.storage import Storage
-from services import jobs, modelroutes, routes
-from services.bodies import SMALL_BYTES, BodyLimit, BodyMemory
-from services.edge import MAX_BODY, Edge, Streamed
+from services.gateway import routes
+from services.http.bodies import SMALL_BYTES, BodyLimit, BodyMemory
+from services.http.middleware import MAX_BODY, Edge, Streamed
+from services.jobs import app as jobs
+from services.jobs import model_routes
 
 PATIENCE = 20.0  # seconds; for what has to happen at all
 
@@ -233,7 +235,7 @@ def test_what_the_application_takes_is_not_the_clients_time() -> None:
 
 def test_slow_uploads_give_their_places_to_others(file_storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jobs, "UPLOADS", Streamed("PUT", "/v1/datasets/", BodyLimit(10**6, 1.5, rate=1e6)))
-    monkeypatch.setattr(modelroutes, "UPLOADS_AT_ONCE", (2, 1))
+    monkeypatch.setattr(model_routes, "UPLOADS_AT_ONCE", (2, 1))
     keys = Keys(file_storage)
     tokens = [keys.create(name, ("submit",))[1] for name in ("one", "two", "three")]
     with served(jobs.create_app(file_storage, keys=keys, hosts=None)) as url:

@@ -11,14 +11,17 @@ from pydantic import BaseModel
 
 from genmodels import models
 from genmodels.engine.requests import Request, parse_options
-from genmodels.engine.text import CompletionRequest
+from genmodels.engine.text.completion import CompletionRequest
 from genmodels.errors import RequestError
 from genmodels.family import ImageInfo, Section, TextInfo
-from genmodels.sampling import SamplingOptions
-from services import completions, jobroutes, modelroutes, routes
-from services.api import Strict
+from genmodels.nn.sampling import SamplingOptions
+from services.gateway import completions
+from services.gateway import routes as gateway_routes
+from services.http.app import Strict
+from services.jobs import model_routes
+from services.jobs import routes as job_routes
 
-MODULES = (routes, completions, jobroutes, modelroutes)  # whose bodies and queries are found below
+MODULES = (gateway_routes, completions, job_routes, model_routes)  # whose bodies and queries are found below
 
 
 def kinds_of(base: type[BaseModel]) -> Iterator[type[BaseModel]]:

@@ -17,14 +17,16 @@ from stores import LINEAGE, MemoryStorage, RecordingStorage
 from tiny import job, make_data, model
 from torch import nn
 
-from genmodels import attempt, checkpoint, optim
+from genmodels import checkpoint
 from genmodels.checkpoint import CONFIG, MANIFEST, WEIGHTS, File, Manifest, Place
 from genmodels.errors import CheckpointError, KeyNotFound, StorageError
 from genmodels.family import OptimizerConfig
-from genmodels.run import Run
-from genmodels.spec import dump
+from genmodels.nn import optim
+from genmodels.runs.records import Run
+from genmodels.spec.sections import dump
 from genmodels.storage import Storage, open_storage, read_document, write_document
-from genmodels.train import Group
+from genmodels.training import attempt
+from genmodels.training.loop import Group
 
 JOB, MODEL = "tiny-00000000", "vae"
 

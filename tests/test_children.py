@@ -13,8 +13,8 @@ import pytest
 from ray_node import until
 from test_backends import is_alive
 
-from services import children
-from services.children import Child
+from services.cluster import processes
+from services.cluster.processes import Child
 
 # A command with two children: one in its process group, one in a group of its own, as Ray's agents are.
 FAMILY = "sleep 1000 & echo $$ $! > pids; set -m; sleep 1000 & echo $! >> pids; wait"
@@ -23,8 +23,8 @@ FAMILY = "sleep 1000 & echo $$ $! > pids; set -m; sleep 1000 & echo $! >> pids; 
 @pytest.fixture
 def place(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(children, "READY_EVERY", 0.0)
-    monkeypatch.setattr(children, "BACK_OFF_SECONDS", (0.0, 0.0, 1000.0))
+    monkeypatch.setattr(processes, "READY_EVERY", 0.0)
+    monkeypatch.setattr(processes, "BACK_OFF_SECONDS", (0.0, 0.0, 1000.0))
     return tmp_path
 
 

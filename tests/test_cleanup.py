@@ -17,16 +17,18 @@ import pytest
 from published import build, write
 from stores import LINEAGE, FailingStorage, MemoryStorage, PausedStorage, Wrapped, save
 
-from genmodels import checkpoint, cleanup, pin
-from genmodels import lease as lease_module
+from genmodels import checkpoint
 from genmodels.checkpoint import MANIFEST, Manifest, Place
-from genmodels.cleanup import delete_version, gc
 from genmodels.errors import GenmodelsError, ModelNotFound, SpecError, StorageUnavailable
-from genmodels.job import Entry, Jobs
-from genmodels.registry import Registry, Version
-from genmodels.run import Change, Run, State, Status, now
-from genmodels.spec import dump, parse_spec
+from genmodels.registry import gc as gc_module
+from genmodels.registry import pin
+from genmodels.registry.gc import delete_version, gc
+from genmodels.registry.store import Registry, Version
+from genmodels.runs.jobs import Entry, Jobs
+from genmodels.runs.records import Change, Run, State, Status, now
+from genmodels.spec.sections import dump, parse_spec
 from genmodels.storage import Storage, write_document
+from genmodels.storage import lease as lease_module
 
 LONG_AGO = "2020-01-01T00:00:00.000+00:00"
 JOB = "shapes-00000000"
@@ -260,7 +262,7 @@ def test_pinned_at_any_moment_of_its_removal() -> None:
                 pinned.append(pin.resolve(f"model@{JOB}:step-1", inner))
 
         store = PausedStorage(inner, moment, meanwhile)
-        cleanup._remove_checkpoint(store, item)
+        gc_module._remove_checkpoint(store, item)
         if store.operations < moment:
             break
         assert inner.list(item.key) == (whole if pinned else []), moment
@@ -381,7 +383,7 @@ def waiting(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
         event.set()
         time.sleep(0.001)
 
-    for module in (lease_module, cleanup):
+    for module in (lease_module, gc_module):
         clock = SimpleNamespace(sleep=sleep, monotonic=time.monotonic, time=time.time)
         monkeypatch.setattr(module, "time", clock)
     return event
@@ -469,7 +471,7 @@ def test_a_clean_up_that_sleeps_too_long_deletes_no_more(
         clock.now += 1
 
     clock.sleep = sleep
-    for module in (lease_module, cleanup):
+    for module in (lease_module, gc_module):
         monkeypatch.setattr(module, "time", clock)
 
     class Sleeping(PausedStorage):

@@ -17,14 +17,14 @@ from published import publish
 from tiny import make_data, model
 
 from genmodels import models
-from genmodels.registry import Registry
+from genmodels.registry.store import Registry
 from genmodels.storage import open_storage
-from services import cli
-from services.up import Options
+from services.cli import main
+from services.local.up import Options
 
 
 def genmodels(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "services.cli", *arguments]
+    command = [sys.executable, "-m", "services.cli.main", *arguments]
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120)
 
 
@@ -90,7 +90,7 @@ def test_help_is_grouped_and_explains_every_option(tmp_path: Path) -> None:
     groups = [line.removesuffix(":") for line in shown.splitlines() if re.fullmatch(r"[A-Z][\w ]+:", line)]
     assert groups == ["Options", *HEADINGS]
     assert not [line for line in shown.splitlines() if line.startswith("  ") and line.endswith("...")], "cut off"
-    for path, command in _commands(cli.app):
+    for path, command in _commands(main.app):
         assert command.help, path
         for option in command.params:
             assert getattr(option, "help", None), f"{path}: {option.name}"
@@ -119,7 +119,7 @@ def test_commands_of_the_job_api_need_neither_torch_nor_ray(tmp_path: Path) -> N
         for arguments in ("jobs", "status x", "cancel x", "logs x", "models", "submit job.yaml"):
             sys.argv = ["genmodels", *arguments.split(), "--api", "http://127.0.0.1:9"]
             try:
-                cli.main()
+                main.main()
             except SystemExit as end:
                 print(end.code)
         print(*sorted({"torch", "ray", "boto3", "fastapi"} & set(sys.modules)))
@@ -135,12 +135,12 @@ def test_commands_of_the_job_api_need_neither_torch_nor_ray(tmp_path: Path) -> N
 
 def test_up_hands_its_options_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     given: list[Any] = []
-    monkeypatch.setattr("services.up.up", lambda storage, options: given.extend([storage.url, options]))
+    monkeypatch.setattr("services.local.up.up", lambda storage, options: given.extend([storage.url, options]))
     options = ["--port", "8001", "--api-port", "8081", "--metrics-port", "9", "--num-cpus", "3", "--no-auth"]
     arguments = ["genmodels", "up", "--storage", tmp_path.as_uri(), *options, "--logs", "here"]
     monkeypatch.setattr(sys, "argv", arguments)
     with pytest.raises(SystemExit) as ended:
-        cli.main()
+        main.main()
     assert not ended.value.code
     expected = Options(port=8001, api_port=8081, metrics_port=9, auth=False, num_cpus=3, logs=Path("here"))
     assert given == [tmp_path.as_uri(), expected]

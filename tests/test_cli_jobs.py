@@ -26,17 +26,18 @@ from PIL import Image
 from published import publish
 from served import served
 
-from genmodels import cleanup
-from genmodels.job import Jobs
 from genmodels.keys import Keys
-from genmodels.registry import Registry
-from genmodels.run import Heartbeat, Result, Run, State, Status, now
-from genmodels.spec import parse_spec
+from genmodels.registry import gc
+from genmodels.registry.store import Registry
+from genmodels.runs.jobs import Jobs
+from genmodels.runs.records import Heartbeat, Result, Run, State, Status, now
+from genmodels.spec.sections import parse_spec
 from genmodels.storage import Storage, open_storage, write_document
-from services import cli, follow, transport
-from services import client as client_module
-from services.edge import LOOPBACK
-from services.jobs import create_app
+from services.cli import main, wait
+from services.client import http
+from services.client import jobs as client_module
+from services.http.middleware import LOOPBACK
+from services.jobs.app import create_app
 
 SPEC = """\
 name: shapes
@@ -57,17 +58,17 @@ Command = Callable[..., tuple[int, str, str]]
 def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Command:
     """Runs the command line in a folder of its own, without a terminal: (exit code, output, errors)."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(follow, "POLL_SECONDS", 0.01)
+    monkeypatch.setattr(wait, "POLL_SECONDS", 0.01)
     monkeypatch.setattr(client_module, "LOOK_AGAIN_SECONDS", 0.01)
-    monkeypatch.setattr(transport, "FIRST_PATIENCE_SECONDS", 0.2)
+    monkeypatch.setattr(http, "FIRST_PATIENCE_SECONDS", 0.2)
     for name in [name for name in os.environ if name.startswith("GENMODELS_")]:
         monkeypatch.delenv(name)
-    monkeypatch.setattr(cli, "settle", lambda: None)  # this process's environment is also that of other tests
+    monkeypatch.setattr(main, "settle", lambda: None)  # this process's environment is also that of other tests
 
     def run(*arguments: str) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["genmodels", *arguments])
         with pytest.raises(SystemExit) as ended:
-            cli.main()
+            main.main()
         out, err = capsys.readouterr()
         return int(ended.value.code or 0), out, err
 
@@ -186,8 +187,8 @@ def test_wait_follows_to_the_end_and_says_how_to_use_it(
         to(vae, "succeeded", "published as version 1")
         to(gan, "succeeded", "published as version 1")
 
-    monkeypatch.setattr(follow, "time", in_steps(queue, lose, train, end))
-    monkeypatch.setattr("services.terminal.LINE_SECONDS", 0.0)
+    monkeypatch.setattr(wait, "time", in_steps(queue, lose, train, end))
+    monkeypatch.setattr("services.console.progress.LINE_SECONDS", 0.0)
     code, out, err = command("submit", "shapes.yaml", "--wait", "--gateway", "http://127.0.0.1:9")
     assert code == 0, err
     job, *lines = out.splitlines()
@@ -231,7 +232,7 @@ def test_wait_ends_with_1_when_a_model_failed(api: str, command: Command, store:
 def test_ctrl_c_leaves_the_job_alone(
     api: str, command: Command, store: Storage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(follow, "time", in_steps(lambda: signal.raise_signal(signal.SIGINT)))
+    monkeypatch.setattr(wait, "time", in_steps(lambda: signal.raise_signal(signal.SIGINT)))
     code, out, err = command("submit", "shapes.yaml", "--wait")
     job = out.splitlines()[0]
     assert code == 130
@@ -245,7 +246,7 @@ def test_wait_outlives_the_service(
     command: Command, store: Storage, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     """It is away, longer than a request is tried for, and comes back at the same address."""
-    monkeypatch.setattr(transport, "PATIENCE_SECONDS", 0.1)
+    monkeypatch.setattr(http, "PATIENCE_SECONDS", 0.1)
     (tmp_path / "shapes.yaml").write_text(SPEC)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -266,7 +267,7 @@ def test_wait_outlives_the_service(
             to(Run(store, job, model), "cancelled", "by hand")
 
     try:
-        monkeypatch.setattr(follow, "time", in_steps(die, lambda: None, come_back))
+        monkeypatch.setattr(wait, "time", in_steps(die, lambda: None, come_back))
         code, out, _ = command("submit", "shapes.yaml", "--wait")
     finally:
         server.__exit__(None, None, None)
@@ -359,7 +360,7 @@ def test_logs(api: str, command: Command, store: Storage, monkeypatch: pytest.Mo
         for model in ("vae-digits", "gan-digits"):
             to(Run(store, job, model), "failed", "enough")
 
-    monkeypatch.setattr("services.jobroutes.FOLLOW_SECONDS", 0.05)
+    monkeypatch.setattr("services.jobs.routes.FOLLOW_SECONDS", 0.05)
     ending = threading.Timer(0.3, go_on)
     ending.start()
     code, out, _ = command("logs", "-f", job)
@@ -593,7 +594,7 @@ def test_what_is_wrong_with_a_text_names_the_file(api: str, command: Command, tm
 
 @dataclass
 class Garbage:
-    """What `genmodels.cleanup.gc` gives, with two things to remove."""
+    """What `genmodels.registry.gc.gc` gives, with two things to remove."""
 
     storage: Storage
     items: list[SimpleNamespace]
@@ -613,7 +614,7 @@ def collect(storage: Storage) -> Garbage:
 def test_gc_says_first_what_it_would_free(
     command: Command, store: Storage, monkeypatch: pytest.MonkeyPatch, where: tuple[str, ...]
 ) -> None:
-    monkeypatch.setattr(cleanup, "gc", collect)
+    monkeypatch.setattr(gc, "gc", collect)
     assert command("gc", *where)[1] == "there is nothing to remove\n"
     for name in "abc":
         store.put(f"junk/{name}", b"")
@@ -651,7 +652,7 @@ def test_bars_on_a_terminal(api: str, command: Command, store: Storage, monkeypa
         for run in (vae, gan):
             to(run, "cancelled", "cancelled by hand")
 
-    monkeypatch.setattr(follow, "time", in_steps(lose, end))
+    monkeypatch.setattr(wait, "time", in_steps(lose, end))
     code, out, _ = command("status", job, "--wait")
     assert code == 1
     shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", out)
@@ -719,7 +720,7 @@ def test_the_key_goes_to_the_job_service_alone(
 def test_statuses_of_many_jobs_come_page_by_page(
     api: str, command: Command, store: Storage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("services.commands_jobs.MAX_PAGE", 2)
+    monkeypatch.setattr("services.cli.jobs.MAX_PAGE", 2)
     jobs = [submitted(command) for _ in range(5)]
     assert {job["job"] for job in json.loads(command("status", "--json")[1])} == set(jobs)
     assert Status(state="queued").reason == ""

@@ -10,9 +10,9 @@ from typing import Any
 
 import pytest
 
-import genmodels.spec
+import genmodels.spec.sections
 from genmodels.errors import DataError
-from services import cli
+from services.cli import main
 
 Run = Callable[..., tuple[int, str, list[str]]]
 
@@ -34,7 +34,7 @@ def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp
     def run(*arguments: str) -> tuple[int, str, list[str]]:
         monkeypatch.setattr(sys, "argv", ["genmodels", *arguments])
         with pytest.raises(SystemExit) as ended:
-            cli.main()
+            main.main()
         out, err = capsys.readouterr()
         return int(ended.value.code or 0), out, err.splitlines()
 
@@ -151,7 +151,7 @@ def test_other_ends(run: Run, monkeypatch: pytest.MonkeyPatch, error: BaseExcept
     def fail(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr(genmodels.spec, "read_spec", fail)
+    monkeypatch.setattr(genmodels.spec.sections, "read_spec", fail)
     assert run("validate", "job.yaml")[::2] == (code, ["error: no data"] if code == 1 else [])
 
 
@@ -189,7 +189,7 @@ def test_what_the_outline_shows_is_told_within_a_second_and_without_torch(tmp_pa
         for name in sys.argv[1:]:
             sys.argv = ["genmodels", "validate", name]
             try:
-                cli.main()
+                main.main()
             except SystemExit as end:
                 print(name, end.code)
         print("loaded", *sorted({"torch", "ray"} & set(sys.modules)))

@@ -14,11 +14,11 @@ from served import served
 
 from genmodels.checkpoint import File, Lineage, Place
 from genmodels.errors import CheckpointError, GenmodelsError, JobNotFound, ModelNotFound, SpecError, StorageError
-from genmodels.registry import Version
-from services import client as client_module
-from services import transport
-from services.client import Client
-from services.transport import Unauthorized, Unreachable
+from genmodels.registry.store import Version
+from services.client import http
+from services.client import jobs as client_module
+from services.client.http import Unauthorized, Unreachable
+from services.client.jobs import Client
 
 JOB = {
     "job": "shapes-01234567",
@@ -70,7 +70,7 @@ Connect = Callable[..., tuple[Client, Scripted]]
 def connect(monkeypatch: pytest.MonkeyPatch) -> Iterator[Connect]:
     """A client of a service that answers as scripted."""
     monkeypatch.setattr(client_module, "LOOK_AGAIN_SECONDS", 0.01)
-    monkeypatch.setattr(transport, "FIRST_PATIENCE_SECONDS", 5.0)
+    monkeypatch.setattr(http, "FIRST_PATIENCE_SECONDS", 5.0)
     running: list[Any] = []
 
     def connect(*script: Any, key: str | None = None) -> tuple[Client, Scripted]:
@@ -122,7 +122,7 @@ def test_problems_of_a_spec_are_told_of_the_file(connect: Connect) -> None:
 
 
 def test_no_service_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transport, "FIRST_PATIENCE_SECONDS", 0.1)
+    monkeypatch.setattr(http, "FIRST_PATIENCE_SECONDS", 0.1)
     with socket.socket() as taken:  # bound, but nobody listens
         taken.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{taken.getsockname()[1]}"
@@ -203,7 +203,7 @@ def test_a_log_that_is_not_followed_is_read_once(connect: Connect) -> None:
 
 
 def test_a_silent_log_is_asked_for_anew(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(transport, "SILENCE_SECONDS", 0.2)
+    monkeypatch.setattr(http, "SILENCE_SECONDS", 0.2)
     monkeypatch.setattr(client_module, "LOOK_AGAIN_SECONDS", 0.01)
     app = Scripted((200, JOB), ["first", "a"], (200, JOB | {"state": "failed"}))
     with served(_Silent(app)) as url, Client(url) as client:

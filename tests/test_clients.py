@@ -18,8 +18,8 @@ from served import served
 
 from genmodels.keys import Keys
 from genmodels.storage import Storage, open_storage
-from services.host import ModelHost
-from services.routes import create_app
+from services.gateway.model_host import ModelHost
+from services.gateway.routes import create_app
 
 PROMPTS = ["To be", "Or not to be", "x"]
 

@@ -18,12 +18,12 @@ from asking import ask, refused
 from published import VOCABULARY, publish
 from served import served
 
-from genmodels.engine.choices import Piece
-from genmodels.engine.completion_request import CompletionRequest
+from genmodels.engine.text.choices import Piece
+from genmodels.engine.text.request import CompletionRequest
 from genmodels.errors import RequestError
 from genmodels.storage import Storage, open_storage
-from services.host import ModelHost, Opened
-from services.routes import create_app
+from services.gateway.model_host import ModelHost, Opened
+from services.gateway.routes import create_app
 
 PROMPT = {"model": "play", "prompt": "To be", "seed": 3}
 

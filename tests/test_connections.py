@@ -15,9 +15,9 @@ import pytest
 import uvicorn.config
 from served import served
 
-from services import jobs
-from services.connections import HEADER_BYTES, Connection
-from services.edge import Edge, proxy_middlewares
+from services.http.connections import HEADER_BYTES, Connection
+from services.http.middleware import Edge, proxy_middlewares
+from services.jobs import app as jobs
 
 PATIENCE = 20.0  # seconds; for what has to happen at all
 

@@ -12,8 +12,8 @@ from matplotlib.axes import Axes
 from PIL import Image
 from tiny import job
 
-from genmodels.spec import ModelSpec
-from services import curves
+from genmodels.spec.sections import ModelSpec
+from services.local import plots
 
 
 def spec(family: str) -> ModelSpec:
@@ -25,14 +25,14 @@ def spec(family: str) -> ModelSpec:
 def drawn(monkeypatch: pytest.MonkeyPatch, family: str, rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
     """What each panel was given: title -> name of a line -> steps and values."""
     panels = {}
-    draw_panel = curves._draw_panel
+    draw_panel = plots._draw_panel
 
     def watch(axis: Axes, title: str, lines: Any) -> None:
         panels[title] = dict(lines)
         draw_panel(axis, title, lines)
 
-    monkeypatch.setattr(curves, "_draw_panel", watch)
-    picture = curves.draw(spec(family), rows)
+    monkeypatch.setattr(plots, "_draw_panel", watch)
+    picture = plots.draw(spec(family), rows)
     if picture:
         pixels = np.asarray(Image.open(io.BytesIO(picture)).convert("L"))
         assert min(pixels.shape) > 200
@@ -72,4 +72,4 @@ def test_what_is_not_finite_stops_no_picture(monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.parametrize("rows", [[], [{"step": 1, "loss": 2.0}]])
 def test_one_point_is_no_curve(rows: list[dict[str, Any]]) -> None:
-    assert curves.draw(spec("vae"), rows) is None
+    assert plots.draw(spec("vae"), rows) is None

@@ -19,24 +19,24 @@ from published import publish, save_checkpoint
 from service import Service
 from test_dispatch import Cluster
 
-from genmodels import pin
 from genmodels.checkpoint import Manifest, Place
-from genmodels.data import stored
+from genmodels.data import uploads
+from genmodels.doctor.inventory import DOCUMENTS, kind_of, take_inventory
 from genmodels.errors import DamagedObject, GenmodelsError, LeaseLost
 from genmodels.family import Findings
-from genmodels.findings import record
-from genmodels.inventory import DOCUMENTS, kind_of, take_inventory
-from genmodels.job import Jobs, StoredSpec
 from genmodels.keys import Keys
-from genmodels.lease import Lease
 from genmodels.metrics import DAMAGED
-from genmodels.registry import Registry
-from genmodels.run import Heartbeat, Result, Run, State
+from genmodels.registry import pin
+from genmodels.registry.evaluations import record
+from genmodels.registry.store import Registry
+from genmodels.runs.jobs import Jobs, StoredSpec
+from genmodels.runs.records import Heartbeat, Result, Run, State
 from genmodels.storage import Storage, documents, load_document, open_storage
-from services.auth import require_keys
-from services.dispatch import Dispatcher
-from services.host import ModelHost
-from services.routes import create_app
+from genmodels.storage.lease import Lease
+from services.dispatch.dispatcher import Dispatcher
+from services.gateway.model_host import ModelHost
+from services.gateway.routes import create_app
+from services.http.auth import require_keys
 
 LIMIT = 40_000  # bytes of a document in these tests, so that a huge one is quickly written
 
@@ -57,7 +57,7 @@ class World:
             version = publish(storage, name, "vae", step=1)
             record(Registry(storage), version, Findings(), thorough=False, seconds=1.0)
             (data / f"{name}.txt").write_text(f"the text of {name}\n" * 400)
-            stored.add(storage, f"{name}-text", data / f"{name}.txt")
+            uploads.add(storage, f"{name}-text", data / f"{name}.txt")
         (evaluation,) = storage.list("models/bad/evaluations/")
         sweeper = Registry(storage).sweeper("bad")
         sweeper.try_acquire()
@@ -84,7 +84,7 @@ class World:
         storage.put("dispatcher/lease.json", json.dumps({"epoch": 5, "holder": "someone"}).encode())
         (submission, _) = sorted(storage.list("idempotency/"))
         attempt = f"runs/{jobs['bad']}/m/attempt-1"
-        sha256 = stored.find(storage, "bad-text").sha256
+        sha256 = uploads.find(storage, "bad-text").sha256
         (ended_key,) = (key for key in storage.list("ended/") if key.endswith(jobs["bad-ended"]))
         keys = {
             "Key": f"keys/{victim.id}.json",
@@ -438,7 +438,7 @@ def test_files_of_other_programs_are_passed_over(
 
 
 def test_a_damaged_version_keeps_its_number_and_its_files(template: tuple[Path, Any, Any], world: World) -> None:
-    from genmodels.cleanup import gc
+    from genmodels.registry.gc import gc
 
     world.storage.put("models/bad/versions/00000001.json", b"")
     blobs = world.storage.list("models/bad/blobs/")
@@ -472,22 +472,22 @@ def test_a_damaged_pin_keeps_the_checkpoints_of_its_step(
 def test_nothing_is_deleted_that_a_damaged_object_may_name(
     template: tuple[Path, dict[str, str], Any], world: World, kind: str
 ) -> None:
-    from genmodels import cleanup
+    from genmodels.registry import gc
 
     _, names, _ = template
     world.storage.delete("models/bad/sweep.json")
     world.storage.put(names[kind], b"?")
     with pytest.raises(GenmodelsError):
-        cleanup.delete_version(Registry(world.storage), "bad", 1)
+        gc.delete_version(Registry(world.storage), "bad", 1)
     assert world.storage.exists("models/bad/versions/00000001.json")
 
 
 def test_a_dataset_is_added_over_a_damaged_one(template: tuple[Path, Any, Any], world: World, tmp_path: Path) -> None:
     world.storage.put("datasets/bad-text/current.json", b"")
     (tmp_path / "new.txt").write_text("another text entirely\n" * 400)
-    dataset, new = stored.add(world.storage, "bad-text", tmp_path / "new.txt")
+    dataset, new = uploads.add(world.storage, "bad-text", tmp_path / "new.txt")
     assert new
-    assert stored.find(world.storage, "bad-text").sha256 == dataset.sha256
+    assert uploads.find(world.storage, "bad-text").sha256 == dataset.sha256
 
 
 def test_spoiled_lines_of_logs_and_metrics_are_left_out(file_storage: Storage) -> None:

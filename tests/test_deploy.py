@@ -8,8 +8,9 @@ from typing import Any
 import httpx
 import pytest
 
-from services import dashboard, deploy
-from services.dashboard import Dashboard
+from services.cluster import dashboard
+from services.cluster.dashboard import Dashboard
+from services.gateway import deploy
 
 
 class Serve:

@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from services.connections import MAX_CONNECTIONS
-from services.descriptors import MOST, file_limit, raise_file_limit
+from services.cluster.descriptors import MOST, file_limit, raise_file_limit
+from services.http.connections import MAX_CONNECTIONS
 
 ROOT = Path(__file__).parent.parent
 GENMODELS = str(Path(sys.executable).parent / "genmodels")

@@ -14,21 +14,22 @@ from drivers import Driver, Script, dies, ends, obedient, succeeds
 from stores import MemoryStorage, RecordingStorage, Wrapped, save
 from tiny import job, make_data, model
 
-from genmodels import run as run_module
 from genmodels.errors import LeaseLost, StorageUnavailable
-from genmodels.job import Jobs
-from genmodels.lease import Lease
-from genmodels.run import ENDED, Heartbeat, Result, Run, Status
-from genmodels.spec import JobSpec
+from genmodels.runs import records as run_module
+from genmodels.runs.jobs import Jobs
+from genmodels.runs.records import ENDED, Heartbeat, Result, Run, Status
+from genmodels.spec.sections import JobSpec
 from genmodels.storage import Storage
-from services import dispatch, supervise
-from services.dispatch import QUEUE, Dispatcher
-from services.supervise import LOST, Capacity
+from genmodels.storage.lease import Lease
+from services.dispatch import dispatcher as dispatch
+from services.dispatch import supervisor
+from services.dispatch.dispatcher import QUEUE, Dispatcher
+from services.dispatch.supervisor import LOST, Capacity
 
 
 @pytest.fixture(autouse=True)
 def in_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(supervise, "BACK_OFF_SECONDS", (0.0, 0.0, 0.0))
+    monkeypatch.setattr(supervisor, "BACK_OFF_SECONDS", (0.0, 0.0, 0.0))
     monkeypatch.setattr(dispatch, "CAPACITY_SECONDS", 0.0)
     monkeypatch.setattr(dispatch, "GROW_SECONDS", 0.0)
     monkeypatch.setattr(run_module, "LONGEST_WAIT_SECONDS", 0.001)

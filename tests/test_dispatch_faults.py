@@ -15,14 +15,16 @@ from stores import FailingStorage, MemoryStorage, Wrapped, save
 from test_dispatch import Cluster, data, in_no_time, play, spec, state, submit
 
 from genmodels.errors import GenmodelsError, LeaseLost
-from genmodels.job import Jobs
-from genmodels.run import Heartbeat, Result, Run
-from services import dispatch, local, supervise
-from services.auth import Caller
-from services.backends import RayJobsBackend
-from services.dispatch import QUEUE, Dispatcher
-from services.jobroutes import CancelBody, JobRoutes, ResumeBody
-from services.supervise import carry
+from genmodels.runs.jobs import Jobs
+from genmodels.runs.records import Heartbeat, Result, Run
+from services.dispatch import dispatcher as dispatch
+from services.dispatch import supervisor
+from services.dispatch.backends.base import RayJobsBackend
+from services.dispatch.dispatcher import QUEUE, Dispatcher
+from services.dispatch.supervisor import carry
+from services.http.auth import Caller
+from services.jobs.routes import CancelBody, JobRoutes, ResumeBody
+from services.local import platform
 
 __all__ = ["data", "in_no_time"]
 
@@ -49,7 +51,7 @@ class Clock:
 
 def test_a_job_of_genmodels_run_is_not_the_services(data: Path) -> None:
     storage = MemoryStorage()
-    mine = local.submit(storage, spec(data, "mine", "a"))
+    mine = platform.submit(storage, spec(data, "mine", "a"))
     other = submit(storage, data, "other", "b")
     with pytest.raises(GenmodelsError, match="no job"):
         cancel(storage, mine)
@@ -136,7 +138,7 @@ def test_a_restart_remembers_that_an_attempt_is_to_end(
     clock.ticks(first, 3)
     cancel(storage, name, now)
     with pytest.MonkeyPatch.context() as patch:  # it is killed right after it has heard
-        patch.setattr(supervise._Attempt, "press", lambda *_: None)
+        patch.setattr(supervisor._Attempt, "press", lambda *_: None)
         clock.ticks(first, 1)
     clock.ticks(Dispatcher(storage, cluster), 200, epoch=2)
     assert state(storage, name, "a").state == "cancelled"
@@ -217,7 +219,7 @@ def test_the_queue_is_in_order_also_while_the_cluster_is_silent(data: Path) -> N
 def test_genmodels_run_killed_again_and_again_is_tried_when_it_is_started_again(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(supervise, "POLL_SECONDS", 0.0)
+    monkeypatch.setattr(supervisor, "POLL_SECONDS", 0.0)
     storage = MemoryStorage()
     run = Run(storage, "job-00000000", "model")
 
@@ -230,7 +232,7 @@ def test_genmodels_run_killed_again_and_again_is_tried_when_it_is_started_again(
         raise Killed
 
     for _ in range(4):
-        monkeypatch.setattr(supervise.Supervisor, "interrupt", lambda *_: None)
+        monkeypatch.setattr(supervisor.Supervisor, "interrupt", lambda *_: None)
         with pytest.raises(Killed):
             carry(storage, Cluster(storage, model=[dies_with_all] * 9), run.job, run.model, 1, lambda *_: None)
     status, _ = carry(storage, Cluster(storage, model=[succeeds]), run.job, run.model, 1, lambda *_: None)

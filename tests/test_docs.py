@@ -15,8 +15,8 @@ import pytest
 
 from genmodels import models
 from genmodels.data import DATASETS
-from genmodels.registry import Registry
-from genmodels.spec import parse_spec, read_spec
+from genmodels.registry.store import Registry
+from genmodels.spec.sections import parse_spec, read_spec
 from genmodels.storage import open_storage
 
 ROOT = Path(__file__).parent.parent
@@ -132,7 +132,7 @@ def test_quick_commands_run(line: str, tmp_path: Path) -> None:
     program, *arguments = line.split()
     assert program == "genmodels"
     storage = {"GENMODELS_STORAGE": tmp_path.as_uri()}
-    command = [sys.executable, "-m", "services.cli", *arguments]
+    command = [sys.executable, "-m", "services.cli.main", *arguments]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, env={**os.environ, **storage})
     assert done.returncode == 0, done.stderr
     assert done.stdout

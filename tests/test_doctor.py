@@ -14,12 +14,13 @@ from served import served
 from service import Service
 from typer.testing import CliRunner
 
-from genmodels import doctor, inventory
-from genmodels.doctor import Check, examine
+from genmodels.doctor import checks as doctor
+from genmodels.doctor import inventory
+from genmodels.doctor.checks import Check, examine
 from genmodels.errors import StorageUnavailable
 from genmodels.keys import Keys
 from genmodels.storage import Storage, open_storage
-from services.cli import app
+from services.cli.main import app
 
 COMMAND = CliRunner()
 

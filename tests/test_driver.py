@@ -39,15 +39,15 @@ from genmodels.errors import (
     Superseded,
     TrainingDiverged,
 )
-from genmodels.registry import Registry
-from genmodels.run import Heartbeat, Result, Run
-from genmodels.spec import ModelSpec
+from genmodels.registry.store import Registry
+from genmodels.runs.control import KILLED
+from genmodels.runs.records import Heartbeat, Result, Run
+from genmodels.spec.sections import ModelSpec
 from genmodels.storage import open_storage
-from genmodels.wishes import KILLED
-from services import driver_watch
-from services.driver_watch import DriverWatch
-from services.local import submit
-from services.train import _failure, _publish, _seconds
+from services.local.platform import submit
+from services.train import control
+from services.train.control import DriverWatch
+from services.train.driver import _failure, _publish, _seconds
 
 ROOT = Path(__file__).parent.parent
 GLOO = RuntimeError(
@@ -310,8 +310,8 @@ def watch(monkeypatch: pytest.MonkeyPatch) -> DriverWatch:
     def end(code: int) -> None:
         raise Ended(code)
 
-    monkeypatch.setattr(driver_watch.os, "_exit", end)
-    monkeypatch.setattr(driver_watch, "FENCE_SECONDS", 0.0)
+    monkeypatch.setattr(control.os, "_exit", end)
+    monkeypatch.setattr(control, "FENCE_SECONDS", 0.0)
     return DriverWatch(Run(MemoryStorage(), "j", "m"), 1, Logs())  # type: ignore[arg-type]
 
 
@@ -341,7 +341,7 @@ def test_a_driver_whose_attempt_was_taken_over_ends_without_a_result(watch: Driv
     watch.training(max_steps=9)
     watch.look()
     watch.run.start(2, None, 1)
-    with pytest.raises(Ended, match=str(driver_watch.SUPERSEDED)):
+    with pytest.raises(Ended, match=str(control.SUPERSEDED)):
         watch.look()
     assert watch.run.result(1) is None
     assert watch.logs.flushed  # type: ignore[attr-defined]
@@ -418,7 +418,7 @@ def test_a_kill_wish_ends_a_process_that_has_not_ended_by_then(
     watch: DriverWatch, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], ended: bool
 ) -> None:
     codes: list[int] = []
-    monkeypatch.setattr(driver_watch.os, "_exit", codes.append)
+    monkeypatch.setattr(control.os, "_exit", codes.append)
     watch.training(max_steps=9)
     watch.kill_seconds = 0.1
     watch.run.wish("kill", 1, "cancel --now", then="cancelled")
@@ -444,7 +444,7 @@ DRIVER = """
 import os, sys, time
 from genmodels.run import Run, Heartbeat
 from services import driver_watch, train
-driver_watch.FENCE_SECONDS = 0.1
+control.FENCE_SECONDS = 0.1
 def _train(storage_url, job, spec, attempt, workers, watch):
     print("workers:", workers)
     if {body!r} == "lost":
@@ -496,7 +496,7 @@ def test_a_driver_that_is_told_to_end_leaves_a_result_and_its_log(tmp_path: Path
 
 def test_a_driver_ends_when_it_is_overtaken(tmp_path: Path) -> None:
     run, code, _ = drive(tmp_path, make_data(tmp_path), "overtaken")
-    assert code == driver_watch.SUPERSEDED
+    assert code == control.SUPERSEDED
     assert run.result(1) is None
     assert run.wishes() == []
 

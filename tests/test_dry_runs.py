@@ -15,14 +15,15 @@ import yaml
 from served import served
 from service import YAML, Service, spec
 
-from genmodels import models, parameters
+from genmodels import models
 from genmodels.family import ImageInfo, OptimizerConfig, TextInfo
 from genmodels.keys import Keys
-from genmodels.parameters import Parameters, count
+from genmodels.preflight import parameters
+from genmodels.preflight.parameters import Parameters, count
 from genmodels.storage import Storage
-from services import plans
-from services.jobroutes import PLANS
-from services.jobs import create_app
+from services.jobs import dry_run as plans
+from services.jobs.app import create_app
+from services.jobs.routes import PLANS
 
 
 def giants(depths: range) -> bytes:

@@ -9,9 +9,9 @@ import pytest
 from asking import ask, refused
 from starlette.requests import ClientDisconnect, Request
 
-from services.bodies import BodyLimit
-from services.edge import LOOPBACK, MAX_BODY, Edge, Streamed
-from services.routes import create_app
+from services.gateway.routes import create_app
+from services.http.bodies import BodyLimit
+from services.http.middleware import LOOPBACK, MAX_BODY, Edge, Streamed
 
 
 class Pool:

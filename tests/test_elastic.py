@@ -14,11 +14,11 @@ from tiny import job, make_data, model
 
 from genmodels.checkpoint import Place
 from genmodels.data import batch_indices, open_dataset
-from genmodels.run import Run
-from genmodels.spec import ModelSpec
+from genmodels.runs.records import Run
+from genmodels.spec.sections import ModelSpec
 from genmodels.storage import Storage, open_storage
-from genmodels.train import schedule
-from services.local import submit
+from genmodels.training.loop import schedule
+from services.local.platform import submit
 
 STEPS, BATCH = 50, 48
 BORDERS = [0, 13, 31, STEPS]  # where the attempts begin and end; an epoch is 9.4 steps

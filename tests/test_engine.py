@@ -21,10 +21,8 @@ from torch import Tensor
 from genmodels import models
 from genmodels.data.images import png
 from genmodels.data.text import CharTokenizer
-from genmodels.engine import images, text
-from genmodels.engine.choices import Piece, choice_seed
-from genmodels.engine.completion_request import CompletionRequest
-from genmodels.engine.images import (
+from genmodels.engine.image import requests
+from genmodels.engine.image.requests import (
     DecodeRequest,
     DenoiseRequest,
     EncodeRequest,
@@ -32,13 +30,16 @@ from genmodels.engine.images import (
     InterpolateRequest,
     ReconstructRequest,
 )
-from genmodels.engine.loaded import ImageModel, Loaded, TextModel, load, load_folder
-from genmodels.engine.stops import StopStrings
-from genmodels.engine.text import complete
+from genmodels.engine.loader import ImageModel, Loaded, TextModel, load, load_folder
+from genmodels.engine.text import completion
+from genmodels.engine.text.choices import Piece, choice_seed
+from genmodels.engine.text.completion import complete
+from genmodels.engine.text.request import CompletionRequest
+from genmodels.engine.text.stops import StopStrings
 from genmodels.errors import CheckpointError, ModelNotFound, RequestError
-from genmodels.references import of_version
-from genmodels.registry import Registry
-from genmodels.sampling import SamplingOptions
+from genmodels.nn.sampling import SamplingOptions
+from genmodels.registry.references import of_version
+from genmodels.registry.store import Registry
 from genmodels.storage import Storage
 
 IMAGE_FAMILIES = [name for name in models.names() if models.load(name).kind == "image"]
@@ -252,31 +253,31 @@ def test_null_means_not_given(make: Make) -> None:
 
 @pytest.mark.parametrize("family", IMAGE_FAMILIES)
 def test_row_i_depends_on_seed_and_i_alone(make: Make, family: str) -> None:
-    few = images.answer(make(family), GenerateRequest(n=2, seed=5))
-    many = images.answer(make(family), GenerateRequest(n=19, seed=5))
+    few = requests.answer(make(family), GenerateRequest(n=2, seed=5))
+    many = requests.answer(make(family), GenerateRequest(n=19, seed=5))
     assert many.images[:2] == few.images
     assert len(set(many.images)) == 19
-    assert images.answer(make(family), GenerateRequest(n=1, seed=6)).images[0] not in many.images
+    assert requests.answer(make(family), GenerateRequest(n=1, seed=6)).images[0] not in many.images
     assert Image.open(io.BytesIO(few.images[0])).size == (16, 16)
 
 
 @pytest.mark.parametrize("family", IMAGE_FAMILIES)
 def test_a_generation_without_a_seed_tells_the_one_it_took(make: Make, family: str) -> None:
-    first = images.answer(make(family), GenerateRequest())
+    first = requests.answer(make(family), GenerateRequest())
     assert first.seed is not None
-    assert images.answer(make(family), GenerateRequest(seed=first.seed)).images == first.images
+    assert requests.answer(make(family), GenerateRequest(seed=first.seed)).images == first.images
 
 
 def test_a_grid_is_one_picture(make: Make) -> None:
-    answer = images.answer(make("vae"), GenerateRequest(n=4, seed=1, grid=True))
+    answer = requests.answer(make("vae"), GenerateRequest(n=4, seed=1, grid=True))
     assert len(answer.images) == 1
     assert min(Image.open(io.BytesIO(answer.images[0])).size) > 2 * 16
 
 
 def test_the_native_size_is_taken_and_no_other(make: Make) -> None:
     for size in ("auto", "16x16"):
-        assert images.answer(make("vae"), GenerateRequest(seed=1, size=size)).images
-    error = request_error(lambda: images.answer(make("vae"), GenerateRequest(size="1024x1024")))
+        assert requests.answer(make("vae"), GenerateRequest(seed=1, size=size)).images
+    error = request_error(lambda: requests.answer(make("vae"), GenerateRequest(size="1024x1024")))
     assert (error.status, error.param) == (400, "size")
     assert "'16x16'" in error.message
 
@@ -286,38 +287,38 @@ def test_encode_and_decode_make_a_reconstruction(make: Make) -> None:
     files = [base64.b64encode(png(image)).decode() for image in pixels]
     numbers = np.rint(pixels * 255) / 255
     model = make("vae")
-    encoded = images.answer(model, EncodeRequest(images=files))
-    nested = images.answer(model, EncodeRequest(images=[image[0].tolist() for image in numbers]))
+    encoded = requests.answer(model, EncodeRequest(images=files))
+    nested = requests.answer(model, EncodeRequest(images=[image[0].tolist() for image in numbers]))
     assert np.shape(encoded.latents) == (18, 4)
     assert np.allclose(encoded.latents, nested.latents, atol=1e-6)
-    decoded = images.answer(model, DecodeRequest(latents=list(encoded.latents)))
-    assert decoded.images == images.answer(model, ReconstructRequest(images=files)).images
-    alone = images.answer(model, EncodeRequest(images=files[17:]))
+    decoded = requests.answer(model, DecodeRequest(latents=list(encoded.latents)))
+    assert decoded.images == requests.answer(model, ReconstructRequest(images=files)).images
+    alone = requests.answer(model, EncodeRequest(images=files[17:]))
     assert alone.latents[0] == encoded.latents[17]
 
 
 def test_what_was_encoded_is_what_the_family_says(make: Make) -> None:
     model, pixels = make("vae"), pictures(3)
     expected = model.family.encode(torch.from_numpy(pixels))
-    answer = images.answer(model, EncodeRequest(images=pixels.tolist()))
+    answer = requests.answer(model, EncodeRequest(images=pixels.tolist()))
     assert torch.allclose(torch.tensor(answer.latents), expected, atol=1e-6)
 
 
 def test_denoise_takes_and_gives_images(make: Make) -> None:
-    answer = images.answer(make("autoencoder"), DenoiseRequest(images=pictures(2).tolist()))
+    answer = requests.answer(make("autoencoder"), DenoiseRequest(images=pictures(2).tolist()))
     assert [Image.open(io.BytesIO(file)).size for file in answer.images] == [(16, 16)] * 2
 
 
 def test_interpolation_goes_from_any_end_to_any_end(make: Make) -> None:
     model = make("vae")
     picture = base64.b64encode(png(pictures(1)[0])).decode()
-    latent = images.answer(model, EncodeRequest(images=[picture])).latents[0]
-    by_image = images.answer(model, InterpolateRequest(start=3, end=f"data:image/png;base64,{picture}", steps=5))
-    by_latent = images.answer(model, InterpolateRequest(start=3, end=latent, steps=5))
+    latent = requests.answer(model, EncodeRequest(images=[picture])).latents[0]
+    by_image = requests.answer(model, InterpolateRequest(start=3, end=f"data:image/png;base64,{picture}", steps=5))
+    by_latent = requests.answer(model, InterpolateRequest(start=3, end=latent, steps=5))
     assert len(by_image.images) == 5
     assert by_image.images == by_latent.images
-    assert by_latent.images[0] == images.answer(model, GenerateRequest(seed=3)).images[0]
-    strip = images.answer(model, InterpolateRequest(start=3, end=4, steps=5, grid=True)).images[0]
+    assert by_latent.images[0] == requests.answer(model, GenerateRequest(seed=3)).images[0]
+    strip = requests.answer(model, InterpolateRequest(start=3, end=4, steps=5, grid=True)).images[0]
     width, height = Image.open(io.BytesIO(strip)).size
     assert width > 4 * height
 
@@ -351,9 +352,9 @@ def test_interpolation_goes_from_any_end_to_any_end(make: Make) -> None:
     ],
 )
 def test_a_wrong_image_request_names_the_field(
-    make: Make, request_: images.ImageRequest, param: str, says: str
+    make: Make, request_: requests.ImageRequest, param: str, says: str
 ) -> None:
-    error = request_error(lambda: images.answer(make("vae"), request_))
+    error = request_error(lambda: requests.answer(make("vae"), request_))
     assert (error.status, error.param) == (400, param)
     assert says in error.message
 
@@ -374,23 +375,23 @@ def test_a_wrong_image_request_names_the_field(
         (InterpolateRequest, {"start": 1}),
     ],
 )
-def test_counts_are_limited_before_any_work(kind: type[images.ImageRequest], fields: dict[str, Any]) -> None:
+def test_counts_are_limited_before_any_work(kind: type[requests.ImageRequest], fields: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
         kind(**fields)
 
 
 def test_a_model_says_which_verbs_it_has(make: Make) -> None:
-    error = request_error(lambda: images.answer(make("minigpt"), GenerateRequest()))
+    error = request_error(lambda: requests.answer(make("minigpt"), GenerateRequest()))
     assert isinstance(error, ModelNotFound)
     assert (error.status, error.message) == (404, "minigpt@1 (minigpt) has no 'generate'; it answers: complete")
     assert request_error(lambda: complete(make("vae"), CompletionRequest(prompt="x"))).status == 404
-    assert "denoise" in request_error(lambda: images.answer(make("vae"), DenoiseRequest(images=[[0.0]]))).message
+    assert "denoise" in request_error(lambda: requests.answer(make("vae"), DenoiseRequest(images=[[0.0]]))).message
 
 
 @pytest.mark.skipif("gan" not in models.names(), reason="no family without an encoder")
 def test_without_an_encoder_an_image_is_no_end(make: Make) -> None:
     request = InterpolateRequest(start=1, end=[[0.0] * 16] * 16)
-    error = request_error(lambda: images.answer(make("gan"), request))
+    error = request_error(lambda: requests.answer(make("gan"), request))
     assert (error.param, "no encoder" in error.message) == ("end", True)
 
 
@@ -445,5 +446,5 @@ def pictures(n: int) -> np.ndarray:
 
 
 def test_pieces_are_as_the_tokens_come() -> None:
-    pieces = iter(text.complete(scripted("abc"), CompletionRequest(prompt="x", stop="cd", max_tokens=3)))
+    pieces = iter(completion.complete(scripted("abc"), CompletionRequest(prompt="x", stop="cd", max_tokens=3)))
     assert [(piece.text, piece.tokens) for piece in pieces] == [("a", 1), ("b", 1), ("", 1), ("c", 0)]

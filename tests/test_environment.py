@@ -13,14 +13,14 @@ from ray_node import until
 from test_backends import is_alive
 
 from genmodels.errors import GenmodelsError
-from services import environment
-from services.environment import RAY_SOCKET, ROOT, SOCKET_BYTES, own_folder, python, settled
+from services.cluster import environment
+from services.cluster.environment import RAY_SOCKET, ROOT, SOCKET_BYTES, own_folder, python, settled
 
 PROXY = "http://127.0.0.1:9"
 PROXIES = ("http_proxy", "https_proxy", "all_proxy", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "grpc_proxy")
 SHADOWS = ("logging", "random", "typing", "json", "torch", "numpy", "ray", "rich", "httpx", "pydantic")
 # As the console script that pip makes: the user's folder is not on its import path.
-SCRIPT = "import sys; sys.argv[0] = 'genmodels'; from services.cli import main; sys.exit(main())"
+SCRIPT = "import sys; sys.argv[0] = 'genmodels'; from services.cli.main import main; sys.exit(main())"
 
 
 @pytest.fixture
@@ -66,7 +66,7 @@ def test_one_place_starts_every_python() -> None:
 def test_what_children_start_imports_nothing_of_it_either(folder: Path) -> None:
     """Ray starts its own processes, which know only the environment; their cleanest stand-in is a plain Python."""
     variables = {**os.environ, **settled(os.environ)}
-    program = [sys.executable, "-c", "import logging, random, genmodels.errors, services.guard"]
+    program = [sys.executable, "-c", "import logging, random, genmodels.errors, services.cluster.reaper"]
     done = subprocess.run(program, cwd=folder, env=variables, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
 

@@ -21,25 +21,27 @@ from tiny import job, make_data, model
 from torch import Tensor
 from torch.distributions import Bernoulli, Independent, Normal
 
-from genmodels import checkpoint, findings, models, registry
+from genmodels import checkpoint, models
 from genmodels.checkpoint import Manifest, Place
-from genmodels.cleanup import delete_version
 from genmodels.data import open_dataset
 from genmodels.data.images import ImageData
 from genmodels.errors import DataError, ModelNotFound, SpecError
-from genmodels.evaluation import evaluate, training
 from genmodels.family import Family, Findings, Measure, OptimizerConfig
 from genmodels.metrics import MEASURE
 from genmodels.models.autoencoder import Autoencoder, AutoencoderConfig
 from genmodels.models.gan import GAN, GANConfig
 from genmodels.models.vae import VAE, VAEConfig
-from genmodels.registry import Registry
-from genmodels.run import Run
-from genmodels.spec import Gate, ModelSpec
+from genmodels.registry import evaluations
+from genmodels.registry import store as registry
+from genmodels.registry.evaluate import evaluate, training
+from genmodels.registry.gc import delete_version
+from genmodels.registry.store import Registry
+from genmodels.runs.records import Run
+from genmodels.spec.sections import Gate, ModelSpec
 from genmodels.storage import Storage, open_storage
-from services.host import ModelHost
-from services.routes import create_app
-from services.train import _publish
+from services.gateway.model_host import ModelHost
+from services.gateway.routes import create_app
+from services.train.driver import _publish
 
 BENCH = Bench()
 SHAPES = shapes()
@@ -250,33 +252,33 @@ FOUND = Findings(
 
 def test_evaluations_are_kept_with_their_version(storage: Storage) -> None:
     version, store = publish(storage, "shapes", "vae"), Registry(storage)
-    assert findings.newest(store, "shapes", 1) is None
-    first = findings.record(store, version, FOUND, thorough=False, seconds=1.5, publication=True)
-    findings.record(store, version, Findings(), thorough=True, seconds=0, publication=True)
+    assert evaluations.newest(store, "shapes", 1) is None
+    first = evaluations.record(store, version, FOUND, thorough=False, seconds=1.5, publication=True)
+    evaluations.record(store, version, Findings(), thorough=True, seconds=0, publication=True)
     assert storage.list("models/shapes/evaluations/") == ["models/shapes/evaluations/00000001/publication.json"]
-    (kept,) = findings.evaluations(store, "shapes", 1)
+    (kept,) = evaluations.evaluations(store, "shapes", 1)
     assert (kept.id, kept.notes, kept.data_digest) == ("publication", {"draws": 64}, LINEAGE.data_digest)
     assert kept.measures["nll"] == FOUND.measures["nll"]
     assert math.isnan(kept.measures["odd"].value)
-    second = findings.record(store, version, Findings(), thorough=True, seconds=2)
-    assert [one.id for one in findings.evaluations(store, "shapes", 1)] == [first.id, second.id]
-    assert findings.newest(store, "shapes", 1) == second
+    second = evaluations.record(store, version, Findings(), thorough=True, seconds=2)
+    assert [one.id for one in evaluations.evaluations(store, "shapes", 1)] == [first.id, second.id]
+    assert evaluations.newest(store, "shapes", 1) == second
 
     publish(storage, "shapes", "vae", step=2)
     delete_version(store, "shapes", 1)
     assert storage.list("models/shapes/evaluations/") == []
     with pytest.raises(ModelNotFound):
-        findings.record(store, version, FOUND, thorough=True, seconds=1)
+        evaluations.record(store, version, FOUND, thorough=True, seconds=1)
     assert storage.list("models/shapes/evaluations/") == []
 
 
 def test_what_several_make_is_one_s(storage: Storage) -> None:
     def slow() -> bytes:
-        assert findings.keep(storage, "table.json", lambda: b"the other's") == b"the other's"
+        assert evaluations.keep(storage, "table.json", lambda: b"the other's") == b"the other's"
         return b"mine"
 
-    assert findings.keep(storage, "table.json", slow) == b"the other's"
-    assert findings.keep(storage, "table.json", pytest.fail) == b"the other's"
+    assert evaluations.keep(storage, "table.json", slow) == b"the other's"
+    assert evaluations.keep(storage, "table.json", pytest.fail) == b"the other's"
 
 
 # ---- at publication
@@ -315,7 +317,7 @@ def test_a_published_version_is_evaluated_and_judged_by_what_was_found(tiny_spec
     result = _publish(run, tiny_spec, 1)
     assert (result.outcome, result.version, result.step) == ("succeeded", 1, 2), result.message
     store = Registry(run.storage)
-    (kept,) = findings.evaluations(store, "vae", 1)
+    (kept,) = evaluations.evaluations(store, "vae", 1)
     assert (kept.id, kept.thorough, kept.notes["likelihood"]) == ("publication", False, "bernoulli")
     assert kept.seconds > 0
     assert result.metrics["val_loss"] == 7.0
@@ -325,7 +327,7 @@ def test_a_published_version_is_evaluated_and_judged_by_what_was_found(tiny_spec
     assert store.version("vae", 1).gate == result.gate
     again = _publish(run, tiny_spec, 2)
     assert again.version == 1
-    assert len(findings.evaluations(store, "vae", 1)) == 1
+    assert len(evaluations.evaluations(store, "vae", 1)) == 1
 
 
 def test_what_its_evaluation_condemns_is_not_published(tiny_spec: ModelSpec) -> None:
@@ -358,7 +360,7 @@ def test_where_the_data_has_gone_only_a_gate_that_needs_it_stands_in_the_way(tin
         _publish(run, tiny_spec, 1)
     result = _publish(run, gated(tiny_spec, metric="val_loss", max=9), 1)
     assert (result.outcome, result.metrics) == ("succeeded", {"val_loss": 7.0})
-    assert findings.evaluations(Registry(run.storage), "vae", 1) == []
+    assert evaluations.evaluations(Registry(run.storage), "vae", 1) == []
 
 
 def test_an_evaluation_says_what_training_cost_and_how_it_went(tmp_path: Path) -> None:
@@ -397,7 +399,7 @@ def test_a_gate_may_name_a_measure(tmp_path: Path) -> None:
 
 
 def test_evaluate_on_the_command_line(tiny_spec: ModelSpec, tmp_path: Path) -> None:
-    from services.local import submit
+    from services.local.platform import submit
 
     storage = open_storage((tmp_path / "storage").as_uri())
     name = submit(storage, job("tiny", model(tmp_path, "vae", max_steps=3)))
@@ -412,12 +414,12 @@ def test_evaluate_on_the_command_line(tiny_spec: ModelSpec, tmp_path: Path) -> N
     )
 
     def evaluate_there(*arguments: str) -> subprocess.CompletedProcess[str]:
-        command = [sys.executable, "-m", "services.cli", "evaluate", *arguments, "--storage", storage.url]
+        command = [sys.executable, "-m", "services.cli.main", "evaluate", *arguments, "--storage", storage.url]
         return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
 
     done = evaluate_there("vae", "--json")
     assert done.returncode == 0, done.stderr
-    (kept,) = findings.evaluations(store, "vae", 1)
+    (kept,) = evaluations.evaluations(store, "vae", 1)
     shown = json.loads(done.stdout)
     assert shown["measures"]["nll"]["value"] == kept.measures["nll"].value
     assert (shown["id"], shown["thorough"], shown["notes"]["draws"]) == (kept.id, False, 64)
@@ -434,7 +436,7 @@ def test_evaluate_on_the_command_line(tiny_spec: ModelSpec, tmp_path: Path) -> N
 def test_the_endpoint_shows_the_newest_evaluation(file_storage: Storage) -> None:
     version = publish(file_storage, "shapes", "vae")
     store = Registry(file_storage)
-    findings.record(store, version, FOUND, thorough=False, seconds=1, publication=True)
+    evaluations.record(store, version, FOUND, thorough=False, seconds=1, publication=True)
     host = ModelHost(file_storage.url)
     app = create_app(host)
     shown = ask(app, "GET", "/v1/models/shapes").json()["evaluation"]
@@ -444,7 +446,7 @@ def test_the_endpoint_shows_the_newest_evaluation(file_storage: Storage) -> None
     }
     assert (shown["id"], shown["thorough"], shown["notes"]) == ("publication", False, {"draws": 64})
     assert MEASURE.labels("shapes", "vae", "1", "nll")._value.get() == 98.5
-    findings.record(store, version, Findings(measures={"nll": Measure(value=97)}), thorough=True, seconds=1)
+    evaluations.record(store, version, Findings(measures={"nll": Measure(value=97)}), thorough=True, seconds=1)
     assert ask(app, "GET", "/v1/models/shapes@1").json()["evaluation"]["measures"]["nll"]["value"] == 97
 
 

@@ -11,15 +11,15 @@ import pytest
 from pydantic import BaseModel, Field, ValidationError
 
 from genmodels import models
-from genmodels.engine.images import DecodeRequest
-from genmodels.explain import explain
+from genmodels.engine.image.requests import DecodeRequest
 from genmodels.family import OptimizerConfig, Section
-from genmodels.sampling import SamplingOptions
-from genmodels.spec import CheckpointConfig, JobSpec, ScalingConfig, TrainConfig
-from services.completions import CompletionBody
-from services.jobroutes import CancelBody, ListQuery, MetricsQuery
-from services.modelroutes import AliasBody, DatasetQuery
-from services.routes import VERBS, GenerationBody
+from genmodels.nn.sampling import SamplingOptions
+from genmodels.schema.explain import explain
+from genmodels.spec.sections import CheckpointConfig, JobSpec, ScalingConfig, TrainConfig
+from services.gateway.completions import CompletionBody
+from services.gateway.routes import VERBS, GenerationBody
+from services.jobs.model_routes import AliasBody, DatasetQuery
+from services.jobs.routes import CancelBody, ListQuery, MetricsQuery
 
 REQUESTS = [CompletionBody, GenerationBody, *VERBS, AliasBody, CancelBody, DatasetQuery, ListQuery, MetricsQuery]
 FAMILIES = [kind for name in models.names() for kind in (models.load(name).Request, models.load(name).Config)]

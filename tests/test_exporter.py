@@ -15,8 +15,8 @@ from prometheus_client.parser import text_string_to_metric_families
 from ray_node import until
 
 from genmodels.metrics import DIRECTORY
-from services.exporter import NodeCollector
-from services.local import free_ports
+from services.local.platform import free_ports
+from services.node.exporter import NodeCollector
 
 # Counts as often as it is told to, and waits to be told again.
 WRITER = """
@@ -98,7 +98,7 @@ def start(tmp_path: Path) -> Iterator[Start]:
 def url(tmp_path: Path) -> Iterator[str]:
     port = free_ports(1)
     environment = {**os.environ, DIRECTORY: str(tmp_path)}
-    command = [sys.executable, "-m", "services.exporter", "--port", str(port)]
+    command = [sys.executable, "-m", "services.node.exporter", "--port", str(port)]
     with subprocess.Popen(command, env=environment) as process:
         url = f"http://127.0.0.1:{port}/metrics"
         try:

@@ -15,11 +15,11 @@ from PIL import Image
 from published import VOCABULARY, publish
 
 from genmodels.storage import Storage, open_storage
-from services.completions import CompletionBody, StreamOptions
-from services.host import ModelHost
-from services.jobroutes import CancelBody, ResumeBody
-from services.modelroutes import AliasBody
-from services.routes import VERBS, GenerationBody, create_app
+from services.gateway.completions import CompletionBody, StreamOptions
+from services.gateway.model_host import ModelHost
+from services.gateway.routes import VERBS, GenerationBody, create_app
+from services.jobs.model_routes import AliasBody
+from services.jobs.routes import CancelBody, ResumeBody
 
 
 @pytest.fixture(scope="module")

@@ -14,8 +14,8 @@ from schemathesis.generation import GenerationMode
 from schemathesis.specs.openapi.checks import content_type_conformance, response_schema_conformance
 
 from genmodels.storage import open_storage
-from services.host import ModelHost
-from services.routes import create_app
+from services.gateway.model_host import ModelHost
+from services.gateway.routes import create_app
 
 OPERATIONS = 13
 NAMES = ["play", "shapes", "clean", "play@1", "shapes@latest", "shapes@live", "shapes@step-1", "play@x:step-1"]

@@ -16,21 +16,21 @@ import pytest
 from asking import ask, refused
 from published import publish, save_checkpoint
 
-from genmodels.engine import shelf as shelf_module
-from genmodels.engine import warm as warm_module
-from genmodels.engine.choices import Piece
-from genmodels.engine.completion_request import CompletionRequest
-from genmodels.engine.images import GenerateRequest, answer
-from genmodels.engine.loaded import load
-from genmodels.engine.text import complete
+from genmodels.engine import model_cache as shelf_module
+from genmodels.engine import warmup as warm_module
+from genmodels.engine.image.requests import GenerateRequest, answer
+from genmodels.engine.loader import load
+from genmodels.engine.text.choices import Piece
+from genmodels.engine.text.completion import complete
+from genmodels.engine.text.request import CompletionRequest
 from genmodels.errors import RequestError, StorageUnavailable
 from genmodels.metrics import REFUSED
-from genmodels.references import find
-from genmodels.registry import Registry
+from genmodels.registry.references import find
+from genmodels.registry.store import Registry
 from genmodels.storage import Storage, open_storage
-from services import host as host_module
-from services.host import ModelHost, Opened
-from services.routes import create_app
+from services.gateway import model_host as host_module
+from services.gateway.model_host import ModelHost, Opened
+from services.gateway.routes import create_app
 
 GENERATE = {"prompt": "", "seed": 3}
 
@@ -49,7 +49,7 @@ def by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     """Hosts look at the registry when a test says so."""
     monkeypatch.setattr(host_module, "_follow", lambda _: None)
     monkeypatch.setattr(host_module, "LISTED_SECONDS", 0.0)
-    monkeypatch.setattr("genmodels.engine.following.BELIEVED_SECONDS", 0.0)
+    monkeypatch.setattr("genmodels.engine.alias_watcher.BELIEVED_SECONDS", 0.0)
 
 
 @pytest.fixture

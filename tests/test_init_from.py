@@ -11,20 +11,21 @@ import torch
 import yaml
 from tiny import job, make_data, model
 
-from genmodels import checkpoint, models, pin
-from genmodels.attempt import run_attempt, stored_model
+from genmodels import checkpoint, models
 from genmodels.checkpoint import Place, load_tensors
-from genmodels.data import stored
+from genmodels.data import uploads
 from genmodels.errors import SpecError
-from genmodels.job import Jobs
-from genmodels.precheck import check_job
-from genmodels.registry import Registry, Version
-from genmodels.run import Run
-from genmodels.spec import parse_spec
+from genmodels.preflight.check import check_job
+from genmodels.registry import pin
+from genmodels.registry.store import Registry, Version
+from genmodels.runs.jobs import Jobs
+from genmodels.runs.records import Run
+from genmodels.spec.sections import parse_spec
 from genmodels.storage import Storage
-from genmodels.train import Group
-from services.local import submit
-from services.smoke import smoke
+from genmodels.training.attempt import run_attempt, stored_model
+from genmodels.training.loop import Group
+from services.local.platform import submit
+from services.local.smoke import smoke
 
 STILL = {"max_steps": 1, "learning_rate": 1e-12, "muon_learning_rate": 1e-12, "weight_decay": 0.0, "ema": None}
 
@@ -238,12 +239,12 @@ def test_an_added_dataset_is_pinned_at_submit(
     entry = model(data, "minigpt") | {"data": {"dataset": "mine"}}
     body = yaml.safe_dump({"name": "mine", "models": [entry]}).encode()
     with pytest.raises(SpecError, match="unknown dataset 'mine'"):
-        parse_spec(body, "job.yaml", datasets=stored.kinds(storage))
-    first, _ = stored.add(storage, "mine", data / "play.txt")
-    spec = parse_spec(body, "job.yaml", datasets=stored.kinds(storage))
+        parse_spec(body, "job.yaml", datasets=uploads.kinds(storage))
+    first, _ = uploads.add(storage, "mine", data / "play.txt")
+    spec = parse_spec(body, "job.yaml", datasets=uploads.kinds(storage))
     name = submit(storage, spec)
     (tmp_path / "tale.txt").write_text("Once upon a time there was a mouse.\n" * 100)
-    second, _ = stored.add(storage, "mine", tmp_path / "tale.txt", replace=True)
+    second, _ = uploads.add(storage, "mine", tmp_path / "tale.txt", replace=True)
     assert stored_model(storage, name, "minigpt").data.sha256 == first.sha256
     run_attempt(storage, name, "minigpt", 1, Group())
     run = Run(storage, name, "minigpt")

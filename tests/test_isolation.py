@@ -22,22 +22,23 @@ from safetensors.torch import save
 from stores import FailingStorage, MemoryStorage
 from test_dispatch import Cluster
 
-from genmodels import checkpoint, threads, wishes
-from genmodels.engine import shelf as shelf_module
+from genmodels import checkpoint, threads
+from genmodels.engine import model_cache as shelf_module
 from genmodels.errors import CheckpointError, StorageError, StorageUnavailable, UnexpectedFailure, contained
-from genmodels.lease import Lease
-from genmodels.logs import LogShipper
 from genmodels.metrics import THREAD_FAILURES, THREAD_PROGRESS
-from genmodels.registry import PROBE, Registry
-from genmodels.run import Run
+from genmodels.registry.store import PROBE, Registry
+from genmodels.runs import control
+from genmodels.runs.control import WishWatch
+from genmodels.runs.logs import LogShipper
+from genmodels.runs.records import Run
 from genmodels.storage import Storage, read_document, write_document
+from genmodels.storage.lease import Lease
 from genmodels.threads import Rounds
-from genmodels.wishes import WishWatch
-from services import host as host_module
-from services.dispatch import Dispatcher
-from services.host import ModelHost
-from services.jobs import create_app as create_jobs
-from services.routes import create_app
+from services.dispatch.dispatcher import Dispatcher
+from services.gateway import model_host as host_module
+from services.gateway.model_host import ModelHost
+from services.gateway.routes import create_app
+from services.jobs.app import create_app as create_jobs
 
 GENERATE = {"n": 1, "seed": 1}
 LOG = logging.getLogger("test")
@@ -299,7 +300,7 @@ def test_any_exception_becomes_one_clear_line(kind: str) -> None:
 
 
 def test_wishes_are_heard_after_a_look_that_failed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(wishes, "LOOK_SECONDS", 0.01)
+    monkeypatch.setattr(control, "LOOK_SECONDS", 0.01)
     run = Run(MemoryStorage(), "job-00000000", "m")
     failures, looks = [RecursionError(), KeyError("x"), MemoryError()], 0
     real = Run.wishes
@@ -338,7 +339,7 @@ def test_logs_are_shipped_after_a_round_that_failed(monkeypatch: pytest.MonkeyPa
 def test_a_dispatcher_goes_on_after_a_tick_that_failed(
     error: Exception, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("services.dispatch.POLL_SECONDS", 0.01)
+    monkeypatch.setattr("services.dispatch.dispatcher.POLL_SECONDS", 0.01)
     storage = FailingStorage()
     dispatcher = Dispatcher(storage, Cluster(storage), Lease(storage, 0.4))
     stop, ticks = threading.Event(), []

@@ -13,11 +13,11 @@ from typing import Any
 import pytest
 from stores import FailingStorage, MemoryStorage, PausedStorage, RecordingStorage, Wrapped, in_threads
 
-from genmodels import job as job_module
 from genmodels.errors import GenmodelsError, IdempotencyConflict, JobNotFound, SpecError, StorageUnavailable
-from genmodels.job import EndedEntry, Entry, Jobs, index_runs, newest_run
-from genmodels.run import Run
-from genmodels.spec import JobSpec, digest, dump, parse_spec
+from genmodels.runs import jobs as job_module
+from genmodels.runs.jobs import EndedEntry, Entry, Jobs, index_runs, newest_run
+from genmodels.runs.records import Run
+from genmodels.spec.sections import JobSpec, digest, dump, parse_spec
 from genmodels.storage import Storage
 
 SUBMITTED = "2026-03-01T12:00:00.000+00:00"

@@ -18,10 +18,10 @@ from service import YAML, Service, spec
 from stores import FailingStorage, MemoryStorage, in_threads
 
 from genmodels.keys import Keys
-from genmodels.run import Run, State
+from genmodels.runs.records import Run, State
 from genmodels.storage import Storage
-from services import jobroutes
-from services.views import job_state
+from services.jobs import routes
+from services.jobs.views import job_state
 
 
 @pytest.fixture
@@ -271,7 +271,7 @@ def test_the_estimated_size_of_a_checkpoint_is_right(
 
     cls = models.load(family)
     built = cls(cls.Config(), open_dataset(DataConfig(dataset=dataset)).info)
-    roles = built.roles(jobroutes.parse_spec(yaml.safe_dump(document).encode(), "x").models[0].train)
+    roles = built.roles(routes.parse_spec(yaml.safe_dump(document).encode(), "x").models[0].train)
     for role in roles:
         for parameter in role.loss.parameters():
             parameter.grad = torch.zeros_like(parameter)
@@ -532,7 +532,7 @@ def test_what_breaks_is_500_and_neither_log_nor_answer_quotes_it(
     def broken(*_: Any, **__: Any) -> None:
         raise RuntimeError("canary")
 
-    monkeypatch.setattr(jobroutes, "parse_spec", broken)
+    monkeypatch.setattr(routes, "parse_spec", broken)
     error = refused(service.post(spec()), 500)
     assert "canary" not in error["message"]
     assert "RuntimeError" in caplog.text

@@ -25,22 +25,23 @@ from served import served
 from service import Service, spec
 from stores import FailingStorage
 
-from genmodels import findings
 from genmodels.checkpoint import sha256_of
 from genmodels.data.images import png
 from genmodels.errors import GenmodelsError
 from genmodels.family import Findings, Measure
-from genmodels.job import Jobs
-from genmodels.lease import Lease
 from genmodels.metrics import ATTEMPTS, DIRECTORY
-from genmodels.registry import Registry
+from genmodels.registry import evaluations
+from genmodels.registry.store import Registry
+from genmodels.runs.jobs import Jobs
 from genmodels.storage import Storage, open_storage
-from services import docs, jobmetrics, jobroutes, jobs, modelroutes
-from services.auth import Caller
-from services.bodies import BodyLimit
-from services.edge import Streamed
-from services.jobmetrics import JobMetrics
-from services.views import Views
+from genmodels.storage.lease import Lease
+from services.http import docs
+from services.http.auth import Caller
+from services.http.bodies import BodyLimit
+from services.http.middleware import Streamed
+from services.jobs import app, metrics, model_routes, routes
+from services.jobs.metrics import JobMetrics
+from services.jobs.views import Views
 
 
 @pytest.fixture
@@ -76,7 +77,7 @@ def test_a_wrong_source_or_model_is_refused(service: Service, query: str) -> Non
 
 
 def test_a_log_is_followed_until_its_job_ends(service: Service, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(jobroutes, "FOLLOW_SECONDS", 0.02)
+    monkeypatch.setattr(routes, "FOLLOW_SECONDS", 0.02)
     job = service.submit("a", "b")
     service.log(job, "a", 1, "0", 1, ("1", "one"))
     with served(service.app) as url, httpx.stream("GET", f"{url}/v1/jobs/{job}/logs?follow=true", timeout=20) as stream:
@@ -93,7 +94,7 @@ def test_a_log_is_followed_until_its_job_ends(service: Service, monkeypatch: pyt
 
 
 def test_who_follows_is_let_go_when_the_service_ends(file_storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(jobroutes, "FOLLOW_SECONDS", 0.02)
+    monkeypatch.setattr(routes, "FOLLOW_SECONDS", 0.02)
     closing = threading.Event()
     service = Service(file_storage, closing=closing.is_set)
     job = service.submit("a")
@@ -106,8 +107,8 @@ def test_who_follows_is_let_go_when_the_service_ends(file_storage: Storage, monk
 
 
 def test_only_so_many_follow(file_storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(jobroutes, "FOLLOW_SECONDS", 0.02)
-    monkeypatch.setattr(jobroutes, "FOLLOWERS", (1, 1))
+    monkeypatch.setattr(routes, "FOLLOW_SECONDS", 0.02)
+    monkeypatch.setattr(routes, "FOLLOWERS", (1, 1))
     service = Service(file_storage)
     job = service.submit("a")
     service.log(job, "a", 1, "0", 1, ("1", "one"))
@@ -152,7 +153,7 @@ def test_a_version_is_pulled_file_by_file(storage: Storage, tmp_path: Path) -> N
     assert set(document["files"]) == set(version.files)
     assert document["evaluations"] == []
     found = Findings(measures={"nll": Measure(value=98.5, unit="nats"), "odd": Measure(value=float("inf"))})
-    findings.record(Registry(storage), version, found, thorough=False, seconds=1, publication=True)
+    evaluations.record(Registry(storage), version, found, thorough=False, seconds=1, publication=True)
     (evaluation,) = service("GET", "/v1/models/clothes/versions/1").json()["evaluations"]
     assert evaluation["measures"]["nll"] == {"value": 98.5, "unit": "nats", "beside": {}}
     assert (evaluation["id"], evaluation["measures"]["odd"]["value"]) == ("publication", "inf")
@@ -196,7 +197,7 @@ def test_a_version_is_a_number(service: Service, number: str) -> None:
 def test_a_damaged_file_is_not_sent(service: Service) -> None:
     version = publish(service.storage, "clothes", "vae")
     service.storage.put(f"models/clothes/blobs/{version.files['model.safetensors'].sha256}", b"nonsense")
-    for _ in range(modelroutes.DOWNLOADS[0] + 1):  # and none of the places for downloads is lost
+    for _ in range(model_routes.DOWNLOADS[0] + 1):  # and none of the places for downloads is lost
         response = service("GET", "/v1/models/clothes/versions/1/files/model.safetensors")
         assert (refused(response, 500)["code"], b"nonsense" in response.content) == ("damaged", False)
     assert service("GET", "/v1/models/clothes/versions/1/files/config.json").status_code == 200
@@ -319,7 +320,7 @@ def test_data_that_does_not_fit_is_refused(
 
 
 def test_an_upload_has_a_limit_of_its_own(file_storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(jobs, "UPLOADS", Streamed("PUT", "/v1/datasets/", BodyLimit(20_000, 30.0)))
+    monkeypatch.setattr(app, "UPLOADS", Streamed("PUT", "/v1/datasets/", BodyLimit(20_000, 30.0)))
     service = Service(file_storage)
     assert service("PUT", "/v1/datasets/lines", content=TEXT).status_code == 201
 
@@ -336,7 +337,7 @@ def test_an_upload_has_a_limit_of_its_own(file_storage: Storage, monkeypatch: py
 def test_an_upload_that_breaks_off_is_nothing(service: Service, caplog: pytest.LogCaptureFixture) -> None:
     with served(service.app) as url:
         address = httpx.URL(url)
-        for _ in range(modelroutes.UPLOADS_AT_ONCE[0] + 1):  # and none of the places for uploads is lost
+        for _ in range(model_routes.UPLOADS_AT_ONCE[0] + 1):  # and none of the places for uploads is lost
             with socket.create_connection((address.host, address.port)) as client:
                 head = "PUT /v1/datasets/lines HTTP/1.1\r\nhost: x\r\ncontent-length: 20000\r\n\r\n"
                 client.sendall(head.encode() + TEXT[:5000])
@@ -379,7 +380,7 @@ def test_counts_for_prometheus(monkeypatch: pytest.MonkeyPatch) -> None:
     storage.away = True
     assert "genmodels_storage_up 1.0" in service("GET", "/metrics").text  # believed for a while: scrapes cost nothing
     assert storage.refused == 0
-    monkeypatch.setattr(jobmetrics, "BELIEVED_SECONDS", 0.0)
+    monkeypatch.setattr(metrics, "BELIEVED_SECONDS", 0.0)
     down = service("GET", "/metrics").text
     assert "genmodels_storage_up 0.0" in down
     assert "genmodels_open_runs{" not in down
@@ -433,10 +434,10 @@ def test_the_document_is_whole(service: Service) -> None:
 def test_without_keys_it_is_for_this_machine_alone(file_storage: Storage) -> None:
     for host in ("0.0.0.0", "10.0.0.1", "::"):
         with pytest.raises(GenmodelsError, match=r"127\.0\.0\.1"):
-            jobs.check_access(file_storage, host, no_auth=True)
-    assert jobs.check_access(file_storage, "127.0.0.1", no_auth=True) is None
+            app.check_access(file_storage, host, no_auth=True)
+    assert app.check_access(file_storage, "127.0.0.1", no_auth=True) is None
     with pytest.raises(GenmodelsError, match="keys create"):
-        jobs.check_access(file_storage, "127.0.0.1", no_auth=False)
+        app.check_access(file_storage, "127.0.0.1", no_auth=False)
 
 
 def test_a_caller_without_keys_may_do_all() -> None:

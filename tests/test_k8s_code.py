@@ -35,10 +35,12 @@ from manifests import (
 from ray_node import OTHER, JoinedNode, RayHead, until
 
 import genmodels
-from genmodels.spec import read_spec
-from services import deploy, exporter, jobs
-from services.backends import submission_id
-from services.local import ray_environment
+from genmodels.spec.sections import read_spec
+from services.dispatch.backends.base import submission_id
+from services.gateway import deploy
+from services.jobs import app
+from services.local.platform import ray_environment
+from services.node import exporter
 
 MODEL = read_spec(ROOT / "jobs" / "quickstart.yaml").models[0]
 IMAGE = f"genmodels:{ray.__version__}-{genmodels.__version__}"
@@ -65,7 +67,7 @@ def test_every_command_is_one_of_the_code(name: str, monkeypatch: pytest.MonkeyP
                 assert options.host == "0.0.0.0"
                 assert [port["containerPort"] for port in container["ports"]] == [options.port]
             seen.add(module)
-    assert seen == {"services.jobs", "services.bootstrap", "services.exporter"}
+    assert seen == {"services.jobs", "services.node.bootstrap", "services.node.exporter"}
 
 
 @every_build
@@ -105,7 +107,7 @@ def test_the_serve_config_is_the_one_of_the_code(name: str) -> None:
         warnings.simplefilter("ignore")  # importing Ray Serve defines settings in ways that pydantic warns of
         from ray.serve.schema import ServeDeploySchema
 
-        from services import gateway
+        from services.gateway import app
 
     manifests = build(name)
     service = only(manifests, "RayService")
@@ -121,8 +123,8 @@ def test_the_serve_config_is_the_one_of_the_code(name: str) -> None:
     assert config["http_options"] == declared["http_options"] | {"host": "0.0.0.0"}
     module, _, function = application["import_path"].partition(":")
     built = getattr(importlib.import_module(module), function)(application["args"])
-    assert isinstance(built, gateway.Application)
-    assert [override["name"] for override in overrides] == [gateway.Gateway.name, gateway.POOL]
+    assert isinstance(built, app.Application)
+    assert [override["name"] for override in overrides] == [app.Gateway.name, app.POOL]
     # One gateway and one host fit a worker, and neither fits the head.
     (hosts,) = cluster_of(service)["workerGroupSpecs"]
     cpus = float(hosts["template"]["spec"]["containers"][0]["resources"]["limits"]["cpu"])
@@ -206,7 +208,7 @@ def test_the_gpu_template_is_the_other_with_a_group_more() -> None:
 
 @pytest.mark.parametrize("use_gpu", [False, True])
 def test_what_the_dispatcher_makes_of_the_template_fits_the_schema(use_gpu: bool) -> None:
-    from services.rayjob import KubeOptions, Template
+    from services.dispatch.backends.rayjob import KubeOptions, Template
 
     template = K8S / "components" / "gpu" / "rayjob.template.yaml"
     options = KubeOptions(template=template, queue="genmodels", priorities=[("genmodels-normal", 0)])
@@ -274,7 +276,7 @@ def test_ports_are_those_of_the_code() -> None:
         for c in pod.containers
         for port in c.get("ports", ())
     }
-    assert (ports["exporter"], ports["http"], ports["serve"]) == (exporter.PORT, jobs.PORT, 8000)
+    assert (ports["exporter"], ports["http"], ports["serve"]) == (exporter.PORT, app.PORT, 8000)
     assert (ports["gcs-server"], ports["dashboard"], ports["metrics"], ports["redis"]) == (6379, 8265, 8080, 6379)
 
 

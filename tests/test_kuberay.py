@@ -21,16 +21,17 @@ from stores import MemoryStorage
 from test_dispatch import data, in_no_time, spec, state, submit, wish
 
 from genmodels.errors import GenmodelsError
-from genmodels.run import Run
-from genmodels.spec import JobSpec
+from genmodels.runs.records import Run
+from genmodels.spec.sections import JobSpec
 from genmodels.storage import Storage, open_storage
-from services import jobs as jobs_service
-from services import kubeapi, kuberay, supervise
-from services.backends import submission_id
-from services.dispatch import Dispatcher
-from services.kuberay import KubeRayBackend
-from services.rayjob import KubeOptions, Template, label
-from services.supervise import LOST, PREEMPTED, Capacity
+from services.dispatch import supervisor
+from services.dispatch.backends import kube_api, kuberay
+from services.dispatch.backends.base import submission_id
+from services.dispatch.backends.kuberay import KubeRayBackend
+from services.dispatch.backends.rayjob import KubeOptions, Template, label
+from services.dispatch.dispatcher import Dispatcher
+from services.dispatch.supervisor import LOST, PREEMPTED, Capacity
+from services.jobs import app as jobs_service
 
 __all__ = ["data", "in_no_time"]
 
@@ -55,9 +56,9 @@ SHIPPED = sorted((Path(__file__).parents[1] / "k8s").rglob("rayjob.template.yaml
 
 @pytest.fixture
 def api(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[KubeApi]:
-    monkeypatch.setattr(kubeapi, "LIST_SECONDS", 0.0)
-    monkeypatch.setattr(kubeapi, "SILENCE_SECONDS", 0.0)
-    monkeypatch.setattr(kubeapi, "TIMEOUT", (2.0, 20.0))
+    monkeypatch.setattr(kube_api, "LIST_SECONDS", 0.0)
+    monkeypatch.setattr(kube_api, "SILENCE_SECONDS", 0.0)
+    monkeypatch.setattr(kube_api, "TIMEOUT", (2.0, 20.0))
     (tmp_path / "template.yaml").write_text(yaml.safe_dump(TEMPLATE))
     with KubeApi() as api:
         monkeypatch.setenv("KUBECONFIG", str(api.kubeconfig(tmp_path)))
@@ -198,7 +199,7 @@ def test_a_rayjob_is_made_once_though_the_answer_was_lost(api: KubeApi, tmp_path
     storage = MemoryStorage()
     platform = Platform(api, tmp_path, storage)
     name = submit(storage, data, "lost", "a")
-    created = kubeapi.KubeApi.create
+    created = kube_api.KubeApi.create
 
     def lose(self: Any, job: Any) -> Any:
         api.lost = True
@@ -341,13 +342,13 @@ def test_kueue_admits_and_preempts(api: KubeApi, tmp_path: Path, data: Path, mon
     storage = MemoryStorage()
     platform = Platform(api, tmp_path, storage, queue="training", a=[obedient, succeeds])
     platform.operator.admits = False
-    monkeypatch.setattr(supervise, "SLOW_SECONDS", -1.0)  # any silence would be a hang
+    monkeypatch.setattr(supervisor, "SLOW_SECONDS", -1.0)  # any silence would be a hang
     name = submit(storage, data, "queued", "a")
     platform.tick(10)
     status = state(storage, name, "a")
     assert (status.state, status.reason) == ("starting", "waits for Kueue to admit it to queue training")
     assert not platform.operator.started
-    monkeypatch.setattr(supervise, "SLOW_SECONDS", 900.0)
+    monkeypatch.setattr(supervisor, "SLOW_SECONDS", 900.0)
     platform.operator.admits = True
     platform.until("a", "running", name)
     platform.operator.clings = True
@@ -446,7 +447,7 @@ def test_an_api_server_that_is_ill_is_asked_again_at_once(api: KubeApi, tmp_path
 
 
 def test_a_list_comes_in_pages(api: KubeApi, tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kubeapi, "PAGE", 2)
+    monkeypatch.setattr(kube_api, "PAGE", 2)
     storage = MemoryStorage()
     platform = Platform(api, tmp_path, storage)
     submit(storage, data, "many", *"abcde")
@@ -465,7 +466,7 @@ def test_all_runs_of_a_tick_share_one_list(
     platform = Platform(api, tmp_path, storage, **{name: [obedient] for name in "abcde"})
     submit(storage, data, "many", *"abcde")
     platform.tick(5)
-    monkeypatch.setattr(kubeapi, "LIST_SECONDS", 60.0)
+    monkeypatch.setattr(kube_api, "LIST_SECONDS", 60.0)
     platform.backend.api._forget()
     api.asked.clear()
     platform.dispatcher.tick(1)
@@ -600,14 +601,14 @@ def test_a_template_that_cannot_be_used(tmp_path: Path, text: str, message: str)
 def test_without_the_client_one_line_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "kubernetes", None)
     with pytest.raises(GenmodelsError, match=r"pip install 'genmodels\[kubernetes\]'"):
-        kubeapi.KubeApi()
+        kube_api.KubeApi()
 
 
 def test_without_a_cluster_one_line_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KUBECONFIG", str(tmp_path / "none"))
     monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
     with pytest.raises(GenmodelsError, match="no Kubernetes to be found"):
-        kubeapi.KubeApi()
+        kube_api.KubeApi()
 
 
 def test_limits_are_the_operators(api: KubeApi, tmp_path: Path, data: Path) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 
-from genmodels.latent import MAX_FIT, GaussianMixture, first_rows, lerp, slerp, standard_normal
+from genmodels.nn.latents import MAX_FIT, GaussianMixture, first_rows, lerp, slerp, standard_normal
 
 
 @pytest.fixture(scope="module")

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 import pytest
 from stores import FailingStorage, MemoryStorage, Wrapped, in_threads
 
-from genmodels import lease as lease_module
 from genmodels.errors import LeaseLost, StorageUnavailable
-from genmodels.lease import Lease
 from genmodels.storage import Storage
+from genmodels.storage import lease as lease_module
+from genmodels.storage.lease import Lease
 
 
 class Clock:

@@ -21,13 +21,13 @@ from asking import ask, refused
 from published import publish
 from served import served
 
-from genmodels.engine.loaded import TextModel
+from genmodels.engine.loader import TextModel
 from genmodels.errors import RequestError
 from genmodels.keys import Key, Keys
 from genmodels.storage import Storage, open_storage
-from services.host import ModelHost
-from services.limits import Limits
-from services.routes import create_app
+from services.gateway.model_host import ModelHost
+from services.gateway.routes import create_app
+from services.http.rate_limits import Limits
 
 BODY = {"model": "play", "prompt": "To be", "max_tokens": 12}
 

@@ -17,13 +17,13 @@ from plain_workers import WorkerGroup
 from stores import FailingStorage, MemoryStorage, Wrapped
 from tiny import job, make_data, model
 
-from genmodels import logs
 from genmodels.errors import StorageError, StorageUnavailable
-from genmodels.logs import Spool
-from genmodels.run import Run
+from genmodels.runs import logs
+from genmodels.runs.control import KILLED
+from genmodels.runs.logs import Spool
+from genmodels.runs.records import Run
 from genmodels.storage import Storage
-from genmodels.wishes import KILLED
-from services.local import submit
+from services.local.platform import submit
 
 TESTS = str(Path(__file__).parent)
 
@@ -273,7 +273,7 @@ def test_logs_of_a_killed_rank_and_of_its_peer(data: Path, file_storage: Storage
         printed = group.logs[0].read_text().splitlines()
     assert codes[0] != 0
     found = [line.line for line in run.log_lines("1")]
-    assert found[0] == "INFO:genmodels.attempt:attempt 1, rank 1 of 2: begins"
+    assert found[0] == "INFO:genmodels.training.attempt:attempt 1, rank 1 of 2: begins"
     steps = [line.split() for line in found if line.startswith("rank 1 step")]
     assert [int(words[3]) for words in steps] == list(range(1, len(steps) + 1))
     assert float(steps[-1][5]) > killed_at - logs.SHIP_SECONDS - logs.COPY_SECONDS - 2.0  # the last for slow machines

@@ -13,14 +13,14 @@ import yaml
 from service import Service, spec
 from stores import Wrapped
 
-from genmodels.job import Jobs
-from genmodels.spec import parse_spec
+from genmodels.runs.jobs import Jobs
+from genmodels.spec.sections import parse_spec
 from genmodels.storage import Storage
-from services import jobmetrics
-from services.dispatch import ADOPTED_AT_ONCE, Dispatcher
-from services.jobmetrics import JobMetrics
-from services.supervise import Capacity
-from services.views import Views
+from services.dispatch.dispatcher import ADOPTED_AT_ONCE, Dispatcher
+from services.dispatch.supervisor import Capacity
+from services.jobs import metrics as jobmetrics
+from services.jobs.metrics import JobMetrics
+from services.jobs.views import Views
 
 JOBS, MODELS = 12, 20
 

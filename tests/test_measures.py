@@ -10,10 +10,10 @@ from scipy.linalg import sqrtm
 from sklearn.metrics.pairwise import euclidean_distances, polynomial_kernel
 from torch import Tensor
 
-from genmodels.measures import distances, filters, judge, samples
-from genmodels.measures.distances import frechet_distance, kernel_distance, moments, nearest, neighbours
-from genmodels.measures.pictures import components, mean_psnr, mean_ssim, pictures, spread
-from genmodels.networks import psnr
+from genmodels.evals import classifier, distances, filters, generative
+from genmodels.evals.distances import frechet_distance, kernel_distance, moments, nearest, neighbours
+from genmodels.evals.images import components, mean_psnr, mean_ssim, pictures, spread
+from genmodels.nn.networks import psnr
 
 BENCH = Bench()  # one judge for all tests of a data set
 SHAPES = shapes()
@@ -89,15 +89,15 @@ def test_similarity_falls_with_noise(shape: tuple[int, int, int]) -> None:
 # ---- the judge
 
 
-def appointed(data=SHAPES) -> judge.Judge:
-    return judge.appoint(BENCH.material(data), np.arange(0, len(data.split("train")), 2))
+def appointed(data=SHAPES) -> classifier.Judge:
+    return classifier.appoint(BENCH.material(data), np.arange(0, len(data.split("train")), 2))
 
 
 def test_a_judge_learns_the_classes_and_is_the_same_each_time() -> None:
     first = appointed()
     assert first.knows_classes
     assert first.accuracy(BENCH.material(SHAPES)) > 0.6, "by chance 0.25"
-    again = judge.appoint(Bench().material(SHAPES), np.arange(0, 480, 2))
+    again = classifier.appoint(Bench().material(SHAPES), np.arange(0, 480, 2))
     assert again.sha256 == first.sha256
     images = pictures(SHAPES.split("train").images[::2])
     features = first.features(images)
@@ -109,20 +109,20 @@ def test_a_judge_learns_the_classes_and_is_the_same_each_time() -> None:
 def test_a_judge_is_kept_and_learns_only_what_it_may() -> None:
     bench, data = Bench(), shapes(train=120, val=20)
     learn_from = np.arange(0, 120, 2)
-    weights = judge.appoint(bench.material(data), learn_from).sha256
+    weights = classifier.appoint(bench.material(data), learn_from).sha256
     spoiled = shapes(train=120, val=20)
     spoiled.split("train").images[1::2] = 0  # what was put aside
     spoiled.digest = data.digest
-    assert judge.appoint(Bench().material(spoiled), learn_from).sha256 == weights
-    assert judge.appoint(bench.material(data), learn_from).sha256 == weights
+    assert classifier.appoint(Bench().material(spoiled), learn_from).sha256 == weights
+    assert classifier.appoint(bench.material(data), learn_from).sha256 == weights
     assert len(bench.made) == 1
 
 
 def test_without_classes_a_judge_learns_which_way_round_a_picture_is() -> None:
     data = shapes(train=120, val=40, labelled=False, channels=3)
-    found = judge.appoint(BENCH.material(data), np.arange(0, 120, 2))
+    found = classifier.appoint(BENCH.material(data), np.arange(0, 120, 2))
     assert not found.knows_classes
-    assert found.features(pictures(data.split("val").images)).shape == (40, judge.FEATURES)
+    assert found.features(pictures(data.split("val").images)).shape == (40, classifier.FEATURES)
 
 
 # ---- sets of pictures
@@ -134,8 +134,8 @@ def drawn(images: Tensor, labels: np.ndarray | None = None):
 
 
 def measured(images: Tensor, labels: np.ndarray | None = None) -> dict[str, float]:
-    found = samples.evaluate(BENCH.material(SHAPES), drawn(images, labels))
-    assert set(found.measures) <= set(samples.NAMES)
+    found = generative.evaluate(BENCH.material(SHAPES), drawn(images, labels))
+    assert set(found.measures) <= set(generative.NAMES)
     return {name: measure.value for name, measure in found.measures.items()}
 
 
@@ -173,24 +173,24 @@ def test_noise_is_seen() -> None:
 
 
 def test_real_against_real_stands_beside() -> None:
-    found = samples.evaluate(BENCH.material(SHAPES), drawn(torch.zeros(200, 1, 16, 16)))
+    found = generative.evaluate(BENCH.material(SHAPES), drawn(torch.zeros(200, 1, 16, 16)))
     assert found.notes["pictures"] == 120
     assert found.notes["classes"]
     assert sum(found.notes["classes"]) == 120
     for name in ("frechet", "kid", "precision", "recall", "density", "coverage", "class_ratio"):
         (reference,) = found.measures[name].beside.values()
         assert np.isfinite(reference)
-    assert found.measures["coverage"].beside[samples.REAL] > 0.9
+    assert found.measures["coverage"].beside[generative.REAL] > 0.9
     assert found.measures["frechet_ratio"].value == pytest.approx(
-        found.measures["frechet"].value / found.measures["frechet"].beside[samples.REAL]
+        found.measures["frechet"].value / found.measures["frechet"].beside[generative.REAL]
     )
 
 
 def test_two_pictures_can_be_compared_and_one_cannot() -> None:
     zeros = drawn(torch.zeros(200, 1, 16, 16))
-    few = samples.evaluate(BENCH.material(shapes(train=32, val=2)), zeros)
+    few = generative.evaluate(BENCH.material(shapes(train=32, val=2)), zeros)
     assert few.notes["neighbours"] == 1
-    assert samples.evaluate(BENCH.material(shapes(train=32, val=1)), zeros).measures == {}
+    assert generative.evaluate(BENCH.material(shapes(train=32, val=1)), zeros).measures == {}
 
 
 # ---- filters

@@ -12,18 +12,18 @@ import torch
 from material import Bench
 from tiny import job, make_data, model
 
-from genmodels.attempt import run_attempt
 from genmodels.data import DataConfig, TextData, open_dataset
+from genmodels.evals.text import longest_shared, ngram_losses, repetition
 from genmodels.family import OptimizerConfig, TextInfo
-from genmodels.measures.texts import longest_shared, ngram_losses, repetition
 from genmodels.models.minigpt import MiniGPT, MiniGPTConfig
-from genmodels.registry import Registry
-from genmodels.run import Run
-from genmodels.spec import read_spec
+from genmodels.registry.store import Registry
+from genmodels.runs.records import Run
+from genmodels.spec.sections import read_spec
 from genmodels.storage import open_storage
-from genmodels.train import Group, evaluate
-from services.local import submit
-from services.train import _publish
+from genmodels.training.attempt import run_attempt
+from genmodels.training.loop import Group, evaluate
+from services.local.platform import submit
+from services.train.driver import _publish
 
 ROOT = Path(__file__).parent.parent
 

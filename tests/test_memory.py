@@ -24,22 +24,24 @@ from tiny import job, make_data, model
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from genmodels import attempt, models, servable
+from genmodels import models
 from genmodels.data.text import CharTokenizer
-from genmodels.engine import shelf as shelf_module
-from genmodels.engine.loaded import TextModel, load
-from genmodels.engine.text import CompletionRequest, complete
+from genmodels.engine import model_cache as shelf_module
+from genmodels.engine.loader import TextModel, load
+from genmodels.engine.text.completion import CompletionRequest, complete
 from genmodels.errors import SpecError
 from genmodels.family import Family, ImageInfo, OptimizerConfig, TextInfo
-from genmodels.latent import FittedDensity, GaussianMixture
-from genmodels.memory import HOST_MEMORY, SERVED_ROWS, Footprint, too_large
 from genmodels.models.minigpt import MiniGPT, MiniGPTConfig, MiniGPTDecoder
-from genmodels.registry import Registry
-from genmodels.sampling import Sampler
+from genmodels.nn.latents import FittedDensity, GaussianMixture
+from genmodels.nn.sampling import Sampler
+from genmodels.preflight import servable
+from genmodels.registry.store import Registry
+from genmodels.sizing.memory import HOST_MEMORY, SERVED_ROWS, Footprint, too_large
 from genmodels.storage import Storage, open_storage
-from services import host as host_module
-from services.host import ModelHost
-from services.routes import create_app
+from genmodels.training import attempt
+from services.gateway import model_host as host_module
+from services.gateway.model_host import ModelHost
+from services.gateway.routes import create_app
 
 PICTURES = [ImageInfo(channels=1, height=28, width=28), ImageInfo(channels=3, height=33, width=48, num_classes=7)]
 MODELS: list[tuple[str, dict[str, Any], Any]] = [

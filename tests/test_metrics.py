@@ -18,20 +18,21 @@ from published import build, publish
 from stores import FailingStorage, MemoryStorage
 from tiny import job, make_data, model
 
-from genmodels import flops, metrics, models
-from genmodels.attempt import run_attempt
+from genmodels import metrics, models
 from genmodels.errors import Conflict, KeyNotFound, StorageError, StorageUnavailable
 from genmodels.family import TextFamily
-from genmodels.job import Jobs
-from genmodels.registry import Registry
-from genmodels.run import Run, Status
-from genmodels.spec import TrainConfig
-from genmodels.storage import Storage, measured
+from genmodels.registry.store import Registry
+from genmodels.runs.jobs import Jobs
+from genmodels.runs.records import Run, Status
+from genmodels.spec.sections import TrainConfig
+from genmodels.storage import Storage, instrumented
 from genmodels.storage.base import PassingFailure
-from genmodels.storage.measured import MeasuredStorage
-from genmodels.train import Group
-from services import supervise
-from services.supervise import Supervisor
+from genmodels.storage.instrumented import MeasuredStorage
+from genmodels.training import flops
+from genmodels.training.attempt import run_attempt
+from genmodels.training.loop import Group
+from services.dispatch import supervisor as supervise
+from services.dispatch.supervisor import Supervisor
 
 
 @pytest.fixture(scope="module")
@@ -214,14 +215,14 @@ class OfThisThread:
 @pytest.fixture
 def storage_seconds(monkeypatch: pytest.MonkeyPatch) -> MetricWrapperBase:
     counted = OfThisThread(metrics.STORAGE_SECONDS)
-    monkeypatch.setattr(measured, "STORAGE_SECONDS", counted)
+    monkeypatch.setattr(instrumented, "STORAGE_SECONDS", counted)
     return counted.own
 
 
 @pytest.fixture
 def storage_errors(monkeypatch: pytest.MonkeyPatch) -> MetricWrapperBase:
     counted = OfThisThread(metrics.STORAGE_ERRORS)
-    monkeypatch.setattr(measured, "STORAGE_ERRORS", counted)
+    monkeypatch.setattr(instrumented, "STORAGE_ERRORS", counted)
     return counted.own
 
 

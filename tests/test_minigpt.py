@@ -13,9 +13,9 @@ from torch import Tensor
 from genmodels.errors import RequestError, SpecError
 from genmodels.family import ImageInfo, OptimizerConfig, TextInfo
 from genmodels.models.minigpt import MiniGPT, MiniGPTConfig, rotate, rotations
-from genmodels.optim import make_optimizers
-from genmodels.sampling import SamplingOptions
-from genmodels.spec import ModelSpec, read_spec
+from genmodels.nn.optim import make_optimizers
+from genmodels.nn.sampling import SamplingOptions
+from genmodels.spec.sections import ModelSpec, read_spec
 
 VOCAB = 11
 PLAIN: dict[str, Any] = {

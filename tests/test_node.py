@@ -12,7 +12,7 @@ import pytest
 from ray_node import until
 
 from genmodels.errors import GenmodelsError
-from services import node
+from services.node import node
 
 
 def start(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:

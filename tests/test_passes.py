@@ -17,8 +17,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from published import loaded
 
-from genmodels.engine import images
-from genmodels.engine.images import (
+from genmodels.engine.image import requests as images
+from genmodels.engine.image.batcher import CHUNK, Passes
+from genmodels.engine.image.requests import (
     DecodeRequest,
     EncodeRequest,
     GenerateRequest,
@@ -26,8 +27,7 @@ from genmodels.engine.images import (
     InterpolateRequest,
     ReconstructRequest,
 )
-from genmodels.engine.loaded import ImageModel
-from genmodels.engine.passes import CHUNK, Passes
+from genmodels.engine.loader import ImageModel
 from genmodels.errors import RequestError
 
 
@@ -250,8 +250,8 @@ def test_files_of_pictures_are_told_as_base64(tmp_path: Path) -> None:
     from published import publish
 
     from genmodels.storage import open_storage
-    from services.host import ModelHost
-    from services.routes import create_app
+    from services.gateway.model_host import ModelHost
+    from services.gateway.routes import create_app
 
     storage = open_storage(tmp_path.as_uri())
     publish(storage, "shapes", "vae")

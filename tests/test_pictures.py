@@ -17,13 +17,13 @@ import pytest
 from PIL import Image
 from stores import MemoryStorage
 
-from genmodels.data import DataConfig, ImageData, decode, decode_image, open_dataset, stored, unpack
+from genmodels.data import DataConfig, ImageData, decode, decode_image, open_dataset, unpack, uploads
 from genmodels.data.decode import FORMATS
 from genmodels.data.files import find_pictures, shown, skipped_note
 from genmodels.data.images import REQUEST_FORMATS, read_folder
 from genmodels.errors import DataError, RequestError, SpecError
 from genmodels.family import ImageInfo
-from genmodels.spec import read_spec
+from genmodels.spec.sections import read_spec
 
 MODES = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "LAB", "HSV")
 DEEP_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N", "F")
@@ -301,7 +301,7 @@ def test_what_is_skipped_is_counted_and_named_by_kind(tmp_path: Path) -> None:
     os.mkfifo(folder / "pipe.png")
     note = "7 skipped: 3 links, 1 .heic, 1 hidden, 1 special file, 1 without a suffix"
     assert read_folder(folder, SIDE, None).notes[-1] == note
-    dataset, _ = stored.add(MemoryStorage(), "mine", folder)
+    dataset, _ = uploads.add(MemoryStorage(), "mine", folder)
     assert dataset.notes[-1] == note
     nothing = tmp_path / "nothing"
     nothing.mkdir()
@@ -317,7 +317,7 @@ def test_a_zip_counts_what_it_skips_as_well(tmp_path: Path) -> None:
             archive.write(path, path.name)
         for name in ("a.heic", "b.HEIC", "__MACOSX/._0.png", "notes"):
             archive.writestr(name, "x")
-    dataset, _ = stored.add(MemoryStorage(), "mine", tmp_path / "photos.zip")
+    dataset, _ = uploads.add(MemoryStorage(), "mine", tmp_path / "photos.zip")
     assert dataset.notes[-1] == "4 skipped: 2 .heic, 1 hidden, 1 without a suffix"
 
 
@@ -360,7 +360,7 @@ def test_names_that_are_not_utf_8_work_and_are_shown_escaped(tmp_path: Path, nam
     for note in data.notes:
         note.encode()
         assert note.isprintable()
-    dataset, _ = stored.add(MemoryStorage(), "mine", folder / os.fsdecode(name), SIDE)
+    dataset, _ = uploads.add(MemoryStorage(), "mine", folder / os.fsdecode(name), SIDE)
     dataset.model_dump_json().encode()
     (folder / os.fsdecode(name) / os.fsdecode(name + b".png")).write_bytes(b"x")
     with pytest.raises(DataError, match="1 of 65 pictures cannot be read") as caught:
@@ -383,6 +383,6 @@ def test_a_broken_zip_is_told_as_a_zip(tmp_path: Path, content: bytes) -> None:
     for name in ("photos", "photos.zip"):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(DataError, match=f"{name} cannot be read as a zip: .*; pack it anew"):
-            stored.add(MemoryStorage(), "mine", tmp_path / name)
+            uploads.add(MemoryStorage(), "mine", tmp_path / name)
     (tmp_path / "named.zip").write_bytes(content[:1])
     assert unpack.is_zip(tmp_path / "named.zip")

@@ -21,19 +21,19 @@ from PIL import Image
 from published import IMAGES, publish
 from served import served
 
-from genmodels import findings
 from genmodels.checkpoint import Place
 from genmodels.data.images import png
 from genmodels.engine.history import MOST_ROWS, MOST_STEPS, read
 from genmodels.family import Findings, Measure
 from genmodels.keys import Keys
-from genmodels.registry import Registry
-from genmodels.run import Run
+from genmodels.registry import evaluations
+from genmodels.registry.store import Registry
+from genmodels.runs.records import Run
+from genmodels.runs.thinning import thinned
 from genmodels.storage import Storage, open_storage
-from genmodels.thinning import thinned
-from services.host import ModelHost
-from services.playground import FOLDER, TYPES
-from services.routes import create_app
+from services.gateway.model_host import ModelHost
+from services.gateway.playground import FOLDER, TYPES
+from services.gateway.routes import create_app
 
 JOB = "test-00000000"
 STEPS = range(10, 210, 10)
@@ -73,7 +73,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Storage:
         publish(storage, "classes", "gan", conditional=True)
     measure = Measure(value=23.125, unit="dB", beside={"PCA, 20 components": 19.25})
     found = Findings(measures={"psnr": measure}, notes={"images_seen": 640, "noise_std": [0.3, 0.15]})
-    findings.record(Registry(storage), version, found, thorough=False, seconds=1, publication=True)
+    evaluations.record(Registry(storage), version, found, thorough=False, seconds=1, publication=True)
     train(storage, "shapes")
     train(storage, "play", text=True)
     return storage

@@ -16,19 +16,19 @@ from published import publish
 from service import Service, spec
 from stores import MemoryStorage, RecordingStorage, Wrapped
 
-from genmodels import precheck
-from genmodels.data import DATASETS, DataConfig, stored
+from genmodels.data import DATASETS, DataConfig, uploads
 from genmodels.data.facts import facts_of
 from genmodels.data.text import TrainWindows, ValWindows
 from genmodels.errors import DataError, SpecError
 from genmodels.family import Measure, TextInfo
-from genmodels.findings import Evaluation
-from genmodels.precheck import Facts, check_job
-from genmodels.run import Result, Status
-from genmodels.spec import JobSpec, ModelSpec, parse_spec
+from genmodels.preflight import check
+from genmodels.preflight.check import Facts, check_job
+from genmodels.registry.evaluations import Evaluation
+from genmodels.runs.records import Result, Status
+from genmodels.spec.sections import JobSpec, ModelSpec, parse_spec
 from genmodels.storage import Storage
-from services.tables import measures_table
-from services.terminal import digits, of_few, summary
+from services.console.progress import digits, of_few, summary
+from services.console.tables import measures_table
 
 PHOTOS = 58
 
@@ -122,7 +122,7 @@ def test_whatever_is_chosen_trains_and_whatever_is_named_is_taken(
     if found is None:
         return
     try:
-        chosen, _ = precheck._fit_batch(found, examples)
+        chosen, _ = check._fit_batch(found, examples)
     except SpecError as error:
         named = str(error).partition("expected at most")[2].partition("; write ")[2].partition(" ")[0]
         largest = int(named or 0)  # 0: too few to share among the workers
@@ -130,7 +130,7 @@ def test_whatever_is_chosen_trains_and_whatever_is_named_is_taken(
         largest = None
     if largest is not None:
         again = entry(largest) if largest else None
-        assert not largest or (again and precheck._fit_batch(again, examples) == (again, []))
+        assert not largest or (again and check._fit_batch(again, examples) == (again, []))
         assert not any(entry(size) for size in range(largest + 1, min(examples, largest + 20) + 1))
         return
     size = chosen.train.batch_size
@@ -178,7 +178,7 @@ def test_each_dataset_is_opened_once(folder: Path, monkeypatch: pytest.MonkeyPat
         opened.append(config)
         return facts_of(config, *arguments, **options)
 
-    monkeypatch.setattr(precheck, "facts_of", count)
+    monkeypatch.setattr(check, "facts_of", count)
     check_job(job(folder, *(photos(f"m{i}") for i in range(20))), MemoryStorage())
     assert len(opened) == 1
 
@@ -203,13 +203,13 @@ def test_what_is_known_of_stored_data_is_true(tmp_path: Path, classes: int) -> N
         path = tmp_path / "photos" / f"class-{number % classes}" / f"{number}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         Image.fromarray(np.random.default_rng(number).integers(0, 256, (8, 8), np.uint8)).save(path)
-    dataset, _ = stored.add(storage, "photos", tmp_path / "photos", 8)
+    dataset, _ = uploads.add(storage, "photos", tmp_path / "photos", 8)
     config = DataConfig.model_validate({"dataset": "photos", "sha256": dataset.sha256}, context={"stored": True})
     told, opened = (facts_of(config, storage, open_all=open_all) for open_all in (False, True))
     assert (told.info, told.training, told.validation) == (opened.info, opened.training, opened.validation)
     before = dataset.model_dump(mode="json", exclude={"validation", "digest"})
     storage.objects[f"datasets/photos/{dataset.sha256}/dataset.json"] = (
-        stored.StoredDataset.model_validate(before).model_dump_json().encode()
+        uploads.StoredDataset.model_validate(before).model_dump_json().encode()
     )
     assert facts_of(config, storage, open_all=False).training > 0  # of a release that noted less
 
@@ -248,7 +248,7 @@ def test_what_is_chosen_and_expected_is_told_with_the_job(file_storage: Storage,
         pixels = np.random.default_rng(number).integers(0, 256, (8, 8), np.uint8)
         (tmp_path / "photos").mkdir(exist_ok=True)
         Image.fromarray(pixels).save(tmp_path / "photos" / f"{number}.png")
-    stored.add(file_storage, "photos", tmp_path / "photos", 8)
+    uploads.add(file_storage, "photos", tmp_path / "photos", 8)
     service = Service(file_storage)
     service.queue({"cpus": 2, "gpus": 0})
     document = spec("x", "a", "b")
@@ -283,7 +283,7 @@ class Counting(Wrapped):
 def test_a_submission_reads_what_is_noted_and_never_the_data(tmp_path: Path) -> None:
     storage = Counting()
     (tmp_path / "lines.txt").write_text("Call me Ishmael.\n" * 1000)
-    stored.add(storage, "lines", tmp_path / "lines.txt")
+    uploads.add(storage, "lines", tmp_path / "lines.txt")
     service = Service(storage)
     document = spec("x", *(f"m{i}" for i in range(50)))
     for entry in document["models"]:

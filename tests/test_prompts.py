@@ -14,11 +14,11 @@ from published import VOCABULARY, publish
 from test_completions import events, joined, until
 
 from genmodels.data.text import CharTokenizer
-from genmodels.engine.completion_request import CompletionRequest
-from genmodels.engine.text import MAX_TEXTS, MAX_TOKENS
+from genmodels.engine.text.completion import MAX_TEXTS, MAX_TOKENS
+from genmodels.engine.text.request import CompletionRequest
 from genmodels.storage import Storage, open_storage
-from services.host import ModelHost, Opened
-from services.routes import create_app
+from services.gateway.model_host import ModelHost, Opened
+from services.gateway.routes import create_app
 
 TOKENIZER = CharTokenizer(VOCABULARY)
 PROMPTS = ["To be", "Or not!", "x", "A long one, so that the window of sixteen tokens is too small for it"]

@@ -20,12 +20,12 @@ from plain_workers import WorkerGroup
 from tiny import make_data, model
 
 from genmodels.checkpoint import Place
-from genmodels.registry import Registry
-from genmodels.run import Run
-from genmodels.spec import job_id, read_spec
+from genmodels.registry.store import Registry
+from genmodels.runs.records import Run
+from genmodels.spec.sections import job_id, read_spec
 from genmodels.storage import open_storage
-from services.environment import python
-from services.local import submit
+from services.cluster.environment import python
+from services.local.platform import submit
 
 pytestmark = pytest.mark.timeout(900)  # on a busy machine each start of a group may take half a minute
 

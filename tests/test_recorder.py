@@ -19,15 +19,16 @@ from safetensors import SafetensorError
 from stores import LINEAGE, FailingStorage, MemoryStorage, RecordingStorage, Wrapped
 from tiny import job, make_data, model
 
-from genmodels import metrics, models, recorder
-from genmodels import run as run_module
+from genmodels import metrics, models
 from genmodels.checkpoint import MANIFEST, Place, Snapshot
 from genmodels.errors import StorageError, Superseded, TrainingDiverged
-from genmodels.pin import resolve
-from genmodels.recorder import RunRecorder
-from genmodels.run import Run
-from genmodels.spec import ModelSpec
+from genmodels.registry.pin import resolve
+from genmodels.runs import records as run_module
+from genmodels.runs.records import Run
+from genmodels.spec.sections import ModelSpec
 from genmodels.storage import Storage
+from genmodels.training import recorder
+from genmodels.training.recorder import RunRecorder
 
 FIT_BATCH = {"images": torch.rand(24, *IMAGES.shape, generator=torch.Generator().manual_seed(0))}
 

@@ -14,13 +14,14 @@ from hypothesis import strategies as st
 from published import build, write
 from stores import LINEAGE, MemoryStorage, RecordingStorage, Wrapped, in_threads
 
-from genmodels import checkpoint, registry
+from genmodels import checkpoint
 from genmodels.checkpoint import Manifest, Place
 from genmodels.errors import CheckpointError, ModelNotFound, SpecError
 from genmodels.family import Family
-from genmodels.registry import Alias, Registry, Version, best, check_alias, judge, verify_probe, write_probe
-from genmodels.run import GateResult, Run
-from genmodels.spec import Gate
+from genmodels.registry import store as registry
+from genmodels.registry.store import Alias, Registry, Version, best, check_alias, judge, verify_probe, write_probe
+from genmodels.runs.records import GateResult, Run
+from genmodels.spec.sections import Gate
 from genmodels.storage import Storage, read_document, write_document
 
 PASSED = GateResult(metric="val_loss", value=1.5, passed=True, reason="val_loss 1.5 is <= 2")

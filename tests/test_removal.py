@@ -18,19 +18,19 @@ import pytest
 from published import publish
 from stores import LINEAGE, MemoryStorage, PausedStorage, Wrapped, save
 
-from genmodels import findings, lease, pin
-from genmodels.data import stored
+from genmodels.data import uploads
 from genmodels.data.sources import cache_folder
-from genmodels.engine.following import Follower
-from genmodels.engine.shelf import Shelf
+from genmodels.engine.alias_watcher import Follower
+from genmodels.engine.model_cache import Shelf
 from genmodels.errors import DataError, GenmodelsError, JobNotFound, ModelNotFound
 from genmodels.family import Findings
-from genmodels.job import Jobs, index_runs
-from genmodels.registry import Registry, Version
-from genmodels.removal import dataset_contents, delete_dataset, delete_model, model_contents
-from genmodels.run import Change, Run, State, Status, now
-from genmodels.spec import JobSpec, dump, parse_spec
-from genmodels.storage import Storage, write_document
+from genmodels.registry import evaluations, pin
+from genmodels.registry.removal import dataset_contents, delete_dataset, delete_model, model_contents
+from genmodels.registry.store import Registry, Version
+from genmodels.runs.jobs import Jobs, index_runs
+from genmodels.runs.records import Change, Run, State, Status, now
+from genmodels.spec.sections import JobSpec, dump, parse_spec
+from genmodels.storage import Storage, lease, write_document
 from genmodels.threads import Rounds
 
 LONG_AGO = "2020-01-01T00:00:00.000+00:00"
@@ -72,7 +72,7 @@ def own_job(storage: Storage, *models: str, job: str = OWN, state: State = "succ
 
 
 def evaluated(storage: Storage, version: Version) -> None:
-    findings.record(Registry(storage), version, Findings(), thorough=False, seconds=1, publication=True)
+    evaluations.record(Registry(storage), version, Findings(), thorough=False, seconds=1, publication=True)
 
 
 @pytest.fixture(scope="module")
@@ -120,8 +120,8 @@ class Dying(Wrapped):
 @pytest.fixture
 def short_leases(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leases of the dead end at once."""
-    monkeypatch.setattr("genmodels.registry.SWEEP_SECONDS", 0.0)
-    monkeypatch.setattr(stored, "SWEEP_SECONDS", 0.0)
+    monkeypatch.setattr("genmodels.registry.store.SWEEP_SECONDS", 0.0)
+    monkeypatch.setattr(uploads, "SWEEP_SECONDS", 0.0)
 
 
 @pytest.fixture
@@ -383,20 +383,20 @@ def text(folder: Path, content: str = LINES) -> Path:
     return path
 
 
-def photos(storage: Storage, folder: Path) -> stored.StoredDataset:
+def photos(storage: Storage, folder: Path) -> uploads.StoredDataset:
     """Two contents under one name, one of them trained on, and what evaluations kept of it."""
-    first, _ = stored.add(storage, "photos", text(folder))
-    second, _ = stored.add(storage, "photos", text(folder, LINES.upper()), replace=True)
+    first, _ = uploads.add(storage, "photos", text(folder))
+    second, _ = uploads.add(storage, "photos", text(folder, LINES.upper()), replace=True)
     for dataset in (first, second):
         storage.put(f"measures/ngrams-3-{dataset.digest[:16]}", b"counts")
-        assert stored.load("photos", dataset.sha256, storage).digest == dataset.digest
+        assert uploads.load("photos", dataset.sha256, storage).digest == dataset.digest
     storage.put("measures/ngrams-3-ffffffffffffffff", b"of others")
     return first
 
 
 def test_a_dataset_is_removed_whole_and_says_what_was_trained_on_it(storage: Storage, tmp_path: Path) -> None:
     first = photos(storage, tmp_path)
-    stored.add(storage, "others", text(tmp_path, LINES.lower()))
+    uploads.add(storage, "others", text(tmp_path, LINES.lower()))
     own_job(storage, "first", dataset="photos")
     own_job(storage, "second", job="second-00000000")
     for job, model in ((OWN, "first"), ("second-00000000", "second")):
@@ -411,13 +411,13 @@ def test_a_dataset_is_removed_whole_and_says_what_was_trained_on_it(storage: Sto
     assert storage.list("datasets/photos/") == ["datasets/photos/sweep.json"]
     assert storage.list("measures/") == ["measures/ngrams-3-ffffffffffffffff"]
     assert list((cache_folder() / "datasets").glob("[0-9a-f]*")) == []
-    assert [dataset.name for dataset in stored.catalog(storage)] == ["others"]
+    assert [dataset.name for dataset in uploads.catalog(storage)] == ["others"]
     assert Registry(storage).resolve("first").lineage == LINEAGE
     with pytest.raises(DataError, match="no dataset 'photos'"):
         delete_dataset(storage, "photos")
-    added, new = stored.add(storage, "photos", text(tmp_path))
+    added, new = uploads.add(storage, "photos", text(tmp_path))
     assert new
-    assert stored.load("photos", None, storage).digest == added.digest
+    assert uploads.load("photos", None, storage).digest == added.digest
 
 
 @pytest.mark.parametrize("after", [False, True])
@@ -432,7 +432,7 @@ def test_a_dataset_killed_at_any_write(tmp_path: Path, after: bool, short_leases
         else:
             assert moment > 7
             return
-        for dataset in stored.contents(storage, "photos"):  # whatever is still told of is whole
+        for dataset in uploads.contents(storage, "photos"):  # whatever is still told of is whole
             assert storage.exists(dataset.key), moment
         if traces(storage, "photos"):
             delete_dataset(storage, "photos")
@@ -448,7 +448,7 @@ def test_added_at_any_moment_of_its_deletion(tmp_path: Path, content: str, waits
         storage = MemoryStorage()
         photos(storage, tmp_path)
         path = text(tmp_path, content)
-        adding = Beside(lambda storage=storage, path=path: stored.add(storage, "photos", path, replace=True), waits)
+        adding = Beside(lambda storage=storage, path=path: uploads.add(storage, "photos", path, replace=True), waits)
         paused = PausedStorage(storage, moment, adding.begin)
         delete_dataset(paused, "photos")
         if paused.operations < moment:
@@ -458,7 +458,7 @@ def test_added_at_any_moment_of_its_deletion(tmp_path: Path, content: str, waits
         is_there = bool(traces(storage, "photos"))
         outcomes.add(is_there)
         if is_there:
-            assert stored.find(storage, "photos") == dataset, moment
+            assert uploads.find(storage, "photos") == dataset, moment
             assert storage.get(dataset.key)[0] == content.encode(), moment
         assert is_there or not adding.waited, moment
 
@@ -469,4 +469,4 @@ def test_a_dataset_that_an_open_job_needs_stays(tmp_path: Path) -> None:
     job, _ = Jobs(storage).submit(spec("first", dataset="photos"))
     with pytest.raises(GenmodelsError, match=f"job {job} needs dataset 'photos' and has not ended; cancel it first"):
         delete_dataset(storage, "photos")
-    assert len(stored.contents(storage, "photos")) == 2
+    assert len(uploads.contents(storage, "photos")) == 2

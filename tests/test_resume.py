@@ -14,9 +14,9 @@ from tiny import job, make_data, model
 
 from genmodels import checkpoint, models
 from genmodels.checkpoint import Place
-from genmodels.run import Run
+from genmodels.runs.records import Run
 from genmodels.storage import open_storage
-from services.local import submit
+from services.local.platform import submit
 
 
 @pytest.fixture(scope="module")

@@ -15,12 +15,13 @@ from service import Service
 from genmodels import keys as keys_module
 from genmodels.errors import RequestError, StorageUnavailable
 from genmodels.keys import Key, Keys
-from genmodels.run import Run
+from genmodels.runs.records import Run
 from genmodels.storage import Storage
-from services import auth, jobroutes
-from services.host import ModelHost
-from services.jobs import create_app as create_job_app
-from services.routes import create_app
+from services.gateway.model_host import ModelHost
+from services.gateway.routes import create_app
+from services.http import auth
+from services.jobs import routes
+from services.jobs.app import create_app as create_job_app
 
 
 @pytest.fixture(autouse=True)
@@ -28,7 +29,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     """No look at a key is believed for long."""
     monkeypatch.setattr(keys_module, "FRESH_SECONDS", 0.0)
     monkeypatch.setattr(auth, "RECHECK_SECONDS", 0.0)
-    monkeypatch.setattr(jobroutes, "FOLLOW_SECONDS", 0.02)
+    monkeypatch.setattr(routes, "FOLLOW_SECONDS", 0.02)
 
 
 @pytest.fixture
@@ -54,7 +55,7 @@ def test_logs_are_followed_no_further(file_storage: Storage, key: tuple[Key, dic
 def test_metrics_are_sent_no_further(
     file_storage: Storage, key: tuple[Key, dict[str, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(jobroutes, "LINES_AT_ONCE", 1)
+    monkeypatch.setattr(routes, "LINES_AT_ONCE", 1)
     service = Service(file_storage)
     job = service.submit("a")
     run = Run(file_storage, job, "a")

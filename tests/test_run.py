@@ -10,10 +10,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from stores import FailingStorage, MemoryStorage, Wrapped, in_threads, save
 
-from genmodels import run as run_module
 from genmodels.checkpoint import MANIFEST, Place
 from genmodels.errors import CheckpointError, Conflict, StorageUnavailable, Superseded
-from genmodels.run import GateResult, Heartbeat, Link, Result, Run, Start, Status, patiently
+from genmodels.runs import records as run_module
+from genmodels.runs.records import GateResult, Heartbeat, Link, Result, Run, Start, Status, patiently
 from genmodels.storage import Storage, write_document
 
 

@@ -10,7 +10,7 @@ import torch
 from pydantic import ValidationError
 
 from genmodels.errors import RequestError
-from genmodels.sampling import Sampler, SamplingOptions, choose, uniform
+from genmodels.nn.sampling import Sampler, SamplingOptions, choose, uniform
 
 
 def test_random_numbers_are_the_same_in_every_process() -> None:

@@ -23,9 +23,9 @@ from published import publish
 
 from genmodels.keys import Keys
 from genmodels.storage import Storage, open_storage
-from services.edge import MAX_BODY
-from services.host import ModelHost
-from services.routes import create_app
+from services.gateway.model_host import ModelHost
+from services.gateway.routes import create_app
+from services.http.middleware import MAX_BODY
 
 BODY = {"model": "m", "prompt": "x"}
 
@@ -56,7 +56,7 @@ def endpoint(ray_cluster: str, models: Storage) -> Iterator[str]:
     """The application as `genmodels run` starts it, asking for keys; its address."""
     from ray import serve
 
-    from services.gateway import HTTP_OPTIONS, build
+    from services.gateway.app import HTTP_OPTIONS, build
 
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -137,7 +137,7 @@ def test_what_serve_says_of_a_pool_becomes_an_answer(ray_cluster: str, error: st
     from ray import exceptions
     from ray.serve import exceptions as serve_exceptions
 
-    from services.gateway import HandlePool
+    from services.gateway.app import HandlePool
 
     made = {
         "BackPressureError": lambda: serve_exceptions.BackPressureError(9, 8),
@@ -328,7 +328,7 @@ def test_a_replica_that_has_to_go_finishes_what_is_in_flight(endpoint: str, toke
     """A new configuration replaces both replicas in the middle of a stream."""
     from ray import serve
 
-    from services.gateway import build
+    from services.gateway.app import build
 
     with httpx.Client(base_url=endpoint, headers={"authorization": f"Bearer {token}"}, timeout=120) as client:
         old = replica("default")

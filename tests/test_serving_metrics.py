@@ -29,20 +29,20 @@ from published import publish, save_checkpoint
 from served import served
 
 from genmodels import metrics
-from genmodels.engine import meters
-from genmodels.engine.choices import Piece
-from genmodels.engine.completion_request import CompletionRequest
+from genmodels.engine import metrics as engine_metrics
+from genmodels.engine.text.choices import Piece
+from genmodels.engine.text.request import CompletionRequest
 from genmodels.errors import RequestError
 from genmodels.keys import Keys
 from genmodels.metrics import version_labels
-from genmodels.registry import Registry
+from genmodels.registry.store import Registry
 from genmodels.storage import Storage, open_storage
-from services import host as host_module
-from services.counting import OTHER, ROUTES, Counted, route_of
-from services.edge import MAX_BODY, proxy_middlewares
-from services.host import ModelHost, Opened
-from services.local import free_ports
-from services.routes import create_app
+from services.gateway import model_host as host_module
+from services.gateway.model_host import ModelHost, Opened
+from services.gateway.routes import create_app
+from services.http.middleware import MAX_BODY, proxy_middlewares
+from services.http.request_metrics import OTHER, ROUTES, Counted, route_of
+from services.local.platform import free_ports
 
 CANARY = "canaryqzx"
 LONG = {"prompt": "To be", "max_tokens": 4000, "stream": True}
@@ -169,7 +169,7 @@ def test_tokens_are_those_of_the_usage(app: Any, before: Series, fields: dict[st
 def test_many_observations_at_once_are_as_many_one_by_one() -> None:
     once, one_by_one = (Histogram("h", "", registry=None, buckets=(0.1, 0.5)) for _ in range(2))
     for amount, count in ((0.05, 3), (0.1, 2), (0.3, 1), (0.5, 4), (7.0, 5)):
-        meters._observe(once, amount, count)
+        engine_metrics._observe(once, amount, count)
         for _ in range(count):
             one_by_one.observe(amount)
     found, expected = ([(s.name, s.labels, s.value) for s in h.collect()[0].samples][:-1] for h in (once, one_by_one))
@@ -392,7 +392,7 @@ def endpoint(ray_cluster: str, models: Storage) -> Iterator[str]:
     """Two gateways before two hosts; their address."""
     from ray import serve
 
-    from services.gateway import HTTP_OPTIONS, Gateway, Host
+    from services.gateway.app import HTTP_OPTIONS, Gateway, Host
 
     port = free_ports(1)
     serve.start(http_options={**HTTP_OPTIONS, "port": port}, logging_config={"log_level": "ERROR"})
@@ -409,7 +409,9 @@ def exporter(metrics_folder: Path) -> Iterator[str]:
     """What reads the files of all processes; the address."""
     url = f"http://127.0.0.1:{(port := free_ports(1))}/metrics"
     environment = {**os.environ, "PROMETHEUS_MULTIPROC_DIR": str(metrics_folder)}
-    with subprocess.Popen([sys.executable, "-m", "services.exporter", "--port", str(port)], env=environment) as process:
+    with subprocess.Popen(
+        [sys.executable, "-m", "services.node.exporter", "--port", str(port)], env=environment
+    ) as process:
         deadline = time.monotonic() + 60
         while True:
             with contextlib.suppress(httpx.TransportError):

@@ -18,14 +18,14 @@ from tiny import job, make_data, model
 
 from genmodels.data import TextData
 from genmodels.data.text import CharTokenizer
-from genmodels.run import Run, Status, now
+from genmodels.runs.records import Run, Status, now
 from genmodels.storage import Storage
-from services.curl import curl
-from services.local import submit
-from services.showcase import PROMPT, Showcase, opening
-from services.tables import jobs_table
-from services.under_way import UnderWay
-from services.views import JobView, RunView
+from services.console.curl import curl
+from services.console.tables import jobs_table
+from services.jobs.views import JobView, RunView
+from services.local.platform import submit
+from services.local.samples import PROMPT, Showcase, opening
+from services.local.under_way import UnderWay
 
 TEXTS = st.text(min_size=1) | st.text(alphabet="ab \n", min_size=1)
 
@@ -134,7 +134,7 @@ def test_a_list_says_what_a_run_does(state: Any, phase: str, step: int, shown: s
 
 
 def test_a_second_run_follows_the_first(file_storage: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("services.under_way.LOOK_SECONDS", 0.0)
+    monkeypatch.setattr("services.local.under_way.LOOK_SECONDS", 0.0)
     spec = job("test", model(make_data(tmp_path), "vae", "m"))
     name = submit(file_storage, spec)
     run = Run(file_storage, name, "m")

@@ -15,9 +15,11 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from genmodels import models, spec, strict_yaml
+from genmodels import models
 from genmodels.errors import SpecError
-from genmodels.spec import JobSpec, parse_spec
+from genmodels.schema import yaml as spec_yaml
+from genmodels.spec import sections
+from genmodels.spec.sections import JobSpec, parse_spec
 
 
 class Dumper(yaml.SafeDumper):
@@ -29,7 +31,7 @@ def represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
     # PyYAML quotes what YAML 1.1 would take for another type; `1e-4` and `0o17` are numbers only since 1.2.
     # Some line breaks of Unicode it does not escape unless told to, and then folds them when it reads.
     try:
-        plain = isinstance(strict_yaml.scalar(text), str) and text.isprintable()
+        plain = isinstance(spec_yaml.scalar(text), str) and text.isprintable()
     except OverflowError:
         plain = False
     return dumper.represent_scalar("tag:yaml.org,2002:str", text, style=None if plain else '"')
@@ -39,7 +41,7 @@ Dumper.add_representer(str, represent_text)
 
 
 def written(value: dict[str, Any]) -> bytes:
-    """YAML that `strict_yaml.read` reads back as it was (tuples as lists)."""
+    """YAML that `spec_yaml.read` reads back as it was (tuples as lists)."""
     text: str = yaml.dump(value, Dumper=Dumper, sort_keys=False, allow_unicode=True, default_flow_style=None, width=120)
     return text.encode()
 
@@ -161,7 +163,7 @@ def test_yaml_and_json_give_the_same_spec() -> None:
 
 
 def test_tabs_separate_in_yaml_wherever_spaces_do() -> None:
-    text = strict_yaml.write(GOOD).decode()
+    text = spec_yaml.write(GOOD).decode()
     tabbed = re.sub("(?<=[:,]) ", "\t", text).replace("\n", "\t\n \t\n\t# a comment\n")
     assert tabbed.count(":\t") > 20
     assert parse_spec(tabbed.encode(), "job.yaml") == parse(GOOD)
@@ -203,7 +205,7 @@ def test_a_relative_path_is_relative_to_the_spec_and_needs_one() -> None:
     ],
 )
 def test_scalars_follow_yaml_1_2(text: str, value: object) -> None:
-    found = strict_yaml.read(f"a: {text}".encode(), "x").value["a"]
+    found = spec_yaml.read(f"a: {text}".encode(), "x").value["a"]
     assert found == value
     assert type(found) is type(value)
 
@@ -273,20 +275,20 @@ def test_a_billion_laughs_end_at_the_first_anchor() -> None:
     levels = [b"a0: &a0 [lol]"] + [b"a%d: &a%d [%s]" % (i, i, b",".join([b"*a%d" % (i - 1)] * 9)) for i in range(1, 10)]
     found = problems(b"\n".join(levels))
     assert found[0].startswith("the anchor &a0 is not allowed")
-    assert len(found) == strict_yaml.MOST
+    assert len(found) == spec_yaml.MOST
 
 
 # what is refused: fields
 
 
 SECTIONS = {  # every section of a model, and where its keys may stand
-    "data": spec.DataConfig,
-    "train": spec.TrainConfig,
-    "scaling": spec.ScalingConfig,
-    "checkpoints": spec.CheckpointConfig,
-    "serve": spec.ServeConfig,
-    "serve.gate": spec.Gate,
-    "scaling.num_workers": spec.WorkerRange,
+    "data": sections.DataConfig,
+    "train": sections.TrainConfig,
+    "scaling": sections.ScalingConfig,
+    "checkpoints": sections.CheckpointConfig,
+    "serve": sections.ServeConfig,
+    "serve.gate": sections.Gate,
+    "scaling.num_workers": sections.WorkerRange,
 }
 
 
@@ -503,7 +505,7 @@ def test_a_name_that_reads_as_a_number_must_be_quoted() -> None:
         == "name: got 0.0001, expected text; put it in quotes"
     )
     job = parse(good(name="1e-4", models__0__name="0o17"))
-    assert spec.load_stored(spec.dump(job)) == job
+    assert sections.load_stored(sections.dump(job)) == job
 
 
 def test_all_problems_are_told_at_once_with_their_lines_and_the_families_own_after_them() -> None:
@@ -555,7 +557,7 @@ def test_of_very_many_problems_the_first_are_told_quickly() -> None:
 def test_an_elastic_run_names_the_sizes_it_may_have() -> None:
     def sizes(**changes: Any) -> list[int]:
         job = parse(good(**changes))
-        assert spec.load_stored(spec.dump(job)) == job
+        assert sections.load_stored(sections.dump(job)) == job
         return job.models[0].world_sizes
 
     assert sizes() == [2]
@@ -566,9 +568,9 @@ def test_an_elastic_run_names_the_sizes_it_may_have() -> None:
     assert sizes(models__0__scaling=elastic, models__0__train=halves) == [2, 3, 4, 6]
     halves["accumulation_steps"] = 4
     assert sizes(models__0__scaling=elastic, models__0__train=halves) == [2, 3, 6]
-    scaling = spec.ScalingConfig(**elastic)
+    scaling = sections.ScalingConfig(**elastic)
     assert (scaling.least_workers, scaling.most_workers) == (2, 6)
-    assert (spec.ScalingConfig().least_workers, spec.ScalingConfig().most_workers) == (1, 1)
+    assert (sections.ScalingConfig().least_workers, sections.ScalingConfig().most_workers) == (1, 1)
 
 
 def test_an_added_dataset_is_known_where_the_storage_is() -> None:
@@ -579,7 +581,7 @@ def test_an_added_dataset_is_known_where_the_storage_is() -> None:
     data = json.dumps(tree).encode()
     job = parse_spec(data, "job.yaml", datasets={"mine": "image", "plays": "text"})
     assert [model.data.is_added for model in job.models] == [True, True]
-    assert spec.load_stored(spec.dump(job)) == job
+    assert sections.load_stored(sections.dump(job)) == job
     with pytest.raises(
         SpecError, match=r"got 'mine', a dataset of texts, but stub_image learns .*; write one of .*plays"
     ):
@@ -587,7 +589,7 @@ def test_an_added_dataset_is_known_where_the_storage_is() -> None:
     with pytest.raises(SpecError, match=r"unknown dataset 'plais', did you mean plays\?"):
         parse_spec(data.replace(b"plays", b"plais"), "job.yaml", datasets={"mine": "image", "plays": "text"})
     with pytest.raises(SpecError, match="dataset"):
-        spec.load_stored(written(good(models__0__data={"dataset": "../mine"})))
+        sections.load_stored(written(good(models__0__data={"dataset": "../mine"})))
 
 
 def test_what_comes_over_the_network_names_no_files(tmp_path: Path) -> None:
@@ -606,7 +608,7 @@ def test_what_comes_over_the_network_names_no_files(tmp_path: Path) -> None:
 def test_training_starts_from_any_version_or_checkpoint(name: str) -> None:
     job = parse(good(models__0__train={"init_from": name}))
     assert job.models[0].train.init_from == name
-    assert spec.load_stored(spec.dump(job)) == job
+    assert sections.load_stored(sections.dump(job)) == job
 
 
 @pytest.mark.parametrize(
@@ -622,13 +624,13 @@ def test_a_wrong_start_is_refused(name: str) -> None:
 def test_dump_and_both_readers_round_trip() -> None:
     job = parse(GOOD)
     for back in (
-        spec.load_stored(spec.dump(job)),
-        parse_spec(spec.dump(job), "x"),
+        sections.load_stored(sections.dump(job)),
+        parse_spec(sections.dump(job), "x"),
         JobSpec.model_validate(job.model_dump()),
     ):
         assert back == job
         assert back.models[0].family == "stub_image"
-    assert spec.dump(spec.load_stored(spec.dump(job))) == spec.dump(job)
+    assert sections.dump(sections.load_stored(sections.dump(job))) == sections.dump(job)
 
 
 def test_stored_specs_may_hold_keys_of_a_newer_release_at_any_depth() -> None:
@@ -640,44 +642,44 @@ def test_stored_specs_may_hold_keys_of_a_newer_release_at_any_depth() -> None:
         models__0__train__new=1,
         models__0__serve__gate__new=1,
     )
-    assert spec.load_stored(written(tree)) == parse(GOOD)
+    assert sections.load_stored(written(tree)) == parse(GOOD)
     assert len(problems(tree)) == 4  # the outline; what is the family's own is seen after it
 
 
 def test_stored_specs_are_not_judged_again_across_sections() -> None:
     tree = good(models__0__train__batch_size=127, models__0__serve__gate__metric="gone")
-    assert spec.load_stored(written(tree)).models[0].train.batch_size == 127
+    assert sections.load_stored(written(tree)).models[0].train.batch_size == 127
     with pytest.raises(SpecError, match="stored spec:1: models: missing"):
-        spec.load_stored(b"name: x")
+        sections.load_stored(b"name: x")
 
 
 def test_the_largest_spec_a_person_can_write_is_read_back() -> None:
     model = {"model": {"family": "stub_image"}, "data": {"path": "/" + "x" * 200 + "/" + "x" * 200}}
     job = parse({"name": "many", "models": [{"name": f"m{i}", **model} for i in range(100)]})
-    assert len(spec.dump(job)) > strict_yaml.MAX_BYTES
-    assert spec.load_stored(spec.dump(job)) == job
+    assert len(sections.dump(job)) > spec_yaml.MAX_BYTES
+    assert sections.load_stored(sections.dump(job)) == job
     assert "got 101 entries, expected at most 100" in problems(good(models=[{}] * 101))[-1]
 
 
 def test_digest_is_of_the_meaning() -> None:
     job = parse(GOOD)
     backwards = json.loads(json.dumps(GOOD), object_pairs_hook=lambda pairs: dict(reversed(pairs)))
-    assert spec.digest(parse(backwards)) == spec.digest(job)
-    assert spec.digest(parse(good(models__1__scaling={"num_workers": 1}))) == spec.digest(
+    assert sections.digest(parse(backwards)) == sections.digest(job)
+    assert sections.digest(parse(good(models__1__scaling={"num_workers": 1}))) == sections.digest(
         job
     )  # the default, written out
-    assert spec.digest(parse(good(models__0__train__learning_rate=2e-3))) != spec.digest(job)
-    assert spec.digest(
+    assert sections.digest(parse(good(models__0__train__learning_rate=2e-3))) != sections.digest(job)
+    assert sections.digest(
         parse(good(models__1__model__family="stub_image", models__1__data__dataset="mnist"))
-    ) != spec.digest(job)
-    assert re.fullmatch("[0-9a-f]{64}", spec.digest(job))
-    assert spec.job_id(job) == f"shapes-{spec.digest(job)[:8]}"
+    ) != sections.digest(job)
+    assert re.fullmatch("[0-9a-f]{64}", sections.digest(job))
+    assert sections.job_id(job) == f"shapes-{sections.digest(job)[:8]}"
 
 
 def test_model_digest_depends_on_that_model_alone() -> None:
     job, other = parse(GOOD), parse(good(name="other", models__1__train={"seed": 1}))
-    assert spec.model_digest(job.models[0]) == spec.model_digest(other.models[0])
-    assert spec.model_digest(job.models[1]) != spec.model_digest(other.models[1])
+    assert sections.model_digest(job.models[0]) == sections.model_digest(other.models[0])
+    assert sections.model_digest(job.models[1]) != sections.model_digest(other.models[1])
 
 
 # the schema
@@ -685,7 +687,7 @@ def test_model_digest_depends_on_that_model_alone() -> None:
 
 def test_schema_accepts_good_specs_and_refuses_wrong_ones() -> None:
     jsonschema = pytest.importorskip("jsonschema")
-    schema = spec.json_schema()
+    schema = sections.json_schema()
     jsonschema.Draft202012Validator.check_schema(schema)
     validator = jsonschema.Draft202012Validator(schema)
     assert validator.is_valid(GOOD)
@@ -709,7 +711,7 @@ def test_schema_accepts_good_specs_and_refuses_wrong_ones() -> None:
 
 
 def test_every_field_of_the_schema_is_described() -> None:
-    definitions = spec.json_schema()["$defs"]
+    definitions = sections.json_schema()["$defs"]
     for name in ("ModelSpec", "TrainConfig", "ScalingConfig", "WorkerRange", "CheckpointConfig", "ServeConfig", "Gate"):
         bare = [
             key
@@ -791,7 +793,7 @@ def test_a_random_value_anywhere_is_taken_or_refused_in_words(place: str, value:
     except SpecError as error:
         assert_plain(error)
     else:
-        assert spec.load_stored(spec.dump(job)) == job
+        assert sections.load_stored(sections.dump(job)) == job
 
 
 @settings(max_examples=100, deadline=None)
@@ -799,7 +801,7 @@ def test_a_random_value_anywhere_is_taken_or_refused_in_words(place: str, value:
 def test_json_with_tabs_is_read_as_json_without(value: dict[str, Any]) -> None:
     def found(text: str) -> Any:
         try:
-            return strict_yaml.read(text.encode(), "x").value
+            return spec_yaml.read(text.encode(), "x").value
         except SpecError as error:
             return re.sub(r"x:\d+: ", "", str(error))
 
@@ -813,7 +815,7 @@ def test_json_with_tabs_is_read_as_json_without(value: dict[str, Any]) -> None:
 def test_yaml_written_is_read_back(value: dict[str, Any]) -> None:
     back, refusal = None, ""
     try:
-        back = strict_yaml.read(written(value), "x").value
+        back = spec_yaml.read(written(value), "x").value
     except SpecError as error:
         refusal = str(error)
     if back is None:  # only for what cannot stand in a spec at all

@@ -26,16 +26,16 @@ from tiny import job, make_data, model
 
 from genmodels.errors import Conflict, KeyNotFound, StorageError, StorageUnavailable
 from genmodels.keys import Keys
-from genmodels.lease import Lease
-from genmodels.run import Run
+from genmodels.runs.records import Run
 from genmodels.storage import Storage, begin_writing, open_storage
 from genmodels.storage.base import Refused
-from genmodels.storage.measured import MeasuredStorage
-from services import supervise
-from services.backends import SubprocessBackend
-from services.dispatch import Dispatcher
-from services.local import submit as submit_here
-from services.supervise import carry
+from genmodels.storage.instrumented import MeasuredStorage
+from genmodels.storage.lease import Lease
+from services.dispatch import supervisor
+from services.dispatch.backends.base import SubprocessBackend
+from services.dispatch.dispatcher import Dispatcher
+from services.dispatch.supervisor import carry
+from services.local.platform import submit as submit_here
 
 __all__ = ["data", "in_no_time"]
 
@@ -259,7 +259,7 @@ def test_a_refusal_at_any_moment_fails_no_job_and_stops_no_dispatcher(data: Path
 
 
 def test_genmodels_run_shows_what_it_waits_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(supervise, "POLL_SECONDS", 0.0)
+    monkeypatch.setattr(supervisor, "POLL_SECONDS", 0.0)
     seen: list[tuple[str, str]] = []
     inner = MemoryStorage()
     refusing = Refusing(inner, 16, times=4)
@@ -315,7 +315,7 @@ def test_the_dispatcher_outlives_whatever_happens(
     troubled(dispatcher.jobs, "open", "jobs")
     troubled(dispatcher.jobs, "nudged", "nudges")
     troubled(cluster, "capacity", "capacity")
-    monkeypatch.setattr("services.dispatch.POLL_SECONDS", 0.001)
+    monkeypatch.setattr("services.dispatch.dispatcher.POLL_SECONDS", 0.001)
     stop = threading.Event()
     with caplog.at_level(logging.WARNING, "genmodels.dispatch"):
         thread = threading.Thread(target=dispatcher.run, args=(stop,))
@@ -339,7 +339,7 @@ class PlainDrivers(SubprocessBackend):
 
     def start(self, storage_url: str, job: str, model: str, attempt: int, workers: int) -> Any:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("services.backends.driver_command", _plain_command)
+            patch.setattr("services.dispatch.backends.base.driver_command", _plain_command)
             return super().start(storage_url, job, model, attempt, workers)
 
 

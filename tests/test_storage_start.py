@@ -17,9 +17,9 @@ from tiny import job, make_data, model
 from genmodels.errors import StorageError, StorageUnavailable
 from genmodels.storage import Storage, begin_writing, open_storage, probe_conditional_puts, read_marker
 from genmodels.storage.marker import MARKER, mark
-from services import jobs
-from services.quickrun import quick_run
-from services.up import Options, up
+from services.jobs import app
+from services.local.run import quick_run
+from services.local.up import Options, up
 
 __all__ = ["opened", "path", "proxy", "run"]
 
@@ -116,7 +116,7 @@ def test_no_process_that_relies_on_them_starts(
     s3_storage: Storage, proxy: FaultProxy, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     proxy.fail("200", method="PUT")
-    assert jobs.main(["--storage", s3_storage.url, "--no-auth", "--port", "0"]) == 1
+    assert app.main(["--storage", s3_storage.url, "--no-auth", "--port", "0"]) == 1
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"error: {s3_storage.url}: the store ignores If-None-Match")
     storage = open_storage(s3_storage.url)

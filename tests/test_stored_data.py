@@ -18,7 +18,7 @@ import pytest
 from PIL import Image
 from stores import MemoryStorage, RecordingStorage, in_threads
 
-from genmodels.data import DataConfig, ImageData, TextData, open_dataset, pin_data, stored, unpack
+from genmodels.data import DataConfig, ImageData, TextData, open_dataset, pin_data, unpack, uploads
 from genmodels.errors import DataError, DatasetExists
 from genmodels.family import ImageInfo, TextInfo
 from genmodels.storage import Storage, open_storage
@@ -61,12 +61,12 @@ def packed(folder: Path, top: str = "") -> bytes:
     return out.getvalue()
 
 
-def add_bytes(storage: Storage, content: bytes, image_size: int | None = None) -> tuple[stored.StoredDataset, bool]:
+def add_bytes(storage: Storage, content: bytes, image_size: int | None = None) -> tuple[uploads.StoredDataset, bool]:
     """Add what came over the network, from a file whose name says nothing."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "upload"
         path.write_bytes(content)
-        return stored.add(storage, "mine", path, image_size)
+        return uploads.add(storage, "mine", path, image_size)
 
 
 def config(name: str, sha256: str | None = None) -> DataConfig:
@@ -75,7 +75,7 @@ def config(name: str, sha256: str | None = None) -> DataConfig:
 
 def test_a_text_is_stored_as_it_was_and_read_as_if_it_were_local(storage: Storage, play: Path) -> None:
     local = open_dataset(DataConfig(path=str(play)))
-    dataset, new = stored.add(storage, "my-play", play)
+    dataset, new = uploads.add(storage, "my-play", play)
     assert new
     assert dataset.sha256 == hashlib.sha256(PLAY.encode()).hexdigest()
     assert (dataset.kind, dataset.bytes, dataset.examples) == ("text", len(PLAY), len(PLAY))
@@ -87,13 +87,13 @@ def test_a_text_is_stored_as_it_was_and_read_as_if_it_were_local(storage: Storag
     assert data.digest == local.digest
     assert np.array_equal(data.train, local.train)
     assert data.notes == ["my-play: 3,060 characters, 28 different ones; the last 306 are for validation"]
-    assert stored.catalog(storage) == [dataset]
-    assert stored.kinds(storage) == {"my-play": "text"}
+    assert uploads.catalog(storage) == [dataset]
+    assert uploads.kinds(storage) == {"my-play": "text"}
 
 
 def test_pictures_are_converted_once_and_are_those_of_the_folder(storage: Storage, photos: Path) -> None:
     local = open_dataset(DataConfig(path=str(photos), image_size=16))
-    dataset, _ = stored.add(storage, "photos", photos, image_size=16)
+    dataset, _ = uploads.add(storage, "photos", photos, image_size=16)
     assert (dataset.kind, dataset.examples) == ("image", 40)
     assert dataset.info == ImageInfo(channels=1, height=16, width=16, num_classes=2)
     assert dataset.notes[0] == "40 pictures as grey 16 x 16, 40 of them scaled and centre-cropped"
@@ -103,19 +103,19 @@ def test_pictures_are_converted_once_and_are_those_of_the_folder(storage: Storag
     assert data.class_names == ("cats", "dogs")
     assert data.notes == ["photos: 40 pictures as grey 16 x 16, 2 classes"]
     assert open_dataset(config("photos", dataset.sha256), storage).digest == data.digest
-    assert stored.add(storage, "photos", photos, image_size=16) == (dataset, False)
+    assert uploads.add(storage, "photos", photos, image_size=16) == (dataset, False)
 
 
 @pytest.mark.parametrize("top", ["", "holiday/2024/"])
 def test_a_zip_is_the_folder_it_was_packed_from(photos: Path, top: str) -> None:
     storage = MemoryStorage()
-    from_folder, _ = stored.add(storage, "mine", photos, image_size=16)
+    from_folder, _ = uploads.add(storage, "mine", photos, image_size=16)
     assert add_bytes(storage, packed(photos, top), image_size=16) == (from_folder, False)
 
 
 def test_the_same_again_writes_nothing_and_another_content_leaves_pins_alone(play: Path) -> None:
     storage = RecordingStorage()
-    first, _ = stored.add(storage, "mine", play)
+    first, _ = uploads.add(storage, "mine", play)
     written = len(storage.log)
     folder = f"datasets/mine/{first.sha256}"
     assert [key for key, _ in storage.log] == [
@@ -123,36 +123,36 @@ def test_the_same_again_writes_nothing_and_another_content_leaves_pins_alone(pla
         f"{folder}/dataset.json",
         "datasets/mine/current.json",
     ]
-    assert stored.add(storage, "mine", play) == (first, False)
+    assert uploads.add(storage, "mine", play) == (first, False)
     assert len(storage.log) == written
     pinned = pin_data(config("mine"), storage)
     assert pinned.sha256 == first.sha256
     play.write_text(TALE)
     with pytest.raises(DatasetExists, match="dataset 'mine' is there with another content: 3,060 characters"):
-        stored.add(storage, "mine", play)
+        uploads.add(storage, "mine", play)
     assert len(storage.log) == written
-    second, new = stored.add(storage, "mine", play, replace=True)
+    second, new = uploads.add(storage, "mine", play, replace=True)
     assert new
     assert open_dataset(pinned, storage).digest == hashlib.sha256(PLAY.encode()).hexdigest()
     assert open_dataset(config("mine"), storage).digest == hashlib.sha256(TALE.encode()).hexdigest()
     assert pin_data(pinned, storage) == pinned
     assert pin_data(config("mine"), storage).sha256 == second.sha256
     play.write_text(PLAY)
-    assert stored.add(storage, "mine", play, replace=True) == (first, True)  # the name means the first one again
+    assert uploads.add(storage, "mine", play, replace=True) == (first, True)  # the name means the first one again
     assert storage.log[-1][0] == "datasets/mine/current.json"
     assert [key for key, _ in storage.log].count(f"datasets/mine/{first.sha256}/text.txt") == 1
-    assert stored.catalog(storage) == [first]
+    assert uploads.catalog(storage) == [first]
 
 
 def test_many_add_the_same_at_once(file_storage: Storage, play: Path) -> None:
-    results = in_threads(6, lambda i: stored.add(file_storage, "mine", play))
+    results = in_threads(6, lambda i: uploads.add(file_storage, "mine", play))
     assert {dataset.sha256 for dataset, _ in results} == {hashlib.sha256(PLAY.encode()).hexdigest()}
-    assert len(stored.catalog(file_storage)) == 1
+    assert len(uploads.catalog(file_storage)) == 1
 
 
 def test_what_is_in_the_cache_needs_no_storage_and_is_checked(play: Path, cache: Path) -> None:
     storage = MemoryStorage()
-    dataset, _ = stored.add(storage, "mine", play)
+    dataset, _ = uploads.add(storage, "mine", play)
     with pytest.raises(DataError, match="is not on this machine, and there is no storage"):
         open_dataset(config("mine", dataset.sha256))
     open_dataset(config("mine"), storage)
@@ -170,10 +170,10 @@ def test_what_is_in_the_cache_needs_no_storage_and_is_checked(play: Path, cache:
 
 def test_four_processes_fetch_one_dataset(tmp_path: Path, play: Path, cache: Path) -> None:
     storage = open_storage((tmp_path / "storage").as_uri())
-    dataset, _ = stored.add(storage, "mine", play)
+    dataset, _ = uploads.add(storage, "mine", play)
     code = (
         "import sys; from genmodels.data import stored; from genmodels.storage import open_storage;"
-        f"print(stored.load('mine', None, open_storage({storage.url!r})).digest);"
+        f"print(uploads.load('mine', None, open_storage({storage.url!r})).digest);"
         "assert not {'torch', 'ray'} & set(sys.modules)"
     )
     root = Path(__file__).resolve().parents[1]
@@ -188,9 +188,9 @@ def test_four_processes_fetch_one_dataset(tmp_path: Path, play: Path, cache: Pat
 def test_hostile_names_are_refused_before_anything_is_touched(name: str, play: Path) -> None:
     storage = RecordingStorage()
     for work in (
-        lambda: stored.add(storage, name, play),
-        lambda: stored.find(storage, name),
-        lambda: stored.load(name, None, storage),
+        lambda: uploads.add(storage, name, play),
+        lambda: uploads.find(storage, name),
+        lambda: uploads.load(name, None, storage),
     ):
         with pytest.raises(DataError, match="lower-case letters, digits and"):
             work()
@@ -200,10 +200,10 @@ def test_hostile_names_are_refused_before_anything_is_touched(name: str, play: P
 def test_names_that_mean_something_else_are_refused(play: Path, photos: Path) -> None:
     storage = MemoryStorage()
     with pytest.raises(DataError, match="'digits' is a built-in dataset; choose another"):
-        stored.add(storage, "digits", play)
-    stored.add(storage, "mine", play)
+        uploads.add(storage, "digits", play)
+    uploads.add(storage, "mine", play)
     with pytest.raises(DataError, match="'mine' is a dataset of texts, this has images: choose another name"):
-        stored.add(storage, "mine", photos)
+        uploads.add(storage, "mine", photos)
     with pytest.raises(
         DataError, match=r"dataset 'other' is not in the storage .* genmodels data add other FILE\|FOLDER"
     ):
@@ -211,7 +211,7 @@ def test_names_that_mean_something_else_are_refused(play: Path, photos: Path) ->
     with pytest.raises(DataError, match=r"dataset 'mine' has no content aaaaaaaaaaaa\.\.\. .*genmodels data add mine"):
         open_dataset(config("mine", "a" * 64), storage)
     with pytest.raises(DataError, match="names are lower-case"):
-        stored.find(storage, "mine", "../../secrets")
+        uploads.find(storage, "mine", "../../secrets")
 
 
 def test_what_does_not_fit_says_why_and_names_no_folder_of_ours(tmp_path: Path, play: Path, photos: Path) -> None:
@@ -219,14 +219,14 @@ def test_what_does_not_fit_says_why_and_names_no_folder_of_ours(tmp_path: Path, 
     short = tmp_path / "short.txt"
     short.write_text("too short")
     with pytest.raises(DataError, match=r"^/.*short\.txt has 9 characters, too little"):
-        stored.add(storage, "mine", short)
+        uploads.add(storage, "mine", short)
     for size in (-1, 0, 7, 257):
         with pytest.raises(DataError, match=f"image_size: got {size}, expected 8 to 256 pixels"):
-            stored.add(storage, "mine", photos, image_size=size)
+            uploads.add(storage, "mine", photos, image_size=size)
     with pytest.raises(DataError, match=r"nowhere does not exist: name a text file, a folder of pictures, or a zip"):
-        stored.add(storage, "mine", tmp_path / "nowhere")
+        uploads.add(storage, "mine", tmp_path / "nowhere")
     with pytest.raises(DataError, match="is no folder or zip of pictures"):
-        stored.add(storage, "mine", play, image_size=16)
+        uploads.add(storage, "mine", play, image_size=16)
     (photos / "cats" / "broken.png").write_text("no picture")
     with pytest.raises(DataError) as caught:
         add_bytes(storage, packed(photos))

@@ -9,15 +9,15 @@ import pytest
 from drivers import Driver, Drivers, Script, dies, ends, obedient, stubborn, succeeds
 from stores import FailingStorage, MemoryStorage, Wrapped, save
 
-from genmodels import run as run_module
 from genmodels.checkpoint import Place
 from genmodels.errors import GenmodelsError, StorageUnavailable
 from genmodels.metrics import ATTEMPTS
-from genmodels.run import GateResult, Heartbeat, Result, Run, Status
+from genmodels.runs import records as run_module
+from genmodels.runs.records import GateResult, Heartbeat, Result, Run, Status
 from genmodels.storage import Storage
-from services import supervise
-from services.supervise import Supervisor
-from services.supervise import carry as carry_run
+from services.dispatch import supervisor as supervise
+from services.dispatch.supervisor import Supervisor
+from services.dispatch.supervisor import carry as carry_run
 
 JOB, MODEL = "job-00000000", "model"
 

@@ -10,11 +10,11 @@ import pytest
 from rich.console import Console
 from tiny import job, model
 
-from genmodels.run import Heartbeat, Status
-from services import terminal
-from services.tables import note
-from services.terminal import Board, Shown, TrainingView
-from services.views import RunView
+from genmodels.runs.records import Heartbeat, Status
+from services.console import progress
+from services.console.progress import Board, Shown, TrainingView
+from services.console.tables import note
+from services.jobs.views import RunView
 
 TRAINING = Shown(
     "m", "running", "training", step=50, max_steps=100, loss=1.5, seconds_left=11.0, note="the workers train"
@@ -24,7 +24,7 @@ TRAINING = Shown(
 class Clock:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 1000.0
-        monkeypatch.setattr(terminal.time, "monotonic", lambda: self.now)
+        monkeypatch.setattr(progress.time, "monotonic", lambda: self.now)
 
 
 @pytest.fixture

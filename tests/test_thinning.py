@@ -14,12 +14,12 @@ from published import publish
 from service import Service
 
 from genmodels.checkpoint import Place
-from genmodels.run import Run
+from genmodels.runs.records import Run
+from genmodels.runs.thinning import thinned_rows
 from genmodels.storage import Storage
-from genmodels.thinning import thinned_rows
-from services.host import ModelHost
-from services.jobroutes import LINES_AT_ONCE
-from services.routes import create_app
+from services.gateway.model_host import ModelHost
+from services.gateway.routes import create_app
+from services.jobs.routes import LINES_AT_ONCE
 
 PARTS = 30
 

@@ -13,18 +13,19 @@ import torch
 from plain_workers import WorkerGroup
 from tiny import job, make_data, model
 
-from genmodels import models, train
-from genmodels.attempt import build, fit_batches, run_attempt
+from genmodels import models
 from genmodels.checkpoint import Place, load_family
 from genmodels.data import open_dataset
 from genmodels.errors import DataError, SpecError, TrainingDiverged
 from genmodels.family import ImageFamily
-from genmodels.recorder import RunRecorder
-from genmodels.run import Phase, Run
-from genmodels.spec import TrainConfig
+from genmodels.runs.records import Phase, Run
+from genmodels.spec.sections import TrainConfig
 from genmodels.storage import Storage, open_storage
-from genmodels.train import Group, evaluate, schedule
-from services.local import submit
+from genmodels.training import loop
+from genmodels.training.attempt import build, fit_batches, run_attempt
+from genmodels.training.loop import Group, evaluate, schedule
+from genmodels.training.recorder import RunRecorder
+from services.local.platform import submit
 
 FAMILIES = models.names()
 
@@ -115,7 +116,7 @@ def test_evaluation_covers_a_last_batch_that_is_not_full(data: Path, monkeypatch
     family = build(spec, dataset)
     split = dataset.split("val")
     whole = evaluate(family, split, Group())
-    monkeypatch.setattr(train, "EVALUATION_ROWS", 3)
+    monkeypatch.setattr(loop, "EVALUATION_ROWS", 3)
     assert len(split) % 3 != 0
     assert evaluate(family, split, Group()) == pytest.approx(whole, rel=1e-5)
 
@@ -239,7 +240,7 @@ def test_data_that_does_not_fit_is_said(data: Path, folder: Storage, tmp_path: P
 
 
 def test_what_a_density_is_fitted_to_is_bounded_and_fixed(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("genmodels.attempt.FIT_EXAMPLES", 10)
+    monkeypatch.setattr("genmodels.training.attempt.FIT_EXAMPLES", 10)
     spec = job("x", model(data, "vae")).models[0]
     dataset = open_dataset(spec.data)
     family = build(spec, dataset)

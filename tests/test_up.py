@@ -17,11 +17,11 @@ from ray_node import until
 from tiny import job, make_data, model
 
 from genmodels.errors import GenmodelsError
-from genmodels.job import Jobs
-from genmodels.run import Run
+from genmodels.runs.jobs import Jobs
+from genmodels.runs.records import Run
 from genmodels.storage import Storage, open_storage
-from services.local import free_ports
-from services.up import Options, up
+from services.local.platform import free_ports
+from services.local.up import Options, up
 
 PARTS = ("ray", "jobs", "gateway", "exporter")
 
@@ -103,7 +103,17 @@ class Platform:
         first = like.first if like else free_ports(3)
         self.first, self.gateway = first, f"http://127.0.0.1:{first}"
         self.log = folder / f"up-{time.monotonic_ns()}.log"
-        command = [sys.executable, "-m", "services.cli", "up", "--storage", storage.url, "--no-auth", "--num-cpus", "2"]
+        command = [
+            sys.executable,
+            "-m",
+            "services.cli.main",
+            "up",
+            "--storage",
+            storage.url,
+            "--no-auth",
+            "--num-cpus",
+            "2",
+        ]
         ports = ["--port", str(first), "--api-port", str(first + 1), "--metrics-port", str(first + 2)]
         environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
         with self.log.open("wb") as output:

@@ -12,7 +12,7 @@ from torch.distributions import Bernoulli, Independent, Normal, kl
 from genmodels.errors import RequestError, SpecError
 from genmodels.family import ImageInfo, OptimizerConfig, TextInfo
 from genmodels.models.vae import VAE, VAEConfig, VAERequest, kl_divergence, kl_weight
-from genmodels.networks import psnr
+from genmodels.nn.networks import psnr
 
 SHAPES = [(1, 28, 28), (3, 32, 32), (3, 40, 24)]
 LIKELIHOODS = ["bernoulli", "bernoulli-binarized", "gaussian"]

@@ -10,7 +10,7 @@ import yaml
 from PIL import Image
 
 from genmodels import models
-from genmodels.spec import JobSpec, parse_spec
+from genmodels.spec.sections import JobSpec, parse_spec
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "autoencoder": {"latent_dim": 4, "noise_std": 0.2, "density_components": 2},

@@ -15,12 +15,12 @@ from typing import Literal, Protocol
 import numpy as np
 from pydantic import Field, ValidationInfo, field_validator, model_validator
 
-from genmodels.data import stored
+from genmodels.data import uploads
 from genmodels.data.files import shown
 from genmodels.data.images import ImageData, decode_image, divide, from_csv, from_idx, grid, png, read_folder
 from genmodels.data.sources import DATASETS, read
-from genmodels.data.stored import IMAGE_SIZE, LEAST_SIZE, MOST_SIZE
 from genmodels.data.text import CharTokenizer, TextData, Tokenizer, load_tokenizer, read_text
+from genmodels.data.uploads import IMAGE_SIZE, LEAST_SIZE, MOST_SIZE
 from genmodels.errors import DataError
 from genmodels.family import Section
 from genmodels.storage import Storage
@@ -57,7 +57,7 @@ class DataConfig(Section):
 
     dataset: str | None = Field(
         default=None,
-        json_schema_extra={"pattern": stored.NAME, "examples": [*DATASETS]},
+        json_schema_extra={"pattern": uploads.NAME, "examples": [*DATASETS]},
         description="name of a built-in dataset, or of a dataset added with `genmodels data add`",
     )
     sha256: str | None = Field(
@@ -80,7 +80,7 @@ class DataConfig(Section):
     def _is_known(cls, name: str | None, info: ValidationInfo) -> str | None:
         context = info.context or {}
         known = [*DATASETS, *context.get("datasets", {})]
-        if name is None or name in known or (context.get("stored") and re.fullmatch(stored.NAME, name)):
+        if name is None or name in known or (context.get("stored") and re.fullmatch(uploads.NAME, name)):
             return name
         near = difflib.get_close_matches(name[:100], known, n=1, cutoff=0.5)
         meant = f", did you mean {near[0]}?" if near else "."
@@ -143,7 +143,7 @@ def open_dataset(config: DataConfig, storage: Storage | None = None) -> ImageDat
         return _open_path(config)
     assert config.dataset is not None
     if config.is_added:
-        return stored.load(config.dataset, config.sha256, storage)
+        return uploads.load(config.dataset, config.sha256, storage)
     source = DATASETS[config.dataset]
     files = read(source)
     if source.kind == "text":
@@ -160,7 +160,7 @@ def pin_data(config: DataConfig, storage: Storage) -> DataConfig:
     if not config.is_added:
         return config
     assert config.dataset is not None
-    return config.model_copy(update={"sha256": stored.find(storage, config.dataset, config.sha256).sha256})
+    return config.model_copy(update={"sha256": uploads.find(storage, config.dataset, config.sha256).sha256})
 
 
 def order(seed: int, epoch: int, n: int) -> np.ndarray:

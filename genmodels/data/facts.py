@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from genmodels.data import DATASETS, DataConfig, Dataset, TextData, open_dataset, stored
+from genmodels.data import DATASETS, DataConfig, Dataset, TextData, open_dataset, uploads
 from genmodels.data.text import training_windows, validation_windows
 from genmodels.family import DataInfo
 from genmodels.storage import Storage
@@ -41,7 +41,7 @@ def facts_of(config: DataConfig, storage: Storage | None, *, open_all: bool) -> 
     assert config.dataset is not None
     if config.is_added:
         assert storage is not None
-        return _of_stored(stored.find(storage, config.dataset, config.sha256))
+        return _of_stored(uploads.find(storage, config.dataset, config.sha256))
     source = DATASETS[config.dataset]
     return Facts(source.info, *source.sizes)
 
@@ -53,7 +53,7 @@ def _of_dataset(dataset: Dataset) -> Facts:
     return Facts(dataset.info, training, validation, dataset.notes)
 
 
-def _of_stored(dataset: stored.StoredDataset) -> Facts:
+def _of_stored(dataset: uploads.StoredDataset) -> Facts:
     validation = dataset.validation
     if validation is None:  # added by a release that did not note it; of classes it may be a few more
         validation = dataset.examples - dataset.examples * 9 // 10

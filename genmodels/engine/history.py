@@ -9,10 +9,10 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from genmodels.errors import CheckpointError, KeyNotFound, RequestError
-from genmodels.references import Found
-from genmodels.run import Run
+from genmodels.registry.references import Found
+from genmodels.runs.records import Run
+from genmodels.runs.thinning import thinned, thinned_rows
 from genmodels.storage import Storage, decode_floats
-from genmodels.thinning import thinned, thinned_rows
 
 LEAST_ROWS, MOST_ROWS = 10, 1000
 MOST_STEPS = 200  # with samples

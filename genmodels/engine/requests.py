@@ -11,8 +11,8 @@ from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, TypeAda
 from pydantic_core import CoreSchema, core_schema
 
 from genmodels.errors import RequestError
-from genmodels.explain import Problem, all_wrong, explain, nearest, path_of
 from genmodels.family import Section
+from genmodels.schema.explain import Problem, all_wrong, explain, nearest, path_of
 
 MAX_N = 64  # choices, images, latents or steps in one request
 

@@ -8,8 +8,8 @@ import pkgutil
 from typing import Any, TypeGuard
 
 from genmodels.errors import SpecError
-from genmodels.explain import nearest, show
 from genmodels.family import Family
+from genmodels.schema.explain import nearest, show
 
 
 def names() -> list[str]:

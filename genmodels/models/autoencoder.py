@@ -22,6 +22,8 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from genmodels.errors import RequestError
+from genmodels.evals.filters import best_filter, noisy
+from genmodels.evals.images import components, mean_psnr, mean_ssim, pictures, spread
 from genmodels.family import (
     Findings,
     ImageFamily,
@@ -34,12 +36,20 @@ from genmodels.family import (
     Section,
     TextInfo,
 )
-from genmodels.latent import FittedDensity, GaussianMixture, first_rows, image_normal, way
-from genmodels.measures.filters import best_filter, noisy
-from genmodels.measures.pictures import components, mean_psnr, mean_ssim, pictures, spread
-from genmodels.memory import Footprint, network_bytes
-from genmodels.networks import ImageDecoder, ImageEncoder, Norm, check_shape, inference, pass_bytes, placed, psnr, ssim
-from genmodels.optim import make_optimizers
+from genmodels.nn.latents import FittedDensity, GaussianMixture, first_rows, image_normal, way
+from genmodels.nn.networks import (
+    ImageDecoder,
+    ImageEncoder,
+    Norm,
+    check_shape,
+    inference,
+    pass_bytes,
+    placed,
+    psnr,
+    ssim,
+)
+from genmodels.nn.optim import make_optimizers
+from genmodels.sizing.memory import Footprint, network_bytes
 
 if TYPE_CHECKING:
     import numpy as np

@@ -25,13 +25,13 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from genmodels.errors import RequestError, SpecError
+from genmodels.evals import generative
+from genmodels.evals.distances import frechet_distance, moments
 from genmodels.family import Findings, ImageFamily, ImageInfo, Material, OptimizerConfig, Role, Section, TextInfo
-from genmodels.latent import row_generators, standard_normal, way
-from genmodels.measures import samples
-from genmodels.measures.distances import frechet_distance, moments
-from genmodels.memory import Footprint, network_bytes
-from genmodels.networks import check_shape, image_sizes, inference, pass_bytes, placed
-from genmodels.optim import make_optimizers
+from genmodels.nn.latents import row_generators, standard_normal, way
+from genmodels.nn.networks import check_shape, image_sizes, inference, pass_bytes, placed
+from genmodels.nn.optim import make_optimizers
+from genmodels.sizing.memory import Footprint, network_bytes
 
 if TYPE_CHECKING:
     from genmodels.family import Batch, Way
@@ -86,7 +86,7 @@ class GAN(ImageFamily[GANConfig, GANRequest]):
     Request = GANRequest
     repeated = "blocks"
     metric_names = ("val_frechet", "val_frechet_floor")
-    evaluation_names = samples.NAMES
+    evaluation_names = generative.NAMES
     followed = ("discriminator_accuracy_real", "discriminator_accuracy_fake", "val_frechet")
 
     network: Generator
@@ -157,12 +157,12 @@ class GAN(ImageFamily[GANConfig, GANRequest]):
         def draw(n: int) -> tuple[Tensor, Tensor | None]:
             latents = self.sample_latents(n, MEASURE_SEED, self.Request())
             images = []
-            for part in latents.split(samples.PART):
+            for part in latents.split(generative.PART):
                 images.append(self.decode(part, self.Request()).cpu())
                 material.tick()
             return torch.cat(images), latents[:, self.config.latent_dim :].argmax(1) if self.num_classes else None
 
-        return samples.evaluate(material, draw)
+        return generative.evaluate(material, draw)
 
     @property
     def verbs(self) -> frozenset[str]:

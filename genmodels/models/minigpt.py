@@ -23,6 +23,7 @@ from pydantic import Field, ValidationInfo, field_validator
 from torch import Tensor, nn
 
 from genmodels.errors import RequestError, SpecError
+from genmodels.evals.text import EVALUATION_NAMES, IGNORED, evaluate_text
 from genmodels.family import (
     Findings,
     ImageInfo,
@@ -34,11 +35,10 @@ from genmodels.family import (
     TextInfo,
     keep_half,
 )
-from genmodels.measures.texts import EVALUATION_NAMES, IGNORED, evaluate_text
-from genmodels.memory import FLOAT, SERVED_ROWS, Footprint, network_bytes
-from genmodels.networks import inference
-from genmodels.optim import make_optimizers
-from genmodels.sampling import Sampler, SamplingOptions, choose
+from genmodels.nn.networks import inference
+from genmodels.nn.optim import make_optimizers
+from genmodels.nn.sampling import Sampler, SamplingOptions, choose
+from genmodels.sizing.memory import FLOAT, SERVED_ROWS, Footprint, network_bytes
 
 if TYPE_CHECKING:
     from genmodels.family import Batch

@@ -18,6 +18,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from genmodels.errors import RequestError
+from genmodels.evals.images import components, mean_psnr, mean_ssim, pictures, spread
 from genmodels.family import (
     Findings,
     ImageFamily,
@@ -30,11 +31,10 @@ from genmodels.family import (
     Section,
     TextInfo,
 )
-from genmodels.latent import MAX_FIT, FittedDensity, GaussianMixture, first_rows, image_normal, standard_normal, way
-from genmodels.measures.pictures import components, mean_psnr, mean_ssim, pictures, spread
-from genmodels.memory import Footprint, network_bytes
-from genmodels.networks import ImageDecoder, ImageEncoder, Norm, check_shape, inference, pass_bytes, placed, psnr
-from genmodels.optim import make_optimizers
+from genmodels.nn.latents import MAX_FIT, FittedDensity, GaussianMixture, first_rows, image_normal, standard_normal, way
+from genmodels.nn.networks import ImageDecoder, ImageEncoder, Norm, check_shape, inference, pass_bytes, placed, psnr
+from genmodels.nn.optim import make_optimizers
+from genmodels.sizing.memory import Footprint, network_bytes
 
 if TYPE_CHECKING:
     from genmodels.family import Batch, Way

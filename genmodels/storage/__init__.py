@@ -28,8 +28,8 @@ from genmodels.storage.documents import (
     write_document,
 )
 from genmodels.storage.folder import FolderStorage
+from genmodels.storage.instrumented import MeasuredStorage
 from genmodels.storage.marker import read_marker
-from genmodels.storage.measured import MeasuredStorage
 from genmodels.storage.probe import begin_writing, probe_conditional_puts
 
 __all__ = [

@@ -1,0 +1,347 @@
+"""Datasets that people add to the storage, for clusters where no path of theirs exists: `genmodels data add`.
+
+    datasets/<name>/<sha256>/text.txt              as it was, or
+                            /pictures.safetensors  converted once: `images`, and `labels` where there are classes
+                            /dataset.json          what it is; written last: from then on it exists
+    datasets/<name>/current.json                   which content the name means now
+    datasets/<name>/sweep.json                     lease of whoever deletes the dataset
+
+A content never changes and is named by the sha256 of its file. A spec is pinned to one when it is submitted, so adding
+another under the same name changes no run. Who deletes holds the dataset's lease; who adds waits for it afterwards, and
+puts what is gone again. What is fetched is kept in `sources.cache_folder()` and checked at each use.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import re
+import tempfile
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+from filelock import FileLock
+from pydantic import Field
+
+from genmodels.data.files import shown
+from genmodels.data.images import ImageData, Pictures, divide, read_folder
+from genmodels.data.sources import DATASETS, cache_folder
+from genmodels.data.text import TextData, read_text
+from genmodels.data.unpack import is_zip, unpack
+from genmodels.errors import Conflict, DamagedObject, DataError, DatasetExists, KeyNotFound
+from genmodels.family import DataInfo
+from genmodels.schema.explain import as_label
+from genmodels.storage import Document, Storage, Time, load_document, write_document
+from genmodels.storage.disk import disk_outages
+from genmodels.storage.lease import Lease
+
+NAME = r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$"
+IMAGE_SIZE, LEAST_SIZE, MOST_SIZE = 32, 8, 256  # side of the squares that pictures become, in pixels
+MAX_STREAM_BYTES = 2**30  # of a file that comes over the network
+SWEEP, SWEEP_SECONDS = "sweep.json", 120.0  # after which one who deletes is taken for dead
+
+Kind = Literal["image", "text"]
+UNPACKED = "unpacked"
+FILES: dict[Kind, str] = {"text": "text.txt", "image": "pictures.safetensors"}
+
+
+class StoredDataset(Document):
+    """One content of an added dataset."""
+
+    object_kind = "dataset"
+    remedy = "delete the folder that it lies in and add the dataset again: genmodels data add"
+
+    name: str
+    sha256: str
+    kind: Kind
+    bytes: int
+    examples: int  # pictures, or characters
+    validation: int | None = None  # of them, those that are held back for validation
+    digest: str = ""  # of the data as training sees it, which stands in a checkpoint's lineage
+    info: DataInfo  # what a family must know of it
+    notes: list[str]  # for people: how many, of what size, how they were converted
+    added: Time
+
+    @property
+    def key(self) -> str:
+        return f"datasets/{self.name}/{self.sha256}/{FILES[self.kind]}"
+
+
+class Current(Document):
+    """Which content a name means."""
+
+    object_kind = "dataset"
+    remedy = "add the dataset again: genmodels data add"
+
+    sha256: str = Field(pattern="^[0-9a-f]{64}$")
+
+
+def add(
+    storage: Storage,
+    name: str,
+    path: Path,
+    image_size: int | None = None,
+    channels: Literal[1, 3] | None = None,
+    *,
+    replace: bool = False,
+) -> tuple[StoredDataset, bool]:
+    """Check a text file, a folder of pictures or a zip of them as local data is checked, and store it under a name.
+
+    Args:
+        image_size, channels: of pictures, as a spec's `data` section has them.
+        replace: whether the name may be taken from another content.
+
+    Returns:
+        The dataset, and whether it is new: the same content again under the name it has changes nothing.
+
+    Raises:
+        DatasetExists: the name means another content, and `replace` is not given.
+        DataError: the name cannot be, the data does not fit, or the name is one of a dataset of another kind.
+    """
+    _check_free(name)
+    if image_size is not None and not LEAST_SIZE <= image_size <= MOST_SIZE:
+        raise DataError(f"image_size: got {image_size}, expected {LEAST_SIZE} to {MOST_SIZE} pixels")
+    with disk_outages(), tempfile.TemporaryDirectory(prefix="genmodels-add-") as scratch:
+        try:
+            dataset, file = _convert(name, path, image_size, channels, Path(scratch))
+        except DataError as error:
+            said = str(error).removeprefix("data.path: ").replace("data.image_size", "image_size")
+            raise DataError(said.replace(f"{scratch}/{UNPACKED}", shown(path.name))) from None
+        except OSError as error:
+            raise DataError(f"{shown(error.filename or path)} cannot be read: {error.strerror}") from error
+        before = None
+        with contextlib.suppress(DamagedObject):  # adding is the remedy
+            before = _current(storage, name)
+        if before and before.kind != dataset.kind:
+            raise DataError(f"{name!r} is a dataset of {before.kind}s, this has {dataset.kind}s: choose another name")
+        if before and before.sha256 == dataset.sha256:
+            return before, False
+        if before and not replace:
+            raise DatasetExists(f"dataset {name!r} is there with another content: {before.notes[0]}")
+        _put(storage, dataset, file)
+        while True:
+            write_document(storage, f"datasets/{name}/current.json", {"sha256": dataset.sha256, "time": _now()})
+            sweeper(storage, name).wait_until_free()
+            if _current(storage, name) and storage.exists(dataset.key):
+                return find(storage, name, dataset.sha256), True
+            _put(storage, dataset, file)  # it was deleted meanwhile, in whole or in part
+
+
+def _put(storage: Storage, dataset: StoredDataset, file: Path) -> None:
+    document = f"datasets/{dataset.name}/{dataset.sha256}/dataset.json"
+    if not (storage.exists(document) and storage.exists(dataset.key)):
+        storage.upload(file, dataset.key)
+        with contextlib.suppress(Conflict):  # somebody else has just added the same
+            write_document(storage, document, dataset.model_dump(mode="json"), if_absent=True)
+
+
+def sweeper(storage: Storage, name: str) -> Lease:
+    """The lease of whoever deletes a dataset."""
+    return Lease(storage, SWEEP_SECONDS, f"datasets/{name}/{SWEEP}")
+
+
+def sizes(storage: Storage, name: str) -> dict[str, int]:
+    """Every object of a dataset with its bytes: what the name means first, then what each content is, then the data.
+
+    Whoever deletes them in this order leaves nothing that seems whole and is not.
+
+    Raises:
+        DataError: the name cannot be.
+    """
+    _check_free(name)
+    found = storage.sizes(f"datasets/{name}/")
+    order = {"current.json": 0, "dataset.json": 1}
+    keys = sorted(found, key=lambda key: (order.get(key.rpartition("/")[2], 2), key))
+    return {key: found[key] for key in keys if not key.endswith(f"/{SWEEP}")}
+
+
+def contents(storage: Storage, name: str) -> list[StoredDataset]:
+    """All contents that a name has or had."""
+    described = (_described(storage, name, sha256) for sha256 in storage.folders(f"datasets/{name}/"))
+    return [dataset for dataset in described if dataset]
+
+
+def catalog(storage: Storage) -> list[StoredDataset]:
+    """What the added names mean now, by name; without those that are damaged."""
+    found = []
+    for name in sorted(kinds(storage)):
+        with contextlib.suppress(DamagedObject):
+            found.append(_current(storage, name))
+    return [dataset for dataset in found if dataset]
+
+
+def kinds(storage: Storage) -> dict[str, Kind]:
+    """The names that have been added, and what each is a dataset of: all that checking a spec needs, in one listing."""
+    keys = storage.list("datasets/")
+    files = (re.fullmatch(r"datasets/([^/]+)/[0-9a-f]{64}/([^/]+)", key) for key in keys)
+    by_file = {file: kind for kind, file in FILES.items()}
+    found = {match[1]: by_file[match[2]] for match in files if match and match[2] in by_file}
+    return {name: kind for name, kind in found.items() if f"datasets/{name}/current.json" in keys}
+
+
+def find(storage: Storage, name: str, sha256: str | None = None) -> StoredDataset:
+    """A content of an added dataset; without `sha256` the one that the name means now.
+
+    Raises:
+        DataError: there is none.
+    """
+    if not re.fullmatch(NAME, name) or (sha256 and not re.fullmatch("[0-9a-f]{64}", sha256)):
+        raise DataError(f"no dataset {name!r}: names are lower-case letters, digits and dashes")
+    dataset = _described(storage, name, sha256) if sha256 else _current(storage, name)
+    if dataset:
+        return dataset
+    what = f"dataset {name!r}" + (f" has no content {sha256[:12]}..." if sha256 else " is not in the storage")
+    raise DataError(f"data.dataset: {what} ({storage.url}); add it: genmodels data add {name} FILE|FOLDER")
+
+
+def load(name: str, sha256: str | None, storage: Storage | None) -> ImageData | TextData:
+    """Open an added dataset, from this machine's cache where it is there.
+
+    Args:
+        storage: may be None when `sha256` is given and its content is in the cache.
+
+    Raises:
+        DataError: it is nowhere, or damaged in the storage.
+    """
+    if sha256 is None:
+        if storage is None:
+            raise DataError(f"data.dataset: {name!r} is no built-in dataset, and there is no storage to look into")
+        sha256 = find(storage, name).sha256
+    folder = cache_folder() / "datasets" / sha256
+    path = _cached(folder, sha256)
+    if path is None:
+        if storage is None:
+            raise DataError(f"data.dataset: {name!r} is not on this machine, and there is no storage to look into")
+        path = _fetch(storage, find(storage, name, sha256), folder)
+    if path.name == FILES["image"]:
+        return divide(_read_pictures(path, name))
+    text = read_text(path)
+    text.notes = [note.replace(path.name, name, 1) for note in text.notes]
+    return text
+
+
+def _convert(
+    name: str, path: Path, image_size: int | None, channels: Literal[1, 3] | None, scratch: Path
+) -> tuple[StoredDataset, Path]:
+    """What is to be stored of a person's file or folder, and the file that holds it."""
+    if not path.exists():
+        raise DataError(f"{shown(path)} does not exist: name a text file, a folder of pictures, or a zip of them")
+    if path.is_dir() or (path.is_file() and is_zip(path)):
+        folder, skipped = (path, None) if path.is_dir() else unpack(path, scratch / UNPACKED)
+        pictures = read_folder(folder, image_size or IMAGE_SIZE, channels, skipped)
+        file = scratch / FILES["image"]
+        _write_pictures(pictures, file)
+        data = divide(pictures)
+        info: DataInfo = data.info
+        validation = len(data.split("val"))
+        digest, examples, kind = data.digest, len(pictures.images), "image"
+        notes, called = pictures.notes, shown(folder.resolve().name)
+    elif image_size or channels:
+        raise DataError(f"{shown(path)} is no folder or zip of pictures: image_size and channels are for pictures")
+    else:
+        text, file, kind = read_text(path), path, "text"
+        info, digest, examples = text.info, text.digest, len(text.train) + len(text.val)
+        validation = len(text.val)
+        notes, called = text.notes, shown(path.name)
+    dataset = StoredDataset(
+        name=name,
+        sha256=_sha256(file),
+        kind=kind,
+        bytes=file.stat().st_size,
+        examples=examples,
+        validation=validation,
+        digest=digest,
+        info=info,
+        notes=[notes[0].removeprefix(f"{called}: "), *notes[1:]],
+        added=_now(),
+    )
+    return dataset, file
+
+
+def _write_pictures(pictures: Pictures, path: Path) -> None:
+    from safetensors.numpy import save_file
+
+    tensors = {"images": pictures.images} | ({} if pictures.labels is None else {"labels": pictures.labels})
+    # One entry: of several the order in the file is not fixed, and with it the sha256.
+    save_file(tensors, path, {"class_names": json.dumps(pictures.class_names)})
+
+
+def _read_pictures(path: Path, name: str) -> Pictures:
+    from safetensors import safe_open
+
+    with safe_open(path, "numpy") as file:
+        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  no mapping
+        class_names: list[str] = json.loads(file.metadata()["class_names"])
+    images: np.ndarray = tensors["images"]
+    count, channels, height, width = images.shape
+    note = f"{name}: {count:,} pictures as {'grey' if channels == 1 else 'RGB'} {width} x {height}"
+    if class_names:
+        note += f", {len(class_names)} classes"
+    return Pictures(images, tensors.get("labels"), class_names, [note])
+
+
+def _fetch(storage: Storage, dataset: StoredDataset, folder: Path) -> Path:
+    """Download into the cache, complete and verified or not at all; of several processes one does, the others wait."""
+    path = folder / FILES[dataset.kind]
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        with FileLock(folder.with_name(f".{folder.name}.lock")):
+            if found := _cached(folder, dataset.sha256):
+                return found
+            path.unlink(missing_ok=True)
+            part = path.with_name(f".{path.name}.part")
+            storage.download(dataset.key, part)
+            if _sha256(part) != dataset.sha256:
+                part.unlink()
+                raise DataError(
+                    f"data.dataset: {dataset.name!r} is damaged in the storage ({storage.url}/{dataset.key}): remove "
+                    f"that folder and add it again: genmodels data add {dataset.name} FILE|FOLDER"
+                )
+            return part.replace(path)
+    except KeyNotFound:
+        raise DataError(f"data.dataset: {storage.url}/{dataset.key} is gone; add the dataset again") from None
+    except OSError as error:
+        where = "XDG_CACHE_HOME names the folder for it"
+        raise DataError(f"data.dataset: {folder} cannot be written ({error.strerror}); {where}") from error
+
+
+def _cached(folder: Path, sha256: str) -> Path | None:
+    paths = (folder / file for file in FILES.values())
+    return next((path for path in paths if path.is_file() and _sha256(path) == sha256), None)
+
+
+def _current(storage: Storage, name: str) -> StoredDataset | None:
+    try:
+        current, _ = load_document(storage, f"datasets/{name}/current.json", Current)
+    except KeyNotFound:
+        return None
+    return _described(storage, name, current.sha256)
+
+
+def _described(storage: Storage, name: str, sha256: str) -> StoredDataset | None:
+    try:
+        key = f"datasets/{name}/{sha256}/dataset.json"
+        return load_document(storage, key, StoredDataset, name=name, sha256=sha256)[0]
+    except KeyNotFound:
+        return None
+
+
+def _check_free(name: str) -> None:
+    if not re.fullmatch(NAME, name):
+        rule = "expected at most 63 lower-case letters, digits and '-', with no '-' at the ends"
+        near = as_label(name)
+        raise DataError(f"dataset name: got {name[:70]!r}, {rule}" + (f"; write e.g. {near}" if near else ""))
+    if name in DATASETS:
+        raise DataError(f"dataset name: {name!r} is a built-in dataset; choose another")
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _now() -> str:
+    return datetime.now(UTC).isoformat(timespec="milliseconds")

@@ -1,0 +1,141 @@
+"""Every kind of document in storage, by its key: to look at all of them and tell what is damaged, and what is not ours.
+
+Logs, metrics and the files of checkpoints and versions are not read: they have checks of their own where they are used.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+
+from genmodels.checkpoint import MANIFEST, Manifest, read_manifest
+from genmodels.data.uploads import Current, StoredDataset
+from genmodels.errors import CheckpointError, DamagedObject, JobNotFound, KeyNotFound
+from genmodels.keys import Key
+from genmodels.registry.evaluations import EVALUATED, Evaluation
+from genmodels.registry.pin import Pin
+from genmodels.registry.store import Alias, Registry, Version
+from genmodels.runs.jobs import ENDED_NAME, JOB_ID, EndedEntry, Entry, Index, Jobs, Queue, StoredSpec, Submission
+from genmodels.runs.records import PART, Heartbeat, Result, Start, Status, Wish
+from genmodels.spec.sections import LABEL
+from genmodels.storage import Document, Storage, load_document
+from genmodels.storage.lease import LeaseDocument
+
+READERS = 16  # objects read at the same time
+
+_LABEL = LABEL.strip("^$")
+_JOB, _MODEL = f"(?P<job>{JOB_ID})", f"(?P<model>{_LABEL})"
+_ATTEMPT = rf"runs/{JOB_ID}/{_LABEL}/attempt-(?P<attempt>\d+)"
+
+# Groups of a pattern that are fields of the document have to be the same there.
+DOCUMENTS: tuple[tuple[str, type[Document]], ...] = (
+    (r"keys/(?P<id>[0-9a-f]{8})\.json", Key),
+    (rf"jobs/{_JOB}/spec\.yaml", StoredSpec),
+    (rf"jobs/{JOB_ID}/index\.json", Index),
+    (rf"open/{_JOB}", Entry),
+    (rf"ended/\d{{13}}-{_JOB}", EndedEntry),
+    (r"idempotency/[0-9a-f]{64}\.json", Submission),
+    (rf"dispatcher/lease\.json|models/{_LABEL}/sweep\.json", LeaseDocument),
+    (r"dispatcher/queue\.json", Queue),
+    (rf"runs/{JOB_ID}/{_LABEL}/status\.json", Status),
+    (rf"runs/{JOB_ID}/{_LABEL}/wishes/\d{{8}}\.json", Wish),
+    (rf"runs/{JOB_ID}/{_LABEL}/pins/step-(?P<step>\d{{8,9}})\.json", Pin),
+    (rf"{_ATTEMPT}/start\.json", Start),
+    (rf"runs/{JOB_ID}/{_LABEL}/attempt-\d+/heartbeat\.json", Heartbeat),
+    (rf"runs/{JOB_ID}/{_LABEL}/attempt-\d+/result\.json", Result),
+    (rf"runs/{JOB_ID}/{_LABEL}/attempt-\d+/checkpoints/step-\d+/{re.escape(MANIFEST)}", Manifest),
+    (rf"models/{_MODEL}/versions/(?P<version>\d{{8}})\.json", Version),
+    (rf"models/{_LABEL}/aliases/{_LABEL}\.json", Alias),
+    (rf"models/{_MODEL}/evaluations/(?P<version>\d{{8}})/{EVALUATED}", Evaluation),
+    (rf"datasets/{_LABEL}/current\.json", Current),
+    (rf"datasets/(?P<name>{_LABEL})/(?P<sha256>[0-9a-f]{{64}})/dataset\.json", StoredDataset),
+)
+_OTHERS = (
+    rf"models/{_LABEL}/(blobs/[0-9a-f]{{64}}|deleted/\d{{8}}|runs/{ENDED_NAME})",
+    rf"runs/{JOB_ID}/{_LABEL}/attempt-\d+/(checkpoints|samples)/.+",
+    rf"runs/{JOB_ID}/{_LABEL}/attempt-\d+/(metrics|logs/[^/]+)/{PART}",
+    rf"dispatcher/nudges/{JOB_ID}/{_LABEL}/[0-9a-f]+",
+    rf"datasets/{_LABEL}/[0-9a-f]{{64}}/[^/]+",
+    r"measures/.+",
+)
+FOLDERS = ("keys", "jobs", "open", "ended", "idempotency", "dispatcher", "runs", "models", "datasets", "measures")
+
+
+@dataclass(frozen=True)
+class Damage:
+    key: str
+    what: str
+    remedy: str
+
+
+@dataclass(frozen=True)
+class Inventory:
+    documents: int
+    damages: list[Damage]
+    strays: list[str]  # keys in our folders that are of no kind of ours
+
+
+def take_inventory(storage: Storage) -> Inventory:
+    """Read every document of a storage. Raises StorageError where the storage does not answer."""
+    keys = [key for folder in FOLDERS for key in storage.list(f"{folder}/")]
+    known = {key: kind for key in keys if (kind := kind_of(key))}
+    with ThreadPoolExecutor(READERS) as threads:
+        found = threads.map(partial(_look, storage, frozenset(keys)), known.items())
+        damages = [damage for damage in found if damage]
+    strays = [key for key in keys if key not in known and not _matches(_OTHERS, key)]
+    return Inventory(len(known), damages, strays)
+
+
+def kind_of(key: str) -> type[Document] | None:
+    """The kind of document that lies under a key, None for anything else."""
+    return next((kind for pattern, kind in DOCUMENTS if re.fullmatch(pattern, key)), None)
+
+
+def _look(storage: Storage, keys: frozenset[str], item: tuple[str, type[Document]]) -> Damage | None:
+    key, kind = item
+    try:
+        if kind is StoredSpec:
+            Jobs(storage).spec(key.split("/")[1])
+        elif kind is Manifest:
+            read_manifest(storage, key.removesuffix(f"/{MANIFEST}"))
+        else:
+            document, _ = load_document(storage, key, kind, **_identity(key, kind))
+            return next(_missing(storage, key, document, keys), None)
+    except (KeyNotFound, JobNotFound):  # it has gone meanwhile
+        return None
+    except DamagedObject as error:
+        return Damage(key, error.what, error.remedy)
+    except CheckpointError as error:
+        return Damage(key, _after_key(str(error), key), Manifest.remedy)
+    return None
+
+
+def _identity(key: str, kind: type[Document]) -> dict[str, object]:
+    pattern = next(pattern for pattern, of in DOCUMENTS if of is kind and re.fullmatch(pattern, key))
+    match = re.fullmatch(pattern, key)
+    named = match.groupdict() if match else {}
+    numbers = ("version", "attempt", "step")
+    return {name: int(value) if name in numbers else value for name, value in named.items()}
+
+
+def _missing(storage: Storage, key: str, document: Document, keys: Iterable[str]) -> Iterator[Damage]:
+    """What a document names and the storage has not."""
+    if isinstance(document, Version):
+        for name, blob in Registry(storage).keys(document).items():
+            if blob not in keys:
+                yield Damage(key, f"its file {name} is missing: {blob}", Version.remedy)
+    if isinstance(document, Alias):
+        model = key.split("/")[1]
+        if f"models/{model}/versions/{document.version:08d}.json" not in keys:
+            yield Damage(key, f"version {document.version} is missing", Alias.remedy)
+
+
+def _after_key(message: str, key: str) -> str:
+    return message.removeprefix(f"{key}: ").removeprefix("damaged (").partition(");")[0]
+
+
+def _matches(patterns: Iterable[str], key: str) -> bool:
+    return any(re.fullmatch(pattern, key) for pattern in patterns)

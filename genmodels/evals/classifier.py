@@ -1,0 +1,143 @@
+"""A judge of pictures: a small frozen classifier, whose features tell sets of pictures apart.
+
+It learns the classes of the data set it judges, on demand, from a fixed seed; without classes it learns which way round
+a picture is (four orientations; Gidaris et al. 2018). Features of a network that has learned from the data see a
+missing class, and those of one trained on photographs would not mean much of digits or clothes; so a Frechet distance
+in them is not FID, and compares only with itself under the same judge. `Judge.sha256` says which one it was.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from itertools import pairwise
+
+import numpy as np
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from genmodels.evals.images import pictures, spread
+from genmodels.family import Material
+from genmodels.nn.networks import image_sizes, inference
+
+RECIPE = 1  # to be raised with every change to what follows: judges are kept under its number
+FEATURES = 64
+WIDTH = 16  # channels at half size
+BATCH = 128
+MOST_STEPS, PASSES = 800, 100  # over the data, if that is less
+LEARNING_RATE = 3e-3
+SEED = 0
+ORIENTATIONS = 4
+TICK_EVERY = 50  # steps
+SEEN = 10_000  # pictures from which features get their mean and scale
+
+
+@dataclass(frozen=True)
+class Judge:
+    """A trained classifier."""
+
+    network: Classifier
+    sha256: str  # of its weights
+    knows_classes: bool
+
+    def features(self, images: Tensor) -> Tensor:
+        """(n, C, H, W) in [0, 1] -> float32 (n, FEATURES), each with mean 0 and variance 1 over training pictures."""
+        return self._all(images, self.network.features)
+
+    def classes(self, images: Tensor) -> Tensor:
+        """The class of each picture, int64: (n, C, H, W) -> (n,)."""
+        return self._all(images, self.network).argmax(1)
+
+    def accuracy(self, material: Material) -> float:
+        """The share of validation pictures that it gets right."""
+        images, labels = pictures(material.val["images"]), material.val.get("labels")
+        if labels is None:
+            images, targets = _turned(images, torch.arange(len(images)) % ORIENTATIONS)
+        else:
+            targets = torch.from_numpy(labels)
+        return float((self.classes(images) == targets).double().mean())
+
+    def _all(self, images: Tensor, function: Callable[[Tensor], Tensor]) -> Tensor:
+        with inference(self.network):
+            return torch.cat([function(part) for part in images.split(BATCH)])
+
+
+class Classifier(nn.Module):
+    """Images (n, C, H, W) in [0, 1] -> logits (n, classes)."""
+
+    def __init__(self, shape: tuple[int, int, int], classes: int) -> None:
+        super().__init__()
+        sizes = image_sizes(*shape[1:])
+        channels = [shape[0], *(WIDTH * 2 ** min(i, 2) for i in range(len(sizes) - 1))]
+        halvings = (nn.Sequential(nn.Conv2d(*pair, 3, stride=2, padding=1), nn.SiLU()) for pair in pairwise(channels))
+        flat = channels[-1] * math.prod(sizes[-1])
+        self.encoder = nn.Sequential(*halvings, nn.Flatten(), nn.Linear(flat, FEATURES), nn.SiLU())
+        self.head = nn.Linear(FEATURES, classes)
+        self.mean, self.scale = nn.Buffer(torch.zeros(FEATURES)), nn.Buffer(torch.ones(FEATURES))
+
+    def forward(self, images: Tensor) -> Tensor:
+        return self.head(self.encoder(images))
+
+    def features(self, images: Tensor) -> Tensor:
+        return (self.encoder(images) - self.mean) / self.scale
+
+
+def appoint(material: Material, learn_from: np.ndarray) -> Judge:
+    """The judge of a data set: the one that is kept, else a new one.
+
+    Args:
+        learn_from: (n,) indices of the training pictures that it may learn from; the rest it has never seen.
+    """
+    labels = material.train.get("labels")
+    shape = material.train["images"].shape[1:]
+    classes = int(labels.max()) + 1 if labels is not None else ORIENTATIONS
+    name = f"judge-{material.digest[:16]}-{RECIPE}-{len(learn_from)}.safetensors"
+    weights = material.keep(name, lambda: _train(material, learn_from, shape, classes))
+    network = _new(shape, classes)
+    network.load_state_dict(safetensors.torch.load(weights))
+    return Judge(network, hashlib.sha256(weights).hexdigest(), labels is not None)
+
+
+def _train(material: Material, learn_from: np.ndarray, shape: tuple[int, int, int], classes: int) -> bytes:
+    images, labels = material.train["images"], material.train.get("labels")
+    steps = max(1, min(MOST_STEPS, PASSES * len(learn_from) // BATCH))
+    order = np.random.default_rng(SEED)
+    network = _new(shape, classes)
+    optimizer = torch.optim.AdamW(network.parameters(), lr=LEARNING_RATE)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LEARNING_RATE, total_steps=steps)
+    for step in range(steps):
+        index = order.choice(learn_from, BATCH)
+        batch = pictures(images[index])
+        if labels is None:
+            batch, targets = _turned(batch, torch.from_numpy(order.integers(ORIENTATIONS, size=BATCH)))
+        else:
+            targets = torch.from_numpy(labels[index])
+        loss = F.cross_entropy(network(batch), targets, label_smoothing=0.1)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        schedule.step()
+        if step % TICK_EVERY == 0:
+            material.tick()
+    seen = pictures(images[learn_from[spread(len(learn_from), SEEN)]])
+    with inference(network):
+        features = torch.cat([network.features(part) for part in seen.split(BATCH)])
+    network.mean.copy_(features.mean(0))
+    network.scale.copy_(features.std(0).clamp_min(1e-6))
+    return safetensors.torch.save(network.state_dict())
+
+
+def _new(shape: tuple[int, int, int], classes: int) -> Classifier:
+    with torch.random.fork_rng(devices=[]):  # leave the caller's random numbers alone
+        torch.manual_seed(SEED)
+        return Classifier(shape, classes)
+
+
+def _turned(images: Tensor, ways: Tensor) -> tuple[Tensor, Tensor]:
+    """Each picture as it is, mirrored, upside down, or both: works for every shape."""
+    turned = torch.stack([images, images.flip(3), images.flip(2), images.flip(2, 3)])
+    return turned[ways, torch.arange(len(images))], ways

@@ -1,0 +1,219 @@
+"""How a model of texts is judged: its exact loss beside count tables, and what it writes beside what people wrote.
+
+Count tables: R. Kneser and H. Ney, "Improved backing-off for m-gram language modeling", 1995; S. Chen and J. Goodman,
+"An empirical study of smoothing techniques for language modeling", 1999.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from genmodels.family import Findings, Material, Measure, Note, TextFamily, keep_half
+from genmodels.nn.sampling import Sampler, SamplingOptions, choose
+
+EVALUATION_NAMES = (
+    "loss",
+    "second_half_loss",
+    "bits_per_token",
+    "nats_below_bigrams",
+    "nats_below_4grams",
+    "longest_copied",
+    "repetition",
+)
+IGNORED = -1  # a target that does not count: padding of a text's last window
+TABLES = {2: "table of bigrams", 4: "table of 4-grams", 5: "table of 5-grams"}
+COUNTED = 2**23  # training tokens that tables and the search for copies look at; nearly always all
+PUBLISHED = 2**17  # tokens of val, from the start, that an evaluation in seconds covers; all of tiny-shakespeare's
+ROWS = 128  # windows of one pass
+PROMPT = 16  # tokens of val that a sample goes on from
+REPEATED = 10  # tokens that make a repetition
+
+
+def evaluate_text(family: TextFamily[Any, Any], material: Material) -> Findings:
+    """Figures of `EVALUATION_NAMES`; those beside tables only where their codes fit (see `ngram_losses`)."""
+    train, val = material.train["tokens"][:COUNTED], material.val["tokens"]
+    val = val if material.thorough else val[:PUBLISHED]
+    halves = _exact_loss(family, material, val)
+    tables = _tables(family, material, train, val)
+    loss, second = (_measure(value, tables, part) for part, value in enumerate(halves))
+    measures = {"loss": loss, "second_half_loss": second, "bits_per_token": Measure(value=loss.value / math.log(2))}
+    for n, name in ((2, "nats_below_bigrams"), (4, "nats_below_4grams")):
+        if TABLES[n] in loss.beside:
+            measures[name] = Measure(value=loss.beside[TABLES[n]] - loss.value, unit="nats")
+
+    count, length = (64, 1000) if material.thorough else (16, 400)
+    notes: dict[str, Note] = {"val_tokens": len(val), "training_tokens_counted": len(train)}
+    starts = np.linspace(0, len(val) - PROMPT - length - 1, count).astype(np.int64)
+    if starts[-1] < 0:  # a val that is shorter than one sample
+        return Findings(measures=measures, notes=notes)
+    people = val[starts[:, None] + np.arange(PROMPT + length)]
+    samples = write(family, people[:, :PROMPT].tolist(), length, material).astype(people.dtype)
+    people = people[:, PROMPT:]
+    copied, in_val = (longest_shared(part, train, family.data.vocab_size) for part in (samples, people))
+    measures["longest_copied"] = Measure(value=copied, unit="tokens", beside={"val": in_val})
+    repeated, by_people = (repetition(part, REPEATED) for part in (samples, people))
+    measures["repetition"] = Measure(value=repeated, beside={"val": by_people})
+    notes |= {"samples": count, "sample_tokens": length, "temperature": SamplingOptions().temperature}
+    return Findings(measures=measures, notes=notes)
+
+
+def write(family: TextFamily[Any, Any], prompts: Sequence[list[int]], length: int, material: Material) -> np.ndarray:
+    """What the model writes after prompts of one length, side by side, each by a seed of its own: (n, length)."""
+    options = SamplingOptions(max_tokens=length)
+    samplers = [Sampler(options, seed, prompt, family.data.vocab_size) for seed, prompt in enumerate(prompts)]
+    windows, written = [list(prompt) for prompt in prompts], []
+    for _ in range(length):
+        material.tick()
+        windows = [keep_half(window, family.block_size) for window in windows]
+        tokens = choose(family.logits(torch.tensor(windows))[:, -1], samplers)
+        for window, token in zip(windows, tokens, strict=True):
+            window.append(token)
+        written.append(tokens)
+    return np.array(written).T
+
+
+def ngram_losses(train_tokens: np.ndarray, val_tokens: np.ndarray, n: int, vocab_size: int) -> np.ndarray:
+    """Nats of each of `val_tokens[1:]`, given the tokens before it, by a table of n-gram counts: (len - 1,).
+
+    Interpolated Kneser-Ney smoothing with one discount per order: the highest order counts n-grams, the lower ones in
+    how many contexts a token was seen, the lowest mixes with the uniform distribution.
+
+    Args:
+        train_tokens, val_tokens: token ids, (length,) each; val_tokens longer than n.
+        n: tokens looked at, the predicted one included: 1 to 10 at 65 symbols.
+
+    Raises:
+        ValueError: vocab_size ** n does not fit in 63 bits.
+    """
+    if vocab_size**n >= 2**63:
+        raise ValueError(f"n = {n} is too large for {vocab_size} symbols")
+    probability = np.full(len(val_tokens) - 1, 1.0 / vocab_size)
+    for order in range(1, n + 1):
+        first = max(order - 2, 0)  # the first predictions have too few tokens before them for this order
+        grams, counts = _counts(train_tokens, order, n, vocab_size)
+        contexts, start, kinds = np.unique(grams // vocab_size, return_index=True, return_counts=True)
+        totals = np.add.reduceat(counts, start)
+        ones, twos = np.sum(counts == 1), np.sum(counts == 2)
+        discount = ones / (ones + 2 * twos) if ones else 0.5
+        seen = _codes(val_tokens, order, vocab_size)[1 if order == 1 else 0 :]
+        total = _lookup(contexts, totals, seen // vocab_size)
+        mass = np.maximum(_lookup(grams, counts, seen) - discount, 0)
+        lower = discount * _lookup(contexts, kinds, seen // vocab_size) * probability[first:]
+        probability[first:] = np.where(total > 0, (mass + lower) / np.maximum(total, 1), probability[first:])
+    return -np.log(probability)
+
+
+def longest_shared(passages: np.ndarray, source: np.ndarray, vocab_size: int) -> int:
+    """The longest run of tokens that stands both in one of the passages, (n, t), and in the source, (length,)."""
+    order = min(math.floor(62 / math.log2(max(vocab_size, 2))), passages.shape[1], len(source))
+    while order:
+        codes = np.stack([_codes(passage, order, vocab_size) for passage in passages])
+        elsewhere = _codes(source, order, vocab_size)
+        places = np.flatnonzero(np.isin(elsewhere, codes))
+        if len(places):
+            break
+        order //= 2
+    else:
+        return 0
+    texts = [passage.tobytes() for passage in passages]
+    whole, size = source.astype(passages.dtype).tobytes(), passages.itemsize
+    starts = np.argwhere(np.isin(codes, elsewhere[places])).tolist()
+    least, most = order, passages.shape[1]
+    while least < most:  # what is shared at a length is shared at all smaller ones
+        middle = (least + most + 1) // 2
+        mine = {texts[row][at * size : (at + middle) * size] for row, at in starts if at + middle <= passages.shape[1]}
+        shared = any(whole[at * size : (at + middle) * size] in mine for at in places.tolist())
+        least, most = (middle, most) if shared else (least, middle - 1)
+    return least
+
+
+def repetition(passages: np.ndarray, n: int) -> float:
+    """The share of n-grams that stood before in the same passage, (passages, tokens): 0 where there is no repetition.
+
+    As seq-rep-n of Welleck et al. 2019, https://arxiv.org/abs/1908.04319.
+    """
+    windows = np.lib.stride_tricks.sliding_window_view(passages, n, axis=1)
+    different = sum(len(np.unique(grams, axis=0)) for grams in windows)
+    return 1 - different / math.prod(windows.shape[:2])
+
+
+def _exact_loss(family: TextFamily[Any, Any], material: Material, val: np.ndarray) -> tuple[float, float]:
+    """Nats per token over a text, and over its second half: every token but the first predicted exactly once."""
+    inputs, targets = _windows(val, family.block_size)
+    half = len(inputs) // 2
+    first = _summed(family, inputs[:half], targets[:half], material)
+    second = _summed(family, inputs[half:], targets[half:], material)
+    whole = {name: value + first.get(name, 0) for name, value in second.items()}
+    return family.metrics(whole)["val_loss"], family.metrics(second)["val_loss"]
+
+
+def _windows(tokens: np.ndarray, block_size: int) -> tuple[Tensor, Tensor]:
+    """Inputs and targets, (n, block_size) both: windows from the start, one after the other, the last one padded."""
+    count = (len(tokens) - 2) // block_size + 1
+    padded = torch.full((count * block_size + 1,), IGNORED)
+    padded[: len(tokens)] = torch.from_numpy(tokens.astype(np.int64))
+    return padded[:-1].view(count, -1).clamp(min=0), padded[1:].view(count, -1)
+
+
+def _summed(family: TextFamily[Any, Any], inputs: Tensor, targets: Tensor, material: Material) -> dict[str, Tensor]:
+    device, sums = next(family.network.parameters()).device, dict[str, Tensor]()
+    for tokens, wanted in zip(inputs.split(ROWS), targets.split(ROWS), strict=True):
+        material.tick()
+        with torch.no_grad():
+            found = family.measure({"tokens": tokens.to(device), "targets": wanted.to(device)})
+        sums = {name: value + sums.get(name, 0) for name, value in found.items()}
+    return sums
+
+
+def _tables(
+    family: TextFamily[Any, Any], material: Material, train: np.ndarray, val: np.ndarray
+) -> dict[str, tuple[float, float]]:
+    """The losses of count tables, by name, over all of val and over its second half."""
+    size, tables = family.data.vocab_size, {}
+    for n, name in TABLES.items():
+        if size**n >= 2**63 or len(val) <= n:
+            continue
+        material.tick()
+
+        def make(n: int = n) -> bytes:
+            losses = ngram_losses(train, val, n, size)
+            return json.dumps([losses.mean(), losses[len(losses) // 2 :].mean()]).encode()
+
+        tables[name] = tuple(
+            json.loads(material.keep(f"ngrams-{n}-{size}-{len(train)}-{len(val)}-{material.digest}", make))
+        )
+    return tables
+
+
+def _measure(value: float, tables: dict[str, tuple[float, float]], part: int) -> Measure:
+    return Measure(value=value, unit="nats", beside={name: losses[part] for name, losses in tables.items()})
+
+
+def _counts(tokens: np.ndarray, order: int, n: int, vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """The n-grams of an order, sorted by code, and their counts: how often, or below n after how many other tokens."""
+    if order == n:
+        return np.unique(_codes(tokens, order, vocab_size), return_counts=True)
+    longer = np.unique(_codes(tokens, order + 1, vocab_size))
+    return np.unique(longer % vocab_size**order, return_counts=True)
+
+
+def _codes(tokens: np.ndarray, order: int, vocab_size: int) -> np.ndarray:
+    """Every n-gram as a number: its tokens are the digits, the last one the lowest."""
+    count = len(tokens) - order + 1
+    codes = np.zeros(count, np.int64)
+    for place in range(order):
+        codes = codes * vocab_size + tokens[place : place + count]
+    return codes
+
+
+def _lookup(keys: np.ndarray, values: np.ndarray, wanted: np.ndarray) -> np.ndarray:
+    """The values of the wanted keys, 0 where there is none; keys are sorted."""
+    place = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
+    return np.where(keys[place] == wanted, values[place], 0)

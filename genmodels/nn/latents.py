@@ -1,0 +1,167 @@
+"""Latent space: random rows keyed by (seed, i), a density fitted over latents, ways between two points.
+
+Row i of everything sampled here depends on (seed, i) alone, so that an answer is the same in a batch of any size.
+"""
+
+from __future__ import annotations
+
+import warnings
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+
+import numpy as np
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from genmodels.family import Way
+from genmodels.sizing.memory import FLOAT
+
+DENSITY_FILE = "density.safetensors"
+MAX_FIT = 4096  # more latents hardly change the density, and the fit has to take seconds
+
+
+def row_generators(n: int, seed: int) -> Iterator[np.random.Generator]:
+    """One generator per row, keyed by (seed, i): Philox (Salmon et al. 2011), where each key is a stream of its own."""
+    for i in range(n):
+        yield np.random.Generator(np.random.Philox(key=np.array([seed % 2**64, i], dtype=np.uint64)))
+
+
+def standard_normal(n: int, dim: int, seed: int, temperature: float = 1.0) -> Tensor:
+    """(n, dim) float32 from N(0, temperature^2 I); row i depends on (seed, i) alone."""
+    rows = [generator.standard_normal(dim) * temperature for generator in row_generators(n, seed)]
+    return torch.from_numpy(np.array(rows, dtype=np.float32).reshape(n, dim))
+
+
+def image_normal(images: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """(n, *shape) float32 from N(0, 1); row i depends on image i alone.
+
+    For evaluation: each validation image meets the same noise at every step, in a batch of any size, on any worker.
+    """
+    keys = [zlib.crc32(image.tobytes()) for image in images.cpu().numpy()]
+    rows = [np.random.Generator(np.random.Philox(key=key)).standard_normal(shape, dtype=np.float32) for key in keys]
+    return torch.from_numpy(np.stack(rows)).to(images.device)
+
+
+def first_rows(chunks: Iterable[Tensor], limit: int = MAX_FIT) -> Tensor:
+    """The first `limit` rows of (n, d) chunks, on the CPU; asks for no chunk beyond them."""
+    taken: list[Tensor] = []
+    for chunk in chunks:
+        taken.append(chunk[: limit - sum(map(len, taken))].cpu())
+        if sum(map(len, taken)) >= limit:
+            break
+    if not taken:
+        raise ValueError("a density needs at least one batch to fit to")
+    return torch.cat(taken)
+
+
+@dataclass(frozen=True)
+class GaussianMixture:
+    """A density over latents: mixture of k Gaussians with full covariance.
+
+    Fitted after training to where the encoder puts the training data, it turns an autoencoder into a generator, and
+    gives a VAE a better prior (Ghosh et al. 2020, "From Variational to Deterministic Autoencoders").
+    """
+
+    weights: Tensor  # (k,) sums to 1
+    means: Tensor  # (k, d)
+    scales: Tensor  # (k, d, d) lower triangular; the covariance is scale @ scale.T
+
+    @classmethod
+    def fit(cls, latents: Tensor, n_components: int, seed: int) -> GaussianMixture:
+        """Fit by expectation-maximisation to (n, d) latents, at most the first `MAX_FIT`.
+
+        The same latents and seed give the same density. Takes fewer components when there are too few latents for them,
+        and stays proper when latents coincide.
+
+        Raises:
+            ValueError: no latents, or some are not finite.
+        """
+        from sklearn.mixture import GaussianMixture as SklearnMixture  # slow to import; only a fit needs it
+
+        points = latents[:MAX_FIT].double().cpu().numpy()
+        if not len(points) or not np.isfinite(points).all():
+            raise ValueError(f"a density needs at least one latent and finite values; got shape {tuple(latents.shape)}")
+        centre, spread = points.mean(0), np.maximum(points.std(0), 1e-6)
+        n_components = _most_components(n_components, *points.shape)
+        if len(points) == 1:
+            points = np.repeat(points, 2, axis=0)  # scikit-learn wants two
+        mixture = SklearnMixture(n_components, reg_covar=1e-3, max_iter=50, tol=1e-2, random_state=seed % 2**32)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # coinciding points and an early stop are both fine here
+            mixture.fit((points - centre) / spread)
+        return cls(
+            weights=torch.from_numpy(mixture.weights_).float(),
+            means=torch.from_numpy(mixture.means_ * spread + centre).float(),
+            scales=torch.from_numpy(np.linalg.cholesky(mixture.covariances_) * spread[:, None]).float(),
+        )
+
+    def sample(self, n: int, seed: int, temperature: float = 1.0) -> Tensor:
+        """(n, d) float32; `temperature` scales the spread within each component, 0 gives component means."""
+        edges = self.weights.double().cumsum(0).numpy()
+        means, scales = self.means.double().numpy(), self.scales.double().numpy()
+        rows = np.empty((n, means.shape[1]), dtype=np.float32)
+        for row, generator in zip(rows, row_generators(n, seed), strict=True):
+            k = min(int(np.searchsorted(edges, generator.random() * edges[-1], side="right")), len(edges) - 1)
+            row[:] = means[k] + scales[k] @ generator.standard_normal(means.shape[1]) * temperature
+        return torch.from_numpy(rows)
+
+    def to_bytes(self) -> bytes:
+        """As a safetensors file."""
+        return safetensors.torch.save({"weights": self.weights, "means": self.means, "scales": self.scales})
+
+    @classmethod
+    def from_bytes(cls, data: bytes) -> GaussianMixture:
+        """What `to_bytes` gave."""
+        tensors = safetensors.torch.load(data)
+        return cls(tensors["weights"], tensors["means"], tensors["scales"])
+
+
+def _most_components(wanted: int, points: int, dim: int) -> int:
+    """Full rank needs dim + 1 points for each."""
+    return max(1, min(wanted, points // (dim + 1)))
+
+
+class FittedDensity:
+    """The part of a family whose `fit` leaves a density over latents: how it travels with a checkpoint."""
+
+    density: GaussianMixture | None = None
+
+    @staticmethod
+    def density_bytes(n_components: int, dim: int) -> int:
+        """Bytes of a density at its largest."""
+        return FLOAT * _most_components(n_components, MAX_FIT, dim) * (dim**2 + dim + 1)
+
+    def assets(self) -> dict[str, bytes]:
+        return {DENSITY_FILE: self.density.to_bytes()} if self.density else {}
+
+    def load_assets(self, assets: Mapping[str, bytes]) -> None:
+        if DENSITY_FILE in assets:
+            self.density = GaussianMixture.from_bytes(assets[DENSITY_FILE])
+
+
+def way(start: Tensor, end: Tensor, steps: int, method: Way) -> Tensor:
+    """From `start` to `end` (d,), both included: (steps, d)."""
+    return slerp(start, end, steps) if method == "spherical" else lerp(start, end, steps)
+
+
+def lerp(start: Tensor, end: Tensor, steps: int) -> Tensor:
+    """The straight way from `start` to `end` (d,), both included: (steps, d)."""
+    t = torch.linspace(0, 1, steps, device=start.device, dtype=start.dtype)[:, None]
+    return start * (1 - t) + end * t
+
+
+def slerp(start: Tensor, end: Tensor, steps: int) -> Tensor:
+    """The way along the great circle, both ends included: (steps, d) (Shoemake 1985).
+
+    Keeps to the shell where a Gaussian of many dimensions has its mass; the straight way cuts through it (White 2016).
+    Where the angle says nothing (a zero vector, parallel or opposite ends) it is the straight way.
+    """
+    a, b = start.double(), end.double()
+    cosine = (a @ b) / (a.norm() * b.norm()).clamp_min(1e-12)
+    angle = cosine.clamp(-1, 1).acos()
+    if angle.sin() < 1e-4 or min(a.norm(), b.norm()) < 1e-6:
+        return lerp(start, end, steps)
+    t = torch.linspace(0, 1, steps, device=start.device, dtype=torch.float64)[:, None]
+    return (((1 - t) * angle).sin() * a + (t * angle).sin() * b).div(angle.sin()).to(start.dtype)

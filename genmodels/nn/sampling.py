@@ -1,0 +1,205 @@
+"""How the next token is chosen from a network's logits: the settings of a request, and keyed randomness.
+
+Penalty on repetition: Keskar et al. 2019 (CTRL), https://arxiv.org/abs/1909.05858
+Nucleus (top_p): Holtzman et al. 2019, https://arxiv.org/abs/1904.09751
+min_p: Nguyen et al. 2024, https://arxiv.org/abs/2407.01082
+Presence and frequency penalties: as OpenAI's API defines them, over the tokens of the answer.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+import re
+from collections.abc import Collection, Sequence
+from typing import Annotated, Any
+
+import torch
+from pydantic import Field, field_validator
+from torch import Tensor
+
+from genmodels.errors import RequestError
+from genmodels.family import Section
+from genmodels.schema.explain import show, wrong
+
+TokenId = Annotated[int, Field(ge=0)]
+Bias = Annotated[float, Field(ge=-100, le=100)]
+MAX_BIASES = 1024
+
+MAX_INT = 2**31 - 1  # of whole numbers that are compared with tensors
+
+
+class SamplingOptions(Section):
+    """Options of a completion: how many tokens, and how they are chosen."""
+
+    max_tokens: int = Field(200, ge=0, le=4096, description="largest number of tokens in the answer")
+    temperature: float = Field(
+        0.8, ge=0, le=100, description="0 always takes the most probable token; higher is more varied"
+    )
+    top_k: int | None = Field(None, ge=1, le=MAX_INT, description="choose among the k most probable tokens only")
+    top_p: float = Field(
+        1.0, gt=0, le=1, description="choose among the most probable tokens whose probabilities add up to p"
+    )
+    min_p: float = Field(
+        0.0, ge=0, le=1, description="drop tokens less probable than this fraction of the most probable token"
+    )
+    repetition_penalty: float = Field(
+        1.0, ge=0.01, le=10, description="above 1: make tokens of the prompt and the answer less probable"
+    )
+    presence_penalty: float = Field(
+        0.0, ge=-2, le=2, description="subtracted from the logits of tokens that are in the answer"
+    )
+    frequency_penalty: float = Field(
+        0.0, ge=-2, le=2, description="subtracted once for each time that the token is in the answer"
+    )
+    logit_bias: dict[TokenId, Bias] = Field({}, max_length=MAX_BIASES, description="added to logits, by token id")
+
+    @field_validator("logit_bias", mode="before")
+    @classmethod
+    def _ids_are_text_in_json(cls, bias: Any) -> Any:
+        if not isinstance(bias, dict):
+            return bias
+        if len(bias) > MAX_BIASES:  # else each of them is judged first
+            raise wrong(f"got {len(bias)} entries, expected at most {MAX_BIASES}")
+        for key in bias:
+            if isinstance(key, str) and not re.fullmatch("0|[1-9][0-9]{0,8}", key):
+                raise wrong(f"got the key {show(key)}, expected the id of a token, as in {{'11': -100}}")
+        return {int(key) if isinstance(key, str) else key: value for key, value in bias.items()}
+
+
+class Sampler:
+    """Chooses the tokens of one answer. Its randomness depends on `seed` and a token's number in the answer alone.
+
+    Raises:
+        RequestError: `prompt` or `logit_bias` names a token that there is not.
+    """
+
+    def __init__(self, options: SamplingOptions, seed: int, prompt: Sequence[int], vocab_size: int) -> None:
+        _check_tokens("prompt", prompt, vocab_size)
+        _check_tokens("logit_bias", options.logit_bias, vocab_size)
+        self.options, self.seed, self.count = options, seed, 0
+        self._bias = None
+        if options.logit_bias:
+            self._bias = torch.zeros(vocab_size, dtype=torch.float64)
+            self._bias[list(options.logit_bias)] = torch.tensor(list(options.logit_bias.values()), dtype=torch.float64)
+        self._penalises = (
+            options.repetition_penalty != 1 or options.presence_penalty != 0 or options.frequency_penalty != 0
+        )
+        if self._penalises:
+            self._read = torch.zeros(vocab_size, dtype=torch.bool)
+            self._read[list(prompt)] = True
+            self._written = torch.zeros(vocab_size, dtype=torch.float64)
+
+    def adjust(self, logits: Tensor) -> Tensor:
+        """(vocab_size,) float64, as penalties and biases make them."""
+        options = self.options
+        if self._penalises:
+            repeated = torch.where(logits > 0, logits / options.repetition_penalty, logits * options.repetition_penalty)
+            logits = torch.where(self._read, repeated, logits)
+            logits = logits - options.frequency_penalty * self._written
+            logits = logits - options.presence_penalty * (self._written > 0)
+        return logits if self._bias is None else logits + self._bias
+
+    @property
+    def done(self) -> bool:
+        """Whether the answer has all the tokens that it may have."""
+        return self.count >= self.options.max_tokens
+
+    def accept(self, token: int) -> None:
+        """The answer goes on with this token."""
+        self.count += 1
+        if self._penalises:
+            self._read[token] = True
+            self._written[token] += 1
+
+
+def choose(logits: Tensor, samplers: Sequence[Sampler]) -> list[int]:
+    """Draw the next token of each of n answers and let its sampler accept it: logits (n, vocab_size).
+
+    Raises:
+        RequestError: the numbers of a row are not finite; then no sampler has accepted a token.
+    """
+    tokens = []
+    for token in draw(logits, samplers):
+        if isinstance(token, Exception):
+            raise token
+        tokens.append(token)
+    for sampler, token in zip(samplers, tokens, strict=True):
+        sampler.accept(token)
+    return tokens
+
+
+def draw(logits: Tensor, samplers: Sequence[Sampler]) -> list[int | Exception]:
+    """Draw the next token of each of n answers, or give the error of a row that has none: logits (n, vocab_size).
+
+    A row's token does not depend on the other rows, and no sampler changes: drawing again gives the same. Every token
+    is checked here, so that `Sampler.accept` cannot fail.
+    """
+    adjusted = [_adjusted(row, sampler) for row, sampler in zip(logits.cpu().double(), samplers, strict=True)]
+    void = torch.full(logits.shape[1:], math.nan, dtype=torch.float64)
+    rows = torch.stack([void if isinstance(row, Exception) else row for row in adjusted])
+    sound, drawn = rows.isfinite().all(-1).tolist(), _drawn(rows, samplers)
+    tokens: list[int | Exception] = []
+    for row, finite, token in zip(adjusted, sound, drawn, strict=True):
+        if isinstance(row, Exception):
+            tokens.append(row)
+        else:
+            tokens.append(token if finite and token < len(row) else not_finite())
+    return tokens
+
+
+def not_finite() -> RequestError:
+    """Why an answer ends whose numbers have left the range of floats."""
+    message = "the model's numbers are no longer finite for this text; try another prompt or version"
+    return RequestError(message, status=500, code="not_finite")
+
+
+def _adjusted(logits: Tensor, sampler: Sampler) -> Tensor | Exception:
+    try:
+        return sampler.adjust(logits)
+    except Exception as error:
+        return error
+
+
+def _drawn(rows: Tensor, samplers: Sequence[Sampler]) -> list[int]:
+    """The token of each row (n, vocab_size); any number for a row that is not finite."""
+    best = rows.argmax(-1).tolist()
+    temperature = torch.tensor([[sampler.options.temperature or 1.0] for sampler in samplers], dtype=torch.float64)
+    probabilities = ((rows - rows.amax(-1, keepdim=True)) / temperature).softmax(-1)
+    probabilities = _dropped(probabilities, [sampler.options for sampler in samplers])
+    # summed up in the order of ids: rounding that swaps two equally probable tokens then hardly moves the sums
+    cumulative = probabilities.cumsum(-1)
+    draws = torch.tensor([[uniform(sampler.seed, sampler.count)] for sampler in samplers], dtype=torch.float64)
+    drawn = torch.searchsorted(cumulative, draws * cumulative[:, -1:], right=True)[:, 0].tolist()
+    return [
+        greedy if sampler.options.temperature == 0 else sampled
+        for sampler, greedy, sampled in zip(samplers, best, drawn, strict=True)
+    ]
+
+
+def _dropped(probabilities: Tensor, options: Sequence[SamplingOptions]) -> Tensor:
+    """Without the improbable tokens that nobody wants: (n, vocab_size), no longer of sum 1."""
+    if all(one.top_k is None and one.top_p == 1 and one.min_p == 0 for one in options):
+        return probabilities
+    size = probabilities.shape[-1]
+    top_k = torch.tensor([[one.top_k or size] for one in options])
+    top_p = torch.tensor([[one.top_p] for one in options], dtype=torch.float64)
+    min_p = torch.tensor([[one.min_p] for one in options], dtype=torch.float64)
+    descending, order = probabilities.sort(dim=-1, descending=True, stable=True)
+    mass_before = descending.cumsum(-1) - descending
+    dropped = (torch.arange(size) >= top_k) | (descending < min_p * descending[:, :1])
+    dropped |= (mass_before >= top_p) & (top_p < 1)
+    return probabilities.scatter(-1, order, descending.masked_fill(dropped, 0.0))
+
+
+def _check_tokens(param: str, tokens: Collection[int], vocab_size: int) -> None:
+    for token in (min(tokens, default=0), max(tokens, default=0)):
+        if not 0 <= token < vocab_size:
+            message = f"{param}: token {token} does not exist; this model's are 0 to {vocab_size - 1}"
+            raise RequestError(message, param=param, code="invalid_value")
+
+
+def uniform(seed: int, index: int) -> float:
+    """A random number in [0, 1) that is a function of its arguments: the same in every process, on every device."""
+    digest = hashlib.blake2b(f"{seed}/{index}".encode(), digest_size=6).digest()
+    return int.from_bytes(digest, "big") / 2**48  # 48 bits: products with it stay below the other factor

@@ -1,0 +1,228 @@
+"""Remove an alias, a whole model, or a dataset with everything that is only its own.
+
+What stays of a model: `models/<model>/deleted/`, so that no number of a version is given twice, and, unless they are
+asked for as well, what its runs left (checkpoints, samples, logs). What stays of a dataset: the models that were
+trained on it, with its digest in their lineage, and copies in the caches of machines that trained on it.
+
+A process may end at any moment of this: what names a thing goes before the thing, so nothing that is half removed is
+served or trained on, and the same call again removes the rest.
+"""
+
+from __future__ import annotations
+
+import re
+import shutil
+import time
+from collections.abc import Iterable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+
+from genmodels.checkpoint import MANIFEST
+from genmodels.data import uploads
+from genmodels.data.sources import cache_folder
+from genmodels.errors import DataError, GenmodelsError, ModelNotFound, StorageError
+from genmodels.registry.gc import AT_ONCE, BATCH, alone, delete_versions, remove_blobs
+from genmodels.registry.store import Registry
+from genmodels.runs.jobs import Jobs, run_jobs
+from genmodels.runs.records import ACTIVE, ENDED, Run
+from genmodels.spec.sections import LABEL, JobSpec, ModelSpec
+from genmodels.storage import Storage
+
+
+@dataclass(frozen=True)
+class ModelContents:
+    """What a model is made of."""
+
+    model: str
+    versions: list[int]
+    aliases: dict[str, int]
+    bytes: int  # of the files of its versions
+    jobs: list[str]  # whose runs of it left something: checkpoints, samples, logs
+
+    @property
+    def has_files(self) -> bool:
+        """Return whether there is more of it than what its runs left."""
+        return bool(self.versions or self.aliases or self.bytes)
+
+
+@dataclass(frozen=True)
+class DatasetContents:
+    """What a dataset is made of, and what was made of it."""
+
+    name: str
+    contents: list[str]  # their sha256
+    bytes: int
+    digests: list[str]  # of the data, as lineages have them
+    runs: list[str]  # `job/model`, that were or are to be trained on it
+    versions: list[str]  # that were published from them and are still there
+
+
+def model_contents(storage: Storage, model: str) -> ModelContents:
+    """Return what `delete_model` would remove.
+
+    Raises:
+        ModelNotFound: there is nothing of it.
+    """
+    if not re.fullmatch(LABEL, model):
+        raise ModelNotFound(f"no model {model[:100]!r}: names are lower-case letters, digits and dashes")
+    registry = Registry(storage)
+    versions, aliases = registry.versions(model), registry.aliases(model)
+    sizes = storage.sizes(f"models/{model}/blobs/")
+    jobs = run_jobs(storage, model)
+    if not (versions or aliases or sizes or jobs or storage.list(f"models/{model}/evaluations/", limit=1)):
+        raise ModelNotFound(f"no model {model!r}; `genmodels models` lists what there is")
+    targets = {name: alias.version for name, alias in aliases.items()}
+    return ModelContents(model, versions, targets, sum(sizes.values()), jobs)
+
+
+def delete_model(storage: Storage, model: str, *, with_runs: bool = False) -> ModelContents:
+    """Remove all aliases, versions, evaluations and files of a model; its next version gets the next number.
+
+    Args:
+        with_runs: also what its runs left: checkpoints, samples, logs. The jobs' specs and states stay.
+
+    Returns:
+        What there was.
+
+    Raises:
+        ModelNotFound: there is nothing of it.
+        GenmodelsError: a run of it is open, or one that starts from it.
+    """
+    registry, contents = Registry(storage), model_contents(storage, model)
+    if contents.jobs and not with_runs and not contents.has_files:
+        left = ", ".join(contents.jobs)
+        raise ModelNotFound(f"model {model!r} has no version any more, only what its runs left: {left}")
+    _refuse_while_open(storage, model, contents.jobs)
+    for alias in contents.aliases:
+        registry.remove_alias(model, alias)
+    while numbers := registry.versions(model):
+        delete_versions(registry, model, numbers[:BATCH])
+    while keys := storage.list(f"models/{model}/blobs/", limit=BATCH):
+        remove_blobs(registry, model, keys)
+        if registry.versions(model):  # published meanwhile: it is a new model
+            break
+    with alone(registry.sweeper(model)):
+        there = registry.versions(model)
+        for key in storage.list(f"models/{model}/evaluations/"):
+            if int(key.split("/")[3]) not in there:
+                storage.delete(key)
+        for name, target in registry.aliases(model).items():  # left by a process that died while it moved one
+            if target.version not in there:
+                registry.remove_alias(model, name)
+    if with_runs:
+        for job in contents.jobs:
+            _remove_run(Run(storage, job, model))
+    return contents
+
+
+def dataset_contents(storage: Storage, name: str) -> DatasetContents:
+    """Return what `delete_dataset` would remove, and what was trained on it.
+
+    Raises:
+        DataError: there is nothing of it.
+    """
+    sizes = uploads.sizes(storage, name)
+    if not sizes:
+        raise DataError(f"no dataset {name!r}; `genmodels data list` lists what there is")
+    users = _users(storage, name)
+    registry, versions = Registry(storage), []
+    for model in sorted({spec.name for _, spec in users}):
+        jobs = {job for job, spec in users if spec.name == model}
+        versions += [version for version in registry.all_versions(model) if version.job in jobs]
+    digests = {dataset.digest for dataset in uploads.contents(storage, name)}
+    return DatasetContents(
+        name=name,
+        contents=storage.folders(f"datasets/{name}/"),
+        bytes=sum(sizes.values()),
+        digests=sorted((digests | {version.lineage.data_digest for version in versions}) - {""}),
+        runs=sorted(f"{job}/{spec.name}" for job, spec in users),
+        versions=[version.name for version in versions],
+    )
+
+
+def delete_dataset(storage: Storage, name: str) -> DatasetContents:
+    """Remove all contents of a dataset, what evaluations kept of it, and its copies on this machine.
+
+    Returns:
+        What there was, and what was trained on it, which stays.
+
+    Raises:
+        DataError: there is nothing of it.
+        GenmodelsError: an open job needs it.
+    """
+    contents = dataset_contents(storage, name)
+    open_jobs = set(Jobs(storage).open())
+    for job, model in (run.split("/") for run in contents.runs):
+        if _is_open(Run(storage, job, model), open_jobs):
+            raise GenmodelsError(f"job {job} needs dataset {name!r} and has not ended; cancel it first")
+    with alone(uploads.sweeper(storage, name)) as until:
+        meaning, *rest = uploads.sizes(storage, name)
+        kept = [key for key in storage.list("measures/") if any(digest[:16] in key for digest in contents.digests)]
+        for key in [meaning, *kept, *rest]:  # the data last: so that the same call again finds what there is to do
+            if time.monotonic() >= until:
+                raise GenmodelsError(f"dataset {name!r}: the storage is slow, and a part is left; delete it again")
+            storage.delete(key)
+    for sha256 in contents.contents:
+        shutil.rmtree(cache_folder() / "datasets" / sha256, ignore_errors=True)
+    return contents
+
+
+def _refuse_while_open(storage: Storage, model: str, jobs: Iterable[str]) -> None:
+    open_jobs = Jobs(storage).open()
+    for job in dict.fromkeys([*jobs, *open_jobs]):
+        try:
+            spec = Jobs(storage).spec(job)
+        except StorageError:
+            raise
+        except GenmodelsError:  # half submitted, deleted just now, or damaged: nothing runs from it
+            continue
+        for entry in spec.models:
+            source = (entry.train.init_from or "").partition("@")[0]
+            if model in (entry.name, source) and _is_open(Run(storage, job, entry.name), set(open_jobs)):
+                does = "trains it" if entry.name == model else "starts from it"
+                remedy = "cancel it first" if job in open_jobs else "end its `genmodels run` first"
+                raise GenmodelsError(f"model {model!r}: job {job} {does} and has not ended; {remedy}")
+
+
+def _is_open(run: Run, open_jobs: set[str]) -> bool:
+    """Return whether a run goes on by itself, or is under way by a `genmodels run`, which has no dispatcher."""
+    state = run.status()[0].state
+    return state not in ENDED if run.job in open_jobs else state in ACTIVE
+
+
+def _users(storage: Storage, name: str) -> list[tuple[str, ModelSpec]]:
+    """Return the models that name a dataset, of all jobs."""
+
+    def read(job: str) -> JobSpec | None:
+        try:
+            return Jobs(storage).spec(job)
+        except StorageError:
+            raise
+        except GenmodelsError:
+            return None
+
+    with ThreadPoolExecutor(AT_ONCE) as threads:
+        names = storage.folders("jobs/")
+        found = zip(names, threads.map(read, names), strict=True)
+        return [(job, model) for job, spec in found if spec for model in spec.models if model.data.dataset == name]
+
+
+def _remove_run(run: Run) -> None:
+    """Remove what a run's attempts left: the newest attempt first, its manifests and its start before the rest.
+
+    So a reader finds the history that ends one attempt earlier, and no checkpoint of which a part is gone.
+    """
+    storage = run.storage
+    for attempt in reversed(run.attempts()):
+        keys = storage.list(f"{run.prefix}/attempt-{attempt}/")
+        first = [key for key in keys if key.endswith(f"/{MANIFEST}")]
+        first += [key for key in keys if key.endswith(f"/attempt-{attempt}/start.json")]
+        for key in first:
+            storage.delete(key)
+        with ThreadPoolExecutor(AT_ONCE) as threads:
+            list(threads.map(storage.delete, [key for key in keys if key not in first]))
+    for key in storage.list(f"{run.prefix}/pins/"):
+        storage.delete(key)
+    for key in storage.list(f"models/{run.model}/runs/"):  # last: so that the same call again finds this run
+        if re.fullmatch(rf".*/\d+-{re.escape(run.job)}", key):
+            storage.delete(key)

@@ -1,0 +1,448 @@
+"""A job's objects in storage: its spec, the index of open and ended jobs, and the inbox of the dispatcher.
+
+idempotency/<sha256 of caller and key>.json     job id and digest of the body; put-if-absent, first
+open/<job>                                      index: put before the spec, gone when every run has ended
+ended/<time>-<job>                              index; the time counts down, so that a listing begins with the newest
+models/<model>/runs/<time>-<job>                which jobs train a model, likewise
+jobs/<job>/spec.yaml                            put-if-absent, last: from then on the job exists
+jobs/<job>/index.json                           from its first end on: how it stands in the index; compare-and-swap
+dispatcher/nudges/<job>/<model>/<random>        "look at this run's wishes": one listing instead of one for each run
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import re
+import secrets
+from collections import Counter
+from collections.abc import Iterable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from datetime import datetime
+from typing import Literal
+
+from pydantic import Field
+
+from genmodels.errors import (
+    Conflict,
+    DamagedObject,
+    GenmodelsError,
+    IdempotencyConflict,
+    JobNotFound,
+    KeyNotFound,
+    SpecError,
+)
+from genmodels.runs.records import ACTIVE, Run, State, now
+from genmodels.spec.sections import JobSpec, digest, dump, load_stored
+from genmodels.storage import Document, Storage, Time, list_names, load_document, write_document
+from genmodels.storage.documents import damaged
+
+JOB_ID = r"[a-z0-9]([a-z0-9-]{0,70}[a-z0-9])?"
+ENDED_NAME = rf"\d{{13}}-{JOB_ID}"
+CURSOR = r"\d{13}-\d{1,6}"
+END_OF_TIME = 10**13  # milliseconds; times count down from here
+NUDGES, QUEUE = "dispatcher/nudges/", "dispatcher/queue.json"
+AT_ONCE = 8  # requests to the store
+
+
+class StoredSpec(Document):
+    """A job's spec, which is YAML: see `Jobs.spec`."""
+
+    object_kind = "spec"
+    remedy = "restore it from a backup; without one, delete jobs/, open/ and runs/ of that job and submit it again"
+
+
+class Entry(Document):
+    """A job in the index."""
+
+    object_kind = "index"
+    remedy = "restore it from a backup; without one, delete it and submit the job again"
+
+    job: str
+    name: str
+    priority: int
+    submitted: Time
+    caller: str  # id of the key it came with; "" without keys
+    models: list[str]
+    idempotency: str = ""  # name of its object under idempotency/
+
+
+class EndedEntry(Entry):
+    ended: Time
+    states: dict[str, State]
+
+
+class Submission(Document):
+    """What the first one with an idempotency key was about to make."""
+
+    object_kind = "submission"
+    remedy = "submit with another Idempotency-Key, or delete it"
+
+    job: str
+    digest: str
+    submitted: Time
+    deleted: bool = False  # the job is gone, and its key makes no other
+
+
+class Index(Document):
+    """Which of the two indexes an ended job belongs to; the entries there follow from it."""
+
+    object_kind = "index"
+    remedy = "restore it from a backup, or delete it: the job's end is then written anew"
+
+    entry: EndedEntry
+    state: Literal["ended", "open", "deleted"]
+
+
+class Waiting(Document):
+    job: str
+    model: str
+    reason: str
+
+
+class Queue(Document):
+    """Who waits, in order, and why, and what the cluster has: the dispatcher writes it for whoever asks."""
+
+    object_kind = "queue"
+    remedy = "nothing: the dispatcher writes it again within a minute"
+
+    time: str = ""
+    capacity: dict[str, int] | None = None
+    queue: list[Waiting] = Field(default_factory=list)
+
+
+class Jobs:
+    def __init__(self, storage: Storage) -> None:
+        self.storage = storage
+
+    def submit(
+        self, spec: JobSpec, *, caller: str = "", idempotency_key: str | None = None, body_digest: str | None = None
+    ) -> tuple[str, bool]:
+        """Make a job of a spec; its id, and whether this call was the first with its key.
+
+        Args:
+            idempotency_key: the same key of the same caller gives the same job, however often and from how many places
+                it comes; whoever comes second brings to its end what the first left undone.
+            body_digest: of the body as it was sent; the spec's digest if left out.
+
+        Raises:
+            IdempotencyConflict: the key came before with another body, or its job was deleted.
+            StorageUnavailable: there may or may not be a job now; the same key again makes it certain.
+        """
+        first = mine = Submission(job=self._new_id(spec.name), digest=body_digest or digest(spec), submitted=now())
+        name = ""
+        if idempotency_key is not None:
+            name = hashlib.sha256(json.dumps([caller, idempotency_key]).encode()).hexdigest()
+            first = self._first(name, mine)
+            if first is not mine and self.exists(first.job):
+                return first.job, False
+        entry = Entry(
+            job=first.job,
+            name=spec.name,
+            priority=spec.priority,
+            submitted=first.submitted,
+            caller=caller,
+            models=[model.name for model in spec.models],
+            idempotency=name,
+        )
+        self._put(_open_key(entry.job), entry)
+        index_runs(self.storage, entry.job, entry.models, entry.submitted)
+        with contextlib.suppress(Conflict):  # our own write, whose answer was lost, or another's with the same key
+            self.storage.put(_spec_key(entry.job), dump(spec), if_absent=True)
+        if not self.storage.exists(_open_key(entry.job)):  # clean-up took this for a submission that never ended
+            self._put(_open_key(entry.job), entry)
+        return entry.job, first is mine
+
+    def is_known(self, job: str) -> bool:
+        """Whether there is such a job, or what is left of one whose deletion broke off."""
+        return self.exists(job) or (re.fullmatch(JOB_ID, job) is not None and self.storage.exists(_index_key(job)))
+
+    def exists(self, job: str) -> bool:
+        return re.fullmatch(JOB_ID, job) is not None and self.storage.exists(_spec_key(job))
+
+    def spec(self, job: str) -> JobSpec:
+        """The spec as it was submitted. Raises JobNotFound or DamagedObject."""
+        key = _spec_key(_checked(job))
+        try:
+            data, etag = self.storage.get(key)
+        except KeyNotFound:
+            raise _not_found(job) from None
+        try:
+            return load_stored(data)
+        except SpecError as error:
+            raise damaged(key, error.problems[0], StoredSpec, etag) from None
+
+    # The index
+
+    def entry(self, job: str) -> Entry | EndedEntry:
+        """How a job stands in the index; it may stand there just before it exists.
+
+        Raises:
+            JobNotFound
+            DamagedObject
+        """
+        if entry := self._open_entry(_checked(job)):
+            return entry
+        index, _ = self._index(job)
+        if index is None or index.state == "deleted":
+            raise _not_found(job)
+        return index.entry if index.state == "ended" else _opened(index.entry)
+
+    def open(self) -> list[str]:
+        """Ids of the jobs that have not ended; among them may be some that do not exist yet."""
+        return list_names(self.storage, "open/", JOB_ID)
+
+    def ended(self, after: str = "", limit: int = 20) -> list[tuple[str, EndedEntry]]:
+        """Ended jobs that can be read, the newest first, each with a cursor to go on after.
+
+        A cursor names no job, since who is shown it may not know all of them: it is a time, and how many of the jobs
+        that ended in this millisecond came before.
+        """
+        if after and not re.fullmatch(CURSOR, after):
+            raise SpecError(f"after: got {after[:100]!r}, expected what a page before gave to go on with")
+        time, _, passed = after.partition("-")
+        start, skipped, seen = f"{time}-" if time else "", int(passed or 0), Counter({time: int(passed or 0)})
+        found: list[tuple[str, EndedEntry]] = []
+        with ThreadPoolExecutor(AT_ONCE) as threads:
+            while len(found) < limit:
+                asked = limit - len(found) + skipped
+                names = list_names(self.storage, "ended/", ENDED_NAME, after=start, limit=asked)
+                for name, entry in zip(names[skipped:], threads.map(self._read_ended, names[skipped:]), strict=True):
+                    time = name.partition("-")[0]
+                    seen[time] += 1
+                    if entry:
+                        found.append((f"{time}-{seen[time]}", entry))
+                if len(names) < asked:
+                    break
+                start, skipped = names[-1], 0
+        return found
+
+    def close(self, job: str, ended: str, states: Mapping[str, State]) -> None:
+        """Move a job whose runs have all ended to the ended ones; with the same `ended` twice changes nothing.
+
+        A job must never be open in nobody's eyes while it runs. So what a process may do that was paused in here, while
+        the job was resumed, is undone: the swap finds another index, or the deletion finds that it came too late.
+        """
+        before, etag = self._index(job)
+        entry = self._open_entry(job)
+        if entry is None or (before and before.state == "deleted"):
+            return
+        closed = EndedEntry(**entry.model_dump(), ended=ended, states=dict(states))
+        self._put(_ended_key(closed), closed)
+        if before and _ended_key(before.entry) != _ended_key(closed):
+            self.storage.delete(_ended_key(before.entry))  # left by one who died when he reopened it
+        try:
+            self._swap(Index(entry=closed, state="ended"), etag)
+        except Conflict:
+            current, _ = self._index(job)
+            if current is None or current.state != "ended" or current.entry.ended != ended:
+                self.storage.delete(_ended_key(closed))
+            return
+        self.storage.delete(_open_key(job))
+        current, _ = self._index(job)
+        if current and current.state == "open":  # resumed while this process was paused before the deletion
+            self._put(_open_key(job), entry)
+
+    def reopen(self, job: str) -> None:
+        """Put an ended job back among the open ones, for a run of it that is to be resumed. Raises JobNotFound."""
+        while True:
+            index, etag = self._index(_checked(job))
+            if index is None and self._open_entry(job):
+                return
+            if index is None or index.state == "deleted":
+                raise _not_found(job)
+            self._put(_open_key(job), _opened(index.entry))
+            if index.state == "ended":
+                try:
+                    self._swap(index.model_copy(update={"state": "open"}), etag)
+                except Conflict:
+                    continue  # it was reopened, closed or deleted just now
+            self.storage.delete(_ended_key(index.entry))
+            current, _ = self._index(job)
+            if current and current.state == "ended":  # closed while this process was paused before the deletion
+                self._put(_ended_key(current.entry), current.entry)
+            return
+
+    def forget(self, job: str) -> None:
+        """Take a submission off the index that never came to its end; one that has just come stays."""
+        entry = self._open_entry(job)
+        if entry is None or self.exists(job):
+            return
+        self.storage.delete(_open_key(job))
+        if self.exists(job):
+            self._put(_open_key(job), entry)
+
+    def delete(self, job: str) -> None:
+        """Remove an ended job and all that its runs left; versions that were published from it stay.
+
+        Raises:
+            JobNotFound: there is none.
+            GenmodelsError: it has not ended.
+        """
+        index, etag = self._index(_checked(job))
+        if index is None and self.exists(job) and self._open_entry(job) is None:
+            self._delete_own(job)
+            return
+        if index is None or index.state == "open":
+            self.entry(job)
+            raise GenmodelsError(f"job {job} has not ended; cancel it first")
+        if index.state == "ended":
+            try:
+                self._swap(index.model_copy(update={"state": "deleted"}), etag)
+            except Conflict:
+                raise GenmodelsError(f"job {job} was resumed just now; cancel it first") from None
+        entry = index.entry
+        if entry.idempotency:
+            body = Submission(job=job, digest="", submitted=entry.submitted, deleted=True)
+            write_document(self.storage, _submission_key(entry.idempotency), body.model_dump(mode="json"))
+        self.storage.delete(_spec_key(job))
+        listed = [*_run_keys(job, entry.models, entry.submitted), _ended_key(entry), _open_key(job)]
+        with ThreadPoolExecutor(AT_ONCE) as threads:
+            list(threads.map(self.storage.delete, [*listed, *self.storage.list(f"runs/{job}/")]))
+        self.storage.delete(_index_key(job))  # last, so that a second try finds what there is to do
+
+    def _delete_own(self, job: str) -> None:
+        """Remove a job of `genmodels run`, which stands in no index."""
+        models = [model.name for model in self.spec(job).models]
+        for model in models:
+            if Run(self.storage, job, model).status()[0].state in ACTIVE:
+                raise GenmodelsError(f"job {job} has not ended; end its `genmodels run` first")
+        listed = [key for model in models for key in self.storage.list(f"models/{model}/runs/")]
+        with ThreadPoolExecutor(AT_ONCE) as threads:
+            own = [key for key in listed if key.partition("/runs/")[2].partition("-")[2] == job]
+            list(threads.map(self.storage.delete, [*own, *self.storage.list(f"runs/{job}/")]))
+        self.storage.delete(_spec_key(job))  # last, so that a second try finds what there is to do
+
+    # The inbox
+
+    def nudge(self, job: str, model: str) -> None:
+        """Have the dispatcher look at a run's wishes; leave the wish first."""
+        # Each has a key of its own, so that who takes one, however late, takes no later one with it.
+        self.storage.put(f"{NUDGES}{job}/{model}/{secrets.token_hex(4)}", b"")
+
+    def nudged(self) -> list[tuple[str, str, str]]:
+        """(job, model, which) of every nudge that was not taken."""
+        names = (key.removeprefix(NUDGES).split("/") for key in self.storage.list(NUDGES))
+        return [(name[0], name[1], name[2]) for name in names if len(name) == 3]
+
+    def queue(self) -> Queue:
+        """What the dispatcher says of the queue; empty before it has, and while that is damaged."""
+        with contextlib.suppress(KeyNotFound, DamagedObject):
+            return load_document(self.storage, QUEUE, Queue)[0]
+        return Queue()
+
+    def take_nudge(self, job: str, model: str, nudge: str) -> None:
+        self.storage.delete(f"{NUDGES}{job}/{model}/{nudge}")
+
+    def _new_id(self, name: str) -> str:
+        while True:
+            job = f"{name}-{secrets.token_hex(4)}"
+            if not self.exists(job):
+                return job
+
+    def _first(self, name: str, mine: Submission) -> Submission:
+        """What the first one that came with this key left; `mine` itself if that is it."""
+        key = _submission_key(name)
+        try:
+            write_document(self.storage, key, mine.model_dump(mode="json"), if_absent=True)
+            return mine
+        except Conflict:
+            first, _ = load_document(self.storage, key, Submission)
+        if first.deleted:
+            raise IdempotencyConflict(f"this idempotency key was used for job {first.job}, which was deleted")
+        if first.digest != mine.digest:
+            raise IdempotencyConflict(f"this idempotency key was used for job {first.job}, with another body")
+        return first
+
+    def _open_entry(self, job: str) -> Entry | None:
+        try:
+            return load_document(self.storage, _open_key(job), Entry, job=job)[0]
+        except KeyNotFound:
+            return None
+
+    def _read_ended(self, name: str) -> EndedEntry | None:
+        with contextlib.suppress(KeyNotFound, DamagedObject):  # KeyNotFound: it was resumed or deleted just now
+            return load_document(self.storage, f"ended/{name}", EndedEntry, job=name.partition("-")[2])[0]
+        return None
+
+    def _index(self, job: str) -> tuple[Index | None, str | None]:
+        try:
+            index, etag = load_document(self.storage, _index_key(job), Index)
+        except KeyNotFound:
+            return None, None
+        if index.entry.job != job:
+            raise damaged(_index_key(job), "it is a copy of another job's", Index, etag)
+        return index, etag
+
+    def _swap(self, index: Index, etag: str | None) -> None:
+        key, body = _index_key(index.entry.job), index.model_dump(mode="json")
+        write_document(self.storage, key, body, if_absent=etag is None, if_match=etag)
+
+    def _put(self, key: str, entry: Entry) -> None:
+        write_document(self.storage, key, entry.model_dump(mode="json"))
+
+
+def index_runs(storage: Storage, job: str, models: Iterable[str], submitted: str) -> None:
+    """Note, for `newest_run`, that a job trains these models."""
+    for key in _run_keys(job, models, submitted):
+        storage.put(key, b"")
+
+
+def run_jobs(storage: Storage, model: str) -> list[str]:
+    """The jobs that train a model, the newest first; among them may be some that do not exist yet, or any more."""
+    prefix = f"models/{model}/runs/"
+    return [key.removeprefix(prefix).partition("-")[2] for key in storage.list(prefix)]
+
+
+def newest_run(storage: Storage, model: str) -> str | None:
+    """The job that was submitted last of those that train a model."""
+    last = ""
+    while names := list_names(storage, f"models/{model}/runs/", ENDED_NAME, after=last, limit=AT_ONCE):
+        last = names[-1]
+        jobs = (name.partition("-")[2] for name in names)
+        if found := next((job for job in jobs if storage.exists(_spec_key(job))), None):  # not one half submitted
+            return found
+    return None
+
+
+def _spec_key(job: str) -> str:
+    return f"jobs/{job}/spec.yaml"
+
+
+def _index_key(job: str) -> str:
+    return f"jobs/{job}/index.json"
+
+
+def _open_key(job: str) -> str:
+    return f"open/{job}"
+
+
+def _ended_key(entry: EndedEntry) -> str:
+    return f"ended/{_countdown(entry.ended)}-{entry.job}"
+
+
+def _submission_key(name: str) -> str:
+    return f"idempotency/{name}.json"
+
+
+def _run_keys(job: str, models: Iterable[str], submitted: str) -> list[str]:
+    return [f"models/{model}/runs/{_countdown(submitted)}-{job}" for model in models]
+
+
+def _countdown(time: str) -> str:
+    return f"{END_OF_TIME - round(datetime.fromisoformat(time).timestamp() * 1000):013d}"
+
+
+def _opened(entry: EndedEntry) -> Entry:
+    return Entry(**entry.model_dump(include=set(Entry.model_fields)))
+
+
+def _checked(job: str) -> str:
+    if not re.fullmatch(JOB_ID, job):
+        raise JobNotFound(f"no job {job[:80]!r}: ids are lower-case letters, digits and dashes")
+    return job
+
+
+def _not_found(job: str) -> JobNotFound:
+    return JobNotFound(f"no job {job!r}; `genmodels jobs` lists what there is")

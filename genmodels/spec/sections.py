@@ -1,0 +1,517 @@
+"""Job specs: what a person writes to have models trained and served.
+
+`parse_spec` is strict, for what comes from people: each wrong field is named, with its line and a remedy. `load_stored`
+is lenient, for specs in storage: it ignores unknown keys, so that an older process can read what a newer one wrote.
+
+The sections know nothing of each other, and a family's own settings (`model`) live in the family's file; this module
+puts them together and checks across them. Only a sound outline makes it import families, and torch with them.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal, Self
+
+from pydantic import (
+    AfterValidator,
+    Field,
+    FieldSerializationInfo,
+    ValidationError,
+    ValidationInfo,
+    field_serializer,
+    field_validator,
+    model_validator,
+)
+
+from genmodels import models
+from genmodels.data import DATASETS, DataConfig, uploads
+from genmodels.data.files import shown
+from genmodels.errors import SpecError
+from genmodels.family import OptimizerConfig, Section
+from genmodels.schema import yaml
+from genmodels.schema.explain import Loc, Problem, all_wrong, as_label, explain, nearest, sections_of, show, wrong
+
+MAX_STORED_BYTES = 1024 * 1024  # a normalised spec spells out every default
+
+LABEL = uploads.NAME  # one rule for every name that people give
+# `model`, `model@3`, `model@alias`, `model@latest`, `model@live`, `model@step-500`, `model@<job id>:step-500`
+REFERENCE = r"^[a-z0-9-]{1,63}(@[a-z0-9-]{1,63}|@[a-z0-9-]{1,72}:step-[0-9]{1,9})?$"
+
+
+def _label(name: str) -> str:
+    if re.fullmatch(LABEL, name):
+        return name
+    near = as_label(name)
+    rule = "expected at most 63 lower-case letters, digits and '-', with no '-' at the ends"
+    raise wrong(f"got {show(name)}, {rule}" + (f"; write e.g. {near}" if near else ""))
+
+
+def _alias(name: str) -> str:
+    if name.isdigit() or name in ("latest", "live") or name.startswith("step-"):
+        raise wrong(f"got {show(name)}, which names versions, steps or the newest; write another name, e.g. production")
+    return name
+
+
+def _reference(name: str) -> str:
+    names = re.split("[@:]", name)
+    if re.fullmatch(REFERENCE, name) and all(part.strip("-") == part for part in names):
+        return name
+    forms = "model@3, model@production, model@latest, model@step-500 or model@<job id>:step-500"
+    raise wrong(f"got {show(name)}, expected a version or a checkpoint: {forms}")
+
+
+Label = Annotated[str, AfterValidator(_label), Field(json_schema_extra={"pattern": LABEL})]
+Alias = Annotated[Label, AfterValidator(_alias)]
+Reference = Annotated[str, AfterValidator(_reference), Field(json_schema_extra={"pattern": REFERENCE})]
+
+
+class TrainConfig(OptimizerConfig):
+    """How a model is trained. Steps are optimizer steps; the last one always evaluates and saves."""
+
+    max_steps: int = Field(
+        1000, ge=1, le=10**9, description="number of optimizer steps; the last step always evaluates and saves"
+    )
+    batch_size: int = Field(
+        64, ge=1, le=2**20, description="samples in one optimizer step, over all workers and accumulation steps"
+    )
+    accumulation_steps: int = Field(1, ge=1, le=2**20, description="forward passes that make up one optimizer step")
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        "cosine", description="learning rate after the warm-up: constant, or falling to zero at max_steps"
+    )
+    warmup_steps: int = Field(0, ge=0, description="steps in which the learning rate rises from zero")
+    clip_norm: float | None = Field(
+        None, gt=0, description="largest norm of the gradient; a larger gradient is scaled down"
+    )
+    ema: float | None = Field(
+        None, gt=0, lt=1, description="decay of the averaged weights; if set, these weights are evaluated and served"
+    )
+    seed: int = Field(0, ge=0, lt=2**32, description="the same seed and number of workers give the same weights")
+    eval_every: int = Field(250, ge=1, description="steps between two evaluations on all validation data")
+    save_every: int = Field(500, ge=1, description="steps between two checkpoints; each checkpoint is also evaluated")
+    log_every: int = Field(10, ge=1, description="steps between two logged rows of the training loss")
+    init_from: Reference | None = Field(
+        None, description="start with the served weights of a version or a checkpoint, e.g. vae-digits@3"
+    )
+    precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16 uses autocast; the weights stay in float32")
+    compile: bool = Field(
+        False, description="use torch.compile; without a C++ compiler the run logs one warning and continues uncompiled"
+    )
+
+    @model_validator(mode="after")
+    def _warms_up_in_time(self, info: ValidationInfo) -> Self:
+        if self.warmup_steps < self.max_steps or _is_stored(info):
+            return self
+        need = f"less than max_steps ({self.max_steps}); write e.g. {self.max_steps // 10}"
+        raise all_wrong([Problem(("warmup_steps",), f"got {self.warmup_steps}, expected {need}")])
+
+
+Workers = Annotated[int, Field(ge=1, le=1024)]
+
+
+class WorkerRange(Section):
+    """An elastic run: it starts with as many workers as there is room for, shrinks and grows between its bounds."""
+
+    min: Workers = Field(description="smallest number of workers the run continues with")
+    max: Workers = Field(description="largest number of workers the run may grow to")
+
+    @model_validator(mode="after")
+    def _in_order(self) -> Self:
+        if self.min <= self.max:
+            return self
+        raise all_wrong([Problem(("max",), f"got {self.max}, expected at least min ({self.min}); swap the two")])
+
+
+class ScalingConfig(Section):
+    """How many workers train a model together."""
+
+    num_workers: Workers | WorkerRange = Field(
+        1,
+        validate_default=False,  # what judges it stands further down
+        description="processes that share each batch: a number, or {min, max} for a run that shrinks and grows",
+    )
+    use_gpu: bool = Field(False, description="one GPU for each worker")
+
+    @property
+    def least_workers(self) -> int:
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers.min
+
+    @property
+    def most_workers(self) -> int:
+        return self.num_workers if isinstance(self.num_workers, int) else self.num_workers.max
+
+    @field_validator("num_workers", mode="before")
+    @classmethod
+    def _one_form(cls, value: object, info: ValidationInfo) -> object:
+        """Judged by the form it has: a union would tell what is wrong with it as a number and as a mapping."""
+        if isinstance(value, bool) or not isinstance(value, int | float | dict | WorkerRange):
+            raise wrong(f"got {show(value)}, expected a whole number, e.g. 2, or a range, e.g. {{min: 1, max: 4}}")
+        form = _Fixed if isinstance(value, int | float) else _Elastic
+        try:
+            settings = {"num_workers": value}
+            return form.model_validate(settings, extra="ignore" if _is_stored(info) else None).num_workers
+        except ValidationError as error:
+            raise all_wrong(Problem(problem.loc[1:], problem.text) for problem in explain(error, form)) from None
+
+
+class _Fixed(Section):
+    num_workers: Workers = 1
+
+
+class _Elastic(Section):
+    num_workers: WorkerRange
+
+
+class CheckpointConfig(Section):
+    """Which checkpoints of a run are kept."""
+
+    num_to_keep: int = Field(
+        3, ge=2, le=10_000, description="how many of the newest checkpoints are kept, in addition to the best one"
+    )
+
+
+class Gate(Section):
+    """What a trained model must reach to be published; a metric of training also decides which checkpoint is best.
+
+    A measure of the evaluation is known of one checkpoint only, the last, which is then what is judged.
+    """
+
+    metric: str = Field(
+        description="a validation metric of the family, e.g. val_loss, or a measure of its evaluation, e.g. nll"
+    )
+    max: float | None = Field(None, description="publish if the metric is at most this number (lower is better)")
+    min: float | None = Field(None, description="publish if the metric is at least this number (higher is better)")
+
+    @model_validator(mode="after")
+    def _one_bound(self) -> Self:
+        if (self.max is None) != (self.min is None):
+            return self
+        found = "neither max nor min" if self.max is None else "both max and min"
+        raise wrong(f"got {found}; write one: max where smaller is better, min where larger is")
+
+
+class ServeConfig(Section):
+    """How a trained model is published and served."""
+
+    alias: Alias = Field("production", description="alias that is moved to the new version")
+    gate: Gate | None = Field(
+        None,
+        description="bound that the model must reach to be published; without a gate the last checkpoint is published",
+    )
+    pool: Label = Field("default", description="pool of model hosts that serves the model")
+
+
+class ModelSpec(Section):
+    """One model of a job."""
+
+    name: Label = Field(description="name of the model in the registry and at the endpoint")
+    model: Section = Field(description="`family`, and the settings of that family")
+    data: DataConfig = Field(description="dataset that the model learns from")
+    train: TrainConfig = Field(TrainConfig(), description="how the model is trained")
+    scaling: ScalingConfig = Field(ScalingConfig(), description="how many workers train the model")
+    checkpoints: CheckpointConfig = Field(CheckpointConfig(), description="which checkpoints are kept")
+    serve: ServeConfig = Field(ServeConfig(), description="how the model is published and served")
+
+    @property
+    def family(self) -> str:
+        """The family's name: that of the file its `Config` lives in."""
+        return type(self.model).__module__.rpartition(".")[2]
+
+    @property
+    def world_sizes(self) -> list[int]:
+        """How many workers it may train with, ascending: those between its bounds that share a batch evenly."""
+        share, scaling = self.train.batch_size // self.train.accumulation_steps, self.scaling
+        if isinstance(scaling.num_workers, int):
+            return [scaling.num_workers]
+        return [n for n in range(scaling.least_workers, scaling.most_workers + 1) if share % n == 0]
+
+    @field_validator("model", mode="before")
+    @classmethod
+    def _family_settings(cls, value: object, info: ValidationInfo) -> Section:
+        if isinstance(value, Section):
+            return value
+        if not isinstance(value, dict):
+            raise wrong(f"got {show(value)}, expected a mapping, e.g. {{family: {models.names()[0]}}}")
+        settings = dict(value)
+        family = settings.pop("family", None)
+        if family is None:
+            raise all_wrong([Problem(("family",), f"missing; write one of {', '.join(models.names())}")])
+        if family not in models.names():
+            raise all_wrong([Problem(("family",), models.unknown_family(family))])
+        if _is_outline(info):
+            return Section()
+        config = models.load(family).Config
+        try:
+            return config.model_validate(settings, extra="ignore" if _is_stored(info) else None)
+        except ValidationError as error:
+            raise all_wrong(explain(error, config, _homes)) from None
+
+    @field_validator("data", mode="before")
+    @classmethod
+    def _absolute_path(cls, value: object, info: ValidationInfo) -> object:
+        context = info.context or {}
+        path = value.get("path") if isinstance(value, dict) else None
+        if not path or not isinstance(path, str) or not isinstance(value, dict) or "base" not in context:
+            return value
+        if not context.get("paths", True):
+            return value  # refused by DataConfig
+        path, base = os.path.expanduser(path), context["base"]
+        if base is None and not os.path.isabs(path):
+            raise all_wrong([Problem(("path",), f"got {show(path)}, expected an absolute path")])
+        path = os.path.abspath(os.path.join(base or "", path))
+        if re.search("[\udc80-\udcff]", path):  # the folder that the spec lies in; a stored spec is UTF-8
+            remedy = "rename the folder, or use `genmodels data add NAME PATH` and `dataset: NAME`"
+            raise all_wrong([Problem(("path",), f"{shown(path)} is not UTF-8; {remedy}")])
+        return {**value, "path": path}
+
+    @field_serializer("model")
+    def _with_family(self, model: Section, info: FieldSerializationInfo) -> dict[str, Any]:
+        return {"family": self.family, **model.model_dump(mode=info.mode)}
+
+    @model_validator(mode="after")
+    def _sections_agree(self, info: ValidationInfo) -> Self:
+        if _is_stored(info):
+            return self
+        problems = self._wrong_batch_size()
+        if not _is_outline(info):
+            problems += self._wrong_kind(_added(info)) + self._wrong_metric()
+        if problems:
+            raise all_wrong(problems)
+        return self
+
+    def _wrong_batch_size(self) -> list[Problem]:
+        size, workers, passes = self.train.batch_size, self.scaling.num_workers, self.train.accumulation_steps
+        fixed = workers if isinstance(workers, int) else 1
+        parts = fixed * passes
+        if size % parts:
+            near = [n for n in (size // parts * parts, (size // parts + 1) * parts) if n]
+            named = f"accumulation_steps {passes}"
+            if isinstance(workers, int):
+                named = f"scaling.num_workers {workers} x {named}"
+            need = f"a multiple of {parts} ({named}); write {' or '.join(map(str, near))}"
+            return [Problem(("train", "batch_size"), f"got {size}, expected {need}")]
+        if isinstance(workers, int):
+            return []
+        share, named = size // passes, f"batch_size {size}" + (f" / accumulation_steps {passes}" if passes > 1 else "")
+        return [
+            Problem(
+                ("scaling", "num_workers", bound),
+                f"got {found}, expected a divisor of {share} ({named}); write {_nearest_divisors(share, found)}",
+            )
+            for bound, found in (("min", workers.min), ("max", workers.max))
+            if share % found
+        ]
+
+    def _wrong_kind(self, added: dict[str, uploads.Kind]) -> list[Problem]:
+        kinds = {name: source.kind for name, source in DATASETS.items()} | added
+        name, kind = self.data.dataset or "", models.load(self.family).kind
+        if kinds.get(name, kind) == kind:  # what lies under a path is seen when it is loaded
+            return []
+        fitting = ", ".join(other for other in kinds if kinds[other] == kind)
+        found = f"got {name!r}, a dataset of {kinds[name]}s, but {self.family} learns from {kind}s"
+        return [Problem(("data", "dataset"), f"{found}; write one of {fitting}")]
+
+    def _wrong_metric(self) -> list[Problem]:
+        gate, family = self.serve.gate, models.load(self.family)
+        metrics = family.metric_names + family.evaluation_names
+        if gate is None or gate.metric in metrics:
+            return []
+        text = f"got {show(gate.metric)}, expected one of {', '.join(metrics)}{nearest(gate.metric, metrics)}"
+        return [Problem(("serve", "gate", "metric"), text)]
+
+
+class JobSpec(Section):
+    """A job: models that are trained, published and served."""
+
+    name: Label = Field(description="name of the job; the job's id is this name and eight hex digits")
+    priority: int = Field(0, ge=-1000, le=1000, description="jobs of higher priority start first")
+    models: list[ModelSpec] = Field(
+        min_length=1, max_length=100, description="models to train; each model is trained in its own run"
+    )
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> Self:
+        first: dict[str, int] = {}
+        problems = [
+            Problem(("models", i, "name"), f"got {model.name!r}, as models[{first[model.name]}] has; write another")
+            for i, model in enumerate(self.models)
+            if first.setdefault(model.name, i) != i
+        ]
+        if problems:
+            raise all_wrong(problems)
+        return self
+
+
+def read_spec(path: Path, datasets: Mapping[str, uploads.Kind] | None = None) -> JobSpec:
+    """The spec in a person's file; a relative `data.path` in it is relative to the file's folder.
+
+    Args:
+        datasets: as `parse_spec` has them.
+
+    Raises:
+        SpecError: the file cannot be read, or is no sound spec.
+    """
+    try:
+        with path.open("rb") as file:
+            data = file.read(yaml.MAX_BYTES + 1)
+    except FileNotFoundError:
+        raise SpecError(f"{path}: no such file; write the path of a job spec, e.g. jobs/quickstart.yaml") from None
+    except IsADirectoryError:
+        raise SpecError(f"{path}: a directory; write the path of a job spec in it") from None
+    except OSError as error:
+        raise SpecError(f"{path}: cannot be read: {error.strerror}") from None
+    return parse_spec(data, str(path), path.absolute().parent, datasets)
+
+
+def parse_spec(
+    data: bytes,
+    source: str,
+    base: Path | None = None,
+    datasets: Mapping[str, uploads.Kind] | None = None,
+    *,
+    paths: bool = True,
+) -> JobSpec:
+    """The spec that a person wrote, in YAML or JSON.
+
+    Args:
+        source: what to call the document in messages, e.g. the file's name.
+        base: the folder that a relative `data.path` is relative to; without one it must be absolute.
+        datasets: the added datasets that it may name, as `data.stored.kinds` gives them.
+        paths: whether it may name files at all: what comes over the network may not.
+
+    Raises:
+        SpecError: with a line `source:line: path: what was found, what would be right` for each problem.
+    """
+    document = yaml.read(data, source)
+    context = {"base": base, "datasets": datasets or {}, "paths": paths}
+    for outline in (True, False):  # what can be told without torch is told at once
+        spec = _validate(document, source, {**context, "outline": outline})
+    return spec
+
+
+def load_stored(data: bytes) -> JobSpec:
+    """A spec as `dump` wrote it, maybe in another release: unknown keys are ignored, sections not checked again.
+
+    Raises:
+        SpecError: it is no spec, or holds values that this release does not know.
+    """
+    return _validate(_stored(data), "stored spec", {"stored": True})
+
+
+def dump(spec: JobSpec) -> bytes:
+    """The normalised spec: every default spelled out, paths absolute.
+
+    In JSON, which is YAML too: a dispatcher that starts reads the specs of all open jobs, and YAML would take seconds.
+    """
+    return json.dumps(spec.model_dump(mode="json"), indent=1, allow_nan=False, ensure_ascii=False).encode()
+
+
+def digest(spec: JobSpec) -> str:
+    """The sha256, in hex, of what the spec means: whatever the order of keys, and defaults written out or not."""
+    return _sha256(spec)
+
+
+def model_digest(model: ModelSpec) -> str:
+    """As `digest`, of one model's part."""
+    return _sha256(model)
+
+
+def job_id(spec: JobSpec) -> str:
+    """`<name>-<8 hex>`, the same for the same spec."""
+    return f"{spec.name}-{digest(spec)[:8]}"
+
+
+def json_schema() -> dict[str, Any]:
+    """JSON Schema (draft 2020-12) of job specs, for editors. Imports all families."""
+    schema = JobSpec.model_json_schema()
+    choices = []
+    for name in models.names():
+        family = models.load(name)
+        choice = family.Config.model_json_schema(ref_template=f"#/$defs/{name}.{{model}}")
+        schema["$defs"].update({f"{name}.{key}": value for key, value in choice.pop("$defs", {}).items()})
+        choice["title"] = name
+        choice["properties"] = {"family": {"const": name}, **choice.get("properties", {})}
+        choice["required"] = ["family", *choice.get("required", [])]
+        choices.append(choice)
+    model = schema["$defs"]["ModelSpec"]["properties"]["model"]
+    schema["$defs"]["ModelSpec"]["properties"]["model"] = {"description": model["description"], "oneOf": choices}
+    schema["$defs"].pop("Section", None)
+    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
+
+
+def _stored(data: bytes) -> yaml.Document:
+    with contextlib.suppress(ValueError, RecursionError):
+        value = json.loads(data) if len(data) <= MAX_STORED_BYTES else None
+        if isinstance(value, dict):
+            return yaml.Document(value, {(): 1})
+    return yaml.read(data, "stored spec", MAX_STORED_BYTES)
+
+
+def _validate(document: yaml.Document, source: str, context: dict[str, Any]) -> JobSpec:
+    try:
+        return JobSpec.model_validate(
+            document.value, context=context, extra="ignore" if context.get("stored") else None
+        )
+    except ValidationError as error:
+        problems, more = explain(error, JobSpec, lambda loc: _homes(loc, document.value)), error.error_count()
+    lines = sorted((_line(document, problem), f"{problem}") for problem in problems)
+    said = [f"{source}:{line}: {text}" for line, text in lines]
+    raise SpecError(*said, *([f"{source}: and {more - len(said)} more"] if more > len(said) else []))
+
+
+def _homes(loc: Loc, document: dict[str, Any] | None = None) -> list[str]:
+    """The sections of a model, in words, that have a key which is unknown at `loc`.
+
+    Args:
+        document: to look into the settings of the model's family as well, whose file is then imported.
+    """
+    key, found = loc[-1], []
+    sections = [*sections_of(ModelSpec)]
+    if config := _family_config(loc, document):
+        sections += [(("model", *path), section) for path, section in sections_of(config)]
+    for path, section in sections:
+        if path and key in section.model_fields:
+            found.append(repr(".".join(map(str, path))))
+    return found or (["an entry of 'models'"] if key in ModelSpec.model_fields else [])
+
+
+def _family_config(loc: Loc, document: dict[str, Any] | None) -> type[Section] | None:
+    try:
+        family = document["models"][loc[1]]["model"]["family"]  # type: ignore[index]
+    except (LookupError, TypeError):
+        return None
+    return models.load(family).Config if family in models.names() else None
+
+
+def _line(document: yaml.Document, problem: Problem) -> int:
+    """The line of the nearest thing that is in the document."""
+    ways_up = (problem.loc[:n] for n in range(len(problem.loc), -1, -1))
+    return next(document.lines[loc] for loc in ways_up if loc in document.lines)
+
+
+def _nearest_divisors(number: int, near: int) -> str:
+    """The divisors below and above a number that is none, as numbers of workers."""
+    below = next(n for n in range(near, 0, -1) if number % n == 0)
+    above = next((n for n in range(near, min(number, 1024) + 1) if number % n == 0), None)
+    return f"{below} or {above}" if above else f"{below}"
+
+
+def _is_outline(info: ValidationInfo) -> bool:
+    return bool((info.context or {}).get("outline"))
+
+
+def _is_stored(info: ValidationInfo) -> bool:
+    return bool((info.context or {}).get("stored"))
+
+
+def _added(info: ValidationInfo) -> dict[str, uploads.Kind]:
+    return dict((info.context or {}).get("datasets", {}))
+
+
+def _sha256(section: Section) -> str:
+    return hashlib.sha256(json.dumps(section.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()

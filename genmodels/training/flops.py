@@ -1,0 +1,96 @@
+"""How much arithmetic an optimizer step takes, and how much the device could do in that time: for metrics alone.
+
+Neither touches the model that is trained, nor a random number generator.
+"""
+
+from __future__ import annotations
+
+import logging
+import time
+from typing import Any, NamedTuple
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+
+from genmodels.family import Batch, Family
+from genmodels.spec.sections import TrainConfig
+
+PEAK_SECONDS = 0.05
+PEAK_SIZE = {"cpu": 384, "cuda": 8192}  # of the matrices
+
+log = logging.getLogger(__name__)
+
+
+class Effort(NamedTuple):
+    """Of one worker's device, and of a step of all workers together."""
+
+    step: float  # floating point operations of forward and backward passes
+    peak: float  # a second, by matrix products alone
+
+
+def estimate(family: Family[Any, Any], batch: Batch, config: TrainConfig, device: torch.device) -> Effort | None:
+    """None where it cannot be told: no reason not to train.
+
+    Args:
+        family: of which another one is built, without data; itself it is left alone.
+        batch: the examples of one micro-batch of all workers, on the CPU.
+        device: that of the training.
+    """
+    try:
+        return Effort(_step(family, batch, config) * config.accumulation_steps, _peak(device, config.precision))
+    except Exception as error:  # an operation without shapes of its own, no memory to spare
+        log.info("floating point operations are not counted: %s: %s", type(error).__name__, str(error).split("\n")[0])
+        return None
+
+
+def _step(family: Family[Any, Any], batch: Batch, config: TrainConfig) -> float:
+    """Counted with tensors that have a shape and no data: no memory, no random numbers, little time."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    counter = _Counter()
+    with FakeTensorMode() as mode, sdpa_kernel(SDPBackend.MATH):  # fused attention on the CPU has no formula
+        twin = type(family)(family.config, family.data)
+        shapes, progress = {name: mode.from_tensor(tensor) for name, tensor in batch.items()}, torch.zeros(())
+        for role in twin.roles(config):
+            with counter:
+                role.loss(shapes, progress)["loss"].backward()
+    return float(counter.total)
+
+
+class _Counter(TorchDispatchMode):
+    """As torch's `FlopCounterMode`, which follows modules and so cannot follow the gradient of a gradient."""
+
+    total = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        if formula := flop_registry.get(func.overloadpacket):
+            self.total += formula(*args, **kwargs, out_val=out)
+        return out
+
+
+def _peak(device: torch.device, precision: str) -> float:
+    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
+    size = PEAK_SIZE.get(device.type, PEAK_SIZE["cpu"])
+    matrix = torch.ones(size, size, dtype=dtype, device=device)
+    out = matrix @ matrix  # the first one sets things up
+    best, deadline = 0.0, time.perf_counter() + PEAK_SECONDS
+    while not best or time.perf_counter() < deadline:
+        _await(device)
+        began = time.perf_counter()
+        torch.mm(matrix, matrix, out=out)
+        _await(device)
+        best = max(best, 2 * size**3 / (time.perf_counter() - began))
+    if device.type == "cuda":  # what is shown of the run's memory is the run's
+        del matrix, out
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+    return best
+
+
+def _await(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

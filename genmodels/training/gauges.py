@@ -1,0 +1,78 @@
+"""What rank 0 shows of its run while it trains: its heartbeat and its rows, as gauges."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping
+
+import torch
+from prometheus_client import Gauge
+
+from genmodels import metrics
+from genmodels.runs.records import Heartbeat, Run
+from genmodels.spec.sections import ModelSpec
+from genmodels.training.flops import Effort
+
+NORM = "gradient_norm"  # a row has one for each role, under its prefix
+SAME = {
+    "learning_rate": metrics.TRAINING_LEARNING_RATE,
+    "samples": metrics.TRAINING_SAMPLES,
+    "samples_per_second": metrics.TRAINING_SAMPLES_PER_SECOND,
+    "step_seconds": metrics.TRAINING_STEP_SECONDS,
+    "data_share": metrics.TRAINING_DATA_WAIT,
+}
+NOT_SHOWN = ("step", "epoch", "seconds")
+
+
+class TrainingGauges:
+    """The gauges of one run. They end with this process."""
+
+    def __init__(self, run: Run, spec: ModelSpec, workers: int, tokens: int | None, effort: Effort | None) -> None:
+        """Args:
+        tokens: in a sample, where it is text.
+        """
+        self._labels = run.job, run.model, spec.family
+        self._workers, self._tokens, self._effort = workers, tokens, effort
+        self._set(metrics.TRAINING_WORKERS, workers)
+
+    def beat(self, heartbeat: Heartbeat) -> None:
+        self._set(metrics.TRAINING_TICK, time.time())
+        self._set(metrics.TRAINING_STEP, heartbeat.step)
+        self._set(metrics.TRAINING_MAX_STEPS, heartbeat.max_steps)
+        if heartbeat.seconds_left is not None:
+            self._set(metrics.TRAINING_ETA, heartbeat.seconds_left)
+
+    def row(self, row: Mapping[str, float]) -> None:
+        """Show what the loop logged, by role and part."""
+        roles = [name.removesuffix(NORM) for name in row if name.endswith(NORM)]  # prefixes; "" of the only role
+        for name, value in row.items():
+            if name in SAME:
+                self._set(SAME[name], value)
+            elif name.startswith("val_"):
+                self._set(metrics.TRAINING_VALIDATION, value, name)
+            elif name not in NOT_SHOWN:
+                prefix = next((prefix for prefix in roles if name.startswith(prefix)), "")
+                self._part(prefix.removesuffix("_") or "model", name.removeprefix(prefix), value)
+        if self._tokens and "samples_per_second" in row:
+            self._set(metrics.TRAINING_TOKENS_PER_SECOND, row["samples_per_second"] * self._tokens)
+        if self._effort and "step_seconds" in row:
+            flops = self._effort.step / row["step_seconds"]
+            self._set(metrics.TRAINING_FLOPS, flops)
+            self._set(metrics.TRAINING_MFU, flops / (self._effort.peak * self._workers))
+        if torch.cuda.is_initialized():
+            self._set(metrics.TRAINING_GPU_MEMORY, torch.cuda.max_memory_allocated())
+
+    def saved(self, step: int) -> None:
+        """A checkpoint is whole."""
+        self._set(metrics.TRAINING_CHECKPOINT_STEP, step)
+
+    def _part(self, role: str, part: str, value: float) -> None:
+        if part == "loss":
+            self._set(metrics.TRAINING_LOSS, value, role)
+        elif part == NORM:
+            self._set(metrics.TRAINING_GRADIENT_NORM, value, role)
+        else:
+            self._set(metrics.TRAINING_PART, value, role, part)
+
+    def _set(self, gauge: Gauge, value: float, *more: str) -> None:
+        gauge.labels(*self._labels, *more).set(value)

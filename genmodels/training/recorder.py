@@ -1,0 +1,280 @@
+"""What rank 0 writes while it trains: heartbeats, metrics, samples, and checkpoints, all beside the steps.
+
+Two threads, so that a slow or absent store holds no step up: one beats and writes metrics and samples; the other takes
+one snapshot at a time from a queue of one, and brings it to storage, manifest last. Where too much waits already, the
+next save, row or sample waits too: memory stays bounded. What meets an outage, of the store or of the disk on which a
+snapshot is prepared, is tried again until it is over, and the heartbeat says meanwhile what is waited for.
+"""
+
+from __future__ import annotations
+
+import queue
+import statistics
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Sized
+from functools import partial
+from pathlib import Path
+from typing import Any, TypeVar
+
+from genmodels import checkpoint
+from genmodels.checkpoint import Lineage, Manifest, Place, Snapshot
+from genmodels.errors import StorageUnavailable
+from genmodels.family import Batch, Family, TextFamily
+from genmodels.metrics import CHECKPOINT_BYTES, CHECKPOINT_FAILURES, CHECKPOINT_SECONDS, CHECKPOINT_STALL_SECONDS
+from genmodels.registry import pin, store
+from genmodels.runs.records import Heartbeat, Phase, Run, patiently
+from genmodels.spec.sections import ModelSpec
+from genmodels.training.flops import Effort
+from genmodels.training.gauges import TrainingGauges
+
+BEAT_SECONDS = 1.0
+METRICS_SECONDS = 5.0
+MEDIAN_OF = 101  # steps
+MOST_ROWS, MOST_PICTURES = 10_000, 64  # that wait for the store
+
+T = TypeVar("T")
+
+
+class RunRecorder:
+    """A `Recorder` for one attempt. Use as a context manager: leaving it waits for the last checkpoint.
+
+    Errors of the background threads (a newer attempt has taken over) are raised by the next call.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        attempt: int,
+        spec: ModelSpec,
+        scratch: Family[Any, Any],
+        assets: dict[str, bytes],
+        fit_batches: Callable[[], Iterable[Batch]],
+        lineage: Lineage,
+        leave: threading.Event | None = None,
+        effort: Effort | None = None,
+    ) -> None:
+        """Args:
+        scratch: an instance of the model for the upload thread alone, to fit densities with a snapshot's weights.
+        assets: the dataset's files for serving (the tokenizer).
+        fit_batches: training batches for `Family.fit`, the same each time.
+        leave: set when the attempt is to save and to end.
+        effort: of a step, where it could be told; to be shown.
+        """
+        self.run, self.attempt, self.spec, self.lineage = run, attempt, spec, lineage
+        self.scratch, self.assets, self.fit_batches = scratch, assets, fit_batches
+        self.heartbeat = Heartbeat(phase="starting", max_steps=spec.train.max_steps)
+        tokens = scratch.block_size if isinstance(scratch, TextFamily) else None
+        self.gauges = TrainingGauges(run, spec, lineage.world_size, tokens, effort)
+        self.rows: list[dict[str, Any]] = []
+        self.pictures: list[tuple[int, str, bytes]] = []
+        self.flushing = threading.Lock()
+        self.leave = leave or threading.Event()
+        self.error: BaseException | None = None
+        self.reasons: dict[str, str] = {}  # why a thread waits, by its name
+        self.closing = threading.Event()
+        self.snapshots: queue.Queue[tuple[Snapshot, float] | None] = queue.Queue(maxsize=1)  # and when it was begun
+        self.pace: tuple[float, int] | None = None  # when this attempt's first step ended, and its number
+        self.ticked: float | None = None
+        self.durations: deque[float] = deque(maxlen=MEDIAN_OF)  # of the latest steps
+        self.beater = threading.Thread(target=self._guard, args=(self._beat,), name="beat", daemon=True)
+        self.uploader = threading.Thread(target=self._guard, args=(self._upload,), name="upload", daemon=True)
+
+    def __enter__(self) -> RunRecorder:
+        self.gauges.beat(self.heartbeat)
+        self.beater.start()
+        self.uploader.start()
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is None or issubclass(kind, Exception):
+            self._drain()
+        self.closing.set()
+        self.beater.join()
+        if kind is None and self.error:
+            raise self.error
+
+    @property
+    def waiting(self) -> str:
+        """Why one of the two threads waits; "" while none does."""
+        return next(filter(None, list(self.reasons.values())), "")
+
+    def tick(self, phase: Phase, step: int, loss: float | None = None) -> None:
+        if self.error:
+            raise self.error
+        now = time.monotonic()
+        if phase == "training":
+            self.pace = self.pace or (now, step)
+            if self.ticked is not None:  # whatever came before the step has ticked when it ended
+                self.durations.append(now - self.ticked)
+        self.ticked = now
+        seconds_left = None
+        if self.pace and step > self.pace[1] and phase != "waiting for storage":  # however long that takes
+            seconds_left = (now - self.pace[0]) / (step - self.pace[1]) * (self.spec.train.max_steps - step)
+        self._show(
+            phase=phase,
+            step=step,
+            loss=self.heartbeat.loss if loss is None else loss,
+            seconds_left=seconds_left,
+        )
+
+    def log(self, row: dict[str, Any]) -> None:
+        self.gauges.row(row)
+        self.rows.append(row)
+        self._wait_for_room(self.rows, MOST_ROWS, row["step"])
+
+    def sample(self, step: int, name: str, data: bytes) -> None:
+        self.pictures.append((step, name, data))
+        self._wait_for_room(self.pictures, MOST_PICTURES, step)
+
+    def save(self, snapshot: Snapshot) -> None:
+        began = self.ticked or time.monotonic()  # before the snapshot was taken, too
+        while True:
+            try:
+                self.snapshots.put((snapshot, began), timeout=0.5)
+                break
+            except queue.Full:
+                self.tick("waiting for storage", snapshot.step)
+        CHECKPOINT_STALL_SECONDS.labels(self.spec.family).observe(time.monotonic() - began)
+
+    def should_leave(self) -> bool:
+        return self.leave.is_set()
+
+    def _show(self, **facts: Any) -> None:
+        """A sign of progress, and what has changed; to storage with the next beat, to the gauges at once."""
+        self.heartbeat = self.heartbeat.model_copy(update={**facts, "tick": self.heartbeat.tick + 1})
+        self.gauges.beat(self.heartbeat)
+
+    def _wait_for_room(self, unwritten: Sized, most: int, step: int) -> None:
+        while len(unwritten) > most:
+            self.tick("waiting for storage", step)
+            time.sleep(0.1)
+
+    def _drain(self) -> None:
+        """Let what was saved arrive, also when training failed: the weights before a NaN are worth keeping."""
+        while self.uploader.is_alive():
+            try:
+                self.snapshots.put(None, timeout=0.5)
+            except queue.Full:
+                continue
+            while self.uploader.is_alive():
+                self.uploader.join(BEAT_SECONDS)
+                self._show()
+
+    def _guard(self, work: Callable[[], None]) -> None:
+        try:
+            work()
+        except BaseException as error:  # handed to the training thread, which raises it
+            self.error = self.error or error
+
+    def _beat(self) -> None:
+        """Heartbeats that changed, and metrics and samples every few seconds."""
+        written, flushed = None, time.monotonic()
+        while not self.closing.wait(BEAT_SECONDS):
+            try:
+                if self.heartbeat is not written:
+                    written = self._write_beat()
+                if time.monotonic() - flushed >= METRICS_SECONDS:
+                    self._flush()
+                    flushed = time.monotonic()
+                    self._waits("beat")
+            except StorageUnavailable as outage:  # the next round writes what this one could not
+                self._waits("beat", outage.reason)
+        self._persist(self._flush)
+        self._persist(self._write_beat)
+
+    def _write_beat(self) -> Heartbeat:
+        latest, durations = self.heartbeat, list(self.durations)
+        step_seconds = statistics.median(durations) if durations else None
+        facts = {"step_seconds": step_seconds, "waiting": self.waiting}
+        self.run.beat(self.attempt, latest.model_copy(update=facts))
+        return latest
+
+    def _flush(self) -> None:
+        with self.flushing:
+            while self.pictures:
+                self.run.write_sample(self.attempt, *self.pictures[0])
+                del self.pictures[0]
+            if rows := self.rows[:]:
+                self.run.write_metrics(self.attempt, rows)
+                del self.rows[: len(rows)]
+
+    def _upload(self) -> None:
+        while (waiting := self.snapshots.get()) is not None:
+            snapshot, began = waiting
+            size = self._persist(partial(self._upload_one, snapshot))  # what it prepares on the disk, too
+            self.gauges.saved(snapshot.step)
+            CHECKPOINT_SECONDS.labels(self.spec.family).observe(time.monotonic() - began)
+            CHECKPOINT_BYTES.labels(self.spec.family).inc(size)
+            for key in self._persist(partial(self._unneeded, snapshot.step)):
+                self._persist(partial(self._delete, key))
+
+    def _upload_one(self, snapshot: Snapshot) -> int:
+        """Returns its bytes."""
+        with checkpoint.scratch_folder() as name:
+            folder = Path(name)
+            checkpoint.write_files(folder, self.scratch, snapshot)
+            self.scratch.network.load_state_dict(snapshot.served)
+            self.scratch.fit(self.fit_batches(), self.spec.train.seed)
+            checkpoint.write_assets(folder, self.scratch.assets() | self.assets)
+            manifest = Manifest(
+                step=snapshot.step,
+                samples=snapshot.samples,
+                metrics=snapshot.metrics,
+                lineage=self.lineage,
+                files=checkpoint.describe_files(folder),
+            )
+            self._persist(self._flush)  # who resumes from this checkpoint has the metrics up to it
+            prefix = self.run.checkpoint_prefix(Place(attempt=self.attempt, step=snapshot.step))
+            failures = CHECKPOINT_FAILURES.labels(self.spec.family)
+            self._persist(
+                lambda: checkpoint.upload(self.run.storage, prefix, folder, manifest, self._fence), failures.inc
+            )
+        return sum(file.size for file in manifest.files.values())
+
+    def _fence(self) -> None:
+        self.run.fence(self.attempt)
+
+    def _unneeded(self, step: int) -> list[str]:
+        """What nobody needs, in the order to delete it.
+
+        First the files of checkpoints whose manifest went at an earlier save, then the manifests of all but the newest,
+        the best, and those that others start from. So a reader that has begun on a checkpoint has a save's time to end.
+        """
+        leftovers = self.run.leftovers(before_step=step)
+        whole = list(self.run.manifests())
+        keep = [place for place, _ in whole[-self.spec.checkpoints.num_to_keep :]] + pin.marked(self.run)
+        if self.spec.serve.gate and whole:
+            keep.append(store.best(self.spec.serve.gate, whole)[0])
+        doomed = [place for place, _ in whole if place not in keep]
+        return leftovers + [f"{self.run.checkpoint_prefix(place)}/{checkpoint.MANIFEST}" for place in doomed]
+
+    def _delete(self, key: str) -> None:
+        self._fence()
+        self.run.storage.delete(key)
+
+    def _persist(self, work: Callable[[], T], refused: Callable[[], None] = lambda: None) -> T:
+        """Write, however long the store is away.
+
+        Args:
+            refused: called for each try that it did not take.
+        """
+
+        thread = threading.current_thread().name
+
+        def waiting(outage: StorageUnavailable) -> None:
+            refused()
+            if self.error:
+                raise self.error
+            self._waits(thread, outage.reason)
+
+        result = patiently(work, waiting)
+        self._waits(thread)
+        return result
+
+    def _waits(self, thread: str, reason: str = "") -> None:
+        """Note for the next heartbeat what one of the two threads waits for; nothing, without a reason."""
+        if reason or self.reasons.get(thread):
+            self.reasons[thread] = reason
+            self._show()

@@ -1,0 +1,246 @@
+"""`genmodels submit`, `jobs`, `status`, `logs`, `cancel`, `resume`: what goes through the job API."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterator
+from enum import StrEnum
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from genmodels.errors import SpecError
+from genmodels.runs.records import ENDED
+from services.cli.options import Api, AsJson, JobId, Models, SpecFile, client, console, print_json, tell
+
+if TYPE_CHECKING:
+    from services.client.jobs import Client
+    from services.jobs.views import JobView, RunView
+
+app = typer.Typer()
+PANEL = "Jobs on a job service"
+API = "http://127.0.0.1:8080"
+MAX_PAGE = 100
+
+Gateway = Annotated[
+    str | None,
+    typer.Option(
+        metavar="URL",
+        envvar="GENMODELS_GATEWAY",
+        help="URL of the endpoint, for the curl lines at the end; default: the job service names it.",
+        show_default=False,
+    ),
+]
+
+
+class Kind(StrEnum):
+    all = "all"
+    open = "open"
+    ended = "ended"
+
+
+@app.command(rich_help_panel=PANEL)
+def submit(
+    spec: SpecFile,
+    wait: Annotated[bool, typer.Option("--wait", "-w", help="Follow until it has ended; exit code 0 or 1.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only report what would run: steps, workers, sizes, and whether it fits.")
+    ] = False,
+    api: Api = API,
+    gateway: Gateway = None,
+    as_json: AsJson = False,
+) -> None:
+    """Submit a job and print its id."""
+    data = _read(spec)
+    with client(api) as service:
+        if dry_run:
+            from services.console.tables import plan_table
+
+            answer = service.dry_run(data, str(spec))
+            if as_json:
+                print_json(answer)
+                return
+            console().print(plan_table(answer))
+            for model in answer["models"]:
+                for note in model["notes"]:
+                    print(f"{model['model']}: {note}")
+            return
+        job = service.submit(data, str(spec))
+        for note in job.notes:
+            tell(note)
+        if as_json and not wait:
+            print_json(job.model_dump(mode="json"))
+        else:
+            print(job.job, flush=True)
+        if wait:
+            sys.exit(_follow(service, job, gateway, as_json))
+        tell(f"`genmodels status {job.job}` shows how it goes, `genmodels logs -f {job.job}` what it prints")
+
+
+@app.command(rich_help_panel=PANEL)
+def jobs(
+    state: Annotated[Kind, typer.Option(help="Which jobs; open jobs are queued or running.")] = Kind.all,
+    limit: Annotated[
+        int, typer.Option(help="Largest number of jobs; open jobs come first, then the newest.", min=1)
+    ] = 20,
+    api: Api = API,
+    as_json: AsJson = False,
+) -> None:
+    """List jobs."""
+    from services.console.tables import jobs_table
+
+    with client(api) as service:
+        found, more = _take(_all(service, state), limit)
+    if as_json:
+        print_json([job.model_dump(mode="json") for job in found])
+        return
+    if not found:
+        print(f"no {'' if state == Kind.all else f'{state} '}jobs; `genmodels submit SPEC` makes one")
+        return
+    console().print(jobs_table(found))
+    if more:
+        tell(f"there are more: --limit {2 * limit}")
+
+
+@app.command(rich_help_panel=PANEL)
+def status(
+    job: Annotated[
+        str | None, typer.Argument(metavar="JOB", help="Id of a job; default: all open jobs.", show_default=False)
+    ] = None,
+    wait: Annotated[bool, typer.Option("--wait", "-w", help="Follow until it has ended; exit code 0 or 1.")] = False,
+    history: Annotated[
+        bool, typer.Option("--history", help="Also show every change of state, with time and reason.")
+    ] = False,
+    api: Api = API,
+    gateway: Gateway = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show the state and progress of each model of a job."""
+    from services.console.tables import history_table, runs_table
+
+    if wait and job is None:
+        raise SpecError("--wait follows one job: genmodels status JOB --wait")
+    with client(api) as service:
+        if wait and job is not None:
+            sys.exit(_follow(service, service.job(job), gateway, as_json))
+        found = [service.job(job)] if job else list(_all(service, Kind.open))
+    if as_json:
+        shown = [one.model_dump(mode="json") for one in found]
+        print_json(shown[0] if job else shown)
+        return
+    if not found:
+        print("no open jobs; `genmodels jobs` lists those that have ended")
+        return
+    for one in found:
+        console().print(runs_table(one))
+        if history:
+            console().print(history_table(one))
+
+
+@app.command(rich_help_panel=PANEL)
+def logs(
+    job: JobId,
+    follow: Annotated[bool, typer.Option("--follow", "-f", help="Continue until the job has ended.")] = False,
+    models: Models = None,
+    source: Annotated[
+        str | None,
+        typer.Option(
+            metavar="driver|RANK", help="Only the output of the driver, or of one worker: 0, 1, ...", show_default=False
+        ),
+    ] = None,
+    api: Api = API,
+) -> None:
+    """Print a job's logs, while the job runs and afterwards."""
+    with client(api) as service:
+        any_line = False
+        for line in service.logs(job, models or [], source, follow=follow, waiting=lambda why: tell(f"waiting: {why}")):
+            any_line = True
+            print(line, flush=follow)
+        if not any_line:
+            tell(f"nothing has been printed; `genmodels status {job}` shows how it stands")
+
+
+@app.command(rich_help_panel=PANEL)
+def cancel(
+    job: JobId,
+    now: Annotated[bool, typer.Option("--now", help="End at once, without a save at the next step.")] = False,
+    models: Models = None,
+    api: Api = API,
+) -> None:
+    """Cancel a job. Its runs save at their next step and end; `genmodels resume` continues from there."""
+    with client(api) as service:
+        answer = service.cancel(job, models or [], now=now)
+    going = [run for run in _chosen(answer, models) if run.state not in ENDED]
+    if not going:
+        print(f"{job}: nothing to cancel, it had ended")
+        return
+    for run in going:
+        print(f"{job}: {run.model} {_end(run, now)}")
+    tell(f"`genmodels resume {job}` goes on from there")
+
+
+@app.command(rich_help_panel=PANEL)
+def resume(job: JobId, models: Models = None, api: Api = API) -> None:
+    """Resume a failed or cancelled job. It is queued again and starts from its last checkpoint."""
+    with client(api) as service:
+        answer = service.resume(job, models or [])
+    going = [run.model for run in _chosen(answer, models) if run.state != "succeeded"]
+    print(f"{job}: {', '.join(going)} will go on from the last checkpoint")
+
+
+def _follow(service: Client, job: JobView, gateway: str | None, as_json: bool) -> int:
+    from services.cli.wait import conclude, follow
+    from services.cluster.environment import outlive_output
+
+    outlive_output()
+    shown = console(stderr=as_json)
+    try:
+        job = follow(service, job, shown)
+    except KeyboardInterrupt:
+        again, end = f"genmodels status {job.job} --wait", f"genmodels cancel {job.job}"
+        tell(f"{job.job} goes on; `{again}` follows it again, `{end}` ends it")
+        raise
+    code = conclude(service, job, gateway, shown)
+    if as_json:
+        print_json(job.model_dump(mode="json"))
+    return code
+
+
+def _end(run: RunView, now: bool) -> str:
+    """Return how a run that was cancelled ends: only what trains has something to save."""
+    if run.state == "queued":
+        return "leaves the queue"
+    return "will end at once" if now or run.state == "starting" else "will save at the next step and end"
+
+
+def _chosen(job: JobView, models: list[str] | None) -> list[RunView]:
+    return [run for run in job.models if not models or run.model in models]
+
+
+def _all(service: Client, state: Kind) -> Iterator[JobView]:
+    after = None
+    while True:
+        page = service.jobs(state.value, MAX_PAGE, after)
+        yield from page.data
+        after = page.next
+        if after is None:
+            return
+
+
+def _take(found: Iterator[JobView], limit: int) -> tuple[list[JobView], bool]:
+    return list(islice(found, limit)), next(found, None) is not None
+
+
+def _read(path: Path) -> bytes:
+    from genmodels.schema.yaml import MAX_BYTES
+
+    try:
+        with path.open("rb") as file:
+            data = file.read(MAX_BYTES + 1)
+    except OSError as error:
+        raise SpecError(f"{path}: cannot be read ({error.strerror}); write the path of a job spec") from None
+    if len(data) > MAX_BYTES:
+        raise SpecError(f"{path}: larger than {MAX_BYTES // 1024} KiB, which no job spec needs; is it the right file?")
+    return data

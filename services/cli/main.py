@@ -1,0 +1,159 @@
+"""The command line: `genmodels ...`. Commands import what they need when they run: mistakes are told at once."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperGroup
+
+from genmodels.errors import GenmodelsError, SpecError
+from services.cli import admin, delete, jobs, models
+from services.cli.options import SpecFile, StorageUrl, storage
+from services.cluster.environment import settle
+
+PANEL = "On this machine alone"
+
+
+class Grouped(TyperGroup):
+    """Commands in the help under the headings of their panels, which typer's plain help leaves out."""
+
+    def format_commands(self, ctx: Any, formatter: Any) -> None:
+        panels: dict[str, list[tuple[str, str]]] = {}
+        width = formatter.width - 6 - max(map(len, self.commands))
+        for name, command in self.commands.items():
+            panel = getattr(command, "rich_help_panel", None)
+            panels.setdefault(panel if isinstance(panel, str) else "Commands", []).append(
+                (name, command.get_short_help_str(width))
+            )
+        for panel, rows in panels.items():
+            with formatter.section(panel):
+                formatter.write_dl(rows)
+
+
+app = typer.Typer(
+    name="genmodels",
+    cls=Grouped,
+    help="Generative models from one YAML to a live endpoint.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+
+UsageError: Any = typer.BadParameter.__base__  # of the click that typer carries
+
+
+def main() -> None:
+    """Entry point. Exits with 2 for a wrong spec or usage, 1 for what failed, 130 after Ctrl-C."""
+    settle()
+    try:
+        sys.exit(app(prog_name="genmodels", standalone_mode=False) or 0)
+    except GenmodelsError as error:
+        for line in str(error).splitlines():
+            print(f"error: {line}", file=sys.stderr)
+        sys.exit(2 if isinstance(error, SpecError) else 1)
+    except UsageError as error:
+        print(_usage(error), file=sys.stderr)
+        sys.exit(2)
+    except typer.Abort:
+        print("Aborted.", file=sys.stderr)
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+
+
+def _usage(error: Any) -> str:
+    """Return what is wrong with the arguments in one line; without any arguments, the whole help."""
+    message = str(error.format_message())
+    if "\n" in message:
+        return message
+    said = message.removesuffix(".").replace("Input should be", "expected").replace("Value error, ", "")
+    command = error.ctx.command_path if error.ctx else "genmodels"
+    end = "" if said.endswith("?") else ";"
+    return f"error: {said[:1].lower()}{said[1:]}{end} `{command} --help` shows how"
+
+
+@app.callback()
+def _options() -> None:
+    """Generative models from one YAML to a live endpoint."""
+
+
+@app.command(rich_help_panel=PANEL)
+def run(
+    spec: SpecFile,
+    storage_url: StorageUrl = None,
+    only: Annotated[
+        list[str] | None,
+        typer.Option(metavar="MODEL", help="Only this model of the job; may be repeated.", show_default=False),
+    ] = None,
+    port: Annotated[int, typer.Option(help="Port of the endpoint on 127.0.0.1.", min=1, max=65535)] = 8000,
+    exit: Annotated[
+        bool, typer.Option("--exit", help="End after the summary instead of serving until Ctrl-C.")
+    ] = False,
+    no_auth: Annotated[bool, typer.Option("--no-auth", help="Require no key; serve only this machine.")] = False,
+    pictures: Annotated[Path, typer.Option(help="Folder for pictures and curves of the models.")] = Path("samples"),
+) -> None:
+    """Train, publish and serve all models of a job on this machine."""
+    from genmodels.data import uploads
+    from genmodels.spec.sections import read_spec
+
+    store = storage(storage_url)
+    job = read_spec(spec, uploads.kinds(store))
+    from services.local.run import quick_run
+
+    sys.exit(quick_run(job, only or [], store, port, exit, no_auth, pictures))
+
+
+@app.command(rich_help_panel=PANEL)
+def validate(
+    spec: SpecFile,
+    smoke: Annotated[
+        bool, typer.Option("--smoke", help="Also train two steps, load the result and send one request to it.")
+    ] = False,
+    storage_url: StorageUrl = None,
+) -> None:
+    """Check a job spec."""
+    from genmodels.data import uploads
+    from genmodels.spec.sections import read_spec
+
+    store = storage(storage_url)
+    job = read_spec(spec, uploads.kinds(store))
+    from genmodels.preflight.check import check_job
+
+    try:
+        checked = check_job(job, store)
+    except SpecError as error:
+        raise SpecError(*(f"{spec}: {problem}" for problem in error.problems)) from None
+    job = checked.job
+    families = ", ".join(model.family for model in job.models)
+    print(f"ok: {spec}: job {job.name}, {len(job.models)} model{'s' if len(job.models) > 1 else ''} ({families})")
+    for name, notes in checked.notes.items():
+        for note in notes:
+            print(f"{name}: {note}")
+    if smoke:
+        from services.local.smoke import smoke as try_out
+
+        for model in job.models:
+            print(f"{model.name}: ", end="", flush=True)
+            print(f"ok: {try_out(model, store)}")
+
+
+@app.command(rich_help_panel=PANEL)
+def schema() -> None:
+    """Print the JSON Schema of job specs, for editors."""
+    from genmodels.spec.sections import json_schema
+
+    print(json.dumps(json_schema(), indent=2))
+
+
+for part in (jobs, models, delete, admin):
+    app.add_typer(part.app)
+
+
+if __name__ == "__main__":
+    main()

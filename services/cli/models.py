@@ -1,0 +1,271 @@
+"""Commands on what is stored (models, datasets, keys): through a job service where one is named, else directly."""
+
+from __future__ import annotations
+
+import tempfile
+import zipfile
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from genmodels.errors import DatasetExists, GenmodelsError, JobNotFound, SpecError
+from genmodels.storage import encode_floats
+from services.cli.options import AsJson, MaybeApi, StorageUrl, agreed, console, print_json, service, storage, tell
+
+if TYPE_CHECKING:
+    from genmodels.registry.store import Version
+
+app = typer.Typer()
+data_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
+PANEL = "What is stored"
+app.add_typer(
+    data_app, name="data", help="Datasets of your own, in the storage: add, list, delete.", rich_help_panel=PANEL
+)
+
+VersionName = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODEL@VERSION",
+        help="A version, e.g. vae-digits@3, vae-digits@latest or vae-digits@production.",
+        show_default=False,
+    ),
+]
+
+
+@app.command(rich_help_panel=PANEL)
+def models(context: typer.Context, storage_url: StorageUrl = None, api: MaybeApi = None) -> None:
+    """List published models, their versions and aliases."""
+    from services.console.tables import models_table, registry_table
+
+    remote = service(context, api)
+    if remote is None:
+        from genmodels.registry.store import Registry
+
+        console().print(registry_table(Registry(storage(storage_url))))
+        return
+    with remote:
+        console().print(models_table(remote.models()))
+
+
+@app.command(rich_help_panel=PANEL)
+def promote(
+    context: typer.Context,
+    version: VersionName,
+    alias: Annotated[str, typer.Argument(metavar="ALIAS", help="Alias to move.")] = "production",
+    storage_url: StorageUrl = None,
+    api: MaybeApi = None,
+) -> None:
+    """Point an alias at a version, newer or older. Serving follows within seconds."""
+    remote = service(context, api)
+    if remote is None:
+        from genmodels.registry.store import Registry
+
+        registry = Registry(storage(storage_url))
+        target = registry.resolve(version)
+        registry.promote(target.model, alias, target.version, "by hand")
+        model, number = target.model, target.version
+    else:
+        with remote:
+            model, number = remote.resolve(version)
+            remote.promote(model, alias, number)
+    print(f"{model}@{alias} is version {number} now")
+
+
+@app.command(rich_help_panel=PANEL)
+def pull(
+    context: typer.Context,
+    version: VersionName,
+    folder: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="FOLDER", help="Folder to create; default: MODEL-VERSION in the current folder.", show_default=False
+        ),
+    ] = None,
+    storage_url: StorageUrl = None,
+    api: MaybeApi = None,
+) -> None:
+    """Download the files of a version. Each file is verified by its sha256."""
+    from services.console.tables import amount
+
+    remote = service(context, api)
+    if remote is None:
+        from genmodels.registry.store import Registry
+
+        registry = Registry(storage(storage_url))
+        found = registry.resolve(version)
+        with _new_folder(folder, found) as (path, part):
+            registry.fetch(found, part)
+    else:
+        with remote:
+            found = remote.version(*remote.resolve(version))
+            with _new_folder(folder, found) as (path, part):
+                remote.fetch(found, part)
+    size = sum(file.size for file in found.files.values())
+    print(f"{found.name}: {len(found.files)} files, {amount(size)}, in {path}")
+
+
+@app.command(rich_help_panel=PANEL)
+def evaluate(
+    version: VersionName,
+    thorough: Annotated[
+        bool, typer.Option("--thorough", help="Use all validation data and many more draws; this takes minutes.")
+    ] = False,
+    storage_url: StorageUrl = None,
+    as_json: AsJson = False,
+) -> None:
+    """Evaluate a version on its data, and store the result with it. This always opens the storage."""
+    import time
+
+    from genmodels.checkpoint import scratch_folder
+    from genmodels.registry import evaluations
+    from genmodels.registry.evaluate import evaluate as measure
+    from genmodels.registry.store import Registry
+    from genmodels.runs.records import Run
+    from genmodels.training.attempt import stored_model
+    from services.console.tables import measures_table
+
+    store = storage(storage_url)
+    registry = Registry(store)
+    found = registry.resolve(version)
+    try:
+        spec = stored_model(store, found.job, found.model)
+    except JobNotFound:
+        raise GenmodelsError(f"{found.name}: job {found.job} was deleted, so its data is not known any more") from None
+    with scratch_folder() as name, console(stderr=True).status(f"Evaluating {found.name}"):
+        registry.fetch(found, Path(name))
+        began = time.monotonic()
+        measured = measure(
+            Run(store, found.job, found.model), found.place, spec, found.lineage, Path(name), thorough=thorough
+        )
+    evaluation = evaluations.record(registry, found, measured, thorough=thorough, seconds=time.monotonic() - began)
+    if as_json:
+        print_json(encode_floats(evaluation.model_dump(mode="json")))
+    else:
+        console().print(measures_table(evaluation))
+
+
+@data_app.command("add")
+def data_add(
+    context: typer.Context,
+    name: Annotated[
+        str,
+        typer.Argument(
+            metavar="NAME", help="Name of the dataset in specs: `data: {dataset: NAME}`.", show_default=False
+        ),
+    ],
+    path: Annotated[
+        Path,
+        typer.Argument(
+            metavar="PATH", help="A text file, a folder of pictures, or a zip of a folder.", show_default=False
+        ),
+    ],
+    image_size: Annotated[
+        int | None, typer.Option(help="Side of the square pictures, in pixels; default: 32.", show_default=False)
+    ] = None,
+    channels: Annotated[
+        int | None,
+        typer.Option(
+            help="Channels: 1 (grey) or 3 (colour); default: 1 if every picture is grey, else 3.", show_default=False
+        ),
+    ] = None,
+    replace: Annotated[bool, typer.Option("--replace", help="Replace a dataset of this name without asking.")] = False,
+    storage_url: StorageUrl = None,
+    api: MaybeApi = None,
+) -> None:
+    """Add a text or pictures to the storage, after a check. Specs name the dataset on every machine."""
+    if channels not in (None, 1, 3):
+        raise SpecError(f"--channels: got {channels}, expected 1 (grey) or 3 (colour)")
+    remote = service(context, api)
+
+    def add(replace: bool) -> dict[str, Any]:
+        if remote is None:
+            from genmodels.data import uploads
+
+            store = storage(storage_url)
+            added, _ = uploads.add(store, name, path, image_size, channels, replace=replace)  # type: ignore[arg-type]
+            return added.model_dump(mode="json")
+        with _streamable(path) as file, console(stderr=True).status("Sending"):
+            return remote.add_dataset(name, file, replace=replace, image_size=image_size, channels=channels)
+
+    with remote or nullcontext():
+        try:
+            dataset = add(replace)
+        except DatasetExists as error:
+            question = f"{error}. Replace it? Jobs that were submitted keep what they had."
+            if not agreed(question, False, "--replace"):
+                raise typer.Abort from None
+            dataset = add(True)
+    print(f"{name}: {'; '.join(dataset['notes'])}")
+    tell(f"in a spec: data: {{dataset: {name}}}")
+
+
+@data_app.command("list")
+def data_list(
+    context: typer.Context, storage_url: StorageUrl = None, api: MaybeApi = None, as_json: AsJson = False
+) -> None:
+    """List the datasets that a spec may name: built-in and added."""
+    from services.console.tables import datasets_table
+
+    remote = service(context, api)
+    if remote is None:
+        from genmodels.data import DATASETS, uploads
+
+        built_in = [{"name": s.name, "kind": s.kind, "what": s.what, "built_in": True} for s in DATASETS.values()]
+        added = uploads.catalog(storage(storage_url))
+        found = [*built_in, *({**dataset.model_dump(mode="json"), "built_in": False} for dataset in added)]
+    else:
+        with remote:
+            found = remote.datasets()
+    if as_json:
+        print_json(found)
+    else:
+        console().print(datasets_table(found))
+
+
+@contextmanager
+def _new_folder(folder: Path | None, version: Version) -> Iterator[tuple[Path, Path]]:
+    """The folder to make, and the one to fill meanwhile: it appears when it is complete, or not at all."""
+    path = folder or Path(f"{version.model}-{version.version}")
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise GenmodelsError(f"{path} is there and not empty; name a new folder")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as scratch:
+            part = Path(scratch) / "files"
+            part.mkdir()
+            yield path, part
+            part.replace(path)
+    except OSError as error:
+        raise GenmodelsError(f"{path}: cannot be written: {error.strerror}") from None
+
+
+@contextmanager
+def _streamable(path: Path) -> Iterator[IO[bytes]]:
+    """A file as it is, a folder's pictures as a zip: the form in which data travels.
+
+    A text is checked here first: what is said of it names the file, and nothing is sent in vain.
+    """
+    from genmodels.data.files import find_pictures, shown, skipped_note
+    from genmodels.data.text import read_text
+    from genmodels.data.unpack import is_zip
+
+    try:
+        if not path.is_dir():
+            if not is_zip(path):
+                read_text(path)
+            with path.open("rb") as file:
+                yield file
+            return
+        with tempfile.TemporaryFile(prefix="genmodels-data-") as file:
+            pictures, skipped = find_pictures(path)
+            if skipped:
+                tell(f"{shown(path)}: {skipped_note(skipped)}")
+            with zipfile.ZipFile(file, "w") as archive:  # pictures are packed already
+                for picture in pictures:
+                    archive.write(picture, shown(picture.relative_to(path)))
+            yield file
+    except OSError as error:
+        raise GenmodelsError(f"{shown(path)}: cannot be read: {error.strerror}") from None

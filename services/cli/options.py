@@ -1,0 +1,129 @@
+"""What several commands share: options that mean the same everywhere, and how they print and ask."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from genmodels.errors import SpecError
+
+if TYPE_CHECKING:
+    from rich.console import Console
+
+    from genmodels.storage import Storage
+    from services.client.jobs import Client
+
+LOG_WIDTH = 132  # a log file has room for a table
+
+SpecFile = Annotated[Path, typer.Argument(metavar="SPEC", help="A job spec, in YAML or JSON.", show_default=False)]
+StorageUrl = Annotated[
+    str | None,
+    typer.Option(
+        "--storage",
+        metavar="URL",
+        envvar="GENMODELS_STORAGE",
+        help="file:///folder or s3://bucket/prefix; default: .genmodels in the current folder.",
+        show_default=False,
+    ),
+]
+Api = Annotated[
+    str,
+    typer.Option(
+        "--api",
+        metavar="URL",
+        envvar="GENMODELS_API",
+        help="URL of the job service; its key is read from GENMODELS_KEY.",
+    ),
+]
+MaybeApi = Annotated[
+    str | None,
+    typer.Option(
+        "--api",
+        metavar="URL",
+        envvar="GENMODELS_API",
+        help="Use this job service (key in GENMODELS_KEY) instead of opening the storage.",
+        show_default=False,
+    ),
+]
+JobId = Annotated[
+    str, typer.Argument(metavar="JOB", help="Id of a job, as `genmodels submit` prints it.", show_default=False)
+]
+Models = Annotated[
+    list[str] | None,
+    typer.Option("--model", metavar="MODEL", help="Only this model of the job; may be repeated.", show_default=False),
+]
+AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask for confirmation.")]
+
+
+def client(api: str) -> Client:
+    import os
+
+    from services.client.jobs import Client
+
+    return Client(api, os.environ.get("GENMODELS_KEY") or None)
+
+
+def service(context: typer.Context, api: str | None) -> Client | None:
+    """The job service to go through, or None to open the storage: a --storage that is typed outdoes GENMODELS_API."""
+    typed = context.get_parameter_source("storage_url")
+    if api is None or (typed is not None and typed.name == "COMMANDLINE" and _from_environment(context)):
+        return None
+    return client(api)
+
+
+def storage(url: str | None) -> Storage:
+    """The storage of a command, which may only read; one of another format is refused at once."""
+    from genmodels.storage import open_storage, read_marker
+
+    opened = open_storage(storage_url(url))
+    read_marker(opened)
+    return opened
+
+
+def storage_url(url: str | None) -> str:
+    return url or (Path.cwd() / ".genmodels").as_uri()
+
+
+def console(*, stderr: bool = False) -> Console:
+    """Make the console of a command. It prints names and paths as they are: none of their characters is markup."""
+    from rich.console import Console
+
+    made = Console(stderr=stderr, markup=False, highlight=False, emoji=False)
+    if not made.is_terminal:
+        made.width = LOG_WIDTH
+    return made
+
+
+def tell(line: str) -> None:
+    """A line for the person, beside what the command prints for others to use."""
+    print(line, file=sys.stderr)
+
+
+def print_json(document: Any) -> None:
+    print(json.dumps(document, indent=2, ensure_ascii=False))
+
+
+def agreed(question: str, yes: bool, option: str = "--yes") -> bool:
+    """Whether to go on with what cannot be undone.
+
+    Args:
+        option: that stands for yes.
+
+    Raises:
+        SpecError: there is no terminal to ask on.
+    """
+    if yes:
+        return True
+    if not sys.stdin.isatty():
+        raise SpecError(f"{question} There is no terminal to ask on: add {option}")
+    return typer.confirm(question, err=True)
+
+
+def _from_environment(context: typer.Context) -> bool:
+    source = context.get_parameter_source("api")
+    return source is not None and source.name == "ENVIRONMENT"

@@ -1,0 +1,108 @@
+"""What `--wait` shows of a job until it has ended, and what it says in the end."""
+
+from __future__ import annotations
+
+import time
+
+from rich.console import Console
+from rich.text import Text
+
+from genmodels import models
+from genmodels.data.text import EXAMPLE
+from genmodels.errors import GenmodelsError
+from genmodels.runs.records import ENDED
+from services.client.http import Unreachable
+from services.client.jobs import Client
+from services.console.curl import curl
+from services.console.progress import Board, Shown, waits
+from services.console.tables import note
+from services.jobs.views import JobView, RunView
+
+POLL_SECONDS = 1.0
+
+
+def follow(client: Client, job: JobView, console: Console) -> JobView:
+    """Show a job until all its runs have ended, over restarts of the service; how it stands then.
+
+    What happened to it before is not told again.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C; the job goes on.
+        GenmodelsError: it is not there any more, or the key was revoked.
+    """
+    told = {run.model: len(run.history) for run in job.models}
+    away = False
+    with Board(console) as board:
+        while True:
+            for run in job.models:
+                _tell(board, run, told)
+                board.show(_shown(run))
+            if job.state in (*ENDED, "damaged"):  # one that is damaged is carried on by nobody
+                return job
+            time.sleep(POLL_SECONDS)
+            try:
+                job = client.job(job.job)
+                away = False
+            except Unreachable as error:
+                if not away:
+                    board.say(f"waiting: {error}")
+                away = True
+
+
+def conclude(client: Client, job: JobView, gateway: str | None, console: Console) -> int:
+    """Say what came of a job that has ended, and how to use what it published; the exit code.
+
+    Args:
+        gateway: URL of the endpoint; default: what the job service says.
+    """
+    for run in job.models:
+        if run.state != "succeeded":
+            console.print(Text(f"{run.model}: {run.state}", "red"), Text(f": {run.reason}"), sep="", soft_wrap=True)
+    unsuccessful = [run for run in job.models if run.state != "succeeded"]
+    if unsuccessful:
+        hint = f"`genmodels logs {job.job}` shows why; `genmodels resume {job.job}` goes on from the last checkpoint"
+        console.print(hint, soft_wrap=True)
+    published = [run for run in job.models if run.state == "succeeded"]
+    endpoint = gateway or job.endpoint
+    if published:
+        console.print("Try:" if endpoint else "Try, where GENMODELS_GATEWAY is the URL of the endpoint:")
+    for run in published:
+        line = curl(_model(client, run), endpoint or "$GENMODELS_GATEWAY", key=client.key is not None)[0]
+        console.print(f"  {line}", soft_wrap=True)
+    return 1 if unsuccessful else 0
+
+
+def _tell(board: Board, run: RunView, told: dict[str, int]) -> None:
+    """Changes that the bar does not keep (what an attempt was lost by), or of which the lines would miss some."""
+    new = run.history[told[run.model] :]
+    for change in new:
+        missed = change.state == "queued" if board.console.is_terminal else change is not new[-1]
+        if missed and change is not run.history[0]:
+            board.say(f"{run.model}: {change.state} ({change.reason})")
+    told[run.model] = len(run.history)
+
+
+def _shown(run: RunView) -> Shown:
+    return Shown(
+        model=run.model,
+        state=run.state,
+        phase=run.phase or "",
+        step=run.step or 0,
+        max_steps=run.max_steps or 0,
+        loss=run.loss,
+        seconds_left=run.seconds_left,
+        note=note(run),
+        waiting=waits(run.phase, run.waiting),
+    )
+
+
+def _model(client: Client, run: RunView) -> dict[str, object]:
+    """Return a model as the gateway lists it. The job service alone is asked: the key is meant for no other address."""
+    name = run.model if run.alias == "production" else f"{run.model}@{run.alias or run.version}"
+    if models.load(run.family or "").kind != "text":
+        return {"id": name, "verbs": ["generate"]}
+    try:
+        prompt = client.example_prompt(run.model, run.version or 0)
+    except GenmodelsError:  # the version may be gone
+        prompt = EXAMPLE
+    return {"id": name, "verbs": ["complete"], "example_prompt": prompt}

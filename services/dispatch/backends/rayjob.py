@@ -1,0 +1,221 @@
+"""The RayJob of one attempt: made from a template of the operator's, and read when it has ended.
+
+An engineer writes the template (`--kube-template`, the YAML of one `ray.io/v1` RayJob) and sizes in it what a run gets:
+images, CPUs, memory, volumes, service account, tolerations, `preRunningDeadlineSeconds`. It must have
+`spec.rayClusterSpec` with a head group and a worker group `workers`; it may have a second group `gpu-workers`, which
+then is that of runs with `use_gpu`. Of both only the first container's resources count as the worker's.
+
+Filled in, whatever the template says:
+
+    metadata.name                   r-<12 hex>-a<attempt>, as Ray Jobs are called; the Ray job has the same id
+    metadata.labels                 app.kubernetes.io/managed-by: genmodels, genmodels/job, genmodels/model,
+                                    genmodels/attempt (a value beyond 63 characters is cut and ends in its hash)
+    metadata.annotations            genmodels/run, the readable job/model; genmodels/attempt
+    pod templates                   label genmodels/rayjob: <name>, by which an attempt's pods are found
+    spec.entrypoint, spec.jobId     the driver's command
+    spec.submissionMode             HTTPMode: the operator submits. K8sJobMode would pull the image for one more pod per
+                                    attempt, and try again by itself (submitterConfig) where the dispatcher should
+    spec.backoffLimit               0: the dispatcher alone tries again
+    spec.shutdownAfterJobFinishes   true, and ttlSecondsAfterFinished 0: the cluster goes at once. How it ended stays in
+                                    the RayJob, which the dispatcher deletes KEEP_SECONDS later
+    one worker group                replicas, minReplicas, maxReplicas: the workers; no other group; no autoscaling
+    rayStartParams.num-cpus         head "0", workers "1": one worker of the training per pod, whatever its CPUs
+    nvidia.com/gpu: 1               in the worker's requests and limits where the spec says `use_gpu`, unless the group
+                                    asks for a GPU itself
+    spec.preRunningDeadlineSeconds  1800, where the template has none: nodes that never come end an attempt
+    spec.suspend, kueue.x-k8s.io/*  with --kube-queue: made suspended, for Kueue to admit
+
+With --kube-cluster-selector the Ray job goes to a RayCluster that is there: no cluster is made, and a template is not
+needed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import hashlib
+import json
+import os
+import re
+import shlex
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from genmodels.errors import GenmodelsError
+from genmodels.spec.sections import ModelSpec
+from services.dispatch.backends.base import driver_command, submission_id
+
+RayJob = dict[str, Any]  # the custom resource, as the API has it
+
+API_VERSION = "ray.io/v1"
+MANAGED_BY = {"app.kubernetes.io/managed-by": "genmodels"}
+POD_LABEL = "genmodels/rayjob"
+QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
+PRIORITY_LABEL = "kueue.x-k8s.io/priority-class"
+WORKERS, GPU_WORKERS = "workers", "gpu-workers"
+PLACED_SECONDS = 1800
+LABEL_LENGTH = 63
+
+
+@dataclass(frozen=True)
+class KubeOptions:
+    """What the `--kube-*` flags say. `priorities`: (WorkloadPriorityClass, lowest priority of a spec that gets it)."""
+
+    namespace: str | None = None
+    template: Path | None = None
+    cluster: str | None = None
+    queue: str | None = None
+    priorities: Sequence[tuple[str, int]] = field(default=())
+
+    @classmethod
+    def of(cls, options: argparse.Namespace) -> KubeOptions:
+        """Raises:
+        GenmodelsError: flags that do not go together.
+        """
+        if options.kube_queue and options.kube_cluster_selector:
+            raise GenmodelsError("--kube-queue does not go with --kube-cluster-selector: Kueue admits whole clusters")
+        if options.kube_queue and (options.max_cpus or options.max_gpus):
+            raise GenmodelsError("--max-cpus and --max-gpus do not go with --kube-queue: Kueue alone admits")
+        if options.max_gpus and not options.max_cpus:
+            raise GenmodelsError("--max-gpus needs --max-cpus with --backend kuberay: each worker has a CPU, too")
+        if not options.kube_template and not options.kube_cluster_selector:
+            raise GenmodelsError("--backend kuberay needs --kube-template, or --kube-cluster-selector")
+        template = Path(options.kube_template) if options.kube_template else None
+        priorities = tuple(_priority(text) for text in options.kube_priority)
+        if priorities and not options.kube_queue:
+            raise GenmodelsError("--kube-priority needs --kube-queue: Kueue's classes mean nothing without it")
+        return cls(options.kube_namespace, template, options.kube_cluster_selector, options.kube_queue, priorities)
+
+
+def add_kube_arguments(parser: argparse.ArgumentParser) -> None:
+    """The flags of `--backend kuberay`, each also an environment variable."""
+
+    def add(name: str, help: str, **more: Any) -> None:
+        variable = f"GENMODELS_{name.upper().replace('-', '_')}"
+        parser.add_argument(f"--{name}", default=os.environ.get(variable) or None, help=f"{help} ({variable})", **more)
+
+    add("kube-namespace", "where RayJobs are made; default: the service account's own", metavar="NAME")
+    add("kube-template", "YAML of a RayJob to fill in; see services/dispatch/backends/rayjob.py", metavar="FILE")
+    add("kube-cluster-selector", "have this RayCluster run all drivers, in place of a cluster per run", metavar="NAME")
+    add("kube-queue", "LocalQueue of Kueue, which then alone admits", metavar="NAME")
+    parser.add_argument(
+        "--kube-priority",
+        action="append",
+        default=[each for each in os.environ.get("GENMODELS_KUBE_PRIORITY", "").split(",") if each],
+        metavar="CLASS=NUMBER",
+        help="WorkloadPriorityClass of specs with a priority from NUMBER on; again for each class"
+        " (GENMODELS_KUBE_PRIORITY, with commas between them)",
+    )
+
+
+class Template:
+    """What RayJobs are made from."""
+
+    def __init__(self, options: KubeOptions) -> None:
+        """Raises:
+        GenmodelsError: the template cannot be read, or lacks what is filled in.
+        """
+        self.options = options
+        self.job = {} if options.template is None else _read(options.template)
+        if options.cluster is None:
+            _check(self.job, str(options.template))
+
+    def fill(self, storage_url: str, job: str, spec: ModelSpec, attempt: int, workers: int, priority: int) -> RayJob:
+        """The RayJob of one attempt."""
+        name, model = submission_id(job, spec.name, attempt), spec.name
+        filled = copy.deepcopy(self.job)
+        body = filled.setdefault("spec", {})
+        metadata = filled.setdefault("metadata", {})
+        metadata["name"] = name
+        names = {"genmodels/job": label(job), "genmodels/model": label(model), "genmodels/attempt": str(attempt)}
+        metadata["labels"] = {**(metadata.get("labels") or {}), **MANAGED_BY, **names, **self._queued(priority)}
+        readable = {"genmodels/run": f"{job}/{model}", "genmodels/attempt": str(attempt)}
+        metadata["annotations"] = {**(metadata.get("annotations") or {}), **readable}
+        command = driver_command(storage_url, job, model, attempt, workers)
+        body |= {
+            "entrypoint": shlex.join(["python", *command[1:]]),  # the image's own
+            "jobId": name,
+            "submissionMode": "HTTPMode",
+            "backoffLimit": 0,
+        }
+        if self.options.cluster:
+            body["clusterSelector"] = {"ray.io/cluster": self.options.cluster}
+            for field_of_clusters in ("rayClusterSpec", "shutdownAfterJobFinishes", "ttlSecondsAfterFinished"):
+                body.pop(field_of_clusters, None)
+        else:
+            body |= {"shutdownAfterJobFinishes": True, "ttlSecondsAfterFinished": 0}
+            _size(body["rayClusterSpec"], name, workers, spec.scaling.use_gpu)
+        body.setdefault("preRunningDeadlineSeconds", PLACED_SECONDS)
+        if self.options.queue:
+            body["suspend"] = True
+        return {**filled, "apiVersion": API_VERSION, "kind": "RayJob"}
+
+    def _queued(self, priority: int) -> dict[str, str]:
+        if not self.options.queue:
+            return {}
+        labels = {QUEUE_LABEL: self.options.queue}
+        classes = sorted(self.options.priorities, key=lambda each: each[1])
+        fitting = [name for name, lowest in classes if lowest <= priority] or [name for name, _ in classes[:1]]
+        return labels | ({PRIORITY_LABEL: fitting[-1]} if fitting else {})
+
+
+def label(text: str) -> str:
+    """`text` as a label's value, which has at most 63 characters."""
+    if len(text) <= LABEL_LENGTH:
+        return text
+    return f"{text[:50]}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
+
+
+def _priority(text: str) -> tuple[str, int]:
+    name, sign, number = text.strip().rpartition("=")
+    if not (name and sign and re.fullmatch(r"-?\d+", number)):
+        raise GenmodelsError(f"--kube-priority must be CLASS=NUMBER, e.g. genmodels-high=10, not {text!r}")
+    return name, int(number)
+
+
+def _size(cluster: dict[str, Any], name: str, workers: int, use_gpu: bool) -> None:
+    """One group of as many pods as there are workers."""
+    groups = {group["groupName"]: group for group in cluster["workerGroupSpecs"]}
+    group = groups.get(GPU_WORKERS, groups[WORKERS]) if use_gpu else groups[WORKERS]
+    group |= {"replicas": workers, "minReplicas": workers, "maxReplicas": workers}
+    cluster["workerGroupSpecs"] = [group]
+    cluster.pop("enableInTreeAutoscaling", None)
+    for pods, cpus in ((cluster["headGroupSpec"], "0"), (group, "1")):
+        pods["rayStartParams"] = {**(pods.get("rayStartParams") or {}), "num-cpus": cpus}
+        metadata = pods["template"].setdefault("metadata", {})
+        metadata["labels"] = {**(metadata.get("labels") or {}), POD_LABEL: name}
+    if use_gpu:
+        resources = group["template"]["spec"]["containers"][0].setdefault("resources", {})
+        for kind in ("requests", "limits"):
+            amounts = resources.setdefault(kind, {})
+            if not any(resource.endswith("/gpu") for resource in amounts):
+                amounts["nvidia.com/gpu"] = 1
+
+
+def _read(path: Path) -> RayJob:
+    try:
+        # as JSON, which has no anchors: what is filled in at one place must not show at another
+        found = json.loads(json.dumps(yaml.safe_load(path.read_text())))
+    except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
+        raise GenmodelsError(f"--kube-template {path} cannot be read: {error}") from None
+    if not isinstance(found, dict) or (found.get("apiVersion"), found.get("kind")) != (API_VERSION, "RayJob"):
+        raise GenmodelsError(f"--kube-template {path} must be one RayJob of {API_VERSION}")
+    return found
+
+
+def _check(job: RayJob, path: str) -> None:
+    """Raise GenmodelsError unless everything is there that is filled in."""
+    try:
+        cluster = job["spec"]["rayClusterSpec"]
+        groups = {group["groupName"]: group for group in cluster["workerGroupSpecs"]}
+        for pods in (cluster["headGroupSpec"], groups[WORKERS], *groups.values()):
+            _ = pods["template"]["spec"]["containers"][0]["image"]
+    except (KeyError, IndexError, TypeError) as error:
+        raise GenmodelsError(
+            f"--kube-template {path} lacks {error}: it needs spec.rayClusterSpec with a headGroupSpec, and a worker"
+            f" group {WORKERS!r}, each with a pod template and an image"
+        ) from None

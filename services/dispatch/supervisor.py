@@ -1,0 +1,433 @@
+"""One run from queued to its end: starts attempts, watches them, and decides by class of failure what comes next.
+
+A `Supervisor` alone writes the state of its run. Each write is a compare-and-swap, so of two that carry the same run
+one stops at its next write; what an overtaken driver still writes stays outside the run's chain.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import secrets
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Literal, Protocol
+
+from genmodels.errors import Conflict, LeaseLost, StorageUnavailable
+from genmodels.metrics import ATTEMPTS, QUEUE_WAIT_SECONDS, RUNS_ENDED
+from genmodels.runs.records import ENDED, Cause, Heartbeat, Result, Run, State, Status, Wish, patiently
+from genmodels.storage import Storage
+from genmodels.storage.disk import outage_of_disk
+
+POLL_SECONDS = 0.5
+LEAVE_SECONDS = 60.0  # for an attempt to save and end before it is killed; longer where ten steps take longer
+KILL_SECONDS = 20.0  # for the ranks to write down their stacks before the driver is killed too
+HANG_SECONDS = float(os.environ.get("GENMODELS_HANG_SECONDS", "120"))  # without a tick; longer for slow steps
+HANG_STEPS = 10
+SLOW_SECONDS = float(os.environ.get("GENMODELS_SLOW_SECONDS", "900"))  # as HANG_SECONDS, of phases that tick seldom
+SLOW_PHASES = ("starting", "compiling", "publishing")
+LONGEST_LOOK = 5.0  # a silence between two looks counts for no more: the store or this process was away
+BACK_OFF_SECONDS = (1.0, 5.0, 15.0, 30.0, 60.0)
+FRUITLESS_ATTEMPTS = 3  # attempts in a row without a new checkpoint that end a run
+OUT_OF_MEMORY_ATTEMPTS = 2  # that end a run; one may have been another process's doing
+RETRIED: tuple[Cause, ...] = ("infrastructure", "superseded", "out of memory", "no workers", "storage")
+UNCOUNTED: tuple[Cause, ...] = ("no workers", "storage")  # nothing was tried, or nothing could be saved
+ACTIVE: tuple[State, ...] = ("starting", "running", "publishing")
+LOST = -1  # what a driver polls as whom nobody knows, since its cluster has gone
+PREEMPTED = -1000  # what one polls as whose pods were taken away for more important ones; no signal has this number
+
+log = logging.getLogger("genmodels.supervise")
+
+Watch = Callable[[Status, Heartbeat | None], None]
+
+
+@dataclass(frozen=True)
+class Capacity:
+    """What a cluster has for workers, and what it may grow to where it can grow.
+
+    `unlimited`: there is always room, or somebody else sees to it that there is (Kueue, nodes that autoscale).
+    """
+
+    cpus: int
+    gpus: int
+    most_cpus: int = 0
+    most_gpus: int = 0
+    unlimited: bool = False
+
+
+class Driver(Protocol):
+    """A driver that was started.
+
+    Attributes:
+        waiting: what it waits for, however long, before it can begin or has ended; such a silence is no hang.
+        reason: how it ended, where more is known than the code.
+    """
+
+    waiting: str = ""
+    reason: str = ""
+
+    def poll(self) -> int | None:
+        """Its exit code, or None while it runs or nobody can tell."""
+
+    def kill(self) -> None:
+        """End it and everything it started, at once."""
+
+
+class Backend(Protocol):
+    """Where drivers run."""
+
+    def start(self, storage_url: str, job: str, model: str, attempt: int, workers: int) -> Driver: ...
+
+    def find(self, job: str, model: str, attempt: int) -> Driver:
+        """One that was started earlier, maybe by another process; one that nobody knows polls as LOST."""
+
+    def capacity(self) -> Capacity | None:
+        """None: the cluster does not answer."""
+
+
+class Supervisor:
+    """Carries one run. Call `step` again and again.
+
+    Where the store does not answer, methods raise StorageUnavailable, and the next `step` goes on from there; where
+    somebody else has written the run's state they raise LeaseLost, and this supervisor is of no use any more.
+
+    Attributes:
+        status: as it stands in storage.
+        heartbeat: the latest of the attempt.
+        wished: whether to look for new wishes at the next step.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        backend: Backend,
+        status: Status,
+        etag: str | None,
+        watch: Watch = lambda status, heartbeat: None,
+    ) -> None:
+        self.run, self.backend, self.status, self.etag, self.watch = run, backend, status, etag, watch
+        self.heartbeat: Heartbeat | None = None
+        self.wished = False
+        self._unsettled: tuple[Status, str] | None = None  # a write that may or may not have happened, and its nonce
+        self._attempt: _Attempt | None = None
+        self._mine = 0  # the attempt that this supervisor starts, as against one it found started
+        self._ended_by: str | None = None  # of an attempt whose end is not in storage yet
+        self._ready_at = 0.0
+        self._waits = 0
+
+    @property
+    def active(self) -> bool:
+        return self.status.state in ACTIVE
+
+    @property
+    def waits(self) -> bool:
+        """Whether it is queued for certain: the store has answered its last write."""
+        return self.status.state == "queued" and self._unsettled is None
+
+    @property
+    def leaving(self) -> bool:
+        """Whether its attempt has been asked to end."""
+        return self.active and self._attempt is not None and self._attempt.ending is not None
+
+    @property
+    def seconds_to_wait(self) -> float:
+        """What is left of the back-off after a failure."""
+        return max(0.0, self._ready_at - time.monotonic())
+
+    def stamp(self, epoch: int) -> None:
+        """Take the run over under a lease: from now on whoever held it before can write no state."""
+        while True:
+            if self.status.epoch > epoch:
+                message = f"run {self.run.name} is carried under lease {self.status.epoch}; {epoch} is over"
+                raise LeaseLost(message, self.status.epoch)
+            status = self.status if self.etag else self.status.to("queued", "submitted")
+            try:
+                self._write(status.model_copy(update={"epoch": epoch}))
+                break
+            except LeaseLost:  # whoever held it before has just written once more
+                self._unsettled = None
+                self.status, self.etag = self.run.status()
+        self.wished = True
+
+    def start(self, workers: int) -> None:
+        """Begin the next attempt of a queued run."""
+        attempt = max([self.status.attempt, *self.run.started()]) + 1
+        self._mine, self._attempt, self.heartbeat = attempt, None, None
+        with_workers = f"with {workers} worker{'s' if workers > 1 else ''}"
+        self.to("starting", f"attempt {attempt} {with_workers}", attempt=attempt, workers=workers)
+
+    def leave(self, reason: str) -> None:
+        """Have the attempt save and end; the run is then queued again."""
+        if self._attempt and not self._attempt.ending:
+            self._attempt.end_by(self.run.wish("leave", self.status.attempt, reason))
+
+    def resume(self, reason: str, **facts: int) -> None:
+        """Queue an ended run again, unless it has succeeded."""
+        if self.status.state in ("failed", "cancelled"):
+            self._ready_at = 0.0
+            self.to("queued", reason, fruitless=0, out_of_memory=0, **facts)
+
+    def step(self) -> None:
+        """Look at everything once, and do what is due."""
+        self._settle()
+        if self.wished:
+            self._heed()
+            self.wished = False
+        if self.active:
+            self._look()
+
+    def to(self, state: State, reason: str, **facts: int) -> None:
+        """Change the state, in storage first."""
+        self._write(self.status.to(state, reason, **facts))
+
+    def show(self, outage: StorageUnavailable) -> None:
+        """Show whoever watches what this run waits for."""
+        beat = self.heartbeat or Heartbeat(phase="waiting for storage")
+        facts = {"phase": "waiting for storage", "seconds_left": None, "waiting": outage.reason}
+        self.watch(self.status, beat.model_copy(update=facts))
+
+    def interrupt(self, reason: str) -> None:
+        """Let the attempt save and end, and wait for that; kill it when it takes too long or cannot be."""
+        driver = self._attempt.driver if self._attempt else None
+        try:
+            if driver and driver.poll() is None:
+                self.run.wish("leave", self.status.attempt, reason)
+            deadline = time.monotonic() + LEAVE_SECONDS
+            while driver and driver.poll() is None and time.monotonic() < deadline:
+                beat = self.run.heartbeat(self.status.attempt)
+                if beat is None or beat.phase == "starting":
+                    break  # nothing was trained yet: there is nothing to save
+                time.sleep(POLL_SECONDS)
+        except (KeyboardInterrupt, StorageUnavailable):
+            pass  # while the store is away nothing can be saved
+        finally:
+            if driver and driver.poll() is None:
+                driver.kill()
+        if self.active:
+            with contextlib.suppress(StorageUnavailable, LeaseLost):  # the state stays until somebody carries it on
+                self._settle()
+                self.to("queued", f"{reason}; goes on from step {self._progress()}")
+
+    # Wishes
+
+    def _heed(self) -> None:
+        for wish in self.run.wishes(after=self.status.wishes):
+            self._obey(wish)
+            if self.status.wishes < wish.number:
+                self._write(self.status.model_copy(update={"wishes": wish.number}))
+
+    def _obey(self, wish: Wish) -> None:
+        if wish.wish == "resume":
+            self.resume(wish.reason, wishes=wish.number)
+        elif self.status.state == "queued" and wish.then == "cancelled":
+            self.to("cancelled", wish.reason, wishes=wish.number)
+        elif self.active and wish.attempt == self.status.attempt:
+            self._in_hand().end_by(wish)
+        elif self.active and wish.then == "cancelled":  # the next attempt had begun meanwhile
+            again = self.run.wish(wish.wish, self.status.attempt, wish.reason, wish.then)
+            self._in_hand().end_by(again)
+
+    # An attempt
+
+    def _in_hand(self) -> _Attempt:
+        if self._attempt is None:
+            run, attempt, workers = self.run, self.status.attempt, self.status.workers
+            driver = (
+                self.backend.start(run.storage.url, run.job, run.model, attempt, workers)
+                if attempt == self._mine
+                else self.backend.find(run.job, run.model, attempt)
+            )
+            found = _Attempt(driver)
+            for wish in run.wishes(attempt) if attempt != self._mine else ():  # heard by who carried this run before
+                found.end_by(wish)
+            self._attempt = found
+        return self._attempt
+
+    def _look(self) -> None:
+        attempt = self._in_hand()
+        code = attempt.driver.poll()
+        self._follow(self.run.heartbeat(self.status.attempt))
+        if code is not None:
+            number = self.status.attempt
+            result = self.run.result(number) or self._without_result(code, attempt.driver.reason)
+            self._decide(result, never_began=code == LOST and not self.run.start_of(number))
+            return
+        if attempt.driver.waiting not in ("", self.status.reason) and self.status.state == "starting":
+            self.to("starting", attempt.driver.waiting)
+        age = attempt.grow_older(self.heartbeat)
+        beat = self.heartbeat or Heartbeat(phase="starting")
+        if attempt.ending:
+            attempt.press(beat)
+        elif age > _patience(beat):
+            where = f"in phase {beat.phase!r} at step {beat.step}"
+            attempt.end_by(self.run.wish("kill", self.status.attempt, f"no progress for {age:.0f} s {where}"))
+
+    def _follow(self, heartbeat: Heartbeat | None) -> None:
+        """Take over what the driver shows of itself."""
+        if heartbeat is None:
+            return
+        self.heartbeat = heartbeat
+        if heartbeat.phase == "publishing" and self.status.state != "publishing":
+            self.to("publishing", "training has ended")
+        elif heartbeat.phase not in ("starting", "publishing") and self.status.state == "starting":
+            self.to("running", "the workers train")
+        self.watch(self.status, heartbeat)
+
+    def _without_result(self, code: int, reason: str) -> Result:
+        """What is to be said of an attempt whose driver said nothing."""
+        message = reason or f"the driver ended with code {code} and left no result"
+        if code == PREEMPTED or any(wish.wish == "leave" for wish in self.run.wishes(self.status.attempt)):
+            return Result(outcome="left", message=message)
+        return Result(outcome="failed", cause="infrastructure", message=message)
+
+    def _decide(self, result: Result, never_began: bool) -> None:
+        """What comes after an attempt."""
+        self._ended_by = result.cause or result.outcome
+        if result.outcome == "succeeded":
+            self.to("succeeded", result.message)
+            return
+        number = self.status.attempt
+        wishes = [wish for wish in self.run.wishes(number) if wish.wish != "resume"]
+        cancel = next((wish for wish in wishes if wish.then == "cancelled"), None)
+        if cancel:
+            self._ended_by = "cancelled"  # nothing failed, also where it was ended at once
+            self.to("cancelled", f"{cancel.reason}; a resume goes on from step {self._progress()}")
+            return
+        left = result.outcome == "left"
+        saved = any(place.attempt == number for place in self.run.checkpoints())
+        counts = not (left or never_began or result.cause in UNCOUNTED)
+        fruitless = 0 if saved else self.status.fruitless + counts
+        memory = self.status.out_of_memory + (result.cause == "out of memory")
+        facts = {"fruitless": fruitless, "out_of_memory": memory}
+        message = wishes[0].reason if wishes else result.message  # later ones only press for the same end
+        if not (left or result.cause in RETRIED) or memory >= OUT_OF_MEMORY_ATTEMPTS:
+            self.to("failed", result.message, **facts)
+        elif counts and fruitless >= FRUITLESS_ATTEMPTS:
+            self.to("failed", f"{fruitless} attempts without a new checkpoint; the last: {message}", **facts)
+        else:
+            self._waits = 0 if saved or left else self._waits + 1
+            pause = 0.0 if left else BACK_OFF_SECONDS[min(self._waits, len(BACK_OFF_SECONDS) - 1)]
+            self._ready_at = time.monotonic() + pause
+            self.to("queued", f"{message}; goes on from step {self._progress()}", **facts)
+
+    def _progress(self) -> int:
+        return max((place.step for place in self.run.checkpoints()), default=0)
+
+    # Writing
+
+    def _write(self, status: Status) -> None:
+        self._unsettled = status, secrets.token_hex(16)
+        self._settle()
+
+    def _settle(self) -> None:
+        """Bring a write to its end whose answer may have been lost."""
+        if self._unsettled is None:
+            return
+        status, nonce = self._unsettled
+        try:
+            self.etag = self.run.write_status(status, self.etag, nonce)
+        except Conflict:
+            raise LeaseLost(f"run {self.run.name} is carried by another dispatcher; this one stops") from None
+        if len(status.history) > len(self.status.history):
+            log.info("%s: %s (%s)", self.run.name, status.state, status.reason)
+            self._count(status)
+        self.status, self._unsettled = status, None
+        self.watch(status, None)
+
+    def _count(self, status: Status) -> None:
+        """A change that is in storage: so each counts once, whoever else tried it."""
+        before = self.status.history[-1] if self.status.history else None
+        if before and (before.state, status.state) == ("queued", "starting"):
+            waited = datetime.fromisoformat(status.history[-1].time) - datetime.fromisoformat(before.time)
+            QUEUE_WAIT_SECONDS.observe(max(0.0, waited.total_seconds()))
+        if self._ended_by and status.state not in ACTIVE:
+            ATTEMPTS.labels(self._ended_by).inc()
+            self._ended_by = None
+        if status.state in ENDED:
+            RUNS_ENDED.labels(status.state).inc()
+
+
+class _Attempt:
+    """An attempt that runs: its driver, for how long it has shown no progress, and whether it is to end."""
+
+    def __init__(self, driver: Driver) -> None:
+        self.driver = driver
+        self.ending: Literal["leave", "kill"] | None = None
+        self.pressed = 0.0  # for how long it has been asked to end
+        self._seen: Heartbeat | None = None
+        self._age = 0.0
+        self._looked = self._next_kill = time.monotonic()
+
+    def end_by(self, wish: Wish) -> None:
+        if wish.wish == "kill" and self.ending != "kill":
+            self.ending, self.pressed = "kill", 0.0
+        elif wish.wish == "leave" and not self.ending:
+            self.ending = "leave"
+
+    def grow_older(self, heartbeat: Heartbeat | None) -> float:
+        """Seconds without a tick, as far as anyone could have seen one."""
+        now = time.monotonic()
+        passed = min(now - self._looked, LONGEST_LOOK)
+        self._looked = now
+        self._age = self._age + passed if heartbeat == self._seen and not self.driver.waiting else 0.0
+        self._seen = heartbeat
+        if self.ending:
+            self.pressed += passed
+        return self._age
+
+    def press(self, beat: Heartbeat) -> None:
+        """Kill what has been asked to end and does not. What has not begun to train has nothing to save."""
+        if self.ending == "leave" and beat.phase in ("saving", "publishing") and self._age <= _patience(beat):
+            return  # it ends soon, and well
+        limit = KILL_SECONDS if self.ending == "kill" else max(LEAVE_SECONDS, HANG_STEPS * (beat.step_seconds or 0))
+        due = self.pressed > limit or (self.ending == "leave" and beat.phase == "starting")
+        if due and time.monotonic() >= self._next_kill:
+            self._next_kill = time.monotonic() + KILL_SECONDS
+            self.driver.kill()
+
+
+def carry(
+    storage: Storage, backend: Backend, job: str, model: str, workers: int, watch: Watch
+) -> tuple[Status, Result | None]:
+    """Bring one run to its end, from wherever it stands. One that succeeded or failed its gate is left as it is.
+
+    Raises:
+        KeyboardInterrupt: Ctrl-C; the attempt has saved and left, and the run is queued again.
+        LeaseLost: another dispatcher carries this run.
+    """
+    run = Run(storage, job, model)
+    status, etag = patiently(run.status)
+    result = patiently(lambda: run.result(status.attempt)) if status.attempt else None
+    if status.state == "succeeded" or (status.state == "failed" and result and result.cause == "gate"):
+        return status, result
+    status = status.model_copy(update={"fruitless": 0, "out_of_memory": 0})  # a person has asked for it once more
+    supervisor = Supervisor(run, backend, status, etag, watch)
+    try:
+        while True:
+            try:
+                supervisor.step()
+                if supervisor.status.state in ENDED and supervisor.status is not status:
+                    return supervisor.status, patiently(lambda: run.result(supervisor.status.attempt))
+                supervisor.resume("started again")
+                if supervisor.status.state == "queued" and not supervisor.seconds_to_wait:
+                    supervisor.start(workers)
+                    continue
+            except Exception as error:
+                outage = outage_of_disk(error)  # of the store, or of this machine's disk
+                if outage is None:
+                    raise
+                supervisor.show(outage)  # the next round goes on
+            time.sleep(POLL_SECONDS)
+    except BaseException as interruption:
+        stopped = isinstance(interruption, KeyboardInterrupt)
+        supervisor.interrupt("stopped by Ctrl-C" if stopped else f"stopped: {interruption}")
+        raise
+
+
+def _patience(beat: Heartbeat) -> float:
+    """Seconds without a tick that make a hang."""
+    slow = SLOW_SECONDS if beat.phase in SLOW_PHASES else HANG_SECONDS
+    return max(slow, HANG_STEPS * (beat.step_seconds or 0.0))

@@ -1,0 +1,169 @@
+"""The Ray Serve application: a gateway that speaks HTTP, and a pool of model hosts behind it.
+
+It is the same whatever models there are; hosts follow the registry. Nothing here is rebuilt when a model is trained.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncGenerator
+from typing import Any
+
+from fastapi import FastAPI
+from ray import serve
+from ray._common.tls_utils import add_port_to_grpc_server
+from ray.exceptions import RayError, RayTaskError
+from ray.serve import Application
+from ray.serve._private import replica
+from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
+from ray.serve.handle import DeploymentHandle
+from ray.util import get_node_ip_address
+
+from genmodels.engine.history import History
+from genmodels.engine.image.requests import ImageAnswer, ImageRequest
+from genmodels.engine.text.choices import Piece
+from genmodels.engine.text.completion import Vocabulary
+from genmodels.engine.text.request import CompletionRequest
+from genmodels.errors import RequestError
+from genmodels.keys import Keys
+from genmodels.sizing.memory import HOST_MEMORY
+from genmodels.storage import open_storage
+from services.gateway.model_host import Entry, ModelHost, Opened
+from services.gateway.routes import create_app
+from services.http.middleware import LOOPBACK, PROXY_REQUESTS
+from services.local.platform import POOL
+
+HEALTH_SECONDS = 2.0
+LOCAL = "127.0.0.1"
+HTTP_OPTIONS = {"host": LOCAL, "request_timeout_s": 300.0}  # for `serve.start`, with a `port`
+
+# Serve's own defaults are no limit on what waits, and a rollout that first takes the old replica away.
+_COMMON: dict[str, Any] = {
+    "ray_actor_options": {"num_cpus": 0},
+    "max_surge_percent": 100,
+    "graceful_shutdown_wait_loop_s": 0.5,
+    "graceful_shutdown_timeout_s": 30,  # what is in flight goes on so long when a replica has to go
+    "logging_config": {"enable_access_log": False},
+}
+
+
+def build(
+    storage_url: str, *, auth: bool, memory: int = HOST_MEMORY, workers: int = 4, torch_threads: int = 1
+) -> Application:
+    """The application, to be run with `serve.run(build(url, auth=True), name="genmodels", route_prefix="/")`.
+
+    Args:
+        storage_url: where the registry and the keys are; the same for all processes.
+        auth: ask for keys. Without, it answers to loopback names alone.
+        memory: bytes of models that a host keeps.
+        workers: requests for pictures that a host works on at the same time.
+        torch_threads: of each computation.
+    """
+    host = Host.bind(  # type: ignore[attr-defined]
+        storage_url, memory=memory, workers=workers, torch_threads=torch_threads
+    )
+    return Gateway.bind(host, storage_url if auth else None)  # type: ignore[attr-defined]
+
+
+@serve.deployment(name=POOL, max_ongoing_requests=32, max_queued_requests=64, **_COMMON)
+class Host(ModelHost):
+    def __init__(self, storage_url: str, **options: int) -> None:
+        _stay_on_this_machine()
+        super().__init__(storage_url, **options)
+
+
+@serve.deployment(name="gateway", max_ongoing_requests=PROXY_REQUESTS + 32, max_queued_requests=256, **_COMMON)
+@serve.ingress()
+class Gateway:
+    def __init__(self, host: DeploymentHandle[Any], keys_url: str | None) -> None:
+        _stay_on_this_machine()
+        self.pool = HandlePool(host)
+        self.keys = Keys(open_storage(keys_url, in_use=True)) if keys_url else None
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        return create_app(self.pool, hosts=None if self.keys else LOOPBACK, keys=self.keys)
+
+
+class HandlePool:
+    """A pool of model hosts behind a Serve handle; see `routes.Pool`. Serve cancels there what is cancelled here."""
+
+    def __init__(self, handle: DeploymentHandle[Any]) -> None:
+        self._handle = handle
+        self._stream = handle.options(stream=True)
+        self._asked = -HEALTH_SECONDS
+        self._problem: str | None = None
+
+    async def health(self) -> str | None:
+        """What a host says of itself, asked at most once in HEALTH_SECONDS: without a key anyone may ask for it.
+
+        A host that is busy or away is not unwell: the answers to requests tell of that.
+        """
+        if time.monotonic() - self._asked >= HEALTH_SECONDS:
+            self._asked = time.monotonic()
+            with contextlib.suppress(RayError, BackPressureError, DeploymentUnavailableError, TimeoutError):
+                self._problem = await asyncio.wait_for(self._handle.health.remote(), HEALTH_SECONDS)
+        return self._problem
+
+    async def models(self) -> list[Entry] | RequestError:
+        return await self._ask("models")
+
+    async def model(self, name: str) -> Entry | RequestError:
+        return await self._ask("model", name)
+
+    async def answer(self, name: str, request: ImageRequest) -> ImageAnswer | RequestError:
+        return await self._ask("answer", name, request)
+
+    async def vocabulary(self, name: str) -> Vocabulary | RequestError:
+        return await self._ask("vocabulary", name)
+
+    async def history(self, name: str, points: int) -> History | RequestError:
+        return await self._ask("history", name, points)
+
+    async def sample(self, name: str, step: int, file: str) -> bytes | RequestError:
+        return await self._ask("sample", name, step, file)
+
+    async def complete(
+        self, name: str, request: CompletionRequest
+    ) -> AsyncGenerator[Opened | Piece | RequestError, None]:
+        try:
+            items: Any = self._stream.complete.remote(name, request)
+            async for item in items:
+                yield item
+        except GeneratorExit:  # the client has left between two items, which no cancellation tells of
+            items.cancel()
+            raise
+        except (RayError, BackPressureError, DeploymentUnavailableError) as error:
+            yield _refusal(error)
+
+    async def _ask(self, method: str, *arguments: Any) -> Any:
+        try:
+            return await getattr(self._handle, method).remote(*arguments)
+        except (RayError, BackPressureError, DeploymentUnavailableError) as error:
+            return _refusal(error)
+
+
+def _stay_on_this_machine() -> None:
+    """Have the replica in this process listen on 127.0.0.1 where its node does, as under `genmodels up`.
+
+    Calls between deployments come over a gRPC server that Serve binds to all interfaces, and there is no option. They
+    need the cluster's token wherever they come from.
+    """
+    if get_node_ip_address() == LOCAL:
+        replica.add_port_to_grpc_server = _listen_locally  # type: ignore[attr-defined]
+
+
+def _listen_locally(server: Any, address: str) -> int:
+    port: int = add_port_to_grpc_server(server, f"{LOCAL}:{address.rpartition(':')[2]}")
+    return port
+
+
+def _refusal(error: Exception) -> RequestError:
+    if isinstance(error, BackPressureError):
+        return RequestError(
+            "too many requests are waiting; try again in a moment", status=429, code="too_many_requests"
+        )
+    if isinstance(error, RayTaskError):  # the host's own log has the traceback
+        return RequestError("internal error of the model host", status=500, code="internal_error")
+    return RequestError("the model host is not there or went away; try again in a moment", status=503, code="host_lost")

@@ -1,0 +1,66 @@
+"""Routes to what a model's training left on its way, for the playground and for programs."""
+
+from __future__ import annotations
+
+from pathlib import PurePosixPath
+from typing import Annotated, Any
+
+from fastapi import FastAPI, Path, Query, Request, Response
+from pydantic import Field
+
+from genmodels.engine.history import LEAST_ROWS, MOST_ROWS, SAMPLE
+from genmodels.storage import encode_floats
+from services.gateway.pool import Pool, checked
+from services.http.app import Strict
+from services.http.auth import Caller
+from services.http.middleware import Json
+from services.http.request_metrics import answers
+
+TYPES = {".png": "image/png", ".txt": "text/plain; charset=utf-8"}
+
+Step = Annotated[int, Path(ge=0, le=99_999_999)]
+File = Annotated[str, Path(pattern=SAMPLE)]
+
+
+class HistoryQuery(Strict):
+    points: int = Field(MOST_ROWS, ge=LEAST_ROWS, le=MOST_ROWS, description="the most rows, evenly spread over the run")
+
+
+def add_history_routes(app: FastAPI, pool: Pool, generate: Any) -> None:
+    """Add the routes.
+
+    Args:
+        generate: the dependency that gives a Caller.
+    """
+
+    @app.get("/v1/models/{model}/history", summary="Read a training history")
+    async def read_history(
+        model: str, request: Request, query: Annotated[HistoryQuery, Query()], caller: Caller = generate
+    ) -> Response:
+        """Read the logged metrics of the run that trained a version, and the names of its samples."""
+        caller.need([model])
+        found = checked(await pool.history(model, query.points))
+        answers(request, found.version, found.family)
+        return Json(
+            {
+                "object": "history",
+                "model": found.version,
+                "job": found.job,
+                "step": found.step,
+                "data": encode_floats(found.rows),
+                "samples": [{"step": step, "files": files} for step, files in found.samples.items()],
+            }
+        )
+
+    @app.get(
+        "/v1/models/{model}/samples/{step}/{name}",
+        summary="Read a training sample",
+        response_class=Response,
+        responses={200: {"content": {kind.partition(";")[0]: {} for kind in TYPES.values()}}},
+    )
+    async def read_sample(model: str, step: Step, name: File, caller: Caller = generate) -> Response:
+        """Read a picture or text that was made during the training of a version."""
+        caller.need([model])
+        data = checked(await pool.sample(model, step, name))
+        headers = {"x-content-type-options": "nosniff", "content-security-policy": "default-src 'none'; sandbox"}
+        return Response(data, media_type=TYPES[PurePosixPath(name).suffix], headers=headers)

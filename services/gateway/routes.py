@@ -1,0 +1,185 @@
+"""The HTTP ingress for generation, in OpenAI's shapes, so that its clients work unchanged.
+
+Without keys it is for this machine alone: bound to 127.0.0.1, answering to loopback names, deaf to an Authorization
+header.
+Bodies have to come as application/json: a page of another site then has to ask before it sends one, and we never agree.
+"""
+
+from __future__ import annotations
+
+import base64
+import math
+import time
+from collections.abc import Collection, Mapping
+from typing import Any, ClassVar, Literal
+
+from fastapi import FastAPI, Request, Response
+from pydantic import Field, field_validator
+
+from genmodels.engine.alias_watcher import Refused
+from genmodels.engine.image.requests import (
+    DecodeRequest,
+    DenoiseRequest,
+    EncodeRequest,
+    GenerateRequest,
+    ImageAnswer,
+    ImageRequest,
+    InterpolateRequest,
+    ReconstructRequest,
+)
+from genmodels.keys import Keys
+from genmodels.registry.evaluations import Evaluation
+from genmodels.schema.explain import wrong
+from services.gateway.completions import add_completions
+from services.gateway.history import add_history_routes
+from services.gateway.model_host import Entry, created
+from services.gateway.playground import add_playground
+from services.gateway.pool import VERSION, Pool, checked
+from services.http.app import documented, new_app, read_body
+from services.http.auth import Caller, Guard
+from services.http.middleware import LOOPBACK, Json
+from services.http.rate_limits import Limits
+from services.http.request_metrics import Counted, answers
+
+
+class GenerationBody(GenerateRequest):
+    """The body of `POST /v1/images/generations`. `prompt` has no effect: these models know no words."""
+
+    neutral: ClassVar = {
+        "background": ("auto", "opaque"),
+        "moderation": (),
+        "quality": ("auto", "standard"),
+        "safety_identifier": (),
+        "stream": (False,),
+        "user": (),
+    }
+
+    model: str = Field(max_length=256, description="name of the model, e.g. vae-digits or vae-digits@3")
+    prompt: str = Field("", max_length=65_536, description="accepted, and has no effect")
+    response_format: Literal["b64_json"] = Field("b64_json", description="the only format")
+
+    @field_validator("response_format", mode="before")
+    @classmethod
+    def _no_url(cls, value: Any) -> Any:
+        if value == "url":
+            raise wrong(
+                "got 'url', but images are not kept anywhere to be fetched from; send 'b64_json' or leave it out"
+            )
+        return value
+
+
+_ABOUT = "Asks trained models for text and pictures, in the shapes of OpenAI's API: its clients work unchanged."
+
+VERBS: tuple[type[ImageRequest], ...] = (
+    EncodeRequest,
+    DecodeRequest,
+    ReconstructRequest,
+    DenoiseRequest,
+    InterpolateRequest,
+)
+
+
+def create_app(pool: Pool, *, hosts: Collection[str] | None = LOOPBACK, keys: Keys | None = None) -> FastAPI:
+    """The HTTP application before a pool.
+
+    Args:
+        hosts: names that a Host header may have; None for any, where there are keys.
+        keys: who may ask; None: anyone.
+    """
+    app = new_app("genmodels", _ABOUT, hosts=hosts, health=lambda: pool.health())
+    app.add_middleware(Counted)
+    generate = Guard(keys, Limits())("generate")
+
+    @app.get("/v1/models", summary="List models")
+    async def models(caller: Caller = generate) -> Response:
+        """List the models with family, verbs, version, aliases and metrics."""
+        entries = [entry for entry in checked(await pool.models()) if caller.may_use([entry.model])]
+        return Json({"object": "list", "data": [_model(entry) for entry in entries]})
+
+    @app.get("/v1/models/{model}", summary="Show a model")
+    async def model(model: str, request: Request, caller: Caller = generate) -> Response:
+        """Show a model, and the newest evaluation of its version."""
+        caller.need([model])
+        entry = checked(await pool.model(model))
+        if entry.found is None:
+            return Json(_model(entry))
+        answers(request, entry.found.name, entry.found.family)
+        return Json(_model(entry), headers={VERSION: entry.found.name})
+
+    add_completions(app, pool, generate)
+
+    @app.post("/v1/images/generations", summary="Generate images", openapi_extra=documented(GenerationBody))
+    async def generations(request: Request, caller: Caller = generate) -> Response:
+        """Generate images from seeds."""
+        body = await read_body(GenerationBody, request)
+        caller.need([body.model])
+        return _images(request, checked(await pool.answer(body.model, body)))
+
+    for kind in VERBS:
+        _add_verb(app, pool, kind, generate)
+    add_history_routes(app, pool, generate)
+    add_playground(app)
+    return app
+
+
+def _add_verb(app: FastAPI, pool: Pool, kind: type[ImageRequest], generate: Any) -> None:
+    async def verb(model: str, request: Request, caller: Caller = generate) -> Response:
+        caller.need([model])
+        return _images(request, checked(await pool.answer(model, await read_body(kind, request))))
+
+    path, summary = f"/v1/models/{{model}}/{kind.verb}", kind.verb.capitalize()
+    app.post(path, name=kind.verb, summary=summary, description=kind.__doc__, openapi_extra=documented(kind))(verb)
+
+
+def _images(request: Request, answer: ImageAnswer) -> Response:
+    answers(request, answer.model, answer.family)
+    content: dict[str, Any] = {"created": int(time.time()), "model": answer.model}
+    if answer.seed is not None:
+        content["seed"] = answer.seed
+    if answer.latents:
+        content["latents"] = answer.latents
+    if answer.images:
+        content["data"] = [{"b64_json": base64.b64encode(file).decode()} for file in answer.images]
+    return Json(content, headers={VERSION: answer.model})
+
+
+def _model(entry: Entry) -> dict[str, Any]:
+    found = entry.found
+    return {
+        "id": entry.id,
+        "object": "model",
+        "created": created(found) if found else 0,
+        "owned_by": "genmodels",
+        "family": found.family if found else None,
+        "kind": entry.kind,
+        "verbs": entry.verbs,
+        "version": found.version if found else None,
+        "aliases": entry.aliases,
+        "metrics": {name: _finite(value) for name, value in found.metrics.items()} if found else {},
+        **(entry.shape or {}),
+        **({"evaluation": _evaluation(entry.evaluation)} if entry.evaluation else {}),
+        **({"problem": entry.problem} if entry.problem else {}),
+        **({"refused": _refused(entry.refused)} if entry.refused else {}),
+    }
+
+
+def _evaluation(evaluation: Evaluation) -> dict[str, Any]:
+    measures = {
+        name: {
+            "value": _finite(measure.value),
+            "unit": measure.unit,
+            "beside": {what: _finite(value) for what, value in measure.beside.items()},
+        }
+        for name, measure in evaluation.measures.items()
+    }
+    about = evaluation.model_dump(mode="json", include={"id", "created", "thorough", "notes"})
+    return {**about, "measures": measures}
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None
+
+
+def _refused(refused: Mapping[str, Refused]) -> list[dict[str, Any]]:
+    """Aliases that stand at a version which is not served, so that an older one still answers to them."""
+    return [{"alias": alias, "version": one.version, "reason": one.reason} for alias, one in sorted(refused.items())]

@@ -1,0 +1,296 @@
+"""What stands before every route: limits on bodies, headers that are not a client's to send, ids, one form of errors.
+
+`Edge` is an ASGI middleware around both applications. Before the gateway's it runs once more, in Serve's HTTP proxy
+(SERVE_ENVIRONMENT), where it holds a large body back until the gateway has checked the key, bounds what all bodies and
+requests take together, takes away headers by which a client could switch off Serve's timeout or its watch for a lost
+connection, and puts Serve's own errors into our form.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import re
+import traceback
+import uuid
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from starlette.datastructures import Headers, MutableHeaders
+from starlette.middleware import Middleware
+from starlette.requests import ClientDisconnect
+from starlette.responses import JSONResponse
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from genmodels.errors import RequestError
+from services.http import connections
+from services.http.bodies import EXTENSION, WANTED, Body, BodyLimit, BodyMemory, HeldBody
+from services.http.request_metrics import COUNT, LEFT, Count, Counted
+
+# To be in the environment before Ray starts, wherever a part of Serve may run. Over gRPC, and without a second thread
+# in each process, 16 streams get 2.6 times the tokens (`make bench-serving` on 2 cores).
+SERVE_ENVIRONMENT = {
+    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "services.http.middleware.proxy_middlewares",
+    "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
+    "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
+    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
+}
+
+LOOPBACK = frozenset({"127.0.0.1", "localhost", "[::1]"})
+MAX_BODY = 8 * 2**20  # bytes
+BODY_SECONDS = 30.0  # for the whole body to arrive
+BODIES, BODIES_OF_ONE = 128 * 2**20, 64 * 2**20  # bytes that large bodies hold in Serve's proxy, of all and of one key
+PROXY_REQUESTS = 480  # at once; fewer than the gateway takes, so that a health check always finds a place there
+HEALTH = "/healthz"
+REQUEST_ID = "x-request-id"
+ANSWER_HEADERS = "genmodels.answer_headers"  # in the ASGI scope: what an answer, also an error, is to carry
+STEERING = frozenset(  # how Serve's own parts talk to its proxy; each with - and _ alike
+    {
+        "x-request-timeout-seconds",
+        "x-request-disconnect-disabled",
+        "serve-multiplexed-model-id",
+        "x-session-id",
+        REQUEST_ID,
+    }
+)
+
+_SAFE = frozenset({"GET", "HEAD", "OPTIONS"})
+
+logger = logging.getLogger("genmodels.edge")
+
+
+def proxy_middlewares() -> list[Middleware]:
+    """Called by Serve's HTTP proxy before it starts its server; the last is the outermost."""
+    connections.use_in_this_process()
+    edge = Middleware(Edge, memory=BodyMemory(BODIES, BODIES_OF_ONE), max_requests=PROXY_REQUESTS)
+    return [edge, Middleware(Counted, own=True)]
+
+
+class Json(JSONResponse):
+    """JSON in ASCII, so that no lone surrogate breaks it, and without NaN, which is not JSON."""
+
+    def render(self, content: Any) -> bytes:
+        return json.dumps(content, allow_nan=False, separators=(",", ":")).encode()
+
+
+def envelope(status: int, message: str, *, param: str | None = None, code: str | None = None) -> dict[str, Any]:
+    """An error in OpenAI's form."""
+    kinds = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
+    kind = "server_error" if status >= 500 else kinds.get(status, "invalid_request_error")
+    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
+
+
+def refuse(
+    status: int,
+    message: str,
+    *,
+    param: str | None = None,
+    code: str | None = None,
+    headers: Mapping[str, str] | None = None,
+) -> Json:
+    return Json(envelope(status, message, param=param, code=code), status, headers)
+
+
+@dataclass(frozen=True)
+class Streamed:
+    """Routes whose bodies have a limit of their own: they are read as they come."""
+
+    method: str
+    prefix: str  # of the path
+    limit: BodyLimit
+
+    def matches(self, scope: Scope) -> bool:
+        return scope["method"] == self.method and scope["path"].startswith(self.prefix)
+
+
+class Edge:
+    """ASGI middleware.
+
+    Args:
+        hosts: the names in a Host header that are answered; None for any. Without keys, a page of any web site could
+            otherwise have its own name resolve to 127.0.0.1 and use a visitor's browser to ask us (DNS rebinding),
+            or send a form there from under its own name.
+        max_body: bytes.
+        body_seconds: for a whole body to arrive.
+        streamed: where that is otherwise.
+        max_requests: at the same time, without health checks; None: any number.
+        memory: for the bodies of an application in another process, which reads them through this one.
+    """
+
+    def __init__(
+        self,
+        app: ASGIApp,
+        *,
+        hosts: Collection[str] | None = None,
+        max_body: int = MAX_BODY,
+        body_seconds: float = BODY_SECONDS,
+        streamed: Streamed | None = None,
+        max_requests: int | None = None,
+        memory: BodyMemory | None = None,
+    ) -> None:
+        self._app, self._hosts, self._limit = app, hosts, BodyLimit(max_body, body_seconds)
+        self._streamed, self._max_requests, self._memory = streamed, max_requests, memory
+        self._running = 0
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] == "lifespan":
+            await self._app(scope, receive, send)
+            return
+        if scope["type"] != "http":
+            await send({"type": "websocket.close", "code": 1008})
+            return
+        headers = Headers(scope=scope)
+        answer = _Answer(send, _request_id(headers.get(REQUEST_ID)), scope.get(COUNT) or Count())
+        try:
+            self._check(scope, headers)
+            body = answer.body = self._body(scope, receive, send)
+        except RequestError as error:
+            answer.count.own = True
+            await answer.refuse(error)
+            return
+        self._running += 1
+        try:
+            await self._app(self._inner(scope, answer), body.receive, answer.send)
+        except ClientDisconnect:
+            if body.refusal is None:
+                return
+        except Exception as error:
+            logger.error("request %s failed: %s", answer.request_id, _where(error))
+            answer.count.error = 500
+        finally:
+            self._running -= 1
+            body.release()
+        await answer.finish()
+
+    def _check(self, scope: Scope, headers: Headers) -> None:
+        name = re.sub(r":\d*$", "", headers.get("host", "")).lower()
+        if self._hosts is not None and name not in self._hosts:
+            message = (
+                f"Host header {name[:100]!r} is not answered: this server runs without keys, so it only answers to "
+                f"{', '.join(sorted(self._hosts))}, lest a web page reaches it under a name of its own (DNS rebinding)"
+            )
+            raise RequestError(message, status=403, code="host_not_allowed")
+        origin = headers.get("origin")
+        if self._hosts is not None and scope["method"] not in _SAFE and origin and not _is_own(origin, headers["host"]):
+            message = (
+                f"Origin {origin[:100]!r} is another site: without keys, what changes something is only taken from "
+                "programs and from this server's own pages"
+            )
+            raise RequestError(message, status=403, code="origin_not_allowed")
+        if self._max_requests is not None and self._running >= self._max_requests and scope["path"] != HEALTH:
+            message = "too many requests are under way; try again in a moment"
+            raise RequestError(message, status=503, code="too_many_requests", retry_after=1)
+
+    def _body(self, scope: Scope, receive: Receive, send: Send) -> Body:
+        limit = self._streamed.limit if self._streamed and self._streamed.matches(scope) else self._limit
+        if self._memory is None:
+            return Body(scope, receive, send, limit)
+        return HeldBody(scope, receive, send, limit, self._memory)
+
+    def _inner(self, scope: Scope, answer: _Answer) -> Scope:
+        """What the application sees of a request."""
+        kept = [(name, value) for name, value in scope["headers"] if not _steers(name)]
+        inner = {**scope, "headers": [*kept, (REQUEST_ID.encode(), answer.request_id.encode())]}
+        if self._memory is not None:
+            inner["extensions"] = {**(scope.get("extensions") or {}), EXTENSION: {}}
+        inner[ANSWER_HEADERS] = answer.headers
+        return inner
+
+
+class _Answer:
+    """Passes an answer on with its id; puts plain errors of Serve's into our form, and ends broken streams as such."""
+
+    body: Body | None = None
+
+    def __init__(self, send: Send, request_id: str, count: Count) -> None:
+        self._send, self.request_id, self.count = send, request_id, count
+        self.headers: dict[str, str] = {}  # that the application adds, also to an error
+        self.started = self._finished = self._replaced = False
+        self._is_event_stream = False
+
+    async def send(self, message: Message) -> None:
+        if message["type"] == WANTED:
+            if isinstance(self.body, HeldBody):
+                self.body.want()
+            return
+        if message["type"] == "http.response.start":
+            headers = MutableHeaders(scope=message)
+            content_type = headers.get("content-type", "")
+            self._is_event_stream = content_type.startswith("text/event-stream")
+            if self.body and self.body.refusal:  # which the application takes for the client's leaving
+                self._replaced = True
+                await self.refuse(self.body.refusal)
+                return
+            self.started = True
+            if message["status"] >= 400 and content_type.startswith("text/plain"):
+                self._replaced = True
+                # What Serve ends as too slow has reached the application, which sees its client leave.
+                self.count.own = message["status"] != 408
+                await self._fail(message["status"], headers.get("retry-after"))
+                return
+            headers[REQUEST_ID] = self.request_id
+            headers.update(self.headers)
+        elif message["type"] == "http.response.body":
+            self._finished = not message.get("more_body", False)
+        if not self._replaced:
+            await self._send(message)
+
+    async def refuse(self, error: RequestError) -> None:
+        """Answer in the application's place. One that has begun on the request counts it, as one that was left."""
+        self.started = True
+        wait = {"retry-after": str(error.retry_after)} if error.retry_after else None
+        await self._respond(refuse(error.status, error.message, code=error.code, headers=wait))
+
+    async def finish(self) -> None:
+        """Called when the application has returned, perhaps because it broke."""
+        if not self.started and self.body and self.body.refusal:
+            await self.refuse(self.body.refusal)
+        elif not self.started:
+            await self._fail(500, None)
+        elif self._is_event_stream and not self._finished:
+            self.count.error = self.count.error or LEFT  # unless it broke
+            event = f"data: {json.dumps(envelope(500, self._message(500)))}\n\n"
+            await self._send({"type": "http.response.body", "body": event.encode(), "more_body": False})
+
+    async def _fail(self, status: int, retry_after: str | None) -> None:
+        wait = {"retry-after": retry_after} if retry_after else None
+        await self._respond(refuse(status, self._message(status), headers=wait))
+
+    async def _respond(self, response: Json) -> None:
+        response.headers[REQUEST_ID] = self.request_id
+        await response({"type": "http"}, _never, self._send)
+
+    def _message(self, status: int) -> str:
+        messages = {
+            404: "there is nothing here; GET / lists what there is",
+            408: "the request took longer than is allowed and was ended",
+            429: "too many requests are waiting; try again in a moment",
+            503: "not ready or too busy; try again in a moment",
+        }
+        return messages.get(status, f"internal error; the log has it under request id {self.request_id}")
+
+
+def _is_own(origin: str, host: str) -> bool:
+    return origin.lower() in (f"http://{host.lower()}", f"https://{host.lower()}")
+
+
+def _where(error: BaseException) -> str:
+    """Kind and place of an error: its message might quote a request, which is no business of a log's."""
+    frames = traceback.extract_tb(error.__traceback__)[-4:]
+    return " < ".join([type(error).__name__, *(f"{frame.filename}:{frame.lineno}" for frame in reversed(frames))])
+
+
+def _steers(header: bytes) -> bool:
+    return header.decode("latin-1").lower().replace("_", "-") in STEERING
+
+
+def _request_id(given: str | None) -> str:
+    """The client's own id where it is a UUID, so that nothing else gets into logs; else a new one."""
+    if given and re.fullmatch(r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}", given):
+        return given.lower()
+    return str(uuid.uuid4())
+
+
+async def _never() -> Message:
+    raise RuntimeError("an error's answer reads no body")

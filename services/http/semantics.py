@@ -1,0 +1,49 @@
+"""What HTTP asks of every route (RFC 9110): HEAD wherever GET is answered, no encoded body read as a plain one."""
+
+from __future__ import annotations
+
+from starlette.datastructures import Headers
+from starlette.requests import ClientDisconnect
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
+
+from services.http.middleware import refuse
+
+
+class Head:
+    """ASGI middleware: answer HEAD with the status and headers of GET; health checks and proxies send it.
+
+    What the application does is ended when its answer begins, as by a client that leaves: some answers have no end.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http" or scope["method"] != "HEAD":
+            await self._app(scope, receive, send)
+            return
+
+        async def send_head(start: Message) -> None:
+            await send(start)
+            await send({"type": "http.response.body", "body": b""})
+            raise ClientDisconnect
+
+        await self._app({**scope, "method": "GET"}, receive, send_head)
+
+
+class PlainBodies:
+    """ASGI middleware: refuse a body with a content coding, which would be read as if it had none."""
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        codings = Headers(scope=scope).getlist("content-encoding") if scope["type"] == "http" else []
+        coding = ", ".join(codings).lower()
+        if coding in ("", "identity") or scope["method"] in ("GET", "HEAD"):
+            await self._app(scope, receive, send)
+            return
+        message = f"content-encoding: got {coding[:100]!r}, but bodies are read as they are; send it uncompressed"
+        accepted = {"accept-encoding": "identity"}
+        refusal = refuse(415, message, param="content-encoding", code="content_encoding", headers=accepted)
+        await refusal(scope, receive, send)

@@ -1,0 +1,5 @@
+import sys
+
+from services.jobs.app import main
+
+sys.exit(main())

@@ -1,0 +1,252 @@
+"""The routes of models and their versions, of datasets, and of clean-up."""
+
+from __future__ import annotations
+
+import contextlib
+import re
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict
+from pathlib import Path as FilePath
+from typing import Annotated, Any, Literal
+
+from fastapi import FastAPI, Path, Query, Request, Response
+from fastapi.responses import FileResponse
+from pydantic import Field
+from starlette.concurrency import run_in_threadpool
+from starlette.types import Receive, Scope, Send
+
+from genmodels.checkpoint import scratch_folder
+from genmodels.data import DATASETS
+from genmodels.data import uploads as stored
+from genmodels.engine.requests import Body
+from genmodels.errors import DamagedObject, DataError, DatasetExists, ModelNotFound, RequestError
+from genmodels.registry import gc, removal
+from genmodels.registry.evaluations import evaluations
+from genmodels.registry.store import Registry, Version
+from genmodels.spec.sections import LABEL
+from genmodels.storage import Storage, encode_floats
+from services.http.app import Strict, documented, read_body
+from services.http.auth import Caller, Guard
+from services.http.bodies import BodyLimit
+from services.http.middleware import Json, Streamed
+from services.http.rate_limits import Slots
+
+UPLOADS = Streamed("PUT", "/v1/datasets/", BodyLimit(stored.MAX_STREAM_BYTES, seconds=30.0, rate=64 * 2**10))
+
+UPLOADS_AT_ONCE = (4, 1)  # of all, of one key: each takes disk, and memory while it is checked
+DOWNLOADS = (8, 4)
+
+Number = Annotated[int, Path(ge=1, le=99_999_999)]
+
+
+class AliasBody(Body):
+    version: int = Field(ge=1, le=99_999_999, description="number of the version, newer or older")
+
+
+class DryRunQuery(Strict):
+    dry_run: bool = Field(False, description="only report what would be removed")
+
+
+class DeleteModelQuery(DryRunQuery):
+    with_runs: bool = Field(False, description="also delete the checkpoints, samples and logs of its runs")
+
+
+class DatasetQuery(Strict):
+    replace: bool = Field(False, description="replace another content of this name; without it that is 409")
+    image_size: int | None = Field(None, ge=8, le=256, description="side of the square pictures, in pixels")
+    channels: Literal["1", "3"] | None = Field(None, description="channels of the pictures: 1 (grey) or 3 (RGB)")
+
+
+def add_model_routes(app: FastAPI, guard: Guard, storage: Storage) -> None:
+    registry, admin, submit = Registry(storage), guard("admin"), guard("submit")
+    reader = guard("submit", "generate")
+    threads = ThreadPoolExecutor(8, "models")
+    downloads, uploads = Slots("downloads", *DOWNLOADS), Slots("uploads", *UPLOADS_AT_ONCE)
+
+    @app.get("/v1/models")
+    def list_models(caller: Caller = reader) -> Response:
+        """List published models: their versions and aliases, and the newest version's metrics."""
+        names = [name for name in registry.models() if caller.may_use([name])]
+        found = threads.map(lambda name: _model(registry, name), names)
+        return Json({"object": "list", "data": [model for model in found if model]})
+
+    @app.get("/v1/models/{model}/versions/{number}")
+    def show_version(model: str, number: Number, caller: Caller = submit) -> Response:
+        """Show a version: its lineage, metrics, evaluations, and files with size and sha256."""
+        version = _version(registry, model, number, caller).model_dump(mode="json")
+        made = [evaluation.model_dump(mode="json") for evaluation in evaluations(registry, model, number)]
+        return Json(encode_floats({**version, "evaluations": made}))
+
+    @app.get("/v1/models/{model}/versions/{number}/files/{name:path}", response_class=Response)
+    def pull_file(model: str, number: Number, name: str, caller: Caller = submit) -> Response:
+        """Fetch a file of a version."""
+        version = _version(registry, model, number, caller)
+        file = version.files.get(name)
+        if file is None:
+            message = f"{version.name} has no file {name[:100]!r}; it has: {', '.join(sorted(version.files))}"
+            raise RequestError(message, status=404, param="name", code="file_not_found")
+        with contextlib.ExitStack() as held:
+            held.enter_context(downloads.take(caller.id))
+            folder = FilePath(held.enter_context(scratch_folder()))
+            registry.fetch(version.model_copy(update={"files": {name: file}}), folder)
+            return _Pulled(folder / name, file.sha256, held.pop_all().close)
+
+    @app.delete("/v1/models/{model}/versions/{number}", status_code=204, response_class=Response)
+    def delete_version(model: str, number: Number, caller: Caller = admin) -> Response:
+        """Delete a version that no alias names."""
+        _version(registry, model, number, caller)
+        gc.delete_version(registry, model, number)
+        return Response(status_code=204)
+
+    @app.put("/v1/models/{model}/aliases/{alias}", openapi_extra=documented(AliasBody))
+    async def promote(model: str, alias: str, request: Request, caller: Caller = submit) -> Response:
+        """Point an alias at a version, newer or older."""
+        body = await read_body(AliasBody, request)
+
+        def work() -> dict[str, Any]:
+            _version(registry, model, body.version, caller)
+            return registry.promote(model, alias, body.version, caller.reason).model_dump(mode="json")
+
+        return Json({"model": model, "alias": alias, **await run_in_threadpool(work)})
+
+    @app.delete("/v1/models/{model}/aliases/{alias}", status_code=204, response_class=Response)
+    def delete_alias(model: str, alias: str, caller: Caller = admin) -> Response:
+        """Delete an alias with its history. The version that it points at stays."""
+        _need(caller, model)
+        registry.remove_alias(model, alias)
+        return Response(status_code=204)
+
+    @app.delete("/v1/models/{model}")
+    def delete_model(model: str, query: Annotated[DeleteModelQuery, Query()], caller: Caller = admin) -> Response:
+        """Delete a whole model: aliases, versions, evaluations, files. 409 while a run of it is open.
+
+        The answer lists what was deleted. Checkpoints, samples and logs of its runs stay, unless `with_runs` is true.
+        """
+        _need(caller, model)
+        if query.dry_run:
+            return Json(asdict(removal.model_contents(storage, model)))
+        return Json(asdict(removal.delete_model(storage, model, with_runs=query.with_runs)))
+
+    @app.post("/v1/gc")
+    def collect_garbage(query: Annotated[DryRunQuery, Query()], caller: Caller = admin) -> Response:
+        """Remove unreferenced objects: blobs of deleted versions, and remains of interrupted uploads."""
+        caller.need_all()
+        plan = gc.gc(storage)
+        if not query.dry_run:
+            plan.carry_out()
+        items = [{"key": item.key, "bytes": item.bytes, "why": item.why} for item in plan.items]
+        return Json({"removed": not query.dry_run, "bytes": sum(item.bytes for item in plan.items), "items": items})
+
+    @app.get("/v1/datasets")
+    def list_datasets(caller: Caller = submit) -> Response:
+        """List the datasets that a spec's `data.dataset` may name."""
+        built_in = [
+            {"name": source.name, "kind": source.kind, "what": source.what, "built_in": True}
+            for source in DATASETS.values()
+        ]
+        added = [{**dataset.model_dump(mode="json"), "built_in": False} for dataset in stored.catalog(storage)]
+        return Json({"object": "list", "data": [*built_in, *added]})
+
+    @app.put("/v1/datasets/{name}", openapi_extra=_DATASET_BODY, status_code=201)
+    async def add_dataset(
+        name: Annotated[str, Path(pattern=stored.NAME)],
+        request: Request,
+        query: Annotated[DatasetQuery, Query()],
+        caller: Caller = submit,
+    ) -> Response:
+        """Add a dataset: a text in UTF-8, or a zip of pictures whose folders are the classes.
+
+        The same content again returns 200 and changes nothing. Another content under an existing name is 409, unless
+        `replace` is true. Submitted jobs keep the content they had.
+        """
+        caller.need([name])  # else a limited key could change what others' specs mean
+        if name in DATASETS:
+            raise RequestError(f"{name!r} is a built-in dataset; choose another name", status=409, param="name")
+        with uploads.take(caller.id), scratch_folder() as folder:
+            path = FilePath(folder) / name
+            with path.open("wb") as file:
+                async for part in request.stream():
+                    await run_in_threadpool(file.write, part)
+            dataset, new = await run_in_threadpool(_add, storage, name, path, query)
+        return Json(dataset.model_dump(mode="json"), 201 if new else 200)
+
+    @app.delete("/v1/datasets/{name}")
+    def delete_dataset(
+        name: Annotated[str, Path(pattern=stored.NAME)],
+        query: Annotated[DryRunQuery, Query()],
+        caller: Caller = admin,
+    ) -> Response:
+        """Delete a dataset with all its contents. 409 while an open job needs it.
+
+        The answer lists what was deleted, and the runs and versions that were trained on it; these stay.
+        """
+        caller.need([name])
+        try:
+            found = (removal.dataset_contents if query.dry_run else removal.delete_dataset)(storage, name)
+        except DataError as error:
+            raise RequestError(str(error), status=404, param="name", code="dataset_not_found") from None
+        shown = asdict(found)
+        shown["runs"] = [run for run in found.runs if caller.may_use([run.partition("/")[2]])]
+        shown["versions"] = [version for version in found.versions if caller.may_use([version])]
+        return Json(shown)
+
+
+class _Pulled(FileResponse):
+    """A file that goes when it was sent, or when nobody wants it any more."""
+
+    def __init__(self, path: FilePath, digest: str, done: Callable[[], None]) -> None:
+        super().__init__(path, media_type="application/octet-stream", headers={"etag": f'"{digest}"'})
+        self.done = done
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        try:
+            await super().__call__(scope, receive, send)
+        finally:
+            self.done()
+
+
+def _add(storage: Storage, name: str, path: FilePath, query: DatasetQuery) -> tuple[stored.StoredDataset, bool]:
+    channels: Any = int(query.channels) if query.channels else None
+    try:
+        return stored.add(storage, name, path, query.image_size, channels, replace=query.replace)
+    except DatasetExists as error:
+        message = f"{error}; add ?replace=true to replace it"
+        raise RequestError(message, status=409, param="name", code="dataset_exists") from None
+    except DataError as error:
+        raise RequestError(str(error).replace(str(path), "FILE"), code="invalid_data") from None
+
+
+def _version(registry: Registry, model: str, number: int, caller: Caller) -> Version:
+    _need(caller, model)
+    return registry.version(model, number)
+
+
+def _need(caller: Caller, model: str) -> None:
+    """Raise RequestError unless this is a model's name, and one that the caller may use."""
+    if not re.fullmatch(LABEL, model):
+        raise ModelNotFound(f"no model {model[:100]!r}: names are lower-case letters, digits and dashes")
+    caller.need([model])
+
+
+def _model(registry: Registry, name: str) -> dict[str, Any] | None:
+    """A model as the list shows it, by its newest version; None: the last has just been deleted."""
+    versions = registry.versions(name)
+    aliases = {alias: target.version for alias, target in registry.aliases(name).items()}
+    shown = {"name": name, "versions": versions, "aliases": aliases}
+    try:
+        newest = registry.version(name, versions[-1])
+    except (IndexError, ModelNotFound):
+        return None
+    except DamagedObject as error:
+        return {**shown, "family": None, "metrics": {}, "created": None, "problem": str(error)}
+    metrics = encode_floats(newest.metrics)
+    return {**shown, "family": newest.family, "metrics": metrics, "created": newest.created}
+
+
+_DATASET_BODY = {
+    "requestBody": {
+        "required": True,
+        "content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}},
+    }
+}

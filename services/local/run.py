@@ -1,0 +1,226 @@
+"""`genmodels run`: train, publish and serve every model of a job on this machine, and show what came of it."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+
+import httpx
+from rich.console import Console
+from rich.text import Text
+
+from genmodels.errors import GenmodelsError, SpecError
+from genmodels.keys import Keys
+from genmodels.preflight.check import check_job
+from genmodels.registry.pin import pin_datasets
+from genmodels.runs.records import Result, Run, Status, now
+from genmodels.spec.sections import JobSpec, ModelSpec, job_id
+from genmodels.storage import Storage, begin_writing
+from services.cli.options import console
+from services.cluster.descriptors import raise_file_limit
+from services.cluster.environment import outlive_output
+from services.console.curl import curl
+from services.console.progress import TrainingView, clock, summary
+from services.dispatch.supervisor import carry
+from services.http.auth import require_keys
+from services.local.platform import LocalPlatform, check_port, submit
+from services.local.samples import Showcase, warned
+from services.local.under_way import UnderWay
+
+Row = tuple[ModelSpec, Status, Result | None]
+
+
+def quick_run(
+    job: JobSpec, only: list[str], storage: Storage, port: int, exit_after: bool, no_auth: bool, pictures: Path
+) -> int:
+    """The exit code: 0, or 1 if a model was not published.
+
+    Args:
+        only: names of the job's models to run; none means all.
+
+    Raises:
+        SpecError: `only` names a model that the job does not have, or a family does not fit its data.
+        GenmodelsError: the endpoint would ask for a key, and there is none; or this process may open too few files.
+        DataError: a dataset is missing, damaged or too small.
+        KeyboardInterrupt: Ctrl-C in training; everything was saved and ended.
+    """
+    outlive_output()
+    raise_file_limit()
+    job = pin_datasets(job, storage)
+    screen = console()
+    job, validation = _check(job, [spec.name for spec in _choose(job, only)], storage, screen)
+    chosen = _choose(job, only)
+    name, names = job_id(job), [spec.name for spec in chosen]
+    under_way = UnderWay(storage, name)
+    auth = not no_auth
+    while True:
+        with under_way.held(names) as holder:
+            if holder is None:
+                return _run(job, chosen, validation, storage, port, exit_after, auth, pictures, screen, under_way)
+        if others := sorted(set(names) - set(holder.models)) if holder.models else []:
+            raise GenmodelsError(
+                f"job {name} is under way (process {holder.pid}) and runs {', '.join(holder.models)}; "
+                f"run {', '.join(others)} when it has ended"
+            )
+        screen.print(
+            f"Job {name} is under way already (process {holder.pid}). This command follows it; "
+            "Ctrl-C ends this command alone.",
+            soft_wrap=True,
+        )
+        serving = under_way.follow(storage, name, chosen, screen)
+        if serving and serving.endpoint:
+            rows = [_row(storage, name, spec) for spec in chosen]
+            screen.print(summary(rows, serving.endpoint, validation))
+            published = [spec for spec, status, _ in rows if status.state == "succeeded"]
+            _suggest(published, storage, serving.endpoint, auth, screen)
+            return 0 if len(published) == len(chosen) else 1
+        screen.print("The other command has ended; this one goes on.")
+
+
+def _run(
+    job: JobSpec,
+    chosen: list[ModelSpec],
+    validation: dict[str, int],
+    storage: Storage,
+    port: int,
+    exit_after: bool,
+    auth: bool,
+    pictures: Path,
+    screen: Console,
+    under_way: UnderWay,
+) -> int:
+    check_port(port)
+    if auth:
+        require_keys(storage)
+    begin_writing(storage)
+    name, names = submit(storage, job), [spec.name for spec in chosen]
+    screen.print(Text(f"Job {name}", "bold"), Text(f": {', '.join(names)}, storage {storage.url}"), sep="")
+    workers = max(model.world_sizes[0] for model in chosen)
+    with LocalPlatform(storage, Path(".genmodels") / "logs" / name, max(os.cpu_count() or 1, workers)) as platform:
+        with screen.status("Starting Ray"):
+            platform.start()
+        signal.signal(signal.SIGTERM, _interrupt)
+        started = now()
+        rows = _train(chosen, name, platform, screen)
+        published = [spec for spec, status, _ in rows if status.state == "succeeded"]
+        if not published:
+            screen.print(summary(rows, None, validation))
+            return 1
+        began = time.monotonic()
+        with screen.status("Starting the endpoint"):
+            endpoint = platform.serve(port, auth=auth)
+        serve_seconds = time.monotonic() - began
+        under_way.serves(names, endpoint)
+        with _client(storage, endpoint, auth, published) as client:
+            for spec in published:
+                screen.rule(f"{spec.name} ({spec.family})", align="left")
+                Showcase(client, screen, pictures / name).show(spec, _called(spec), Run(storage, name, spec.name))
+        with warned(screen, "summary"):
+            screen.print(summary(rows, endpoint, validation))
+            carried = [row for row in rows if row[1].history[-1].time >= started]
+            screen.print(_costs(carried, platform.ray_seconds, serve_seconds))
+        _suggest(published, storage, endpoint, auth, screen)
+        if not exit_after:
+            screen.print(f"\nServing at {endpoint} until Ctrl-C.")
+            _wait_for_ctrl_c()
+    return 0 if len(published) == len(chosen) else 1
+
+
+def _check(job: JobSpec, chosen: list[str], storage: Storage, screen: Console) -> tuple[JobSpec, dict[str, int]]:
+    """Say what is wrong with any model before anything is started; the job, and the validation examples by model."""
+    checked = check_job(job, storage, open_data=True, only=chosen)
+    gpus = max((spec.world_sizes[0] for spec in _choose(job, chosen) if spec.scaling.use_gpu), default=0)
+    if gpus > (there := _gpus() if gpus else 0):
+        raise SpecError(f"scaling.use_gpu: needs {gpus} GPUs, and this machine has {there}; write use_gpu: false")
+    for name in chosen:
+        for note in checked.notes[name]:
+            screen.print(f"{name}: {note}", soft_wrap=True)
+    return checked.job, {name: facts.validation for name, facts in checked.facts.items()}
+
+
+def _gpus() -> int:
+    import torch
+
+    return torch.cuda.device_count()
+
+
+def _row(storage: Storage, job: str, spec: ModelSpec) -> Row:
+    run = Run(storage, job, spec.name)
+    status, _ = run.status()
+    return spec, status, run.result(status.attempt) if status.attempt else None
+
+
+def _suggest(published: list[ModelSpec], storage: Storage, endpoint: str, auth: bool, screen: Console) -> None:
+    """Print a command for each model, made of what the endpoint says of it."""
+    where = ", where GENMODELS_KEY is a key with the scope generate" if auth else ""
+    screen.print(f"\nTry, from another terminal{where}:")
+    with warned(screen, "commands"), _client(storage, endpoint, auth, published) as client:
+        for spec in published:
+            model = client.get(f"/v1/models/{_called(spec)}").raise_for_status().json()
+            screen.print(f"  {curl(model, endpoint, key=auth)[0]}", soft_wrap=True)
+
+
+def _choose(job: JobSpec, only: list[str]) -> list[ModelSpec]:
+    names = [model.name for model in job.models]
+    for name in only:
+        if name not in names:
+            raise SpecError(f"--only: job {job.name} has no model {name!r}; it has: {', '.join(names)}")
+    return [model for model in job.models if not only or model.name in only]
+
+
+@contextlib.contextmanager
+def _client(storage: Storage, endpoint: str, auth: bool, models: list[ModelSpec]) -> Iterator[httpx.Client]:
+    """A client of the endpoint, with a key that is gone afterwards where one is asked for."""
+    with contextlib.ExitStack() as stack:
+        headers = {}
+        if auth:
+            keys = Keys(storage)
+            key, token = keys.create("showcase", ("generate",), tuple(spec.name for spec in models))
+            stack.callback(keys.delete, key.id)
+            headers = {"authorization": f"Bearer {token}"}
+        # no proxy: it is this machine
+        yield stack.enter_context(httpx.Client(base_url=endpoint, timeout=120, headers=headers, trust_env=False))
+
+
+def _called(spec: ModelSpec) -> str:
+    """What the endpoint calls a model."""
+    return spec.name if spec.serve.alias == "production" else f"{spec.name}@{spec.serve.alias}"
+
+
+def _train(chosen: list[ModelSpec], name: str, platform: LocalPlatform, screen: Console) -> list[Row]:
+    backend, view = platform.backend(), TrainingView(screen)
+    rows: list[Row] = []
+    for spec in chosen:
+        with view.follow(spec) as watch:
+            workers = max([n for n in spec.world_sizes if n <= platform.num_cpus] or spec.world_sizes[:1])
+            rows.append((spec, *carry(platform.storage, backend, name, spec.name, workers, watch)))
+        _, status, _ = rows[-1]
+        if status.state != "succeeded":
+            reason = f": {status.reason}; log: {platform.logs}"
+            screen.print(Text(f"{spec.name}: {status.state}", "red"), Text(reason), sep="")
+    return rows
+
+
+def _costs(rows: list[Row], ray: float, serve: float) -> str:
+    """What Ray's start costs, apart from training; `rows` are the runs that were carried now."""
+    results = [result for _, _, result in rows if result]
+    starts, training = sum(r.startup_seconds for r in results), sum(r.training_seconds for r in results)
+    parts = [f"cluster {ray:.0f} s", f"worker groups {starts:.0f} s ({len(results)} runs)", f"endpoint {serve:.0f} s"]
+    return f"Training took {clock(training)} in all. Beside it Ray took to start: {', '.join(parts)}."
+
+
+def _interrupt(signum: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+def _wait_for_ctrl_c() -> None:
+    try:
+        threading.Event().wait()
+    except KeyboardInterrupt:
+        return

@@ -1,0 +1,59 @@
+"""`genmodels validate --smoke`: the whole way in small, from two training steps to one answer of the loaded version."""
+
+from __future__ import annotations
+
+import tempfile
+from pathlib import Path
+
+from genmodels import checkpoint
+from genmodels.data import Dataset, TextData, open_dataset, pin_data
+from genmodels.engine import loader
+from genmodels.engine.image import requests
+from genmodels.engine.text import completion
+from genmodels.engine.text.request import CompletionRequest
+from genmodels.registry.references import of_version
+from genmodels.registry.store import Registry
+from genmodels.runs.records import Run
+from genmodels.spec.sections import JobSpec, ModelSpec, dump
+from genmodels.storage import Storage, open_storage
+from genmodels.training.attempt import run_attempt
+from genmodels.training.loop import Group
+
+STEPS = 2
+
+
+def smoke(spec: ModelSpec, storage: Storage | None = None) -> str:
+    """Try a model of a job in this process, without Ray; a line on what it answered. It starts from nothing.
+
+    Args:
+        storage: where an added dataset lies; nothing is written there.
+
+    Raises:
+        GenmodelsError: what went wrong.
+    """
+    short = {"max_steps": STEPS, "warmup_steps": 0, "eval_every": STEPS, "save_every": STEPS, "log_every": 1}
+    data = pin_data(spec.data, storage) if storage else spec.data
+    dataset = open_dataset(data, storage)  # after which an added one is found in the cache
+    train = spec.train.model_copy(update={**short, "init_from": None})
+    small = spec.model_copy(update={"train": train, "data": data})
+    with tempfile.TemporaryDirectory(prefix="genmodels-smoke-") as folder:
+        scratch_storage = open_storage(Path(folder).as_uri())
+        scratch_storage.put("jobs/smoke/spec.yaml", dump(JobSpec(name="smoke", models=[small])))
+        run_attempt(scratch_storage, "smoke", spec.name, 1, Group())
+        run = Run(scratch_storage, "smoke", spec.name)
+        (place,) = run.checkpoints()
+        registry = Registry(scratch_storage)
+        with checkpoint.scratch_folder() as scratch:
+            manifest = checkpoint.fetch(scratch_storage, run.checkpoint_prefix(place), Path(scratch))
+            version = registry.publish(run, place, manifest, Path(scratch), None)
+        return _answer(loader.load(scratch_storage, of_version(registry, version)), dataset)
+
+
+def _answer(model: loader.Loaded, dataset: Dataset) -> str:
+    if isinstance(dataset, TextData):
+        prompt = dataset.tokenizer.decode(dataset.val[:1].tolist())
+        request = CompletionRequest.model_validate({"prompt": prompt, "max_tokens": 8, "seed": 0})
+        return f"continued {prompt!r} with {''.join(piece.text for piece in completion.complete(model, request))!r}"
+    answer = requests.answer(model, requests.GenerateRequest(n=1, seed=0))
+    height, width = dataset.info.height, dataset.info.width
+    return f"made a PNG of {width}x{height}, {len(answer.images[0])} bytes"

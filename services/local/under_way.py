@@ -1,0 +1,99 @@
+"""One `genmodels run` of a job at a time on this machine. A second one follows the first instead of ending it.
+
+The first holds a lock, which the system frees however the process ends, and says beside it what it runs and where it
+serves. Both are files of this user alone.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import os
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+from pydantic import BaseModel, ValidationError
+from rich.console import Console
+
+from genmodels.runs.records import Run
+from genmodels.spec.sections import ModelSpec
+from genmodels.storage import Storage
+from services.console.progress import Board, Shown
+
+LOOK_SECONDS = 1.0
+
+
+class Holder(BaseModel):
+    """The process that runs a job. `endpoint` is known once it serves."""
+
+    pid: int
+    models: list[str]
+    endpoint: str | None = None
+
+
+class UnderWay:
+    """Who runs a job on this machine."""
+
+    def __init__(self, storage: Storage, job: str) -> None:
+        store = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
+        name = hashlib.sha256(f"{store} {storage.url} {job}".encode()).hexdigest()[:24]
+        folder = Path(tempfile.gettempdir()) / f"genmodels-{os.getuid()}"
+        self._lock, self._facts = FileLock(folder / f"{name}.lock", timeout=0), folder / f"{name}.json"
+
+    @contextlib.contextmanager
+    def held(self, models: list[str]) -> Iterator[Holder | None]:
+        """Hold the job for these models while the context is open; yields the holder where another process is it."""
+        try:
+            self._facts.parent.mkdir(mode=0o700, exist_ok=True)
+            self._lock.acquire()
+        except Timeout:
+            yield self._holder()
+            return
+        except OSError:  # no such files can be made here: then nothing tells of another process
+            yield None
+            return
+        try:
+            self._write(Holder(pid=os.getpid(), models=models))
+            yield None
+        finally:
+            self._facts.unlink(missing_ok=True)
+            self._lock.release()
+
+    def serves(self, models: list[str], endpoint: str) -> None:
+        """Say where what was published is served."""
+        self._write(Holder(pid=os.getpid(), models=models, endpoint=endpoint))
+
+    def follow(self, storage: Storage, job: str, specs: list[ModelSpec], console: Console) -> Holder | None:
+        """Show how far another process is with a job until it serves; None if it has ended before."""
+        with Board(console) as board:
+            while True:
+                for spec in specs:
+                    board.show(_shown(Run(storage, job, spec.name), spec))
+                holder = self._holder()
+                if holder.endpoint:
+                    return holder
+                with contextlib.suppress(Timeout), self._lock:
+                    return None
+                time.sleep(LOOK_SECONDS)
+
+    def _holder(self) -> Holder:
+        try:
+            return Holder.model_validate_json(self._facts.read_bytes())
+        except (OSError, ValidationError):  # it has just begun, or has just ended
+            return Holder(pid=0, models=[])
+
+    def _write(self, holder: Holder) -> None:
+        with contextlib.suppress(OSError):
+            part = self._facts.with_suffix(".part")
+            part.write_text(holder.model_dump_json())
+            part.replace(self._facts)
+
+
+def _shown(run: Run, spec: ModelSpec) -> Shown:
+    status, _ = run.status()
+    beat = run.heartbeat(status.attempt) if status.attempt else None
+    facts = beat.model_dump(include={"phase", "step", "loss", "seconds_left"}) if beat else {}
+    return Shown(spec.name, status.state, max_steps=spec.train.max_steps, note=status.reason, **facts)

@@ -1,0 +1,5 @@
+import sys
+
+from services.node.node import main
+
+sys.exit(main())

@@ -1,0 +1,36 @@
+"""Puts the first key into an empty platform's storage: python -m services.node.bootstrap --storage URL --key FILE
+
+The key was made elsewhere (`make secrets`); only its hash goes to the storage. Doing it again changes nothing.
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from genmodels.errors import GenmodelsError
+from genmodels.keys import Keys
+from genmodels.runs.records import patiently
+from genmodels.storage import open_storage
+
+NAME = "bootstrap"
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="Put the first key into the storage.")
+    parser.add_argument("--storage", required=True)
+    parser.add_argument("--key", type=Path, required=True, help="a file with a key that `make secrets` has made")
+    options = parser.parse_args()
+    try:
+        token = options.key.read_text().strip()
+        key = patiently(lambda: Keys(open_storage(options.storage)).admit(token, NAME, ("admin",)))
+    except (GenmodelsError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    print(f"key {key.id} of {key.name} is in {options.storage}" + (", and revoked" if key.revoked else ""))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

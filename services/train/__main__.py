@@ -1,0 +1,3 @@
+from services.train.driver import main
+
+main()
