@@ -21,9 +21,9 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from genmodels.errors import Conflict, DamagedObject, KeyNotFound, SpecError, StorageUnavailable
-from genmodels.runs.records import now
 from genmodels.spec.sections import LABEL
 from genmodels.storage import Document, Storage, Time, list_names, load_document, write_document
+from genmodels.storage.documents import now
 
 Scope = Literal["generate", "submit", "admin"]
 SCOPES: tuple[Scope, ...] = get_args(Scope)

@@ -45,7 +45,7 @@ from genmodels.models.minigpt import MiniGPT
 from genmodels.registry.references import find
 from genmodels.registry.store import Registry
 from genmodels.storage import Storage, open_storage
-from services.local.platform import free_ports
+from services.cluster.ports import free_ports
 
 THREADS = 1
 ROUNDS = 5

@@ -16,8 +16,9 @@ from genmodels.engine.loader import Loaded, load_folder
 from genmodels.family import Family, ImageInfo, TextInfo
 from genmodels.registry.store import Registry, Version
 from genmodels.runs.jobs import index_runs
-from genmodels.runs.records import Run, now
+from genmodels.runs.records import Run
 from genmodels.storage import Storage
+from genmodels.storage.documents import now
 
 VOCABULARY = "\n !,.?ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 IMAGES = ImageInfo(channels=1, height=16, width=16)

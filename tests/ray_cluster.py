@@ -11,7 +11,7 @@ from pathlib import Path
 import prometheus_client  # noqa: F401  it looks at the environment once, and this process writes no files
 import pytest
 
-from services.local.platform import ray_environment
+from services.cluster.ray_start import ray_environment
 
 ROOT = Path(__file__).parent.parent
 

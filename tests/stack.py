@@ -35,9 +35,9 @@ from genmodels.runs.jobs import Jobs
 from genmodels.runs.records import ENDED, Heartbeat, Run, State, Status
 from genmodels.spec.sections import JobSpec, ModelSpec, dump, model_digest
 from genmodels.storage import open_storage, read_document
+from services.cluster.ports import free_ports
 from services.dispatch.backends.base import RayJobsBackend, submission_id
 from services.dispatch.dispatcher import QUEUE
-from services.local.platform import free_ports
 
 CPUS = 2
 Look = Callable[[], Any]

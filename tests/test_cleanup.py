@@ -25,10 +25,11 @@ from genmodels.registry import pin
 from genmodels.registry.gc import delete_version, gc
 from genmodels.registry.store import Registry, Version
 from genmodels.runs.jobs import Entry, Jobs
-from genmodels.runs.records import Change, Run, State, Status, now
+from genmodels.runs.records import Change, Run, State, Status
 from genmodels.spec.sections import dump, parse_spec
 from genmodels.storage import Storage, write_document
 from genmodels.storage import lease as lease_module
+from genmodels.storage.documents import now
 
 LONG_AGO = "2020-01-01T00:00:00.000+00:00"
 JOB = "shapes-00000000"

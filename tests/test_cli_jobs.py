@@ -30,9 +30,10 @@ from genmodels.keys import Keys
 from genmodels.registry import gc
 from genmodels.registry.store import Registry
 from genmodels.runs.jobs import Jobs
-from genmodels.runs.records import Heartbeat, Result, Run, State, Status, now
+from genmodels.runs.records import Heartbeat, Result, Run, State, Status
 from genmodels.spec.sections import parse_spec
 from genmodels.storage import Storage, open_storage, write_document
+from genmodels.storage.documents import now
 from services.cli import main, wait
 from services.client import http
 from services.client import jobs as client_module

@@ -15,8 +15,9 @@ import pytest
 import uvicorn.config
 from served import served
 
+from services.gateway.proxy import proxy_middlewares
 from services.http.connections import HEADER_BYTES, Connection
-from services.http.middleware import Edge, proxy_middlewares
+from services.http.middleware import Edge
 from services.jobs import app as jobs
 
 PATIENCE = 20.0  # seconds; for what has to happen at all

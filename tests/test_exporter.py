@@ -15,7 +15,7 @@ from prometheus_client.parser import text_string_to_metric_families
 from ray_node import until
 
 from genmodels.metrics import DIRECTORY
-from services.local.platform import free_ports
+from services.cluster.ports import free_ports
 from services.node.exporter import NodeCollector
 
 # Counts as often as it is told to, and waits to be told again.

@@ -36,10 +36,10 @@ from ray_node import OTHER, JoinedNode, RayHead, until
 
 import genmodels
 from genmodels.spec.sections import read_spec
+from services.cluster.ray_start import ray_environment
 from services.dispatch.backends.base import submission_id
 from services.gateway import deploy
 from services.jobs import app
-from services.local.platform import ray_environment
 from services.node import exporter
 
 MODEL = read_spec(ROOT / "jobs" / "quickstart.yaml").models[0]

@@ -37,12 +37,13 @@ from genmodels.keys import Keys
 from genmodels.metrics import version_labels
 from genmodels.registry.store import Registry
 from genmodels.storage import Storage, open_storage
+from services.cluster.ports import free_ports
 from services.gateway import model_host as host_module
 from services.gateway.model_host import ModelHost, Opened
+from services.gateway.proxy import proxy_middlewares
 from services.gateway.routes import create_app
-from services.http.middleware import MAX_BODY, proxy_middlewares
+from services.http.middleware import MAX_BODY
 from services.http.request_metrics import OTHER, ROUTES, Counted, route_of
-from services.local.platform import free_ports
 
 CANARY = "canaryqzx"
 LONG = {"prompt": "To be", "max_tokens": 4000, "stream": True}

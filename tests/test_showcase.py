@@ -18,8 +18,9 @@ from tiny import job, make_data, model
 
 from genmodels.data import TextData
 from genmodels.data.text import CharTokenizer
-from genmodels.runs.records import Run, Status, now
+from genmodels.runs.records import Run, Status
 from genmodels.storage import Storage
+from genmodels.storage.documents import now
 from services.console.curl import curl
 from services.console.tables import jobs_table
 from services.jobs.views import JobView, RunView

@@ -20,7 +20,7 @@ from genmodels.errors import GenmodelsError
 from genmodels.runs.jobs import Jobs
 from genmodels.runs.records import Run
 from genmodels.storage import Storage, open_storage
-from services.local.platform import free_ports
+from services.cluster.ports import free_ports
 from services.local.up import Options, up
 
 PARTS = ("ray", "jobs", "gateway", "exporter")

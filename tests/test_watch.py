@@ -22,7 +22,7 @@ from prometheus_client.metrics import MetricWrapperBase
 from ray_node import until
 
 from genmodels import metrics
-from services.local.platform import free_ports
+from services.cluster.ports import free_ports
 
 ROOT = Path(__file__).parent.parent
 PROMETHEUS, GRAFANA = ROOT / "docker/prometheus", ROOT / "docker/grafana"

@@ -16,8 +16,8 @@ from genmodels import __version__
 from genmodels.errors import Conflict, DamagedObject, KeyNotFound, ModelNotFound
 from genmodels.family import Findings, Measure, Note
 from genmodels.registry.store import Registry, Version
-from genmodels.runs.records import now
 from genmodels.storage import Document, Storage, Time, list_names, load_document, write_document
+from genmodels.storage.documents import now
 
 PUBLICATION = "publication"
 EVALUATED = r"(publication|\d{8}T\d{6}-[0-9a-f]{4})\.json"

@@ -30,10 +30,11 @@ from genmodels.checkpoint import File, Lineage, Manifest, Metrics, Place
 from genmodels.errors import CheckpointError, Conflict, DamagedObject, KeyNotFound, ModelNotFound, SpecError
 from genmodels.family import Family
 from genmodels.metrics import PROMOTED, PUBLISHED
-from genmodels.runs.records import GateResult, Run, now
+from genmodels.runs.records import GateResult, Run
 from genmodels.spec.sections import LABEL, Gate
 from genmodels.spec.sections import Alias as AliasName
 from genmodels.storage import Document, Storage, Time, list_names, load_document, write_document
+from genmodels.storage.documents import now
 from genmodels.storage.lease import Lease
 
 if TYPE_CHECKING:

@@ -33,10 +33,10 @@ from genmodels.errors import (
     KeyNotFound,
     SpecError,
 )
-from genmodels.runs.records import ACTIVE, Run, State, now
+from genmodels.runs.records import ACTIVE, Run, State
 from genmodels.spec.sections import JobSpec, digest, dump, load_stored
 from genmodels.storage import Document, Storage, Time, list_names, load_document, write_document
-from genmodels.storage.documents import damaged
+from genmodels.storage.documents import damaged, now
 
 JOB_ID = r"[a-z0-9]([a-z0-9-]{0,70}[a-z0-9])?"
 ENDED_NAME = rf"\d{{13}}-{JOB_ID}"

@@ -23,7 +23,8 @@ from types import TracebackType
 from typing import Self
 
 from genmodels.errors import Conflict, KeyNotFound, StorageError
-from genmodels.runs.records import Run, now
+from genmodels.runs.records import Run
+from genmodels.storage.documents import now
 from genmodels.threads import Rounds
 
 COPY_SECONDS = 0.2  # between two looks for new output

@@ -21,10 +21,8 @@ import heapq
 import json
 import logging
 import re
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal, TypeVar
 
@@ -44,7 +42,7 @@ from genmodels.storage import (
     load_document,
     write_document,
 )
-from genmodels.storage.documents import DocumentT, read_lines
+from genmodels.storage.documents import DocumentT, now, read_lines
 
 State = Literal["queued", "starting", "running", "publishing", "succeeded", "failed", "cancelled"]
 Phase = Literal["starting", "compiling", "training", "evaluating", "saving", "waiting for storage", "publishing"]
@@ -500,11 +498,6 @@ class Run:
             return load_document(self.storage, self._key(attempt, name), kind, **identity)[0]
         except KeyNotFound:
             return None
-
-
-def now() -> str:
-    """UTC, to the millisecond, as stored everywhere."""
-    return datetime.fromtimestamp(time.time(), UTC).isoformat(timespec="milliseconds")
 
 
 def patiently(work: Callable[[], T], waiting: Callable[[StorageUnavailable], None] = lambda outage: None) -> T:

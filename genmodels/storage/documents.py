@@ -13,9 +13,10 @@ import logging
 import math
 import re
 import secrets
+import time
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import Annotated, Any, ClassVar, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
@@ -274,3 +275,8 @@ def _report(key: str, kind: str, etag: str, message: str) -> None:
     _logged[key, etag] = None
     while len(_logged) > _LOGGED:
         _logged.popitem(last=False)
+
+
+def now() -> str:
+    """UTC, to the millisecond, as stored everywhere."""
+    return datetime.fromtimestamp(time.time(), UTC).isoformat(timespec="milliseconds")

@@ -9,7 +9,8 @@ from typing import Annotated
 
 import typer
 
-from services.cli.options import AsJson, MaybeApi, StorageUrl, Yes, agreed, console, print_json, service, storage, tell
+from services.cli.options import AsJson, MaybeApi, StorageUrl, Yes, agreed, service, storage
+from services.console.output import console, print_json, tell
 
 app = typer.Typer()
 keys_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)

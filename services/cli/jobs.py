@@ -13,7 +13,8 @@ import typer
 
 from genmodels.errors import SpecError
 from genmodels.runs.records import ENDED
-from services.cli.options import Api, AsJson, JobId, Models, SpecFile, client, console, print_json, tell
+from services.cli.options import Api, AsJson, JobId, Models, SpecFile, client
+from services.console.output import console, print_json, tell
 
 if TYPE_CHECKING:
     from services.client.jobs import Client

@@ -13,7 +13,8 @@ import typer
 
 from genmodels.errors import DatasetExists, GenmodelsError, JobNotFound, SpecError
 from genmodels.storage import encode_floats
-from services.cli.options import AsJson, MaybeApi, StorageUrl, agreed, console, print_json, service, storage, tell
+from services.cli.options import AsJson, MaybeApi, StorageUrl, agreed, service, storage
+from services.console.output import console, print_json, tell
 
 if TYPE_CHECKING:
     from genmodels.registry.store import Version

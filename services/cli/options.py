@@ -2,22 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from genmodels.errors import SpecError
 
 if TYPE_CHECKING:
-    from rich.console import Console
-
     from genmodels.storage import Storage
     from services.client.jobs import Client
 
-LOG_WIDTH = 132  # a log file has room for a table
 
 SpecFile = Annotated[Path, typer.Argument(metavar="SPEC", help="A job spec, in YAML or JSON.", show_default=False)]
 StorageUrl = Annotated[
@@ -87,25 +83,6 @@ def storage(url: str | None) -> Storage:
 
 def storage_url(url: str | None) -> str:
     return url or (Path.cwd() / ".genmodels").as_uri()
-
-
-def console(*, stderr: bool = False) -> Console:
-    """Make the console of a command. It prints names and paths as they are: none of their characters is markup."""
-    from rich.console import Console
-
-    made = Console(stderr=stderr, markup=False, highlight=False, emoji=False)
-    if not made.is_terminal:
-        made.width = LOG_WIDTH
-    return made
-
-
-def tell(line: str) -> None:
-    """A line for the person, beside what the command prints for others to use."""
-    print(line, file=sys.stderr)
-
-
-def print_json(document: Any) -> None:
-    print(json.dumps(document, indent=2, ensure_ascii=False))
 
 
 def agreed(question: str, yes: bool, option: str = "--yes") -> bool:

@@ -17,7 +17,7 @@ from typing import Any, TextIO
 
 from genmodels.errors import GenmodelsError
 
-ROOT = Path(__file__).resolve().parents[1]
+ROOT = Path(__file__).resolve().parents[2]
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 ANYWHERE = "localhost,0.0.0.0/0,::/0"  # gRPC connects Ray's processes with each other and nothing else
 INTERPRETER = ("PYTHONINSPECT", "PYTHONSTARTUP", "PYTHONIOENCODING", "PYTHONWARNINGS")  # meant for a person's session

@@ -28,9 +28,10 @@ from genmodels.errors import (
     contained,
 )
 from genmodels.runs.jobs import QUEUE, Jobs
-from genmodels.runs.records import ENDED, Run, now
+from genmodels.runs.records import ENDED, Run
 from genmodels.spec.sections import ModelSpec
 from genmodels.storage import Storage, write_document
+from genmodels.storage.documents import now
 from genmodels.storage.lease import Lease
 from genmodels.threads import Rounds
 from services.dispatch.scheduler import Plan, Queued, Running, plan

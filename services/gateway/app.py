@@ -30,10 +30,10 @@ from genmodels.errors import RequestError
 from genmodels.keys import Keys
 from genmodels.sizing.memory import HOST_MEMORY
 from genmodels.storage import open_storage
+from services.gateway.deploy import POOL
 from services.gateway.model_host import Entry, ModelHost, Opened
 from services.gateway.routes import create_app
 from services.http.middleware import LOOPBACK, PROXY_REQUESTS
-from services.local.platform import POOL
 
 HEALTH_SECONDS = 2.0
 LOCAL = "127.0.0.1"

@@ -23,8 +23,9 @@ from services.gateway.model_host import Opened
 from services.gateway.pool import VERSION, Pool, checked
 from services.http.app import documented, read_body, unless_gone
 from services.http.auth import Caller
-from services.http.middleware import REQUEST_ID, Json, envelope
+from services.http.middleware import REQUEST_ID
 from services.http.request_metrics import Count, answers, count_of
+from services.http.responses import Json, envelope
 
 Items = AsyncGenerator[Opened | Piece | RequestError, None]
 

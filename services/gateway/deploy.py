@@ -89,3 +89,6 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
+
+
+POOL = "default"  # Serve's deployment of model hosts

@@ -13,8 +13,8 @@ from genmodels.storage import encode_floats
 from services.gateway.pool import Pool, checked
 from services.http.app import Strict
 from services.http.auth import Caller
-from services.http.middleware import Json
 from services.http.request_metrics import answers
+from services.http.responses import Json
 
 TYPES = {".png": "image/png", ".txt": "text/plain; charset=utf-8"}
 

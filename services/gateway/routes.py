@@ -37,9 +37,10 @@ from services.gateway.playground import add_playground
 from services.gateway.pool import VERSION, Pool, checked
 from services.http.app import documented, new_app, read_body
 from services.http.auth import Caller, Guard
-from services.http.middleware import LOOPBACK, Json
+from services.http.middleware import LOOPBACK
 from services.http.rate_limits import Limits
 from services.http.request_metrics import Counted, answers
+from services.http.responses import Json
 
 
 class GenerationBody(GenerateRequest):

@@ -33,8 +33,9 @@ from genmodels.errors import (
 )
 from genmodels.schema.explain import show
 from services.http.docs import HEADERS, page
-from services.http.middleware import MAX_BODY, Edge, Json, Streamed, refuse
+from services.http.middleware import MAX_BODY, Edge, Streamed
 from services.http.request_metrics import COUNT, answers
+from services.http.responses import Json, refuse
 from services.http.semantics import Head, PlainBodies
 
 JSON = ("application/json",)

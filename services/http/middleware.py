@@ -13,29 +13,17 @@ import logging
 import re
 import traceback
 import uuid
-from collections.abc import Collection, Mapping
+from collections.abc import Collection
 from dataclasses import dataclass
-from typing import Any
 
 from starlette.datastructures import Headers, MutableHeaders
-from starlette.middleware import Middleware
 from starlette.requests import ClientDisconnect
-from starlette.responses import JSONResponse
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from genmodels.errors import RequestError
-from services.http import connections
 from services.http.bodies import EXTENSION, WANTED, Body, BodyLimit, BodyMemory, HeldBody
-from services.http.request_metrics import COUNT, LEFT, Count, Counted
-
-# To be in the environment before Ray starts, wherever a part of Serve may run. Over gRPC, and without a second thread
-# in each process, 16 streams get 2.6 times the tokens (`make bench-serving` on 2 cores).
-SERVE_ENVIRONMENT = {
-    "RAY_SERVE_HTTP_PROXY_CALLBACK_IMPORT_PATH": "services.http.middleware.proxy_middlewares",
-    "RAY_SERVE_USE_GRPC_BY_DEFAULT": "1",
-    "RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP": "0",
-    "RAY_SERVE_RUN_USER_CODE_IN_SEPARATE_THREAD": "0",
-}
+from services.http.request_metrics import COUNT, LEFT, Count
+from services.http.responses import Json, envelope, refuse
 
 LOOPBACK = frozenset({"127.0.0.1", "localhost", "[::1]"})
 MAX_BODY = 8 * 2**20  # bytes
@@ -58,38 +46,6 @@ STEERING = frozenset(  # how Serve's own parts talk to its proxy; each with - an
 _SAFE = frozenset({"GET", "HEAD", "OPTIONS"})
 
 logger = logging.getLogger("genmodels.edge")
-
-
-def proxy_middlewares() -> list[Middleware]:
-    """Called by Serve's HTTP proxy before it starts its server; the last is the outermost."""
-    connections.use_in_this_process()
-    edge = Middleware(Edge, memory=BodyMemory(BODIES, BODIES_OF_ONE), max_requests=PROXY_REQUESTS)
-    return [edge, Middleware(Counted, own=True)]
-
-
-class Json(JSONResponse):
-    """JSON in ASCII, so that no lone surrogate breaks it, and without NaN, which is not JSON."""
-
-    def render(self, content: Any) -> bytes:
-        return json.dumps(content, allow_nan=False, separators=(",", ":")).encode()
-
-
-def envelope(status: int, message: str, *, param: str | None = None, code: str | None = None) -> dict[str, Any]:
-    """An error in OpenAI's form."""
-    kinds = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
-    kind = "server_error" if status >= 500 else kinds.get(status, "invalid_request_error")
-    return {"error": {"message": message, "type": kind, "param": param, "code": code}}
-
-
-def refuse(
-    status: int,
-    message: str,
-    *,
-    param: str | None = None,
-    code: str | None = None,
-    headers: Mapping[str, str] | None = None,
-) -> Json:
-    return Json(envelope(status, message, param=param, code=code), status, headers)
 
 
 @dataclass(frozen=True)

@@ -34,7 +34,8 @@ from genmodels.metrics import (
     THREAD_PROGRESS,
     exported,
 )
-from genmodels.runs.records import State, Status, now
+from genmodels.runs.records import State, Status
+from genmodels.storage.documents import now
 from services.jobs.views import Views
 
 COUNTED = (  # by this process

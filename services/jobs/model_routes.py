@@ -29,8 +29,9 @@ from genmodels.storage import Storage, encode_floats
 from services.http.app import Strict, documented, read_body
 from services.http.auth import Caller, Guard
 from services.http.bodies import BodyLimit
-from services.http.middleware import Json, Streamed
+from services.http.middleware import Streamed
 from services.http.rate_limits import Slots
+from services.http.responses import Json
 
 UPLOADS = Streamed("PUT", "/v1/datasets/", BodyLimit(stored.MAX_STREAM_BYTES, seconds=30.0, rate=64 * 2**10))
 

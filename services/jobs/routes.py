@@ -33,8 +33,8 @@ from genmodels.spec.sections import JobSpec, Label, parse_spec
 from genmodels.storage import Storage
 from services.http.app import JSON, Strict, check_content_type, documented, read_body, unless_gone
 from services.http.auth import Caller, Guard
-from services.http.middleware import Json
 from services.http.rate_limits import Slots
+from services.http.responses import Json
 from services.jobs.dry_run import JobPlan, Planner
 from services.jobs.views import JobView, Page, Views
 

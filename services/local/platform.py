@@ -5,27 +5,22 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
-import random
-import secrets
-import socket
 import time
 from pathlib import Path
 from types import TracebackType
 
-from genmodels.errors import Conflict, GenmodelsError
+from genmodels.errors import Conflict
 from genmodels.registry.pin import pin_datasets, pin_initial
 from genmodels.runs.jobs import index_runs
-from genmodels.runs.records import now
 from genmodels.spec.sections import JobSpec, dump, job_id
 from genmodels.storage import Storage
+from genmodels.storage.documents import now
 from services.cluster.environment import own_folder
+from services.cluster.ports import HOST
+from services.cluster.ray_start import ray_environment
 from services.dispatch.backends.base import SubprocessBackend
 from services.dispatch.supervisor import Capacity
-from services.gateway.deploy import APPLICATION
-from services.http.middleware import SERVE_ENVIRONMENT
-
-HOST = "127.0.0.1"
-POOL = "default"  # Serve's deployment of model hosts
+from services.gateway.deploy import APPLICATION, POOL
 
 
 class LocalPlatform:
@@ -103,28 +98,6 @@ def _end_serving() -> None:
         serve.delete(APPLICATION)
 
 
-def ray_environment() -> dict[str, str]:
-    """What has to be in the environment before Ray is imported, for a Ray that keeps to this machine."""
-    return {
-        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "0",  # on any system: single-node, so that ports listen on 127.0.0.1 only
-        "RAY_AUTH_TOKEN": secrets.token_hex(32),
-        **cluster_environment(),
-    }
-
-
-def cluster_environment() -> dict[str, str]:
-    """The part of it that every Ray of ours has, also one of many machines."""
-    return {
-        # Every process shares one secret; without it whoever reaches a port of Ray's runs code here.
-        "RAY_AUTH_MODE": "token",
-        "RAY_USAGE_STATS_ENABLED": "0",
-        "TORCH_CPP_LOG_LEVEL": "ERROR",  # DistributedDataParallel warns of what is meant: see training/loop.py
-        "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
-        "RAY_JOB_STOP_WAIT_TIME_S": os.environ.get("RAY_JOB_STOP_WAIT_TIME_S", "60"),  # for a driver to save
-        **SERVE_ENVIRONMENT,
-    }
-
-
 def submit(storage: Storage, spec: JobSpec) -> str:
     """Store a job under the id of its content, so that the same file goes on where it was; the job's id.
 
@@ -140,31 +113,3 @@ def submit(storage: Storage, spec: JobSpec) -> str:
         with contextlib.suppress(Conflict):  # somebody else is as quick
             storage.put(key, data, if_absent=True)
     return job
-
-
-def check_port(port: int, option: str = "--port") -> None:
-    with socket.socket() as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        try:
-            probe.bind((HOST, port))
-        except OSError:
-            raise GenmodelsError(f"port {port} of {HOST} is taken; choose another with {option}") from None
-
-
-def is_free(port: int) -> bool:
-    try:
-        check_port(port)
-    except GenmodelsError:
-        return False
-    return True
-
-
-def free_ports(count: int) -> int:
-    """The first of some free ports in a row, below those that the system gives to outgoing connections."""
-    for _ in range(100):
-        first = random.SystemRandom().randrange(20_000, 32_000)
-        with contextlib.ExitStack() as stack, contextlib.suppress(OSError):
-            for port in range(first, first + count):
-                stack.enter_context(socket.socket()).bind((HOST, port))
-            return first
-    raise GenmodelsError(f"no {count} free ports in a row between 20000 and 32000")

@@ -19,17 +19,19 @@ from genmodels.errors import GenmodelsError, SpecError
 from genmodels.keys import Keys
 from genmodels.preflight.check import check_job
 from genmodels.registry.pin import pin_datasets
-from genmodels.runs.records import Result, Run, Status, now
+from genmodels.runs.records import Result, Run, Status
 from genmodels.spec.sections import JobSpec, ModelSpec, job_id
 from genmodels.storage import Storage, begin_writing
-from services.cli.options import console
+from genmodels.storage.documents import now
 from services.cluster.descriptors import raise_file_limit
 from services.cluster.environment import outlive_output
+from services.cluster.ports import check_port
 from services.console.curl import curl
+from services.console.output import console
 from services.console.progress import TrainingView, clock, summary
 from services.dispatch.supervisor import carry
 from services.http.auth import require_keys
-from services.local.platform import LocalPlatform, check_port, submit
+from services.local.platform import LocalPlatform, submit
 from services.local.samples import Showcase, warned
 from services.local.under_way import UnderWay
 

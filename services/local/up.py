@@ -26,11 +26,12 @@ from genmodels.storage import Storage, begin_writing
 from services.cluster import dashboard
 from services.cluster.descriptors import raise_file_limit
 from services.cluster.environment import own_folder, python, ray_command
+from services.cluster.ports import HOST, check_port, free_ports, is_free
 from services.cluster.processes import Child, Tell
+from services.cluster.ray_start import ray_environment
 from services.dispatch.backends.base import RayJobsBackend
 from services.dispatch.drain import interruptions, leave
 from services.jobs.app import check_access
-from services.local.platform import HOST, check_port, free_ports, is_free, ray_environment
 from services.node import exporter
 
 TICK_SECONDS = 0.2

@@ -25,9 +25,9 @@ from services.cluster.dashboard import Dashboard
 from services.cluster.descriptors import raise_file_limit
 from services.cluster.environment import python, ray_command, settle
 from services.cluster.processes import Child
+from services.cluster.ray_start import cluster_environment
 from services.dispatch.backends.base import RayJobsBackend
 from services.dispatch.drain import interruptions, leave
-from services.local.platform import cluster_environment
 from services.node import exporter
 
 GCS_PORT, DASHBOARD_PORT, RAY_METRICS_PORT = 6379, 8265, 9401

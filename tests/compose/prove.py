@@ -29,7 +29,7 @@ import panels  # noqa: E402
 from engine import Failed, Skipped, compose_program, engine, run  # noqa: E402
 
 from services.client.jobs import Client  # noqa: E402
-from services.local.platform import free_ports  # noqa: E402
+from services.cluster.ports import free_ports  # noqa: E402
 
 WORK = ROOT / ".compose-test"
 PROJECT = "genmodels-test"
