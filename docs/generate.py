@@ -25,7 +25,7 @@ import typer
 from genmodels import metrics, models
 from genmodels.family import ImageInfo, TextInfo
 from genmodels.keys import Keys
-from genmodels.spec.sections import json_schema
+from genmodels.spec.json_schema import json_schema
 from genmodels.storage import open_storage
 from services.cli import main as cli
 from services.gateway import routes

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, Literal, Pr
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from genmodels.schema.base import Section
 from genmodels.sizing.memory import Footprint, network_bytes
 
 if TYPE_CHECKING:
@@ -28,12 +29,6 @@ if TYPE_CHECKING:
 
 Batch: TypeAlias = Mapping[str, "Tensor"]
 Way = Literal["linear", "spherical"]
-
-
-class Section(BaseModel):
-    """A part of a spec or request: unknown keys and values of another type are errors, numbers are finite."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False, strict=True, validate_default=True)
 
 
 class ImageInfo(Section):

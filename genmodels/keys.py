@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from genmodels.errors import Conflict, DamagedObject, KeyNotFound, SpecError, StorageUnavailable
-from genmodels.spec.sections import LABEL
+from genmodels.spec.names import LABEL
 from genmodels.storage import Document, Storage, Time, list_names, load_document, write_document
 from genmodels.storage.documents import now
 

@@ -35,10 +35,12 @@ from torch import Tensor
 
 from genmodels.engine.image import requests
 from genmodels.engine.image.batcher import CHUNK
+from genmodels.engine.image.model import ImageModel
 from genmodels.engine.image.requests import GenerateRequest
-from genmodels.engine.loader import ImageModel, TextModel, load
+from genmodels.engine.loader import load
 from genmodels.engine.text import completion
 from genmodels.engine.text.choices import Piece
+from genmodels.engine.text.model import TextModel
 from genmodels.engine.text.request import CompletionRequest
 from genmodels.family import ImageInfo
 from genmodels.models.minigpt import MiniGPT

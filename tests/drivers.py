@@ -7,15 +7,16 @@ from typing import Any
 
 from stores import save
 
-from genmodels.runs.records import Heartbeat, Result, Run
+from genmodels.runs.records import Heartbeat, Result
+from genmodels.runs.store import Run
 from genmodels.storage import Storage
-from services.dispatch import supervisor
-from services.dispatch.supervisor import LOST, Capacity
+from services.dispatch.backends import base
+from services.dispatch.backends.base import LOST, Capacity
 
 Script = Callable[[Run, int], Iterator[object]]  # what a driver does; each `yield` is one look at it
 
 
-class Driver(supervisor.Driver):
+class Driver(base.Driver):
     def __init__(self, steps: Iterator[object]) -> None:
         self.steps, self.code, self.killed = steps, None, False
 

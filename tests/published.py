@@ -12,11 +12,12 @@ from safetensors.torch import save_file
 from genmodels import checkpoint, models
 from genmodels.checkpoint import Lineage, Manifest, Place
 from genmodels.data.text import CharTokenizer
-from genmodels.engine.loader import Loaded, load_folder
+from genmodels.engine.loader import load_folder
+from genmodels.engine.model import Loaded
 from genmodels.family import Family, ImageInfo, TextInfo
 from genmodels.registry.store import Registry, Version
 from genmodels.runs.jobs import index_runs
-from genmodels.runs.records import Run
+from genmodels.runs.store import Run
 from genmodels.storage import Storage
 from genmodels.storage.documents import now
 

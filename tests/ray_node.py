@@ -14,7 +14,7 @@ from typing import Any
 
 from services.cluster.ports import free_ports
 from services.cluster.reaper import sweep
-from services.dispatch.backends.base import RayJobsBackend
+from services.dispatch.backends.ray_jobs import RayJobsBackend
 
 READY_SECONDS = 90.0
 HEAD, OTHER = "127.0.0.3", "127.0.0.2"  # Ray would take 127.0.0.1 for this machine's address to the outside

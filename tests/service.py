@@ -12,7 +12,8 @@ from asking import ask
 from genmodels.checkpoint import Metrics
 from genmodels.keys import Keys
 from genmodels.runs.jobs import Jobs
-from genmodels.runs.records import ENDED, Heartbeat, Result, Run, State, Status
+from genmodels.runs.records import ENDED, Heartbeat, Result, State, Status
+from genmodels.runs.store import Run
 from genmodels.storage import Storage, write_document
 from services.jobs.app import create_app
 from services.jobs.views import QUEUE

@@ -32,11 +32,14 @@ from genmodels.data import uploads
 from genmodels.keys import Keys
 from genmodels.registry.store import Registry
 from genmodels.runs.jobs import Jobs
-from genmodels.runs.records import ENDED, Heartbeat, Run, State, Status
-from genmodels.spec.sections import JobSpec, ModelSpec, dump, model_digest
+from genmodels.runs.records import ENDED, Heartbeat, State, Status
+from genmodels.runs.store import Run
+from genmodels.spec.parse import dump, model_digest
+from genmodels.spec.sections import JobSpec, ModelSpec
 from genmodels.storage import open_storage, read_document
 from services.cluster.ports import free_ports
-from services.dispatch.backends.base import RayJobsBackend, submission_id
+from services.dispatch.backends.base import submission_id
+from services.dispatch.backends.ray_jobs import RayJobsBackend
 from services.dispatch.dispatcher import QUEUE
 
 CPUS = 2

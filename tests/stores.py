@@ -12,7 +12,7 @@ from typing import Any
 from genmodels import checkpoint
 from genmodels.checkpoint import Lineage, Manifest, Place
 from genmodels.errors import Conflict, KeyNotFound, StorageUnavailable
-from genmodels.runs.records import Run
+from genmodels.runs.store import Run
 from genmodels.storage import Storage
 
 LINEAGE = Lineage(spec_digest="5", data_digest="d", code_version="c", world_size=1, parent=None)

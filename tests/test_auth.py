@@ -18,7 +18,7 @@ from genmodels import keys as keys_module
 from genmodels.errors import GenmodelsError, RequestError
 from genmodels.keys import Keys
 from genmodels.runs.jobs import Jobs
-from genmodels.spec.sections import parse_spec
+from genmodels.spec.parse import parse_spec
 from genmodels.storage import Storage, open_storage
 from services.gateway.model_host import ModelHost
 from services.gateway.routes import create_app as create_gateway

@@ -17,13 +17,14 @@ from ray_node import RayHead, until
 from tiny import job, make_data, model
 
 from genmodels.runs.jobs import Jobs
-from genmodels.runs.records import Run
+from genmodels.runs.store import Run
 from genmodels.storage import open_storage
 from services.cluster import dashboard
 from services.cluster.dashboard import Dashboard
 from services.dispatch.backends import base
-from services.dispatch.backends.base import RayJobsBackend, SubprocessBackend, submission_id
-from services.dispatch.supervisor import LOST, Capacity, Driver
+from services.dispatch.backends.base import LOST, Capacity, Driver, submission_id
+from services.dispatch.backends.local_process import SubprocessBackend
+from services.dispatch.backends.ray_jobs import RayJobsBackend
 
 
 @pytest.fixture(scope="module")

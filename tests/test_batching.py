@@ -17,11 +17,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from genmodels.data.text import CharTokenizer
-from genmodels.engine.loader import TextModel
-from genmodels.engine.text.batcher import Batcher, Text
+from genmodels.engine.text.batcher import Batcher
 from genmodels.engine.text.choices import Piece, choice_seed
 from genmodels.engine.text.completion import complete
+from genmodels.engine.text.model import TextModel
 from genmodels.engine.text.request import CompletionRequest
+from genmodels.engine.text.sequence import Text
 from genmodels.errors import RequestError
 from genmodels.family import TextInfo
 from genmodels.models.minigpt import MiniGPT, MiniGPTConfig, _Linear

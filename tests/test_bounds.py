@@ -13,8 +13,9 @@ from genmodels import models
 from genmodels.engine.requests import Request, parse_options
 from genmodels.engine.text.completion import CompletionRequest
 from genmodels.errors import RequestError
-from genmodels.family import ImageInfo, Section, TextInfo
+from genmodels.family import ImageInfo, TextInfo
 from genmodels.nn.sampling import SamplingOptions
+from genmodels.schema.base import Section
 from services.gateway import completions
 from services.gateway import routes as gateway_routes
 from services.http.app import Strict

@@ -22,8 +22,8 @@ from genmodels.checkpoint import CONFIG, MANIFEST, WEIGHTS, File, Manifest, Plac
 from genmodels.errors import CheckpointError, KeyNotFound, StorageError
 from genmodels.family import OptimizerConfig
 from genmodels.nn import optim
-from genmodels.runs.records import Run
-from genmodels.spec.sections import dump
+from genmodels.runs.store import Run
+from genmodels.spec.parse import dump
 from genmodels.storage import Storage, open_storage, read_document, write_document
 from genmodels.training import attempt
 from genmodels.training.loop import Group

@@ -25,8 +25,9 @@ from genmodels.registry import pin
 from genmodels.registry.gc import delete_version, gc
 from genmodels.registry.store import Registry, Version
 from genmodels.runs.jobs import Entry, Jobs
-from genmodels.runs.records import Change, Run, State, Status
-from genmodels.spec.sections import dump, parse_spec
+from genmodels.runs.records import Change, State, Status
+from genmodels.runs.store import Run
+from genmodels.spec.parse import dump, parse_spec
 from genmodels.storage import Storage, write_document
 from genmodels.storage import lease as lease_module
 from genmodels.storage.documents import now

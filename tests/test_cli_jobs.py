@@ -30,8 +30,9 @@ from genmodels.keys import Keys
 from genmodels.registry import gc
 from genmodels.registry.store import Registry
 from genmodels.runs.jobs import Jobs
-from genmodels.runs.records import Heartbeat, Result, Run, State, Status
-from genmodels.spec.sections import parse_spec
+from genmodels.runs.records import Heartbeat, Result, State, Status
+from genmodels.runs.store import Run
+from genmodels.spec.parse import parse_spec
 from genmodels.storage import Storage, open_storage, write_document
 from genmodels.storage.documents import now
 from services.cli import main, wait

@@ -30,7 +30,8 @@ from genmodels.registry import pin
 from genmodels.registry.evaluations import record
 from genmodels.registry.store import Registry
 from genmodels.runs.jobs import Jobs, StoredSpec
-from genmodels.runs.records import Heartbeat, Result, Run, State
+from genmodels.runs.records import Heartbeat, Result, State
+from genmodels.runs.store import Run
 from genmodels.storage import Storage, documents, load_document, open_storage
 from genmodels.storage.lease import Lease
 from services.dispatch.dispatcher import Dispatcher

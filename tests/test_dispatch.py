@@ -17,14 +17,15 @@ from tiny import job, make_data, model
 from genmodels.errors import LeaseLost, StorageUnavailable
 from genmodels.runs import records as run_module
 from genmodels.runs.jobs import Jobs
-from genmodels.runs.records import ENDED, Heartbeat, Result, Run, Status
+from genmodels.runs.records import ENDED, Heartbeat, Result, Status
+from genmodels.runs.store import Run
 from genmodels.spec.sections import JobSpec
 from genmodels.storage import Storage
 from genmodels.storage.lease import Lease
 from services.dispatch import dispatcher as dispatch
 from services.dispatch import supervisor
+from services.dispatch.backends.base import LOST, Capacity
 from services.dispatch.dispatcher import QUEUE, Dispatcher
-from services.dispatch.supervisor import LOST, Capacity
 
 
 @pytest.fixture(autouse=True)

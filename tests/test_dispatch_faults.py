@@ -16,14 +16,16 @@ from test_dispatch import Cluster, data, in_no_time, play, spec, state, submit
 
 from genmodels.errors import GenmodelsError, LeaseLost
 from genmodels.runs.jobs import Jobs
-from genmodels.runs.records import Heartbeat, Result, Run
+from genmodels.runs.records import Heartbeat, Result
+from genmodels.runs.store import Run
+from services.dispatch import attempt, supervisor
 from services.dispatch import dispatcher as dispatch
-from services.dispatch import supervisor
-from services.dispatch.backends.base import RayJobsBackend
+from services.dispatch.backends.ray_jobs import RayJobsBackend
 from services.dispatch.dispatcher import QUEUE, Dispatcher
 from services.dispatch.supervisor import carry
 from services.http.auth import Caller
-from services.jobs.routes import CancelBody, JobRoutes, ResumeBody
+from services.jobs.routes import JobRoutes
+from services.jobs.schemas import CancelBody, ResumeBody
 from services.local import platform
 
 __all__ = ["data", "in_no_time"]
@@ -138,7 +140,7 @@ def test_a_restart_remembers_that_an_attempt_is_to_end(
     clock.ticks(first, 3)
     cancel(storage, name, now)
     with pytest.MonkeyPatch.context() as patch:  # it is killed right after it has heard
-        patch.setattr(supervisor._Attempt, "press", lambda *_: None)
+        patch.setattr(attempt._Attempt, "press", lambda *_: None)
         clock.ticks(first, 1)
     clock.ticks(Dispatcher(storage, cluster), 200, epoch=2)
     assert state(storage, name, "a").state == "cancelled"

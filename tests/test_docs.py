@@ -16,7 +16,7 @@ import pytest
 from genmodels import models
 from genmodels.data import DATASETS
 from genmodels.registry.store import Registry
-from genmodels.spec.sections import parse_spec, read_spec
+from genmodels.spec.parse import parse_spec, read_spec
 from genmodels.storage import open_storage
 
 ROOT = Path(__file__).parent.parent

@@ -41,13 +41,16 @@ from genmodels.errors import (
 )
 from genmodels.registry.store import Registry
 from genmodels.runs.control import KILLED
-from genmodels.runs.records import Heartbeat, Result, Run
+from genmodels.runs.records import Heartbeat, Result
+from genmodels.runs.store import Run
 from genmodels.spec.sections import ModelSpec
 from genmodels.storage import open_storage
 from services.local.platform import submit
 from services.train import control
 from services.train.control import DriverWatch
-from services.train.driver import _failure, _publish, _seconds
+from services.train.driver import _seconds
+from services.train.failures import _failure
+from services.train.publish import _publish
 
 ROOT = Path(__file__).parent.parent
 GLOO = RuntimeError(

@@ -14,7 +14,7 @@ from tiny import job, make_data, model
 
 from genmodels.checkpoint import Place
 from genmodels.data import batch_indices, open_dataset
-from genmodels.runs.records import Run
+from genmodels.runs.store import Run
 from genmodels.spec.sections import ModelSpec
 from genmodels.storage import Storage, open_storage
 from genmodels.training.loop import schedule

@@ -22,6 +22,7 @@ from genmodels import models
 from genmodels.data.images import png
 from genmodels.data.text import CharTokenizer
 from genmodels.engine.image import requests
+from genmodels.engine.image.model import ImageModel
 from genmodels.engine.image.requests import (
     DecodeRequest,
     DenoiseRequest,
@@ -30,10 +31,12 @@ from genmodels.engine.image.requests import (
     InterpolateRequest,
     ReconstructRequest,
 )
-from genmodels.engine.loader import ImageModel, Loaded, TextModel, load, load_folder
+from genmodels.engine.loader import load, load_folder
+from genmodels.engine.model import Loaded
 from genmodels.engine.text import completion
 from genmodels.engine.text.choices import Piece, choice_seed
 from genmodels.engine.text.completion import complete
+from genmodels.engine.text.model import TextModel
 from genmodels.engine.text.request import CompletionRequest
 from genmodels.engine.text.stops import StopStrings
 from genmodels.errors import CheckpointError, ModelNotFound, RequestError

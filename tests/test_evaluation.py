@@ -32,16 +32,16 @@ from genmodels.models.autoencoder import Autoencoder, AutoencoderConfig
 from genmodels.models.gan import GAN, GANConfig
 from genmodels.models.vae import VAE, VAEConfig
 from genmodels.registry import evaluations
-from genmodels.registry import store as registry
 from genmodels.registry.evaluate import evaluate, training
+from genmodels.registry.gate import judge
 from genmodels.registry.gc import delete_version
 from genmodels.registry.store import Registry
-from genmodels.runs.records import Run
+from genmodels.runs.store import Run
 from genmodels.spec.sections import Gate, ModelSpec
 from genmodels.storage import Storage, open_storage
 from services.gateway.model_host import ModelHost
 from services.gateway.routes import create_app
-from services.train.driver import _publish
+from services.train.publish import _publish
 
 BENCH = Bench()
 SHAPES = shapes()
@@ -69,7 +69,7 @@ def values(family: Family[Any, Any], data: ImageData = SHAPES) -> dict[str, floa
 
 
 def passed(metric: str, found: dict[str, float], **bound: float) -> bool:
-    result = registry.judge(Gate(metric=metric, **bound), found)
+    result = judge(Gate(metric=metric, **bound), found)
     assert result is not None
     return result.passed
 
@@ -340,7 +340,7 @@ def test_what_its_evaluation_condemns_is_not_published(tiny_spec: ModelSpec) -> 
 
 
 def test_publishing_shows_that_it_gets_on(tiny_spec: ModelSpec, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("services.train.BEAT_SECONDS", 0.0)
+    monkeypatch.setattr("services.train.publish.BEAT_SECONDS", 0.0)
     run = saved(tiny_spec, steps=1)
     _publish(run, tiny_spec, 1)
     heartbeat = run.heartbeat(1)

@@ -12,14 +12,14 @@ from pydantic import BaseModel, Field, ValidationError
 
 from genmodels import models
 from genmodels.engine.image.requests import DecodeRequest
-from genmodels.family import OptimizerConfig, Section
+from genmodels.family import OptimizerConfig
 from genmodels.nn.sampling import SamplingOptions
+from genmodels.schema.base import Section
 from genmodels.schema.explain import explain
 from genmodels.spec.sections import CheckpointConfig, JobSpec, ScalingConfig, TrainConfig
 from services.gateway.completions import CompletionBody
 from services.gateway.routes import VERBS, GenerationBody
-from services.jobs.model_routes import AliasBody, DatasetQuery
-from services.jobs.routes import CancelBody, ListQuery, MetricsQuery
+from services.jobs.schemas import AliasBody, CancelBody, DatasetQuery, ListQuery, MetricsQuery
 
 REQUESTS = [CompletionBody, GenerationBody, *VERBS, AliasBody, CancelBody, DatasetQuery, ListQuery, MetricsQuery]
 FAMILIES = [kind for name in models.names() for kind in (models.load(name).Request, models.load(name).Config)]

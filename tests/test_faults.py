@@ -15,7 +15,7 @@ from ray_node import until
 from stack import CPUS, Stack, parents, tiny_model
 
 from genmodels.checkpoint import Place
-from genmodels.runs.records import Run
+from genmodels.runs.store import Run
 
 pytestmark = pytest.mark.timeout(900)  # on a busy machine each start of a group may take half a minute
 

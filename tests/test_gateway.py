@@ -18,8 +18,7 @@ from genmodels.storage import Storage, open_storage
 from services.gateway.completions import CompletionBody, StreamOptions
 from services.gateway.model_host import ModelHost
 from services.gateway.routes import VERBS, GenerationBody, create_app
-from services.jobs.model_routes import AliasBody
-from services.jobs.routes import CancelBody, ResumeBody
+from services.jobs.schemas import AliasBody, CancelBody, ResumeBody
 
 
 @pytest.fixture(scope="module")

@@ -19,8 +19,8 @@ from genmodels.preflight.check import check_job
 from genmodels.registry import pin
 from genmodels.registry.store import Registry, Version
 from genmodels.runs.jobs import Jobs
-from genmodels.runs.records import Run
-from genmodels.spec.sections import parse_spec
+from genmodels.runs.store import Run
+from genmodels.spec.parse import parse_spec
 from genmodels.storage import Storage
 from genmodels.training.attempt import run_attempt, stored_model
 from genmodels.training.loop import Group

@@ -26,11 +26,12 @@ from genmodels import checkpoint, threads
 from genmodels.engine import model_cache as shelf_module
 from genmodels.errors import CheckpointError, StorageError, StorageUnavailable, UnexpectedFailure, contained
 from genmodels.metrics import THREAD_FAILURES, THREAD_PROGRESS
-from genmodels.registry.store import PROBE, Registry
+from genmodels.registry.probe import PROBE
+from genmodels.registry.store import Registry
 from genmodels.runs import control
 from genmodels.runs.control import WishWatch
 from genmodels.runs.logs import LogShipper
-from genmodels.runs.records import Run
+from genmodels.runs.store import Run
 from genmodels.storage import Storage, read_document, write_document
 from genmodels.storage.lease import Lease
 from genmodels.threads import Rounds

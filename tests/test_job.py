@@ -16,8 +16,9 @@ from stores import FailingStorage, MemoryStorage, PausedStorage, RecordingStorag
 from genmodels.errors import GenmodelsError, IdempotencyConflict, JobNotFound, SpecError, StorageUnavailable
 from genmodels.runs import jobs as job_module
 from genmodels.runs.jobs import EndedEntry, Entry, Jobs, index_runs, newest_run
-from genmodels.runs.records import Run
-from genmodels.spec.sections import JobSpec, digest, dump, parse_spec
+from genmodels.runs.store import Run
+from genmodels.spec.parse import digest, dump, parse_spec
+from genmodels.spec.sections import JobSpec
 from genmodels.storage import Storage
 
 SUBMITTED = "2026-03-01T12:00:00.000+00:00"

@@ -18,7 +18,8 @@ from service import YAML, Service, spec
 from stores import FailingStorage, MemoryStorage, in_threads
 
 from genmodels.keys import Keys
-from genmodels.runs.records import Run, State
+from genmodels.runs.records import State
+from genmodels.runs.store import Run
 from genmodels.storage import Storage
 from services.jobs import routes
 from services.jobs.views import job_state

@@ -35,7 +35,7 @@ from manifests import (
 from ray_node import OTHER, JoinedNode, RayHead, until
 
 import genmodels
-from genmodels.spec.sections import read_spec
+from genmodels.spec.parse import read_spec
 from services.cluster.ray_start import ray_environment
 from services.dispatch.backends.base import submission_id
 from services.gateway import deploy

@@ -21,16 +21,15 @@ from stores import MemoryStorage
 from test_dispatch import data, in_no_time, spec, state, submit, wish
 
 from genmodels.errors import GenmodelsError
-from genmodels.runs.records import Run
+from genmodels.runs.store import Run
 from genmodels.spec.sections import JobSpec
 from genmodels.storage import Storage, open_storage
 from services.dispatch import supervisor
 from services.dispatch.backends import kube_api, kuberay
-from services.dispatch.backends.base import submission_id
+from services.dispatch.backends.base import LOST, PREEMPTED, Capacity, submission_id
 from services.dispatch.backends.kuberay import KubeRayBackend
 from services.dispatch.backends.rayjob import KubeOptions, Template, label
 from services.dispatch.dispatcher import Dispatcher
-from services.dispatch.supervisor import LOST, PREEMPTED, Capacity
 from services.jobs import app as jobs_service
 
 __all__ = ["data", "in_no_time"]

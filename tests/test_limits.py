@@ -21,7 +21,7 @@ from asking import ask, refused
 from published import publish
 from served import served
 
-from genmodels.engine.loader import TextModel
+from genmodels.engine.text.model import TextModel
 from genmodels.errors import RequestError
 from genmodels.keys import Key, Keys
 from genmodels.storage import Storage, open_storage

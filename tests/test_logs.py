@@ -21,7 +21,7 @@ from genmodels.errors import StorageError, StorageUnavailable
 from genmodels.runs import logs
 from genmodels.runs.control import KILLED
 from genmodels.runs.logs import Spool
-from genmodels.runs.records import Run
+from genmodels.runs.store import Run
 from genmodels.storage import Storage
 from services.local.platform import submit
 

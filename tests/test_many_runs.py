@@ -14,10 +14,10 @@ from service import Service, spec
 from stores import Wrapped
 
 from genmodels.runs.jobs import Jobs
-from genmodels.spec.sections import parse_spec
+from genmodels.spec.parse import parse_spec
 from genmodels.storage import Storage
+from services.dispatch.backends.base import Capacity
 from services.dispatch.dispatcher import ADOPTED_AT_ONCE, Dispatcher
-from services.dispatch.supervisor import Capacity
 from services.jobs import metrics as jobmetrics
 from services.jobs.metrics import JobMetrics
 from services.jobs.views import Views

@@ -17,13 +17,13 @@ from genmodels.evals.text import longest_shared, ngram_losses, repetition
 from genmodels.family import OptimizerConfig, TextInfo
 from genmodels.models.minigpt import MiniGPT, MiniGPTConfig
 from genmodels.registry.store import Registry
-from genmodels.runs.records import Run
-from genmodels.spec.sections import read_spec
+from genmodels.runs.store import Run
+from genmodels.spec.parse import read_spec
 from genmodels.storage import open_storage
 from genmodels.training.attempt import run_attempt
 from genmodels.training.loop import Group, evaluate
 from services.local.platform import submit
-from services.train.driver import _publish
+from services.train.publish import _publish
 
 ROOT = Path(__file__).parent.parent
 

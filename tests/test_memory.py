@@ -27,8 +27,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from genmodels import models
 from genmodels.data.text import CharTokenizer
 from genmodels.engine import model_cache as shelf_module
-from genmodels.engine.loader import TextModel, load
+from genmodels.engine.loader import load
 from genmodels.engine.text.completion import CompletionRequest, complete
+from genmodels.engine.text.model import TextModel
 from genmodels.errors import SpecError
 from genmodels.family import Family, ImageInfo, OptimizerConfig, TextInfo
 from genmodels.models.minigpt import MiniGPT, MiniGPTConfig, MiniGPTDecoder

@@ -23,11 +23,12 @@ from genmodels.errors import Conflict, KeyNotFound, StorageError, StorageUnavail
 from genmodels.family import TextFamily
 from genmodels.registry.store import Registry
 from genmodels.runs.jobs import Jobs
-from genmodels.runs.records import Run, Status
+from genmodels.runs.records import Status
+from genmodels.runs.store import Run
 from genmodels.spec.sections import TrainConfig
 from genmodels.storage import Storage, instrumented
-from genmodels.storage.base import PassingFailure
 from genmodels.storage.instrumented import MeasuredStorage
+from genmodels.storage.retry import PassingFailure
 from genmodels.training import flops
 from genmodels.training.attempt import run_attempt
 from genmodels.training.loop import Group

@@ -15,7 +15,8 @@ from genmodels.family import ImageInfo, OptimizerConfig, TextInfo
 from genmodels.models.minigpt import MiniGPT, MiniGPTConfig, rotate, rotations
 from genmodels.nn.optim import make_optimizers
 from genmodels.nn.sampling import SamplingOptions
-from genmodels.spec.sections import ModelSpec, read_spec
+from genmodels.spec.parse import read_spec
+from genmodels.spec.sections import ModelSpec
 
 VOCAB = 11
 PLAIN: dict[str, Any] = {

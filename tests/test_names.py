@@ -17,8 +17,8 @@ from service import YAML, Service, spec
 
 from genmodels.keys import Keys
 from genmodels.storage import Storage, open_storage
+from services.dispatch.backends.base import Capacity
 from services.dispatch.scheduler import Queued, Running, plan
-from services.dispatch.supervisor import Capacity
 from services.gateway.model_host import ModelHost
 from services.gateway.routes import create_app as create_gateway
 from services.jobs.app import create_app as create_job_app

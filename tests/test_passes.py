@@ -19,6 +19,7 @@ from published import loaded
 
 from genmodels.engine.image import requests as images
 from genmodels.engine.image.batcher import CHUNK, Passes
+from genmodels.engine.image.model import ImageModel
 from genmodels.engine.image.requests import (
     DecodeRequest,
     EncodeRequest,
@@ -27,7 +28,6 @@ from genmodels.engine.image.requests import (
     InterpolateRequest,
     ReconstructRequest,
 )
-from genmodels.engine.loader import ImageModel
 from genmodels.errors import RequestError
 
 

@@ -23,7 +23,7 @@ from genmodels.data.files import find_pictures, shown, skipped_note
 from genmodels.data.images import REQUEST_FORMATS, read_folder
 from genmodels.errors import DataError, RequestError, SpecError
 from genmodels.family import ImageInfo
-from genmodels.spec.sections import read_spec
+from genmodels.spec.parse import read_spec
 
 MODES = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "LAB", "HSV")
 DEEP_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N", "F")

@@ -28,7 +28,7 @@ from genmodels.family import Findings, Measure
 from genmodels.keys import Keys
 from genmodels.registry import evaluations
 from genmodels.registry.store import Registry
-from genmodels.runs.records import Run
+from genmodels.runs.store import Run
 from genmodels.runs.thinning import thinned
 from genmodels.storage import Storage, open_storage
 from services.gateway.model_host import ModelHost

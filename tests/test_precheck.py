@@ -25,7 +25,8 @@ from genmodels.preflight import check
 from genmodels.preflight.check import Facts, check_job
 from genmodels.registry.evaluations import Evaluation
 from genmodels.runs.records import Result, Status
-from genmodels.spec.sections import JobSpec, ModelSpec, parse_spec
+from genmodels.spec.parse import parse_spec
+from genmodels.spec.sections import JobSpec, ModelSpec
 from genmodels.storage import Storage
 from services.console.progress import digits, of_few, summary
 from services.console.tables import measures_table

@@ -21,8 +21,8 @@ from tiny import make_data, model
 
 from genmodels.checkpoint import Place
 from genmodels.registry.store import Registry
-from genmodels.runs.records import Run
-from genmodels.spec.sections import job_id, read_spec
+from genmodels.runs.store import Run
+from genmodels.spec.parse import job_id, read_spec
 from genmodels.storage import open_storage
 from services.cluster.environment import python
 from services.local.platform import submit

@@ -24,7 +24,7 @@ from genmodels.checkpoint import MANIFEST, Place, Snapshot
 from genmodels.errors import StorageError, Superseded, TrainingDiverged
 from genmodels.registry.pin import resolve
 from genmodels.runs import records as run_module
-from genmodels.runs.records import Run
+from genmodels.runs.store import Run
 from genmodels.spec.sections import ModelSpec
 from genmodels.storage import Storage
 from genmodels.training import recorder

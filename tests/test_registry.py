@@ -19,8 +19,11 @@ from genmodels.checkpoint import Manifest, Place
 from genmodels.errors import CheckpointError, ModelNotFound, SpecError
 from genmodels.family import Family
 from genmodels.registry import store as registry
-from genmodels.registry.store import Alias, Registry, Version, best, check_alias, judge, verify_probe, write_probe
-from genmodels.runs.records import GateResult, Run
+from genmodels.registry.gate import best, judge
+from genmodels.registry.probe import verify_probe, write_probe
+from genmodels.registry.store import Alias, Registry, Version, check_alias
+from genmodels.runs.records import GateResult
+from genmodels.runs.store import Run
 from genmodels.spec.sections import Gate
 from genmodels.storage import Storage, read_document, write_document
 

@@ -28,8 +28,10 @@ from genmodels.registry import evaluations, pin
 from genmodels.registry.removal import dataset_contents, delete_dataset, delete_model, model_contents
 from genmodels.registry.store import Registry, Version
 from genmodels.runs.jobs import Jobs, index_runs
-from genmodels.runs.records import Change, Run, State, Status
-from genmodels.spec.sections import JobSpec, dump, parse_spec
+from genmodels.runs.records import Change, State, Status
+from genmodels.runs.store import Run
+from genmodels.spec.parse import dump, parse_spec
+from genmodels.spec.sections import JobSpec
 from genmodels.storage import Storage, lease, write_document
 from genmodels.storage.documents import now
 from genmodels.threads import Rounds

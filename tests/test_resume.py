@@ -14,7 +14,7 @@ from tiny import job, make_data, model
 
 from genmodels import checkpoint, models
 from genmodels.checkpoint import Place
-from genmodels.runs.records import Run
+from genmodels.runs.store import Run
 from genmodels.storage import open_storage
 from services.local.platform import submit
 

@@ -15,7 +15,7 @@ from service import Service
 from genmodels import keys as keys_module
 from genmodels.errors import RequestError, StorageUnavailable
 from genmodels.keys import Key, Keys
-from genmodels.runs.records import Run
+from genmodels.runs.store import Run
 from genmodels.storage import Storage
 from services.gateway.model_host import ModelHost
 from services.gateway.routes import create_app

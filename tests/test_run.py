@@ -13,8 +13,10 @@ from stores import FailingStorage, MemoryStorage, Wrapped, in_threads, save
 from genmodels.checkpoint import MANIFEST, Place
 from genmodels.errors import CheckpointError, Conflict, StorageUnavailable, Superseded
 from genmodels.runs import records as run_module
-from genmodels.runs.records import GateResult, Heartbeat, Link, Result, Run, Start, Status, patiently
+from genmodels.runs.records import GateResult, Heartbeat, Link, Result, Start, Status
+from genmodels.runs.store import Run
 from genmodels.storage import Storage, write_document
+from genmodels.storage.retry import patiently
 
 
 def rows(run: Run, attempt: int, first: int, last: int) -> None:

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from services.dispatch.backends.base import Capacity
 from services.dispatch.scheduler import MOST_PASSED, Plan, Queued, Running, plan
-from services.dispatch.supervisor import Capacity
 
 
 def waits(key: str, sizes: int | Sequence[int] = 1, priority: int = 0, at: str = "0", **more: Any) -> Queued:

@@ -18,12 +18,13 @@ from tiny import job, make_data, model
 
 from genmodels.data import TextData
 from genmodels.data.text import CharTokenizer
-from genmodels.runs.records import Run, Status
+from genmodels.runs.records import Status
+from genmodels.runs.store import Run
 from genmodels.storage import Storage
 from genmodels.storage.documents import now
 from services.console.curl import curl
 from services.console.tables import jobs_table
-from services.jobs.views import JobView, RunView
+from services.jobs.schemas import JobView, RunView
 from services.local.platform import submit
 from services.local.samples import PROMPT, Showcase, opening
 from services.local.under_way import UnderWay

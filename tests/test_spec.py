@@ -18,8 +18,10 @@ from hypothesis import strategies as st
 from genmodels import models
 from genmodels.errors import SpecError
 from genmodels.schema import yaml as spec_yaml
-from genmodels.spec import sections
-from genmodels.spec.sections import JobSpec, parse_spec
+from genmodels.spec import json_schema, sections
+from genmodels.spec import parse as parse_module
+from genmodels.spec.parse import parse_spec
+from genmodels.spec.sections import JobSpec
 
 
 class Dumper(yaml.SafeDumper):
@@ -505,7 +507,7 @@ def test_a_name_that_reads_as_a_number_must_be_quoted() -> None:
         == "name: got 0.0001, expected text; put it in quotes"
     )
     job = parse(good(name="1e-4", models__0__name="0o17"))
-    assert sections.load_stored(sections.dump(job)) == job
+    assert parse_module.load_stored(parse_module.dump(job)) == job
 
 
 def test_all_problems_are_told_at_once_with_their_lines_and_the_families_own_after_them() -> None:
@@ -557,7 +559,7 @@ def test_of_very_many_problems_the_first_are_told_quickly() -> None:
 def test_an_elastic_run_names_the_sizes_it_may_have() -> None:
     def sizes(**changes: Any) -> list[int]:
         job = parse(good(**changes))
-        assert sections.load_stored(sections.dump(job)) == job
+        assert parse_module.load_stored(parse_module.dump(job)) == job
         return job.models[0].world_sizes
 
     assert sizes() == [2]
@@ -581,7 +583,7 @@ def test_an_added_dataset_is_known_where_the_storage_is() -> None:
     data = json.dumps(tree).encode()
     job = parse_spec(data, "job.yaml", datasets={"mine": "image", "plays": "text"})
     assert [model.data.is_added for model in job.models] == [True, True]
-    assert sections.load_stored(sections.dump(job)) == job
+    assert parse_module.load_stored(parse_module.dump(job)) == job
     with pytest.raises(
         SpecError, match=r"got 'mine', a dataset of texts, but stub_image learns .*; write one of .*plays"
     ):
@@ -589,7 +591,7 @@ def test_an_added_dataset_is_known_where_the_storage_is() -> None:
     with pytest.raises(SpecError, match=r"unknown dataset 'plais', did you mean plays\?"):
         parse_spec(data.replace(b"plays", b"plais"), "job.yaml", datasets={"mine": "image", "plays": "text"})
     with pytest.raises(SpecError, match="dataset"):
-        sections.load_stored(written(good(models__0__data={"dataset": "../mine"})))
+        parse_module.load_stored(written(good(models__0__data={"dataset": "../mine"})))
 
 
 def test_what_comes_over_the_network_names_no_files(tmp_path: Path) -> None:
@@ -608,7 +610,7 @@ def test_what_comes_over_the_network_names_no_files(tmp_path: Path) -> None:
 def test_training_starts_from_any_version_or_checkpoint(name: str) -> None:
     job = parse(good(models__0__train={"init_from": name}))
     assert job.models[0].train.init_from == name
-    assert sections.load_stored(sections.dump(job)) == job
+    assert parse_module.load_stored(parse_module.dump(job)) == job
 
 
 @pytest.mark.parametrize(
@@ -624,13 +626,13 @@ def test_a_wrong_start_is_refused(name: str) -> None:
 def test_dump_and_both_readers_round_trip() -> None:
     job = parse(GOOD)
     for back in (
-        sections.load_stored(sections.dump(job)),
-        parse_spec(sections.dump(job), "x"),
+        parse_module.load_stored(parse_module.dump(job)),
+        parse_spec(parse_module.dump(job), "x"),
         JobSpec.model_validate(job.model_dump()),
     ):
         assert back == job
         assert back.models[0].family == "stub_image"
-    assert sections.dump(sections.load_stored(sections.dump(job))) == sections.dump(job)
+    assert parse_module.dump(parse_module.load_stored(parse_module.dump(job))) == parse_module.dump(job)
 
 
 def test_stored_specs_may_hold_keys_of_a_newer_release_at_any_depth() -> None:
@@ -642,44 +644,44 @@ def test_stored_specs_may_hold_keys_of_a_newer_release_at_any_depth() -> None:
         models__0__train__new=1,
         models__0__serve__gate__new=1,
     )
-    assert sections.load_stored(written(tree)) == parse(GOOD)
+    assert parse_module.load_stored(written(tree)) == parse(GOOD)
     assert len(problems(tree)) == 4  # the outline; what is the family's own is seen after it
 
 
 def test_stored_specs_are_not_judged_again_across_sections() -> None:
     tree = good(models__0__train__batch_size=127, models__0__serve__gate__metric="gone")
-    assert sections.load_stored(written(tree)).models[0].train.batch_size == 127
+    assert parse_module.load_stored(written(tree)).models[0].train.batch_size == 127
     with pytest.raises(SpecError, match="stored spec:1: models: missing"):
-        sections.load_stored(b"name: x")
+        parse_module.load_stored(b"name: x")
 
 
 def test_the_largest_spec_a_person_can_write_is_read_back() -> None:
     model = {"model": {"family": "stub_image"}, "data": {"path": "/" + "x" * 200 + "/" + "x" * 200}}
     job = parse({"name": "many", "models": [{"name": f"m{i}", **model} for i in range(100)]})
-    assert len(sections.dump(job)) > spec_yaml.MAX_BYTES
-    assert sections.load_stored(sections.dump(job)) == job
+    assert len(parse_module.dump(job)) > spec_yaml.MAX_BYTES
+    assert parse_module.load_stored(parse_module.dump(job)) == job
     assert "got 101 entries, expected at most 100" in problems(good(models=[{}] * 101))[-1]
 
 
 def test_digest_is_of_the_meaning() -> None:
     job = parse(GOOD)
     backwards = json.loads(json.dumps(GOOD), object_pairs_hook=lambda pairs: dict(reversed(pairs)))
-    assert sections.digest(parse(backwards)) == sections.digest(job)
-    assert sections.digest(parse(good(models__1__scaling={"num_workers": 1}))) == sections.digest(
+    assert parse_module.digest(parse(backwards)) == parse_module.digest(job)
+    assert parse_module.digest(parse(good(models__1__scaling={"num_workers": 1}))) == parse_module.digest(
         job
     )  # the default, written out
-    assert sections.digest(parse(good(models__0__train__learning_rate=2e-3))) != sections.digest(job)
-    assert sections.digest(
+    assert parse_module.digest(parse(good(models__0__train__learning_rate=2e-3))) != parse_module.digest(job)
+    assert parse_module.digest(
         parse(good(models__1__model__family="stub_image", models__1__data__dataset="mnist"))
-    ) != sections.digest(job)
-    assert re.fullmatch("[0-9a-f]{64}", sections.digest(job))
-    assert sections.job_id(job) == f"shapes-{sections.digest(job)[:8]}"
+    ) != parse_module.digest(job)
+    assert re.fullmatch("[0-9a-f]{64}", parse_module.digest(job))
+    assert parse_module.job_id(job) == f"shapes-{parse_module.digest(job)[:8]}"
 
 
 def test_model_digest_depends_on_that_model_alone() -> None:
     job, other = parse(GOOD), parse(good(name="other", models__1__train={"seed": 1}))
-    assert sections.model_digest(job.models[0]) == sections.model_digest(other.models[0])
-    assert sections.model_digest(job.models[1]) != sections.model_digest(other.models[1])
+    assert parse_module.model_digest(job.models[0]) == parse_module.model_digest(other.models[0])
+    assert parse_module.model_digest(job.models[1]) != parse_module.model_digest(other.models[1])
 
 
 # the schema
@@ -687,7 +689,7 @@ def test_model_digest_depends_on_that_model_alone() -> None:
 
 def test_schema_accepts_good_specs_and_refuses_wrong_ones() -> None:
     jsonschema = pytest.importorskip("jsonschema")
-    schema = sections.json_schema()
+    schema = json_schema.json_schema()
     jsonschema.Draft202012Validator.check_schema(schema)
     validator = jsonschema.Draft202012Validator(schema)
     assert validator.is_valid(GOOD)
@@ -711,7 +713,7 @@ def test_schema_accepts_good_specs_and_refuses_wrong_ones() -> None:
 
 
 def test_every_field_of_the_schema_is_described() -> None:
-    definitions = sections.json_schema()["$defs"]
+    definitions = json_schema.json_schema()["$defs"]
     for name in ("ModelSpec", "TrainConfig", "ScalingConfig", "WorkerRange", "CheckpointConfig", "ServeConfig", "Gate"):
         bare = [
             key
@@ -793,7 +795,7 @@ def test_a_random_value_anywhere_is_taken_or_refused_in_words(place: str, value:
     except SpecError as error:
         assert_plain(error)
     else:
-        assert sections.load_stored(sections.dump(job)) == job
+        assert parse_module.load_stored(parse_module.dump(job)) == job
 
 
 @settings(max_examples=100, deadline=None)

@@ -26,13 +26,13 @@ from tiny import job, make_data, model
 
 from genmodels.errors import Conflict, KeyNotFound, StorageError, StorageUnavailable
 from genmodels.keys import Keys
-from genmodels.runs.records import Run
+from genmodels.runs.store import Run
 from genmodels.storage import Storage, begin_writing, open_storage
 from genmodels.storage.base import Refused
 from genmodels.storage.instrumented import MeasuredStorage
 from genmodels.storage.lease import Lease
 from services.dispatch import supervisor
-from services.dispatch.backends.base import SubprocessBackend
+from services.dispatch.backends.local_process import SubprocessBackend
 from services.dispatch.dispatcher import Dispatcher
 from services.dispatch.supervisor import carry
 from services.local.platform import submit as submit_here

@@ -13,7 +13,8 @@ from genmodels.checkpoint import Place
 from genmodels.errors import GenmodelsError, StorageUnavailable
 from genmodels.metrics import ATTEMPTS
 from genmodels.runs import records as run_module
-from genmodels.runs.records import GateResult, Heartbeat, Result, Run, Status
+from genmodels.runs.records import GateResult, Heartbeat, Result, Status
+from genmodels.runs.store import Run
 from genmodels.storage import Storage
 from services.dispatch import supervisor as supervise
 from services.dispatch.supervisor import Supervisor

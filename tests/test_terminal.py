@@ -14,7 +14,7 @@ from genmodels.runs.records import Heartbeat, Status
 from services.console import progress
 from services.console.progress import Board, Shown, TrainingView
 from services.console.tables import note
-from services.jobs.views import RunView
+from services.jobs.schemas import RunView
 
 TRAINING = Shown(
     "m", "running", "training", step=50, max_steps=100, loss=1.5, seconds_left=11.0, note="the workers train"

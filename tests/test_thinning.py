@@ -14,7 +14,7 @@ from published import publish
 from service import Service
 
 from genmodels.checkpoint import Place
-from genmodels.runs.records import Run
+from genmodels.runs.store import Run
 from genmodels.runs.thinning import thinned_rows
 from genmodels.storage import Storage
 from services.gateway.model_host import ModelHost

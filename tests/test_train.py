@@ -18,7 +18,8 @@ from genmodels.checkpoint import Place, load_family
 from genmodels.data import open_dataset
 from genmodels.errors import DataError, SpecError, TrainingDiverged
 from genmodels.family import ImageFamily
-from genmodels.runs.records import Phase, Run
+from genmodels.runs.records import Phase
+from genmodels.runs.store import Run
 from genmodels.spec.sections import TrainConfig
 from genmodels.storage import Storage, open_storage
 from genmodels.training import loop

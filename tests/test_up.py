@@ -18,7 +18,7 @@ from tiny import job, make_data, model
 
 from genmodels.errors import GenmodelsError
 from genmodels.runs.jobs import Jobs
-from genmodels.runs.records import Run
+from genmodels.runs.store import Run
 from genmodels.storage import Storage, open_storage
 from services.cluster.ports import free_ports
 from services.local.up import Options, up

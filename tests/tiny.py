@@ -10,7 +10,8 @@ import yaml
 from PIL import Image
 
 from genmodels import models
-from genmodels.spec.sections import JobSpec, parse_spec
+from genmodels.spec.parse import parse_spec
+from genmodels.spec.sections import JobSpec
 
 SETTINGS: dict[str, dict[str, Any]] = {
     "autoencoder": {"latent_dim": 4, "noise_std": 0.2, "density_components": 2},

@@ -22,7 +22,7 @@ from genmodels.data.sources import DATASETS, read
 from genmodels.data.text import CharTokenizer, TextData, Tokenizer, load_tokenizer, read_text
 from genmodels.data.uploads import IMAGE_SIZE, LEAST_SIZE, MOST_SIZE
 from genmodels.errors import DataError
-from genmodels.family import Section
+from genmodels.schema.base import Section
 from genmodels.storage import Storage
 
 __all__ = [

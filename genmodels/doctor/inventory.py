@@ -19,8 +19,9 @@ from genmodels.registry.evaluations import EVALUATED, Evaluation
 from genmodels.registry.pin import Pin
 from genmodels.registry.store import Alias, Registry, Version
 from genmodels.runs.jobs import ENDED_NAME, JOB_ID, EndedEntry, Entry, Index, Jobs, Queue, StoredSpec, Submission
-from genmodels.runs.records import PART, Heartbeat, Result, Start, Status, Wish
-from genmodels.spec.sections import LABEL
+from genmodels.runs.records import Heartbeat, Result, Start, Status, Wish
+from genmodels.runs.store import PART
+from genmodels.spec.names import LABEL
 from genmodels.storage import Document, Storage, load_document
 from genmodels.storage.lease import LeaseDocument
 

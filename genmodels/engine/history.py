@@ -10,7 +10,7 @@ from typing import Any
 
 from genmodels.errors import CheckpointError, KeyNotFound, RequestError
 from genmodels.registry.references import Found
-from genmodels.runs.records import Run
+from genmodels.runs.store import Run
 from genmodels.runs.thinning import thinned, thinned_rows
 from genmodels.storage import Storage, decode_floats
 

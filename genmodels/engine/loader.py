@@ -2,92 +2,22 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 from genmodels import checkpoint
-from genmodels.data.text import Tokenizer, load_tokenizer
-from genmodels.engine.image.batcher import Passes
-from genmodels.engine.metrics import ImageMeter, TextMeter
-from genmodels.engine.requests import Request, parse_options
-from genmodels.engine.text.batcher import Batcher
-from genmodels.errors import CheckpointError, DataError, ModelNotFound
-from genmodels.family import Family, ImageFamily, TextFamily
-from genmodels.metrics import Labels, version_labels
+from genmodels.data.text import load_tokenizer
+from genmodels.engine.image.model import ImageModel
+from genmodels.engine.model import Loaded
+from genmodels.engine.text.model import TextModel
+from genmodels.errors import CheckpointError, DataError
+from genmodels.family import ImageFamily, TextFamily
+from genmodels.registry.probe import finite_probe, verify_probe
 from genmodels.registry.references import Found
-from genmodels.registry.store import finite_probe, verify_probe
 from genmodels.sizing.memory import Footprint
 from genmodels.storage import Storage
 
 TOKENIZER = "tokenizer.json"
 MAX_CONFIG = 2**20  # bytes
-
-
-@dataclass(frozen=True)
-class Loaded:
-    """A model that can answer; `name` is that of its version, as in `shapes@3`."""
-
-    name: str
-    family: Family[Any, Any]
-
-    def options(self, verb: str, request: Request) -> Any:
-        """The family's own part of a request.
-
-        Raises:
-            ModelNotFound: the model does not answer this verb; the message says which it does.
-            RequestError: an option is unknown or wrong.
-        """
-        self.check_verb(verb)
-        return parse_options(self.family.Request, request)
-
-    def check_verb(self, verb: str) -> None:
-        """Raise ModelNotFound where the model does not answer this verb; the message says which it does."""
-        verbs = self.family.verbs
-        if verb not in verbs:
-            family, answered = self.family.family_name(), ", ".join(sorted(verbs))
-            raise ModelNotFound(
-                f"{self.name} ({family}) has no {verb!r}; it answers: {answered}", code="verb_not_supported"
-            )
-
-    @property
-    def labels(self) -> Labels:
-        """Of what is counted of it."""
-        return version_labels(self.name, self.family.family_name())
-
-    def meter(self) -> None:
-        """Count from now on; until then it was only tried."""
-
-    def close(self) -> None:
-        """Take no more requests; what is under way goes on to its end."""
-
-
-@dataclass(frozen=True)
-class ImageModel(Loaded):
-    family: ImageFamily[Any, Any]
-
-    passes: Passes = field(default_factory=Passes)  # what its requests share
-
-    def meter(self) -> None:
-        self.passes.meter = ImageMeter(self.labels)
-
-
-@dataclass(frozen=True)
-class TextModel(Loaded):
-    family: TextFamily[Any, Any]
-    tokenizer: Tokenizer
-
-    @cached_property
-    def batcher(self) -> Batcher:
-        """What its texts share; made when the first comes."""
-        return Batcher(self.family)
-
-    def meter(self) -> None:
-        self.batcher.meter = TextMeter(self.labels, self.batcher.slots)
-
-    def close(self) -> None:
-        self.batcher.close()
 
 
 def footprint(storage: Storage, found: Found) -> Footprint:

@@ -25,7 +25,7 @@ from genmodels.metrics import (
 )
 
 if TYPE_CHECKING:
-    from genmodels.engine.text.batcher import Text
+    from genmodels.engine.text.sequence import Text
 
 
 class TextMeter:

@@ -11,7 +11,8 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
 
-from genmodels.engine.loader import Loaded, footprint, load
+from genmodels.engine.loader import footprint, load
+from genmodels.engine.model import Loaded
 from genmodels.engine.warmup import warm
 from genmodels.errors import CheckpointError, GenmodelsError, RequestError, UnexpectedFailure, contained
 from genmodels.metrics import LOAD_SECONDS, LOADED_BYTES

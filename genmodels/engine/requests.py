@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, TypeAda
 from pydantic_core import CoreSchema, core_schema
 
 from genmodels.errors import RequestError
-from genmodels.family import Section
+from genmodels.schema.base import Section
 from genmodels.schema.explain import Problem, all_wrong, explain, nearest, path_of
 
 MAX_N = 64  # choices, images, latents or steps in one request

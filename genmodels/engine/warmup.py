@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import time
 
+from genmodels.engine.image.model import ImageModel
 from genmodels.engine.image.requests import DecodeRequest, GenerateRequest, answer
-from genmodels.engine.loader import ImageModel, Loaded, TextModel
+from genmodels.engine.model import Loaded
 from genmodels.engine.text.completion import complete
+from genmodels.engine.text.model import TextModel
 from genmodels.engine.text.request import CompletionRequest
 from genmodels.errors import CheckpointError, RequestError
 

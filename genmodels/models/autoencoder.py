@@ -24,18 +24,7 @@ from torch import Tensor, nn
 from genmodels.errors import RequestError
 from genmodels.evals.filters import best_filter, noisy
 from genmodels.evals.images import components, mean_psnr, mean_ssim, pictures, spread
-from genmodels.family import (
-    Findings,
-    ImageFamily,
-    ImageInfo,
-    Material,
-    Measure,
-    Note,
-    OptimizerConfig,
-    Role,
-    Section,
-    TextInfo,
-)
+from genmodels.family import Findings, ImageFamily, ImageInfo, Material, Measure, Note, OptimizerConfig, Role, TextInfo
 from genmodels.nn.latents import FittedDensity, GaussianMixture, first_rows, image_normal, way
 from genmodels.nn.networks import (
     ImageDecoder,
@@ -49,6 +38,7 @@ from genmodels.nn.networks import (
     ssim,
 )
 from genmodels.nn.optim import make_optimizers
+from genmodels.schema.base import Section
 from genmodels.sizing.memory import Footprint, network_bytes
 
 if TYPE_CHECKING:

@@ -27,10 +27,11 @@ from torch.func import functional_call
 from genmodels.errors import RequestError, SpecError
 from genmodels.evals import generative
 from genmodels.evals.distances import frechet_distance, moments
-from genmodels.family import Findings, ImageFamily, ImageInfo, Material, OptimizerConfig, Role, Section, TextInfo
+from genmodels.family import Findings, ImageFamily, ImageInfo, Material, OptimizerConfig, Role, TextInfo
 from genmodels.nn.latents import row_generators, standard_normal, way
 from genmodels.nn.networks import check_shape, image_sizes, inference, pass_bytes, placed
 from genmodels.nn.optim import make_optimizers
+from genmodels.schema.base import Section
 from genmodels.sizing.memory import Footprint, network_bytes
 
 if TYPE_CHECKING:

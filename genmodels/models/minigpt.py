@@ -24,20 +24,11 @@ from torch import Tensor, nn
 
 from genmodels.errors import RequestError, SpecError
 from genmodels.evals.text import EVALUATION_NAMES, IGNORED, evaluate_text
-from genmodels.family import (
-    Findings,
-    ImageInfo,
-    Material,
-    OptimizerConfig,
-    Role,
-    Section,
-    TextFamily,
-    TextInfo,
-    keep_half,
-)
+from genmodels.family import Findings, ImageInfo, Material, OptimizerConfig, Role, TextFamily, TextInfo, keep_half
 from genmodels.nn.networks import inference
 from genmodels.nn.optim import make_optimizers
 from genmodels.nn.sampling import Sampler, SamplingOptions, choose
+from genmodels.schema.base import Section
 from genmodels.sizing.memory import FLOAT, SERVED_ROWS, Footprint, network_bytes
 
 if TYPE_CHECKING:

@@ -19,21 +19,11 @@ from torch import Tensor, nn
 
 from genmodels.errors import RequestError
 from genmodels.evals.images import components, mean_psnr, mean_ssim, pictures, spread
-from genmodels.family import (
-    Findings,
-    ImageFamily,
-    ImageInfo,
-    Material,
-    Measure,
-    Note,
-    OptimizerConfig,
-    Role,
-    Section,
-    TextInfo,
-)
+from genmodels.family import Findings, ImageFamily, ImageInfo, Material, Measure, Note, OptimizerConfig, Role, TextInfo
 from genmodels.nn.latents import MAX_FIT, FittedDensity, GaussianMixture, first_rows, image_normal, standard_normal, way
 from genmodels.nn.networks import ImageDecoder, ImageEncoder, Norm, check_shape, inference, pass_bytes, placed, psnr
 from genmodels.nn.optim import make_optimizers
+from genmodels.schema.base import Section
 from genmodels.sizing.memory import Footprint, network_bytes
 
 if TYPE_CHECKING:

@@ -19,7 +19,7 @@ from pydantic import Field, field_validator
 from torch import Tensor
 
 from genmodels.errors import RequestError
-from genmodels.family import Section
+from genmodels.schema.base import Section
 from genmodels.schema.explain import show, wrong
 
 TokenId = Annotated[int, Field(ge=0)]

@@ -10,7 +10,8 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
-from genmodels.family import Family, ImageInfo, OptimizerConfig, Section, TextInfo
+from genmodels.family import Family, ImageInfo, OptimizerConfig, TextInfo
+from genmodels.schema.base import Section
 
 KEPT = 1024  # counts of shallow models
 

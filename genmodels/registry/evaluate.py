@@ -15,7 +15,7 @@ from genmodels.data import open_dataset
 from genmodels.errors import DataError
 from genmodels.family import Family, Findings, Material, Note, TextFamily
 from genmodels.registry import evaluations, init_from
-from genmodels.runs.records import Run
+from genmodels.runs.store import Run
 from genmodels.spec.sections import ModelSpec
 
 VALIDATION_EXAMPLES = "validation_examples"  # pictures or characters, on which it depends how exact the figures are

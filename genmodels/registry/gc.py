@@ -29,11 +29,13 @@ from genmodels.errors import (
     StorageError,
 )
 from genmodels.registry import pin
-from genmodels.registry import store as registry
+from genmodels.registry.gate import best
 from genmodels.registry.store import Registry, Version
 from genmodels.runs.jobs import JOB_ID, Jobs
-from genmodels.runs.records import ENDED, Run
-from genmodels.spec.sections import LABEL, Gate
+from genmodels.runs.records import ENDED
+from genmodels.runs.store import Run
+from genmodels.spec.names import LABEL
+from genmodels.spec.sections import Gate
 from genmodels.storage import Storage
 from genmodels.storage.lease import Lease
 
@@ -258,7 +260,7 @@ def _unneeded(run: Run, gate: Gate | None, named: set[Place]) -> list[Item]:
     newest = 1 if run.status()[0].state == "succeeded" else 2  # who is resumed may find the newest damaged
     keep = named | {place for place, _ in readable[-newest:]} | set(pin.marked(run))
     if readable:
-        keep.add(registry.best(gate, readable)[0])
+        keep.add(best(gate, readable)[0])
     keep |= set(chain) - {place for place, _ in readable}  # damaged, or away for a moment: not for us to judge
     items = []
     for folder, (place, sizes) in _folders(run).items():

@@ -19,7 +19,7 @@ from genmodels.data import pin_data
 from genmodels.errors import Conflict, DamagedObject, DataError, KeyNotFound, ModelNotFound, SpecError
 from genmodels.registry.store import Registry
 from genmodels.runs.jobs import newest_run
-from genmodels.runs.records import Run
+from genmodels.runs.store import Run
 from genmodels.spec.sections import JobSpec, ModelSpec
 from genmodels.storage import Storage, list_names, load_document, write_document
 

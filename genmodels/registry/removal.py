@@ -24,8 +24,10 @@ from genmodels.errors import DataError, GenmodelsError, ModelNotFound, StorageEr
 from genmodels.registry.gc import AT_ONCE, BATCH, alone, delete_versions, remove_blobs
 from genmodels.registry.store import Registry
 from genmodels.runs.jobs import Jobs, run_jobs
-from genmodels.runs.records import ACTIVE, ENDED, Run
-from genmodels.spec.sections import LABEL, JobSpec, ModelSpec
+from genmodels.runs.records import ACTIVE, ENDED
+from genmodels.runs.store import Run
+from genmodels.spec.names import LABEL
+from genmodels.spec.sections import JobSpec, ModelSpec
 from genmodels.storage import Storage
 
 

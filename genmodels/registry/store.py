@@ -18,29 +18,28 @@ the thing again. So either the deleter sees the name, or the namer sees the dele
 from __future__ import annotations
 
 import contextlib
-import math
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from pydantic import Field, TypeAdapter, ValidationError
 
 from genmodels import checkpoint
 from genmodels.checkpoint import File, Lineage, Manifest, Metrics, Place
 from genmodels.errors import CheckpointError, Conflict, DamagedObject, KeyNotFound, ModelNotFound, SpecError
-from genmodels.family import Family
 from genmodels.metrics import PROMOTED, PUBLISHED
-from genmodels.runs.records import GateResult, Run
-from genmodels.spec.sections import LABEL, Gate
-from genmodels.spec.sections import Alias as AliasName
+from genmodels.registry.probe import PROBE, write_probe
+from genmodels.runs.records import GateResult
+from genmodels.runs.store import Run
+from genmodels.spec.names import LABEL
+from genmodels.spec.names import Alias as AliasName
 from genmodels.storage import Document, Storage, Time, list_names, load_document, write_document
 from genmodels.storage.documents import now
 from genmodels.storage.lease import Lease
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    pass
 
-PROBE = "probe.safetensors"
 NUMBERED, NAMED = r"\d{8}\.json", LABEL.removesuffix("$") + r"\.json"
 SWEEP_SECONDS = 120.0  # after which one who deletes is taken for dead
 
@@ -329,77 +328,6 @@ class Registry:
             return f"no model {model!r}; `genmodels models` or GET /v1/models lists what there is"
         aliases = ", ".join(self.alias_names(model)) or "none"
         return f"model {model!r} has no {missing}; aliases: {aliases}; versions: {', '.join(map(str, numbers))}"
-
-
-def judge(gate: Gate | None, metrics: dict[str, float]) -> GateResult | None:
-    """Whether metrics pass a gate; without a gate there is nothing to judge."""
-    if gate is None:
-        return None
-    value = metrics.get(gate.metric, math.nan)
-    if gate.max is not None:
-        reached, bound = value <= gate.max, f"<= {gate.max:g}"
-    else:
-        assert gate.min is not None
-        reached, bound = value >= gate.min, f">= {gate.min:g}"
-    passed = reached and math.isfinite(value)
-    reason = f"{gate.metric} {value:.4g} is {'' if passed else 'not '}{bound}"
-    return GateResult(metric=gate.metric, value=value, passed=passed, reason=reason)
-
-
-def best(gate: Gate | None, candidates: list[tuple[Place, Manifest]]) -> tuple[Place, Manifest]:
-    """The checkpoint to publish: best by the gate's metric where it is finite, else the last."""
-    if gate is None:
-        return candidates[-1]
-    sign = 1 if gate.max is not None else -1
-    scores = [sign * manifest.metrics.get(gate.metric, math.nan) for _, manifest in candidates]
-    finite = [(score, i) for i, score in enumerate(scores) if math.isfinite(score)]
-    return candidates[min(finite)[1]] if finite else candidates[-1]
-
-
-def finite_probe(family: Family[Any, Any]) -> dict[str, Tensor]:
-    """The outputs for the fixed inputs.
-
-    Raises:
-        CheckpointError: some are not finite: no host would serve this model.
-    """
-    outputs = {name: tensor.contiguous() for name, tensor in family.probe().items()}
-    spoiled = [name for name, tensor in outputs.items() if not tensor.isfinite().all()]
-    if spoiled:
-        raise CheckpointError(f"probe output {spoiled[0]!r} is not finite: the weights are spoiled")
-    return outputs
-
-
-def write_probe(family: Family[Any, Any], folder: Path) -> None:
-    """Store the outputs for the fixed inputs.
-
-    Raises:
-        CheckpointError: some are not finite.
-    """
-    from safetensors.torch import save_file
-
-    save_file(finite_probe(family), folder / PROBE)
-
-
-def verify_probe(family: Family[Any, Any], folder: Path, tolerance: float = 1e-4) -> None:
-    """Compute the outputs for the fixed inputs again and compare.
-
-    Args:
-        tolerance: largest absolute difference; float32 on another machine differs by rounding.
-
-    Raises:
-        CheckpointError: they differ or are not finite: this version would not answer as the trained model did.
-    """
-    import torch
-
-    expected = checkpoint.load_tensors(folder / PROBE)
-    found = family.probe()
-    for name, tensor in expected.items():
-        value = found.get(name)
-        if value is None or value.shape != tensor.shape or not torch.isfinite(value).all():
-            raise CheckpointError(f"probe output {name!r} is missing, of another shape, or not finite")
-        difference = (value.cpu() - tensor).abs().max().item()
-        if not difference <= tolerance * max(1.0, tensor.abs().max().item()):  # NaN compares as false
-            raise CheckpointError(f"probe output {name!r} differs by {difference:.2g} from what was published")
 
 
 def check_alias(alias: str) -> None:

@@ -11,7 +11,8 @@ from typing import Self
 
 from genmodels.errors import StorageUnavailable
 from genmodels.runs.logs import LogShipper
-from genmodels.runs.records import Run, Wish
+from genmodels.runs.records import Wish
+from genmodels.runs.store import Run
 from genmodels.threads import Rounds
 
 log = logging.getLogger("genmodels")

@@ -33,8 +33,10 @@ from genmodels.errors import (
     KeyNotFound,
     SpecError,
 )
-from genmodels.runs.records import ACTIVE, Run, State
-from genmodels.spec.sections import JobSpec, digest, dump, load_stored
+from genmodels.runs.records import ACTIVE, State
+from genmodels.runs.store import Run
+from genmodels.spec.parse import digest, dump, load_stored
+from genmodels.spec.sections import JobSpec
 from genmodels.storage import Document, Storage, Time, list_names, load_document, write_document
 from genmodels.storage.documents import damaged, now
 

@@ -23,7 +23,7 @@ from types import TracebackType
 from typing import Self
 
 from genmodels.errors import Conflict, KeyNotFound, StorageError
-from genmodels.runs.records import Run
+from genmodels.runs.store import Run
 from genmodels.storage.documents import now
 from genmodels.threads import Rounds
 

@@ -9,17 +9,11 @@ puts them together and checks across them. Only a sound outline makes it import 
 
 from __future__ import annotations
 
-import contextlib
-import hashlib
-import json
 import os
 import re
-from collections.abc import Mapping
-from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import (
-    AfterValidator,
     Field,
     FieldSerializationInfo,
     ValidationError,
@@ -32,43 +26,10 @@ from pydantic import (
 from genmodels import models
 from genmodels.data import DATASETS, DataConfig, uploads
 from genmodels.data.files import shown
-from genmodels.errors import SpecError
-from genmodels.family import OptimizerConfig, Section
-from genmodels.schema import yaml
-from genmodels.schema.explain import Loc, Problem, all_wrong, as_label, explain, nearest, sections_of, show, wrong
-
-MAX_STORED_BYTES = 1024 * 1024  # a normalised spec spells out every default
-
-LABEL = uploads.NAME  # one rule for every name that people give
-# `model`, `model@3`, `model@alias`, `model@latest`, `model@live`, `model@step-500`, `model@<job id>:step-500`
-REFERENCE = r"^[a-z0-9-]{1,63}(@[a-z0-9-]{1,63}|@[a-z0-9-]{1,72}:step-[0-9]{1,9})?$"
-
-
-def _label(name: str) -> str:
-    if re.fullmatch(LABEL, name):
-        return name
-    near = as_label(name)
-    rule = "expected at most 63 lower-case letters, digits and '-', with no '-' at the ends"
-    raise wrong(f"got {show(name)}, {rule}" + (f"; write e.g. {near}" if near else ""))
-
-
-def _alias(name: str) -> str:
-    if name.isdigit() or name in ("latest", "live") or name.startswith("step-"):
-        raise wrong(f"got {show(name)}, which names versions, steps or the newest; write another name, e.g. production")
-    return name
-
-
-def _reference(name: str) -> str:
-    names = re.split("[@:]", name)
-    if re.fullmatch(REFERENCE, name) and all(part.strip("-") == part for part in names):
-        return name
-    forms = "model@3, model@production, model@latest, model@step-500 or model@<job id>:step-500"
-    raise wrong(f"got {show(name)}, expected a version or a checkpoint: {forms}")
-
-
-Label = Annotated[str, AfterValidator(_label), Field(json_schema_extra={"pattern": LABEL})]
-Alias = Annotated[Label, AfterValidator(_alias)]
-Reference = Annotated[str, AfterValidator(_reference), Field(json_schema_extra={"pattern": REFERENCE})]
+from genmodels.family import OptimizerConfig
+from genmodels.schema.base import Section
+from genmodels.schema.explain import Loc, Problem, all_wrong, explain, nearest, sections_of, show, wrong
+from genmodels.spec.names import Alias, Label, Reference
 
 
 class TrainConfig(OptimizerConfig):
@@ -249,7 +210,7 @@ class ModelSpec(Section):
         try:
             return config.model_validate(settings, extra="ignore" if _is_stored(info) else None)
         except ValidationError as error:
-            raise all_wrong(explain(error, config, _homes)) from None
+            raise all_wrong(explain(error, config, sections_with_key)) from None
 
     @field_validator("data", mode="before")
     @classmethod
@@ -347,124 +308,26 @@ class JobSpec(Section):
         return self
 
 
-def read_spec(path: Path, datasets: Mapping[str, uploads.Kind] | None = None) -> JobSpec:
-    """The spec in a person's file; a relative `data.path` in it is relative to the file's folder.
-
-    Args:
-        datasets: as `parse_spec` has them.
-
-    Raises:
-        SpecError: the file cannot be read, or is no sound spec.
-    """
-    try:
-        with path.open("rb") as file:
-            data = file.read(yaml.MAX_BYTES + 1)
-    except FileNotFoundError:
-        raise SpecError(f"{path}: no such file; write the path of a job spec, e.g. jobs/quickstart.yaml") from None
-    except IsADirectoryError:
-        raise SpecError(f"{path}: a directory; write the path of a job spec in it") from None
-    except OSError as error:
-        raise SpecError(f"{path}: cannot be read: {error.strerror}") from None
-    return parse_spec(data, str(path), path.absolute().parent, datasets)
+def _nearest_divisors(number: int, near: int) -> str:
+    """The divisors below and above a number that is none, as numbers of workers."""
+    below = next(n for n in range(near, 0, -1) if number % n == 0)
+    above = next((n for n in range(near, min(number, 1024) + 1) if number % n == 0), None)
+    return f"{below} or {above}" if above else f"{below}"
 
 
-def parse_spec(
-    data: bytes,
-    source: str,
-    base: Path | None = None,
-    datasets: Mapping[str, uploads.Kind] | None = None,
-    *,
-    paths: bool = True,
-) -> JobSpec:
-    """The spec that a person wrote, in YAML or JSON.
-
-    Args:
-        source: what to call the document in messages, e.g. the file's name.
-        base: the folder that a relative `data.path` is relative to; without one it must be absolute.
-        datasets: the added datasets that it may name, as `data.stored.kinds` gives them.
-        paths: whether it may name files at all: what comes over the network may not.
-
-    Raises:
-        SpecError: with a line `source:line: path: what was found, what would be right` for each problem.
-    """
-    document = yaml.read(data, source)
-    context = {"base": base, "datasets": datasets or {}, "paths": paths}
-    for outline in (True, False):  # what can be told without torch is told at once
-        spec = _validate(document, source, {**context, "outline": outline})
-    return spec
+def _is_outline(info: ValidationInfo) -> bool:
+    return bool((info.context or {}).get("outline"))
 
 
-def load_stored(data: bytes) -> JobSpec:
-    """A spec as `dump` wrote it, maybe in another release: unknown keys are ignored, sections not checked again.
-
-    Raises:
-        SpecError: it is no spec, or holds values that this release does not know.
-    """
-    return _validate(_stored(data), "stored spec", {"stored": True})
+def _is_stored(info: ValidationInfo) -> bool:
+    return bool((info.context or {}).get("stored"))
 
 
-def dump(spec: JobSpec) -> bytes:
-    """The normalised spec: every default spelled out, paths absolute.
-
-    In JSON, which is YAML too: a dispatcher that starts reads the specs of all open jobs, and YAML would take seconds.
-    """
-    return json.dumps(spec.model_dump(mode="json"), indent=1, allow_nan=False, ensure_ascii=False).encode()
+def _added(info: ValidationInfo) -> dict[str, uploads.Kind]:
+    return dict((info.context or {}).get("datasets", {}))
 
 
-def digest(spec: JobSpec) -> str:
-    """The sha256, in hex, of what the spec means: whatever the order of keys, and defaults written out or not."""
-    return _sha256(spec)
-
-
-def model_digest(model: ModelSpec) -> str:
-    """As `digest`, of one model's part."""
-    return _sha256(model)
-
-
-def job_id(spec: JobSpec) -> str:
-    """`<name>-<8 hex>`, the same for the same spec."""
-    return f"{spec.name}-{digest(spec)[:8]}"
-
-
-def json_schema() -> dict[str, Any]:
-    """JSON Schema (draft 2020-12) of job specs, for editors. Imports all families."""
-    schema = JobSpec.model_json_schema()
-    choices = []
-    for name in models.names():
-        family = models.load(name)
-        choice = family.Config.model_json_schema(ref_template=f"#/$defs/{name}.{{model}}")
-        schema["$defs"].update({f"{name}.{key}": value for key, value in choice.pop("$defs", {}).items()})
-        choice["title"] = name
-        choice["properties"] = {"family": {"const": name}, **choice.get("properties", {})}
-        choice["required"] = ["family", *choice.get("required", [])]
-        choices.append(choice)
-    model = schema["$defs"]["ModelSpec"]["properties"]["model"]
-    schema["$defs"]["ModelSpec"]["properties"]["model"] = {"description": model["description"], "oneOf": choices}
-    schema["$defs"].pop("Section", None)
-    return {"$schema": "https://json-schema.org/draft/2020-12/schema", **schema}
-
-
-def _stored(data: bytes) -> yaml.Document:
-    with contextlib.suppress(ValueError, RecursionError):
-        value = json.loads(data) if len(data) <= MAX_STORED_BYTES else None
-        if isinstance(value, dict):
-            return yaml.Document(value, {(): 1})
-    return yaml.read(data, "stored spec", MAX_STORED_BYTES)
-
-
-def _validate(document: yaml.Document, source: str, context: dict[str, Any]) -> JobSpec:
-    try:
-        return JobSpec.model_validate(
-            document.value, context=context, extra="ignore" if context.get("stored") else None
-        )
-    except ValidationError as error:
-        problems, more = explain(error, JobSpec, lambda loc: _homes(loc, document.value)), error.error_count()
-    lines = sorted((_line(document, problem), f"{problem}") for problem in problems)
-    said = [f"{source}:{line}: {text}" for line, text in lines]
-    raise SpecError(*said, *([f"{source}: and {more - len(said)} more"] if more > len(said) else []))
-
-
-def _homes(loc: Loc, document: dict[str, Any] | None = None) -> list[str]:
+def sections_with_key(loc: Loc, document: dict[str, Any] | None = None) -> list[str]:
     """The sections of a model, in words, that have a key which is unknown at `loc`.
 
     Args:
@@ -486,32 +349,3 @@ def _family_config(loc: Loc, document: dict[str, Any] | None) -> type[Section] |
     except (LookupError, TypeError):
         return None
     return models.load(family).Config if family in models.names() else None
-
-
-def _line(document: yaml.Document, problem: Problem) -> int:
-    """The line of the nearest thing that is in the document."""
-    ways_up = (problem.loc[:n] for n in range(len(problem.loc), -1, -1))
-    return next(document.lines[loc] for loc in ways_up if loc in document.lines)
-
-
-def _nearest_divisors(number: int, near: int) -> str:
-    """The divisors below and above a number that is none, as numbers of workers."""
-    below = next(n for n in range(near, 0, -1) if number % n == 0)
-    above = next((n for n in range(near, min(number, 1024) + 1) if number % n == 0), None)
-    return f"{below} or {above}" if above else f"{below}"
-
-
-def _is_outline(info: ValidationInfo) -> bool:
-    return bool((info.context or {}).get("outline"))
-
-
-def _is_stored(info: ValidationInfo) -> bool:
-    return bool((info.context or {}).get("stored"))
-
-
-def _added(info: ValidationInfo) -> dict[str, uploads.Kind]:
-    return dict((info.context or {}).get("datasets", {}))
-
-
-def _sha256(section: Section) -> str:
-    return hashlib.sha256(json.dumps(section.model_dump(mode="json"), sort_keys=True).encode()).hexdigest()

@@ -9,9 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-import tenacity
-
-from genmodels.errors import StorageError, StorageUnavailable
+from genmodels.errors import StorageError
 
 RESERVED = ".storage"  # first name of no key but those of INTERNAL: a local folder keeps its lock there, too
 INTERNAL = re.compile(r"\.storage/(marker\.json|probe-[0-9a-f]{32})")  # of `genmodels.storage.marker` and `.probe`
@@ -105,18 +103,6 @@ class Refused(StorageError):
     def __init__(self, message: str, reason: str) -> None:
         super().__init__(message)
         self.reason = reason
-
-
-class PassingFailure(StorageUnavailable):
-    """A failure after which the next try is likely to succeed."""
-
-
-retry_passing = tenacity.retry(
-    retry=tenacity.retry_if_exception_type(PassingFailure),
-    wait=tenacity.wait_random_exponential(multiplier=0.05, max=1.0),
-    stop=tenacity.stop_after_attempt(8),
-    reraise=True,
-)
 
 
 def check_key(key: str) -> str:

@@ -23,7 +23,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
 
 from genmodels.errors import Conflict, DamagedObject, KeyNotFound, StorageUnavailable
 from genmodels.metrics import DAMAGED
-from genmodels.storage.base import PassingFailure, Storage, retry_passing
+from genmodels.storage.base import Storage
+from genmodels.storage.retry import PassingFailure, retry_passing
 
 MAX_DOCUMENT_BYTES = 32 * 2**20  # the largest that is read: a larger one is no document of ours
 MAX_DEPTH = 32  # of lists and objects in each other

@@ -17,18 +17,9 @@ from botocore import exceptions as boto
 from botocore.config import Config
 
 from genmodels.errors import Conflict, KeyNotFound, StorageError, StorageUnavailable
-from genmodels.storage.base import (
-    CONDITIONS_NEEDED,
-    RESERVED,
-    PassingFailure,
-    Refused,
-    Storage,
-    appears_whole,
-    check_key,
-    check_prefix,
-    retry_passing,
-)
+from genmodels.storage.base import CONDITIONS_NEEDED, RESERVED, Refused, Storage, appears_whole, check_key, check_prefix
 from genmodels.storage.disk import outage_of_disk
+from genmodels.storage.retry import PassingFailure, retry_passing
 
 CONNECT_TIMEOUT, READ_TIMEOUT = 5.0, 30.0  # seconds, of one try; boto makes AWS_MAX_ATTEMPTS of them (3 unless set)
 # Codes of answers with status 400, which else means that the request itself is wrong.

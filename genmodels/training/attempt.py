@@ -27,8 +27,10 @@ from genmodels.registry import init_from
 from genmodels.runs.control import WishWatch
 from genmodels.runs.jobs import Jobs
 from genmodels.runs.logs import LogShipper
-from genmodels.runs.records import Heartbeat, Run
-from genmodels.spec.sections import ModelSpec, model_digest
+from genmodels.runs.records import Heartbeat
+from genmodels.runs.store import Run
+from genmodels.spec.parse import model_digest
+from genmodels.spec.sections import ModelSpec
 from genmodels.storage import Storage
 from genmodels.storage.disk import disk_outages
 from genmodels.training import flops

@@ -9,7 +9,8 @@ import torch
 from prometheus_client import Gauge
 
 from genmodels import metrics
-from genmodels.runs.records import Heartbeat, Run
+from genmodels.runs.records import Heartbeat
+from genmodels.runs.store import Run
 from genmodels.spec.sections import ModelSpec
 from genmodels.training.flops import Effort
 

@@ -23,9 +23,11 @@ from genmodels.checkpoint import Lineage, Manifest, Place, Snapshot
 from genmodels.errors import StorageUnavailable
 from genmodels.family import Batch, Family, TextFamily
 from genmodels.metrics import CHECKPOINT_BYTES, CHECKPOINT_FAILURES, CHECKPOINT_SECONDS, CHECKPOINT_STALL_SECONDS
-from genmodels.registry import pin, store
-from genmodels.runs.records import Heartbeat, Phase, Run, patiently
+from genmodels.registry import gate, pin
+from genmodels.runs.records import Heartbeat, Phase
+from genmodels.runs.store import Run
 from genmodels.spec.sections import ModelSpec
+from genmodels.storage.retry import patiently
 from genmodels.training.flops import Effort
 from genmodels.training.gauges import TrainingGauges
 
@@ -246,7 +248,7 @@ class RunRecorder:
         whole = list(self.run.manifests())
         keep = [place for place, _ in whole[-self.spec.checkpoints.num_to_keep :]] + pin.marked(self.run)
         if self.spec.serve.gate and whole:
-            keep.append(store.best(self.spec.serve.gate, whole)[0])
+            keep.append(gate.best(self.spec.serve.gate, whole)[0])
         doomed = [place for place, _ in whole if place not in keep]
         return leftovers + [f"{self.run.checkpoint_prefix(place)}/{checkpoint.MANIFEST}" for place in doomed]
 

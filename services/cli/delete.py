@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from genmodels.errors import GenmodelsError, JobNotFound, ModelNotFound, SpecError
-from services.cli.models import PANEL, data_app
+from services.cli.data import data_app
+from services.cli.models import PANEL
 from services.cli.options import MaybeApi, StorageUrl, Yes, agreed, service, storage
 
 if TYPE_CHECKING:

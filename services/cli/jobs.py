@@ -18,7 +18,7 @@ from services.console.output import console, print_json, tell
 
 if TYPE_CHECKING:
     from services.client.jobs import Client
-    from services.jobs.views import JobView, RunView
+    from services.jobs.schemas import JobView, RunView
 
 app = typer.Typer()
 PANEL = "Jobs on a job service"

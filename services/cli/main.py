@@ -100,7 +100,7 @@ def run(
 ) -> None:
     """Train, publish and serve all models of a job on this machine."""
     from genmodels.data import uploads
-    from genmodels.spec.sections import read_spec
+    from genmodels.spec.parse import read_spec
 
     store = storage(storage_url)
     job = read_spec(spec, uploads.kinds(store))
@@ -119,7 +119,7 @@ def validate(
 ) -> None:
     """Check a job spec."""
     from genmodels.data import uploads
-    from genmodels.spec.sections import read_spec
+    from genmodels.spec.parse import read_spec
 
     store = storage(storage_url)
     job = read_spec(spec, uploads.kinds(store))
@@ -146,7 +146,7 @@ def validate(
 @app.command(rich_help_panel=PANEL)
 def schema() -> None:
     """Print the JSON Schema of job specs, for editors."""
-    from genmodels.spec.sections import json_schema
+    from genmodels.spec.json_schema import json_schema
 
     print(json.dumps(json_schema(), indent=2))
 

@@ -3,24 +3,23 @@
 from __future__ import annotations
 
 import tempfile
-import zipfile
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from genmodels.errors import DatasetExists, GenmodelsError, JobNotFound, SpecError
+from genmodels.errors import GenmodelsError, JobNotFound
 from genmodels.storage import encode_floats
-from services.cli.options import AsJson, MaybeApi, StorageUrl, agreed, service, storage
-from services.console.output import console, print_json, tell
+from services.cli.data import data_app
+from services.cli.options import AsJson, MaybeApi, StorageUrl, service, storage
+from services.console.output import console, print_json
 
 if TYPE_CHECKING:
     from genmodels.registry.store import Version
 
 app = typer.Typer()
-data_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 PANEL = "What is stored"
 app.add_typer(
     data_app, name="data", help="Datasets of your own, in the storage: add, list, delete.", rich_help_panel=PANEL
@@ -124,7 +123,7 @@ def evaluate(
     from genmodels.registry import evaluations
     from genmodels.registry.evaluate import evaluate as measure
     from genmodels.registry.store import Registry
-    from genmodels.runs.records import Run
+    from genmodels.runs.store import Run
     from genmodels.training.attempt import stored_model
     from services.console.tables import measures_table
 
@@ -148,84 +147,6 @@ def evaluate(
         console().print(measures_table(evaluation))
 
 
-@data_app.command("add")
-def data_add(
-    context: typer.Context,
-    name: Annotated[
-        str,
-        typer.Argument(
-            metavar="NAME", help="Name of the dataset in specs: `data: {dataset: NAME}`.", show_default=False
-        ),
-    ],
-    path: Annotated[
-        Path,
-        typer.Argument(
-            metavar="PATH", help="A text file, a folder of pictures, or a zip of a folder.", show_default=False
-        ),
-    ],
-    image_size: Annotated[
-        int | None, typer.Option(help="Side of the square pictures, in pixels; default: 32.", show_default=False)
-    ] = None,
-    channels: Annotated[
-        int | None,
-        typer.Option(
-            help="Channels: 1 (grey) or 3 (colour); default: 1 if every picture is grey, else 3.", show_default=False
-        ),
-    ] = None,
-    replace: Annotated[bool, typer.Option("--replace", help="Replace a dataset of this name without asking.")] = False,
-    storage_url: StorageUrl = None,
-    api: MaybeApi = None,
-) -> None:
-    """Add a text or pictures to the storage, after a check. Specs name the dataset on every machine."""
-    if channels not in (None, 1, 3):
-        raise SpecError(f"--channels: got {channels}, expected 1 (grey) or 3 (colour)")
-    remote = service(context, api)
-
-    def add(replace: bool) -> dict[str, Any]:
-        if remote is None:
-            from genmodels.data import uploads
-
-            store = storage(storage_url)
-            added, _ = uploads.add(store, name, path, image_size, channels, replace=replace)  # type: ignore[arg-type]
-            return added.model_dump(mode="json")
-        with _streamable(path) as file, console(stderr=True).status("Sending"):
-            return remote.add_dataset(name, file, replace=replace, image_size=image_size, channels=channels)
-
-    with remote or nullcontext():
-        try:
-            dataset = add(replace)
-        except DatasetExists as error:
-            question = f"{error}. Replace it? Jobs that were submitted keep what they had."
-            if not agreed(question, False, "--replace"):
-                raise typer.Abort from None
-            dataset = add(True)
-    print(f"{name}: {'; '.join(dataset['notes'])}")
-    tell(f"in a spec: data: {{dataset: {name}}}")
-
-
-@data_app.command("list")
-def data_list(
-    context: typer.Context, storage_url: StorageUrl = None, api: MaybeApi = None, as_json: AsJson = False
-) -> None:
-    """List the datasets that a spec may name: built-in and added."""
-    from services.console.tables import datasets_table
-
-    remote = service(context, api)
-    if remote is None:
-        from genmodels.data import DATASETS, uploads
-
-        built_in = [{"name": s.name, "kind": s.kind, "what": s.what, "built_in": True} for s in DATASETS.values()]
-        added = uploads.catalog(storage(storage_url))
-        found = [*built_in, *({**dataset.model_dump(mode="json"), "built_in": False} for dataset in added)]
-    else:
-        with remote:
-            found = remote.datasets()
-    if as_json:
-        print_json(found)
-    else:
-        console().print(datasets_table(found))
-
-
 @contextmanager
 def _new_folder(folder: Path | None, version: Version) -> Iterator[tuple[Path, Path]]:
     """The folder to make, and the one to fill meanwhile: it appears when it is complete, or not at all."""
@@ -241,32 +162,3 @@ def _new_folder(folder: Path | None, version: Version) -> Iterator[tuple[Path, P
             part.replace(path)
     except OSError as error:
         raise GenmodelsError(f"{path}: cannot be written: {error.strerror}") from None
-
-
-@contextmanager
-def _streamable(path: Path) -> Iterator[IO[bytes]]:
-    """A file as it is, a folder's pictures as a zip: the form in which data travels.
-
-    A text is checked here first: what is said of it names the file, and nothing is sent in vain.
-    """
-    from genmodels.data.files import find_pictures, shown, skipped_note
-    from genmodels.data.text import read_text
-    from genmodels.data.unpack import is_zip
-
-    try:
-        if not path.is_dir():
-            if not is_zip(path):
-                read_text(path)
-            with path.open("rb") as file:
-                yield file
-            return
-        with tempfile.TemporaryFile(prefix="genmodels-data-") as file:
-            pictures, skipped = find_pictures(path)
-            if skipped:
-                tell(f"{shown(path)}: {skipped_note(skipped)}")
-            with zipfile.ZipFile(file, "w") as archive:  # pictures are packed already
-                for picture in pictures:
-                    archive.write(picture, shown(picture.relative_to(path)))
-            yield file
-    except OSError as error:
-        raise GenmodelsError(f"{shown(path)}: cannot be read: {error.strerror}") from None

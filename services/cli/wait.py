@@ -16,7 +16,7 @@ from services.client.jobs import Client
 from services.console.curl import curl
 from services.console.progress import Board, Shown, waits
 from services.console.tables import note
-from services.jobs.views import JobView, RunView
+from services.jobs.schemas import JobView, RunView
 
 POLL_SECONDS = 1.0
 

@@ -23,7 +23,7 @@ from genmodels.registry.store import Version
 from genmodels.runs.records import ENDED
 from genmodels.storage.base import check_key
 from services.client.http import Json, Transport, Unreachable
-from services.jobs.views import JobView, Page
+from services.jobs.schemas import JobView, Page
 
 LOOK_AGAIN_SECONDS = 1.0  # before a log that broke off is asked for anew
 WORK_SECONDS = 600.0  # that the service may take to check a dataset, or to look for what can go

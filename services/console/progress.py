@@ -18,8 +18,9 @@ from rich.text import Text
 from genmodels import models
 from genmodels.runs.records import Heartbeat, Phase, Result, Status
 from genmodels.spec.sections import ModelSpec
-from services.dispatch.supervisor import ACTIVE, Watch
-from services.jobs.views import ShownState
+from services.dispatch.backends.base import Watch
+from services.dispatch.supervisor import ACTIVE
+from services.jobs.schemas import ShownState
 
 MANY_EXAMPLES, FEW_EXAMPLES = 1000, 100
 LINE_SECONDS = 10.0  # between two lines of a model where the output is no terminal

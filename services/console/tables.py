@@ -13,7 +13,7 @@ from genmodels.keys import Key
 from genmodels.registry.evaluations import Evaluation
 from genmodels.registry.store import Registry
 from services.console.progress import STYLES, clock, current, digits, of_few, waits
-from services.jobs.views import JobView, RunView, ShownState
+from services.jobs.schemas import JobView, RunView, ShownState
 
 
 def jobs_table(jobs: Iterable[JobView]) -> Table:

@@ -28,14 +28,16 @@ from genmodels.errors import (
     contained,
 )
 from genmodels.runs.jobs import QUEUE, Jobs
-from genmodels.runs.records import ENDED, Run
+from genmodels.runs.records import ENDED
+from genmodels.runs.store import Run
 from genmodels.spec.sections import ModelSpec
 from genmodels.storage import Storage, write_document
 from genmodels.storage.documents import now
 from genmodels.storage.lease import Lease
 from genmodels.threads import Rounds
+from services.dispatch.backends.base import Backend, Capacity
 from services.dispatch.scheduler import Plan, Queued, Running, plan
-from services.dispatch.supervisor import Backend, Capacity, Supervisor
+from services.dispatch.supervisor import Supervisor
 
 POLL_SECONDS = 1.0
 CAPACITY_SECONDS = 2.0  # how long what the cluster said of itself is believed

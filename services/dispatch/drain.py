@@ -10,11 +10,13 @@ from types import FrameType
 
 from genmodels.errors import GenmodelsError
 from genmodels.runs.jobs import Jobs
-from genmodels.runs.records import Run
+from genmodels.runs.store import Run
 from genmodels.storage import Storage
 from services.cluster.processes import Tell
-from services.dispatch.backends.base import RayJobsBackend
-from services.dispatch.supervisor import ACTIVE, LEAVE_SECONDS, Driver
+from services.dispatch.attempt import LEAVE_SECONDS
+from services.dispatch.backends.base import Driver
+from services.dispatch.backends.ray_jobs import RayJobsBackend
+from services.dispatch.supervisor import ACTIVE
 
 LOOK_SECONDS = 0.2
 

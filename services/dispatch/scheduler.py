@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from services.dispatch.supervisor import Capacity
+from services.dispatch.backends.base import Capacity
 
 MOST_PASSED = 4  # by later runs, until a blocked run's resources are held for it
 

@@ -8,84 +8,29 @@ from __future__ import annotations
 
 import contextlib
 import logging
-import os
 import secrets
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
 from datetime import datetime
-from typing import Literal, Protocol
 
 from genmodels.errors import Conflict, LeaseLost, StorageUnavailable
 from genmodels.metrics import ATTEMPTS, QUEUE_WAIT_SECONDS, RUNS_ENDED
-from genmodels.runs.records import ENDED, Cause, Heartbeat, Result, Run, State, Status, Wish, patiently
+from genmodels.runs.records import ENDED, Cause, Heartbeat, Result, State, Status, Wish
+from genmodels.runs.store import Run
 from genmodels.storage import Storage
 from genmodels.storage.disk import outage_of_disk
+from genmodels.storage.retry import patiently
+from services.dispatch.attempt import LEAVE_SECONDS, _Attempt, _patience
+from services.dispatch.backends.base import LOST, PREEMPTED, Backend, Watch
 
 POLL_SECONDS = 0.5
-LEAVE_SECONDS = 60.0  # for an attempt to save and end before it is killed; longer where ten steps take longer
-KILL_SECONDS = 20.0  # for the ranks to write down their stacks before the driver is killed too
-HANG_SECONDS = float(os.environ.get("GENMODELS_HANG_SECONDS", "120"))  # without a tick; longer for slow steps
-HANG_STEPS = 10
-SLOW_SECONDS = float(os.environ.get("GENMODELS_SLOW_SECONDS", "900"))  # as HANG_SECONDS, of phases that tick seldom
-SLOW_PHASES = ("starting", "compiling", "publishing")
-LONGEST_LOOK = 5.0  # a silence between two looks counts for no more: the store or this process was away
 BACK_OFF_SECONDS = (1.0, 5.0, 15.0, 30.0, 60.0)
 FRUITLESS_ATTEMPTS = 3  # attempts in a row without a new checkpoint that end a run
 OUT_OF_MEMORY_ATTEMPTS = 2  # that end a run; one may have been another process's doing
 RETRIED: tuple[Cause, ...] = ("infrastructure", "superseded", "out of memory", "no workers", "storage")
 UNCOUNTED: tuple[Cause, ...] = ("no workers", "storage")  # nothing was tried, or nothing could be saved
 ACTIVE: tuple[State, ...] = ("starting", "running", "publishing")
-LOST = -1  # what a driver polls as whom nobody knows, since its cluster has gone
-PREEMPTED = -1000  # what one polls as whose pods were taken away for more important ones; no signal has this number
 
 log = logging.getLogger("genmodels.supervise")
-
-Watch = Callable[[Status, Heartbeat | None], None]
-
-
-@dataclass(frozen=True)
-class Capacity:
-    """What a cluster has for workers, and what it may grow to where it can grow.
-
-    `unlimited`: there is always room, or somebody else sees to it that there is (Kueue, nodes that autoscale).
-    """
-
-    cpus: int
-    gpus: int
-    most_cpus: int = 0
-    most_gpus: int = 0
-    unlimited: bool = False
-
-
-class Driver(Protocol):
-    """A driver that was started.
-
-    Attributes:
-        waiting: what it waits for, however long, before it can begin or has ended; such a silence is no hang.
-        reason: how it ended, where more is known than the code.
-    """
-
-    waiting: str = ""
-    reason: str = ""
-
-    def poll(self) -> int | None:
-        """Its exit code, or None while it runs or nobody can tell."""
-
-    def kill(self) -> None:
-        """End it and everything it started, at once."""
-
-
-class Backend(Protocol):
-    """Where drivers run."""
-
-    def start(self, storage_url: str, job: str, model: str, attempt: int, workers: int) -> Driver: ...
-
-    def find(self, job: str, model: str, attempt: int) -> Driver:
-        """One that was started earlier, maybe by another process; one that nobody knows polls as LOST."""
-
-    def capacity(self) -> Capacity | None:
-        """None: the cluster does not answer."""
 
 
 class Supervisor:
@@ -350,45 +295,6 @@ class Supervisor:
             RUNS_ENDED.labels(status.state).inc()
 
 
-class _Attempt:
-    """An attempt that runs: its driver, for how long it has shown no progress, and whether it is to end."""
-
-    def __init__(self, driver: Driver) -> None:
-        self.driver = driver
-        self.ending: Literal["leave", "kill"] | None = None
-        self.pressed = 0.0  # for how long it has been asked to end
-        self._seen: Heartbeat | None = None
-        self._age = 0.0
-        self._looked = self._next_kill = time.monotonic()
-
-    def end_by(self, wish: Wish) -> None:
-        if wish.wish == "kill" and self.ending != "kill":
-            self.ending, self.pressed = "kill", 0.0
-        elif wish.wish == "leave" and not self.ending:
-            self.ending = "leave"
-
-    def grow_older(self, heartbeat: Heartbeat | None) -> float:
-        """Seconds without a tick, as far as anyone could have seen one."""
-        now = time.monotonic()
-        passed = min(now - self._looked, LONGEST_LOOK)
-        self._looked = now
-        self._age = self._age + passed if heartbeat == self._seen and not self.driver.waiting else 0.0
-        self._seen = heartbeat
-        if self.ending:
-            self.pressed += passed
-        return self._age
-
-    def press(self, beat: Heartbeat) -> None:
-        """Kill what has been asked to end and does not. What has not begun to train has nothing to save."""
-        if self.ending == "leave" and beat.phase in ("saving", "publishing") and self._age <= _patience(beat):
-            return  # it ends soon, and well
-        limit = KILL_SECONDS if self.ending == "kill" else max(LEAVE_SECONDS, HANG_STEPS * (beat.step_seconds or 0))
-        due = self.pressed > limit or (self.ending == "leave" and beat.phase == "starting")
-        if due and time.monotonic() >= self._next_kill:
-            self._next_kill = time.monotonic() + KILL_SECONDS
-            self.driver.kill()
-
-
 def carry(
     storage: Storage, backend: Backend, job: str, model: str, workers: int, watch: Watch
 ) -> tuple[Status, Result | None]:
@@ -425,9 +331,3 @@ def carry(
         stopped = isinstance(interruption, KeyboardInterrupt)
         supervisor.interrupt("stopped by Ctrl-C" if stopped else f"stopped: {interruption}")
         raise
-
-
-def _patience(beat: Heartbeat) -> float:
-    """Seconds without a tick that make a hang."""
-    slow = SLOW_SECONDS if beat.phase in SLOW_PHASES else HANG_SECONDS
-    return max(slow, HANG_STEPS * (beat.step_seconds or 0.0))

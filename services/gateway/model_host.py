@@ -28,12 +28,14 @@ from genmodels.engine.alias_watcher import Follower, Refused
 from genmodels.engine.evaluation_metrics import Measured
 from genmodels.engine.history import History
 from genmodels.engine.image import requests
+from genmodels.engine.image.model import ImageModel
 from genmodels.engine.image.requests import ImageAnswer, ImageRequest
-from genmodels.engine.loader import ImageModel, Loaded, TextModel
+from genmodels.engine.model import Loaded
 from genmodels.engine.model_cache import Shelf
 from genmodels.engine.text import completion as text
 from genmodels.engine.text.choices import Piece
 from genmodels.engine.text.completion import Vocabulary
+from genmodels.engine.text.model import TextModel
 from genmodels.engine.text.request import CompletionRequest
 from genmodels.errors import DamagedObject, GenmodelsError, ModelNotFound, RequestError, StorageUnavailable
 from genmodels.registry.evaluations import Evaluation, newest

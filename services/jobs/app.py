@@ -24,11 +24,11 @@ from prometheus_client import CONTENT_TYPE_LATEST
 
 from genmodels.errors import GenmodelsError
 from genmodels.keys import Keys
-from genmodels.spec.sections import json_schema
+from genmodels.spec.json_schema import json_schema
 from genmodels.storage import Storage, begin_writing, open_storage
 from services.cluster.descriptors import raise_file_limit
+from services.dispatch.backends.base import Backend, Capacity
 from services.dispatch.backends.rayjob import KubeOptions, add_kube_arguments
-from services.dispatch.supervisor import Backend, Capacity
 from services.http.app import new_app, rebased
 from services.http.auth import Guard, require_keys
 from services.http.connections import Connection
@@ -172,8 +172,8 @@ def _serve(options: argparse.Namespace) -> int:
 
 
 def _backend(options: argparse.Namespace, storage: Storage) -> Backend:
-    from services.dispatch.backends.base import RayJobsBackend
     from services.dispatch.backends.kuberay import KubeRayBackend
+    from services.dispatch.backends.ray_jobs import RayJobsBackend
 
     match options.backend:
         case "ray-jobs":

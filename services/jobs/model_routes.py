@@ -8,55 +8,34 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path as FilePath
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 from fastapi import FastAPI, Path, Query, Request, Response
 from fastapi.responses import FileResponse
-from pydantic import Field
 from starlette.concurrency import run_in_threadpool
 from starlette.types import Receive, Scope, Send
 
 from genmodels.checkpoint import scratch_folder
 from genmodels.data import DATASETS
 from genmodels.data import uploads as stored
-from genmodels.engine.requests import Body
 from genmodels.errors import DamagedObject, DataError, DatasetExists, ModelNotFound, RequestError
 from genmodels.registry import gc, removal
 from genmodels.registry.evaluations import evaluations
 from genmodels.registry.store import Registry, Version
-from genmodels.spec.sections import LABEL
+from genmodels.spec.names import LABEL
 from genmodels.storage import Storage, encode_floats
-from services.http.app import Strict, documented, read_body
+from services.http.app import documented, read_body
 from services.http.auth import Caller, Guard
 from services.http.bodies import BodyLimit
 from services.http.middleware import Streamed
 from services.http.rate_limits import Slots
 from services.http.responses import Json
+from services.jobs.schemas import AliasBody, DatasetQuery, DeleteModelQuery, DryRunQuery, Number
 
 UPLOADS = Streamed("PUT", "/v1/datasets/", BodyLimit(stored.MAX_STREAM_BYTES, seconds=30.0, rate=64 * 2**10))
 
 UPLOADS_AT_ONCE = (4, 1)  # of all, of one key: each takes disk, and memory while it is checked
 DOWNLOADS = (8, 4)
-
-Number = Annotated[int, Path(ge=1, le=99_999_999)]
-
-
-class AliasBody(Body):
-    version: int = Field(ge=1, le=99_999_999, description="number of the version, newer or older")
-
-
-class DryRunQuery(Strict):
-    dry_run: bool = Field(False, description="only report what would be removed")
-
-
-class DeleteModelQuery(DryRunQuery):
-    with_runs: bool = Field(False, description="also delete the checkpoints, samples and logs of its runs")
-
-
-class DatasetQuery(Strict):
-    replace: bool = Field(False, description="replace another content of this name; without it that is 409")
-    image_size: int | None = Field(None, ge=8, le=256, description="side of the square pictures, in pixels")
-    channels: Literal["1", "3"] | None = Field(None, description="channels of the pictures: 1 (grey) or 3 (RGB)")
 
 
 def add_model_routes(app: FastAPI, guard: Guard, storage: Storage) -> None:

@@ -16,27 +16,29 @@ from typing import Annotated, Literal
 
 from fastapi import FastAPI, Header, Query, Request, Response
 from fastapi.responses import StreamingResponse
-from pydantic import BaseModel, Field
+from pydantic import BaseModel
 from starlette.concurrency import run_in_threadpool
 from starlette.types import Receive, Scope, Send
 
 from genmodels.data import uploads
-from genmodels.engine.requests import Body
 from genmodels.errors import DamagedObject, RequestError, SpecError
 from genmodels.preflight.check import Checked, check_job
 from genmodels.registry.pin import pin
 from genmodels.runs.jobs import Jobs
-from genmodels.runs.records import ENDED, Run, Status
+from genmodels.runs.records import ENDED, Status
+from genmodels.runs.store import Run
 from genmodels.runs.thinning import thinned_rows
 from genmodels.schema.explain import nearest, show
-from genmodels.spec.sections import JobSpec, Label, parse_spec
+from genmodels.spec.parse import parse_spec
+from genmodels.spec.sections import JobSpec
 from genmodels.storage import Storage
-from services.http.app import JSON, Strict, check_content_type, documented, read_body, unless_gone
+from services.http.app import JSON, check_content_type, documented, read_body, unless_gone
 from services.http.auth import Caller, Guard
 from services.http.rate_limits import Slots
 from services.http.responses import Json
 from services.jobs.dry_run import JobPlan, Planner
-from services.jobs.views import JobView, Page, Views
+from services.jobs.schemas import CancelBody, JobView, ListQuery, LogQuery, MetricsQuery, Page, ResumeBody, SubmitQuery
+from services.jobs.views import Views
 
 SPEC_TYPES = ("application/yaml", "application/x-yaml", "text/yaml", *JSON)
 FOLLOW_SECONDS = 1.0  # between two looks for new lines
@@ -46,42 +48,6 @@ PLANNERS = 2  # threads
 LINES_AT_ONCE = 1000
 
 Look = Callable[[], tuple[Iterator[bytes], bool]]
-Names = Annotated[list[Label] | None, Field(max_length=100)]
-
-
-class SubmitQuery(Strict):
-    dry_run: bool = Field(False, description="only report what would run")
-
-
-class ListQuery(Strict):
-    state: Literal["all", "open", "ended"] = Field("all", description="which jobs; open jobs are queued or running")
-    limit: int = Field(20, ge=1, le=100, description="largest number of jobs on a page")
-    after: str = Field(
-        "", max_length=300, pattern=r"^((open|ended)![\w :.+!-]*)?$", description="`next` of the page before"
-    )
-
-
-class LogQuery(Strict):
-    model: list[str] = Field([], max_length=100, description="only the logs of these models of the job")
-    follow: bool = Field(False, description="continue until the job has ended")
-    source: str | None = Field(None, pattern=r"^(driver|[0-9]{1,4})$", description="`driver`, or a worker's rank")
-
-
-class MetricsQuery(Strict):
-    model: str | None = Field(
-        None, max_length=100, description="model of the job; required if the job has several models"
-    )
-    after: int = Field(0, ge=0, le=10**9, description="only rows of later steps")
-    points: int | None = Field(None, ge=10, le=10_000, description="the most rows, evenly spread; default: all")
-
-
-class CancelBody(Body):
-    now: bool = Field(False, description="end at once, and lose the steps since the last checkpoint")
-    models: Names = Field(None, description="only these models of the job")
-
-
-class ResumeBody(Body):
-    models: Names = Field(None, description="only these models of the job")
 
 
 class JobRoutes:

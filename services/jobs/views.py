@@ -7,67 +7,21 @@ import math
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Literal, TypeAlias, TypeVar
-
-from pydantic import BaseModel
+from typing import Any, TypeVar
 
 from genmodels.errors import DamagedObject, JobNotFound, KeyNotFound
 from genmodels.runs.jobs import QUEUE as QUEUE
 from genmodels.runs.jobs import EndedEntry, Entry, Jobs, Queue
-from genmodels.runs.records import ENDED, Change, Run, State, Status
+from genmodels.runs.records import ENDED, Status
+from genmodels.runs.store import Run
 from genmodels.spec.sections import JobSpec, ModelSpec
 from genmodels.storage import Storage
+from services.jobs.schemas import JobView, Page, RunView, ShownState
 
 READERS = 16  # objects read at the same time
 MOST_KEPT = 4096  # specs, and entries of the index, kept in memory: they never change
 
 T = TypeVar("T")
-
-ShownState: TypeAlias = State | Literal["damaged"]  # damaged: what has become of it cannot be read, and is not guessed
-
-
-class RunView(BaseModel):
-    """The training of one model. What is not known (yet) is null."""
-
-    model: str
-    family: str | None = None
-    state: ShownState
-    reason: str = ""
-    attempt: int = 0
-    workers: int = 0
-    phase: str | None = None
-    step: int | None = None
-    max_steps: int | None = None
-    loss: float | None = None
-    seconds_left: float | None = None
-    position: int | None = None  # in the queue, from 1 on
-    wait: str | None = None  # why it waits there
-    waiting: str | None = None  # what its attempt waits for, e.g. "the storage is full"
-    metrics: dict[str, float | None] = {}  # of what was trained, once it has ended
-    version: int | None = None  # that was published
-    alias: str | None = None  # under which it is served
-    history: list[Change] = []
-
-
-class JobView(BaseModel):
-    """A job and its runs. A list shows of ended jobs only what the index has: each model and its state."""
-
-    job: str
-    name: str
-    priority: int
-    state: ShownState
-    submitted: str
-    ended: str | None = None
-    models: list[RunView]
-    notes: list[str] = []  # on its submission: what was chosen, what to expect
-    endpoint: str | None = None  # URL of the gateway, where the service was told of it; not in lists
-
-
-class Page(BaseModel):
-    """Some of the jobs: open ones first, then ended ones, newest first."""
-
-    data: list[JobView]
-    next: str | None = None  # for `after`; null: there are no more
 
 
 class Views:

@@ -12,14 +12,15 @@ from types import TracebackType
 from genmodels.errors import Conflict
 from genmodels.registry.pin import pin_datasets, pin_initial
 from genmodels.runs.jobs import index_runs
-from genmodels.spec.sections import JobSpec, dump, job_id
+from genmodels.spec.parse import dump, job_id
+from genmodels.spec.sections import JobSpec
 from genmodels.storage import Storage
 from genmodels.storage.documents import now
 from services.cluster.environment import own_folder
 from services.cluster.ports import HOST
 from services.cluster.ray_start import ray_environment
-from services.dispatch.backends.base import SubprocessBackend
-from services.dispatch.supervisor import Capacity
+from services.dispatch.backends.base import Capacity
+from services.dispatch.backends.local_process import SubprocessBackend
 from services.gateway.deploy import APPLICATION, POOL
 
 

@@ -19,8 +19,10 @@ from genmodels.errors import GenmodelsError, SpecError
 from genmodels.keys import Keys
 from genmodels.preflight.check import check_job
 from genmodels.registry.pin import pin_datasets
-from genmodels.runs.records import Result, Run, Status
-from genmodels.spec.sections import JobSpec, ModelSpec, job_id
+from genmodels.runs.records import Result, Status
+from genmodels.runs.store import Run
+from genmodels.spec.parse import job_id
+from genmodels.spec.sections import JobSpec, ModelSpec
 from genmodels.storage import Storage, begin_writing
 from genmodels.storage.documents import now
 from services.cluster.descriptors import raise_file_limit

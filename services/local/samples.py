@@ -18,7 +18,7 @@ from genmodels.data import ImageData, TextData, decode_image, grid, open_dataset
 from genmodels.errors import GenmodelsError
 from genmodels.evals.images import spread
 from genmodels.family import ImageInfo
-from genmodels.runs.records import Run
+from genmodels.runs.store import Run
 from genmodels.spec.sections import ModelSpec
 from services.local.plots import draw
 

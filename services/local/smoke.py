@@ -7,14 +7,15 @@ from pathlib import Path
 
 from genmodels import checkpoint
 from genmodels.data import Dataset, TextData, open_dataset, pin_data
-from genmodels.engine import loader
+from genmodels.engine import loader, model
 from genmodels.engine.image import requests
 from genmodels.engine.text import completion
 from genmodels.engine.text.request import CompletionRequest
 from genmodels.registry.references import of_version
 from genmodels.registry.store import Registry
-from genmodels.runs.records import Run
-from genmodels.spec.sections import JobSpec, ModelSpec, dump
+from genmodels.runs.store import Run
+from genmodels.spec.parse import dump
+from genmodels.spec.sections import JobSpec, ModelSpec
 from genmodels.storage import Storage, open_storage
 from genmodels.training.attempt import run_attempt
 from genmodels.training.loop import Group
@@ -49,7 +50,7 @@ def smoke(spec: ModelSpec, storage: Storage | None = None) -> str:
         return _answer(loader.load(scratch_storage, of_version(registry, version)), dataset)
 
 
-def _answer(model: loader.Loaded, dataset: Dataset) -> str:
+def _answer(model: model.Loaded, dataset: Dataset) -> str:
     if isinstance(dataset, TextData):
         prompt = dataset.tokenizer.decode(dataset.val[:1].tolist())
         request = CompletionRequest.model_validate({"prompt": prompt, "max_tokens": 8, "seed": 0})

@@ -18,7 +18,7 @@ from filelock import FileLock, Timeout
 from pydantic import BaseModel, ValidationError
 from rich.console import Console
 
-from genmodels.runs.records import Run
+from genmodels.runs.store import Run
 from genmodels.spec.sections import ModelSpec
 from genmodels.storage import Storage
 from services.console.progress import Board, Shown

@@ -29,7 +29,7 @@ from services.cluster.environment import own_folder, python, ray_command
 from services.cluster.ports import HOST, check_port, free_ports, is_free
 from services.cluster.processes import Child, Tell
 from services.cluster.ray_start import ray_environment
-from services.dispatch.backends.base import RayJobsBackend
+from services.dispatch.backends.ray_jobs import RayJobsBackend
 from services.dispatch.drain import interruptions, leave
 from services.jobs.app import check_access
 from services.node import exporter

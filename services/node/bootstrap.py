@@ -11,8 +11,8 @@ from pathlib import Path
 
 from genmodels.errors import GenmodelsError
 from genmodels.keys import Keys
-from genmodels.runs.records import patiently
 from genmodels.storage import open_storage
+from genmodels.storage.retry import patiently
 
 NAME = "bootstrap"
 

@@ -26,7 +26,7 @@ from services.cluster.descriptors import raise_file_limit
 from services.cluster.environment import python, ray_command, settle
 from services.cluster.processes import Child
 from services.cluster.ray_start import cluster_environment
-from services.dispatch.backends.base import RayJobsBackend
+from services.dispatch.backends.ray_jobs import RayJobsBackend
 from services.dispatch.drain import interruptions, leave
 from services.node import exporter
 

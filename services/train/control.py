@@ -11,7 +11,8 @@ import time
 from genmodels.errors import Conflict, Superseded
 from genmodels.runs.control import KILL_SECONDS, WishWatch
 from genmodels.runs.logs import LogShipper
-from genmodels.runs.records import Heartbeat, Result, Run
+from genmodels.runs.records import Heartbeat, Result
+from genmodels.runs.store import Run
 
 log = logging.getLogger("genmodels")
 

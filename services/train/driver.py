@@ -18,53 +18,30 @@ import time
 import traceback
 from collections.abc import Callable
 from datetime import datetime
-from pathlib import Path
 from typing import Any
 
-from genmodels import checkpoint, models
-from genmodels.checkpoint import Manifest, Place
 from genmodels.errors import (
-    CheckpointError,
-    DamagedObject,
-    DataError,
-    GenmodelsError,
     StorageError,
     StorageUnavailable,
-    Superseded,
-    TrainingDiverged,
 )
-from genmodels.family import Findings
 from genmodels.metrics import GATES
-from genmodels.registry import evaluations
-from genmodels.registry import store as registry
-from genmodels.registry.evaluate import evaluate
-from genmodels.registry.store import Registry
 from genmodels.runs.logs import LogShipper
-from genmodels.runs.records import Heartbeat, Result, Run, patiently
+from genmodels.runs.records import Heartbeat, Result
+from genmodels.runs.store import Run
 from genmodels.spec.sections import ModelSpec
 from genmodels.storage import begin_writing, open_storage
-from genmodels.storage.disk import outage_of_disk
+from genmodels.storage.retry import patiently
 from genmodels.training.attempt import stored_model, work
 from genmodels.training.loop import Group
 from services.train.control import DriverWatch
+from services.train.failures import _failure
+from services.train.publish import _publish
 
 log = logging.getLogger("genmodels")
 
-BEAT_SECONDS = 1.0  # at least, between two signs of progress while a model is evaluated
 START_SECONDS = 120.0  # for the group to be placed; GENMODELS_START_TIMEOUT_S overrides it, e.g. where nodes autoscale
 # For one collective. A worker that hangs is found by its ticks, and an outage of the store may last: long.
 COLLECTIVE_SECONDS = 24 * 3600
-NEVER_PLACED = ("WorkerGroupStartupTimeoutError", "InsufficientClusterResourcesError")  # Ray's; private, so by name
-# What the other ranks see when one of them is killed; none of it is the user's fault.
-LOST_PEER = (
-    "Connection closed by peer",
-    "Connection reset by peer",
-    "Broken pipe",
-    "Connect timeout",
-    "Timed out waiting",
-    "Connection was likely closed",  # DistNetworkError, of the store that a group meets at
-    "remote process exit",  # NCCL
-)
 
 
 def drive(storage_url: str, job: str, model: str, attempt: int, workers: int | None = None) -> Result:
@@ -165,88 +142,6 @@ def _left(run: Run) -> Result:
     return Result(outcome="left", message=f"saved at step {step} and left", step=step)
 
 
-def _publish(run: Run, spec: ModelSpec, attempt: int) -> Result:
-    """Evaluate the best checkpoint, and publish it if it passes its gate.
-
-    Doing it twice gives the same version and no second move.
-    """
-    tick = _ticker(run, attempt, spec)
-    candidates = list(run.manifests())
-    wanted = spec.serve.gate
-    needed = wanted is not None and wanted.metric in models.load(spec.family).evaluation_names
-    while candidates:
-        place, manifest = registry.best(wanted, candidates)
-        gate = None if needed else registry.judge(wanted, manifest.metrics)
-        facts: dict[str, Any] = {"step": place.step, "metrics": manifest.metrics, "gate": gate}
-        if gate and not gate.passed:
-            return _refused(facts)
-        with checkpoint.scratch_folder() as name:
-            folder = Path(name)
-            try:
-                checkpoint.fetch(run.storage, run.checkpoint_prefix(place), folder)
-            except CheckpointError as error:
-                log.warning("%s; the next best is published", error)
-                candidates.remove((place, manifest))
-                continue
-            registry.finite_probe(checkpoint.load_family(folder))  # nothing else of spoiled weights is worth a look
-            began = time.monotonic()
-            found = _evaluate(run, place, spec, manifest, folder, tick, needed=needed)
-            seconds = time.monotonic() - began
-            facts["metrics"] = manifest.metrics | {name: measure.value for name, measure in found.measures.items()}
-            if needed:
-                facts["gate"] = gate = registry.judge(wanted, facts["metrics"])
-            if gate and not gate.passed:
-                return _refused(facts)
-            store = Registry(run.storage)
-            version = store.publish(run, place, manifest, folder, gate)
-        if found.measures:
-            evaluations.record(store, version, found, thorough=False, seconds=seconds, publication=True)
-        store.promote(run.model, spec.serve.alias, version.version, f"published by job {run.job}", forward_only=True)
-        return Result(outcome="succeeded", version=version.version, message=f"published as {version.name}", **facts)
-    raise CheckpointError(f"{run.prefix}: no checkpoint is whole")
-
-
-def _evaluate(
-    run: Run,
-    place: Place,
-    spec: ModelSpec,
-    manifest: Manifest,
-    folder: Path,
-    tick: Callable[[], None],
-    *,
-    needed: bool,
-) -> Findings:
-    """What is measured of a checkpoint; nothing where its data has gone, unless the gate needs it."""
-    try:
-        return evaluate(run, place, spec, manifest.lineage, folder, tick=tick)
-    except DataError as error:
-        if needed:
-            raise
-        log.warning("published without an evaluation: %s", error)
-        return Findings()
-
-
-def _refused(facts: dict[str, Any]) -> Result:
-    return Result(outcome="failed", cause="gate", message=f"not published: {facts['gate'].reason}", **facts)
-
-
-def _ticker(run: Run, attempt: int, spec: ModelSpec) -> Callable[[], None]:
-    """Shows now, and whenever it is called, that publishing gets on."""
-    steps = spec.train.max_steps
-    last = Heartbeat(phase="publishing", step=steps, max_steps=steps)
-    run.beat(attempt, last)
-    beaten = time.monotonic()
-
-    def tick() -> None:
-        nonlocal last, beaten
-        if time.monotonic() - beaten >= BEAT_SECONDS:
-            last = last.model_copy(update={"tick": last.tick + 1})
-            run.beat(attempt, last)
-            beaten = time.monotonic()
-
-    return tick
-
-
 def _teller(run: Run, attempt: int, spec: ModelSpec) -> Callable[[StorageUnavailable], None]:
     """Shows, as far as storage takes it, what publishing waits for."""
     steps, ticks = spec.train.max_steps, itertools.count(1)
@@ -257,59 +152,6 @@ def _teller(run: Run, attempt: int, spec: ModelSpec) -> Callable[[StorageUnavail
             run.beat(attempt, beat)
 
     return tell
-
-
-def _failure(error: BaseException) -> Result:
-    """The class of a failure. What one rank says of its own comes before what the others saw of its end."""
-    error = _original(error)
-    causes = [_original(cause) for cause in getattr(error, "worker_failures", {}).values()] or [error]
-    for cause in causes:
-        match cause:
-            case TrainingDiverged():
-                return Result(outcome="failed", cause="diverged", message=str(cause), step=cause.step)
-            case Superseded():
-                return Result(outcome="failed", cause="superseded", message=str(cause))
-        if outage := outage_of_disk(cause):
-            return Result(outcome="failed", cause="storage", message=str(outage))
-        match cause:
-            # The next attempt passes over a damaged checkpoint; another object may have been mended by then.
-            case CheckpointError() | DamagedObject() | StorageError():
-                return Result(outcome="failed", cause="infrastructure", message=str(cause))
-            case GenmodelsError():
-                return Result(outcome="failed", cause="user", message=str(cause))
-    if any(map(_is_out_of_memory, causes)):
-        message = "out of memory; lower train.batch_size or the size of the model"
-        return Result(outcome="failed", cause="out of memory", message=message)
-    if type(error).__name__ in NEVER_PLACED:
-        said = _one_line(error).partition(". ")[0]
-        return Result(outcome="failed", cause="no workers", message=f"the workers were not placed ({said})")
-    bug = next((cause for cause in causes if not _is_loss(cause)), None)
-    if bug is None:
-        return Result(outcome="failed", cause="infrastructure", message=f"a worker was lost ({_one_line(causes[0])})")
-    return Result(outcome="failed", cause="user", message=_one_line(bug))
-
-
-def _is_out_of_memory(error: BaseException) -> bool:
-    # torch.OutOfMemoryError on a GPU, ray.exceptions.OutOfMemoryError; on the CPU torch raises a plain RuntimeError
-    named = isinstance(error, MemoryError) or "OutOfMemory" in type(error).__name__
-    return named or "can't allocate memory" in str(error)
-
-
-def _is_loss(error: BaseException) -> bool:
-    """Whether a process or the way to it went away."""
-    if isinstance(error, ConnectionError | TimeoutError) or type(error).__module__.startswith("ray."):
-        return True
-    return any(sign in str(error) for sign in LOST_PEER)
-
-
-def _one_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
-
-
-def _original(error: BaseException) -> BaseException:
-    """What Ray wrapped."""
-    inner = getattr(error, "health_check_failure", None) or getattr(error, "controller_failure", None)
-    return _original(inner) if isinstance(inner, BaseException) else error
 
 
 def _seconds(run: Run, attempt: int, began: float) -> dict[str, float]:

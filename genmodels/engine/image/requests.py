@@ -16,7 +16,8 @@ from pydantic import Field, model_validator
 from torch import Tensor
 
 from genmodels.data.images import decode_image, grid, pixels_of, png
-from genmodels.engine.loader import ImageModel, Loaded
+from genmodels.engine.image.model import ImageModel
+from genmodels.engine.model import Loaded
 from genmodels.engine.requests import MAX_N, Count, Request, Seeds, seed_or_random
 from genmodels.errors import RequestError
 from genmodels.schema.explain import show

@@ -11,9 +11,9 @@ from typing import Any, Literal, TypeAlias
 from torch import Tensor
 
 from genmodels.data.text import Tokenizer
-from genmodels.engine.text.batcher import Text
 from genmodels.engine.text.logprobs import TokenLogprob, token_logprobs
 from genmodels.engine.text.request import CompletionRequest
+from genmodels.engine.text.sequence import Text
 from genmodels.engine.text.stops import StopStrings
 from genmodels.nn.sampling import Sampler
 

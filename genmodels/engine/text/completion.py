@@ -9,9 +9,10 @@ from dataclasses import dataclass
 from typing import Any
 
 from genmodels.data.text import Tokenizer
-from genmodels.engine.loader import Loaded, TextModel
+from genmodels.engine.model import Loaded
 from genmodels.engine.requests import seed_or_random
 from genmodels.engine.text.choices import Choices, Piece
+from genmodels.engine.text.model import TextModel
 from genmodels.engine.text.request import CompletionRequest
 from genmodels.errors import RequestError
 

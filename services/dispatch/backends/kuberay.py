@@ -42,12 +42,12 @@ import signal
 import time
 
 from genmodels.runs.jobs import Jobs
-from genmodels.runs.records import Run
+from genmodels.runs.store import Run
 from genmodels.storage import Storage
-from services.dispatch.backends.base import ACCEPT_SECONDS, submission_id
+from services.dispatch.backends.base import LOST, PREEMPTED, Capacity, Driver, submission_id
 from services.dispatch.backends.kube_api import KubeApi
+from services.dispatch.backends.ray_jobs import ACCEPT_SECONDS
 from services.dispatch.backends.rayjob import KubeOptions, RayJob, Template
-from services.dispatch.supervisor import LOST, PREEMPTED, Capacity, Driver
 
 KEEP_SECONDS = 300.0  # an ended RayJob stays to be looked at
 GONE_SECONDS = 300.0  # for the pods of a deleted RayJob: those of a node that is lost may never go

@@ -1,0 +1,340 @@
+"""TODO"""
+
+from __future__ import annotations
+
+import contextlib
+import heapq
+import json
+import logging
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, Literal
+
+from genmodels import checkpoint
+from genmodels.checkpoint import Manifest, Place
+from genmodels.errors import CheckpointError, Conflict, DamagedObject, KeyNotFound, Superseded
+from genmodels.runs.records import Heartbeat, Link, LogLine, Result, Start, Status, Wish
+from genmodels.storage import (
+    Document,
+    Storage,
+    decode_floats,
+    encode_floats,
+    list_names,
+    load_document,
+    write_document,
+)
+from genmodels.storage.documents import DocumentT, now, read_lines
+
+PART = r"\d{8}\.jsonl"  # of logs and of metrics
+
+
+log = logging.getLogger(__name__)
+
+
+class Run:
+    """The training of one model of a job, as storage shows it."""
+
+    def __init__(self, storage: Storage, job: str, model: str) -> None:
+        self.storage, self.job, self.model = storage, job, model
+        self.name = f"{job}/{model}"
+        self.prefix = f"runs/{self.name}"
+
+    # Attempts and the chain
+
+    def start(self, attempt: int, parent: Place | None, world_size: int) -> Start:
+        """Claim an attempt number for this process.
+
+        Raises:
+            Superseded: that attempt was started by another process, or a higher one exists.
+        """
+        start = Start(attempt=attempt, parent=parent, world_size=world_size, time=now())
+        try:
+            self._write(attempt, "start.json", start, if_absent=True)
+        except Conflict:
+            raise Superseded(f"attempt {attempt} of {self.job}/{self.model} was started by another process") from None
+        self.fence(attempt)
+        return start
+
+    def fence(self, attempt: int) -> None:
+        """Raise Superseded if a higher attempt has started. A writer asks before each save and each deletion."""
+        highest = max(self.started(after=attempt), default=0)
+        if highest > attempt:
+            raise Superseded(f"attempt {highest} of {self.job}/{self.model} has taken over from attempt {attempt}")
+
+    def attempts(self) -> list[int]:
+        """Numbers of the attempts that have left anything, started or not, ascending."""
+        names = self.storage.folders(f"{self.prefix}/attempt-")  # not what is in them: logs and metrics have many parts
+        found = (re.fullmatch(r"attempt-(\d+)", name) for name in names)
+        return sorted(int(match[1]) for match in found if match)
+
+    def started(self, after: int = 0) -> list[int]:
+        """Numbers of the attempts above `after` that have a `start.json`, ascending."""
+        found = (attempt for attempt in self.attempts() if attempt > after)
+        return [attempt for attempt in found if self.storage.exists(self._key(attempt, "start.json"))]
+
+    def start_of(self, attempt: int) -> Start | None:
+        """The start of an attempt, None if it has not started. Raises DamagedObject."""
+        return self._read(attempt, "start.json", Start, attempt=attempt)
+
+    def chain(self) -> list[Link]:
+        """The attempts that make up this run's history, oldest first."""
+        started = self.started()
+        links: list[Link] = []
+        attempt = started[-1] if started else None
+        until: int | None = None
+        while attempt is not None:
+            start = self.start_of(attempt)
+            if start is None:
+                raise CheckpointError(f"{self.prefix}: the history names attempt {attempt}, which has no start.json")
+            parent = start.parent
+            if parent and parent.attempt >= attempt:
+                raise CheckpointError(f"{self.prefix}: attempt {attempt} cannot go on from attempt {parent.attempt}")
+            links.append(Link(attempt, until, parent))
+            attempt, until = (parent.attempt, parent.step) if parent else (None, None)
+        return links[::-1]
+
+    # Checkpoints
+
+    def checkpoint_prefix(self, place: Place) -> str:
+        return self._key(place.attempt, f"checkpoints/step-{place.step:08d}")
+
+    def checkpoints(self) -> list[Place]:
+        """Complete checkpoints of the chain, by step. What an overtaken attempt wrote later is not among them."""
+        return [
+            Place(attempt=link.attempt, step=step)
+            for link in self.chain()
+            for step in self._saved(link.attempt)
+            if link.holds(step)
+        ]
+
+    def manifest(self, place: Place) -> Manifest:
+        return checkpoint.read_manifest(self.storage, self.checkpoint_prefix(place))
+
+    def manifests(self) -> Iterator[tuple[Place, Manifest]]:
+        """Complete checkpoints with their manifests, but for those cleaned away meanwhile or damaged."""
+        for place in self.checkpoints():
+            try:
+                yield place, self.manifest(place)
+            except CheckpointError:
+                continue
+
+    def leftovers(self, before_step: int) -> list[str]:
+        """Keys of checkpoint directories without a manifest: uploads that never ended, or clean-ups that began."""
+        names = [name for attempt in self.attempts() for name in self._names(f"attempt-{attempt}/checkpoints/")]
+        whole = {name.removesuffix(f"/{checkpoint.MANIFEST}") for name in names}
+        keys = []
+        for name in names:
+            match = re.match(r"(attempt-\d+/checkpoints/step-(\d+))/", name)
+            if match and match[1] not in whole and int(match[2]) < before_step:
+                keys.append(f"{self.prefix}/{name}")
+        return keys
+
+    # Metrics and samples
+
+    def write_metrics(self, attempt: int, rows: list[dict[str, Any]]) -> None:
+        """Add an immutable part. Each row has a `step`; non-finite numbers are stored as text."""
+        key = self._key(attempt, f"metrics/{rows[0]['step']:08d}.jsonl")
+        self.storage.put(key, "".join(json.dumps(encode_floats(row)) + "\n" for row in rows).encode())
+
+    def metrics(self) -> list[dict[str, Any]]:
+        """Rows of the whole chain, cut at the step where the next attempt took over."""
+        return [row for link in self.chain() for row in self._rows(link)]
+
+    def metric_lines(self, after: int = 0) -> Iterator[bytes]:
+        """The same rows as they are stored, each a JSON object, of one part after the other.
+
+        Args:
+            after: only rows of later steps.
+        """
+        for link in self.chain():
+            yield from (line for line, _ in self._lines(link, after))
+
+    def training_seconds(self) -> float:
+        """Time spent in training steps and evaluation by the attempts of the chain, as far as they count."""
+        found = ([row.get("seconds") for row in self._rows(link)] for link in self.chain())
+        return sum(max((s for s in seconds if isinstance(s, (int, float))), default=0.0) for seconds in found)
+
+    def write_sample(self, attempt: int, step: int, name: str, data: bytes) -> None:
+        self.storage.put(self._key(attempt, f"samples/{step:08d}/{name}"), data)
+
+    def samples(self) -> list[tuple[int, str]]:
+        """(step, key) of every picture and text the chain left on its way, by step."""
+        found = []
+        for link in self.chain():
+            for name in self._names(f"attempt-{link.attempt}/samples/"):
+                match = re.fullmatch(rf"attempt-{link.attempt}/samples/(\d+)/.+", name)
+                if match and link.holds(int(match[1])):
+                    found.append((int(match[1]), f"{self.prefix}/{name}"))
+        return found
+
+    # Logs
+
+    def log_key(self, attempt: int, source: str, number: int) -> str:
+        """Where part `number` (from 1 on) of what a process printed belongs: lines of JSON, `{"time", "line"}` each."""
+        return self._key(attempt, f"logs/{source}/{number:08d}.jsonl")
+
+    def log_lines(self, source: str | None = None, cursor: dict[str, str] | None = None) -> Iterator[LogLine]:
+        """What the processes of this run printed: attempt by attempt, by time, each cut where a later one took over.
+
+        Attempts outside the chain are among them: why a group never came to be is in its driver's log.
+
+        Args:
+            source: "driver" or a rank; None: all of them.
+            cursor: empty at first, then holds what was read. Called again with it, only what came meanwhile is given:
+                so one follows a log.
+        """
+        cursor = {} if cursor is None else cursor
+        taken_over: str | None = None  # when the next one started
+        spans: list[tuple[int, str | None]] = []
+        for attempt in reversed(self.attempts()):
+            spans.insert(0, (attempt, taken_over))
+            with contextlib.suppress(DamagedObject):  # then that attempt's lines and the one's before it may mix
+                start = self.start_of(attempt)
+                taken_over = start.time if start else taken_over
+        for attempt, until in spans:
+            sources = [source] if source else self.storage.folders(self._key(attempt, "logs/"))
+            streams = (self._log(attempt, name, cursor) for name in sources)
+            for line in heapq.merge(*streams, key=lambda line: line.time):
+                if until is None or line.time < until:
+                    yield line
+
+    # Heartbeats, results, wishes, status
+
+    def beat(self, attempt: int, heartbeat: Heartbeat, if_match: str | None = None) -> str:
+        """Write a heartbeat; its etag.
+
+        Args:
+            if_match: only over the heartbeat with this etag.
+
+        Raises:
+            Conflict: another one is there.
+        """
+        return self._write(attempt, "heartbeat.json", heartbeat, if_match=if_match)
+
+    def heartbeat(self, attempt: int) -> Heartbeat | None:
+        """The latest of an attempt. A damaged one counts as none: the next is a second away."""
+        with contextlib.suppress(DamagedObject):
+            return self._read(attempt, "heartbeat.json", Heartbeat)
+        return None
+
+    def end(self, attempt: int, result: Result) -> None:
+        self._write(attempt, "result.json", result)
+
+    def result(self, attempt: int) -> Result | None:
+        """How an attempt ended. A damaged one counts as none: then the next attempt finds what is left to do."""
+        with contextlib.suppress(DamagedObject):
+            return self._read(attempt, "result.json", Result)
+        return None
+
+    def wish(
+        self,
+        wish: Literal["leave", "kill", "resume"],
+        attempt: int,
+        reason: str,
+        then: Literal["queued", "cancelled"] = "queued",
+    ) -> Wish:
+        number = max(self._wish_numbers(), default=0) + 1
+        while True:
+            body = Wish(wish=wish, attempt=attempt, then=then, reason=reason, time=now(), number=number)
+            try:
+                write_document(self.storage, self._wish_key(number), body.model_dump(mode="json"), if_absent=True)
+                return body
+            except Conflict:
+                number += 1
+
+    def wishes(self, attempt: int | None = None, after: int = 0) -> list[Wish]:
+        """What is wished, oldest first, as far as it can be read.
+
+        Args:
+            attempt: only of this attempt.
+            after: only wishes with a higher number.
+        """
+        found = []
+        for number in self._wish_numbers(after):
+            with contextlib.suppress(DamagedObject):  # or one that a newer release has thought of
+                wish, _ = load_document(self.storage, self._wish_key(number), Wish)
+                found.append(wish.model_copy(update={"number": number}))
+        return [wish for wish in found if attempt in (None, wish.attempt)]
+
+    def status(self) -> tuple[Status, str | None]:
+        """The status and the etag to swap it by; a run nobody has touched is queued, and has no etag.
+
+        Raises:
+            DamagedObject: what has become of the run cannot be told, and must not be guessed.
+        """
+        try:
+            return load_document(self.storage, f"{self.prefix}/status.json", Status)
+        except KeyNotFound:
+            return Status(state="queued"), None
+
+    def write_status(self, status: Status, etag: str | None, nonce: str | None = None) -> str:
+        """Swap the status; the etag of the new one.
+
+        Args:
+            nonce: as `write_document` has it, for one who tries again after StorageUnavailable.
+
+        Raises:
+            Conflict: somebody else has written it since `etag` was read.
+        """
+        key, body = f"{self.prefix}/status.json", status.model_dump(mode="json")
+        return write_document(self.storage, key, body, if_absent=etag is None, if_match=etag, nonce=nonce)
+
+    def _wish_numbers(self, after: int = 0) -> list[int]:
+        names = list_names(self.storage, f"{self.prefix}/wishes/", r"\d{8}\.json", after=f"{after:08d}.json")
+        return [int(Path(name).stem) for name in names]
+
+    def _wish_key(self, number: int) -> str:
+        return f"{self.prefix}/wishes/{number:08d}.json"
+
+    def _log(self, attempt: int, source: str, cursor: dict[str, str]) -> Iterator[LogLine]:
+        folder = self._key(attempt, f"logs/{source}/")
+        for name in list_names(self.storage, folder, PART, after=cursor.get(folder, "")):
+            for _, row in read_lines(self.storage, folder + name, "log", {"time": str, "line": str}):
+                yield LogLine(attempt, source, row["time"], row["line"])
+            cursor[folder] = name
+
+    def _saved(self, attempt: int) -> list[int]:
+        """Steps of the checkpoints that have a manifest, ascending."""
+        pattern = re.compile(rf"attempt-{attempt}/checkpoints/step-(\d+)/{re.escape(checkpoint.MANIFEST)}")
+        found = map(pattern.fullmatch, self._names(f"attempt-{attempt}/checkpoints/"))
+        return sorted(int(match[1]) for match in found if match)
+
+    def _rows(self, link: Link) -> Iterator[dict[str, Any]]:
+        return (decode_floats(row) for _, row in self._lines(link))
+
+    def _lines(self, link: Link, after: int = 0) -> Iterator[tuple[bytes, dict[str, Any]]]:
+        """Rows of later steps, each as it is stored and parsed. Parts are named by their first step."""
+        folder = self._key(link.attempt, "metrics/")
+        parts = list_names(self.storage, folder, PART)
+        following = [int(Path(part).stem) for part in parts[1:]]
+        for part, next_step in zip(parts, [*following, None], strict=False):
+            if next_step is not None and next_step <= after + 1:
+                continue
+            for line, row in read_lines(self.storage, folder + part, "metrics", {"step": int}):
+                if row["step"] > after and link.holds(row["step"]):
+                    yield line, row
+
+    def _key(self, attempt: int, name: str) -> str:
+        return f"{self.prefix}/attempt-{attempt}/{name}"
+
+    def _names(self, prefix: str) -> list[str]:
+        return [key.removeprefix(f"{self.prefix}/") for key in self.storage.list(f"{self.prefix}/{prefix}")]
+
+    def _write(
+        self,
+        attempt: int,
+        name: str,
+        document: Document,
+        *,
+        if_absent: bool = False,
+        if_match: str | None = None,
+    ) -> str:
+        body = document.model_dump(mode="json")
+        return write_document(self.storage, self._key(attempt, name), body, if_absent=if_absent, if_match=if_match)
+
+    def _read(self, attempt: int, name: str, kind: type[DocumentT], /, **identity: object) -> DocumentT | None:
+        try:
+            return load_document(self.storage, self._key(attempt, name), kind, **identity)[0]
+        except KeyNotFound:
+            return None

@@ -1,0 +1,75 @@
+"""TODO"""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import Literal
+
+from genmodels.runs.records import Heartbeat, Wish
+from services.dispatch.backends.base import Driver
+
+LEAVE_SECONDS = 60.0  # for an attempt to save and end before it is killed; longer where ten steps take longer
+
+
+KILL_SECONDS = 20.0  # for the ranks to write down their stacks before the driver is killed too
+
+
+HANG_SECONDS = float(os.environ.get("GENMODELS_HANG_SECONDS", "120"))  # without a tick; longer for slow steps
+
+
+HANG_STEPS = 10
+
+
+SLOW_SECONDS = float(os.environ.get("GENMODELS_SLOW_SECONDS", "900"))  # as HANG_SECONDS, of phases that tick seldom
+
+
+SLOW_PHASES = ("starting", "compiling", "publishing")
+
+
+LONGEST_LOOK = 5.0  # a silence between two looks counts for no more: the store or this process was away
+
+
+class _Attempt:
+    """An attempt that runs: its driver, for how long it has shown no progress, and whether it is to end."""
+
+    def __init__(self, driver: Driver) -> None:
+        self.driver = driver
+        self.ending: Literal["leave", "kill"] | None = None
+        self.pressed = 0.0  # for how long it has been asked to end
+        self._seen: Heartbeat | None = None
+        self._age = 0.0
+        self._looked = self._next_kill = time.monotonic()
+
+    def end_by(self, wish: Wish) -> None:
+        if wish.wish == "kill" and self.ending != "kill":
+            self.ending, self.pressed = "kill", 0.0
+        elif wish.wish == "leave" and not self.ending:
+            self.ending = "leave"
+
+    def grow_older(self, heartbeat: Heartbeat | None) -> float:
+        """Seconds without a tick, as far as anyone could have seen one."""
+        now = time.monotonic()
+        passed = min(now - self._looked, LONGEST_LOOK)
+        self._looked = now
+        self._age = self._age + passed if heartbeat == self._seen and not self.driver.waiting else 0.0
+        self._seen = heartbeat
+        if self.ending:
+            self.pressed += passed
+        return self._age
+
+    def press(self, beat: Heartbeat) -> None:
+        """Kill what has been asked to end and does not. What has not begun to train has nothing to save."""
+        if self.ending == "leave" and beat.phase in ("saving", "publishing") and self._age <= _patience(beat):
+            return  # it ends soon, and well
+        limit = KILL_SECONDS if self.ending == "kill" else max(LEAVE_SECONDS, HANG_STEPS * (beat.step_seconds or 0))
+        due = self.pressed > limit or (self.ending == "leave" and beat.phase == "starting")
+        if due and time.monotonic() >= self._next_kill:
+            self._next_kill = time.monotonic() + KILL_SECONDS
+            self.driver.kill()
+
+
+def _patience(beat: Heartbeat) -> float:
+    """Seconds without a tick that make a hang."""
+    slow = SLOW_SECONDS if beat.phase in SLOW_PHASES else HANG_SECONDS
+    return max(slow, HANG_STEPS * (beat.step_seconds or 0.0))

@@ -1,0 +1,138 @@
+"""TODO"""
+
+from __future__ import annotations
+
+import logging
+import shlex
+import signal
+import time
+from typing import Any
+
+from services.cluster.dashboard import Dashboard
+from services.dispatch.backends.base import LOST, Capacity, Driver, driver_command, submission_id
+
+log = logging.getLogger("genmodels.backends")
+
+
+SUBMIT_SECONDS = 15.0  # the dashboard waits up to 10 s for its agent
+
+
+MESSAGE = 2000  # characters of Ray's own message, which ends with the last lines of the driver's log
+
+
+ACCEPT_SECONDS = 60.0  # of a cluster that answers, for a driver to be accepted
+
+
+class RayJobsBackend:
+    """Drivers as Ray Jobs, by the HTTP API of Ray's dashboard alone.
+
+    So the process that uses it is no part of the cluster, does not import Ray, and outlives any loss of it. No call
+    takes longer than its timeout, and none raises for a cluster that is away: what cannot be known is None.
+    """
+
+    def __init__(self, address: str | None = None, max_cpus: int = 0, max_gpus: int = 0) -> None:
+        """Args:
+        address: of the dashboard; see `Dashboard`.
+        max_cpus: what the cluster may grow to, where it grows.
+        """
+        self.dashboard = Dashboard(address)
+        self.max_cpus, self.max_gpus = max_cpus, max_gpus
+        self._head_began = 0  # ms since 1970, as `capacity` last saw it
+
+    def start(self, storage_url: str, job: str, model: str, attempt: int, workers: int) -> Driver:
+        """Ask for a driver. Whether Ray took it, `poll` tells: it asks again where no answer came."""
+        submission = {
+            "entrypoint": shlex.join(driver_command(storage_url, job, model, attempt, workers)),
+            "submission_id": submission_id(job, model, attempt),
+            "metadata": {"job": job, "model": model, "attempt": str(attempt)},
+            "entrypoint_num_cpus": 0,
+        }
+        return _RayJob(self, submission_id(job, model, attempt), submission)
+
+    def find(self, job: str, model: str, attempt: int) -> Driver:
+        return _RayJob(self, submission_id(job, model, attempt))
+
+    def is_lost(self, job: dict[str, Any]) -> bool:
+        """Whether a Ray Job, as the dashboard shows it, went with its head: drivers run there.
+
+        A head that keeps its state on disk shows the drivers of the one before it as they were.
+        """
+        return bool(job["status"] in ("PENDING", "RUNNING") and (job.get("start_time") or 0) < self._head_began)
+
+    def capacity(self) -> Capacity | None:
+        answer = self.dashboard.ask("GET", "/api/v0/nodes?detail=1&limit=10000&timeout=4")
+        if answer is None or answer.status_code != 200:
+            return None
+        try:
+            nodes: list[dict[str, Any]] = answer.json()["data"]["result"]["result"]
+            alive = [node for node in nodes if node["state"] == "ALIVE"]
+            there = [node["resources_total"] for node in alive]
+            self._head_began = max((node["start_time_ms"] for node in alive if node["is_head_node"]), default=0)
+        except (ValueError, KeyError, TypeError):  # somebody else answers there
+            return None
+        if not there:
+            return None  # the head has just begun to start
+        cpus, gpus = (int(sum(resources.get(name, 0) for resources in there)) for name in ("CPU", "GPU"))
+        return Capacity(cpus, gpus, most_cpus=self.max_cpus, most_gpus=self.max_gpus)
+
+
+class _RayJob(Driver):
+    """One Ray Job. What was asked for and not answered (to start, to stop) is asked again at each poll."""
+
+    def __init__(self, backend: RayJobsBackend, name: str, submission: dict[str, Any] | None = None) -> None:
+        self.backend, self.dashboard, self.name = backend, backend.dashboard, name
+        self.submission, self.deadline = submission, time.monotonic() + ACCEPT_SECONDS
+        self.code: int | None = None
+        self.stopping = False
+        self._submit()
+
+    def poll(self) -> int | None:
+        if self.code is not None:
+            return self.code
+        answer = self.dashboard.ask("GET", f"/api/jobs/{self.name}")
+        if answer is None or answer.status_code not in (200, 404):
+            return None
+        if answer.status_code == 404:
+            self.code = self._missing()
+            return self.code
+        self.submission = None
+        job = answer.json()
+        match job["status"]:
+            case "SUCCEEDED":
+                self.code = 0
+            case "FAILED":
+                self.code = job.get("driver_exit_code") or LOST
+                log.warning("Ray job %s failed: %s", self.name, (job.get("message") or "")[-MESSAGE:])
+            case "STOPPED":
+                self.code = -signal.SIGTERM
+            case _ if self.backend.is_lost(job):
+                self.code = LOST
+            case _ if self.stopping:
+                self._stop()
+        return self.code
+
+    def kill(self) -> None:
+        """Ray stops its whole process tree: SIGTERM, and after RAY_JOB_STOP_WAIT_TIME_S of the cluster SIGKILL.
+
+        `poll` tells when it has ended.
+        """
+        self.submission = None
+        self._stop()
+
+    def _missing(self) -> int | None:
+        """A cluster that does not know the job lost it with its head, or never took it."""
+        if self.submission is None or time.monotonic() > self.deadline:
+            return LOST
+        self._submit()
+        return None
+
+    def _submit(self) -> None:
+        if self.submission is None:
+            return
+        answer = self.dashboard.ask("POST", "/api/jobs/", self.submission, SUBMIT_SECONDS)
+        if answer is not None and answer.status_code == 200:
+            self.submission = None
+
+    def _stop(self) -> None:
+        answer = self.dashboard.ask("POST", f"/api/jobs/{self.name}/stop")
+        self.stopping = answer is None or answer.status_code >= 500

@@ -1,0 +1,111 @@
+"""TODO"""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from genmodels import checkpoint, models
+from genmodels.checkpoint import Manifest, Place
+from genmodels.errors import (
+    CheckpointError,
+    DataError,
+)
+from genmodels.family import Findings
+from genmodels.registry import evaluations, probe
+from genmodels.registry import gate as gates
+from genmodels.registry.evaluate import evaluate
+from genmodels.registry.store import Registry
+from genmodels.runs.records import Heartbeat, Result
+from genmodels.runs.store import Run
+from genmodels.spec.sections import ModelSpec
+
+log = logging.getLogger("genmodels")
+
+
+def _publish(run: Run, spec: ModelSpec, attempt: int) -> Result:
+    """Evaluate the best checkpoint, and publish it if it passes its gate.
+
+    Doing it twice gives the same version and no second move.
+    """
+    tick = _ticker(run, attempt, spec)
+    candidates = list(run.manifests())
+    wanted = spec.serve.gate
+    needed = wanted is not None and wanted.metric in models.load(spec.family).evaluation_names
+    while candidates:
+        place, manifest = gates.best(wanted, candidates)
+        gate = None if needed else gates.judge(wanted, manifest.metrics)
+        facts: dict[str, Any] = {"step": place.step, "metrics": manifest.metrics, "gate": gate}
+        if gate and not gate.passed:
+            return _refused(facts)
+        with checkpoint.scratch_folder() as name:
+            folder = Path(name)
+            try:
+                checkpoint.fetch(run.storage, run.checkpoint_prefix(place), folder)
+            except CheckpointError as error:
+                log.warning("%s; the next best is published", error)
+                candidates.remove((place, manifest))
+                continue
+            probe.finite_probe(checkpoint.load_family(folder))  # nothing else of spoiled weights is worth a look
+            began = time.monotonic()
+            found = _evaluate(run, place, spec, manifest, folder, tick, needed=needed)
+            seconds = time.monotonic() - began
+            facts["metrics"] = manifest.metrics | {name: measure.value for name, measure in found.measures.items()}
+            if needed:
+                facts["gate"] = gate = gates.judge(wanted, facts["metrics"])
+            if gate and not gate.passed:
+                return _refused(facts)
+            store = Registry(run.storage)
+            version = store.publish(run, place, manifest, folder, gate)
+        if found.measures:
+            evaluations.record(store, version, found, thorough=False, seconds=seconds, publication=True)
+        store.promote(run.model, spec.serve.alias, version.version, f"published by job {run.job}", forward_only=True)
+        return Result(outcome="succeeded", version=version.version, message=f"published as {version.name}", **facts)
+    raise CheckpointError(f"{run.prefix}: no checkpoint is whole")
+
+
+def _evaluate(
+    run: Run,
+    place: Place,
+    spec: ModelSpec,
+    manifest: Manifest,
+    folder: Path,
+    tick: Callable[[], None],
+    *,
+    needed: bool,
+) -> Findings:
+    """What is measured of a checkpoint; nothing where its data has gone, unless the gate needs it."""
+    try:
+        return evaluate(run, place, spec, manifest.lineage, folder, tick=tick)
+    except DataError as error:
+        if needed:
+            raise
+        log.warning("published without an evaluation: %s", error)
+        return Findings()
+
+
+def _refused(facts: dict[str, Any]) -> Result:
+    return Result(outcome="failed", cause="gate", message=f"not published: {facts['gate'].reason}", **facts)
+
+
+def _ticker(run: Run, attempt: int, spec: ModelSpec) -> Callable[[], None]:
+    """Shows now, and whenever it is called, that publishing gets on."""
+    steps = spec.train.max_steps
+    last = Heartbeat(phase="publishing", step=steps, max_steps=steps)
+    run.beat(attempt, last)
+    beaten = time.monotonic()
+
+    def tick() -> None:
+        nonlocal last, beaten
+        if time.monotonic() - beaten >= BEAT_SECONDS:
+            last = last.model_copy(update={"tick": last.tick + 1})
+            run.beat(attempt, last)
+            beaten = time.monotonic()
+
+    return tick
+
+
+BEAT_SECONDS = 1.0  # at least, between two signs of progress while a model is evaluated
