@@ -62,7 +62,6 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
     monkeypatch.setattr(transport, "FIRST_PATIENCE_SECONDS", 0.2)
     for name in [name for name in os.environ if name.startswith("GENMODELS_")]:
         monkeypatch.delenv(name)
-    monkeypatch.setattr(cli, "settle", lambda: None)  # this process's environment is also that of other tests
 
     def run(*arguments: str) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["genmodels", *arguments])
