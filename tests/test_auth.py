@@ -25,7 +25,7 @@ from services.gateway.routes import create_app as create_gateway
 from services.http import auth
 from services.http.auth import Guard, require_keys
 from services.jobs.app import create_app as create_job_app
-from services.jobs.routes import MOST_FOLLOWERS
+from services.jobs.routes import FOLLOWERS
 
 SPEC = b"""
 name: mine
@@ -210,7 +210,7 @@ def test_head_gives_back_at_once_what_it_takes(place: Place) -> None:
     """Of a log that has no end, and of a file, of which only so many may be read at the same time."""
     headers = {"authorization": f"Bearer {place.tokens['submit']}"}
     for path in (f"/v1/jobs/{place.names['job']}/logs?follow=true", "/v1/models/clothing/versions/1/files/config.json"):
-        for _ in range(MOST_FOLLOWERS + 10):
+        for _ in range(FOLLOWERS[1] + 10):
             response = ask(place.apps["jobs"], "HEAD", path, headers=headers)
             assert (response.status_code, response.content) == (200, b"")
 

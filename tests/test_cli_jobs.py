@@ -65,7 +65,6 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
     monkeypatch.setattr(http, "FIRST_PATIENCE_SECONDS", 0.2)
     for name in [name for name in os.environ if name.startswith("GENMODELS_")]:
         monkeypatch.delenv(name)
-    monkeypatch.setattr(main, "settle", lambda: None)  # this process's environment is also that of other tests
 
     def run(*arguments: str) -> tuple[int, str, str]:
         monkeypatch.setattr(sys, "argv", ["genmodels", *arguments])

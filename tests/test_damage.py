@@ -115,7 +115,7 @@ class World:
         """What those get who have nothing to do with the damaged object."""
         storage, service = self.storage, self.service
         listed = {job["job"]: job for job in self.get("/v1/jobs")["data"]}
-        key = require_keys(storage, "submit").check(names["token"])
+        key = require_keys(storage).check(names["token"])
         pages = self.get("/v1/jobs?state=ended&limit=1"), self.get("/v1/jobs?limit=100")
         return {
             "jobs": {name: listed[names[name]] for name in ("job", "ended")},

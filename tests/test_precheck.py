@@ -327,7 +327,8 @@ def test_few_validation_examples_have_few_digits(examples: int | None, shown: st
 )
 def test_an_evaluation_on_few_examples_says_so(examples: int | None, shown: str, said: bool) -> None:
     notes: Any = {} if examples is None else {"validation_examples": examples}
-    facts = {"model": "m", "version": 1, "id": "x", "created": "t", "code_version": "0", "data_digest": "d"}
+    created = "2026-01-01T00:00:00+00:00"
+    facts = {"model": "m", "version": 1, "id": "x", "created": created, "code_version": "0", "data_digest": "d"}
     measures = {"psnr": Measure(value=12.345, unit="dB", beside={"PCA": 11.987})}
     evaluation = Evaluation(**facts, thorough=False, seconds=1, measures=measures, notes=notes)
     table = measures_table(evaluation)

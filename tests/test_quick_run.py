@@ -175,8 +175,8 @@ def test_missing_data_is_said_before_anything_starts(tmp_path: Path) -> None:
     entry = {"name": "x", "model": {"family": "vae"}, "data": {"path": "./nowhere"}}
     (tmp_path / "job.yaml").write_text(yaml.safe_dump({"name": "test", "models": [entry]}))
     with Command(tmp_path) as command:
-        assert command.process.wait(60) == 1
+        assert command.process.wait(60) == 2
         (line,) = command.output().splitlines()
-    assert line.startswith("error: data.path: ")
+    assert line.startswith("error: models[0].data.path: ")
     assert "does not exist" in line
     assert not (tmp_path / ".genmodels").exists()

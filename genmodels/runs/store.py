@@ -303,7 +303,7 @@ class Run:
     def _rows(self, link: Link) -> Iterator[dict[str, Any]]:
         return (decode_floats(row) for _, row in self._lines(link))
 
-    def _lines(self, link: Link, after: int = 0) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    def _lines(self, link: Link, after: int = -1) -> Iterator[tuple[bytes, dict[str, Any]]]:
         """Rows of later steps, each as it is stored and parsed. Parts are named by their first step."""
         folder = self._key(link.attempt, "metrics/")
         parts = list_names(self.storage, folder, PART)

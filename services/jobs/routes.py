@@ -53,7 +53,7 @@ Look = Callable[[], tuple[Iterator[bytes], bool]]
 class JobRoutes:
     """What the routes do, without HTTP: called in threads."""
 
-    def __init__(self, storage: Storage, endpoint: str | None) -> None:
+    def __init__(self, storage: Storage, endpoint: str | None = None) -> None:
         self.storage, self.jobs = storage, Jobs(storage)
         self.views, self.planner = Views(storage, endpoint), Planner(storage)
 

@@ -27,6 +27,13 @@ def platform() -> Json:
             words={"0": ("away", "red"), "1": ("answers", "green")},
         ),
         number(
+            "Age of these figures",
+            "Since the job service last read runs and queue from storage.",
+            ("max(genmodels_job_figures_age_seconds)", ""),
+            unit="s",
+            steps=((60, "orange"), (300, "red")),
+        ),
+        number(
             "Alerts", "That fire now.", ('count(ALERTS{alertstate="firing"}) or vector(0)', ""), steps=((1, "red"),)
         ),
         number(
