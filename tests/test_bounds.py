@@ -19,10 +19,9 @@ from genmodels.schema.base import Section
 from services.gateway import completions
 from services.gateway import routes as gateway_routes
 from services.http.app import Strict
-from services.jobs import model_routes
-from services.jobs import routes as job_routes
+from services.jobs import schemas
 
-MODULES = (gateway_routes, completions, job_routes, model_routes)  # whose bodies and queries are found below
+MODULES = (gateway_routes, completions, schemas)  # whose bodies and queries are found below
 
 
 def kinds_of(base: type[BaseModel]) -> Iterator[type[BaseModel]]:

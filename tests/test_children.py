@@ -98,7 +98,7 @@ def test_a_parent_that_is_killed_leaves_nothing(place: Path) -> None:
     parent = f"""
     import os, time
     from pathlib import Path
-    from services.children import Child
+    from services.cluster.processes import Child
     child = Child("part", ["bash", "-c", {FAMILY!r}], Path("log"), lambda: True, "", os.environ)
     while True:
         child.tend(print)

@@ -114,8 +114,9 @@ def test_commands_of_the_job_api_need_neither_torch_nor_ray(tmp_path: Path) -> N
     """They answer at once: a service that is not there is told within seconds, patience included."""
     program = """
         import sys
-        from services import cli, transport
-        transport.FIRST_PATIENCE_SECONDS = 0
+        from services.cli import main
+        from services.client import http
+        http.FIRST_PATIENCE_SECONDS = 0
         for arguments in ("jobs", "status x", "cancel x", "logs x", "models", "submit job.yaml"):
             sys.argv = ["genmodels", *arguments.split(), "--api", "http://127.0.0.1:9"]
             try:

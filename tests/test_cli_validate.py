@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-import genmodels.spec.sections
+import genmodels.spec.parse
 from genmodels.errors import DataError
 from services.cli import main
 
@@ -151,7 +151,7 @@ def test_other_ends(run: Run, monkeypatch: pytest.MonkeyPatch, error: BaseExcept
     def fail(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr(genmodels.spec.sections, "read_spec", fail)
+    monkeypatch.setattr(genmodels.spec.parse, "read_spec", fail)
     assert run("validate", "job.yaml")[::2] == (code, ["error: no data"] if code == 1 else [])
 
 
@@ -185,7 +185,7 @@ def test_what_the_outline_shows_is_told_within_a_second_and_without_torch(tmp_pa
         (tmp_path / name).write_bytes(data)
     program = """
         import sys, time
-        from services import cli
+        from services.cli import main
         for name in sys.argv[1:]:
             sys.argv = ["genmodels", "validate", name]
             try:

@@ -15,7 +15,6 @@ from stores import MemoryStorage, RecordingStorage, Wrapped, save
 from tiny import job, make_data, model
 
 from genmodels.errors import LeaseLost, StorageUnavailable
-from genmodels.runs import records as run_module
 from genmodels.runs.jobs import Jobs
 from genmodels.runs.records import ENDED, Heartbeat, Result, Status
 from genmodels.runs.store import Run
@@ -33,7 +32,7 @@ def in_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(supervisor, "BACK_OFF_SECONDS", (0.0, 0.0, 0.0))
     monkeypatch.setattr(dispatch, "CAPACITY_SECONDS", 0.0)
     monkeypatch.setattr(dispatch, "GROW_SECONDS", 0.0)
-    monkeypatch.setattr(run_module, "LONGEST_WAIT_SECONDS", 0.001)
+    monkeypatch.setattr("genmodels.storage.retry.LONGEST_WAIT_SECONDS", 0.001)
 
 
 @pytest.fixture(scope="module")

@@ -445,8 +445,7 @@ def test_a_kill_wish_ends_a_process_that_has_not_ended_by_then(
 
 DRIVER = """
 import os, sys, time
-from genmodels.run import Run, Heartbeat
-from services import driver_watch, train
+from services.train import control, driver
 control.FENCE_SECONDS = 0.1
 def _train(storage_url, job, spec, attempt, workers, watch):
     print("workers:", workers)
@@ -455,8 +454,8 @@ def _train(storage_url, job, spec, attempt, workers, watch):
     if {body!r} == "overtaken":
         watch.run.start(attempt + 1, None, 1)
     time.sleep(60)
-train._train = _train
-train.main()
+driver._train = _train
+driver.main()
 """
 
 

@@ -41,7 +41,7 @@ def command(folder: Path, *arguments: str, **variables: str) -> subprocess.Compl
     return subprocess.run(words, cwd=folder, env={**os.environ, **variables}, capture_output=True, timeout=60)
 
 
-@pytest.mark.parametrize("module", ["guard", "deploy"])
+@pytest.mark.parametrize("module", ["cluster.reaper", "gateway.deploy"])
 def test_children_import_nothing_of_the_users_folder(module: str, folder: Path) -> None:
     arguments = [sys.executable, "-c", "print('--port')"] if module == "guard" else ["--help"]
     variables = {**os.environ, **settled({**os.environ, "PYTHONPATH": f":.:{folder / 'mine'}:"})}
@@ -111,8 +111,8 @@ def test_commands_work_with_closed_streams(closed: str, tmp_path: Path) -> None:
 def test_a_command_outlives_its_output(broken: str, tmp_path: Path) -> None:
     program = """
     import sys
-    from services.environment import outlive_output, settle
-    from services.options import console
+    from services.cluster.environment import outlive_output, settle
+    from services.console.output import console
     settle()
     outlive_output()
     screen = console()
@@ -143,8 +143,8 @@ def test_a_command_outlives_its_output(broken: str, tmp_path: Path) -> None:
 def test_a_console_prints_names_as_they_are(encoding: str, tmp_path: Path) -> None:
     program = """
     from rich.table import Table
-    from services.environment import settle
-    from services.options import console
+    from services.cluster.environment import settle
+    from services.console.output import console
     settle()
     name = "a[red]b[/x] :smile: \\u2026 \\u9a6c \\udcff"
     screen = console()
@@ -235,7 +235,7 @@ def test_the_folder_of_a_killed_process_goes(killed_folder: Path, tmp_path: Path
     program = f"""
     import os, time
     from pathlib import Path
-    from services.children import Child
+    from services.cluster.processes import Child
     words = ["bash", "-c", "echo $$ >> pids; sleep 0.2; [ -e again ] || (touch again; exit 1) && sleep 1000"]
     child = Child("ray", words, Path("log"), lambda: True, "", os.environ, leaves=Path({str(killed_folder)!r}))
     while True:

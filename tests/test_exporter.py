@@ -35,7 +35,7 @@ for line in sys.stdin:
 # Collects, killed before the first thing that it does to a file, then before the second, ...; says what was left.
 KILLED = """
 import os, pathlib, shutil, signal, sys
-from services.exporter import NodeCollector
+from services.node.exporter import NodeCollector
 FILES = ("open", "os.mkdir", "os.rename", "os.remove", "os.rmdir", "shutil.rmtree", "mmap.__new__")
 folder, code, moment = pathlib.Path(sys.argv[1]), -1, 0
 def watch(event, arguments):

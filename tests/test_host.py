@@ -314,8 +314,9 @@ def test_a_host_of_two_threads_answers_the_same_text_many_times(storage: Storage
     """In a process of its own: a process that was forked from one with two threads of torch would wait for ever."""
     program = """
         import asyncio, sys
-        from genmodels.engine.text import CompletionRequest, Piece
-        from services.host import ModelHost
+        from genmodels.engine.text.choices import Piece
+        from genmodels.engine.text.request import CompletionRequest
+        from services.gateway.model_host import ModelHost
 
         request = CompletionRequest.model_validate({"prompt": "To be", "max_tokens": 40, "seed": 4})
 

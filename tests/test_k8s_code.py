@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import importlib
+import importlib.util
 import inspect
 import os
 import re
@@ -225,7 +226,7 @@ def test_what_the_dispatcher_makes_of_the_template_fits_the_schema(use_gpu: bool
 
 
 def test_the_job_service_has_the_rights_that_it_uses() -> None:
-    code = (ROOT / "services" / "kubeapi.py").read_text()
+    code = (ROOT / "services/dispatch/backends/kube_api.py").read_text()
     used = {(what, verb) for verb, what in re.findall(r"\b([a-z]+)_namespaced_(\w+?)(?:_status)?\b", code)}
     rules = only(build("base"), "Role")["rules"]
     granted = {(resource, verb) for rule in rules for resource in rule["resources"] for verb in rule["verbs"]}
@@ -291,10 +292,12 @@ def _parsed(module: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch) 
     def stop(parser: argparse.ArgumentParser, *_: Any) -> None:
         raise Parsed(parse(parser, arguments))
 
+    is_package = bool(importlib.util.find_spec(module).submodule_search_locations)  # type: ignore[union-attr]
+    main = importlib.import_module(f"{module}.__main__" if is_package else module).main
     with monkeypatch.context() as patch:
         patch.setattr(argparse.ArgumentParser, "parse_args", stop)
         with pytest.raises(Parsed) as parsed:
-            importlib.import_module(module).main()
+            main()
     found: argparse.Namespace = parsed.value.args[0]
     return found
 

@@ -23,7 +23,6 @@ from genmodels import metrics, models
 from genmodels.checkpoint import MANIFEST, Place, Snapshot
 from genmodels.errors import StorageError, Superseded, TrainingDiverged
 from genmodels.registry.pin import resolve
-from genmodels.runs import records as run_module
 from genmodels.runs.store import Run
 from genmodels.spec.sections import ModelSpec
 from genmodels.storage import Storage
@@ -37,7 +36,7 @@ FIT_BATCH = {"images": torch.rand(24, *IMAGES.shape, generator=torch.Generator()
 def in_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recorder, "BEAT_SECONDS", 0.01)
     monkeypatch.setattr(recorder, "METRICS_SECONDS", 0.02)
-    monkeypatch.setattr(run_module, "LONGEST_WAIT_SECONDS", 0.01)
+    monkeypatch.setattr("genmodels.storage.retry.LONGEST_WAIT_SECONDS", 0.01)
 
 
 @pytest.fixture(scope="module")

@@ -12,7 +12,6 @@ from stores import FailingStorage, MemoryStorage, Wrapped, in_threads, save
 
 from genmodels.checkpoint import MANIFEST, Place
 from genmodels.errors import CheckpointError, Conflict, StorageUnavailable, Superseded
-from genmodels.runs import records as run_module
 from genmodels.runs.records import GateResult, Heartbeat, Link, Result, Start, Status
 from genmodels.runs.store import Run
 from genmodels.storage import Storage, write_document
@@ -487,7 +486,7 @@ def test_manifests_pass_over_what_is_damaged() -> None:
 
 
 def test_patience_outlasts_the_store(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(run_module, "LONGEST_WAIT_SECONDS", 0.001)
+    monkeypatch.setattr("genmodels.storage.retry.LONGEST_WAIT_SECONDS", 0.001)
     storage = FailingStorage()
     storage.away = True
     waits = []

@@ -12,7 +12,6 @@ from stores import FailingStorage, MemoryStorage, Wrapped, save
 from genmodels.checkpoint import Place
 from genmodels.errors import GenmodelsError, StorageUnavailable
 from genmodels.metrics import ATTEMPTS
-from genmodels.runs import records as run_module
 from genmodels.runs.records import GateResult, Heartbeat, Result, Status
 from genmodels.runs.store import Run
 from genmodels.storage import Storage
@@ -27,7 +26,7 @@ JOB, MODEL = "job-00000000", "model"
 def in_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(supervise, "POLL_SECONDS", 0.0)
     monkeypatch.setattr(supervise, "BACK_OFF_SECONDS", (0.0, 0.0, 0.0))
-    monkeypatch.setattr(run_module, "LONGEST_WAIT_SECONDS", 0.001)
+    monkeypatch.setattr("genmodels.storage.retry.LONGEST_WAIT_SECONDS", 0.001)
 
 
 class Seen(list[tuple[str, str | None]]):

@@ -103,7 +103,7 @@ def settled(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def python(module: str, *arguments: str) -> list[str]:
-    """Return the command that runs a module of ours. It imports nothing from the folder it is started in."""
+    """Return the command that runs `services.<module>`. It imports nothing from the folder it is started in."""
     return [sys.executable, "-P", "-m", f"services.{module}", *arguments]
 
 

@@ -76,7 +76,7 @@ class Child:
     def _start(self) -> None:
         with self._output() as log:
             self.process = subprocess.Popen(
-                python("guard", *([f"{REMOVE}{self.leaves}"] if self.leaves else []), *self.command),
+                python("cluster.reaper", *([f"{REMOVE}{self.leaves}"] if self.leaves else []), *self.command),
                 stdin=subprocess.PIPE,  # never written to; its end tells the guard that this process is gone
                 stdout=log,
                 stderr=subprocess.STDOUT,

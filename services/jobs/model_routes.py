@@ -22,6 +22,7 @@ from genmodels.errors import DamagedObject, DataError, DatasetExists, ModelNotFo
 from genmodels.registry import gc, removal
 from genmodels.registry.evaluations import evaluations
 from genmodels.registry.store import Registry, Version
+from genmodels.runs.jobs import QUEUE as QUEUE
 from genmodels.spec.names import LABEL
 from genmodels.storage import Storage, encode_floats
 from services.http.app import documented, read_body
@@ -30,7 +31,7 @@ from services.http.bodies import BodyLimit
 from services.http.middleware import Streamed
 from services.http.rate_limits import Slots
 from services.http.responses import Json
-from services.jobs.schemas import AliasBody, DatasetQuery, DeleteModelQuery, DryRunQuery, Number
+from services.jobs.schemas import AliasBody, DatasetQuery, DeleteModelQuery, DryRunQuery
 
 UPLOADS = Streamed("PUT", "/v1/datasets/", BodyLimit(stored.MAX_STREAM_BYTES, seconds=30.0, rate=64 * 2**10))
 
@@ -230,3 +231,6 @@ _DATASET_BODY = {
         "content": {"application/octet-stream": {"schema": {"type": "string", "format": "binary"}}},
     }
 }
+
+
+Number = Annotated[int, Path(ge=1, le=99_999_999)]

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Annotated, Literal, TypeAlias
 
-from fastapi import Path
 from pydantic import BaseModel, Field
 
 from genmodels.engine.requests import Body
@@ -96,9 +95,6 @@ class CancelBody(Body):
 
 class ResumeBody(Body):
     models: Names = Field(None, description="only these models of the job")
-
-
-Number = Annotated[int, Path(ge=1, le=99_999_999)]
 
 
 class AliasBody(Body):

@@ -131,8 +131,8 @@ def _children(storage: Storage, options: Options, folder: Path, ports: RayPorts)
         service(
             "jobs", "jobs", options.api_port, "/healthz", shared, *at, "--endpoint", f"http://{HOST}:{options.port}"
         ),
-        service("gateway", "deploy", options.port, "/healthz", shared, *at),
-        service("exporter", "exporter", options.metrics_port, "/metrics", metered),
+        service("gateway", "gateway.deploy", options.port, "/healthz", shared, *at),
+        service("exporter", "node.exporter", options.metrics_port, "/metrics", metered),
     ]
 
 

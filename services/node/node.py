@@ -50,7 +50,7 @@ def run(role: str, head: str, storage_url: str, num_cpus: int | None) -> int:
     address = own_address(head)
     os.environ |= environment(role, f"http://{head}:{DASHBOARD_PORT}")
     ray = Child("ray", command(role, head, address, num_cpus), None, lambda: True, address, os.environ)
-    serve = python("exporter", "--host", "0.0.0.0")
+    serve = python("node.exporter", "--host", "0.0.0.0")
     metrics = Child("exporter", serve, None, lambda: True, f"port {exporter.PORT}", os.environ)
     with interruptions() as interrupted:
         try:
