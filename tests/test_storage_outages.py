@@ -284,7 +284,7 @@ TROUBLES: list[Callable[[], Exception]] = [
     lambda: StorageError("a damaged lease"),
     lambda: ValueError("1 validation error for _Lease"),
     lambda: OSError(errno.EMFILE, "Too many open files"),
-    lambda: KeyError("epoch"),
+    lambda: KeyError("lease_term"),
     lambda: RuntimeError("can't start new thread"),
     lambda: RecursionError("maximum recursion depth exceeded"),
 ]
