@@ -111,7 +111,7 @@ def test_a_real_attempt(head: RayHead, tmp_path: Path) -> None:
 
 def test_codes_of_ray_jobs(head: RayHead, monkeypatch: pytest.MonkeyPatch) -> None:
     assert head.backend.capacity() == Capacity(2, 0)
-    assert RayJobsBackend(head.dashboard, 8, 2).capacity() == Capacity(2, 0, most_cpus=8, most_gpus=2)
+    assert RayJobsBackend(head.dashboard, 8, 2).capacity() == Capacity(2, 0, max_cpus=8, max_gpus=2)
     assert head.backend.find("j", "nobody", 1).poll() == LOST
     mark = f"genmodels-test-{uuid.uuid4()}"
     command(monkeypatch, "bash", "-c", f"sleep 1000; : {mark}")
