@@ -30,7 +30,7 @@ SCOPES: tuple[Scope, ...] = get_args(Scope)
 FRESH_SECONDS = 5.0  # how long a key is believed to be as it was read: a revoked one works no longer
 STALE_SECONDS = 600.0  # the same while the store is away
 UNKNOWN_CACHED = 4096  # ids that are nobody's
-MOST = 1_000_000  # the highest limit that is not none
+MAX_LIMIT = 1_000_000  # the highest limit that is not none
 TOKEN = r"gm_([0-9a-f]{8})_([A-Za-z0-9_-]{43})"
 
 
@@ -93,8 +93,8 @@ class Keys:
         """
         _check(name, scopes, prefixes)
         for limit, value in (("rate", rate), ("concurrency", concurrency)):
-            if value is not None and not 1 <= value <= MOST:
-                raise SpecError(f"{limit}: got {value}, expected 1 to {MOST:,}; leave it out for no limit")
+            if value is not None and not 1 <= value <= MAX_LIMIT:
+                raise SpecError(f"{limit}: got {value}, expected 1 to {MAX_LIMIT:,}; leave it out for no limit")
         secret = secrets.token_urlsafe(32)
         while True:
             key = Key(

@@ -341,7 +341,7 @@ class Slow:
 
 
 def test_who_guesses_keys_stands_in_no_others_way(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(auth, "MOST_WAITING", 6)
+    monkeypatch.setattr(auth, "MAX_WAITING", 6)
     keys = Slow()
     guard = Guard(keys)  # type: ignore[arg-type]
 

@@ -21,7 +21,7 @@ from genmodels.runs.store import Run
 from genmodels.storage import open_storage
 from services.cluster import dashboard
 from services.cluster.dashboard import Dashboard
-from services.dispatch.backends import base
+from services.dispatch.backends import base, local_process, ray_jobs
 from services.dispatch.backends.base import LOST, Capacity, Driver, submission_id
 from services.dispatch.backends.local_process import SubprocessBackend
 from services.dispatch.backends.ray_jobs import RayJobsBackend
@@ -42,7 +42,8 @@ def end_of(driver: Driver, seconds: float = 60.0) -> int:
 
 def command(monkeypatch: pytest.MonkeyPatch, *words: str) -> None:
     """Drivers run this instead."""
-    monkeypatch.setattr(base, "driver_command", lambda *_: list(words))
+    for backend in (local_process, ray_jobs):
+        monkeypatch.setattr(backend, "driver_command", lambda *_: list(words))
 
 
 # ---- processes of this machine
@@ -110,7 +111,7 @@ def test_a_real_attempt(head: RayHead, tmp_path: Path) -> None:
 
 def test_codes_of_ray_jobs(head: RayHead, monkeypatch: pytest.MonkeyPatch) -> None:
     assert head.backend.capacity() == Capacity(2, 0)
-    assert RayJobsBackend(head.dashboard, 8, 2).capacity() == Capacity(2, 0, most_cpus=8, most_gpus=2)
+    assert RayJobsBackend(head.dashboard, 8, 2).capacity() == Capacity(2, 0, max_cpus=8, max_gpus=2)
     assert head.backend.find("j", "nobody", 1).poll() == LOST
     mark = f"genmodels-test-{uuid.uuid4()}"
     command(monkeypatch, "bash", "-c", f"sleep 1000; : {mark}")
@@ -191,7 +192,7 @@ def test_a_submission_that_was_taken_though_the_answer_was_lost(monkeypatch: pyt
 
 def test_a_cluster_that_takes_nothing_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     ray = Ray(monkeypatch)
-    monkeypatch.setattr(base, "ACCEPT_SECONDS", 0.0)
+    monkeypatch.setattr(ray_jobs, "ACCEPT_SECONDS", 0.0)
     ray.answers = {"POST /api/jobs/": (500, {}), "GET JOB": (404, {})}
     assert ray.backend.start("file:///s", "j", "m", 1, 1).poll() == LOST
 

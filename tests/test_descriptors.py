@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from services.cluster.descriptors import MOST, file_limit, raise_file_limit
+from services.cluster.descriptors import MAX_FILES, file_limit, raise_file_limit
 from services.http.connections import MAX_CONNECTIONS
 
 ROOT = Path(__file__).parent.parent
@@ -49,7 +49,7 @@ def test_the_limit_is_raised_as_far_as_it_may_be() -> None:
     try:
         resource.setrlimit(resource.RLIMIT_NOFILE, (256, before[1]))
         raise_file_limit()
-        assert file_limit() == (MOST if before[1] == resource.RLIM_INFINITY else min(before[1], MOST))
+        assert file_limit() == (MAX_FILES if before[1] == resource.RLIM_INFINITY else min(before[1], MAX_FILES))
         assert file_limit() >= MAX_CONNECTIONS
     finally:
         resource.setrlimit(resource.RLIMIT_NOFILE, before)

@@ -32,7 +32,7 @@ def in_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(supervisor, "BACK_OFF_SECONDS", (0.0, 0.0, 0.0))
     monkeypatch.setattr(dispatch, "CAPACITY_SECONDS", 0.0)
     monkeypatch.setattr(dispatch, "GROW_SECONDS", 0.0)
-    monkeypatch.setattr("genmodels.storage.retry.LONGEST_WAIT_SECONDS", 0.001)
+    monkeypatch.setattr("genmodels.storage.retry.MAX_WAIT_SECONDS", 0.001)
 
 
 @pytest.fixture(scope="module")

@@ -67,7 +67,7 @@ def test_output_becomes_lines_in_immutable_parts(storage: Storage) -> None:
 
 
 def test_a_long_line_is_cut_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(logs, "LONGEST_LINE", 4)
+    monkeypatch.setattr(logs, "MAX_LINE", 4)
     storage = MemoryStorage()
     output = spool(storage)
     output.add(b"abcdefghij\nxyz")
@@ -89,7 +89,7 @@ def test_a_part_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_waits_for_the_store_is_bounded_and_the_gap_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(logs, "MOST_BYTES", 10_000)
+    monkeypatch.setattr(logs, "MAX_BYTES", 10_000)
     storage = FailingStorage()
     output = spool(storage)
     output.add(b"before\n")

@@ -63,7 +63,7 @@ def test_the_node_ends_with_its_ray_and_leaves_nothing(tmp_path: Path) -> None:
     script = """
 import signal, sys, time
 from pathlib import Path
-from services import node
+from services.node import node
 stand_in = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('ray', flush=True); "
 stand_in += "time.sleep(600)"
 node.command = lambda *_: [sys.executable, "-c", stand_in]

@@ -23,7 +23,7 @@ from served import served
 
 from genmodels.checkpoint import CheckpointRef
 from genmodels.data.images import png
-from genmodels.engine.history import MOST_ROWS, MOST_STEPS, read
+from genmodels.engine.history import MAX_ROWS, MAX_STEPS, read
 from genmodels.family import Findings, Measure
 from genmodels.keys import Keys
 from genmodels.registry import evaluations
@@ -170,10 +170,10 @@ def test_a_history_follows_the_chain_and_is_bounded(file_storage: Storage) -> No
     run.start_attempt(2, CheckpointRef(attempt=1, step=4000), 1)
     run.write_metrics(2, [{"step": 4001, "loss": 7.0}])
     history = read(file_storage, version)
-    assert len(history.rows) == MOST_ROWS
+    assert len(history.rows) == MAX_ROWS
     assert [row["step"] for row in history.rows if "val_loss" in row] == list(range(100, 4001, 100))
     assert (history.rows[0]["step"], history.rows[-1]) == (1, {"step": 4001, "loss": 7.0})
-    assert len(history.samples) == MOST_STEPS
+    assert len(history.samples) == MAX_STEPS
     assert {1, 300} <= set(history.samples)
 
 

@@ -36,7 +36,7 @@ FIT_BATCH = {"images": torch.rand(24, *IMAGES.shape, generator=torch.Generator()
 def in_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(recorder, "BEAT_SECONDS", 0.01)
     monkeypatch.setattr(recorder, "METRICS_SECONDS", 0.02)
-    monkeypatch.setattr("genmodels.storage.retry.LONGEST_WAIT_SECONDS", 0.01)
+    monkeypatch.setattr("genmodels.storage.retry.MAX_WAIT_SECONDS", 0.01)
 
 
 @pytest.fixture(scope="module")
@@ -313,8 +313,8 @@ def test_saves_wait_once_two_are_on_their_way(make: Any) -> None:
 @pytest.mark.parametrize(
     ("limit", "add"),
     [
-        ("MOST_ROWS", lambda rank0, step: rank0.log({"step": step})),
-        ("MOST_PICTURES", lambda rank0, step: rank0.sample(step, "a.png", b"")),
+        ("MAX_ROWS", lambda rank0, step: rank0.log({"step": step})),
+        ("MAX_PICTURES", lambda rank0, step: rank0.sample(step, "a.png", b"")),
     ],
 )
 def test_what_waits_for_the_store_is_bounded(make: Any, monkeypatch: pytest.MonkeyPatch, limit: str, add: Any) -> None:

@@ -494,7 +494,7 @@ def test_manifests_pass_over_what_is_damaged() -> None:
 
 
 def test_patience_outlasts_the_store(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("genmodels.storage.retry.LONGEST_WAIT_SECONDS", 0.001)
+    monkeypatch.setattr("genmodels.storage.retry.MAX_WAIT_SECONDS", 0.001)
     storage = FailingStorage()
     storage.away = True
     waits = []

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from services.dispatch.backends.base import Capacity
-from services.dispatch.scheduler import MOST_PASSED, Plan, Queued, Running, plan
+from services.dispatch.scheduler import MAX_BACKFILLED, Plan, Queued, Running, plan
 
 
 def waits(key: str, sizes: int | Sequence[int] = 1, priority: int = 0, at: str = "0", **more: Any) -> Queued:
@@ -54,8 +54,8 @@ def test_what_never_fits_says_so_and_blocks_nobody() -> None:
 
 
 def test_fits_is_judged_against_what_the_cluster_may_grow_to() -> None:
-    assert decide([waits("large", 8)], cpus=2, most_cpus=16).starts == [("large", 8)]
-    found = decide([waits("large", 8)], [runs("other", 10)], cpus=2, most_cpus=16)
+    assert decide([waits("large", 8)], cpus=2, max_cpus=16).starts == [("large", 8)]
+    found = decide([waits("large", 8)], [runs("other", 10)], cpus=2, max_cpus=16)
     assert found.reasons == [("large", "needs 8 CPUs, free: 6 CPUs")]
 
 
@@ -67,14 +67,14 @@ def test_small_ones_pass_a_blocked_one_but_not_for_ever() -> None:
             break
         assert (found.starts, found.passed) == ([("small", 1)], ["large"])
         passed += 1
-    assert passed == MOST_PASSED
+    assert passed == MAX_BACKFILLED
     held = [waits("large", 4, at="0", passed=passed), waits("small", at="1")]
     assert decide(held, [runs("first", 1)]).starts == []
     assert decide(held, []).starts == [("large", 4)], "what came free was kept for it"
 
 
 def test_what_is_held_is_held_of_each_resource() -> None:
-    held = [waits("large", 4, at="0", use_gpu=True, passed=MOST_PASSED), waits("small", 2, at="1")]
+    held = [waits("large", 4, at="0", use_gpu=True, passed=MAX_BACKFILLED), waits("small", 2, at="1")]
     found = decide(held, [runs("first", 2, use_gpu=True)], cpus=16, gpus=4)
     assert found.starts == [("small", 2)], "it takes no GPU, and there are CPUs for both"
 
@@ -113,7 +113,7 @@ def test_an_elastic_run_takes_what_is_there() -> None:
     assert decide([waits("a", elastic)], cpus=8).starts == [("a", 4)]
     assert decide([waits("a", elastic)], cpus=3).starts == [("a", 2)]
     assert decide([waits("a", elastic)], [runs("b", 7)], cpus=8).starts == [("a", 1)]
-    assert decide([waits("a", elastic)], cpus=2, most_cpus=64).starts == [("a", 2)], "it does not wait for nodes"
+    assert decide([waits("a", elastic)], cpus=2, max_cpus=64).starts == [("a", 2)], "it does not wait for nodes"
 
 
 def test_elastic_runs_share() -> None:
@@ -211,14 +211,14 @@ def test_every_run_is_started_in_the_end(cpus: int) -> None:
         if not queue:
             break
     assert len(order) == 22
-    assert order.index("large") <= 2 + MOST_PASSED + 1
+    assert order.index("large") <= 2 + MAX_BACKFILLED + 1
 
 
 def test_a_group_that_waits_for_what_has_gone_leaves_and_starts_with_what_is_there() -> None:
     waiting = runs("elastic", 3, since="1", sizes=[1, 2, 3], begun=False)
     assert decide([], [waiting], cpus=3).leaves == []
     assert decide([], [waiting], cpus=2).leaves == [("elastic", "the cluster has shrunk")]
-    assert decide([], [waiting], cpus=2, most_cpus=8).leaves == []  # more nodes are on their way
+    assert decide([], [waiting], cpus=2, max_cpus=8).leaves == []  # more nodes are on their way
     assert decide([], [runs("begun", 3)], cpus=2).leaves == []  # its lost worker ends it
     older = runs("older", 1, since="0", begun=False)
     assert decide([], [older, waiting], cpus=1).leaves == [("elastic", "the cluster has shrunk")]

@@ -339,7 +339,7 @@ class PlainDrivers(SubprocessBackend):
 
     def start(self, storage_url: str, job: str, model: str, attempt: int, workers: int) -> Any:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("services.dispatch.backends.base.driver_command", _plain_command)
+            patch.setattr("services.dispatch.backends.local_process.driver_command", _plain_command)
             return super().start(storage_url, job, model, attempt, workers)
 
 

@@ -26,7 +26,7 @@ JOB, MODEL = "job-00000000", "model"
 def in_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(supervise, "POLL_SECONDS", 0.0)
     monkeypatch.setattr(supervise, "BACK_OFF_SECONDS", (0.0, 0.0, 0.0))
-    monkeypatch.setattr("genmodels.storage.retry.LONGEST_WAIT_SECONDS", 0.001)
+    monkeypatch.setattr("genmodels.storage.retry.MAX_WAIT_SECONDS", 0.001)
 
 
 class Seen(list[tuple[str, str | None]]):

@@ -20,7 +20,7 @@ from genmodels.data.files import shown
 from genmodels.data.images import ImageData, decode_image, divide, from_csv, from_idx, grid, png, read_folder
 from genmodels.data.sources import DATASETS, read
 from genmodels.data.text import CharTokenizer, TextData, Tokenizer, load_tokenizer, read_text
-from genmodels.data.uploads import IMAGE_SIZE, LEAST_SIZE, MOST_SIZE
+from genmodels.data.uploads import IMAGE_SIZE, MAX_SIZE, MIN_SIZE
 from genmodels.errors import DataError
 from genmodels.schema.base import Section
 from genmodels.storage import Storage
@@ -66,8 +66,8 @@ class DataConfig(Section):
     path: str | None = Field(default=None, min_length=1, description="a text file (UTF-8), or a folder of pictures")
     image_size: int | None = Field(
         default=None,
-        ge=LEAST_SIZE,
-        le=MOST_SIZE,
+        ge=MIN_SIZE,
+        le=MAX_SIZE,
         description=f"side of the square pictures made from a folder, in pixels; default: {IMAGE_SIZE}",
     )
     channels: Literal[1, 3] | None = Field(

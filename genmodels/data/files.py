@@ -13,7 +13,7 @@ from typing import NoReturn
 from genmodels.errors import DataError
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
-MOST_KINDS = 8  # that a note names
+MAX_KINDS = 8  # that a note names
 LINK, HIDDEN, SPECIAL = "link", "hidden", "special file"
 
 
@@ -59,8 +59,8 @@ def skipped_note(skipped: Mapping[str, int]) -> str:
         return ""
     by_number = sorted(skipped.items(), key=lambda item: (-item[1], item[0]))
     named = [f"{count:,} {kind}{'s' if kind in (LINK, SPECIAL) and count > 1 else ''}" for kind, count in by_number]
-    more = ["and other kinds"] if len(named) > MOST_KINDS else []
-    return f"{sum(skipped.values()):,} skipped: {', '.join(named[:MOST_KINDS] + more)}"
+    more = ["and other kinds"] if len(named) > MAX_KINDS else []
+    return f"{sum(skipped.values()):,} skipped: {', '.join(named[:MAX_KINDS] + more)}"
 
 
 def shown(path: str | PurePath) -> str:

@@ -39,7 +39,7 @@ from genmodels.storage.disk import disk_outages
 from genmodels.storage.lease import Lease
 
 NAME = r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$"
-IMAGE_SIZE, LEAST_SIZE, MOST_SIZE = 32, 8, 256  # side of the squares that pictures become, in pixels
+IMAGE_SIZE, MIN_SIZE, MAX_SIZE = 32, 8, 256  # side of the squares that pictures become, in pixels
 MAX_STREAM_BYTES = 2**30  # of a file that comes over the network
 SWEEP, SWEEP_SECONDS = "sweep.json", 120.0  # after which one who deletes is taken for dead
 
@@ -102,8 +102,8 @@ def add(
         DataError: the name cannot be, the data does not fit, or the name is one of a dataset of another kind.
     """
     _check_free(name)
-    if image_size is not None and not LEAST_SIZE <= image_size <= MOST_SIZE:
-        raise DataError(f"image_size: got {image_size}, expected {LEAST_SIZE} to {MOST_SIZE} pixels")
+    if image_size is not None and not MIN_SIZE <= image_size <= MAX_SIZE:
+        raise DataError(f"image_size: got {image_size}, expected {MIN_SIZE} to {MAX_SIZE} pixels")
     with disk_outages(), tempfile.TemporaryDirectory(prefix="genmodels-add-") as scratch:
         try:
             dataset, file = _convert(name, path, image_size, channels, Path(scratch))

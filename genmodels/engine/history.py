@@ -14,8 +14,8 @@ from genmodels.runs.store import Run
 from genmodels.runs.thinning import thinned, thinned_rows
 from genmodels.storage import Storage, decode_floats
 
-LEAST_ROWS, MOST_ROWS = 10, 1000
-MOST_STEPS = 200  # with samples
+MIN_ROWS, MAX_ROWS = 10, 1000
+MAX_STEPS = 200  # with samples
 SAMPLE = r"^[a-z0-9][a-z0-9_-]{0,63}\.(png|txt)$"
 
 
@@ -31,8 +31,8 @@ class History:
     samples: dict[int, list[str]]  # step -> names of files
 
 
-def read(storage: Storage, found: Found, points: int = MOST_ROWS) -> History:
-    """The history of the run behind a version: at most `points` rows, and samples of at most MOST_STEPS steps.
+def read(storage: Storage, found: Found, points: int = MAX_ROWS) -> History:
+    """The history of the run behind a version: at most `points` rows, and samples of at most MAX_STEPS steps.
 
     Raises:
         RequestError: the run's records are damaged, or are being deleted.
@@ -47,7 +47,7 @@ def read(storage: Storage, found: Found, points: int = MOST_ROWS) -> History:
         name = PurePosixPath(key).name
         if re.fullmatch(SAMPLE, name):
             files.setdefault(step, []).append(name)
-    steps = thinned(sorted(files), MOST_STEPS)
+    steps = thinned(sorted(files), MAX_STEPS)
     return History(
         found.name,
         found.family,

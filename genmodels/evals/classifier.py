@@ -28,7 +28,7 @@ RECIPE = 1  # to be raised with every change to what follows: judges are kept un
 FEATURES = 64
 WIDTH = 16  # channels at half size
 BATCH = 128
-MOST_STEPS, PASSES = 800, 100  # over the data, if that is less
+MAX_STEPS, PASSES = 800, 100  # over the data, if that is less
 LEARNING_RATE = 3e-3
 SEED = 0
 ORIENTATIONS = 4
@@ -104,7 +104,7 @@ def appoint(material: Material, learn_from: np.ndarray) -> Judge:
 
 def _train(material: Material, learn_from: np.ndarray, shape: tuple[int, int, int], classes: int) -> bytes:
     images, labels = material.train["images"], material.train.get("labels")
-    steps = max(1, min(MOST_STEPS, PASSES * len(learn_from) // BATCH))
+    steps = max(1, min(MAX_STEPS, PASSES * len(learn_from) // BATCH))
     order = np.random.default_rng(SEED)
     network = _new(shape, classes)
     optimizer = torch.optim.AdamW(network.parameters(), lr=LEARNING_RATE)

@@ -15,8 +15,8 @@ from genmodels.evals.images import pictures, spread
 from genmodels.family import Findings, Material, Measure, Note
 
 REAL = "real against real"
-MOST = 10_000  # pictures of each kind
-MOST_NEAREST, THOROUGH_NEAREST = 500, 5_000  # pictures whose nearest training picture is looked for
+MAX_IMAGES = 10_000  # pictures of each kind
+MAX_NEAREST, THOROUGH_NEAREST = 500, 5_000  # pictures whose nearest training picture is looked for
 PART = 256  # pictures drawn at a time
 NAMES = (
     "frechet",
@@ -42,7 +42,7 @@ def evaluate(material: Material, draw: Callable[[int], tuple[Tensor, Tensor | No
         draw: makes n pictures (n, C, H, W) in [0, 1], and tells the classes that it was to draw, if it knows any.
     """
     train, val = material.train["images"], material.val["images"]
-    n = min(len(val), len(train) // 4, MOST)
+    n = min(len(val), len(train) // 4, MAX_IMAGES)
     if n < 2:
         return Findings(notes={"pictures": n})
     k = min(NEIGHBOURS, n - 1)
@@ -114,11 +114,11 @@ def _classes(
 def _nearest(train: np.ndarray, val: np.ndarray, fakes: Tensor, material: Material) -> Measure:
     """Mean distance of a pixel (root of the mean square) to the nearest training picture; far below the reference it
     would say that the pictures are copies."""
-    count = min(THOROUGH_NEAREST if material.thorough else MOST_NEAREST, len(fakes), len(val))
+    count = min(THOROUGH_NEAREST if material.thorough else MAX_NEAREST, len(fakes), len(val))
     pairs = ((fakes[:count], "fake"), (pictures(val[spread(len(val), count)]), "real"))
     best = {name: torch.full((count,), torch.inf) for _, name in pairs}
-    for first in range(0, len(train), MOST):
-        part = pictures(train[first : first + MOST]).flatten(1)
+    for first in range(0, len(train), MAX_IMAGES):
+        part = pictures(train[first : first + MAX_IMAGES]).flatten(1)
         for images, name in pairs:
             best[name] = torch.minimum(best[name], nearest(images.flatten(1), part))
         material.tick()

@@ -15,7 +15,7 @@ from genmodels.family import Material
 from genmodels.nn.networks import psnr
 
 WINDOW = 11  # pixels that SSIM's Gaussian window spans; smaller pictures get an even one of 7
-MOST_NUMBERS = 2**26  # of training pixels that components are fitted to
+MAX_NUMBERS = 2**26  # of training pixels that components are fitted to
 CLOSED_FORM = 2048  # pixels up to which their covariance is taken apart whole
 
 
@@ -64,7 +64,7 @@ def _components(material: Material, latent_dim: int, shown: np.ndarray) -> dict[
 
     train, val = material.train["images"], material.val["images"][shown]
     pixels = train[0].size
-    chosen = spread(len(train), MOST_NUMBERS // pixels)
+    chosen = spread(len(train), MAX_NUMBERS // pixels)
     solver = "covariance_eigh" if pixels <= CLOSED_FORM else "randomized"
     pca = PCA(min(latent_dim, len(chosen)), svd_solver=solver, random_state=0)
     material.tick()

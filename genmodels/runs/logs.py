@@ -30,10 +30,10 @@ from genmodels.threads import Rounds
 COPY_SECONDS = 0.2  # between two looks for new output
 SHIP_SECONDS = 2.0  # between two parts: what is lost when the process is killed
 CLOSE_SECONDS = 10.0  # that the end of a process may wait for the store
-MOST_BYTES = 8 << 20  # that wait for the store; the oldest lines go first
+MAX_BYTES = 8 << 20  # that wait for the store; the oldest lines go first
 PART_BYTES = 1 << 20
 FILE_BYTES = 8 << 20  # after which a new local file is begun
-LONGEST_LINE = 8192  # a longer one is cut into several
+MAX_LINE = 8192  # a longer one is cut into several
 
 logger = logging.getLogger("genmodels")
 
@@ -54,12 +54,12 @@ class Spool:
         """Take over output; `ended`: no more will come, so that the last line is whole."""
         with self.filling:
             *lines, self.rest = (self.rest + data).split(b"\n")
-            if self.rest and (ended or len(self.rest) >= LONGEST_LINE):
+            if self.rest and (ended or len(self.rest) >= MAX_LINE):
                 lines, self.rest = [*lines, self.rest], b""
             for line in lines:
-                for first in range(0, max(1, len(line)), LONGEST_LINE):
-                    self._append(line[first : first + LONGEST_LINE].decode(errors="replace").rstrip("\r"))
-            while self.size > MOST_BYTES:
+                for first in range(0, max(1, len(line)), MAX_LINE):
+                    self._append(line[first : first + MAX_LINE].decode(errors="replace").rstrip("\r"))
+            while self.size > MAX_BYTES:
                 self.size -= len(self.rows.popleft())
                 self.dropped += 1
 

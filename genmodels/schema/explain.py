@@ -13,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails, PydanticCustomError
 
-MOST = 20  # problems that anyone wants to read at once
+MAX_ERRORS = 20  # problems that anyone wants to read at once
 
 Loc = tuple[str | int, ...]
 
@@ -39,7 +39,7 @@ def explain(error: ValidationError, root: type[BaseModel], homes: Homes = lambda
     Args:
         homes: other sections of the document, in words, that have a key which is unknown where it stands.
     """
-    shown = error.errors(include_url=False)[:MOST]
+    shown = error.errors(include_url=False)[:MAX_ERRORS]
     return [Problem(details["loc"], _words(details, root, homes)) for details in shown]
 
 

@@ -20,7 +20,7 @@ from genmodels.errors import SpecError
 
 MAX_BYTES = 64 * 1024
 MAX_DEPTH = 32
-MOST = 20  # problems that anyone wants to read at once
+MAX_ERRORS = 20  # problems that anyone wants to read at once
 
 Path = tuple[str | int, ...]
 
@@ -222,7 +222,7 @@ class _Reader:
             return None
 
     def _note(self, event: yaml.Event, problem: str) -> None:
-        if len(self.problems) < MOST:
+        if len(self.problems) < MAX_ERRORS:
             self.problems.append(f"{self.source}:{_line(event)}: {problem}")
 
 

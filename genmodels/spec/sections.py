@@ -99,11 +99,11 @@ class ScalingConfig(Section):
     use_gpu: bool = Field(False, description="one GPU for each worker")
 
     @property
-    def least_workers(self) -> int:
+    def min_workers(self) -> int:
         return self.num_workers if isinstance(self.num_workers, int) else self.num_workers.min
 
     @property
-    def most_workers(self) -> int:
+    def max_workers(self) -> int:
         return self.num_workers if isinstance(self.num_workers, int) else self.num_workers.max
 
     @field_validator("num_workers", mode="before")
@@ -189,7 +189,7 @@ class ModelSpec(Section):
         share, scaling = self.train.batch_size // self.train.accumulation_steps, self.scaling
         if isinstance(scaling.num_workers, int):
             return [scaling.num_workers]
-        return [n for n in range(scaling.least_workers, scaling.most_workers + 1) if share % n == 0]
+        return [n for n in range(scaling.min_workers, scaling.max_workers + 1) if share % n == 0]
 
     @field_validator("model", mode="before")
     @classmethod

@@ -15,7 +15,7 @@ from genmodels.errors import (
 
 log = logging.getLogger(__name__)
 
-LONGEST_WAIT_SECONDS = 10.0  # between two tries of what waits for the store
+MAX_WAIT_SECONDS = 10.0  # between two tries of what waits for the store
 
 
 T = TypeVar("T")
@@ -39,7 +39,7 @@ def retry_until_available(
 
     retrying = Retrying(
         retry=retry_if_exception_type(StorageUnavailable),
-        wait=wait_random_exponential(multiplier=0.2, max=LONGEST_WAIT_SECONDS),
+        wait=wait_random_exponential(multiplier=0.2, max=MAX_WAIT_SECONDS),
         before_sleep=before_sleep,
     )
     return retrying(work)

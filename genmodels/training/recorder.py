@@ -34,7 +34,7 @@ from genmodels.training.gauges import TrainingGauges
 BEAT_SECONDS = 1.0
 METRICS_SECONDS = 5.0
 MEDIAN_OF = 101  # steps
-MOST_ROWS, MOST_PICTURES = 10_000, 64  # that wait for the store
+MAX_ROWS, MAX_PICTURES = 10_000, 64  # that wait for the store
 
 T = TypeVar("T")
 
@@ -124,11 +124,11 @@ class RunRecorder:
     def log(self, row: dict[str, Any]) -> None:
         self.gauges.row(row)
         self.rows.append(row)
-        self._wait_for_room(self.rows, MOST_ROWS, row["step"])
+        self._wait_for_room(self.rows, MAX_ROWS, row["step"])
 
     def sample(self, step: int, name: str, data: bytes) -> None:
         self.pictures.append((step, name, data))
-        self._wait_for_room(self.pictures, MOST_PICTURES, step)
+        self._wait_for_room(self.pictures, MAX_PICTURES, step)
 
     def save(self, snapshot: Snapshot) -> None:
         began = self.ticked or time.monotonic()  # before the snapshot was taken, too

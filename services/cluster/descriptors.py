@@ -6,7 +6,7 @@ import resource
 
 from genmodels.errors import GenmodelsError
 
-LEAST, MOST = 1024, 65_536
+MIN_FILES, MAX_FILES = 1024, 65_536
 
 
 def raise_file_limit() -> None:
@@ -16,17 +16,17 @@ def raise_file_limit() -> None:
         GenmodelsError: it stays too low for a platform.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = MOST if hard == resource.RLIM_INFINITY else min(hard, MOST)
+    wanted = MAX_FILES if hard == resource.RLIM_INFINITY else min(hard, MAX_FILES)
     if soft != resource.RLIM_INFINITY and soft < wanted:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-    if file_limit() < LEAST:
+    if file_limit() < MIN_FILES:
         raise GenmodelsError(
-            f"open files: this process may have {file_limit()}, and Ray and the services need {LEAST} or more; "
-            f"raise the limit first: ulimit -Hn {LEAST} (as root), docker run --ulimit nofile={LEAST}"
+            f"open files: this process may have {file_limit()}, and Ray and the services need {MIN_FILES} or more; "
+            f"raise the limit first: ulimit -Hn {MIN_FILES} (as root), docker run --ulimit nofile={MIN_FILES}"
         )
 
 
 def file_limit() -> int:
     """How many files and sockets this process may have open."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
-    return MOST if soft == resource.RLIM_INFINITY else soft
+    return MAX_FILES if soft == resource.RLIM_INFINITY else soft

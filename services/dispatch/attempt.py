@@ -27,7 +27,7 @@ SLOW_SECONDS = float(os.environ.get("GENMODELS_SLOW_SECONDS", "900"))  # as HANG
 SLOW_PHASES = ("starting", "compiling", "publishing")
 
 
-LONGEST_LOOK = 5.0  # a silence between two looks counts for no more: the store or this process was away
+MAX_SILENCE_SECONDS = 5.0  # a silence between two looks counts for no more: the store or this process was away
 
 
 class _Attempt:
@@ -50,7 +50,7 @@ class _Attempt:
     def grow_older(self, heartbeat: Heartbeat | None) -> float:
         """Seconds without a tick, as far as anyone could have seen one."""
         now = time.monotonic()
-        passed = min(now - self._looked, LONGEST_LOOK)
+        passed = min(now - self._looked, MAX_SILENCE_SECONDS)
         self._looked = now
         self._age = self._age + passed if heartbeat == self._seen and not self.driver.waiting else 0.0
         self._seen = heartbeat

@@ -361,7 +361,7 @@ class Dispatcher:
         queue = [{"job": job, "model": model, "reason": reason} for job, model, reason in names]
         has = None
         if capacity and not capacity.unlimited:
-            has = {"cpus": max(capacity.cpus, capacity.most_cpus), "gpus": max(capacity.gpus, capacity.most_gpus)}
+            has = {"cpus": max(capacity.cpus, capacity.max_cpus), "gpus": max(capacity.gpus, capacity.max_gpus)}
         at, shown = self._shown
         if (shown != (has, queue) or time.monotonic() - at >= SHOW_SECONDS) and self._holds():
             write_document(self.storage, QUEUE, {"time": now(), "capacity": has, "queue": queue})

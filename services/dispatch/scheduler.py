@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 
 from services.dispatch.backends.base import Capacity
 
-MOST_PASSED = 4  # by later runs, until a blocked run's resources are held for it
+MAX_BACKFILLED = 4  # by later runs, until a blocked run's resources are held for it
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ def plan(queued: Sequence[Queued], running: Sequence[Running], capacity: Capacit
             result.reasons += [(run.key, run.not_yet)] if run.not_yet else []
             result.starts += [] if run.not_yet else [(run.key, run.sizes[0])]
         return result
-    most = Capacity(max(capacity.cpus, capacity.most_cpus), max(capacity.gpus, capacity.most_gpus))
+    most = Capacity(max(capacity.cpus, capacity.max_cpus), max(capacity.gpus, capacity.max_gpus))
     there, able = _Free(capacity.cpus, capacity.gpus), _Free(most.cpus, most.gpus)
     for other in running:
         there.take(other.workers, other.use_gpu)
@@ -115,7 +115,7 @@ def plan(queued: Sequence[Queued], running: Sequence[Running], capacity: Capacit
                 leaving |= {other.key for other in makers}
                 result.leaves += [(other.key, _why(run, other)) for other in makers if not other.leaving]
                 reason = "waits for others to save and leave"
-            if makers or run.passed >= MOST_PASSED:  # what comes free is for this one
+            if makers or run.passed >= MAX_BACKFILLED:  # what comes free is for this one
                 able.take(fewest, run.use_gpu)
             else:
                 blocked.append(run)

@@ -8,11 +8,11 @@ from typing import Annotated, Any
 from fastapi import FastAPI, Path, Query, Request, Response
 from pydantic import Field
 
-from genmodels.engine.history import LEAST_ROWS, MOST_ROWS, SAMPLE
+from genmodels.engine.history import MAX_ROWS, MIN_ROWS, SAMPLE
 from genmodels.storage import encode_floats
 from services.gateway.pool import Pool, checked
-from services.http.app import Strict
 from services.http.auth import Caller
+from services.http.query import Strict
 from services.http.request_metrics import answers
 from services.http.responses import Json
 
@@ -23,7 +23,7 @@ File = Annotated[str, Path(pattern=SAMPLE)]
 
 
 class HistoryQuery(Strict):
-    points: int = Field(MOST_ROWS, ge=LEAST_ROWS, le=MOST_ROWS, description="the most rows, evenly spread over the run")
+    points: int = Field(MAX_ROWS, ge=MIN_ROWS, le=MAX_ROWS, description="the most rows, evenly spread over the run")
 
 
 def add_history_routes(app: FastAPI, pool: Pool, generate: Any) -> None:

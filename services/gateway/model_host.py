@@ -167,7 +167,7 @@ class ModelHost:
         except GenmodelsError as error:
             return _refusal(error)
 
-    async def history(self, name: str, points: int = history.MOST_ROWS) -> History | RequestError:
+    async def history(self, name: str, points: int = history.MAX_ROWS) -> History | RequestError:
         try:
             return await _in(self._readers, history.read, self._registry.storage, await self._find(name), points)
         except GenmodelsError as error:

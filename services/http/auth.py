@@ -22,7 +22,7 @@ from services.http.middleware import ANSWER_HEADERS
 from services.http.rate_limits import Limits, Slots
 
 LOOKUPS = 4  # threads that look keys up
-MOST_WAITING = 64  # lookups of tokens that are new to us; a flood of invented ones is refused, and reaches nobody else
+MAX_WAITING = 64  # lookups of tokens that are new to us; a flood of invented ones is refused, and reaches nobody else
 KNOWN = 4096
 RECHECK_SECONDS = 3.0  # between two looks at a key whose answer takes long
 
@@ -145,7 +145,7 @@ class Guard:
         digest, loop = hashlib.sha256(token.encode()).digest(), asyncio.get_running_loop()
         if digest in self._known:
             return await loop.run_in_executor(self._lane, keys.check, token)
-        if self._strangers >= MOST_WAITING:
+        if self._strangers >= MAX_WAITING:
             raise RequestError("too many new keys at once; try again in a moment", status=429, code="too_many")
         self._strangers += 1
         try:

@@ -92,7 +92,7 @@ class Planner:
             dataset=dataset,
             max_steps=spec.train.max_steps,
             batch_size=spec.train.batch_size,
-            workers=(scaling.least_workers, scaling.most_workers),
+            workers=(scaling.min_workers, scaling.max_workers),
             use_gpu=scaling.use_gpu,
             checkpoints_kept=spec.checkpoints.num_to_keep,
         )

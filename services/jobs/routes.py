@@ -124,7 +124,7 @@ class JobRoutes:
         """A function that gives what has come since it was last called, and whether no more will."""
         models = self._spec(job, caller).models
         chosen = _chosen([model.name for model in models], query.model or None)
-        _check_source(query.source, max(m.scaling.most_workers for m in models if m.name in chosen))
+        _check_source(query.source, max(m.scaling.max_workers for m in models if m.name in chosen))
         runs = [Run(self.storage, job, model) for model in chosen]
         cursors: list[dict[str, str]] = [{} for _ in runs]
 

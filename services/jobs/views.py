@@ -19,7 +19,7 @@ from genmodels.storage import Storage
 from services.jobs.schemas import JobView, Page, RunView, ShownState
 
 READERS = 16  # objects read at the same time
-MOST_KEPT = 4096  # specs, and entries of the index, kept in memory: they never change
+MAX_CACHED = 4096  # specs, and entries of the index, kept in memory: they never change
 
 T = TypeVar("T")
 
@@ -225,6 +225,6 @@ def _kept(cache: OrderedDict[str, T], key: str, make: Callable[[], T]) -> T:
     found = cache.get(key)
     if found is None:
         found = cache[key] = make()
-        while len(cache) > MOST_KEPT:
+        while len(cache) > MAX_CACHED:
             cache.popitem(last=False)
     return found

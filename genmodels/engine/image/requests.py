@@ -26,8 +26,8 @@ MAX_PIXELS = 2**24  # of all pictures of one answer: 64 of 256 x 256 in three co
 
 Many = Field(min_length=1, max_length=MAX_N, fail_fast=True)
 Images = Annotated[list[Any], Many, Field(description="base64 of PNG files, or nested lists of numbers from 0 to 1")]
-LARGEST = 3.4028234663852886e38  # of float32
-Coordinate = Annotated[float, Field(ge=-LARGEST, le=LARGEST)]
+MAX_FLOAT32 = 3.4028234663852886e38  # of float32
+Coordinate = Annotated[float, Field(ge=-MAX_FLOAT32, le=MAX_FLOAT32)]
 
 
 class ImageRequest(Request):

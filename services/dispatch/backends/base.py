@@ -42,8 +42,8 @@ class Capacity:
 
     cpus: int
     gpus: int
-    most_cpus: int = 0
-    most_gpus: int = 0
+    max_cpus: int = 0
+    max_gpus: int = 0
     unlimited: bool = False
 
 

@@ -73,7 +73,7 @@ class RayJobsBackend:
         if not there:
             return None  # the head has just begun to start
         cpus, gpus = (int(sum(resources.get(name, 0) for resources in there)) for name in ("CPU", "GPU"))
-        return Capacity(cpus, gpus, most_cpus=self.max_cpus, most_gpus=self.max_gpus)
+        return Capacity(cpus, gpus, max_cpus=self.max_cpus, max_gpus=self.max_gpus)
 
 
 class _RayJob(Driver):
