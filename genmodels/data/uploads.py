@@ -27,7 +27,7 @@ from filelock import FileLock
 from pydantic import Field
 
 from genmodels.data.files import shown
-from genmodels.data.images import ImageData, Pictures, divide, read_folder
+from genmodels.data.images import ImageData, Pictures, read_folder, train_val_split
 from genmodels.data.sources import DATASETS, cache_folder
 from genmodels.data.text import TextData, read_text
 from genmodels.data.unpack import is_zip, unpack
@@ -217,7 +217,7 @@ def load(name: str, sha256: str | None, storage: Storage | None) -> ImageData | 
             raise DataError(f"data.dataset: {name!r} is not on this machine, and there is no storage to look into")
         path = _fetch(storage, find(storage, name, sha256), folder)
     if path.name == FILES["image"]:
-        return divide(_read_pictures(path, name))
+        return train_val_split(_read_pictures(path, name))
     text = read_text(path)
     text.notes = [note.replace(path.name, name, 1) for note in text.notes]
     return text
@@ -234,7 +234,7 @@ def _convert(
         pictures = read_folder(folder, image_size or IMAGE_SIZE, channels, skipped)
         file = scratch / FILES["image"]
         _write_pictures(pictures, file)
-        data = divide(pictures)
+        data = train_val_split(pictures)
         info: DataInfo = data.info
         validation = len(data.split("val"))
         digest, examples, kind = data.digest, len(pictures.images), "image"

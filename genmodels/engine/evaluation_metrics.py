@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 
-from genmodels.metrics import MEASURE
+from genmodels.metrics import EVALUATION_METRIC
 from genmodels.registry.evaluations import newest
 from genmodels.registry.references import Found
 from genmodels.registry.store import Registry
@@ -33,5 +33,5 @@ class Measured:
                 continue
             evaluation = newest(self._registry, found.model, found.version)
             self._looked[found.name] = now
-            for name, measure in evaluation.measures.items() if evaluation else ():
-                MEASURE.labels(found.model, found.family, str(found.version), name).set(measure.value)
+            for name, metric in evaluation.metrics.items() if evaluation else ():
+                EVALUATION_METRIC.labels(found.model, found.family, str(found.version), name).set(metric.value)
