@@ -30,7 +30,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 @pytest.fixture(autouse=True)
 def own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """Keep commands that run in this process from changing its environment: other tests share it."""
-    monkeypatch.setattr("services.cli.main.settle", lambda: None)
+    monkeypatch.setattr("services.cli.main.isolate_process", lambda: None)
 
 
 @pytest.fixture(scope="session")

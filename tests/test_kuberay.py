@@ -24,7 +24,6 @@ from genmodels.errors import GenmodelsError
 from genmodels.runs.store import Run
 from genmodels.spec.sections import JobSpec
 from genmodels.storage import Storage, open_storage
-from services.dispatch import attempt as limits
 from services.dispatch.backends import kube_api, kuberay
 from services.dispatch.backends.base import LOST, PREEMPTED, Capacity, submission_id
 from services.dispatch.backends.kuberay import KubeRayBackend
@@ -341,13 +340,13 @@ def test_kueue_admits_and_preempts(api: KubeApi, tmp_path: Path, data: Path, mon
     storage = MemoryStorage()
     platform = Platform(api, tmp_path, storage, queue="training", a=[obedient, succeeds])
     platform.operator.admits = False
-    monkeypatch.setattr(limits, "SLOW_SECONDS", -1.0)  # any silence would be a hang
+    monkeypatch.setenv("GENMODELS_SLOW_SECONDS", "-1")  # any silence would be a hang
     name = submit(storage, data, "queued", "a")
     platform.tick(10)
     status = state(storage, name, "a")
     assert (status.state, status.reason) == ("starting", "waits for Kueue to admit it to queue training")
     assert not platform.operator.started
-    monkeypatch.setattr(limits, "SLOW_SECONDS", 900.0)
+    monkeypatch.delenv("GENMODELS_SLOW_SECONDS")
     platform.operator.admits = True
     platform.until("a", "running", name)
     platform.operator.clings = True

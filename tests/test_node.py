@@ -34,7 +34,7 @@ def test_without_a_token_it_refuses_in_one_line(content: str | None, why: str, t
 
 
 def test_a_head_that_cannot_be_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(node, "FIND_SECONDS", 0.0)
+    monkeypatch.setattr(node, "RESOLVE_SECONDS", 0.0)
     with pytest.raises(GenmodelsError, match=r"the head 'no\.invalid' cannot be found"):
         node.own_address("no.invalid")
     assert node.own_address("127.0.0.1") == "127.0.0.1"
@@ -63,7 +63,7 @@ def test_the_node_ends_with_its_ray_and_leaves_nothing(tmp_path: Path) -> None:
     script = """
 import signal, sys, time
 from pathlib import Path
-from services import node
+from services.node import node
 stand_in = "import signal, time; signal.signal(signal.SIGTERM, signal.SIG_IGN); print('ray', flush=True); "
 stand_in += "time.sleep(600)"
 node.command = lambda *_: [sys.executable, "-c", stand_in]
