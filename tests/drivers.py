@@ -60,23 +60,25 @@ def ends(outcome: Any, cause: Any = None, message: str = "", saves: bool = False
     """A driver that trains, saves a checkpoint if told, and leaves this result."""
 
     def script(run: Run, attempt: int) -> Iterator[object]:
-        run.beat(attempt, Heartbeat(phase="starting"))
+        run.write_heartbeat(attempt, Heartbeat(phase="starting"))
         yield
-        run.start(attempt, (run.checkpoints() or [None])[-1], 1)
-        run.beat(attempt, Heartbeat(phase="training", step=attempt * 10 - 9))
+        run.start_attempt(attempt, (run.checkpoints() or [None])[-1], 1)
+        run.write_heartbeat(attempt, Heartbeat(phase="training", step=attempt * 10 - 9))
         yield
         if saves:
             save(run, attempt, attempt * 10)
-        run.end(attempt, Result(outcome=outcome, cause=cause, message=message or f"{outcome} {attempt}", **more))
+        run.write_result(
+            attempt, Result(outcome=outcome, cause=cause, message=message or f"{outcome} {attempt}", **more)
+        )
 
     return script
 
 
 def succeeds(run: Run, attempt: int) -> Iterator[object]:
     yield from ends("left", saves=True)(run, attempt)
-    run.beat(attempt, Heartbeat(phase="publishing"))
+    run.write_heartbeat(attempt, Heartbeat(phase="publishing"))
     yield
-    run.end(attempt, Result(outcome="succeeded", version=3, message="published as model@3"))
+    run.write_result(attempt, Result(outcome="succeeded", version=3, message="published as model@3"))
 
 
 def dies(run: Run, attempt: int) -> Iterator[object]:
@@ -86,18 +88,18 @@ def dies(run: Run, attempt: int) -> Iterator[object]:
 
 def obedient(run: Run, attempt: int) -> Iterator[object]:
     """Trains until it is asked to leave, then saves, which takes a while."""
-    run.start(attempt, None, 1)
-    run.beat(attempt, Heartbeat(phase="training", step=7))
+    run.start_attempt(attempt, None, 1)
+    run.write_heartbeat(attempt, Heartbeat(phase="training", step=7))
     while not run.wishes(attempt):
         yield
     for _ in range(5):
         yield
     save(run, attempt, 8)
-    run.end(attempt, Result(outcome="left", step=8))
+    run.write_result(attempt, Result(outcome="left", step=8))
 
 
 def stubborn(run: Run, attempt: int) -> Iterator[object]:
-    run.start(attempt, None, 1)
-    run.beat(attempt, Heartbeat(phase="training", step=7))
+    run.start_attempt(attempt, None, 1)
+    run.write_heartbeat(attempt, Heartbeat(phase="training", step=7))
     while True:
         yield

@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from genmodels import checkpoint, models
-from genmodels.checkpoint import Lineage, Manifest, Place
+from genmodels.checkpoint import CheckpointRef, Lineage, Manifest
 from genmodels.data.text import CharTokenizer
 from genmodels.engine.loader import load_folder
 from genmodels.engine.model import Loaded
@@ -75,7 +75,7 @@ def publish(
             step=step, samples=step, metrics={"val_loss": 1.5, "odd": float("nan")}, lineage=LINEAGE, files=files
         )
         version = registry.publish(
-            Run(storage, "test-00000000", model), Place(attempt=1, step=step), manifest, folder, None
+            Run(storage, "test-00000000", model), CheckpointRef(attempt=1, step=step), manifest, folder, None
         )
     if alias:
         registry.promote(model, alias, version.version, "test")
@@ -87,10 +87,10 @@ def save_checkpoint(
 ) -> None:
     """A checkpoint of a run in progress; with `spoil` its weights are not finite."""
     run = Run(storage, job, model)
-    if run.start_of(attempt) is None:
+    if run.attempt_start(attempt) is None:
         storage.put(f"jobs/{job}/spec.yaml", b"")
         index_runs(storage, job, [model], now())
-        run.start(attempt, None, 1)
+        run.start_attempt(attempt, None, 1)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         built, assets = build(family, seed=step)
@@ -101,5 +101,5 @@ def save_checkpoint(
         manifest = Manifest(
             step=step, samples=step, metrics={"val_loss": 2.5}, lineage=LINEAGE, files=checkpoint.describe_files(folder)
         )
-        prefix = run.checkpoint_prefix(Place(attempt=attempt, step=step))
+        prefix = run.checkpoint_prefix(CheckpointRef(attempt=attempt, step=step))
         checkpoint.upload(storage, prefix, folder, manifest, lambda: run.fence(attempt))

@@ -68,10 +68,10 @@ class Service:
         return statuses[model]
 
     def beat(self, job: str, model: str, attempt: int, **facts: Any) -> None:
-        Run(self.storage, job, model).beat(attempt, Heartbeat(**facts))
+        Run(self.storage, job, model).write_heartbeat(attempt, Heartbeat(**facts))
 
     def end(self, job: str, model: str, attempt: int, metrics: Metrics | None = None, **facts: Any) -> None:
-        Run(self.storage, job, model).end(attempt, Result(metrics=metrics or {}, **facts))
+        Run(self.storage, job, model).write_result(attempt, Result(metrics=metrics or {}, **facts))
 
     def queue(self, capacity: dict[str, int] | None, *waiting: tuple[str, str, str]) -> None:
         entries = [{"job": job, "model": model, "reason": reason} for job, model, reason in waiting]

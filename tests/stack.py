@@ -27,7 +27,7 @@ from ray_node import JoinedNode, RayHead, until
 from s3_server import S3Server
 from tiny import make_data, model
 
-from genmodels.checkpoint import Place
+from genmodels.checkpoint import CheckpointRef
 from genmodels.data import uploads
 from genmodels.keys import Keys
 from genmodels.registry.store import Registry
@@ -199,25 +199,25 @@ class Stack:
 
         def is_it() -> bool:
             newest = run.started()[-1]
-            return run.start_of(newest).world_size == workers
+            return run.attempt_start(newest).world_size == workers
 
         self._await(run, is_it, f"an attempt has {workers} workers")
         attempt = run.started()[-1]
         self.trains(run, attempt, since=since, what=what)
         return attempt
 
-    def saves(self, run: Run, attempt: int = 1) -> Place:
+    def saves(self, run: Run, attempt: int = 1) -> CheckpointRef:
         """Wait for a checkpoint of an attempt; the newest one."""
         self._await(run, lambda: self.newest_manifest(run, attempt), f"attempt {attempt} saves")
         newest = self.newest_manifest(run, attempt)
         assert newest
         return newest
 
-    def newest_manifest(self, run: Run, attempt: int) -> Place | None:
+    def newest_manifest(self, run: Run, attempt: int) -> CheckpointRef | None:
         """Of what an attempt has stored, whether or not it counts."""
         keys = self.storage.list(f"{run.prefix}/attempt-{attempt}/checkpoints/")
         steps = [int(found[1]) for key in keys if (found := re.search(r"/step-(\d+)/manifest.json$", key))]
-        return Place(attempt=attempt, step=max(steps)) if steps else None
+        return CheckpointRef(attempt=attempt, step=max(steps)) if steps else None
 
     def reaches(self, run: Run, state: State, timeout: float = 300) -> Status:
         """Wait for a state; the status."""
@@ -356,7 +356,7 @@ class Stack:
             calm.put("jobs/calm/spec.yaml", dump(JobSpec(name="calm", models=[spec])))
             with WorkerGroup(workers, calm.url, [("calm", "calm", 1)]) as group:
                 group.succeed()
-            manifest = Run(calm, "calm", "calm").manifest(Place(attempt=1, step=spec.train.max_steps))
+            manifest = Run(calm, "calm", "calm").manifest(CheckpointRef(attempt=1, step=spec.train.max_steps))
             self._references[digest] = {name: file.sha256 for name, file in manifest.files.items()}
         return self._references[digest]
 
@@ -403,7 +403,7 @@ def check_history(status: Status) -> None:
     assert [change.state for change in history].count("succeeded") == (status.state == "succeeded")
 
 
-def parents(run: Run) -> list[Place | None]:
+def parents(run: Run) -> list[CheckpointRef | None]:
     """The checkpoints that the attempts of a run went on from."""
     return [link.parent for link in run.chain()]
 

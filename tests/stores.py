@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from genmodels import checkpoint
-from genmodels.checkpoint import Lineage, Manifest, Place
+from genmodels.checkpoint import CheckpointRef, Lineage, Manifest
 from genmodels.errors import Conflict, KeyNotFound, StorageUnavailable
 from genmodels.runs.store import Run
 from genmodels.storage import Storage
@@ -160,12 +160,12 @@ class PausedStorage(Wrapped):
             self.meanwhile()
 
 
-def save(run: Run, attempt: int, step: int, parent: Place | None = None, **metrics: float) -> Place:
+def save(run: Run, attempt: int, step: int, parent: CheckpointRef | None = None, **metrics: float) -> CheckpointRef:
     """A whole checkpoint of one small file, past the fence."""
-    place = Place(attempt=attempt, step=step)
+    ref = CheckpointRef(attempt=attempt, step=step)
     with checkpoint.scratch_folder() as name:
         folder = Path(name)
-        (folder / checkpoint.WEIGHTS).write_text(f"weights of {place}")
+        (folder / checkpoint.WEIGHTS).write_text(f"weights of {ref}")
         manifest = Manifest(
             step=step,
             samples=step * 10,
@@ -173,8 +173,8 @@ def save(run: Run, attempt: int, step: int, parent: Place | None = None, **metri
             lineage=LINEAGE.model_copy(update={"parent": parent}),
             files=checkpoint.describe_files(folder),
         )
-        checkpoint.upload(run.storage, run.checkpoint_prefix(place), folder, manifest, lambda: run.fence(attempt))
-    return place
+        checkpoint.upload(run.storage, run.checkpoint_prefix(ref), folder, manifest, lambda: run.fence(attempt))
+    return ref
 
 
 def in_threads(n: int, work: Callable[[int], Any]) -> list[Any]:

@@ -21,7 +21,7 @@ from genmodels.runs.store import Run
 from genmodels.storage import open_storage
 from services.cluster import dashboard
 from services.cluster.dashboard import Dashboard
-from services.dispatch.backends import base
+from services.dispatch.backends import base, local_process, ray_jobs
 from services.dispatch.backends.base import LOST, Capacity, Driver, submission_id
 from services.dispatch.backends.local_process import SubprocessBackend
 from services.dispatch.backends.ray_jobs import RayJobsBackend
@@ -42,7 +42,8 @@ def end_of(driver: Driver, seconds: float = 60.0) -> int:
 
 def command(monkeypatch: pytest.MonkeyPatch, *words: str) -> None:
     """Drivers run this instead."""
-    monkeypatch.setattr(base, "driver_command", lambda *_: list(words))
+    for backend in (local_process, ray_jobs):
+        monkeypatch.setattr(backend, "driver_command", lambda *_: list(words))
 
 
 # ---- processes of this machine
@@ -191,7 +192,7 @@ def test_a_submission_that_was_taken_though_the_answer_was_lost(monkeypatch: pyt
 
 def test_a_cluster_that_takes_nothing_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
     ray = Ray(monkeypatch)
-    monkeypatch.setattr(base, "ACCEPT_SECONDS", 0.0)
+    monkeypatch.setattr(ray_jobs, "ACCEPT_SECONDS", 0.0)
     ray.answers = {"POST /api/jobs/": (500, {}), "GET JOB": (404, {})}
     assert ray.backend.start("file:///s", "j", "m", 1, 1).poll() == LOST
 

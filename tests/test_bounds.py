@@ -18,7 +18,7 @@ from genmodels.nn.sampling import SamplingOptions
 from genmodels.schema.base import Section
 from services.gateway import completions
 from services.gateway import routes as gateway_routes
-from services.http.app import Strict
+from services.http.query import Strict
 from services.jobs import schemas
 
 MODULES = (gateway_routes, completions, schemas)  # whose bodies and queries are found below

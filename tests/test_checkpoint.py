@@ -18,7 +18,7 @@ from tiny import job, make_data, model
 from torch import nn
 
 from genmodels import checkpoint
-from genmodels.checkpoint import CONFIG, MANIFEST, WEIGHTS, File, Manifest, Place
+from genmodels.checkpoint import CONFIG, MANIFEST, WEIGHTS, CheckpointRef, File, Manifest
 from genmodels.errors import CheckpointError, KeyNotFound, StorageError
 from genmodels.family import OptimizerConfig
 from genmodels.nn import optim
@@ -43,12 +43,12 @@ class Recorded:
         self.run = Run(self.storage, JOB, MODEL)
         for number, steps in ((1, 3), (2, 6)):
             self.attempt(number, steps)
-        self.prefix = self.run.checkpoint_prefix(Place(attempt=2, step=6))
+        self.prefix = self.run.checkpoint_prefix(CheckpointRef(attempt=2, step=6))
 
     def attempt(self, number: int, steps: int) -> None:
         """Attempt 1 is killed, as far as storage can tell, in the middle of what follows the manifest of `steps`."""
         attempt.run_attempt(self.storage, JOB, MODEL, number, Group())
-        last = f"{self.run.checkpoint_prefix(Place(attempt=number, step=steps))}/{MANIFEST}"
+        last = f"{self.run.checkpoint_prefix(CheckpointRef(attempt=number, step=steps))}/{MANIFEST}"
         ends = next(i for i, (key, _) in enumerate(self.storage.log) if key == last) + 3
         self.storage.log = self.storage.log[:ends]
         objects = MemoryStorage()
@@ -81,22 +81,24 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> Recorded:
 def test_after_every_operation_recovery_finds_the_newest_whole_checkpoint(recorded: Recorded, tmp_path: Path) -> None:
     storage = open_storage((tmp_path / "replayed").as_uri())
     run = Run(storage, JOB, MODEL)
-    committed: Place | None = None
+    committed: CheckpointRef | None = None
     deleted = 0
     for i, (key, data) in enumerate(recorded.storage.log):
         replay(storage, key, data)
         name = key.removeprefix(f"{run.prefix}/")
         if name.endswith(f"/{MANIFEST}") and data is not None:
             number, _, step, _ = name.split("/")
-            committed = Place(attempt=int(number.removeprefix("attempt-")), step=int(step.removeprefix("step-")))
+            committed = CheckpointRef(
+                attempt=int(number.removeprefix("attempt-")), step=int(step.removeprefix("step-"))
+            )
         deleted += data is None
         (tmp_path / f"{i}").mkdir()
         found = attempt._newest_whole(run, tmp_path / f"{i}")
-        assert (found.place if found else None) == committed, f"after operation {i}, {key}"
+        assert (found.checkpoint if found else None) == committed, f"after operation {i}, {key}"
         if found:
-            assert found.manifest.step == found.place.step
+            assert found.manifest.step == found.checkpoint.step
             assert checkpoint.describe_files(found.folder) == found.manifest.files
-    assert committed == Place(attempt=2, step=6)
+    assert committed == CheckpointRef(attempt=2, step=6)
     assert deleted >= 10, "the log has no clean-up in it"
 
 
@@ -108,21 +110,21 @@ def test_the_manifest_comes_last_and_goes_first(recorded: Recorded) -> None:
         if not name:
             continue
         step, _, name = name.partition("/")
-        place = f"{folder}/{step}"
+        prefix = f"{folder}/{step}"
         if name == MANIFEST:
-            assert (place in whole) == (data is None)
-            whole ^= {place}
+            assert (prefix in whole) == (data is None)
+            whole ^= {prefix}
         else:
-            assert place not in whole, key
+            assert prefix not in whole, key
 
 
 def test_each_file_of_a_checkpoint_is_listed(recorded: Recorded) -> None:
-    manifest = recorded.run.manifest(Place(attempt=2, step=6))
+    manifest = recorded.run.manifest(CheckpointRef(attempt=2, step=6))
     stored = {key.removeprefix(f"{recorded.prefix}/") for key in recorded.storage.list(f"{recorded.prefix}/")}
     assert stored == {*manifest.files, MANIFEST}
     assert {WEIGHTS, CONFIG, "state/model.safetensors", "state/model.optimizer-0.safetensors"} <= stored
     assert manifest.samples == 6 * 12
-    assert manifest.lineage.parent == Place(attempt=1, step=3)
+    assert manifest.lineage.parent == CheckpointRef(attempt=1, step=3)
 
 
 # ---- damage
@@ -142,7 +144,7 @@ def damages(data: bytes) -> dict[str, bytes | None]:
 
 def test_every_damage_of_a_file_is_found_before_it_is_loaded(recorded: Recorded, tmp_path: Path) -> None:
     storage, tried = recorded.copy(), 0
-    for name in recorded.run.manifest(Place(attempt=2, step=6)).files:
+    for name in recorded.run.manifest(CheckpointRef(attempt=2, step=6)).files:
         key = f"{recorded.prefix}/{name}"
         sound = storage.objects[key]
         for what, damaged in damages(sound).items():
@@ -209,14 +211,14 @@ def test_a_store_that_refuses_is_no_damage() -> None:
 def test_recovery_passes_over_damage_to_the_checkpoint_before(recorded: Recorded, tmp_path: Path) -> None:
     storage = recorded.copy()
     run = Run(storage, JOB, MODEL)
-    places = run.checkpoints()
-    assert len(places) >= 2
+    refs = run.checkpoints()
+    assert len(refs) >= 2
     storage.objects[f"{recorded.prefix}/{WEIGHTS}"] = b"spoiled"
     found = attempt._newest_whole(run, tmp_path)
     assert found is not None
-    assert found.place == places[-2]
-    for place in places[:-1]:
-        storage.delete(f"{run.checkpoint_prefix(place)}/{WEIGHTS}")
+    assert found.checkpoint == refs[-2]
+    for ref in refs[:-1]:
+        storage.delete(f"{run.checkpoint_prefix(ref)}/{WEIGHTS}")
     (tmp_path / "again").mkdir()
     assert attempt._newest_whole(run, tmp_path / "again") is None
 
@@ -427,7 +429,7 @@ def test_optimizer_tensors_are_copies() -> None:
 
 def test_an_upload_stops_at_the_fence(recorded: Recorded, tmp_path: Path) -> None:
     folder, storage = fetched(recorded, tmp_path), MemoryStorage()
-    manifest = recorded.run.manifest(Place(attempt=2, step=6))
+    manifest = recorded.run.manifest(CheckpointRef(attempt=2, step=6))
 
     def fence() -> None:
         assert storage.list("a/") == sorted(f"a/{name}" for name in manifest.files)

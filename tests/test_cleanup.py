@@ -18,7 +18,7 @@ from published import build, write
 from stores import LINEAGE, FailingStorage, MemoryStorage, PausedStorage, Wrapped, save
 
 from genmodels import checkpoint
-from genmodels.checkpoint import MANIFEST, Manifest, Place
+from genmodels.checkpoint import MANIFEST, CheckpointRef, Manifest
 from genmodels.errors import GenmodelsError, ModelNotFound, SpecError, StorageUnavailable
 from genmodels.registry import gc as gc_module
 from genmodels.registry import pin
@@ -48,11 +48,13 @@ def publish(storage: Storage, folder: Path, step: int = 1, job: str = JOB) -> Ve
     manifest = Manifest(step=step, samples=step, metrics={}, lineage=LINEAGE, files={})
     with checkpoint.scratch_folder() as name:
         own = shutil.copytree(folder, Path(name, "fetched"))
-        return Registry(storage).publish(Run(storage, job, "model"), Place(attempt=1, step=step), manifest, own, None)
+        return Registry(storage).publish(
+            Run(storage, job, "model"), CheckpointRef(attempt=1, step=step), manifest, own, None
+        )
 
 
 def version_without_files(storage: Storage, step: int) -> None:
-    version = {"model": "model", "version": 1, "family": "vae", "job": JOB, "place": {"attempt": 1, "step": step}}
+    version = {"model": "model", "version": 1, "family": "vae", "job": JOB, "checkpoint": {"attempt": 1, "step": step}}
     rest = {
         "metrics": {},
         "gate": None,
@@ -84,7 +86,7 @@ def ended(run: Run, state: State = "succeeded", at: str = LONG_AGO) -> None:
 
 
 def unfinished(run: Run, attempt: int, step: int) -> str:
-    key = f"{run.checkpoint_prefix(Place(attempt=attempt, step=step))}/state/model.safetensors"
+    key = f"{run.checkpoint_prefix(CheckpointRef(attempt=attempt, step=step))}/state/model.safetensors"
     run.storage.put(key, b"x" * 1000)
     return key
 
@@ -106,7 +108,7 @@ USELESS = "neither the newest nor the best of a run that has ended"
 
 def test_the_newest_and_the_best_stay(storage: Storage) -> None:
     run = run_of(storage, gate={"metric": "val_loss", "max": 9.0})
-    run.start(1, None, 1)
+    run.start_attempt(1, None, 1)
     for step, loss in [(1, 3.0), (2, 1.0), (3, 2.0), (4, float("nan"))]:
         save(run, 1, step, val_loss=loss)
     late = unfinished(run, 1, 5)
@@ -120,7 +122,7 @@ def test_the_newest_and_the_best_stay(storage: Storage) -> None:
         ("attempt-1/checkpoints/step-00000003/", USELESS),
         ("attempt-1/checkpoints/step-00000005/", "an upload that never ended"),
     ]
-    assert [place.step for place in run.checkpoints()] == [2, 4]
+    assert [ref.step for ref in run.checkpoints()] == [2, 4]
     assert len(storage.list(f"{run.prefix}/attempt-1/checkpoints/")) == 4
     assert not storage.exists(late)
     assert len(run.metrics()) == 1
@@ -129,33 +131,33 @@ def test_the_newest_and_the_best_stay(storage: Storage) -> None:
 @pytest.mark.parametrize(("state", "kept"), [("succeeded", [3]), ("failed", [2, 3]), ("cancelled", [2, 3])])
 def test_one_that_may_be_resumed_keeps_two(state: State, kept: list[int]) -> None:
     run = run_of(MemoryStorage())
-    run.start(1, None, 1)
+    run.start_attempt(1, None, 1)
     for step in (1, 2, 3):
         save(run, 1, step)
     ended(run, state)
     collect(run.storage)
-    assert [place.step for place in run.checkpoints()] == kept
+    assert [ref.step for ref in run.checkpoints()] == kept
 
 
 def test_what_is_named_stays() -> None:
     storage = MemoryStorage()
     run = run_of(storage)
-    run.start(1, None, 1)
+    run.start_attempt(1, None, 1)
     for step in range(1, 7):
         save(run, 1, step)
     ended(run)
     pin.resolve(f"model@{JOB}:step-2", storage)
     version_without_files(storage, step=4)
     collect(storage)
-    assert [place.step for place in run.checkpoints()] == [2, 4, 6]
+    assert [ref.step for ref in run.checkpoints()] == [2, 4, 6]
 
 
 def test_what_overtaken_attempts_wrote_goes() -> None:
     run = run_of(MemoryStorage())
-    run.start(1, None, 1)
+    run.start_attempt(1, None, 1)
     save(run, 1, 3)
     parent = save(run, 1, 6)
-    run.start(2, parent, 1)
+    run.start_attempt(2, parent, 1)
     save(run, 2, 9, parent)
     run.fence = lambda attempt: None  # type: ignore[method-assign]
     save(run, 1, 9)  # attempt 1 was paused
@@ -165,20 +167,20 @@ def test_what_overtaken_attempts_wrote_goes() -> None:
         ("attempt-1/checkpoints/step-00000006/", USELESS),
         ("attempt-1/checkpoints/step-00000009/", "written by an attempt that was overtaken"),
     ]
-    assert run.checkpoints() == [Place(attempt=2, step=9)]
+    assert run.checkpoints() == [CheckpointRef(attempt=2, step=9)]
 
 
 def test_what_cannot_be_judged_stays() -> None:
     storage = MemoryStorage()
     run = run_of(storage)
-    run.start(1, None, 1)
+    run.start_attempt(1, None, 1)
     for step in (1, 2, 3):
         save(run, 1, step)
     ended(run)
-    damaged = f"{run.checkpoint_prefix(Place(attempt=1, step=1))}/{MANIFEST}"
+    damaged = f"{run.checkpoint_prefix(CheckpointRef(attempt=1, step=1))}/{MANIFEST}"
     storage.put(damaged, b"{")
     unread = run_of(storage, "shapes-11111111")
-    unread.start(1, None, 1)
+    unread.start_attempt(1, None, 1)
     for step in (1, 2):
         save(unread, 1, step)
     ended(unread)
@@ -186,7 +188,7 @@ def test_what_cannot_be_judged_stays() -> None:
     lost = run_of(storage, "shapes-22222222")
     for step in (1, 2):
         save(lost, 1, step)
-    lost.start(2, Place(attempt=1, step=2), 1)  # from an attempt that nobody started
+    lost.start_attempt(2, CheckpointRef(attempt=1, step=2), 1)  # from an attempt that nobody started
     ended(lost)
     assert collect(storage) == [("attempt-1/checkpoints/step-00000002/", USELESS)]
     assert storage.exists(damaged)
@@ -199,7 +201,7 @@ def test_open_jobs_and_young_runs_are_spared(state: State) -> None:
     job, _ = Jobs(storage).submit(Jobs(run_of(storage).storage).spec(JOB))
     running, young = Run(storage, job, "model"), run_of(storage)
     for run in (running, young):
-        run.start(1, None, 1)
+        run.start_attempt(1, None, 1)
         for step in (1, 2, 3):
             save(run, 1, step)
         unfinished(run, 1, 4)
@@ -212,7 +214,7 @@ def test_open_jobs_and_young_runs_are_spared(state: State) -> None:
 
 def test_one_that_nobody_touched_is_spared() -> None:
     run = run_of(MemoryStorage())
-    run.start(1, None, 1)
+    run.start_attempt(1, None, 1)
     unfinished(run, 1, 1)
     assert collect(run.storage) == []
 
@@ -221,7 +223,7 @@ def test_resumed_after_the_plan() -> None:
     storage = MemoryStorage()
     job, _ = Jobs(storage).submit(Jobs(run_of(storage).storage).spec(JOB))
     run = Run(storage, job, "model")
-    run.start(1, None, 1)
+    run.start_attempt(1, None, 1)
     for step in (1, 2, 3):
         save(run, 1, step)
     ended(run)
@@ -235,7 +237,7 @@ def test_resumed_after_the_plan() -> None:
 
 def test_an_upload_that_ends_after_all() -> None:
     run = run_of(MemoryStorage())
-    run.start(1, None, 1)
+    run.start_attempt(1, None, 1)
     unfinished(run, 1, 1)
     ended(run)
     plan = gc(run.storage)
@@ -243,7 +245,7 @@ def test_an_upload_that_ends_after_all() -> None:
     save(run, 1, 1)
     plan.carry_out()
     assert len(run.checkpoints()) == 1
-    assert run.storage.exists(f"{run.checkpoint_prefix(Place(attempt=1, step=1))}/{checkpoint.WEIGHTS}")
+    assert run.storage.exists(f"{run.checkpoint_prefix(CheckpointRef(attempt=1, step=1))}/{checkpoint.WEIGHTS}")
 
 
 def test_pinned_at_any_moment_of_its_removal() -> None:
@@ -251,7 +253,7 @@ def test_pinned_at_any_moment_of_its_removal() -> None:
     for moment in itertools.count(1):
         inner = MemoryStorage()
         run = run_of(inner)
-        run.start(1, None, 1)
+        run.start_attempt(1, None, 1)
         for step in (1, 2):
             save(run, 1, step)
         ended(run)
@@ -274,7 +276,7 @@ def test_pinned_at_any_moment_of_its_removal() -> None:
 
 def test_removal_that_was_cut_off_is_taken_up_again() -> None:
     run = run_of(MemoryStorage())
-    run.start(1, None, 1)
+    run.start_attempt(1, None, 1)
     for step in (1, 2):
         save(run, 1, step)
     ended(run)

@@ -179,11 +179,11 @@ def test_wait_follows_to_the_end_and_says_how_to_use_it(
     def train() -> None:
         vae, _ = runs()
         to(vae, "running", "the workers train")
-        vae.beat(2, Heartbeat(phase="training", step=50, max_steps=100, loss=1.25, seconds_left=65))
+        vae.write_heartbeat(2, Heartbeat(phase="training", step=50, max_steps=100, loss=1.25, seconds_left=65))
 
     def end() -> None:
         vae, gan = runs()
-        vae.end(2, Result(outcome="succeeded", step=100, version=1))
+        vae.write_result(2, Result(outcome="succeeded", step=100, version=1))
         to(vae, "publishing", "training has ended")
         to(vae, "succeeded", "published as version 1")
         to(gan, "succeeded", "published as version 1")
@@ -285,7 +285,7 @@ def test_lists_and_tables(api: str, command: Command, store: Storage) -> None:
     run = Run(store, second, "vae-digits")
     to(run, "starting", "attempt 1 with 1 worker", attempt=1, workers=1)
     to(run, "running", "the workers train")
-    run.beat(1, Heartbeat(phase="training", step=25, max_steps=100, loss=1.5, seconds_left=3725))
+    run.write_heartbeat(1, Heartbeat(phase="training", step=25, max_steps=100, loss=1.5, seconds_left=3725))
     Jobs(store).close(third, now(), {"vae-digits": "failed", "gan-digits": "succeeded"})
 
     _, out, _ = command("jobs")
@@ -643,7 +643,7 @@ def test_bars_on_a_terminal(api: str, command: Command, store: Storage, monkeypa
     vae, gan = Run(store, job, "vae-digits"), Run(store, job, "gan-digits")
     to(vae, "starting", "attempt 1 with 1 worker", attempt=1, workers=1)
     to(vae, "running", "the workers train")
-    vae.beat(1, Heartbeat(phase="training", step=50, max_steps=100, loss=1.25, seconds_left=65))
+    vae.write_heartbeat(1, Heartbeat(phase="training", step=50, max_steps=100, loss=1.25, seconds_left=65))
 
     def lose() -> None:
         to(vae, "queued", "a worker died; goes on from step 50")

@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 from served import served
 
-from genmodels.checkpoint import File, Lineage, Place
+from genmodels.checkpoint import CheckpointRef, File, Lineage
 from genmodels.errors import CheckpointError, GenmodelsError, JobNotFound, ModelNotFound, SpecError, StorageError
 from genmodels.registry.store import Version
 from services.client import http
@@ -251,7 +251,7 @@ def _version(**files: bytes) -> Version:
         version=3,
         family="vae",
         job="x",
-        place=Place(attempt=1, step=2),
+        checkpoint=CheckpointRef(attempt=1, step=2),
         metrics={},
         gate=None,
         lineage=Lineage(spec_digest="", data_digest="", code_version="", world_size=1, parent=None),

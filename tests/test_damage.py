@@ -19,7 +19,7 @@ from published import publish, save_checkpoint
 from service import Service
 from test_dispatch import Cluster
 
-from genmodels.checkpoint import Manifest, Place
+from genmodels.checkpoint import CheckpointRef, Manifest
 from genmodels.data import uploads
 from genmodels.doctor.inventory import DOCUMENTS, kind_of, take_inventory
 from genmodels.errors import DamagedObject, GenmodelsError, LeaseLost
@@ -74,15 +74,15 @@ class World:
             jobs[name] = service.post(spec(f"{name}-open", "m", "n"), **header).json()["job"]
         running = Run(storage, jobs["bad"], "m")
         service.move(jobs["bad"], "m", "starting", attempt=1)
-        running.start(1, None, 1)
-        running.beat(1, Heartbeat(phase="training", step=3))
-        running.end(1, Result(outcome="left", step=3))
+        running.start_attempt(1, None, 1)
+        running.write_heartbeat(1, Heartbeat(phase="training", step=3))
+        running.write_result(1, Result(outcome="left", step=3))
         running.wish("leave", 1, "asked")
         running.write_metrics(1, [{"step": 1, "loss": 0.5, "seconds": 1.0}])
         save_checkpoint(storage, jobs["bad"], "m", "vae", step=3)
         pin.resolve(f"m@{jobs['bad']}:step-3", storage)
         service.queue({"cpus": 1, "gpus": 0}, (jobs["bad"], "n", "waits"))
-        storage.put("dispatcher/lease.json", json.dumps({"epoch": 5, "holder": "someone"}).encode())
+        storage.put("dispatcher/lease.json", json.dumps({"term": 5, "holder": "someone"}).encode())
         (submission, _) = sorted(storage.list("idempotency/"))
         attempt = f"runs/{jobs['bad']}/m/attempt-1"
         sha256 = uploads.find(storage, "bad-text").sha256
@@ -99,7 +99,7 @@ class World:
             "Status": f"runs/{jobs['bad']}/m/status.json",
             "Wish": f"runs/{jobs['bad']}/m/wishes/00000001.json",
             "Pin": f"runs/{jobs['bad']}/m/pins/step-00000003.json",
-            "Start": f"{attempt}/start.json",
+            "AttemptStart": f"{attempt}/start.json",
             "Heartbeat": f"{attempt}/heartbeat.json",
             "Result": f"{attempt}/result.json",
             "Manifest": f"{attempt}/checkpoints/step-00000003/manifest.json",
@@ -230,7 +230,7 @@ def read_alone(world: World, names: dict[str, str], kind: str) -> None:
         "StoredSpec": f"/v1/jobs/{bad}",
         "Entry": f"/v1/jobs/{bad}",
         "Status": f"/v1/jobs/{bad}",
-        "Start": f"/v1/jobs/{bad}/metrics?model=m",
+        "AttemptStart": f"/v1/jobs/{bad}/metrics?model=m",
         "Version": "/v1/models/bad/versions/1",
         "Index": f"/v1/jobs/{names['Index'].split('/')[1]}",
     }
@@ -275,7 +275,7 @@ def error_of(work: Callable[[], object]) -> str:
 
 OF_JOBS = [
     "StoredSpec", "Index", "Entry", "EndedEntry", "Submission", "LeaseDocument", "Queue", "Status", "Wish", "Pin",
-    "Start", "Heartbeat", "Result", "Manifest",
+    "AttemptStart", "Heartbeat", "Result", "Manifest",
 ]  # fmt: skip
 
 
@@ -286,9 +286,9 @@ def test_dispatching_goes_on(template: tuple[Path, dict[str, str], Any], world: 
     sound = world.storage.get(names[kind])[0]
     world.storage.put(names[kind], {**SURE, **MAYBE}[how](sound))
     dispatcher = Dispatcher(world.storage, Cluster(world.storage), Lease(world.storage, 0.01))
-    epoch = acquired(dispatcher)
+    lease_term = acquired(dispatcher)
     for _ in range(40):
-        dispatcher.tick(epoch)
+        dispatcher.tick(lease_term)
         if names["job"] not in Jobs(world.storage).open():
             break
     states = {model: Run(world.storage, names["job"], model).status()[0].state for model in ("m", "n")}
@@ -303,8 +303,8 @@ def test_dispatching_goes_on(template: tuple[Path, dict[str, str], Any], world: 
         world.storage.put(names[kind], sound)  # restored from a backup
         dispatcher._left_out[bad] = 0.0  # as after RETRY_SECONDS
         for _ in range(40):
-            dispatcher.tick(epoch)
-        assert Run(world.storage, bad, "m").status()[0].epoch == epoch
+            dispatcher.tick(lease_term)
+        assert Run(world.storage, bad, "m").status()[0].lease_term == lease_term
         assert bad not in Jobs(world.storage).open()
 
 
@@ -322,16 +322,16 @@ def test_a_status_without_its_history_stops_no_other_run(
     assert names["job"] not in Jobs(world.storage).open()
 
 
-@pytest.mark.parametrize("spoiled", [b"", b"{", b'{"epoch": -4, "holder": ""}', None])
-def test_epochs_grow_beyond_what_a_lost_lease_had_given(
+@pytest.mark.parametrize("spoiled", [b"", b"{", b'{"term": -4, "holder": ""}', None])
+def test_lease_terms_grow_beyond_what_a_lost_lease_had_given(
     template: tuple[Path, dict[str, str], Any], world: World, spoiled: bytes | None
 ) -> None:
     storage, (_, names, _) = world.storage, template
     jobs = Jobs(storage)
-    for job, epoch in ((names["job"], 7), (names["ended"], 12)):
+    for job, lease_term in ((names["job"], 7), (names["ended"], 12)):
         run = Run(storage, job, "m")
         status, etag = run.status()
-        run.write_status(status.model_copy(update={"epoch": epoch}), etag)
+        run.write_status(status.model_copy(update={"lease_term": lease_term}), etag)
     if spoiled is None:
         storage.delete("dispatcher/lease.json")
     else:
@@ -341,14 +341,14 @@ def test_epochs_grow_beyond_what_a_lost_lease_had_given(
     jobs.reopen(names["ended"])
     with pytest.raises(LeaseLost) as lost:
         dispatcher.tick(8)
-    dispatcher.lease.outgrow(lost.value.epoch)  # as `Dispatcher.run` does
+    dispatcher.lease.outgrow(lost.value.lease_term)  # as `Dispatcher.run` does
     assert acquired(dispatcher) == 13
     dispatcher.tick(13)
-    assert Run(storage, names["ended"], "m").status()[0].epoch == 13
+    assert Run(storage, names["ended"], "m").status()[0].lease_term == 13
 
 
 def acquired(dispatcher: Dispatcher) -> int:
-    return next(epoch for _ in range(1000) if (epoch := dispatcher._acquire()) is not None)
+    return next(lease_term for _ in range(1000) if (lease_term := dispatcher._acquire()) is not None)
 
 
 def test_a_live_holder_writes_a_damaged_lease_anew_and_keeps_it(file_storage: Storage) -> None:
@@ -367,7 +367,7 @@ def test_of_two_who_find_a_damaged_lease_one_takes_it(file_storage: Storage) -> 
     file_storage.put("dispatcher/lease.json", b"\xff")
     leases = [Lease(file_storage, 0.01) for _ in range(2)]
     rounds = ([lease.try_acquire(lambda: 41) for lease in leases] for _ in range(1000))
-    assert sorted(next(epochs for epochs in rounds if any(epochs)), key=str) == [42, None]
+    assert sorted(next(lease_terms for lease_terms in rounds if any(lease_terms)), key=str) == [42, None]
 
 
 # ---- serving
@@ -466,7 +466,7 @@ def test_a_damaged_pin_keeps_the_checkpoints_of_its_step(
     _, names, _ = template
     world.storage.put(names["Pin"], b"")
     run = Run(world.storage, names["StoredSpec"].split("/")[1], "m")
-    assert Place(attempt=1, step=3) in pin.marked(run)
+    assert CheckpointRef(attempt=1, step=3) in pin.marked(run)
 
 
 @pytest.mark.parametrize("kind", ["Version", "Alias"])
@@ -493,7 +493,7 @@ def test_a_dataset_is_added_over_a_damaged_one(template: tuple[Path, Any, Any], 
 
 def test_spoiled_lines_of_logs_and_metrics_are_left_out(file_storage: Storage) -> None:
     run = Run(file_storage, "job-00000000", "m")
-    run.start(1, None, 1)
+    run.start_attempt(1, None, 1)
     lines = [
         b'{"step": 1, "loss": 0.5}',
         b"",

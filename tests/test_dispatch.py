@@ -79,10 +79,10 @@ def submit(storage: Storage, *args: Any, **options: Any) -> str:
     return Jobs(storage).submit(spec(*args, **options))[0]
 
 
-def play(dispatcher: Dispatcher, epoch: int, *jobs: str, rounds: int = 100) -> None:
+def play(dispatcher: Dispatcher, lease_term: int, *jobs: str, rounds: int = 100) -> None:
     """Tick until all these jobs have ended and left the queue."""
     for _ in range(rounds):
-        dispatcher.tick(epoch)
+        dispatcher.tick(lease_term)
         if not set(jobs) & set(dispatcher.jobs.open()):
             return
     pytest.fail(f"still open: {dispatcher.jobs.open()}")
@@ -124,7 +124,7 @@ def test_jobs_of_different_priorities_run_in_order_and_end(storage: Storage, dat
     for name, models in ((first, "ab"), (dear, "c"), (last, "d")):
         for each in models:
             status = state(storage, name, each)
-            assert (status.state, status.attempt, status.workers, status.epoch) == ("succeeded", 1, 1, 1)
+            assert (status.state, status.attempt, status.workers, status.lease_term) == ("succeeded", 1, 1, 1)
             check_history(status)
     ended = {entry.job: entry.states for _, entry in Jobs(storage).ended()}
     assert ended == {
@@ -191,21 +191,21 @@ def test_a_higher_priority_preempts_and_the_lower_goes_on_after_it(data: Path) -
 def far_from_done(run: Run, attempt: int) -> Iterator[object]:
     """Trains, with much left to do, until it is asked to leave; then it saves."""
     parent = (run.checkpoints() or [None])[-1]
-    run.start(attempt, parent, 1)
+    run.start_attempt(attempt, parent, 1)
     step = (parent.step if parent else 0) + 10
-    run.beat(attempt, Heartbeat(phase="training", step=step, seconds_left=1000.0))
+    run.write_heartbeat(attempt, Heartbeat(phase="training", step=step, seconds_left=1000.0))
     while not run.wishes(attempt):
         yield
     save(run, attempt, step, parent)
-    run.end(attempt, Result(outcome="left", step=step))
+    run.write_result(attempt, Result(outcome="left", step=step))
 
 
 def is_killed(run: Run, attempt: int) -> Iterator[object]:
     parent = (run.checkpoints() or [None])[-1]
-    run.start(attempt, parent, 1)
-    run.beat(attempt, Heartbeat(phase="training", step=25, seconds_left=1000.0))
+    run.start_attempt(attempt, parent, 1)
+    run.write_heartbeat(attempt, Heartbeat(phase="training", step=25, seconds_left=1000.0))
     yield
-    run.end(attempt, Result(outcome="failed", cause="infrastructure", message="a worker was lost"))
+    run.write_result(attempt, Result(outcome="failed", cause="infrastructure", message="a worker was lost"))
 
 
 def test_an_elastic_run_starts_with_what_is_there_grows_and_shrinks(data: Path) -> None:
@@ -349,12 +349,12 @@ def eventful(storage: Storage, data: Path) -> tuple[Cluster, list[str]]:
     return cluster, names
 
 
-def carry_on(dispatcher: Dispatcher, epoch: int, names: list[str], late: list[str], data: Path) -> None:
+def carry_on(dispatcher: Dispatcher, lease_term: int, names: list[str], late: list[str], data: Path) -> None:
     """Tick to the end; on the way a person cancels one job, and submits one of higher priority."""
     storage: Any = dispatcher.storage
     people = getattr(storage, "inner", storage)
     for _ in range(100):
-        dispatcher.tick(epoch)
+        dispatcher.tick(lease_term)
         if not late and state(people, names[0], "low").state == "running":
             wish(people, names[1], "stop", "leave", "cancelled")
             late.append(submit(people, data, "dear", "dear", priority=3))
@@ -466,7 +466,7 @@ def test_the_second_takes_over_when_the_first_is_gone(data: Path) -> None:
     threads[1].start()
     stops[0].set()
     threads[0].join(10)
-    wait(lambda: state(storage, name, "a").epoch == 2)
+    wait(lambda: state(storage, name, "a").lease_term == 2)
     wish(storage, name, "a", "leave", "cancelled")
     wait(lambda: state(storage, name, "a").state in ENDED)
     stops[1].set()

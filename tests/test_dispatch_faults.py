@@ -41,9 +41,9 @@ class Clock:
         self.now = 1000.0
         monkeypatch.setattr(time, "monotonic", lambda: self.now)
 
-    def ticks(self, dispatcher: Dispatcher, seconds: int, epoch: int = 1) -> None:
+    def ticks(self, dispatcher: Dispatcher, seconds: int, lease_term: int = 1) -> None:
         for _ in range(seconds):
-            dispatcher.tick(epoch)
+            dispatcher.tick(lease_term)
             self.now += 1
 
 
@@ -114,11 +114,11 @@ def test_what_is_not_rays_answer_is_none(answer: httpx.Response) -> None:
 
 
 def ticks_on(run: Run, attempt: int) -> Iterator[object]:
-    run.start(attempt, None, 1)
+    run.start_attempt(attempt, None, 1)
     tick = 0
     while True:
         tick += 1
-        run.beat(attempt, Heartbeat(phase="training", step=tick, tick=tick))
+        run.write_heartbeat(attempt, Heartbeat(phase="training", step=tick, tick=tick))
         yield
 
 
@@ -141,7 +141,7 @@ def test_a_restart_remembers_that_an_attempt_is_to_end(
     with pytest.MonkeyPatch.context() as patch:  # it is killed right after it has heard
         patch.setattr(attempt._Attempt, "press", lambda *_: None)
         clock.ticks(first, 1)
-    clock.ticks(Dispatcher(storage, cluster), 200, epoch=2)
+    clock.ticks(Dispatcher(storage, cluster), 200, lease_term=2)
     assert state(storage, name, "a").state == "cancelled"
 
 
@@ -159,15 +159,15 @@ def test_a_cancel_right_after_a_resume_counts(data: Path) -> None:
 
 def evaluates_often(run: Run, attempt: int) -> Iterator[object]:
     parent = (run.checkpoints() or [None])[-1]
-    run.start(attempt, parent, 1)
+    run.start_attempt(attempt, parent, 1)
     step = 0
     while not run.wishes(attempt):
         step += 1
         phase: Any = "training" if step % 3 else "evaluating"
-        run.beat(attempt, Heartbeat(phase=phase, step=step, tick=step, seconds_left=10_000.0))
+        run.write_heartbeat(attempt, Heartbeat(phase=phase, step=step, tick=step, seconds_left=10_000.0))
         yield
     save(run, attempt, step, parent)
-    run.end(attempt, Result(outcome="left", step=step))
+    run.write_result(attempt, Result(outcome="left", step=step))
 
 
 def test_a_run_that_evaluates_often_grows_too(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -228,7 +228,7 @@ def test_genmodels_run_killed_again_and_again_is_tried_when_it_is_started_again(
         pass
 
     def dies_with_all(run: Run, attempt: int) -> Iterator[object]:
-        run.start(attempt, None, 1)
+        run.start_attempt(attempt, None, 1)
         yield
         raise Killed
 

@@ -26,7 +26,7 @@ from stores import LINEAGE, MemoryStorage
 from tiny import job, make_data, model
 
 from genmodels import checkpoint
-from genmodels.checkpoint import WEIGHTS, Manifest, Place
+from genmodels.checkpoint import WEIGHTS, CheckpointRef, Manifest
 from genmodels.errors import (
     CheckpointError,
     DataError,
@@ -208,21 +208,21 @@ def spec(tmp_path_factory: pytest.TempPathFactory) -> ModelSpec:
     return job("tiny", entry | {"serve": {"gate": {"metric": "val_loss", "max": 2.0}}}).models[0]
 
 
-def save(run: Run, step: int, val_loss: float, seed: int | None = None) -> Place:
+def save(run: Run, step: int, val_loss: float, seed: int | None = None) -> CheckpointRef:
     """A whole checkpoint of a real model."""
-    place = Place(attempt=1, step=step)
+    ref = CheckpointRef(attempt=1, step=step)
     with checkpoint.scratch_folder() as name:
         folder = Path(name)
         write(folder, *build("minigpt", seed=step if seed is None else seed))
         files = checkpoint.describe_files(folder)
         manifest = Manifest(step=step, samples=step, metrics={"val_loss": val_loss}, lineage=LINEAGE, files=files)
-        checkpoint.upload(run.storage, run.checkpoint_prefix(place), folder, manifest, lambda: None)
-    return place
+        checkpoint.upload(run.storage, run.checkpoint_prefix(ref), folder, manifest, lambda: None)
+    return ref
 
 
 def trained(*losses: float) -> Run:
     run = Run(MemoryStorage(), "tiny-00000000", "minigpt")
-    run.start(1, None, 1)
+    run.start_attempt(1, None, 1)
     for step, loss in enumerate(losses, 1):
         save(run, step, loss)
     return run
@@ -235,7 +235,7 @@ def test_the_best_is_published_and_promoted(spec: ModelSpec) -> None:
     assert result.gate is not None
     assert (result.gate.reason, result.message) == ("val_loss 1.5 is <= 2", "published as minigpt@1")
     version = Registry(run.storage).resolve("minigpt")
-    assert (version.version, version.place, version.gate) == (1, Place(attempt=1, step=2), result.gate)
+    assert (version.version, version.checkpoint, version.gate) == (1, CheckpointRef(attempt=1, step=2), result.gate)
     heartbeat = run.heartbeat(1)
     assert heartbeat is not None
     assert (heartbeat.phase, heartbeat.step) == ("publishing", 3)
@@ -270,11 +270,11 @@ def test_without_a_gate_the_last_is_published(spec: ModelSpec) -> None:
 
 def test_a_damaged_best_gives_way_to_the_next(spec: ModelSpec) -> None:
     run = trained(1.9, 1.5, 1.7)
-    run.storage.put(f"{run.checkpoint_prefix(Place(attempt=1, step=2))}/{WEIGHTS}", b"spoiled")
+    run.storage.put(f"{run.checkpoint_prefix(CheckpointRef(attempt=1, step=2))}/{WEIGHTS}", b"spoiled")
     result = _publish(run, spec, 1)
     assert (result.outcome, result.step, result.metrics) == ("succeeded", 3, {"val_loss": 1.7})
     for step in (1, 3):
-        run.storage.delete(f"{run.checkpoint_prefix(Place(attempt=1, step=step))}/{WEIGHTS}")
+        run.storage.delete(f"{run.checkpoint_prefix(CheckpointRef(attempt=1, step=step))}/{WEIGHTS}")
     with pytest.raises(CheckpointError, match="runs/tiny-00000000/minigpt: no checkpoint is whole"):
         _publish(run, spec, 1)
 
@@ -282,7 +282,7 @@ def test_a_damaged_best_gives_way_to_the_next(spec: ModelSpec) -> None:
 def test_seconds_are_of_the_chain_and_of_this_start() -> None:
     run = Run(MemoryStorage(), "j", "m")
     assert _seconds(run, 1, 100.0) == {"training_seconds": 0.0, "startup_seconds": 0.0}
-    start = run.start(1, None, 1)
+    start = run.start_attempt(1, None, 1)
     run.write_metrics(1, [{"step": 1, "seconds": 2.5}])
     began = datetime.fromisoformat(start.time).timestamp() - 14.0
     assert _seconds(run, 1, began) == {"training_seconds": 2.5, "startup_seconds": pytest.approx(14.0)}
@@ -334,7 +334,7 @@ def test_the_driver_beats_until_rank_0_does(watch: DriverWatch) -> None:
         watch.look()
         assert beat(run).tick == tick
     of_rank_0 = Heartbeat(phase="starting", max_steps=9, tick=1)
-    run.beat(1, of_rank_0)
+    run.write_heartbeat(1, of_rank_0)
     for _ in range(2):
         watch.look()
         assert beat(run) == of_rank_0
@@ -343,7 +343,7 @@ def test_the_driver_beats_until_rank_0_does(watch: DriverWatch) -> None:
 def test_a_driver_whose_attempt_was_taken_over_ends_without_a_result(watch: DriverWatch) -> None:
     watch.training(max_steps=9)
     watch.look()
-    watch.run.start(2, None, 1)
+    watch.run.start_attempt(2, None, 1)
     with pytest.raises(Ended, match=str(control.SUPERSEDED)):
         watch.look()
     assert watch.run.result(1) is None
@@ -352,7 +352,7 @@ def test_a_driver_whose_attempt_was_taken_over_ends_without_a_result(watch: Driv
 
 def test_a_group_that_has_not_begun_leaves_at_once(watch: DriverWatch) -> None:
     run = watch.run
-    run.start(1, None, 1)
+    run.start_attempt(1, None, 1)
     stores.save(run, 1, 4)
     watch.training(max_steps=9)
     run.wish("leave", 2, "for another")
@@ -368,7 +368,7 @@ def test_a_group_that_has_not_begun_leaves_at_once(watch: DriverWatch) -> None:
 
 def test_a_group_that_has_begun_leaves_by_itself(watch: DriverWatch) -> None:
     watch.training(max_steps=9)
-    watch.run.beat(1, Heartbeat(phase="training", step=3))
+    watch.run.write_heartbeat(1, Heartbeat(phase="training", step=3))
     watch.run.wish("leave", 1, "preempted")
     for _ in range(2):
         watch.look()
@@ -384,7 +384,7 @@ def test_sigterm_in_training_is_a_wish_to_leave(watch: DriverWatch) -> None:
         watch.look()
         assert watch.run.wishes() == []  # there is nothing to leave yet, or no longer
         watch.training(max_steps=9)
-        watch.run.beat(1, Heartbeat(phase="training", step=3))
+        watch.run.write_heartbeat(1, Heartbeat(phase="training", step=3))
         for _ in range(2):
             watch.look()
     finally:
@@ -396,7 +396,7 @@ def test_sigterm_in_training_is_a_wish_to_leave(watch: DriverWatch) -> None:
 
 def test_a_sigterm_after_a_wish_adds_none(watch: DriverWatch) -> None:
     watch.training(max_steps=9)
-    watch.run.beat(1, Heartbeat(phase="training", step=3))
+    watch.run.write_heartbeat(1, Heartbeat(phase="training", step=3))
     watch.run.wish("leave", 1, "preempted")
     watch.terminated.set()
     for _ in range(2):
@@ -409,9 +409,9 @@ def test_after_training_nothing_is_looked_after(watch: DriverWatch) -> None:
     watch.training(max_steps=9)
     watch.trained()
     publishing = Heartbeat(phase="publishing", step=9)
-    watch.run.beat(1, publishing)
+    watch.run.write_heartbeat(1, publishing)
     watch.run.wish("leave", 1, "too late")
-    watch.run.start(2, None, 1)
+    watch.run.start_attempt(2, None, 1)
     watch.look()
     assert beat(watch.run) == publishing
 
@@ -452,7 +452,7 @@ def _train(storage_url, job, spec, attempt, workers, watch):
     if {body!r} == "lost":
         raise ConnectionError("a peer")
     if {body!r} == "overtaken":
-        watch.run.start(attempt + 1, None, 1)
+        watch.run.start_attempt(attempt + 1, None, 1)
     time.sleep(60)
 driver._train = _train
 driver.main()

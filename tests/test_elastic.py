@@ -12,7 +12,7 @@ import recording_workers
 from plain_workers import WorkerGroup
 from tiny import job, make_data, model
 
-from genmodels.checkpoint import Place
+from genmodels.checkpoint import CheckpointRef
 from genmodels.data import batch_indices, open_dataset
 from genmodels.runs.store import Run
 from genmodels.spec.sections import ModelSpec
@@ -52,9 +52,9 @@ def test_from_one_worker_to_two_and_back(tmp_path: Path, monkeypatch: pytest.Mon
     first, second, last = run.checkpoints()
     assert [first.step, second.step, last.step] == BORDERS[1:]
     assert [(link.attempt, link.until) for link in run.chain()] == [(1, first.step), (2, second.step), (3, None)]
-    assert [run.manifest(place).lineage.world_size for place in (first, second, last)] == [1, 2, 1]
-    assert [run.manifest(place).samples for place in (first, second, last)] == [
-        place.step * BATCH for place in (first, second, last)
+    assert [run.manifest(ref).lineage.world_size for ref in (first, second, last)] == [1, 2, 1]
+    assert [run.manifest(ref).samples for ref in (first, second, last)] == [
+        ref.step * BATCH for ref in (first, second, last)
     ]
 
     assert_seen_once(spec.models[0], seen, elastic, sizes={1: 1, 2: 2, 3: 1})
@@ -62,12 +62,12 @@ def test_from_one_worker_to_two_and_back(tmp_path: Path, monkeypatch: pytest.Mon
 
     undisturbed = Run(storage, calm, "minigpt")
     # Equal to the one that kept its size, but for the order in which gradients are added.
-    final, expected = run.manifest(last).metrics["val_loss"], undisturbed.manifest(Place(attempt=1, step=STEPS))
+    final, expected = run.manifest(last).metrics["val_loss"], undisturbed.manifest(CheckpointRef(attempt=1, step=STEPS))
     assert final == pytest.approx(expected.metrics["val_loss"], rel=1e-4)
     losses, calm_losses = ([row["loss"] for row in each.metrics()] for each in (run, undisturbed))
     assert np.allclose(losses, calm_losses, rtol=1e-3)
     # And with an unchanged size it is equal to the bit.
-    left = Run(storage, same, "minigpt").manifest(Place(attempt=2, step=STEPS))
+    left = Run(storage, same, "minigpt").manifest(CheckpointRef(attempt=2, step=STEPS))
     assert left.lineage.parent == first
     assert left.files == expected.files
 

@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.distributions import Bernoulli, Independent, Normal
 
 from genmodels import checkpoint, models
-from genmodels.checkpoint import Manifest, Place
+from genmodels.checkpoint import CheckpointRef, Manifest
 from genmodels.data import open_dataset
 from genmodels.data.images import ImageData
 from genmodels.errors import DataError, ModelNotFound, SpecError
@@ -299,7 +299,7 @@ def saved(spec: ModelSpec, steps: int = 2) -> Run:
     storage = MemoryStorage()
     dataset = open_dataset(spec.data)
     run = Run(storage, "tiny-00000000", spec.name)
-    run.start(1, None, 1)
+    run.start_attempt(1, None, 1)
     for step in range(1, steps + 1):
         with checkpoint.scratch_folder() as name:
             folder = Path(name)
@@ -307,7 +307,7 @@ def saved(spec: ModelSpec, steps: int = 2) -> Run:
             lineage = LINEAGE.model_copy(update={"data_digest": dataset.digest})
             files = checkpoint.describe_files(folder)
             manifest = Manifest(step=step, samples=step, metrics={"val_loss": 9.0 - step}, lineage=lineage, files=files)
-            prefix = run.checkpoint_prefix(Place(attempt=1, step=step))
+            prefix = run.checkpoint_prefix(CheckpointRef(attempt=1, step=step))
             checkpoint.upload(storage, prefix, folder, manifest, lambda: None)
     return run
 
@@ -368,12 +368,12 @@ def test_an_evaluation_says_what_training_cost_and_how_it_went(tmp_path: Path) -
     storage = MemoryStorage()
     family = build("gan", pictures=open_dataset(spec.data).info)[0]
     run, course = Run(storage, "tiny-00000000", spec.name), "discriminator_accuracy_real"
-    run.start(1, None, 2)
-    assert training(family, run, Place(attempt=1, step=9), LINEAGE) == {
+    run.start_attempt(1, None, 2)
+    assert training(family, run, CheckpointRef(attempt=1, step=9), LINEAGE) == {
         "parameters": sum(weight.numel() for weight in family.network.parameters()), "steps": 9, "workers": 1
     }  # fmt: skip
     run.write_metrics(1, [{"step": step, "samples": 4 * step, "seconds": step / 2, course: step} for step in range(20)])
-    notes = training(family, run, Place(attempt=1, step=15), LINEAGE)
+    notes = training(family, run, CheckpointRef(attempt=1, step=15), LINEAGE)
     assert (notes["images_seen"], notes["training_seconds"]) == (60, 9.5)
     assert notes[f"{course}_over_time"] == [0.5, 2.5, 4.5, 6.5, 8.5, 10.5, 12.5, 14.5]
     assert "training_loss" not in notes
@@ -382,9 +382,9 @@ def test_an_evaluation_says_what_training_cost_and_how_it_went(tmp_path: Path) -
 def test_of_a_text_model_tokens_are_told_and_the_last_loss(tmp_path: Path) -> None:
     (spec,) = job("tiny", model(make_data(tmp_path), "minigpt")).models
     run, family = Run(MemoryStorage(), "tiny-00000000", spec.name), build("minigpt")[0]
-    run.start(1, None, 1)
+    run.start_attempt(1, None, 1)
     run.write_metrics(1, [{"step": 4, "samples": 8, "seconds": 1.0, "loss": 2.5}])
-    notes = training(family, run, Place(attempt=1, step=4), LINEAGE)
+    notes = training(family, run, CheckpointRef(attempt=1, step=4), LINEAGE)
     assert (notes["tokens_seen"], notes["training_loss"]) == (8 * family.block_size, 2.5)
 
 
@@ -406,11 +406,11 @@ def test_evaluate_on_the_command_line(tiny_spec: ModelSpec, tmp_path: Path) -> N
     run = saved(tiny_spec, steps=1)
     folder = tmp_path / "files"
     folder.mkdir()
-    place = Place(attempt=1, step=1)
-    manifest = checkpoint.fetch(run.storage, run.checkpoint_prefix(place), folder)
+    ref = CheckpointRef(attempt=1, step=1)
+    manifest = checkpoint.fetch(run.storage, run.checkpoint_prefix(ref), folder)
     store = Registry(storage)
     store.promote(
-        "vae", "production", store.publish(Run(storage, name, "vae"), place, manifest, folder, None).version, ""
+        "vae", "production", store.publish(Run(storage, name, "vae"), ref, manifest, folder, None).version, ""
     )
 
     def evaluate_there(*arguments: str) -> subprocess.CompletedProcess[str]:
@@ -424,7 +424,7 @@ def test_evaluate_on_the_command_line(tiny_spec: ModelSpec, tmp_path: Path) -> N
     assert shown["measures"]["nll"]["value"] == kept.measures["nll"].value
     assert (shown["id"], shown["thorough"], shown["notes"]["draws"]) == (kept.id, False, 64)
     assert kept.measures["nll"].value == pytest.approx(
-        evaluate(Run(storage, name, "vae"), place, tiny_spec, manifest.lineage, folder).measures["nll"].value
+        evaluate(Run(storage, name, "vae"), ref, tiny_spec, manifest.lineage, folder).measures["nll"].value
     )
     done = evaluate_there("vae@7")
     assert (done.returncode, done.stderr) == (

@@ -14,7 +14,7 @@ import pytest
 from ray_node import until
 from stack import CPUS, Stack, parents, tiny_model
 
-from genmodels.checkpoint import Place
+from genmodels.checkpoint import CheckpointRef
 from genmodels.runs.store import Run
 
 pytestmark = pytest.mark.timeout(900)  # on a busy machine each start of a group may take half a minute
@@ -63,7 +63,7 @@ def test_workers_killed_and_hung(stack: Stack) -> None:
     stack.trains(run, 3, since=when, what="both workers killed in an upload")
     assert took_over(stack, run, 3) == first
 
-    second = Place(attempt=3, step=first.step + LONG["save_every"])
+    second = CheckpointRef(attempt=3, step=first.step + LONG["save_every"])
     manifest = f"{run.checkpoint_prefix(second)}/manifest.json"
     stack.proxy.fail("hang-answer", method="PUT", path=manifest)
     until(lambda: stack.storage.exists(manifest), "a manifest is stored")
@@ -104,7 +104,7 @@ def test_driver_job_service_and_the_whole_of_ray_killed(stack: Stack) -> None:
     stack.trains(active, 2, since=when, what="driver killed")
     first = took_over(stack, active, 2)
 
-    epoch, runs = active.status()[0].epoch, (active, waiting)
+    lease_term, runs = active.status()[0].lease_term, (active, waiting)
     stack.service.kill()
     before = stack.saves(active, 2)
     until(lambda: stack.saves(active, 2).step > before.step, "the run goes on without a job service")
@@ -112,7 +112,7 @@ def test_driver_job_service_and_the_whole_of_ray_killed(stack: Stack) -> None:
     stack.proxy.fail("hang", method="PUT", path=f"{active.name}/attempt-2/checkpoints/")  # nor while the services start
     with stack.timed("job service killed, until another one has taken its runs over"):
         stack.service.start()
-        until(lambda: all(run.status()[0].epoch > epoch for run in runs), "a new dispatcher takes over", 40)
+        until(lambda: all(run.status()[0].lease_term > lease_term for run in runs), "a new dispatcher takes over", 40)
     assert (active.status()[0].attempt, waiting.status()[0].state) == (2, "queued")
 
     when = time.monotonic()
@@ -182,7 +182,7 @@ def test_preemption_cancel_and_resume(stack: Stack) -> None:
         stack.reaches(run, "succeeded")
         stack.check_succeeded(run, attempts)
     assert parents(other) == [None, left]
-    assert preempted.start_of(3).parent == newest == parents(preempted)[-1]
+    assert preempted.attempt_start(3).parent == newest == parents(preempted)[-1]
     until(lambda: job not in stack.jobs.open(), "the job is closed")
     assert stack.shown_job(job)["state"] == "succeeded"
 
@@ -195,7 +195,7 @@ def test_an_elastic_run_loses_a_node_and_gets_one_back(stack: Stack) -> None:
         run = stack.submit_one(tiny_model("elastic", {"min": 1, "max": most}, max_steps=steps, save_every=20))
         stack.proxy.fail("slow", method="PUT", path=f"{run.name}/")
         stack.saves(run, 1)
-        assert (run.start_of(1).world_size, run.status()[0].workers) == (most, most)
+        assert (run.attempt_start(1).world_size, run.status()[0].workers) == (most, most)
         when = time.monotonic()
         node.kill()
     smaller = stack.trains_with(run, CPUS, since=when, what="a node with one of three workers killed")
@@ -286,9 +286,9 @@ def stop_storage(stack: Stack, seconds: float) -> None:
     stack.s3.start()
 
 
-def took_over(stack: Stack, run: Run, attempt: int) -> Place:
+def took_over(stack: Stack, run: Run, attempt: int) -> CheckpointRef:
     """Nothing was lost: an attempt goes on from the newest manifest there was when the one before it had ended."""
-    parent = run.start_of(attempt).parent
-    whole = [place for place in run.checkpoints() if place.attempt < attempt]
+    parent = run.attempt_start(attempt).parent
+    whole = [ref for ref in run.checkpoints() if ref.attempt < attempt]
     assert parent == (stack.newest_manifest(run, attempt - 1) or whole[-1])
     return parent

@@ -12,7 +12,7 @@ import yaml
 from tiny import job, make_data, model
 
 from genmodels import checkpoint, models
-from genmodels.checkpoint import Place, load_tensors
+from genmodels.checkpoint import CheckpointRef, load_tensors
 from genmodels.data import uploads
 from genmodels.errors import SpecError
 from genmodels.preflight.check import check_job
@@ -47,17 +47,17 @@ def trained(storage: Storage, name: str, entry: dict[str, Any], attempt: int = 1
     return Run(storage, name, entry["name"])
 
 
-def published(storage: Storage, run: Run, place: Place, alias: str = "production") -> Version:
+def published(storage: Storage, run: Run, ref: CheckpointRef, alias: str = "production") -> Version:
     with checkpoint.scratch_folder() as name:
-        manifest = checkpoint.fetch(storage, run.checkpoint_prefix(place), Path(name))
-        version = Registry(storage).publish(run, place, manifest, Path(name), None)
+        manifest = checkpoint.fetch(storage, run.checkpoint_prefix(ref), Path(name))
+        version = Registry(storage).publish(run, ref, manifest, Path(name), None)
     Registry(storage).promote(run.model, alias, version.version, "a test")
     return version
 
 
-def served(run: Run, place: Place) -> dict[str, torch.Tensor]:
+def served(run: Run, ref: CheckpointRef) -> dict[str, torch.Tensor]:
     with checkpoint.scratch_folder() as name:
-        checkpoint.fetch(run.storage, run.checkpoint_prefix(place), Path(name))
+        checkpoint.fetch(run.storage, run.checkpoint_prefix(ref), Path(name))
         return load_tensors(Path(name) / checkpoint.WEIGHTS)
 
 
@@ -76,19 +76,21 @@ def test_it_begins_with_the_served_weights_of_a_version_and_of_a_step(
     data: Path, storage: Storage, family: str
 ) -> None:
     source = trained(storage, "source", model(data, family))
-    version = published(storage, source, Place(attempt=1, step=6))
+    version = published(storage, source, CheckpointRef(attempt=1, step=6))
     for reference, step in ((family, 6), (f"{family}@{source.job}:step-3", 3)):
         entry = model(data, family, "more", **STILL, init_from=reference)
         run = trained(storage, f"from-{step}", entry)
-        assert_same_weights(served(run, Place(attempt=1, step=1)), served(source, Place(attempt=1, step=step)))
+        assert_same_weights(
+            served(run, CheckpointRef(attempt=1, step=1)), served(source, CheckpointRef(attempt=1, step=step))
+        )
         pinned = {6: version.name, 3: reference}[step]
         assert stored_model(storage, run.job, "more").train.init_from == pinned
-    assert pin.marked(source) == [Place(attempt=1, step=3)]
+    assert pin.marked(source) == [CheckpointRef(attempt=1, step=3)]
 
 
 def test_the_step_the_schedule_and_the_optimizer_begin_anew(data: Path, storage: Storage) -> None:
     source = trained(storage, "source", model(data, "minigpt", max_steps=20, learning_rate=1e-2))
-    published(storage, source, Place(attempt=1, step=20))
+    published(storage, source, CheckpointRef(attempt=1, step=20))
     run = trained(storage, "more", model(data, "minigpt", "more", init_from="minigpt@1"))
     rows, before = run.metrics(), source.metrics()
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
@@ -101,7 +103,7 @@ def test_the_step_the_schedule_and_the_optimizer_begin_anew(data: Path, storage:
 def test_a_name_means_what_it_meant_at_submit(data: Path, storage: Storage) -> None:
     source = trained(storage, "source", model(data, "vae"))
     for step in (3, 6):
-        published(storage, source, Place(attempt=1, step=step))
+        published(storage, source, CheckpointRef(attempt=1, step=step))
     spec = job("more", *(model(data, "vae", f"m{i}", init_from=name) for i, name in enumerate(NAMES)))
     name = submit(storage, spec)
     Registry(storage).promote("vae", "production", 1, "rolled back")
@@ -134,35 +136,35 @@ def test_live_and_a_step_are_of_the_run_that_was_submitted_last(data: Path, stor
 
 def test_a_run_that_resumes_needs_its_source_no_more(data: Path, storage: Storage) -> None:
     source = trained(storage, "source", model(data, "minigpt"))
-    published(storage, source, Place(attempt=1, step=6))
+    published(storage, source, CheckpointRef(attempt=1, step=6))
     entry = model(data, "minigpt", "more", init_from="minigpt")
     run = trained(storage, "more", entry)
-    last = Place(attempt=1, step=6)
+    last = CheckpointRef(attempt=1, step=6)
     expected = run.manifest(last).files
     storage.delete(f"{run.checkpoint_prefix(last)}/{checkpoint.MANIFEST}")
     for key in [*storage.list("models/"), *storage.list(f"runs/{source.job}/")]:
         storage.delete(key)
     run_attempt(storage, run.job, "more", 2, Group())
-    assert run.chain()[-1].parent == Place(attempt=1, step=3)
-    assert run.manifest(Place(attempt=2, step=6)).files == expected
+    assert run.chain()[-1].parent == CheckpointRef(attempt=1, step=3)
+    assert run.manifest(CheckpointRef(attempt=2, step=6)).files == expected
 
 
 def test_a_text_is_read_with_the_tokenizer_of_the_model_it_continues(
     data: Path, storage: Storage, tmp_path: Path
 ) -> None:
     source = trained(storage, "source", model(data, "minigpt"))
-    published(storage, source, Place(attempt=1, step=6))
+    published(storage, source, CheckpointRef(attempt=1, step=6))
     entry = model(tmp_path, "minigpt", "more", init_from="minigpt")
     (tmp_path / "play.txt").write_text("What light through yonder window breaks?\n" * 60)  # fewer characters
     run = trained(storage, "more", entry)
     with checkpoint.scratch_folder() as name:
-        checkpoint.fetch(storage, run.checkpoint_prefix(Place(attempt=1, step=3)), Path(name, "more"))
-        checkpoint.fetch(storage, source.checkpoint_prefix(Place(attempt=1, step=3)), Path(name, "source"))
+        checkpoint.fetch(storage, run.checkpoint_prefix(CheckpointRef(attempt=1, step=3)), Path(name, "more"))
+        checkpoint.fetch(storage, source.checkpoint_prefix(CheckpointRef(attempt=1, step=3)), Path(name, "source"))
         tokenizers = [Path(name, of, "assets", "tokenizer.json").read_bytes() for of in ("more", "source")]
     assert tokenizers[0] == tokenizers[1]
-    storage.delete(f"{run.checkpoint_prefix(Place(attempt=1, step=6))}/{checkpoint.MANIFEST}")
+    storage.delete(f"{run.checkpoint_prefix(CheckpointRef(attempt=1, step=6))}/{checkpoint.MANIFEST}")
     run_attempt(storage, run.job, "more", 2, Group())
-    assert run.checkpoints()[-1] == Place(attempt=2, step=6)
+    assert run.checkpoints()[-1] == CheckpointRef(attempt=2, step=6)
 
     (tmp_path / "play.txt").write_text("Dort was\n" * 300)
     unknown = r"train.init_from: the text has characters that the model's tokenizer does not know: 'D'; remove them"
@@ -185,7 +187,7 @@ def test_a_text_is_read_with_the_tokenizer_of_the_model_it_continues(
 )
 def test_what_is_not_there_is_said_at_submit(data: Path, storage: Storage, reference: str, message: str) -> None:
     source = trained(storage, "source", model(data, "vae"))
-    published(storage, source, Place(attempt=1, step=6))
+    published(storage, source, CheckpointRef(attempt=1, step=6))
     entry = model(data, "vae", "more", init_from=reference.format(job=source.job))
     before = storage.list("")
     with pytest.raises(SpecError, match=message):
@@ -195,7 +197,7 @@ def test_what_is_not_there_is_said_at_submit(data: Path, storage: Storage, refer
 
 def test_what_does_not_fit_is_said_by_field(data: Path, storage: Storage) -> None:
     source = trained(storage, "source", model(data, "vae"))
-    published(storage, source, Place(attempt=1, step=6))
+    published(storage, source, CheckpointRef(attempt=1, step=6))
     with pytest.raises(SpecError, match=r"train.init_from: vae@1 is of family vae, this model of gan"):
         check_job(job("a", model(data, "gan", init_from="vae")), storage, open_data=True)
     wider = model(data, "vae", init_from="vae")
@@ -211,7 +213,7 @@ def test_what_does_not_fit_is_said_by_field(data: Path, storage: Storage) -> Non
     storage.put(blob, storage.get(blob)[0] + b"x")
     with pytest.raises(SpecError, match=r"train.init_from: vae@1: .*damaged"):
         check_job(job("e", model(data, "vae", init_from="vae")), storage, open_data=True)
-    storage.delete(f"{source.checkpoint_prefix(Place(attempt=1, step=3))}/{checkpoint.MANIFEST}")
+    storage.delete(f"{source.checkpoint_prefix(CheckpointRef(attempt=1, step=3))}/{checkpoint.MANIFEST}")
     with pytest.raises(SpecError, match="no such checkpoint"):
         check_job(job("f", model(data, "vae", init_from=f"vae@{source.job}:step-3")), storage, open_data=True)
 
@@ -222,8 +224,8 @@ def test_a_marked_step_stays_the_one_it_was_and_asking_marks_nothing(data: Path,
     assert pin.resolve(reference, storage, mark=False) == reference
     assert pin.marked(source) == []
     assert pin.resolve(reference, storage) == reference
-    last = Place(attempt=1, step=6)
-    source.start(2, Place(attempt=1, step=3), 1)  # a later attempt takes over before that step
+    last = CheckpointRef(attempt=1, step=6)
+    source.start_attempt(2, CheckpointRef(attempt=1, step=3), 1)  # a later attempt takes over before that step
     assert last not in source.checkpoints()
     assert pin.resolve(reference, storage) == reference
     assert pin.find_checkpoint(reference, storage)[1] == last

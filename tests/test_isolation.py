@@ -345,8 +345,8 @@ def test_a_dispatcher_goes_on_after_a_tick_that_failed(
     dispatcher = Dispatcher(storage, Cluster(storage), Lease(storage, 0.4))
     stop, ticks = threading.Event(), []
 
-    def tick(epoch: int) -> None:
-        ticks.append(epoch)
+    def tick(lease_term: int) -> None:
+        ticks.append(lease_term)
         if len(ticks) % 2:
             raise error
 

@@ -489,7 +489,7 @@ def test_logs_of_a_worker_that_cannot_be_are_404(service: Service, source: str) 
 def test_metrics_are_rows_of_the_chain(service: Service) -> None:
     job = service.submit("a", "b")
     run = Run(service.storage, job, "a")
-    run.start(1, None, 1)
+    run.start_attempt(1, None, 1)
     run.write_metrics(1, [{"step": 10, "loss": 2.0}, {"step": 20, "loss": math.nan}])
     found = service("GET", f"/v1/jobs/{job}/metrics?model=a").json()
     assert found == {"model": "a", "data": [{"step": 10, "loss": 2.0}, {"step": 20, "loss": "nan"}]}

@@ -78,7 +78,7 @@ class Platform:
         """A new process, which knows nothing."""
         self.backend = KubeRayBackend(self.storage, self.options, self.most)
         self.dispatcher = Dispatcher(self.storage, self.backend)
-        self.epoch = getattr(self, "epoch", 0) + 1
+        self.lease_term = getattr(self, "lease_term", 0) + 1
 
     def driver(self, job: dict[str, Any]) -> Any:
         name, attempt = (
@@ -91,7 +91,7 @@ class Platform:
 
     def tick(self, rounds: int = 1) -> None:
         for _ in range(rounds):
-            self.dispatcher.tick(self.epoch)
+            self.dispatcher.tick(self.lease_term)
             self.operator.reconcile()
 
     def until(self, model: str, wanted: str, job: str, attempt: int = 1) -> Any:
@@ -116,9 +116,9 @@ def test_runs_are_carried_to_their_end(
     storage = MemoryStorage()
     platform = Platform(api, tmp_path, storage, a=[dies, succeeds])
     name = submit(storage, data, "two", "a", "b", workers=2)
-    for model, attempt in (("a", 2), ("b", 1)):
+    for model, attempts in (("a", 2), ("b", 1)):
         status = platform.until(model, "succeeded", name)
-        assert (status.attempt, status.workers) == (attempt, 2)
+        assert (status.attempt, status.workers) == (attempts, 2)
     assert [rayjob for rayjob, _ in platform.operator.started] == [
         submission_id(name, "a", 1),
         submission_id(name, "b", 1),
@@ -155,11 +155,11 @@ def test_a_real_attempt_outlives_its_dispatcher(
     finally:
         platform.operator.close()
     status = state(storage, name, "a")
-    assert (status.state, status.attempt, status.epoch) == ("succeeded", 1, 2), status.reason
+    assert (status.state, status.attempt, status.lease_term) == ("succeeded", 1, 2), status.reason
     result = Run(storage, name, "a").result(1)
     assert result is not None
     assert result.version == 1
-    start = Run(storage, name, "a").start_of(1)
+    start = Run(storage, name, "a").attempt_start(1)
     assert start is not None
     assert start.world_size == 2
 
@@ -305,19 +305,19 @@ def test_deleted_by_hand_it_goes_on_when_its_pods_have_gone(
     storage = MemoryStorage()
     platform = Platform(api, tmp_path, storage, a=[obedient, obedient, succeeds])
     name = submit(storage, data, "hand", "a")
-    for attempt in (1, 2):
-        platform.until("a", "running", name, attempt)
+    for number in (1, 2):
+        platform.until("a", "running", name, number)
         platform.operator.clings = True
-        api.delete(submission_id(name, "a", attempt))
+        api.delete(submission_id(name, "a", number))
         platform.tick(6)
-        assert submission_id(name, "a", attempt) not in api.jobs
-        assert len(platform.operator.started) == attempt
-        if attempt == 2:  # a node that is lost keeps its pods for ever
+        assert submission_id(name, "a", number) not in api.jobs
+        assert len(platform.operator.started) == number
+        if number == 2:  # a node that is lost keeps its pods for ever
             monkeypatch.setattr(kuberay, "GONE_SECONDS", -1.0)
             break
         platform.operator.clings = False
         api.pods.clear()
-    assert platform.until("a", "succeeded", name).attempt == 3
+    assert platform.until("a", "succeeded", name).number == 3
     assert "its RayJob was deleted; goes on from step 0" in platform.reasons(name, "a")
 
 

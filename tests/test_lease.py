@@ -70,7 +70,7 @@ def test_the_next_waits_a_whole_length_of_its_own_clock(clock: Clock) -> None:
     assert b.try_acquire() is None
     clock.now += 0.1
     assert b.try_acquire() == 2
-    with pytest.raises(LeaseLost, match="epoch 1"):
+    with pytest.raises(LeaseLost, match="term 1"):
         a.renew()
 
 
@@ -141,16 +141,16 @@ def test_given_back_there_is_nothing_to_wait_for(storage: Storage, clock: Clock)
     assert a.try_acquire() is None
 
 
-def test_epochs_only_grow(storage: Storage, clock: Clock) -> None:
-    epochs = []
+def test_terms_only_grow(storage: Storage, clock: Clock) -> None:
+    terms = []
     for _ in range(4):
         one = Lease(storage)
-        epochs.append(one.try_acquire())
+        terms.append(one.try_acquire())
         one.release()
-        epochs.append(one.try_acquire())
-        epochs.append(one.try_acquire())  # its own: no wait
+        terms.append(one.try_acquire())
+        terms.append(one.try_acquire())  # its own: no wait
         one.release()
-    assert epochs == list(range(1, 13))
+    assert terms == list(range(1, 13))
 
 
 def test_many_at_once(storage: Storage) -> None:

@@ -336,7 +336,7 @@ def test_what_a_paused_attempt_does_when_it_wakes_is_not_read(data: Path, file_s
     assert len(rows) > 6, "it wrote after it woke"
     late = "".join(file_storage.get(key)[0].decode() for key in file_storage.list(f"{folder}/logs/0/"))
     assert "Superseded" in late, "its last words are kept"
-    assert [place.attempt for place in run.checkpoints()] == [1, 2, 2]
+    assert [ref.attempt for ref in run.checkpoints()] == [1, 2, 2]
     assert [row["step"] for row in run.metrics()] == list(range(1, 13))
     assert not file_storage.exists(f"{folder}/checkpoints/step-00000008/manifest.json")
     said = [(line.attempt, line.line.rpartition(":")[2]) for line in run.log_lines() if "rank 0 of 1" in line.line]

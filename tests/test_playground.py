@@ -21,7 +21,7 @@ from PIL import Image
 from published import IMAGES, publish
 from served import served
 
-from genmodels.checkpoint import Place
+from genmodels.checkpoint import CheckpointRef
 from genmodels.data.images import png
 from genmodels.engine.history import MAX_ROWS, MAX_STEPS, read
 from genmodels.family import Findings, Measure
@@ -42,7 +42,7 @@ STEPS = range(10, 210, 10)
 def train(storage: Storage, model: str, text: bool = False) -> None:
     """Leave what a run leaves: an attempt, its curves, its samples."""
     run = Run(storage, JOB, model)
-    run.start(1, None, 1)
+    run.start_attempt(1, None, 1)
     rows: list[dict[str, Any]] = [
         {"step": step, "loss": 3 * math.exp(-step / 80) + 0.4, "learning_rate": 0.001, "seconds": step / 10}
         for step in STEPS
@@ -162,12 +162,12 @@ def test_what_is_not_there_is_refused(app: Any, path: str, status: int) -> None:
 def test_a_history_follows_the_chain_and_is_bounded(file_storage: Storage) -> None:
     version = publish(file_storage, "long", "vae")
     run = Run(file_storage, JOB, "long")
-    run.start(1, None, 1)
+    run.start_attempt(1, None, 1)
     rows = [{"step": step, "loss": 1.0} | ({"val_loss": 2.0} if step % 100 == 0 else {}) for step in range(1, 5001)]
     run.write_metrics(1, rows)
     for step in range(1, 301):
         run.write_sample(1, step, "samples.png", b"first")
-    run.start(2, Place(attempt=1, step=4000), 1)
+    run.start_attempt(2, CheckpointRef(attempt=1, step=4000), 1)
     run.write_metrics(2, [{"step": 4001, "loss": 7.0}])
     history = read(file_storage, version)
     assert len(history.rows) == MAX_ROWS

@@ -19,7 +19,7 @@ import yaml
 from plain_workers import WorkerGroup
 from tiny import make_data, model
 
-from genmodels.checkpoint import Place
+from genmodels.checkpoint import CheckpointRef
 from genmodels.registry.store import Registry
 from genmodels.runs.store import Run
 from genmodels.spec.parse import job_id, read_spec
@@ -101,7 +101,7 @@ def test_killed_interrupted_and_run_again(workplace: Path) -> None:
     with WorkerGroup(2, calm.url, [(job, "steady", 1)]) as group:
         group.succeed()
     disturbed = run.manifest(run.checkpoints()[-1])
-    undisturbed = Run(calm, job, "steady").manifest(Place(attempt=1, step=STEPS))
+    undisturbed = Run(calm, job, "steady").manifest(CheckpointRef(attempt=1, step=STEPS))
     assert len(run.chain()) >= 2
     assert {name: file.sha256 for name, file in disturbed.files.items()} == {
         name: file.sha256 for name, file in undisturbed.files.items()
@@ -161,7 +161,7 @@ class Command:
 
 def len_at_takeover(run: Run) -> int:
     """How many checkpoints of the first attempt the second went on from."""
-    return sum(place.attempt == 1 for place in run.checkpoints())
+    return sum(ref.attempt == 1 for ref in run.checkpoints())
 
 
 def until(condition: Callable[[], object], command: Command, timeout: float = 120) -> None:

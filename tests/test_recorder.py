@@ -20,7 +20,7 @@ from stores import LINEAGE, FailingStorage, MemoryStorage, RecordingStorage, Wra
 from tiny import job, make_data, model
 
 from genmodels import metrics, models
-from genmodels.checkpoint import MANIFEST, Place, Snapshot
+from genmodels.checkpoint import MANIFEST, CheckpointRef, Snapshot
 from genmodels.errors import StorageError, Superseded, TrainingDiverged
 from genmodels.registry.pin import resolve
 from genmodels.runs.store import Run
@@ -56,7 +56,7 @@ def make(spec: ModelSpec) -> Callable[[Storage, int], RunRecorder]:
     def make(storage: Storage, attempt: int = 1, start: bool = True) -> RunRecorder:
         run = Run(storage, "job", "vae")
         if start:
-            run.start(attempt, None, 1)
+            run.start_attempt(attempt, None, 1)
         family, _ = build("vae", density_components=1)
         return RunRecorder(run, attempt, spec, family, {"labels.json": b"[]"}, lambda: [FIT_BATCH], LINEAGE)
 
@@ -102,8 +102,8 @@ def test_everything_arrives(make: Any) -> None:
         rank0.save(snapshot(2, 1.25))
     run = Run(storage, "job", "vae")
     (found,) = run.manifests()
-    place, manifest = found
-    assert place == Place(attempt=1, step=2)
+    ref, manifest = found
+    assert ref == CheckpointRef(attempt=1, step=2)
     assert (manifest.step, manifest.samples, manifest.metrics, manifest.lineage) == (2, 24, {"val_loss": 1.25}, LINEAGE)
     assert sorted(manifest.files) == [
         "assets/density.safetensors",
@@ -266,7 +266,7 @@ def test_an_outage_that_begins_with_the_last_save_is_waited_for(make: Any) -> No
         timer.start()
     timer.join()
     run = Run(storage, "job", "vae")
-    assert [place.step for place in run.checkpoints()] == [1]
+    assert [ref.step for ref in run.checkpoints()] == [1]
     assert [row["step"] for row in run.metrics()] == [1]
     assert storage.refused
 
@@ -307,7 +307,7 @@ def test_saves_wait_once_two_are_on_their_way(make: Any) -> None:
         until(lambda: (beat := rank0.run.heartbeat(1)) and beat.phase == "waiting for storage")
         storage.away = False
         third.join()
-    assert [place.step for place in Run(storage, "job", "vae").checkpoints()] == [2, 3]  # 1 was cleaned away
+    assert [ref.step for ref in Run(storage, "job", "vae").checkpoints()] == [2, 3]  # 1 was cleaned away
 
 
 @pytest.mark.parametrize(
@@ -343,7 +343,7 @@ def test_an_overtaken_attempt_writes_no_manifest_and_hears_of_it(make: Any) -> N
         with make(storage) as rank0:
             rank0.save(snapshot(1))
             until(lambda: manifests(storage))
-            Run(storage, "job", "vae").start(2, Place(attempt=1, step=1), 1)
+            Run(storage, "job", "vae").start_attempt(2, CheckpointRef(attempt=1, step=1), 1)
             rank0.save(snapshot(2))
             until(lambda: rank0.error)
             rank0.tick("training", 3)
@@ -359,7 +359,7 @@ def test_an_overtaken_attempt_hears_of_it_at_the_latest_when_it_ends(make: Any) 
 
     def train() -> None:
         with make(storage) as rank0:
-            Run(storage, "job", "vae").start(2, None, 1)
+            Run(storage, "job", "vae").start_attempt(2, None, 1)
             rank0.save(snapshot(1))
 
     with pytest.raises(Superseded):
@@ -376,7 +376,7 @@ def test_an_overtaken_attempt_is_not_left_waiting_for_room(make: Any) -> None:
             rank0.save(snapshot(1))
             until(lambda: rank0.snapshots.empty())
             rank0.save(snapshot(2))
-            Run(storage, "job", "vae").start(2, None, 1)
+            Run(storage, "job", "vae").start_attempt(2, None, 1)
             threading.Timer(0.1, setattr, (storage, "away", False)).start()
             rank0.save(snapshot(3))
             rank0.save(snapshot(4))
@@ -393,7 +393,7 @@ def test_an_overtaken_attempt_deletes_nothing(make: Any) -> None:
     class Overtaken(RecordingStorage):
         def after(self, verb: str, key: str) -> None:
             if verb == "put" and key.endswith(f"step-00000003/{MANIFEST}"):
-                Run(self.inner, "job", "vae").start(2, Place(attempt=1, step=2), 1)
+                Run(self.inner, "job", "vae").start_attempt(2, CheckpointRef(attempt=1, step=2), 1)
                 self.inner.put(unfinished, b"an upload that never ended")
 
     unfinished = "runs/job/vae/attempt-1/checkpoints/step-00000000/model.safetensors"
@@ -407,7 +407,7 @@ def test_an_overtaken_attempt_deletes_nothing(make: Any) -> None:
     with pytest.raises(Superseded):
         train()
     assert [key for key, data in storage.log if data is None] == []
-    assert [place.step for place in Run(storage, "job", "vae").checkpoints()] == [1, 2]
+    assert [ref.step for ref in Run(storage, "job", "vae").checkpoints()] == [1, 2]
 
 
 def test_what_was_saved_arrives_when_training_fails(make: Any) -> None:
@@ -424,7 +424,7 @@ def test_what_was_saved_arrives_when_training_fails(make: Any) -> None:
     with pytest.raises(TrainingDiverged):
         train()
     run = Run(storage, "job", "vae")
-    assert [place.step for place in run.checkpoints()] == [7]
+    assert [ref.step for ref in run.checkpoints()] == [7]
     assert run.metrics() == [{"step": 7, "loss": 1e30}]
 
 
@@ -482,7 +482,7 @@ def test_clean_up_keeps_the_newest_and_the_best(make: Any) -> None:
         for step, loss in losses.items():
             rank0.save(snapshot(step, loss))
             until(lambda step=step: idle(rank0, step))  # type: ignore[misc]
-            assert [place.step for place in run.checkpoints()] == kept[step]
+            assert [ref.step for ref in run.checkpoints()] == kept[step]
             # the files of what went are there for one save more, and then gone
             files = {int(key.split("/step-")[1][:8]) for key in storage.list("runs/job/vae/attempt-1/checkpoints/")}
             assert files == {*kept[step], *kept.get(step - 1, [])}
@@ -502,12 +502,12 @@ def test_clean_up_keeps_what_others_start_from(make: Any) -> None:
             until(lambda step=step: idle(rank0, step))  # type: ignore[misc]
             if step == 1:
                 assert resolve("vae@job:step-1", storage) == "vae@job:step-1"
-    assert [place.step for place in run.checkpoints()] == [1, 4, 5]
+    assert [ref.step for ref in run.checkpoints()] == [1, 4, 5]
 
 
 def idle(rank0: RunRecorder, step: int) -> bool:
     """Whether the upload thread has dealt with everything up to a step: it sleeps on its empty queue."""
-    done = any(place.step == step for place in rank0.run.checkpoints())
+    done = any(ref.step == step for ref in rank0.run.checkpoints())
     return done and rank0.snapshots.empty() and len(rank0.snapshots.not_empty._waiters) > 0  # type: ignore[attr-defined]
 
 
@@ -525,7 +525,7 @@ def test_an_outage_in_a_clean_up_does_not_hurry_it(make: Any) -> None:
 
     storage = Breaking()
     run = Run(storage, "job", "vae")
-    run.start(1, None, 1)
+    run.start_attempt(1, None, 1)
     with make(storage, start=False) as rank0:
         rank0.spec = rank0.spec.model_copy(
             update={"checkpoints": rank0.spec.checkpoints.model_copy(update={"num_to_keep": 9})}
@@ -539,7 +539,7 @@ def test_an_outage_in_a_clean_up_does_not_hurry_it(make: Any) -> None:
         rank0.save(snapshot(4))
     assert storage.refusals == 1
     deleted = [key for key, data in storage.log if data is None]
-    assert deleted == [f"{run.checkpoint_prefix(Place(attempt=1, step=step))}/{MANIFEST}" for step in (1, 2)]
+    assert deleted == [f"{run.checkpoint_prefix(CheckpointRef(attempt=1, step=step))}/{MANIFEST}" for step in (1, 2)]
 
 
 def test_without_a_gate_the_newest_are_kept(make: Any) -> None:
@@ -548,7 +548,7 @@ def test_without_a_gate_the_newest_are_kept(make: Any) -> None:
         rank0.spec = rank0.spec.model_copy(update={"serve": rank0.spec.serve.model_copy(update={"gate": None})})
         for step in (1, 2, 3, 4):
             rank0.save(snapshot(step, float(step)))
-    assert [place.step for place in Run(storage, "job", "vae").checkpoints()] == [3, 4]
+    assert [ref.step for ref in Run(storage, "job", "vae").checkpoints()] == [3, 4]
 
 
 # ---- beside the steps

@@ -15,7 +15,7 @@ from published import build, write
 from stores import LINEAGE, MemoryStorage, RecordingStorage, Wrapped, in_threads
 
 from genmodels import checkpoint
-from genmodels.checkpoint import Manifest, Place
+from genmodels.checkpoint import CheckpointRef, Manifest
 from genmodels.errors import CheckpointError, ModelNotFound, SpecError
 from genmodels.family import Family
 from genmodels.registry import store as registry
@@ -47,10 +47,10 @@ def folder(family: Family[Any, Any], tmp_path_factory: pytest.TempPathFactory) -
 
 def publish(storage: Storage, folder: Path, job: str = "job-00000000", step: int = 1, attempt: int = 1) -> Version:
     manifest = manifest_of({"val_loss": 1.5, "odd": math.nan}, step)
-    run, place = Run(storage, job, "model"), Place(attempt=attempt, step=step)
+    run, ref = Run(storage, job, "model"), CheckpointRef(attempt=attempt, step=step)
     with checkpoint.scratch_folder() as name:  # each publisher fetches for itself
         own = shutil.copytree(folder, Path(name, "fetched"))
-        return Registry(storage).publish(run, place, manifest, own, PASSED)
+        return Registry(storage).publish(run, ref, manifest, own, PASSED)
 
 
 def manifest_of(metrics: dict[str, float], step: int = 1) -> Manifest:
@@ -65,7 +65,7 @@ def fill(storage: Storage, numbers: int, model: str = "model", **more: Any) -> N
             "version": number,
             "family": "vae",
             "job": f"job-{number}",
-            "place": {"attempt": 1, "step": 1},
+            "checkpoint": {"attempt": 1, "step": 1},
             "metrics": {},
             "gate": None,
             "lineage": LINEAGE.model_dump(),
@@ -368,7 +368,7 @@ def test_judging(gate: dict[str, float], value: float | None, passed: bool, reas
 )
 def test_the_best_checkpoint(gate: dict[str, float] | None, values: list[float | None], expected: int) -> None:
     metrics = [{} if value is None else {"x": value} for value in values]
-    candidates = [(Place(attempt=1, step=i), manifest_of(each, i)) for i, each in enumerate(metrics)]
+    candidates = [(CheckpointRef(attempt=1, step=i), manifest_of(each, i)) for i, each in enumerate(metrics)]
     found = best(Gate(metric="x", **gate) if gate else None, candidates)
     assert found is candidates[expected]
 
@@ -431,6 +431,6 @@ def test_a_version_says_where_it_came_from(folder: Path) -> None:
     storage = MemoryStorage()
     publish(storage, folder)
     document, _ = read_document(storage, "models/model/versions/00000001.json")
-    assert document["place"] == {"attempt": 1, "step": 1}
+    assert document["checkpoint"] == {"attempt": 1, "step": 1}
     assert document["lineage"] == LINEAGE.model_dump()
     assert document["metrics"] == {"val_loss": 1.5, "odd": "nan"}

@@ -57,9 +57,9 @@ def spec(*models: str, dataset: str = "digits", **train: Any) -> JobSpec:
 def trained(storage: Storage, job: str, model: str, state: State = "succeeded") -> Run:
     """A run that left checkpoints, samples and logs of two attempts."""
     run = Run(storage, job, model)
-    run.start(1, None, 1)
+    run.start_attempt(1, None, 1)
     parent = save(run, 1, 1)
-    run.start(2, parent, 1)
+    run.start_attempt(2, parent, 1)
     save(run, 2, 2, parent)
     run.write_sample(2, 2, "samples.png", b"private")
     storage.put(run.log_key(2, "driver", 1), b"")
@@ -234,9 +234,9 @@ def test_killed_at_any_write_the_rest_is_removed_by_the_next(
             assert all(storage.exists(key) for key in registry.keys(version).values()), moment
         for version in registry.all_versions("first"):
             assert all(storage.exists(key) for key in registry.keys(version).values()), moment
-        for place in Run(storage, OWN, "first").checkpoints():  # and so is what the runs still show
-            prefix = Run(storage, OWN, "first").checkpoint_prefix(place)
-            files = Run(storage, OWN, "first").manifest(place).files
+        for ref in Run(storage, OWN, "first").checkpoints():  # and so is what the runs still show
+            prefix = Run(storage, OWN, "first").checkpoint_prefix(ref)
+            files = Run(storage, OWN, "first").manifest(ref).files
             assert all(storage.exists(f"{prefix}/{name}") for name in files), moment
         with suppress(ModelNotFound):  # it died when all was done
             delete_model(storage, "first", with_runs=True)
@@ -258,9 +258,9 @@ def test_published_and_promoted_at_any_moment(base: MemoryStorage, waits: thread
             publishing.end()
         registry = Registry(storage)
         for alias in registry.aliases("first"):
-            assert registry.resolve(f"first@{alias}").place.step == 9, moment
+            assert registry.resolve(f"first@{alias}").checkpoint.step == 9, moment
         for version in registry.all_versions("first"):
-            assert version.place.step == 9
+            assert version.checkpoint.step == 9
             assert all(storage.exists(key) for key in registry.keys(version).values()), moment
 
 

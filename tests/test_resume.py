@@ -13,7 +13,7 @@ from plain_workers import WorkerGroup
 from tiny import job, make_data, model
 
 from genmodels import checkpoint, models
-from genmodels.checkpoint import Place
+from genmodels.checkpoint import CheckpointRef
 from genmodels.runs.store import Run
 from genmodels.storage import open_storage
 from services.local.platform import submit
@@ -33,16 +33,16 @@ def test_a_resumed_run_ends_with_the_same_bits(data: Path, tmp_path: Path, world
     job_name = submit(storage, job("exact", *entries))
     with WorkerGroup(world_size, storage.url, [(job_name, name, 1) for name in names]) as group:
         group.succeed()
-    undisturbed = {name: final_files(Run(storage, job_name, name), Place(attempt=1, step=6)) for name in names}
+    undisturbed = {name: final_files(Run(storage, job_name, name), CheckpointRef(attempt=1, step=6)) for name in names}
     for name in names:  # as if the machine had died after the manifest of step 3
         run = Run(storage, job_name, name)
-        storage.delete(f"{run.checkpoint_prefix(Place(attempt=1, step=6))}/{checkpoint.MANIFEST}")
+        storage.delete(f"{run.checkpoint_prefix(CheckpointRef(attempt=1, step=6))}/{checkpoint.MANIFEST}")
     with WorkerGroup(world_size, storage.url, [(job_name, name, 2) for name in names]) as group:
         group.succeed()
     for name in names:
         run = Run(storage, job_name, name)
         assert [(link.attempt, link.until) for link in run.chain()] == [(1, 3), (2, None)]
-        assert final_files(run, Place(attempt=2, step=6)) == undisturbed[name], name
+        assert final_files(run, CheckpointRef(attempt=2, step=6)) == undisturbed[name], name
         assert [row["step"] for row in run.metrics()] == [1, 2, 3, 4, 5, 6]
 
 
@@ -79,9 +79,9 @@ def kill_and_resume(data: Path, folder: Path, family: str, checkpoints: int) -> 
 
     with WorkerGroup(2, storage.url, [(killed, family, 2)]) as group:
         group.succeed()
-    assert run.chain()[-1].parent == Place(attempt=1, step=saved)
-    last = Place(attempt=2, step=400)
-    assert final_files(run, last) == final_files(Run(storage, calm, family), Place(attempt=1, step=400))
+    assert run.chain()[-1].parent == CheckpointRef(attempt=1, step=saved)
+    last = CheckpointRef(attempt=2, step=400)
+    assert final_files(run, last) == final_files(Run(storage, calm, family), CheckpointRef(attempt=1, step=400))
 
 
 def test_leaving_saves_at_the_step_where_it_leaves(data: Path, tmp_path: Path) -> None:
@@ -92,14 +92,14 @@ def test_leaving_saves_at_the_step_where_it_leaves(data: Path, tmp_path: Path) -
         until(lambda: (beat := run.heartbeat(1)) is not None and beat.step > 0)
         run.wish("leave", 1, "a test")
         group.succeed()
-    (place,) = run.checkpoints()
-    assert 0 < place.step < 5000
-    assert run.metrics()[-1]["step"] == place.step
+    (ref,) = run.checkpoints()
+    assert 0 < ref.step < 5000
+    assert run.metrics()[-1]["step"] == ref.step
 
 
-def final_files(run: Run, place: Place) -> dict[str, str]:
+def final_files(run: Run, ref: CheckpointRef) -> dict[str, str]:
     """sha256 of every file of a checkpoint: weights, averaged weights, optimizers, assets."""
-    return {name: file.sha256 for name, file in run.manifest(place).files.items()}
+    return {name: file.sha256 for name, file in run.manifest(ref).files.items()}
 
 
 def until(condition: Callable[[], object], timeout: float = 60) -> None:

@@ -59,7 +59,7 @@ def test_metrics_are_sent_no_further(
     service = Service(file_storage)
     job = service.submit("a")
     run = Run(file_storage, job, "a")
-    run.start(1, None, 1)
+    run.start_attempt(1, None, 1)
     run.write_metrics(1, [{"step": step, "loss": 1.0} for step in range(1, 5000)])
     app = create_job_app(file_storage, keys=Keys(file_storage), hosts=None)
     with served(app) as url, httpx.stream("GET", f"{url}/v1/jobs/{job}/metrics", headers=key[1], timeout=20) as stream:

@@ -10,12 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from stores import FailingStorage, MemoryStorage, Wrapped, in_threads, save
 
-from genmodels.checkpoint import MANIFEST, Place
+from genmodels.checkpoint import MANIFEST, CheckpointRef
 from genmodels.errors import CheckpointError, Conflict, StorageUnavailable, Superseded
-from genmodels.runs.records import GateResult, Heartbeat, Link, Result, Start, Status
+from genmodels.runs.records import AttemptStart, ChainLink, GateResult, Heartbeat, Result, Status
 from genmodels.runs.store import Run
 from genmodels.storage import Storage, write_document
-from genmodels.storage.retry import patiently
+from genmodels.storage.retry import retry_until_available
 
 
 def rows(run: Run, attempt: int, first: int, last: int) -> None:
@@ -29,15 +29,15 @@ def rows(run: Run, attempt: int, first: int, last: int) -> None:
 def test_what_an_overtaken_attempt_writes_later_is_no_part_of_the_history(storage: Storage) -> None:
     run = Run(storage, "job-00000000", "model")
     assert (run.checkpoints(), run.metrics(), run.samples(), run.chain()) == ([], [], [], [])
-    run.start(1, None, 2)
+    run.start_attempt(1, None, 2)
     for step in (3, 6):
         save(run, 1, step)
     rows(run, 1, 1, 3)
     rows(run, 1, 4, 6)
     run.write_sample(1, 6, "a.png", b"six")
-    one = Place(attempt=1, step=6)
+    one = CheckpointRef(attempt=1, step=6)
 
-    run.start(2, one, 2)
+    run.start_attempt(2, one, 2)
     rows(run, 2, 7, 9)
     save(run, 2, 9)
     run.write_sample(2, 9, "a.png", b"nine")
@@ -49,13 +49,17 @@ def test_what_an_overtaken_attempt_writes_later_is_no_part_of_the_history(storag
     rows(run, 1, 7, 12)
     run.write_sample(1, 9, "late.png", b"late")
 
-    run.start(3, Place(attempt=2, step=9), 2)
+    run.start_attempt(3, CheckpointRef(attempt=2, step=9), 2)
     rows(run, 3, 10, 10)
     rows(run, 2, 10, 11)
 
-    assert run.chain() == [Link(1, 6, None), Link(2, 9, one), Link(3, None, Place(attempt=2, step=9))]
-    assert run.checkpoints() == [Place(attempt=1, step=3), one, Place(attempt=2, step=9)]
-    assert [place for place, _ in run.manifests()] == run.checkpoints()
+    assert run.chain() == [
+        ChainLink(1, 6, None),
+        ChainLink(2, 9, one),
+        ChainLink(3, None, CheckpointRef(attempt=2, step=9)),
+    ]
+    assert run.checkpoints() == [CheckpointRef(attempt=1, step=3), one, CheckpointRef(attempt=2, step=9)]
+    assert [ref for ref, _ in run.manifests()] == run.checkpoints()
     assert [(row["step"], row["by"]) for row in run.metrics()] == [
         *((step, 1) for step in range(1, 7)),
         *((step, 2) for step in range(7, 10)),
@@ -70,27 +74,27 @@ def test_what_an_overtaken_attempt_writes_later_is_no_part_of_the_history(storag
 def test_an_attempt_that_did_not_go_on_from_the_one_before_leaves_it_out() -> None:
     """Attempt 2 saved nothing; 3 found the newest checkpoint of 1 damaged and took the one before."""
     run = Run(MemoryStorage(), "j", "m")
-    run.start(1, None, 1)
+    run.start_attempt(1, None, 1)
     for step in (3, 6):
         save(run, 1, step)
-    run.start(2, Place(attempt=1, step=6), 1)
+    run.start_attempt(2, CheckpointRef(attempt=1, step=6), 1)
     rows(run, 2, 7, 8)
-    run.start(3, Place(attempt=1, step=3), 1)
+    run.start_attempt(3, CheckpointRef(attempt=1, step=3), 1)
     rows(run, 3, 4, 5)
     assert [(link.attempt, link.until) for link in run.chain()] == [(1, 3), (3, None)]
-    assert run.checkpoints() == [Place(attempt=1, step=3)]
+    assert run.checkpoints() == [CheckpointRef(attempt=1, step=3)]
     assert [(row["by"], row["step"]) for row in run.metrics()] == [(3, 4), (3, 5)]
 
 
 def test_numbers_of_two_digits_are_not_mistaken(storage: Storage) -> None:
     run, other = Run(storage, "j", "m"), Run(storage, "j", "m2")
     for attempt in range(1, 13):
-        run.start(attempt, None, 1)
+        run.start_attempt(attempt, None, 1)
     save(run, 12, 1)
     rows(run, 12, 1, 1)
     rows(run, 1, 1, 1)
     assert run.started() == list(range(1, 13))
-    assert run.checkpoints() == [Place(attempt=12, step=1)]
+    assert run.checkpoints() == [CheckpointRef(attempt=12, step=1)]
     assert [row["by"] for row in run.metrics()] == [12]
     assert (other.started(), other.checkpoints()) == ([], [])
 
@@ -106,8 +110,8 @@ def test_history_is_what_its_own_attempts_did(attempts: list[tuple[int, int, int
     late: list[tuple[int, int]] = []
     for number, (saves, lost, more) in enumerate(attempts, 1):
         expected = expected[: max(0, len(expected) - lost)]  # the newest `lost` ones are found damaged
-        parent = Place(attempt=expected[-1][0], step=expected[-1][1]) if expected else None
-        run.start(number, parent, 1)
+        parent = CheckpointRef(attempt=expected[-1][0], step=expected[-1][1]) if expected else None
+        run.start_attempt(number, parent, 1)
         for attempt, step in late:
             save(unfenced, attempt, step)
             rows(run, attempt, step, step)
@@ -117,18 +121,22 @@ def test_history_is_what_its_own_attempts_did(attempts: list[tuple[int, int, int
             rows(run, number, step, step)
             expected.append((number, step))
         late = [(number, first + saves + 1 + i) for i in range(more)]
-    run.start(len(attempts) + 1, Place(attempt=expected[-1][0], step=expected[-1][1]) if expected else None, 1)
+    run.start_attempt(
+        len(attempts) + 1, CheckpointRef(attempt=expected[-1][0], step=expected[-1][1]) if expected else None, 1
+    )
     for attempt, step in late:
         save(unfenced, attempt, step)
         rows(run, attempt, step, step)
-    assert [(place.attempt, place.step) for place in run.checkpoints()] == expected
+    assert [(ref.attempt, ref.step) for ref in run.checkpoints()] == expected
     assert [(row["by"], row["step"]) for row in run.metrics()] == expected
 
 
 @pytest.mark.parametrize("parent", [1, 2])
 def test_a_damaged_start_does_not_send_readers_in_circles(parent: int) -> None:
     run = Run(MemoryStorage(), "j", "m")
-    start = Start(attempt=1, parent=Place(attempt=parent, step=3), world_size=1, time="2026-01-01T00:00Z")
+    start = AttemptStart(
+        attempt=1, parent=CheckpointRef(attempt=parent, step=3), world_size=1, time="2026-01-01T00:00Z"
+    )
     write_document(run.storage, "runs/j/m/attempt-1/start.json", start.model_dump())
     with pytest.raises(CheckpointError, match=f"attempt 1 cannot go on from attempt {parent}"):
         run.chain()
@@ -136,7 +144,7 @@ def test_a_damaged_start_does_not_send_readers_in_circles(parent: int) -> None:
 
 def test_a_history_with_a_hole_is_an_error() -> None:
     run = Run(MemoryStorage(), "j", "m")
-    run.start(3, Place(attempt=2, step=3), 1)
+    run.start_attempt(3, CheckpointRef(attempt=2, step=3), 1)
     with pytest.raises(CheckpointError, match=r"names attempt 2, which has no start\.json"):
         run.checkpoints()
 
@@ -151,7 +159,7 @@ def write_log(run: Run, attempt: int, source: str, number: int, *rows: tuple[str
 
 def started(run: Run, attempt: int, time: str) -> None:
     """As `Run.start`, at a given time."""
-    start = Start(attempt=attempt, parent=None, world_size=1, time=time)
+    start = AttemptStart(attempt=attempt, parent=None, world_size=1, time=time)
     write_document(run.storage, f"{run.prefix}/attempt-{attempt}/start.json", start.model_dump(mode="json"))
 
 
@@ -244,7 +252,7 @@ def test_many_parts_of_logs_and_metrics_slow_the_fence_not_down() -> None:
     storage = Counting()
     run = Run(storage, "j", "m")
     for attempt in (1, 2, 3):
-        run.start(attempt, None, 1)
+        run.start_attempt(attempt, None, 1)
     for number in range(1, 501):
         write_log(run, 3, "0", number, ("2026-01-01T10:00Z", "a"))
     storage.looked, listed = 0, storage.list
@@ -266,37 +274,37 @@ def test_many_parts_of_logs_and_metrics_slow_the_fence_not_down() -> None:
 
 def test_an_attempt_is_started_once(storage: Storage) -> None:
     run = Run(storage, "j", "m")
-    assert run.start(1, None, 2) == run.start_of(1)
+    assert run.start_attempt(1, None, 2) == run.attempt_start(1)
     with pytest.raises(Superseded, match="attempt 1 of j/m was started by another process"):
-        run.start(1, None, 2)
-    assert run.start_of(1).world_size == 2  # type: ignore[union-attr]
-    assert run.start_of(2) is None
+        run.start_attempt(1, None, 2)
+    assert run.attempt_start(1).world_size == 2  # type: ignore[union-attr]
+    assert run.attempt_start(2) is None
 
 
 def test_one_of_eight_contenders_starts(storage: Storage) -> None:
     run = Run(storage, "j", "m")
-    answers = in_threads(8, lambda i: run.start(1, None, i + 1))
-    winners = [answer for answer in answers if isinstance(answer, Start)]
+    answers = in_threads(8, lambda i: run.start_attempt(1, None, i + 1))
+    winners = [answer for answer in answers if isinstance(answer, AttemptStart)]
     assert len(winners) == 1
-    assert run.start_of(1) == winners[0]
+    assert run.attempt_start(1) == winners[0]
     assert all(isinstance(answer, Superseded) for answer in answers if answer is not winners[0])
 
 
 def test_the_fence_lets_the_highest_start_pass_alone() -> None:
     run = Run(MemoryStorage(), "j", "m")
     run.fence(1)
-    run.start(2, None, 1)
+    run.start_attempt(2, None, 1)
     run.fence(2)
-    run.beat(3, Heartbeat(phase="starting"))  # an attempt that has not started overtakes nobody
+    run.write_heartbeat(3, Heartbeat(phase="starting"))  # an attempt that has not started overtakes nobody
     run.fence(2)
     for attempt in (0, 1):
         with pytest.raises(Superseded, match=f"attempt 2 of j/m has taken over from attempt {attempt}"):
             run.fence(attempt)
     with pytest.raises(Superseded, match="attempt 2 of j/m has taken over from attempt 1"):
-        run.start(1, None, 1)
+        run.start_attempt(1, None, 1)
     with pytest.raises(Superseded):
         save(run, 1, 3)
-    assert run.chain() == [Link(2, None, None)]
+    assert run.chain() == [ChainLink(2, None, None)]
     assert not any(MANIFEST in key for key in run.storage.list("runs/"))
 
 
@@ -314,10 +322,10 @@ def test_a_start_whose_answer_was_lost_is_a_win(error: type[Exception]) -> None:
 
     storage = Lossy()
     run = Run(storage, "j", "m")
-    start = run.start(1, None, 2)
-    assert (storage.lost, run.start_of(1)) == (1, start)
+    start = run.start_attempt(1, None, 2)
+    assert (storage.lost, run.attempt_start(1)) == (1, start)
     with pytest.raises(Superseded):
-        run.start(1, None, 2)
+        run.start_attempt(1, None, 2)
 
 
 # ---- wishes and status
@@ -379,7 +387,7 @@ def test_one_of_eight_dispatchers_swaps_the_status(storage: Storage) -> None:
 
 def test_figures_that_are_not_finite_survive(storage: Storage) -> None:
     run = Run(storage, "j", "m")
-    run.start(1, None, 1)
+    run.start_attempt(1, None, 1)
     row = {"step": 1, "loss": math.nan, "up": math.inf, "down": -math.inf, "val_loss": 0.1 + 0.2, "seconds": 1.0}
     run.write_metrics(1, [row])
     for line in storage.get("runs/j/m/attempt-1/metrics/00000001.jsonl")[0].decode().splitlines():
@@ -389,14 +397,14 @@ def test_figures_that_are_not_finite_survive(storage: Storage) -> None:
     assert found == {key: value for key, value in row.items() if key != "loss"}
 
     save(run, 1, 1, val_loss=math.nan, val_psnr=math.inf)
-    metrics = run.manifest(Place(attempt=1, step=1)).metrics
+    metrics = run.manifest(CheckpointRef(attempt=1, step=1)).metrics
     assert math.isnan(metrics["val_loss"])
     assert metrics["val_psnr"] == math.inf
 
-    run.beat(1, Heartbeat(phase="training", step=3, loss=math.nan))
+    run.write_heartbeat(1, Heartbeat(phase="training", step=3, loss=math.nan))
     assert math.isnan(run.heartbeat(1).loss)  # type: ignore[union-attr, arg-type]
     gate = GateResult(metric="val_loss", value=math.nan, passed=False, reason="no")
-    run.end(1, Result(outcome="failed", cause="gate", metrics={"val_loss": math.nan}, gate=gate))
+    run.write_result(1, Result(outcome="failed", cause="gate", metrics={"val_loss": math.nan}, gate=gate))
     result = run.result(1)
     assert result is not None
     assert math.isnan(result.metrics["val_loss"])
@@ -405,7 +413,7 @@ def test_figures_that_are_not_finite_survive(storage: Storage) -> None:
 
 def test_what_has_not_been_written_is_none() -> None:
     run = Run(MemoryStorage(), "j", "m")
-    assert (run.heartbeat(1), run.result(1), run.start_of(1)) == (None, None, None)
+    assert (run.heartbeat(1), run.result(1), run.attempt_start(1)) == (None, None, None)
 
 
 def test_an_older_process_reads_what_a_newer_one_wrote() -> None:
@@ -434,7 +442,7 @@ def test_an_older_process_reads_what_a_newer_one_wrote() -> None:
     for name, document in documents.items():
         write_document(run.storage, f"runs/j/m/{name}", document)
     assert run.status()[0].history[0].reason == "r"
-    assert run.chain() == [Link(1, None, None)]
+    assert run.chain() == [ChainLink(1, None, None)]
     assert run.heartbeat(1) == Heartbeat(phase="training", step=4)
     assert run.result(1) == Result(outcome="left", step=4)
     assert [wish.wish for wish in run.wishes(1)] == ["leave"]
@@ -444,13 +452,13 @@ def test_training_seconds_are_those_of_the_steps_that_count() -> None:
     """Attempt 1 is cut at step 2 of 4; attempt 2 begins its count anew, at more seconds than attempt 1 ended with."""
     run = Run(MemoryStorage(), "j", "m")
     assert run.training_seconds() == 0
-    run.start(1, None, 1)
+    run.start_attempt(1, None, 1)
     run.write_metrics(1, [{"step": step, "seconds": step * 1.0} for step in (1, 2, 3, 4)])
     assert run.training_seconds() == 4.0
-    run.start(2, Place(attempt=1, step=2), 1)
+    run.start_attempt(2, CheckpointRef(attempt=1, step=2), 1)
     run.write_metrics(2, [{"step": 3, "seconds": 7.0}, {"step": 4, "seconds": 8.5}])
     assert run.training_seconds() == 2.0 + 8.5
-    run.start(3, Place(attempt=2, step=3), 1)
+    run.start_attempt(3, CheckpointRef(attempt=2, step=3), 1)
     assert run.training_seconds() == 2.0 + 7.0
 
 
@@ -459,12 +467,12 @@ def test_training_seconds_are_those_of_the_steps_that_count() -> None:
 
 def test_leftovers_are_directories_without_a_manifest_below_a_step(storage: Storage) -> None:
     run = Run(storage, "j", "m")
-    run.start(1, None, 1)
+    run.start_attempt(1, None, 1)
     for step in (3, 6, 9):
         save(run, 1, step)
     storage.put("runs/j/m/attempt-2/checkpoints/step-00000005/state/model.safetensors", b"an upload that never ended")
     for step in (3, 9):
-        storage.delete(f"{run.checkpoint_prefix(Place(attempt=1, step=step))}/{MANIFEST}")
+        storage.delete(f"{run.checkpoint_prefix(CheckpointRef(attempt=1, step=step))}/{MANIFEST}")
     three = "runs/j/m/attempt-1/checkpoints/step-00000003/model.safetensors"
     five = "runs/j/m/attempt-2/checkpoints/step-00000005/state/model.safetensors"
     nine = "runs/j/m/attempt-1/checkpoints/step-00000009/model.safetensors"
@@ -475,11 +483,11 @@ def test_leftovers_are_directories_without_a_manifest_below_a_step(storage: Stor
 
 def test_manifests_pass_over_what_is_damaged() -> None:
     run = Run(MemoryStorage(), "j", "m")
-    run.start(1, None, 1)
+    run.start_attempt(1, None, 1)
     for step in (1, 2, 3):
         save(run, 1, step)
-    run.storage.put(f"{run.checkpoint_prefix(Place(attempt=1, step=2))}/{MANIFEST}", b"{")
-    assert [place.step for place, _ in run.manifests()] == [1, 3]
+    run.storage.put(f"{run.checkpoint_prefix(CheckpointRef(attempt=1, step=2))}/{MANIFEST}", b"{")
+    assert [ref.step for ref, _ in run.manifests()] == [1, 3]
 
 
 # ---- patience
@@ -496,14 +504,14 @@ def test_patience_outlasts_the_store(monkeypatch: pytest.MonkeyPatch) -> None:
         waits.append(storage.refused)
         storage.away = len(waits) < 5
 
-    assert patiently(lambda: storage.put("a", b"1"), wait) == storage.get("a")[1]
+    assert retry_until_available(lambda: storage.put("a", b"1"), wait) == storage.get("a")[1]
     assert waits == [1, 2, 3, 4, 5]
     storage.away = True
     with pytest.raises(KeyboardInterrupt):
-        patiently(lambda: storage.get("a"), _interrupt)
+        retry_until_available(lambda: storage.get("a"), _interrupt)
     storage.away = False
     with pytest.raises(Conflict):
-        patiently(lambda: storage.put("a", b"2", if_absent=True))
+        retry_until_available(lambda: storage.put("a", b"2", if_absent=True))
 
 
 def _interrupt(outage: StorageUnavailable) -> None:

@@ -284,7 +284,7 @@ TROUBLES: list[Callable[[], Exception]] = [
     lambda: StorageError("a damaged lease"),
     lambda: ValueError("1 validation error for _Lease"),
     lambda: OSError(errno.EMFILE, "Too many open files"),
-    lambda: KeyError("epoch"),
+    lambda: KeyError("lease_term"),
     lambda: RuntimeError("can't start new thread"),
     lambda: RecursionError("maximum recursion depth exceeded"),
 ]
@@ -339,7 +339,7 @@ class PlainDrivers(SubprocessBackend):
 
     def start(self, storage_url: str, job: str, model: str, attempt: int, workers: int) -> Any:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("services.dispatch.backends.base.driver_command", _plain_command)
+            patch.setattr("services.dispatch.backends.local_process.driver_command", _plain_command)
             return super().start(storage_url, job, model, attempt, workers)
 
 

@@ -172,7 +172,7 @@ def test_four_processes_fetch_one_dataset(tmp_path: Path, play: Path, cache: Pat
     storage = open_storage((tmp_path / "storage").as_uri())
     dataset, _ = uploads.add(storage, "mine", play)
     code = (
-        "import sys; from genmodels.data import uploads as stored; from genmodels.storage import open_storage;"
+        "import sys; from genmodels.data import uploads; from genmodels.storage import open_storage;"
         f"print(uploads.load('mine', None, open_storage({storage.url!r})).digest);"
         "assert not {'torch', 'ray'} & set(sys.modules)"
     )

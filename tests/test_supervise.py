@@ -9,7 +9,7 @@ import pytest
 from drivers import Driver, Drivers, Script, dies, ends, obedient, stubborn, succeeds
 from stores import FailingStorage, MemoryStorage, Wrapped, save
 
-from genmodels.checkpoint import Place
+from genmodels.checkpoint import CheckpointRef
 from genmodels.errors import GenmodelsError, StorageUnavailable
 from genmodels.metrics import ATTEMPTS
 from genmodels.runs.records import GateResult, Heartbeat, Result, Status
@@ -142,7 +142,7 @@ def test_an_attempt_that_left_is_followed_by_the_next() -> None:
     storage = MemoryStorage()
     status, _, backend = carry(storage, ends("left", saves=True), succeeds)
     assert (status.state, backend.attempts) == ("succeeded", [1, 2])
-    assert Run(storage, JOB, MODEL).chain()[-1].parent == Place(attempt=1, step=10)
+    assert Run(storage, JOB, MODEL).chain()[-1].parent == CheckpointRef(attempt=1, step=10)
 
 
 def test_a_driver_that_dies_without_a_word_is_tried_again() -> None:
@@ -198,12 +198,12 @@ def test_a_new_checkpoint_is_progress_also_below_one_that_was_damaged() -> None:
     """Attempt 1 saved step 50, which was found damaged: 2 and 3 save 20 and 30, and are not fruitless."""
 
     def far(run: Run, attempt: int) -> Iterator[object]:
-        run.start(attempt, None, 1)
+        run.start_attempt(attempt, None, 1)
         save(run, attempt, 50)
         yield
 
     def again(run: Run, attempt: int) -> Iterator[object]:
-        run.start(attempt, None, 1)
+        run.start_attempt(attempt, None, 1)
         save(run, attempt, attempt * 10)
         yield
 
@@ -238,10 +238,10 @@ def test_of_two_dispatchers_one_stops_at_its_next_write() -> None:
     def script(run: Run, attempt: int) -> Iterator[object]:
         status, etag = run.status()
         run.write_status(status.to("starting", "attempt 2 of another", attempt=2), etag)
-        run.beat(attempt, Heartbeat(phase="training", step=1))
+        run.write_heartbeat(attempt, Heartbeat(phase="training", step=1))
         while not run.wishes(attempt):
             yield
-        run.end(attempt, Result(outcome="left"))
+        run.write_result(attempt, Result(outcome="left"))
 
     backend = Drivers(storage, script)
     with pytest.raises(GenmodelsError, match="run job-00000000/model is carried by another dispatcher; this one stops"):
@@ -299,7 +299,7 @@ def test_ctrl_c_has_the_attempt_save_and_leave(storage: Storage) -> None:
 
 def test_ctrl_c_while_nothing_is_trained_yet_ends_it_at_once() -> None:
     def slow(run: Run, attempt: int) -> Iterator[object]:
-        run.beat(attempt, Heartbeat(phase="starting"))
+        run.write_heartbeat(attempt, Heartbeat(phase="starting"))
         while True:
             yield
 
@@ -318,8 +318,8 @@ def test_ctrl_c_after_the_driver_has_ended_wishes_nothing() -> None:
     storage = MemoryStorage()
 
     def quick(run: Run, attempt: int) -> Iterator[object]:
-        run.beat(attempt, Heartbeat(phase="publishing"))
-        run.end(attempt, Result(outcome="succeeded", version=1))
+        run.write_heartbeat(attempt, Heartbeat(phase="publishing"))
+        run.write_result(attempt, Result(outcome="succeeded", version=1))
         return
         yield
 
@@ -488,7 +488,7 @@ def test_a_cancelled_run_saves_first_and_a_resume_goes_on_from_there() -> None:
     assert (supervisor.status.state, supervisor.status.reason) == ("queued", "resumed by key 1234")
     play(supervisor, "succeeded")
     assert backend.attempts == [1, 2]
-    assert supervisor.run.chain()[-1].parent == Place(attempt=1, step=8)
+    assert supervisor.run.chain()[-1].parent == CheckpointRef(attempt=1, step=8)
 
 
 def test_a_queued_run_is_cancelled_at_once() -> None:
@@ -585,7 +585,7 @@ def test_the_reason_of_an_end_is_the_first_that_asked_for_it() -> None:
 @pytest.mark.parametrize("cause", ["no workers", "storage"])
 def test_what_never_got_to_work_does_not_count(cause: Any) -> None:
     def script(run: Run, attempt: int) -> Iterator[object]:
-        run.end(attempt, Result(outcome="failed", cause=cause, message="not this time"))
+        run.write_result(attempt, Result(outcome="failed", cause=cause, message="not this time"))
         yield
 
     status, _, backend = carry(MemoryStorage(), *[script] * 6, succeeds)
@@ -594,9 +594,9 @@ def test_what_never_got_to_work_does_not_count(cause: Any) -> None:
 
 def hangs(phase: Any, step_seconds: float | None = None, ticks: int = 1) -> Script:
     def script(run: Run, attempt: int) -> Iterator[object]:
-        run.start(attempt, None, 1)
+        run.start_attempt(attempt, None, 1)
         for tick in range(ticks):
-            run.beat(attempt, Heartbeat(phase=phase, step=7, tick=tick, step_seconds=step_seconds))
+            run.write_heartbeat(attempt, Heartbeat(phase=phase, step=7, tick=tick, step_seconds=step_seconds))
             yield
         while True:
             yield
@@ -712,4 +712,4 @@ def test_a_late_write_of_the_old_holder_does_not_stop_the_new_one() -> None:
     second = Supervisor(run, Drivers(storage, succeeds), *run.status())
     first.to("starting", "attempt 1 with 1 worker", attempt=1)
     second.stamp(2)
-    assert (second.status.epoch, second.status.attempt, second.status.state) == (2, 1, "starting")
+    assert (second.status.lease_term, second.status.attempt, second.status.state) == (2, 1, "starting")

@@ -13,7 +13,7 @@ from asking import ask
 from published import publish
 from service import Service
 
-from genmodels.checkpoint import Place
+from genmodels.checkpoint import CheckpointRef
 from genmodels.runs.store import Run
 from genmodels.runs.thinning import thinned_rows
 from genmodels.storage import Storage
@@ -63,13 +63,13 @@ def long(file_storage: Storage) -> tuple[Service, str, Run]:
     service = Service(file_storage)
     job = service.submit("long")
     run = Run(file_storage, job, "long")
-    run.start(1, None, 1)
+    run.start_attempt(1, None, 1)
     size = 1000
     for first in range(1, PARTS * size, size):
         attempt = 1 if first <= 20 * size else 2
         if first == 20 * size + 1:
             run.write_metrics(1, [{"step": step, "loss": 9.0} for step in range(first, first + 10)])  # overtaken
-            run.start(2, Place(attempt=1, step=20 * size), 1)
+            run.start_attempt(2, CheckpointRef(attempt=1, step=20 * size), 1)
         run.write_metrics(attempt, [{"step": step, "loss": float(attempt)} for step in range(first, first + size)])
     return service, job, run
 
@@ -115,7 +115,7 @@ def test_metrics_are_read_as_they_are_sent(long: tuple[Service, str, Run], monke
 def test_the_gateway_thins_as_much_as_is_asked(file_storage: Storage) -> None:
     version = publish(file_storage, "long", "vae")
     run = Run(file_storage, version.job, "long")
-    run.start(1, None, 1)
+    run.start_attempt(1, None, 1)
     run.write_metrics(1, [{"step": step, "loss": float("nan")} for step in range(1, 5001)])
     app = create_app(ModelHost(file_storage.url))
     for query, count in (("", 1000), ("?points=10", 10), ("?points=250", 250)):

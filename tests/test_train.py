@@ -14,7 +14,7 @@ from plain_workers import WorkerGroup
 from tiny import job, make_data, model
 
 from genmodels import models
-from genmodels.checkpoint import Place, load_family
+from genmodels.checkpoint import CheckpointRef, load_family
 from genmodels.data import open_dataset
 from genmodels.errors import DataError, SpecError, TrainingDiverged
 from genmodels.family import ImageFamily
@@ -49,9 +49,9 @@ def test_every_family_learns_and_leaves_a_checkpoint_that_answers(
     name = submit(folder, job("learn", model(data, family, **settings)))
     assert run_attempt(folder, name, family, 1, Group())
     run = Run(folder, name, family)
-    (place,) = run.checkpoints()
+    (ref,) = run.checkpoints()
     rows = run.metrics()
-    assert place.step == 60
+    assert ref.step == 60
     assert [row["step"] for row in rows] == list(range(1, 61))
     metric = models.load(family).metric_names[0]
     measured = [row[metric] for row in rows if metric in row]
@@ -59,7 +59,7 @@ def test_every_family_learns_and_leaves_a_checkpoint_that_answers(
     assert all(map(math.isfinite, measured))
     if family != "gan":  # a game has no loss that falls
         assert measured[-1] < measured[0]
-    assert run.manifest(place).metrics[metric] == measured[-1]
+    assert run.manifest(ref).metrics[metric] == measured[-1]
     names = {key.rpartition("/")[2] for _, key in run.samples()}
     assert names & {"samples.png", "reconstructions.png", "sample.txt"}
 
@@ -67,7 +67,7 @@ def test_every_family_learns_and_leaves_a_checkpoint_that_answers(
     fetched.mkdir()
     from genmodels import checkpoint
 
-    checkpoint.fetch(folder, run.checkpoint_prefix(place), fetched)
+    checkpoint.fetch(folder, run.checkpoint_prefix(ref), fetched)
     answering = load_family(fetched)
     if isinstance(answering, ImageFamily):
         request = answering.Request()
@@ -85,7 +85,7 @@ def test_an_attempt_on_either_storage(data: Path, storage: Storage) -> None:
     name = submit(storage, job("stored", model(data, "minigpt", max_steps=9, save_every=3, eval_every=3)))
     assert run_attempt(storage, name, "minigpt", 1, Group())
     run = Run(storage, name, "minigpt")
-    assert [place.step for place in run.checkpoints()] == [3, 6, 9]
+    assert [ref.step for ref in run.checkpoints()] == [3, 6, 9]
     assert run_attempt(storage, name, "minigpt", 2, Group())
     assert [(link.attempt, link.until) for link in run.chain()] == [(1, 9), (2, None)]
     assert [row["step"] for row in run.metrics()] == list(range(1, 10))
@@ -132,11 +132,11 @@ def test_a_loss_that_is_not_finite_stops_the_run_before_the_weights_are_spoiled(
     with pytest.raises(TrainingDiverged, match=r"step \d+: .* is not finite; .*train\.learning_rate"):
         run_attempt(folder, name, family, 1, Group())
     run = Run(folder, name, family)
-    for place in run.checkpoints():
+    for ref in run.checkpoints():
         from genmodels import checkpoint
 
         with checkpoint.scratch_folder() as scratch:
-            checkpoint.fetch(folder, run.checkpoint_prefix(place), Path(scratch))
+            checkpoint.fetch(folder, run.checkpoint_prefix(ref), Path(scratch))
             weights = checkpoint.load_tensors(Path(scratch) / "model.safetensors")
         assert all(torch.isfinite(tensor).all() for tensor in weights.values())
 
@@ -169,8 +169,8 @@ def test_accumulation_takes_the_same_step(data: Path, folder: Storage) -> None:
 def test_bf16_trains(family: str, data: Path, folder: Storage) -> None:
     name = submit(folder, job("bf16", model(data, family, precision="bf16", max_steps=3, save_every=3)))
     assert run_attempt(folder, name, family, 1, Group())
-    (place,) = Run(folder, name, family).checkpoints()
-    with_weights = Run(folder, name, family).manifest(place)
+    (ref,) = Run(folder, name, family).checkpoints()
+    with_weights = Run(folder, name, family).manifest(ref)
     assert all(map(math.isfinite, with_weights.metrics.values()))
 
 
@@ -208,7 +208,7 @@ def test_compiling_is_a_phase_of_its_own(data: Path, folder: Storage, monkeypatc
         ("compiling", 2),
         *(("training", step) for step in range(3, 11)),
     ]
-    folder.delete(f"{Run(folder, name, 'minigpt').checkpoint_prefix(Place(attempt=1, step=10))}/manifest.json")
+    folder.delete(f"{Run(folder, name, 'minigpt').checkpoint_prefix(CheckpointRef(attempt=1, step=10))}/manifest.json")
     ticks.clear()
     assert run_attempt(folder, name, "minigpt", 2, Group())
     assert [step for phase, step in ticks if phase == "compiling"] == [5, 6, 7]
