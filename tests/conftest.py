@@ -47,7 +47,7 @@ def _markers(item: pytest.Item, room: str) -> Iterator[str]:
 @pytest.fixture(autouse=True)
 def own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     """Keep commands that run in this process from changing its environment: other tests share it."""
-    monkeypatch.setattr("services.cli.main.settle", lambda: None)
+    monkeypatch.setattr("services.cli.main.isolate_process", lambda: None)
 
 
 @pytest.fixture(scope="session")

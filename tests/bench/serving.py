@@ -372,12 +372,15 @@ def endpoint(storage_url: str) -> Iterator[str]:
         warnings.simplefilter("ignore")
         from ray import serve
 
-        from services.gateway.app import HTTP_OPTIONS, build
+        from services.cluster.ports import HOST
+    from services.cluster.ray_start import serve_http_options
+    from services.gateway.app import build
+
     cluster = ray_cluster.__wrapped__()
     next(cluster)
     try:
         port = free_ports(1)
-        serve.start(http_options={**HTTP_OPTIONS, "port": port}, logging_config={"log_level": "ERROR"})
+        serve.start(http_options=serve_http_options(HOST, port), logging_config={"log_level": "ERROR"})
         serve.run(build(storage_url, auth=False, torch_threads=THREADS), name="genmodels", route_prefix="/")
         yield f"http://127.0.0.1:{port}"
         serve.shutdown()

@@ -185,7 +185,7 @@ class Proof:
         ask = "import urllib.request as u; u.urlopen('http://ray-head:8265/api/jobs/')"
         refused(lambda: self.stack("exec", "-T", "jobs", "python", "-c", ask), "401")
         without = ["run", "--rm", "--no-deps", "-T", "-e", "RAY_AUTH_TOKEN_PATH=/nowhere"]
-        refused(lambda: self.stack(*without, "worker"), "error: /nowhere: no token of the cluster")
+        refused(lambda: self.stack(*without, "worker"), "error: /nowhere: the cluster's token cannot be read")
         ids = self.stack("ps", "-q").split()
         ports = run("docker", "inspect", "-f", "{{json .HostConfig.PortBindings}}", *ids)
         bound = re.findall(r'"HostIp":"([^"]*)"', ports)

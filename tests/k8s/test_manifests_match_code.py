@@ -20,7 +20,7 @@ import yaml
 
 import genmodels
 from genmodels.spec.parse import read_spec
-from services.cluster.ray_start import ray_environment
+from services.cluster.ray_start import local_environment
 from services.dispatch.backends.base import submission_id
 from services.gateway import deploy
 from services.jobs import app
@@ -75,7 +75,7 @@ def test_every_command_is_one_of_the_code(name: str, monkeypatch: pytest.MonkeyP
 def test_every_setting_is_one_that_is_read(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     manifests = build(name)
     code = "".join(path.read_text() for folder in ("genmodels", "services") for path in (ROOT / folder).rglob("*.py"))
-    ours = ray_environment()
+    ours = local_environment()
     for theirs in ("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "RAY_AUTH_TOKEN", "RAY_AUTH_MODE"):  # one machine's; KubeRay's
         del ours[theirs]
     of_ray = only(manifests, "ConfigMap", "genmodels-ray")["data"]

@@ -56,12 +56,14 @@ def endpoint(ray_cluster: str, models: Storage) -> Iterator[str]:
     """The application as `genmodels run` starts it, asking for keys; its address."""
     from ray import serve
 
-    from services.gateway.app import HTTP_OPTIONS, build
+    from services.cluster.ports import HOST
+    from services.cluster.ray_start import serve_http_options
+    from services.gateway.app import build
 
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    serve.start(http_options={**HTTP_OPTIONS, "port": port}, logging_config={"log_level": "ERROR"})
+    serve.start(http_options=serve_http_options(HOST, port), logging_config={"log_level": "ERROR"})
     serve.run(build(models.url, auth=True), name="genmodels", route_prefix="/")
     yield f"http://127.0.0.1:{port}"
     serve.shutdown()

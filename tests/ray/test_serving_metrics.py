@@ -393,10 +393,12 @@ def endpoint(ray_cluster: str, models: Storage) -> Iterator[str]:
     """Two gateways before two hosts; their address."""
     from ray import serve
 
-    from services.gateway.app import HTTP_OPTIONS, Gateway, Host
+    from services.cluster.ports import HOST
+    from services.cluster.ray_start import serve_http_options
+    from services.gateway.app import Gateway, Host
 
     port = free_ports(1)
-    serve.start(http_options={**HTTP_OPTIONS, "port": port}, logging_config={"log_level": "ERROR"})
+    serve.start(http_options=serve_http_options(HOST, port), logging_config={"log_level": "ERROR"})
     gateway: Any = Gateway
     host: Any = Host
     hosts = host.options(num_replicas=2).bind(models.url)

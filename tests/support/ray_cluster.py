@@ -11,12 +11,12 @@ from pathlib import Path
 import prometheus_client  # noqa: F401  it looks at the environment once, and this process writes no files
 import pytest
 
-from services.cluster.ray_start import ray_environment
+from services.cluster.ray_start import local_environment
 from tests.support.paths import ROOT
 
 # Ray reads these when it is imported, whichever test imports it first: conftest imports this module before them all.
 os.environ |= {
-    **ray_environment(),
+    **local_environment(),
     "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
 }
 os.environ.pop("RAY_ADDRESS", None)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from services.cluster.ports import free_ports
-from services.cluster.reaper import sweep
+from services.cluster.reaper import kill_session
 from services.dispatch.backends.ray_jobs import RayJobsBackend
 
 READY_SECONDS = 90.0
@@ -23,7 +23,7 @@ ENVIRONMENT = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "1", "OMP_NUM_THREADS": "1"}
 
 
 class RayNode:
-    """A `ray start --block` under a guard, in a session of its own. With `with`, nothing of it is left."""
+    """A `ray start --block` under a reaper, in a session of its own. With `with`, nothing of it is left."""
 
     def __init__(self, log: Path, flags: dict[str, Any]) -> None:
         command = [str(Path(sysconfig.get_path("scripts")) / "ray"), "start", "--block"]
@@ -55,7 +55,7 @@ class RayNode:
         """kill -9 of all its processes, workers included."""
         self.process.kill()
         self.process.wait()
-        sweep(self.process.pid)
+        kill_session(self.process.pid)
         assert self.process.stdin
         self.process.stdin.close()
 

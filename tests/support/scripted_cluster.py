@@ -27,7 +27,7 @@ from tests.support.tiny_jobs import job, make_data, model
 def in_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(supervisor, "BACK_OFF_SECONDS", (0.0, 0.0, 0.0))
     monkeypatch.setattr(dispatch, "CAPACITY_SECONDS", 0.0)
-    monkeypatch.setattr(dispatch, "GROW_SECONDS", 0.0)
+    monkeypatch.setenv("GENMODELS_GROW_SECONDS", "0")
     monkeypatch.setattr("genmodels.storage.retry.MAX_WAIT_SECONDS", 0.001)
 
 

@@ -41,6 +41,7 @@ from genmodels.data import (
 from genmodels.data.sources import File, Source, plays, read
 from genmodels.errors import DataError, RequestError
 from genmodels.family import ImageInfo, TextInfo
+from tests.support.paths import ROOT
 
 NOWHERE = "http://127.0.0.1:9/"  # the discard port: nothing listens there
 

@@ -12,7 +12,7 @@ import pytest
 
 from genmodels.errors import GenmodelsError
 from services.cluster import environment
-from services.cluster.environment import RAY_SOCKET, ROOT, SOCKET_BYTES, own_folder, python, settled
+from services.cluster.environment import RAY_SOCKET, ROOT, SOCKET_BYTES, isolated_environment, private_folder, python
 from tests.support.live_processes import is_alive
 from tests.support.ray_node import until
 
@@ -42,9 +42,9 @@ def command(folder: Path, *arguments: str, **variables: str) -> subprocess.Compl
 
 
 @pytest.mark.parametrize("module", ["cluster.reaper", "gateway.deploy"])
-def test_children_import_nothing_of_the_users_folder(module: str, folder: Path) -> None:
+def test_processes_import_nothing_of_the_users_folder(module: str, folder: Path) -> None:
     arguments = [sys.executable, "-c", "print('--port')"] if module == "cluster.reaper" else ["--help"]
-    variables = {**os.environ, **settled({**os.environ, "PYTHONPATH": f":.:{folder / 'mine'}:"})}
+    variables = {**os.environ, **isolated_environment({**os.environ, "PYTHONPATH": f":.:{folder / 'mine'}:"})}
     reader, writer = os.pipe()  # an open input, whose end would end a reaper
     try:
         done = subprocess.run(
@@ -65,7 +65,7 @@ def test_one_place_starts_every_python() -> None:
 
 def test_what_children_start_imports_nothing_of_it_either(folder: Path) -> None:
     """Ray starts its own processes, which know only the environment; their cleanest stand-in is a plain Python."""
-    variables = {**os.environ, **settled(os.environ)}
+    variables = {**os.environ, **isolated_environment(os.environ)}
     program = [sys.executable, "-c", "import logging, random, genmodels.errors, services.cluster.reaper"]
     done = subprocess.run(program, cwd=folder, env=variables, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
@@ -111,10 +111,10 @@ def test_commands_work_with_closed_streams(closed: str, tmp_path: Path) -> None:
 def test_a_command_outlives_its_output(broken: str, tmp_path: Path) -> None:
     program = """
     import sys
-    from services.cluster.environment import outlive_output, settle
+    from services.cluster.environment import ignore_output_errors, isolate_process
     from services.console.output import console
-    settle()
-    outlive_output()
+    isolate_process()
+    ignore_output_errors()
     screen = console()
     for i in range(10_000):
         print("line", i, flush=True)
@@ -143,9 +143,9 @@ def test_a_command_outlives_its_output(broken: str, tmp_path: Path) -> None:
 def test_a_console_prints_names_as_they_are(encoding: str, tmp_path: Path) -> None:
     program = """
     from rich.table import Table
-    from services.cluster.environment import settle
+    from services.cluster.environment import isolate_process
     from services.console.output import console
-    settle()
+    isolate_process()
     name = "a[red]b[/x] :smile: \\u2026 \\u9a6c \\udcff"
     screen = console()
     table = Table(title=name)
@@ -166,7 +166,7 @@ def test_a_console_prints_names_as_they_are(encoding: str, tmp_path: Path) -> No
 
 
 def test_proxies_are_for_other_machines() -> None:
-    changes = settled({"no_proxy": "a.example, 10.0.0.0/8", "NO_PROXY": "b.example"})
+    changes = isolated_environment({"no_proxy": "a.example, 10.0.0.0/8", "NO_PROXY": "b.example"})
     assert changes["no_proxy"] == changes["NO_PROXY"] == "a.example,10.0.0.0/8,b.example,127.0.0.1,localhost,::1"
 
 
@@ -185,13 +185,15 @@ def test_grpc_of_this_machine_knows_no_proxy() -> None:
     """
     hostile = {**os.environ, **dict.fromkeys(PROXIES, PROXY)}
     words = [sys.executable, "-c", textwrap.dedent(program)]
-    done = subprocess.run(words, env={**hostile, **settled(hostile)}, capture_output=True, text=True, timeout=60)
+    done = subprocess.run(
+        words, env={**hostile, **isolated_environment(hostile)}, capture_output=True, text=True, timeout=60
+    )
     assert done.stdout == "ready\n", done.stderr
 
 
 def test_folders_of_the_environment_are_found_from_anywhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
-    changes = settled({"GENMODELS_DATA": "data", "XDG_CACHE_HOME": "", "HOME": "/root"})
+    changes = isolated_environment({"GENMODELS_DATA": "data", "XDG_CACHE_HOME": "", "HOME": "/root"})
     assert changes["GENMODELS_DATA"] == str(tmp_path / "data")
     assert "XDG_CACHE_HOME" not in changes
     assert changes["HOME"] == "/root"
@@ -206,7 +208,7 @@ def test_rays_sockets_fit_whatever_the_temporary_folder(
     if path.startswith(str(tmp_path)):
         Path(path).mkdir()
     monkeypatch.setenv(name, path)
-    with own_folder() as folder:
+    with private_folder() as folder:
         assert len(os.fsencode(folder / RAY_SOCKET)) <= SOCKET_BYTES
         assert folder.stat().st_mode & 0o777 == 0o700
     assert not folder.exists()
@@ -217,7 +219,7 @@ def test_no_folder_for_sockets_is_one_line(monkeypatch: pytest.MonkeyPatch) -> N
         raise OSError("no space")
 
     monkeypatch.setattr(environment.tempfile, "TemporaryDirectory", full)
-    with pytest.raises(GenmodelsError, match="RAY_TMPDIR"), own_folder():
+    with pytest.raises(GenmodelsError, match="RAY_TMPDIR"), private_folder():
         pass
 
 
@@ -235,11 +237,12 @@ def test_the_folder_of_a_killed_process_goes(killed_folder: Path, tmp_path: Path
     program = f"""
     import os, time
     from pathlib import Path
-    from services.cluster.processes import Child
+    from services.cluster.processes import ManagedProcess
     words = ["bash", "-c", "echo $$ >> pids; sleep 0.2; [ -e again ] || (touch again; exit 1) && sleep 1000"]
-    child = Child("ray", words, Path("log"), lambda: True, "", os.environ, leaves=Path({str(killed_folder)!r}))
+    folder = Path({str(killed_folder)!r})
+    child = ManagedProcess("ray", words, Path("log"), lambda: True, "", os.environ, temporary=folder)
     while True:
-        child.tend(lambda line: None)
+        child.poll(lambda line: None)
         time.sleep(0.05)
     """
     process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(program)], cwd=tmp_path)

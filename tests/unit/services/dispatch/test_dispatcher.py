@@ -24,6 +24,7 @@ from tests.support.scripted_cluster import (
     data,
     eventful,
     far_from_done,
+    in_no_time,
     is_killed,
     play,
     spec,
@@ -34,7 +35,7 @@ from tests.support.scripted_cluster import (
 from tests.support.scripted_drivers import dies, ends, obedient, succeeds
 from tests.support.storages import MemoryStorage, RecordingStorage, Wrapped
 
-__all__ = ["data"]
+__all__ = ["data", "in_no_time"]
 
 
 # ---- the queue

@@ -16,7 +16,6 @@ from genmodels.runs.jobs import Jobs
 from genmodels.runs.records import Heartbeat, Result
 from genmodels.runs.store import Run
 from services.dispatch import attempt, supervisor
-from services.dispatch import dispatcher as dispatch
 from services.dispatch.backends.ray_jobs import RayJobsBackend
 from services.dispatch.dispatcher import QUEUE, Dispatcher
 from services.dispatch.supervisor import carry
@@ -174,7 +173,7 @@ def evaluates_often(run: Run, attempt: int) -> Iterator[object]:
 def test_a_run_that_evaluates_often_grows_too(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     storage = MemoryStorage()
     clock, cluster = Clock(monkeypatch), Cluster(storage, cpus=1, a=[evaluates_often])
-    monkeypatch.setattr(dispatch, "GROW_SECONDS", 15.0)
+    monkeypatch.setenv("GENMODELS_GROW_SECONDS", "15")
     submit(storage, data, "one", "a", workers={"min": 1, "max": 2})
     dispatcher = Dispatcher(storage, cluster)
     clock.ticks(dispatcher, 5)

@@ -34,7 +34,7 @@ def test_without_a_token_it_refuses_in_one_line(content: str | None, why: str, t
 
 
 def test_a_head_that_cannot_be_found(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(node, "FIND_SECONDS", 0.0)
+    monkeypatch.setattr(node, "RESOLVE_SECONDS", 0.0)
     with pytest.raises(GenmodelsError, match=r"the head 'no\.invalid' cannot be found"):
         node.own_address("no.invalid")
     assert node.own_address("127.0.0.1") == "127.0.0.1"

@@ -340,13 +340,13 @@ def test_kueue_admits_and_preempts(api: KubeApi, tmp_path: Path, data: Path, mon
     storage = MemoryStorage()
     platform = Platform(api, tmp_path, storage, queue="training", a=[obedient, succeeds])
     platform.operator.admits = False
-    monkeypatch.setattr("services.dispatch.attempt.SLOW_SECONDS", -1.0)  # any silence would be a hang
+    monkeypatch.setenv("GENMODELS_SLOW_SECONDS", "-1")  # any silence would be a hang
     name = submit(storage, data, "queued", "a")
     platform.tick(10)
     status = state(storage, name, "a")
     assert (status.state, status.reason) == ("starting", "waits for Kueue to admit it to queue training")
     assert not platform.operator.started
-    monkeypatch.setattr("services.dispatch.attempt.SLOW_SECONDS", 900.0)
+    monkeypatch.delenv("GENMODELS_SLOW_SECONDS")
     platform.operator.admits = True
     platform.until("a", "running", name)
     platform.operator.clings = True
