@@ -43,7 +43,7 @@ def command(folder: Path, *arguments: str, **variables: str) -> subprocess.Compl
 
 @pytest.mark.parametrize("module", ["cluster.reaper", "gateway.deploy"])
 def test_children_import_nothing_of_the_users_folder(module: str, folder: Path) -> None:
-    arguments = [sys.executable, "-c", "print('--port')"] if module == "guard" else ["--help"]
+    arguments = [sys.executable, "-c", "print('--port')"] if module == "cluster.reaper" else ["--help"]
     variables = {**os.environ, **settled({**os.environ, "PYTHONPATH": f":.:{folder / 'mine'}:"})}
     reader, writer = os.pipe()  # an open input, whose end would end a guard
     try:

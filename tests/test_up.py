@@ -45,8 +45,8 @@ def test_everything_is_killed_in_turn(tmp_path: Path) -> None:
         assert len(replicas) == 2
 
         # Services come and go; what runs in Ray goes on.
-        for part, module in (("exporter", "exporter"), ("gateway", "deploy"), ("jobs", "jobs")):
-            os.kill(platform.find(f"-m services.{module}", "guard")[0], signal.SIGKILL)
+        for part, module in (("exporter", "node.exporter"), ("gateway", "gateway.deploy"), ("jobs", "jobs")):
+            os.kill(platform.find(f"-m services.{module}", "reaper")[0], signal.SIGKILL)
             assert httpx.get(f"{platform.gateway}/healthz", trust_env=False).status_code == 200
             platform.comes_back(part)
         assert platform.find("ServeReplica") == replicas
