@@ -44,7 +44,7 @@ class File(Document):
     sha256: str
 
 
-class Place(Document):
+class CheckpointRef(Document):
     """Where in a run a checkpoint stands."""
 
     attempt: int = Field(ge=0)
@@ -58,7 +58,7 @@ class Lineage(Document):
     data_digest: str
     code_version: str
     world_size: int
-    parent: Place | None  # the checkpoint its attempt went on from
+    parent: CheckpointRef | None  # the checkpoint its attempt went on from
 
 
 # Metrics may be NaN: they are stored as text, since JSON has no word for it.

@@ -19,7 +19,7 @@ from genmodels.registry.evaluations import EVALUATED, Evaluation
 from genmodels.registry.pin import Pin
 from genmodels.registry.store import Alias, Registry, Version
 from genmodels.runs.jobs import ENDED_NAME, JOB_ID, EndedEntry, Entry, Index, Jobs, Queue, StoredSpec, Submission
-from genmodels.runs.records import Heartbeat, Result, Start, Status, Wish
+from genmodels.runs.records import AttemptStart, Heartbeat, Result, Status, Wish
 from genmodels.runs.store import PART
 from genmodels.spec.names import LABEL
 from genmodels.storage import Document, Storage, load_document
@@ -44,7 +44,7 @@ DOCUMENTS: tuple[tuple[str, type[Document]], ...] = (
     (rf"runs/{JOB_ID}/{_LABEL}/status\.json", Status),
     (rf"runs/{JOB_ID}/{_LABEL}/wishes/\d{{8}}\.json", Wish),
     (rf"runs/{JOB_ID}/{_LABEL}/pins/step-(?P<step>\d{{8,9}})\.json", Pin),
-    (rf"{_ATTEMPT}/start\.json", Start),
+    (rf"{_ATTEMPT}/start\.json", AttemptStart),
     (rf"runs/{JOB_ID}/{_LABEL}/attempt-\d+/heartbeat\.json", Heartbeat),
     (rf"runs/{JOB_ID}/{_LABEL}/attempt-\d+/result\.json", Result),
     (rf"runs/{JOB_ID}/{_LABEL}/attempt-\d+/checkpoints/step-\d+/{re.escape(MANIFEST)}", Manifest),

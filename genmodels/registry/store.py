@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 from pydantic import Field, TypeAdapter, ValidationError
 
 from genmodels import checkpoint
-from genmodels.checkpoint import File, Lineage, Manifest, Metrics, Place
+from genmodels.checkpoint import CheckpointRef, File, Lineage, Manifest, Metrics
 from genmodels.errors import CheckpointError, Conflict, DamagedObject, KeyNotFound, ModelNotFound, SpecError
 from genmodels.metrics import PROMOTED, PUBLISHED
 from genmodels.registry.probe import PROBE, write_probe
@@ -52,7 +52,7 @@ class Version(Document):
     version: int
     family: str
     job: str
-    place: Place  # the checkpoint it was published from
+    checkpoint: CheckpointRef  # the checkpoint it was published from
     metrics: Metrics
     gate: GateResult | None
     lineage: Lineage
@@ -154,13 +154,15 @@ class Registry:
             return self._latest(model)
         return self.version(model, self.alias(model, reference or "production").version)
 
-    def publish(self, run: Run, place: Place, manifest: Manifest, folder: Path, gate: GateResult | None) -> Version:
+    def publish(
+        self, run: Run, ref: CheckpointRef, manifest: Manifest, folder: Path, gate: GateResult | None
+    ) -> Version:
         """Make a checkpoint a version of the run's model; the same run and step again give the same version.
 
         Args:
             folder: the checkpoint's files, verified.
         """
-        version = self._publish(run, place, manifest, folder, gate)
+        version = self._publish(run, ref, manifest, folder, gate)
         self.sweeper(run.model).wait_until_free()
         there = set(self.storage.list(f"models/{run.model}/blobs/"))
         for name, key in self.keys(version).items():
@@ -248,10 +250,12 @@ class Registry:
         for key in self.storage.list(self.evaluations_prefix(model, number)):
             self.storage.delete(key)
 
-    def _publish(self, run: Run, place: Place, manifest: Manifest, folder: Path, gate: GateResult | None) -> Version:
+    def _publish(
+        self, run: Run, ref: CheckpointRef, manifest: Manifest, folder: Path, gate: GateResult | None
+    ) -> Version:
         """Upload the files and write the version, if there is none."""
         model = run.model
-        known, number = self._look(run, place)
+        known, number = self._look(run, ref)
         if known:
             return known
         family = checkpoint.load_family(folder)
@@ -267,7 +271,7 @@ class Registry:
                 version=number,
                 family=family.family_name(),
                 job=run.job,
-                place=place,
+                checkpoint=ref,
                 metrics=manifest.metrics,
                 gate=gate,
                 lineage=manifest.lineage,
@@ -285,14 +289,14 @@ class Registry:
                 )  # the number was another's, who came and went meanwhile
             except Conflict:
                 pass  # somebody else took the number, maybe to publish the same checkpoint
-            known, number = self._look(run, place)
+            known, number = self._look(run, ref)
             if known:
                 return known
 
-    def _look(self, run: Run, place: Place) -> tuple[Version | None, int]:
+    def _look(self, run: Run, ref: CheckpointRef) -> tuple[Version | None, int]:
         """The version that was published from a checkpoint, if there is one, and the next free number."""
         versions = self.all_versions(run.model)
-        known = next((version for version in versions if (version.job, version.place) == (run.job, place)), None)
+        known = next((version for version in versions if (version.job, version.checkpoint) == (run.job, ref)), None)
         numbers = self.versions(run.model)  # also of damaged ones: their numbers are taken
         # after the versions: it is written before they go
         numbers += map(int, list_names(self.storage, f"models/{run.model}/deleted/", r"\d{8}"))
