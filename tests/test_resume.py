@@ -90,7 +90,7 @@ def test_leaving_saves_at_the_step_where_it_leaves(data: Path, tmp_path: Path) -
     run = Run(storage, name, "autoencoder")
     with WorkerGroup(2, storage.url, [(name, "autoencoder", 1)]) as group:
         until(lambda: (beat := run.heartbeat(1)) is not None and beat.step > 0)
-        run.wish("leave", 1, "a test")
+        run.send_command("leave", 1, "a test")
         group.succeed()
     (ref,) = run.checkpoints()
     assert 0 < ref.step < 5000

@@ -46,7 +46,7 @@ def leave(
                 status, _ = run.status()
                 beat = run.heartbeat(status.attempt) if status.state in ACTIVE else None
                 if beat and beat.phase != "starting":  # else there is nothing to save
-                    run.wish("leave", status.attempt, reason)
+                    run.send_command("stop", status.attempt, reason)
                     leaving[run.name] = backend.find(job, model, status.attempt)
         deadline = time.monotonic() + LEAVE_SECONDS
         while leaving and may_wait() and time.monotonic() < deadline:

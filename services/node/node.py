@@ -166,7 +166,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description="Run one node of a Ray cluster, and the exporter of its metrics.")
     parser.add_argument("role", choices=["head", "worker"])
     parser.add_argument("--head", required=True, help="the head's name in the network that Ray is to use")
-    parser.add_argument("--storage", required=True, help="s3://bucket/prefix, where runs hear wishes")
+    parser.add_argument("--storage", required=True, help="s3://bucket/prefix, where runs hear commands")
     parser.add_argument("--num-cpus", type=int, help="for training workers; default: all")
     options = parser.parse_args()
     settle()
