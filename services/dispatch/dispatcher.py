@@ -15,7 +15,6 @@ from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from os import environ
 from typing import Any
 
 from genmodels.errors import (
@@ -35,14 +34,13 @@ from genmodels.storage import Storage, write_document
 from genmodels.storage.documents import now
 from genmodels.storage.lease import Lease
 from genmodels.threads import Rounds
+from services.cluster.settings import settings
 from services.dispatch.backends.base import Backend, Capacity
 from services.dispatch.scheduler import Plan, Queued, Running, plan
 from services.dispatch.supervisor import Supervisor
 
 POLL_SECONDS = 1.0
 CAPACITY_SECONDS = 2.0  # how long what the cluster said of itself is believed
-GROW_SECONDS = float(environ.get("GENMODELS_GROW_SECONDS", "15"))  # that room must have been there to grow into it
-GROW_WORTH_SECONDS = float(environ.get("GENMODELS_GROW_WORTH_SECONDS", "60"))  # left to train, or growing does not pay
 KEEP_SECONDS = 15.0  # a run that backs off for no longer keeps its place
 ADOPTED_AT_ONCE = 16
 SILENCES = 5  # looks at a run that the store, which else answers, leaves unanswered: then the others go on without it
@@ -325,7 +323,9 @@ class Dispatcher:
 
     def _running(self, key: str, run: _Carried) -> Running:
         status, beat = run.supervisor.status, run.supervisor.heartbeat
-        growable = bool(status.state == "running" and beat and (beat.seconds_left or 0.0) > GROW_WORTH_SECONDS)
+        growable = bool(
+            status.state == "running" and beat and (beat.seconds_left or 0.0) > settings().grow_worth_seconds
+        )
         return Running(
             key,
             run.priority,
@@ -346,7 +346,7 @@ class Dispatcher:
                 run.room_since = None
             elif run.room_since is None:
                 run.room_since = time.monotonic()
-            elif time.monotonic() - run.room_since >= GROW_SECONDS:
+            elif time.monotonic() - run.room_since >= settings().grow_seconds:
                 run.room_since = None
                 run.supervisor.request_stop(growing[key])
 

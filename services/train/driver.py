@@ -33,13 +33,14 @@ from genmodels.storage import begin_writing, open_storage
 from genmodels.storage.retry import retry_until_available
 from genmodels.training.attempt import stored_model, work
 from genmodels.training.loop import Group
+from services.cluster.logs import log_to_stderr
+from services.cluster.settings import settings
 from services.train.control import DriverWatch
 from services.train.failures import _failure
 from services.train.publish import _publish
 
 log = logging.getLogger("genmodels")
 
-START_SECONDS = 120.0  # for the group to be placed; GENMODELS_START_TIMEOUT_S overrides it, e.g. where nodes autoscale
 # For one collective. A worker that hangs is found by its ticks, and an outage of the store may last: long.
 COLLECTIVE_SECONDS = 24 * 3600
 
@@ -104,8 +105,7 @@ def _train(storage_url: str, job: str, spec: ModelSpec, attempt: int, workers: i
     # Detect a dead worker within a second, wait for no hanging one; give up on a group that cannot be placed.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     os.environ.setdefault("TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S", "5")  # 30 by default
-    start_seconds = os.environ.get("GENMODELS_START_TIMEOUT_S") or str(START_SECONDS)
-    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", start_seconds)
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(settings().start_timeout_seconds))
     import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
@@ -169,7 +169,7 @@ def _seconds(run: Run, attempt: int, began: float) -> dict[str, float]:
 
 
 def main() -> None:
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    log_to_stderr()
     parser = argparse.ArgumentParser(description="Train one model of a job, judge it and publish it.")
     for name in ("storage", "job", "model"):
         parser.add_argument(f"--{name}", required=True)
