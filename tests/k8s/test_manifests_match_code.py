@@ -159,6 +159,7 @@ def test_drain_uses_options_that_ray_has() -> None:
         assert set(re.findall(r"--[a-z-]+", rest)) <= known
 
 
+@pytest.mark.ray
 @pytest.mark.long
 def test_a_serving_pod_that_is_deleted_drains(tmp_path: Path) -> None:
     """The preStop of the manifest, against a real Ray, without its wait."""

@@ -120,7 +120,7 @@ class Command:
         self.log = folder / f"{value}.log"
         temporary = folder.parent / ("x" * 100)
         temporary.mkdir(exist_ok=True)
-        command = python("cli", "run", "job.yaml", "--no-auth", "--port", str(port), *options)
+        command = python("cli.main", "run", "job.yaml", "--no-auth", "--port", str(port), *options)
         with self.log.open("wb") as output:
             self.process = subprocess.Popen(
                 command,

@@ -60,7 +60,7 @@ class World:
             (data / f"{name}.txt").write_text(f"the text of {name}\n" * 400)
             uploads.add(storage, f"{name}-text", data / f"{name}.txt")
         (evaluation,) = storage.list("models/bad/evaluations/")
-        sweeper = Registry(storage).sweeper("bad")
+        sweeper = Registry(storage).gc_lease("bad")
         sweeper.try_acquire()
         sweeper.release()
         jobs = {}

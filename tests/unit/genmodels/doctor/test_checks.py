@@ -17,6 +17,8 @@ from genmodels.doctor.checks import Check, examine
 from genmodels.errors import StorageUnavailable
 from genmodels.keys import Keys
 from genmodels.storage import Storage, open_storage
+from genmodels.storage.base import CONDITIONS_NEEDED, MAX_GET_BYTES
+from genmodels.storage.marker import MARKER
 from services.cli.main import app
 from tests.support.asgi_client import ask
 from tests.support.asgi_server import served
@@ -71,6 +73,39 @@ def test_damaged_and_stray_objects_are_named_with_what_to_do(file_storage: Stora
     assert all(check["remedy"] for check in checks if check["state"] != "ok")
 
 
+def test_an_object_that_cannot_be_read_hides_no_other(file_storage: Storage, tmp_path: Path) -> None:
+    file_storage.put("keys/0123abcd.json", b"")
+    folder = tmp_path / "storage" / "keys"
+    (folder / "11111111.json").symlink_to("11111111.json")
+    os.mkfifo(folder / "22222222.json")
+    (folder / "33333333.json").symlink_to("/dev/zero")
+    with open(folder / "44444444.json", "wb") as file:
+        file.truncate(MAX_GET_BYTES + 1)
+    code, output = run("--storage", file_storage.url)
+    assert code == 1
+    named = [line for line in output.splitlines() if line.startswith("problem  damaged object")]
+    for key in ("0123abcd", "11111111", "22222222", "33333333", "44444444"):
+        assert sum(f"keys/{key}.json" in line for line in named) == 1
+    assert Keys(file_storage).list() == []
+
+
+@pytest.mark.parametrize("where", ["", ".storage"])
+def test_a_file_in_place_of_the_folder_is_named(where: str, tmp_path: Path) -> None:
+    root = tmp_path / "here"
+    if where:
+        root.mkdir()
+    (root / where).write_text("")
+    code, output = run("--storage", root.as_uri())
+    assert code == 1
+    assert f"{root / where} is a file, and a storage is a folder" in output
+    assert "If-None-Match" not in output
+
+
+def test_another_format_is_told_of_a_bucket_too(s3_storage: Storage) -> None:
+    s3_storage.put(MARKER, b'{"id": "x", "format": 2}')
+    assert "is written in format 2" in told(s3_storage.url)["storage"].found
+
+
 @pytest.mark.parametrize("url", ["nonsense", "s3://nowhere-0000/x", "file:///proc/1/no/such", "file:///dev/null/x"])
 def test_a_storage_that_cannot_be_used_is_one_line(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in [name for name in os.environ if name.startswith("AWS_")]:
@@ -105,11 +140,11 @@ def test_conditional_puts_are_asked_of_the_store(file_storage: Storage, monkeypa
     from genmodels.errors import StorageError
 
     def ignored(_: Storage) -> None:
-        raise StorageError("puts over what is there")
+        raise StorageError(f"puts over what is there; {CONDITIONS_NEEDED}")
 
     monkeypatch.setattr(module, "probe_conditional_puts", ignored, raising=False)
     check = told(file_storage.url)["conditional puts"]
-    assert (check.state, check.found) == ("problem", "puts over what is there")
+    assert (check.state, check.found) == ("problem", f"puts over what is there; {CONDITIONS_NEEDED}")
     assert "If-None-Match" in check.remedy
 
 

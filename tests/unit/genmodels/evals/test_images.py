@@ -11,7 +11,7 @@ from torch import Tensor
 
 from genmodels.evals import classifier, distances, filters, generative
 from genmodels.evals.distances import frechet_distance, kernel_distance, moments, nearest, neighbours
-from genmodels.evals.images import components, mean_psnr, mean_ssim, pictures, spread
+from genmodels.evals.images import components, evenly_spaced, mean_psnr, mean_ssim, pictures
 from genmodels.nn.networks import psnr
 from tests.support.evaluation_data import CLASSES, Bench, shapes
 
@@ -66,7 +66,7 @@ def test_neighbours_are_those_of_a_plain_matrix_of_distances(k: int) -> None:
 
 
 def test_components_are_those_of_the_singular_vectors() -> None:
-    shown = spread(120, 20)
+    shown = evenly_spaced(120, 20)
     train, val = (pictures(SHAPES.split(name).images).flatten(1).double().numpy() for name in ("train", "val"))
     val = val[shown]
     axes = np.linalg.svd(train - train.mean(0))[2][:6]
@@ -210,7 +210,7 @@ def test_every_filter_does_better_than_nothing(channels: int) -> None:
 
 
 def test_the_best_filter_is_found_on_training_pictures_and_kept() -> None:
-    bench, shown = Bench(), spread(120, 8)
+    bench, shown = Bench(), evenly_spaced(120, 8)
     material = bench.material(SHAPES)
     name, found = filters.best_filter(material, 0.3, shown)
     targets = pictures(SHAPES.split("val").images[shown])

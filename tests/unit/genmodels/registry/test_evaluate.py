@@ -28,7 +28,7 @@ from genmodels.models.gan import GAN, GANConfig
 from genmodels.models.vae import VAE, VAEConfig
 from genmodels.registry import evaluations
 from genmodels.registry.evaluate import evaluate, training
-from genmodels.registry.gate import judge
+from genmodels.registry.gate import check_gate
 from genmodels.registry.gc import delete_version
 from genmodels.registry.store import Registry
 from genmodels.runs.store import Run
@@ -69,7 +69,7 @@ def values(family: Family[Any, Any], data: ImageData = SHAPES) -> dict[str, floa
 
 
 def passed(metric: str, found: dict[str, float], **bound: float) -> bool:
-    result = judge(Gate(metric=metric, **bound), found)
+    result = check_gate(Gate(metric=metric, **bound), found)
     assert result is not None
     return result.passed
 

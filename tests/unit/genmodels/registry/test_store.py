@@ -17,7 +17,7 @@ from genmodels.checkpoint import CheckpointRef, Manifest
 from genmodels.errors import CheckpointError, ModelNotFound, SpecError
 from genmodels.family import Family
 from genmodels.registry import store as registry
-from genmodels.registry.gate import best, judge
+from genmodels.registry.gate import best, check_gate
 from genmodels.registry.probe import verify_probe, write_probe
 from genmodels.registry.store import Alias, Registry, Version, check_alias
 from genmodels.runs.records import GateResult
@@ -347,10 +347,10 @@ def test_an_empty_registry_says_so() -> None:
 )
 def test_judging(gate: dict[str, float], value: float | None, passed: bool, reason: str) -> None:
     metrics = {"other": 0.0} if value is None else {"x": value, "other": 0.0}
-    result = judge(Gate(metric="x", **gate), metrics)
+    result = check_gate(Gate(metric="x", **gate), metrics)
     assert result is not None
     assert (result.passed, result.metric, result.reason) == (passed, "x", reason)
-    assert judge(None, metrics) is None
+    assert check_gate(None, metrics) is None
 
 
 @pytest.mark.parametrize(

@@ -257,9 +257,13 @@ def test_every_command_refuses_another_format(run: Run, tmp_path: Path, monkeypa
         assert "is written in format 2, by a newer release" in errors[0]
 
 
-@pytest.mark.parametrize(
-    "damage", [b"", b"{", b"[]", b'{"id": "x"}', b'{"format": 1}', b'{"id": 1, "format": "a"}', b"\xff"]
+DAMAGED_MARKERS = (
+    *(b"", b"{", b"[]", b'{"id": "x"}', b'{"format": 1}', b'{"id": 1, "format": "a"}', b"\xff", b"[" * 200_000),
+    *(b'{"id": "x", "format": true}', b'{"id": "x", "format": 1e999}', b'{"id": "x", "format": ' + b"9" * 5000 + b"}"),
 )
+
+
+@pytest.mark.parametrize("damage", DAMAGED_MARKERS)
 def test_a_damaged_marker_is_told(file_storage: Storage, tmp_path: Path, damage: bytes) -> None:
     file_storage.put("k", b"1")
     (tmp_path / "storage" / MARKER).write_bytes(damage)

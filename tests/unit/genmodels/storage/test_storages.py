@@ -7,6 +7,7 @@ import json
 import math
 import os
 import random
+import stat
 import subprocess
 import sys
 import threading
@@ -20,6 +21,7 @@ import pytest
 
 from genmodels.errors import Conflict, DamagedObject, KeyNotFound, StorageError, StorageUnavailable
 from genmodels.storage import Storage, decode_floats, encode_floats, open_storage, read_document, write_document
+from genmodels.storage import base as base_module
 from genmodels.storage import folder as folder_module
 
 
@@ -478,6 +480,40 @@ def test_key_cannot_be_object_and_folder(file_storage: Storage) -> None:
             file_storage.put(key, b"2")
     assert file_storage.list("") == ["a/b"]
     assert file_storage.get("a/b")[0] == b"1"
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "loop", "dangling", "socket"])
+def test_what_is_no_file_is_no_object(kind: str, file_storage: Storage, tmp_path: Path) -> None:
+    file_storage.put("a/whole", b"1")
+    path = tmp_path / "storage" / "a" / "odd"
+    match kind:
+        case "pipe":
+            os.mkfifo(path)
+        case "socket":
+            os.mknod(path, stat.S_IFSOCK)
+        case _:
+            path.symlink_to({"device": "/dev/zero", "loop": "odd", "dangling": "nothing"}[kind])
+    with pytest.raises(KeyNotFound):
+        file_storage.get("a/odd")
+    with pytest.raises(KeyNotFound):
+        file_storage.download("a/odd", tmp_path / "copy")
+    assert not file_storage.exists("a/odd")
+    with pytest.raises(Conflict):
+        file_storage.put("a/odd", b"2", if_match="x")
+    etag = file_storage.put("a/odd", b"2", if_absent=True)
+    assert file_storage.get("a/odd") == (b"2", etag)
+
+
+def test_what_does_not_fit_into_memory_is_damaged(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(base_module, "MAX_GET_BYTES", 1000)
+    monkeypatch.setattr(folder_module, "MAX_GET_BYTES", 1000)
+    storage.put("a", b"x" * 1001)
+    with pytest.raises(DamagedObject, match="1,001 bytes") as error:
+        read_document(storage, "a")
+    with pytest.raises(Conflict):
+        storage.put("a", b"{}", if_match="x")
+    storage.put("a", b"{}", if_match=error.value.etag)
+    assert read_document(storage, "a")[0] == {}
 
 
 def test_lock_held_for_ever(file_storage: Storage, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ Loc = tuple[str | int, ...]
 
 
 @dataclass(frozen=True)
-class Problem:
+class FieldError:
     """One thing that is wrong: where, and in words."""
 
     loc: Loc
@@ -33,25 +33,25 @@ class Problem:
 Homes = Callable[[Loc], list[str]]
 
 
-def explain(error: ValidationError, root: type[BaseModel], homes: Homes = lambda loc: []) -> list[Problem]:
+def format_errors(error: ValidationError, root: type[BaseModel], homes: Homes = lambda loc: []) -> list[FieldError]:
     """The problems of a failed validation against `root`, one for each wrong field; of very many, the first ones.
 
     Args:
         homes: other sections of the document, in words, that have a key which is unknown where it stands.
     """
     shown = error.errors(include_url=False)[:MAX_ERRORS]
-    return [Problem(details["loc"], _words(details, root, homes)) for details in shown]
+    return [FieldError(details["loc"], _words(details, root, homes)) for details in shown]
 
 
-def wrong(text: str) -> PydanticCustomError:
+def field_error(text: str) -> PydanticCustomError:
     """To raise in a validator: `text` says what was found and what would be right."""
     return PydanticCustomError("explained", "{text}", {"text": text})
 
 
-def all_wrong(problems: Iterable[Problem]) -> ValidationError:
+def field_errors(problems: Iterable[FieldError]) -> ValidationError:
     """To raise in a validator that has found several problems; their locs are relative to what it validates."""
     return ValidationError.from_exception_data(
-        "explained", [{"type": wrong(problem.text), "loc": problem.loc, "input": None} for problem in problems]
+        "explained", [{"type": field_error(problem.text), "loc": problem.loc, "input": None} for problem in problems]
     )
 
 

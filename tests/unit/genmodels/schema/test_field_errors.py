@@ -15,7 +15,7 @@ from genmodels.engine.image.requests import DecodeRequest
 from genmodels.family import OptimizerConfig
 from genmodels.nn.sampling import SamplingOptions
 from genmodels.schema.base import Section
-from genmodels.schema.explain import explain
+from genmodels.schema.field_errors import format_errors
 from genmodels.spec.sections import CheckpointConfig, JobSpec, ScalingConfig, TrainConfig
 from services.gateway.completions import CompletionBody
 from services.gateway.routes import VERBS, GenerationBody
@@ -56,7 +56,7 @@ def refusals(root: type[BaseModel], name: str, value: Any) -> list[str]:
     try:
         root.model_validate({**needed, name: value})
     except ValidationError as error:
-        return [problem.text for problem in explain(error, root) if problem.loc == (name,)]
+        return [problem.text for problem in format_errors(error, root) if problem.loc == (name,)]
     return []
 
 
@@ -102,7 +102,7 @@ def test_where_no_example_fits_none_is_given(name: str, value: Any, text: str) -
 def test_an_entry_of_a_list_is_a_number_of_its_own() -> None:
     with pytest.raises(ValidationError) as caught:
         Odd.model_validate({"tiny": 3, "below": -1.0, "numbers": [1, 6, "x"]})
-    assert list(map(str, explain(caught.value, Odd))) == [
+    assert list(map(str, format_errors(caught.value, Odd))) == [
         "numbers[1]: got 6, expected a whole number at most 5",
         "numbers[2]: got 'x', expected a whole number",
     ]
