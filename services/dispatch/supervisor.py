@@ -162,7 +162,7 @@ class Supervisor:
         for command in self.run.commands(after=self.status.last_command):
             self._obey(command)
             if self.status.last_command < command.seq:
-                self._write(self.status.model_copy(update={"commands": command.seq}))
+                self._write(self.status.model_copy(update={"last_command": command.seq}))
 
     def _obey(self, command: Command) -> None:
         if command.action == "resume":

@@ -317,7 +317,7 @@ def test_deleted_by_hand_it_goes_on_when_its_pods_have_gone(
             break
         platform.operator.clings = False
         api.pods.clear()
-    assert platform.until("a", "succeeded", name).number == 3
+    assert platform.until("a", "succeeded", name).attempt == 3
     assert "its RayJob was deleted; goes on from step 0" in platform.reasons(name, "a")
 
 
