@@ -124,12 +124,12 @@ class LeaseLost(GenmodelsError):
     """Another dispatcher has taken over; this one must not write states any more.
 
     Args:
-        epoch: of its lease, where it is known.
+        lease_term: of that dispatcher, where it is known.
     """
 
-    def __init__(self, message: str, epoch: int = 0) -> None:
+    def __init__(self, message: str, lease_term: int = 0) -> None:
         super().__init__(message)
-        self.epoch = epoch
+        self.lease_term = lease_term
 
 
 class RequestError(GenmodelsError):

@@ -52,7 +52,7 @@ def read(storage: Storage, found: Found, points: int = MAX_ROWS) -> History:
         found.name,
         found.family,
         found.job,
-        found.place.step,
+        found.checkpoint.step,
         [decode_floats(json.loads(row)) for row in rows],
         {step: files[step] for step in steps},
     )

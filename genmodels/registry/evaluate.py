@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from genmodels import checkpoint
-from genmodels.checkpoint import Lineage, Place
+from genmodels.checkpoint import CheckpointRef, Lineage
 from genmodels.data import open_dataset
 from genmodels.errors import DataError
 from genmodels.family import Family, Findings, Material, Note, TextFamily
@@ -24,7 +24,7 @@ COURSE = 8  # figures that tell how something went over the whole of training
 
 def evaluate(
     run: Run,
-    place: Place,
+    ref: CheckpointRef,
     spec: ModelSpec,
     lineage: Lineage,
     folder: Path,
@@ -35,7 +35,7 @@ def evaluate(
     """What the model's family measures of it, on the CPU in float32, and what its training was.
 
     Args:
-        place: the checkpoint.
+        ref: the checkpoint.
         lineage: of the checkpoint.
         folder: its served files, verified.
         thorough: take minutes where a publication takes seconds.
@@ -62,19 +62,19 @@ def evaluate(
             keep=partial(evaluations.keep, run.storage),
         )
     )
-    notes = found.notes | training(family, run, place, lineage)
+    notes = found.notes | training(family, run, ref, lineage)
     notes[VALIDATION_EXAMPLES] = len(next(iter(dataset.arrays("val").values())))
     return found.model_copy(update={"notes": notes})
 
 
-def training(family: Family[Any, Any], run: Run, place: Place, lineage: Lineage) -> dict[str, Note]:
+def training(family: Family[Any, Any], run: Run, ref: CheckpointRef, lineage: Lineage) -> dict[str, Note]:
     """What a checkpoint cost, and the course of what its family wants followed, in at most `COURSE` means.
 
     `training_loss` is a mean over the last steps that were logged together, of models with one loss.
     """
-    rows = [row for row in run.metrics() if row["step"] <= place.step]
+    rows = [row for row in run.metrics() if row["step"] <= ref.step]
     notes: dict[str, Note] = {"parameters": sum(weight.numel() for weight in family.network.parameters())}
-    notes |= {"steps": place.step, "workers": lineage.world_size}
+    notes |= {"steps": ref.step, "workers": lineage.world_size}
     if logged := [row for row in rows if "samples" in row]:
         last, window = logged[-1], family.block_size if isinstance(family, TextFamily) else None
         notes["tokens_seen" if window else "images_seen"] = last["samples"] * (window or 1)

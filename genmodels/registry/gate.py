@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import TYPE_CHECKING
 
-from genmodels.checkpoint import Manifest, Place
+from genmodels.checkpoint import CheckpointRef, Manifest
 from genmodels.runs.records import GateResult
 from genmodels.spec.sections import Gate
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     pass
 
 
-def judge(gate: Gate | None, metrics: dict[str, float]) -> GateResult | None:
+def check_gate(gate: Gate | None, metrics: dict[str, float]) -> GateResult | None:
     """Whether metrics pass a gate; without a gate there is nothing to judge."""
     if gate is None:
         return None
@@ -28,7 +28,7 @@ def judge(gate: Gate | None, metrics: dict[str, float]) -> GateResult | None:
     return GateResult(metric=gate.metric, value=value, passed=passed, reason=reason)
 
 
-def best(gate: Gate | None, candidates: list[tuple[Place, Manifest]]) -> tuple[Place, Manifest]:
+def best(gate: Gate | None, candidates: list[tuple[CheckpointRef, Manifest]]) -> tuple[CheckpointRef, Manifest]:
     """The checkpoint to publish: best by the gate's metric where it is finite, else the last."""
     if gate is None:
         return candidates[-1]

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime
 
-from genmodels.checkpoint import MANIFEST, Place
+from genmodels.checkpoint import MANIFEST, CheckpointRef
 from genmodels.errors import (
     DamagedObject,
     GenmodelsError,
@@ -91,16 +91,16 @@ def gc(storage: Storage) -> Plan:
     models = [name for name in storage.folders("models/") if re.fullmatch(LABEL, name)]
     with ThreadPoolExecutor(AT_ONCE) as threads:
         busy = {model for found in threads.map(lambda job: _publishing(jobs, job, models), is_open) for model in found}
-        places: defaultdict[tuple[str, str], set[Place]] = defaultdict(set)
+        published: defaultdict[tuple[str, str], set[CheckpointRef]] = defaultdict(set)
         whole = dict(zip(models, threads.map(lambda model: _versions(store, model), models), strict=True))
         for version in (version for versions in whole.values() for version in versions or ()):
-            places[version.job, version.model].add(version.place)
+            published[version.job, version.model].add(version.checkpoint)
         spared = {model for model, versions in whole.items() if versions is None}
         ended = sorted({job for job in storage.folders("runs/") if re.fullmatch(JOB_ID, job)} - set(is_open))
         found = [
             *threads.map(lambda job: _submission(jobs, job), is_open),
             *threads.map(lambda model: _blobs(store, model), [model for model in models if model not in busy | spared]),
-            *threads.map(lambda job: _checkpoints(jobs, job, places, spared), ended),
+            *threads.map(lambda job: _checkpoints(jobs, job, published, spared), ended),
         ]
     return Plan(storage, [item for items in found for item in items])
 
@@ -113,21 +113,21 @@ def delete_version(registry: Registry, model: str, number: int) -> None:
         GenmodelsError: an alias names it, or may name it, since it is damaged.
     """
     version = registry.version(model, number)
-    with alone(registry.sweeper(model)):
+    with alone(registry.gc_lease(model)):
         # Who promotes it now either has moved his alias, and we see it here, or looks at the version when we have gone.
         for alias in registry.alias_names(model):
             if registry.alias(model, alias).version == number:  # a damaged one may name it, and raises
                 remedy = f"point it at another version first: genmodels promote {model}@VERSION {alias}"
                 raise GenmodelsError(f"alias {alias!r} names {version.name}; {remedy}")
-        registry.strike(model, number)
+        registry.delete_record(model, number)
 
 
 def delete_versions(registry: Registry, model: str, numbers: list[int]) -> None:
     """Delete versions whatever names them, as many as there is time for."""
-    with alone(registry.sweeper(model)) as until:
+    with alone(registry.gc_lease(model)) as until:
         for number in numbers:
             if time.monotonic() < until:
-                registry.strike(model, number)
+                registry.delete_record(model, number)
 
 
 @contextmanager
@@ -169,7 +169,7 @@ def _blobs(registry: Registry, model: str) -> list[Item]:
 
 
 def remove_blobs(registry: Registry, model: str, keys: list[str]) -> None:
-    with alone(registry.sweeper(model)) as until:
+    with alone(registry.gc_lease(model)) as until:
         # Who publishes now either has written his version, and we see it here, or looks at the files when we have gone.
         named = _named(registry, model)
         if named is None:
@@ -225,12 +225,12 @@ def _may_publish(run: Run) -> bool:
 
 
 def _checkpoints(
-    jobs: Jobs, job: str, places: Mapping[tuple[str, str], set[Place]], spared: Collection[str]
+    jobs: Jobs, job: str, published: Mapping[tuple[str, str], set[CheckpointRef]], spared: Collection[str]
 ) -> list[Item]:
     """Checkpoints that can go of a job that is not open.
 
     Args:
-        places: by job and model, those that versions were published from.
+        published: by job and model, those that versions were published from.
         spared: models of which that is not known.
     """
     found = []
@@ -238,7 +238,7 @@ def _checkpoints(
         for model in jobs.spec(job).models:
             run = Run(jobs.storage, job, model.name)
             if model.name not in spared and _has_long_ended(run):
-                found += _unneeded(run, model.serve.gate, places.get((job, model.name), set()))
+                found += _unneeded(run, model.serve.gate, published.get((job, model.name), set()))
     except StorageError:
         raise
     except GenmodelsError:  # damaged, of a newer release, or deleted just now: not for us to judge
@@ -254,21 +254,21 @@ def _has_long_ended(run: Run) -> bool:
     return status.state in ENDED and bool(status.history) and _age(status.history[-1].time) >= SPARED_SECONDS
 
 
-def _unneeded(run: Run, gate: Gate | None, named: set[Place]) -> list[Item]:
+def _unneeded(run: Run, gate: Gate | None, named: set[CheckpointRef]) -> list[Item]:
     """All but the newest, the best, what is pinned, and what is `named`."""
     chain, readable = run.checkpoints(), list(run.manifests())
     newest = 1 if run.status()[0].state == "succeeded" else 2  # who is resumed may find the newest damaged
-    keep = named | {place for place, _ in readable[-newest:]} | set(pin.marked(run))
+    keep = named | {ref for ref, _ in readable[-newest:]} | set(pin.marked(run))
     if readable:
         keep.add(best(gate, readable)[0])
-    keep |= set(chain) - {place for place, _ in readable}  # damaged, or away for a moment: not for us to judge
+    keep |= set(chain) - {ref for ref, _ in readable}  # damaged, or away for a moment: not for us to judge
     items = []
-    for folder, (place, sizes) in _folders(run).items():
+    for folder, (ref, sizes) in _folders(run).items():
         if f"{folder}{MANIFEST}" not in sizes:
             why = UNFINISHED
-        elif place in keep:
+        elif ref in keep:
             continue
-        elif place in chain:
+        elif ref in chain:
             why = "neither the newest nor the best of a run that has ended"
         else:
             why = "written by an attempt that was overtaken"
@@ -276,15 +276,15 @@ def _unneeded(run: Run, gate: Gate | None, named: set[Place]) -> list[Item]:
     return items
 
 
-def _folders(run: Run) -> dict[str, tuple[Place, dict[str, int]]]:
-    """Every checkpoint directory of a run: its key, its place, and the sizes of what is in it."""
-    found: dict[str, tuple[Place, dict[str, int]]] = {}
+def _folders(run: Run) -> dict[str, tuple[CheckpointRef, dict[str, int]]]:
+    """Every checkpoint directory of a run: its key, its reference, and the sizes of its files."""
+    found: dict[str, tuple[CheckpointRef, dict[str, int]]] = {}
     for attempt in run.attempts():
         for key, size in run.storage.sizes(f"{run.prefix}/attempt-{attempt}/checkpoints/").items():
             match = re.match(r".*/checkpoints/step-(\d+)/", key)
             if match:
-                place = Place(attempt=attempt, step=int(match[1]))
-                found.setdefault(match[0], (place, {}))[1][key] = size
+                ref = CheckpointRef(attempt=attempt, step=int(match[1]))
+                found.setdefault(match[0], (ref, {}))[1][key] = size
     return found
 
 
@@ -302,7 +302,7 @@ def _remove_checkpoint(storage: Storage, item: Item) -> None:
         return  # it has ended after all
     storage.delete(manifest)
     # Who pins it now either has set his mark, and we see it here, or looks for the manifest after that, and it is gone.
-    if data and any(f"{run.checkpoint_prefix(place)}/" == item.key for place in pin.marked(run)):
+    if data and any(f"{run.checkpoint_prefix(ref)}/" == item.key for ref in pin.marked(run)):
         storage.put(manifest, data, if_absent=True)
         return
     for key in storage.list(item.key):

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from genmodels import checkpoint
-from genmodels.checkpoint import Place
+from genmodels.checkpoint import CheckpointRef
 from genmodels.data import pin_data
 from genmodels.errors import Conflict, DamagedObject, DataError, KeyNotFound, ModelNotFound, SpecError
 from genmodels.registry.store import Registry
@@ -26,7 +26,7 @@ from genmodels.storage import Storage, list_names, load_document, write_document
 CHECKPOINT = r"[a-z0-9-]{1,63}@([a-z0-9-]{1,72}:)?(live|step-[0-9]{1,9})"
 
 
-class Pin(Place):
+class Pin(CheckpointRef):
     object_kind = "pin"
     remedy = "all checkpoints of that step are kept; delete it where no job starts from that checkpoint"
 
@@ -73,29 +73,29 @@ def resolve(reference: str, storage: Storage, *, mark: bool = True) -> str:
     try:
         if not names_checkpoint(reference):
             return Registry(storage).resolve(reference).name
-        run, place = find_checkpoint(reference, storage)
+        run, ref = find_checkpoint(reference, storage)
     except ModelNotFound as error:
         raise SpecError(f"train.init_from: {error}") from None
     if mark:
         with contextlib.suppress(Conflict):
-            write_document(storage, _key(run, place.step), place.model_dump(), if_absent=True)
-    if not storage.exists(f"{run.checkpoint_prefix(place)}/{checkpoint.MANIFEST}"):  # clean-up came before the mark
+            write_document(storage, _key(run, ref.step), ref.model_dump(), if_absent=True)
+    if not storage.exists(f"{run.checkpoint_prefix(ref)}/{checkpoint.MANIFEST}"):  # clean-up came before the mark
         raise SpecError(f"train.init_from: {reference}: that checkpoint is gone; name another step or a version")
-    return checkpoint_name(run, place)
+    return checkpoint_name(run, ref)
 
 
-def marked(run: Run) -> list[Place]:
+def marked(run: Run) -> list[CheckpointRef]:
     """Checkpoints of a run that specs are pinned to: clean-up keeps them.
 
     A damaged pin keeps the checkpoints of its step of all attempts: which one it meant is lost.
     """
-    found: list[Place] = []
+    found: list[CheckpointRef] = []
     for name in list_names(run.storage, f"{run.prefix}/pins/", r"step-\d{8,9}\.json"):
         step = int(Path(name).stem.removeprefix("step-"))
         try:
             found += filter(None, [_marked(run, step)])
         except DamagedObject:
-            found += [Place(attempt=attempt, step=step) for attempt in run.attempts()]
+            found += [CheckpointRef(attempt=attempt, step=step) for attempt in run.attempts()]
     return found
 
 
@@ -104,12 +104,12 @@ def names_checkpoint(reference: str) -> bool:
     return re.fullmatch(CHECKPOINT, reference) is not None
 
 
-def checkpoint_name(run: Run, place: Place) -> str:
+def checkpoint_name(run: Run, ref: CheckpointRef) -> str:
     """The name that goes on meaning this checkpoint."""
-    return f"{run.model}@{run.job}:step-{place.step}"
+    return f"{run.model}@{run.job}:step-{ref.step}"
 
 
-def find_checkpoint(reference: str, storage: Storage) -> tuple[Run, Place]:
+def find_checkpoint(reference: str, storage: Storage) -> tuple[Run, CheckpointRef]:
     """The complete checkpoint that a name means; without a job, of the model's newest run.
 
     Raises:
@@ -124,18 +124,18 @@ def find_checkpoint(reference: str, storage: Storage) -> tuple[Run, Place]:
     wanted = None if step == "live" else int(step.removeprefix("step-"))
     if wanted is not None and (known := _marked(run, wanted)):
         return run, known
-    places = run.checkpoints()
-    place = next((place for place in reversed(places) if wanted in (None, place.step)), None)
-    if place:
-        return run, place
-    steps = ", ".join(str(place.step) for place in places[-10:]) or "none yet"
+    refs = run.checkpoints()
+    ref = next((ref for ref in reversed(refs) if wanted in (None, ref.step)), None)
+    if ref:
+        return run, ref
+    steps = ", ".join(str(ref.step) for ref in refs[-10:]) or "none yet"
     raise ModelNotFound(f"{reference}: no such checkpoint; those of {model} in job {run.job}: {steps}")
 
 
-def _marked(run: Run, step: int) -> Place | None:
+def _marked(run: Run, step: int) -> CheckpointRef | None:
     try:
         pinned, _ = load_document(run.storage, _key(run, step), Pin, step=step)
-        return Place(attempt=pinned.attempt, step=step)
+        return CheckpointRef(attempt=pinned.attempt, step=step)
     except KeyNotFound:
         return None
 

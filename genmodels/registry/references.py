@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from genmodels import checkpoint
-from genmodels.checkpoint import File, Metrics, Place
+from genmodels.checkpoint import CheckpointRef, File, Metrics
 from genmodels.errors import CheckpointError, KeyNotFound, ModelNotFound
 from genmodels.registry.pin import checkpoint_name, find_checkpoint, names_checkpoint
 from genmodels.registry.store import Registry, Version
@@ -21,7 +21,7 @@ class Found:
     model: str
     version: int | None
     job: str  # which trained it, and where in that run it stands
-    place: Place
+    checkpoint: CheckpointRef
     family: str
     created: str
     metrics: Metrics
@@ -61,10 +61,10 @@ def find(storage: Storage, name: str) -> Found:
     if not names_checkpoint(name):
         registry = Registry(storage)
         return of_version(registry, registry.resolve(name))
-    run, place = find_checkpoint(name, storage)
-    prefix = run.checkpoint_prefix(place)
+    run, ref = find_checkpoint(name, storage)
+    prefix = run.checkpoint_prefix(ref)
     try:
-        manifest = run.manifest(place)
+        manifest = run.manifest(ref)
         config, _ = storage.get(f"{prefix}/{checkpoint.CONFIG}")
     except KeyNotFound:
         raise ModelNotFound(f"{name}: that checkpoint was cleaned away just now; ask for {run.model}@live") from None
@@ -72,14 +72,14 @@ def find(storage: Storage, name: str) -> Found:
         family = str(checkpoint.parse_config(config)["family"])
     except CheckpointError as error:
         raise CheckpointError(f"{prefix}/{error}") from None
-    start = run.start_of(place.attempt)
+    start = run.attempt_start(ref.attempt)
     files = checkpoint.served(manifest.files)
     return Found(
-        name=checkpoint_name(run, place),
+        name=checkpoint_name(run, ref),
         model=run.model,
         version=None,
         job=run.job,
-        place=place,
+        checkpoint=ref,
         family=family,
         created=start.time if start else "",
         metrics=manifest.metrics,
@@ -94,7 +94,7 @@ def of_version(registry: Registry, version: Version) -> Found:
         model=version.model,
         version=version.version,
         job=version.job,
-        place=version.place,
+        checkpoint=version.checkpoint,
         family=version.family,
         created=version.created,
         metrics=version.metrics,

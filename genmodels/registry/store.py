@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING
 from pydantic import Field, TypeAdapter, ValidationError
 
 from genmodels import checkpoint
-from genmodels.checkpoint import File, Lineage, Manifest, Metrics, Place
+from genmodels.checkpoint import CheckpointRef, File, Lineage, Manifest, Metrics
 from genmodels.errors import CheckpointError, Conflict, DamagedObject, KeyNotFound, ModelNotFound, SpecError
 from genmodels.metrics import PROMOTED, PUBLISHED
 from genmodels.registry.probe import PROBE, write_probe
@@ -52,7 +52,7 @@ class Version(Document):
     version: int
     family: str
     job: str
-    place: Place  # the checkpoint it was published from
+    checkpoint: CheckpointRef  # the checkpoint it was published from
     metrics: Metrics
     gate: GateResult | None
     lineage: Lineage
@@ -154,14 +154,16 @@ class Registry:
             return self._latest(model)
         return self.version(model, self.alias(model, reference or "production").version)
 
-    def publish(self, run: Run, place: Place, manifest: Manifest, folder: Path, gate: GateResult | None) -> Version:
+    def publish(
+        self, run: Run, ref: CheckpointRef, manifest: Manifest, folder: Path, gate: GateResult | None
+    ) -> Version:
         """Make a checkpoint a version of the run's model; the same run and step again give the same version.
 
         Args:
             folder: the checkpoint's files, verified.
         """
-        version = self._publish(run, place, manifest, folder, gate)
-        self.sweeper(run.model).wait_until_free()
+        version = self._publish(run, ref, manifest, folder, gate)
+        self.gc_lease(run.model).wait_until_free()
         there = set(self.storage.list(f"models/{run.model}/blobs/"))
         for name, key in self.keys(version).items():
             if key not in there:  # clean-up came before the version did
@@ -202,7 +204,7 @@ class Registry:
                 etag = write_document(self.storage, _alias_key(model, alias), body, if_absent=not etag, if_match=etag)
             except Conflict:
                 continue  # somebody else moved it: look again
-            self.sweeper(model).wait_until_free()
+            self.gc_lease(model).wait_until_free()
             try:
                 self.version(model, number)
             except ModelNotFound:
@@ -222,7 +224,7 @@ class Registry:
             raise ModelNotFound(self._what_there_is(model, f"alias {alias!r}"))
         self.storage.delete(_alias_key(model, alias))
 
-    def sweeper(self, model: str) -> Lease:
+    def gc_lease(self, model: str) -> Lease:
         """The lease of whoever deletes versions or blobs of a model."""
         return Lease(self.storage, SWEEP_SECONDS, f"models/{model}/sweep.json")
 
@@ -237,7 +239,7 @@ class Registry:
     def evaluations_prefix(self, model: str, number: int) -> str:
         return f"models/{model}/evaluations/{number:08d}/"
 
-    def strike(self, model: str, number: int) -> None:
+    def delete_record(self, model: str, number: int) -> None:
         """Remove a version's document and what was measured of it.
 
         For `cleanup.delete_version`, which sees that nobody names it.
@@ -248,10 +250,12 @@ class Registry:
         for key in self.storage.list(self.evaluations_prefix(model, number)):
             self.storage.delete(key)
 
-    def _publish(self, run: Run, place: Place, manifest: Manifest, folder: Path, gate: GateResult | None) -> Version:
+    def _publish(
+        self, run: Run, ref: CheckpointRef, manifest: Manifest, folder: Path, gate: GateResult | None
+    ) -> Version:
         """Upload the files and write the version, if there is none."""
         model = run.model
-        known, number = self._look(run, place)
+        known, number = self._look(run, ref)
         if known:
             return known
         family = checkpoint.load_family(folder)
@@ -267,7 +271,7 @@ class Registry:
                 version=number,
                 family=family.family_name(),
                 job=run.job,
-                place=place,
+                checkpoint=ref,
                 metrics=manifest.metrics,
                 gate=gate,
                 lineage=manifest.lineage,
@@ -285,14 +289,14 @@ class Registry:
                 )  # the number was another's, who came and went meanwhile
             except Conflict:
                 pass  # somebody else took the number, maybe to publish the same checkpoint
-            known, number = self._look(run, place)
+            known, number = self._look(run, ref)
             if known:
                 return known
 
-    def _look(self, run: Run, place: Place) -> tuple[Version | None, int]:
+    def _look(self, run: Run, ref: CheckpointRef) -> tuple[Version | None, int]:
         """The version that was published from a checkpoint, if there is one, and the next free number."""
         versions = self.all_versions(run.model)
-        known = next((version for version in versions if (version.job, version.place) == (run.job, place)), None)
+        known = next((version for version in versions if (version.job, version.checkpoint) == (run.job, ref)), None)
         numbers = self.versions(run.model)  # also of damaged ones: their numbers are taken
         # after the versions: it is written before they go
         numbers += map(int, list_names(self.storage, f"models/{run.model}/deleted/", r"\d{8}"))

@@ -21,7 +21,7 @@ from typing import Literal
 
 from pydantic import Field
 
-from genmodels.checkpoint import Metrics, Place
+from genmodels.checkpoint import CheckpointRef, Metrics
 from genmodels.storage import (
     Document,
     Time,
@@ -59,7 +59,7 @@ class Status(Document):
     state: State
     attempt: int = Field(0, ge=0)  # the highest number given out
     workers: int = Field(0, ge=0)  # of that attempt
-    epoch: int = Field(0, ge=0, lt=2**53)  # of the dispatcher's lease under which this was written
+    lease_term: int = Field(0, ge=0, lt=2**53)  # of the dispatcher's lease under which this was written
     wishes: int = 0  # number of the last wish that was dealt with
     fruitless: int = 0  # attempts in a row without a new checkpoint, as far as they count
     out_of_memory: int = 0  # attempts that ended so
@@ -119,12 +119,12 @@ class Result(Document):
     startup_seconds: float = 0.0  # what Ray needed until the workers ran, this attempt
 
 
-class Start(Document):
+class AttemptStart(Document):
     object_kind = "start"
     remedy = "the run's history cannot be followed; restore it from a backup, or submit the job again"
 
     attempt: int
-    parent: Place | None
+    parent: CheckpointRef | None
     world_size: int
     time: Time
 
@@ -148,12 +148,12 @@ class Wish(Document):
 
 
 @dataclass(frozen=True)
-class Link:
+class ChainLink:
     """An attempt of the chain, and the step at which the next one took over (None: it is the last)."""
 
     attempt: int
     until: int | None
-    parent: Place | None
+    parent: CheckpointRef | None
 
     def holds(self, step: int) -> bool:
         return self.until is None or step <= self.until

@@ -12,9 +12,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 from genmodels import checkpoint
-from genmodels.checkpoint import Manifest, Place
+from genmodels.checkpoint import CheckpointRef, Manifest
 from genmodels.errors import CheckpointError, Conflict, DamagedObject, KeyNotFound, Superseded
-from genmodels.runs.records import Heartbeat, Link, LogLine, Result, Start, Status, Wish
+from genmodels.runs.records import AttemptStart, ChainLink, Heartbeat, LogLine, Result, Status, Wish
 from genmodels.storage import (
     Document,
     Storage,
@@ -42,13 +42,13 @@ class Run:
 
     # Attempts and the chain
 
-    def start(self, attempt: int, parent: Place | None, world_size: int) -> Start:
+    def start_attempt(self, attempt: int, parent: CheckpointRef | None, world_size: int) -> AttemptStart:
         """Claim an attempt number for this process.
 
         Raises:
             Superseded: that attempt was started by another process, or a higher one exists.
         """
-        start = Start(attempt=attempt, parent=parent, world_size=world_size, time=now())
+        start = AttemptStart(attempt=attempt, parent=parent, world_size=world_size, time=now())
         try:
             self._write(attempt, "start.json", start, if_absent=True)
         except Conflict:
@@ -73,49 +73,49 @@ class Run:
         found = (attempt for attempt in self.attempts() if attempt > after)
         return [attempt for attempt in found if self.storage.exists(self._key(attempt, "start.json"))]
 
-    def start_of(self, attempt: int) -> Start | None:
+    def attempt_start(self, attempt: int) -> AttemptStart | None:
         """The start of an attempt, None if it has not started. Raises DamagedObject."""
-        return self._read(attempt, "start.json", Start, attempt=attempt)
+        return self._read(attempt, "start.json", AttemptStart, attempt=attempt)
 
-    def chain(self) -> list[Link]:
+    def chain(self) -> list[ChainLink]:
         """The attempts that make up this run's history, oldest first."""
         started = self.started()
-        links: list[Link] = []
+        links: list[ChainLink] = []
         attempt = started[-1] if started else None
         until: int | None = None
         while attempt is not None:
-            start = self.start_of(attempt)
+            start = self.attempt_start(attempt)
             if start is None:
                 raise CheckpointError(f"{self.prefix}: the history names attempt {attempt}, which has no start.json")
             parent = start.parent
             if parent and parent.attempt >= attempt:
                 raise CheckpointError(f"{self.prefix}: attempt {attempt} cannot go on from attempt {parent.attempt}")
-            links.append(Link(attempt, until, parent))
+            links.append(ChainLink(attempt, until, parent))
             attempt, until = (parent.attempt, parent.step) if parent else (None, None)
         return links[::-1]
 
     # Checkpoints
 
-    def checkpoint_prefix(self, place: Place) -> str:
-        return self._key(place.attempt, f"checkpoints/step-{place.step:08d}")
+    def checkpoint_prefix(self, ref: CheckpointRef) -> str:
+        return self._key(ref.attempt, f"checkpoints/step-{ref.step:08d}")
 
-    def checkpoints(self) -> list[Place]:
+    def checkpoints(self) -> list[CheckpointRef]:
         """Complete checkpoints of the chain, by step. What an overtaken attempt wrote later is not among them."""
         return [
-            Place(attempt=link.attempt, step=step)
+            CheckpointRef(attempt=link.attempt, step=step)
             for link in self.chain()
             for step in self._saved(link.attempt)
             if link.holds(step)
         ]
 
-    def manifest(self, place: Place) -> Manifest:
-        return checkpoint.read_manifest(self.storage, self.checkpoint_prefix(place))
+    def manifest(self, ref: CheckpointRef) -> Manifest:
+        return checkpoint.read_manifest(self.storage, self.checkpoint_prefix(ref))
 
-    def manifests(self) -> Iterator[tuple[Place, Manifest]]:
+    def manifests(self) -> Iterator[tuple[CheckpointRef, Manifest]]:
         """Complete checkpoints with their manifests, but for those cleaned away meanwhile or damaged."""
-        for place in self.checkpoints():
+        for ref in self.checkpoints():
             try:
-                yield place, self.manifest(place)
+                yield ref, self.manifest(ref)
             except CheckpointError:
                 continue
 
@@ -190,7 +190,7 @@ class Run:
         for attempt in reversed(self.attempts()):
             spans.insert(0, (attempt, taken_over))
             with contextlib.suppress(DamagedObject):  # then that attempt's lines and the one's before it may mix
-                start = self.start_of(attempt)
+                start = self.attempt_start(attempt)
                 taken_over = start.time if start else taken_over
         for attempt, until in spans:
             sources = [source] if source else self.storage.folders(self._key(attempt, "logs/"))
@@ -201,7 +201,7 @@ class Run:
 
     # Heartbeats, results, wishes, status
 
-    def beat(self, attempt: int, heartbeat: Heartbeat, if_match: str | None = None) -> str:
+    def write_heartbeat(self, attempt: int, heartbeat: Heartbeat, if_match: str | None = None) -> str:
         """Write a heartbeat; its etag.
 
         Args:
@@ -218,7 +218,7 @@ class Run:
             return self._read(attempt, "heartbeat.json", Heartbeat)
         return None
 
-    def end(self, attempt: int, result: Result) -> None:
+    def write_result(self, attempt: int, result: Result) -> None:
         self._write(attempt, "result.json", result)
 
     def result(self, attempt: int) -> Result | None:
@@ -300,10 +300,10 @@ class Run:
         found = map(pattern.fullmatch, self._names(f"attempt-{attempt}/checkpoints/"))
         return sorted(int(match[1]) for match in found if match)
 
-    def _rows(self, link: Link) -> Iterator[dict[str, Any]]:
+    def _rows(self, link: ChainLink) -> Iterator[dict[str, Any]]:
         return (decode_floats(row) for _, row in self._lines(link))
 
-    def _lines(self, link: Link, after: int = -1) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    def _lines(self, link: ChainLink, after: int = -1) -> Iterator[tuple[bytes, dict[str, Any]]]:
         """Rows of later steps, each as it is stored and parsed. Parts are named by their first step."""
         folder = self._key(link.attempt, "metrics/")
         parts = list_names(self.storage, folder, PART)

@@ -2,13 +2,13 @@
 
 The holder writes the object again every few seconds. Who wants it watches the etag: if it has not changed for the
 lease's length of the watcher's own monotonic clock, the holder is taken to be gone. The holder, by its own clock, knows
-itself when its time is over. What it still does after that, because it was paused in the middle, is what epochs are
+itself when its time is over. What it still does after that, because it was paused in the middle, is what terms are
 for.
 
 A damaged lease is held by someone unknown: it is taken over like that of a holder who is gone, by compare-and-swap on
 its etag, after it has stayed unchanged for the lease's length. A holder that lives writes it anew before that. The
-number of its epoch is lost with it, and with a lease that was deleted. Epochs must only grow, or states that were
-stamped under the old one could not be written any more: so `try_acquire` asks its caller for the highest epoch that
+number of its term is lost with it, and with a lease that was deleted. Terms must only grow, or states that were
+stamped under the old one could not be written any more: so `try_acquire` asks its caller for the highest term that
 stands elsewhere (the dispatcher: in the statuses of open runs), and `outgrow` takes note of a higher one that is met
 later (in the status of an ended run that is resumed).
 """
@@ -32,9 +32,9 @@ class LeaseDocument(Document):
     object_kind = "lease"
     remedy = "nothing: it is written anew when its time is over"
 
-    epoch: int = Field(ge=0)
+    term: int = Field(ge=0)
     holder: str  # "" when it was given back
-    beat: int = 0
+    renewals: int = 0
 
 
 class Lease:
@@ -47,13 +47,13 @@ class Lease:
         self._mine: tuple[LeaseDocument, str] | None = None  # as written last, and its etag
         self._renewed = 0.0
         self._seen: tuple[str, float] | None = None  # somebody else's etag, and since when
-        self._outgrown = 0  # the next epoch is higher
+        self._outgrown = 0  # the next term is higher
 
     def try_acquire(self, stamped: Callable[[], int] = lambda: 0) -> int | None:
-        """The epoch, which only grows, if the lease is this one's now; None while somebody else's is fresh.
+        """The term, which only grows, if the lease is this one's now; None while somebody else's is fresh.
 
         Args:
-            stamped: gives the highest epoch that stands elsewhere; called where the lease's own number is lost.
+            stamped: gives the highest term that stands elsewhere; called where the lease's own number is lost.
 
         Raises:
             StorageUnavailable: nobody can tell.
@@ -64,13 +64,13 @@ class Lease:
             is_free = current is not None and current.holder in ("", self._me)
             if etag and not is_free and not self._is_stale(etag, time.monotonic()):
                 return None
-            last = current.epoch if current else stamped()
-            mine = LeaseDocument(epoch=max(last, self._outgrown) + 1, holder=self._me)
+            last = current.term if current else stamped()
+            mine = LeaseDocument(term=max(last, self._outgrown) + 1, holder=self._me)
             try:
                 self._write(mine, etag, began)
             except Conflict:  # somebody else was quicker
                 return None
-            return mine.epoch
+            return mine.term
 
     def wait_until_free(self, poll_seconds: float = 0.2) -> None:
         """Return when nobody holds it, or its holder has written nothing for the lease's length."""
@@ -80,9 +80,9 @@ class Lease:
                 return
             time.sleep(poll_seconds)
 
-    def outgrow(self, epoch: int) -> None:
-        """Make the next epoch higher than one that was met: it was given before the lease was damaged or deleted."""
-        self._outgrown = max(self._outgrown, epoch)
+    def outgrow(self, term: int) -> None:
+        """Make the next term higher than one that was met: it was given before the lease was damaged or deleted."""
+        self._outgrown = max(self._outgrown, term)
 
     def renew(self) -> None:
         """Hold it for another while.
@@ -98,12 +98,12 @@ class Lease:
             began = time.monotonic()
             try:
                 try:
-                    self._write(lease.model_copy(update={"beat": lease.beat + 1}), etag, began)
+                    self._write(lease.model_copy(update={"renewals": lease.renewals + 1}), etag, began)
                 except Conflict:
-                    self._write(lease.model_copy(update={"beat": lease.beat + 2}), self._own_etag(lease), began)
+                    self._write(lease.model_copy(update={"renewals": lease.renewals + 2}), self._own_etag(lease), began)
             except Conflict:
                 self._mine = None
-                raise LeaseLost(f"the lease of epoch {lease.epoch} was taken over by another dispatcher") from None
+                raise LeaseLost(f"the lease of term {lease.term} was taken over by another dispatcher") from None
 
     def held(self) -> bool:
         """Whether it is certain that nobody else has it."""
@@ -131,7 +131,7 @@ class Lease:
         if not etag:
             raise Conflict(f"{self.name}: is gone")
         damaged_under_us = current is None and self.held()  # nobody else can have taken it in that time
-        if not damaged_under_us and (current is None or (current.holder, current.epoch) != (self._me, lease.epoch)):
+        if not damaged_under_us and (current is None or (current.holder, current.term) != (self._me, lease.term)):
             raise Conflict(f"{self.name}: is another's")
         return etag
 

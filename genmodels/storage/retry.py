@@ -21,7 +21,9 @@ MAX_WAIT_SECONDS = 10.0  # between two tries of what waits for the store
 T = TypeVar("T")
 
 
-def patiently(work: Callable[[], T], waiting: Callable[[StorageUnavailable], None] = lambda outage: None) -> T:
+def retry_until_available(
+    work: Callable[[], T], waiting: Callable[[StorageUnavailable], None] = lambda outage: None
+) -> T:
     """What `work` returns, tried again for as long as an outage lasts.
 
     Args:

@@ -17,10 +17,10 @@ import torch
 import torch.distributed as dist
 
 from genmodels import __version__, checkpoint, metrics, models
-from genmodels.checkpoint import Lineage, Manifest, Place
+from genmodels.checkpoint import CheckpointRef, Lineage, Manifest
 from genmodels.data import Dataset, open_dataset
 from genmodels.errors import CheckpointError, SpecError
-from genmodels.evals.images import spread
+from genmodels.evals.images import evenly_spaced
 from genmodels.family import Batch, Family, TextFamily
 from genmodels.preflight import servable
 from genmodels.registry import init_from
@@ -72,7 +72,7 @@ def run_attempt(
     spec = stored_model(storage, job, model)
     run = Run(storage, job, model)
     if group.rank == 0:  # from here on the driver no longer beats for this attempt
-        run.beat(attempt, Heartbeat(phase="starting", max_steps=spec.train.max_steps, tick=1))
+        run.write_heartbeat(attempt, Heartbeat(phase="starting", max_steps=spec.train.max_steps, tick=1))
     dataset = open_dataset(spec.data, storage)
     with checkpoint.scratch_folder() as name:
         parent = _claim(run, attempt, group, Path(name))
@@ -84,7 +84,9 @@ def run_attempt(
         family, served, scratch = (build(spec, dataset) for _ in range(3))
         if source and not parent:
             init_from.load(family, source)
-        goes_on = f"goes on from step {parent.place.step} of attempt {parent.place.attempt}" if parent else "begins"
+        goes_on = (
+            f"goes on from step {parent.checkpoint.step} of attempt {parent.checkpoint.attempt}" if parent else "begins"
+        )
         log.info("attempt %d, rank %d of %d: %s", attempt, group.rank, group.world_size, goes_on)
         if group.rank > 0:
             return train(spec, family, served, dataset, group, None, resume)
@@ -93,7 +95,7 @@ def run_attempt(
             data_digest=dataset.digest,
             code_version=__version__,
             world_size=group.world_size,
-            parent=parent.place if parent else None,
+            parent=parent.checkpoint if parent else None,
         )
         effort = _effort(spec, scratch, dataset, group.device) if metrics.exported() else None
         with RunRecorder(
@@ -119,7 +121,7 @@ def build(spec: ModelSpec, dataset: Dataset) -> Family[Any, Any]:
 def fit_batches(dataset: Dataset, family: Family[Any, Any]) -> Iterator[Batch]:
     """A bounded, fixed part of the training data for `Family.fit`."""
     split = dataset.split("train", family.block_size if isinstance(family, TextFamily) else None)
-    chosen = spread(len(split), FIT_EXAMPLES)
+    chosen = evenly_spaced(len(split), FIT_EXAMPLES)
     for index in np.array_split(chosen, -(-len(chosen) // FIT_BATCH)):
         yield to_tensors(split.take(index, np.zeros_like(index)), torch.device("cpu"))
 
@@ -136,7 +138,7 @@ def _effort(spec: ModelSpec, family: Family[Any, Any], dataset: Dataset, device:
 class Parent:
     """The checkpoint an attempt goes on from, fetched and verified."""
 
-    place: Place
+    checkpoint: CheckpointRef
     folder: Path
     manifest: Manifest
 
@@ -146,25 +148,25 @@ def _claim(run: Run, attempt: int, group: Group, folder: Path) -> Parent | None:
     parent = None
     if group.rank == 0:
         parent = _newest_whole(run, folder)
-        run.start(attempt, parent.place if parent else None, group.world_size)
+        run.start_attempt(attempt, parent.checkpoint if parent else None, group.world_size)
     if dist.is_initialized():
         dist.barrier()
     if group.rank == 0:
         return parent
-    place = run.chain()[-1].parent
-    return _fetch(run, place, folder) if place else None
+    ref = run.chain()[-1].parent
+    return _fetch(run, ref, folder) if ref else None
 
 
 def _newest_whole(run: Run, folder: Path) -> Parent | None:
-    for place in reversed(run.checkpoints()):
+    for ref in reversed(run.checkpoints()):
         try:
-            return _fetch(run, place, folder)
+            return _fetch(run, ref, folder)
         except CheckpointError:
             continue  # damaged, or cleaned away meanwhile: the one before will do
     return None
 
 
-def _fetch(run: Run, place: Place, folder: Path) -> Parent:
-    target = folder / f"{place.attempt}-{place.step}"
+def _fetch(run: Run, ref: CheckpointRef, folder: Path) -> Parent:
+    target = folder / f"{ref.attempt}-{ref.step}"
     target.mkdir()
-    return Parent(place, target, checkpoint.fetch(run.storage, run.checkpoint_prefix(place), target))
+    return Parent(ref, target, checkpoint.fetch(run.storage, run.checkpoint_prefix(ref), target))

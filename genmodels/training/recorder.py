@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from genmodels import checkpoint
-from genmodels.checkpoint import Lineage, Manifest, Place, Snapshot
+from genmodels.checkpoint import CheckpointRef, Lineage, Manifest, Snapshot
 from genmodels.errors import StorageUnavailable
 from genmodels.family import Batch, Family, TextFamily
 from genmodels.metrics import CHECKPOINT_BYTES, CHECKPOINT_FAILURES, CHECKPOINT_SECONDS, CHECKPOINT_STALL_SECONDS
@@ -27,7 +27,7 @@ from genmodels.registry import gate, pin
 from genmodels.runs.records import Heartbeat, Phase
 from genmodels.runs.store import Run
 from genmodels.spec.sections import ModelSpec
-from genmodels.storage.retry import patiently
+from genmodels.storage.retry import retry_until_available
 from genmodels.training.flops import Effort
 from genmodels.training.gauges import TrainingGauges
 
@@ -190,7 +190,7 @@ class RunRecorder:
         latest, durations = self.heartbeat, list(self.durations)
         step_seconds = statistics.median(durations) if durations else None
         facts = {"step_seconds": step_seconds, "waiting": self.waiting}
-        self.run.beat(self.attempt, latest.model_copy(update=facts))
+        self.run.write_heartbeat(self.attempt, latest.model_copy(update=facts))
         return latest
 
     def _flush(self) -> None:
@@ -228,7 +228,7 @@ class RunRecorder:
                 files=checkpoint.describe_files(folder),
             )
             self._persist(self._flush)  # who resumes from this checkpoint has the metrics up to it
-            prefix = self.run.checkpoint_prefix(Place(attempt=self.attempt, step=snapshot.step))
+            prefix = self.run.checkpoint_prefix(CheckpointRef(attempt=self.attempt, step=snapshot.step))
             failures = CHECKPOINT_FAILURES.labels(self.spec.family)
             self._persist(
                 lambda: checkpoint.upload(self.run.storage, prefix, folder, manifest, self._fence), failures.inc
@@ -246,11 +246,11 @@ class RunRecorder:
         """
         leftovers = self.run.leftovers(before_step=step)
         whole = list(self.run.manifests())
-        keep = [place for place, _ in whole[-self.spec.checkpoints.num_to_keep :]] + pin.marked(self.run)
+        keep = [ref for ref, _ in whole[-self.spec.checkpoints.num_to_keep :]] + pin.marked(self.run)
         if self.spec.serve.gate and whole:
             keep.append(gate.best(self.spec.serve.gate, whole)[0])
-        doomed = [place for place, _ in whole if place not in keep]
-        return leftovers + [f"{self.run.checkpoint_prefix(place)}/{checkpoint.MANIFEST}" for place in doomed]
+        doomed = [ref for ref, _ in whole if ref not in keep]
+        return leftovers + [f"{self.run.checkpoint_prefix(ref)}/{checkpoint.MANIFEST}" for ref in doomed]
 
     def _delete(self, key: str) -> None:
         self._fence()
@@ -271,7 +271,7 @@ class RunRecorder:
                 raise self.error
             self._waits(thread, outage.reason)
 
-        result = patiently(work, waiting)
+        result = retry_until_available(work, waiting)
         self._waits(thread)
         return result
 

@@ -193,9 +193,9 @@ def resume(job: JobId, models: Models = None, api: Api = API) -> None:
 
 def _follow(service: Client, job: JobView, gateway: str | None, as_json: bool) -> int:
     from services.cli.wait import conclude, follow
-    from services.cluster.environment import outlive_output
+    from services.cluster.environment import ignore_output_errors
 
-    outlive_output()
+    ignore_output_errors()
     shown = console(stderr=as_json)
     try:
         job = follow(service, job, shown)

@@ -13,7 +13,7 @@ from typer.core import TyperGroup
 from genmodels.errors import GenmodelsError, SpecError
 from services.cli import admin, delete, jobs, models
 from services.cli.options import SpecFile, StorageUrl, storage
-from services.cluster.environment import settle
+from services.cluster.environment import isolate_process
 
 PANEL = "On this machine alone"
 
@@ -50,7 +50,7 @@ UsageError: Any = typer.BadParameter.__base__  # of the click that typer carries
 
 def main() -> None:
     """Entry point. Exits with 2 for a wrong spec or usage, 1 for what failed, 130 after Ctrl-C."""
-    settle()
+    isolate_process()
     try:
         sys.exit(app(prog_name="genmodels", standalone_mode=False) or 0)
     except GenmodelsError as error:

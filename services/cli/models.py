@@ -138,7 +138,7 @@ def evaluate(
         registry.fetch(found, Path(name))
         began = time.monotonic()
         measured = measure(
-            Run(store, found.job, found.model), found.place, spec, found.lineage, Path(name), thorough=thorough
+            Run(store, found.job, found.model), found.checkpoint, spec, found.lineage, Path(name), thorough=thorough
         )
     evaluation = evaluations.record(registry, found, measured, thorough=thorough, seconds=time.monotonic() - began)
     if as_json:

@@ -1,4 +1,4 @@
-"""Open files and sockets: how many a process of ours may have. Ray waits for ever where they are too few."""
+"""The limit of open files and sockets of a process. Ray waits for ever where the limit is too low."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ MIN_FILES, MAX_FILES = 1024, 65_536
 
 
 def raise_file_limit() -> None:
-    """Raise the limit for this process and its children as far as it may be raised.
+    """Raise the limit for this process and its children as far as the system allows, up to MAX_FILES.
 
     Raises:
-        GenmodelsError: it stays too low for a platform.
+        GenmodelsError: the limit stays below MIN_FILES.
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     wanted = MAX_FILES if hard == resource.RLIM_INFINITY else min(hard, MAX_FILES)
@@ -27,6 +27,6 @@ def raise_file_limit() -> None:
 
 
 def file_limit() -> int:
-    """How many files and sockets this process may have open."""
+    """Return how many files and sockets this process may have open; MAX_FILES if there is no limit."""
     soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
     return MAX_FILES if soft == resource.RLIM_INFINITY else soft

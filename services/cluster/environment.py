@@ -1,7 +1,7 @@
 """Make a process and all that it starts independent of the user's shell, folder, proxies and terminal.
 
-`settle` is called once, where a process tree begins. Everything that it starts inherits the result, Ray's own processes
-too, so no other place has to think of proxies, locales or import paths.
+`isolate_process` is called once, where a process tree begins. All processes of the tree inherit the result, Ray's own
+processes too, so no other place has to handle proxies, locales or import paths.
 """
 
 from __future__ import annotations
@@ -19,9 +19,9 @@ from genmodels.errors import GenmodelsError
 
 ROOT = Path(__file__).resolve().parents[2]
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
-ANYWHERE = "localhost,0.0.0.0/0,::/0"  # gRPC connects Ray's processes with each other and nothing else
-INTERPRETER = ("PYTHONINSPECT", "PYTHONSTARTUP", "PYTHONIOENCODING", "PYTHONWARNINGS")  # meant for a person's session
-FOLDERS = (  # variables that name a file or folder, which children have to find from a folder of their own
+ANYWHERE = "localhost,0.0.0.0/0,::/0"  # no proxy for gRPC at all: it connects Ray's processes with each other only
+INTERPRETER = ("PYTHONINSPECT", "PYTHONSTARTUP", "PYTHONIOENCODING", "PYTHONWARNINGS")  # for an interactive session
+FOLDERS = (  # variables whose relative paths are made absolute, because children run in other folders
     "AWS_CA_BUNDLE",
     "AWS_CONFIG_FILE",
     "AWS_SHARED_CREDENTIALS_FILE",
@@ -35,11 +35,11 @@ SOCKET_BYTES = 107  # the longest path of a Unix socket
 RAY_SOCKET = "ray/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store"  # the longest that Ray makes
 
 
-def settle() -> None:
+def isolate_process() -> None:
     """Make this process and what it starts independent of the user's shell. Call it before any output.
 
-    A process with a locale other than UTF-8 starts anew in Python's UTF-8 mode: else names of files would have one
-    form here and another one in children. What it prints keeps the terminal's own encoding.
+    A process with a locale other than UTF-8 starts again in Python's UTF-8 mode; otherwise file names would have one
+    form here and another one in children. The output keeps the terminal's own encoding.
     """
     _open_standard_streams()
     if sys.getfilesystemencoding() != "utf-8":
@@ -48,11 +48,11 @@ def settle() -> None:
         os.execv(sys.executable, [sys.executable, "-X", "utf8", *sys.orig_argv[1:]])
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="replace")  # type: ignore[union-attr]
-    os.environ |= settled(os.environ)
+    os.environ |= isolated_environment(os.environ)
 
 
-class _Lasting:
-    """A stream that this process outlives: what can no longer be written (a closed pipe, a full disk) is dropped."""
+class _LossyStream:
+    """A stream whose write errors are ignored: output that cannot be written (closed pipe, full disk) is dropped."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
@@ -78,23 +78,23 @@ class _Lasting:
         return 0
 
 
-def outlive_output() -> None:
-    """Go on when nobody can read the output any more. For commands whose work counts, not what they print."""
-    sys.stdout, sys.stderr = _Lasting(sys.stdout), _Lasting(sys.stderr)
+def ignore_output_errors() -> None:
+    """Continue when the output can no longer be written. For commands whose work matters more than their output."""
+    sys.stdout, sys.stderr = _LossyStream(sys.stdout), _LossyStream(sys.stderr)
 
 
-def settled(environment: Mapping[str, str]) -> dict[str, str]:
-    """Return the variables that differ from a user's environment. Empty ones count as not set."""
+def isolated_environment(environment: Mapping[str, str]) -> dict[str, str]:
+    """Return the variables to change in a user's environment. Empty variables count as not set."""
     changes = {name: "" for name in INTERPRETER if environment.get(name)}
     changes |= {name: os.path.abspath(path) for name in FOLDERS if (path := environment.get(name))}
     search = [path for path in environment.get("PYTHONPATH", "").split(os.pathsep) if os.path.isabs(path)]
-    if (ROOT / "pyproject.toml").exists():  # a checkout: children run its code, installed or not
+    if (ROOT / "pyproject.toml").exists():  # a checkout: children import its code, also if it is not installed
         search = [str(ROOT), *(path for path in search if path != str(ROOT))]
     no_proxy = [entry.strip() for name in ("no_proxy", "NO_PROXY") for entry in environment.get(name, "").split(",")]
     direct = ",".join(dict.fromkeys(filter(None, [*no_proxy, *LOOPBACK])))
     return changes | {
         "PYTHONUTF8": "1",
-        "PYTHONSAFEPATH": "1",  # no module of the folder that a process is started in
+        "PYTHONSAFEPATH": "1",  # import nothing from the folder in which a process starts
         "PYTHONPATH": os.pathsep.join(search),
         "no_proxy": direct,
         "NO_PROXY": direct,
@@ -103,27 +103,31 @@ def settled(environment: Mapping[str, str]) -> dict[str, str]:
 
 
 def python(module: str, *arguments: str) -> list[str]:
-    """Return the command that runs `services.<module>`. It imports nothing from the folder it is started in."""
+    """Return the command that runs `services.<module>`. It imports nothing from its working folder."""
     return [sys.executable, "-P", "-m", f"services.{module}", *arguments]
 
 
 def ray_command(*arguments: str) -> list[str]:
-    """Return a command of Ray's own command line."""
+    """Return a command that calls Ray's own command line."""
     return [str(Path(sysconfig.get_path("scripts")) / "ray"), *arguments]
 
 
 @contextlib.contextmanager
-def own_folder() -> Iterator[Path]:
-    """Make a folder that only this user reads, short enough for the sockets that Ray makes in it; it goes at the end.
+def private_folder() -> Iterator[Path]:
+    """Create a folder that only this user can read, and delete it at the end.
 
-    Ray's processes and drivers work in it: Ray adds a driver's working directory to the import path of its workers.
+    Its path is short enough for the sockets that Ray creates in it. Ray's processes and drivers use it as working
+    directory, because Ray adds a driver's working directory to the import path of its workers.
+
+    Raises:
+        GenmodelsError: no temporary folder is short enough and writable.
     """
-    with _made() as folder:
+    with _temporary_folder() as folder:
         yield Path(folder)
 
 
-def _made() -> tempfile.TemporaryDirectory[str]:
-    """Make it in the first temporary folder that is short enough and can be written to."""
+def _temporary_folder() -> tempfile.TemporaryDirectory[str]:
+    """Create a folder in the first of RAY_TMPDIR, TMPDIR and /tmp that is short enough and writable."""
     longest = SOCKET_BYTES - len(f"/gm-00000000/{RAY_SOCKET}")
     candidates = [os.environ.get("RAY_TMPDIR") or "", os.environ.get("TMPDIR") or "", "/tmp"]
     for folder in candidates:
@@ -136,7 +140,7 @@ def _made() -> tempfile.TemporaryDirectory[str]:
 
 
 def _open_standard_streams() -> None:
-    """Open what is closed of standard input, output and errors: else the next file or socket takes its number."""
+    """Open standard input, output and error where they are closed; otherwise the next file would take their number."""
     for number in range(3):
         try:
             os.fstat(number)

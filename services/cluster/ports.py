@@ -1,4 +1,4 @@
-"""TODO"""
+"""Ports of this machine: whether one is free, and free ones in a row."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ HOST = "127.0.0.1"
 
 
 def check_port(port: int, option: str = "--port") -> None:
+    """Raise GenmodelsError if another process listens on a port; the message names the option that chooses another."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
@@ -29,7 +30,11 @@ def is_free(port: int) -> bool:
 
 
 def free_ports(count: int) -> int:
-    """The first of some free ports in a row, below those that the system gives to outgoing connections."""
+    """Return the first of `count` free ports in a row, below those that the system gives to outgoing connections.
+
+    Raises:
+        GenmodelsError: there is no such row.
+    """
     for _ in range(100):
         first = random.SystemRandom().randrange(20_000, 32_000)
         with contextlib.ExitStack() as stack, contextlib.suppress(OSError):

@@ -1,4 +1,4 @@
-"""Child processes that are kept running: started again when they end, gone when this process is."""
+"""ManagedProcess processes that are kept running: restarted when they end, ended when this process ends."""
 
 from __future__ import annotations
 
@@ -12,89 +12,95 @@ from pathlib import Path
 from typing import BinaryIO
 
 from services.cluster.environment import python
-from services.cluster.reaper import REMOVE, sweep
+from services.cluster.reaper import REMOVE, kill_session
 
 BACK_OFF_SECONDS = (0.2, 1.0, 3.0, 10.0, 30.0)
-STEADY_SECONDS = 60.0  # of running, after which an end counts as the first
-READY_EVERY = 0.5  # seconds between two looks whether a child is ready
+STEADY_SECONDS = 60.0  # of running, after which the back-off begins again
+READY_EVERY = 0.5  # seconds between two readiness checks of a process
 
-Tell = Callable[[str], None]
+PrintLine = Callable[[str], None]
 
 
 @dataclass
-class Child:
-    """One of them. Secrets belong into `environment`, which nobody else sees.
+class ManagedProcess:
+    """A child process that `poll` keeps running, under a reaper.
 
-    Its output is appended to `log`; None: it goes where this process's goes. It works in `folder`, by default in this
-    process's.
+    Attributes:
+        log: the file that its output is appended to; None: this process's own output.
+        ready: return whether the process is ready; quick to answer.
+        address: printed when the process is ready, e.g. its URL.
+        environment: all of its variables. Secrets belong here: other users cannot read them.
+        folder: its working directory; default: this process's.
+        temporary: a folder that the reaper removes if this process is killed.
     """
 
     name: str
     command: list[str]
     log: Path | None
-    ready: Callable[[], bool]  # quick to answer
-    says: str  # what is shown when it is ready, e.g. its URL
+    ready: Callable[[], bool]
+    address: str
     environment: Mapping[str, str] = field(default_factory=dict)
     folder: Path | None = None
-    leaves: Path | None = None  # a folder that its guard removes if this process is killed
+    temporary: Path | None = None
 
     process: subprocess.Popen[bytes] | None = field(default=None, init=False)
     is_ready: bool = field(default=False, init=False)
-    _began: float = field(default=0.0, init=False)
+    _started: float = field(default=0.0, init=False)
     _start_at: float = field(default=0.0, init=False)
-    _look_at: float = field(default=0.0, init=False)
-    _ends: int = field(default=0, init=False)
+    _check_at: float = field(default=0.0, init=False)
+    _failures: int = field(default=0, init=False)
 
     @property
-    def runs(self) -> bool:
+    def is_running(self) -> bool:
         return self.process is not None and self.process.poll() is None
 
-    def tend(self, tell: Tell) -> None:
-        """Start it if it is due, see whether it is ready or has ended."""
+    def poll(self, print_line: PrintLine) -> None:
+        """Start the process if a start is due; else check whether it has ended or become ready."""
         now = time.monotonic()
         if self.process is None:
             if now >= self._start_at:
                 self._start()
         elif (code := self.process.poll()) is not None:
-            self._ended(code, tell)
-        elif not self.is_ready and now >= self._look_at:
-            self._look_at = now + READY_EVERY
+            self._schedule_restart(code, print_line)
+        elif not self.is_ready and now >= self._check_at:
+            self._check_at = now + READY_EVERY
             if self.ready():
                 self.is_ready = True
-                tell(f"{self.name:<12} {self.says}   ready after {time.monotonic() - self._began:.0f} s")
+                print_line(f"{self.name:<12} {self.address}   ready after {time.monotonic() - self._started:.0f} s")
 
     def stop(self, seconds: float) -> None:
-        """SIGTERM, and SIGKILL for what is left of it after that time."""
+        """Send SIGTERM, and after `seconds` SIGKILL to all processes that are left of it."""
         if self.process is None:
             return
         if seconds:
             self.process.send_signal(signal.SIGTERM)
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self.process.wait(seconds)
-        self._clear()
+        self._kill_all()
 
     def _start(self) -> None:
+        remove = [f"{REMOVE}{self.temporary}"] if self.temporary else []
         with self._output() as log:
             self.process = subprocess.Popen(
-                python("cluster.reaper", *([f"{REMOVE}{self.leaves}"] if self.leaves else []), *self.command),
-                stdin=subprocess.PIPE,  # never written to; its end tells the guard that this process is gone
+                python("cluster.reaper", *remove, *self.command),
+                stdin=subprocess.PIPE,  # never written to; its end shows the reaper that this process is gone
                 stdout=log,
                 stderr=subprocess.STDOUT,
                 env=dict(self.environment),
                 cwd=self.folder,
                 start_new_session=True,
             )
-        self.is_ready, self._began = False, time.monotonic()
+        self.is_ready, self._started = False, time.monotonic()
 
-    def _ended(self, code: int, tell: Tell) -> None:
-        self._clear()
+    def _schedule_restart(self, code: int, print_line: PrintLine) -> None:
+        self._kill_all()
         now = time.monotonic()
-        self._ends = 0 if now - self._began > STEADY_SECONDS else self._ends
-        pause = BACK_OFF_SECONDS[min(self._ends, len(BACK_OFF_SECONDS) - 1)]
-        self._ends += 1
+        self._failures = 0 if now - self._started > STEADY_SECONDS else self._failures
+        pause = BACK_OFF_SECONDS[min(self._failures, len(BACK_OFF_SECONDS) - 1)]
+        self._failures += 1
         self._start_at = now + pause
         log = f". Log: {self.log}" if self.log else ""
-        tell(f"{self.name:<12} {_how(code)}; it starts again in {pause:g} s{log}")
+        print_line(f"{self.name:<12} {_how_it_ended(code)}; restarts in {pause:g} s{log}")
 
     def _output(self) -> contextlib.AbstractContextManager[BinaryIO | None]:
         if self.log is None:
@@ -102,20 +108,20 @@ class Child:
         self.log.parent.mkdir(parents=True, exist_ok=True)
         return self.log.open("ab")
 
-    def _clear(self) -> None:
-        """Whatever it started goes with it."""
+    def _kill_all(self) -> None:
+        """Kill the process and every process that it started."""
         if self.process is None:
             return
         self.process.kill()
         self.process.wait()
-        sweep(self.process.pid)
+        kill_session(self.process.pid)
         if self.process.stdin:
             self.process.stdin.close()
         self.process = None
 
 
-def _how(code: int) -> str:
-    """A negative code is a signal that ended the guard, one above 128 a signal that ended the command."""
+def _how_it_ended(code: int) -> str:
+    """Word an exit code: a negative one is a signal that ended the reaper, one above 128 ended the command."""
     number = -code if code < 0 else code - 128
     with contextlib.suppress(ValueError):
         return f"was ended by {signal.Signals(number).name}"

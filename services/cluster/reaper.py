@@ -1,10 +1,11 @@
-"""Runs a command and leaves nothing of it behind, however it or whoever started it ends.
+"""Run a command and leave none of its processes behind, however the command or its parent ends.
 
     python -m services.cluster.reaper [--remove=FOLDER] COMMAND ...
 
-Ray's processes outlive their parents for up to minutes, and hold ports. So a guard leads a session of its own; when the
-command ends, or the guard's standard input does (whoever held the other end is gone), it kills the whole session. In
-the second case it removes the folder, too: the process that would have done so was killed.
+Ray's processes outlive their parents for up to minutes, and hold ports. So the reaper leads a session of its own, and
+kills the whole session in two cases: the command ends, or the reaper's standard input ends because the parent, which
+held the other end, was killed. In the second case the reaper also removes the folder that its parent can no longer
+remove.
 """
 
 from __future__ import annotations
@@ -20,11 +21,11 @@ import time
 from pathlib import Path
 
 REMOVE = "--remove="
-REMOVE_SECONDS = 5.0  # for other guards to end what still writes to the folder
+REMOVE_SECONDS = 5.0  # for other reapers to end processes that still write to the folder
 
 
-def sweep(session: int) -> None:
-    """Kill every process of a session but this one."""
+def kill_session(session: int) -> None:
+    """Kill every process of a session except this one."""
     while pids := [pid for pid in _pids() if pid != os.getpid() and _is_of(pid, session)]:
         for pid in pids:
             with contextlib.suppress(ProcessLookupError):
@@ -37,22 +38,23 @@ def main() -> None:
     folder = arguments.pop(0).removeprefix(REMOVE) if arguments[0].startswith(REMOVE) else None
     command = subprocess.Popen(arguments, stdin=subprocess.DEVNULL)
     signal.signal(signal.SIGTERM, lambda *_: command.terminate())
-    ending = threading.Event()
-    end = threading.Thread(target=_end_with_input, args=[ending, folder], daemon=True)
-    end.start()
+    input_ended = threading.Event()
+    watcher = threading.Thread(target=_end_with_input, args=[input_ended, folder], daemon=True)
+    watcher.start()
     code = command.wait()
-    if ending.is_set():
-        end.join()  # which ends this process
-    sweep(os.getpid())
-    os._exit(code if code >= 0 else 128 - code)  # as a shell tells of a signal
+    if input_ended.is_set():
+        watcher.join()  # the watcher ends this process
+    kill_session(os.getpid())
+    os._exit(code if code >= 0 else 128 - code)  # as a shell reports a signal
 
 
-def _end_with_input(ending: threading.Event, folder: str | None) -> None:
-    with contextlib.suppress(OSError):  # an input that cannot be read is one whose other end is gone
+def _end_with_input(input_ended: threading.Event, folder: str | None) -> None:
+    """Wait for the end of standard input, then kill the session, remove the folder and end this process."""
+    with contextlib.suppress(OSError):  # an input that cannot be read has lost its other end
         while os.read(0, 1024):
             pass
-    ending.set()
-    sweep(os.getpid())
+    input_ended.set()
+    kill_session(os.getpid())
     deadline = time.monotonic() + REMOVE_SECONDS
     while folder and os.path.exists(folder) and time.monotonic() < deadline:
         shutil.rmtree(folder, ignore_errors=True)
@@ -65,6 +67,7 @@ def _pids() -> list[int]:
 
 
 def _is_of(pid: int, session: int) -> bool:
+    """Return whether a process belongs to a session; a zombie belongs to none."""
     try:
         status = Path(f"/proc/{pid}/stat").read_text()
     except OSError:

@@ -92,7 +92,7 @@ def registry_table(registry: Registry) -> Table:
         aliases = registry.aliases(model)
         for version in registry.all_versions(model):
             names = ", ".join(name for name, alias in aliases.items() if alias.version == version.version)
-            number, metrics, step = str(version.version), _metrics(version.metrics), str(version.place.step)
+            number, metrics, step = str(version.version), _metrics(version.metrics), str(version.checkpoint.step)
             table.add_row(model, version.family, number, names, metrics, version.job, step)
     return table
 

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import os
 import time
 from typing import Literal
 
 from genmodels.runs.records import Heartbeat, Wish
+from services.cluster.settings import settings
 from services.dispatch.backends.base import Driver
 
 LEAVE_SECONDS = 60.0  # for an attempt to save and end before it is killed; longer where ten steps take longer
@@ -15,13 +15,7 @@ LEAVE_SECONDS = 60.0  # for an attempt to save and end before it is killed; long
 KILL_SECONDS = 20.0  # for the ranks to write down their stacks before the driver is killed too
 
 
-HANG_SECONDS = float(os.environ.get("GENMODELS_HANG_SECONDS", "120"))  # without a tick; longer for slow steps
-
-
 HANG_STEPS = 10
-
-
-SLOW_SECONDS = float(os.environ.get("GENMODELS_SLOW_SECONDS", "900"))  # as HANG_SECONDS, of phases that tick seldom
 
 
 SLOW_PHASES = ("starting", "compiling", "publishing")
@@ -71,5 +65,6 @@ class _Attempt:
 
 def _patience(beat: Heartbeat) -> float:
     """Seconds without a tick that make a hang."""
-    slow = SLOW_SECONDS if beat.phase in SLOW_PHASES else HANG_SECONDS
+    limits = settings()
+    slow = limits.slow_seconds if beat.phase in SLOW_PHASES else limits.hang_seconds
     return max(slow, HANG_STEPS * (beat.step_seconds or 0.0))

@@ -1,6 +1,6 @@
 """From the queue in storage to drivers: one leased dispatcher starts, watches, preempts and ends all runs.
 
-It holds nothing that is not in storage: a new one reads the open jobs, stamps the epoch of its lease into the status
+It holds nothing that is not in storage: a new one reads the open jobs, stamps its lease term into the status
 of each run, so that the old one can write no state any more, and goes on. People leave wishes, drivers leave heartbeats
 and results; the dispatcher alone writes states.
 """
@@ -15,7 +15,6 @@ from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from os import environ
 from typing import Any
 
 from genmodels.errors import (
@@ -35,14 +34,13 @@ from genmodels.storage import Storage, write_document
 from genmodels.storage.documents import now
 from genmodels.storage.lease import Lease
 from genmodels.threads import Rounds
+from services.cluster.settings import settings
 from services.dispatch.backends.base import Backend, Capacity
 from services.dispatch.scheduler import Plan, Queued, Running, plan
 from services.dispatch.supervisor import Supervisor
 
 POLL_SECONDS = 1.0
 CAPACITY_SECONDS = 2.0  # how long what the cluster said of itself is believed
-GROW_SECONDS = float(environ.get("GENMODELS_GROW_SECONDS", "15"))  # that room must have been there to grow into it
-GROW_WORTH_SECONDS = float(environ.get("GENMODELS_GROW_WORTH_SECONDS", "60"))  # left to train, or growing does not pay
 KEEP_SECONDS = 15.0  # a run that backs off for no longer keeps its place
 ADOPTED_AT_ONCE = 16
 SILENCES = 5  # looks at a run that the store, which else answers, leaves unanswered: then the others go on without it
@@ -89,25 +87,25 @@ class Dispatcher:
         """Dispatch whenever the lease can be had, until `stop` is set; runs go on without a dispatcher."""
         while not stop.is_set():
             with self.rounds.round():
-                epoch = self._acquire()
-                if epoch is not None:
-                    log.info("this dispatcher holds the lease, epoch %d", epoch)
-                    self._hold(epoch, stop)
+                lease_term = self._acquire()
+                if lease_term is not None:
+                    log.info("this dispatcher holds the lease, term %d", lease_term)
+                    self._hold(lease_term, stop)
             stop.wait(POLL_SECONDS)
         try:
             self.lease.release()
         except GenmodelsError as error:
             log.warning("the lease was not given back, so the next dispatcher waits for its end: %s", error)
 
-    def tick(self, epoch: int) -> None:
+    def tick(self, lease_term: int) -> None:
         """Look at everything once.
 
         Raises:
             LeaseLost: another dispatcher has taken over.
         """
         try:
-            self._adopt(epoch)
-            self._hear(epoch)
+            self._adopt(lease_term)
+            self._hear(lease_term)
             for run in list(self._runs.values()):
                 self._step(run)
             self._close()
@@ -118,30 +116,37 @@ class Dispatcher:
 
     def _acquire(self) -> int | None:
         try:
-            epoch = self.lease.try_acquire(self._highest_stamped)
+            lease_term = self.lease.try_acquire(self._highest_stamped)
             self._answered()
-            return epoch
+            return lease_term
         except StorageUnavailable as error:
             self._away(error)
             return None
 
     def _highest_stamped(self) -> int:
-        """The highest epoch in the statuses of open runs. A damaged status is left alone, so its epoch does not count.
+        """The highest lease term in the statuses of open runs. A damaged status is left alone: its term does not count.
 
         Statuses of ended runs are met one by one, when somebody resumes them: see `Lease.outgrow`.
         """
         with ThreadPoolExecutor(ADOPTED_AT_ONCE) as threads:
-            return max((epoch for epochs in threads.map(self._epochs, self.jobs.open()) for epoch in epochs), default=0)
+            return max(
+                (
+                    lease_term
+                    for lease_terms in threads.map(self._lease_terms, self.jobs.open())
+                    for lease_term in lease_terms
+                ),
+                default=0,
+            )
 
-    def _epochs(self, job: str) -> list[int]:
+    def _lease_terms(self, job: str) -> list[int]:
         found: list[int] = []
         with contextlib.suppress(JobNotFound, DamagedObject):
             for model in self.jobs.spec(job).models:
                 with contextlib.suppress(DamagedObject):
-                    found.append(Run(self.storage, job, model.name).status()[0].epoch)
+                    found.append(Run(self.storage, job, model.name).status()[0].lease_term)
         return found
 
-    def _hold(self, epoch: int, stop: threading.Event) -> None:
+    def _hold(self, lease_term: int, stop: threading.Event) -> None:
         for of_the_last_hold in (self._runs, self._left_out, self._complaints):
             of_the_last_hold.clear()
         self._shown, self._holds = (-SHOW_SECONDS, None), self.lease.held
@@ -151,10 +156,10 @@ class Dispatcher:
         try:
             while not stop.is_set() and not over.is_set() and self.lease.held():
                 with self.rounds.round(LeaseLost):
-                    self.tick(epoch)
+                    self.tick(lease_term)
                 stop.wait(POLL_SECONDS)
         except LeaseLost as lost:
-            self.lease.outgrow(lost.epoch)
+            self.lease.outgrow(lost.lease_term)
             log.warning("%s", lost)
         finally:
             over.set()
@@ -174,17 +179,17 @@ class Dispatcher:
 
     # Jobs
 
-    def _adopt(self, epoch: int) -> None:
+    def _adopt(self, lease_term: int) -> None:
         known = {run.job for run in self._runs.values()} - self._left_out.keys()
         due = time.monotonic()
         new = [job for job in self.jobs.open() if job not in known and self._left_out.get(job, due) <= due]
         if not new:
             return
         with ThreadPoolExecutor(ADOPTED_AT_ONCE) as threads:
-            for carried in threads.map(lambda job: self._read(job, epoch), new):
+            for carried in threads.map(lambda job: self._read(job, lease_term), new):
                 self._runs |= carried
 
-    def _read(self, job: str, epoch: int) -> dict[str, _Carried]:
+    def _read(self, job: str, lease_term: int) -> dict[str, _Carried]:
         """Take over the runs of a job, but for those that are carried already or cannot be read."""
         try:
             spec, entry = self.jobs.spec(job), self.jobs.entry(job)
@@ -192,7 +197,7 @@ class Dispatcher:
             found = {}
             for place, model in enumerate(spec.models):
                 run = Run(self.storage, job, model.name)
-                if run.name not in self._runs and (supervisor := self._take_over(run, epoch)):
+                if run.name not in self._runs and (supervisor := self._take_over(run, lease_term)):
                     found[run.name] = _Carried(model, spec.priority, (entry.submitted, place), supervisor)
             self._silences.pop(job, None)
             return found
@@ -207,11 +212,11 @@ class Dispatcher:
             self._leave_out(job, job, error)
             return {}
 
-    def _take_over(self, run: Run, epoch: int) -> Supervisor | None:
+    def _take_over(self, run: Run, lease_term: int) -> Supervisor | None:
         """None: its status cannot be read, so the run is left alone, and its job stays open."""
         try:
             supervisor = Supervisor(run, self.backend, *run.status())
-            supervisor.stamp(epoch)
+            supervisor.stamp(lease_term)
             # Looked up here, where jobs are read in parallel; who leaves a wish later nudges the dispatcher.
             supervisor.wished = bool(run.wishes(after=supervisor.status.wishes))
             return supervisor
@@ -225,14 +230,14 @@ class Dispatcher:
         self._left_out[job] = time.monotonic() + RETRY_SECONDS
         self._complain(name, error)
 
-    def _hear(self, epoch: int) -> None:
+    def _hear(self, lease_term: int) -> None:
         """Have runs look at wishes of which we were told."""
         for job, model, nudge in self.jobs.nudged():
             try:
                 if f"{job}/{model}" not in self._runs and self.jobs.exists(job):
                     with contextlib.suppress(JobNotFound):  # one of `genmodels run`, or deleted just now
                         self.jobs.reopen(job)  # an ended job, whose runs somebody may want to resume
-                        self._runs |= self._read(job, epoch)
+                        self._runs |= self._read(job, lease_term)
             except DamagedObject as error:  # the wish is heard when the job can be read again
                 self._leave_out(job, job, error)
             self.jobs.take_nudge(job, model, nudge)  # first: who nudges again meanwhile has left another wish
@@ -273,7 +278,7 @@ class Dispatcher:
             if job in self._left_out:  # a run of it that cannot be read may not have ended
                 continue
             ended_all = all(each.status.state in ENDED and not each.wished for each in supervisors)
-            if ended_all and self._holds():  # asked right before: no epoch guards the index
+            if ended_all and self._holds():  # asked right before: no lease term guards the index
                 changes = (change.time for each in supervisors for change in each.status.history[-1:])
                 ended = max(changes, default=now())
                 try:
@@ -316,7 +321,9 @@ class Dispatcher:
 
     def _running(self, key: str, run: _Carried) -> Running:
         status, beat = run.supervisor.status, run.supervisor.heartbeat
-        growable = bool(status.state == "running" and beat and (beat.seconds_left or 0.0) > GROW_WORTH_SECONDS)
+        growable = bool(
+            status.state == "running" and beat and (beat.seconds_left or 0.0) > settings().grow_worth_seconds
+        )
         return Running(
             key,
             run.priority,
@@ -337,7 +344,7 @@ class Dispatcher:
                 run.room_since = None
             elif run.room_since is None:
                 run.room_since = time.monotonic()
-            elif time.monotonic() - run.room_since >= GROW_SECONDS:
+            elif time.monotonic() - run.room_since >= settings().grow_seconds:
                 run.room_since = None
                 run.supervisor.leave(growing[key])
 

@@ -18,7 +18,7 @@ from genmodels.runs.records import ENDED, Cause, Heartbeat, Result, State, Statu
 from genmodels.runs.store import Run
 from genmodels.storage import Storage
 from genmodels.storage.disk import outage_of_disk
-from genmodels.storage.retry import patiently
+from genmodels.storage.retry import retry_until_available
 from services.dispatch.attempt import LEAVE_SECONDS, _Attempt, _patience
 from services.dispatch.backends.base import LOST, PREEMPTED, Backend, Watch
 
@@ -82,15 +82,15 @@ class Supervisor:
         """What is left of the back-off after a failure."""
         return max(0.0, self._ready_at - time.monotonic())
 
-    def stamp(self, epoch: int) -> None:
+    def stamp(self, lease_term: int) -> None:
         """Take the run over under a lease: from now on whoever held it before can write no state."""
         while True:
-            if self.status.epoch > epoch:
-                message = f"run {self.run.name} is carried under lease {self.status.epoch}; {epoch} is over"
-                raise LeaseLost(message, self.status.epoch)
+            if self.status.lease_term > lease_term:
+                message = f"run {self.run.name} is carried under lease {self.status.lease_term}; {lease_term} is over"
+                raise LeaseLost(message, self.status.lease_term)
             status = self.status if self.etag else self.status.to("queued", "submitted")
             try:
-                self._write(status.model_copy(update={"epoch": epoch}))
+                self._write(status.model_copy(update={"lease_term": lease_term}))
                 break
             except LeaseLost:  # whoever held it before has just written once more
                 self._unsettled = None
@@ -198,7 +198,7 @@ class Supervisor:
         if code is not None:
             number = self.status.attempt
             result = self.run.result(number) or self._without_result(code, attempt.driver.reason)
-            self._decide(result, never_began=code == LOST and not self.run.start_of(number))
+            self._decide(result, never_began=code == LOST and not self.run.attempt_start(number))
             return
         if attempt.driver.waiting not in ("", self.status.reason) and self.status.state == "starting":
             self.to("starting", attempt.driver.waiting)
@@ -242,7 +242,7 @@ class Supervisor:
             self.to("cancelled", f"{cancel.reason}; a resume goes on from step {self._progress()}")
             return
         left = result.outcome == "left"
-        saved = any(place.attempt == number for place in self.run.checkpoints())
+        saved = any(ref.attempt == number for ref in self.run.checkpoints())
         counts = not (left or never_began or result.cause in UNCOUNTED)
         fruitless = 0 if saved else self.status.fruitless + counts
         memory = self.status.out_of_memory + (result.cause == "out of memory")
@@ -259,7 +259,7 @@ class Supervisor:
             self.to("queued", f"{message}; goes on from step {self._progress()}", **facts)
 
     def _progress(self) -> int:
-        return max((place.step for place in self.run.checkpoints()), default=0)
+        return max((ref.step for ref in self.run.checkpoints()), default=0)
 
     # Writing
 
@@ -305,8 +305,8 @@ def carry(
         LeaseLost: another dispatcher carries this run.
     """
     run = Run(storage, job, model)
-    status, etag = patiently(run.status)
-    result = patiently(lambda: run.result(status.attempt)) if status.attempt else None
+    status, etag = retry_until_available(run.status)
+    result = retry_until_available(lambda: run.result(status.attempt)) if status.attempt else None
     if status.state == "succeeded" or (status.state == "failed" and result and result.cause == "gate"):
         return status, result
     status = status.model_copy(update={"fruitless": 0, "out_of_memory": 0})  # a person has asked for it once more
@@ -316,7 +316,7 @@ def carry(
             try:
                 supervisor.step()
                 if supervisor.status.state in ENDED and supervisor.status is not status:
-                    return supervisor.status, patiently(lambda: run.result(supervisor.status.attempt))
+                    return supervisor.status, retry_until_available(lambda: run.result(supervisor.status.attempt))
                 supervisor.resume("started again")
                 if supervisor.status.state == "queued" and not supervisor.seconds_to_wait:
                     supervisor.start(workers)

@@ -37,7 +37,6 @@ from services.http.middleware import LOOPBACK, PROXY_REQUESTS
 
 HEALTH_SECONDS = 2.0
 LOCAL = "127.0.0.1"
-HTTP_OPTIONS = {"host": LOCAL, "request_timeout_s": 300.0}  # for `serve.start`, with a `port`
 
 # Serve's own defaults are no limit on what waits, and a rollout that first takes the old replica away.
 _COMMON: dict[str, Any] = {

@@ -14,8 +14,10 @@ import time
 from typing import Any
 
 from services.cluster.dashboard import Dashboard
+from services.cluster.logs import log_to_stderr
+from services.cluster.ports import HOST
+from services.cluster.ray_start import serve_http_options
 
-HOST = "127.0.0.1"
 APPLICATION = "genmodels"
 LOOK_SECONDS = 1.0
 RETRY_SECONDS = 10.0  # after a deployment that failed
@@ -52,7 +54,7 @@ def declaration(storage_url: str, host: str, port: int, auth: bool) -> dict[str,
     """What Serve is to run, as its REST API takes it."""
     return {
         "proxy_location": "HeadOnly",
-        "http_options": {"host": host, "port": port, "request_timeout_s": 300.0},
+        "http_options": serve_http_options(host, port),
         "logging_config": {"log_level": "WARNING", "enable_access_log": False},
         "applications": [
             {
@@ -75,7 +77,7 @@ def _status(dashboard: Dashboard) -> str:
 
 
 def main() -> None:
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    log_to_stderr()
     parser = argparse.ArgumentParser(description="Keep the Serve application deployed.")
     parser.add_argument("--storage", required=True)
     parser.add_argument("--host", default=HOST, help="address that the endpoint listens on")

@@ -11,8 +11,8 @@ from pydantic import Field
 from genmodels.engine.history import MAX_ROWS, MIN_ROWS, SAMPLE
 from genmodels.storage import encode_floats
 from services.gateway.pool import Pool, checked
-from services.http.app import Strict
 from services.http.auth import Caller
+from services.http.query import Strict
 from services.http.request_metrics import answers
 from services.http.responses import Json
 

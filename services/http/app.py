@@ -13,7 +13,7 @@ from fastapi import FastAPI, Request, Response
 from fastapi.exceptions import RequestValidationError
 from fastapi.openapi.utils import get_openapi
 from fastapi.responses import HTMLResponse
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ValidationError
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
@@ -31,7 +31,7 @@ from genmodels.errors import (
     StorageError,
     StorageUnavailable,
 )
-from genmodels.schema.explain import show
+from genmodels.schema.field_errors import show
 from services.http.docs import HEADERS, page
 from services.http.middleware import MAX_BODY, Edge, Streamed
 from services.http.request_metrics import COUNT, answers
@@ -48,12 +48,6 @@ T = TypeVar("T")
 
 async def _well() -> str | None:
     return None
-
-
-class Strict(BaseModel):
-    """Parameters of a query: one that is misspelt is an error, not ignored."""
-
-    model_config = ConfigDict(extra="forbid")
 
 
 def new_app(

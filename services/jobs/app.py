@@ -27,6 +27,7 @@ from genmodels.keys import Keys
 from genmodels.spec.json_schema import json_schema
 from genmodels.storage import Storage, begin_writing, open_storage
 from services.cluster.descriptors import raise_file_limit
+from services.cluster.logs import log_to_stderr
 from services.dispatch.backends.base import Backend, Capacity
 from services.dispatch.backends.rayjob import KubeOptions, add_kube_arguments
 from services.http.app import new_app, rebased
@@ -109,7 +110,7 @@ def create_app(
 def main(arguments: list[str] | None = None) -> int:
     """Serve until SIGTERM or SIGINT; then the lease is given back, and runs go on without us."""
     options = _parser().parse_args(arguments)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    log_to_stderr()
     try:
         return _serve(options)
     except GenmodelsError as error:

@@ -10,7 +10,7 @@ from genmodels.engine.requests import Body
 from genmodels.runs.jobs import QUEUE as QUEUE
 from genmodels.runs.records import Change, State
 from genmodels.spec.names import Label
-from services.http.app import Strict
+from services.http.query import Strict
 
 ShownState: TypeAlias = State | Literal["damaged"]  # damaged: what has become of it cannot be read, and is not guessed
 

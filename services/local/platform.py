@@ -16,9 +16,9 @@ from genmodels.spec.parse import dump, job_id
 from genmodels.spec.sections import JobSpec
 from genmodels.storage import Storage
 from genmodels.storage.documents import now
-from services.cluster.environment import own_folder
+from services.cluster.environment import private_folder
 from services.cluster.ports import HOST
-from services.cluster.ray_start import ray_environment
+from services.cluster.ray_start import local_environment, serve_http_options
 from services.dispatch.backends.base import Capacity
 from services.dispatch.backends.local_process import SubprocessBackend
 from services.gateway.deploy import APPLICATION, POOL
@@ -39,11 +39,11 @@ class LocalPlatform:
     def start(self) -> None:
         """Start Ray. It works in a folder of its own, and so do drivers: none imports what lies in the user's."""
         began = time.monotonic()
-        os.environ |= ray_environment()
+        os.environ |= local_environment()
         os.environ.pop("RAY_ADDRESS", None)
         import ray
 
-        self.folder = self._end.enter_context(own_folder())
+        self.folder = self._end.enter_context(private_folder())
         with contextlib.chdir(self.folder):
             ray.init(
                 address="local",
@@ -78,10 +78,10 @@ class LocalPlatform:
         """Start gateway and model hosts; the endpoint's URL once they answer. With `auth` they ask for keys."""
         from ray import serve
 
-        from services.gateway.app import HTTP_OPTIONS, build
+        from services.gateway.app import build
 
         logging.getLogger("ray.serve").setLevel(logging.WARNING)
-        serve.start(http_options={**HTTP_OPTIONS, "port": port}, logging_config={"log_level": "ERROR"})
+        serve.start(http_options=serve_http_options(HOST, port), logging_config={"log_level": "ERROR"})
         serve.run(build(self.storage.url, auth=auth), name=APPLICATION, route_prefix="/")
         self._serves = True
         return f"http://{HOST}:{port}"

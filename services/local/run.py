@@ -26,7 +26,7 @@ from genmodels.spec.sections import JobSpec, ModelSpec
 from genmodels.storage import Storage, begin_writing
 from genmodels.storage.documents import now
 from services.cluster.descriptors import raise_file_limit
-from services.cluster.environment import outlive_output
+from services.cluster.environment import ignore_output_errors
 from services.cluster.ports import check_port
 from services.console.curl import curl
 from services.console.output import console
@@ -54,7 +54,7 @@ def quick_run(
         DataError: a dataset is missing, damaged or too small.
         KeyboardInterrupt: Ctrl-C in training; everything was saved and ended.
     """
-    outlive_output()
+    ignore_output_errors()
     raise_file_limit()
     job = pin_datasets(job, storage)
     screen = console()

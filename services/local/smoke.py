@@ -42,11 +42,11 @@ def smoke(spec: ModelSpec, storage: Storage | None = None) -> str:
         scratch_storage.put("jobs/smoke/spec.yaml", dump(JobSpec(name="smoke", models=[small])))
         run_attempt(scratch_storage, "smoke", spec.name, 1, Group())
         run = Run(scratch_storage, "smoke", spec.name)
-        (place,) = run.checkpoints()
+        (ref,) = run.checkpoints()
         registry = Registry(scratch_storage)
         with checkpoint.scratch_folder() as scratch:
-            manifest = checkpoint.fetch(scratch_storage, run.checkpoint_prefix(place), Path(scratch))
-            version = registry.publish(run, place, manifest, Path(scratch), None)
+            manifest = checkpoint.fetch(scratch_storage, run.checkpoint_prefix(ref), Path(scratch))
+            version = registry.publish(run, ref, manifest, Path(scratch), None)
         return _answer(loader.load(scratch_storage, of_version(registry, version)), dataset)
 
 

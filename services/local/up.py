@@ -1,12 +1,12 @@
-"""`genmodels up`: the whole platform on this machine, each part a child process that is started again when it dies.
+"""`genmodels up`: the whole platform on this machine. Each part is a child process that is restarted when it ends.
 
     ray        the head of a cluster, in which drivers, workers, gateway and model hosts run
     jobs       the job service: HTTP API, queue, dispatcher
     gateway    keeps gateway and model hosts deployed in Ray
     exporter   /metrics of this node
 
-All listen on 127.0.0.1. None waits for another: each one goes on trying until it finds what it needs, so the order in
-which they start or die does not matter. State is in storage alone.
+All listen on 127.0.0.1. Each part retries until it finds the parts that it needs, so the order in which they start or
+end does not matter. State is in the storage alone.
 """
 
 from __future__ import annotations
@@ -25,24 +25,25 @@ from genmodels.metrics import DIRECTORY
 from genmodels.storage import Storage, begin_writing
 from services.cluster import dashboard
 from services.cluster.descriptors import raise_file_limit
-from services.cluster.environment import own_folder, python, ray_command
+from services.cluster.environment import private_folder, python
 from services.cluster.ports import HOST, check_port, free_ports, is_free
-from services.cluster.processes import Child, Tell
-from services.cluster.ray_start import ray_environment
+from services.cluster.processes import ManagedProcess, PrintLine
+from services.cluster.ray_start import local_environment, ray_start_command
+from services.cluster.signals import count_signals
 from services.dispatch.backends.ray_jobs import RayJobsBackend
-from services.dispatch.drain import interruptions, leave
+from services.dispatch.drain import drain
 from services.jobs.app import check_access
 from services.node import exporter
 
-TICK_SECONDS = 0.2
-STOP_SECONDS = 10.0  # for a service to end by itself
-READY_SECONDS = 2.0  # for a service to answer
-DASHBOARD_PORT = 8265  # where it is free
+POLL_SECONDS = 0.2
+STOP_SECONDS = 10.0  # that a service has to end after SIGTERM
+READY_SECONDS = 2.0  # that a service has to answer a readiness check
+DASHBOARD_PORT = 8265  # if it is free
 
 
 @dataclass
 class Options:
-    """What `genmodels up` can be told."""
+    """Options of `genmodels up`."""
 
     port: int = 8000
     api_port: int = 8080
@@ -53,7 +54,7 @@ class Options:
 
 
 class RayPorts(NamedTuple):
-    """The same ones after each restart, so that nobody has to be told."""
+    """Ray's ports, the same after each restart, so that other processes keep their addresses."""
 
     gcs: int
     client: int
@@ -61,105 +62,111 @@ class RayPorts(NamedTuple):
     dashboard: int
 
 
-def up(storage: Storage, options: Options, tell: Tell | None = None) -> None:
-    """Run the platform until SIGINT or SIGTERM; attempts that run then have saved, and go on at the next `up`.
+def up(storage: Storage, options: Options, print_line: PrintLine | None = None) -> None:
+    """Run the platform until SIGINT or SIGTERM. Running attempts save first, and continue at the next `up`.
 
     Raises:
-        GenmodelsError: there is no key that anybody could use, a port is taken, or too few files may be open.
+        GenmodelsError: there is no valid key, a port is taken, or the limit of open files is too low.
     """
-    tell = tell or _print
+    print_line = print_line or _print
     raise_file_limit()
     check_access(storage, HOST, not options.auth)
     begin_writing(storage)
     for name in ("port", "api_port", "metrics_port"):
         check_port(getattr(options, name), f"--{name.replace('_', '-')}")
-    with own_folder() as folder:
+    with private_folder() as folder:
         first = free_ports(4)
         ports = RayPorts(first, first + 1, first + 2, DASHBOARD_PORT if is_free(DASHBOARD_PORT) else first + 3)
         os.environ |= _environment(folder, ports)
         for name in ("RAY_ADDRESS", "RAY_AUTH_TOKEN"):
             os.environ.pop(name, None)
-        ray, jobs, gateway, metrics = children = _children(storage, options, folder, ports)
-        with interruptions() as interrupted:
+        ray, jobs, gateway, metrics = processes = _processes(storage, options, folder, ports)
+        with count_signals() as signals:
             try:
-                _tend(children, options, tell, f"Starting. Storage: {storage.url}. Logs: {options.logs}", interrupted)
+                print_line(f"Starting. Storage: {storage.url}. Logs: {options.logs}")
+                _keep_running(processes, options, print_line, signals)
             finally:
-                tell("Stopping: runs save where they are (Ctrl-C again: at once)")
-                jobs.stop(0 if interrupted() > 1 else STOP_SECONDS)
-                leave(
-                    storage, RayJobsBackend(), "genmodels up was stopped", tell, lambda: interrupted() < 2 and ray.runs
+                print_line("Stopping: runs save their state (Ctrl-C again: stop at once)")
+                jobs.stop(0 if signals() > 1 else STOP_SECONDS)
+                drain(
+                    storage,
+                    RayJobsBackend(),
+                    "genmodels up was stopped",
+                    print_line,
+                    lambda: signals() < 2 and ray.is_running,
                 )
-                for child in (gateway, metrics, ray):
-                    child.stop(0)
+                for process in (gateway, metrics, ray):
+                    process.stop(0)
 
 
-def _tend(children: list[Child], options: Options, tell: Tell, greeting: str, interrupted: Callable[[], int]) -> None:
-    told = False
-    tell(greeting)
-    while not interrupted():
-        for child in children:
-            child.tend(tell)
-        if not told and all(child.is_ready for child in children):
-            told = True
+def _keep_running(
+    processes: list[ManagedProcess], options: Options, print_line: PrintLine, signals: Callable[[], int]
+) -> None:
+    """Keep all processes running until a signal comes; print the next steps once, when all are ready."""
+    was_ready = False
+    while not signals():
+        for process in processes:
+            process.poll(print_line)
+        if not was_ready and all(process.is_ready for process in processes):
+            was_ready = True
             for line in _next_steps(options):
-                tell(line)
-        time.sleep(TICK_SECONDS)
+                print_line(line)
+        time.sleep(POLL_SECONDS)
 
 
-def _children(storage: Storage, options: Options, folder: Path, ports: RayPorts) -> list[Child]:
+def _processes(storage: Storage, options: Options, folder: Path, ports: RayPorts) -> list[ManagedProcess]:
     with_auth = [] if options.auth else ["--no-auth"]
     backend = RayJobsBackend()
-    shared = dict(os.environ)
-    metered = shared | {DIRECTORY: str(folder / "metrics")}  # before Ray starts, so that workers inherit it
+    plain = dict(os.environ)
+    with_metrics = plain | {DIRECTORY: str(folder / "metrics")}  # before Ray starts, so that workers inherit it
 
-    def child(name: str, command: list[str], url: str, ready: Callable[[], bool], env: dict[str, str]) -> Child:
-        return Child(
+    def process(
+        name: str, command: list[str], url: str, ready: Callable[[], bool], env: dict[str, str]
+    ) -> ManagedProcess:
+        return ManagedProcess(
             name, command, options.logs / f"{name}.log", ready, url, env, folder, folder if name == "ray" else None
         )
 
-    def service(name: str, module: str, port: int, path: str, env: dict[str, str], *arguments: str) -> Child:
+    def service(name: str, module: str, port: int, path: str, env: dict[str, str], *arguments: str) -> ManagedProcess:
         url = f"http://{HOST}:{port}"
         command = python(module, *arguments, "--port", str(port))
-        return child(name, command, url + path.removesuffix("/healthz"), lambda: _answers(url + path), env)
+        return process(name, command, url + path.removesuffix("/healthz"), lambda: _answers(url + path), env)
 
     def ray_answers() -> bool:
         return backend.capacity() is not None
 
     at = ["--storage", storage.url, *with_auth]
     return [
-        child("ray", _ray_command(options, folder, ports), shared[dashboard.ADDRESS], ray_answers, metered),
+        process("ray", _ray_command(options, folder, ports), plain[dashboard.ADDRESS], ray_answers, with_metrics),
         service(
-            "jobs", "jobs", options.api_port, "/healthz", shared, *at, "--endpoint", f"http://{HOST}:{options.port}"
+            "jobs", "jobs", options.api_port, "/healthz", plain, *at, "--endpoint", f"http://{HOST}:{options.port}"
         ),
-        service("gateway", "gateway.deploy", options.port, "/healthz", shared, *at),
-        service("exporter", "node.exporter", options.metrics_port, "/metrics", metered),
+        service("gateway", "gateway.deploy", options.port, "/healthz", plain, *at),
+        service("exporter", "node.exporter", options.metrics_port, "/metrics", with_metrics),
     ]
 
 
 def _ray_command(options: Options, folder: Path, ports: RayPorts) -> list[str]:
-    flags = {
-        "node-ip-address": HOST,
-        "port": ports.gcs,
-        "ray-client-server-port": ports.client,
-        "dashboard-agent-listen-port": ports.agent,
-        "dashboard-host": HOST,
-        "dashboard-port": ports.dashboard,
-        "min-worker-port": 0,  # any free one
-        "max-worker-port": 0,
-        "num-cpus": options.num_cpus or os.cpu_count() or 1,
-        "temp-dir": folder / "ray",
-        "include-log-monitor": "false",  # logs go to storage
-    }
-    return ray_command("start", "--head", "--block", *(f"--{name}={value}" for name, value in flags.items()))
+    return ray_start_command(
+        HOST,
+        head=True,
+        port=ports.gcs,
+        ray_client_server_port=ports.client,
+        dashboard_agent_listen_port=ports.agent,
+        dashboard_host=HOST,
+        dashboard_port=ports.dashboard,
+        num_cpus=options.num_cpus or os.cpu_count() or 1,
+        temp_dir=folder / "ray",
+    )
 
 
 def _environment(folder: Path, ports: RayPorts) -> dict[str, str]:
-    """For all children. The cluster's secret is in a file that only this user reads."""
+    """Return variables for all processes. The cluster's secret is in a file that only this user can read."""
     (folder / "metrics").mkdir()
     token = folder / "token"
     with open(os.open(token, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o400), "w") as file:
         file.write(secrets.token_hex(32))
-    environment = ray_environment() | {
+    environment = local_environment() | {
         "RAY_AUTH_TOKEN_PATH": str(token),
         dashboard.ADDRESS: f"http://{HOST}:{ports.dashboard}",
     }
@@ -177,7 +184,7 @@ def _next_steps(options: Options) -> Iterator[str]:
         yield f"  export OPENAI_BASE_URL=http://{HOST}:{options.port}/v1   # for OpenAI's clients"
     yield "  genmodels submit jobs/quickstart.yaml --wait"
     yield f"  RAY_AUTH_MODE=token RAY_AUTH_TOKEN_PATH={os.environ['RAY_AUTH_TOKEN_PATH']} ray status"
-    yield "Ctrl-C ends all of it; what trains then goes on at the next `genmodels up`."
+    yield "Ctrl-C stops everything; running trainings continue at the next `genmodels up`."
 
 
 def _print(line: str) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from genmodels.errors import GenmodelsError
 from genmodels.keys import Keys
 from genmodels.storage import open_storage
-from genmodels.storage.retry import patiently
+from genmodels.storage.retry import retry_until_available
 
 NAME = "bootstrap"
 
@@ -24,7 +24,7 @@ def main() -> int:
     options = parser.parse_args()
     try:
         token = options.key.read_text().strip()
-        key = patiently(lambda: Keys(open_storage(options.storage)).admit(token, NAME, ("admin",)))
+        key = retry_until_available(lambda: Keys(open_storage(options.storage)).admit(token, NAME, ("admin",)))
     except (GenmodelsError, OSError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 1

@@ -30,6 +30,7 @@ from prometheus_client.multiprocess import MultiProcessCollector
 
 from genmodels.metrics import DIRECTORY, identity
 from genmodels.threads import Rounds
+from services.cluster.logs import log_to_stderr
 
 PORT = 9400
 FOLD_SECONDS = 30.0  # also where nobody asks: files of the dead do not pile up
@@ -122,7 +123,7 @@ def _is_readable(path: Path) -> bool:
 
 
 def main() -> None:
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    log_to_stderr()
     parser = argparse.ArgumentParser(description="Export the metrics of this node's processes.")
     parser.add_argument("--host", default="127.0.0.1")
     parser.add_argument("--port", type=int, default=PORT)

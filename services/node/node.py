@@ -1,9 +1,9 @@
-"""What a container of a cluster runs: one Ray node, and beside it the exporter of its metrics.
+"""The main process of a cluster's container: it runs one Ray node, and the exporter of the node's metrics.
 
     python -m services.node head|worker --head NAME --storage URL [--num-cpus N]
 
-It ends when Ray does, so that whoever runs the container starts it again, empty. On SIGTERM the attempts that would be
-lost save and leave first: all of them on the head, where drivers run; on a worker those that train there.
+It ends when Ray ends, so that the container is restarted, empty. On SIGTERM it first has attempts save and stop that
+would be lost: on the head, where drivers run, all attempts; on a worker the attempts that train there.
 """
 
 from __future__ import annotations
@@ -23,20 +23,21 @@ from genmodels.storage import open_storage
 from services.cluster import dashboard
 from services.cluster.dashboard import Dashboard
 from services.cluster.descriptors import raise_file_limit
-from services.cluster.environment import python, ray_command, settle
-from services.cluster.processes import Child
-from services.cluster.ray_start import cluster_environment
+from services.cluster.environment import isolate_process, python, ray_command
+from services.cluster.processes import ManagedProcess
+from services.cluster.ray_start import cluster_environment, ray_start_command
+from services.cluster.settings import settings
+from services.cluster.signals import count_signals
 from services.dispatch.backends.ray_jobs import RayJobsBackend
-from services.dispatch.drain import interruptions, leave
+from services.dispatch.drain import drain
 from services.node import exporter
 
 GCS_PORT, DASHBOARD_PORT, RAY_METRICS_PORT = 6379, 8265, 9401
-OBJECT_STORE = 256 * 2**20  # bytes: no data set and no weights travel through Ray's object store
-TOKEN, GCS_FOLDER = "RAY_AUTH_TOKEN_PATH", "GENMODELS_GCS"
-FIND_SECONDS = 120.0  # for the head's name to resolve; then it is for the restart policy to try again
-TICK_SECONDS = 0.2
+OBJECT_STORE_BYTES = 256 * 2**20  # small: neither datasets nor weights pass through Ray's object store
+RESOLVE_SECONDS = 120.0  # for the head's name to resolve; after that the container ends and is restarted
+POLL_SECONDS = 0.2
 STOP_SECONDS = 10.0
-TRAINING = "RayTrainWorker"  # the class of the actors in which Ray Train's workers run
+TRAIN_WORKER = "RayTrainWorker"  # class of the actors in which Ray Train's workers run
 
 
 def run(role: str, head: str, storage_url: str, num_cpus: int | None) -> int:
@@ -49,23 +50,23 @@ def run(role: str, head: str, storage_url: str, num_cpus: int | None) -> int:
     check_token()
     address = own_address(head)
     os.environ |= environment(role, f"http://{head}:{DASHBOARD_PORT}")
-    ray = Child("ray", command(role, head, address, num_cpus), None, lambda: True, address, os.environ)
+    ray = ManagedProcess("ray", command(role, head, address, num_cpus), None, lambda: True, address, os.environ)
     serve = python("node.exporter", "--host", "0.0.0.0")
-    metrics = Child("exporter", serve, None, lambda: True, f"port {exporter.PORT}", os.environ)
-    with interruptions() as interrupted:
+    metrics = ManagedProcess("exporter", serve, None, lambda: True, f"port {exporter.PORT}", os.environ)
+    with count_signals() as signals:
         try:
-            metrics.tend(tell)
-            ray.tend(tell)
-            while ray.runs and not interrupted():
-                metrics.tend(tell)
-                time.sleep(TICK_SECONDS)
-            if not interrupted():
-                tell("Ray has ended, and so does this node")
+            metrics.poll(print_line)
+            ray.poll(print_line)
+            while ray.is_running and not signals():
+                metrics.poll(print_line)
+                time.sleep(POLL_SECONDS)
+            if not signals():
+                print_line("Ray has ended, so this node ends too")
                 return 1
-            tell("stopping: attempts save where they are (a second signal: at once)")
-            only = None if role == "head" else _withdraw(head, address)
-            may_wait = _patience(interrupted, ray)
-            leave(open_storage(storage_url), RayJobsBackend(), f"its {role} was stopped", tell, may_wait, only)
+            print_line("stopping: attempts save their state (a second signal: stop at once)")
+            only = None if role == "head" else _cordon(head, address)
+            may_wait = _may_wait(signals, ray)
+            drain(open_storage(storage_url), RayJobsBackend(), f"its {role} was stopped", print_line, may_wait, only)
             return 0
         finally:
             ray.stop(STOP_SECONDS)
@@ -73,19 +74,25 @@ def run(role: str, head: str, storage_url: str, num_cpus: int | None) -> int:
 
 
 def check_token() -> None:
-    """Raises GenmodelsError: the cluster's secret is not there; without it Ray would run anybody's code."""
-    path = Path(os.environ.get(TOKEN) or "/run/secrets/ray_token")
+    """Raise GenmodelsError if the cluster has no secret; without a secret Ray would run anyone's code."""
+    path = Path(settings().ray_token_path)
     try:
-        found = path.read_text().strip()
+        token = path.read_text().strip()
     except OSError as error:
-        raise GenmodelsError(f"{path}: no token of the cluster ({error.strerror}); `make secrets` makes one") from None
-    if len(found) < 32:
-        raise GenmodelsError(f"{path}: got a token of {len(found)} characters, expected 32 or more; see `make secrets`")
+        raise GenmodelsError(
+            f"{path}: the cluster's token cannot be read ({error.strerror}); `make secrets` creates one"
+        ) from None
+    if len(token) < 32:
+        raise GenmodelsError(f"{path}: got a token of {len(token)} characters, expected 32 or more; see `make secrets`")
 
 
 def own_address(head: str) -> str:
-    """This node's address in the network that it shares with the head."""
-    deadline = time.monotonic() + FIND_SECONDS
+    """Return this node's IP address in the network that it shares with the head.
+
+    Raises:
+        GenmodelsError: the head's name does not resolve within RESOLVE_SECONDS.
+    """
+    deadline = time.monotonic() + RESOLVE_SECONDS
     while True:
         try:
             with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
@@ -94,47 +101,36 @@ def own_address(head: str) -> str:
         except OSError as error:
             if time.monotonic() > deadline:
                 raise GenmodelsError(f"the head {head!r} cannot be found: {error}") from None
-            time.sleep(TICK_SECONDS)
+            time.sleep(POLL_SECONDS)
 
 
 def environment(role: str, dashboard_url: str) -> dict[str, str]:
-    """What Ray and all that it starts have in common."""
+    """Return the variables of Ray and of every process that it starts."""
     if DIRECTORY not in os.environ:  # Ray's workers inherit it
-        raise GenmodelsError(f"{DIRECTORY} is not set; it has to name a folder, best one in memory")
-    state = os.environ.get(GCS_FOLDER)  # so that a head that was started again knows its cluster
-    kept = {"RAY_gcs_storage": "rocksdb", "RAY_gcs_storage_path": state} if role == "head" and state else {}
-    return {**cluster_environment(), dashboard.ADDRESS: dashboard_url, **kept}
+        raise GenmodelsError(f"{DIRECTORY} is not set; set it to a folder, preferably in memory")
+    folder = settings().gcs_folder
+    state = {"RAY_gcs_storage": "rocksdb", "RAY_gcs_storage_path": folder} if role == "head" and folder else {}
+    return {**cluster_environment(), dashboard.ADDRESS: dashboard_url, **state}
 
 
 def command(role: str, head: str, address: str, num_cpus: int | None) -> list[str]:
-    flags = {
-        "node-ip-address": address,
-        "object-store-memory": OBJECT_STORE,
-        "metrics-export-port": RAY_METRICS_PORT,
-        "min-worker-port": 0,  # any free one
-        "max-worker-port": 0,
-        "include-log-monitor": "false",  # logs go to storage
-        "disable-usage-stats": None,
-        "block": None,
+    flags: dict[str, int | str | None] = {
+        "object_store_memory": OBJECT_STORE_BYTES,
+        "metrics_export_port": RAY_METRICS_PORT,
+        "num_cpus": num_cpus,
     }
-    if num_cpus is not None:
-        flags["num-cpus"] = num_cpus
     if role == "head":
-        at = {"dashboard-host": address, "dashboard-port": DASHBOARD_PORT}
-        flags |= {"head": None, "port": GCS_PORT, **at}
-    else:
-        flags["address"] = f"{head}:{GCS_PORT}"
-    return ray_command(
-        "start", *(f"--{name}" if value is None else f"--{name}={value}" for name, value in flags.items())
-    )
+        flags |= {"port": GCS_PORT, "dashboard_host": address, "dashboard_port": DASHBOARD_PORT}
+        return ray_start_command(address, head=True, **flags)
+    return ray_start_command(address, head=False, address=f"{head}:{GCS_PORT}", **flags)
 
 
-def tell(line: str) -> None:
+def print_line(line: str) -> None:
     print(line, flush=True)
 
 
-def _withdraw(head: str, address: str) -> list[str]:
-    """Have Ray start nothing more on this node; the runs (job/model) that train on it."""
+def _cordon(head: str, address: str) -> list[str]:
+    """Have Ray start nothing more on this node, and return the runs (job/model) that train on it."""
     ray = Dashboard()
     nodes = _listed(ray, "/api/v0/nodes?detail=1&limit=10000&timeout=4")
     here = [node["node_id"] for node in nodes if node["node_ip"] == address and node["state"] == "ALIVE"]
@@ -144,32 +140,32 @@ def _withdraw(head: str, address: str) -> list[str]:
     to = ["--address", f"{head}:{GCS_PORT}", "--node-id", here[0], "--deadline-remaining-seconds", "600"]
     subprocess.run(ray_command("drain-node", *to, *why), check=False, timeout=60)
     actors = _listed(ray, "/api/v0/actors?detail=1&limit=10000&timeout=4")
-    drivers = {a["job_id"] for a in actors if a["node_id"] == here[0] and TRAINING in a["class_name"]}
+    drivers = {a["job_id"] for a in actors if a["node_id"] == here[0] and TRAIN_WORKER in a["class_name"]}
     jobs = ray.ask("GET", "/api/jobs/")
-    found = jobs.json() if jobs is not None and jobs.status_code == 200 else []
-    return [f"{job['metadata']['job']}/{job['metadata']['model']}" for job in found if job["job_id"] in drivers]
+    submissions = jobs.json() if jobs is not None and jobs.status_code == 200 else []
+    return [f"{job['metadata']['job']}/{job['metadata']['model']}" for job in submissions if job["job_id"] in drivers]
 
 
 def _listed(ray: Dashboard, path: str) -> list[dict[str, str]]:
     answer = ray.ask("GET", path)
     if answer is None or answer.status_code != 200:
         return []
-    found: list[dict[str, str]] = answer.json()["data"]["result"]["result"]
-    return found
+    items: list[dict[str, str]] = answer.json()["data"]["result"]["result"]
+    return items
 
 
-def _patience(interrupted: Callable[[], int], ray: Child) -> Callable[[], bool]:
-    return lambda: interrupted() < 2 and ray.runs
+def _may_wait(signals: Callable[[], int], ray: ManagedProcess) -> Callable[[], bool]:
+    return lambda: signals() < 2 and ray.is_running
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description="Run one node of a Ray cluster, and the exporter of its metrics.")
     parser.add_argument("role", choices=["head", "worker"])
     parser.add_argument("--head", required=True, help="the head's name in the network that Ray is to use")
-    parser.add_argument("--storage", required=True, help="s3://bucket/prefix, where runs hear wishes")
+    parser.add_argument("--storage", required=True, help="s3://bucket/prefix, where runs read their commands")
     parser.add_argument("--num-cpus", type=int, help="for training workers; default: all")
     options = parser.parse_args()
-    settle()
+    isolate_process()
     try:
         raise_file_limit()
         return run(options.role, options.head, options.storage, options.num_cpus)

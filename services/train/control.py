@@ -44,7 +44,7 @@ class DriverWatch(WishWatch):
     def training(self, max_steps: int) -> None:
         """The group is about to be started."""
         first = Heartbeat(phase="starting", max_steps=max_steps)
-        self.beat = first, self.run.beat(self.attempt, first)
+        self.beat = first, self.run.write_heartbeat(self.attempt, first)
         self.in_training = True
 
     def trained(self) -> None:
@@ -74,15 +74,15 @@ class DriverWatch(WishWatch):
         last, etag = self.beat
         beat = last.model_copy(update={"tick": last.tick + 1})
         try:
-            self.beat = beat, self.run.beat(self.attempt, beat, if_match=etag)
+            self.beat = beat, self.run.write_heartbeat(self.attempt, beat, if_match=etag)
         except Conflict:
             self.beat = None
         return self.beat is not None
 
     def _leave(self) -> None:
-        step = max((place.step for place in self.run.checkpoints()), default=0)
+        step = max((ref.step for ref in self.run.checkpoints()), default=0)
         message = f"left before its workers had begun; goes on from step {step}"
-        self.run.end(self.attempt, Result(outcome="left", message=message, step=step))
+        self.run.write_result(self.attempt, Result(outcome="left", message=message, step=step))
         log.info("%s", message)
         self._exit(0)
 

@@ -30,16 +30,17 @@ from genmodels.runs.records import Heartbeat, Result
 from genmodels.runs.store import Run
 from genmodels.spec.sections import ModelSpec
 from genmodels.storage import begin_writing, open_storage
-from genmodels.storage.retry import patiently
+from genmodels.storage.retry import retry_until_available
 from genmodels.training.attempt import stored_model, work
 from genmodels.training.loop import Group
+from services.cluster.logs import log_to_stderr
+from services.cluster.settings import settings
 from services.train.control import DriverWatch
 from services.train.failures import _failure
 from services.train.publish import _publish
 
 log = logging.getLogger("genmodels")
 
-START_SECONDS = 120.0  # for the group to be placed; GENMODELS_START_TIMEOUT_S overrides it, e.g. where nodes autoscale
 # For one collective. A worker that hangs is found by its ticks, and an outage of the store may last: long.
 COLLECTIVE_SECONDS = 24 * 3600
 
@@ -59,9 +60,9 @@ def drive(storage_url: str, job: str, model: str, attempt: int, workers: int | N
     with LogShipper(run, attempt, "driver") as logs, DriverWatch(run, attempt, logs) as watch:
         watch.catch_sigterm()
         try:
-            patiently(lambda: begin_writing(storage))
-            spec = patiently(lambda: stored_model(storage, job, model))
-            if not patiently(lambda: _complete(run, spec)):
+            retry_until_available(lambda: begin_writing(storage))
+            spec = retry_until_available(lambda: stored_model(storage, job, model))
+            if not retry_until_available(lambda: _complete(run, spec)):
                 watch.training(spec.train.max_steps)
                 try:
                     _train(storage_url, job, spec, attempt, workers or spec.world_sizes[0], watch)
@@ -69,7 +70,9 @@ def drive(storage_url: str, job: str, model: str, attempt: int, workers: int | N
                     watch.trained()
             # An outage of the store or of the disk is waited for: what is done twice here changes nothing.
             tell = _teller(run, attempt, spec)
-            result = patiently(lambda: _publish(run, spec, attempt) if _complete(run, spec) else _left(run), tell)
+            result = retry_until_available(
+                lambda: _publish(run, spec, attempt) if _complete(run, spec) else _left(run), tell
+            )
             if result.gate:
                 GATES.labels(spec.family, str(result.gate.passed).lower()).inc()
         except Exception as error:  # whatever it was, the dispatcher has to learn of it
@@ -77,10 +80,12 @@ def drive(storage_url: str, job: str, model: str, attempt: int, workers: int | N
             result = _failure(error)
             if watch.killed:
                 result = Result(outcome="failed", cause="infrastructure", message=f"killed: {watch.killed.reason}")
-        facts = patiently(lambda: {"step": result.step or _saved_step(run), **_seconds(run, attempt, began)})
+        facts = retry_until_available(
+            lambda: {"step": result.step or _saved_step(run), **_seconds(run, attempt, began)}
+        )
         result = result.model_copy(update=facts)
         if result.cause != "superseded":
-            patiently(lambda: run.end(attempt, result))
+            retry_until_available(lambda: run.write_result(attempt, result))
         log.info("attempt %d of %s/%s: %s. %s", attempt, job, model, result.outcome, result.message)
     return result
 
@@ -100,8 +105,7 @@ def _train(storage_url: str, job: str, spec: ModelSpec, attempt: int, workers: i
     # Detect a dead worker within a second, wait for no hanging one; give up on a group that cannot be placed.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     os.environ.setdefault("TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S", "5")  # 30 by default
-    start_seconds = os.environ.get("GENMODELS_START_TIMEOUT_S") or str(START_SECONDS)
-    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", start_seconds)
+    os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(settings().start_timeout_seconds))
     import ray
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
@@ -130,11 +134,11 @@ def _train(storage_url: str, job: str, spec: ModelSpec, attempt: int, workers: i
 
 
 def _complete(run: Run, spec: ModelSpec) -> bool:
-    return any(place.step >= spec.train.max_steps for place in run.checkpoints())
+    return any(ref.step >= spec.train.max_steps for ref in run.checkpoints())
 
 
 def _saved_step(run: Run) -> int:
-    return max((place.step for place in run.checkpoints()), default=0)
+    return max((ref.step for ref in run.checkpoints()), default=0)
 
 
 def _left(run: Run) -> Result:
@@ -149,21 +153,21 @@ def _teller(run: Run, attempt: int, spec: ModelSpec) -> Callable[[StorageUnavail
     def tell(outage: StorageUnavailable) -> None:
         beat = Heartbeat(phase="publishing", step=steps, max_steps=steps, tick=-next(ticks), waiting=outage.reason)
         with contextlib.suppress(StorageError):
-            run.beat(attempt, beat)
+            run.write_heartbeat(attempt, beat)
 
     return tell
 
 
 def _seconds(run: Run, attempt: int, began: float) -> dict[str, float]:
     training, startup = run.training_seconds(), 0.0
-    start = run.start_of(attempt)
+    start = run.attempt_start(attempt)
     if start:
         startup = max(0.0, datetime.fromisoformat(start.time).timestamp() - began)
     return {"training_seconds": training, "startup_seconds": startup}
 
 
 def main() -> None:
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s: %(message)s")
+    log_to_stderr()
     parser = argparse.ArgumentParser(description="Train one model of a job, judge it and publish it.")
     for name in ("storage", "job", "model"):
         parser.add_argument(f"--{name}", required=True)

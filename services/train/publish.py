@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from genmodels import checkpoint, models
-from genmodels.checkpoint import Manifest, Place
+from genmodels.checkpoint import CheckpointRef, Manifest
 from genmodels.errors import (
     CheckpointError,
     DataError,
@@ -36,30 +36,30 @@ def _publish(run: Run, spec: ModelSpec, attempt: int) -> Result:
     wanted = spec.serve.gate
     needed = wanted is not None and wanted.metric in models.load(spec.family).evaluation_names
     while candidates:
-        place, manifest = gates.best(wanted, candidates)
-        gate = None if needed else gates.judge(wanted, manifest.metrics)
-        facts: dict[str, Any] = {"step": place.step, "metrics": manifest.metrics, "gate": gate}
+        ref, manifest = gates.best(wanted, candidates)
+        gate = None if needed else gates.check_gate(wanted, manifest.metrics)
+        facts: dict[str, Any] = {"step": ref.step, "metrics": manifest.metrics, "gate": gate}
         if gate and not gate.passed:
             return _refused(facts)
         with checkpoint.scratch_folder() as name:
             folder = Path(name)
             try:
-                checkpoint.fetch(run.storage, run.checkpoint_prefix(place), folder)
+                checkpoint.fetch(run.storage, run.checkpoint_prefix(ref), folder)
             except CheckpointError as error:
                 log.warning("%s; the next best is published", error)
-                candidates.remove((place, manifest))
+                candidates.remove((ref, manifest))
                 continue
             probe.finite_probe(checkpoint.load_family(folder))  # nothing else of spoiled weights is worth a look
             began = time.monotonic()
-            found = _evaluate(run, place, spec, manifest, folder, tick, needed=needed)
+            found = _evaluate(run, ref, spec, manifest, folder, tick, needed=needed)
             seconds = time.monotonic() - began
             facts["metrics"] = manifest.metrics | {name: measure.value for name, measure in found.measures.items()}
             if needed:
-                facts["gate"] = gate = gates.judge(wanted, facts["metrics"])
+                facts["gate"] = gate = gates.check_gate(wanted, facts["metrics"])
             if gate and not gate.passed:
                 return _refused(facts)
             store = Registry(run.storage)
-            version = store.publish(run, place, manifest, folder, gate)
+            version = store.publish(run, ref, manifest, folder, gate)
         if found.measures:
             evaluations.record(store, version, found, thorough=False, seconds=seconds, publication=True)
         store.promote(run.model, spec.serve.alias, version.version, f"published by job {run.job}", forward_only=True)
@@ -69,7 +69,7 @@ def _publish(run: Run, spec: ModelSpec, attempt: int) -> Result:
 
 def _evaluate(
     run: Run,
-    place: Place,
+    ref: CheckpointRef,
     spec: ModelSpec,
     manifest: Manifest,
     folder: Path,
@@ -79,7 +79,7 @@ def _evaluate(
 ) -> Findings:
     """What is measured of a checkpoint; nothing where its data has gone, unless the gate needs it."""
     try:
-        return evaluate(run, place, spec, manifest.lineage, folder, tick=tick)
+        return evaluate(run, ref, spec, manifest.lineage, folder, tick=tick)
     except DataError as error:
         if needed:
             raise
@@ -95,14 +95,14 @@ def _ticker(run: Run, attempt: int, spec: ModelSpec) -> Callable[[], None]:
     """Shows now, and whenever it is called, that publishing gets on."""
     steps = spec.train.max_steps
     last = Heartbeat(phase="publishing", step=steps, max_steps=steps)
-    run.beat(attempt, last)
+    run.write_heartbeat(attempt, last)
     beaten = time.monotonic()
 
     def tick() -> None:
         nonlocal last, beaten
         if time.monotonic() - beaten >= BEAT_SECONDS:
             last = last.model_copy(update={"tick": last.tick + 1})
-            run.beat(attempt, last)
+            run.write_heartbeat(attempt, last)
             beaten = time.monotonic()
 
     return tick

@@ -187,7 +187,7 @@ class _RayJob(Driver):
         self.head = head or self.head
 
     def _had_begun(self) -> bool:
-        self.never_began = self.never_began or self.run.start_of(self.attempt) is None
+        self.never_began = self.never_began or self.run.attempt_start(self.attempt) is None
         return not self.never_began
 
     def _is_missing(self) -> bool:

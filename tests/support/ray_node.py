@@ -1,0 +1,113 @@
+"""Real Ray nodes as processes of their own, to be killed: a head, and others that join it under their own addresses."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import sysconfig
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from services.cluster.ports import free_ports
+from services.cluster.reaper import kill_session
+from services.dispatch.backends.ray_jobs import RayJobsBackend
+
+READY_SECONDS = 90.0
+HEAD, OTHER = "127.0.0.3", "127.0.0.2"  # Ray would take 127.0.0.1 for this machine's address to the outside
+# Ray listens on loopback addresses alone unless it is told that other nodes may come.
+ENVIRONMENT = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "1", "OMP_NUM_THREADS": "1"}
+
+
+class RayNode:
+    """A `ray start --block` under a reaper, in a session of its own. With `with`, nothing of it is left."""
+
+    def __init__(self, log: Path, flags: dict[str, Any]) -> None:
+        command = [str(Path(sysconfig.get_path("scripts")) / "ray"), "start", "--block"]
+        options = {"min-worker-port": 0, "max-worker-port": 0, "include-log-monitor": "false", **flags}
+        command += ["--head"] * ("address" not in flags)
+        self.command = [
+            sys.executable,
+            "-m",
+            "services.cluster.reaper",
+            *command,
+            *(f"--{k}={v}" for k, v in options.items()),
+        ]
+        self.log = log
+        self.start()
+
+    def start(self) -> None:
+        """Also again after a kill: the same node, at the same ports."""
+        with self.log.open("ab") as output:
+            self.process = subprocess.Popen(
+                self.command,
+                stdin=subprocess.PIPE,
+                stdout=output,
+                stderr=subprocess.STDOUT,
+                env={**os.environ, **ENVIRONMENT},
+                start_new_session=True,
+            )
+
+    def kill(self) -> None:
+        """kill -9 of all its processes, workers included."""
+        self.process.kill()
+        self.process.wait()
+        kill_session(self.process.pid)
+        assert self.process.stdin
+        self.process.stdin.close()
+
+    def __exit__(self, *_: object) -> None:
+        if self.process.returncode is None:
+            self.kill()
+
+
+class RayHead(RayNode):
+    """The head of a cluster: a loopback address, free ports, the token of this process's environment."""
+
+    def __init__(self, log: Path, num_cpus: int) -> None:
+        self.folder = tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True)
+        first = free_ports(4)
+        self.gcs, self.dashboard = f"{HEAD}:{first}", f"http://{HEAD}:{first + 3}"
+        flags = {
+            "port": first,
+            "ray-client-server-port": first + 1,
+            "dashboard-agent-listen-port": first + 2,
+            "dashboard-host": HEAD,
+            "dashboard-port": first + 3,
+            "num-cpus": num_cpus,
+            "temp-dir": self.folder.name,
+        }
+        super().__init__(log, {"node-ip-address": HEAD, **flags})
+
+    def __enter__(self) -> RayHead:
+        self.backend = RayJobsBackend(self.dashboard)
+        until(lambda: self.backend.capacity(), "Ray starts", READY_SECONDS)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        super().__exit__()
+        self.folder.cleanup()
+
+
+class JoinedNode(RayNode):
+    """Another node of a cluster, on this machine under an address of its own."""
+
+    def __init__(self, log: Path, head: RayHead, num_cpus: int, address: str = OTHER) -> None:
+        self.head, self.cpus = head, num_cpus
+        flags = {"address": head.gcs, "node-ip-address": address, "num-cpus": num_cpus}
+        super().__init__(log, flags | {"dashboard-agent-listen-port": free_ports(1)})
+
+    def __enter__(self) -> JoinedNode:
+        return self
+
+
+def until(look: Callable[[], Any], what: str, seconds: float = 150.0, pause: float = 0.1) -> Any:
+    """What `look` returns as soon as that is true."""
+    deadline = time.monotonic() + seconds
+    while not (found := look()):
+        assert time.monotonic() < deadline, f"not within {seconds:g} s: {what}"
+        time.sleep(pause)
+    return found
