@@ -254,7 +254,7 @@ def test_ctrl_c_leaves_the_job_alone(
     assert err == (
         f"{job} goes on; `genmodels status {job} --wait` follows it again, `genmodels cancel {job}` ends it\n"
     )
-    assert Run(store, job, "vae-digits").wishes() == []
+    assert Run(store, job, "vae-digits").commands() == []
 
 
 def test_wait_outlives_the_service(
@@ -324,24 +324,24 @@ def test_lists_and_tables(api: str, command: Command, store: Storage) -> None:
     assert json.loads(command("status", first, "--json")[1])["state"] == "queued"
 
 
-def test_cancel_and_resume_leave_wishes(api: str, command: Command, store: Storage) -> None:
+def test_cancel_and_resume_leave_commands(api: str, command: Command, store: Storage) -> None:
     job = submitted(command)
     vae, gan = Run(store, job, "vae-digits"), Run(store, job, "gan-digits")
     to(vae, "starting", "attempt 1", attempt=1)
     code, out, _ = command("cancel", job, "--model", "vae-digits")
     assert (code, out) == (0, f"{job}: vae-digits will end at once\n")
-    assert [(wish.wish, wish.then) for wish in vae.wishes()] == [("leave", "cancelled")]
-    assert gan.wishes() == []
+    assert [(command.action, command.then) for command in vae.commands()] == [("stop", "cancelled")]
+    assert gan.commands() == []
     code, out, _ = command("cancel", job, "--now")
     assert out == f"{job}: vae-digits will end at once\n{job}: gan-digits leaves the queue\n"
-    assert vae.wishes()[-1].wish == "kill"
+    assert vae.commands()[-1].action == "kill"
     for run in (vae, gan):
-        to(run, "cancelled", "cancelled by hand", wishes=9)
+        to(run, "cancelled", "cancelled by hand", last_command=9)
     assert command("cancel", job)[1] == f"{job}: nothing to cancel, it had ended\n"
     to(gan, "succeeded", "published")
     code, out, _ = command("resume", job)
     assert (code, out) == (0, f"{job}: vae-digits will go on from the last checkpoint\n")
-    assert vae.wishes()[-1].wish == "resume"
+    assert vae.commands()[-1].action == "resume"
     code, _, err = command("resume", job, "--model", "gan-digits")
     assert code == 1
     assert err.startswith(f"error: nothing to resume in {job}: gan-digits is succeeded")
