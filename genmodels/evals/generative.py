@@ -51,7 +51,7 @@ def evaluate(data: EvaluationData, draw: Callable[[int], tuple[Tensor, Tensor | 
     accuracy = classifier.accuracy(data)
     fakes, asked = draw(n)
     real, held, fake = (classifier.features(x) for x in (pictures(val[shown]), pictures(train[aside]), fakes))
-    data.tick()
+    data.report_progress()
 
     found = _distances(real, held, fake) | _neighbourhoods(real, held, fake, k, data)
     if classifier.knows_classes:
@@ -84,9 +84,9 @@ def _neighbourhoods(
     real: Tensor, held: Tensor, fake: Tensor, k: int, data: EvaluationData
 ) -> dict[str, EvaluationMetric]:
     of_fake = neighbours(real, fake, k)
-    data.tick()
+    data.report_progress()
     of_held = neighbours(real, held, k)
-    data.tick()
+    data.report_progress()
     return {
         name: EvaluationMetric(value=value, baselines={REAL: getattr(of_held, name)})
         for name, value in vars(of_fake).items()
@@ -125,7 +125,7 @@ def _nearest(train: np.ndarray, val: np.ndarray, fakes: Tensor, data: Evaluation
         part = pictures(train[first : first + MAX_IMAGES]).flatten(1)
         for images, name in pairs:
             best[name] = torch.minimum(best[name], nearest(images.flatten(1), part))
-        data.tick()
+        data.report_progress()
     pixels = train[0].size ** 0.5
     value, reference = (float(best[name].mean()) / pixels for name in ("fake", "real"))
     return EvaluationMetric(value=value, baselines={"validation pictures": reference})

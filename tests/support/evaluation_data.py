@@ -44,7 +44,7 @@ class Bench:
     ticks: int = 0
 
     def evaluation_data(self, data: ImageData | TextData, thorough: bool = False) -> EvaluationData:
-        def tick() -> None:
+        def report_progress() -> None:
             self.ticks += 1
 
         def cached(name: str, make: Callable[[], bytes]) -> bytes:
@@ -53,4 +53,4 @@ class Bench:
                 self.kept[name] = make()
             return self.kept[name]
 
-        return EvaluationData(data.arrays("train"), data.arrays("val"), data.digest, thorough, tick, cached)
+        return EvaluationData(data.arrays("train"), data.arrays("val"), data.digest, thorough, report_progress, cached)
