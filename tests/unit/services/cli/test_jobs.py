@@ -39,6 +39,7 @@ from services.client import jobs as client_module
 from services.http.middleware import LOOPBACK
 from services.jobs.app import create_app
 from tests.support.asgi_server import served
+from tests.support.cli_runner import type_in
 from tests.support.published_models import publish
 
 SPEC = """\
@@ -125,6 +126,19 @@ def test_submit_prints_the_id_alone(api: str, command: Command, store: Storage) 
     assert len(Jobs(store).open()) == 2
 
 
+def test_a_dash_submits_the_spec_on_standard_input(
+    api: str, command: Command, store: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    type_in(monkeypatch, SPEC)
+    code, out, err = command("submit", "-")
+    assert code == 0, err
+    assert Jobs(store).open() == [out.strip()]
+    type_in(monkeypatch, SPEC.replace("max_steps: 100", "max_stps: 100"))
+    code, _, err = command("submit", "-")
+    assert code == 2
+    assert err.startswith("error: standard input:6: models[0].train.max_stps: ")
+
+
 def test_a_dry_run_submits_nothing(api: str, command: Command, store: Storage) -> None:
     Jobs(store).write_queue(Queue(time=now(), capacity={"cpus": 2, "gpus": 0}))
     code, out, _ = command("submit", "shapes.yaml", "--dry-run")
@@ -150,7 +164,7 @@ def test_refused_specs_are_told_line_by_line(api: str, command: Command, tmp_pat
     code, out, err = command("submit", "nowhere.yaml")
     assert (code, err) == (
         2,
-        "error: nowhere.yaml: cannot be read (No such file or directory); write the path of a job spec\n",
+        "error: nowhere.yaml: no such file; write the path of a job spec, e.g. jobs/quickstart.yaml\n",
     )
 
 
