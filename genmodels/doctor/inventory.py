@@ -16,7 +16,7 @@ from genmodels.data.uploads import Current, StoredDataset
 from genmodels.errors import CheckpointError, DamagedObject, JobNotFound, KeyNotFound, StorageError, contained
 from genmodels.keys import Key
 from genmodels.registry.evaluations import EVALUATED, Evaluation
-from genmodels.registry.pin import Pin
+from genmodels.registry.references import Pin
 from genmodels.registry.store import Alias, Registry, Version
 from genmodels.runs.jobs import ENDED_NAME, JOB_ID, EndedEntry, Entry, Index, Jobs, Queue, StoredSpec, Submission
 from genmodels.runs.records import AttemptStart, Command, Heartbeat, Result, Status

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from genmodels.metrics import EVALUATION_METRIC
 from genmodels.registry.evaluations import newest
-from genmodels.registry.references import Found
+from genmodels.registry.references import ResolvedModel
 from genmodels.registry.store import Registry
 
 LOOK_SECONDS = 60.0  # between two looks for a newer evaluation of a version
@@ -20,7 +20,7 @@ class Measured:
         self._registry = registry
         self._looked: dict[str, float] = {}  # when, by version
 
-    def show(self, served: Iterable[Found]) -> None:
+    def show(self, served: Iterable[ResolvedModel]) -> None:
         """Set the gauges to the newest evaluation of each version, which may be a minute old.
 
         Raises:

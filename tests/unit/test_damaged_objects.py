@@ -22,7 +22,7 @@ from genmodels.errors import DamagedObject, GenmodelsError, LeaseLost
 from genmodels.family import EvaluationResult
 from genmodels.keys import Keys
 from genmodels.metrics import DAMAGED
-from genmodels.registry import pin
+from genmodels.registry import references
 from genmodels.registry.evaluations import record
 from genmodels.registry.store import Registry
 from genmodels.runs.jobs import Jobs, StoredSpec
@@ -80,7 +80,7 @@ class World:
         running.send_command("stop", 1, "asked")
         running.write_metrics(1, [{"step": 1, "loss": 0.5, "seconds": 1.0}])
         save_checkpoint(storage, jobs["bad"], "m", "vae", step=3)
-        pin.resolve(f"m@{jobs['bad']}:step-3", storage)
+        references.resolve_reference(f"m@{jobs['bad']}:step-3", storage)
         service.queue({"cpus": 1, "gpus": 0}, (jobs["bad"], "n", "waits"))
         storage.put("dispatcher/lease.json", json.dumps({"term": 5, "holder": "someone"}).encode())
         (submission, _) = sorted(storage.list("idempotency/"))
@@ -466,7 +466,7 @@ def test_a_damaged_pin_keeps_the_checkpoints_of_its_step(
     _, names, _ = template
     world.storage.put(names["Pin"], b"")
     run = Run(world.storage, names["StoredSpec"].split("/")[1], "m")
-    assert CheckpointRef(attempt=1, step=3) in pin.marked(run)
+    assert CheckpointRef(attempt=1, step=3) in references.pinned_checkpoints(run)
 
 
 @pytest.mark.parametrize("kind", ["Version", "Alias"])

@@ -22,7 +22,7 @@ from genmodels.engine.alias_watcher import Follower
 from genmodels.engine.model_cache import Shelf
 from genmodels.errors import DataError, GenmodelsError, JobNotFound, ModelNotFound
 from genmodels.family import EvaluationResult
-from genmodels.registry import evaluations, pin
+from genmodels.registry import evaluations, references
 from genmodels.registry.removal import dataset_contents, delete_dataset, delete_model, model_contents
 from genmodels.registry.store import Registry, Version
 from genmodels.runs.jobs import Jobs, index_runs
@@ -278,7 +278,7 @@ def test_a_model_whose_run_is_open_stays(base: MemoryStorage, state: State) -> N
 
 def test_a_model_that_another_starts_from_stays(base: MemoryStorage) -> None:
     storage = copy(base)
-    job, _ = Jobs(storage).submit(pin.pin(spec("third", init_from="first@1"), storage))
+    job, _ = Jobs(storage).submit(references.resolve_references(spec("third", init_from="first@1"), storage))
     with pytest.raises(GenmodelsError, match=f"job {job} starts from it and has not ended"):
         delete_model(storage, "first")
 
@@ -356,7 +356,7 @@ def test_a_job_of_this_machine_is_removed_with_what_its_runs_left() -> None:
     own_job(storage, "first", job="other-00000000")
     Jobs(storage).delete(OWN)
     assert [key for key in storage.objects if OWN in key] == []
-    assert pin.find_checkpoint("first@step-2", storage)[0].job == "other-00000000"
+    assert references.find_checkpoint("first@step-2", storage)[0].job == "other-00000000"
     with pytest.raises(JobNotFound):
         Jobs(storage).delete(OWN)
 
