@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
 Batch: TypeAlias = Mapping[str, "Tensor"]
-Way = Literal["linear", "spherical"]
+Interpolation = Literal["linear", "spherical"]
 
 
 class ImageInfo(Section):
@@ -249,7 +249,7 @@ class ImageFamily(Family[ConfigT, RequestT]):
         raise NotImplementedError
 
     @abstractmethod
-    def interpolate(self, start: Tensor, end: Tensor, steps: int, method: Way | None = None) -> Tensor:
+    def interpolate(self, start: Tensor, end: Tensor, steps: int, method: Interpolation | None = None) -> Tensor:
         """The way from `start` to `end`, (latent_dim,) both: (steps, latent_dim).
 
         Args:
@@ -281,7 +281,7 @@ class ImageFamily(Family[ConfigT, RequestT]):
         return outputs
 
 
-def keep_half(window: list[int], block_size: int) -> list[int]:
+def slide_window(window: list[int], block_size: int) -> list[int]:
     """What is still seen of a text: all that fits, else its last half block, which begins again at position 0.
 
     One rule for all kinds of positions, whose cost is one prefill for each half block of text.

@@ -6,7 +6,7 @@ import copy
 import math
 import random
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, TypeVar
 
 import pytest
@@ -17,12 +17,12 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from genmodels.data.text import CharTokenizer
-from genmodels.engine.text.batcher import Batcher
-from genmodels.engine.text.choices import Piece, choice_seed
+from genmodels.engine.text.batcher import ContinuousBatcher
+from genmodels.engine.text.choices import TextDelta, choice_seed
 from genmodels.engine.text.completion import complete
 from genmodels.engine.text.model import TextModel
 from genmodels.engine.text.request import CompletionRequest
-from genmodels.engine.text.sequence import Text
+from genmodels.engine.text.sequence import Sequence
 from genmodels.errors import RequestError
 from genmodels.family import TextInfo
 from genmodels.models.minigpt import MiniGPT, MiniGPTConfig, _Linear
@@ -77,9 +77,9 @@ class Ask:
         self.tokens: list[int] = []
         self.ends: list[Exception | None] = []
 
-    def text(self) -> Text:
+    def text(self) -> Sequence:
         sampler = Sampler(self.options, self.seed, self.prompt, VOCAB)
-        return Text(self.prompt, sampler, self._take, self.ends.append)
+        return Sequence(self.prompt, sampler, self._take, self.ends.append)
 
     def has_the_reference_s_tokens(self, family: MiniGPT) -> bool:
         return same_as_reference(
@@ -92,7 +92,7 @@ class Ask:
 
 
 def answers(family: MiniGPT, asks: Sequence[Ask], slots: int = 16) -> list[list[int]]:
-    batcher = Batcher(family, slots)
+    batcher = ContinuousBatcher(family, slots)
     batcher.add(*(ask.text() for ask in asks))
     while batcher.step():
         pass
@@ -174,7 +174,7 @@ def completed(family: MiniGPT, requests: Sequence[CompletionRequest]) -> list[li
         [
             (piece.text, piece.finish_reason, piece.tokens)
             for index in range(request.n)
-            for piece in [sum((item for item in items if item.index == index), Piece(index, "", 0))]
+            for piece in [sum((item for item in items if item.index == index), TextDelta(index, "", 0))]
         ]
         for request, items in zip(requests, found, strict=True)
     ]
@@ -195,7 +195,7 @@ HONEST = [
 ]
 
 
-def pieces(family: MiniGPT, requests: Sequence[CompletionRequest]) -> list[list[Piece | Exception]]:
+def pieces(family: MiniGPT, requests: Sequence[CompletionRequest]) -> list[list[TextDelta | Exception]]:
     """Each choice of requests that share one engine, with all that is told of it."""
     model = TextModel("m@1", family, CharTokenizer(CHARACTERS))
     found: list[list[Any]] = [[] for _ in requests]
@@ -270,7 +270,7 @@ def test_a_step_has_only_heights_that_give_equal_bits(monkeypatch: pytest.Monkey
 
 def test_texts_join_and_leave_at_every_step() -> None:
     family = FAMILIES["rotary"]
-    batcher, asks = Batcher(family, slots=4), mixed(12)
+    batcher, asks = ContinuousBatcher(family, slots=4), mixed(12)
     for ask in asks:
         batcher.add(ask.text())
         batcher.step()
@@ -282,7 +282,7 @@ def test_texts_join_and_leave_at_every_step() -> None:
 
 def test_a_long_prompt_does_not_hold_up_those_who_write() -> None:
     family = build(block_size=512)
-    batcher, writing = Batcher(family, slots=8), Ask([1], max_tokens=40)
+    batcher, writing = ContinuousBatcher(family, slots=8), Ask([1], max_tokens=40)
     batcher.add(writing.text())
     batcher.step()
     batcher.add(*(Ask([2] * 500, max_tokens=1).text() for _ in range(6)))
@@ -292,7 +292,7 @@ def test_a_long_prompt_does_not_hold_up_those_who_write() -> None:
 
 
 def test_who_has_enough_or_leaves_frees_the_slot_within_a_step() -> None:
-    batcher = Batcher(FAMILIES["rotary"], slots=1)
+    batcher = ContinuousBatcher(FAMILIES["rotary"], slots=1)
     enough, leaves, last = Ask([1], most=3, max_tokens=50), Ask([1], max_tokens=50), Ask([1], max_tokens=1)
     texts = [ask.text() for ask in (enough, leaves, last)]
     batcher.add(*texts)
@@ -305,7 +305,7 @@ def test_who_has_enough_or_leaves_frees_the_slot_within_a_step() -> None:
 
 
 def test_a_full_queue_refuses_all_of_a_request() -> None:
-    batcher = Batcher(FAMILIES["rotary"], slots=2, max_waiting=1)
+    batcher = ContinuousBatcher(FAMILIES["rotary"], slots=2, max_waiting=1)
     batcher.add(*(Ask([1]).text() for _ in range(2)))
     batcher.step()
     with pytest.raises(RequestError, match="0 texts wait already; try again in a moment") as error:
@@ -315,7 +315,7 @@ def test_a_full_queue_refuses_all_of_a_request() -> None:
 
 
 def test_closing_serves_what_is_under_way_and_what_waits() -> None:
-    batcher, asks = Batcher(FAMILIES["rotary"], slots=1), [Ask([1], max_tokens=30) for _ in range(3)]
+    batcher, asks = ContinuousBatcher(FAMILIES["rotary"], slots=1), [Ask([1], max_tokens=30) for _ in range(3)]
     batcher.add(*(ask.text() for ask in asks))
     batcher.close()
     run(batcher).join(20)
@@ -337,7 +337,7 @@ BREAKS = {
 @pytest.mark.parametrize("breaks", BREAKS.values(), ids=list(BREAKS))
 def test_a_text_that_breaks_ends_alone(breaks: Any) -> None:
     family, broken, asks = FAMILIES["rotary"], Ask([5, 6, 7], max_tokens=9, presence_penalty=1), mixed(8)
-    batcher, text = Batcher(family), broken.text()
+    batcher, text = ContinuousBatcher(family), broken.text()
     breaks(text)
     batcher.add(*(ask.text() for ask in asks[:4]), text, *(ask.text() for ask in asks[4:]))
     while batcher.step():
@@ -388,7 +388,7 @@ def test_options_that_no_number_survives_end_their_own_text() -> None:
     family, asks, broken = FAMILIES["rotary"], mixed(8), [Ask([1, 2, 3]) for _ in hostile]
     for ask, options in zip(broken, hostile, strict=True):
         ask.options = SamplingOptions().model_copy(update=options)
-    batcher = Batcher(family)
+    batcher = ContinuousBatcher(family)
     batcher.add(*(ask.text() for pair in zip(asks, broken, strict=True) for ask in pair))
     while batcher.step():
         pass
@@ -411,7 +411,7 @@ def test_a_prompt_of_tokens_that_there_are_not_is_refused() -> None:
 
 def test_a_text_nobody_can_be_told_of_ends_alone(caplog: pytest.LogCaptureFixture) -> None:
     """As where the event loop is gone that its pieces went to."""
-    batcher, ask = Batcher(FAMILIES["rotary"]), Ask([1, 2], max_tokens=5)
+    batcher, ask = ContinuousBatcher(FAMILIES["rotary"]), Ask([1, 2], max_tokens=5)
     deaf = Ask([1, 2]).text()
     deaf.take = deaf.end = lambda *_: 1 / 0  # type: ignore[assignment,return-value]
     batcher.add(deaf, ask.text())
@@ -427,7 +427,7 @@ def test_numbers_that_are_not_finite_end_their_own_text(
     monkeypatch: pytest.MonkeyPatch, number: float, prompt: list[int]
 ) -> None:
     family = FAMILIES["rotary"]
-    batcher, broken = Batcher(family, slots=4), Ask(prompt)
+    batcher, broken = ContinuousBatcher(family, slots=4), Ask(prompt)
     asks = [Ask([1], max_tokens=20), Ask([2] * 40, max_tokens=20)]
     step, prefill = batcher._decoder.step, batcher._decoder.prefill
 
@@ -456,7 +456,7 @@ def test_numbers_that_are_not_finite_end_their_own_text(
 @pytest.mark.parametrize("prompt", [[3], [3, 4]], ids=["step", "prefill"])
 def test_a_slot_that_was_spoilt_is_clean_for_the_next(prompt: list[int]) -> None:
     family, ask = FAMILIES["rotary"], Ask(prompt, max_tokens=20)
-    batcher = Batcher(family, slots=1)
+    batcher = ContinuousBatcher(family, slots=1)
     for layer in batcher._decoder._layers:  # type: ignore[attr-defined]
         layer._kept = torch.full_like(layer._kept, float("nan"))
     batcher.add(ask.text())
@@ -467,7 +467,7 @@ def test_a_slot_that_was_spoilt_is_clean_for_the_next(prompt: list[int]) -> None
 
 def test_a_pass_that_fails_ends_the_texts_in_it_and_not_the_engine(monkeypatch: pytest.MonkeyPatch) -> None:
     family = FAMILIES["rotary"]
-    batcher, writing, reading = Batcher(family), Ask([1], max_tokens=9), Ask([2] * 47, max_tokens=3)
+    batcher, writing, reading = ContinuousBatcher(family), Ask([1], max_tokens=9), Ask([2] * 47, max_tokens=3)
     monkeypatch.setattr(batcher._decoder, "step", lambda *_: 1 / 0)
     batcher.add(writing.text(), reading.text())
     batcher.step()
@@ -485,7 +485,7 @@ def test_a_pass_that_one_text_makes_fail_ends_that_text_alone(monkeypatch: pytes
     def others() -> list[Ask]:
         return [Ask([token], seed=token, max_tokens=20, logit_bias={bad: -100}) for token in range(5)]
 
-    batcher, asks, broken = Batcher(family), others(), Ask([bad])
+    batcher, asks, broken = ContinuousBatcher(family), others(), Ask([bad])
     step = batcher._decoder.step
     monkeypatch.setattr(
         batcher._decoder, "step", lambda tokens, places: 1 / 0 if bad in tokens else step(tokens, places)
@@ -498,7 +498,7 @@ def test_a_pass_that_one_text_makes_fail_ends_that_text_alone(monkeypatch: pytes
 
 
 def test_what_breaks_between_texts_ends_them_all_and_is_not_tried_for_ever(monkeypatch: pytest.MonkeyPatch) -> None:
-    batcher, asks = Batcher(FAMILIES["rotary"], slots=1), [Ask([1], max_tokens=3) for _ in range(2)]
+    batcher, asks = ContinuousBatcher(FAMILIES["rotary"], slots=1), [Ask([1], max_tokens=3) for _ in range(2)]
     monkeypatch.setattr(batcher, "_admit", lambda: 1 / 0)
     batcher.add(*(ask.text() for ask in asks))
     batcher.close()

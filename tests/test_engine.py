@@ -32,9 +32,9 @@ from genmodels.engine.image.requests import (
     ReconstructRequest,
 )
 from genmodels.engine.loader import load, load_folder
-from genmodels.engine.model import Loaded
+from genmodels.engine.model import LoadedModel
 from genmodels.engine.text import completion
-from genmodels.engine.text.choices import Piece, choice_seed
+from genmodels.engine.text.choices import TextDelta, choice_seed
 from genmodels.engine.text.completion import complete
 from genmodels.engine.text.model import TextModel
 from genmodels.engine.text.request import CompletionRequest
@@ -52,9 +52,9 @@ Make = Callable[..., Any]
 @pytest.fixture(scope="session")
 def make(tmp_path_factory: pytest.TempPathFactory) -> Make:
     """A tiny untrained model of a family, made once."""
-    made: dict[str, Loaded] = {}
+    made: dict[str, LoadedModel] = {}
 
-    def make(name: str) -> Loaded:
+    def make(name: str) -> LoadedModel:
         if name not in made:
             made[name] = loaded(name, tmp_path_factory.mktemp(name))
         return made[name]
@@ -86,7 +86,7 @@ def scripted(says: str) -> TextModel:
     return TextModel("scripted@1", Scripted(says), CharTokenizer(VOCABULARY))  # type: ignore[arg-type]
 
 
-def choices(pieces: Iterator[Piece], n: int = 1) -> list[tuple[str, str | None, int]]:
+def choices(pieces: Iterator[TextDelta], n: int = 1) -> list[tuple[str, str | None, int]]:
     """Text, finish_reason and tokens of each choice."""
     listed = list(pieces)
     found = []
@@ -198,7 +198,7 @@ def test_log_probabilities_are_the_same_alone_and_in_company(make: Make) -> None
     make("minigpt").batcher.step()
 
 
-def piece_of(pieces: Iterable[Piece]) -> Piece:
+def piece_of(pieces: Iterable[TextDelta]) -> TextDelta:
     return reduce(add, pieces)
 
 

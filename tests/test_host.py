@@ -20,16 +20,16 @@ from genmodels.engine import model_cache as shelf_module
 from genmodels.engine import warmup as warm_module
 from genmodels.engine.image.requests import GenerateRequest, answer
 from genmodels.engine.loader import load
-from genmodels.engine.text.choices import Piece
+from genmodels.engine.text.choices import TextDelta
 from genmodels.engine.text.completion import complete
 from genmodels.engine.text.request import CompletionRequest
 from genmodels.errors import RequestError, StorageUnavailable
 from genmodels.metrics import REFUSED
-from genmodels.registry.references import find
+from genmodels.registry.references import resolve_model
 from genmodels.registry.store import Registry
 from genmodels.storage import Storage, open_storage
 from services.gateway import model_host as host_module
-from services.gateway.model_host import ModelHost, Opened
+from services.gateway.model_host import CompletionStarted, ModelHost
 from services.gateway.routes import create_app
 
 GENERATE = {"prompt": "", "seed": 3}
@@ -94,7 +94,7 @@ def test_a_version_takes_over_when_it_is_in_memory_and_the_old_one_goes(storage:
     assert version_of(app, "shapes") == "shapes@1"
     host.follow()
     assert version_of(app, "shapes") == "shapes@2"
-    assert "shapes@1" not in host._shelf._held
+    assert "shapes@1" not in host._cache._held
     Registry(storage).promote("shapes", "production", 1, "rolled back")
     host.follow()
     assert version_of(app, "shapes") == "shapes@1"
@@ -113,17 +113,17 @@ def test_a_stream_ends_with_the_version_that_began_it(storage: Storage) -> None:
 
     async def whole(name: str) -> str:
         items = [item async for item in host.complete(name, request)]
-        return "".join(item.text for item in items if isinstance(item, Piece))
+        return "".join(item.text for item in items if isinstance(item, TextDelta))
 
     async def through_a_swap() -> tuple[str, str]:
         items = host.complete("play", request)
         opened = await anext(items)
-        assert isinstance(opened, Opened)
+        assert isinstance(opened, CompletionStarted)
         publish(storage, "play", "minigpt", step=2)
         await asyncio.to_thread(host.follow)
-        assert "play@1" in host._shelf._held
-        text = "".join([item.text async for item in items if isinstance(item, Piece)])
-        assert "play@1" not in host._shelf._held
+        assert "play@1" in host._cache._held
+        text = "".join([item.text async for item in items if isinstance(item, TextDelta)])
+        assert "play@1" not in host._cache._held
         return opened.model, text
 
     expected = asyncio.run(whole("play"))
@@ -141,8 +141,8 @@ def test_twenty_swaps_under_load_fail_no_request_and_cut_no_stream(storage: Stor
         publish(storage, "play", "minigpt", step=step, alias=None)
     oracle: dict[str, object] = {}
     for number in range(1, 6):
-        oracle[f"shapes@{number}"] = answer(load(storage, find(storage, f"shapes@{number}")), pictures).images
-        model = load(storage, find(storage, f"play@{number}"))
+        oracle[f"shapes@{number}"] = answer(load(storage, resolve_model(storage, f"shapes@{number}")), pictures).images
+        model = load(storage, resolve_model(storage, f"play@{number}"))
         oracle[f"play@{number}"] = "".join(piece.text for piece in complete(model, writing))
     assert len(set(map(str, oracle.values()))) == 10
     host = ModelHost(storage.url)
@@ -154,8 +154,8 @@ def test_twenty_swaps_under_load_fail_no_request_and_cut_no_stream(storage: Stor
 
     async def write() -> tuple[str, object]:
         opened, *pieces = [item async for item in host.complete("play", writing)]
-        assert isinstance(opened, Opened), opened
-        assert all(isinstance(piece, Piece) for piece in pieces), pieces
+        assert isinstance(opened, CompletionStarted), opened
+        assert all(isinstance(piece, TextDelta) for piece in pieces), pieces
         assert pieces[-1].finish_reason == "length"
         return opened.model, "".join(piece.text for piece in pieces)
 
@@ -176,7 +176,7 @@ def test_twenty_swaps_under_load_fail_no_request_and_cut_no_stream(storage: Stor
     answers = asyncio.run(all_of_it())
     assert all(oracle[name] == found for name, found in answers)
     assert {name for name, _ in answers} == set(oracle)
-    assert sorted(host._shelf._held) == ["play@1", "shapes@1"]
+    assert sorted(host._cache._held) == ["play@1", "shapes@1"]
 
 
 def test_two_replicas_answer_alike(storage: Storage) -> None:
@@ -294,19 +294,19 @@ def test_checkpoints_of_a_run_have_names(storage: Storage) -> None:
 def test_the_least_recently_used_goes_first_and_never_one_in_use(storage: Storage) -> None:
     for step in range(2, 5):
         publish(storage, "shapes", "vae", step=step, alias=None)
-    size = ModelHost(storage.url)._shelf._held["shapes@1"].size
+    size = ModelHost(storage.url)._cache._held["shapes@1"].size
     host = ModelHost(storage.url, memory=2 * size + size // 2)
     app = create_app(host)
-    host._shelf.release("play@1")
+    host._cache.release("play@1")
     for name in ("shapes@2", "shapes@1", "shapes@3"):
         assert version_of(app, name) == name
-    assert list(host._shelf._held) == ["shapes@1", "shapes@3"]
-    with host._shelf.using("shapes@1"), host._shelf.using("shapes@3"):
+    assert list(host._cache._held) == ["shapes@1", "shapes@3"]
+    with host._cache.using("shapes@1"), host._cache.using("shapes@3"):
         response = ask(app, "POST", "/v1/images/generations", {"model": "shapes@4", **GENERATE})
         assert refused(response, 503)["code"] == "memory_full"
         assert response.headers["retry-after"]
     assert version_of(app, "shapes@4") == "shapes@4"
-    assert list(host._shelf._held) == ["shapes@3", "shapes@4"]
+    assert list(host._cache._held) == ["shapes@3", "shapes@4"]
     assert version_of(app, "shapes") == "shapes@1"
 
 
@@ -340,7 +340,7 @@ def test_decoding_ends_when_a_text_model_goes(storage: Storage) -> None:
     others = set(threading.enumerate())
     host = ModelHost(storage.url)
     (decoding,) = {thread for thread in threading.enumerate() if thread.name == "decode play@1"} - others
-    host._shelf.release("play@1")
+    host._cache.release("play@1")
     decoding.join(10)
     assert not decoding.is_alive()
     body = {"model": "play", "prompt": "x", "max_tokens": 2}
@@ -415,7 +415,7 @@ def test_a_host_that_nobody_has_follows_no_more(storage: Storage, monkeypatch: p
     (following,) = {thread for thread in threading.enumerate() if thread.name == "follow"} - before
     publish(storage, "shapes", "vae", step=2)
     deadline = time.monotonic() + 10
-    while "shapes@2" not in host._shelf._held:
+    while "shapes@2" not in host._cache._held:
         assert time.monotonic() < deadline
         time.sleep(0.01)
     del host

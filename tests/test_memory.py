@@ -275,7 +275,7 @@ def test_room_is_made_before_a_model_is_read(tmp_path: Path, monkeypatch: pytest
     host = ModelHost(storage.url, memory=int(1.5 * size_of(block_size=1000)))
     there: list[list[str]] = []
     monkeypatch.setattr(
-        shelf_module, "load", lambda storage, found: there.append(list(host._shelf._held)) or load(storage, found)
+        shelf_module, "load", lambda storage, found: there.append(list(host._cache._held)) or load(storage, found)
     )
     app = create_app(host)
     for name in ("a@1", "b@1", "a@1"):

@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from published import loaded
 
 from genmodels.engine.image import requests as images
-from genmodels.engine.image.batcher import CHUNK, Passes
+from genmodels.engine.image.batcher import CHUNK, DynamicBatcher
 from genmodels.engine.image.model import ImageModel
 from genmodels.engine.image.requests import (
     DecodeRequest,
@@ -52,7 +52,7 @@ class Gate:
         return rows * 2
 
 
-def waiting(passes: Passes, count: int) -> None:
+def waiting(passes: DynamicBatcher, count: int) -> None:
     """Until so many requests stand in the queue."""
     for _ in range(10_000):
         if len(passes._waiting) == count:
@@ -66,7 +66,7 @@ def rows(start: int, count: int) -> torch.Tensor:
 
 
 def test_those_who_wait_share_a_pass_and_get_their_own_rows() -> None:
-    passes, gate = Passes(), Gate()
+    passes, gate = DynamicBatcher(), Gate()
     with ThreadPoolExecutor(8) as pool:
         first = pool.submit(passes.apply, "k", gate, rows(0, 1))
         gate.entered.wait(10)
@@ -82,7 +82,7 @@ def test_those_who_wait_share_a_pass_and_get_their_own_rows() -> None:
 
 
 def test_a_large_request_takes_turns_with_small_ones() -> None:
-    passes, gate = Passes(), Gate()
+    passes, gate = DynamicBatcher(), Gate()
     with ThreadPoolExecutor(8) as pool:
         large = pool.submit(passes.apply, "k", gate, rows(0, 4 * CHUNK))
         gate.entered.wait(10)
@@ -97,7 +97,7 @@ def test_a_large_request_takes_turns_with_small_ones() -> None:
 
 
 def test_other_options_are_another_pass() -> None:
-    passes = Passes()
+    passes = DynamicBatcher()
 
     def fail(_: torch.Tensor) -> torch.Tensor:
         raise RequestError("no such label", param="label")
@@ -111,7 +111,7 @@ def test_other_options_are_another_pass() -> None:
 
 
 def test_a_row_that_fails_fails_its_own_request(monkeypatch: pytest.MonkeyPatch) -> None:
-    passes, gate = Passes(), Gate()
+    passes, gate = DynamicBatcher(), Gate()
     computed: list[int] = []
 
     def odd_fail(part: torch.Tensor) -> torch.Tensor:

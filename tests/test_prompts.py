@@ -17,7 +17,7 @@ from genmodels.data.text import CharTokenizer
 from genmodels.engine.text.completion import MAX_TEXTS, MAX_TOKENS
 from genmodels.engine.text.request import CompletionRequest
 from genmodels.storage import Storage, open_storage
-from services.gateway.model_host import ModelHost, Opened
+from services.gateway.model_host import CompletionStarted, ModelHost
 from services.gateway.routes import create_app
 
 TOKENIZER = CharTokenizer(VOCABULARY)
@@ -167,7 +167,7 @@ WRONG: list[tuple[dict[str, Any], str, str]] = [
 def test_one_wrong_prompt_refuses_all_before_any_work(
     app: Any, host: ModelHost, monkeypatch: pytest.MonkeyPatch, fields: dict[str, Any], param: str, says: str
 ) -> None:
-    batcher = host._shelf._held["play@1"].loaded.batcher  # type: ignore[attr-defined]
+    batcher = host._cache._held["play@1"].loaded.batcher  # type: ignore[attr-defined]
     monkeypatch.setattr(batcher, "add", lambda *texts: pytest.fail("work has begun"))
     error = refused(send(app, **fields), 400)
     assert (error["param"], error["message"].startswith(param)) == (param, True)
@@ -206,12 +206,12 @@ def test_any_prompts_in_any_company_have_the_answers_that_they_have_alone(
 
 def test_a_client_that_leaves_ends_the_texts_of_all_its_prompts(models: Storage) -> None:
     host = ModelHost(models.url)
-    batcher = host._shelf._held["play@1"].loaded.batcher  # type: ignore[attr-defined]
+    batcher = host._cache._held["play@1"].loaded.batcher  # type: ignore[attr-defined]
     request = CompletionRequest.model_validate({"prompt": PROMPTS * 5, "n": 2, "max_tokens": 400})
 
     async def leave() -> None:
         items = host.complete("play", request)
-        assert isinstance(await anext(items), Opened)
+        assert isinstance(await anext(items), CompletionStarted)
         assert len(batcher._waiting) + len(batcher._active()) == 40
         await items.aclose()
 

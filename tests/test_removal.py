@@ -20,8 +20,8 @@ from stores import LINEAGE, MemoryStorage, PausedStorage, Wrapped, save
 
 from genmodels.data import uploads
 from genmodels.data.sources import cache_folder
-from genmodels.engine.alias_watcher import Follower
-from genmodels.engine.model_cache import Shelf
+from genmodels.engine.alias_watcher import AliasWatcher
+from genmodels.engine.model_cache import ModelCache
 from genmodels.errors import DataError, GenmodelsError, JobNotFound, ModelNotFound
 from genmodels.family import Findings
 from genmodels.registry import evaluations, pin
@@ -317,8 +317,8 @@ def test_names_of_nothing_are_told(name: str) -> None:
 
 def test_a_served_model_that_is_deleted_is_gone_at_the_next_look(base: MemoryStorage) -> None:
     storage = copy(base)
-    follower = Follower(
-        storage, Shelf(storage, 2**30, lambda loaded: None), Rounds("follow", logging.getLogger("test"))
+    follower = AliasWatcher(
+        storage, ModelCache(storage, 2**30, lambda loaded: None), Rounds("follow", logging.getLogger("test"))
     )
     follower.follow()
     assert follower.find("first").version == 2

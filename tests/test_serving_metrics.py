@@ -30,7 +30,7 @@ from served import served
 
 from genmodels import metrics
 from genmodels.engine import metrics as engine_metrics
-from genmodels.engine.text.choices import Piece
+from genmodels.engine.text.choices import TextDelta
 from genmodels.engine.text.request import CompletionRequest
 from genmodels.errors import RequestError
 from genmodels.keys import Keys
@@ -39,11 +39,11 @@ from genmodels.registry.store import Registry
 from genmodels.storage import Storage, open_storage
 from services.cluster.ports import free_ports
 from services.gateway import model_host as host_module
-from services.gateway.model_host import ModelHost, Opened
+from services.gateway.model_host import CompletionStarted, ModelHost
 from services.gateway.proxy import proxy_middlewares
 from services.gateway.routes import create_app
 from services.http.middleware import MAX_BODY
-from services.http.request_metrics import OTHER, ROUTES, Counted, route_of
+from services.http.request_metrics import OTHER, ROUTES, RequestMetrics, route_of
 
 CANARY = "canaryqzx"
 LONG = {"prompt": "To be", "max_tokens": 4000, "stream": True}
@@ -262,14 +262,14 @@ class Pool:
 @pytest.mark.parametrize(
     ("ending", "code"),
     [
-        ([Piece(0, "d", 1, "stop")], "200"),
+        ([TextDelta(0, "d", 1, "stop")], "200"),
         ([RequestError("full", status=429, code="queue_full")], "429"),
         ([], "503"),
         ([ValueError(CANARY)], "500"),
     ],
 )
 def test_a_stream_is_counted_by_how_it_ended(before: Series, ending: list[Any], code: str) -> None:
-    app = create_app(Pool(Opened("m@1", "minigpt", 1, 1), Piece(0, "abc", 3), *ending))  # type: ignore[arg-type]
+    app = create_app(Pool(CompletionStarted("m@1", "minigpt", 1, 1), TextDelta(0, "abc", 3), *ending))  # type: ignore[arg-type]
     for stream in (True, False):
         ask(app, "POST", "/v1/completions", {"model": "m", "prompt": "x", "stream": stream})
     expected: Requests = Counter({("/v1/completions", code, "m@1"): 2})
@@ -312,7 +312,7 @@ def test_versions_come_and_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         found = only(here(), "version_active", "loaded_bytes", "kv_slots")
         return {key: value for key, value in found.items() if "come" in key}
 
-    size = host._shelf._held["come@1"].size
+    size = host._cache._held["come@1"].size
 
     def of(version: str) -> Series:
         labels = ("minigpt", "come", version)
@@ -330,7 +330,7 @@ def test_versions_come_and_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     Registry(storage).promote("come", "production", 1, "back")
     host.follow()
     stays(gauges, of("1"))
-    assert host._shelf._held
+    assert host._cache._held
 
 
 def test_all_checkpoints_of_a_model_are_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -347,10 +347,10 @@ def test_all_checkpoints_of_a_model_are_one(tmp_path: Path, monkeypatch: pytest.
     assert found["requests_total", "200", "minigpt", "drafts", "/v1/completions", "checkpoint"] == 2
     assert found["kv_slots", "minigpt", "drafts", "total", "checkpoint"] == 2 * 16
     assert found["loaded_bytes", "minigpt", "drafts", "checkpoint"] == sum(
-        held.size for held in host._shelf._held.values()
+        held.size for held in host._cache._held.values()
     )
     assert not only(found, "version_active"), "no alias means a checkpoint"
-    host._shelf.release("drafts@study-00000001:step-10")
+    host._cache.release("drafts@study-00000001:step-10")
     left = ("kv_slots", "minigpt", "drafts", "total", "checkpoint")
     stays(lambda: here()[left], 16)
 
@@ -379,7 +379,7 @@ def test_the_proxy_counts_what_does_not_reach_the_gateway(
     app: Any = serve
     for middleware in proxy_middlewares():  # as Serve does
         app = middleware.cls(app, *middleware.args, **middleware.kwargs)
-    assert isinstance(app, Counted)
+    assert isinstance(app, RequestMetrics)
     ask(app, "POST", "/v1/completions", {})
     assert ask(app, "POST", "/v1/completions", b"x" * (MAX_BODY + 1)).status_code == 413
     expected: Requests = Counter({("/v1/completions", "413", ""): 1})

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from genmodels.family import Findings, Material, Measure, Note, TextFamily, keep_half
+from genmodels.family import Findings, Material, Measure, Note, TextFamily, slide_window
 from genmodels.nn.sampling import Sampler, SamplingOptions, choose
 
 EVALUATION_NAMES = (
@@ -71,7 +71,7 @@ def write(family: TextFamily[Any, Any], prompts: Sequence[list[int]], length: in
     windows, written = [list(prompt) for prompt in prompts], []
     for _ in range(length):
         material.tick()
-        windows = [keep_half(window, family.block_size) for window in windows]
+        windows = [slide_window(window, family.block_size) for window in windows]
         tokens = choose(family.logits(torch.tensor(windows))[:, -1], samplers)
         for window, token in zip(windows, tokens, strict=True):
             window.append(token)

@@ -25,7 +25,7 @@ from genmodels.errors import RequestError
 from genmodels.evals.filters import best_filter, noisy
 from genmodels.evals.images import components, mean_psnr, mean_ssim, pictures, spread
 from genmodels.family import Findings, ImageFamily, ImageInfo, Material, Measure, Note, OptimizerConfig, Role, TextInfo
-from genmodels.nn.latents import FittedDensity, GaussianMixture, first_rows, image_normal, way
+from genmodels.nn.latents import FittedDensity, GaussianMixture, first_rows, image_normal, interpolate
 from genmodels.nn.networks import (
     ImageDecoder,
     ImageEncoder,
@@ -44,7 +44,7 @@ from genmodels.sizing.memory import Footprint, network_bytes
 if TYPE_CHECKING:
     import numpy as np
 
-    from genmodels.family import Batch, Way
+    from genmodels.family import Batch, Interpolation
 
 
 EVALUATED = 500  # validation pictures; all where it may take its time
@@ -198,8 +198,8 @@ class Autoencoder(FittedDensity, ImageFamily[AutoencoderConfig, AutoencoderReque
         with inference(self.network):
             return self.network.denoise(placed(images, self.network).clamp(0, 1)).float().sigmoid()
 
-    def interpolate(self, start: Tensor, end: Tensor, steps: int, method: Way | None = None) -> Tensor:
-        return way(start, end, steps, method or "linear")
+    def interpolate(self, start: Tensor, end: Tensor, steps: int, method: Interpolation | None = None) -> Tensor:
+        return interpolate(start, end, steps, method or "linear")
 
     def preview(self, images: Tensor, seed: int) -> dict[str, Tensor]:
         request = self.Request()

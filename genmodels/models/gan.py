@@ -28,14 +28,14 @@ from genmodels.errors import RequestError, SpecError
 from genmodels.evals import generative
 from genmodels.evals.distances import frechet_distance, moments
 from genmodels.family import Findings, ImageFamily, ImageInfo, Material, OptimizerConfig, Role, TextInfo
-from genmodels.nn.latents import row_generators, standard_normal, way
+from genmodels.nn.latents import interpolate, row_generators, standard_normal
 from genmodels.nn.networks import check_shape, image_sizes, inference, pass_bytes, placed
 from genmodels.nn.optim import make_optimizers
 from genmodels.schema.base import Section
 from genmodels.sizing.memory import Footprint, network_bytes
 
 if TYPE_CHECKING:
-    from genmodels.family import Batch, Way
+    from genmodels.family import Batch, Interpolation
 
 HEAD_FEATURES = 128  # of the discriminator, in front of its logit
 OVERSHOOT = 0.02  # see Generator
@@ -199,11 +199,11 @@ class GAN(ImageFamily[GANConfig, GANRequest]):
         with inference(self.network):
             return self.network(placed(latents, self.network)).clamp(0, 1)
 
-    def interpolate(self, start: Tensor, end: Tensor, steps: int, method: Way | None = None) -> Tensor:
+    def interpolate(self, start: Tensor, end: Tensor, steps: int, method: Interpolation | None = None) -> Tensor:
         """Noise along the great circle, where its mass is; classes along the straight line."""
         split = self.config.latent_dim
-        noise = way(start[:split], end[:split], steps, method or "spherical")
-        return torch.cat((noise, way(start[split:], end[split:], steps, "linear")), dim=1)
+        noise = interpolate(start[:split], end[:split], steps, method or "spherical")
+        return torch.cat((noise, interpolate(start[split:], end[split:], steps, "linear")), dim=1)
 
     def _label(self, request: GANRequest) -> int | None:
         label, classes = request.label, self.num_classes

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from genmodels.errors import RequestError, SpecError
 from genmodels.evals.text import EVALUATION_NAMES, IGNORED, evaluate_text
-from genmodels.family import Findings, ImageInfo, Material, OptimizerConfig, Role, TextFamily, TextInfo, keep_half
+from genmodels.family import Findings, ImageInfo, Material, OptimizerConfig, Role, TextFamily, TextInfo, slide_window
 from genmodels.nn.networks import inference
 from genmodels.nn.optim import make_optimizers
 from genmodels.nn.sampling import Sampler, SamplingOptions, choose
@@ -138,7 +138,7 @@ class MiniGPT(TextFamily[MiniGPTConfig, SamplingOptions]):
         window = list(prompt)
         sampler = Sampler(request, seed, prompt, self.data.vocab_size)
         for _ in range(request.max_tokens):
-            window = keep_half(window, self.block_size)
+            window = slide_window(window, self.block_size)
             (token,) = choose(self.logits(torch.tensor([window]))[:, -1], [sampler])
             window.append(token)
             yield token

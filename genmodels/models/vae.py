@@ -20,14 +20,22 @@ from torch import Tensor, nn
 from genmodels.errors import RequestError
 from genmodels.evals.images import components, mean_psnr, mean_ssim, pictures, spread
 from genmodels.family import Findings, ImageFamily, ImageInfo, Material, Measure, Note, OptimizerConfig, Role, TextInfo
-from genmodels.nn.latents import MAX_FIT, FittedDensity, GaussianMixture, first_rows, image_normal, standard_normal, way
+from genmodels.nn.latents import (
+    MAX_FIT,
+    FittedDensity,
+    GaussianMixture,
+    first_rows,
+    image_normal,
+    interpolate,
+    standard_normal,
+)
 from genmodels.nn.networks import ImageDecoder, ImageEncoder, Norm, check_shape, inference, pass_bytes, placed, psnr
 from genmodels.nn.optim import make_optimizers
 from genmodels.schema.base import Section
 from genmodels.sizing.memory import Footprint, network_bytes
 
 if TYPE_CHECKING:
-    from genmodels.family import Batch, Way
+    from genmodels.family import Batch, Interpolation
 
 ACTIVE_VARIANCE = 0.01  # a latent counts as used when its mean varies more than this over images (Burda et al. 2016)
 
@@ -226,8 +234,8 @@ class VAE(FittedDensity, ImageFamily[VAEConfig, VAERequest]):
         with inference(self.network):
             return self.network.decoder(placed(latents, self.network)).float().sigmoid()
 
-    def interpolate(self, start: Tensor, end: Tensor, steps: int, method: Way | None = None) -> Tensor:
-        return way(start, end, steps, method or "spherical")
+    def interpolate(self, start: Tensor, end: Tensor, steps: int, method: Interpolation | None = None) -> Tensor:
+        return interpolate(start, end, steps, method or "spherical")
 
     def _observed(self, greys: Tensor) -> Tensor:
         """What the likelihood is of, (n, C, H, W): black and white drawn by each picture's content, or the greys."""

@@ -19,7 +19,7 @@ from genmodels.data.text import check_vocabulary
 from genmodels.errors import CheckpointError, DataError, ModelNotFound, SpecError
 from genmodels.family import DataInfo, Family, TextInfo
 from genmodels.registry.pin import resolve
-from genmodels.registry.references import find
+from genmodels.registry.references import resolve_model
 from genmodels.spec.sections import ModelSpec
 from genmodels.storage import Storage
 
@@ -35,7 +35,7 @@ def fetch(spec: ModelSpec, storage: Storage, folder: Path) -> Path | None:
     folder.mkdir()
     pinned = resolve(spec.train.init_from, storage)
     try:
-        find(storage, pinned).fetch(storage, folder)
+        resolve_model(storage, pinned).fetch(storage, folder)
     except (CheckpointError, ModelNotFound) as error:
         raise SpecError(f"train.init_from: {pinned}: {error}") from None
     family = checkpoint.read_config(folder)["family"]
@@ -66,7 +66,7 @@ def check(
     with checkpoint.scratch_folder() as name:
         folder = Path(name)
         try:
-            found = find(storage, pinned)
+            found = resolve_model(storage, pinned)
             small = {checkpoint.CONFIG, "assets/tokenizer.json"}
             files = {name: file for name, file in found.files.items() if with_weights or name in small}
             checkpoint.download(storage, found.keys, files, folder)

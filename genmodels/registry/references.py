@@ -14,7 +14,7 @@ from genmodels.storage import Storage
 
 
 @dataclass(frozen=True)
-class Found:
+class ResolvedModel:
     """Something that can be loaded. Two with one name are the same."""
 
     name: str  # exact, as in `shapes@3` or `shapes@study-0123abcd:step-500`
@@ -42,17 +42,17 @@ class Found:
         checkpoint.download(storage, self.keys, self.files, folder)
 
 
-def moves(name: str) -> bool:
+def is_mutable(name: str) -> bool:
     """Whether a name may mean something else later: an alias, `latest`, `live`, or a step that is written again."""
     return not name.partition("@")[2].isdecimal() and ":step-" not in name
 
 
-def full_name(name: str) -> str:
+def with_default_alias(name: str) -> str:
     """A bare name is that of the alias production."""
     return name if "@" in name else f"{name}@production"
 
 
-def find(storage: Storage, name: str) -> Found:
+def resolve_model(storage: Storage, name: str) -> ResolvedModel:
     """Look up `m`, `m@alias`, `m@3`, `m@latest`, `m@live`, `m@step-500` or `m@<job>:step-500`.
 
     Raises:
@@ -74,7 +74,7 @@ def find(storage: Storage, name: str) -> Found:
         raise CheckpointError(f"{prefix}/{error}") from None
     start = run.attempt_start(ref.attempt)
     files = checkpoint.served(manifest.files)
-    return Found(
+    return ResolvedModel(
         name=checkpoint_name(run, ref),
         model=run.model,
         version=None,
@@ -88,8 +88,8 @@ def find(storage: Storage, name: str) -> Found:
     )
 
 
-def of_version(registry: Registry, version: Version) -> Found:
-    return Found(
+def of_version(registry: Registry, version: Version) -> ResolvedModel:
+    return ResolvedModel(
         name=version.name,
         model=version.model,
         version=version.version,

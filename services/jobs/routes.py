@@ -33,7 +33,7 @@ from genmodels.spec.parse import parse_spec
 from genmodels.spec.sections import JobSpec
 from genmodels.storage import Storage
 from services.http.app import JSON, check_content_type, documented, read_body, unless_gone
-from services.http.auth import Caller, Guard
+from services.http.auth import Caller, KeyAuth
 from services.http.rate_limits import Slots
 from services.http.responses import Json
 from services.jobs.dry_run import JobPlan, Planner
@@ -138,8 +138,8 @@ class JobRoutes:
     def _checked(self, body: bytes, caller: Caller, *, planned: bool) -> tuple[Checked, dict[str, int] | None]:
         """The job that a body describes, and what the cluster has."""
         spec = parse_spec(body, "spec", datasets=uploads.kinds(self.storage), paths=False)
-        caller.need(model.name for model in spec.models)
-        caller.need(filter(None, (model.train.init_from for model in spec.models)))
+        caller.require(model.name for model in spec.models)
+        caller.require(filter(None, (model.train.init_from for model in spec.models)))
         capacity = self.views.queue().capacity
         spec = pin(spec, self.storage, mark=False)
         return check_job(spec, self.storage, capacity=capacity, planned=planned), capacity
@@ -153,12 +153,12 @@ class JobRoutes:
     def _spec(self, job: str, caller: Caller) -> JobSpec:
         """A job's spec, if this caller may know of it."""
         spec = self.jobs.spec(job)
-        caller.need_job(model.name for model in spec.models)
+        caller.require_job(model.name for model in spec.models)
         return spec
 
 
 def add_job_routes(
-    app: FastAPI, guard: Guard, storage: Storage, closing: Callable[[], bool], endpoint: str | None = None
+    app: FastAPI, guard: KeyAuth, storage: Storage, closing: Callable[[], bool], endpoint: str | None = None
 ) -> Views:
     """Add the routes.
 
