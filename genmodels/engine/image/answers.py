@@ -29,7 +29,7 @@ from genmodels.engine.image.requests import (
 from genmodels.engine.model import LoadedModel
 from genmodels.engine.requests import seed_or_random
 from genmodels.errors import RequestError
-from genmodels.schema.explain import show
+from genmodels.schema.field_errors import show
 
 MAX_PIXELS = 2**24  # of all images of one answer: 64 images of 256 x 256 in three colours
 
