@@ -31,7 +31,7 @@ from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
 
-from genmodels.engine.image import requests
+from genmodels.engine.image import answers
 from genmodels.engine.image.batcher import CHUNK
 from genmodels.engine.image.model import ImageModel
 from genmodels.engine.image.requests import GenerateRequest
@@ -347,7 +347,7 @@ def engine_images(model: ImageModel, times: int = 10) -> float:
     request = GenerateRequest(n=PICTURES, seed=1)
     started = time.perf_counter()
     for _ in range(times):
-        assert len(requests.answer(model, request).images) == PICTURES
+        assert len(answers.answer(model, request).images) == PICTURES
     return times * PICTURES / (time.perf_counter() - started)
 
 

@@ -302,7 +302,7 @@ def test_a_full_pool_is_429_with_retry_after() -> None:
 
 def test_a_client_that_leaves_frees_its_slot_within_a_step(models: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
     host = ModelHost(models.url, workers=1)
-    batcher = host._cache._held["play@1"].loaded.batcher  # type: ignore[attr-defined]
+    batcher = host._cache._entries["play@1"].model.batcher  # type: ignore[attr-defined]
     step, allowed = batcher.step, threading.Semaphore(0)
 
     def watched() -> bool:
@@ -333,11 +333,11 @@ def test_a_connection_that_closes_frees_its_slots(
     models: Storage, monkeypatch: pytest.MonkeyPatch, stream: bool
 ) -> None:
     host = ModelHost(models.url)
-    batcher = host._cache._held["play@1"].loaded.batcher  # type: ignore[attr-defined]
+    batcher = host._cache._entries["play@1"].model.batcher  # type: ignore[attr-defined]
     step, steps = batcher.step, []
 
     def watched() -> bool:
-        steps.append(len(batcher._active()))
+        steps.append(len(batcher._running()))
         time.sleep(0.005)  # so that the answer is never over before the client leaves
         return step()
 

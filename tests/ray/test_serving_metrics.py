@@ -35,7 +35,7 @@ from genmodels.metrics import version_labels
 from genmodels.registry.store import Registry
 from genmodels.storage import Storage, open_storage
 from services.cluster.ports import free_ports
-from services.gateway import model_host as host_module
+from services.gateway import model_host
 from services.gateway.model_host import CompletionStarted, ModelHost
 from services.gateway.proxy import proxy_middlewares
 from services.gateway.routes import create_app
@@ -302,7 +302,7 @@ def texts(stream: httpx.Response) -> Iterator[str]:
 
 
 def test_versions_come_and_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(host_module, "_follow", lambda _: None)
+    monkeypatch.setattr(model_host, "_watch", lambda _: None)
     storage = open_storage(tmp_path.as_uri())
     publish(storage, "come", "minigpt")
     start = here()
@@ -312,7 +312,7 @@ def test_versions_come_and_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         found = only(here(), "version_active", "loaded_bytes", "kv_slots")
         return {key: value for key, value in found.items() if "come" in key}
 
-    size = host._cache._held["come@1"].size
+    size = host._cache._entries["come@1"].size
 
     def of(version: str) -> Series:
         labels = ("minigpt", "come", version)
@@ -324,17 +324,17 @@ def test_versions_come_and_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert only(grown(start, here()), *counted) == {}, "what a version is tried with counts for nobody"
     assert grown(start, here())["version_load_seconds_count", "minigpt"] == 1
     publish(storage, "come", "minigpt", step=2)
-    host.follow()
+    host.watch()
     stays(gauges, of("2"))  # the engine of the one before has to end first
     assert here()["versions_swapped_total", "minigpt", "come", "2"] == 1
     Registry(storage).promote("come", "production", 1, "back")
-    host.follow()
+    host.watch()
     stays(gauges, of("1"))
-    assert host._cache._held
+    assert host._cache._entries
 
 
 def test_all_checkpoints_of_a_model_are_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(host_module, "_follow", lambda _: None)
+    monkeypatch.setattr(model_host, "_watch", lambda _: None)
     storage = open_storage(tmp_path.as_uri())
     for step in (10, 20):
         save_checkpoint(storage, "study-00000001", "drafts", "minigpt", step=step)
@@ -347,10 +347,10 @@ def test_all_checkpoints_of_a_model_are_one(tmp_path: Path, monkeypatch: pytest.
     assert found["requests_total", "200", "minigpt", "drafts", "/v1/completions", "checkpoint"] == 2
     assert found["kv_slots", "minigpt", "drafts", "total", "checkpoint"] == 2 * 16
     assert found["loaded_bytes", "minigpt", "drafts", "checkpoint"] == sum(
-        held.size for held in host._cache._held.values()
+        held.size for held in host._cache._entries.values()
     )
     assert not only(found, "version_active"), "no alias means a checkpoint"
-    host._cache.release("drafts@study-00000001:step-10")
+    host._cache.unload_when_idle("drafts@study-00000001:step-10")
     left = ("kv_slots", "minigpt", "drafts", "total", "checkpoint")
     stays(lambda: here()[left], 16)
 
