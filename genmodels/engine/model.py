@@ -42,10 +42,6 @@ class LoadedModel(ABC):
         """Return the sizes that `GET /v1/models` shows, by the name of the API's field."""
 
     @abstractmethod
-    def warm_up(self) -> None:
-        """Answer a small request of each kind."""
-
-    @abstractmethod
     def enable_metrics(self) -> None:
         """Count requests from now on; requests of the warm-up are not counted."""
 

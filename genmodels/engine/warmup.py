@@ -3,9 +3,18 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from typing import Any
 
+from genmodels.engine.image.answers import answer
+from genmodels.engine.image.model import ImageModel
+from genmodels.engine.image.requests import DecodeRequest, GenerateRequest
 from genmodels.engine.model import LoadedModel
+from genmodels.engine.text.completion import complete
+from genmodels.engine.text.model import TextModel
+from genmodels.engine.text.request import CompletionRequest
 from genmodels.errors import CheckpointError, RequestError
+from genmodels.family import ImageFamily, TextFamily
 
 MAX_SECONDS = 30.0  # that the small requests may take
 
@@ -18,9 +27,22 @@ def warm_up(model: LoadedModel, max_seconds: float = MAX_SECONDS) -> None:
     """
     started = time.monotonic()
     try:
-        model.warm_up()
+        _SMALL_REQUESTS[model.family.kind](model)
     except RequestError as error:
         raise CheckpointError(f"it cannot answer a small request: {error}") from error
     seconds = time.monotonic() - started
     if seconds > max_seconds:
         raise CheckpointError(f"it is too slow: a small request took {seconds:.1f} s, the maximum is {max_seconds:g} s")
+
+
+def _generate(model: ImageModel) -> None:
+    answer(model, GenerateRequest(seed=0))
+    answer(model, DecodeRequest(latents=[[0.0] * model.family.latent_dim]))
+
+
+def _complete(model: TextModel) -> None:
+    prompt = model.tokenizer.decode([0])
+    list(complete(model, CompletionRequest.model_validate({"prompt": prompt, "max_tokens": 2, "seed": 0})))
+
+
+_SMALL_REQUESTS: dict[str, Callable[[Any], None]] = {ImageFamily.kind: _generate, TextFamily.kind: _complete}

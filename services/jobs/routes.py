@@ -79,14 +79,14 @@ class JobRoutes:
         return self.views.submitted(self.jobs.entry(job), spec, notes), True
 
     def cancel(self, job: str, body: CancelBody, caller: Caller) -> JobView:
-        wish: Literal["leave", "kill"] = "kill" if body.now else "leave"
+        action: Literal["stop", "kill"] = "kill" if body.now else "stop"
         for run, status in self._runs(job, body.models, caller):
-            waiting = [(w.wish, w.then) for w in run.wishes(after=status.wishes)]
+            waiting = [(w.action, w.then) for w in run.commands(after=status.last_command)]
             if status.state in ENDED and ("resume", "queued") not in waiting:
                 continue
-            if (wish, "cancelled") not in waiting:  # a client that asks again asks for the same
-                run.wish(wish, status.attempt, f"cancelled {caller.reason}", then="cancelled")
-            self.jobs.nudge(job, run.model)
+            if (action, "cancelled") not in waiting:  # a client that asks again asks for the same
+                run.send_command(action, status.attempt, f"cancelled {caller.reason}", then="cancelled")
+            self.jobs.notify(job, run.model)
         return self.views.job(job)
 
     def resume(self, job: str, body: ResumeBody, caller: Caller) -> JobView:
@@ -98,9 +98,11 @@ class JobRoutes:
             raise RequestError(message, status=409, code="nothing_to_resume")
         self.jobs.reopen(job)
         for run, status in stopped:
-            if not any(wish.wish == "resume" for wish in run.wishes(status.attempt, after=status.wishes)):
-                run.wish("resume", status.attempt, f"resumed {caller.reason}")
-            self.jobs.nudge(job, run.model)
+            if not any(
+                command.action == "resume" for command in run.commands(status.attempt, after=status.last_command)
+            ):
+                run.send_command("resume", status.attempt, f"resumed {caller.reason}")
+            self.jobs.notify(job, run.model)
         return self.views.job(job)
 
     def view(self, job: str, caller: Caller) -> JobView:

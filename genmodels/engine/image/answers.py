@@ -123,12 +123,10 @@ def _read_image(model: ImageModel, value: Any, param: str) -> Tensor:
         return torch.from_numpy(_decode_base64(model, value, param))
     channels, height, width = model.family.data.shape
     shape = f"{height} x {width}" if channels == 1 else f"{channels} x {height} x {width}"
-    pixels = _numbers(value, param, f"base64 of a PNG file, or {shape} numbers from 0 to 1 in nested lists")
-    if pixels.ndim == 2 and channels == 1:
-        pixels = pixels[None]
-    if pixels.shape != model.family.data.shape:
-        actual = " x ".join(map(str, pixels.shape))
-        raise _field_error(param, f"has {actual} numbers, this model takes {shape}")
+    expected = f"base64 of a PNG file, or {shape} numbers from 0 to 1 in nested lists"
+    if channels == 1 and len(_outline(value)[0]) == 2:
+        value = [value]
+    pixels = _numbers(value, param, (channels, height, width), expected, f"this model takes {shape}")
     if pixels.min() < 0 or pixels.max() > 1:
         raise _field_error(param, "has numbers outside 0 to 1; divide pixels by 255")
     return torch.from_numpy(pixels)
@@ -165,15 +163,29 @@ def _endpoint(model: ImageModel, value: Any, param: str, options: Any) -> Tensor
 
 def _latent(model: ImageModel, value: Sequence[Any], param: str) -> Tensor:
     size = model.family.latent_dim
-    numbers = _numbers(value, param, f"{size} numbers")
-    if numbers.shape != (size,):
-        actual = " x ".join(map(str, numbers.shape))
-        raise _field_error(param, f"has {actual} numbers, this model's latents have {size}")
-    return torch.from_numpy(numbers)
+    return torch.from_numpy(_numbers(value, param, (size,), f"{size} numbers", f"this model's latents have {size}"))
 
 
-def _numbers(value: Any, param: str, expected: str) -> np.ndarray:
-    """Convert nested lists of equal lengths to float32; every number must be finite."""
+def _outline(value: Any) -> tuple[tuple[int, ...], Any]:
+    """Return the lengths of nested lists, read from the first list at each depth, and the first item inside."""
+    lengths = []
+    while isinstance(value, list):
+        lengths.append(len(value))
+        value = value[0] if value else None
+    return tuple(lengths), value
+
+
+def _numbers(value: Any, param: str, shape: tuple[int, ...], expected: str, limit: str) -> np.ndarray:
+    """Convert nested lists to float32 of a shape; every number must be finite, and lists at one depth equally long.
+
+    Lists of another shape are refused unread: converting millions of numbers holds up every other request.
+    """
+    lengths, first = _outline(value)
+    if lengths != shape:
+        if not lengths or not isinstance(first, int | float):
+            raise _field_error(param, f"expected {expected}")
+        shown = lengths[1:] if len(lengths) == len(shape) == 3 and shape[0] == 1 else lengths[:8]
+        raise _field_error(param, f"has {' x '.join(map(str, shown))} numbers, {limit}")
     try:
         numbers = np.asarray(value)
     except (ValueError, OverflowError):

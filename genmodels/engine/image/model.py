@@ -7,7 +7,6 @@ from typing import Any
 
 from genmodels.engine.image.batcher import DynamicBatcher
 from genmodels.engine.image.metrics import ImageMetrics
-from genmodels.engine.image.requests import DecodeRequest, GenerateRequest
 from genmodels.engine.model import LoadedModel
 from genmodels.family import ImageFamily
 
@@ -26,12 +25,6 @@ class ImageModel(LoadedModel):
             "latent_dim": self.family.latent_dim,
         }
         return {**sizes, "num_classes": self.family.num_classes} if self.family.num_classes else sizes
-
-    def warm_up(self) -> None:
-        from genmodels.engine.image.answers import answer  # it imports this module
-
-        answer(self, GenerateRequest(seed=0))
-        answer(self, DecodeRequest(latents=[[0.0] * self.family.latent_dim]))
 
     def enable_metrics(self) -> None:
         self.batcher.metrics = ImageMetrics(self.labels)

@@ -10,6 +10,7 @@ from genmodels.engine.requests import MAX_N, Count, Request, Seeds
 
 Many = Field(min_length=1, max_length=MAX_N, fail_fast=True)
 Images = Annotated[list[Any], Many, Field(description="base64 of PNG files, or nested lists of numbers from 0 to 1")]
+MAX_LATENT = 65_536  # numbers of one latent
 MAX_FLOAT32 = 3.4028234663852886e38
 Coordinate = Annotated[float, Field(ge=-MAX_FLOAT32, le=MAX_FLOAT32)]
 
@@ -59,7 +60,9 @@ class DecodeRequest(DrawnRequest):
     verb = "decode"
 
     latents: Annotated[
-        list[Annotated[list[Coordinate], Field(fail_fast=True)]], Many, Field(description="lists of latent_dim numbers")
+        list[Annotated[list[Coordinate], Field(max_length=MAX_LATENT, fail_fast=True)]],
+        Many,
+        Field(description="lists of latent_dim numbers"),
     ]
 
 

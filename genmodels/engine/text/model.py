@@ -15,7 +15,6 @@ from genmodels.data.text import Tokenizer
 from genmodels.engine.model import LoadedModel
 from genmodels.engine.text.batcher import ContinuousBatcher
 from genmodels.engine.text.metrics import TextMetrics
-from genmodels.engine.text.request import CompletionRequest
 from genmodels.family import TextFamily
 from genmodels.threads import Rounds
 
@@ -40,12 +39,6 @@ class TextModel(LoadedModel):
             "vocab_size": self.tokenizer.vocab_size,
             "example_prompt": self.tokenizer.example_prompt,
         }
-
-    def warm_up(self) -> None:
-        from genmodels.engine.text.completion import complete  # it imports this module
-
-        prompt = self.tokenizer.decode([0])
-        list(complete(self, CompletionRequest.model_validate({"prompt": prompt, "max_tokens": 2, "seed": 0})))
 
     def start(self, torch_threads: int) -> None:
         """Start the decoding thread, which ends after `close`."""
