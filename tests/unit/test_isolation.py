@@ -70,7 +70,7 @@ FAILURES: dict[str, Callable[[], Exception]] = {
 
 @pytest.fixture
 def good_and_bad(file_storage: Storage, monkeypatch: pytest.MonkeyPatch) -> Storage:
-    monkeypatch.setattr(model_host, "FOLLOW_SECONDS", 3600.0)  # the tests say when to look
+    monkeypatch.setattr(model_host, "WATCH_SECONDS", 3600.0)  # the tests say when to look
     for name in ("good", "bad"):
         publish(file_storage, name, "vae", step=1)
     return file_storage
@@ -230,7 +230,7 @@ def test_a_host_whose_rounds_do_not_complete_is_not_well(
     assert stamped > 0
     clock(threads.STALLED_SECONDS + 1)
     error = refused(ask(app, "GET", "/healthz"), 503)
-    assert "'follow' has made no progress" in error["message"]
+    assert "'alias-watcher' has made no progress" in error["message"]
     with pytest.raises(RuntimeError, match="no progress"):
         host.check_health()
     host.watch()
