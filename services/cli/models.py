@@ -123,15 +123,15 @@ def evaluate(
     from genmodels.registry import evaluations
     from genmodels.registry.evaluate import evaluate as measure
     from genmodels.registry.store import Registry
+    from genmodels.runs.jobs import Jobs
     from genmodels.runs.store import Run
-    from genmodels.training.attempt import stored_model
     from services.console.tables import measures_table
 
     store = storage(storage_url)
     registry = Registry(store)
     found = registry.resolve(version)
     try:
-        spec = stored_model(store, found.job, found.model)
+        spec = Jobs(store).model_spec(found.job, found.model)
     except JobNotFound:
         raise GenmodelsError(f"{found.name}: job {found.job} was deleted, so its data is not known any more") from None
     with scratch_folder() as name, console(stderr=True).status(f"Evaluating {found.name}"):

@@ -21,7 +21,7 @@ from genmodels.runs.jobs import Jobs
 from genmodels.runs.store import Run
 from genmodels.spec.parse import parse_spec
 from genmodels.storage import Storage
-from genmodels.training.attempt import run_attempt, stored_model
+from genmodels.training.attempt import run_attempt
 from genmodels.training.loop import Group
 from services.local.platform import submit
 from services.local.smoke import smoke
@@ -84,7 +84,7 @@ def test_it_begins_with_the_served_weights_of_a_version_and_of_a_step(
             served(run, CheckpointRef(attempt=1, step=1)), served(source, CheckpointRef(attempt=1, step=step))
         )
         pinned = {6: version.name, 3: reference}[step]
-        assert stored_model(storage, run.job, "more").train.init_from == pinned
+        assert Jobs(storage).model_spec(run.job, "more").train.init_from == pinned
     assert pin.marked(source) == [CheckpointRef(attempt=1, step=3)]
 
 
@@ -108,7 +108,7 @@ def test_a_name_means_what_it_meant_at_submit(data: Path, storage: Storage) -> N
     name = submit(storage, spec)
     Registry(storage).promote("vae", "production", 1, "rolled back")
     assert submit(storage, spec) == name
-    assert [stored_model(storage, name, f"m{i}").train.init_from for i in range(len(NAMES))] == [
+    assert [Jobs(storage).model_spec(name, f"m{i}").train.init_from for i in range(len(NAMES))] == [
         "vae@2", "vae@2", "vae@2", "vae@1"
     ]  # fmt: skip
     pinned = pin.pin(spec, storage)
@@ -247,13 +247,13 @@ def test_an_added_dataset_is_pinned_at_submit(
     name = submit(storage, spec)
     (tmp_path / "tale.txt").write_text("Once upon a time there was a mouse.\n" * 100)
     second, _ = uploads.add(storage, "mine", tmp_path / "tale.txt", replace=True)
-    assert stored_model(storage, name, "minigpt").data.sha256 == first.sha256
+    assert Jobs(storage).model_spec(name, "minigpt").data.sha256 == first.sha256
     run_attempt(storage, name, "minigpt", 1, Group())
     run = Run(storage, name, "minigpt")
     assert run.manifest(run.checkpoints()[0]).lineage.data_digest == first.sha256
     other = submit(storage, spec)
     assert other != name  # another content is another job
-    assert stored_model(storage, other, "minigpt").data.sha256 == second.sha256
+    assert Jobs(storage).model_spec(other, "minigpt").data.sha256 == second.sha256
     assert smoke(spec.models[0], storage).startswith("continued ")
     for key in storage.list("datasets/"):
         storage.delete(key)
