@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import dataclasses
 import time
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, TypeVar
 
 from genmodels.engine.alias_watcher import AliasWatcher, Refused
 from genmodels.engine.model import LoadedModel
-from genmodels.errors import DamagedObject, GenmodelsError, ModelNotFound, RequestError, StorageUnavailable
+from genmodels.errors import DamagedObject, GenmodelsError, ModelNotFound, StorageUnavailable
 from genmodels.registry.evaluations import Evaluation, newest
 from genmodels.registry.references import ResolvedModel, of_version
 from genmodels.registry.store import Registry
+from services.gateway.models import Models, as_request_error, in_thread
 
 LIST_TTL_SECONDS = 1.0  # the list of models is read again after so long
 
-T = TypeVar("T")
 _Listed = list[tuple[str, ResolvedModel | DamagedObject, dict[str, int]]]
 
 
@@ -56,17 +52,16 @@ class Catalog:
 
     Args:
         threads: for reading from storage.
-        acquire: yields the loaded model of a name.
     """
 
     def __init__(
         self,
         registry: Registry,
         watcher: AliasWatcher,
+        models: Models,
         threads: ThreadPoolExecutor,
-        acquire: Callable[[str], AbstractAsyncContextManager[LoadedModel]],
     ) -> None:
-        self._registry, self._watcher, self._threads, self._acquire = registry, watcher, threads, acquire
+        self._registry, self._watcher, self._models, self._threads = registry, watcher, models, threads
         self._listed: tuple[float, _Listed] | None = None  # (monotonic time, list)
         self._entries: dict[str, CatalogEntry] = {}  # what only a loaded model tells of itself, by exact name
         self._evaluations: dict[str, Evaluation | None] = {}  # the last ones that were read, by exact name
@@ -80,7 +75,7 @@ class Catalog:
         """
         if self._listed is None or time.monotonic() - self._listed[0] > LIST_TTL_SECONDS:
             try:
-                self._listed = time.monotonic(), await self._in_thread(self._read_models)
+                self._listed = time.monotonic(), await in_thread(self._threads, self._read_models)
             except StorageUnavailable:
                 if self._listed is None:
                     raise
@@ -94,14 +89,14 @@ class Catalog:
     async def _aliases_of(self, model: str) -> dict[str, int]:
         """Return a model's aliases; the last known ones if storage does not answer."""
         with contextlib.suppress(StorageUnavailable):
-            self._aliases[model] = await self._in_thread(_read_aliases, self._registry, model)
+            self._aliases[model] = await in_thread(self._threads, _read_aliases, self._registry, model)
         return self._aliases.get(model, {})
 
     async def _evaluation_of(self, resolved: ResolvedModel) -> Evaluation | None:
         """Return a version's newest evaluation; the last known one if storage does not answer."""
         if resolved.version is not None:
             with contextlib.suppress(StorageUnavailable):
-                read = self._in_thread(newest, self._registry, resolved.model, resolved.version)
+                read = in_thread(self._threads, newest, self._registry, resolved.model, resolved.version)
                 self._evaluations[resolved.name] = await read
         return self._evaluations.get(resolved.name)
 
@@ -131,26 +126,12 @@ class Catalog:
         known = self._entries.get(resolved.name)
         if known is None:
             try:
-                async with self._acquire(name) as model:
+                async with self._models.acquire(name) as model:
                     known = self._entries[resolved.name] = _entry(resolved, model)
             except GenmodelsError as error:
                 problem = as_request_error(error).message
                 return CatalogEntry(name, resolved, aliases, problem=problem, refused=refused)
         return CatalogEntry(name, resolved, aliases, known.kind, known.verbs, known.sizes, refused=refused)
-
-    async def _in_thread(self, function: Callable[..., T], *arguments: Any) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._threads, function, *arguments)
-
-
-def as_request_error(error: GenmodelsError) -> RequestError:
-    """Return the error that a client gets."""
-    if isinstance(error, RequestError):
-        return error
-    if isinstance(error, StorageUnavailable):
-        return RequestError(
-            "the storage of models does not answer; try again in a moment", status=503, code="storage_unavailable"
-        )
-    return RequestError(f"this model cannot be served: {error}", param="model", status=503, code="version_damaged")
 
 
 def _entry(resolved: ResolvedModel, model: LoadedModel) -> CatalogEntry:

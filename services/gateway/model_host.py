@@ -6,16 +6,13 @@ Errors of requests are returned as values: Serve would log an exception with its
 
 from __future__ import annotations
 
-import asyncio
-import contextlib
 import logging
 import threading
 import time
 import weakref
-from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from collections.abc import AsyncGenerator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, TypeVar
 
 import torch
 
@@ -26,28 +23,24 @@ from genmodels.engine.history import History
 from genmodels.engine.image import answers
 from genmodels.engine.image.answers import ImageAnswer
 from genmodels.engine.image.requests import ImageRequest
-from genmodels.engine.model import LoadedModel
 from genmodels.engine.model_cache import ModelCache
 from genmodels.engine.text import completion as text
 from genmodels.engine.text.choices import TextDelta
 from genmodels.engine.text.completion import Vocabulary
 from genmodels.engine.text.request import CompletionRequest
 from genmodels.errors import GenmodelsError, RequestError, StorageUnavailable
-from genmodels.registry.references import ResolvedModel
 from genmodels.registry.store import Registry
 from genmodels.sizing.memory import HOST_MEMORY
 from genmodels.storage import open_storage
 from genmodels.threads import Rounds
-from services.gateway.catalog import Catalog, CatalogEntry, as_request_error
+from services.gateway.catalog import Catalog, CatalogEntry
 from services.gateway.deltas import DeltaQueue
+from services.gateway.models import Models, as_request_error, in_thread
 
 WATCH_SECONDS = 1.0  # between two reads of the registry
 COLLECT_SECONDS = 0.05  # of text that is sent as one delta: a hop between processes takes about the time of a token
-MAX_LOADS = 3  # per request: other requests may unload the model again before it is used
 
 logger = logging.getLogger("ray.serve")
-
-T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -83,7 +76,8 @@ class ModelHost:
             for count, name in ((workers, "model"), (4, "registry"))
         )
         self._history_readers = ThreadPoolExecutor(2, "history")  # the history of a long run takes long to read
-        self._catalog = Catalog(self._registry, self._watcher, self._lookups, self._acquire)
+        self._models = Models(self._watcher, self._cache, self._lookups)
+        self._catalog = Catalog(self._registry, self._watcher, self._models, self._lookups)
         self.watch()  # before a new replica gets requests, the models of all aliases are in memory
         threading.Thread(target=_watch, args=(weakref.ref(self),), name="alias-watcher", daemon=True).start()
 
@@ -113,35 +107,37 @@ class ModelHost:
 
     async def model(self, name: str) -> CatalogEntry | RequestError:
         try:
-            return await self._catalog.get(name, await self._resolve(name))
+            return await self._catalog.get(name, await self._models.resolve(name))
         except GenmodelsError as error:
             return as_request_error(error)
 
     async def answer(self, name: str, request: ImageRequest) -> ImageAnswer | RequestError:
         try:
-            async with self._acquire(name) as model:
-                return await _in(self._workers, answers.answer, model, request)
+            async with self._models.acquire(name) as model:
+                return await in_thread(self._workers, answers.answer, model, request)
         except GenmodelsError as error:
             return as_request_error(error)
 
     async def vocabulary(self, name: str) -> Vocabulary | RequestError:
         try:
-            async with self._acquire(name) as model:
-                return await _in(self._lookups, text.vocabulary, model)
+            async with self._models.acquire(name) as model:
+                return await in_thread(self._lookups, text.vocabulary, model)
         except GenmodelsError as error:
             return as_request_error(error)
 
     async def history(self, name: str, points: int = history.MAX_ROWS) -> History | RequestError:
         try:
-            resolved = await self._resolve(name)
-            return await _in(self._history_readers, history.read, self._registry.storage, resolved, points)
+            resolved = await self._models.resolve(name)
+            return await in_thread(self._history_readers, history.read, self._registry.storage, resolved, points)
         except GenmodelsError as error:
             return as_request_error(error)
 
     async def sample(self, name: str, step: int, file: str) -> bytes | RequestError:
         try:
-            resolved = await self._resolve(name)
-            return await _in(self._history_readers, history.read_sample, self._registry.storage, resolved, step, file)
+            resolved = await self._models.resolve(name)
+            return await in_thread(
+                self._history_readers, history.read_sample, self._registry.storage, resolved, step, file
+            )
         except GenmodelsError as error:
             return as_request_error(error)
 
@@ -151,7 +147,7 @@ class ModelHost:
         """Yield one `CompletionStarted`, then deltas; a `RequestError` may replace any item and is then the last."""
         started, completion = time.monotonic(), None
         try:
-            async with self._acquire(name) as model:
+            async with self._models.acquire(name) as model:
                 completion = text.complete(model, request)
                 queue = DeltaQueue()
                 completion.start(queue.put, started)
@@ -170,31 +166,6 @@ class ModelHost:
             if completion is not None:  # the client may have disconnected
                 completion.cancel()
 
-    @contextlib.asynccontextmanager
-    async def _acquire(self, name: str) -> AsyncIterator[LoadedModel]:
-        """Yield the model of a name and keep it in memory during the context."""
-        resolved = await self._resolve(name)
-        try:
-            with contextlib.ExitStack() as stack:
-                for _ in range(MAX_LOADS):
-                    try:
-                        model = stack.enter_context(self._cache.acquire(resolved.name))
-                        break
-                    except KeyError:  # not loaded yet, or unloaded to make room
-                        await _in(self._lookups, self._cache.load, resolved)
-                else:
-                    message = "too many models are asked for at once; try again"
-                    raise RequestError(message, status=503, code="memory_full")
-                yield model
-        except GenmodelsError as error:
-            request_error = as_request_error(error)
-            request_error.refused_by = resolved.name, resolved.family
-            raise request_error from None
-
-    async def _resolve(self, name: str) -> ResolvedModel:
-        cached = self._watcher.cached(name)
-        return cached if cached else await _in(self._lookups, self._watcher.resolve, name)
-
 
 def _watch(host: weakref.ref[ModelHost]) -> None:
     """Watch the registry until the host is garbage collected."""
@@ -205,7 +176,3 @@ def _watch(host: weakref.ref[ModelHost]) -> None:
             return
         alive.watch()
         del alive
-
-
-async def _in(threads: ThreadPoolExecutor, function: Callable[..., T], *arguments: Any) -> T:
-    return await asyncio.get_running_loop().run_in_executor(threads, function, *arguments)
