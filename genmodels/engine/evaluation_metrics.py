@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 
-from genmodels.metrics import MEASURE
+from genmodels.metrics import EVALUATION_METRIC
 from genmodels.registry.evaluations import newest
 from genmodels.registry.references import ResolvedModel
 from genmodels.registry.store import Registry
@@ -33,5 +33,5 @@ class EvaluationMetrics:
                 continue
             evaluation = newest(self._registry, model.model, model.version)
             self._read[model.name] = now
-            for name, measure in evaluation.measures.items() if evaluation else ():
-                MEASURE.labels(model.model, model.family, str(model.version), name).set(measure.value)
+            for name, metric in evaluation.metrics.items() if evaluation else ():
+                EVALUATION_METRIC.labels(model.model, model.family, str(model.version), name).set(metric.value)

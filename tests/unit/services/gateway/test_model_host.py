@@ -283,7 +283,7 @@ def test_checkpoints_of_a_run_have_names(storage: Storage) -> None:
     assert version_of(app, "shapes@live") == "shapes@study-00000002:step-10"
     assert version_of(app, second) == second
     for name, said in {
-        "shapes@step-11": "those of shapes in job study-00000002: 10",
+        "shapes@step-11": "steps of shapes in job study-00000002 with one: 10",
         "shapes@study-00000009:step-10": "none yet",
         "play@live": "no job has trained 'play'",
     }.items():
