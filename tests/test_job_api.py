@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -417,6 +418,32 @@ def test_cancelling_leaves_one_wish_for_each_run(service: Service) -> None:
     service("POST", f"/v1/jobs/{job}/cancel", {"now": True, "models": ["a"]})
     assert [wish.wish for wish in Run(service.storage, job, "a").wishes()] == ["leave", "kill"]
     assert [wish.wish for wish in Run(service.storage, job, "b").wishes()] == ["leave"]
+
+
+class CountingStorage(MemoryStorage):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gets: Counter[str] = Counter()
+
+    def get(self, key: str) -> tuple[bytes, str]:
+        self.gets[key] += 1
+        return super().get(key)
+
+
+@pytest.mark.parametrize("action", ["cancel", "resume"])
+def test_a_command_reads_each_object_once(action: str) -> None:
+    storage = CountingStorage()
+    service = Service(storage)
+    job = service.submit("a", "b")
+    for model in "ab":
+        service.move(job, model, "running", attempt=1)
+    service.move(job, "a", "failed")
+    storage.gets.clear()
+    assert service("POST", f"/v1/jobs/{job}/{action}").status_code == 200
+    read = [f"jobs/{job}/spec.yaml", f"open/{job}", *(f"runs/{job}/{model}/status.json" for model in "ab")]
+    assert {key: storage.gets[key] for key in read} == dict.fromkeys(read, 1) | {
+        f"open/{job}": 2 if action == "resume" else 1  # `reopen` looks again before it writes
+    }
 
 
 def test_a_wish_says_whose_it_is(file_storage: Storage) -> None:

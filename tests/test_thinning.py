@@ -19,7 +19,7 @@ from genmodels.runs.thinning import thinned_rows
 from genmodels.storage import Storage
 from services.gateway.model_host import ModelHost
 from services.gateway.routes import create_app
-from services.jobs.routes import LINES_AT_ONCE
+from services.jobs.lines import LINES_AT_ONCE
 
 PARTS = 30
 
