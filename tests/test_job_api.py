@@ -22,7 +22,7 @@ from genmodels.keys import Keys
 from genmodels.runs.records import State
 from genmodels.runs.store import Run
 from genmodels.storage import Storage
-from services.jobs import routes
+from services.jobs import operations
 from services.jobs.views import job_state
 
 
@@ -245,10 +245,10 @@ def test_a_dry_run_says_what_would_be_and_does_nothing(service: Service) -> None
     assert "needs 4 CPUs" in b["notes"][0]
 
 
-def test_an_unknown_cluster_is_said_to_be_so(service: Service) -> None:
+def test_the_size_of_a_cluster_may_be_unknown(service: Service) -> None:
     (plan,) = service.post(spec(), "?dry_run=true").json()["models"]
     assert plan["fits"] is None
-    assert "how large" in plan["notes"][0]
+    assert "not known yet" in plan["notes"][0]
 
 
 @pytest.mark.parametrize("family", ["autoencoder", "vae", "gan", "minigpt"])
@@ -273,7 +273,7 @@ def test_the_estimated_size_of_a_checkpoint_is_right(
 
     cls = models.load(family)
     built = cls(cls.Config(), open_dataset(DataConfig(dataset=dataset)).info)
-    roles = built.roles(routes.parse_spec(yaml.safe_dump(document).encode(), "x").models[0].train)
+    roles = built.roles(operations.parse_spec(yaml.safe_dump(document).encode(), "x").models[0].train)
     for role in roles:
         for parameter in role.loss.parameters():
             parameter.grad = torch.zeros_like(parameter)
@@ -508,7 +508,7 @@ def test_logs_of_a_worker_that_cannot_be_are_404(service: Service, source: str) 
     job = service.post(document).json()["job"]
     error = refused(service("GET", f"/v1/jobs/{job}/logs?source={source}"), 404)
     assert error["param"] == "source"
-    assert error["message"] == f"source: got '{source}'; what there is: driver and the workers 0 to 1"
+    assert error["message"] == f"source: got '{source}'; expected driver, or the workers 0 to 1"
     for there in ("driver", "0", "1"):
         assert service("GET", f"/v1/jobs/{job}/logs?source={there}").status_code == 200
 
@@ -560,7 +560,7 @@ def test_what_breaks_is_500_and_neither_log_nor_answer_quotes_it(
     def broken(*_: Any, **__: Any) -> None:
         raise RuntimeError("canary")
 
-    monkeypatch.setattr(routes, "parse_spec", broken)
+    monkeypatch.setattr(operations, "parse_spec", broken)
     error = refused(service.post(spec()), 500)
     assert "canary" not in error["message"]
     assert "RuntimeError" in caplog.text
