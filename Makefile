@@ -49,7 +49,7 @@ test: setup-dev lint
 	$(BIN)/python -m pytest -m "not long" -n 2 --dist loadfile --no-loadscope-reorder
 
 test-k8s: setup-dev $(K8S_TOOLS)/.ready
-	$(BIN)/python -m pytest tests/test_k8s*.py -rs -m "not long"
+	$(BIN)/python -m pytest tests/k8s -rs -m "not long"
 
 test-long: setup-dev
 	$(BIN)/python -m pytest -m long
@@ -69,7 +69,7 @@ results: setup
 
 bench-serving: setup-dev
 	@$(PIP) -e '.[bench]'
-	$(BIN)/python tests/bench_serving.py
+	$(BIN)/python -m tests.bench.serving
 
 lint: setup-dev
 	$(BIN)/ruff check .
@@ -77,7 +77,7 @@ lint: setup-dev
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# What the code knows (fields, commands, routes, metrics), written into the pages of docs/; tests/test_docs.py checks it.
+# What the code knows (fields, commands, routes, metrics), written into the pages of docs/; tests/unit/test_docs.py checks it.
 docs: setup-dev
 	$(BIN)/python docs/generate.py
 

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import Field, TypeAdapter, ValidationError
 
 from genmodels import models
-from genmodels.errors import CheckpointError, KeyNotFound, SpecError, StorageError
+from genmodels.errors import CheckpointError, DamagedObject, KeyNotFound, SpecError, StorageError
 from genmodels.family import DataInfo, Family
 from genmodels.storage import Document, Storage, encode_floats, write_document
 from genmodels.storage.base import check_key
@@ -168,6 +168,8 @@ def read_manifest(storage: Storage, prefix: str) -> Manifest:
         data, etag = storage.get(key)
     except KeyNotFound:
         raise CheckpointError(f"{prefix}: no complete checkpoint (it has no {MANIFEST})") from None
+    except DamagedObject as error:
+        raise CheckpointError(str(damaged(key, error.what, Manifest, error.etag))) from None
     try:
         document = parse_object(data)
         written, _ = document.pop("digest"), document.pop("nonce")

@@ -7,10 +7,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from ray_cluster import metrics_folder, ray_cluster
-from s3_server import S3Server
 
 from genmodels.storage import Storage, open_storage
+from tests.support.ray_cluster import metrics_folder, ray_cluster
+from tests.support.s3_server import S3Server
 
 __all__ = ["metrics_folder", "ray_cluster"]
 
@@ -19,12 +19,29 @@ signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Minutes long, so they begin first: the two lanes of `make test` then end together. The short one between them goes to
 # the first lane, which is dealt the files 1 and 3.
-LONG_FILES = ("test_faults.py", "test_quick_run.py", "test_auth.py", "test_up.py")
+LONG_FILES = ("ray/test_faults.py", "ray/test_quick_run.py", "http/test_access.py", "ray/test_up.py")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    last = len(LONG_FILES)
-    items.sort(key=lambda item: LONG_FILES.index(item.path.name) if item.path.name in LONG_FILES else last)
+    """Add the markers that follow from folders and fixtures, and put the long files first."""
+    folder = Path(__file__).parent
+    places = {folder / name: place for place, name in enumerate(LONG_FILES)}
+    for item in items:
+        for marker in _markers(item, item.path.relative_to(folder).parts[0]):
+            item.add_marker(marker)
+    items.sort(key=lambda item: places.get(item.path, len(places)))
+
+
+def _markers(item: pytest.Item, room: str) -> Iterator[str]:
+    """Name what a test needs beyond this process: a Ray cluster, an S3 server, a browser."""
+    fixtures = set(getattr(item, "fixturenames", ()))
+    parameters = getattr(getattr(item, "callspec", None), "params", {})
+    if room == "ray" or "ray_cluster" in fixtures:
+        yield "ray"
+    if fixtures & {"s3_server", "s3_storage"} or parameters.get("storage") == "s3":
+        yield "s3"
+    if room == "browser":
+        yield "browser"
 
 
 @pytest.fixture(autouse=True)

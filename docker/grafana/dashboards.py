@@ -1,4 +1,4 @@
-"""Writes dashboards/*.json, which Grafana reads, from boards/*.py; tests/test_watch.py holds them equal.
+"""Writes dashboards/*.json, which Grafana reads, from boards/*.py; tests/unit/test_monitoring.py holds them equal.
 
 python docker/grafana/dashboards.py [--output FOLDER]
 """

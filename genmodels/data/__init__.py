@@ -17,7 +17,7 @@ from pydantic import Field, ValidationInfo, field_validator, model_validator
 
 from genmodels.data import uploads
 from genmodels.data.files import shown
-from genmodels.data.images import ImageData, decode_image, divide, from_csv, from_idx, grid, png, read_folder
+from genmodels.data.images import ImageData, decode_image, from_csv, from_idx, grid, png, read_folder, train_val_split
 from genmodels.data.sources import DATASETS, read
 from genmodels.data.text import CharTokenizer, TextData, Tokenizer, load_tokenizer, read_text
 from genmodels.data.uploads import IMAGE_SIZE, MAX_SIZE, MIN_SIZE
@@ -197,7 +197,7 @@ def _open_path(config: DataConfig) -> ImageData | TextData:
     path = Path(config._expanded)
     try:
         if path.is_dir():
-            return divide(read_folder(path, config.image_size or IMAGE_SIZE, config.channels))
+            return train_val_split(read_folder(path, config.image_size or IMAGE_SIZE, config.channels))
         if path.exists():
             return read_text(path)
     except OSError as error:

@@ -91,7 +91,7 @@ def from_csv(content: bytes, class_names: Sequence[str]) -> ImageData:
     table = np.loadtxt(io.BytesIO(content), delimiter=",", dtype=np.uint8)
     side = round((table.shape[1] - 1) ** 0.5)
     images, labels = table[:, :-1].reshape(-1, 1, side, side), table[:, -1].astype(np.int64)
-    return divide(Pictures(images, labels, list(class_names), []))
+    return train_val_split(Pictures(images, labels, list(class_names), []))
 
 
 @dataclass(frozen=True)
@@ -160,7 +160,7 @@ def read_folder(
     return Pictures(squares, labels, classes, notes)
 
 
-def divide(pictures: Pictures) -> ImageData:
+def train_val_split(pictures: Pictures) -> ImageData:
     """A tenth of each class, at least one image, is for validation: those whose sha256 is lowest.
 
     So the division depends on the pictures alone: copies of one picture keep together, and adding some moves few.

@@ -135,7 +135,7 @@ class TextData:
         border = len(tokens) * 9 // 10
         self.train, self.val = tokens[:border], tokens[border:]
 
-    def speak(self, tokenizer: CharTokenizer) -> None:
+    def set_tokenizer(self, tokenizer: CharTokenizer) -> None:
         """Take the token ids of another tokenizer: that of the model which training starts from.
 
         Raises:

@@ -27,13 +27,13 @@ from filelock import FileLock
 from pydantic import Field
 
 from genmodels.data.files import shown
-from genmodels.data.images import ImageData, Pictures, divide, read_folder
+from genmodels.data.images import ImageData, Pictures, read_folder, train_val_split
 from genmodels.data.sources import DATASETS, cache_folder
 from genmodels.data.text import TextData, read_text
 from genmodels.data.unpack import is_zip, unpack
 from genmodels.errors import Conflict, DamagedObject, DataError, DatasetExists, KeyNotFound
 from genmodels.family import DataInfo
-from genmodels.schema.explain import as_label
+from genmodels.schema.field_errors import as_label
 from genmodels.storage import Document, Storage, Time, load_document, write_document
 from genmodels.storage.disk import disk_outages
 from genmodels.storage.lease import Lease
@@ -124,7 +124,7 @@ def add(
         _put(storage, dataset, file)
         while True:
             write_document(storage, f"datasets/{name}/current.json", {"sha256": dataset.sha256, "time": _now()})
-            sweeper(storage, name).wait_until_free()
+            gc_lease(storage, name).wait_until_free()
             if _current(storage, name) and storage.exists(dataset.key):
                 return find(storage, name, dataset.sha256), True
             _put(storage, dataset, file)  # it was deleted meanwhile, in whole or in part
@@ -138,7 +138,7 @@ def _put(storage: Storage, dataset: StoredDataset, file: Path) -> None:
             write_document(storage, document, dataset.model_dump(mode="json"), if_absent=True)
 
 
-def sweeper(storage: Storage, name: str) -> Lease:
+def gc_lease(storage: Storage, name: str) -> Lease:
     """The lease of whoever deletes a dataset."""
     return Lease(storage, SWEEP_SECONDS, f"datasets/{name}/{SWEEP}")
 
@@ -217,7 +217,7 @@ def load(name: str, sha256: str | None, storage: Storage | None) -> ImageData | 
             raise DataError(f"data.dataset: {name!r} is not on this machine, and there is no storage to look into")
         path = _fetch(storage, find(storage, name, sha256), folder)
     if path.name == FILES["image"]:
-        return divide(_read_pictures(path, name))
+        return train_val_split(_read_pictures(path, name))
     text = read_text(path)
     text.notes = [note.replace(path.name, name, 1) for note in text.notes]
     return text
@@ -234,7 +234,7 @@ def _convert(
         pictures = read_folder(folder, image_size or IMAGE_SIZE, channels, skipped)
         file = scratch / FILES["image"]
         _write_pictures(pictures, file)
-        data = divide(pictures)
+        data = train_val_split(pictures)
         info: DataInfo = data.info
         validation = len(data.split("val"))
         digest, examples, kind = data.digest, len(pictures.images), "image"

@@ -28,7 +28,8 @@ from genmodels import __version__, storage
 from genmodels.doctor.inventory import take_inventory
 from genmodels.errors import GenmodelsError, StorageError, contained
 from genmodels.metrics import DIRECTORY
-from genmodels.storage import Storage, open_storage
+from genmodels.storage import Storage, open_storage, read_marker
+from genmodels.storage.base import CONDITIONS_NEEDED
 
 State = Literal["ok", "warning", "problem"]
 
@@ -57,6 +58,7 @@ def examine(storage_url: str) -> Iterator[Check]:
     try:
         store = open_storage(storage_url)
         store.list("keys/", limit=1)
+        read_marker(store)
     except Exception as error:
         yield Check("storage", "problem", str(contained(error)), "mend that first; what is stored was not looked at")
     else:
@@ -119,7 +121,11 @@ def _conditional_puts(store: Storage) -> Iterator[Check]:
     try:
         probe(store)
     except StorageError as error:
-        remedy = "use a store that honours If-Match and If-None-Match: two dispatchers would run every job twice here"
+        remedy = "mend that first: nothing can be written there"
+        if CONDITIONS_NEEDED in str(error):
+            remedy = (
+                "use a store that honours If-Match and If-None-Match: two dispatchers would run every job twice here"
+            )
         yield Check("conditional puts", "problem", str(error), remedy)
     else:
         yield Check("conditional puts", "ok", "are honoured")

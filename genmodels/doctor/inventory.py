@@ -13,7 +13,7 @@ from functools import partial
 
 from genmodels.checkpoint import MANIFEST, Manifest, read_manifest
 from genmodels.data.uploads import Current, StoredDataset
-from genmodels.errors import CheckpointError, DamagedObject, JobNotFound, KeyNotFound
+from genmodels.errors import CheckpointError, DamagedObject, JobNotFound, KeyNotFound, StorageError, contained
 from genmodels.keys import Key
 from genmodels.registry.evaluations import EVALUATED, Evaluation
 from genmodels.registry.pin import Pin
@@ -105,12 +105,19 @@ def _look(storage: Storage, keys: frozenset[str], item: tuple[str, type[Document
         else:
             document, _ = load_document(storage, key, kind, **_identity(key, kind))
             return next(_missing(storage, key, document, keys), None)
-    except (KeyNotFound, JobNotFound):  # it has gone meanwhile
-        return None
+    except (KeyNotFound, JobNotFound):
+        if key not in storage.list(key, limit=1):  # it has gone meanwhile
+            return None
+        return Damage(key, "it is listed, but there is no such object or file", "remove it")
     except DamagedObject as error:
         return Damage(key, error.what, error.remedy)
     except CheckpointError as error:
         return Damage(key, _after_key(str(error), key), Manifest.remedy)
+    except StorageError as error:
+        storage.list(key, limit=1)  # raises where it is the whole storage that fails
+        return Damage(key, str(error), "make it readable (owner, mode, disk) or restore it from a backup")
+    except Exception as error:  # of a check here: the other objects are looked at all the same
+        return Damage(key, str(contained(error)), kind.remedy)
     return None
 
 

@@ -12,7 +12,7 @@ from pydantic_core import CoreSchema, core_schema
 
 from genmodels.errors import RequestError
 from genmodels.schema.base import Section
-from genmodels.schema.explain import Problem, all_wrong, explain, nearest, path_of
+from genmodels.schema.field_errors import FieldError, field_errors, format_errors, nearest, path_of
 
 MAX_N = 64  # choices, images, latents or steps in one request
 
@@ -77,8 +77,8 @@ class Request(Body):
             if values and fields.get(name) is not None and fields[name] not in values
         ]
         if refused:
-            raise all_wrong(
-                Problem((name,), f"not supported here; leave it out or send {cls.neutral[name][0]!r}")
+            raise field_errors(
+                FieldError((name,), f"not supported here; leave it out or send {cls.neutral[name][0]!r}")
                 for name in refused
             )
         return {name: value for name, value in fields.items() if name not in cls.neutral}
@@ -109,7 +109,7 @@ def parse_options(family: type[Section], request: Request) -> Any:
 
 def refusal(error: ValidationError, root: type[BaseModel]) -> RequestError:
     """A failed validation in words; `param` is the first field at fault."""
-    problems = explain(error, root)
+    problems = format_errors(error, root)
     message = "; ".join(map(str, problems[:3])) + (f"; and {len(problems) - 3} more" if len(problems) > 3 else "")
     return RequestError(message, param=path_of(problems[0].loc) or None, code="invalid_value")
 

@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from genmodels.evals.images import pictures, spread
+from genmodels.evals.images import evenly_spaced, pictures
 from genmodels.family import Material
 from genmodels.nn.networks import image_sizes, inference
 
@@ -123,7 +123,7 @@ def _train(material: Material, learn_from: np.ndarray, shape: tuple[int, int, in
         schedule.step()
         if step % TICK_EVERY == 0:
             material.tick()
-    seen = pictures(images[learn_from[spread(len(learn_from), SEEN)]])
+    seen = pictures(images[learn_from[evenly_spaced(len(learn_from), SEEN)]])
     with inference(network):
         features = torch.cat([network.features(part) for part in seen.split(BATCH)])
     network.mean.copy_(features.mean(0))

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from genmodels.evals.images import mean_psnr, pictures, spread
+from genmodels.evals.images import evenly_spaced, mean_psnr, pictures
 from genmodels.family import Material
 from genmodels.nn.latents import image_normal
 
@@ -41,7 +41,7 @@ def best_filter(material: Material, std: float, shown: np.ndarray) -> tuple[str,
 
 def _best(material: Material, std: float, shown: np.ndarray) -> dict[str, Any]:
     train = material.train["images"]
-    targets = pictures(train[spread(len(train), TUNED_ON)])
+    targets = pictures(train[evenly_spaced(len(train), TUNED_ON)])
     scores: list[tuple[float, str, Filter, bool]] = []
     for name, function in _candidates(std):
         scores += [(_score(function, targets, std, clamped), name, function, clamped) for clamped in (False, True)]

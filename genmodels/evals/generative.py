@@ -11,7 +11,7 @@ from torch import Tensor
 from genmodels.evals import classifier
 from genmodels.evals.classifier import Judge
 from genmodels.evals.distances import NEIGHBOURS, frechet_distance, kernel_distance, moments, nearest, neighbours
-from genmodels.evals.images import pictures, spread
+from genmodels.evals.images import evenly_spaced, pictures
 from genmodels.family import Findings, Material, Measure, Note
 
 REAL = "real against real"
@@ -46,9 +46,9 @@ def evaluate(material: Material, draw: Callable[[int], tuple[Tensor, Tensor | No
     if n < 2:
         return Findings(notes={"pictures": n})
     k = min(NEIGHBOURS, n - 1)
-    aside = spread(len(train), n)
+    aside = evenly_spaced(len(train), n)
     jury = classifier.appoint(material, np.setdiff1d(np.arange(len(train)), aside))
-    shown = spread(len(val), n)
+    shown = evenly_spaced(len(val), n)
     accuracy = jury.accuracy(material)
     fakes, asked = draw(n)
     real, held, fake = (jury.features(x) for x in (pictures(val[shown]), pictures(train[aside]), fakes))
@@ -115,7 +115,7 @@ def _nearest(train: np.ndarray, val: np.ndarray, fakes: Tensor, material: Materi
     """Mean distance of a pixel (root of the mean square) to the nearest training picture; far below the reference it
     would say that the pictures are copies."""
     count = min(THOROUGH_NEAREST if material.thorough else MAX_NEAREST, len(fakes), len(val))
-    pairs = ((fakes[:count], "fake"), (pictures(val[spread(len(val), count)]), "real"))
+    pairs = ((fakes[:count], "fake"), (pictures(val[evenly_spaced(len(val), count)]), "real"))
     best = {name: torch.full((count,), torch.inf) for _, name in pairs}
     for first in range(0, len(train), MAX_IMAGES):
         part = pictures(train[first : first + MAX_IMAGES]).flatten(1)

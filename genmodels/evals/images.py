@@ -24,7 +24,7 @@ def pictures(images: np.ndarray) -> Tensor:
     return torch.from_numpy(images.astype(np.float32) / np.float32(255))
 
 
-def spread(n: int, count: int) -> np.ndarray:
+def evenly_spaced(n: int, count: int) -> np.ndarray:
     """At most `count` of 0 .. n-1, evenly spread: datasets are often sorted by class."""
     return np.linspace(0, n - 1, min(count, n)).round().astype(np.int64)
 
@@ -64,7 +64,7 @@ def _components(material: Material, latent_dim: int, shown: np.ndarray) -> dict[
 
     train, val = material.train["images"], material.val["images"][shown]
     pixels = train[0].size
-    chosen = spread(len(train), MAX_NUMBERS // pixels)
+    chosen = evenly_spaced(len(train), MAX_NUMBERS // pixels)
     solver = "covariance_eigh" if pixels <= CLOSED_FORM else "randomized"
     pca = PCA(min(latent_dim, len(chosen)), svd_solver=solver, random_state=0)
     material.tick()

@@ -9,7 +9,7 @@ from typing import Any, TypeGuard
 
 from genmodels.errors import SpecError
 from genmodels.family import Family
-from genmodels.schema.explain import nearest, show
+from genmodels.schema.field_errors import nearest, show
 
 
 def names() -> list[str]:

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from genmodels.errors import RequestError
 from genmodels.evals.filters import best_filter, noisy
-from genmodels.evals.images import components, mean_psnr, mean_ssim, pictures, spread
+from genmodels.evals.images import components, evenly_spaced, mean_psnr, mean_ssim, pictures
 from genmodels.family import Findings, ImageFamily, ImageInfo, Material, Measure, Note, OptimizerConfig, Role, TextInfo
 from genmodels.nn.latents import FittedDensity, GaussianMixture, first_rows, image_normal, way
 from genmodels.nn.networks import (
@@ -148,7 +148,7 @@ class Autoencoder(FittedDensity, ImageFamily[AutoencoderConfig, AutoencoderReque
         Denoising is measured at `noise_std`, at half of it, and at half as much again, which training never showed.
         """
         val = material.val["images"]
-        shown = spread(len(val), len(val) if material.thorough else EVALUATED)
+        shown = evenly_spaced(len(val), len(val) if material.thorough else EVALUATED)
         images = pictures(val[shown])
         found = self._compression(material, images, shown)
         if self.config.noise_std > 0:

@@ -18,7 +18,7 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from genmodels.errors import RequestError
-from genmodels.evals.images import components, mean_psnr, mean_ssim, pictures, spread
+from genmodels.evals.images import components, evenly_spaced, mean_psnr, mean_ssim, pictures
 from genmodels.family import Findings, ImageFamily, ImageInfo, Material, Measure, Note, OptimizerConfig, Role, TextInfo
 from genmodels.nn.latents import MAX_FIT, FittedDensity, GaussianMixture, first_rows, image_normal, standard_normal, way
 from genmodels.nn.networks import ImageDecoder, ImageEncoder, Norm, check_shape, inference, pass_bytes, placed, psnr
@@ -160,7 +160,7 @@ class VAE(FittedDensity, ImageFamily[VAEConfig, VAERequest]):
         no better.
         """
         val = material.val["images"]
-        shown = spread(len(val), len(val) if material.thorough else EVALUATED)
+        shown = evenly_spaced(len(val), len(val) if material.thorough else EVALUATED)
         draws = THOROUGH_DRAWS if material.thorough else DRAWS
         greys, generator = pictures(val[shown]), torch.Generator().manual_seed(0)
         images = self._observed(greys)
@@ -256,7 +256,7 @@ class VAE(FittedDensity, ImageFamily[VAEConfig, VAERequest]):
 
     def _without_latents(self, material: Material, images: Tensor) -> float:
         """-log p(x) in nats of a model in which each pixel is on its own, fitted to training images."""
-        train = pictures(material.train["images"][spread(len(material.train["images"]), MAX_FIT)])
+        train = pictures(material.train["images"][evenly_spaced(len(material.train["images"]), MAX_FIT)])
         mean = train.mean(0)
         if self.config.likelihood == "gaussian":
             variance = (train - mean).square().mean()

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from genmodels.errors import RequestError
 from genmodels.schema.base import Section
-from genmodels.schema.explain import show, wrong
+from genmodels.schema.field_errors import field_error, show
 
 TokenId = Annotated[int, Field(ge=0)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
@@ -60,10 +60,10 @@ class SamplingOptions(Section):
         if not isinstance(bias, dict):
             return bias
         if len(bias) > MAX_BIASES:  # else each of them is judged first
-            raise wrong(f"got {len(bias)} entries, expected at most {MAX_BIASES}")
+            raise field_error(f"got {len(bias)} entries, expected at most {MAX_BIASES}")
         for key in bias:
             if isinstance(key, str) and not re.fullmatch("0|[1-9][0-9]{0,8}", key):
-                raise wrong(f"got the key {show(key)}, expected the id of a token, as in {{'11': -100}}")
+                raise field_error(f"got the key {show(key)}, expected the id of a token, as in {{'11': -100}}")
         return {int(key) if isinstance(key, str) else key: value for key, value in bias.items()}
 
 

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     pass
 
 
-def judge(gate: Gate | None, metrics: dict[str, float]) -> GateResult | None:
+def check_gate(gate: Gate | None, metrics: dict[str, float]) -> GateResult | None:
     """Whether metrics pass a gate; without a gate there is nothing to judge."""
     if gate is None:
         return None

@@ -113,21 +113,21 @@ def delete_version(registry: Registry, model: str, number: int) -> None:
         GenmodelsError: an alias names it, or may name it, since it is damaged.
     """
     version = registry.version(model, number)
-    with alone(registry.sweeper(model)):
+    with alone(registry.gc_lease(model)):
         # Who promotes it now either has moved his alias, and we see it here, or looks at the version when we have gone.
         for alias in registry.alias_names(model):
             if registry.alias(model, alias).version == number:  # a damaged one may name it, and raises
                 remedy = f"point it at another version first: genmodels promote {model}@VERSION {alias}"
                 raise GenmodelsError(f"alias {alias!r} names {version.name}; {remedy}")
-        registry.strike(model, number)
+        registry.delete_record(model, number)
 
 
 def delete_versions(registry: Registry, model: str, numbers: list[int]) -> None:
     """Delete versions whatever names them, as many as there is time for."""
-    with alone(registry.sweeper(model)) as until:
+    with alone(registry.gc_lease(model)) as until:
         for number in numbers:
             if time.monotonic() < until:
-                registry.strike(model, number)
+                registry.delete_record(model, number)
 
 
 @contextmanager
@@ -169,7 +169,7 @@ def _blobs(registry: Registry, model: str) -> list[Item]:
 
 
 def remove_blobs(registry: Registry, model: str, keys: list[str]) -> None:
-    with alone(registry.sweeper(model)) as until:
+    with alone(registry.gc_lease(model)) as until:
         # Who publishes now either has written his version, and we see it here, or looks at the files when we have gone.
         named = _named(registry, model)
         if named is None:

@@ -111,7 +111,7 @@ def adopt_tokenizer(dataset: Dataset, folder: Path) -> None:
     if not isinstance(dataset, TextData):
         return
     try:
-        dataset.speak(_tokenizer(folder))
+        dataset.set_tokenizer(_tokenizer(folder))
     except DataError as error:
         raise _foreign_text(error) from None
 

@@ -103,7 +103,7 @@ def delete_model(storage: Storage, model: str, *, with_runs: bool = False) -> Mo
         remove_blobs(registry, model, keys)
         if registry.versions(model):  # published meanwhile: it is a new model
             break
-    with alone(registry.sweeper(model)):
+    with alone(registry.gc_lease(model)):
         there = registry.versions(model)
         for key in storage.list(f"models/{model}/evaluations/"):
             if int(key.split("/")[3]) not in there:
@@ -157,7 +157,7 @@ def delete_dataset(storage: Storage, name: str) -> DatasetContents:
     for job, model in (run.split("/") for run in contents.runs):
         if _is_open(Run(storage, job, model), open_jobs):
             raise GenmodelsError(f"job {job} needs dataset {name!r} and has not ended; cancel it first")
-    with alone(uploads.sweeper(storage, name)) as until:
+    with alone(uploads.gc_lease(storage, name)) as until:
         meaning, *rest = uploads.sizes(storage, name)
         kept = [key for key in storage.list("measures/") if any(digest[:16] in key for digest in contents.digests)]
         for key in [meaning, *kept, *rest]:  # the data last: so that the same call again finds what there is to do

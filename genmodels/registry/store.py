@@ -163,7 +163,7 @@ class Registry:
             folder: the checkpoint's files, verified.
         """
         version = self._publish(run, ref, manifest, folder, gate)
-        self.sweeper(run.model).wait_until_free()
+        self.gc_lease(run.model).wait_until_free()
         there = set(self.storage.list(f"models/{run.model}/blobs/"))
         for name, key in self.keys(version).items():
             if key not in there:  # clean-up came before the version did
@@ -204,7 +204,7 @@ class Registry:
                 etag = write_document(self.storage, _alias_key(model, alias), body, if_absent=not etag, if_match=etag)
             except Conflict:
                 continue  # somebody else moved it: look again
-            self.sweeper(model).wait_until_free()
+            self.gc_lease(model).wait_until_free()
             try:
                 self.version(model, number)
             except ModelNotFound:
@@ -224,7 +224,7 @@ class Registry:
             raise ModelNotFound(self._what_there_is(model, f"alias {alias!r}"))
         self.storage.delete(_alias_key(model, alias))
 
-    def sweeper(self, model: str) -> Lease:
+    def gc_lease(self, model: str) -> Lease:
         """The lease of whoever deletes versions or blobs of a model."""
         return Lease(self.storage, SWEEP_SECONDS, f"models/{model}/sweep.json")
 
@@ -239,7 +239,7 @@ class Registry:
     def evaluations_prefix(self, model: str, number: int) -> str:
         return f"models/{model}/evaluations/{number:08d}/"
 
-    def strike(self, model: str, number: int) -> None:
+    def delete_record(self, model: str, number: int) -> None:
         """Remove a version's document and what was measured of it.
 
         For `cleanup.delete_version`, which sees that nobody names it.

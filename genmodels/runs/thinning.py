@@ -11,7 +11,7 @@ EVALUATION = b'"val_'  # in a row of metrics that comes from an evaluation
 
 
 def thinned(items: Sequence[T], most: int) -> list[T]:
-    """At most `most` items, evenly spread, the first and the last among them."""
+    """At most `most` items, evenly spaced, the first and the last among them."""
     if len(items) <= most:
         return list(items)
     return [items[i * (len(items) - 1) // (most - 1)] for i in range(most)]

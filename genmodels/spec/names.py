@@ -11,7 +11,7 @@ from pydantic import (
 )
 
 from genmodels.data import uploads
-from genmodels.schema.explain import as_label, show, wrong
+from genmodels.schema.field_errors import as_label, field_error, show
 
 LABEL = uploads.NAME  # one rule for every name that people give
 
@@ -25,12 +25,14 @@ def _label(name: str) -> str:
         return name
     near = as_label(name)
     rule = "expected at most 63 lower-case letters, digits and '-', with no '-' at the ends"
-    raise wrong(f"got {show(name)}, {rule}" + (f"; write e.g. {near}" if near else ""))
+    raise field_error(f"got {show(name)}, {rule}" + (f"; write e.g. {near}" if near else ""))
 
 
 def _alias(name: str) -> str:
     if name.isdigit() or name in ("latest", "live") or name.startswith("step-"):
-        raise wrong(f"got {show(name)}, which names versions, steps or the newest; write another name, e.g. production")
+        raise field_error(
+            f"got {show(name)}, which names versions, steps or the newest; write another name, e.g. production"
+        )
     return name
 
 
@@ -39,7 +41,7 @@ def _reference(name: str) -> str:
     if re.fullmatch(REFERENCE, name) and all(part.strip("-") == part for part in names):
         return name
     forms = "model@3, model@production, model@latest, model@step-500 or model@<job id>:step-500"
-    raise wrong(f"got {show(name)}, expected a version or a checkpoint: {forms}")
+    raise field_error(f"got {show(name)}, expected a version or a checkpoint: {forms}")
 
 
 Label = Annotated[str, AfterValidator(_label), Field(json_schema_extra={"pattern": LABEL})]

@@ -17,7 +17,7 @@ from genmodels.data import uploads
 from genmodels.errors import SpecError
 from genmodels.schema import yaml
 from genmodels.schema.base import Section
-from genmodels.schema.explain import Problem, explain
+from genmodels.schema.field_errors import FieldError, format_errors
 from genmodels.spec.sections import JobSpec, ModelSpec, sections_with_key
 
 MAX_STORED_BYTES = 1024 * 1024  # a normalised spec spells out every default
@@ -117,7 +117,7 @@ def _validate(document: yaml.Document, source: str, context: dict[str, Any]) -> 
         )
     except ValidationError as error:
         problems, more = (
-            explain(error, JobSpec, lambda loc: sections_with_key(loc, document.value)),
+            format_errors(error, JobSpec, lambda loc: sections_with_key(loc, document.value)),
             error.error_count(),
         )
     lines = sorted((_line(document, problem), f"{problem}") for problem in problems)
@@ -125,7 +125,7 @@ def _validate(document: yaml.Document, source: str, context: dict[str, Any]) -> 
     raise SpecError(*said, *([f"{source}: and {more - len(said)} more"] if more > len(said) else []))
 
 
-def _line(document: yaml.Document, problem: Problem) -> int:
+def _line(document: yaml.Document, problem: FieldError) -> int:
     """The line of the nearest thing that is in the document."""
     ways_up = (problem.loc[:n] for n in range(len(problem.loc), -1, -1))
     return next(document.lines[loc] for loc in ways_up if loc in document.lines)

@@ -28,7 +28,16 @@ from genmodels.data import DATASETS, DataConfig, uploads
 from genmodels.data.files import shown
 from genmodels.family import OptimizerConfig
 from genmodels.schema.base import Section
-from genmodels.schema.explain import Loc, Problem, all_wrong, explain, nearest, sections_of, show, wrong
+from genmodels.schema.field_errors import (
+    FieldError,
+    Loc,
+    field_error,
+    field_errors,
+    format_errors,
+    nearest,
+    sections_of,
+    show,
+)
 from genmodels.spec.names import Alias, Label, Reference
 
 
@@ -69,7 +78,7 @@ class TrainConfig(OptimizerConfig):
         if self.warmup_steps < self.max_steps or _is_stored(info):
             return self
         need = f"less than max_steps ({self.max_steps}); write e.g. {self.max_steps // 10}"
-        raise all_wrong([Problem(("warmup_steps",), f"got {self.warmup_steps}, expected {need}")])
+        raise field_errors([FieldError(("warmup_steps",), f"got {self.warmup_steps}, expected {need}")])
 
 
 Workers = Annotated[int, Field(ge=1, le=1024)]
@@ -85,7 +94,7 @@ class WorkerRange(Section):
     def _in_order(self) -> Self:
         if self.min <= self.max:
             return self
-        raise all_wrong([Problem(("max",), f"got {self.max}, expected at least min ({self.min}); swap the two")])
+        raise field_errors([FieldError(("max",), f"got {self.max}, expected at least min ({self.min}); swap the two")])
 
 
 class ScalingConfig(Section):
@@ -111,13 +120,17 @@ class ScalingConfig(Section):
     def _one_form(cls, value: object, info: ValidationInfo) -> object:
         """Judged by the form it has: a union would tell what is wrong with it as a number and as a mapping."""
         if isinstance(value, bool) or not isinstance(value, int | float | dict | WorkerRange):
-            raise wrong(f"got {show(value)}, expected a whole number, e.g. 2, or a range, e.g. {{min: 1, max: 4}}")
+            raise field_error(
+                f"got {show(value)}, expected a whole number, e.g. 2, or a range, e.g. {{min: 1, max: 4}}"
+            )
         form = _Fixed if isinstance(value, int | float) else _Elastic
         try:
             settings = {"num_workers": value}
             return form.model_validate(settings, extra="ignore" if _is_stored(info) else None).num_workers
         except ValidationError as error:
-            raise all_wrong(Problem(problem.loc[1:], problem.text) for problem in explain(error, form)) from None
+            raise field_errors(
+                FieldError(problem.loc[1:], problem.text) for problem in format_errors(error, form)
+            ) from None
 
 
 class _Fixed(Section):
@@ -153,7 +166,7 @@ class Gate(Section):
         if (self.max is None) != (self.min is None):
             return self
         found = "neither max nor min" if self.max is None else "both max and min"
-        raise wrong(f"got {found}; write one: max where smaller is better, min where larger is")
+        raise field_error(f"got {found}; write one: max where smaller is better, min where larger is")
 
 
 class ServeConfig(Section):
@@ -197,20 +210,20 @@ class ModelSpec(Section):
         if isinstance(value, Section):
             return value
         if not isinstance(value, dict):
-            raise wrong(f"got {show(value)}, expected a mapping, e.g. {{family: {models.names()[0]}}}")
+            raise field_error(f"got {show(value)}, expected a mapping, e.g. {{family: {models.names()[0]}}}")
         settings = dict(value)
         family = settings.pop("family", None)
         if family is None:
-            raise all_wrong([Problem(("family",), f"missing; write one of {', '.join(models.names())}")])
+            raise field_errors([FieldError(("family",), f"missing; write one of {', '.join(models.names())}")])
         if family not in models.names():
-            raise all_wrong([Problem(("family",), models.unknown_family(family))])
+            raise field_errors([FieldError(("family",), models.unknown_family(family))])
         if _is_outline(info):
             return Section()
         config = models.load(family).Config
         try:
             return config.model_validate(settings, extra="ignore" if _is_stored(info) else None)
         except ValidationError as error:
-            raise all_wrong(explain(error, config, sections_with_key)) from None
+            raise field_errors(format_errors(error, config, sections_with_key)) from None
 
     @field_validator("data", mode="before")
     @classmethod
@@ -223,11 +236,11 @@ class ModelSpec(Section):
             return value  # refused by DataConfig
         path, base = os.path.expanduser(path), context["base"]
         if base is None and not os.path.isabs(path):
-            raise all_wrong([Problem(("path",), f"got {show(path)}, expected an absolute path")])
+            raise field_errors([FieldError(("path",), f"got {show(path)}, expected an absolute path")])
         path = os.path.abspath(os.path.join(base or "", path))
         if re.search("[\udc80-\udcff]", path):  # the folder that the spec lies in; a stored spec is UTF-8
             remedy = "rename the folder, or use `genmodels data add NAME PATH` and `dataset: NAME`"
-            raise all_wrong([Problem(("path",), f"{shown(path)} is not UTF-8; {remedy}")])
+            raise field_errors([FieldError(("path",), f"{shown(path)} is not UTF-8; {remedy}")])
         return {**value, "path": path}
 
     @field_serializer("model")
@@ -242,10 +255,10 @@ class ModelSpec(Section):
         if not _is_outline(info):
             problems += self._wrong_kind(_added(info)) + self._wrong_metric()
         if problems:
-            raise all_wrong(problems)
+            raise field_errors(problems)
         return self
 
-    def _wrong_batch_size(self) -> list[Problem]:
+    def _wrong_batch_size(self) -> list[FieldError]:
         size, workers, passes = self.train.batch_size, self.scaling.num_workers, self.train.accumulation_steps
         fixed = workers if isinstance(workers, int) else 1
         parts = fixed * passes
@@ -255,12 +268,12 @@ class ModelSpec(Section):
             if isinstance(workers, int):
                 named = f"scaling.num_workers {workers} x {named}"
             need = f"a multiple of {parts} ({named}); write {' or '.join(map(str, near))}"
-            return [Problem(("train", "batch_size"), f"got {size}, expected {need}")]
+            return [FieldError(("train", "batch_size"), f"got {size}, expected {need}")]
         if isinstance(workers, int):
             return []
         share, named = size // passes, f"batch_size {size}" + (f" / accumulation_steps {passes}" if passes > 1 else "")
         return [
-            Problem(
+            FieldError(
                 ("scaling", "num_workers", bound),
                 f"got {found}, expected a divisor of {share} ({named}); write {_nearest_divisors(share, found)}",
             )
@@ -268,22 +281,22 @@ class ModelSpec(Section):
             if share % found
         ]
 
-    def _wrong_kind(self, added: dict[str, uploads.Kind]) -> list[Problem]:
+    def _wrong_kind(self, added: dict[str, uploads.Kind]) -> list[FieldError]:
         kinds = {name: source.kind for name, source in DATASETS.items()} | added
         name, kind = self.data.dataset or "", models.load(self.family).kind
         if kinds.get(name, kind) == kind:  # what lies under a path is seen when it is loaded
             return []
         fitting = ", ".join(other for other in kinds if kinds[other] == kind)
         found = f"got {name!r}, a dataset of {kinds[name]}s, but {self.family} learns from {kind}s"
-        return [Problem(("data", "dataset"), f"{found}; write one of {fitting}")]
+        return [FieldError(("data", "dataset"), f"{found}; write one of {fitting}")]
 
-    def _wrong_metric(self) -> list[Problem]:
+    def _wrong_metric(self) -> list[FieldError]:
         gate, family = self.serve.gate, models.load(self.family)
         metrics = family.metric_names + family.evaluation_names
         if gate is None or gate.metric in metrics:
             return []
         text = f"got {show(gate.metric)}, expected one of {', '.join(metrics)}{nearest(gate.metric, metrics)}"
-        return [Problem(("serve", "gate", "metric"), text)]
+        return [FieldError(("serve", "gate", "metric"), text)]
 
 
 class JobSpec(Section):
@@ -299,12 +312,12 @@ class JobSpec(Section):
     def _names_differ(self) -> Self:
         first: dict[str, int] = {}
         problems = [
-            Problem(("models", i, "name"), f"got {model.name!r}, as models[{first[model.name]}] has; write another")
+            FieldError(("models", i, "name"), f"got {model.name!r}, as models[{first[model.name]}] has; write another")
             for i, model in enumerate(self.models)
             if first.setdefault(model.name, i) != i
         ]
         if problems:
-            raise all_wrong(problems)
+            raise field_errors(problems)
         return self
 
 

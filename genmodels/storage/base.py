@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from genmodels.errors import StorageError
+from genmodels.errors import DamagedObject, StorageError
 
 RESERVED = ".storage"  # first name of no key but those of INTERNAL: a local folder keeps its lock there, too
 INTERNAL = re.compile(r"\.storage/(marker\.json|probe-[0-9a-f]{32})")  # of `genmodels.storage.marker` and `.probe`
@@ -17,6 +17,7 @@ CONDITIONS_NEEDED = (
     "genmodels needs conditional puts (If-None-Match and If-Match): use a store that honours them, e.g. AWS S3, MinIO "
     "or SeaweedFS, or a local folder"
 )
+MAX_GET_BYTES = 256 * 2**20  # that are read into memory at once; larger objects are downloaded
 UNPRINTABLE = re.compile("[\x00-\x1f\x7f\ud800-\udfff]")
 
 
@@ -34,7 +35,12 @@ class Storage(ABC):
 
     @abstractmethod
     def get(self, key: str) -> tuple[bytes, str]:
-        """An object and its etag, which names this content (opaque). Raises KeyNotFound."""
+        """An object and its etag, which names this content (opaque).
+
+        Raises:
+            KeyNotFound
+            DamagedObject: it is larger than anything that is read at once.
+        """
 
     @abstractmethod
     def put(self, key: str, data: bytes, *, if_absent: bool = False, if_match: str | None = None) -> str:
@@ -114,6 +120,13 @@ def check_key(key: str) -> str:
     if names[0] == RESERVED and not INTERNAL.fullmatch(key):
         raise StorageError(f"key {key!r}: {RESERVED!r} is reserved for lock and temporary files")
     return key
+
+
+def check_size(key: str, size: int, etag: str) -> None:
+    """Raise DamagedObject for an object that would not fit into memory."""
+    if size > MAX_GET_BYTES:
+        what = f"it has {size:,} bytes, {MAX_GET_BYTES:,} are the most that is read at once"
+        raise DamagedObject(key, what, "restore it from a backup or remove it", etag)
 
 
 def check_prefix(prefix: str) -> str:

@@ -107,7 +107,7 @@ def load_document(storage: Storage, key: str, kind: type[DocumentT], **identity:
         KeyNotFound
         DamagedObject: the object is not such a document.
     """
-    data, etag = storage.get(key)
+    data, etag = _read(storage, key, kind)
     try:
         document = kind.model_validate(parse_object(data))
     except ValidationError as error:
@@ -122,7 +122,7 @@ def load_document(storage: Storage, key: str, kind: type[DocumentT], **identity:
 
 def read_document(storage: Storage, key: str) -> tuple[dict[str, Any], str]:
     """Read a JSON object of any kind, and its etag. Raises KeyNotFound or DamagedObject."""
-    data, etag = storage.get(key)
+    data, etag = _read(storage, key, Document)
     try:
         document = parse_object(data)
     except ValueError as error:
@@ -140,7 +140,11 @@ def read_lines(
         kind: of object, in metrics.
         fields: that each row has, with their types.
     """
-    data, etag = storage.get(key)
+    try:
+        data, etag = storage.get(key)
+    except DamagedObject as error:
+        _report(key, kind, error.etag, f"{error}; it is left out")
+        return
     spoiled = 0
     for line in data.splitlines():
         try:
@@ -155,6 +159,13 @@ def read_lines(
             spoiled += 1
     if spoiled:
         _report(key, kind, etag, f"{key}: damaged ({spoiled} lines are no rows of ours); they are left out")
+
+
+def _read(storage: Storage, key: str, kind: type[Document]) -> tuple[bytes, str]:
+    try:
+        return storage.get(key)
+    except DamagedObject as error:
+        raise damaged(key, error.what, kind, error.etag) from None
 
 
 def parse_object(data: bytes) -> dict[str, Any]:
@@ -230,7 +241,7 @@ def _find_nonce(storage: Storage, key: str) -> tuple[str | None, str]:
     try:
         data, etag = storage.get(key)
         return parse_object(data).get("nonce"), etag
-    except (KeyNotFound, ValueError):
+    except (KeyNotFound, DamagedObject, ValueError):
         return None, ""
 
 

@@ -7,6 +7,7 @@ import hashlib
 import os
 import secrets
 import shutil
+import stat
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -17,11 +18,23 @@ from typing import BinaryIO
 from filelock import FileLock, Timeout
 
 from genmodels.errors import Conflict, KeyNotFound, StorageError, StorageUnavailable
-from genmodels.storage.base import CONDITIONS_NEEDED, RESERVED, Refused, Storage, appears_whole, check_key, check_prefix
+from genmodels.storage.base import (
+    CONDITIONS_NEEDED,
+    MAX_GET_BYTES,
+    RESERVED,
+    Refused,
+    Storage,
+    appears_whole,
+    check_key,
+    check_prefix,
+    check_size,
+)
 from genmodels.storage.disk import AWAY, disk_failure
 from genmodels.storage.marker import MARKER, Marker, mark, parse_marker
 
 LOCK_TIMEOUT = 30.0  # seconds until a lock that a stopped process holds counts as an outage
+# What opening a name without a regular file raises; ENXIO: a socket, ELOOP: a link to itself.
+NO_FILE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENXIO, errno.ELOOP)
 STALE_TEMPORARY = 86_400.0  # seconds until a temporary file must be one that a killed process left behind
 
 
@@ -48,6 +61,7 @@ class FolderStorage(Storage):
 
     def get(self, key: str) -> tuple[bytes, str]:
         with self._errors("get", key), self._open(key) as file:
+            check_size(key, os.fstat(file.fileno()).st_size, _file_etag(file))
             data = file.read()
         return data, _sha256(data)
 
@@ -59,7 +73,7 @@ class FolderStorage(Storage):
             with self._lock:
                 if if_absent and path.is_file():
                     raise Conflict(f"{self.url}/{key}: exists already")
-                if if_match is not None and (not path.is_file() or _sha256(path.read_bytes()) != if_match):
+                if if_match is not None and self._etag(key) != if_match:
                     raise Conflict(f"{self.url}/{key}: is not the object that was read")
                 _move(temporary, path)
         return _sha256(data)
@@ -131,10 +145,24 @@ class FolderStorage(Storage):
         return self._root / check_key(key)
 
     def _open(self, key: str) -> BinaryIO:
+        """Open an object. Whatever else has its name (a pipe, a device, a link to itself) is no object."""
         try:
-            return self._path(key).open("rb")
-        except (FileNotFoundError, NotADirectoryError, IsADirectoryError):
-            raise KeyNotFound(f"{self.url}/{key}: no such object") from None
+            file = os.fdopen(os.open(self._path(key), os.O_RDONLY | os.O_NONBLOCK), "rb")  # to open a pipe would wait
+        except OSError as error:
+            if error.errno in NO_FILE:
+                raise KeyNotFound(f"{self.url}/{key}: no such object") from None
+            raise
+        if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            return file
+        file.close()
+        raise KeyNotFound(f"{self.url}/{key}: no such object, but something else of that name")
+
+    def _etag(self, key: str) -> str | None:
+        try:
+            with self._open(key) as file:
+                return _file_etag(file) or _sha256(file.read())
+        except KeyNotFound:
+            return None
 
     @contextmanager
     def _temporary(self, key: str) -> Iterator[Path]:
@@ -156,12 +184,17 @@ class FolderStorage(Storage):
         """Raise StorageUnavailable if another folder is here than before, StorageError if it is of another format."""
         path, known = self._root / MARKER, self._marker  # before the look: another thread may write the marker now
         try:
-            stat = path.stat()
-            file = stat.st_dev, stat.st_ino, stat.st_mtime_ns
+            facts = path.stat()
+            file = facts.st_dev, facts.st_ino, facts.st_mtime_ns
             if known and known[1] == file:
                 return
+            if not stat.S_ISREG(facts.st_mode):
+                raise StorageError(f"{path}: is no file; remove it, and the next writer makes a new marker")
             marker = parse_marker(self.url, path.read_bytes())
         except (FileNotFoundError, NotADirectoryError):
+            for folder in (self._root, self._hidden):
+                if folder.exists() and not folder.is_dir():
+                    raise _not_a_folder(self.url, folder) from None
             if known or self._in_use:
                 raise _gone(f"{self.url}: the folder is gone or its {MARKER} is missing; mount it again") from None
             return
@@ -198,6 +231,10 @@ def _meaning(where: str, error: OSError) -> StorageError:
     if state := disk_failure(error):
         return StorageUnavailable(message, f"the storage {state}")
     return StorageError(message)
+
+
+def _not_a_folder(url: str, path: Path) -> StorageError:
+    return StorageError(f"{url}: {path} is a file, and a storage is a folder; name another folder or move the file")
 
 
 def _gone(message: str) -> StorageUnavailable:
@@ -259,6 +296,12 @@ def _sweep(hidden: Path) -> None:
         with suppress(FileNotFoundError):
             if time.time() - path.stat().st_mtime > STALE_TEMPORARY:
                 path.unlink()
+
+
+def _file_etag(file: BinaryIO) -> str:
+    """Return the etag of a file that is too large to be read at once, "" of any other."""
+    facts = os.fstat(file.fileno())
+    return f"{facts.st_size}-{facts.st_mtime_ns}-{facts.st_ino}" if facts.st_size > MAX_GET_BYTES else ""
 
 
 def _sha256(data: bytes) -> str:

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import secrets
 from dataclasses import dataclass
 
 from genmodels.errors import Conflict, KeyNotFound, StorageError
 from genmodels.storage.base import RESERVED, Storage
-from genmodels.storage.documents import write_document
+from genmodels.storage.documents import parse_object, write_document
 
 MARKER = f"{RESERVED}/marker.json"
 FORMAT = 1  # of all that is stored; raised when a release can no longer read what the one before it wrote
@@ -49,9 +48,11 @@ def parse_marker(url: str, data: bytes) -> Marker:
         StorageError: it is damaged, or names another format.
     """
     try:
-        document = json.loads(data)
-        marker = Marker(str(document["id"]), int(document["format"]))
-    except (ValueError, KeyError, TypeError):
+        document = parse_object(data)
+        marker = Marker(document["id"], document["format"])
+        if type(marker.id) is not str or type(marker.format) is not int:
+            raise ValueError
+    except (ValueError, KeyError):
         raise StorageError(f"{url}/{MARKER}: is damaged; remove it, and the next writer makes a new one") from None
     if marker.format != FORMAT:
         age = "a newer" if marker.format > FORMAT else "an older"

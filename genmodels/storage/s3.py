@@ -17,7 +17,16 @@ from botocore import exceptions as boto
 from botocore.config import Config
 
 from genmodels.errors import Conflict, KeyNotFound, StorageError, StorageUnavailable
-from genmodels.storage.base import CONDITIONS_NEEDED, RESERVED, Refused, Storage, appears_whole, check_key, check_prefix
+from genmodels.storage.base import (
+    CONDITIONS_NEEDED,
+    RESERVED,
+    Refused,
+    Storage,
+    appears_whole,
+    check_key,
+    check_prefix,
+    check_size,
+)
 from genmodels.storage.disk import outage_of_disk
 from genmodels.storage.retry import PassingFailure, retry_passing
 
@@ -47,7 +56,9 @@ class S3Storage(Storage):
         def fetch() -> tuple[bytes, str]:
             with self._errors("get", key):
                 answer = self._client.get_object(Bucket=self._bucket, Key=name)
-                return answer["Body"].read(), answer["ETag"]
+                with closing(answer["Body"]) as body:
+                    check_size(key, answer["ContentLength"], answer["ETag"])
+                    return body.read(), answer["ETag"]
 
         return fetch()
 

@@ -20,7 +20,7 @@ from genmodels import __version__, checkpoint, metrics, models
 from genmodels.checkpoint import CheckpointRef, Lineage, Manifest
 from genmodels.data import Dataset, open_dataset
 from genmodels.errors import CheckpointError, SpecError
-from genmodels.evals.images import spread
+from genmodels.evals.images import evenly_spaced
 from genmodels.family import Batch, Family, TextFamily
 from genmodels.preflight import servable
 from genmodels.registry import init_from
@@ -121,7 +121,7 @@ def build(spec: ModelSpec, dataset: Dataset) -> Family[Any, Any]:
 def fit_batches(dataset: Dataset, family: Family[Any, Any]) -> Iterator[Batch]:
     """A bounded, fixed part of the training data for `Family.fit`."""
     split = dataset.split("train", family.block_size if isinstance(family, TextFamily) else None)
-    chosen = spread(len(split), FIT_EXAMPLES)
+    chosen = evenly_spaced(len(split), FIT_EXAMPLES)
     for index in np.array_split(chosen, -(-len(chosen) // FIT_BATCH)):
         yield to_tensors(split.take(index, np.zeros_like(index)), torch.device("cpu"))
 

@@ -32,7 +32,7 @@ from genmodels.checkpoint import WEIGHTS, Manifest, Snapshot, load_optimizer, lo
 from genmodels.data import Dataset, Split, TextData, batch_indices, shard
 from genmodels.data.images import grid, png
 from genmodels.errors import DataError, TrainingDiverged
-from genmodels.evals.images import spread
+from genmodels.evals.images import evenly_spaced
 from genmodels.family import Batch, Family, ImageFamily, Role, TextFamily
 from genmodels.runs.records import Phase
 from genmodels.spec.sections import ModelSpec, TrainConfig
@@ -345,7 +345,7 @@ def _show(
 ) -> None:
     """Leave pictures or text behind to look at while training goes on."""
     if isinstance(served, ImageFamily):
-        index = spread(len(validation), PREVIEW_IMAGES)
+        index = evenly_spaced(len(validation), PREVIEW_IMAGES)
         device = next(served.network.parameters()).device
         images = torch.from_numpy(validation.take(index, np.zeros_like(index))["images"]).to(device)
         for name, pictures in served.preview(images, seed).items():

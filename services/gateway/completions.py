@@ -18,7 +18,7 @@ from genmodels.engine.text.choices import Piece
 from genmodels.engine.text.logprobs import TokenLogprob
 from genmodels.engine.text.request import CompletionRequest
 from genmodels.errors import RequestError
-from genmodels.schema.explain import wrong
+from genmodels.schema.field_errors import field_error
 from services.gateway.model_host import Opened
 from services.gateway.pool import VERSION, Pool, checked
 from services.http.app import documented, read_body, unless_gone
@@ -51,7 +51,9 @@ class CompletionBody(CompletionRequest):
     def _the_best_is_known_at_the_end(cls, stream: bool, info: ValidationInfo) -> bool:
         best_of, n = info.data.get("best_of"), info.data.get("n", 1)
         if stream and best_of and best_of > n:
-            raise wrong(f"best_of = {best_of} is ranked when all is written, so it cannot be streamed; leave one out")
+            raise field_error(
+                f"best_of = {best_of} is ranked when all is written, so it cannot be streamed; leave one out"
+            )
         return stream
 
 

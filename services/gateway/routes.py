@@ -28,7 +28,7 @@ from genmodels.engine.image.requests import (
 )
 from genmodels.keys import Keys
 from genmodels.registry.evaluations import Evaluation
-from genmodels.schema.explain import wrong
+from genmodels.schema.field_errors import field_error
 from services.gateway.completions import add_completions
 from services.gateway.history import add_history_routes
 from services.gateway.model_host import Entry, created
@@ -62,7 +62,7 @@ class GenerationBody(GenerateRequest):
     @classmethod
     def _no_url(cls, value: Any) -> Any:
         if value == "url":
-            raise wrong(
+            raise field_error(
                 "got 'url', but images are not kept anywhere to be fetched from; send 'b64_json' or leave it out"
             )
         return value

@@ -31,7 +31,7 @@ from genmodels.errors import (
     StorageError,
     StorageUnavailable,
 )
-from genmodels.schema.explain import show
+from genmodels.schema.field_errors import show
 from services.http.docs import HEADERS, page
 from services.http.middleware import MAX_BODY, Edge, Streamed
 from services.http.request_metrics import COUNT, answers

@@ -18,7 +18,7 @@ from genmodels.runs.jobs import Entry, Jobs
 from genmodels.runs.records import ENDED, Status
 from genmodels.runs.store import Run
 from genmodels.runs.thinning import thinned_rows
-from genmodels.schema.explain import nearest, show
+from genmodels.schema.field_errors import nearest, show
 from genmodels.spec.parse import parse_spec
 from genmodels.spec.sections import JobSpec
 from genmodels.storage import Storage

@@ -16,7 +16,7 @@ from rich.text import Text
 
 from genmodels.data import ImageData, TextData, decode_image, grid, open_dataset, png
 from genmodels.errors import GenmodelsError
-from genmodels.evals.images import spread
+from genmodels.evals.images import evenly_spaced
 from genmodels.family import ImageInfo
 from genmodels.runs.store import Run
 from genmodels.spec.sections import ModelSpec
@@ -78,7 +78,7 @@ class Showcase:
         body = {"model": name, "n": SAMPLES, "seed": 1, "grid": True}
         yield "samples", base64.b64decode(self._post("/v1/images/generations", body)["data"][0]["b64_json"])
         split = dataset.split("val")
-        index = spread(len(split), 2 * COLUMNS)
+        index = evenly_spaced(len(split), 2 * COLUMNS)
         originals = split.take(index, np.zeros_like(index))["images"]
         if "reconstruct" in verbs:
             yield "reconstructions", _rows(originals, self._images(name, "reconstruct", originals, info))

@@ -37,7 +37,7 @@ def _publish(run: Run, spec: ModelSpec, attempt: int) -> Result:
     needed = wanted is not None and wanted.metric in models.load(spec.family).evaluation_names
     while candidates:
         ref, manifest = gates.best(wanted, candidates)
-        gate = None if needed else gates.judge(wanted, manifest.metrics)
+        gate = None if needed else gates.check_gate(wanted, manifest.metrics)
         facts: dict[str, Any] = {"step": ref.step, "metrics": manifest.metrics, "gate": gate}
         if gate and not gate.passed:
             return _refused(facts)
@@ -55,7 +55,7 @@ def _publish(run: Run, spec: ModelSpec, attempt: int) -> Result:
             seconds = time.monotonic() - began
             facts["metrics"] = manifest.metrics | {name: measure.value for name, measure in found.measures.items()}
             if needed:
-                facts["gate"] = gate = gates.judge(wanted, facts["metrics"])
+                facts["gate"] = gate = gates.check_gate(wanted, facts["metrics"])
             if gate and not gate.passed:
                 return _refused(facts)
             store = Registry(run.storage)

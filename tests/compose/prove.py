@@ -22,14 +22,14 @@ import httpx
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-sys.path += [str(ROOT), str(HERE.parent)]
+sys.path.insert(1, str(ROOT))
 
 import images  # noqa: E402
-import panels  # noqa: E402
 from engine import Failed, Skipped, compose_program, engine, run  # noqa: E402
 
 from services.client.jobs import Client  # noqa: E402
 from services.cluster.ports import free_ports  # noqa: E402
+from tests.support import dashboard_panels  # noqa: E402
 
 WORK = ROOT / ".compose-test"
 PROJECT = "genmodels-test"
@@ -241,8 +241,8 @@ class Proof:
         return f"{mine.completions} texts of {mine.tokens} tokens, {mine.pictures} pictures"
 
     def panels_have_data(self) -> str:
-        asked = [query for query in panels.queries() if not query.needs_gpu]
-        empty = panels.silent(self.stack.prometheus, asked, history=3600, patience=120)
+        asked = [query for query in dashboard_panels.queries() if not query.needs_gpu]
+        empty = dashboard_panels.silent(self.stack.prometheus, asked, history=3600, patience=120)
         assert not empty, "these show nothing:\n" + "\n".join(map(str, empty))
         return f"{len(asked)} queries"
 

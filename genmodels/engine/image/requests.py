@@ -20,7 +20,7 @@ from genmodels.engine.image.model import ImageModel
 from genmodels.engine.model import Loaded
 from genmodels.engine.requests import MAX_N, Count, Request, Seeds, seed_or_random
 from genmodels.errors import RequestError
-from genmodels.schema.explain import show
+from genmodels.schema.field_errors import show
 
 MAX_PIXELS = 2**24  # of all pictures of one answer: 64 of 256 x 256 in three colours
 

@@ -7,7 +7,7 @@ from typing import Annotated, Any, TypeAlias
 from pydantic import BeforeValidator, Field, ValidationInfo, field_validator
 
 from genmodels.engine.requests import MAX_N, ByForm, Count, Request, Seeds, is_list
-from genmodels.schema.explain import wrong
+from genmodels.schema.field_errors import field_error
 
 MAX_PROMPT = 65_536  # characters and token ids of all prompts of a request
 MAX_STOPS = 16
@@ -69,7 +69,9 @@ class CompletionRequest(Request):
     def _fits_in_all(cls, prompt: Prompt | Prompts) -> Prompt | Prompts:
         size = sum(map(len, _as_list(prompt)))
         if size > MAX_PROMPT:
-            raise wrong(f"got {size} characters and token ids in all prompts together, expected at most {MAX_PROMPT}")
+            raise field_error(
+                f"got {size} characters and token ids in all prompts together, expected at most {MAX_PROMPT}"
+            )
         return prompt
 
     @field_validator("best_of")
@@ -77,7 +79,7 @@ class CompletionRequest(Request):
     def _there_are_n_to_give(cls, best_of: int | None, info: ValidationInfo) -> int | None:
         n = info.data.get("n", 1)
         if best_of is not None and best_of < n:
-            raise wrong(f"got {best_of}, expected at least n, which is {n}")
+            raise field_error(f"got {best_of}, expected at least n, which is {n}")
         return best_of
 
     @field_validator("seed")
@@ -85,7 +87,7 @@ class CompletionRequest(Request):
     def _each_prompt_has_one(cls, seed: Seeds | None, info: ValidationInfo) -> Seeds | None:
         prompts = len(_as_list(info.data["prompt"])) if "prompt" in info.data else None
         if isinstance(seed, list) and prompts not in (None, len(seed)):
-            raise wrong(f"got {len(seed)} seeds, expected one, or one for each prompt: {prompts}")
+            raise field_error(f"got {len(seed)} seeds, expected one, or one for each prompt: {prompts}")
         return seed
 
     @property

@@ -1,0 +1,174 @@
+"""A key that is limited to some models learns the names of no others, from whatever it asks."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from dataclasses import dataclass
+from typing import Any
+
+import httpx
+import pytest
+import yaml
+from fastapi.routing import APIRoute
+
+from genmodels.keys import Keys
+from genmodels.storage import Storage, open_storage
+from services.dispatch.backends.base import Capacity
+from services.dispatch.scheduler import Queued, Running, plan
+from services.gateway.model_host import ModelHost
+from services.gateway.routes import create_app as create_gateway
+from services.jobs.app import create_app as create_job_app
+from tests.support.asgi_client import PICTURE, ask
+from tests.support.job_service import YAML, Service, spec
+from tests.support.published_models import publish
+
+CANARY = "canary"
+METHODS = ("GET", "POST", "PUT", "DELETE")
+
+
+@dataclass(frozen=True)
+class Shared:
+    """A store with models, jobs and versions of two owners, and keys of one of them."""
+
+    apps: dict[str, Any]
+    tokens: list[str]
+    jobs: list[str]  # of the key's own, of others, and of both
+
+
+@pytest.fixture(scope="module")
+def shared(tmp_path_factory: pytest.TempPathFactory) -> Shared:
+    storage = open_storage(tmp_path_factory.mktemp("names").as_uri())
+    for name in ("mine-vae", f"{CANARY}-vae"):
+        publish(storage, name, "vae")
+        publish(storage, name, "vae", step=2, alias=CANARY if name.startswith(CANARY) else "next")
+    service, jobs = Service(storage), []
+    for models in (["mine-a"], [f"{CANARY}-a"], ["mine-b", f"{CANARY}-b"]):
+        for state in ("queued", "cancelled"):
+            jobs.append(service.submit(*models, name="work"))
+            for model in models if state == "cancelled" else ():
+                service.move(jobs[-1], model, "cancelled")
+    service.queue(
+        {"cpus": 1, "gpus": 0}, *((job, model, "full") for job in jobs[::2] for model in ("mine-a", "mine-b"))
+    )
+    keys = Keys(storage)
+    tokens = [keys.create("a", ("generate", "submit"), ("mine-",))[1], keys.create("b", ("admin",), ("mine-",))[1]]
+    apps = {
+        "jobs": create_job_app(storage, keys=Keys(storage), hosts=None),
+        "gateway": create_gateway(ModelHost(storage.url), hosts=None, keys=Keys(storage)),
+    }
+    return Shared(apps, tokens, jobs)
+
+
+def without_canary(response: httpx.Response) -> bool:
+    return CANARY not in response.text and CANARY not in str(response.headers)
+
+
+def paths(app: Any, jobs: list[str]) -> list[tuple[str, str]]:
+    """Every route with each kind of name in each of its places; none of these is a canary."""
+    models = ["mine-vae", "mine-vae@9", "mine-vae@gone", "mine-gone", "mine-a@live", "mine-b@step-7", "vae"]
+    names = {
+        "model": models,
+        "job": [*jobs, "work-00000000"],
+        "number": ["1", "9"],
+        "alias": ["production", "gone"],
+        "name": ["config.json", "gone", "samples.png"],
+        "step": ["1"],
+        "path": ["gone"],
+    }
+    found = []
+    for route in app.routes:
+        if not isinstance(route, APIRoute):
+            continue
+        fields = [field.split(":")[0] for field in route.path.replace("}", "{").split("{")[1::2]]
+        template = route.path.replace(":path}", "}")
+        for values in itertools.product(*(names[field] for field in fields)):
+            path = template.format(**dict(zip(fields, values, strict=True)))
+            found += [(method, path) for method in route.methods & set(METHODS)]
+    return found
+
+
+def bodies(path: str) -> list[Any]:
+    named = [{"model": model} for model in ("mine-vae", "mine-gone", "mine-vae@9", "gone")]
+    return [
+        None,
+        {"version": 1},
+        {"version": 9},
+        {"models": ["mine-gone"]},
+        {"images": [PICTURE]},
+        *({**body, "prompt": "a"} for body in named),
+    ]
+
+
+@pytest.mark.parametrize("app", ["jobs", "gateway"])
+@pytest.mark.parametrize("key", [0, 1], ids=["submit", "admin"])
+def test_no_answer_names_what_is_not_the_keys(shared: Shared, app: str, key: int) -> None:
+    headers = {"authorization": f"Bearer {shared.tokens[key]}"}
+    asked = paths(shared.apps[app], shared.jobs)
+    assert len(asked) > 30
+    for method, path in sorted(asked, key=lambda one: one[0] == "DELETE"):
+        for body in bodies(path) if method in ("POST", "PUT") else [None]:
+            response = ask(shared.apps[app], method, path, body, headers=headers)
+            assert without_canary(response), f"{method} {path} {body}: {response.text}"
+
+
+@pytest.mark.parametrize("dry", ["", "?dry_run=true"])
+@pytest.mark.parametrize(
+    "reference",
+    ["mine-gone", "mine-gone@1", "mine-vae@9", "mine-vae@no", "mine-a@live", "mine-b@step-1", "gone@1"],
+)
+def test_no_refused_spec_names_what_is_not_the_keys(shared: Shared, reference: str, dry: str) -> None:
+    document = spec("work", "mine-c")
+    document["models"][0]["train"] = {"init_from": reference}
+    headers = {**YAML, "authorization": f"Bearer {shared.tokens[0]}"}
+    response = ask(shared.apps["jobs"], "POST", f"/v1/jobs{dry}", content=yaml.safe_dump(document), headers=headers)
+    assert response.status_code in (400, 403)
+    assert without_canary(response)
+
+
+def test_a_wrong_name_is_in_nobodys_answer(file_storage: Storage) -> None:
+    """Nor does the error that the library makes name other models, wherever it is shown."""
+    publish(file_storage, f"{CANARY}-vae", "vae")
+    app = create_gateway(ModelHost(file_storage.url))
+    for path in ("/v1/models/gone", "/v1/models/gone@1", "/v1/models/gone/history"):
+        response = ask(app, "GET", path)
+        assert response.status_code == 404
+        assert without_canary(response)
+        assert "GET /v1/models" in response.json()["error"]["message"]
+
+
+def test_cursors_lead_past_others_jobs_without_naming_them(file_storage: Storage) -> None:
+    """Also where many ended in the same millisecond."""
+    service = Service(file_storage)
+    mine = []
+    for number in range(12):
+        for model in (f"{CANARY}-{number}", f"mine-{number}"):
+            job = service.submit(model, name=model)
+            if number % 3:
+                service.move(job, model, "cancelled")
+            mine += [job] if model.startswith("mine") else []
+    for job in [entry.job for _, entry in service.jobs.ended(limit=100)][:8]:
+        service.jobs.reopen(job)
+        models = service.jobs.spec(job).models
+        service.jobs.close(job, "2026-01-01T00:00:00.000+00:00", {model.name: "cancelled" for model in models})
+    keys = Keys(file_storage)
+    headers = {"authorization": f"Bearer {keys.create('a', ('submit',), ('mine-',))[1]}"}
+    app = create_job_app(file_storage, keys=keys, hosts=None)
+    for limit in (1, 2, 5, 100):
+        seen, after = [], ""
+        while True:
+            page = ask(app, "GET", "/v1/jobs", params={"limit": limit, "after": after}, headers=headers)
+            assert without_canary(page), page.text
+            seen += [job["job"] for job in page.json()["data"]]
+            after = page.json()["next"]
+            if not after:
+                break
+        assert sorted(seen) == sorted(mine)
+
+
+def test_why_a_run_makes_room_names_no_other() -> None:
+    waiting = Queued(f"{CANARY}/a", 5, ("1", 0), [2], False, 0, "", False)
+    running = Running("mine/b", 0, "1", [1, 2], 2, False, leaving=False, growable=False, begun=True)
+    for priority in (0, 5):
+        found = plan([waiting], [Running(**{**vars(running), "priority": priority})], Capacity(2, 0))
+        assert CANARY not in json.dumps([reason for _, reason in found.leaves])

@@ -1,0 +1,273 @@
+"""The manifests build, and are what Kubernetes, its operators, a security linter and Prometheus take."""
+
+from __future__ import annotations
+
+import copy
+import os
+import re
+import runpy
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.support.manifests import (
+    BUILDS,
+    K8S,
+    ROOT,
+    Manifest,
+    build,
+    cluster_of,
+    head_of,
+    only,
+    pod_of,
+    pods,
+    problems,
+    quotas_of,
+    secrets_of,
+    selects,
+    unrestricted,
+)
+
+TOOLS = Path(sys.prefix) / "k8s-tools" / "bin"  # `make test-k8s` makes it
+STRICT = ROOT.parent / "shared" / "k8s"
+RULES = ROOT / "docker" / "prometheus" / "rules"
+
+every_build = pytest.mark.parametrize("name", BUILDS)
+
+
+@every_build
+def test_it_builds_and_fits_the_schemas(name: str) -> None:
+    manifests = build(name)
+    assert {problem for manifest in manifests for problem in problems(manifest)} == set()
+    ids = [(m["apiVersion"], m["kind"], m["metadata"]["name"]) for m in manifests]
+    assert len(ids) == len(set(ids))
+    cluster_wide = {"Namespace", "ClusterQueue", "ResourceFlavor", "WorkloadPriorityClass"}
+    namespaces = {m["metadata"].get("namespace") for m in manifests if m["kind"] not in cluster_wide}
+    assert namespaces == {"genmodels"}
+    assert not [m for m in manifests if m["kind"] == "Secret"]
+
+
+BROKEN: dict[str, tuple[str, Callable[[Manifest], Any]]] = {
+    "a misspelt field": ("Deployment", lambda m: m["spec"].update(replica=2)),
+    "a field in the wrong place": ("Deployment", lambda m: m["spec"].update(containers=[])),
+    "a string for a number": ("Deployment", lambda m: m["spec"].update(replicas="2")),
+    "no selector": ("Deployment", lambda m: m["spec"].pop("selector")),
+    "a unit that there is not": ("Deployment", lambda m: _resources(m).update(memory="4GB")),
+    "null": ("Service", lambda m: m["spec"].update(selector=None)),
+    "a port without a number": ("Service", lambda m: m["spec"]["ports"][0].pop("port")),
+    "a misspelt field of KubeRay's": ("RayService", lambda m: m["spec"].update(serveConfig="")),
+    "a word that KubeRay does not know": ("RayService", lambda m: cluster_of(m)["authOptions"].update(mode="tokens")),
+    "a number where Ray takes strings": ("RayService", lambda m: head_of(m)["rayStartParams"].update({"num-cpus": 0})),
+    "a pod in a Ray cluster, misspelt": ("RayService", lambda m: head_of(m)["template"]["spec"].update(tolerance=[])),
+    "a container without a name": ("RayJob", lambda m: head_of(m)["template"]["spec"]["containers"][0].pop("name")),
+    "a negative deletion delay": ("RayService", lambda m: m["spec"].update(rayClusterDeletionDelaySeconds=-1)),
+    "a quota that is no quantity": ("ClusterQueue", lambda m: quotas_of(m)[0].update(nominalQuota="many")),
+    "a preemption that there is not": (
+        "ClusterQueue",
+        lambda m: m["spec"]["preemption"].update(withinClusterQueue="A"),
+    ),
+    "an interval that is none": ("PodMonitor", lambda m: m["spec"]["podMetricsEndpoints"][0].update(interval="soon")),
+    "a rule that is no rule": ("PrometheusRule", lambda m: m["spec"]["groups"][0].update(rules=["up == 0"])),
+    "a kind that there is not": ("Role", lambda m: m.update(kind="Rule")),
+    "a version that there is not": ("RayService", lambda m: m.update(apiVersion="ray.io/v2")),
+}
+
+
+@pytest.mark.parametrize("what", BROKEN)
+def test_what_is_broken_is_found(what: str) -> None:
+    kind, spoil = BROKEN[what]
+    manifest = next(m for m in build("overlays/production") if m["kind"] == kind)
+    assert not problems(manifest)
+    spoil(manifest)
+    assert problems(manifest)
+
+
+def test_a_kustomization_that_names_what_is_not_there_is_found(tmp_path: Path) -> None:
+    shutil.copytree(K8S, tmp_path / "k8s")
+    (tmp_path / "k8s" / "base" / "role.jobs.yaml").unlink()
+    with pytest.raises(AssertionError, match=r"role\.jobs\.yaml"):
+        build(str(tmp_path / "k8s" / "overlays" / "production"))
+
+
+@every_build
+def test_pods_are_restricted(name: str) -> None:
+    manifests = build(name)
+    labels = only(manifests, "Namespace")["metadata"]["labels"]
+    assert labels["pod-security.kubernetes.io/enforce"] == "restricted"
+    for pod in pods(manifests):
+        assert not unrestricted(pod.spec), pod.of
+        is_jobs = pod.of == "Deployment/genmodels-jobs"
+        assert pod.spec["automountServiceAccountToken"] is is_jobs, f"{pod.of}: who needs none gets none"
+        for container in pod.containers:
+            assert container["securityContext"]["readOnlyRootFilesystem"], pod.of
+            requests, limits = container["resources"]["requests"], container["resources"]["limits"]
+            assert requests["memory"] == limits["memory"], pod.of
+            assert {"cpu"} <= requests.keys() & limits.keys(), pod.of
+            assert not [env for env in container.get("env", ()) if "secretKeyRef" in env.get("valueFrom", {})]
+    autoscaler = cluster_of(only(manifests, "RayService")).get("autoscalerOptions")
+    if autoscaler:
+        beside = head_of(only(manifests, "RayService"))["template"]["spec"]
+        whole = {**beside, "containers": [{"name": "autoscaler", "securityContext": autoscaler["securityContext"]}]}
+        assert not unrestricted(whole)
+
+
+LOOSE: dict[str, Callable[[Manifest], Any]] = {
+    "root": lambda spec: spec["securityContext"].update(runAsUser=0),
+    "whoever the image says": lambda spec: spec["securityContext"].pop("runAsNonRoot"),
+    "any system call": lambda spec: spec["securityContext"].pop("seccompProfile"),
+    "sudo": lambda spec: spec["containers"][0]["securityContext"].pop("allowPrivilegeEscalation"),
+    "a capability": lambda spec: spec["containers"][0]["securityContext"]["capabilities"].update(add=["NET_RAW"]),
+    "a sidecar without limits": lambda spec: spec["initContainers"][0].pop("securityContext"),
+    "the node's network": lambda spec: spec.update(hostNetwork=True),
+    "the node's disk": lambda spec: spec["volumes"].append({"name": "x", "hostPath": {"path": "/"}}),
+    "the node's port": lambda spec: spec["containers"][0]["ports"][0].update(hostPort=80),
+}
+
+
+@pytest.mark.parametrize("what", LOOSE)
+def test_what_is_unrestricted_is_found(what: str) -> None:
+    spec = copy.deepcopy(pod_of("RayService/genmodels/head").spec)
+    LOOSE[what](spec)
+    assert unrestricted(spec)
+
+
+@every_build
+def test_only_the_gateway_is_open(name: str) -> None:
+    manifests = build(name)
+    policies = {m["metadata"]["name"]: m["spec"] for m in manifests if m["kind"] == "NetworkPolicy"}
+    assert policies["default-deny"] == {"podSelector": {}, "policyTypes": ["Ingress", "Egress"]}
+    open_to_all = [name for name, spec in policies.items() for rule in spec.get("ingress", ()) if not rule.get("from")]
+    assert open_to_all == ["gateway"]
+    gate = policies["gateway"]
+    assert gate["ingress"] == [{"ports": [{"protocol": "TCP", "port": 8000}]}]
+    assert [pod.of for pod in pods(manifests) if selects(gate["podSelector"], pod)] == ["RayService/genmodels/hosts"]
+    for spec in policies.values():  # none is for pods that there are not
+        assert _is_for_ray(spec) or any(selects(spec["podSelector"], pod) for pod in pods(manifests))
+
+
+def test_what_is_scraped_is_there_and_may_be_reached() -> None:
+    manifests = build("overlays/monitoring")
+    reachable = {port["port"] for port in only(manifests, "NetworkPolicy", "monitoring")["spec"]["ingress"][0]["ports"]}
+    scraped: dict[str, set[str]] = {}
+    for monitor in [m for m in manifests if m["kind"] == "PodMonitor"]:
+        (endpoint,) = monitor["spec"]["podMetricsEndpoints"]
+        job = endpoint["relabelings"][0]["replacement"]
+        for pod in pods(manifests):
+            if selects(monitor["spec"]["selector"], pod):
+                ports = [
+                    port for c in pod.containers for port in c.get("ports", ()) if port["name"] == endpoint["port"]
+                ]
+                assert [port["containerPort"] in reachable for port in ports] == [True], (pod.of, endpoint)
+                scraped.setdefault(job, set()).add(pod.of)
+    rays = {pod.of for pod in pods(manifests) if pod.of.startswith("Ray")}
+    assert scraped == {"nodes": rays, "ray": rays, "jobs": {"Deployment/genmodels-jobs"}}
+
+
+def test_exporters_see_the_processes_whose_metrics_they_read() -> None:
+    for pod in pods(build("base")):
+        if not pod.of.startswith("Ray"):
+            continue
+        assert pod.spec["shareProcessNamespace"] is True
+        (sidecar,) = pod.spec["initContainers"]
+        assert sidecar["restartPolicy"] == "Always"
+        for container in (sidecar, pod.spec["containers"][0]):
+            assert {"name": "metrics", "mountPath": "/run/metrics"} in container["volumeMounts"]
+            assert {"configMapRef": {"name": "genmodels-ray"}} in container["envFrom"]
+
+
+@pytest.mark.parametrize(("status", "body", "ready"), [(200, b"success", True), (503, b"not yet", False)])
+def test_the_probe_of_serving_pods_finds_its_wget(tmp_path: Path, status: int, body: bytes, ready: bool) -> None:
+    """As KubeRay writes it, against a real HTTP server."""
+
+    class Health(BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            assert self.path == "/-/healthz"
+            self.send_response(status)
+            self.end_headers()
+            self.wfile.write(body)
+
+    (tmp_path / "wget").write_text(only(build("base"), "ConfigMap", "genmodels-wget")["data"]["wget"])
+    (tmp_path / "wget").chmod(0o555)
+    (mount,) = [m for m in pod_of("RayService/genmodels/hosts").spec["containers"][0]["volumeMounts"] if "subPath" in m]
+    assert (mount["name"], mount["mountPath"]) == ("wget", "/usr/local/bin/wget")
+    path = {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
+    with HTTPServer(("127.0.0.1", 0), Health) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        probe = f"wget --tries 1 -T 10 -q -O- http://localhost:{server.server_port}/-/healthz | grep success"
+        asked = subprocess.run(["bash", "-c", probe], env={**os.environ, **path}, capture_output=True, timeout=30)
+        server.shutdown()
+    assert (asked.returncode == 0) is ready, asked.stderr
+    gone = subprocess.run(["bash", "-c", probe], env={**os.environ, **path}, capture_output=True, timeout=30)
+    assert gone.returncode != 0
+
+
+def test_rules_are_those_of_compose() -> None:
+    folder = K8S / "components" / "monitoring"
+    manifest = runpy.run_path(str(folder / "rules.py"))["manifest"]
+    made = {f"prometheusrule.{path.stem}.yaml": manifest(path) for path in RULES.glob("*.yml")}
+    assert made == {path.name: path.read_text() for path in folder.glob("prometheusrule.*")}, "run rules.py"
+
+
+@pytest.mark.skipif(not shutil.which("promtool"), reason="no promtool: Debian's package prometheus has it")
+def test_promtool_takes_the_rules(tmp_path: Path) -> None:
+    for rule in [m for m in build("overlays/monitoring") if m["kind"] == "PrometheusRule"]:
+        file = tmp_path / f"{rule['metadata']['name']}.yml"
+        file.write_text(yaml.safe_dump(rule["spec"]))
+        done = subprocess.run(["promtool", "check", "rules", "--lint-fatal", file], capture_output=True, text=True)
+        assert done.returncode == 0, done.stdout + done.stderr
+
+
+@pytest.mark.skipif(not (TOOLS / "checkov").exists(), reason="no checkov: `make test-k8s` sets it up")
+def test_the_security_linter_passes(tmp_path: Path) -> None:
+    """With pods of Ray's resources written out as such: it knows none of their kinds."""
+    manifests = build("overlays/production") + [
+        m for m in build("overlays/dev") if m["metadata"]["name"] == "genmodels-store"
+    ]
+    written = [m for m in manifests if m["apiVersion"] != "ray.io/v1"]
+    for pod in pods(manifests):
+        if pod.of.startswith("Ray"):
+            meta = {"name": pod.of.lower().replace("/", "-"), "namespace": "genmodels", **pod.template["metadata"]}
+            written.append({"apiVersion": "v1", "kind": "Pod", "metadata": meta, "spec": pod.spec})
+    (tmp_path / "all.yaml").write_text(yaml.safe_dump_all(written))
+    command = [
+        str(TOOLS / "checkov"),
+        "-f",
+        str(tmp_path / "all.yaml"),
+        "--config-file",
+        str(ROOT / "tests" / "k8s-checkov.yaml"),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert re.search(r"Passed checks: [1-9]\d\d", done.stdout), done.stdout
+
+
+@pytest.mark.skipif(
+    not STRICT.exists() or not TOOLS.exists(), reason="no ../shared/k8s, or `make test-k8s` not run yet"
+)
+@every_build
+def test_the_strict_validator_passes(name: str, tmp_path: Path) -> None:
+    """All that an API server and the operators refuse in code, and references between documents."""
+    (tmp_path / "all.yaml").write_text(yaml.safe_dump_all(build(name)))
+    external = [f"Secret/{secret}" for secret in secrets_of(build(name))] + ["ConfigMap/kube-root-ca.crt"]
+    command = [str(TOOLS / "python"), str(STRICT / "validate_manifests.py"), str(tmp_path / "all.yaml")]
+    options = ["--schemas", str(STRICT / "schemas"), "--k8s", "1.33", "--strict-refs", "--warnings-as-errors"]
+    known = [part for reference in external for part in ("--external", reference)]
+    done = subprocess.run([*command, *options, *known], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
+def _is_for_ray(policy: Manifest) -> bool:
+    return bool(policy["podSelector"].get("matchLabels", {}) == {"ray.io/is-ray-node": "yes"})  # KubeRay's label
+
+
+def _resources(manifest: Manifest) -> Manifest:
+    found: Manifest = manifest["spec"]["template"]["spec"]["containers"][0]["resources"]["limits"]
+    return found

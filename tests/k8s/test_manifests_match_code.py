@@ -1,0 +1,307 @@
+"""What the manifests say of commands, settings, ports, versions, rights and queues is what the code does."""
+
+from __future__ import annotations
+
+import argparse
+import importlib
+import importlib.util
+import inspect
+import os
+import re
+import subprocess
+import warnings
+from pathlib import Path
+from typing import Any
+
+import boto3
+import pytest
+import ray
+import yaml
+
+import genmodels
+from genmodels.spec.parse import read_spec
+from services.cluster.ray_start import local_environment
+from services.dispatch.backends.base import submission_id
+from services.gateway import deploy
+from services.jobs import app
+from services.node import exporter
+from tests.support.manifests import (
+    BUILDS,
+    K8S,
+    ROOT,
+    Manifest,
+    build,
+    cluster_of,
+    head_of,
+    only,
+    pod_of,
+    pods,
+    problems,
+    quotas_of,
+    rayjob,
+    unrestricted,
+)
+from tests.support.ray_node import OTHER, JoinedNode, RayHead, until
+
+MODEL = read_spec(ROOT / "jobs" / "quickstart.yaml").models[0]
+IMAGE = f"genmodels:{ray.__version__}-{genmodels.__version__}"
+
+every_build = pytest.mark.parametrize("name", BUILDS)
+
+
+@every_build
+def test_every_command_is_one_of_the_code(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The modules are there, and take the arguments."""
+    manifests, seen = build(name), set()
+    settings = only(manifests, "ConfigMap", "genmodels-platform")["data"]
+    for pod in pods(manifests):
+        for container in pod.containers:
+            if not container["image"].startswith("genmodels:") or "command" not in container:
+                continue
+            python, flag, module = container["command"]
+            assert (python, flag) == ("python", "-m")
+            values = [re.sub(r"\$\((\w+)\)", lambda found: settings[found[1]], arg) for arg in container["args"]]
+            options = _parsed(module, values, monkeypatch)
+            if "storage" in options:
+                assert options.storage == settings["GENMODELS_STORAGE"]
+            if "host" in options:
+                assert options.host == "0.0.0.0"
+                assert [port["containerPort"] for port in container["ports"]] == [options.port]
+            seen.add(module)
+    assert seen == {"services.jobs", "services.node.bootstrap", "services.node.exporter"}
+
+
+@every_build
+def test_every_setting_is_one_that_is_read(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    manifests = build(name)
+    code = "".join(path.read_text() for folder in ("genmodels", "services") for path in (ROOT / folder).rglob("*.py"))
+    ours = local_environment()
+    for theirs in ("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "RAY_AUTH_TOKEN", "RAY_AUTH_MODE"):  # one machine's; KubeRay's
+        del ours[theirs]
+    of_ray = only(manifests, "ConfigMap", "genmodels-ray")["data"]
+    assert of_ray == ours | {
+        exporter.DIRECTORY: "/run/metrics",
+        "GENMODELS_START_TIMEOUT_S": of_ray["GENMODELS_START_TIMEOUT_S"],
+    }
+    platform = only(manifests, "ConfigMap", "genmodels-platform")["data"]
+    mentioned = {name for name in [*of_ray, *platform] if name.startswith("GENMODELS_")}
+    arguments = [arg for pod in pods(manifests) for c in pod.containers for arg in c.get("args", ())]
+    for name in mentioned:
+        assert f'"{name}"' in code or f"--storage=$({name})" in arguments
+    for name in [name for name in os.environ if name.startswith("AWS_")]:
+        monkeypatch.delenv(name)
+    for name in [name for name in platform if name.startswith("AWS_")]:
+        monkeypatch.setenv(name, platform[name])
+    client = boto3.session.Session(aws_access_key_id="a", aws_secret_access_key="b").client("s3")
+    assert client.meta.endpoint_url == platform["AWS_ENDPOINT_URL"]
+    assert client.meta.region_name == platform["AWS_DEFAULT_REGION"]
+    for pod in pods(manifests):
+        for container in pod.containers:
+            if {"configMapRef": {"name": "genmodels-platform"}} in container.get("envFrom", ()):
+                (mount,) = [m["mountPath"] for m in container["volumeMounts"] if m["name"] == "s3"]
+                assert platform["AWS_SHARED_CREDENTIALS_FILE"] == f"{mount}/credentials"
+
+
+@every_build
+def test_the_serve_config_is_the_one_of_the_code(name: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # importing Ray Serve defines settings in ways that pydantic warns of
+        from ray.serve.schema import ServeDeploySchema
+
+        from services.gateway import app
+
+    manifests = build(name)
+    service = only(manifests, "RayService")
+    config = yaml.safe_load(service["spec"]["serveConfigV2"])
+    schema = ServeDeploySchema.model_validate(config)
+    storage = only(manifests, "ConfigMap", "genmodels-platform")["data"]["GENMODELS_STORAGE"]
+    values = {"storage_url": storage, "host": "0.0.0.0", "port": 8000, "auth": True}
+    declared = deploy.declaration(**{key: values[key] for key in inspect.signature(deploy.declaration).parameters})
+    (application,), (expected,) = config["applications"], declared["applications"]
+    overrides = application.pop("deployments")
+    assert application == expected
+    assert config["logging_config"] == declared["logging_config"]
+    assert config["http_options"] == declared["http_options"] | {"host": "0.0.0.0"}
+    module, _, function = application["import_path"].partition(":")
+    built = getattr(importlib.import_module(module), function)(application["args"])
+    assert isinstance(built, app.Application)
+    assert [override["name"] for override in overrides] == [app.Gateway.name, app.POOL]
+    # One gateway and one host fit a worker, and neither fits the head.
+    (hosts,) = cluster_of(service)["workerGroupSpecs"]
+    cpus = float(hosts["template"]["spec"]["containers"][0]["resources"]["limits"]["cpu"])
+    needed = [override["ray_actor_options"]["num_cpus"] for override in overrides]
+    assert min(needed) > 0
+    assert sum(needed) <= cpus
+    assert head_of(service)["rayStartParams"]["num-cpus"] == "0"
+    # A request ends, then its replica, then the wait before its pod's end, then the pod, then its cluster.
+    sleep = int(re.findall(r"^sleep (\d+)", _drain(hosts["template"]["spec"]), re.MULTILINE)[0])
+    replica = {override["graceful_shutdown_timeout_s"] for override in overrides}
+    grace = hosts["template"]["spec"]["terminationGracePeriodSeconds"]
+    waits = [
+        schema.http_options.request_timeout_s,
+        *replica,
+        sleep,
+        grace,
+        service["spec"]["rayClusterDeletionDelaySeconds"],
+    ]
+    assert waits == sorted(set(waits))
+
+
+def test_drain_uses_options_that_ray_has() -> None:
+    from ray.scripts.scripts import cli
+
+    script = _drain(pod_of("RayService/genmodels/hosts").spec)
+    assert subprocess.run(["sh", "-n"], input=script, text=True).returncode == 0
+    commands = re.findall(r"ray (list|drain-node)((?:[^|&]|\\\n)*)", script)
+    assert [command for command, _ in commands] == ["list", "drain-node"]
+    for command, rest in commands:
+        known = {option for parameter in cli.commands[command].params for option in parameter.opts}
+        assert set(re.findall(r"--[a-z-]+", rest)) <= known
+
+
+@pytest.mark.ray
+@pytest.mark.long
+def test_a_serving_pod_that_is_deleted_drains(tmp_path: Path) -> None:
+    """The preStop of the manifest, against a real Ray, without its wait."""
+    script = _drain(pod_of("RayService/genmodels/hosts").spec).replace("sleep 340", "echo waits")
+    with RayHead(tmp_path / "head.log", 0) as head, JoinedNode(tmp_path / "worker.log", head, 2):
+        until(lambda: (there := head.backend.capacity()) and there.cpus == 2, "the worker joins")
+        environment = {**os.environ, "RAY_ADDRESS": head.gcs, "POD_IP": OTHER}
+        done = subprocess.run(["sh", "-c", script], env=environment, capture_output=True, text=True)
+        assert done.stdout.endswith("waits\n"), done.stderr
+        until(lambda: (there := head.backend.capacity()) and there.cpus == 0, "the idle worker leaves")
+
+
+@every_build
+def test_versions_images_and_names(name: str) -> None:
+    manifests = build(name)
+    for pod in pods(manifests):
+        images = {container["image"] for container in pod.containers}
+        if pod.of.startswith("StatefulSet/"):
+            assert all(re.fullmatch(r"[a-z/]+:[\w.-]*\d[\w.-]*", image) for image in images)
+        else:
+            cuda = {f"{IMAGE}-cuda"} if pod.of.endswith("/gpu-workers") else {IMAGE}
+            assert images == cuda, pod.of
+    run = rayjob(manifests)
+    for manifest in (only(manifests, "RayService"), run):
+        assert cluster_of(manifest)["rayVersion"] == ray.__version__
+        assert cluster_of(manifest)["authOptions"]["mode"] == "token"
+        assert len(manifest["metadata"]["name"]) <= 47
+    assert re.fullmatch(r"r-[0-9a-f]{12}-a1", run["metadata"]["name"])
+    assert len(submission_id("a", "b", 999_999)) <= 47
+    assert run["spec"]["backoffLimit"] == 0
+    assert run["spec"]["submissionMode"] == "HTTPMode"
+    assert run["spec"]["shutdownAfterJobFinishes"] is True
+
+
+def test_the_gpu_template_is_the_other_with_a_group_more() -> None:
+    base, gpu = rayjob(build("base")), rayjob(build("overlays/gpu"))
+    workers, more = cluster_of(gpu)["workerGroupSpecs"]
+    assert (workers["groupName"], more["groupName"]) == ("workers", "gpu-workers")
+    assert more["template"]["spec"]["tolerations"] == [
+        {"key": "nvidia.com/gpu", "operator": "Exists", "effect": "NoSchedule"}
+    ]
+    resources = more["template"]["spec"]["containers"][0]["resources"]
+    assert resources["requests"] == resources["limits"]
+    assert resources["limits"]["nvidia.com/gpu"] == "1"
+    cluster_of(gpu)["workerGroupSpecs"].remove(more)
+    assert gpu == base
+
+
+@pytest.mark.parametrize("use_gpu", [False, True])
+def test_what_the_dispatcher_makes_of_the_template_fits_the_schema(use_gpu: bool) -> None:
+    from services.dispatch.backends.rayjob import KubeOptions, Template
+
+    template = K8S / "components" / "gpu" / "rayjob.template.yaml"
+    options = KubeOptions(template=template, queue="genmodels", priorities=[("genmodels-normal", 0)])
+    spec = MODEL.model_copy(update={"scaling": MODEL.scaling.model_copy(update={"use_gpu": use_gpu})})
+    made = Template(options).fill("s3://bucket/a", "job-1", spec, 2, 3, 0)
+    assert not problems(made)
+    (group,) = cluster_of(made)["workerGroupSpecs"]
+    assert group["groupName"] == ("gpu-workers" if use_gpu else "workers")
+    assert (group["minReplicas"], group["maxReplicas"]) == (3, 3)
+    assert made["spec"]["suspend"] is True
+    for pod in pods([made]):
+        assert pod.labels["app.kubernetes.io/component"] == "training"  # what policies and monitors select
+        assert not unrestricted(pod.spec)
+
+
+def test_the_job_service_has_the_rights_that_it_uses() -> None:
+    code = (ROOT / "services/dispatch/backends/kube_api.py").read_text()
+    used = {(what, verb) for verb, what in re.findall(r"\b([a-z]+)_namespaced_(\w+?)(?:_status)?\b", code)}
+    rules = only(build("base"), "Role")["rules"]
+    granted = {(resource, verb) for rule in rules for resource in rule["resources"] for verb in rule["verbs"]}
+    names = {"custom_object": "rayjobs", "pod": "pods"}
+    assert {(names[what], verb) for what, verb in used} == granted
+    assert [rule["apiGroups"] for rule in rules] == [["ray.io"], [""]]
+    assert only(build("base"), "RoleBinding")["roleRef"]["kind"] == "Role"
+
+
+def test_the_image_has_the_client_of_kubernetes() -> None:
+    dockerfile = ROOT / "docker" / "Dockerfile"
+    if not dockerfile.exists():
+        pytest.skip("docker/Dockerfile is not in this checkout")
+    assert "kubernetes" in dockerfile.read_text()
+
+
+@every_build
+def test_queues_and_classes_are_there(name: str) -> None:
+    manifests = build(name)
+    (container,) = only(manifests, "Deployment")["spec"]["template"]["spec"]["containers"]
+    given = [arg.removeprefix("--").split("=") for arg in container["args"] if arg.startswith("--kube-")]
+    queues = [value for flag, value, *_ in given if flag == "kube-queue"]
+    classes = [value for flag, value, *_ in given if flag == "kube-priority"]
+    assert queues == [m["metadata"]["name"] for m in manifests if m["kind"] == "LocalQueue"]
+    values = {m["metadata"]["name"]: m["value"] for m in manifests if m["kind"] == "WorkloadPriorityClass"}
+    assert classes == sorted(values, key=lambda name: values[name])
+    (path,) = [value for flag, value, *_ in given if flag == "kube-template"]
+    (mount,) = [m["mountPath"] for m in container["volumeMounts"] if m["name"] == "rayjob"]
+    (config,) = [m for m in manifests if m["metadata"]["name"].startswith("genmodels-rayjob-")]
+    assert [f"{mount}/{key}" for key in config["data"]] == [path]
+    queue = next((m for m in manifests if m["kind"] == "ClusterQueue"), None)
+    if queue:  # Kueue admits nothing that asks for a resource it has no quota of
+        (group,) = queue["spec"]["resourceGroups"]
+        asked = {
+            resource
+            for pod in pods([rayjob(manifests)])
+            for c in pod.containers
+            for resource in c["resources"]["requests"]
+        }
+        assert asked <= set(group["coveredResources"])
+        assert group["coveredResources"] == [quota["name"] for quota in quotas_of(queue)]
+
+
+def test_ports_are_those_of_the_code() -> None:
+    ports = {
+        port["name"]: port["containerPort"]
+        for pod in pods(build("base"))
+        for c in pod.containers
+        for port in c.get("ports", ())
+    }
+    assert (ports["exporter"], ports["http"], ports["serve"]) == (exporter.PORT, app.PORT, 8000)
+    assert (ports["gcs-server"], ports["dashboard"], ports["metrics"], ports["redis"]) == (6379, 8265, 8080, 6379)
+
+
+def _parsed(module: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> argparse.Namespace:
+    """What a module's `main` makes of its command line."""
+
+    class Parsed(Exception):
+        pass
+
+    parse = argparse.ArgumentParser.parse_args
+
+    def stop(parser: argparse.ArgumentParser, *_: Any) -> None:
+        raise Parsed(parse(parser, arguments))
+
+    is_package = bool(importlib.util.find_spec(module).submodule_search_locations)  # type: ignore[union-attr]
+    main = importlib.import_module(f"{module}.__main__" if is_package else module).main
+    with monkeypatch.context() as patch:
+        patch.setattr(argparse.ArgumentParser, "parse_args", stop)
+        with pytest.raises(Parsed) as parsed:
+            main()
+    found: argparse.Namespace = parsed.value.args[0]
+    return found
+
+
+def _drain(spec: Manifest) -> str:
+    return str(spec["containers"][0]["lifecycle"]["preStop"]["exec"]["command"][2])

@@ -1,0 +1,78 @@
+"""Drivers as Ray Jobs of a real cluster, by HTTP alone."""
+
+from __future__ import annotations
+
+import os
+import signal
+import time
+import uuid
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from genmodels.runs.jobs import Jobs
+from genmodels.runs.store import Run
+from genmodels.storage import open_storage
+from services.dispatch.backends.base import LOST, Capacity, submission_id
+from services.dispatch.backends.ray_jobs import RayJobsBackend
+from tests.support.driver_commands import command, end_of
+from tests.support.live_processes import processes
+from tests.support.ray_node import RayHead, until
+from tests.support.tiny_jobs import job, make_data, model
+
+
+@pytest.fixture(scope="module")
+def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayHead]:
+    with RayHead(tmp_path_factory.mktemp("ray") / "head.log", num_cpus=2) as head:
+        yield head
+
+
+def test_a_real_attempt(head: RayHead, tmp_path: Path) -> None:
+    storage = open_storage((tmp_path / "storage").as_uri())
+    spec = job("tiny", model(make_data(tmp_path), "minigpt", max_steps=3, save_every=3, eval_every=3))
+    name, _ = Jobs(storage).submit(spec)
+    driver = head.backend.start(storage.url, name, "minigpt", 1, 1)
+    assert end_of(driver, 120) == 0
+    result = Run(storage, name, "minigpt").result(1)
+    assert result is not None
+    assert (result.outcome, result.step, result.version) == ("succeeded", 3, 1), result.message
+    shown = head.backend.dashboard.ask("GET", f"/api/jobs/{submission_id(name, 'minigpt', 1)}")
+    assert shown is not None
+    assert shown.json()["metadata"] == {"job": name, "model": "minigpt", "attempt": "1"}
+    assert os.environ["RAY_AUTH_TOKEN"] not in shown.text
+
+    # Whoever comes later finds how it ended, and whoever asks twice starts nothing.
+    assert RayJobsBackend(head.dashboard).find(name, "minigpt", 1).poll() == 0
+    assert end_of(head.backend.start(storage.url, name, "minigpt", 1, 1)) == 0
+    assert Run(storage, name, "minigpt").result(1) == result
+
+
+def test_codes_of_ray_jobs(head: RayHead, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert head.backend.capacity() == Capacity(2, 0)
+    assert RayJobsBackend(head.dashboard, 8, 2).capacity() == Capacity(2, 0, max_cpus=8, max_gpus=2)
+    assert head.backend.find("j", "nobody", 1).poll() == LOST
+    mark = f"genmodels-test-{uuid.uuid4()}"
+    command(monkeypatch, "bash", "-c", f"sleep 1000; : {mark}")
+    sleeper = head.backend.start("file:///s", "j", "sleeper", 1, 1)
+    command(monkeypatch, "bash", "-c", "exit 3")
+    assert end_of(head.backend.start("file:///s", "j", "m", 1, 1)) == 3
+    until(lambda: processes(mark), "the sleeper runs")
+    assert sleeper.poll() is None
+    found = RayJobsBackend(head.dashboard).find("j", "sleeper", 1)  # as a dispatcher that was started again
+    assert found.poll() is None
+    found.kill()
+    assert end_of(found) == end_of(sleeper) == -signal.SIGTERM
+    assert processes(mark) == []
+
+
+def test_ray_tells_when_its_head_and_a_driver_began(head: RayHead, monkeypatch: pytest.MonkeyPatch) -> None:
+    command(monkeypatch, "true")
+    assert head.backend.capacity()
+    assert end_of(head.backend.start("file:///s", "j", "quick", 1, 1)) == 0
+    shown = head.backend.dashboard.ask("GET", f"/api/jobs/{submission_id('j', 'quick', 1)}")
+    assert shown is not None
+    running = {**shown.json(), "status": "RUNNING"}
+    assert not head.backend.is_lost(running)
+    before = time.time() - 24 * 3600
+    assert head.backend.is_lost({**running, "start_time": before * 1000})

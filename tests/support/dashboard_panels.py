@@ -1,0 +1,98 @@
+"""Every query of the dashboards, and a running Prometheus that is asked for it.
+
+python -m tests.support.dashboard_panels http://127.0.0.1:9090 [--gpu]      after a demo job: which panels show nothing?
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import httpx
+
+from tests.support.paths import ROOT
+
+DASHBOARDS = sorted((ROOT / "docker/grafana/dashboards").glob("*.json"))
+RATE_INTERVAL = "20s"  # Grafana's, for a scrape interval of 5 s
+
+
+@dataclass(frozen=True)
+class Query:
+    dashboard: str
+    panel: str
+    expr: str  # as Prometheus gets it: all variables are replaced, by all their values
+
+    @property
+    def needs_gpu(self) -> bool:
+        return "GPU" in self.panel
+
+    def __str__(self) -> str:
+        return f"{self.dashboard}, {self.panel}: {self.expr}"
+
+
+def queries(rate_interval: str = RATE_INTERVAL) -> list[Query]:
+    """Those of all panels, in their order."""
+    found = []
+    for path in DASHBOARDS:
+        dashboard = json.loads(path.read_text())
+        variables = {f"${variable['name']}": ".*" for variable in dashboard["templating"]["list"]}
+        for panel in dashboard["panels"]:
+            for target in panel.get("targets", []):
+                expr = target["expr"]
+                for name, value in {"$__rate_interval": rate_interval, **variables}.items():
+                    expr = expr.replace(name, value)
+                found.append(Query(dashboard["title"], panel["title"], expr))
+    return found
+
+
+def answers(prometheus: httpx.Client, query: Query, seconds: float) -> bool:
+    """Whether Prometheus, the client's base URL, has a finite value for the query somewhere in the last `seconds`.
+
+    Raises:
+        ValueError: it does not understand the query.
+    """
+    now = time.time()
+    asked = {"query": query.expr, "start": now - seconds, "end": now, "step": max(1.0, seconds / 500)}
+    answer = prometheus.post("/api/v1/query_range", data=asked).json()
+    if answer["status"] != "success":
+        raise ValueError(f"{query}: {answer['error']}")
+    return any(math.isfinite(float(value)) for series in answer["data"]["result"] for _, value in series["values"])
+
+
+def silent(url: str, asked: Iterable[Query], *, history: float, patience: float) -> list[Query]:
+    """The queries that still show nothing of the last `history` seconds after `patience` seconds.
+
+    They are asked again and again: of a counter that was scraped once there is no rate.
+    """
+    left = list(asked)
+    end = time.monotonic() + patience
+    with httpx.Client(base_url=url, timeout=30, trust_env=False) as prometheus:
+        while True:
+            left = [query for query in left if not answers(prometheus, query, history)]
+            if not left or time.monotonic() > end:
+                return left
+            time.sleep(0.2)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="Ask a Prometheus for every panel of the dashboards.")
+    parser.add_argument("url")
+    parser.add_argument("--gpu", action="store_true", help="also for what only GPUs have")
+    parser.add_argument("--history", type=float, default=1800.0, help="seconds that the job may be ago")
+    parser.add_argument("--patience", type=float, default=60.0)
+    options = parser.parse_args()
+    asked = [query for query in queries() if options.gpu or not query.needs_gpu]
+    empty = silent(options.url, asked, history=options.history, patience=options.patience)
+    for query in empty:
+        print(f"shows nothing: {query}")
+    print(f"{len(asked) - len(empty)} of {len(asked)} queries are answered")
+    sys.exit(bool(empty))
+
+
+if __name__ == "__main__":
+    main()

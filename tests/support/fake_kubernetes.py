@@ -1,0 +1,346 @@
+"""A Kubernetes API server with RayJobs and pods over real HTTP, and beside it a KubeRay and a Kueue, as far as needed.
+
+It holds what is created against the schema of the RayJob CRD (KubeRay 1.7.0), and does what an API server does with
+names, labels, the status subresource, finalizers, foreground deletion, pages of a list, tokens and roles. The operator
+moves status as KubeRay's rayjob_controller.go does in HTTPMode; drivers are whatever a test gives it.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+import threading
+import uuid
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any
+from urllib.parse import parse_qs, urlsplit
+
+import jsonschema
+import yaml
+
+from tests.support.paths import ROOT
+
+NAMESPACE, TOKEN = "genmodels", "the-token"
+SCHEMA = ROOT / "tests/k8s/schemas" / "ray.io_v1_RayJob.json"
+PATH = re.compile(
+    rf"/(?:apis/ray\.io/v1|api/v1)/namespaces/{NAMESPACE}/(?P<resource>rayjobs|pods)(?:/(?P<name>[^/]+))?"
+)
+ROLE = {("rayjobs", verb) for verb in ("create", "list", "delete")} | {("pods", "list")}
+FINALIZER = "ray.io/rayjob-finalizer"  # KubeRay's, by which it stops the driver
+Object = dict[str, Any]
+
+
+class Refused(Exception):
+    def __init__(self, code: int, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.body = {"kind": "Status", "apiVersion": "v1", "status": "Failure", "reason": reason, "code": code}
+        self.body |= {"message": message, "metadata": {}}
+        self.code = code
+
+
+class KubeApi:
+    """Serve from `with` on.
+
+    Attributes:
+        jobs, pods: what there is, by name.
+        role: (resource, verb) that the token's account may.
+        ill: statuses that the next requests are answered, in place of what they ask for.
+        away: whether connections are closed without an answer.
+        lost: whether the answer to the next request is lost after it was done.
+        asked: "VERB resource" of every request that came.
+    """
+
+    def __init__(self) -> None:
+        self.jobs: dict[str, Object] = {}
+        self.pods: dict[str, Object] = {}
+        self.role = set(ROLE)
+        self.ill: list[int] = []
+        self.away = self.lost = self.expired = False
+        self.asked: list[str] = []
+        self.version = 0
+        self.lock = threading.RLock()
+        self.valid = jsonschema.Draft202012Validator(json.loads(SCHEMA.read_text()))
+        api = self
+
+        class Handler(BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+            wbufsize = -1  # one packet for an answer
+
+            def do(self) -> None:
+                api.handle(self)
+
+            do_GET = do_POST = do_DELETE = do_PUT = do_PATCH = do
+
+            def log_message(self, *_: object) -> None:
+                pass
+
+        self.server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server.daemon_threads = True
+
+    def __enter__(self) -> KubeApi:
+        threading.Thread(target=self.server.serve_forever, args=(0.02,), daemon=True).start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.server.shutdown()
+        self.server.server_close()
+
+    def kubeconfig(self, folder: Path, token: str = TOKEN) -> Path:
+        """A file that leads here."""
+        document = {
+            "apiVersion": "v1",
+            "kind": "Config",
+            "clusters": [{"name": "here", "cluster": {"server": f"http://127.0.0.1:{self.server.server_port}"}}],
+            "users": [{"name": "jobs", "user": {"token": token}}],
+            "contexts": [{"name": "c", "context": {"cluster": "here", "user": "jobs", "namespace": NAMESPACE}}],
+            "current-context": "c",
+        }
+        (folder / "kubeconfig").write_text(yaml.safe_dump(document))
+        return folder / "kubeconfig"
+
+    # Requests
+
+    def handle(self, request: BaseHTTPRequestHandler) -> None:
+        length = int(request.headers.get("content-length") or 0)
+        body = json.loads(request.rfile.read(length)) if length else None
+        with self.lock:
+            if self.away:
+                request.close_connection = True
+                return
+            try:
+                code, answer = self._answer(request, body)
+            except Refused as refused:
+                code, answer = refused.code, refused.body
+            if self.lost:
+                self.lost, request.close_connection = False, True
+                return
+        data = json.dumps(answer).encode()
+        request.send_response(code)
+        request.send_header("content-type", "application/json")
+        request.send_header("content-length", str(len(data)))
+        if code in (429, 503):
+            request.send_header("retry-after", "0")
+        request.end_headers()
+        request.wfile.write(data)
+
+    def _answer(self, request: BaseHTTPRequestHandler, body: Object | None) -> tuple[int, Object]:
+        parts = urlsplit(request.path)
+        query = {key: values[0] for key, values in parse_qs(parts.query).items()}
+        match = PATH.fullmatch(parts.path)
+        if match is None:
+            raise Refused(404, "NotFound", "the server could not find the requested resource")
+        resource, name = match["resource"], match["name"]
+        verb = {"POST": "create", "DELETE": "delete", "GET": "get" if name else "list"}[request.command]
+        self.asked.append(f"{verb} {resource}")
+        if self.ill:
+            raise Refused(self.ill.pop(0), "TooManyRequests", "the server is ill")
+        if (request.headers.get("authorization") or "").casefold() != f"bearer {TOKEN}":
+            raise Refused(401, "Unauthorized", "Unauthorized")
+        if (resource, verb) not in self.role:
+            raise Refused(403, "Forbidden", f"{resource} is forbidden: the account cannot {verb} resource {resource!r}")
+        if verb == "create":
+            assert body is not None
+            return 201, self._create(body)
+        if verb == "list":
+            return 200, self._list(self.jobs if resource == "rayjobs" else self.pods, query)
+        if name not in self.jobs:
+            raise Refused(404, "NotFound", f"rayjobs.ray.io {name!r} not found")
+        if verb == "delete":
+            self.delete(name, (body or {}).get("propagationPolicy") or query.get("propagationPolicy") or "Background")
+        return 200, self.jobs.get(name, {"kind": "Status", "status": "Success"})
+
+    def _create(self, body: Object) -> Object:
+        job = copy.deepcopy(body)
+        errors = list(self.valid.iter_errors(job))
+        problem = errors[0].message if errors else check_names(job)
+        if problem:
+            raise Refused(422, "Invalid", f"RayJob.ray.io is invalid: {problem}")
+        meta = job["metadata"]
+        if meta["name"] in self.jobs:
+            raise Refused(409, "AlreadyExists", f"rayjobs.ray.io {meta['name']!r} already exists")
+        job.pop("status", None)  # a subresource
+        meta |= {"uid": str(uuid.uuid4()), "namespace": NAMESPACE, "generation": 1}
+        meta["creationTimestamp"] = "2026-01-01T00:00:00Z"
+        self.jobs[meta["name"]] = job
+        self.touch(job)
+        return job
+
+    def _list(self, objects: dict[str, Object], query: dict[str, str]) -> Object:
+        wanted = dict(each.split("=", 1) for each in query.get("labelSelector", "").split(",") if each)
+        phases = re.findall(r"status\.phase!=(\w+)", query.get("fieldSelector", ""))
+        found = [
+            each
+            for _, each in sorted(objects.items())
+            if wanted.items() <= each["metadata"].get("labels", {}).items()
+            and each.get("status", {}).get("phase") not in (phases or ["none"])
+        ]
+        begin, limit = int(query.get("continue") or 0), int(query.get("limit") or len(found) or 1)
+        if begin and self.expired:
+            raise Refused(410, "Expired", "the provided continue parameter is too old")
+        more = str(begin + limit) if begin + limit < len(found) else ""
+        meta = {"resourceVersion": str(self.version), "continue": more}
+        return {"kind": "List", "apiVersion": "v1", "metadata": meta, "items": found[begin : begin + limit]}
+
+    # What a controller does
+
+    def touch(self, job: Object) -> None:
+        self.version += 1
+        job["metadata"]["resourceVersion"] = str(self.version)
+
+    def delete(self, name: str, policy: str = "Background") -> None:
+        meta = self.jobs[name]["metadata"]
+        if policy == "Foreground" and "foregroundDeletion" not in meta.setdefault("finalizers", []):
+            meta["finalizers"].append("foregroundDeletion")
+        meta.setdefault("deletionTimestamp", "2026-01-01T00:00:01Z")
+        self.collect(name)
+
+    def collect(self, name: str) -> None:
+        """The garbage collector: what is in the foreground waits for what it owns."""
+        meta = self.jobs[name]["metadata"]
+        finalizers = meta.get("finalizers") or []
+        if "foregroundDeletion" in finalizers and not self.pods_of(name):
+            finalizers.remove("foregroundDeletion")
+        self.touch(self.jobs[name])
+        if "deletionTimestamp" in meta and not finalizers:
+            del self.jobs[name]
+
+    def pods_of(self, name: str) -> list[str]:
+        return [pod for pod, each in self.pods.items() if each["metadata"]["labels"].get("genmodels/rayjob") == name]
+
+    def status(self, name: str, **status: Any) -> None:
+        job = self.jobs[name]
+        job["status"] = {**job.get("status", {}), **status}
+        self.touch(job)
+
+
+def check_names(job: Object) -> str:
+    """What an API server says of names and labels, and KubeRay of a RayJob (validation.go); "" if all is well."""
+    meta, spec = job["metadata"], job["spec"]
+    if not re.fullmatch(r"[a-z]([-a-z0-9]*[a-z0-9])?", meta["name"]) or len(meta["name"]) > 47:
+        return "metadata.name must be a DNS-1035 label of at most 47 characters"
+    templates = [group["template"] for group in groups_of(spec)]
+    for each in (meta, *(template["metadata"] for template in templates)):
+        for key, value in each.get("labels", {}).items():
+            if not re.fullmatch(r"([a-z0-9.-]+/)?[A-Za-z0-9][-A-Za-z0-9_.]{0,62}", key):
+                return f"label {key!r} is no label"
+            if len(value) > 63 or not re.fullmatch(r"([A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?)?", value):
+                return f"the value of label {key!r} must be at most 63 characters"
+    if bool(spec.get("rayClusterSpec")) == bool(spec.get("clusterSelector")):
+        return "one of rayClusterSpec and clusterSelector"
+    if spec.get("suspend") and not spec.get("shutdownAfterJobFinishes"):
+        return "suspend needs shutdownAfterJobFinishes"
+    if spec.get("ttlSecondsAfterFinished") and not spec.get("shutdownAfterJobFinishes"):
+        return "ttlSecondsAfterFinished needs shutdownAfterJobFinishes"
+    if spec.get("clusterSelector") and (spec.get("suspend") or spec.get("backoffLimit")):
+        return "clusterSelector goes neither with suspend nor with backoffLimit"
+    return ""
+
+
+def groups_of(spec: Object) -> list[Object]:
+    cluster = spec.get("rayClusterSpec") or {}
+    return [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]] if cluster else []
+
+
+class Operator:
+    """KubeRay and Kueue: each `reconcile` takes every RayJob one step further.
+
+    Args:
+        driver: starts the driver of a RayJob; the object has `poll` and `kill`, as a process has.
+
+    Attributes:
+        admits: whether Kueue unsuspends what is in its queue.
+        placed: whether there is room for pods.
+        clings: whether pods stay when their cluster is deleted, as on a node that is lost.
+    """
+
+    def __init__(self, api: KubeApi, driver: Callable[[Object], Any]) -> None:
+        self.api, self.driver = api, driver
+        self.drivers: dict[str, Any] = {}
+        self.started: list[tuple[str, str]] = []  # name of the RayJob and of the head pod, of each start of a driver
+        self.admits = self.placed = True
+        self.clings = False
+        self.heads = 0
+
+    def reconcile(self) -> None:
+        with self.api.lock:
+            for name in list(self.api.jobs):
+                self._step(name, self.api.jobs[name])
+
+    def preempt(self, name: str) -> None:
+        with self.api.lock:
+            self.api.jobs[name]["spec"]["suspend"] = True
+
+    def lose_head(self, name: str) -> None:
+        """The head pod is evicted; KubeRay makes a new one, and submits a driver that it does not know there."""
+        with self.api.lock:
+            self._stop(name)
+            self._start(name)
+
+    def close(self) -> None:
+        for name in list(self.drivers):
+            self._stop(name)
+
+    def _step(self, name: str, job: Object) -> None:
+        spec, status = job["spec"], job.get("status") or {}
+        if "deletionTimestamp" in job["metadata"]:
+            self._stop(name)
+            finalizers = job["metadata"].get("finalizers") or []
+            job["metadata"]["finalizers"] = [each for each in finalizers if each != FINALIZER]
+            self.api.collect(name)
+            return
+        match status.get("jobDeploymentStatus", ""):
+            case "":
+                job["metadata"].setdefault("finalizers", []).append(FINALIZER)
+                cluster = f"{name}-abcde"
+                self.api.status(name, jobDeploymentStatus="Initializing", jobId=spec["jobId"], rayClusterName=cluster)
+            case "Initializing" | "Running" if spec.get("suspend"):
+                self.api.status(name, jobDeploymentStatus="Suspending")
+            case "Initializing" if self.placed:
+                self._start(name)
+            case "Running":
+                self._watch(name)
+            case "Suspending":
+                self._stop(name)
+                if not self.api.pods_of(name):
+                    job["status"] = {"jobDeploymentStatus": "Suspended"}
+                    self.api.touch(job)
+            case "Suspended":
+                if self.admits and "kueue.x-k8s.io/queue-name" in job["metadata"]["labels"]:
+                    spec["suspend"] = False
+                if not spec["suspend"]:
+                    self.api.status(name, jobDeploymentStatus="")
+
+    def _start(self, name: str) -> None:
+        self.heads += 1
+        head = f"{name}-head-{self.heads}"
+        spec = self.api.jobs[name]["spec"]
+        for i, group in enumerate(groups_of(spec)):
+            for j in range(group.get("replicas", 1)):
+                labels = group["template"]["metadata"]["labels"]
+                pod = head if i == 0 else f"{name}-worker-{self.heads}-{j}"
+                self.api.pods[pod] = {"metadata": {"name": pod, "labels": labels}, "status": {"phase": "Running"}}
+        self.drivers[name] = self.driver(self.api.jobs[name])
+        self.started.append((name, head))
+        cluster = {"head": {"podName": head}}
+        self.api.status(name, jobDeploymentStatus="Running", jobStatus="RUNNING", rayClusterStatus=cluster)
+
+    def _watch(self, name: str) -> None:
+        code = self.drivers[name].poll()
+        if code is None:
+            return
+        if code == 0:
+            self.api.status(name, jobDeploymentStatus="Complete", jobStatus="SUCCEEDED")
+        else:
+            said = f"Job entrypoint command failed with exit code {code}, last available logs:\nTraceback ..."
+            self.api.status(name, jobDeploymentStatus="Failed", jobStatus="FAILED", reason="AppFailed", message=said)
+        self._stop(name)
+
+    def _stop(self, name: str) -> None:
+        """The cluster's pods end, and with them the driver."""
+        if driver := self.drivers.pop(name, None):
+            driver.kill()
+        for pod in self.api.pods_of(name) if not self.clings else ():
+            del self.api.pods[pod]

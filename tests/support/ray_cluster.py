@@ -1,0 +1,50 @@
+"""One Ray cluster for all tests that need one: on 127.0.0.1, with a token of its own, never one that runs already."""
+
+from __future__ import annotations
+
+import logging
+import os
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+import prometheus_client  # noqa: F401  it looks at the environment once, and this process writes no files
+import pytest
+
+from services.cluster.ray_start import local_environment
+from tests.support.paths import ROOT
+
+# Ray reads these when it is imported, whichever test imports it first: conftest imports this module before them all.
+os.environ |= {
+    **local_environment(),
+    "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
+}
+os.environ.pop("RAY_ADDRESS", None)
+
+
+@pytest.fixture(scope="session")
+def metrics_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the processes of the cluster write what they count."""
+    return tmp_path_factory.mktemp("metrics")
+
+
+@pytest.fixture(scope="session")
+def ray_cluster(metrics_folder: Path) -> Iterator[str]:
+    """The address of a cluster with 4 logical CPUs."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # importing Ray defines settings in ways that pydantic warns of
+        import ray
+        import ray.serve
+
+    with pytest.MonkeyPatch.context() as environment:
+        environment.setenv("PROMETHEUS_MULTIPROC_DIR", str(metrics_folder))
+        context = ray.init(
+            address="local",
+            num_cpus=4,
+            include_dashboard=False,
+            log_to_driver=False,
+            logging_level=logging.ERROR,
+            _node_ip_address="127.0.0.1",
+        )
+    yield str(context.address_info["gcs_address"])
+    ray.shutdown()

@@ -1,0 +1,178 @@
+"""A backend whose attempts follow scripts, jobs for it, and what must be true of their runs at the end."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from genmodels.runs.jobs import Jobs
+from genmodels.runs.records import Heartbeat, Result, Status
+from genmodels.runs.store import Run
+from genmodels.spec.sections import JobSpec
+from genmodels.storage import Storage
+from services.dispatch import dispatcher as dispatch
+from services.dispatch import supervisor
+from services.dispatch.backends.base import LOST, Capacity
+from services.dispatch.dispatcher import Dispatcher
+from tests.support.scripted_drivers import Driver, Script, dies, ends, obedient, succeeds
+from tests.support.storages import save
+from tests.support.tiny_jobs import job, make_data, model
+
+
+@pytest.fixture(autouse=True)
+def in_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(supervisor, "BACK_OFF_SECONDS", (0.0, 0.0, 0.0))
+    monkeypatch.setattr(dispatch, "CAPACITY_SECONDS", 0.0)
+    monkeypatch.setenv("GENMODELS_GROW_SECONDS", "0")
+    monkeypatch.setattr("genmodels.storage.retry.MAX_WAIT_SECONDS", 0.001)
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_data(tmp_path_factory.mktemp("data"))
+
+
+class Cluster:
+    """A backend that outlives dispatchers. The n-th attempt of a model follows its n-th script, the last one again."""
+
+    def __init__(self, storage: Storage, cpus: int = 4, **scripts: list[Script]) -> None:
+        self.storage, self.cpus, self.scripts = storage, cpus, scripts
+        self.drivers: dict[tuple[str, str, int], Driver] = {}
+        self.sizes: list[tuple[str, int]] = []
+        self.answers = True
+
+    def start(self, storage_url: str, job: str, model: str, attempt: int, workers: int) -> Driver:
+        key = (job, model, attempt)
+        if key not in self.drivers:  # a used submission id
+            scripts = self.scripts.get(model, [succeeds])
+            script = scripts[min(attempt, len(scripts)) - 1]
+            self.drivers[key] = Driver(script(Run(self.storage, job, model), attempt))
+            self.sizes.append((model, workers))
+        return self.drivers[key]
+
+    def find(self, job: str, model: str, attempt: int) -> Driver:
+        lost = Driver(iter(()))
+        lost.code = LOST
+        return self.drivers.get((job, model, attempt), lost)
+
+    def capacity(self) -> Capacity | None:
+        return Capacity(self.cpus, 0) if self.answers else None
+
+    def started(self) -> list[str]:
+        return [model for _, model, _ in self.drivers]
+
+
+def spec(data: Path, name: str, *names: str, priority: int = 0, workers: Any = 1) -> JobSpec:
+    entries = [model(data, "minigpt", each) | {"scaling": {"num_workers": workers}} for each in names]
+    return job(name, *entries).model_copy(update={"priority": priority})
+
+
+def submit(storage: Storage, *args: Any, **options: Any) -> str:
+    return Jobs(storage).submit(spec(*args, **options))[0]
+
+
+def play(dispatcher: Dispatcher, lease_term: int, *jobs: str, rounds: int = 100) -> None:
+    """Tick until all these jobs have ended and left the queue."""
+    for _ in range(rounds):
+        dispatcher.tick(lease_term)
+        if not set(jobs) & set(dispatcher.jobs.open()):
+            return
+    pytest.fail(f"still open: {dispatcher.jobs.open()}")
+
+
+def state(storage: Storage, job: str, model: str) -> Status:
+    return Run(storage, job, model).status()[0]
+
+
+def check_history(status: Status) -> None:
+    """Which states may follow which, and that each has a time and a reason."""
+    follows = {
+        "queued": {"starting", "cancelled"},
+        "starting": {"running", "publishing", "queued", "failed", "cancelled", "succeeded"},
+        "running": {"publishing", "queued", "failed", "cancelled", "succeeded"},
+        "publishing": {"succeeded", "queued", "failed", "cancelled"},
+        "succeeded": set(),
+        "failed": {"queued"},
+        "cancelled": {"queued"},
+    }
+    states = [change.state for change in status.history]
+    assert states[0] == "queued"
+    for before, after in pairwise(states):
+        assert after in follows[before], states
+    assert all(change.time and change.reason for change in status.history)
+    assert [change.time for change in status.history] == sorted(change.time for change in status.history)
+
+
+def far_from_done(run: Run, attempt: int) -> Iterator[object]:
+    """Trains, with much left to do, until it is asked to leave; then it saves."""
+    parent = (run.checkpoints() or [None])[-1]
+    run.start_attempt(attempt, parent, 1)
+    step = (parent.step if parent else 0) + 10
+    run.write_heartbeat(attempt, Heartbeat(phase="training", step=step, seconds_left=1000.0))
+    while not run.wishes(attempt):
+        yield
+    save(run, attempt, step, parent)
+    run.write_result(attempt, Result(outcome="left", step=step))
+
+
+def is_killed(run: Run, attempt: int) -> Iterator[object]:
+    parent = (run.checkpoints() or [None])[-1]
+    run.start_attempt(attempt, parent, 1)
+    run.write_heartbeat(attempt, Heartbeat(phase="training", step=25, seconds_left=1000.0))
+    yield
+    run.write_result(attempt, Result(outcome="failed", cause="infrastructure", message="a worker was lost"))
+
+
+def wish(storage: Storage, job: str, model: str, kind: Any, then: Any) -> None:
+    """What the job service does."""
+    run, jobs = Run(storage, job, model), Jobs(storage)
+    if kind == "resume":
+        jobs.reopen(job)
+    run.wish(kind, run.status()[0].attempt, f"{kind} by key 1234", then)
+    jobs.nudge(job, model)
+
+
+def eventful(storage: Storage, data: Path) -> tuple[Cluster, list[str]]:
+    """Two jobs in which much happens: a loss, a failure, a cancel, a preemption."""
+    cluster = Cluster(storage, cpus=1, low=[obedient, dies, succeeds], bad=[ends("failed", "user", "wrong")])
+    names = [submit(storage, data, "low", "low", "bad"), submit(storage, data, "stop", "stop")]
+    return cluster, names
+
+
+def carry_on(dispatcher: Dispatcher, lease_term: int, names: list[str], late: list[str], data: Path) -> None:
+    """Tick to the end; on the way a person cancels one job, and submits one of higher priority."""
+    storage: Any = dispatcher.storage
+    people = getattr(storage, "inner", storage)
+    for _ in range(100):
+        dispatcher.tick(lease_term)
+        if not late and state(people, names[0], "low").state == "running":
+            wish(people, names[1], "stop", "leave", "cancelled")
+            late.append(submit(people, data, "dear", "dear", priority=3))
+        if late and not Jobs(people).open():
+            return
+    pytest.fail("still open")
+
+
+def check_the_end(storage: Storage, cluster: Cluster, names: list[str]) -> None:
+    low, stop, dear = names
+    found = {
+        model: state(storage, name, model)
+        for name, model in ((low, "low"), (low, "bad"), (stop, "stop"), (dear, "dear"))
+    }
+    assert {model: status.state for model, status in found.items()} == {
+        "low": "succeeded",
+        "bad": "failed",
+        "stop": "cancelled",
+        "dear": "succeeded",
+    }
+    for status in found.values():
+        check_history(status)
+    assert [change.state for change in found["dear"].history].count("succeeded") == 1
+    assert {entry.job for _, entry in Jobs(storage).ended()} == set(names)
+    assert len(Jobs(storage).ended()) == 3
+    chain = Run(storage, low, "low").chain()
+    assert all(link.parent is None or link.parent.attempt < link.attempt for link in chain)

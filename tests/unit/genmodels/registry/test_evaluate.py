@@ -1,0 +1,455 @@
+"""What each family measures of a model; how it is kept, judged by a gate, and shown."""
+
+from __future__ import annotations
+
+import json
+import math
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.distributions import Bernoulli, Independent, Normal
+
+from genmodels import checkpoint, models
+from genmodels.checkpoint import CheckpointRef, Manifest
+from genmodels.data import open_dataset
+from genmodels.data.images import ImageData
+from genmodels.errors import DataError, ModelNotFound, SpecError
+from genmodels.family import Family, Findings, Measure, OptimizerConfig
+from genmodels.metrics import MEASURE
+from genmodels.models.autoencoder import Autoencoder, AutoencoderConfig
+from genmodels.models.gan import GAN, GANConfig
+from genmodels.models.vae import VAE, VAEConfig
+from genmodels.registry import evaluations
+from genmodels.registry.evaluate import evaluate, training
+from genmodels.registry.gate import check_gate
+from genmodels.registry.gc import delete_version
+from genmodels.registry.store import Registry
+from genmodels.runs.store import Run
+from genmodels.spec.sections import Gate, ModelSpec
+from genmodels.storage import Storage, open_storage
+from services.gateway.model_host import ModelHost
+from services.gateway.routes import create_app
+from services.train.publish import _publish
+from tests.support.asgi_client import ask
+from tests.support.evaluation_data import Bench, shapes
+from tests.support.published_models import LINEAGE, build, publish, write
+from tests.support.storages import MemoryStorage
+from tests.support.tiny_jobs import job, make_data, model
+
+BENCH = Bench()
+SHAPES = shapes()
+
+
+def learned(family: Family[Any, Any], data: ImageData, steps: int, **settings: Any) -> Family[Any, Any]:
+    """Trained for a moment, by every role in turn."""
+    split, random = data.split("train"), np.random.default_rng(0)
+    roles = family.roles(OptimizerConfig(**{"learning_rate": 3e-3, **settings}))
+    for step in range(steps):
+        index = random.choice(len(split), 32)
+        batch = {name: torch.from_numpy(values) for name, values in split.take(index, index).items()}
+        for role in roles:
+            torch.manual_seed(step)
+            for optimizer in role.optimizers:
+                optimizer.zero_grad()
+            role.loss(batch, torch.tensor(step / steps))["loss"].backward()
+            for optimizer in role.optimizers:
+                optimizer.step()
+    return family
+
+
+def values(family: Family[Any, Any], data: ImageData = SHAPES) -> dict[str, float]:
+    return {name: measure.value for name, measure in family.evaluate(BENCH.material(data)).measures.items()}
+
+
+def passed(metric: str, found: dict[str, float], **bound: float) -> bool:
+    result = check_gate(Gate(metric=metric, **bound), found)
+    assert result is not None
+    return result.passed
+
+
+# ---- every family
+
+
+@pytest.mark.parametrize("shape", [(1, 16, True), (3, 12, False)])
+@pytest.mark.parametrize("name", [name for name in models.names() if models.load(name).kind == "image"])
+def test_an_image_family_measures_what_it_says(name: str, shape: tuple[int, int, bool]) -> None:
+    channels, side, labelled = shape
+    data = shapes(train=100, val=16, side=side, channels=channels, labelled=labelled)
+    family, _ = build(name, pictures=data.info)
+    before = torch.random.get_rng_state()
+    bench = Bench()
+    found = family.evaluate(bench.material(data))
+    assert set(found.measures) <= set(family.evaluation_names)
+    assert not any(name.startswith("val_") for name in family.evaluation_names)
+    for measure in found.measures.values():
+        assert all(map(math.isfinite, (measure.value, *measure.beside.values())))
+    assert found.notes["pictures"] == 16
+    assert bench.ticks > 0
+    assert family.evaluate(bench.material(data)) == found
+    assert torch.equal(torch.random.get_rng_state(), before)
+    assert set(family.evaluate(bench.material(data, thorough=True)).measures) == set(found.measures)
+    assert Findings.model_validate_json(found.model_dump_json()) == found
+
+
+@pytest.mark.parametrize("name", models.names())
+def test_names_of_measures_and_metrics_differ(name: str) -> None:
+    family = models.load(name)
+    assert not set(family.evaluation_names) & set(family.metric_names)
+
+
+# ---- VAE
+
+
+def vae(**settings: Any) -> VAE:
+    torch.manual_seed(0)
+    return VAE(VAEConfig(**{"latent_dim": 6, "width": 8, "kl_warmup": 0.0, **settings}), SHAPES.info)
+
+
+def test_the_likelihood_is_that_of_torch_s_distributions() -> None:
+    family = learned(vae(), SHAPES, 20)
+    assert isinstance(family, VAE)
+    images = torch.from_numpy(SHAPES.split("val").take(np.arange(5), np.arange(5))["images"]).round()
+    found = family._bounds(images, 16, torch.Generator().manual_seed(0), lambda: None)
+    family.network.eval()
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        mean, log_variance = family.network.posterior(images)
+        noise = torch.cat([torch.randn(8, 5, 6, generator=generator) for _ in range(2)])
+        posterior = Normal(mean, (log_variance / 2).exp())
+        latents = mean + noise * posterior.scale
+        weights: list[Tensor] = []
+        for z in latents:
+            likelihood = Independent(Bernoulli(logits=family.network.decoder(z)), 3).log_prob(images)
+            weights.append(likelihood + (Normal(0, 1).log_prob(z) - posterior.log_prob(z)).sum(1))
+    expected = math.log(16) - torch.stack(weights).logsumexp(0)
+    assert torch.allclose(found[:, 0].float(), expected, atol=1e-3)
+
+
+def test_a_vae_without_latents_has_a_bound_that_is_exact() -> None:
+    family = vae()
+    for parameter in family.network.encoder.head.parameters():
+        parameter.data.zero_()
+    for parameter in family.network.decoder.stem.parameters():
+        parameter.data.zero_()
+    found = values(family)
+    assert found["kl"] == found["active_units"] == 0
+    assert found["nll"] == pytest.approx(found["reconstruction"], rel=1e-6)
+    assert found["nll"] == pytest.approx(found["negative_elbo"], rel=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("likelihood", "says"),
+    [("bernoulli", "no likelihood"), ("bernoulli-binarized", "black or white"), ("gaussian", "density")],
+)
+def test_a_gate_refuses_a_collapsed_vae(likelihood: str, says: str) -> None:
+    sound = learned(vae(likelihood=likelihood), SHAPES, 100, learning_rate=1e-2)
+    collapsed = learned(vae(likelihood=likelihood, beta=1e4), SHAPES, 60)
+    found, of_collapsed = sound.evaluate(BENCH.material(SHAPES)), values(collapsed)
+    assert says in str(found.notes["binarisation"])
+    assert found.notes["likelihood"] == likelihood
+    bound = found.measures["nll"].beside["each pixel its mean"]
+    for metric, limits in (("active_units", {"min": 2}), ("nll", {"max": bound})):
+        assert passed(metric, {metric: found.measures[metric].value}, **limits)
+        assert not passed(metric, of_collapsed, **limits)
+    assert found.measures["nll"].value < found.measures["negative_elbo"].value, "many draws make a tighter bound"
+
+
+def test_a_pixel_on_its_own_has_the_likelihood_of_its_mean() -> None:
+    family = vae()
+    train, val = (torch.from_numpy(SHAPES.arrays(name)["images"] / 255).float() for name in ("train", "val"))
+    expected = (
+        F.binary_cross_entropy(train.mean(0).clamp(1e-3, 0.999).expand_as(val), val, reduction="none").sum() / 120
+    )
+    found = family.evaluate(BENCH.material(SHAPES)).measures["nll"].beside["each pixel its mean"]
+    assert found == pytest.approx(float(expected), rel=1e-5)
+
+
+# ---- autoencoder
+
+
+def test_a_gate_refuses_an_autoencoder_that_lost_to_what_needs_no_training() -> None:
+    torch.manual_seed(0)
+    config = AutoencoderConfig(latent_dim=8, width=8, noise_std=0.3)
+    family = Autoencoder(config, SHAPES.info)
+    untrained = values(family)
+    trained = values(learned(family, SHAPES, 100, learning_rate=1e-2))
+    assert not passed("pca_gain", untrained, min=-3)
+    assert passed("pca_gain", trained, min=-3)
+    assert not passed("denoise_gain", untrained, min=0)
+    assert passed("denoise_gain", trained, min=0)
+    assert trained["denoise_psnr_half"] > trained["denoise_psnr"] > trained["denoise_psnr_beyond"]
+    beside = family.evaluate(BENCH.material(SHAPES)).measures["denoise_psnr"].beside
+    assert beside["noisy"] == pytest.approx(-20 * math.log10(0.3), abs=0.1)
+    assert beside["noisy"] < beside["noisy, clamped"] < max(beside.values())
+
+
+def test_without_noise_no_denoising_is_measured() -> None:
+    family = Autoencoder(AutoencoderConfig(latent_dim=4, width=4), SHAPES.info)
+    assert set(values(family)) == {"psnr", "ssim", "pca_gain"}
+
+
+# ---- GAN
+
+
+def gan(data: ImageData = SHAPES, **settings: Any) -> GAN:
+    torch.manual_seed(0)
+    return GAN(GANConfig(**{"latent_dim": 16, "width": 8, **settings}), data.info)
+
+
+def saturated() -> GAN:
+    """Driven to where its gradient is gone."""
+    family = gan(loss="non-saturating", gradient_penalty=0.0)
+    return learned(family, SHAPES, 10, learning_rate=0.3)  # type: ignore[return-value]
+
+
+def one_picture() -> GAN:
+    """Deaf to its noise."""
+    family = learned(gan(), SHAPES, 10)
+    assert isinstance(family, GAN)
+    family.network.stem.weight.data.zero_()
+    return family
+
+
+class Honest(GAN):
+    """Draws training pictures: what a perfect generator would be."""
+
+    def decode(self, latents: Tensor, request: Any) -> Tensor:
+        index = (latents[:, 0].sigmoid() * 480).long()
+        return torch.from_numpy(SHAPES.arrays("train")["images"] / np.float32(255)).float()[index]
+
+
+@pytest.mark.parametrize("spoiled", [saturated, one_picture])
+def test_a_gate_refuses_a_spoiled_gan(spoiled: Any) -> None:
+    sound, found = values(Honest(gan().config, SHAPES.info)), values(spoiled())
+    for metric, limits in (("coverage", {"min": 0.6}), ("frechet_ratio", {"max": 5}), ("class_ratio", {"max": 2})):
+        assert passed(metric, sound, **limits), (metric, sound)
+        assert not passed(metric, found, **limits), (metric, found)
+
+
+def test_a_conditional_gan_is_asked_for_every_class() -> None:
+    found = gan(conditional=True).evaluate(BENCH.material(SHAPES))
+    assert 0 <= found.measures["label_accuracy"].value <= 1
+    assert "label_accuracy" not in values(gan())
+
+
+# ---- kept with a version
+
+FOUND = Findings(
+    measures={
+        "nll": Measure(value=98.5, unit="nats", beside={"each pixel its mean": 203.75}),
+        "odd": Measure(value=math.nan),
+    },
+    notes={"draws": 64},
+)
+
+
+def test_evaluations_are_kept_with_their_version(storage: Storage) -> None:
+    version, store = publish(storage, "shapes", "vae"), Registry(storage)
+    assert evaluations.newest(store, "shapes", 1) is None
+    first = evaluations.record(store, version, FOUND, thorough=False, seconds=1.5, publication=True)
+    evaluations.record(store, version, Findings(), thorough=True, seconds=0, publication=True)
+    assert storage.list("models/shapes/evaluations/") == ["models/shapes/evaluations/00000001/publication.json"]
+    (kept,) = evaluations.evaluations(store, "shapes", 1)
+    assert (kept.id, kept.notes, kept.data_digest) == ("publication", {"draws": 64}, LINEAGE.data_digest)
+    assert kept.measures["nll"] == FOUND.measures["nll"]
+    assert math.isnan(kept.measures["odd"].value)
+    second = evaluations.record(store, version, Findings(), thorough=True, seconds=2)
+    assert [one.id for one in evaluations.evaluations(store, "shapes", 1)] == [first.id, second.id]
+    assert evaluations.newest(store, "shapes", 1) == second
+
+    publish(storage, "shapes", "vae", step=2)
+    delete_version(store, "shapes", 1)
+    assert storage.list("models/shapes/evaluations/") == []
+    with pytest.raises(ModelNotFound):
+        evaluations.record(store, version, FOUND, thorough=True, seconds=1)
+    assert storage.list("models/shapes/evaluations/") == []
+
+
+def test_what_several_make_is_one_s(storage: Storage) -> None:
+    def slow() -> bytes:
+        assert evaluations.keep(storage, "table.json", lambda: b"the other's") == b"the other's"
+        return b"mine"
+
+    assert evaluations.keep(storage, "table.json", slow) == b"the other's"
+    assert evaluations.keep(storage, "table.json", pytest.fail) == b"the other's"
+
+
+# ---- at publication
+
+
+@pytest.fixture
+def tiny_spec(tmp_path: Path) -> ModelSpec:
+    entry = model(make_data(tmp_path), "vae", max_steps=3)
+    return job("tiny", entry | {"serve": {"gate": {"metric": "nll", "max": 1e6}}}).models[0]
+
+
+def gated(spec: ModelSpec, **gate: Any) -> ModelSpec:
+    return spec.model_copy(update={"serve": spec.serve.model_copy(update={"gate": Gate(**gate)})})
+
+
+def saved(spec: ModelSpec, steps: int = 2) -> Run:
+    """A run with checkpoints of a real model on real data."""
+    storage = MemoryStorage()
+    dataset = open_dataset(spec.data)
+    run = Run(storage, "tiny-00000000", spec.name)
+    run.start_attempt(1, None, 1)
+    for step in range(1, steps + 1):
+        with checkpoint.scratch_folder() as name:
+            folder = Path(name)
+            write(folder, *build("vae", seed=step, pictures=dataset.info))  # type: ignore[arg-type]
+            lineage = LINEAGE.model_copy(update={"data_digest": dataset.digest})
+            files = checkpoint.describe_files(folder)
+            manifest = Manifest(step=step, samples=step, metrics={"val_loss": 9.0 - step}, lineage=lineage, files=files)
+            prefix = run.checkpoint_prefix(CheckpointRef(attempt=1, step=step))
+            checkpoint.upload(storage, prefix, folder, manifest, lambda: None)
+    return run
+
+
+def test_a_published_version_is_evaluated_and_judged_by_what_was_found(tiny_spec: ModelSpec) -> None:
+    run = saved(tiny_spec)
+    result = _publish(run, tiny_spec, 1)
+    assert (result.outcome, result.version, result.step) == ("succeeded", 1, 2), result.message
+    store = Registry(run.storage)
+    (kept,) = evaluations.evaluations(store, "vae", 1)
+    assert (kept.id, kept.thorough, kept.notes["likelihood"]) == ("publication", False, "bernoulli")
+    assert kept.seconds > 0
+    assert result.metrics["val_loss"] == 7.0
+    assert result.metrics["nll"] == kept.measures["nll"].value
+    assert result.gate is not None
+    assert result.gate.reason == f"nll {result.metrics['nll']:.4g} is <= 1e+06"
+    assert store.version("vae", 1).gate == result.gate
+    again = _publish(run, tiny_spec, 2)
+    assert again.version == 1
+    assert len(evaluations.evaluations(store, "vae", 1)) == 1
+
+
+def test_what_its_evaluation_condemns_is_not_published(tiny_spec: ModelSpec) -> None:
+    run = saved(tiny_spec)
+    result = _publish(run, gated(tiny_spec, metric="active_units", min=1e3), 1)
+    assert (result.outcome, result.cause, result.version) == ("failed", "gate", None)
+    assert result.message.startswith("not published: active_units ")
+    assert "nll" in result.metrics, "what was found is told"
+    assert run.storage.list("models/") == []
+
+
+def test_publishing_shows_that_it_gets_on(tiny_spec: ModelSpec, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("services.train.publish.BEAT_SECONDS", 0.0)
+    run = saved(tiny_spec, steps=1)
+    _publish(run, tiny_spec, 1)
+    heartbeat = run.heartbeat(1)
+    assert heartbeat is not None
+    assert (heartbeat.phase, heartbeat.step) == ("publishing", 3)
+    assert heartbeat.tick > 5
+
+
+def test_where_the_data_has_gone_only_a_gate_that_needs_it_stands_in_the_way(tiny_spec: ModelSpec) -> None:
+    run = saved(tiny_spec)
+    pictures = Path(tiny_spec.data.path or "")
+    next(pictures.glob("*.png")).unlink()
+    with pytest.raises(DataError, match="vae was trained on other content than is there now"):
+        _publish(run, tiny_spec, 1)
+    pictures.rename(pictures.with_name("elsewhere"))
+    with pytest.raises(DataError, match="does not exist"):
+        _publish(run, tiny_spec, 1)
+    result = _publish(run, gated(tiny_spec, metric="val_loss", max=9), 1)
+    assert (result.outcome, result.metrics) == ("succeeded", {"val_loss": 7.0})
+    assert evaluations.evaluations(Registry(run.storage), "vae", 1) == []
+
+
+def test_an_evaluation_says_what_training_cost_and_how_it_went(tmp_path: Path) -> None:
+    (spec,) = job("tiny", model(make_data(tmp_path), "gan")).models
+    storage = MemoryStorage()
+    family = build("gan", pictures=open_dataset(spec.data).info)[0]
+    run, course = Run(storage, "tiny-00000000", spec.name), "discriminator_accuracy_real"
+    run.start_attempt(1, None, 2)
+    assert training(family, run, CheckpointRef(attempt=1, step=9), LINEAGE) == {
+        "parameters": sum(weight.numel() for weight in family.network.parameters()), "steps": 9, "workers": 1
+    }  # fmt: skip
+    run.write_metrics(1, [{"step": step, "samples": 4 * step, "seconds": step / 2, course: step} for step in range(20)])
+    notes = training(family, run, CheckpointRef(attempt=1, step=15), LINEAGE)
+    assert (notes["images_seen"], notes["training_seconds"]) == (60, 9.5)
+    assert notes[f"{course}_over_time"] == [0.5, 2.5, 4.5, 6.5, 8.5, 10.5, 12.5, 14.5]
+    assert "training_loss" not in notes
+
+
+def test_of_a_text_model_tokens_are_told_and_the_last_loss(tmp_path: Path) -> None:
+    (spec,) = job("tiny", model(make_data(tmp_path), "minigpt")).models
+    run, family = Run(MemoryStorage(), "tiny-00000000", spec.name), build("minigpt")[0]
+    run.start_attempt(1, None, 1)
+    run.write_metrics(1, [{"step": 4, "samples": 8, "seconds": 1.0, "loss": 2.5}])
+    notes = training(family, run, CheckpointRef(attempt=1, step=4), LINEAGE)
+    assert (notes["tokens_seen"], notes["training_loss"]) == (8 * family.block_size, 2.5)
+
+
+def test_a_gate_may_name_a_measure(tmp_path: Path) -> None:
+    entry = model(make_data(tmp_path), "gan")
+    job("tiny", entry | {"serve": {"gate": {"metric": "coverage", "min": 0.5}}})
+    with pytest.raises(SpecError, match=r"got 'coverag', expected one of val_frechet, .*; did you mean 'coverage'\?"):
+        job("tiny", entry | {"serve": {"gate": {"metric": "coverag", "min": 0.5}}})
+
+
+# ---- asked for, and shown
+
+
+def test_evaluate_on_the_command_line(tiny_spec: ModelSpec, tmp_path: Path) -> None:
+    from services.local.platform import submit
+
+    storage = open_storage((tmp_path / "storage").as_uri())
+    name = submit(storage, job("tiny", model(tmp_path, "vae", max_steps=3)))
+    run = saved(tiny_spec, steps=1)
+    folder = tmp_path / "files"
+    folder.mkdir()
+    ref = CheckpointRef(attempt=1, step=1)
+    manifest = checkpoint.fetch(run.storage, run.checkpoint_prefix(ref), folder)
+    store = Registry(storage)
+    store.promote(
+        "vae", "production", store.publish(Run(storage, name, "vae"), ref, manifest, folder, None).version, ""
+    )
+
+    def evaluate_there(*arguments: str) -> subprocess.CompletedProcess[str]:
+        command = [sys.executable, "-m", "services.cli.main", "evaluate", *arguments, "--storage", storage.url]
+        return subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+
+    done = evaluate_there("vae", "--json")
+    assert done.returncode == 0, done.stderr
+    (kept,) = evaluations.evaluations(store, "vae", 1)
+    shown = json.loads(done.stdout)
+    assert shown["measures"]["nll"]["value"] == kept.measures["nll"].value
+    assert (shown["id"], shown["thorough"], shown["notes"]["draws"]) == (kept.id, False, 64)
+    assert kept.measures["nll"].value == pytest.approx(
+        evaluate(Run(storage, name, "vae"), ref, tiny_spec, manifest.lineage, folder).measures["nll"].value
+    )
+    done = evaluate_there("vae@7")
+    assert (done.returncode, done.stderr) == (
+        1,
+        "error: model 'vae' has no version 7; aliases: production; versions: 1\n",
+    )
+
+
+def test_the_endpoint_shows_the_newest_evaluation(file_storage: Storage) -> None:
+    version = publish(file_storage, "shapes", "vae")
+    store = Registry(file_storage)
+    evaluations.record(store, version, FOUND, thorough=False, seconds=1, publication=True)
+    host = ModelHost(file_storage.url)
+    app = create_app(host)
+    shown = ask(app, "GET", "/v1/models/shapes").json()["evaluation"]
+    assert shown["measures"] == {
+        "nll": {"value": 98.5, "unit": "nats", "beside": {"each pixel its mean": 203.75}},
+        "odd": {"value": None, "unit": "", "beside": {}},
+    }
+    assert (shown["id"], shown["thorough"], shown["notes"]) == ("publication", False, {"draws": 64})
+    assert MEASURE.labels("shapes", "vae", "1", "nll")._value.get() == 98.5
+    evaluations.record(store, version, Findings(measures={"nll": Measure(value=97)}), thorough=True, seconds=1)
+    assert ask(app, "GET", "/v1/models/shapes@1").json()["evaluation"]["measures"]["nll"]["value"] == 97
+
+
+def test_an_untrained_picture_has_no_evaluation(file_storage: Storage) -> None:
+    publish(file_storage, "shapes", "vae")
+    assert "evaluation" not in ask(create_app(ModelHost(file_storage.url)), "GET", "/v1/models/shapes").json()

@@ -1,0 +1,620 @@
+"""Runs as RayJobs: a real dispatcher and the official client, against an API server, KubeRay and Kueue of the tests."""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import os
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from genmodels.errors import GenmodelsError
+from genmodels.runs.store import Run
+from genmodels.spec.sections import JobSpec
+from genmodels.storage import Storage, open_storage
+from services.dispatch.backends import kube_api, kuberay
+from services.dispatch.backends.base import LOST, PREEMPTED, Capacity, submission_id
+from services.dispatch.backends.kuberay import KubeRayBackend
+from services.dispatch.backends.rayjob import KubeOptions, Template, label
+from services.dispatch.dispatcher import Dispatcher
+from services.jobs import app as jobs_service
+from tests.support.fake_kubernetes import KubeApi, Operator
+from tests.support.paths import ROOT
+from tests.support.ray_node import until
+from tests.support.scripted_cluster import data, in_no_time, spec, state, submit, wish
+from tests.support.scripted_drivers import Driver, Script, dies, ends, obedient, succeeds
+from tests.support.storages import MemoryStorage
+
+__all__ = ["data", "in_no_time"]
+
+POD = {"spec": {"containers": [{"name": "ray", "image": "genmodels:test", "resources": {"limits": {"cpu": "2"}}}]}}
+TEMPLATE: dict[str, Any] = {
+    "apiVersion": "ray.io/v1",
+    "kind": "RayJob",
+    "metadata": {"name": "any", "labels": {"app.kubernetes.io/part-of": "genmodels"}},
+    "spec": {
+        "rayClusterSpec": {
+            "rayVersion": "2.60.0",
+            "headGroupSpec": {"template": POD},
+            "workerGroupSpecs": [
+                {"groupName": "workers", "template": POD},
+                {"groupName": "gpu-workers", "template": POD},
+            ],
+        }
+    },
+}
+SHIPPED = sorted((ROOT / "k8s").rglob("rayjob.template.yaml"))
+
+
+@pytest.fixture
+def api(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[KubeApi]:
+    monkeypatch.setattr(kube_api, "LIST_SECONDS", 0.0)
+    monkeypatch.setattr(kube_api, "SILENCE_SECONDS", 0.0)
+    monkeypatch.setattr(kube_api, "TIMEOUT", (2.0, 20.0))
+    (tmp_path / "template.yaml").write_text(yaml.safe_dump(TEMPLATE))
+    with KubeApi() as api:
+        monkeypatch.setenv("KUBECONFIG", str(api.kubeconfig(tmp_path)))
+        monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
+        yield api
+
+
+class Platform:
+    """A dispatcher on Kubernetes; the n-th attempt of a model follows its n-th script, the last one again."""
+
+    def __init__(self, api: KubeApi, folder: Path, storage: Storage, queue: str | None = None, **scripts: list[Script]):
+        self.api, self.storage, self.scripts = api, storage, scripts
+        self.options = KubeOptions(template=folder / "template.yaml", queue=queue)
+        self.operator = Operator(api, self.driver)
+        self.most = Capacity(0, 0)
+        self.restart()
+
+    def restart(self) -> None:
+        """A new process, which knows nothing."""
+        self.backend = KubeRayBackend(self.storage, self.options, self.most)
+        self.dispatcher = Dispatcher(self.storage, self.backend)
+        self.lease_term = getattr(self, "lease_term", 0) + 1
+
+    def driver(self, job: dict[str, Any]) -> Any:
+        name, attempt = (
+            job["metadata"]["annotations"]["genmodels/run"],
+            int(job["metadata"]["labels"]["genmodels/attempt"]),
+        )
+        run = Run(self.storage, *name.split("/"))
+        scripts = self.scripts.get(run.model, [succeeds])
+        return Driver(scripts[min(attempt, len(scripts)) - 1](run, attempt))
+
+    def tick(self, rounds: int = 1) -> None:
+        for _ in range(rounds):
+            self.dispatcher.tick(self.lease_term)
+            self.operator.reconcile()
+
+    def until(self, model: str, wanted: str, job: str, attempt: int = 1) -> Any:
+        """Tick until the run is in this state, in this attempt or a later one."""
+        for _ in range(100):
+            status = state(self.storage, job, model)
+            if status.state == wanted and status.attempt >= attempt:
+                return status
+            self.tick()
+        pytest.fail(f"{model}: {status.state} ({status.reason}), attempt {status.attempt}")
+
+    def reasons(self, job: str, model: str) -> list[str]:
+        return [change.reason for change in state(self.storage, job, model).history]
+
+
+# ---- from the queue to the end
+
+
+def test_runs_are_carried_to_their_end(
+    api: KubeApi, tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage = MemoryStorage()
+    platform = Platform(api, tmp_path, storage, a=[dies, succeeds])
+    name = submit(storage, data, "two", "a", "b", workers=2)
+    for model, attempts in (("a", 2), ("b", 1)):
+        status = platform.until(model, "succeeded", name)
+        assert (status.attempt, status.workers) == (attempts, 2)
+    assert [rayjob for rayjob, _ in platform.operator.started] == [
+        submission_id(name, "a", 1),
+        submission_id(name, "b", 1),
+        submission_id(name, "a", 2),
+    ]
+    told = "the driver died (AppFailed: Job entrypoint command failed with exit code 137, last available logs:)"
+    assert f"{told}; goes on from step 0" in platform.reasons(name, "a")
+    assert len(api.jobs) == 3, "they stay to be looked at"
+    monkeypatch.setattr(kuberay, "KEEP_SECONDS", 0.0)
+    platform.tick(3)
+    assert not api.jobs
+
+
+def test_a_real_attempt_outlives_its_dispatcher(
+    api: KubeApi, tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage = open_storage((tmp_path / "storage").as_uri())
+    platform = Platform(api, tmp_path, storage)
+
+    def process(job: dict[str, Any]) -> Any:
+        command = shlex.split(job["spec"]["entrypoint"])
+        assert command[:4] == ["python", "-P", "-m", "services.train"]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        return subprocess.Popen([sys.executable, "-m", "tests.support.plain_driver", *command[4:]], env=environment)
+
+    platform.operator.driver = process
+    name = submit(storage, data, "real", "a", workers=2)
+    try:
+        platform.until("a", "starting", name)
+        platform.tick(3)
+        platform.restart()
+        until(lambda: platform.tick() or state(storage, name, "a").state in ("succeeded", "failed"), "it ends", 240)
+    finally:
+        platform.operator.close()
+    status = state(storage, name, "a")
+    assert (status.state, status.attempt, status.lease_term) == ("succeeded", 1, 2), status.reason
+    result = Run(storage, name, "a").result(1)
+    assert result is not None
+    assert result.version == 1
+    start = Run(storage, name, "a").attempt_start(1)
+    assert start is not None
+    assert start.world_size == 2
+
+
+# ---- restarts, and answers that are lost
+
+
+def test_a_dispatcher_killed_after_it_made_a_rayjob(api: KubeApi, tmp_path: Path, data: Path) -> None:
+    storage = MemoryStorage()
+    platform = Platform(api, tmp_path, storage)
+    name = submit(storage, data, "adopted", "a")
+    platform.dispatcher.tick(1)
+    assert list(api.jobs) == [submission_id(name, "a", 1)]
+    platform.restart()
+    assert platform.until("a", "succeeded", name).attempt == 1
+    assert len(platform.operator.started) == 1
+
+
+def test_a_dispatcher_killed_before_it_made_one(
+    api: KubeApi, tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage = MemoryStorage()
+    platform = Platform(api, tmp_path, storage)
+    name = submit(storage, data, "unborn", "a")
+    monkeypatch.setattr(platform.backend, "start", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(KeyboardInterrupt):
+        platform.dispatcher.tick(1)
+    assert (state(storage, name, "a").state, api.jobs) == ("starting", {})
+    platform.restart()
+    status = platform.until("a", "succeeded", name)
+    assert (status.attempt, status.fruitless) == (2, 0)
+
+
+def test_a_rayjob_is_made_once_though_the_answer_was_lost(api: KubeApi, tmp_path: Path, data: Path) -> None:
+    storage = MemoryStorage()
+    platform = Platform(api, tmp_path, storage)
+    name = submit(storage, data, "lost", "a")
+    created = kube_api.KubeApi.create
+
+    def lose(self: Any, job: Any) -> Any:
+        api.lost = True
+        return created(self, job)
+
+    platform.backend.api.create = lose.__get__(platform.backend.api)  # type: ignore[method-assign]
+    assert platform.until("a", "succeeded", name).attempt == 1
+    assert len(platform.operator.started) == 1
+
+
+def test_an_outage_of_the_api_server_changes_nothing(
+    api: KubeApi, tmp_path: Path, data: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    storage = MemoryStorage()
+    platform = Platform(api, tmp_path, storage, a=[obedient])
+    name = submit(storage, data, "out", "a")
+    platform.until("a", "running", name)
+    other = submit(storage, data, "later", "b")
+    api.away = True
+    platform.tick(5)
+    assert platform.backend.capacity() is None
+    assert (state(storage, name, "a").state, state(storage, other, "b").state) == ("running", "queued")
+    assert sum("list rayjobs" in line for line in caplog.messages) == 1
+    api.away = False
+    platform.until("b", "succeeded", other)
+    assert len(platform.operator.started) == 2
+
+
+# ---- ends of a RayJob
+
+
+@pytest.mark.parametrize(
+    ("status", "code", "reason"),
+    [
+        ({"jobDeploymentStatus": "Complete", "jobStatus": "SUCCEEDED"}, 0, "left no result"),
+        ({"jobDeploymentStatus": "Complete", "jobStatus": "STOPPED"}, -15, "was stopped"),
+        ({"jobDeploymentStatus": "Failed", "jobStatus": "FAILED", "reason": "AppFailed"}, 1, "the driver died"),
+        ({"reason": "ValidationFailed", "message": "spec is odd", "rayClusterName": ""}, 1, "spec is odd"),
+        ({"reason": "PreRunningDeadlineExceeded"}, LOST, "no room for its pods"),
+        ({"reason": "DeadlineExceeded", "jobStatus": "RUNNING"}, LOST, "activeDeadlineSeconds"),
+        ({"reason": "JobStatusCheckTimeoutExceeded", "jobStatus": "RUNNING"}, LOST, "head pod was lost"),
+        ({"reason": "SubmissionFailed"}, LOST, "could not be submitted"),
+        ({"reason": "SomethingNew"}, 1, "SomethingNew"),
+    ],
+)
+def test_what_becomes_of_a_rayjob(
+    api: KubeApi, tmp_path: Path, data: Path, status: Any, code: int, reason: str
+) -> None:
+    storage = MemoryStorage()
+    platform = Platform(api, tmp_path, storage)
+    job = submit(storage, data, "ends", "a")
+    driver = platform.backend.start(storage.url, job, "a", 1, 2)
+    name = submission_id(job, "a", 1)
+    for _ in range(2):
+        platform.operator.reconcile()
+    assert driver.poll() is None
+    platform.operator.clings = True
+    api.status(name, **{"jobDeploymentStatus": "Failed"} | status)
+    ended = status.get("jobStatus") in ("SUCCEEDED", "STOPPED", "FAILED") or status.get("rayClusterName") == ""
+    found = driver.poll()
+    if not ended:  # its driver may still run: first everything of it goes
+        assert found is None
+        platform.operator.reconcile()
+        assert api.pods
+        assert driver.poll() is None
+        platform.operator.clings = False
+        platform.operator.reconcile()
+        found = driver.poll()
+        assert name not in api.jobs
+    assert found == code
+    assert reason in driver.reason
+    assert platform.backend.find(job, "a", 1).poll() == (code if ended else LOST), "and for who comes later"
+
+
+def test_a_deadline_starts_the_next_attempt_after_the_first_has_gone(api: KubeApi, tmp_path: Path, data: Path) -> None:
+    storage = MemoryStorage()
+    platform = Platform(api, tmp_path, storage, a=[obedient, succeeds])
+    name = submit(storage, data, "dead", "a")
+    platform.until("a", "running", name)
+    first = submission_id(name, "a", 1)
+    api.status(first, jobDeploymentStatus="Failed", reason="DeadlineExceeded")
+    platform.operator.clings = True
+    platform.tick(5)
+    assert len(platform.operator.started) == 1, "its pods are there"
+    platform.operator.clings = False
+    platform.until("a", "succeeded", name)
+    assert any("activeDeadlineSeconds" in reason for reason in platform.reasons(name, "a"))
+
+
+def test_a_head_that_is_lost(api: KubeApi, tmp_path: Path, data: Path) -> None:
+    storage = MemoryStorage()
+    platform = Platform(api, tmp_path, storage, a=[obedient, succeeds])
+    name = submit(storage, data, "head", "a")
+    platform.until("a", "running", name)
+    platform.operator.lose_head(submission_id(name, "a", 1))
+    status = platform.until("a", "succeeded", name)
+    assert status.attempt == 2
+    assert "its head pod was lost; goes on from step 0" in platform.reasons(name, "a")
+    assert submission_id(name, "a", 1) not in api.jobs
+
+
+def test_deleted_by_hand_it_goes_on_when_its_pods_have_gone(
+    api: KubeApi, tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage = MemoryStorage()
+    platform = Platform(api, tmp_path, storage, a=[obedient, obedient, succeeds])
+    name = submit(storage, data, "hand", "a")
+    for number in (1, 2):
+        platform.until("a", "running", name, number)
+        platform.operator.clings = True
+        api.delete(submission_id(name, "a", number))
+        platform.tick(6)
+        assert submission_id(name, "a", number) not in api.jobs
+        assert len(platform.operator.started) == number
+        if number == 2:  # a node that is lost keeps its pods for ever
+            monkeypatch.setattr(kuberay, "GONE_SECONDS", -1.0)
+            break
+        platform.operator.clings = False
+        api.pods.clear()
+    assert platform.until("a", "succeeded", name).number == 3
+    assert "its RayJob was deleted; goes on from step 0" in platform.reasons(name, "a")
+
+
+def test_what_kubernetes_refuses_fails_with_its_words(api: KubeApi, tmp_path: Path, data: Path) -> None:
+    template = copy.deepcopy(TEMPLATE)
+    template["spec"]["tll"] = 3
+    (tmp_path / "template.yaml").write_text(yaml.safe_dump(template))
+    storage = MemoryStorage()
+    platform = Platform(api, tmp_path, storage)
+    name = submit(storage, data, "wrong", "a")
+    reason = platform.until("a", "failed", name).reason
+    assert reason.startswith("3 attempts without a new checkpoint; the last: Kubernetes refuses the RayJob: ")
+    assert "tll" in reason
+
+
+# ---- Kueue
+
+
+def test_kueue_admits_and_preempts(api: KubeApi, tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    storage = MemoryStorage()
+    platform = Platform(api, tmp_path, storage, queue="training", a=[obedient, succeeds])
+    platform.operator.admits = False
+    monkeypatch.setenv("GENMODELS_SLOW_SECONDS", "-1")  # any silence would be a hang
+    name = submit(storage, data, "queued", "a")
+    platform.tick(10)
+    status = state(storage, name, "a")
+    assert (status.state, status.reason) == ("starting", "waits for Kueue to admit it to queue training")
+    assert not platform.operator.started
+    monkeypatch.delenv("GENMODELS_SLOW_SECONDS")
+    platform.operator.admits = True
+    platform.until("a", "running", name)
+    platform.operator.clings = True
+    platform.operator.preempt(submission_id(name, "a", 1))
+    platform.tick(6)
+    assert state(storage, name, "a").attempt == 1, "its pods have not gone"
+    platform.operator.clings = False
+    status = platform.until("a", "succeeded", name)
+    assert (status.attempt, status.fruitless) == (2, 0)
+    assert "preempted: Kueue suspended it; goes on from step 0" in platform.reasons(name, "a")
+    assert submission_id(name, "a", 1) not in api.jobs
+
+
+def test_preempted_while_no_dispatcher_looked(api: KubeApi, tmp_path: Path, data: Path) -> None:
+    """Suspended in the meantime, it is not resumed: whoever comes finds that the attempt had begun."""
+    storage = MemoryStorage()
+    platform = Platform(api, tmp_path, storage, queue="training", a=[obedient, succeeds])
+    name = submit(storage, data, "unseen", "a")
+    platform.until("a", "running", name)
+    platform.operator.admits = False
+    platform.operator.preempt(submission_id(name, "a", 1))
+    for _ in range(3):
+        platform.operator.reconcile()
+    platform.restart()
+    driver = platform.backend.find(name, "a", 1)
+    assert driver.poll() is None
+    platform.operator.reconcile()
+    assert driver.poll() == PREEMPTED
+    platform.operator.admits = True
+    assert platform.until("a", "succeeded", name).attempt == 2
+
+
+def test_one_that_waits_in_kueues_queue_is_cancelled(api: KubeApi, tmp_path: Path, data: Path) -> None:
+    storage = MemoryStorage()
+    platform = Platform(api, tmp_path, storage, queue="training")
+    platform.operator.admits = False
+    name = submit(storage, data, "never", "a")
+    platform.tick(5)
+    wish(storage, name, "a", "leave", "cancelled")
+    platform.until("a", "cancelled", name)
+    assert not api.jobs
+    assert not platform.operator.started
+
+
+def test_cancelled_it_saves_first(api: KubeApi, tmp_path: Path, data: Path) -> None:
+    storage = MemoryStorage()
+    platform = Platform(api, tmp_path, storage, a=[obedient, succeeds])
+    name = submit(storage, data, "stop", "a")
+    platform.until("a", "running", name)
+    wish(storage, name, "a", "leave", "cancelled")
+    assert "a resume goes on from step 8" in platform.until("a", "cancelled", name).reason
+    wish(storage, name, "a", "resume", "queued")
+    platform.until("a", "succeeded", name)
+    assert len(platform.operator.started) == 2
+
+
+# ---- what the API server says
+
+
+def test_missing_rights_are_told_once_with_what_is_missing(
+    api: KubeApi, tmp_path: Path, data: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    storage = MemoryStorage()
+    platform = Platform(api, tmp_path, storage)
+    name = submit(storage, data, "rights", "a")
+    api.role.remove(("rayjobs", "create"))
+    platform.tick(5)
+    status = state(storage, name, "a")
+    assert (status.state, status.attempt) == ("starting", 1)
+    assert status.reason.startswith("Kubernetes does not take the RayJob: ")
+    told = [line for line in caplog.messages if "403" in line]
+    assert len(told) == 1
+    assert "needs the verb 'create' for 'rayjobs'" in told[0]
+    api.role.add(("rayjobs", "create"))
+    platform.until("a", "succeeded", name)
+
+
+def test_a_token_that_is_not_known(
+    api: KubeApi, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("KUBECONFIG", str(api.kubeconfig(tmp_path, "another")))
+    platform = Platform(api, tmp_path, MemoryStorage())
+    assert platform.backend.capacity() is platform.backend.capacity() is None
+    assert sum("401" in line for line in caplog.messages) == 1
+    assert "another" not in caplog.text
+
+
+def test_an_api_server_that_is_ill_is_asked_again_at_once(api: KubeApi, tmp_path: Path) -> None:
+    platform = Platform(api, tmp_path, MemoryStorage())
+    api.ill = [429, 503]
+    assert platform.backend.capacity() == Capacity(0, 0, unlimited=True)
+    assert len(api.asked) == 3
+    api.ill = [500] * 3
+    assert platform.backend.capacity() is None
+    assert platform.backend.capacity() is not None
+
+
+def test_a_list_comes_in_pages(api: KubeApi, tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kube_api, "PAGE", 2)
+    storage = MemoryStorage()
+    platform = Platform(api, tmp_path, storage)
+    submit(storage, data, "many", *"abcde")
+    platform.dispatcher.tick(1)
+    found = platform.backend.api.jobs()
+    assert found is not None
+    assert len(found) == 5
+    api.expired = True
+    assert platform.backend.api.jobs() is None, "410: begun again at the next look"
+
+
+def test_all_runs_of_a_tick_share_one_list(
+    api: KubeApi, tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage = MemoryStorage()
+    platform = Platform(api, tmp_path, storage, **{name: [obedient] for name in "abcde"})
+    submit(storage, data, "many", *"abcde")
+    platform.tick(5)
+    monkeypatch.setattr(kube_api, "LIST_SECONDS", 60.0)
+    platform.backend.api._forget()
+    api.asked.clear()
+    platform.dispatcher.tick(1)
+    assert api.asked == ["list rayjobs"]
+
+
+# ---- what is made
+
+
+def of(data: Path, use_gpu: bool = False, workers: int = 1) -> JobSpec:
+    one = spec(data, "n", "m", workers=workers)
+    scaling = one.models[0].scaling.model_copy(update={"use_gpu": use_gpu})
+    return one.model_copy(update={"models": [one.models[0].model_copy(update={"scaling": scaling})]})
+
+
+@pytest.mark.parametrize("template", [None, *SHIPPED], ids=lambda path: path.parent.name if path else "minimal")
+@pytest.mark.parametrize("use_gpu", [False, True])
+def test_every_rayjob_is_valid_and_sized(
+    api: KubeApi, tmp_path: Path, data: Path, template: Path | None, use_gpu: bool
+) -> None:
+    options = KubeOptions(
+        template=template or tmp_path / "template.yaml", queue="q", priorities=[("low", -9), ("high", 5)]
+    )
+    model = of(data, use_gpu, 3).models[0].model_copy(update={"name": "m" * 63})
+    body = Template(options).fill("s3://bucket/a b", "j" * 72, model, 2, 3, 5)
+    api._create(body)
+    name, meta, made = submission_id("j" * 72, "m" * 63, 2), body["metadata"], body["spec"]
+    assert (meta["name"], made["jobId"], made["backoffLimit"], made["suspend"]) == (name, name, 0, True)
+    assert (made["submissionMode"], made["shutdownAfterJobFinishes"]) == ("HTTPMode", True)
+    assert (
+        meta["labels"]
+        | {
+            "genmodels/job": label("j" * 72),
+            "genmodels/model": "m" * 63,
+            "genmodels/attempt": "2",
+            "kueue.x-k8s.io/queue-name": "q",
+            "kueue.x-k8s.io/priority-class": "high",
+        }
+        == meta["labels"]
+    )
+    assert meta["annotations"]["genmodels/run"] == f"{'j' * 72}/{'m' * 63}"
+    command = shlex.split(made["entrypoint"])
+    assert command[:6] == ["python", "-P", "-m", "services.train", "--storage", "s3://bucket/a b"]
+    assert command[-4:] == ["--attempt", "2", "--workers", "3"]
+    (group,) = made["rayClusterSpec"]["workerGroupSpecs"]
+    assert (group["replicas"], group["minReplicas"], group["maxReplicas"]) == (3, 3, 3)
+    assert group["rayStartParams"]["num-cpus"] == "1"
+    assert made["rayClusterSpec"]["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
+    limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
+    assert limits.get("nvidia.com/gpu") in ((1, "1") if use_gpu else (None,))  # Kubernetes takes text and numbers
+    if template is None:
+        assert group["groupName"] == ("gpu-workers" if use_gpu else "workers")
+
+
+def test_a_class_for_each_priority(tmp_path: Path) -> None:
+    (tmp_path / "t.yaml").write_text(yaml.safe_dump(TEMPLATE))
+    classes = [("high", 10), ("low", -5), ("normal", 0)]
+    template = Template(KubeOptions(template=tmp_path / "t.yaml", queue="q", priorities=classes))
+    found = [template._queued(priority)["kueue.x-k8s.io/priority-class"] for priority in (-9, -5, -1, 0, 9, 10, 99)]
+    assert found == ["low", "low", "low", "normal", "normal", "high", "high"]
+
+
+def test_a_cluster_that_is_there_takes_the_drivers(api: KubeApi, tmp_path: Path, data: Path) -> None:
+    body = Template(KubeOptions(cluster="shared")).fill("s3://b", "j", of(data).models[0], 1, 2, 0)
+    api._create(body)
+    assert body["spec"]["clusterSelector"] == {"ray.io/cluster": "shared"}
+    assert "rayClusterSpec" not in body["spec"]
+
+
+def test_names_and_labels_hold_however_long() -> None:
+    assert label("m" * 63) == "m" * 63
+    assert label("m" * 64) != label("m" * 65)
+    assert len(label("m" * 65)) == 63
+
+
+# ---- settings
+
+
+def options(*words: str) -> argparse.Namespace:
+    return jobs_service._parser().parse_args(["--storage", "memory://", "--backend", "kuberay", *words])
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "needs --kube-template"),
+        (["--kube-template=t", "--kube-queue=q", "--kube-cluster-selector=c"], "whole clusters"),
+        (["--kube-template=t", "--kube-queue=q", "--max-cpus=3"], "Kueue alone admits"),
+        (["--kube-template=t", "--max-gpus=3"], "needs --max-cpus"),
+        (["--kube-template=t", "--kube-priority=a=1"], "needs --kube-queue"),
+        (["--kube-template=t", "--kube-queue=q", "--kube-priority=high"], "CLASS=NUMBER"),
+    ],
+)
+def test_settings_that_do_not_go_together(words: list[str], message: str) -> None:
+    with pytest.raises(GenmodelsError, match=message):
+        KubeOptions.of(options(*words))
+
+
+def test_the_backend_is_a_setting(api: KubeApi, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    words = [f"--kube-template={tmp_path / 'template.yaml'}", "--max-cpus=8", "--max-gpus=2"]
+    backend = jobs_service._backend(options(*words), MemoryStorage())
+    assert isinstance(backend, KubeRayBackend)
+    assert backend.capacity() == Capacity(8, 2)
+    monkeypatch.setenv("GENMODELS_BACKEND", "docker")
+    with pytest.raises(GenmodelsError, match="GENMODELS_BACKEND must be ray-jobs or kuberay"):
+        jobs_service._backend(jobs_service._parser().parse_args(["--storage", "memory://"]), MemoryStorage())
+
+
+def test_settings_by_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name, value in {"NAMESPACE": "n", "TEMPLATE": "t", "QUEUE": "q", "PRIORITY": "low=-5,high=1"}.items():
+        monkeypatch.setenv(f"GENMODELS_KUBE_{name}", value)
+    found = KubeOptions.of(options())
+    assert found == KubeOptions("n", Path("t"), None, "q", (("low", -5), ("high", 1)))
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("a: [", "cannot be read"),
+        ("kind: Job", "must be one RayJob of ray.io/v1"),
+        (yaml.safe_dump(TEMPLATE | {"spec": {}}), "lacks 'rayClusterSpec'"),
+        (yaml.safe_dump(TEMPLATE).replace("workers", "hands"), "lacks 'workers'"),
+        (yaml.safe_dump(TEMPLATE).replace("image:", "imagePullPolicy:"), "lacks 'image'"),
+    ],
+)
+def test_a_template_that_cannot_be_used(tmp_path: Path, text: str, message: str) -> None:
+    (tmp_path / "t.yaml").write_text(text)
+    with pytest.raises(GenmodelsError, match=message):
+        Template(KubeOptions(template=tmp_path / "t.yaml"))
+
+
+def test_without_the_client_one_line_says_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "kubernetes", None)
+    with pytest.raises(GenmodelsError, match=r"pip install 'genmodels\[kubernetes\]'"):
+        kube_api.KubeApi()
+
+
+def test_without_a_cluster_one_line_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("KUBECONFIG", str(tmp_path / "none"))
+    monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
+    with pytest.raises(GenmodelsError, match="no Kubernetes to be found"):
+        kube_api.KubeApi()
+
+
+def test_limits_are_the_operators(api: KubeApi, tmp_path: Path, data: Path) -> None:
+    storage = MemoryStorage()
+    platform = Platform(api, tmp_path, storage, a=[ends("left", saves=True), succeeds])
+    platform.most = Capacity(1, 0)
+    platform.restart()
+    name = submit(storage, data, "few", "a", "b")
+    platform.tick(2)
+    assert state(storage, name, "b").state == "queued"
+    platform.until("b", "succeeded", name)

@@ -1,0 +1,171 @@
+"""Drivers as Ray Jobs, against a dashboard that answers as a test wants it."""
+
+from __future__ import annotations
+
+import signal
+import socket
+import time
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from services.cluster import dashboard
+from services.cluster.dashboard import Dashboard
+from services.dispatch.backends import ray_jobs
+from services.dispatch.backends.base import LOST, Capacity, submission_id
+from services.dispatch.backends.ray_jobs import RayJobsBackend
+
+
+def test_names_are_short_and_never_ambiguous() -> None:
+    assert submission_id("a-b", "c", 7) != submission_id("a", "b-c", 7)
+    assert submission_id("a-b", "c", 7) == submission_id("a-b", "c", 7) != submission_id("a-b", "c", 8)
+    assert len(submission_id("j" * 72, "m" * 63, 100_000)) <= 47
+
+
+def test_a_dashboard_that_hangs_costs_one_timeout(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dashboard, "ANSWER_SECONDS", 0.3)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        backend = RayJobsBackend(f"http://127.0.0.1:{silent.getsockname()[1]}")
+        began = time.monotonic()
+        drivers = [backend.find("j", "m", attempt) for attempt in range(20)]
+        assert [driver.poll() for driver in drivers] == [None] * 20
+        assert backend.capacity() is None
+        drivers[0].kill()
+        assert time.monotonic() - began < 2.0
+
+
+class Ray:
+    """A dashboard as a test wants it: answers by method and path, None for no answer."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.asked: list[str] = []
+        self.answers: dict[str, tuple[int, Any] | None] = {}
+        monkeypatch.setattr(dashboard, "SILENCE_SECONDS", 0.0)
+        self.backend = RayJobsBackend("http://ray")
+        self.backend.dashboard.client = httpx.Client(base_url="http://ray", transport=httpx.MockTransport(self.answer))
+        self.path = f"/api/jobs/{submission_id('j', 'm', 1)}"
+
+    def answer(self, request: httpx.Request) -> httpx.Response:
+        asked = f"{request.method} {request.url.path}".replace(self.path, "JOB")
+        self.asked.append(asked)
+        answer = self.answers.get(asked)
+        if answer is None:
+            raise httpx.ReadTimeout("no answer")
+        return httpx.Response(answer[0], json=answer[1])
+
+
+def test_a_submission_without_an_answer_is_sent_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    ray = Ray(monkeypatch)
+    driver = ray.backend.start("file:///s", "j", "m", 1, 1)
+    assert driver.poll() is None, "nobody can tell"
+    ray.answers["GET JOB"] = 404, {}
+    assert driver.poll() is None, "sent again"
+    ray.answers["POST /api/jobs/"] = 200, {"submission_id": "x"}
+    assert driver.poll() is None, "sent again and taken"
+    ray.answers["GET JOB"] = 200, {"status": "PENDING"}
+    assert driver.poll() is None
+    assert ray.asked.count("POST /api/jobs/") == 3
+    ray.answers["GET JOB"] = 404, {}
+    assert driver.poll() == LOST, "taken, and lost with the head"
+    ray.answers["GET JOB"] = None
+    assert driver.poll() == LOST, "an end stays an end"
+    assert ray.asked.count("POST /api/jobs/") == 3
+
+
+def test_a_submission_that_was_taken_though_the_answer_was_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    ray = Ray(monkeypatch)
+    driver = ray.backend.start("file:///s", "j", "m", 1, 1)
+    ray.answers["GET JOB"] = 200, {"status": "RUNNING"}
+    assert driver.poll() is None
+    ray.answers["GET JOB"] = 200, {"status": "FAILED", "driver_exit_code": None}
+    assert driver.poll() == LOST, "its supervisor died"
+    assert ray.asked.count("POST /api/jobs/") == 1
+
+
+def test_a_cluster_that_takes_nothing_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    ray = Ray(monkeypatch)
+    monkeypatch.setattr(ray_jobs, "ACCEPT_SECONDS", 0.0)
+    ray.answers = {"POST /api/jobs/": (500, {}), "GET JOB": (404, {})}
+    assert ray.backend.start("file:///s", "j", "m", 1, 1).poll() == LOST
+
+
+@pytest.mark.parametrize("status", [401, 403, 500, 502, 503])
+def test_a_broken_answer_tells_nothing(status: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    ray = Ray(monkeypatch)
+    ray.answers = {"GET JOB": (status, {}), "GET /api/v0/nodes": (status, {})}
+    assert ray.backend.find("j", "m", 1).poll() is None
+    assert ray.backend.capacity() is None
+
+
+def test_a_kill_without_an_answer_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    ray = Ray(monkeypatch)
+    driver = ray.backend.find("j", "m", 1)
+    driver.kill()
+    ray.answers["GET JOB"] = 200, {"status": "RUNNING"}
+    assert driver.poll() is None
+    ray.answers["POST JOB/stop"] = 200, {"stopped": True}
+    assert driver.poll() is driver.poll() is None
+    assert ray.asked.count("POST JOB/stop") == 3
+    ray.answers["GET JOB"] = 200, {"status": "STOPPED"}
+    assert driver.poll() == -signal.SIGTERM
+
+
+def test_one_that_is_killed_before_it_was_taken_is_not_sent_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    ray = Ray(monkeypatch)
+    driver = ray.backend.start("file:///s", "j", "m", 1, 1)
+    ray.answers = {"POST JOB/stop": (404, {}), "GET JOB": (404, {})}
+    driver.kill()
+    assert driver.poll() == LOST
+    assert ray.asked.count("POST /api/jobs/") == 1
+
+
+def test_no_node_yet_is_no_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
+    def nodes(*states: str) -> dict[str, Any]:
+        return listed(*(node(state) for state in states))
+
+    ray = Ray(monkeypatch)
+    ray.answers["GET /api/v0/nodes"] = 200, nodes()
+    assert ray.backend.capacity() is None
+    ray.answers["GET /api/v0/nodes"] = 200, nodes("ALIVE", "DEAD", "ALIVE")
+    assert ray.backend.capacity() == Capacity(8, 2)
+
+
+@pytest.mark.parametrize("status", ["PENDING", "RUNNING"])
+def test_a_driver_of_the_head_before_is_lost(status: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A head that keeps its state on disk shows it as it was."""
+    ray = Ray(monkeypatch)
+    worker = node("ALIVE", began=9_000, head=False)
+    ray.answers["GET JOB"] = 200, {"status": status, "start_time": 2_000}
+    assert ray.backend.find("j", "m", 1).poll() is None, "nobody has asked for the nodes yet"
+    ray.answers["GET /api/v0/nodes"] = 200, listed(node("ALIVE", began=1_000), worker)
+    assert ray.backend.capacity()
+    assert ray.backend.find("j", "m", 1).poll() is None
+    ray.answers["GET /api/v0/nodes"] = 200, listed(node("DEAD", began=1_000), worker, node("ALIVE", began=3_000))
+    assert ray.backend.capacity()
+    assert ray.backend.find("j", "m", 1).poll() == LOST
+
+
+def test_the_token_is_found_as_ray_finds_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("RAY_AUTH_MODE", "token")
+    monkeypatch.setenv("RAY_AUTH_TOKEN", "one")
+    (tmp_path / "token").write_text("two\n")
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(tmp_path / "token"))
+    assert Dashboard("http://ray").client.headers["authorization"] == "Bearer one"
+    monkeypatch.delenv("RAY_AUTH_TOKEN")
+    assert Dashboard("http://ray").client.headers["authorization"] == "Bearer two"
+    monkeypatch.setenv("RAY_AUTH_MODE", "disabled")
+    assert "authorization" not in Dashboard("http://ray").client.headers
+    monkeypatch.setenv("RAY_API_SERVER_ADDRESS", "http://elsewhere:1")
+    assert Dashboard().client.base_url == "http://elsewhere:1"
+
+
+def node(state: str, began: int = 1_000, head: bool = True) -> dict[str, Any]:
+    """As the dashboard lists it."""
+    has = {"CPU": 4.0, "GPU": 1.0}
+    return {"state": state, "resources_total": has, "start_time_ms": began, "is_head_node": head}
+
+
+def listed(*found: dict[str, Any]) -> dict[str, Any]:
+    return {"data": {"result": {"result": list(found)}}}

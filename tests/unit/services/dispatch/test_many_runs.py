@@ -1,0 +1,157 @@
+"""Many open jobs of many models: what the dispatcher and the job service's figures ask of storage."""
+
+from __future__ import annotations
+
+import re
+import threading
+import time
+from collections import Counter
+from typing import Any
+
+import pytest
+import yaml
+
+from genmodels.runs.jobs import Jobs
+from genmodels.spec.parse import parse_spec
+from genmodels.storage import Storage
+from services.dispatch.backends.base import Capacity
+from services.dispatch.dispatcher import ADOPTED_AT_ONCE, Dispatcher
+from services.jobs import metrics as jobmetrics
+from services.jobs.metrics import JobMetrics
+from services.jobs.views import Views
+from tests.support.job_service import Service, spec
+from tests.support.storages import Wrapped
+
+JOBS, MODELS = 12, 20
+
+
+class CountingStorage(Wrapped):
+    """Counts operations by verb and kind of object, and how many are under way at once; may be held."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts: Counter[str] = Counter()
+        self.held, self.at_once, self.most = threading.Event(), 0, 0
+        self.slow = 0.0
+        self.held.set()
+        self._mutex = threading.Lock()
+
+    def _do(self, verb: str, key: str, *arguments: Any, **options: Any) -> Any:
+        with self._mutex:
+            self.counts[f"{verb} {key.partition('/')[0]}"] += 1
+            self.at_once += 1
+            self.most = max(self.most, self.at_once)
+        try:
+            assert self.held.wait(30)
+            time.sleep(self.slow)
+            return super()._do(verb, key, *arguments, **options)
+        finally:
+            with self._mutex:
+                self.at_once -= 1
+
+    def forget(self) -> None:
+        self.counts.clear()
+        self.most = 0
+
+
+class Full:
+    """A cluster without room."""
+
+    def start(self, *_: Any) -> Any:
+        raise AssertionError
+
+    find = start
+
+    def capacity(self) -> Capacity:
+        return Capacity(0, 0)
+
+
+def submit(storage: Storage, jobs: int = JOBS, models: int = MODELS) -> None:
+    document = spec("many", *(f"m{i}" for i in range(models)))
+    parsed = parse_spec(yaml.safe_dump(document).encode(), "spec", paths=False)
+    for _ in range(jobs):
+        Jobs(storage).submit(parsed)
+
+
+def test_the_first_tick_asks_a_few_things_of_each_run_many_at_once() -> None:
+    storage = CountingStorage()
+    submit(storage)
+    storage.forget()
+    storage.slow = 0.0005
+    dispatcher = Dispatcher(storage, Full())  # type: ignore[arg-type]
+    dispatcher.tick(1)
+    runs = JOBS * MODELS
+    of_runs = {what: count for what, count in storage.counts.items() if what.endswith(" runs")}
+    assert of_runs == {"get runs": runs, "put runs": runs, "list runs": runs}
+    assert sum(storage.counts.values()) <= 3 * runs + 3 * JOBS + 10
+    assert 2 <= storage.most <= ADOPTED_AT_ONCE
+    storage.forget()
+    dispatcher.tick(1)
+    assert sum(storage.counts.values()) <= 3  # the open jobs, the inbox: nothing of each run
+
+
+def test_wishes_left_before_a_dispatcher_starts_are_obeyed() -> None:
+    storage = CountingStorage()
+    service = Service(storage)
+    job = service.submit("a", "b")
+    assert service("POST", f"/v1/jobs/{job}/cancel", {"models": ["b"]}).status_code == 200
+    for _, _, nudge in service.jobs.nudged():  # the dispatcher before took it, and died
+        service.jobs.take_nudge(job, "b", nudge)
+    Dispatcher(storage, Full()).tick(1)  # type: ignore[arg-type]
+    assert [run["state"] for run in service.show(job)["models"]] == ["queued", "cancelled"]
+
+
+def figures(text: bytes) -> dict[str, float]:
+    found = re.findall(rb"^(genmodels_(?:open_runs|queue_length|queue_oldest|job|storage_up)\S*) (\S+)$", text, re.M)
+    return {name.decode(): float(value) for name, value in found}
+
+
+def test_figures_cost_one_object_of_each_run() -> None:
+    storage = CountingStorage()
+    submit(storage)
+    metrics = JobMetrics(Views(storage))
+    storage.forget()
+    told = until(metrics, 'genmodels_open_runs{state="queued"}')
+    assert told['genmodels_open_runs{state="queued"}'] == JOBS * MODELS
+    assert sum(storage.counts.values()) <= JOBS * MODELS + 3 * JOBS + 3
+    for _ in range(20):
+        metrics.text()
+    assert storage.counts["get runs"] == JOBS * MODELS  # believed for a while
+
+
+def test_a_scrape_does_not_wait_for_storage(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It tells what was known, and how old that is; as many scrapes as there are cost one look."""
+    monkeypatch.setattr(jobmetrics, "PATIENCE_SECONDS", 0.0)
+    monkeypatch.setattr(jobmetrics, "BELIEVED_SECONDS", 0.0)
+    storage = CountingStorage()
+    metrics = JobMetrics(Views(storage))
+    storage.held.clear()
+    assert figures(metrics.text()) == {}  # nothing is known yet
+    storage.held.set()
+    first = until(metrics, 'genmodels_open_runs{state="queued"}')
+    assert first["genmodels_storage_up"] == 1.0
+    storage.held.clear()
+    submitting = threading.Thread(target=submit, args=(storage, 1, 1))
+    submitting.start()
+    ages = []
+    deadline = time.monotonic() + 20
+    while len(ages) < 3 and time.monotonic() < deadline:
+        told = figures(metrics.text())
+        assert told['genmodels_open_runs{state="queued"}'] == 0.0
+        if not ages or told["genmodels_job_figures_age_seconds"] > ages[-1]:
+            ages.append(told["genmodels_job_figures_age_seconds"])
+    assert len(ages) == 3
+    storage.held.set()
+    submitting.join()
+    deadline = time.monotonic() + 20
+    while figures(metrics.text())['genmodels_open_runs{state="queued"}'] != 1.0:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def until(metrics: JobMetrics, name: str) -> dict[str, float]:
+    deadline = time.monotonic() + 20
+    while name not in (told := figures(metrics.text())):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    return told

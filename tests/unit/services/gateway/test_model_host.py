@@ -1,0 +1,423 @@
+"""The model host follows the registry: swaps nobody notices, refusals that are told, names, a budget of memory."""
+
+from __future__ import annotations
+
+import asyncio
+import subprocess
+import sys
+import textwrap
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from genmodels.engine import model_cache as shelf_module
+from genmodels.engine import warmup as warm_module
+from genmodels.engine.image.requests import GenerateRequest, answer
+from genmodels.engine.loader import load
+from genmodels.engine.text.choices import Piece
+from genmodels.engine.text.completion import complete
+from genmodels.engine.text.request import CompletionRequest
+from genmodels.errors import RequestError, StorageUnavailable
+from genmodels.metrics import REFUSED
+from genmodels.registry.references import find
+from genmodels.registry.store import Registry
+from genmodels.storage import Storage, open_storage
+from services.gateway import model_host as host_module
+from services.gateway.model_host import ModelHost, Opened
+from services.gateway.routes import create_app
+from tests.support.asgi_client import ask, refused
+from tests.support.published_models import publish, save_checkpoint
+
+GENERATE = {"prompt": "", "seed": 3}
+
+
+@pytest.fixture
+def storage(tmp_path: Path) -> Storage:
+    """A VAE and a text model, one version each."""
+    storage = open_storage(tmp_path.as_uri())
+    publish(storage, "shapes", "vae")
+    publish(storage, "play", "minigpt")
+    return storage
+
+
+@pytest.fixture(autouse=True)
+def by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Hosts look at the registry when a test says so."""
+    monkeypatch.setattr(host_module, "_follow", lambda _: None)
+    monkeypatch.setattr(host_module, "LISTED_SECONDS", 0.0)
+    monkeypatch.setattr("genmodels.engine.alias_watcher.BELIEVED_SECONDS", 0.0)
+
+
+@pytest.fixture
+def loads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of what was loaded, in order."""
+    names: list[str] = []
+    monkeypatch.setattr(shelf_module, "load", lambda storage, found: names.append(found.name) or load(storage, found))
+    return names
+
+
+def version_of(app: Any, name: str) -> str:
+    """Which version answers to a name, as its picture proves."""
+    response = ask(app, "POST", "/v1/images/generations", {"model": name, **GENERATE})
+    assert response.status_code == 200, response.text
+    assert response.json()["data"][0]["b64_json"]
+    return response.headers["x-genmodels-version"]
+
+
+def entry(app: Any, name: str) -> dict[str, Any]:
+    return {model["id"]: model for model in ask(app, "GET", "/v1/models").json()["data"]}[name]
+
+
+def test_a_new_replica_has_all_that_aliases_name_before_it_takes_traffic(storage: Storage, loads: list[str]) -> None:
+    publish(storage, "shapes", "vae", step=2, alias="next")
+    publish(storage, "shapes", "vae", step=3, alias=None)
+    host = ModelHost(storage.url)
+    assert loads == ["play@1", "shapes@1", "shapes@2"]
+    app = create_app(host)
+    assert [version_of(app, name) for name in ("shapes", "shapes@next", "shapes@2")] == [
+        "shapes@1",
+        "shapes@2",
+        "shapes@2",
+    ]
+    assert len(loads) == 3
+    assert version_of(app, "shapes@latest") == "shapes@3"
+
+
+def test_a_version_takes_over_when_it_is_in_memory_and_the_old_one_goes(storage: Storage) -> None:
+    host = ModelHost(storage.url)
+    app = create_app(host)
+    publish(storage, "shapes", "vae", step=2)
+    assert version_of(app, "shapes") == "shapes@1"
+    host.follow()
+    assert version_of(app, "shapes") == "shapes@2"
+    assert "shapes@1" not in host._shelf._held
+    Registry(storage).promote("shapes", "production", 1, "rolled back")
+    host.follow()
+    assert version_of(app, "shapes") == "shapes@1"
+    assert entry(app, "shapes")["version"] == 1
+
+
+def test_a_new_model_is_there_at_once(storage: Storage) -> None:
+    app = create_app(ModelHost(storage.url))
+    publish(storage, "more", "autoencoder")
+    assert version_of(app, "more") == "more@1"
+
+
+def test_a_stream_ends_with_the_version_that_began_it(storage: Storage) -> None:
+    host = ModelHost(storage.url)
+    request = CompletionRequest.model_validate({"prompt": "To be", "max_tokens": 300, "seed": 4})
+
+    async def whole(name: str) -> str:
+        items = [item async for item in host.complete(name, request)]
+        return "".join(item.text for item in items if isinstance(item, Piece))
+
+    async def through_a_swap() -> tuple[str, str]:
+        items = host.complete("play", request)
+        opened = await anext(items)
+        assert isinstance(opened, Opened)
+        publish(storage, "play", "minigpt", step=2)
+        await asyncio.to_thread(host.follow)
+        assert "play@1" in host._shelf._held
+        text = "".join([item.text async for item in items if isinstance(item, Piece)])
+        assert "play@1" not in host._shelf._held
+        return opened.model, text
+
+    expected = asyncio.run(whole("play"))
+    assert asyncio.run(through_a_swap()) == ("play@1", expected)
+    assert asyncio.run(whole("play")) != expected
+    assert asyncio.run(whole("play@1")) == expected
+
+
+def test_twenty_swaps_under_load_fail_no_request_and_cut_no_stream(storage: Storage) -> None:
+    """Requests arrive whether or not earlier ones were answered; each answer is that of the version it names."""
+    pictures = GenerateRequest(seed=7)
+    writing = CompletionRequest.model_validate({"prompt": "To be", "max_tokens": 30, "seed": 4})
+    for step in range(2, 6):
+        publish(storage, "shapes", "vae", step=step, alias=None)
+        publish(storage, "play", "minigpt", step=step, alias=None)
+    oracle: dict[str, object] = {}
+    for number in range(1, 6):
+        oracle[f"shapes@{number}"] = answer(load(storage, find(storage, f"shapes@{number}")), pictures).images
+        model = load(storage, find(storage, f"play@{number}"))
+        oracle[f"play@{number}"] = "".join(piece.text for piece in complete(model, writing))
+    assert len(set(map(str, oracle.values()))) == 10
+    host = ModelHost(storage.url)
+
+    async def draw() -> tuple[str, object]:
+        found = await host.answer("shapes", pictures)
+        assert not isinstance(found, RequestError), found
+        return found.model, found.images
+
+    async def write() -> tuple[str, object]:
+        opened, *pieces = [item async for item in host.complete("play", writing)]
+        assert isinstance(opened, Opened), opened
+        assert all(isinstance(piece, Piece) for piece in pieces), pieces
+        assert pieces[-1].finish_reason == "length"
+        return opened.model, "".join(piece.text for piece in pieces)
+
+    async def swaps() -> None:
+        for number in range(20):
+            for name in ("shapes", "play"):
+                Registry(storage).promote(name, "production", 1 + (number + 1) % 5, "swap")
+            await asyncio.to_thread(host.follow)
+
+    async def all_of_it() -> list[tuple[str, object]]:
+        swapping, asked = asyncio.create_task(swaps()), []
+        while not swapping.done():
+            asked += [asyncio.create_task(draw()), asyncio.create_task(write())]
+            await asyncio.sleep(0.02)
+        await swapping
+        return await asyncio.gather(*asked)
+
+    answers = asyncio.run(all_of_it())
+    assert all(oracle[name] == found for name, found in answers)
+    assert {name for name, _ in answers} == set(oracle)
+    assert sorted(host._shelf._held) == ["play@1", "shapes@1"]
+
+
+def test_two_replicas_answer_alike(storage: Storage) -> None:
+    bodies = [
+        ("/v1/completions", {"model": "play", "prompt": "To be", "max_tokens": 60, "seed": 5, "n": 3, "logprobs": 2}),
+        ("/v1/images/generations", {"model": "shapes", "n": 5, "seed": 5}),
+    ]
+    apps = [create_app(ModelHost(storage.url)) for _ in range(2)]
+    for path, body in bodies:
+        one, other = (ask(app, "POST", path, body).json() for app in apps)
+        assert one.get("choices") == other.get("choices")
+        assert one.get("data") == other.get("data")
+
+
+def damaged(storage: Storage) -> str:
+    version = publish(storage, "shapes", "vae", step=2)
+    storage.put(f"models/shapes/blobs/{version.files['model.safetensors'].sha256}", b"nonsense")
+    return "damaged"
+
+
+def other_outputs(storage: Storage) -> str:
+    version = publish(storage, "shapes", "vae", step=2, alias=None)
+    other = publish(storage, "others", "vae", step=9)
+    for name in ("model.safetensors",):
+        key = f"models/shapes/blobs/{other.files[name].sha256}"
+        storage.put(key, storage.get(f"models/others/blobs/{other.files[name].sha256}")[0])
+        document = storage.get("models/shapes/versions/00000002.json")[0].decode()
+        old, new = version.files[name], other.files[name]
+        storage.put("models/shapes/versions/00000002.json", document.replace(old.sha256, new.sha256).encode())
+    Registry(storage).promote("shapes", "production", 2, "a test")
+    return "differs by"
+
+
+def too_large(storage: Storage) -> str:
+    publish(storage, "shapes", "vae", step=2, width=128)
+    return "MiB of memory, and the budget is"
+
+
+@pytest.mark.parametrize("spoil", [damaged, other_outputs, too_large])
+def test_a_bad_version_is_refused_and_the_old_one_answers_on(
+    storage: Storage, spoil: Callable[[Storage], str], loads: list[str]
+) -> None:
+    host = ModelHost(storage.url, memory=2**20)
+    app = create_app(host)
+    counted = REFUSED.labels("shapes", "vae", "2")._value
+    before = counted.get()
+    reason = spoil(storage)
+    for _ in range(3):
+        host.follow()
+        assert version_of(app, "shapes") == "shapes@1"
+    assert loads.count("shapes@2") <= 1
+    assert counted.get() == before + 1
+    shown = entry(app, "shapes")
+    assert (shown["version"], shown["aliases"]) == (1, {"production": 2})
+    (told,) = shown["refused"]
+    assert (told["alias"], told["version"]) == ("production", 2)
+    assert reason in told["reason"]
+    publish(storage, "shapes", "vae", step=3)
+    host.follow()
+    assert version_of(app, "shapes") == "shapes@3"
+    assert "refused" not in entry(app, "shapes")
+
+
+def test_a_slow_version_is_refused(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    host = ModelHost(storage.url)
+    monkeypatch.setattr(warm_module.warm, "__defaults__", (0.0,))
+    publish(storage, "shapes", "vae", step=2)
+    host.follow()
+    app = create_app(host)
+    assert version_of(app, "shapes") == "shapes@1"
+    assert "too slow" in entry(app, "shapes")["refused"][0]["reason"]
+
+
+def test_a_first_version_that_is_bad_is_503_and_stands_in_no_others_way(storage: Storage) -> None:
+    version = publish(storage, "bad", "vae")
+    storage.put(f"models/bad/blobs/{version.files['model.safetensors'].sha256}", b"nonsense")
+    app = create_app(ModelHost(storage.url))
+    response = ask(app, "POST", "/v1/images/generations", {"model": "bad", **GENERATE})
+    assert (refused(response, 503)["code"], response.headers["retry-after"]) == ("version_damaged", "1")
+    assert version_of(app, "shapes") == "shapes@1"
+    assert "damaged" in entry(app, "bad")["problem"]
+
+
+def test_checkpoints_of_a_run_have_names(storage: Storage) -> None:
+    host = ModelHost(storage.url)
+    app = create_app(host)
+    save_checkpoint(storage, "study-00000001", "shapes", "vae", step=10)
+    save_checkpoint(storage, "study-00000001", "shapes", "vae", step=20)
+    first, second = (f"shapes@study-00000001:step-{step}" for step in (10, 20))
+    assert version_of(app, "shapes@step-10") == first
+    assert version_of(app, first) == first
+    assert version_of(app, "shapes@live") == second
+    shown = ask(app, "GET", "/v1/models/shapes@live").json()
+    assert (shown["version"], shown["metrics"], shown["family"]) == (None, {"val_loss": 2.5}, "vae")
+    save_checkpoint(storage, "study-00000001", "shapes", "vae", step=30)
+    assert version_of(app, "shapes@live") == second
+    host.follow()
+    assert version_of(app, "shapes@live") == "shapes@study-00000001:step-30"
+    save_checkpoint(storage, "study-00000001", "shapes", "vae", step=40, spoil=True)
+    host.follow()
+    assert version_of(app, "shapes@live") == "shapes@study-00000001:step-30"
+    save_checkpoint(storage, "study-00000002", "shapes", "vae", step=10)
+    host.follow()
+    assert version_of(app, "shapes@live") == "shapes@study-00000002:step-10"
+    assert version_of(app, second) == second
+    for name, said in {
+        "shapes@step-11": "those of shapes in job study-00000002: 10",
+        "shapes@study-00000009:step-10": "none yet",
+        "play@live": "no job has trained 'play'",
+    }.items():
+        error = refused(ask(app, "POST", "/v1/images/generations", {"model": name, **GENERATE}), 404)
+        assert said in error["message"]
+
+
+def test_the_least_recently_used_goes_first_and_never_one_in_use(storage: Storage) -> None:
+    for step in range(2, 5):
+        publish(storage, "shapes", "vae", step=step, alias=None)
+    size = ModelHost(storage.url)._shelf._held["shapes@1"].size
+    host = ModelHost(storage.url, memory=2 * size + size // 2)
+    app = create_app(host)
+    host._shelf.release("play@1")
+    for name in ("shapes@2", "shapes@1", "shapes@3"):
+        assert version_of(app, name) == name
+    assert list(host._shelf._held) == ["shapes@1", "shapes@3"]
+    with host._shelf.using("shapes@1"), host._shelf.using("shapes@3"):
+        response = ask(app, "POST", "/v1/images/generations", {"model": "shapes@4", **GENERATE})
+        assert refused(response, 503)["code"] == "memory_full"
+        assert response.headers["retry-after"]
+    assert version_of(app, "shapes@4") == "shapes@4"
+    assert list(host._shelf._held) == ["shapes@3", "shapes@4"]
+    assert version_of(app, "shapes") == "shapes@1"
+
+
+def test_a_host_of_two_threads_answers_the_same_text_many_times(storage: Storage) -> None:
+    """In a process of its own: a process that was forked from one with two threads of torch would wait for ever."""
+    program = """
+        import asyncio, sys
+        from genmodels.engine.text.choices import Piece
+        from genmodels.engine.text.request import CompletionRequest
+        from services.gateway.model_host import ModelHost
+
+        request = CompletionRequest.model_validate({"prompt": "To be", "max_tokens": 40, "seed": 4})
+
+        async def text(host):
+            return "".join([item.text async for item in host.complete("play", request) if isinstance(item, Piece)])
+
+        async def texts(host):
+            return await asyncio.gather(*(text(host) for _ in range(8)))
+
+        for threads in (2, 1):
+            host = ModelHost(sys.argv[1], torch_threads=threads)
+            (said,) = {*asyncio.run(texts(host)), *asyncio.run(texts(host))}
+            print(threads, len(said))
+    """
+    command = [sys.executable, "-c", textwrap.dedent(program), storage.url]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
+    assert done.stdout.split() == ["2", "40", "1", "40"]
+
+
+def test_decoding_ends_when_a_text_model_goes(storage: Storage) -> None:
+    others = set(threading.enumerate())
+    host = ModelHost(storage.url)
+    (decoding,) = {thread for thread in threading.enumerate() if thread.name == "decode play@1"} - others
+    host._shelf.release("play@1")
+    decoding.join(10)
+    assert not decoding.is_alive()
+    body = {"model": "play", "prompt": "x", "max_tokens": 2}
+    assert ask(create_app(host), "POST", "/v1/completions", body).status_code == 200
+
+
+def test_requests_that_come_while_a_version_loads_wait_for_one_load(storage: Storage, loads: list[str]) -> None:
+    publish(storage, "shapes", "vae", step=2, alias=None)
+    host = ModelHost(storage.url)
+
+    async def five() -> list[Any]:
+        return await asyncio.gather(*(host.answer("shapes@2", GenerateRequest(seed=1)) for _ in range(5)))
+
+    answers = asyncio.run(five())
+    assert {found.model for found in answers} == {"shapes@2"}
+    assert loads.count("shapes@2") == 1
+
+
+def test_a_client_that_leaves_does_not_end_the_load_for_others(
+    storage: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publish(storage, "shapes", "vae", step=2, alias=None)
+    host = ModelHost(storage.url)
+    begun, go_on = threading.Event(), threading.Event()
+
+    def slow(storage: Storage, found: Any) -> Any:
+        begun.set()
+        go_on.wait(10)
+        return load(storage, found)
+
+    monkeypatch.setattr(shelf_module, "load", slow)
+
+    async def two() -> Any:
+        first, second = (asyncio.ensure_future(host.answer("shapes@2", GenerateRequest(seed=1))) for _ in range(2))
+        await asyncio.to_thread(begun.wait)
+        first.cancel()
+        await asyncio.gather(first, return_exceptions=True)
+        go_on.set()
+        return await second
+
+    assert asyncio.run(two()).model == "shapes@2"
+
+
+def test_through_an_outage_of_the_storage_what_is_known_is_served(
+    storage: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host = ModelHost(storage.url)
+    app = create_app(host)
+    publish(storage, "shapes", "vae", step=2, alias=None)
+    assert version_of(app, "shapes@2") == "shapes@2"
+    described = ask(app, "GET", "/v1/models/shapes").json()
+    assert described["aliases"] == {"production": 1}
+
+    def down(*_: Any, **__: Any) -> Any:
+        raise StorageUnavailable("secret detail of the store")
+
+    for verb in ("get", "list", "folders", "exists", "download"):
+        monkeypatch.setattr(type(storage), verb, down)
+    host.follow()
+    assert [version_of(app, name) for name in ("shapes", "shapes@2")] == ["shapes@1", "shapes@2"]
+    assert ask(app, "GET", "/v1/models/shapes").json() == described
+    error = refused(ask(app, "POST", "/v1/images/generations", {"model": "shapes@7", **GENERATE}), 503)
+    assert error["code"] == "storage_unavailable"
+    assert "secret" not in error["message"]
+
+
+def test_a_host_that_nobody_has_follows_no_more(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
+    monkeypatch.setattr(host_module, "FOLLOW_SECONDS", 0.01)
+    before = {thread for thread in threading.enumerate() if thread.name == "follow"}
+    host = ModelHost(storage.url)
+    (following,) = {thread for thread in threading.enumerate() if thread.name == "follow"} - before
+    publish(storage, "shapes", "vae", step=2)
+    deadline = time.monotonic() + 10
+    while "shapes@2" not in host._shelf._held:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    del host
+    following.join(10)
+    assert not following.is_alive()

@@ -1,0 +1,168 @@
+"""What a dry run costs, and whom it keeps waiting."""
+
+from __future__ import annotations
+
+import asyncio
+import random
+import threading
+import time
+from itertools import pairwise
+from typing import Any
+
+import httpx
+import pytest
+import yaml
+
+from genmodels import models
+from genmodels.family import ImageInfo, OptimizerConfig, TextInfo
+from genmodels.keys import Keys
+from genmodels.preflight import parameters
+from genmodels.preflight.parameters import Parameters, count
+from genmodels.storage import Storage
+from services.jobs import dry_run as plans
+from services.jobs.app import create_app
+from services.jobs.routes import DRY_RUNS
+from tests.support.asgi_server import served
+from tests.support.job_service import YAML, Service, spec
+
+
+def giants(depths: range) -> bytes:
+    """A spec of as many deep language models."""
+    document = spec("giants", *(f"m{depth}" for depth in depths))
+    for model, depth in zip(document["models"], depths, strict=True):
+        model |= {"model": {"family": "minigpt", "n_layer": depth}, "data": {"dataset": "shakespeare"}}
+    return yaml.safe_dump(document).encode()
+
+
+def random_config(cls: Any, chance: random.Random) -> Any:
+    """A configuration with other values in whatever fields make another model."""
+    fields: dict[str, Any] = {"width": chance.choice([1, 3, 8, 20]), "latent_dim": chance.randint(1, 60)}
+    fields |= {"blocks": chance.randint(0, 8), "norm": chance.choice(["group", "none"])}
+    fields |= {"conditional": chance.random() < 0.5, "noise_std": chance.choice([0.0, 0.5])}
+    fields |= {"n_layer": chance.randint(1, 12), "n_head": chance.choice([1, 2, 4]), "n_embd": 8 * chance.randint(1, 9)}
+    fields |= {"block_size": chance.randint(2, 99), "positions": chance.choice(["learned", "rotary"])}
+    fields |= {"mlp": chance.choice(["relu", "gelu", "swiglu"])}
+    fields |= {name: chance.random() < 0.5 for name in ("qk_norm", "tied_head", "bias")}
+    if cls.kind == "text":
+        fields["norm"] = chance.choice(["layer", "rms"])
+    return cls.Config(**{name: value for name, value in fields.items() if name in cls.Config.model_fields})
+
+
+@pytest.mark.parametrize("family", models.names())
+def test_parameters_are_counted_as_they_are_built(family: str) -> None:
+    """For any configuration and data of any family, with either optimizer."""
+    import torch
+    from torch.optim import Muon
+
+    cls, chance = models.load(family), random.Random(family)
+    for _ in range(25):
+        config = random_config(cls, chance)
+        sides = {"height": chance.randint(8, 70), "width": chance.randint(8, 70)}
+        pictures = ImageInfo(channels=chance.choice([1, 3]), num_classes=chance.randint(2, 9), **sides)
+        data = TextInfo(vocab_size=chance.randint(2, 300)) if cls.kind == "text" else pictures
+        optimizer = OptimizerConfig(optimizer=chance.choice(["adamw", "muon"]))
+        with torch.device("meta"):
+            built = cls(config, data)
+            roles = built.roles(optimizer)
+        moments = sum(
+            parameter.numel() * (1 if isinstance(one, Muon) else 2)
+            for role in roles
+            for one in role.optimizers
+            for group in one.param_groups
+            for parameter in group["params"]
+        )
+        state = [*built.network.state_dict().values(), *(t for r in roles for t in r.loss.state_dict().values())]
+        trained = sum(parameter.numel() for role in roles for parameter in role.loss.parameters())
+        found = count(cls, config, data, optimizer)
+        assert (found.trained, found.saved) == (trained, sum(tensor.numel() for tensor in state) + moments), config
+
+
+def test_depth_costs_a_dry_run_nothing(file_storage: Storage) -> None:
+    """A hundred models of up to 128 layers: two are built, of one layer and of two."""
+    parameters._built.cache_clear()
+    response = Service(file_storage).post(giants(range(29, 129)), "?dry_run=true")
+    sizes = [model["parameters"] for model in response.json()["models"]]
+    assert len({deeper - shallower for shallower, deeper in pairwise(sizes)}) == 1
+    assert parameters._built.cache_info().misses == 2
+
+
+class Counting:
+    """Takes the place of what counts a model's parameters; waits to be let."""
+
+    def __init__(self) -> None:
+        self.begun, self.let = 0, threading.Event()
+
+    def __call__(self, *_: Any) -> Parameters:
+        self.begun += 1
+        assert self.let.wait(20)
+        return Parameters(1, 1)
+
+    def until_begun(self, number: int) -> None:
+        deadline = time.monotonic() + 20
+        while self.begun < number:
+            assert time.monotonic() < deadline
+            time.sleep(0.01)
+
+
+@pytest.fixture
+def counting(monkeypatch: pytest.MonkeyPatch) -> Counting:
+    counting = Counting()
+    monkeypatch.setattr(plans.parameters, "count", counting)
+    return counting
+
+
+def test_dry_runs_of_one_key_are_bounded_and_keep_nobody_waiting(file_storage: Storage, counting: Counting) -> None:
+    keys = Keys(file_storage)
+    mine, other = ({"authorization": f"Bearer {keys.create(name, ('submit',))[1]}"} for name in ("mine", "other"))
+    with served(create_app(file_storage, keys=keys, hosts=None)) as url:
+
+        async def play() -> None:
+            async with httpx.AsyncClient(base_url=url, timeout=30) as client:
+
+                async def dry_run(key: dict[str, str]) -> int:
+                    body = giants(range(1, 3))
+                    answer = await client.post("/v1/jobs?dry_run=true", content=body, headers={**YAML, **key})
+                    return answer.status_code
+
+                running = [asyncio.create_task(dry_run(mine)) for _ in range(41)]
+                refused, _ = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
+                while len(refused) < 41 - DRY_RUNS[1]:
+                    await asyncio.sleep(0.01)
+                    refused = {one for one in running if one.done()}
+                assert {one.result() for one in refused} == {429}
+                assert (await client.get("/v1/jobs", headers=other)).status_code == 200
+                running.append(asyncio.create_task(dry_run(other)))
+                counting.let.set()
+                codes = await asyncio.gather(*running)
+                assert (codes.count(200), codes[-1]) == (DRY_RUNS[1] + 1, 200)
+
+        asyncio.run(play())
+
+
+def test_a_dry_run_ends_with_its_client(file_storage: Storage, counting: Counting) -> None:
+    """Those that are worked on stop at the next model; those that wait never begin."""
+    with served(create_app(file_storage, keys=None, hosts=None)) as url:
+
+        async def play() -> None:
+            async with httpx.AsyncClient(base_url=url, timeout=30) as client:
+                body = giants(range(1, 101))
+                asked = [
+                    asyncio.create_task(client.post("/v1/jobs?dry_run=true", content=body, headers=YAML))
+                    for _ in range(DRY_RUNS[1])
+                ]
+                await asyncio.to_thread(counting.until_begun, 2)
+                for one in asked:
+                    one.cancel()
+                await asyncio.gather(*asked, return_exceptions=True)
+            async with httpx.AsyncClient(base_url=url, timeout=30) as client:  # the places are free again
+                waiting = asyncio.create_task(
+                    client.post("/v1/jobs?dry_run=true", content=giants(range(1, 2)), headers=YAML)
+                )
+                await asyncio.sleep(0)
+                counting.let.set()
+                assert (await waiting).status_code in (200, 429)
+
+        asyncio.run(play())
+        last = httpx.post(f"{url}/v1/jobs?dry_run=true", content=giants(range(1, 2)), headers=YAML, timeout=30)
+        assert last.status_code == 200
+    assert counting.begun <= 2 + 2
