@@ -102,7 +102,7 @@ class Material:
     val: Mapping[str, np.ndarray]
     digest: str  # of the dataset
     thorough: bool  # take minutes: all of val, many samples; False: seconds, as at each publication
-    tick: Callable[[], None]  # to be called every few seconds: what does not tick is taken for a hang
+    report_progress: Callable[[], None]  # to be called every few seconds: what does not tick is taken for a hang
     # What depends on the data alone and takes its time (a judge's weights, a count table): kept under a name that says
     # all it depends on, made at most once in a storage. `keep(name, make)` gives what `make` gave.
     keep: Callable[[str, Callable[[], bytes]], bytes]

@@ -80,7 +80,7 @@ def _training(name: str, help: str, *more: str) -> Gauge:
 TRAINING_STEP = _training("step", "Optimizer steps done.")
 TRAINING_MAX_STEPS = _training("max_steps", "Optimizer steps that the run will take in all.")
 TRAINING_ETA = _training("eta_seconds", "Seconds left until the last step, at the speed so far.")
-TRAINING_TICK = _training("tick_timestamp_seconds", "Unix time of the attempt's last progress.")
+TRAINING_PROGRESS = _training("progress_timestamp_seconds", "Unix time of the attempt's last progress.")
 TRAINING_WORKERS = _training("workers", "Workers in the run's group.")
 TRAINING_SAMPLES = _training("samples", "Samples seen by all workers together since step 0.")
 TRAINING_LOSS = _training("loss", "Loss, the mean over all workers and the steps since the last row.", "role")
@@ -141,7 +141,7 @@ STORAGE_ERRORS = _counter("storage_errors_total", "Operations on storage that fa
 DAMAGED = _counter("damaged_objects_total", "Reads of a damaged object in storage, by kind.", ("kind",))
 
 # Background threads that live as long as their process. `thread`: "follow" (a model host's, on the registry) or
-# "dispatch" (the job service's); failures also of "lease", "wishes", "copy-log", "ship-log", "decode" and "export".
+# "dispatch" (the job service's); failures also of "lease", "commands", "copy-log", "ship-log", "decode" and "export".
 THREAD_PROGRESS = _gauge(
     "thread_progress_timestamp_seconds",
     "Unix time at which a background thread last completed a round, or one object of a round.",

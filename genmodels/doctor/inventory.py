@@ -19,7 +19,7 @@ from genmodels.registry.evaluations import EVALUATED, Evaluation
 from genmodels.registry.pin import Pin
 from genmodels.registry.store import Alias, Registry, Version
 from genmodels.runs.jobs import ENDED_NAME, JOB_ID, EndedEntry, Entry, Index, Jobs, Queue, StoredSpec, Submission
-from genmodels.runs.records import AttemptStart, Heartbeat, Result, Status, Wish
+from genmodels.runs.records import AttemptStart, Command, Heartbeat, Result, Status
 from genmodels.runs.store import PART
 from genmodels.spec.names import LABEL
 from genmodels.storage import Document, Storage, load_document
@@ -42,7 +42,7 @@ DOCUMENTS: tuple[tuple[str, type[Document]], ...] = (
     (rf"dispatcher/lease\.json|models/{_LABEL}/sweep\.json", LeaseDocument),
     (r"dispatcher/queue\.json", Queue),
     (rf"runs/{JOB_ID}/{_LABEL}/status\.json", Status),
-    (rf"runs/{JOB_ID}/{_LABEL}/wishes/\d{{8}}\.json", Wish),
+    (rf"runs/{JOB_ID}/{_LABEL}/commands/\d{{8}}\.json", Command),
     (rf"runs/{JOB_ID}/{_LABEL}/pins/step-(?P<step>\d{{8,9}})\.json", Pin),
     (rf"{_ATTEMPT}/start\.json", AttemptStart),
     (rf"runs/{JOB_ID}/{_LABEL}/attempt-\d+/heartbeat\.json", Heartbeat),
@@ -58,7 +58,7 @@ _OTHERS = (
     rf"models/{_LABEL}/(blobs/[0-9a-f]{{64}}|deleted/\d{{8}}|runs/{ENDED_NAME})",
     rf"runs/{JOB_ID}/{_LABEL}/attempt-\d+/(checkpoints|samples)/.+",
     rf"runs/{JOB_ID}/{_LABEL}/attempt-\d+/(metrics|logs/[^/]+)/{PART}",
-    rf"dispatcher/nudges/{JOB_ID}/{_LABEL}/[0-9a-f]+",
+    rf"dispatcher/notifications/{JOB_ID}/{_LABEL}/[0-9a-f]+",
     rf"datasets/{_LABEL}/[0-9a-f]{{64}}/[^/]+",
     r"measures/.+",
 )

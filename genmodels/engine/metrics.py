@@ -9,7 +9,7 @@ from __future__ import annotations
 import time
 from bisect import bisect_left
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
+from typing import Protocol
 
 from prometheus_client import Gauge, Histogram
 
@@ -24,8 +24,11 @@ from genmodels.metrics import (
     Labels,
 )
 
-if TYPE_CHECKING:
-    from genmodels.engine.text.sequence import Text
+
+class HasTokenTime(Protocol):
+    """A text in progress: `written` is the time of its last token, from `time.monotonic`; None before the first."""
+
+    written: float | None
 
 
 class TextMeter:
@@ -43,7 +46,7 @@ class TextMeter:
         self._total, self._used = (_Level(KV_SLOTS.labels(*labels, state)) for state in ("total", "used"))
         self._total.set(slots)
 
-    def made(self, texts: Sequence[Text]) -> None:
+    def made(self, texts: Sequence[HasTokenTime]) -> None:
         """One token more of each of these texts."""
         now = time.monotonic()
         before: dict[float | None, int] = {}  # as a rule one moment: that of the step before

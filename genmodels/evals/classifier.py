@@ -32,7 +32,7 @@ MAX_STEPS, PASSES = 800, 100  # over the data, if that is less
 LEARNING_RATE = 3e-3
 SEED = 0
 ORIENTATIONS = 4
-TICK_EVERY = 50  # steps
+REPORT_EVERY = 50  # steps
 SEEN = 10_000  # pictures from which features get their mean and scale
 
 
@@ -121,8 +121,8 @@ def _train(material: Material, learn_from: np.ndarray, shape: tuple[int, int, in
         loss.backward()
         optimizer.step()
         schedule.step()
-        if step % TICK_EVERY == 0:
-            material.tick()
+        if step % REPORT_EVERY == 0:
+            material.report_progress()
     seen = pictures(images[learn_from[evenly_spaced(len(learn_from), SEEN)]])
     with inference(network):
         features = torch.cat([network.features(part) for part in seen.split(BATCH)])

@@ -45,13 +45,13 @@ def _best(material: Material, std: float, shown: np.ndarray) -> dict[str, Any]:
     scores: list[tuple[float, str, Filter, bool]] = []
     for name, function in _candidates(std):
         scores += [(_score(function, targets, std, clamped), name, function, clamped) for clamped in (False, True)]
-        material.tick()
+        material.report_progress()
     _, name, function, clamped = max(scores, key=lambda score: score[0])
     parts = [pictures(material.val["images"][part]) for part in np.array_split(shown, max(1, len(shown) // 100))]
     total = 0.0
     for part in parts:
         total += _score(function, part, std, clamped) * len(part)
-        material.tick()
+        material.report_progress()
     return {"filter": name, "psnr": total / len(shown)}
 
 

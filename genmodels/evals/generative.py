@@ -52,7 +52,7 @@ def evaluate(material: Material, draw: Callable[[int], tuple[Tensor, Tensor | No
     accuracy = jury.accuracy(material)
     fakes, asked = draw(n)
     real, held, fake = (jury.features(x) for x in (pictures(val[shown]), pictures(train[aside]), fakes))
-    material.tick()
+    material.report_progress()
 
     found = _distances(real, held, fake) | _neighbourhoods(real, held, fake, k, material)
     if jury.knows_classes:
@@ -83,9 +83,9 @@ def _distances(real: Tensor, held: Tensor, fake: Tensor) -> dict[str, Measure]:
 
 def _neighbourhoods(real: Tensor, held: Tensor, fake: Tensor, k: int, material: Material) -> dict[str, Measure]:
     of_fake = neighbours(real, fake, k)
-    material.tick()
+    material.report_progress()
     of_held = neighbours(real, held, k)
-    material.tick()
+    material.report_progress()
     return {name: Measure(value=value, beside={REAL: getattr(of_held, name)}) for name, value in vars(of_fake).items()}
 
 
@@ -121,7 +121,7 @@ def _nearest(train: np.ndarray, val: np.ndarray, fakes: Tensor, material: Materi
         part = pictures(train[first : first + MAX_IMAGES]).flatten(1)
         for images, name in pairs:
             best[name] = torch.minimum(best[name], nearest(images.flatten(1), part))
-        material.tick()
+        material.report_progress()
     pixels = train[0].size ** 0.5
     value, reference = (float(best[name].mean()) / pixels for name in ("fake", "real"))
     return Measure(value=value, beside={"validation pictures": reference})

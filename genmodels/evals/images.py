@@ -67,9 +67,9 @@ def _components(material: Material, latent_dim: int, shown: np.ndarray) -> dict[
     chosen = evenly_spaced(len(train), MAX_NUMBERS // pixels)
     solver = "covariance_eigh" if pixels <= CLOSED_FORM else "randomized"
     pca = PCA(min(latent_dim, len(chosen)), svd_solver=solver, random_state=0)
-    material.tick()
+    material.report_progress()
     pca.fit(pictures(train[chosen]).flatten(1).numpy())
-    material.tick()
+    material.report_progress()
     targets = pictures(val)
     through = pca.inverse_transform(pca.transform(targets.flatten(1).numpy()))
     images = torch.from_numpy(through).float().clamp(0, 1).view_as(targets)

@@ -70,7 +70,7 @@ def write(family: TextFamily[Any, Any], prompts: Sequence[list[int]], length: in
     samplers = [Sampler(options, seed, prompt, family.data.vocab_size) for seed, prompt in enumerate(prompts)]
     windows, written = [list(prompt) for prompt in prompts], []
     for _ in range(length):
-        material.tick()
+        material.report_progress()
         windows = [keep_half(window, family.block_size) for window in windows]
         tokens = choose(family.logits(torch.tensor(windows))[:, -1], samplers)
         for window, token in zip(windows, tokens, strict=True):
@@ -165,7 +165,7 @@ def _windows(tokens: np.ndarray, block_size: int) -> tuple[Tensor, Tensor]:
 def _summed(family: TextFamily[Any, Any], inputs: Tensor, targets: Tensor, material: Material) -> dict[str, Tensor]:
     device, sums = next(family.network.parameters()).device, dict[str, Tensor]()
     for tokens, wanted in zip(inputs.split(ROWS), targets.split(ROWS), strict=True):
-        material.tick()
+        material.report_progress()
         with torch.no_grad():
             found = family.measure({"tokens": tokens.to(device), "targets": wanted.to(device)})
         sums = {name: value + sums.get(name, 0) for name, value in found.items()}
@@ -180,7 +180,7 @@ def _tables(
     for n, name in TABLES.items():
         if size**n >= 2**63 or len(val) <= n:
             continue
-        material.tick()
+        material.report_progress()
 
         def make(n: int = n) -> bytes:
             losses = ngram_losses(train, val, n, size)

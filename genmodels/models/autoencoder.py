@@ -224,7 +224,7 @@ class Autoencoder(FittedDensity, ImageFamily[AutoencoderConfig, AutoencoderReque
         parts = []
         for part in images.split(EVALUATED_AT_ONCE):
             parts.append(self.decode(self.encode(part), self.Request()).cpu())
-            material.tick()
+            material.report_progress()
         decoded = torch.cat(parts)
         pca_psnr, pca_ssim = components(material, self.latent_dim, shown)
         pca, quality = f"PCA, {self.latent_dim} components", mean_psnr(decoded, images)
@@ -241,7 +241,7 @@ class Autoencoder(FittedDensity, ImageFamily[AutoencoderConfig, AutoencoderReque
         parts = []
         for part in seen.split(EVALUATED_AT_ONCE):
             parts.append(self.denoise(part).cpu())
-            material.tick()
+            material.report_progress()
         denoised, clamped = torch.cat(parts), seen.clamp(0, 1)
         filtered, filter_psnr = best_filter(material, std, shown)
         quality = mean_psnr(denoised, images)

@@ -160,7 +160,7 @@ class GAN(ImageFamily[GANConfig, GANRequest]):
             images = []
             for part in latents.split(generative.PART):
                 images.append(self.decode(part, self.Request()).cpu())
-                material.tick()
+                material.report_progress()
             return torch.cat(images), latents[:, self.config.latent_dim :].argmax(1) if self.num_classes else None
 
         return generative.evaluate(material, draw)

@@ -265,7 +265,8 @@ class MiniGPTDecoder:
     all that have weights in them have `chunk` rows, or `slots`, or of its fractions one that is seen to give equal bits
     where the decoder is made (with MKL the multiples of 4: one sequence then takes 0.7 of the time). Attention,
     which joins no sequences, is computed only for the slots up to the last one in use and for positions up to the
-    longest sequence, in steps of 32; what is masked there adds exact zeros. It is written out, as the fused kernel's
+    longest sequence, in steps of 32; what is masked there adds exact zeros. Where a trial shows other bits (with MKL:
+    heads of 5 to 15 numbers), it is computed for all slots and all positions. It is written out, as the fused kernel's
     result depends on a sequence's place in the batch (seen on CPU with queries of length 1). Tokens that pad a shape
     write to a position of their own behind the window, which no real token sees.
     """
@@ -306,7 +307,9 @@ class MiniGPTDecoder:
         self._head = _Projection(
             network.norm, embedding if head is None else head.weight, None if head is None else head.bias
         )
-        self._slots, self._heights = slots, self._equal_heights(slots)
+        self._slots, self._kept = slots, kept
+        self._attends_to_all = not self._layers[0].has_equal_lengths(_lengths(kept))
+        self._heights = [slots] if self._attends_to_all else self._equal_heights(slots)
 
     @torch.inference_mode()
     def prefill(self, slot: int, tokens: Sequence[int], start: int) -> Tensor:
@@ -326,6 +329,8 @@ class MiniGPTDecoder:
                 self._forget(slot)
         places = [self._padding if token is None else at for token, at in zip(tokens, positions, strict=True)]
         attended = _Attended(0, used[-1] + 1, 1, _rounded_up(max(positions[slot] for slot in used) + 1))
+        if self._attends_to_all:
+            attended = _Attended(0, self._slots, 1, self._kept)
         height = next(height for height in self._heights if height > used[-1])
         logits = self._run([token or 0 for token in tokens[:height]], places[:height], attended)
         return F.pad(logits, (0, 0, 0, self._slots - height))
@@ -355,17 +360,10 @@ class MiniGPTDecoder:
         elif self._positions is not None:
             x = x + self._positions[places]
         places = places[: attended.count * attended.t]
-        mask = self._mask(places, attended)
+        mask = _mask(places, attended, self._n_head)
         for layer in self._layers:
             x = layer.forward(x, rotation, places, mask, attended)
         return self._head(x).cpu()
-
-    def _mask(self, places: Tensor, attended: _Attended) -> Tensor:
-        """What is added to scores, (count * n_head, t, length): a token sees its own position and those before."""
-        later = torch.arange(attended.length, device=places.device) > places[:, None]
-        mask = torch.zeros(later.shape, device=places.device).masked_fill_(later, -torch.inf)
-        mask = mask.view(attended.count, 1, attended.t, attended.length).expand(-1, self._n_head, -1, -1)
-        return mask.reshape(-1, attended.t, attended.length)
 
 
 @dataclass(frozen=True)
@@ -428,9 +426,49 @@ class _DecoderLayer:
         sequences[owners, :, places.view(count, t)] = new[:, :, :, 1:]
         keys, values = sequences[:, :, :length].flatten(0, 1).unbind(2)
         query = new[:, :, :, 0].transpose(1, 2).reshape(count * n_head, t, head_size)
-        scores = torch.baddbmm(mask, query, keys.mT, alpha=head_size**-0.5)
-        found = torch.bmm(scores.softmax(-1), values).view(count, n_head, t, head_size)
+        found = _weigh(query, keys, values, mask).view(count, n_head, t, head_size)
         return F.pad(found.transpose(1, 2).reshape(rows, -1), (0, 0, 0, len(projected) - rows))
+
+    @torch.inference_mode()
+    def has_equal_lengths(self, lengths: Sequence[int]) -> bool:
+        """Try whether a token's attention is the same to the bit, however many slots and masked positions it covers.
+
+        Args:
+            lengths: ascending.
+        """
+        slots, n_head, _, _, head_size = self._kept.shape
+        fill = torch.arange(head_size * lengths[-1] * 2, device=self._kept.device, dtype=torch.float32)
+        self._kept[:] = fill.mul_(0.7).sin_().view(lengths[-1], 2, head_size)
+
+        def attend(count: int, length: int, seen: int) -> Tensor:
+            places = torch.full((count,), seen - 1, device=self._kept.device)
+            mask = _mask(places, _Attended(0, count, 1, length), n_head)
+            keys, values = self._kept[:count, :, :length].flatten(0, 1).unbind(2)
+            query = self._kept[:count, :, 0, 0].reshape(count * n_head, 1, head_size)
+            return _weigh(query, keys, values, mask).view(count, n_head, head_size)
+
+        def is_equal(shortest: int, seen: int) -> bool:
+            alone, counts = attend(1, shortest, seen), sorted({1, min(2, slots), min(3, slots), slots})
+            shapes = [(count, length) for count in counts for length in lengths if length >= shortest]
+            return all(torch.equal(attend(*shape, seen), alone.expand(shape[0], -1, -1)) for shape in shapes)
+
+        equal = all(is_equal(shortest, seen) for shortest in lengths for seen in {1, shortest - 1, shortest})
+        self._kept.zero_()
+        return equal
+
+
+def _weigh(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
+    """Attention of (n, t, head_size) to (n, length, head_size): (n, t, head_size)."""
+    scores = torch.baddbmm(mask, query, keys.mT, alpha=query.shape[-1] ** -0.5)
+    return torch.bmm(scores.softmax(-1), values)
+
+
+def _mask(places: Tensor, attended: _Attended, n_head: int) -> Tensor:
+    """What is added to scores, (count * n_head, t, length): a token sees its own position and those before."""
+    later = torch.arange(attended.length, device=places.device) > places[:, None]
+    mask = torch.zeros(later.shape, device=places.device).masked_fill_(later, -torch.inf)
+    mask = mask.view(attended.count, 1, attended.t, attended.length).expand(-1, n_head, -1, -1)
+    return mask.reshape(-1, attended.t, attended.length)
 
 
 class _Linear:
@@ -481,6 +519,11 @@ def hidden_size(config: MiniGPTConfig) -> int:
 def _rounded_up(length: int) -> int:
     """To whole vectors: attention over their multiples gives equal bits, over other lengths it does not."""
     return -(-length // 32) * 32
+
+
+def _lengths(kept: int) -> list[int]:
+    """Lengths of attention to try: short ones, where matrix libraries change their ways, and the longest."""
+    return [*(length for length in (32, 64, 96, 160, 256) if length < kept), kept]
 
 
 def rotations(positions: Tensor, head_size: int) -> Tensor:

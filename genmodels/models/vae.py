@@ -166,7 +166,7 @@ class VAE(FittedDensity, ImageFamily[VAEConfig, VAERequest]):
         images = self._observed(greys)
         bounds, means, decoded = [], [], []
         for part in images.split(AT_ONCE):
-            bounds.append(self._bounds(part, draws, generator, material.tick))
+            bounds.append(self._bounds(part, draws, generator, material.report_progress))
             means.append(self.encode(part).cpu())
             decoded.append(self.decode(means[-1], self.Request()).cpu())
         nll, reconstruction, kl = torch.cat(bounds).mean(0).tolist()
@@ -235,7 +235,9 @@ class VAE(FittedDensity, ImageFamily[VAEConfig, VAERequest]):
             return greys
         return (torch.special.ndtr(image_normal(greys, self.data.shape)) < greys).to(greys)
 
-    def _bounds(self, images: Tensor, draws: int, generator: torch.Generator, tick: Callable[[], None]) -> Tensor:
+    def _bounds(
+        self, images: Tensor, draws: int, generator: torch.Generator, report_progress: Callable[[], None]
+    ) -> Tensor:
         """Importance-weighted -log p(x), mean reconstruction and KL divergence of each image: (n, 3) float64."""
         with inference(self.network):
             images = placed(images, self.network)
@@ -249,7 +251,7 @@ class VAE(FittedDensity, ImageFamily[VAEConfig, VAERequest]):
                 prior_over_posterior = 0.5 * (noise.square() + log_variance - latents.square()).double().sum(2)
                 weights.append(prior_over_posterior - nll)
                 reconstructions.append(nll)
-                tick()
+                report_progress()
             bound = math.log(draws) - torch.cat(weights).logsumexp(0)
             kl = kl_divergence(mean.double(), log_variance.double()).sum(1)
             return torch.stack((bound, torch.cat(reconstructions).mean(0), kl), 1).cpu()

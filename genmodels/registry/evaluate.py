@@ -30,7 +30,7 @@ def evaluate(
     folder: Path,
     *,
     thorough: bool = False,
-    tick: Callable[[], None] = lambda: None,
+    report_progress: Callable[[], None] = lambda: None,
 ) -> Findings:
     """What the model's family measures of it, on the CPU in float32, and what its training was.
 
@@ -39,7 +39,7 @@ def evaluate(
         lineage: of the checkpoint.
         folder: its served files, verified.
         thorough: take minutes where a publication takes seconds.
-        tick: called every few seconds as long as it gets on.
+        report_progress: called every few seconds as long as it gets on.
 
     Raises:
         DataError: the data is not there any more, or is not what the model was trained on.
@@ -51,14 +51,14 @@ def evaluate(
     if dataset.digest != lineage.data_digest:
         raise DataError(f"data: {spec.name} was trained on other content than is there now, so it cannot be evaluated")
     init_from.adopt_tokenizer(dataset, folder)
-    tick()
+    report_progress()
     found = family.evaluate(
         Material(
             train=dataset.arrays("train"),
             val=dataset.arrays("val"),
             digest=dataset.digest,
             thorough=thorough,
-            tick=tick,
+            report_progress=report_progress,
             keep=partial(evaluations.keep, run.storage),
         )
     )

@@ -6,7 +6,7 @@ ended/<time>-<job>                              index; the time counts down, so 
 models/<model>/runs/<time>-<job>                which jobs train a model, likewise
 jobs/<job>/spec.yaml                            put-if-absent, last: from then on the job exists
 jobs/<job>/index.json                           from its first end on: how it stands in the index; compare-and-swap
-dispatcher/nudges/<job>/<model>/<random>        "look at this run's wishes": one listing instead of one for each run
+dispatcher/notifications/<job>/<model>/<random>  a run has new commands: one listing, not one for each run
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ JOB_ID = r"[a-z0-9]([a-z0-9-]{0,70}[a-z0-9])?"
 ENDED_NAME = rf"\d{{13}}-{JOB_ID}"
 CURSOR = r"\d{13}-\d{1,6}"
 END_OF_TIME = 10**13  # milliseconds; times count down from here
-NUDGES, QUEUE = "dispatcher/nudges/", "dispatcher/queue.json"
+NOTIFICATIONS, QUEUE = "dispatcher/notifications/", "dispatcher/queue.json"
 AT_ONCE = 8  # requests to the store
 
 
@@ -318,14 +318,14 @@ class Jobs:
 
     # The inbox
 
-    def nudge(self, job: str, model: str) -> None:
-        """Have the dispatcher look at a run's wishes; leave the wish first."""
+    def notify(self, job: str, model: str) -> None:
+        """Have the dispatcher look at a run's commands; send the command first."""
         # Each has a key of its own, so that who takes one, however late, takes no later one with it.
-        self.storage.put(f"{NUDGES}{job}/{model}/{secrets.token_hex(4)}", b"")
+        self.storage.put(f"{NOTIFICATIONS}{job}/{model}/{secrets.token_hex(4)}", b"")
 
-    def nudged(self) -> list[tuple[str, str, str]]:
+    def notifications(self) -> list[tuple[str, str, str]]:
         """(job, model, which) of every nudge that was not taken."""
-        names = (key.removeprefix(NUDGES).split("/") for key in self.storage.list(NUDGES))
+        names = (key.removeprefix(NOTIFICATIONS).split("/") for key in self.storage.list(NOTIFICATIONS))
         return [(name[0], name[1], name[2]) for name in names if len(name) == 3]
 
     def queue(self) -> Queue:
@@ -334,8 +334,8 @@ class Jobs:
             return load_document(self.storage, QUEUE, Queue)[0]
         return Queue()
 
-    def take_nudge(self, job: str, model: str, nudge: str) -> None:
-        self.storage.delete(f"{NUDGES}{job}/{model}/{nudge}")
+    def delete_notification(self, job: str, model: str, nudge: str) -> None:
+        self.storage.delete(f"{NOTIFICATIONS}{job}/{model}/{nudge}")
 
     def _new_id(self, name: str) -> str:
         while True:

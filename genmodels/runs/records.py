@@ -1,7 +1,7 @@
 """A run's objects in storage: who writes what, and which of it counts.
 
     runs/<job>/<model>/status.json                  the dispatcher alone, compare-and-swap
-    runs/<job>/<model>/wishes/<number>.json         anyone, put-if-absent
+    runs/<job>/<model>/commands/<seq>.json           anyone, put-if-absent
     runs/<job>/<model>/attempt-<n>/start.json       rank 0, put-if-absent; names the checkpoint it goes on from
                                   /heartbeat.json   the driver until rank 0 runs, then rank 0, then the driver again
                                   /result.json      the driver, at the end
@@ -28,6 +28,7 @@ from genmodels.storage import (
 )
 from genmodels.storage.documents import now
 
+Action = Literal["stop", "kill", "resume"]
 State = Literal["queued", "starting", "running", "publishing", "succeeded", "failed", "cancelled"]
 Phase = Literal["starting", "compiling", "training", "evaluating", "saving", "waiting for storage", "publishing"]
 Cause = Literal[
@@ -60,9 +61,9 @@ class Status(Document):
     attempt: int = Field(0, ge=0)  # the highest number given out
     workers: int = Field(0, ge=0)  # of that attempt
     lease_term: int = Field(0, ge=0, lt=2**53)  # of the dispatcher's lease under which this was written
-    wishes: int = 0  # number of the last wish that was dealt with
-    fruitless: int = 0  # attempts in a row without a new checkpoint, as far as they count
-    out_of_memory: int = 0  # attempts that ended so
+    last_command: int = 0  # seq of the last command that was applied
+    no_progress_attempts: int = 0  # attempts in a row without a new checkpoint, as far as they count
+    out_of_memory_attempts: int = 0  # attempts that ended so
     history: list[Change] = Field(default_factory=list)
 
     def to(self, state: State, reason: str, **facts: int) -> Status:
@@ -88,7 +89,7 @@ class Heartbeat(Document):
     phase: Phase
     step: int = 0
     max_steps: int = 0
-    tick: int = 0
+    progress_count: int = 0
     loss: float | None = None
     seconds_left: float | None = None
     step_seconds: float | None = None  # median of the latest steps
@@ -108,7 +109,7 @@ class Result(Document):
     object_kind = "result"
     remedy = "the next attempt goes on from the last checkpoint; delete it"
 
-    outcome: Literal["succeeded", "left", "failed"]
+    outcome: Literal["succeeded", "stopped", "failed"]
     cause: Cause | None = None
     message: str = ""
     step: int = 0
@@ -129,22 +130,22 @@ class AttemptStart(Document):
     time: Time
 
 
-class Wish(Document):
+class Command(Document):
     """What somebody wants of a run.
 
-    `leave`: its attempt saves at the next step boundary and ends. `kill`: every rank writes down its stacks and ends at
+    `stop`: its attempt saves at the next step boundary and ends. `kill`: every rank writes down its stacks and ends at
     once. Both are meant for one attempt, and say what then becomes of the run. `resume`: an ended run is queued again.
     """
 
-    object_kind = "wish"
+    object_kind = "command"
     remedy = "it is passed over; ask again (genmodels cancel or resume) and delete it"
 
-    wish: Literal["leave", "kill", "resume"]
-    attempt: int  # the one that was the newest when it was wished
+    action: Action
+    attempt: int  # the one that was the newest when the command was sent
     then: Literal["queued", "cancelled"]
     reason: str
     time: str
-    number: int = 0
+    seq: int = 0
 
 
 @dataclass(frozen=True)

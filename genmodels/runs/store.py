@@ -14,7 +14,7 @@ from typing import Any, Literal
 from genmodels import checkpoint
 from genmodels.checkpoint import CheckpointRef, Manifest
 from genmodels.errors import CheckpointError, Conflict, DamagedObject, KeyNotFound, Superseded
-from genmodels.runs.records import AttemptStart, ChainLink, Heartbeat, LogLine, Result, Status, Wish
+from genmodels.runs.records import Action, AttemptStart, ChainLink, Command, Heartbeat, LogLine, Result, Status
 from genmodels.storage import (
     Document,
     Storage,
@@ -199,7 +199,7 @@ class Run:
                 if until is None or line.time < until:
                     yield line
 
-    # Heartbeats, results, wishes, status
+    # Heartbeats, results, commands, status
 
     def write_heartbeat(self, attempt: int, heartbeat: Heartbeat, if_match: str | None = None) -> str:
         """Write a heartbeat; its etag.
@@ -227,35 +227,35 @@ class Run:
             return self._read(attempt, "result.json", Result)
         return None
 
-    def wish(
+    def send_command(
         self,
-        wish: Literal["leave", "kill", "resume"],
+        action: Action,
         attempt: int,
         reason: str,
         then: Literal["queued", "cancelled"] = "queued",
-    ) -> Wish:
-        number = max(self._wish_numbers(), default=0) + 1
+    ) -> Command:
+        seq = max(self._command_seqs(), default=0) + 1
         while True:
-            body = Wish(wish=wish, attempt=attempt, then=then, reason=reason, time=now(), number=number)
+            body = Command(action=action, attempt=attempt, then=then, reason=reason, time=now(), seq=seq)
             try:
-                write_document(self.storage, self._wish_key(number), body.model_dump(mode="json"), if_absent=True)
+                write_document(self.storage, self._command_key(seq), body.model_dump(mode="json"), if_absent=True)
                 return body
             except Conflict:
-                number += 1
+                seq += 1
 
-    def wishes(self, attempt: int | None = None, after: int = 0) -> list[Wish]:
-        """What is wished, oldest first, as far as it can be read.
+    def commands(self, attempt: int | None = None, after: int = 0) -> list[Command]:
+        """Return the commands that can be read, oldest first.
 
         Args:
             attempt: only of this attempt.
-            after: only wishes with a higher number.
+            after: only commands with a higher `seq`.
         """
         found = []
-        for number in self._wish_numbers(after):
+        for seq in self._command_seqs(after):
             with contextlib.suppress(DamagedObject):  # or one that a newer release has thought of
-                wish, _ = load_document(self.storage, self._wish_key(number), Wish)
-                found.append(wish.model_copy(update={"number": number}))
-        return [wish for wish in found if attempt in (None, wish.attempt)]
+                command, _ = load_document(self.storage, self._command_key(seq), Command)
+                found.append(command.model_copy(update={"seq": seq}))
+        return [command for command in found if attempt in (None, command.attempt)]
 
     def status(self) -> tuple[Status, str | None]:
         """The status and the etag to swap it by; a run nobody has touched is queued, and has no etag.
@@ -280,12 +280,12 @@ class Run:
         key, body = f"{self.prefix}/status.json", status.model_dump(mode="json")
         return write_document(self.storage, key, body, if_absent=etag is None, if_match=etag, nonce=nonce)
 
-    def _wish_numbers(self, after: int = 0) -> list[int]:
-        names = list_names(self.storage, f"{self.prefix}/wishes/", r"\d{8}\.json", after=f"{after:08d}.json")
+    def _command_seqs(self, after: int = 0) -> list[int]:
+        names = list_names(self.storage, f"{self.prefix}/commands/", r"\d{8}\.json", after=f"{after:08d}.json")
         return [int(Path(name).stem) for name in names]
 
-    def _wish_key(self, number: int) -> str:
-        return f"{self.prefix}/wishes/{number:08d}.json"
+    def _command_key(self, seq: int) -> str:
+        return f"{self.prefix}/commands/{seq:08d}.json"
 
     def _log(self, attempt: int, source: str, cursor: dict[str, str]) -> Iterator[LogLine]:
         folder = self._key(attempt, f"logs/{source}/")

@@ -9,6 +9,7 @@ tags are refused. PyYAML's pure-Python parser gives events one by one, so depth 
 from __future__ import annotations
 
 import math
+import pathlib
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -31,6 +32,29 @@ class Document:
 
     value: dict[str, Any]
     lines: dict[Path, int]
+
+
+def read_file(path: pathlib.Path) -> bytes:
+    """Return the bytes of a person's file, at most one more than `MAX_BYTES`.
+
+    Raises:
+        SpecError: the file cannot be read.
+    """
+    try:
+        with path.open("rb") as file:
+            return file.read(MAX_BYTES + 1)
+    except FileNotFoundError:
+        raise SpecError(f"{path}: no such file; write the path of a job spec, e.g. jobs/quickstart.yaml") from None
+    except IsADirectoryError:
+        raise SpecError(f"{path}: a directory; write the path of a job spec in it") from None
+    except OSError as error:
+        raise SpecError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def check_size(data: bytes, source: str, max_bytes: int = MAX_BYTES) -> None:
+    """Raise a SpecError if the document is larger than `max_bytes`."""
+    if len(data) > max_bytes:
+        _fail(source, None, f"larger than {max_bytes // 1024} KiB, which no job spec needs; is it the right file?")
 
 
 def read(data: bytes, source: str, max_bytes: int = MAX_BYTES) -> Document:
@@ -97,8 +121,7 @@ def _bounded(digits: str, base: int) -> int:
 
 
 def _text(data: bytes, source: str, max_bytes: int) -> str:
-    if len(data) > max_bytes:
-        _fail(source, None, f"larger than {max_bytes // 1024} KiB, which no job spec needs; is it the right file?")
+    check_size(data, source, max_bytes)
     if data.startswith((b"\xff\xfe", b"\xfe\xff")):
         _fail(source, None, "written in UTF-16; save it as UTF-8")
     if b"\0" in data:

@@ -32,16 +32,7 @@ def read_spec(path: Path, datasets: Mapping[str, uploads.Kind] | None = None) ->
     Raises:
         SpecError: the file cannot be read, or is no sound spec.
     """
-    try:
-        with path.open("rb") as file:
-            data = file.read(yaml.MAX_BYTES + 1)
-    except FileNotFoundError:
-        raise SpecError(f"{path}: no such file; write the path of a job spec, e.g. jobs/quickstart.yaml") from None
-    except IsADirectoryError:
-        raise SpecError(f"{path}: a directory; write the path of a job spec in it") from None
-    except OSError as error:
-        raise SpecError(f"{path}: cannot be read: {error.strerror}") from None
-    return parse_spec(data, str(path), path.absolute().parent, datasets)
+    return parse_spec(yaml.read_file(path), str(path), path.absolute().parent, datasets)
 
 
 def parse_spec(

@@ -24,7 +24,7 @@ from genmodels.evals.images import evenly_spaced
 from genmodels.family import Batch, Family, TextFamily
 from genmodels.preflight import servable
 from genmodels.registry import init_from
-from genmodels.runs.control import WishWatch
+from genmodels.runs.control import CommandWatcher
 from genmodels.runs.jobs import Jobs
 from genmodels.runs.logs import LogShipper
 from genmodels.runs.records import Heartbeat
@@ -47,23 +47,23 @@ def stored_model(storage: Storage, job: str, model: str) -> ModelSpec:
 
 
 def work(storage: Storage, job: str, model: str, attempt: int, group: Group) -> bool:
-    """`run_attempt` in a process of its own: what it prints goes to storage as well, and it obeys wishes."""
+    """`run_attempt` in a process of its own: what it prints goes to storage as well, and it obeys commands."""
     run = Run(storage, job, model)
     # here, because Ray passes on an error without its causes
-    with LogShipper(run, attempt, str(group.rank)) as logs, WishWatch(run, attempt, logs) as watch, disk_outages():
-        return run_attempt(storage, job, model, attempt, group, watch.leave)
+    with LogShipper(run, attempt, str(group.rank)) as logs, CommandWatcher(run, attempt, logs) as watch, disk_outages():
+        return run_attempt(storage, job, model, attempt, group, watch.should_stop)
 
 
 def run_attempt(
-    storage: Storage, job: str, model: str, attempt: int, group: Group, leave: threading.Event | None = None
+    storage: Storage, job: str, model: str, attempt: int, group: Group, stop_event: threading.Event | None = None
 ) -> bool:
     """Train one model of a job from its newest whole checkpoint on, as attempt number `attempt`.
 
     Args:
-        leave: set when the attempt is to save at its next step and to end; only rank 0's counts.
+        stop_event: set when the attempt is to save at its next step and to end; only rank 0's counts.
 
     Returns:
-        True when `max_steps` is reached, False if it left on a wish. Either way everything is in storage.
+        True when `max_steps` is reached, False if it left on a command. Either way everything is in storage.
 
     Raises:
         Superseded: another attempt has taken over.
@@ -72,7 +72,7 @@ def run_attempt(
     spec = stored_model(storage, job, model)
     run = Run(storage, job, model)
     if group.rank == 0:  # from here on the driver no longer beats for this attempt
-        run.write_heartbeat(attempt, Heartbeat(phase="starting", max_steps=spec.train.max_steps, tick=1))
+        run.write_heartbeat(attempt, Heartbeat(phase="starting", max_steps=spec.train.max_steps, progress_count=1))
     dataset = open_dataset(spec.data, storage)
     with checkpoint.scratch_folder() as name:
         parent = _claim(run, attempt, group, Path(name))
@@ -99,7 +99,15 @@ def run_attempt(
         )
         effort = _effort(spec, scratch, dataset, group.device) if metrics.exported() else None
         with RunRecorder(
-            run, attempt, spec, scratch, dataset.assets(), lambda: fit_batches(dataset, scratch), lineage, leave, effort
+            run,
+            attempt,
+            spec,
+            scratch,
+            dataset.assets(),
+            lambda: fit_batches(dataset, scratch),
+            lineage,
+            stop_event,
+            effort,
         ) as recorder:
             return train(spec, family, served, dataset, group, recorder, resume)
 

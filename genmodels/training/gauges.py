@@ -37,7 +37,7 @@ class TrainingGauges:
         self._set(metrics.TRAINING_WORKERS, workers)
 
     def beat(self, heartbeat: Heartbeat) -> None:
-        self._set(metrics.TRAINING_TICK, time.time())
+        self._set(metrics.TRAINING_PROGRESS, time.time())
         self._set(metrics.TRAINING_STEP, heartbeat.step)
         self._set(metrics.TRAINING_MAX_STEPS, heartbeat.max_steps)
         if heartbeat.seconds_left is not None:

@@ -57,11 +57,11 @@ class Group:
 class Recorder(Protocol):
     """What the loop tells the world, and the one thing it asks. Only rank 0 has one."""
 
-    def tick(self, phase: Phase, step: int, loss: float | None = None) -> None: ...
+    def report_progress(self, phase: Phase, step: int, loss: float | None = None) -> None: ...
     def log(self, row: dict[str, Any]) -> None: ...
     def sample(self, step: int, name: str, data: bytes) -> None: ...
     def save(self, snapshot: Snapshot) -> None: ...
-    def should_leave(self) -> bool: ...
+    def should_stop(self) -> bool: ...
 
 
 class Player:
@@ -97,7 +97,7 @@ def train(
     recorder: Recorder | None,
     resume: tuple[Path, Manifest] | None = None,
 ) -> bool:
-    """Train until `max_steps`, or until the recorder is asked to leave.
+    """Train until `max_steps`, or until the recorder is asked to stop.
 
     Args:
         family: the model to train, freshly built.
@@ -107,7 +107,7 @@ def train(
         resume: a verified checkpoint's folder and manifest.
 
     Returns:
-        True at `max_steps`; False if it left before, with a checkpoint at the step where it left.
+        True at `max_steps`; False if it stopped before, with a checkpoint at the step where it stopped.
 
     Raises:
         TrainingDiverged: a loss or gradient is not finite, on all ranks at the same step.
@@ -131,34 +131,34 @@ def train(
         step, samples = manifest.step, manifest.samples
 
     total, interval, started = config.max_steps * config.batch_size, Interval(), time.perf_counter()
-    leaving, first = False, step + 1
-    while step < config.max_steps and not leaving:
+    stopping, first = False, step + 1
+    while step < config.max_steps and not stopping:
         step += 1
         if recorder and config.compile and step < first + COMPILING_STEPS:
-            recorder.tick("compiling", step - 1)
+            recorder.report_progress("compiling", step - 1)
         progress = torch.tensor(samples / total, device=group.device)
         rate = schedule(config, step)
         batches = list(micro_batches(split, config, samples, group))
         interval.fetched()
-        leave_wish = recorder is not None and recorder.should_leave()
+        stop_requested = recorder is not None and recorder.should_stop()
         for index, player in enumerate(players):
             player.set_rate(rate)
             seed = _seed(config.seed, step, index, group.rank)
-            values, leave_wish = _optimize(player, batches, progress, config, step, seed, group, leave_wish)
+            values, stop_requested = _optimize(player, batches, progress, config, step, seed, group, stop_requested)
             interval.add(
                 {name if len(players) == 1 else f"{player.name}_{name}": value for name, value in values.items()}
             )
-        leaving = leave_wish  # summed over all ranks on the way: everyone leaves at the same step
+        stopping = stop_requested  # summed over all ranks on the way: all ranks stop at the same step
         samples += config.batch_size
         _average(served.network, family.network, config.ema, step)
         interval.stepped(config.batch_size)
         loss = interval.loss()
         if recorder:
-            recorder.tick("training", step, loss)
+            recorder.report_progress("training", step, loss)
 
         last = step == config.max_steps
-        saving = last or leaving or step % config.save_every == 0
-        evaluating = last or (not leaving and (saving or step % config.eval_every == 0))
+        saving = last or stopping or step % config.save_every == 0
+        evaluating = last or (not stopping and (saving or step % config.eval_every == 0))
         row: dict[str, Any] = {}
         if evaluating:
             row |= evaluate(served, validation, group, recorder, step)
@@ -174,7 +174,7 @@ def train(
             interval = Interval()
         if saving and recorder:
             metrics = {name: value for name, value in row.items() if name in served.metric_names}
-            recorder.tick("saving", step, loss)
+            recorder.report_progress("saving", step, loss)
             recorder.save(_snapshot(step, samples, metrics, players, served))
     return step == config.max_steps
 
@@ -190,7 +190,7 @@ def evaluate(
         if len(index) == 0:
             continue
         if recorder:
-            recorder.tick("evaluating", step)
+            recorder.report_progress("evaluating", step)
         with torch.no_grad():
             found = served.measure(to_tensors(validation.take(index, np.zeros_like(index)), group.device))
         sums = {name: sums[name] + value if sums else value for name, value in found.items()}
@@ -266,9 +266,9 @@ def _optimize(
     step: int,
     seed: int,
     group: Group,
-    leave_wish: bool,
+    stop_requested: bool,
 ) -> tuple[dict[str, float], bool]:
-    """One optimizer step of one role: its loss parts as means over all ranks, and whether any rank wishes to leave."""
+    """One optimizer step of one role: its loss parts as means over all ranks, and whether any rank was told to stop."""
     player.loss.train()
     for optimizer in player.optimizers:
         optimizer.zero_grad(set_to_none=True)
@@ -284,11 +284,11 @@ def _optimize(
         parts = torch.stack([losses[name].detach().float() for name in names])
         sums = parts if sums is None else sums + parts
     assert sums is not None
-    # One small collective: every rank sees the same means, the same NaN, and the same wish.
-    shared = torch.cat([sums / len(batches) / group.world_size, sums.new_tensor([float(leave_wish)])])
+    # One small collective: every rank sees the same means, the same NaN, and the same command.
+    shared = torch.cat([sums / len(batches) / group.world_size, sums.new_tensor([float(stop_requested)])])
     if dist.is_initialized():
         dist.all_reduce(shared)
-    *means, wishes = shared.tolist()
+    *means, stops = shared.tolist()
     values = dict(zip(names, means, strict=True))
     norm = nn.utils.clip_grad_norm_(player.parameters, config.clip_norm or math.inf).item()
     for name, value in {**values, "gradient_norm": norm}.items():
@@ -296,7 +296,7 @@ def _optimize(
             raise TrainingDiverged(step, f"{player.name}: {name} = {value}")
     for optimizer in player.optimizers:
         optimizer.step()
-    return values | {"gradient_norm": norm}, wishes > 0
+    return values | {"gradient_norm": norm}, stops > 0
 
 
 def _shown(row: Mapping[str, float]) -> str:

@@ -54,14 +54,14 @@ class RunRecorder:
         assets: dict[str, bytes],
         fit_batches: Callable[[], Iterable[Batch]],
         lineage: Lineage,
-        leave: threading.Event | None = None,
+        stop_event: threading.Event | None = None,
         effort: Effort | None = None,
     ) -> None:
         """Args:
         scratch: an instance of the model for the upload thread alone, to fit densities with a snapshot's weights.
         assets: the dataset's files for serving (the tokenizer).
         fit_batches: training batches for `Family.fit`, the same each time.
-        leave: set when the attempt is to save and to end.
+        stop_event: set when the attempt is to save and to end.
         effort: of a step, where it could be told; to be shown.
         """
         self.run, self.attempt, self.spec, self.lineage = run, attempt, spec, lineage
@@ -72,7 +72,7 @@ class RunRecorder:
         self.rows: list[dict[str, Any]] = []
         self.pictures: list[tuple[int, str, bytes]] = []
         self.flushing = threading.Lock()
-        self.leave = leave or threading.Event()
+        self.stop_event = stop_event or threading.Event()
         self.error: BaseException | None = None
         self.reasons: dict[str, str] = {}  # why a thread waits, by its name
         self.closing = threading.Event()
@@ -102,7 +102,7 @@ class RunRecorder:
         """Why one of the two threads waits; "" while none does."""
         return next(filter(None, list(self.reasons.values())), "")
 
-    def tick(self, phase: Phase, step: int, loss: float | None = None) -> None:
+    def report_progress(self, phase: Phase, step: int, loss: float | None = None) -> None:
         if self.error:
             raise self.error
         now = time.monotonic()
@@ -137,20 +137,22 @@ class RunRecorder:
                 self.snapshots.put((snapshot, began), timeout=0.5)
                 break
             except queue.Full:
-                self.tick("waiting for storage", snapshot.step)
+                self.report_progress("waiting for storage", snapshot.step)
         CHECKPOINT_STALL_SECONDS.labels(self.spec.family).observe(time.monotonic() - began)
 
-    def should_leave(self) -> bool:
-        return self.leave.is_set()
+    def should_stop(self) -> bool:
+        return self.stop_event.is_set()
 
     def _show(self, **facts: Any) -> None:
         """A sign of progress, and what has changed; to storage with the next beat, to the gauges at once."""
-        self.heartbeat = self.heartbeat.model_copy(update={**facts, "tick": self.heartbeat.tick + 1})
+        self.heartbeat = self.heartbeat.model_copy(
+            update={**facts, "progress_count": self.heartbeat.progress_count + 1}
+        )
         self.gauges.beat(self.heartbeat)
 
     def _wait_for_room(self, unwritten: Sized, most: int, step: int) -> None:
         while len(unwritten) > most:
-            self.tick("waiting for storage", step)
+            self.report_progress("waiting for storage", step)
             time.sleep(0.1)
 
     def _drain(self) -> None:

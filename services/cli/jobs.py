@@ -6,14 +6,13 @@ import sys
 from collections.abc import Iterator
 from enum import StrEnum
 from itertools import islice
-from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from genmodels.errors import SpecError
 from genmodels.runs.records import ENDED
-from services.cli.options import Api, AsJson, JobId, Models, SpecFile, client
+from services.cli.options import Api, AsJson, JobId, Models, SpecFile, client, read_document
 from services.console.output import console, print_json, tell
 
 if TYPE_CHECKING:
@@ -54,12 +53,12 @@ def submit(
     as_json: AsJson = False,
 ) -> None:
     """Submit a job and print its id."""
-    data = _read(spec)
+    data, source = read_document(spec)
     with client(api) as service:
         if dry_run:
             from services.console.tables import plan_table
 
-            answer = service.dry_run(data, str(spec))
+            answer = service.dry_run(data, source)
             if as_json:
                 print_json(answer)
                 return
@@ -68,7 +67,7 @@ def submit(
                 for note in model["notes"]:
                     print(f"{model['model']}: {note}")
             return
-        job = service.submit(data, str(spec))
+        job = service.submit(data, source)
         for note in job.notes:
             tell(note)
         if as_json and not wait:
@@ -232,16 +231,3 @@ def _all(service: Client, state: Kind) -> Iterator[JobView]:
 
 def _take(found: Iterator[JobView], limit: int) -> tuple[list[JobView], bool]:
     return list(islice(found, limit)), next(found, None) is not None
-
-
-def _read(path: Path) -> bytes:
-    from genmodels.schema.yaml import MAX_BYTES
-
-    try:
-        with path.open("rb") as file:
-            data = file.read(MAX_BYTES + 1)
-    except OSError as error:
-        raise SpecError(f"{path}: cannot be read ({error.strerror}); write the path of a job spec") from None
-    if len(data) > MAX_BYTES:
-        raise SpecError(f"{path}: larger than {MAX_BYTES // 1024} KiB, which no job spec needs; is it the right file?")
-    return data

@@ -10,9 +10,10 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperGroup
 
+from genmodels import __version__
 from genmodels.errors import GenmodelsError, SpecError
 from services.cli import admin, delete, jobs, models
-from services.cli.options import SpecFile, StorageUrl, storage
+from services.cli.options import SpecFile, StorageUrl, read_document, storage
 from services.cluster.environment import isolate_process
 
 PANEL = "On this machine alone"
@@ -39,7 +40,7 @@ app = typer.Typer(
     cls=Grouped,
     help="Generative models from one YAML to a live endpoint.",
     no_args_is_help=True,
-    add_completion=False,
+    add_completion=True,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
@@ -78,8 +79,18 @@ def _usage(error: Any) -> str:
     return f"error: {said[:1].lower()}{said[1:]}{end} `{command} --help` shows how"
 
 
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"genmodels {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def _options() -> None:
+def _options(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
     """Generative models from one YAML to a live endpoint."""
 
 
@@ -100,10 +111,11 @@ def run(
 ) -> None:
     """Train, publish and serve all models of a job on this machine."""
     from genmodels.data import uploads
-    from genmodels.spec.parse import read_spec
+    from genmodels.spec.parse import parse_spec
 
+    data, source = read_document(spec)
     store = storage(storage_url)
-    job = read_spec(spec, uploads.kinds(store))
+    job = parse_spec(data, source, spec.absolute().parent, uploads.kinds(store))
     from services.local.run import quick_run
 
     sys.exit(quick_run(job, only or [], store, port, exit, no_auth, pictures))
@@ -119,19 +131,20 @@ def validate(
 ) -> None:
     """Check a job spec."""
     from genmodels.data import uploads
-    from genmodels.spec.parse import read_spec
+    from genmodels.spec.parse import parse_spec
 
+    data, source = read_document(spec)
     store = storage(storage_url)
-    job = read_spec(spec, uploads.kinds(store))
+    job = parse_spec(data, source, spec.absolute().parent, uploads.kinds(store))
     from genmodels.preflight.check import check_job
 
     try:
         checked = check_job(job, store)
     except SpecError as error:
-        raise SpecError(*(f"{spec}: {problem}" for problem in error.problems)) from None
+        raise SpecError(*(f"{source}: {problem}" for problem in error.problems)) from None
     job = checked.job
     families = ", ".join(model.family for model in job.models)
-    print(f"ok: {spec}: job {job.name}, {len(job.models)} model{'s' if len(job.models) > 1 else ''} ({families})")
+    print(f"ok: {source}: job {job.name}, {len(job.models)} model{'s' if len(job.models) > 1 else ''} ({families})")
     for name, notes in checked.notes.items():
         for note in notes:
             print(f"{name}: {note}")

@@ -15,7 +15,10 @@ if TYPE_CHECKING:
     from services.client.jobs import Client
 
 
-SpecFile = Annotated[Path, typer.Argument(metavar="SPEC", help="A job spec, in YAML or JSON.", show_default=False)]
+SpecFile = Annotated[
+    Path,
+    typer.Argument(metavar="SPEC", help="A job spec, in YAML or JSON; - reads standard input.", show_default=False),
+]
 StorageUrl = Annotated[
     str | None,
     typer.Option(
@@ -54,6 +57,22 @@ Models = Annotated[
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 Yes = Annotated[bool, typer.Option("--yes", "-y", help="Do not ask for confirmation.")]
+
+
+def read_document(spec: Path) -> tuple[bytes, str]:
+    """Return the bytes of a job spec and the name that errors give it; `-` reads standard input.
+
+    Raises:
+        SpecError: the file cannot be read, or is larger than any spec.
+    """
+    from genmodels.schema import yaml
+
+    if str(spec) == "-":
+        data, source = sys.stdin.buffer.read(yaml.MAX_BYTES + 1), "standard input"
+    else:
+        data, source = yaml.read_file(spec), str(spec)
+    yaml.check_size(data, source)
+    return data, source
 
 
 def client(api: str) -> Client:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from typing import Literal
 
-from genmodels.runs.records import Heartbeat, Wish
+from genmodels.runs.records import Command, Heartbeat
 from services.cluster.settings import settings
 from services.dispatch.backends.base import Driver
 
@@ -29,17 +29,17 @@ class _Attempt:
 
     def __init__(self, driver: Driver) -> None:
         self.driver = driver
-        self.ending: Literal["leave", "kill"] | None = None
+        self.ending: Literal["stop", "kill"] | None = None
         self.pressed = 0.0  # for how long it has been asked to end
         self._seen: Heartbeat | None = None
         self._age = 0.0
         self._looked = self._next_kill = time.monotonic()
 
-    def end_by(self, wish: Wish) -> None:
-        if wish.wish == "kill" and self.ending != "kill":
+    def request_stop(self, command: Command) -> None:
+        if command.action == "kill" and self.ending != "kill":
             self.ending, self.pressed = "kill", 0.0
-        elif wish.wish == "leave" and not self.ending:
-            self.ending = "leave"
+        elif command.action == "stop" and not self.ending:
+            self.ending = "stop"
 
     def grow_older(self, heartbeat: Heartbeat | None) -> float:
         """Seconds without a tick, as far as anyone could have seen one."""
@@ -54,10 +54,10 @@ class _Attempt:
 
     def press(self, beat: Heartbeat) -> None:
         """Kill what has been asked to end and does not. What has not begun to train has nothing to save."""
-        if self.ending == "leave" and beat.phase in ("saving", "publishing") and self._age <= _patience(beat):
+        if self.ending == "stop" and beat.phase in ("saving", "publishing") and self._age <= _patience(beat):
             return  # it ends soon, and well
         limit = KILL_SECONDS if self.ending == "kill" else max(LEAVE_SECONDS, HANG_STEPS * (beat.step_seconds or 0))
-        due = self.pressed > limit or (self.ending == "leave" and beat.phase == "starting")
+        due = self.pressed > limit or (self.ending == "stop" and beat.phase == "starting")
         if due and time.monotonic() >= self._next_kill:
             self._next_kill = time.monotonic() + KILL_SECONDS
             self.driver.kill()

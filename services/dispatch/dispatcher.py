@@ -1,8 +1,8 @@
 """From the queue in storage to drivers: one leased dispatcher starts, watches, preempts and ends all runs.
 
-It holds nothing that is not in storage: a new one reads the open jobs, stamps its lease term into the status
-of each run, so that the old one can write no state any more, and goes on. People leave wishes, drivers leave heartbeats
-and results; the dispatcher alone writes states.
+The dispatcher holds no state that is not in storage. A new one reads the open jobs, stamps its lease term into the
+status of each run, so that the old one can no longer write a state, and continues. People send commands, drivers write
+heartbeats and results; only the dispatcher writes states.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class _Carried:
     priority: int
     submitted: tuple[str, int]
     supervisor: Supervisor
-    passed: int = 0
+    backfilled: int = 0
     room_since: float | None = None  # to grow
 
     @property
@@ -97,7 +97,7 @@ class Dispatcher:
         except GenmodelsError as error:
             log.warning("the lease was not given back, so the next dispatcher waits for its end: %s", error)
 
-    def tick(self, lease_term: int) -> None:
+    def dispatch_once(self, lease_term: int) -> None:
         """Look at everything once.
 
         Raises:
@@ -156,7 +156,7 @@ class Dispatcher:
         try:
             while not stop.is_set() and not over.is_set() and self.lease.held():
                 with self.rounds.round(LeaseLost):
-                    self.tick(lease_term)
+                    self.dispatch_once(lease_term)
                 stop.wait(POLL_SECONDS)
         except LeaseLost as lost:
             self.lease.outgrow(lost.lease_term)
@@ -217,8 +217,8 @@ class Dispatcher:
         try:
             supervisor = Supervisor(run, self.backend, *run.status())
             supervisor.stamp(lease_term)
-            # Looked up here, where jobs are read in parallel; who leaves a wish later nudges the dispatcher.
-            supervisor.wished = bool(run.wishes(after=supervisor.status.wishes))
+            # Looked up here, where jobs are read in parallel; who leaves a command later notifications the dispatcher.
+            supervisor.commands_pending = bool(run.commands(after=supervisor.status.last_command))
             return supervisor
         except (LeaseLost, StorageUnavailable):
             raise
@@ -231,18 +231,20 @@ class Dispatcher:
         self._complain(name, error)
 
     def _hear(self, lease_term: int) -> None:
-        """Have runs look at wishes of which we were told."""
-        for job, model, nudge in self.jobs.nudged():
+        """Have runs look at commands of which we were told."""
+        for job, model, notification in self.jobs.notifications():
             try:
                 if f"{job}/{model}" not in self._runs and self.jobs.exists(job):
                     with contextlib.suppress(JobNotFound):  # one of `genmodels run`, or deleted just now
                         self.jobs.reopen(job)  # an ended job, whose runs somebody may want to resume
                         self._runs |= self._read(job, lease_term)
-            except DamagedObject as error:  # the wish is heard when the job can be read again
+            except DamagedObject as error:  # the command is heard when the job can be read again
                 self._leave_out(job, job, error)
-            self.jobs.take_nudge(job, model, nudge)  # first: who nudges again meanwhile has left another wish
+            self.jobs.delete_notification(
+                job, model, notification
+            )  # first: a command sent meanwhile has a notification of its own
             if run := self._runs.get(f"{job}/{model}"):
-                run.supervisor.wished = True
+                run.supervisor.commands_pending = True
 
     def _step(self, run: _Carried, start_with: int = 0) -> None:
         """Carry a run on, after a start with so many workers if that is given."""
@@ -277,7 +279,7 @@ class Dispatcher:
         for job, supervisors in jobs.items():
             if job in self._left_out:  # a run of it that cannot be read may not have ended
                 continue
-            ended_all = all(each.status.state in ENDED and not each.wished for each in supervisors)
+            ended_all = all(each.status.state in ENDED and not each.commands_pending for each in supervisors)
             if ended_all and self._holds():  # asked right before: no lease term guards the index
                 changes = (change.time for each in supervisors for change in each.status.history[-1:])
                 ended = max(changes, default=now())
@@ -299,25 +301,25 @@ class Dispatcher:
         capacity = self._ask_capacity()
         if capacity is None:
             in_order = sorted(queued, key=lambda run: (-run.priority, run.submitted))
-            waiting = [(run.key, run.not_yet or "the cluster does not answer") for run in in_order]
+            waiting = [(run.key, run.hold_reason or "the cluster does not answer") for run in in_order]
             self._show(None, waiting)
             return
         todo = plan(queued, active, capacity)
         for key, workers in todo.starts:
             self._step(self._runs[key], workers)
-        for key, reason in todo.leaves:
-            self._runs[key].supervisor.leave(reason)
-        for key in todo.passed:
-            self._runs[key].passed += 1
+        for key, reason in todo.preemptions:
+            self._runs[key].supervisor.request_stop(reason)
+        for key in todo.backfilled:
+            self._runs[key].backfilled += 1
         self._grow(todo)
         self._show(capacity, todo.reasons)
 
     def _queued(self, key: str, run: _Carried) -> Queued:
         pause = run.supervisor.seconds_to_wait
-        not_yet = "backs off after a failure" if pause else ""
+        hold_reason = "backs off after a failure" if pause else ""
         sizes, use_gpu = run.spec.world_sizes, run.spec.scaling.use_gpu
         keeps = 0 < pause <= KEEP_SECONDS  # or another would start, only to be preempted
-        return Queued(key, run.priority, run.submitted, sizes, use_gpu, run.passed, not_yet, keeps)
+        return Queued(key, run.priority, run.submitted, sizes, use_gpu, run.backfilled, hold_reason, keeps)
 
     def _running(self, key: str, run: _Carried) -> Running:
         status, beat = run.supervisor.status, run.supervisor.heartbeat
@@ -331,9 +333,9 @@ class Dispatcher:
             sizes=run.spec.world_sizes,
             workers=status.workers,
             use_gpu=run.spec.scaling.use_gpu,
-            leaving=run.supervisor.leaving,
+            stopping=run.supervisor.stopping,
             growable=growable,
-            begun=status.state != "starting",
+            placed=status.state != "starting",
         )
 
     def _grow(self, todo: Plan) -> None:
@@ -346,7 +348,7 @@ class Dispatcher:
                 run.room_since = time.monotonic()
             elif time.monotonic() - run.room_since >= settings().grow_seconds:
                 run.room_since = None
-                run.supervisor.leave(growing[key])
+                run.supervisor.request_stop(growing[key])
 
     def _ask_capacity(self) -> Capacity | None:
         asked, known = self._capacity

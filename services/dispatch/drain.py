@@ -45,7 +45,7 @@ def drain(
                 status, _ = run.status()
                 beat = run.heartbeat(status.attempt) if status.state in ACTIVE else None
                 if beat and beat.phase != "starting":  # else there is nothing to save
-                    run.wish("leave", status.attempt, reason)
+                    run.send_command("stop", status.attempt, reason)
                     draining[run.name] = backend.find(job, model, status.attempt)
         deadline = time.monotonic() + LEAVE_SECONDS
         while draining and may_wait() and time.monotonic() < deadline:

@@ -24,9 +24,9 @@ class Queued:
     submitted: tuple[str, int]  # time of submission, and the model's place in the job
     sizes: Sequence[int]
     use_gpu: bool = False
-    passed: int = 0  # how many later ones have started since it could not
-    not_yet: str = ""  # why it is not to start now, whatever is free
-    keeps: bool = False  # it starts so soon that what it needs is kept for it
+    backfilled: int = 0  # how many later ones have started since it could not
+    hold_reason: str = ""  # why it is not to start now, whatever is free
+    reserves: bool = False  # it starts so soon that what it needs is kept for it
 
 
 @dataclass(frozen=True)
@@ -42,17 +42,17 @@ class Running:
     sizes: Sequence[int]
     workers: int
     use_gpu: bool = False
-    leaving: bool = False
+    stopping: bool = False
     growable: bool = False
-    begun: bool = True  # its group is there
+    placed: bool = True  # its group is there
 
 
 @dataclass
 class Plan:
     starts: list[tuple[str, int]] = field(default_factory=list)  # run, number of workers
-    leaves: list[tuple[str, str]] = field(default_factory=list)  # run that makes room, and why
+    preemptions: list[tuple[str, str]] = field(default_factory=list)  # run that makes room, and why
     grows: list[tuple[str, str]] = field(default_factory=list)  # run that could have more workers
-    passed: list[str] = field(default_factory=list)  # runs that others are started past
+    backfilled: list[str] = field(default_factory=list)  # runs that others are started past
     reasons: list[tuple[str, str]] = field(default_factory=list)  # of those that go on waiting, in their order
 
 
@@ -79,8 +79,8 @@ def plan(queued: Sequence[Queued], running: Sequence[Running], capacity: Capacit
     result = Plan()
     if capacity.unlimited:
         for run in sorted(queued, key=_order):
-            result.reasons += [(run.key, run.not_yet)] if run.not_yet else []
-            result.starts += [] if run.not_yet else [(run.key, run.sizes[0])]
+            result.reasons += [(run.key, run.hold_reason)] if run.hold_reason else []
+            result.starts += [] if run.hold_reason else [(run.key, run.sizes[0])]
         return result
     most = Capacity(max(capacity.cpus, capacity.max_cpus), max(capacity.gpus, capacity.max_gpus))
     there, able = _Free(capacity.cpus, capacity.gpus), _Free(most.cpus, most.gpus)
@@ -90,32 +90,32 @@ def plan(queued: Sequence[Queued], running: Sequence[Running], capacity: Capacit
     blocked: list[Queued] = []
     starting: list[Queued] = []
     stranded = _stranded(running, able)
-    leaving = {other.key for other in running if other.leaving} | {other.key for other in stranded}
-    result.leaves += [(other.key, "the cluster has shrunk") for other in stranded]
+    stopping = {other.key for other in running if other.stopping} | {other.key for other in stranded}
+    result.preemptions += [(other.key, "the cluster has shrunk") for other in stranded]
     waiting_for_room = False
     for run in sorted(queued, key=_order):
         fewest = run.sizes[0]
-        if run.not_yet:
-            if run.keeps:
+        if run.hold_reason:
+            if run.reserves:
                 there.take(fewest, run.use_gpu)
                 able.take(fewest, run.use_gpu)
-            result.reasons.append((run.key, run.not_yet))
+            result.reasons.append((run.key, run.hold_reason))
         elif not _Free(most.cpus, most.gpus).fits(fewest, run.use_gpu):
             result.reasons.append((run.key, f"needs {_amount(fewest, run.use_gpu)}; the cluster has {_has(most)}"))
         elif able.fits(fewest, run.use_gpu):
             there.take(fewest, run.use_gpu)
             able.take(fewest, run.use_gpu)
             starting.append(run)
-            result.passed += [waiting.key for waiting in blocked]
+            result.backfilled += [waiting.key for waiting in blocked]
         else:
             waiting_for_room = True
             reason = f"needs {_amount(fewest, run.use_gpu)}, free: {_has(able)}"
-            makers = _make_room(run, running, able, leaving)
+            makers = _make_room(run, running, able, stopping)
             if makers:
-                leaving |= {other.key for other in makers}
-                result.leaves += [(other.key, _why(run, other)) for other in makers if not other.leaving]
+                stopping |= {other.key for other in makers}
+                result.preemptions += [(other.key, _why(run, other)) for other in makers if not other.stopping]
                 reason = "waits for others to save and leave"
-            if makers or run.passed >= MAX_BACKFILLED:  # what comes free is for this one
+            if makers or run.backfilled >= MAX_BACKFILLED:  # what comes free is for this one
                 able.take(fewest, run.use_gpu)
             else:
                 blocked.append(run)
@@ -123,7 +123,7 @@ def plan(queued: Sequence[Queued], running: Sequence[Running], capacity: Capacit
     for run in starting:
         result.starts.append((run.key, _enlarged(run.sizes, run.sizes[0], run.use_gpu, there, able)))
     if not waiting_for_room:
-        result.grows = _growing(running, leaving, there, able)
+        result.grows = _growing(running, stopping, there, able)
     return result
 
 
@@ -134,21 +134,21 @@ def _order(run: Queued) -> tuple[int, tuple[str, int]]:
 def _stranded(running: Sequence[Running], able: _Free) -> list[Running]:
     """Runs whose groups would wait in vain for what has gone, the youngest first; the lost ones of a group end it."""
     free, stranded = _Free(able.cpus, able.gpus), []
-    for run in sorted(running, key=lambda run: (run.leaving, run.since), reverse=True):
-        if run.leaving or (not run.begun and not free.fits(0, run.use_gpu)):
+    for run in sorted(running, key=lambda run: (run.stopping, run.since), reverse=True):
+        if run.stopping or (not run.placed and not free.fits(0, run.use_gpu)):
             free.take(-run.workers, run.use_gpu)
-            stranded += [] if run.leaving else [run]
+            stranded += [] if run.stopping else [run]
     return stranded
 
 
-def _make_room(run: Queued, running: Sequence[Running], able: _Free, leaving: set[str]) -> list[Running]:
-    """Runs whose leaving lets this one start, the least important and youngest first; none if that is not enough."""
+def _make_room(run: Queued, running: Sequence[Running], able: _Free, stopping: set[str]) -> list[Running]:
+    """Runs whose stopping lets this one start, the least important and youngest first; none if that is not enough."""
     free = _Free(able.cpus, able.gpus)
     makers = []
-    going = [other for other in running if other.key in leaving]
-    fitting = [other for other in running if other.key not in leaving and _gives_way(other, run)]
+    going = [other for other in running if other.key in stopping]
+    fitting = [other for other in running if other.key not in stopping and _gives_way(other, run)]
     for other in [*going, *sorted(fitting, key=lambda other: (-other.priority, other.since), reverse=True)]:
-        gain = other.workers - (other.sizes[0] if other.priority >= run.priority and not other.leaving else 0)
+        gain = other.workers - (other.sizes[0] if other.priority >= run.priority and not other.stopping else 0)
         free.take(-gain, other.use_gpu)
         makers.append(other)
         if free.fits(run.sizes[0], run.use_gpu):
@@ -168,11 +168,11 @@ def _why(run: Queued, other: Running) -> str:
     return "makes room for another run"
 
 
-def _growing(running: Sequence[Running], leaving: set[str], there: _Free, able: _Free) -> list[tuple[str, str]]:
+def _growing(running: Sequence[Running], stopping: set[str], there: _Free, able: _Free) -> list[tuple[str, str]]:
     """Elastic runs for whom there are more workers now, the most important first."""
     grown = []
     for run in sorted(running, key=lambda run: (-run.priority, run.since)):
-        if not run.growable or run.key in leaving:
+        if not run.growable or run.key in stopping:
             continue
         size = _enlarged(run.sizes, run.workers, run.use_gpu, there, able)
         if size > run.workers:

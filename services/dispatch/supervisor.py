@@ -14,7 +14,7 @@ from datetime import datetime
 
 from genmodels.errors import Conflict, LeaseLost, StorageUnavailable
 from genmodels.metrics import ATTEMPTS, QUEUE_WAIT_SECONDS, RUNS_ENDED
-from genmodels.runs.records import ENDED, Cause, Heartbeat, Result, State, Status, Wish
+from genmodels.runs.records import ENDED, Cause, Command, Heartbeat, Result, State, Status
 from genmodels.runs.store import Run
 from genmodels.storage import Storage
 from genmodels.storage.disk import outage_of_disk
@@ -24,8 +24,8 @@ from services.dispatch.backends.base import LOST, PREEMPTED, Backend, Watch
 
 POLL_SECONDS = 0.5
 BACK_OFF_SECONDS = (1.0, 5.0, 15.0, 30.0, 60.0)
-FRUITLESS_ATTEMPTS = 3  # attempts in a row without a new checkpoint that end a run
-OUT_OF_MEMORY_ATTEMPTS = 2  # that end a run; one may have been another process's doing
+MAX_NO_PROGRESS_ATTEMPTS = 3  # attempts in a row without a new checkpoint that end a run
+MAX_OUT_OF_MEMORY_ATTEMPTS = 2  # that end a run; one may have been another process's doing
 RETRIED: tuple[Cause, ...] = ("infrastructure", "superseded", "out of memory", "no workers", "storage")
 UNCOUNTED: tuple[Cause, ...] = ("no workers", "storage")  # nothing was tried, or nothing could be saved
 ACTIVE: tuple[State, ...] = ("starting", "running", "publishing")
@@ -42,7 +42,7 @@ class Supervisor:
     Attributes:
         status: as it stands in storage.
         heartbeat: the latest of the attempt.
-        wished: whether to look for new wishes at the next step.
+        commands_pending: whether to look for new commands at the next step.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class Supervisor:
     ) -> None:
         self.run, self.backend, self.status, self.etag, self.watch = run, backend, status, etag, watch
         self.heartbeat: Heartbeat | None = None
-        self.wished = False
+        self.commands_pending = False
         self._unsettled: tuple[Status, str] | None = None  # a write that may or may not have happened, and its nonce
         self._attempt: _Attempt | None = None
         self._mine = 0  # the attempt that this supervisor starts, as against one it found started
@@ -73,7 +73,7 @@ class Supervisor:
         return self.status.state == "queued" and self._unsettled is None
 
     @property
-    def leaving(self) -> bool:
+    def stopping(self) -> bool:
         """Whether its attempt has been asked to end."""
         return self.active and self._attempt is not None and self._attempt.ending is not None
 
@@ -95,7 +95,7 @@ class Supervisor:
             except LeaseLost:  # whoever held it before has just written once more
                 self._unsettled = None
                 self.status, self.etag = self.run.status()
-        self.wished = True
+        self.commands_pending = True
 
     def start(self, workers: int) -> None:
         """Begin the next attempt of a queued run."""
@@ -104,23 +104,23 @@ class Supervisor:
         with_workers = f"with {workers} worker{'s' if workers > 1 else ''}"
         self.to("starting", f"attempt {attempt} {with_workers}", attempt=attempt, workers=workers)
 
-    def leave(self, reason: str) -> None:
+    def request_stop(self, reason: str) -> None:
         """Have the attempt save and end; the run is then queued again."""
         if self._attempt and not self._attempt.ending:
-            self._attempt.end_by(self.run.wish("leave", self.status.attempt, reason))
+            self._attempt.request_stop(self.run.send_command("stop", self.status.attempt, reason))
 
     def resume(self, reason: str, **facts: int) -> None:
         """Queue an ended run again, unless it has succeeded."""
         if self.status.state in ("failed", "cancelled"):
             self._ready_at = 0.0
-            self.to("queued", reason, fruitless=0, out_of_memory=0, **facts)
+            self.to("queued", reason, no_progress_attempts=0, out_of_memory_attempts=0, **facts)
 
     def step(self) -> None:
         """Look at everything once, and do what is due."""
         self._settle()
-        if self.wished:
+        if self.commands_pending:
             self._heed()
-            self.wished = False
+            self.commands_pending = False
         if self.active:
             self._look()
 
@@ -139,7 +139,7 @@ class Supervisor:
         driver = self._attempt.driver if self._attempt else None
         try:
             if driver and driver.poll() is None:
-                self.run.wish("leave", self.status.attempt, reason)
+                self.run.send_command("stop", self.status.attempt, reason)
             deadline = time.monotonic() + LEAVE_SECONDS
             while driver and driver.poll() is None and time.monotonic() < deadline:
                 beat = self.run.heartbeat(self.status.attempt)
@@ -156,24 +156,24 @@ class Supervisor:
                 self._settle()
                 self.to("queued", f"{reason}; goes on from step {self._progress()}")
 
-    # Wishes
+    # Commands
 
     def _heed(self) -> None:
-        for wish in self.run.wishes(after=self.status.wishes):
-            self._obey(wish)
-            if self.status.wishes < wish.number:
-                self._write(self.status.model_copy(update={"wishes": wish.number}))
+        for command in self.run.commands(after=self.status.last_command):
+            self._obey(command)
+            if self.status.last_command < command.seq:
+                self._write(self.status.model_copy(update={"last_command": command.seq}))
 
-    def _obey(self, wish: Wish) -> None:
-        if wish.wish == "resume":
-            self.resume(wish.reason, wishes=wish.number)
-        elif self.status.state == "queued" and wish.then == "cancelled":
-            self.to("cancelled", wish.reason, wishes=wish.number)
-        elif self.active and wish.attempt == self.status.attempt:
-            self._in_hand().end_by(wish)
-        elif self.active and wish.then == "cancelled":  # the next attempt had begun meanwhile
-            again = self.run.wish(wish.wish, self.status.attempt, wish.reason, wish.then)
-            self._in_hand().end_by(again)
+    def _obey(self, command: Command) -> None:
+        if command.action == "resume":
+            self.resume(command.reason, last_command=command.seq)
+        elif self.status.state == "queued" and command.then == "cancelled":
+            self.to("cancelled", command.reason, last_command=command.seq)
+        elif self.active and command.attempt == self.status.attempt:
+            self._in_hand().request_stop(command)
+        elif self.active and command.then == "cancelled":  # the next attempt had begun meanwhile
+            again = self.run.send_command(command.action, self.status.attempt, command.reason, command.then)
+            self._in_hand().request_stop(again)
 
     # An attempt
 
@@ -186,8 +186,10 @@ class Supervisor:
                 else self.backend.find(run.job, run.model, attempt)
             )
             found = _Attempt(driver)
-            for wish in run.wishes(attempt) if attempt != self._mine else ():  # heard by who carried this run before
-                found.end_by(wish)
+            for command in (
+                run.commands(attempt) if attempt != self._mine else ()
+            ):  # heard by who carried this run before
+                found.request_stop(command)
             self._attempt = found
         return self._attempt
 
@@ -208,7 +210,9 @@ class Supervisor:
             attempt.press(beat)
         elif age > _patience(beat):
             where = f"in phase {beat.phase!r} at step {beat.step}"
-            attempt.end_by(self.run.wish("kill", self.status.attempt, f"no progress for {age:.0f} s {where}"))
+            attempt.request_stop(
+                self.run.send_command("kill", self.status.attempt, f"no progress for {age:.0f} s {where}")
+            )
 
     def _follow(self, heartbeat: Heartbeat | None) -> None:
         """Take over what the driver shows of itself."""
@@ -224,8 +228,8 @@ class Supervisor:
     def _without_result(self, code: int, reason: str) -> Result:
         """What is to be said of an attempt whose driver said nothing."""
         message = reason or f"the driver ended with code {code} and left no result"
-        if code == PREEMPTED or any(wish.wish == "leave" for wish in self.run.wishes(self.status.attempt)):
-            return Result(outcome="left", message=message)
+        if code == PREEMPTED or any(command.action == "stop" for command in self.run.commands(self.status.attempt)):
+            return Result(outcome="stopped", message=message)
         return Result(outcome="failed", cause="infrastructure", message=message)
 
     def _decide(self, result: Result, never_began: bool) -> None:
@@ -235,23 +239,23 @@ class Supervisor:
             self.to("succeeded", result.message)
             return
         number = self.status.attempt
-        wishes = [wish for wish in self.run.wishes(number) if wish.wish != "resume"]
-        cancel = next((wish for wish in wishes if wish.then == "cancelled"), None)
+        commands = [command for command in self.run.commands(number) if command.action != "resume"]
+        cancel = next((command for command in commands if command.then == "cancelled"), None)
         if cancel:
             self._ended_by = "cancelled"  # nothing failed, also where it was ended at once
             self.to("cancelled", f"{cancel.reason}; a resume goes on from step {self._progress()}")
             return
-        left = result.outcome == "left"
+        left = result.outcome == "stopped"
         saved = any(ref.attempt == number for ref in self.run.checkpoints())
         counts = not (left or never_began or result.cause in UNCOUNTED)
-        fruitless = 0 if saved else self.status.fruitless + counts
-        memory = self.status.out_of_memory + (result.cause == "out of memory")
-        facts = {"fruitless": fruitless, "out_of_memory": memory}
-        message = wishes[0].reason if wishes else result.message  # later ones only press for the same end
-        if not (left or result.cause in RETRIED) or memory >= OUT_OF_MEMORY_ATTEMPTS:
+        no_progress_attempts = 0 if saved else self.status.no_progress_attempts + counts
+        memory = self.status.out_of_memory_attempts + (result.cause == "out of memory")
+        facts = {"no_progress_attempts": no_progress_attempts, "out_of_memory_attempts": memory}
+        message = commands[0].reason if commands else result.message  # later ones only press for the same end
+        if not (left or result.cause in RETRIED) or memory >= MAX_OUT_OF_MEMORY_ATTEMPTS:
             self.to("failed", result.message, **facts)
-        elif counts and fruitless >= FRUITLESS_ATTEMPTS:
-            self.to("failed", f"{fruitless} attempts without a new checkpoint; the last: {message}", **facts)
+        elif counts and no_progress_attempts >= MAX_NO_PROGRESS_ATTEMPTS:
+            self.to("failed", f"{no_progress_attempts} attempts without a new checkpoint; the last: {message}", **facts)
         else:
             self._waits = 0 if saved or left else self._waits + 1
             pause = 0.0 if left else BACK_OFF_SECONDS[min(self._waits, len(BACK_OFF_SECONDS) - 1)]
@@ -295,7 +299,7 @@ class Supervisor:
             RUNS_ENDED.labels(status.state).inc()
 
 
-def carry(
+def run_to_completion(
     storage: Storage, backend: Backend, job: str, model: str, workers: int, watch: Watch
 ) -> tuple[Status, Result | None]:
     """Bring one run to its end, from wherever it stands. One that succeeded or failed its gate is left as it is.
@@ -309,7 +313,9 @@ def carry(
     result = retry_until_available(lambda: run.result(status.attempt)) if status.attempt else None
     if status.state == "succeeded" or (status.state == "failed" and result and result.cause == "gate"):
         return status, result
-    status = status.model_copy(update={"fruitless": 0, "out_of_memory": 0})  # a person has asked for it once more
+    status = status.model_copy(
+        update={"no_progress_attempts": 0, "out_of_memory_attempts": 0}
+    )  # a person has asked for it once more
     supervisor = Supervisor(run, backend, status, etag, watch)
     try:
         while True:

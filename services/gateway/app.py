@@ -66,6 +66,11 @@ def build(
     return Gateway.bind(host, storage_url if auth else None)  # type: ignore[attr-defined]
 
 
+def application(arguments: dict[str, Any]) -> Application:
+    """Build the application, called by Serve on the cluster; `arguments` are those of `build`."""
+    return build(**arguments)
+
+
 @serve.deployment(name=POOL, max_ongoing_requests=32, max_queued_requests=64, **_COMMON)
 class Host(ModelHost):
     def __init__(self, storage_url: str, **options: int) -> None:

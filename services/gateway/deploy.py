@@ -19,19 +19,13 @@ from services.cluster.ports import HOST
 from services.cluster.ray_start import serve_http_options
 
 APPLICATION = "genmodels"
+POOL = "default"  # Serve's deployment of model hosts
 LOOK_SECONDS = 1.0
 RETRY_SECONDS = 10.0  # after a deployment that failed
 APPLICATIONS = "/api/serve/applications/"
 DEPLOY_SECONDS = 60.0  # for Serve's controller to start
 
 log = logging.getLogger("genmodels.deploy")
-
-
-def application(arguments: dict[str, Any]) -> Any:
-    """Build the application, called by Serve on the cluster; `arguments` are those of `services.gateway.app.build`."""
-    from services.gateway.app import build
-
-    return build(**arguments)
 
 
 def keep_deployed(dashboard: Dashboard, storage_url: str, host: str, port: int, auth: bool) -> None:
@@ -60,7 +54,7 @@ def declaration(storage_url: str, host: str, port: int, auth: bool) -> dict[str,
             {
                 "name": APPLICATION,
                 "route_prefix": "/",
-                "import_path": "services.gateway.deploy:application",
+                "import_path": "services.gateway.app:application",
                 "args": {"storage_url": storage_url, "auth": auth},
             }
         ],
@@ -91,6 +85,3 @@ def main() -> None:
 
 if __name__ == "__main__":
     main()
-
-
-POOL = "default"  # Serve's deployment of model hosts

@@ -74,15 +74,15 @@ class JobOperations:
 
     def cancel(self, job: str, body: CancelBody, caller: Caller) -> JobView:
         """Leave a command to stop at each open run; the view shows the states before the dispatcher acts on it."""
-        wish: Literal["leave", "kill"] = "kill" if body.now else "leave"
+        action: Literal["stop", "kill"] = "kill" if body.now else "stop"
         chosen = self._choose_runs(job, body.models, caller)
         for run, status in chosen.runs:
-            waiting = [(w.wish, w.then) for w in run.wishes(after=status.wishes)]
+            waiting = [(c.action, c.then) for c in run.commands(after=status.last_command)]
             if status.state in ENDED and ("resume", "queued") not in waiting:
                 continue
-            if (wish, "cancelled") not in waiting:  # a repeated request changes nothing
-                run.wish(wish, status.attempt, f"cancelled {caller.reason}", then="cancelled")
-            self.jobs.nudge(job, run.model)
+            if (action, "cancelled") not in waiting:  # a repeated request changes nothing
+                run.send_command(action, status.attempt, f"cancelled {caller.reason}", then="cancelled")
+            self.jobs.notify(job, run.model)
         return self._view(chosen)
 
     def resume(self, job: str, body: ResumeBody, caller: Caller) -> JobView:
@@ -99,9 +99,10 @@ class JobOperations:
             raise RequestError(message, status=409, code="nothing_to_resume")
         self.jobs.reopen(job)
         for run, status in stopped:
-            if not any(wish.wish == "resume" for wish in run.wishes(status.attempt, after=status.wishes)):
-                run.wish("resume", status.attempt, f"resumed {caller.reason}")
-            self.jobs.nudge(job, run.model)
+            waiting = run.commands(status.attempt, after=status.last_command)
+            if not any(command.action == "resume" for command in waiting):
+                run.send_command("resume", status.attempt, f"resumed {caller.reason}")
+            self.jobs.notify(job, run.model)
         return self._view(chosen)
 
     def view(self, job: str, caller: Caller) -> JobView:

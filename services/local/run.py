@@ -31,7 +31,7 @@ from services.cluster.ports import check_port
 from services.console.curl import curl
 from services.console.output import console
 from services.console.progress import TrainingView, clock, summary
-from services.dispatch.supervisor import carry
+from services.dispatch.supervisor import run_to_completion
 from services.http.auth import require_keys
 from services.local.platform import LocalPlatform, submit
 from services.local.samples import Showcase, warned
@@ -203,7 +203,7 @@ def _train(chosen: list[ModelSpec], name: str, platform: LocalPlatform, screen: 
     for spec in chosen:
         with view.follow(spec) as watch:
             workers = max([n for n in spec.world_sizes if n <= platform.num_cpus] or spec.world_sizes[:1])
-            rows.append((spec, *carry(platform.storage, backend, name, spec.name, workers, watch)))
+            rows.append((spec, *run_to_completion(platform.storage, backend, name, spec.name, workers, watch)))
         _, status, _ = rows[-1]
         if status.state != "succeeded":
             reason = f": {status.reason}; log: {platform.logs}"

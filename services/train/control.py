@@ -1,4 +1,4 @@
-"""What a driver looks after while Ray has its main thread: wishes, SIGTERM, a newer attempt, the first heartbeats."""
+"""What a driver looks after while Ray has its main thread: commands, SIGTERM, a newer attempt, the first heartbeats."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import threading
 import time
 
 from genmodels.errors import Conflict, Superseded
-from genmodels.runs.control import KILL_SECONDS, WishWatch
+from genmodels.runs.control import KILL_SECONDS, CommandWatcher
 from genmodels.runs.logs import LogShipper
 from genmodels.runs.records import Heartbeat, Result
 from genmodels.runs.store import Run
@@ -21,10 +21,10 @@ FLUSH_SECONDS = 3.0
 SUPERSEDED = 76  # exit code of a driver whose attempt was taken over
 
 
-class DriverWatch(WishWatch):
+class DriverWatch(CommandWatcher):
     """Between `training` and `trained` it sees to it that the attempt ends when it has to.
 
-    SIGTERM becomes a wish to leave, so that there is one way to end gracefully. A driver whose group has not begun
+    SIGTERM becomes a command to leave, so that there is one way to end gracefully. A driver whose group has not begun
     leaves by itself; one whose attempt was taken over ends and leaves no result.
     """
 
@@ -33,7 +33,7 @@ class DriverWatch(WishWatch):
         super().__init__(run, attempt, logs, kill_seconds=5 * KILL_SECONDS)
         self.terminated = threading.Event()
         self.busy = threading.Lock()  # held for a look, so that none is under way after `trained`
-        self.in_training = self.wished = False
+        self.in_training = self.stop_sent = False
         self.beat: tuple[Heartbeat, str] | None = None  # the latest and its etag, while only the driver beats
         self.fenced = time.monotonic()
 
@@ -54,13 +54,13 @@ class DriverWatch(WishWatch):
     def look(self) -> None:
         with self.busy:
             super().look()
-            if self.in_training and self.terminated.is_set() and not (self.wished or self.leave.is_set()):
-                self.run.wish("leave", self.attempt, "the driver was told to end (SIGTERM)")
-                self.wished = True
+            if self.in_training and self.terminated.is_set() and not (self.stop_sent or self.should_stop.is_set()):
+                self.run.send_command("stop", self.attempt, "the driver was told to end (SIGTERM)")
+                self.stop_sent = True
                 super().look()
             if not self.in_training:
                 return
-            if self.leave.is_set() and self._group_has_not_begun():
+            if self.should_stop.is_set() and self._group_has_not_begun():
                 self._leave()
             if time.monotonic() - self.fenced >= FENCE_SECONDS:
                 self._fence()
@@ -72,7 +72,7 @@ class DriverWatch(WishWatch):
         if self.beat is None:
             return False
         last, etag = self.beat
-        beat = last.model_copy(update={"tick": last.tick + 1})
+        beat = last.model_copy(update={"progress_count": last.progress_count + 1})
         try:
             self.beat = beat, self.run.write_heartbeat(self.attempt, beat, if_match=etag)
         except Conflict:
@@ -82,7 +82,7 @@ class DriverWatch(WishWatch):
     def _leave(self) -> None:
         step = max((ref.step for ref in self.run.checkpoints()), default=0)
         message = f"left before its workers had begun; goes on from step {step}"
-        self.run.write_result(self.attempt, Result(outcome="left", message=message, step=step))
+        self.run.write_result(self.attempt, Result(outcome="stopped", message=message, step=step))
         log.info("%s", message)
         self._exit(0)
 

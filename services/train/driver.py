@@ -143,7 +143,7 @@ def _saved_step(run: Run) -> int:
 
 def _left(run: Run) -> Result:
     step = _saved_step(run)
-    return Result(outcome="left", message=f"saved at step {step} and left", step=step)
+    return Result(outcome="stopped", message=f"saved at step {step} and left", step=step)
 
 
 def _teller(run: Run, attempt: int, spec: ModelSpec) -> Callable[[StorageUnavailable], None]:
@@ -151,7 +151,9 @@ def _teller(run: Run, attempt: int, spec: ModelSpec) -> Callable[[StorageUnavail
     steps, ticks = spec.train.max_steps, itertools.count(1)
 
     def tell(outage: StorageUnavailable) -> None:
-        beat = Heartbeat(phase="publishing", step=steps, max_steps=steps, tick=-next(ticks), waiting=outage.reason)
+        beat = Heartbeat(
+            phase="publishing", step=steps, max_steps=steps, progress_count=-next(ticks), waiting=outage.reason
+        )
         with contextlib.suppress(StorageError):
             run.write_heartbeat(attempt, beat)
 

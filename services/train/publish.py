@@ -31,7 +31,7 @@ def _publish(run: Run, spec: ModelSpec, attempt: int) -> Result:
 
     Doing it twice gives the same version and no second move.
     """
-    tick = _ticker(run, attempt, spec)
+    report_progress = _progress_reporter(run, attempt, spec)
     candidates = list(run.manifests())
     wanted = spec.serve.gate
     needed = wanted is not None and wanted.metric in models.load(spec.family).evaluation_names
@@ -51,7 +51,7 @@ def _publish(run: Run, spec: ModelSpec, attempt: int) -> Result:
                 continue
             probe.finite_probe(checkpoint.load_family(folder))  # nothing else of spoiled weights is worth a look
             began = time.monotonic()
-            found = _evaluate(run, ref, spec, manifest, folder, tick, needed=needed)
+            found = _evaluate(run, ref, spec, manifest, folder, report_progress, needed=needed)
             seconds = time.monotonic() - began
             facts["metrics"] = manifest.metrics | {name: measure.value for name, measure in found.measures.items()}
             if needed:
@@ -73,13 +73,13 @@ def _evaluate(
     spec: ModelSpec,
     manifest: Manifest,
     folder: Path,
-    tick: Callable[[], None],
+    report_progress: Callable[[], None],
     *,
     needed: bool,
 ) -> Findings:
     """What is measured of a checkpoint; nothing where its data has gone, unless the gate needs it."""
     try:
-        return evaluate(run, ref, spec, manifest.lineage, folder, tick=tick)
+        return evaluate(run, ref, spec, manifest.lineage, folder, report_progress=report_progress)
     except DataError as error:
         if needed:
             raise
@@ -91,21 +91,21 @@ def _refused(facts: dict[str, Any]) -> Result:
     return Result(outcome="failed", cause="gate", message=f"not published: {facts['gate'].reason}", **facts)
 
 
-def _ticker(run: Run, attempt: int, spec: ModelSpec) -> Callable[[], None]:
+def _progress_reporter(run: Run, attempt: int, spec: ModelSpec) -> Callable[[], None]:
     """Shows now, and whenever it is called, that publishing gets on."""
     steps = spec.train.max_steps
     last = Heartbeat(phase="publishing", step=steps, max_steps=steps)
     run.write_heartbeat(attempt, last)
     beaten = time.monotonic()
 
-    def tick() -> None:
+    def report_progress() -> None:
         nonlocal last, beaten
         if time.monotonic() - beaten >= BEAT_SECONDS:
-            last = last.model_copy(update={"tick": last.tick + 1})
+            last = last.model_copy(update={"progress_count": last.progress_count + 1})
             run.write_heartbeat(attempt, last)
             beaten = time.monotonic()
 
-    return tick
+    return report_progress
 
 
 BEAT_SECONDS = 1.0  # at least, between two signs of progress while a model is evaluated

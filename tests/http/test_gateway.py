@@ -326,3 +326,47 @@ def test_no_body_breaks_the_server(app: Any, path: str, body: Any, whole: bool) 
     assert response.status_code in (200, 400, 404)
     if response.status_code != 200:
         refused(response, response.status_code)
+
+
+# Bodies of millions of parts
+
+
+@pytest.mark.parametrize("part", ["[]", "{}", '{"a":1}', "[[1],[1]]"])
+@pytest.mark.parametrize(
+    ("path", "field"),
+    [
+        ("/v1/completions", "stop"),
+        ("/v1/images/generations", "anything"),
+        ("/v1/models/shapes/encode", "images"),
+        ("/v1/models/shapes/interpolate", "start"),
+    ],
+)
+def test_a_body_of_too_many_lists_or_objects_is_refused_unparsed(app: Any, path: str, field: str, part: str) -> None:
+    error = refused(ask(app, "POST", path, f'{{"{field}":[[{",".join([part] * 300_000)}]]}}'.encode()), 400)
+    assert "lists, objects and keys, expected at most 262,144" in error["message"]
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "param"),
+    [
+        ("encode", {"images": [[[0] * 16] * 15 + [[0] * 1_000_000]]}, "images[0]"),
+        ("encode", {"images": [[0] * 1_000_000]}, "images[0]"),
+        ("interpolate", {"start": [0] * 1_000_000, "end": 1}, "start"),
+        ("interpolate", {"start": 1, "end": [[0] * 1_000_000]}, "end"),
+        ("decode", {"latents": [[0] * 1_000_000]}, "latents[0]"),
+    ],
+)
+def test_lists_of_another_shape_are_refused_without_converting_them(
+    app: Any, path: str, body: dict[str, Any], param: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    converted: list[int] = []
+    convert = np.asarray
+
+    def watch(value: Any, *arguments: Any, **options: Any) -> Any:
+        result = convert(value, *arguments, **options)
+        converted.append(result.size)
+        return result
+
+    monkeypatch.setattr(np, "asarray", watch)
+    assert refused(ask(app, "POST", f"/v1/models/shapes/{path}", body), 400)["param"] == param
+    assert max(converted, default=0) < 1_000

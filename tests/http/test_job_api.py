@@ -397,27 +397,27 @@ def test_an_unknown_job_is_404(service: Service, job: str) -> None:
     refused(service("DELETE", f"/v1/jobs/{job}"), 404)
 
 
-# Wishes
+# Commands
 
 
-def test_cancelling_leaves_one_wish_for_each_run(service: Service) -> None:
+def test_cancelling_leaves_one_command_for_each_run(service: Service) -> None:
     job = service.submit("a", "b", "c")
     service.move(job, "a", "running", attempt=2)
     service.move(job, "c", "succeeded", attempt=1)
     for _ in range(3):
         response = service("POST", f"/v1/jobs/{job}/cancel")
         assert (response.status_code, response.json()["job"]) == (200, job)
-    found = {model: Run(service.storage, job, model).wishes() for model in "abc"}
-    assert [[(w.wish, w.attempt, w.then, w.reason) for w in wishes] for wishes in found.values()] == [
-        [("leave", 2, "cancelled", "cancelled by hand")],
-        [("leave", 0, "cancelled", "cancelled by hand")],
+    found = {model: Run(service.storage, job, model).commands() for model in "abc"}
+    assert [[(w.action, w.attempt, w.then, w.reason) for w in commands] for commands in found.values()] == [
+        [("stop", 2, "cancelled", "cancelled by hand")],
+        [("stop", 0, "cancelled", "cancelled by hand")],
         [],
     ]
-    assert {nudge[:2] for nudge in service.jobs.nudged()} == {(job, "a"), (job, "b")}
+    assert {notification[:2] for notification in service.jobs.notifications()} == {(job, "a"), (job, "b")}
 
     service("POST", f"/v1/jobs/{job}/cancel", {"now": True, "models": ["a"]})
-    assert [wish.wish for wish in Run(service.storage, job, "a").wishes()] == ["leave", "kill"]
-    assert [wish.wish for wish in Run(service.storage, job, "b").wishes()] == ["leave"]
+    assert [command.action for command in Run(service.storage, job, "a").commands()] == ["stop", "kill"]
+    assert [command.action for command in Run(service.storage, job, "b").commands()] == ["stop"]
 
 
 class CountingStorage(MemoryStorage):
@@ -446,14 +446,14 @@ def test_a_command_reads_each_object_once(action: str) -> None:
     }
 
 
-def test_a_wish_says_whose_it_is(file_storage: Storage) -> None:
+def test_a_command_says_whose_it_is(file_storage: Storage) -> None:
     keys = Keys(file_storage)
     headers = {"authorization": f"Bearer {keys.create('ann', ('submit',))[1]}"}
     service = Service(file_storage, keys)
     job = service.post(spec("x", "a"), **headers).json()["job"]
     service("POST", f"/v1/jobs/{job}/cancel", headers=headers)
-    (wish,) = Run(file_storage, job, "a").wishes()
-    assert wish.reason == "cancelled by key 'ann'"
+    (command,) = Run(file_storage, job, "a").commands()
+    assert command.reason == "cancelled by key 'ann'"
 
 
 @pytest.mark.parametrize(
@@ -466,10 +466,10 @@ def test_a_wish_says_whose_it_is(file_storage: Storage) -> None:
         ([], 400, None),
     ],
 )
-def test_a_wrong_wish_is_refused(service: Service, body: Any, status: int, param: str | None) -> None:
+def test_a_wrong_command_is_refused(service: Service, body: Any, status: int, param: str | None) -> None:
     job = service.submit("a")
     assert refused(service("POST", f"/v1/jobs/{job}/cancel", body), status)["param"] == param
-    assert Run(service.storage, job, "a").wishes() == []
+    assert Run(service.storage, job, "a").commands() == []
 
 
 def test_resuming_reopens_what_failed_or_was_cancelled(service: Service) -> None:
@@ -483,13 +483,13 @@ def test_resuming_reopens_what_failed_or_was_cancelled(service: Service) -> None
     for _ in range(2):
         assert service("POST", f"/v1/jobs/{job}/resume").status_code == 200
     assert service.jobs.open() == [job]
-    found = {model: Run(service.storage, job, model).wishes() for model in "abc"}
-    assert {model: [(w.wish, w.attempt) for w in wishes] for model, wishes in found.items()} == {
+    found = {model: Run(service.storage, job, model).commands() for model in "abc"}
+    assert {model: [(w.action, w.attempt) for w in commands] for model, commands in found.items()} == {
         "a": [("resume", 3)],
         "b": [("resume", 1)],
         "c": [],
     }
-    assert {nudge[:2] for nudge in service.jobs.nudged()} == {(job, "a"), (job, "b")}
+    assert {notification[:2] for notification in service.jobs.notifications()} == {(job, "a"), (job, "b")}
 
 
 def test_an_open_job_is_not_deleted(service: Service) -> None:

@@ -223,7 +223,7 @@ def test_the_worst_that_fits_is_refused_soon(service: Service, body: bytes) -> N
 
 @pytest.mark.parametrize("n", ROUNDS)
 @pytest.mark.parametrize("action", ["cancel", "resume"])
-def test_wishes(service: Service, action: str, n: int) -> None:
+def test_commands(service: Service, action: str, n: int) -> None:
     job = service.jobs.open()[0]
     fields = st.dictionaries(st.sampled_from(["now", "models", "x"]), ODD | st.just(["a"]), max_size=3)
     bodies = fields.map(json.dumps).map(str.encode) | st.binary(max_size=50)

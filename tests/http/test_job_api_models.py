@@ -370,9 +370,9 @@ def test_counts_for_prometheus(monkeypatch: pytest.MonkeyPatch) -> None:
     assert job not in response.text
     (age,) = re.findall(r"^genmodels_queue_oldest_seconds (\S+)$", response.text, re.M)
     assert 0 <= float(age) < 3600
-    ATTEMPTS.labels("left").inc()
+    ATTEMPTS.labels("stopped").inc()
     text = service("GET", "/metrics").text
-    assert 'genmodels_attempts_ended_total{cause="left"}' in text, "what this process counts"
+    assert 'genmodels_attempts_ended_total{cause="stopped"}' in text, "what this process counts"
     monkeypatch.setenv(DIRECTORY, "read")
     with_exporter = JobMetrics(Views(storage)).text().decode()
     assert "genmodels_open_runs{" in with_exporter

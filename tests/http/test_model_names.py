@@ -168,7 +168,7 @@ def test_cursors_lead_past_others_jobs_without_naming_them(file_storage: Storage
 
 def test_why_a_run_makes_room_names_no_other() -> None:
     waiting = Queued(f"{CANARY}/a", 5, ("1", 0), [2], False, 0, "", False)
-    running = Running("mine/b", 0, "1", [1, 2], 2, False, leaving=False, growable=False, begun=True)
+    running = Running("mine/b", 0, "1", [1, 2], 2, False, stopping=False, growable=False, placed=True)
     for priority in (0, 5):
         found = plan([waiting], [Running(**{**vars(running), "priority": priority})], Capacity(2, 0))
-        assert CANARY not in json.dumps([reason for _, reason in found.leaves])
+        assert CANARY not in json.dumps([reason for _, reason in found.preemptions])

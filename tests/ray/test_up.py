@@ -68,7 +68,7 @@ def test_everything_is_killed_in_turn(tmp_path: Path) -> None:
         until(lambda: not alive(before), "every process is gone", 10)
     result = run.result(2)
     assert result is not None
-    assert (result.outcome, result.step) == ("left", run.checkpoints()[-1].step)
+    assert (result.outcome, result.step) == ("stopped", run.checkpoints()[-1].step)
     assert not token.exists()
 
     # The same ports at once, and kill -9 of the whole: nothing stays.

@@ -44,7 +44,7 @@ class Bench:
     ticks: int = 0
 
     def material(self, data: ImageData | TextData, thorough: bool = False) -> Material:
-        def tick() -> None:
+        def report_progress() -> None:
             self.ticks += 1
 
         def keep(name: str, make: Callable[[], bytes]) -> bytes:
@@ -53,4 +53,4 @@ class Bench:
                 self.kept[name] = make()
             return self.kept[name]
 
-        return Material(data.arrays("train"), data.arrays("val"), data.digest, thorough, tick, keep)
+        return Material(data.arrays("train"), data.arrays("val"), data.digest, thorough, report_progress, keep)

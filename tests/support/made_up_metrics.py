@@ -25,7 +25,7 @@ VALUES = {
     "role": ("model", "generator", "discriminator"),
     "part": ("kl", "reconstruction", "accuracy_real", "accuracy_fake"),
     "metric": ("val_loss", "val_kl", "val_active_units", "val_frechet", "val_frechet_floor"),
-    "cause": ("succeeded", "left", "infrastructure"),
+    "cause": ("succeeded", "stopped", "infrastructure"),
     "passed": ("true", "false"),
     "operation": ("get", "put"),
     "kind": ("prompt", "completion"),
@@ -71,7 +71,7 @@ def main() -> None:
 def move(metric: MetricWrapperBase) -> None:
     for labels in itertools.product(*(VALUES[name] for name in metric._labelnames)):
         series = metric.labels(*labels) if labels else metric
-        if metric in (metrics.TRAINING_TICK, metrics.THREAD_PROGRESS):
+        if metric in (metrics.TRAINING_PROGRESS, metrics.THREAD_PROGRESS):
             series.set(time.time())
         elif isinstance(series, Gauge):
             series.set(random.uniform(0.1, 1.0))

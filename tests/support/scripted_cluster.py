@@ -78,7 +78,7 @@ def submit(storage: Storage, *args: Any, **options: Any) -> str:
 def play(dispatcher: Dispatcher, lease_term: int, *jobs: str, rounds: int = 100) -> None:
     """Tick until all these jobs have ended and left the queue."""
     for _ in range(rounds):
-        dispatcher.tick(lease_term)
+        dispatcher.dispatch_once(lease_term)
         if not set(jobs) & set(dispatcher.jobs.open()):
             return
     pytest.fail(f"still open: {dispatcher.jobs.open()}")
@@ -113,10 +113,10 @@ def far_from_done(run: Run, attempt: int) -> Iterator[object]:
     run.start_attempt(attempt, parent, 1)
     step = (parent.step if parent else 0) + 10
     run.write_heartbeat(attempt, Heartbeat(phase="training", step=step, seconds_left=1000.0))
-    while not run.wishes(attempt):
+    while not run.commands(attempt):
         yield
     save(run, attempt, step, parent)
-    run.write_result(attempt, Result(outcome="left", step=step))
+    run.write_result(attempt, Result(outcome="stopped", step=step))
 
 
 def is_killed(run: Run, attempt: int) -> Iterator[object]:
@@ -127,13 +127,13 @@ def is_killed(run: Run, attempt: int) -> Iterator[object]:
     run.write_result(attempt, Result(outcome="failed", cause="infrastructure", message="a worker was lost"))
 
 
-def wish(storage: Storage, job: str, model: str, kind: Any, then: Any) -> None:
+def send_command(storage: Storage, job: str, model: str, kind: Any, then: Any) -> None:
     """What the job service does."""
     run, jobs = Run(storage, job, model), Jobs(storage)
     if kind == "resume":
         jobs.reopen(job)
-    run.wish(kind, run.status()[0].attempt, f"{kind} by key 1234", then)
-    jobs.nudge(job, model)
+    run.send_command(kind, run.status()[0].attempt, f"{kind} by key 1234", then)
+    jobs.notify(job, model)
 
 
 def eventful(storage: Storage, data: Path) -> tuple[Cluster, list[str]]:
@@ -148,9 +148,9 @@ def carry_on(dispatcher: Dispatcher, lease_term: int, names: list[str], late: li
     storage: Any = dispatcher.storage
     people = getattr(storage, "inner", storage)
     for _ in range(100):
-        dispatcher.tick(lease_term)
+        dispatcher.dispatch_once(lease_term)
         if not late and state(people, names[0], "low").state == "running":
-            wish(people, names[1], "stop", "leave", "cancelled")
+            send_command(people, names[1], "stop", "stop", "cancelled")
             late.append(submit(people, data, "dear", "dear", priority=3))
         if late and not Jobs(people).open():
             return

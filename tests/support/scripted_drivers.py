@@ -74,7 +74,7 @@ def ends(outcome: Any, cause: Any = None, message: str = "", saves: bool = False
 
 
 def succeeds(run: Run, attempt: int) -> Iterator[object]:
-    yield from ends("left", saves=True)(run, attempt)
+    yield from ends("stopped", saves=True)(run, attempt)
     run.write_heartbeat(attempt, Heartbeat(phase="publishing"))
     yield
     run.write_result(attempt, Result(outcome="succeeded", version=3, message="published as model@3"))
@@ -89,12 +89,12 @@ def obedient(run: Run, attempt: int) -> Iterator[object]:
     """Trains until it is asked to leave, then saves, which takes a while."""
     run.start_attempt(attempt, None, 1)
     run.write_heartbeat(attempt, Heartbeat(phase="training", step=7))
-    while not run.wishes(attempt):
+    while not run.commands(attempt):
         yield
     for _ in range(5):
         yield
     save(run, attempt, 8)
-    run.write_result(attempt, Result(outcome="left", step=8))
+    run.write_result(attempt, Result(outcome="stopped", step=8))
 
 
 def stubborn(run: Run, attempt: int) -> Iterator[object]:

@@ -76,8 +76,8 @@ class World:
         service.move(jobs["bad"], "m", "starting", attempt=1)
         running.start_attempt(1, None, 1)
         running.write_heartbeat(1, Heartbeat(phase="training", step=3))
-        running.write_result(1, Result(outcome="left", step=3))
-        running.wish("leave", 1, "asked")
+        running.write_result(1, Result(outcome="stopped", step=3))
+        running.send_command("stop", 1, "asked")
         running.write_metrics(1, [{"step": 1, "loss": 0.5, "seconds": 1.0}])
         save_checkpoint(storage, jobs["bad"], "m", "vae", step=3)
         pin.resolve(f"m@{jobs['bad']}:step-3", storage)
@@ -97,7 +97,7 @@ class World:
             "LeaseDocument": "dispatcher/lease.json",
             "Queue": "dispatcher/queue.json",
             "Status": f"runs/{jobs['bad']}/m/status.json",
-            "Wish": f"runs/{jobs['bad']}/m/wishes/00000001.json",
+            "Command": f"runs/{jobs['bad']}/m/commands/00000001.json",
             "Pin": f"runs/{jobs['bad']}/m/pins/step-00000003.json",
             "AttemptStart": f"{attempt}/start.json",
             "Heartbeat": f"{attempt}/heartbeat.json",
@@ -274,7 +274,7 @@ def error_of(work: Callable[[], object]) -> str:
 
 
 OF_JOBS = [
-    "StoredSpec", "Index", "Entry", "EndedEntry", "Submission", "LeaseDocument", "Queue", "Status", "Wish", "Pin",
+    "StoredSpec", "Index", "Entry", "EndedEntry", "Submission", "LeaseDocument", "Queue", "Status", "Command", "Pin",
     "AttemptStart", "Heartbeat", "Result", "Manifest",
 ]  # fmt: skip
 
@@ -288,7 +288,7 @@ def test_dispatching_goes_on(template: tuple[Path, dict[str, str], Any], world: 
     dispatcher = Dispatcher(world.storage, Cluster(world.storage), Lease(world.storage, 0.01))
     lease_term = acquired(dispatcher)
     for _ in range(40):
-        dispatcher.tick(lease_term)
+        dispatcher.dispatch_once(lease_term)
         if names["job"] not in Jobs(world.storage).open():
             break
     states = {model: Run(world.storage, names["job"], model).status()[0].state for model in ("m", "n")}
@@ -303,7 +303,7 @@ def test_dispatching_goes_on(template: tuple[Path, dict[str, str], Any], world: 
         world.storage.put(names[kind], sound)  # restored from a backup
         dispatcher._left_out[bad] = 0.0  # as after RETRY_SECONDS
         for _ in range(40):
-            dispatcher.tick(lease_term)
+            dispatcher.dispatch_once(lease_term)
         assert Run(world.storage, bad, "m").status()[0].lease_term == lease_term
         assert bad not in Jobs(world.storage).open()
 
@@ -316,7 +316,7 @@ def test_a_status_without_its_history_stops_no_other_run(
     world.storage.put(names["Status"], json.dumps({"state": state, "attempt": 1}).encode())
     dispatcher = Dispatcher(world.storage, Cluster(world.storage))
     for _ in range(40):
-        dispatcher.tick(9)
+        dispatcher.dispatch_once(9)
     states = {model: Run(world.storage, names["job"], model).status()[0].state for model in ("m", "n")}
     assert states == {"m": "succeeded", "n": "succeeded"}
     assert names["job"] not in Jobs(world.storage).open()
@@ -340,10 +340,10 @@ def test_lease_terms_grow_beyond_what_a_lost_lease_had_given(
     assert acquired(dispatcher) == 8, "one more than the highest that stands in an open run"
     jobs.reopen(names["ended"])
     with pytest.raises(LeaseLost) as lost:
-        dispatcher.tick(8)
+        dispatcher.dispatch_once(8)
     dispatcher.lease.outgrow(lost.value.lease_term)  # as `Dispatcher.run` does
     assert acquired(dispatcher) == 13
-    dispatcher.tick(13)
+    dispatcher.dispatch_once(13)
     assert Run(storage, names["ended"], "m").status()[0].lease_term == 13
 
 
@@ -429,7 +429,7 @@ def test_files_of_other_programs_are_passed_over(
     assert set(entries(ModelHost(world.storage.url))) == {"bad", "good"}
     dispatcher = Dispatcher(world.storage, Cluster(world.storage))
     for _ in range(40):
-        dispatcher.tick(9)
+        dispatcher.dispatch_once(9)
     assert Jobs(world.storage).open() == []
     publish(world.storage, "bad", "vae", step=2)
     assert Registry(world.storage).resolve("bad").version == 2

@@ -23,7 +23,7 @@ from genmodels.metrics import THREAD_FAILURES, THREAD_PROGRESS
 from genmodels.registry.probe import PROBE
 from genmodels.registry.store import Registry
 from genmodels.runs import control
-from genmodels.runs.control import WishWatch
+from genmodels.runs.control import CommandWatcher
 from genmodels.runs.logs import LogShipper
 from genmodels.runs.store import Run
 from genmodels.storage import Storage, read_document, write_document
@@ -279,12 +279,12 @@ def test_a_job_service_whose_dispatcher_stands_still_is_not_well(clock: Callable
 
 @pytest.mark.parametrize("kind", FAILURES)
 def test_a_round_contains_whatever_it_raises(kind: str, caplog: pytest.LogCaptureFixture) -> None:
-    rounds = Rounds("wishes", LOG)
-    before = value(THREAD_FAILURES, "wishes")
+    rounds = Rounds("commands", LOG)
+    before = value(THREAD_FAILURES, "commands")
     for _ in range(3):
         with rounds.round():
             raise FAILURES[kind]()
-    assert value(THREAD_FAILURES, "wishes") == before + 3
+    assert value(THREAD_FAILURES, "commands") == before + 3
     assert len(caplog.messages) == 1, "the same error is told once"
     with pytest.raises(StorageUnavailable), rounds.round(StorageUnavailable):
         raise StorageUnavailable("passes")
@@ -300,11 +300,11 @@ def test_any_exception_becomes_one_clear_line(kind: str) -> None:
     assert contained(ours) is ours
 
 
-def test_wishes_are_heard_after_a_look_that_failed(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_commands_are_heard_after_a_look_that_failed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(control, "LOOK_SECONDS", 0.01)
     run = Run(MemoryStorage(), "job-00000000", "m")
     failures, looks = [RecursionError(), KeyError("x"), MemoryError()], 0
-    real = Run.wishes
+    real = Run.commands
 
     def flaky(self: Run, *arguments: Any, **options: Any) -> Any:
         nonlocal looks
@@ -313,10 +313,10 @@ def test_wishes_are_heard_after_a_look_that_failed(monkeypatch: pytest.MonkeyPat
             raise failures.pop()
         return real(self, *arguments, **options)
 
-    monkeypatch.setattr(Run, "wishes", flaky)
-    with WishWatch(run, 1, None) as watch:  # type: ignore[arg-type]  # nothing is killed
-        run.wish("leave", 1, "asked")
-        assert watch.leave.wait(10)
+    monkeypatch.setattr(Run, "commands", flaky)
+    with CommandWatcher(run, 1, None) as watch:  # type: ignore[arg-type]  # nothing is killed
+        run.send_command("stop", 1, "asked")
+        assert watch.should_stop.wait(10)
     assert looks > 3
 
 
@@ -345,12 +345,12 @@ def test_a_dispatcher_goes_on_after_a_tick_that_failed(
     dispatcher = Dispatcher(storage, Cluster(storage), Lease(storage, 0.4))
     stop, ticks = threading.Event(), []
 
-    def tick(lease_term: int) -> None:
+    def dispatch_once(lease_term: int) -> None:
         ticks.append(lease_term)
         if len(ticks) % 2:
             raise error
 
-    monkeypatch.setattr(dispatcher, "tick", tick)
+    monkeypatch.setattr(dispatcher, "dispatch_once", dispatch_once)
     thread = threading.Thread(target=dispatcher.run, args=(stop,))
     thread.start()
     until(lambda: len(ticks) >= 6, "it ticks on")

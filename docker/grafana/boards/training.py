@@ -30,7 +30,7 @@ def training() -> Json:
         bars("Progress", "Steps done of the steps to do.", (recorded("progress:ratio"), RUN)),
         number("Time left", "At the pace so far.", (of("eta_seconds"), RUN), unit="s"),
         number(
-            "Since the last tick",
+            "Since the last progress",
             "Any sign of life: a step, a batch of an evaluation, compiling, waiting for storage.",
             (recorded("silence:seconds"), RUN),
             unit="s",

@@ -26,6 +26,7 @@ MAX_PIXELS = 2**24  # of all pictures of one answer: 64 of 256 x 256 in three co
 
 Many = Field(min_length=1, max_length=MAX_N, fail_fast=True)
 Images = Annotated[list[Any], Many, Field(description="base64 of PNG files, or nested lists of numbers from 0 to 1")]
+MAX_LATENT = 65_536  # numbers of one latent
 MAX_FLOAT32 = 3.4028234663852886e38  # of float32
 Coordinate = Annotated[float, Field(ge=-MAX_FLOAT32, le=MAX_FLOAT32)]
 
@@ -75,7 +76,9 @@ class DecodeRequest(DrawnRequest):
     verb = "decode"
 
     latents: Annotated[
-        list[Annotated[list[Coordinate], Field(fail_fast=True)]], Many, Field(description="lists of latent_dim numbers")
+        list[Annotated[list[Coordinate], Field(max_length=MAX_LATENT, fail_fast=True)]],
+        Many,
+        Field(description="lists of latent_dim numbers"),
     ]
 
 
@@ -197,12 +200,10 @@ def _image(model: ImageModel, value: Any, param: str) -> Tensor:
         return torch.from_numpy(_picture(model, value, param))
     channels, height, width = model.family.data.shape
     shape = f"{height} x {width}" if channels == 1 else f"{channels} x {height} x {width}"
-    pixels = _numbers(value, param, f"base64 of a PNG file, or {shape} numbers from 0 to 1 in nested lists")
-    if pixels.ndim == 2 and channels == 1:
-        pixels = pixels[None]
-    if pixels.shape != model.family.data.shape:
-        found = " x ".join(map(str, pixels.shape))
-        raise _wrong(param, f"has {found} numbers, this model takes {shape}")
+    expected = f"base64 of a PNG file, or {shape} numbers from 0 to 1 in nested lists"
+    if channels == 1 and len(_outline(value)[0]) == 2:
+        value = [value]
+    pixels = _numbers(value, param, (channels, height, width), expected, f"this model takes {shape}")
     if pixels.min() < 0 or pixels.max() > 1:
         raise _wrong(param, "has numbers outside 0 to 1; divide pixels by 255")
     return torch.from_numpy(pixels)
@@ -239,15 +240,29 @@ def _end(model: ImageModel, value: Any, param: str, options: Any) -> Tensor:
 
 def _latent(model: ImageModel, value: Sequence[Any], param: str) -> Tensor:
     size = model.family.latent_dim
-    numbers = _numbers(value, param, f"{size} numbers")
-    if numbers.shape != (size,):
-        found = " x ".join(map(str, numbers.shape))
-        raise _wrong(param, f"has {found} numbers, this model's latents have {size}")
-    return torch.from_numpy(numbers)
+    return torch.from_numpy(_numbers(value, param, (size,), f"{size} numbers", f"this model's latents have {size}"))
 
 
-def _numbers(value: Any, param: str, expected: str) -> np.ndarray:
-    """Nested lists as float32; every number finite, no list shorter than its neighbour."""
+def _outline(value: Any) -> tuple[tuple[int, ...], Any]:
+    """Return the lengths of nested lists, as the first list at each depth tells them, and the first thing in them."""
+    lengths = []
+    while isinstance(value, list):
+        lengths.append(len(value))
+        value = value[0] if value else None
+    return tuple(lengths), value
+
+
+def _numbers(value: Any, param: str, shape: tuple[int, ...], expected: str, takes: str) -> np.ndarray:
+    """Return nested lists as float32 of a shape; every number is finite, no list is shorter than its neighbour.
+
+    Lists of another shape are refused unread: converting millions of numbers holds up every other request.
+    """
+    lengths, first = _outline(value)
+    if lengths != shape:
+        if not lengths or not isinstance(first, int | float):
+            raise _wrong(param, f"expected {expected}")
+        told = lengths[1:] if len(lengths) == len(shape) == 3 and shape[0] == 1 else lengths[:8]
+        raise _wrong(param, f"has {' x '.join(map(str, told))} numbers, {takes}")
     try:
         numbers = np.asarray(value)
     except (ValueError, OverflowError):

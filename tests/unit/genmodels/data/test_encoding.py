@@ -70,7 +70,7 @@ def test_where_it_cannot_be_told_none_is_invented(tmp_path: Path, encoding: str)
 @pytest.mark.parametrize(
     ("content", "told"),
     [
-        (gzip.compress(LATIN.encode()), "is packed with gzip; unpack it first: gunzip --keep '"),
+        (gzip.compress(LATIN.encode(), mtime=0), "is packed with gzip; unpack it first: gunzip --keep '"),
         (bz2.compress(LATIN.encode()), "is packed with bzip2; unpack it first: bunzip2 --keep '"),
         (lzma.compress(LATIN.encode()), "is packed with xz; unpack it first: unxz --keep '"),
         (b"PK\x03\x04" + bytes(2000), "is packed with zip; unpack it first: unzip '"),

@@ -266,7 +266,7 @@ def test_the_store_is_away() -> None:
         lambda: jobs.exists(job),
         jobs.open,
         jobs.ended,
-        jobs.nudged,
+        jobs.notifications,
         lambda: jobs.reopen(job),
         lambda: jobs.close(job, ENDED, {"vae-digits": "failed"}),
         lambda: jobs.delete(job),
@@ -433,7 +433,7 @@ def test_a_stale_dispatcher_never_hides_a_running_job() -> None:
 
 
 def test_closed_while_it_is_reopened() -> None:
-    """The dispatcher finds no wish yet and closes the job again, while he who resumes it is paused at any point."""
+    """The dispatcher finds no command yet and closes the job again, while he who resumes it is paused at any point."""
     outcomes = []
     for moment in itertools.count(1):
         inner = MemoryStorage()
@@ -524,19 +524,19 @@ def test_a_job_that_is_resumed_is_not_deleted() -> None:
 # ---- the inbox, and which job is the newest
 
 
-def test_nudges(storage: Storage) -> None:
+def test_notifications(storage: Storage) -> None:
     jobs = Jobs(storage)
-    assert jobs.nudged() == []
+    assert jobs.notifications() == []
     for job, model in [("b-1", "m"), ("a-1", "m2"), ("a-1", "m")]:
-        jobs.nudge(job, model)
-    first = sorted(jobs.nudged())
-    assert [nudge[:2] for nudge in first] == [("a-1", "m"), ("a-1", "m2"), ("b-1", "m")]
-    jobs.take_nudge(*first[0])
-    jobs.take_nudge(*first[0])
-    assert sorted(jobs.nudged()) == first[1:]
-    jobs.nudge("b-1", "m")
-    jobs.take_nudge(*first[2])
-    (later,) = [nudge for nudge in jobs.nudged() if nudge[0] == "b-1"]
+        jobs.notify(job, model)
+    first = sorted(jobs.notifications())
+    assert [notification[:2] for notification in first] == [("a-1", "m"), ("a-1", "m2"), ("b-1", "m")]
+    jobs.delete_notification(*first[0])
+    jobs.delete_notification(*first[0])
+    assert sorted(jobs.notifications()) == first[1:]
+    jobs.notify("b-1", "m")
+    jobs.delete_notification(*first[2])
+    (later,) = [notification for notification in jobs.notifications() if notification[0] == "b-1"]
     assert later != first[2], "who takes one late takes no later one with it"
 
 

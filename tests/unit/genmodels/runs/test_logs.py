@@ -285,13 +285,13 @@ def test_logs_of_a_killed_rank_and_of_its_peer(data: Path, file_storage: Storage
     assert [line.time for line in merged] == sorted(line.time for line in merged)
 
 
-def test_a_kill_wish_leaves_the_stacks_of_ranks_that_hang(data: Path, file_storage: Storage) -> None:
+def test_a_kill_command_leaves_the_stacks_of_ranks_that_hang(data: Path, file_storage: Storage) -> None:
     """Rank 0 waits in a collective, rank 1 sleeps in Python, rank 2 is stopped: the first two can still speak."""
     name = submit(file_storage, job("hang", model(data, "minigpt", max_steps=100, eval_every=100, save_every=100)))
     run = Run(file_storage, name, "minigpt")
     with WorkerGroup(3, file_storage.url, [(name, "minigpt", 1)], faults={1: "sleep@5", 2: "stop@5"}) as group:
         until(lambda: (beat := run.heartbeat(1)) is not None and beat.step == 4)
-        run.wish("kill", 1, "no tick for 120 s", then="cancelled")
+        run.send_command("kill", 1, "no tick for 120 s", then="cancelled")
         codes = [group.processes[rank].wait(30) for rank in (0, 1)]
         assert group.processes[2].poll() is None
     assert codes[1] == KILLED

@@ -328,33 +328,36 @@ def test_a_start_whose_answer_was_lost_is_a_win(error: type[Exception]) -> None:
         run.start_attempt(1, None, 2)
 
 
-# ---- wishes and status
+# ---- commands and status
 
 
-def test_wishes_are_for_their_attempt(storage: Storage) -> None:
+def test_commands_are_for_their_attempt(storage: Storage) -> None:
     run = Run(storage, "j", "m")
-    run.wish("leave", 1, "Ctrl-C")
-    run.wish("leave", 2, "preempted")
-    assert run.wish("kill", 2, "a person", then="cancelled") == run.wishes(2)[1]
-    assert [(wish.wish, wish.reason) for wish in run.wishes(2)] == [("leave", "preempted"), ("kill", "a person")]
-    assert [wish.attempt for wish in run.wishes(1)] == [1]
-    assert run.wishes(3) == []
-    assert [(wish.number, wish.attempt, wish.then) for wish in run.wishes()] == [
+    run.send_command("stop", 1, "Ctrl-C")
+    run.send_command("stop", 2, "preempted")
+    assert run.send_command("kill", 2, "a person", then="cancelled") == run.commands(2)[1]
+    assert [(command.action, command.reason) for command in run.commands(2)] == [
+        ("stop", "preempted"),
+        ("kill", "a person"),
+    ]
+    assert [command.attempt for command in run.commands(1)] == [1]
+    assert run.commands(3) == []
+    assert [(command.seq, command.attempt, command.then) for command in run.commands()] == [
         (1, 1, "queued"),
         (2, 2, "queued"),
         (3, 2, "cancelled"),
     ]
-    assert [wish.number for wish in run.wishes(after=1)] == [2, 3]
-    assert [wish.number for wish in run.wishes(1, after=1)] == []
-    assert run.wishes(after=3) == []
+    assert [command.seq for command in run.commands(after=1)] == [2, 3]
+    assert [command.seq for command in run.commands(1, after=1)] == []
+    assert run.commands(after=3) == []
 
 
-def test_no_wish_of_eight_is_lost(storage: Storage) -> None:
+def test_no_command_of_eight_is_lost(storage: Storage) -> None:
     run = Run(storage, "j", "m")
-    wished = in_threads(8, lambda i: run.wish("leave", 1, f"reason {i}"))
-    assert sorted(wish.number for wish in wished) == list(range(1, 9))
-    assert sorted(wished, key=lambda wish: wish.number) == run.wishes(1)
-    assert sorted(wish.reason for wish in run.wishes(1)) == [f"reason {i}" for i in range(8)]
+    sent = in_threads(8, lambda i: run.send_command("stop", 1, f"reason {i}"))
+    assert sorted(command.seq for command in sent) == list(range(1, 9))
+    assert sorted(sent, key=lambda command: command.seq) == run.commands(1)
+    assert sorted(command.reason for command in run.commands(1)) == [f"reason {i}" for i in range(8)]
 
 
 def test_status_is_swapped_by_whoever_read_it_last(storage: Storage) -> None:
@@ -429,9 +432,9 @@ def test_an_older_process_reads_what_a_newer_one_wrote() -> None:
             "nodes": ["a"],
         },
         "attempt-1/heartbeat.json": {"phase": "training", "step": 4, "gpu": 0.5},
-        "attempt-1/result.json": {"outcome": "left", "step": 4, "cost": 1},
-        "wishes/00000001.json": {
-            "wish": "leave",
+        "attempt-1/result.json": {"outcome": "stopped", "step": 4, "cost": 1},
+        "commands/00000001.json": {
+            "action": "stop",
             "attempt": 1,
             "then": "queued",
             "reason": "r",
@@ -444,8 +447,8 @@ def test_an_older_process_reads_what_a_newer_one_wrote() -> None:
     assert run.status()[0].history[0].reason == "r"
     assert run.chain() == [ChainLink(1, None, None)]
     assert run.heartbeat(1) == Heartbeat(phase="training", step=4)
-    assert run.result(1) == Result(outcome="left", step=4)
-    assert [wish.wish for wish in run.wishes(1)] == ["leave"]
+    assert run.result(1) == Result(outcome="stopped", step=4)
+    assert [command.action for command in run.commands(1)] == ["stop"]
 
 
 def test_training_seconds_are_those_of_the_steps_that_count() -> None:

@@ -28,7 +28,7 @@ from genmodels.storage.lease import Lease
 from services.dispatch import supervisor
 from services.dispatch.backends.local_process import SubprocessBackend
 from services.dispatch.dispatcher import Dispatcher
-from services.dispatch.supervisor import carry
+from services.dispatch.supervisor import run_to_completion
 from services.local.platform import submit as submit_here
 from tests.support.fault_proxy import FaultProxy
 from tests.support.paths import ROOT
@@ -226,7 +226,7 @@ def test_genmodels_run_shows_what_it_waits_for(monkeypatch: pytest.MonkeyPatch) 
     def watch(status: Any, heartbeat: Any) -> None:
         seen.append((status.state, heartbeat.waiting if heartbeat else ""))
 
-    status, _ = carry(storage, Backend(inner, succeeds), "job-00000000", "model", 1, watch)
+    status, _ = run_to_completion(storage, Backend(inner, succeeds), "job-00000000", "model", 1, watch)
     assert (status.state, status.attempt, refusing.refused) == ("succeeded", 1, 4)
     assert DENIED in {waiting for _, waiting in seen}
 
@@ -242,7 +242,7 @@ TROUBLES: list[Callable[[], Exception]] = [
 
 
 @pytest.mark.parametrize("trouble", TROUBLES)
-@pytest.mark.parametrize("where", ["lease", "jobs", "capacity", "nudges"])
+@pytest.mark.parametrize("where", ["lease", "jobs", "capacity", "notifications"])
 def test_the_dispatcher_outlives_whatever_happens(
     data: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, trouble: Any, where: str
 ) -> None:
@@ -264,7 +264,7 @@ def test_the_dispatcher_outlives_whatever_happens(
 
     troubled(lease, "try_acquire", "lease")
     troubled(dispatcher.jobs, "open", "jobs")
-    troubled(dispatcher.jobs, "nudged", "nudges")
+    troubled(dispatcher.jobs, "notifications", "notifications")
     troubled(cluster, "capacity", "capacity")
     monkeypatch.setattr("services.dispatch.dispatcher.POLL_SECONDS", 0.001)
     stop = threading.Event()
@@ -323,7 +323,7 @@ def test_a_real_run_outlasts_refusals_at_the_start_in_training_and_in_publishing
 
     proxy.fail_at_random(choose)
     backend = PlainDrivers(tmp_path / "logs", {"PYTHONPATH": str(ROOT)})
-    status, result = carry(storage, backend, name, "minigpt", 1, watch)
+    status, result = run_to_completion(storage, backend, name, "minigpt", 1, watch)
     proxy.heal()
     assert (status.state, status.attempt) == ("succeeded", 1), status.history
     assert result is not None

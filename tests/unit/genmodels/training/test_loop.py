@@ -189,13 +189,13 @@ def test_compile_without_a_compiler_warns_once_and_trains(
 def test_compiling_is_a_phase_of_its_own(data: Path, folder: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
     """For minutes nothing else may happen, and nobody is to take that for a hang; also where a run goes on."""
     ticks: list[tuple[str, int]] = []
-    tick = RunRecorder.tick
+    report_progress = RunRecorder.report_progress
 
     def noted(self: RunRecorder, phase: Phase, step: int, loss: float | None = None) -> None:
         ticks.append((phase, step))
-        tick(self, phase, step, loss)
+        report_progress(self, phase, step, loss)
 
-    monkeypatch.setattr(RunRecorder, "tick", noted)
+    monkeypatch.setattr(RunRecorder, "report_progress", noted)
     monkeypatch.setattr("shutil.which", lambda name: None)  # what compiles is not tried here
     settings = {"compile": True, "max_steps": 10, "save_every": 5, "eval_every": 10}
     name = submit(folder, job("compile", model(data, "minigpt", **settings)))

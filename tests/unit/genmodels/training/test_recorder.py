@@ -95,10 +95,10 @@ def test_everything_arrives(make: Any) -> None:
     storage = MemoryStorage()
     with make(storage) as rank0:
         for step in (1, 2):
-            rank0.tick("training", step, 0.5)
+            rank0.report_progress("training", step, 0.5)
             rank0.log({"step": step, "loss": 0.5, "seconds": step * 1.0})
         rank0.sample(2, "samples.png", b"png")
-        rank0.tick("saving", 2)
+        rank0.report_progress("saving", 2)
         rank0.save(snapshot(2, 1.25))
     run = Run(storage, "job", "vae")
     (found,) = run.manifests()
@@ -125,19 +125,19 @@ def test_everything_arrives(make: Any) -> None:
 def test_a_heartbeat_says_how_long_it_will_take(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     rank0, beats = make(MemoryStorage()), []
 
-    def tick(second: float, *arguments: Any) -> None:
+    def report_progress(second: float, *arguments: Any) -> None:
         with monkeypatch.context() as patch:
             patch.setattr(recorder.time, "monotonic", lambda: second)
-            rank0.tick(*arguments)
+            rank0.report_progress(*arguments)
         beats.append(rank0.heartbeat)
 
-    tick(50.0, "evaluating", 10)
-    tick(60.0, "training", 11, 3.0)  # the first step, of a resumed run, says nothing of the pace
-    tick(62.0, "training", 15, 2.5)
-    tick(70.0, "evaluating", 15)
+    report_progress(50.0, "evaluating", 10)
+    report_progress(60.0, "training", 11, 3.0)  # the first step, of a resumed run, says nothing of the pace
+    report_progress(62.0, "training", 15, 2.5)
+    report_progress(70.0, "evaluating", 15)
     assert [beat.seconds_left for beat in beats] == [None, None, 2.0 / 4 * 85, 10.0 / 4 * 85]
     assert [beat.loss for beat in beats] == [None, 3.0, 2.5, 2.5]
-    assert [beat.tick for beat in beats] == [1, 2, 3, 4]
+    assert [beat.progress_count for beat in beats] == [1, 2, 3, 4]
 
 
 def test_a_heartbeat_has_the_median_of_the_latest_steps(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -149,7 +149,7 @@ def test_a_heartbeat_has_the_median_of_the_latest_steps(make: Any, monkeypatch: 
     def median_after(second: float, phase: str, step: int) -> float | None:
         with monkeypatch.context() as patch:
             patch.setattr(recorder.time, "monotonic", lambda: second)
-            rank0.tick(phase, step)
+            rank0.report_progress(phase, step)
         rank0._write_beat()
         beat = run.heartbeat(1)
         assert beat is not None
@@ -191,7 +191,7 @@ def test_an_outage_loses_nothing_and_holds_no_step_up(make: Any) -> None:
     with make(storage) as rank0:
         storage.away = True
         for step in range(1, 51):
-            rank0.tick("training", step, 1.0)
+            rank0.report_progress("training", step, 1.0)
             rank0.log({"step": step, "loss": 1.0})
             if step % 10 == 0:
                 rank0.sample(step, "a.png", b"%d" % step)
@@ -234,10 +234,10 @@ def test_a_full_scratch_disk_is_waited_for_and_said(
                 raise error
 
             patch.setattr(where, fail)
-            rank0.tick("training", 5, 1.0)
+            rank0.report_progress("training", 5, 1.0)
             rank0.save(snapshot(5))
             until(lambda: (beat := rank0.run.heartbeat(1)) and beat.waiting.startswith("the disk of this machine"))
-            rank0.tick("training", 6, 1.0)  # the steps go on
+            rank0.report_progress("training", 6, 1.0)  # the steps go on
             until(lambda: (beat := rank0.run.heartbeat(1)) and (beat.step, beat.phase) == (6, "training"))
         until(lambda: manifests(storage))
         until(lambda: (beat := rank0.run.heartbeat(1)) and not beat.waiting)
@@ -251,7 +251,7 @@ def test_what_waits_has_no_time_left(make: Any, monkeypatch: pytest.MonkeyPatch)
     for second, phase in ((0.0, "training"), (1.0, "training"), (11.0, "waiting for storage"), (21.0, "training")):
         with monkeypatch.context() as patch:
             patch.setattr(recorder.time, "monotonic", lambda second=second: second)
-            rank0.tick(phase, 10 + int(second), 1.0)
+            rank0.report_progress(phase, 10 + int(second), 1.0)
         lefts.append(rank0.heartbeat.seconds_left is not None)
     assert lefts == [False, True, False, True]
 
@@ -300,8 +300,8 @@ def test_saves_wait_once_two_are_on_their_way(make: Any) -> None:
         third = threading.Thread(target=rank0.save, args=(snapshot(3),))
         third.start()
         until(lambda: rank0.heartbeat.phase == "waiting for storage" and rank0.heartbeat.step == 3)
-        ticks = rank0.heartbeat.tick
-        until(lambda: rank0.heartbeat.tick > ticks + 2)
+        ticks = rank0.heartbeat.progress_count
+        until(lambda: rank0.heartbeat.progress_count > ticks + 2)
         assert third.is_alive()
         assert rank0.snapshots.qsize() == 1
         until(lambda: (beat := rank0.run.heartbeat(1)) and beat.phase == "waiting for storage")
@@ -324,7 +324,7 @@ def test_what_waits_for_the_store_is_bounded(make: Any, monkeypatch: pytest.Monk
         storage.away = True
         writer = threading.Thread(target=lambda: [add(rank0, step) for step in range(1, 21)])
         writer.start()
-        until(lambda: rank0.heartbeat.phase == "waiting for storage" and rank0.heartbeat.tick > 2)
+        until(lambda: rank0.heartbeat.phase == "waiting for storage" and rank0.heartbeat.progress_count > 2)
         assert writer.is_alive()
         assert len(rank0.rows) + len(rank0.pictures) == 6
         storage.away = False
@@ -346,7 +346,7 @@ def test_an_overtaken_attempt_writes_no_manifest_and_hears_of_it(make: Any) -> N
             Run(storage, "job", "vae").start_attempt(2, CheckpointRef(attempt=1, step=1), 1)
             rank0.save(snapshot(2))
             until(lambda: rank0.error)
-            rank0.tick("training", 3)
+            rank0.report_progress("training", 3)
             pytest.fail("the next call did not raise")
 
     with pytest.raises(Superseded, match="attempt 2 of job/vae has taken over from attempt 1"):
@@ -462,11 +462,11 @@ def test_ctrl_c_does_not_wait_for_uploads(make: Any) -> None:
     rank0.uploader.join()
 
 
-def test_it_hears_of_a_wish_to_leave(make: Any) -> None:
+def test_it_hears_of_a_command_to_leave(make: Any) -> None:
     rank0 = make(MemoryStorage())
-    assert not rank0.should_leave()
-    rank0.leave.set()
-    assert rank0.should_leave()
+    assert not rank0.should_stop()
+    rank0.stop_event.set()
+    assert rank0.should_stop()
 
 
 # ---- clean-up

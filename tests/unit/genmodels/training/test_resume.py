@@ -86,11 +86,11 @@ def kill_and_resume(data: Path, folder: Path, family: str, checkpoints: int) -> 
 
 def test_leaving_saves_at_the_step_where_it_leaves(data: Path, tmp_path: Path) -> None:
     storage = open_storage(f"file://{tmp_path}")
-    name = submit(storage, job("leave", model(data, "autoencoder", max_steps=5000, save_every=5000, eval_every=5000)))
+    name = submit(storage, job("stop", model(data, "autoencoder", max_steps=5000, save_every=5000, eval_every=5000)))
     run = Run(storage, name, "autoencoder")
     with WorkerGroup(2, storage.url, [(name, "autoencoder", 1)]) as group:
         until(lambda: (beat := run.heartbeat(1)) is not None and beat.step > 0)
-        run.wish("leave", 1, "a test")
+        run.send_command("stop", 1, "a test")
         group.succeed()
     (ref,) = run.checkpoints()
     assert 0 < ref.step < 5000

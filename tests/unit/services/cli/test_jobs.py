@@ -29,6 +29,7 @@ from services.client import http
 from services.http.middleware import LOOPBACK
 from services.jobs.app import create_app
 from tests.support.asgi_server import served
+from tests.support.cli_runner import type_in
 from tests.support.cli_service import SPEC, Command, submitted
 
 
@@ -60,6 +61,19 @@ def test_submit_prints_the_id_alone(api: str, command: Command, store: Storage) 
     assert len(Jobs(store).open()) == 2
 
 
+def test_a_dash_submits_the_spec_on_standard_input(
+    api: str, command: Command, store: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    type_in(monkeypatch, SPEC)
+    code, out, err = command("submit", "-")
+    assert code == 0, err
+    assert Jobs(store).open() == [out.strip()]
+    type_in(monkeypatch, SPEC.replace("max_steps: 100", "max_stps: 100"))
+    code, _, err = command("submit", "-")
+    assert code == 2
+    assert err.startswith("error: standard input:6: models[0].train.max_stps: ")
+
+
 def test_a_dry_run_submits_nothing(api: str, command: Command, store: Storage) -> None:
     document = {"time": now(), "capacity": {"cpus": 2, "gpus": 0}, "queue": []}
     write_document(store, "dispatcher/queue.json", document)
@@ -86,7 +100,7 @@ def test_refused_specs_are_told_line_by_line(api: str, command: Command, tmp_pat
     code, out, err = command("submit", "nowhere.yaml")
     assert (code, err) == (
         2,
-        "error: nowhere.yaml: cannot be read (No such file or directory); write the path of a job spec\n",
+        "error: nowhere.yaml: no such file; write the path of a job spec, e.g. jobs/quickstart.yaml\n",
     )
 
 
@@ -175,7 +189,7 @@ def test_ctrl_c_leaves_the_job_alone(
     assert err == (
         f"{job} goes on; `genmodels status {job} --wait` follows it again, `genmodels cancel {job}` ends it\n"
     )
-    assert Run(store, job, "vae-digits").wishes() == []
+    assert Run(store, job, "vae-digits").commands() == []
 
 
 def test_wait_outlives_the_service(
@@ -245,24 +259,24 @@ def test_lists_and_tables(api: str, command: Command, store: Storage) -> None:
     assert json.loads(command("status", first, "--json")[1])["state"] == "queued"
 
 
-def test_cancel_and_resume_leave_wishes(api: str, command: Command, store: Storage) -> None:
+def test_cancel_and_resume_leave_commands(api: str, command: Command, store: Storage) -> None:
     job = submitted(command)
     vae, gan = Run(store, job, "vae-digits"), Run(store, job, "gan-digits")
     to(vae, "starting", "attempt 1", attempt=1)
     code, out, _ = command("cancel", job, "--model", "vae-digits")
     assert (code, out) == (0, f"{job}: vae-digits will end at once\n")
-    assert [(wish.wish, wish.then) for wish in vae.wishes()] == [("leave", "cancelled")]
-    assert gan.wishes() == []
+    assert [(command.action, command.then) for command in vae.commands()] == [("stop", "cancelled")]
+    assert gan.commands() == []
     code, out, _ = command("cancel", job, "--now")
     assert out == f"{job}: vae-digits will end at once\n{job}: gan-digits leaves the queue\n"
-    assert vae.wishes()[-1].wish == "kill"
+    assert vae.commands()[-1].action == "kill"
     for run in (vae, gan):
-        to(run, "cancelled", "cancelled by hand", wishes=9)
+        to(run, "cancelled", "cancelled by hand", last_command=9)
     assert command("cancel", job)[1] == f"{job}: nothing to cancel, it had ended\n"
     to(gan, "succeeded", "published")
     code, out, _ = command("resume", job)
     assert (code, out) == (0, f"{job}: vae-digits will go on from the last checkpoint\n")
-    assert vae.wishes()[-1].wish == "resume"
+    assert vae.commands()[-1].action == "resume"
     code, _, err = command("resume", job, "--model", "gan-digits")
     assert code == 1
     assert err.startswith(f"error: nothing to resume in {job}: gan-digits is succeeded")

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import os
 import re
 import subprocess
 import sys
+import sysconfig
 import textwrap
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +16,7 @@ import pytest
 import typer
 import yaml
 
-from genmodels import models
+from genmodels import __version__, models
 from genmodels.registry.store import Registry
 from genmodels.storage import open_storage
 from services.cli import main
@@ -83,6 +85,22 @@ def test_mistakes_are_one_line(tmp_path: Path, arguments: list[str], code: int, 
     assert done.stderr.startswith(error)
     assert done.stderr.count("\n") == 1
     assert not done.stdout
+
+
+def test_the_version_is_the_packages(tmp_path: Path) -> None:
+    assert genmodels(tmp_path, "--version").stdout == f"genmodels {__version__}\n"
+
+
+@pytest.mark.parametrize(
+    ("typed", "completed"), [("val", "validate"), ("validate --smo", "--smoke"), ("keys cr", "create")]
+)
+def test_shells_complete_commands_and_options(tmp_path: Path, typed: str, completed: str) -> None:
+    """As the script of `genmodels --install-completion` asks."""
+    words = f"genmodels {typed}"
+    asked = {"_GENMODELS_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
+    command = [Path(sysconfig.get_path("scripts")) / "genmodels"]
+    done = subprocess.run(command, cwd=tmp_path, env=os.environ | asked, capture_output=True, text=True, timeout=120)
+    assert done.stdout.split() == [completed]
 
 
 def test_help_is_grouped_and_explains_every_option(tmp_path: Path) -> None:

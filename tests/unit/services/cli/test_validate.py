@@ -11,7 +11,7 @@ import pytest
 
 import genmodels.spec.parse
 from genmodels.errors import DataError
-from tests.support.cli_runner import Run, run
+from tests.support.cli_runner import Run, run, type_in
 
 __all__ = ["run"]
 
@@ -31,6 +31,26 @@ def test_a_sound_spec_is_summed_up(run: Run, tmp_path: Path) -> None:
     note = "my.txt: 17,000 characters, 11 different ones; the last 1,700 are for validation"
     summed_up = f"ok: job.yaml: job study, 2 models (minigpt, minigpt)\ntiny: {note}\nsmall: {note}\n"
     assert run("validate", "job.yaml") == (0, summed_up, [])
+
+
+def test_a_dash_reads_the_spec_from_standard_input(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Errors name it, and paths in it are relative to the working folder."""
+    (tmp_path / "my.txt").write_text("Call me Ishmael.\n" * 1000)
+    type_in(monkeypatch, GOOD)
+    code, out, errors = run("validate", "-")
+    assert (code, errors) == (0, [])
+    assert out.startswith("ok: standard input: job study, 1 model (minigpt)\n")
+    type_in(monkeypatch, GOOD.replace("1e-4", "fast"))
+    code, out, errors = run("validate", "-")
+    assert (code, out, len(errors)) == (2, "", 1)
+    assert errors[0].startswith("error: standard input:6: models[0].train.learning_rate: ")
+    type_in(monkeypatch, "#" * 70_000)
+    assert run("validate", "-")[2] == [
+        "error: standard input: larger than 64 KiB, which no job spec needs; is it the right file?"
+    ]
+    type_in(monkeypatch, GOOD.replace("1e-4", "fast"))
+    code, out, errors = run("run", "-")
+    assert (code, out, errors[0].partition(": models")[0]) == (2, "", "error: standard input:6")
 
 
 def test_everything_that_is_wrong_is_told_of_all_models(run: Run, tmp_path: Path) -> None:
@@ -131,11 +151,13 @@ def test_what_is_wrong_with_the_arguments_is_one_line(run: Run, arguments: str, 
 
 
 @pytest.mark.parametrize(("error", "code"), [(DataError("no data"), 1), (KeyboardInterrupt(), 130)])
-def test_other_ends(run: Run, monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int) -> None:
+def test_other_ends(run: Run, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, error: BaseException, code: int) -> None:
+    (tmp_path / "job.yaml").write_text(GOOD)
+
     def fail(*_: object) -> None:
         raise error
 
-    monkeypatch.setattr(genmodels.spec.parse, "read_spec", fail)
+    monkeypatch.setattr(genmodels.spec.parse, "parse_spec", fail)
     assert run("validate", "job.yaml")[::2] == (code, ["error: no data"] if code == 1 else [])
 
 

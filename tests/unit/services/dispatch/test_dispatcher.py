@@ -1,4 +1,4 @@
-"""The queue from submission to the end of every run: restarts at any point, two dispatchers, people's wishes."""
+"""The queue from submission to the end of every run: restarts at any point, two dispatchers, people's commands."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ from tests.support.scripted_cluster import (
     in_no_time,
     is_killed,
     play,
+    send_command,
     spec,
     state,
     submit,
-    wish,
 )
 from tests.support.scripted_drivers import dies, ends, obedient, succeeds
 from tests.support.storages import MemoryStorage, RecordingStorage, Wrapped
@@ -80,7 +80,7 @@ def test_why_runs_wait_is_there_for_whoever_asks(data: Path) -> None:
     huge = submit(storage, data, "huge", "h", workers=12)
     dispatcher = Dispatcher(storage, cluster)
     for _ in range(3):
-        dispatcher.tick(1)
+        dispatcher.dispatch_once(1)
     shown = json.loads(storage.get(QUEUE)[0])
     assert shown["capacity"] == {"cpus": 2, "gpus": 0}
     assert shown["queue"] == [
@@ -89,12 +89,12 @@ def test_why_runs_wait_is_there_for_whoever_asks(data: Path) -> None:
         {"job": huge, "model": "h", "reason": "needs 12 CPUs; the cluster has 2 CPUs"},
     ]
     cluster.answers = False
-    dispatcher.tick(1)
+    dispatcher.dispatch_once(1)
     shown = json.loads(storage.get(QUEUE)[0])
     assert shown["capacity"] is None
     assert {waiting["reason"] for waiting in shown["queue"]} == {"the cluster does not answer"}
     written = len(storage.objects[QUEUE])
-    dispatcher.tick(1)
+    dispatcher.dispatch_once(1)
     assert len(storage.objects[QUEUE]) == written
 
 
@@ -104,13 +104,13 @@ def test_a_higher_priority_preempts_and_the_lower_goes_on_after_it(data: Path) -
     low = submit(storage, data, "low", "low")
     dispatcher = Dispatcher(storage, cluster)
     while state(storage, low, "low").state != "running":
-        dispatcher.tick(1)
+        dispatcher.dispatch_once(1)
     high = submit(storage, data, "high", "high", priority=1)
     play(dispatcher, 1, low, high)
     status = state(storage, low, "low")
     reasons = [change.reason for change in status.history]
     assert "preempted by a run of priority 1; goes on from step 8" in reasons
-    assert (status.state, status.attempt, status.fruitless) == ("succeeded", 2, 0)
+    assert (status.state, status.attempt, status.no_progress_attempts) == ("succeeded", 2, 0)
     assert Run(storage, low, "low").chain()[-1].parent is not None
     assert state(storage, high, "high").history[-1].time < status.history[-1].time
 
@@ -121,10 +121,10 @@ def test_an_elastic_run_starts_with_what_is_there_grows_and_shrinks(data: Path) 
     name = submit(storage, data, "elastic", "a", workers={"min": 1, "max": 3})
     dispatcher = Dispatcher(storage, cluster)
     for _ in range(5):
-        dispatcher.tick(1)
+        dispatcher.dispatch_once(1)
     cluster.cpus = 3
     while len(cluster.sizes) < 2:
-        dispatcher.tick(1)
+        dispatcher.dispatch_once(1)
     cluster.cpus = 2
     play(dispatcher, 1, name)
     assert cluster.sizes == [("a", 1), ("a", 3), ("a", 2)]
@@ -148,21 +148,21 @@ def test_a_damaged_job_stands_in_no_others_way(data: Path, caplog: pytest.LogCap
     assert not any("orphan" in line for line in caplog.messages)
 
 
-# ---- wishes
+# ---- commands
 
 
 def test_cancel_and_resume(storage: Storage, data: Path) -> None:
     cluster = Cluster(storage, cpus=1, a=[obedient, succeeds])
-    name = submit(storage, data, "wished", "a", "b")
+    name = submit(storage, data, "commanded", "a", "b")
     dispatcher = Dispatcher(storage, cluster)
     while state(storage, name, "a").state != "running":
-        dispatcher.tick(1)
-    wish(storage, name, "a", "leave", "cancelled")
-    wish(storage, name, "b", "leave", "cancelled")
+        dispatcher.dispatch_once(1)
+    send_command(storage, name, "a", "stop", "cancelled")
+    send_command(storage, name, "b", "stop", "cancelled")
     play(dispatcher, 1, name)
     assert {each: state(storage, name, each).state for each in "ab"} == {"a": "cancelled", "b": "cancelled"}
     assert cluster.started() == ["a"]
-    wish(storage, name, "a", "resume", "queued")
+    send_command(storage, name, "a", "resume", "queued")
     play(dispatcher, 1, name)
     status = state(storage, name, "a")
     assert (status.state, status.attempt, state(storage, name, "b").state) == ("succeeded", 2, "cancelled")
@@ -170,17 +170,17 @@ def test_cancel_and_resume(storage: Storage, data: Path) -> None:
     assert len(Jobs(storage).ended()) == 1
 
 
-def test_a_resume_is_not_lost_when_the_job_is_closed_again_before_the_wish_is_there(data: Path) -> None:
+def test_a_resume_is_not_lost_when_the_job_is_closed_again_before_the_command_is_there(data: Path) -> None:
     storage = MemoryStorage()
     cluster = Cluster(storage, a=[ends("failed", "user", "no such file"), succeeds])
     name = submit(storage, data, "quick", "a")
     dispatcher = Dispatcher(storage, cluster)
     play(dispatcher, 1, name)
     Jobs(storage).reopen(name)
-    play(dispatcher, 1, name)  # nobody wishes anything yet: it is put away again
-    Run(storage, name, "a").wish("resume", 1, "by key 1234", "queued")
-    Jobs(storage).nudge(name, "a")
-    dispatcher.tick(1)
+    play(dispatcher, 1, name)  # there is no command yet: it is put away again
+    Run(storage, name, "a").send_command("resume", 1, "by key 1234", "queued")
+    Jobs(storage).notify(name, "a")
+    dispatcher.dispatch_once(1)
     play(dispatcher, 1, name)
     assert state(storage, name, "a").state == "succeeded"
     assert len(Jobs(storage).ended()) == 1
@@ -189,11 +189,11 @@ def test_a_resume_is_not_lost_when_the_job_is_closed_again_before_the_wish_is_th
 def test_a_nudge_for_nothing_does_no_harm(data: Path) -> None:
     storage = MemoryStorage()
     name = submit(storage, data, "calm", "a")
-    Jobs(storage).nudge("gone-00000000", "a")
-    Jobs(storage).nudge(name, "no-such-model")
+    Jobs(storage).notify("gone-00000000", "a")
+    Jobs(storage).notify(name, "no-such-model")
     dispatcher = Dispatcher(storage, Cluster(storage))
     play(dispatcher, 1, name)
-    assert (state(storage, name, "a").state, Jobs(storage).nudged()) == ("succeeded", [])
+    assert (state(storage, name, "a").state, Jobs(storage).notifications()) == ("succeeded", [])
 
 
 # ---- restarts
@@ -213,7 +213,7 @@ def test_a_restart_reads_open_jobs_only(data: Path) -> None:
         def before(self, verb: str, key: str) -> None:
             seen.append(key)
 
-    Dispatcher(Watched(storage), Cluster(storage)).tick(1)
+    Dispatcher(Watched(storage), Cluster(storage)).dispatch_once(1)
     assert not [key for key in seen if "old-" in key or key.startswith("ended")]
     assert [key for key in seen if name in key]
 
@@ -292,16 +292,16 @@ def test_one_that_was_paused_beyond_its_lease_changes_nothing(data: Path) -> Non
     name = submit(storage, data, "contested", "a", "b")
     old, new = Dispatcher(storage, cluster), Dispatcher(storage, cluster)
     while state(storage, name, "a").state != "running":
-        old.tick(1)
-    new.tick(2)
+        old.dispatch_once(1)
+    new.dispatch_once(2)
     before = dict(storage.objects)
     run = old._runs[f"{name}/a"].supervisor
     with pytest.raises(LeaseLost):
         run.to("failed", "the old one wakes in the middle of a decision")
     with pytest.raises(LeaseLost):
-        Dispatcher(storage, cluster).tick(1)
+        Dispatcher(storage, cluster).dispatch_once(1)
     assert storage.objects == before
-    wish(storage, name, "a", "leave", "cancelled")
+    send_command(storage, name, "a", "stop", "cancelled")
     play(new, 2, name)
     assert state(storage, name, "a").state == "cancelled"
     assert len(cluster.drivers) == 2, "none was started twice"
@@ -323,7 +323,7 @@ def test_the_second_takes_over_when_the_first_is_gone(data: Path) -> None:
     stops[0].set()
     threads[0].join(10)
     wait(lambda: state(storage, name, "a").lease_term == 2)
-    wish(storage, name, "a", "leave", "cancelled")
+    send_command(storage, name, "a", "stop", "cancelled")
     wait(lambda: state(storage, name, "a").state in ENDED)
     stops[1].set()
     threads[1].join(10)

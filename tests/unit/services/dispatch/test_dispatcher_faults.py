@@ -18,7 +18,7 @@ from genmodels.runs.store import Run
 from services.dispatch import attempt, supervisor
 from services.dispatch.backends.ray_jobs import RayJobsBackend
 from services.dispatch.dispatcher import QUEUE, Dispatcher
-from services.dispatch.supervisor import carry
+from services.dispatch.supervisor import run_to_completion
 from services.http.auth import Caller
 from services.jobs.operations import JobOperations
 from services.jobs.schemas import CancelBody, ResumeBody
@@ -43,7 +43,7 @@ class Clock:
 
     def ticks(self, dispatcher: Dispatcher, seconds: int, lease_term: int = 1) -> None:
         for _ in range(seconds):
-            dispatcher.tick(lease_term)
+            dispatcher.dispatch_once(lease_term)
             self.now += 1
 
 
@@ -57,9 +57,9 @@ def test_a_job_of_genmodels_run_is_not_the_services(data: Path) -> None:
     with pytest.raises(GenmodelsError, match="no job"):
         cancel(storage, mine)
     assert storage.list(f"runs/{mine}/") == []
-    Jobs(storage).nudge(mine, "a")
+    Jobs(storage).notify(mine, "a")
     play(Dispatcher(storage, Cluster(storage)), 1, other)
-    assert (state(storage, other, "b").state, Jobs(storage).nudged()) == ("succeeded", [])
+    assert (state(storage, other, "b").state, Jobs(storage).notifications()) == ("succeeded", [])
 
 
 def test_a_damaged_index_stops_no_other_job(data: Path) -> None:
@@ -68,7 +68,7 @@ def test_a_damaged_index_stops_no_other_job(data: Path) -> None:
     storage.put(f"jobs/{damaged}/index.json", b"{broken")
     dispatcher = Dispatcher(storage, Cluster(storage))
     for _ in range(10):
-        dispatcher.tick(1)
+        dispatcher.dispatch_once(1)
     other = submit(storage, data, "other", "b")
     play(dispatcher, 1, other)
     assert (state(storage, damaged, "a").state, state(storage, other, "b").state) == ("succeeded", "succeeded")
@@ -81,23 +81,23 @@ def test_one_object_that_the_store_cannot_give_stops_no_other_job(data: Path, na
     storage = FailingStorage(inner, only=name.format(one))
     dispatcher = Dispatcher(storage, Cluster(storage, a=[obedient]))
     if "runs" in name:
-        dispatcher.tick(1)
+        dispatcher.dispatch_once(1)
     storage.away = True
     other = submit(inner, data, "other", "b")
     for _ in range(50):
-        dispatcher.tick(1)
+        dispatcher.dispatch_once(1)
     assert state(inner, other, "b").state == "succeeded"
 
 
-def test_a_wish_of_another_release_is_passed_over(data: Path) -> None:
+def test_a_command_of_another_release_is_passed_over(data: Path) -> None:
     storage = MemoryStorage()
     cluster = Cluster(storage, a=[obedient])
     name = submit(storage, data, "one", "a")
     dispatcher = Dispatcher(storage, cluster)
-    dispatcher.tick(1)
+    dispatcher.dispatch_once(1)
     run = Run(storage, name, "a")
-    document = run.wish("leave", 1, "x").model_dump(mode="json")
-    storage.put(f"{run.prefix}/wishes/00000001.json", json.dumps({**document, "wish": "resize"}).encode())
+    document = run.send_command("stop", 1, "x").model_dump(mode="json")
+    storage.put(f"{run.prefix}/commands/00000001.json", json.dumps({**document, "action": "resize"}).encode())
     cancel(storage, name)
     play(dispatcher, 1, name)
     assert state(storage, name, "a").state == "cancelled"
@@ -118,7 +118,7 @@ def ticks_on(run: Run, attempt: int) -> Iterator[object]:
     tick = 0
     while True:
         tick += 1
-        run.write_heartbeat(attempt, Heartbeat(phase="training", step=tick, tick=tick))
+        run.write_heartbeat(attempt, Heartbeat(phase="training", step=tick, progress_count=tick))
         yield
 
 
@@ -161,13 +161,13 @@ def evaluates_often(run: Run, attempt: int) -> Iterator[object]:
     parent = (run.checkpoints() or [None])[-1]
     run.start_attempt(attempt, parent, 1)
     step = 0
-    while not run.wishes(attempt):
+    while not run.commands(attempt):
         step += 1
         phase: Any = "training" if step % 3 else "evaluating"
-        run.write_heartbeat(attempt, Heartbeat(phase=phase, step=step, tick=step, seconds_left=10_000.0))
+        run.write_heartbeat(attempt, Heartbeat(phase=phase, step=step, progress_count=step, seconds_left=10_000.0))
         yield
     save(run, attempt, step, parent)
-    run.write_result(attempt, Result(outcome="left", step=step))
+    run.write_result(attempt, Result(outcome="stopped", step=step))
 
 
 def test_a_run_that_evaluates_often_grows_too(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -192,18 +192,18 @@ def test_who_wakes_late_takes_no_newer_nudge(data: Path) -> None:
         armed = False
 
         def before(self, verb: str, key: str) -> None:
-            if self.armed and verb == "delete" and "nudges" in key:
+            if self.armed and verb == "delete" and "notifications" in key:
                 self.armed = False
-                new.tick(2)
+                new.dispatch_once(2)
                 cancel(inner, name)
 
     storage = Paused(inner)
     old = Dispatcher(storage, cluster)
-    old.tick(1)
-    Jobs(inner).nudge(name, "a")
+    old.dispatch_once(1)
+    Jobs(inner).notify(name, "a")
     storage.armed = True
     with pytest.raises(LeaseLost):
-        old.tick(1)
+        old.dispatch_once(1)
     play(new, 2, name)
     assert state(inner, name, "a").state == "cancelled"
 
@@ -213,7 +213,7 @@ def test_the_queue_is_in_order_also_while_the_cluster_is_silent(data: Path) -> N
     cluster = Cluster(storage)
     cluster.answers = False
     low, high = submit(storage, data, "a-low", "a"), submit(storage, data, "z-high", "b", priority=9)
-    Dispatcher(storage, cluster).tick(1)
+    Dispatcher(storage, cluster).dispatch_once(1)
     assert [run["job"] for run in json.loads(storage.get(QUEUE)[0])["queue"]] == [high, low]
 
 
@@ -235,6 +235,8 @@ def test_genmodels_run_killed_again_and_again_is_tried_when_it_is_started_again(
     for _ in range(4):
         monkeypatch.setattr(supervisor.Supervisor, "interrupt", lambda *_: None)
         with pytest.raises(Killed):
-            carry(storage, Cluster(storage, model=[dies_with_all] * 9), run.job, run.model, 1, lambda *_: None)
-    status, _ = carry(storage, Cluster(storage, model=[succeeds]), run.job, run.model, 1, lambda *_: None)
+            run_to_completion(
+                storage, Cluster(storage, model=[dies_with_all] * 9), run.job, run.model, 1, lambda *_: None
+            )
+    status, _ = run_to_completion(storage, Cluster(storage, model=[succeeds]), run.job, run.model, 1, lambda *_: None)
     assert (status.state, status.attempt) == ("succeeded", 5)

@@ -79,25 +79,25 @@ def test_the_first_tick_asks_a_few_things_of_each_run_many_at_once() -> None:
     storage.forget()
     storage.slow = 0.0005
     dispatcher = Dispatcher(storage, Full())  # type: ignore[arg-type]
-    dispatcher.tick(1)
+    dispatcher.dispatch_once(1)
     runs = JOBS * MODELS
     of_runs = {what: count for what, count in storage.counts.items() if what.endswith(" runs")}
     assert of_runs == {"get runs": runs, "put runs": runs, "list runs": runs}
     assert sum(storage.counts.values()) <= 3 * runs + 3 * JOBS + 10
     assert 2 <= storage.most <= ADOPTED_AT_ONCE
     storage.forget()
-    dispatcher.tick(1)
+    dispatcher.dispatch_once(1)
     assert sum(storage.counts.values()) <= 3  # the open jobs, the inbox: nothing of each run
 
 
-def test_wishes_left_before_a_dispatcher_starts_are_obeyed() -> None:
+def test_commands_left_before_a_dispatcher_starts_are_obeyed() -> None:
     storage = CountingStorage()
     service = Service(storage)
     job = service.submit("a", "b")
     assert service("POST", f"/v1/jobs/{job}/cancel", {"models": ["b"]}).status_code == 200
-    for _, _, nudge in service.jobs.nudged():  # the dispatcher before took it, and died
-        service.jobs.take_nudge(job, "b", nudge)
-    Dispatcher(storage, Full()).tick(1)  # type: ignore[arg-type]
+    for _, _, notification in service.jobs.notifications():  # the dispatcher before took it, and died
+        service.jobs.delete_notification(job, "b", notification)
+    Dispatcher(storage, Full()).dispatch_once(1)  # type: ignore[arg-type]
     assert [run["state"] for run in service.show(job)["models"]] == ["queued", "cancelled"]
 
 

@@ -34,7 +34,7 @@ def test_priority_first_then_first_come_first_served() -> None:
 
 def test_where_somebody_else_admits_all_start_in_their_order_and_nobody_gives_way() -> None:
     queue = [waits("elastic", [2, 4, 8], at="1"), waits("urgent", 64, at="2", priority=9, use_gpu=True)]
-    queue.append(waits("later", at="0", not_yet="backs off after a failure"))
+    queue.append(waits("later", at="0", hold_reason="backs off after a failure"))
     running = [runs("low", 4, sizes=[1, 4, 8], growable=True)]
     found = plan(queue, running, Capacity(0, 0, unlimited=True))
     starts = [("urgent", 64), ("elastic", 2)]
@@ -48,8 +48,8 @@ def test_a_group_starts_whole_or_not_at_all() -> None:
 
 
 def test_what_never_fits_says_so_and_blocks_nobody() -> None:
-    found = decide([waits("huge", 8, at="0", passed=100), waits("small", at="1")], cpus=4)
-    assert (found.starts, found.passed) == ([("small", 1)], [])
+    found = decide([waits("huge", 8, at="0", backfilled=100), waits("small", at="1")], cpus=4)
+    assert (found.starts, found.backfilled) == ([("small", 1)], [])
     assert found.reasons == [("huge", "needs 8 CPUs; the cluster has 4 CPUs")]
 
 
@@ -60,21 +60,21 @@ def test_fits_is_judged_against_what_the_cluster_may_grow_to() -> None:
 
 
 def test_small_ones_pass_a_blocked_one_but_not_for_ever() -> None:
-    passed = 0
-    while passed < 100:
-        found = decide([waits("large", 4, at="0", passed=passed), waits("small", at="1")], [runs("first", 1)])
+    backfilled = 0
+    while backfilled < 100:
+        found = decide([waits("large", 4, at="0", backfilled=backfilled), waits("small", at="1")], [runs("first", 1)])
         if not found.starts:
             break
-        assert (found.starts, found.passed) == ([("small", 1)], ["large"])
-        passed += 1
-    assert passed == MAX_BACKFILLED
-    held = [waits("large", 4, at="0", passed=passed), waits("small", at="1")]
+        assert (found.starts, found.backfilled) == ([("small", 1)], ["large"])
+        backfilled += 1
+    assert backfilled == MAX_BACKFILLED
+    held = [waits("large", 4, at="0", backfilled=backfilled), waits("small", at="1")]
     assert decide(held, [runs("first", 1)]).starts == []
     assert decide(held, []).starts == [("large", 4)], "what came free was kept for it"
 
 
 def test_what_is_held_is_held_of_each_resource() -> None:
-    held = [waits("large", 4, at="0", use_gpu=True, passed=MAX_BACKFILLED), waits("small", 2, at="1")]
+    held = [waits("large", 4, at="0", use_gpu=True, backfilled=MAX_BACKFILLED), waits("small", 2, at="1")]
     found = decide(held, [runs("first", 2, use_gpu=True)], cpus=16, gpus=4)
     assert found.starts == [("small", 2)], "it takes no GPU, and there are CPUs for both"
 
@@ -89,23 +89,23 @@ def test_gpus() -> None:
 def test_a_higher_priority_has_lower_ones_leave() -> None:
     running = [runs("old", 2, since="1"), runs("young", 2, since="2"), runs("dear", 2, priority=9)]
     found = decide([waits("urgent", 2, priority=5)], running, cpus=6)
-    assert found.leaves == [("young", "preempted by a run of priority 5")]
+    assert found.preemptions == [("young", "preempted by a run of priority 5")]
     assert found.reasons == [("urgent", "waits for others to save and leave")]
     again = decide(
         [waits("urgent", 2, priority=5), waits("small", 1)],
-        [running[0], runs("young", 2, since="2", leaving=True), running[2]],
+        [running[0], runs("young", 2, since="2", stopping=True), running[2]],
         cpus=6,
     )
-    assert (again.leaves, again.starts) == ([], []), "one is enough, and what it leaves is not for others"
+    assert (again.preemptions, again.starts) == ([], []), "one is enough, and what it preemptions is not for others"
 
 
 def test_nobody_leaves_if_that_would_not_be_enough() -> None:
     found = decide([waits("urgent", 4, priority=5)], [runs("low", 1), runs("dear", 3, priority=9)])
-    assert (found.leaves, found.starts) == ([], [])
+    assert (found.preemptions, found.starts) == ([], [])
 
 
 def test_equal_priorities_do_not_preempt() -> None:
-    assert decide([waits("a", 4)], [runs("b", 4)]).leaves == []
+    assert decide([waits("a", 4)], [runs("b", 4)]).preemptions == []
 
 
 def test_an_elastic_run_takes_what_is_there() -> None:
@@ -124,10 +124,10 @@ def test_elastic_runs_share() -> None:
 def test_an_elastic_run_gives_its_surplus_to_others() -> None:
     grown = runs("grown", 4, sizes=[1, 2, 4])
     found = decide([waits("a", 2)], [grown])
-    assert found.leaves == [("grown", "makes room for another run")]
+    assert found.preemptions == [("grown", "makes room for another run")]
     both = decide([waits("grown", [1, 2, 4], at="0"), waits("a", 2, at="1")])
     assert both.starts == [("grown", 2), ("a", 2)]
-    assert decide([waits("a", 4)], [grown]).leaves == [], "it keeps its fewest"
+    assert decide([waits("a", 4)], [grown]).preemptions == [], "it reserves its fewest"
 
 
 def test_growing_into_free_room() -> None:
@@ -147,13 +147,15 @@ def test_after_the_loss_of_a_node_nothing_starts_that_does_not_fit() -> None:
 
 
 def test_what_backs_off_is_passed_and_holds_nothing() -> None:
-    found = decide([waits("a", 4, not_yet="backs off"), waits("b", 4, at="1")])
+    found = decide([waits("a", 4, hold_reason="backs off"), waits("b", 4, at="1")])
     assert (found.starts, found.reasons) == ([("b", 4)], [("a", "backs off")])
 
 
 def test_what_starts_again_in_a_moment_keeps_its_place() -> None:
-    found = decide([waits("a", 3, not_yet="backs off", keeps=True), waits("b", 2, at="1"), waits("c", 1, at="2")])
-    assert (found.starts, found.passed) == ([("c", 1)], ["b"])
+    found = decide(
+        [waits("a", 3, hold_reason="backs off", reserves=True), waits("b", 2, at="1"), waits("c", 1, at="2")]
+    )
+    assert (found.starts, found.backfilled) == ([("c", 1)], ["b"])
     assert found.reasons == [("a", "backs off"), ("b", "needs 2 CPUs, free: 1 CPU")]
 
 
@@ -168,8 +170,8 @@ SIZES = st.lists(st.integers(1, 6), min_size=1, max_size=3, unique=True).map(sor
 )
 def test_never_more_than_there_is_and_everyone_is_accounted_for(queue: Any, active: Any, cpus: int, gpus: int) -> None:
     queued = [
-        waits(f"q{i}", sizes, priority, str(i), use_gpu=gpu, passed=passed)
-        for i, (sizes, priority, gpu, passed) in enumerate(queue)
+        waits(f"q{i}", sizes, priority, str(i), use_gpu=gpu, backfilled=backfilled)
+        for i, (sizes, priority, gpu, backfilled) in enumerate(queue)
     ]
     running = [
         runs(f"r{i}", sizes[0], priority, str(i), sizes, use_gpu=gpu) for i, (sizes, priority, gpu) in enumerate(active)
@@ -185,7 +187,7 @@ def test_never_more_than_there_is_and_everyone_is_accounted_for(queue: Any, acti
     graphic = sum(run.workers for run in running if run.use_gpu)
     if any(by_key[key].use_gpu for key in starts):
         assert graphic + sum(workers for key, workers in starts.items() if by_key[key].use_gpu) <= gpus
-    left = {key for key, _ in found.leaves}
+    left = {key for key, _ in found.preemptions}
     assert left <= {run.key for run in running}
 
 
@@ -195,14 +197,14 @@ def test_every_run_is_started_in_the_end(cpus: int) -> None:
     queue = [waits("large", cpus, at="1"), waits("elastic", [1, cpus], at="2")]
     queue += [waits(f"small-{i:02}", 1, at=f"0{i:02}" if i < 2 else f"3{i:02}") for i in range(20)]
     running: dict[Any, tuple[Running, int]] = {}
-    passed: dict[Any, int] = {}
+    backfilled: dict[Any, int] = {}
     order = []
     for _ in range(200):
         running = {key: (run, left - 1) for key, (run, left) in running.items() if left > 1}
-        ready = [waits(str(q.key), q.sizes, at=q.submitted[0], passed=passed.get(q.key, 0)) for q in queue]
+        ready = [waits(str(q.key), q.sizes, at=q.submitted[0], backfilled=backfilled.get(q.key, 0)) for q in queue]
         found = decide(ready, [run for run, _ in running.values()], cpus)
-        for key in found.passed:
-            passed[key] = passed.get(key, 0) + 1
+        for key in found.backfilled:
+            backfilled[key] = backfilled.get(key, 0) + 1
         for key, workers in found.starts:
             order.append(key)
             (mine,) = [q for q in queue if q.key == key]
@@ -215,13 +217,13 @@ def test_every_run_is_started_in_the_end(cpus: int) -> None:
 
 
 def test_a_group_that_waits_for_what_has_gone_leaves_and_starts_with_what_is_there() -> None:
-    waiting = runs("elastic", 3, since="1", sizes=[1, 2, 3], begun=False)
-    assert decide([], [waiting], cpus=3).leaves == []
-    assert decide([], [waiting], cpus=2).leaves == [("elastic", "the cluster has shrunk")]
-    assert decide([], [waiting], cpus=2, max_cpus=8).leaves == []  # more nodes are on their way
-    assert decide([], [runs("begun", 3)], cpus=2).leaves == []  # its lost worker ends it
-    older = runs("older", 1, since="0", begun=False)
-    assert decide([], [older, waiting], cpus=1).leaves == [("elastic", "the cluster has shrunk")]
-    asked = runs("elastic", 3, since="1", begun=False, leaving=True)
+    waiting = runs("elastic", 3, since="1", sizes=[1, 2, 3], placed=False)
+    assert decide([], [waiting], cpus=3).preemptions == []
+    assert decide([], [waiting], cpus=2).preemptions == [("elastic", "the cluster has shrunk")]
+    assert decide([], [waiting], cpus=2, max_cpus=8).preemptions == []  # more nodes are on their way
+    assert decide([], [runs("placed", 3)], cpus=2).preemptions == []  # its lost worker ends it
+    older = runs("older", 1, since="0", placed=False)
+    assert decide([], [older, waiting], cpus=1).preemptions == [("elastic", "the cluster has shrunk")]
+    asked = runs("elastic", 3, since="1", placed=False, stopping=True)
     found = decide([waits("next", 1)], [asked, older], cpus=2)
-    assert (found.leaves, found.starts) == ([], [])
+    assert (found.preemptions, found.starts) == ([], [])

@@ -14,8 +14,7 @@ from genmodels.runs.records import GateResult, Heartbeat, Result, Status
 from genmodels.runs.store import Run
 from genmodels.storage import Storage
 from services.dispatch import supervisor as supervise
-from services.dispatch.supervisor import Supervisor
-from services.dispatch.supervisor import carry as carry_run
+from services.dispatch.supervisor import Supervisor, run_to_completion
 from tests.support.scripted_drivers import Driver, Drivers, Script, dies, ends, obedient, stubborn, succeeds
 from tests.support.storages import FailingStorage, MemoryStorage, Wrapped, save
 
@@ -40,7 +39,7 @@ class Seen(list[tuple[str, str | None]]):
 
 def carry(storage: Storage, *scripts: Script, watch: Any = None) -> tuple[Status, Result | None, Drivers]:
     backend = Drivers(storage, *scripts)
-    status, result = carry_run(storage, backend, JOB, MODEL, 2, Seen() if watch is None else watch)
+    status, result = run_to_completion(storage, backend, JOB, MODEL, 2, Seen() if watch is None else watch)
     stored, _ = Run(storage, JOB, MODEL).status()
     assert stored == status
     return status, result, backend
@@ -140,7 +139,7 @@ def test_what_may_pass_is_tried_again(cause: Any) -> None:
 
 def test_an_attempt_that_left_is_followed_by_the_next() -> None:
     storage = MemoryStorage()
-    status, _, backend = carry(storage, ends("left", saves=True), succeeds)
+    status, _, backend = carry(storage, ends("stopped", saves=True), succeeds)
     assert (status.state, backend.attempts) == ("succeeded", [1, 2])
     assert Run(storage, JOB, MODEL).chain()[-1].parent == CheckpointRef(attempt=1, step=10)
 
@@ -195,7 +194,7 @@ def test_a_new_checkpoint_resets_the_count() -> None:
 
 
 def test_a_new_checkpoint_is_progress_also_below_one_that_was_damaged() -> None:
-    """Attempt 1 saved step 50, which was found damaged: 2 and 3 save 20 and 30, and are not fruitless."""
+    """Attempt 1 saved step 50, which was found damaged: 2 and 3 save 20 and 30, and are not no_progress_attempts."""
 
     def far(run: Run, attempt: int) -> Iterator[object]:
         run.start_attempt(attempt, None, 1)
@@ -239,13 +238,13 @@ def test_of_two_dispatchers_one_stops_at_its_next_write() -> None:
         status, etag = run.status()
         run.write_status(status.to("starting", "attempt 2 of another", attempt=2), etag)
         run.write_heartbeat(attempt, Heartbeat(phase="training", step=1))
-        while not run.wishes(attempt):
+        while not run.commands(attempt):
             yield
-        run.write_result(attempt, Result(outcome="left"))
+        run.write_result(attempt, Result(outcome="stopped"))
 
     backend = Drivers(storage, script)
     with pytest.raises(GenmodelsError, match="run job-00000000/model is carried by another dispatcher; this one stops"):
-        carry_run(storage, backend, JOB, MODEL, 2, Seen())
+        run_to_completion(storage, backend, JOB, MODEL, 2, Seen())
     status, _ = Run(storage, JOB, MODEL).status()
     assert (status.state, status.reason, status.attempt) == ("starting", "attempt 2 of another", 2)
     assert backend.attempts == [1]
@@ -261,7 +260,7 @@ def test_a_dispatcher_that_comes_second_starts_nothing() -> None:
     storage = Contested()
     backend = Drivers(storage, succeeds)
     with pytest.raises(GenmodelsError, match="carried by another dispatcher"):
-        carry_run(storage, backend, JOB, MODEL, 2, Seen())
+        run_to_completion(storage, backend, JOB, MODEL, 2, Seen())
     assert backend.attempts == []
 
 
@@ -283,14 +282,14 @@ class Interrupting:
 def interrupted(storage: Storage, script: Script, watch: Interrupting) -> tuple[Status, Drivers]:
     backend = Drivers(storage, script)
     with pytest.raises(KeyboardInterrupt):
-        carry_run(storage, backend, JOB, MODEL, 2, watch)
+        run_to_completion(storage, backend, JOB, MODEL, 2, watch)
     return Run(storage, JOB, MODEL).status()[0], backend
 
 
 def test_ctrl_c_has_the_attempt_save_and_leave(storage: Storage) -> None:
     status, backend = interrupted(storage, obedient, Interrupting("running", "training"))
     run = Run(storage, JOB, MODEL)
-    assert [(wish.wish, wish.reason) for wish in run.wishes(1)] == [("leave", "stopped by Ctrl-C")]
+    assert [(command.action, command.reason) for command in run.commands(1)] == [("stop", "stopped by Ctrl-C")]
     assert (backend.drivers[0].code, backend.drivers[0].killed) == (0, False)
     assert (status.state, status.reason) == ("queued", "stopped by Ctrl-C; goes on from step 8")
     again, _, _ = carry(storage, succeeds)
@@ -314,7 +313,7 @@ def test_ctrl_c_before_the_driver_is_started() -> None:
     assert (status.state, status.reason) == ("queued", "stopped by Ctrl-C; goes on from step 0")
 
 
-def test_ctrl_c_after_the_driver_has_ended_wishes_nothing() -> None:
+def test_ctrl_c_after_the_driver_has_ended_sends_no_command() -> None:
     storage = MemoryStorage()
 
     def quick(run: Run, attempt: int) -> Iterator[object]:
@@ -325,7 +324,7 @@ def test_ctrl_c_after_the_driver_has_ended_wishes_nothing() -> None:
 
     status, _ = interrupted(storage, quick, Interrupting("publishing", "publishing"))
     assert status.state == "queued"
-    assert Run(storage, JOB, MODEL).wishes(1) == []
+    assert Run(storage, JOB, MODEL).commands(1) == []
 
 
 def test_a_driver_that_does_not_leave_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -333,14 +332,14 @@ def test_a_driver_that_does_not_leave_is_killed(monkeypatch: pytest.MonkeyPatch)
     storage = MemoryStorage()
     status, backend = interrupted(storage, stubborn, Interrupting("running", "training"))
     assert backend.drivers[0].killed
-    assert len(Run(storage, JOB, MODEL).wishes(1)) == 1
+    assert len(Run(storage, JOB, MODEL).commands(1)) == 1
     assert status.state == "queued"
 
 
 def test_a_second_ctrl_c_kills_at_once() -> None:
     class Impatient(Wrapped):
         def before(self, verb: str, key: str) -> None:
-            if verb == "put" and "/wishes/" in key:
+            if verb == "put" and "/commands/" in key:
                 raise KeyboardInterrupt
 
     storage = Impatient()
@@ -358,7 +357,7 @@ def test_what_goes_wrong_here_lets_the_attempt_leave_too() -> None:
             raise OSError("the terminal is gone")
 
     with pytest.raises(OSError, match="the terminal is gone"):
-        carry_run(storage, backend, JOB, MODEL, 2, watch)
+        run_to_completion(storage, backend, JOB, MODEL, 2, watch)
     assert backend.drivers[0].code == 0
     assert Run(storage, JOB, MODEL).status()[0].reason == "stopped: the terminal is gone; goes on from step 8"
 
@@ -399,7 +398,7 @@ def test_an_outage_neither_fails_a_run_nor_counts() -> None:
         storage = Blinking()
         storage.at = at
         backend = Drivers(storage, sheltered)
-        status, _ = carry_run(storage, backend, JOB, MODEL, 2, Seen())
+        status, _ = run_to_completion(storage, backend, JOB, MODEL, 2, Seen())
         assert (status.state, backend.attempts) == ("succeeded", [1])
         assert {state for state, _ in states(status)} <= {"starting", "running", "publishing", "succeeded"}
         if not storage.refused:
@@ -434,14 +433,14 @@ def test_ctrl_c_in_an_outage_does_not_hang() -> None:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        carry_run(storage, backend, JOB, MODEL, 2, watch)
+        run_to_completion(storage, backend, JOB, MODEL, 2, watch)
     assert backend.drivers[0].killed
     storage.away = False
     assert Run(storage, JOB, MODEL).status()[0].state == "running"
     assert carry(storage, succeeds)[0].state == "succeeded"
 
 
-# ---- step by step: wishes, hangs, leases
+# ---- step by step: commands, hangs, leases
 
 
 def supervised(storage: Storage, *scripts: Script) -> tuple[Supervisor, Drivers]:
@@ -477,13 +476,13 @@ def test_a_cancelled_run_saves_first_and_a_resume_goes_on_from_there() -> None:
     storage = MemoryStorage()
     supervisor, backend = supervised(storage, obedient, succeeds)
     play(supervisor, "running")
-    supervisor.run.wish("leave", 1, "cancelled by key 1234", then="cancelled")
-    supervisor.wished = True
+    supervisor.run.send_command("stop", 1, "cancelled by key 1234", then="cancelled")
+    supervisor.commands_pending = True
     settle(supervisor)
     assert (supervisor.status.state, backend.drivers[0].killed) == ("cancelled", False)
     assert supervisor.status.reason == "cancelled by key 1234; a resume goes on from step 8"
-    supervisor.run.wish("resume", 1, "resumed by key 1234", then="queued")
-    supervisor.wished = True
+    supervisor.run.send_command("resume", 1, "resumed by key 1234", then="queued")
+    supervisor.commands_pending = True
     supervisor.step()
     assert (supervisor.status.state, supervisor.status.reason) == ("queued", "resumed by key 1234")
     play(supervisor, "succeeded")
@@ -493,32 +492,35 @@ def test_a_cancelled_run_saves_first_and_a_resume_goes_on_from_there() -> None:
 
 def test_a_queued_run_is_cancelled_at_once() -> None:
     supervisor, backend = supervised(MemoryStorage(), succeeds)
-    supervisor.run.wish("leave", 0, "cancelled", then="cancelled")
+    supervisor.run.send_command("stop", 0, "cancelled", then="cancelled")
     supervisor.step()
     assert (supervisor.status.state, backend.attempts) == ("cancelled", [])
 
 
 def test_a_cancel_that_was_meant_for_the_attempt_before_reaches_the_next() -> None:
-    supervisor, backend = supervised(MemoryStorage(), ends("left", saves=True), obedient)
+    supervisor, backend = supervised(MemoryStorage(), ends("stopped", saves=True), obedient)
     play(supervisor, "running")
-    supervisor.run.wish("leave", 1, "cancelled", then="cancelled")
+    supervisor.run.send_command("stop", 1, "cancelled", then="cancelled")
     supervisor.status = supervisor.status.model_copy(update={"attempt": 1})
     backend.scripts.insert(0, obedient)
     supervisor.start(1)
     supervisor.step()
     assert supervisor.status.attempt == 2
-    supervisor.wished = True
+    supervisor.commands_pending = True
     settle(supervisor)
     assert supervisor.status.state == "cancelled"
-    assert [(wish.attempt, wish.then) for wish in supervisor.run.wishes()] == [(1, "cancelled"), (2, "cancelled")]
+    assert [(command.attempt, command.then) for command in supervisor.run.commands()] == [
+        (1, "cancelled"),
+        (2, "cancelled"),
+    ]
 
 
 def test_cancel_now_kills_what_does_not_end_by_itself(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(monkeypatch)
     supervisor, backend = supervised(MemoryStorage(), stubborn)
     play(supervisor, "running")
-    supervisor.run.wish("kill", 1, "cancelled now", then="cancelled")
-    supervisor.wished = True
+    supervisor.run.send_command("kill", 1, "cancelled now", then="cancelled")
+    supervisor.commands_pending = True
     for _ in range(4):
         clock.sleep(4)
         supervisor.step()
@@ -533,13 +535,13 @@ def test_cancel_now_kills_what_does_not_end_by_itself(monkeypatch: pytest.Monkey
     assert ATTEMPTS.labels("cancelled")._value.get() == counted["cancelled"] + 1
 
 
-def test_wishes_are_obeyed_once() -> None:
+def test_commands_are_obeyed_once() -> None:
     supervisor, _ = supervised(MemoryStorage(), obedient, succeeds)
-    supervisor.run.wish("leave", 0, "cancelled", then="cancelled")
-    supervisor.run.wish("resume", 0, "resumed", then="queued")
+    supervisor.run.send_command("stop", 0, "cancelled", then="cancelled")
+    supervisor.run.send_command("resume", 0, "resumed", then="queued")
     supervisor.step()
     assert [state for state, _ in states(supervisor.status)] == ["queued", "cancelled", "queued"]
-    supervisor.wished = True
+    supervisor.commands_pending = True
     supervisor.step()
     assert len(supervisor.status.history) == 3
     play(supervisor, "running")
@@ -548,14 +550,14 @@ def test_wishes_are_obeyed_once() -> None:
 def test_a_resume_changes_nothing_that_succeeded_or_runs() -> None:
     supervisor, _ = supervised(MemoryStorage(), obedient)
     play(supervisor, "running")
-    supervisor.run.wish("resume", 1, "resumed", then="queued")
-    supervisor.wished = True
+    supervisor.run.send_command("resume", 1, "resumed", then="queued")
+    supervisor.commands_pending = True
     supervisor.step()
-    assert (supervisor.status.state, supervisor.leaving) == ("running", False)
+    assert (supervisor.status.state, supervisor.stopping) == ("running", False)
     other, _ = supervised(MemoryStorage(), succeeds)
     play(other, "succeeded")
-    other.run.wish("resume", 1, "resumed", then="queued")
-    other.wished = True
+    other.run.send_command("resume", 1, "resumed", then="queued")
+    other.commands_pending = True
     other.step()
     assert other.status.state == "succeeded"
 
@@ -564,9 +566,9 @@ def test_preempted_attempts_do_not_count() -> None:
     supervisor, backend = supervised(MemoryStorage(), obedient)
     for _ in range(5):
         play(supervisor, "running")
-        supervisor.leave("preempted by job/model")
+        supervisor.request_stop("preempted by job/model")
         settle(supervisor)
-        assert (supervisor.status.state, supervisor.status.fruitless) == ("queued", 0)
+        assert (supervisor.status.state, supervisor.status.no_progress_attempts) == ("queued", 0)
         assert supervisor.status.reason.startswith("preempted by job/model; goes on from step 8")
         assert not supervisor.seconds_to_wait
     assert backend.attempts == [1, 2, 3, 4, 5]
@@ -576,8 +578,8 @@ def test_the_reason_of_an_end_is_the_first_that_asked_for_it() -> None:
     """A driver that is ended while its group starts adds that it got a SIGTERM."""
     supervisor, _ = supervised(MemoryStorage(), obedient)
     play(supervisor, "running")
-    supervisor.leave("preempted by job/model")
-    supervisor.run.wish("leave", 1, "the driver was told to end (SIGTERM)")
+    supervisor.request_stop("preempted by job/model")
+    supervisor.run.send_command("stop", 1, "the driver was told to end (SIGTERM)")
     settle(supervisor)
     assert supervisor.status.reason.startswith("preempted by job/model; goes on")
 
@@ -596,7 +598,7 @@ def hangs(phase: Any, step_seconds: float | None = None, ticks: int = 1) -> Scri
     def script(run: Run, attempt: int) -> Iterator[object]:
         run.start_attempt(attempt, None, 1)
         for tick in range(ticks):
-            run.write_heartbeat(attempt, Heartbeat(phase=phase, step=7, tick=tick, step_seconds=step_seconds))
+            run.write_heartbeat(attempt, Heartbeat(phase=phase, step=7, progress_count=tick, step_seconds=step_seconds))
             yield
         while True:
             yield
@@ -617,20 +619,20 @@ def test_a_hang_is_found_its_stacks_are_asked_for_and_the_run_goes_on(
     while clock.now < 1000 + patience:
         clock.sleep(1)
         supervisor.step()
-        assert not supervisor.leaving
-    while not supervisor.leaving:
+        assert not supervisor.stopping
+    while not supervisor.stopping:
         clock.sleep(1)
         supervisor.step()
         assert clock.now < 1000 + patience + 5
-    (wish,) = supervisor.run.wishes(1)
-    assert (wish.wish, wish.then) == ("kill", "queued")
-    assert wish.reason.startswith("no progress for ")
-    assert wish.reason.endswith(f"in phase {phase!r} at step 7")
+    (command,) = supervisor.run.commands(1)
+    assert (command.action, command.then) == ("kill", "queued")
+    assert command.reason.startswith("no progress for ")
+    assert command.reason.endswith(f"in phase {phase!r} at step 7")
     while supervisor.active:
         clock.sleep(1)
         supervisor.step()
     assert backend.drivers[0].killed
-    assert (supervisor.status.state, supervisor.status.fruitless) == ("queued", 1)
+    assert (supervisor.status.state, supervisor.status.no_progress_attempts) == ("queued", 1)
     assert supervisor.status.reason.startswith("no progress for ")
     clock.sleep(60)
     play(supervisor, "succeeded")
@@ -645,7 +647,7 @@ def test_what_ticks_does_not_hang_however_long_it_takes(monkeypatch: pytest.Monk
             clock.sleep(5)
             supervisor._attempt.grow_older(supervisor.heartbeat)  # type: ignore[union-attr]
         supervisor.step()
-        assert not supervisor.leaving
+        assert not supervisor.stopping
 
 
 def test_an_outage_is_no_hang(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -660,7 +662,7 @@ def test_an_outage_is_no_hang(monkeypatch: pytest.MonkeyPatch) -> None:
             supervisor.step()
     storage.away = False
     supervisor.step()
-    assert not supervisor.leaving
+    assert not supervisor.stopping
 
 
 def test_the_next_dispatcher_finds_the_driver_and_goes_on() -> None:
@@ -680,7 +682,7 @@ def test_the_next_dispatcher_finds_the_driver_and_goes_on() -> None:
         first.to("failed", "a stale dispatcher wakes")
     second.step()
     assert second.status.state == "running"
-    second.leave("preempted")
+    second.request_stop("preempted")
     settle(second)
     assert (second.status.state, backend.drivers[0].code) == ("queued", 0)
     with pytest.raises(GenmodelsError, match="under lease 2; 1 is over"):
@@ -700,7 +702,7 @@ def test_a_driver_that_nobody_knows_any_more_is_lost_and_counts_only_if_it_had_b
         second = Supervisor(run, Drivers(storage, succeeds), *run.status())
         second.stamp(2)
         second.step()
-        assert (second.status.state, second.status.fruitless) == ("queued", int(began))
+        assert (second.status.state, second.status.no_progress_attempts) == ("queued", int(began))
         play(second, "succeeded")
 
 

@@ -27,7 +27,7 @@ metrics.TRAINING_LOSS.labels(job, "digits", "vae", "model").set(0.5)
 metrics.KV_SLOTS.labels("m", "minigpt", "1", "used").set(2)
 for line in sys.stdin:
     for _ in range(int(line)):
-        metrics.ATTEMPTS.labels("left").inc()
+        metrics.ATTEMPTS.labels("stopped").inc()
         metrics.STORAGE_SECONDS.labels("get").observe(0.002)
     print("counted", flush=True)
 """
@@ -134,7 +134,7 @@ def _name(name: str, labels: dict[str, str]) -> str:
     return f"{name.removeprefix('genmodels_')}{{{values}}}"
 
 
-COUNT, SLOTS = "attempts_ended_total{left}", "kv_slots{minigpt,m,used,1}"
+COUNT, SLOTS = "attempts_ended_total{stopped}", "kv_slots{minigpt,m,used,1}"
 
 
 def of(count: int) -> dict[str, float]:

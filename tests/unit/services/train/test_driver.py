@@ -332,8 +332,8 @@ def test_the_driver_beats_until_rank_0_does(watch: DriverWatch) -> None:
     assert beat(run) == Heartbeat(phase="starting", max_steps=9)
     for tick in (1, 2):
         watch.look()
-        assert beat(run).tick == tick
-    of_rank_0 = Heartbeat(phase="starting", max_steps=9, tick=1)
+        assert beat(run).progress_count == tick
+    of_rank_0 = Heartbeat(phase="starting", max_steps=9, progress_count=1)
     run.write_heartbeat(1, of_rank_0)
     for _ in range(2):
         watch.look()
@@ -355,54 +355,54 @@ def test_a_group_that_has_not_begun_leaves_at_once(watch: DriverWatch) -> None:
     run.start_attempt(1, None, 1)
     storages.save(run, 1, 4)
     watch.training(max_steps=9)
-    run.wish("leave", 2, "for another")
+    run.send_command("stop", 2, "for another")
     watch.look()
-    run.wish("leave", 1, "preempted")
+    run.send_command("stop", 1, "preempted")
     with pytest.raises(Ended, match="0"):
         watch.look()
     result = run.result(1)
     assert result is not None
-    assert (result.outcome, result.cause, result.step) == ("left", None, 4)
+    assert (result.outcome, result.cause, result.step) == ("stopped", None, 4)
     assert result.message == "left before its workers had begun; goes on from step 4"
 
 
 def test_a_group_that_has_begun_leaves_by_itself(watch: DriverWatch) -> None:
     watch.training(max_steps=9)
     watch.run.write_heartbeat(1, Heartbeat(phase="training", step=3))
-    watch.run.wish("leave", 1, "preempted")
+    watch.run.send_command("stop", 1, "preempted")
     for _ in range(2):
         watch.look()
-    assert watch.leave.is_set()
+    assert watch.should_stop.is_set()
     assert watch.run.result(1) is None
 
 
-def test_sigterm_in_training_is_a_wish_to_leave(watch: DriverWatch) -> None:
+def test_sigterm_in_training_is_a_command_to_leave(watch: DriverWatch) -> None:
     before = signal.getsignal(signal.SIGTERM)
     try:
         watch.catch_sigterm()
         signal.raise_signal(signal.SIGTERM)
         watch.look()
-        assert watch.run.wishes() == []  # there is nothing to leave yet, or no longer
+        assert watch.run.commands() == []  # there is nothing to leave yet, or no longer
         watch.training(max_steps=9)
         watch.run.write_heartbeat(1, Heartbeat(phase="training", step=3))
         for _ in range(2):
             watch.look()
     finally:
         signal.signal(signal.SIGTERM, before)
-    (wish,) = watch.run.wishes(1)
-    assert (wish.wish, wish.then, wish.reason) == ("leave", "queued", "the driver was told to end (SIGTERM)")
-    assert watch.leave.is_set()
+    (command,) = watch.run.commands(1)
+    assert (command.action, command.then, command.reason) == ("stop", "queued", "the driver was told to end (SIGTERM)")
+    assert watch.should_stop.is_set()
 
 
-def test_a_sigterm_after_a_wish_adds_none(watch: DriverWatch) -> None:
+def test_a_sigterm_after_a_command_adds_none(watch: DriverWatch) -> None:
     watch.training(max_steps=9)
     watch.run.write_heartbeat(1, Heartbeat(phase="training", step=3))
-    watch.run.wish("leave", 1, "preempted")
+    watch.run.send_command("stop", 1, "preempted")
     watch.terminated.set()
     for _ in range(2):
         watch.look()
-    assert [wish.reason for wish in watch.run.wishes(1)] == ["preempted"]
-    assert watch.leave.is_set()
+    assert [command.reason for command in watch.run.commands(1)] == ["preempted"]
+    assert watch.should_stop.is_set()
 
 
 def test_after_training_nothing_is_looked_after(watch: DriverWatch) -> None:
@@ -410,21 +410,21 @@ def test_after_training_nothing_is_looked_after(watch: DriverWatch) -> None:
     watch.trained()
     publishing = Heartbeat(phase="publishing", step=9)
     watch.run.write_heartbeat(1, publishing)
-    watch.run.wish("leave", 1, "too late")
+    watch.run.send_command("stop", 1, "too late")
     watch.run.start_attempt(2, None, 1)
     watch.look()
     assert beat(watch.run) == publishing
 
 
 @pytest.mark.parametrize("ended", [False, True])
-def test_a_kill_wish_ends_a_process_that_has_not_ended_by_then(
+def test_a_kill_command_ends_a_process_that_has_not_ended_by_then(
     watch: DriverWatch, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], ended: bool
 ) -> None:
     codes: list[int] = []
     monkeypatch.setattr(control.os, "_exit", codes.append)
     watch.training(max_steps=9)
     watch.kill_seconds = 0.1
-    watch.run.wish("kill", 1, "cancel --now", then="cancelled")
+    watch.run.send_command("kill", 1, "cancel --now", then="cancelled")
     watch.look()
     timers = [thread for thread in threading.enumerate() if isinstance(thread, threading.Timer)]
     if ended:
@@ -436,7 +436,7 @@ def test_a_kill_wish_ends_a_process_that_has_not_ended_by_then(
     assert watch.killed is not None
     said = capfd.readouterr().err
     assert said.startswith("Killed: cancel --now. The stacks of all threads:\n")
-    assert "in test_a_kill_wish_ends_a_process" in said
+    assert "in test_a_kill_command_ends_a_process" in said
     watch.look()
     assert capfd.readouterr().err == "", "it was read once"
 
@@ -490,8 +490,8 @@ def test_a_driver_that_is_told_to_end_leaves_a_result_and_its_log(tmp_path: Path
     assert seconds < 10
     result = run.result(1)
     assert result is not None
-    assert (result.outcome, result.step) == ("left", 0)
-    assert [wish.reason for wish in run.wishes(1)] == ["the driver was told to end (SIGTERM)"]
+    assert (result.outcome, result.step) == ("stopped", 0)
+    assert [command.reason for command in run.commands(1)] == ["the driver was told to end (SIGTERM)"]
     assert log(run)[0] == "workers: 2"
     assert log(run)[-1].endswith("left before its workers had begun; goes on from step 0")
 
@@ -500,7 +500,7 @@ def test_a_driver_ends_when_it_is_overtaken(tmp_path: Path) -> None:
     run, code, _ = drive(tmp_path, make_data(tmp_path), "overtaken")
     assert code == control.SUPERSEDED
     assert run.result(1) is None
-    assert run.wishes() == []
+    assert run.commands() == []
 
 
 def test_a_failure_is_in_result_and_log(tmp_path: Path) -> None:

@@ -28,7 +28,7 @@ from services.jobs import app as jobs_service
 from tests.support.fake_kubernetes import KubeApi, Operator
 from tests.support.paths import ROOT
 from tests.support.ray_node import until
-from tests.support.scripted_cluster import data, in_no_time, spec, state, submit, wish
+from tests.support.scripted_cluster import data, in_no_time, send_command, spec, state, submit
 from tests.support.scripted_drivers import Driver, Script, dies, ends, obedient, succeeds
 from tests.support.storages import MemoryStorage
 
@@ -92,7 +92,7 @@ class Platform:
 
     def tick(self, rounds: int = 1) -> None:
         for _ in range(rounds):
-            self.dispatcher.tick(self.lease_term)
+            self.dispatcher.dispatch_once(self.lease_term)
             self.operator.reconcile()
 
     def until(self, model: str, wanted: str, job: str, attempt: int = 1) -> Any:
@@ -171,7 +171,7 @@ def test_a_dispatcher_killed_after_it_made_a_rayjob(api: KubeApi, tmp_path: Path
     storage = MemoryStorage()
     platform = Platform(api, tmp_path, storage)
     name = submit(storage, data, "adopted", "a")
-    platform.dispatcher.tick(1)
+    platform.dispatcher.dispatch_once(1)
     assert list(api.jobs) == [submission_id(name, "a", 1)]
     platform.restart()
     assert platform.until("a", "succeeded", name).attempt == 1
@@ -186,11 +186,11 @@ def test_a_dispatcher_killed_before_it_made_one(
     name = submit(storage, data, "unborn", "a")
     monkeypatch.setattr(platform.backend, "start", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
     with pytest.raises(KeyboardInterrupt):
-        platform.dispatcher.tick(1)
+        platform.dispatcher.dispatch_once(1)
     assert (state(storage, name, "a").state, api.jobs) == ("starting", {})
     platform.restart()
     status = platform.until("a", "succeeded", name)
-    assert (status.attempt, status.fruitless) == (2, 0)
+    assert (status.attempt, status.no_progress_attempts) == (2, 0)
 
 
 def test_a_rayjob_is_made_once_though_the_answer_was_lost(api: KubeApi, tmp_path: Path, data: Path) -> None:
@@ -317,7 +317,7 @@ def test_deleted_by_hand_it_goes_on_when_its_pods_have_gone(
             break
         platform.operator.clings = False
         api.pods.clear()
-    assert platform.until("a", "succeeded", name).number == 3
+    assert platform.until("a", "succeeded", name).attempt == 3
     assert "its RayJob was deleted; goes on from step 0" in platform.reasons(name, "a")
 
 
@@ -355,7 +355,7 @@ def test_kueue_admits_and_preempts(api: KubeApi, tmp_path: Path, data: Path, mon
     assert state(storage, name, "a").attempt == 1, "its pods have not gone"
     platform.operator.clings = False
     status = platform.until("a", "succeeded", name)
-    assert (status.attempt, status.fruitless) == (2, 0)
+    assert (status.attempt, status.no_progress_attempts) == (2, 0)
     assert "preempted: Kueue suspended it; goes on from step 0" in platform.reasons(name, "a")
     assert submission_id(name, "a", 1) not in api.jobs
 
@@ -385,7 +385,7 @@ def test_one_that_waits_in_kueues_queue_is_cancelled(api: KubeApi, tmp_path: Pat
     platform.operator.admits = False
     name = submit(storage, data, "never", "a")
     platform.tick(5)
-    wish(storage, name, "a", "leave", "cancelled")
+    send_command(storage, name, "a", "stop", "cancelled")
     platform.until("a", "cancelled", name)
     assert not api.jobs
     assert not platform.operator.started
@@ -396,9 +396,9 @@ def test_cancelled_it_saves_first(api: KubeApi, tmp_path: Path, data: Path) -> N
     platform = Platform(api, tmp_path, storage, a=[obedient, succeeds])
     name = submit(storage, data, "stop", "a")
     platform.until("a", "running", name)
-    wish(storage, name, "a", "leave", "cancelled")
+    send_command(storage, name, "a", "stop", "cancelled")
     assert "a resume goes on from step 8" in platform.until("a", "cancelled", name).reason
-    wish(storage, name, "a", "resume", "queued")
+    send_command(storage, name, "a", "resume", "queued")
     platform.until("a", "succeeded", name)
     assert len(platform.operator.started) == 2
 
@@ -449,7 +449,7 @@ def test_a_list_comes_in_pages(api: KubeApi, tmp_path: Path, data: Path, monkeyp
     storage = MemoryStorage()
     platform = Platform(api, tmp_path, storage)
     submit(storage, data, "many", *"abcde")
-    platform.dispatcher.tick(1)
+    platform.dispatcher.dispatch_once(1)
     found = platform.backend.api.jobs()
     assert found is not None
     assert len(found) == 5
@@ -467,7 +467,7 @@ def test_all_runs_of_a_tick_share_one_list(
     monkeypatch.setattr(kube_api, "LIST_SECONDS", 60.0)
     platform.backend.api._forget()
     api.asked.clear()
-    platform.dispatcher.tick(1)
+    platform.dispatcher.dispatch_once(1)
     assert api.asked == ["list rayjobs"]
 
 
@@ -611,7 +611,7 @@ def test_without_a_cluster_one_line_says_so(tmp_path: Path, monkeypatch: pytest.
 
 def test_limits_are_the_operators(api: KubeApi, tmp_path: Path, data: Path) -> None:
     storage = MemoryStorage()
-    platform = Platform(api, tmp_path, storage, a=[ends("left", saves=True), succeeds])
+    platform = Platform(api, tmp_path, storage, a=[ends("stopped", saves=True), succeeds])
     platform.most = Capacity(1, 0)
     platform.restart()
     name = submit(storage, data, "few", "a", "b")
