@@ -184,7 +184,7 @@ def _check_source(source: str | None, workers: int) -> None:
     if source in (None, "driver") or int(source or 0) < workers:
         return
     ranks = "worker 0" if workers == 1 else f"the workers 0 to {workers - 1}"
-    message = f"got {show(source)}, expected driver, or {ranks}"
+    message = f"got {show(source)}; expected driver, or {ranks}"
     raise RequestError(f"source: {message}", param="source", status=404, code="source_not_found")
 
 
