@@ -98,30 +98,30 @@ def evaluate(
 
     from genmodels.checkpoint import scratch_folder
     from genmodels.registry import evaluations
-    from genmodels.registry.evaluate import evaluate as measure
+    from genmodels.registry.evaluate import evaluate as evaluate_version
     from genmodels.registry.store import Registry
+    from genmodels.runs.jobs import Jobs
     from genmodels.runs.store import Run
-    from genmodels.training.attempt import stored_model
-    from services.console.tables import measures_table
+    from services.console.tables import evaluation_table
 
     store = storage(storage_url)
     registry = Registry(store)
     target = registry.resolve(version)
     try:
-        spec = stored_model(store, target.job, target.model)
+        spec = Jobs(store).model_spec(target.job, target.model)
     except JobNotFound:
         raise GenmodelsError(f"{target.name}: job {target.job} was deleted, so its data is unknown") from None
     with scratch_folder() as name, console(stderr=True).status(f"Evaluating {target.name}"):
         registry.fetch(target, Path(name))
         began = time.monotonic()
-        result = measure(
+        result = evaluate_version(
             Run(store, target.job, target.model), target.checkpoint, spec, target.lineage, Path(name), thorough=thorough
         )
     evaluation = evaluations.record(registry, target, result, thorough=thorough, seconds=time.monotonic() - began)
     if as_json:
         print_json(encode_floats(evaluation.model_dump(mode="json")))
     else:
-        console().print(measures_table(evaluation))
+        console().print(evaluation_table(evaluation))
 
 
 @contextmanager

@@ -164,16 +164,16 @@ def _model(entry: Entry) -> dict[str, Any]:
 
 
 def _evaluation(evaluation: Evaluation) -> dict[str, Any]:
-    measures = {
+    metrics = {
         name: {
-            "value": finite(measure.value),
-            "unit": measure.unit,
-            "beside": {what: finite(value) for what, value in measure.beside.items()},
+            "value": finite(metric.value),
+            "unit": metric.unit,
+            "baselines": {baseline: finite(value) for baseline, value in metric.baselines.items()},
         }
-        for name, measure in evaluation.measures.items()
+        for name, metric in evaluation.metrics.items()
     }
     about = evaluation.model_dump(mode="json", include={"id", "created", "thorough", "notes"})
-    return {**about, "measures": measures}
+    return {**about, "metrics": metrics}
 
 
 def _refused(refused: Mapping[str, Refused]) -> list[dict[str, Any]]:

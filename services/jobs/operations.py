@@ -13,7 +13,7 @@ from typing import Literal
 from genmodels.data import uploads
 from genmodels.errors import DamagedObject, RequestError, SpecError
 from genmodels.preflight.check import Checked, check_job
-from genmodels.registry.pin import pin
+from genmodels.registry.references import resolve_references
 from genmodels.runs.jobs import Entry, Jobs
 from genmodels.runs.records import ENDED, Status
 from genmodels.runs.store import Run
@@ -64,7 +64,7 @@ class JobOperations:
         """Queue a job, and return it and whether it is new: a known idempotency key returns the job it made before."""
         with _spec_errors():
             checked, _ = self._check(body, caller, dry_run=False)
-            spec = pin(checked.job, self.storage)
+            spec = resolve_references(checked.job, self.storage)
         digest = hashlib.sha256(body).hexdigest()
         job, new = self.jobs.submit(spec, caller=caller.id, idempotency_key=key, body_digest=digest)
         if not new:
@@ -143,7 +143,7 @@ class JobOperations:
         caller.need(model.name for model in spec.models)
         caller.need(filter(None, (model.train.init_from for model in spec.models)))
         capacity = self.views.queue().capacity
-        spec = pin(spec, self.storage, mark=False)
+        spec = resolve_references(spec, self.storage, pin=False)
         return check_job(spec, self.storage, capacity=capacity, planned=dry_run), capacity
 
     def _choose_runs(self, job: str, models: list[str] | None, caller: Caller) -> _Chosen:

@@ -12,12 +12,12 @@ import httpx
 import pytest
 
 from genmodels.errors import GenmodelsError, LeaseLost
-from genmodels.runs.jobs import Jobs
+from genmodels.runs.jobs import QUEUE, Jobs
 from genmodels.runs.records import Heartbeat, Result
 from genmodels.runs.store import Run
 from services.dispatch import attempt, supervisor
 from services.dispatch.backends.ray_jobs import RayJobsBackend
-from services.dispatch.dispatcher import QUEUE, Dispatcher
+from services.dispatch.dispatcher import Dispatcher
 from services.dispatch.supervisor import run_to_completion
 from services.http.auth import Caller
 from services.jobs.operations import JobOperations
