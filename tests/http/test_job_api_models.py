@@ -444,8 +444,8 @@ def test_without_keys_it_is_for_this_machine_alone(file_storage: Storage) -> Non
 
 def test_a_caller_without_keys_may_do_all() -> None:
     caller = Caller()
-    caller.need(["anything"])
-    caller.need_all()
+    caller.require(["anything"])
+    caller.require_all_models()
     assert (caller.id, caller.reason, caller.may_use(["anything"])) == ("", "by hand", True)
 
 
