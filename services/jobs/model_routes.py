@@ -22,7 +22,6 @@ from genmodels.errors import DamagedObject, DataError, DatasetExists, ModelNotFo
 from genmodels.registry import gc, removal
 from genmodels.registry.evaluations import evaluations
 from genmodels.registry.store import Registry, Version
-from genmodels.runs.jobs import QUEUE as QUEUE
 from genmodels.spec.names import LABEL
 from genmodels.storage import Storage, encode_floats
 from services.http.app import documented, read_body

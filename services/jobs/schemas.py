@@ -7,7 +7,6 @@ from typing import Annotated, Literal, TypeAlias
 from pydantic import BaseModel, Field
 
 from genmodels.engine.requests import Body
-from genmodels.runs.jobs import QUEUE as QUEUE
 from genmodels.runs.records import Change, State
 from genmodels.spec.names import Label
 from services.http.query import Strict

@@ -10,7 +10,6 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from genmodels.errors import DamagedObject, JobNotFound, KeyNotFound
-from genmodels.runs.jobs import QUEUE as QUEUE
 from genmodels.runs.jobs import EndedEntry, Entry, Jobs, Queue
 from genmodels.runs.records import ENDED, Status
 from genmodels.runs.store import Run

@@ -26,7 +26,7 @@ from genmodels.checkpoint import CheckpointRef
 from genmodels.data import uploads
 from genmodels.keys import Keys
 from genmodels.registry.store import Registry
-from genmodels.runs.jobs import Jobs
+from genmodels.runs.jobs import QUEUE, Jobs
 from genmodels.runs.records import ENDED, Heartbeat, State, Status
 from genmodels.runs.store import Run
 from genmodels.spec.parse import dump, model_digest
@@ -35,7 +35,6 @@ from genmodels.storage import open_storage, read_document
 from services.cluster.ports import free_ports
 from services.dispatch.backends.base import submission_id
 from services.dispatch.backends.ray_jobs import RayJobsBackend
-from services.dispatch.dispatcher import QUEUE
 from tests.support.fault_proxy import FaultProxy
 from tests.support.plain_workers import WorkerGroup
 from tests.support.ray_node import JoinedNode, RayHead, until

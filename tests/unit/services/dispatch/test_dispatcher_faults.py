@@ -12,12 +12,12 @@ import httpx
 import pytest
 
 from genmodels.errors import GenmodelsError, LeaseLost
-from genmodels.runs.jobs import Jobs
+from genmodels.runs.jobs import QUEUE, Jobs
 from genmodels.runs.records import Heartbeat, Result
 from genmodels.runs.store import Run
 from services.dispatch import attempt, supervisor
 from services.dispatch.backends.ray_jobs import RayJobsBackend
-from services.dispatch.dispatcher import QUEUE, Dispatcher
+from services.dispatch.dispatcher import Dispatcher
 from services.dispatch.supervisor import run_to_completion
 from services.http.auth import Caller
 from services.jobs.routes import JobRoutes
@@ -106,7 +106,7 @@ def test_a_command_of_another_release_is_passed_over(data: Path) -> None:
 @pytest.mark.parametrize("answer", [httpx.Response(200, text="<html>"), httpx.Response(200, json={"data": 7})])
 def test_what_is_not_rays_answer_is_none(answer: httpx.Response) -> None:
     backend = RayJobsBackend("http://127.0.0.1:1")
-    backend.dashboard.ask = lambda *_, **__: answer  # type: ignore[method-assign]
+    backend.dashboard.ask = lambda *_, **__: answer
     assert backend.capacity() is None
 
 
