@@ -121,30 +121,30 @@ def evaluate(
 
     from genmodels.checkpoint import scratch_folder
     from genmodels.registry import evaluations
-    from genmodels.registry.evaluate import evaluate as measure
+    from genmodels.registry.evaluate import evaluate as evaluate_version
     from genmodels.registry.store import Registry
+    from genmodels.runs.jobs import Jobs
     from genmodels.runs.store import Run
-    from genmodels.training.attempt import stored_model
-    from services.console.tables import measures_table
+    from services.console.tables import evaluation_table
 
     store = storage(storage_url)
     registry = Registry(store)
     found = registry.resolve(version)
     try:
-        spec = stored_model(store, found.job, found.model)
+        spec = Jobs(store).model_spec(found.job, found.model)
     except JobNotFound:
         raise GenmodelsError(f"{found.name}: job {found.job} was deleted, so its data is not known any more") from None
     with scratch_folder() as name, console(stderr=True).status(f"Evaluating {found.name}"):
         registry.fetch(found, Path(name))
         began = time.monotonic()
-        measured = measure(
+        result = evaluate_version(
             Run(store, found.job, found.model), found.checkpoint, spec, found.lineage, Path(name), thorough=thorough
         )
-    evaluation = evaluations.record(registry, found, measured, thorough=thorough, seconds=time.monotonic() - began)
+    evaluation = evaluations.record(registry, found, result, thorough=thorough, seconds=time.monotonic() - began)
     if as_json:
         print_json(encode_floats(evaluation.model_dump(mode="json")))
     else:
-        console().print(measures_table(evaluation))
+        console().print(evaluation_table(evaluation))
 
 
 @contextmanager

@@ -108,17 +108,17 @@ def models_table(models: Iterable[Mapping[str, Any]]) -> Table:
     return table
 
 
-def measures_table(evaluation: Evaluation) -> Table:
-    """measure, value, beside it; below stands what the figures mean nothing without"""
-    table = _table("measure", "value", "beside it")
+def evaluation_table(evaluation: Evaluation) -> Table:
+    """Return a table with the columns metric, value and baselines; its caption has the notes of the evaluation."""
+    table = _table("metric", "value", "baselines")
     table.title = f"{evaluation.model}@{evaluation.version}, {evaluation.seconds:.0f} s"
     table.title_justify = table.caption_justify = "left"
     examples = evaluation.notes.get("validation_examples")
     count = examples if isinstance(examples, int | float) else None
     exact = digits(count)
-    for name, measure in evaluation.measures.items():
-        beside = ", ".join(f"{what}: {value:.{exact}g}" for what, value in measure.beside.items())
-        table.add_row(name, f"{measure.value:.{exact}g} {measure.unit}".rstrip(), Text(beside))
+    for name, metric in evaluation.metrics.items():
+        baselines = ", ".join(f"{baseline}: {value:.{exact}g}" for baseline, value in metric.baselines.items())
+        table.add_row(name, f"{metric.value:.{exact}g} {metric.unit}".rstrip(), Text(baselines))
     few = [f"figures are {of_few(count)}: more digits mean nothing"] if of_few(count) else []
     table.caption = Text("; ".join([*few, *(f"{name}: {note}" for name, note in evaluation.notes.items())]))
     return table

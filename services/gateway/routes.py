@@ -165,16 +165,16 @@ def _model(entry: Entry) -> dict[str, Any]:
 
 
 def _evaluation(evaluation: Evaluation) -> dict[str, Any]:
-    measures = {
+    metrics = {
         name: {
-            "value": _finite(measure.value),
-            "unit": measure.unit,
-            "beside": {what: _finite(value) for what, value in measure.beside.items()},
+            "value": _finite(metric.value),
+            "unit": metric.unit,
+            "baselines": {baseline: _finite(value) for baseline, value in metric.baselines.items()},
         }
-        for name, measure in evaluation.measures.items()
+        for name, metric in evaluation.metrics.items()
     }
     about = evaluation.model_dump(mode="json", include={"id", "created", "thorough", "notes"})
-    return {**about, "measures": measures}
+    return {**about, "metrics": metrics}
 
 
 def _finite(value: float) -> float | None:

@@ -23,7 +23,7 @@ from starlette.types import Receive, Scope, Send
 from genmodels.data import uploads
 from genmodels.errors import DamagedObject, RequestError, SpecError
 from genmodels.preflight.check import Checked, check_job
-from genmodels.registry.pin import pin
+from genmodels.registry.references import resolve_references
 from genmodels.runs.jobs import Jobs
 from genmodels.runs.records import ENDED, Status
 from genmodels.runs.store import Run
@@ -70,7 +70,7 @@ class JobRoutes:
         """Put a job into the queue; the job, and whether it is new."""
         with _refusing():
             checked, _ = self._checked(body, caller, planned=False)
-            spec = pin(checked.job, self.storage)
+            spec = resolve_references(checked.job, self.storage)
         digest = hashlib.sha256(body).hexdigest()
         job, new = self.jobs.submit(spec, caller=caller.id, idempotency_key=key, body_digest=digest)
         if not new:
@@ -143,7 +143,7 @@ class JobRoutes:
         caller.need(model.name for model in spec.models)
         caller.need(filter(None, (model.train.init_from for model in spec.models)))
         capacity = self.views.queue().capacity
-        spec = pin(spec, self.storage, mark=False)
+        spec = resolve_references(spec, self.storage, pin=False)
         return check_job(spec, self.storage, capacity=capacity, planned=planned), capacity
 
     def _runs(self, job: str, models: list[str] | None, caller: Caller) -> list[tuple[Run, Status]]:

@@ -9,7 +9,7 @@ import numpy as np
 
 from genmodels.data import TextData
 from genmodels.data.images import ImageData, ImageSplit
-from genmodels.family import Material
+from genmodels.family import EvaluationData
 
 CLASSES = 4
 
@@ -37,20 +37,20 @@ def shapes(train: int = 480, val: int = 120, side: int = 16, channels: int = 1, 
 
 @dataclass
 class Bench:
-    """Makes the material for evaluations, and remembers what they did with it."""
+    """Makes the data for evaluations, and remembers what they did with it."""
 
     kept: dict[str, bytes] = field(default_factory=dict)
     made: list[str] = field(default_factory=list)
     ticks: int = 0
 
-    def material(self, data: ImageData | TextData, thorough: bool = False) -> Material:
+    def evaluation_data(self, data: ImageData | TextData, thorough: bool = False) -> EvaluationData:
         def report_progress() -> None:
             self.ticks += 1
 
-        def keep(name: str, make: Callable[[], bytes]) -> bytes:
+        def cached(name: str, make: Callable[[], bytes]) -> bytes:
             if name not in self.kept:
                 self.made.append(name)
                 self.kept[name] = make()
             return self.kept[name]
 
-        return Material(data.arrays("train"), data.arrays("val"), data.digest, thorough, report_progress, keep)
+        return EvaluationData(data.arrays("train"), data.arrays("val"), data.digest, thorough, report_progress, cached)

@@ -1,4 +1,4 @@
-"""The rooms of the code: what lies where, checked where import-linter cannot, and that CI and hooks run the same checks."""
+"""The rooms of the code, as far as import-linter does not check them; hooks before a commit run what CI runs."""
 
 from __future__ import annotations
 

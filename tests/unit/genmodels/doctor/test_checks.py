@@ -104,8 +104,8 @@ def test_a_file_in_place_of_the_folder_is_named(where: str, tmp_path: Path) -> N
 
 
 def test_another_format_is_told_of_a_bucket_too(s3_storage: Storage) -> None:
-    s3_storage.put(MARKER, b'{"id": "x", "format": 2}')
-    assert "is written in format 2" in told(s3_storage.url)["storage"].found
+    s3_storage.put(MARKER, b'{"id": "x", "format": 1}')
+    assert "is written in format 1" in told(s3_storage.url)["storage"].found
 
 
 @pytest.mark.parametrize("url", ["nonsense", "s3://nowhere-0000/x", "file:///proc/1/no/such", "file:///dev/null/x"])

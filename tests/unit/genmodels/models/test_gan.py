@@ -261,16 +261,16 @@ def test_frechet_distance_by_closed_form_and_from_added_sums() -> None:
 def test_the_measure_adds_up_however_the_images_are_cut() -> None:
     model, batch = tiny(conditional=True), blobs(40)
     state = torch.get_rng_state()
-    whole = model.measure(batch)
+    whole = model.eval_step(batch)
     order = torch.randperm(40, generator=torch.Generator().manual_seed(1))
-    parts = [model.measure({name: x[index] for name, x in batch.items()}) for index in order.split(11)]
+    parts = [model.eval_step({name: x[index] for name, x in batch.items()}) for index in order.split(11)]
     assert torch.equal(torch.get_rng_state(), state), "a measure must not touch the global random numbers"
     assert {name: len(x) for name, x in whole.items()} == {"real_even": 65, "real_odd": 65, "fake": 65}
     for name, expected in whole.items():
         assert expected.dtype == torch.float64
         torch.testing.assert_close(sum(part[name] for part in parts), expected, rtol=1e-5, atol=1e-5)
     assert whole["fake"][0, 0] == whole["real_even"][0, 0] + whole["real_odd"][0, 0] == 40
-    assert set(model.metrics(whole)) == set(model.metric_names)
+    assert set(model.eval_metrics(whole)) == set(model.metric_names)
 
 
 def test_the_measure_ranks_real_before_blurred_before_noise() -> None:

@@ -18,7 +18,7 @@ from safetensors import SafetensorError
 from genmodels import metrics, models
 from genmodels.checkpoint import MANIFEST, CheckpointRef, Snapshot
 from genmodels.errors import StorageError, StorageUnavailable, Superseded, TrainingDiverged
-from genmodels.registry.pin import resolve
+from genmodels.registry.references import resolve_reference
 from genmodels.runs.store import Run
 from genmodels.spec.sections import ModelSpec
 from genmodels.storage import Storage
@@ -501,7 +501,7 @@ def test_clean_up_keeps_what_others_start_from(make: Any) -> None:
             rank0.save(snapshot(step, 9.0 - step))
             until(lambda step=step: idle(rank0, step))
             if step == 1:
-                assert resolve("vae@job:step-1", storage) == "vae@job:step-1"
+                assert resolve_reference("vae@job:step-1", storage) == "vae@job:step-1"
     assert [ref.step for ref in run.checkpoints()] == [1, 4, 5]
 
 

@@ -27,11 +27,11 @@ from PIL import Image
 from genmodels.keys import Keys
 from genmodels.registry import gc
 from genmodels.registry.store import Registry
-from genmodels.runs.jobs import Jobs
+from genmodels.runs.jobs import Jobs, Queue, QueuedRun
 from genmodels.runs.records import Heartbeat, Result, State, Status
 from genmodels.runs.store import Run
 from genmodels.spec.parse import parse_spec
-from genmodels.storage import Storage, open_storage, write_document
+from genmodels.storage import Storage, open_storage
 from genmodels.storage.documents import now
 from services.cli import main, wait
 from services.client import http
@@ -140,8 +140,7 @@ def test_a_dash_submits_the_spec_on_standard_input(
 
 
 def test_a_dry_run_submits_nothing(api: str, command: Command, store: Storage) -> None:
-    document = {"time": now(), "capacity": {"cpus": 2, "gpus": 0}, "queue": []}
-    write_document(store, "dispatcher/queue.json", document)
+    Jobs(store).write_queue(Queue(time=now(), capacity={"cpus": 2, "gpus": 0}))
     code, out, _ = command("submit", "shapes.yaml", "--dry-run")
     assert code == 0
     vae, gan = (line.split("│") for line in out.splitlines() if "digits" in line)
@@ -182,8 +181,8 @@ def test_wait_follows_to_the_end_and_says_how_to_use_it(
         vae, gan = runs()
         to(vae, "starting", "attempt 1 with 1 worker", attempt=1, workers=1)
         to(gan, "queued", "submitted")
-        waiting = [{"job": gan.job, "model": gan.model, "reason": "needs 1 CPU, free: 0 CPUs"}]
-        write_document(store, "dispatcher/queue.json", {"time": now(), "capacity": None, "queue": waiting})
+        waiting = QueuedRun(job=gan.job, model=gan.model, reason="needs 1 CPU, free: 0 CPUs")
+        Jobs(store).write_queue(Queue(time=now(), queue=[waiting]))
 
     def lose() -> None:  # two changes between two looks
         vae, _ = runs()

@@ -555,6 +555,7 @@ def test_a_resume_changes_nothing_that_succeeded_or_runs() -> None:
     supervisor.commands_pending = True
     supervisor.step()
     assert (supervisor.status.state, supervisor.stopping) == ("running", False)
+    assert supervisor.run.status()[0].last_command == 1, "it is not applied again"
     other, _ = supervised(MemoryStorage(), succeeds)
     play(other, "succeeded")
     other.run.send_command("resume", 1, "resumed", then="queued")
