@@ -152,7 +152,7 @@ def test_conditional_puts_are_asked_of_the_store(file_storage: Storage, monkeypa
 
 @pytest.mark.parametrize(("skew", "state"), [(0.0, "ok"), (-60.0, "warning"), (60.0, "warning"), (3600.0, "problem")])
 def test_clocks_that_differ(file_storage: Storage, monkeypatch: pytest.MonkeyPatch, skew: float, state: str) -> None:
-    real = time
+    real = time.time
     Keys(file_storage).create("alice", ("submit",))
 
     class Clock:
