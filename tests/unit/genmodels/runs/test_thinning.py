@@ -16,7 +16,7 @@ from genmodels.runs.thinning import thinned_rows
 from genmodels.storage import Storage
 from services.gateway.model_host import ModelHost
 from services.gateway.routes import create_app
-from services.jobs.routes import LINES_AT_ONCE
+from services.jobs.lines import LINES_AT_ONCE
 from tests.support.asgi_client import ask
 from tests.support.job_service import Service
 from tests.support.published_models import publish
