@@ -376,7 +376,7 @@ def endpoint(storage_url: str) -> Iterator[str]:
     from services.cluster.ray_start import serve_http_options
     from services.gateway.app import build
 
-    cluster = ray_cluster.__wrapped__()
+    cluster = ray_cluster.__wrapped__()  # type: ignore[attr-defined]  # the fixture without pytest
     next(cluster)
     try:
         port = free_ports(1)

@@ -17,6 +17,7 @@ import yaml
 from genmodels.keys import Keys
 from genmodels.runs.records import State
 from genmodels.runs.store import Run
+from genmodels.spec.parse import parse_spec
 from genmodels.storage import Storage
 from services.jobs import operations
 from services.jobs.views import job_state
@@ -273,7 +274,7 @@ def test_the_estimated_size_of_a_checkpoint_is_right(
 
     cls = models.load(family)
     built = cls(cls.Config(), open_dataset(DataConfig(dataset=dataset)).info)
-    roles = built.roles(operations.parse_spec(yaml.safe_dump(document).encode(), "x").models[0].train)
+    roles = built.roles(parse_spec(yaml.safe_dump(document).encode(), "x").models[0].train)
     for role in roles:
         for parameter in role.loss.parameters():
             parameter.grad = torch.zeros_like(parameter)

@@ -23,7 +23,7 @@ class Pool:
 
 @pytest.fixture(scope="module")
 def app() -> Any:
-    return create_app(Pool())  # type: ignore[arg-type]  # no request here gets as far as a model
+    return create_app(Pool())  # no request here gets as far as a model
 
 
 @pytest.mark.parametrize(

@@ -170,7 +170,7 @@ def test_tokens_are_those_of_the_usage(app: Any, before: Series, fields: dict[st
 def test_many_observations_at_once_are_as_many_one_by_one() -> None:
     once, one_by_one = (Histogram("h", "", registry=None, buckets=(0.1, 0.5)) for _ in range(2))
     for amount, count in ((0.05, 3), (0.1, 2), (0.3, 1), (0.5, 4), (7.0, 5)):
-        engine_metrics._observe(once, amount, count)
+        engine_metrics.observe_many(once, amount, count)
         for _ in range(count):
             one_by_one.observe(amount)
     found, expected = ([(s.name, s.labels, s.value) for s in h.collect()[0].samples][:-1] for h in (once, one_by_one))
@@ -269,7 +269,7 @@ class Pool:
     ],
 )
 def test_a_stream_is_counted_by_how_it_ended(before: Series, ending: list[Any], code: str) -> None:
-    app = create_app(Pool(CompletionStarted("m@1", "minigpt", 1, 1), TextDelta(0, "abc", 3), *ending))  # type: ignore[arg-type]
+    app = create_app(Pool(CompletionStarted("m@1", "minigpt", 1, 1), TextDelta(0, "abc", 3), *ending))
     for stream in (True, False):
         ask(app, "POST", "/v1/completions", {"model": "m", "prompt": "x", "stream": stream})
     expected: Requests = Counter({("/v1/completions", code, "m@1"): 2})

@@ -393,7 +393,7 @@ def test_a_new_replica_serves_the_others_and_tells_of_the_damaged(
         assert shown["bad"]["version"] == 1
     world.storage.put(key, sound)
     host.watch()
-    host._listed = None
+    host._catalog._listed = None
     assert entries(host)["bad"]["version"] == 1
     assert "refused" not in entries(host)["bad"]
 

@@ -87,7 +87,7 @@ class Scripted:
 
 
 def scripted(says: str) -> TextModel:
-    return TextModel("scripted@1", Scripted(says), CharTokenizer(VOCABULARY))  # type: ignore[arg-type]
+    return TextModel("scripted@1", Scripted(says), CharTokenizer(VOCABULARY))
 
 
 def choices(pieces: Iterator[TextDelta], n: int = 1) -> list[tuple[str, str | None, int]]:

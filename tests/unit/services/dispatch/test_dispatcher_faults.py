@@ -106,7 +106,7 @@ def test_a_command_of_another_release_is_passed_over(data: Path) -> None:
 @pytest.mark.parametrize("answer", [httpx.Response(200, text="<html>"), httpx.Response(200, json={"data": 7})])
 def test_what_is_not_rays_answer_is_none(answer: httpx.Response) -> None:
     backend = RayJobsBackend("http://127.0.0.1:1")
-    backend.dashboard.ask = lambda *_, **__: answer  # type: ignore[method-assign]
+    backend.dashboard.ask = lambda *_, **__: answer
     assert backend.capacity() is None
 
 

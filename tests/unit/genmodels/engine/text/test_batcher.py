@@ -63,7 +63,7 @@ def same_as_reference(family: MiniGPT, result: T, reference: Callable[[MiniGPT],
         exact = family.logits(tokens)
         return exact + ROUNDING * torch.randn(exact.shape, generator=rng)
 
-    rounded.logits = logits  # type: ignore[method-assign]
+    rounded.logits = logits
     return any(reference(rounded) == result for _ in range(40))
 
 
@@ -429,7 +429,7 @@ def test_a_sequence_whose_caller_is_gone_ends_alone(caplog: pytest.LogCaptureFix
     """The callbacks fail, as when the event loop of the caller is closed."""
     batcher, client = ContinuousBatcher(FAMILIES["rotary"]), Client([1, 2], max_tokens=5)
     gone = Client([1, 2]).sequence()
-    gone.on_token = gone.on_finish = lambda *_: 1 / 0  # type: ignore[assignment,return-value]
+    gone.on_token = gone.on_finish = lambda *_: 1 / 0
     batcher.add(gone, client.sequence())
     while batcher.step():
         pass
