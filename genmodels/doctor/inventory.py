@@ -16,7 +16,7 @@ from genmodels.data.uploads import Current, StoredDataset
 from genmodels.errors import CheckpointError, DamagedObject, JobNotFound, KeyNotFound, StorageError, contained
 from genmodels.keys import Key
 from genmodels.registry.evaluations import EVALUATED, Evaluation
-from genmodels.registry.pin import Pin
+from genmodels.registry.references import Pin
 from genmodels.registry.store import Alias, Registry, Version
 from genmodels.runs.jobs import ENDED_NAME, JOB_ID, EndedEntry, Entry, Index, Jobs, Queue, StoredSpec, Submission
 from genmodels.runs.records import AttemptStart, Command, Heartbeat, Result, Status
@@ -60,9 +60,20 @@ _OTHERS = (
     rf"runs/{JOB_ID}/{_LABEL}/attempt-\d+/(metrics|logs/[^/]+)/{PART}",
     rf"dispatcher/notifications/{JOB_ID}/{_LABEL}/[0-9a-f]+",
     rf"datasets/{_LABEL}/[0-9a-f]{{64}}/[^/]+",
-    r"measures/.+",
+    r"evaluation-cache/.+",
 )
-FOLDERS = ("keys", "jobs", "open", "ended", "idempotency", "dispatcher", "runs", "models", "datasets", "measures")
+FOLDERS = (
+    "keys",
+    "jobs",
+    "open",
+    "ended",
+    "idempotency",
+    "dispatcher",
+    "runs",
+    "models",
+    "datasets",
+    "evaluation-cache",
+)
 
 
 @dataclass(frozen=True)

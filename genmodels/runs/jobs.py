@@ -37,7 +37,7 @@ from genmodels.runs.records import ACTIVE, State
 from genmodels.runs.store import Run
 from genmodels.spec.names import LABEL
 from genmodels.spec.parse import digest, dump, load_stored
-from genmodels.spec.sections import JobSpec
+from genmodels.spec.sections import JobSpec, ModelSpec
 from genmodels.storage import Document, Storage, Time, list_names, load_document, write_document
 from genmodels.storage.documents import damaged, now
 
@@ -100,21 +100,21 @@ class Index(Document):
     state: Literal["ended", "open", "deleted"]
 
 
-class Waiting(Document):
+class QueuedRun(Document):
     job: str
     model: str
-    reason: str
+    reason: str  # why it waits
 
 
 class Queue(Document):
-    """Who waits, in order, and why, and what the cluster has: the dispatcher writes it for whoever asks."""
+    """The queued runs in their order, and what the cluster has. The dispatcher writes it for the job API."""
 
     object_kind = "queue"
     remedy = "nothing: the dispatcher writes it again within a minute"
 
     time: str = ""
-    capacity: dict[str, int] | None = None
-    queue: list[Waiting] = Field(default_factory=list)
+    capacity: dict[str, int] | None = None  # cpus and gpus; None: unknown or unlimited
+    queue: list[QueuedRun] = Field(default_factory=list)
 
 
 class Jobs:
@@ -177,6 +177,10 @@ class Jobs:
             return load_stored(data)
         except SpecError as error:
             raise damaged(key, error.problems[0], StoredSpec, etag) from None
+
+    def model_spec(self, job: str, model: str) -> ModelSpec:
+        """Return the spec of one model of a job. Raises JobNotFound or DamagedObject."""
+        return self.spec(job).model(model)
 
     # The index
 
@@ -322,23 +326,26 @@ class Jobs:
     # The inbox
 
     def notify(self, job: str, model: str) -> None:
-        """Have the dispatcher look at a run's commands; send the command first."""
-        # Each has a key of its own, so that who takes one, however late, takes no later one with it.
+        """Have the dispatcher read a run's new commands. Send the command first."""
+        # Each notification has its own key: a dispatcher that deletes one late deletes no newer one.
         self.storage.put(f"{NOTIFICATIONS}{job}/{model}/{secrets.token_hex(4)}", b"")
 
     def notifications(self) -> list[tuple[str, str, str]]:
-        """(job, model, which) of every nudge that was not taken."""
+        """Return (job, model, id) of each notification that is not deleted yet."""
         names = (key.removeprefix(NOTIFICATIONS).split("/") for key in self.storage.list(NOTIFICATIONS))
         return [(name[0], name[1], name[2]) for name in names if len(name) == 3]
 
+    def write_queue(self, queue: Queue) -> None:
+        write_document(self.storage, QUEUE, queue.model_dump(mode="json"))
+
     def queue(self) -> Queue:
-        """What the dispatcher says of the queue; empty before it has, and while that is damaged."""
+        """Return the queue as the dispatcher has written it last; empty if it is missing or damaged."""
         with contextlib.suppress(KeyNotFound, DamagedObject):
             return load_document(self.storage, QUEUE, Queue)[0]
         return Queue()
 
-    def delete_notification(self, job: str, model: str, nudge: str) -> None:
-        self.storage.delete(f"{NOTIFICATIONS}{job}/{model}/{nudge}")
+    def delete_notification(self, job: str, model: str, notification: str) -> None:
+        self.storage.delete(f"{NOTIFICATIONS}{job}/{model}/{notification}")
 
     def _new_id(self, name: str) -> str:
         while True:

@@ -308,6 +308,10 @@ class JobSpec(Section):
         min_length=1, max_length=100, description="models to train; each model is trained in its own run"
     )
 
+    def model(self, name: str) -> ModelSpec:
+        """Return the spec of one model."""
+        return next(model for model in self.models if model.name == name)
+
     @model_validator(mode="after")
     def _names_differ(self) -> Self:
         first: dict[str, int] = {}

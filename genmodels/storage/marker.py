@@ -10,7 +10,7 @@ from genmodels.storage.base import RESERVED, Storage
 from genmodels.storage.documents import parse_object, write_document
 
 MARKER = f"{RESERVED}/marker.json"
-FORMAT = 1  # of all that is stored; raised when a release can no longer read what the one before it wrote
+FORMAT = 2  # of all that is stored; raised when a release cannot read what an earlier release has written
 
 
 @dataclass(frozen=True)
@@ -57,7 +57,7 @@ def parse_marker(url: str, data: bytes) -> Marker:
     if marker.format != FORMAT:
         age = "a newer" if marker.format > FORMAT else "an older"
         raise StorageError(
-            f"{url}: is written in format {marker.format}, by {age} release of genmodels; this one reads and writes "
-            f"format {FORMAT}: use that release, or another storage"
+            f"{url}: is written in format {marker.format}, by {age} release of genmodels; this release reads and "
+            f"writes format {FORMAT} only: use that release, or choose another storage with --storage"
         )
     return marker

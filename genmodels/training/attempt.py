@@ -42,10 +42,6 @@ log = logging.getLogger(__name__)
 FIT_EXAMPLES, FIT_BATCH = 4096, 256
 
 
-def stored_model(storage: Storage, job: str, model: str) -> ModelSpec:
-    return next(spec for spec in Jobs(storage).spec(job).models if spec.name == model)
-
-
 def work(storage: Storage, job: str, model: str, attempt: int, group: Group) -> bool:
     """`run_attempt` in a process of its own: what it prints goes to storage as well, and it obeys commands."""
     run = Run(storage, job, model)
@@ -69,7 +65,7 @@ def run_attempt(
         Superseded: another attempt has taken over.
         TrainingDiverged, DataError, SpecError: the user's to mend.
     """
-    spec = stored_model(storage, job, model)
+    spec = Jobs(storage).model_spec(job, model)
     run = Run(storage, job, model)
     if group.rank == 0:  # from here on the driver no longer beats for this attempt
         run.write_heartbeat(attempt, Heartbeat(phase="starting", max_steps=spec.train.max_steps, progress_count=1))
@@ -134,7 +130,9 @@ def fit_batches(dataset: Dataset, family: Family[Any, Any]) -> Iterator[Batch]:
         yield to_tensors(split.take(index, np.zeros_like(index)), torch.device("cpu"))
 
 
-def _effort(spec: ModelSpec, family: Family[Any, Any], dataset: Dataset, device: torch.device) -> flops.Effort | None:
+def _effort(
+    spec: ModelSpec, family: Family[Any, Any], dataset: Dataset, device: torch.device
+) -> flops.StepFlops | None:
     config = spec.train
     split = dataset.split("train", family.block_size if isinstance(family, TextFamily) else None)
     index = np.arange(config.batch_size // config.accumulation_steps) % len(split)

@@ -26,11 +26,11 @@ from genmodels.errors import (
     StorageUnavailable,
     contained,
 )
-from genmodels.runs.jobs import QUEUE, Jobs
+from genmodels.runs.jobs import Jobs, Queue, QueuedRun
 from genmodels.runs.records import ENDED
 from genmodels.runs.store import Run
 from genmodels.spec.sections import ModelSpec
-from genmodels.storage import Storage, write_document
+from genmodels.storage import Storage
 from genmodels.storage.documents import now
 from genmodels.storage.lease import Lease
 from genmodels.threads import Rounds
@@ -360,13 +360,13 @@ class Dispatcher:
     def _show(self, capacity: Capacity | None, waiting: list[tuple[str, str]]) -> None:
         """Leave the order of the queue, and why each waits, for whoever asks."""
         names = ((*key.split("/"), reason) for key, reason in waiting)
-        queue = [{"job": job, "model": model, "reason": reason} for job, model, reason in names]
+        queue = [QueuedRun(job=job, model=model, reason=reason) for job, model, reason in names]
         has = None
         if capacity and not capacity.unlimited:
             has = {"cpus": max(capacity.cpus, capacity.max_cpus), "gpus": max(capacity.gpus, capacity.max_gpus)}
         at, shown = self._shown
         if (shown != (has, queue) or time.monotonic() - at >= SHOW_SECONDS) and self._holds():
-            write_document(self.storage, QUEUE, {"time": now(), "capacity": has, "queue": queue})
+            self.jobs.write_queue(Queue(time=now(), capacity=has, queue=queue))
             self._shown = time.monotonic(), (has, queue)
 
     def _silent_about(self, name: str, error: StorageUnavailable) -> None:

@@ -25,13 +25,14 @@ from genmodels.errors import (
     StorageUnavailable,
 )
 from genmodels.metrics import GATES
+from genmodels.runs.jobs import Jobs
 from genmodels.runs.logs import LogShipper
 from genmodels.runs.records import Heartbeat, Result
 from genmodels.runs.store import Run
 from genmodels.spec.sections import ModelSpec
 from genmodels.storage import begin_writing, open_storage
 from genmodels.storage.retry import retry_until_available
-from genmodels.training.attempt import stored_model, work
+from genmodels.training.attempt import work
 from genmodels.training.loop import Group
 from services.cluster.logs import log_to_stderr
 from services.cluster.settings import settings
@@ -61,7 +62,7 @@ def drive(storage_url: str, job: str, model: str, attempt: int, workers: int | N
         watch.catch_sigterm()
         try:
             retry_until_available(lambda: begin_writing(storage))
-            spec = retry_until_available(lambda: stored_model(storage, job, model))
+            spec = retry_until_available(lambda: Jobs(storage).model_spec(job, model))
             if not retry_until_available(lambda: _complete(run, spec)):
                 watch.training(spec.train.max_steps)
                 try:

@@ -10,12 +10,11 @@ import yaml
 
 from genmodels.checkpoint import Metrics
 from genmodels.keys import Keys
-from genmodels.runs.jobs import Jobs
+from genmodels.runs.jobs import Jobs, Queue, QueuedRun
 from genmodels.runs.records import ENDED, Heartbeat, Result, State, Status
 from genmodels.runs.store import Run
-from genmodels.storage import Storage, write_document
+from genmodels.storage import Storage
 from services.jobs.app import create_app
-from services.jobs.views import QUEUE
 from tests.support.asgi_client import ask
 
 YAML = {"content-type": "application/yaml"}
@@ -51,7 +50,7 @@ class Service:
     def show(self, job: str) -> dict[str, Any]:
         response = self("GET", f"/v1/jobs/{job}")
         assert response.status_code == 200, response.text
-        return response.json()  # type: ignore[no-any-return]
+        return response.json()
 
     # What others write
 
@@ -74,8 +73,8 @@ class Service:
         Run(self.storage, job, model).write_result(attempt, Result(metrics=metrics or {}, **facts))
 
     def queue(self, capacity: dict[str, int] | None, *waiting: tuple[str, str, str]) -> None:
-        entries = [{"job": job, "model": model, "reason": reason} for job, model, reason in waiting]
-        write_document(self.storage, QUEUE, {"time": "", "capacity": capacity, "queue": entries})
+        entries = [QueuedRun(job=job, model=model, reason=reason) for job, model, reason in waiting]
+        self.jobs.write_queue(Queue(capacity=capacity, queue=entries))
 
     def log(self, job: str, model: str, attempt: int, source: str, number: int, *rows: tuple[str, str]) -> None:
         lines = [{"time": time, "line": line} for time, line in rows]

@@ -31,11 +31,10 @@ from genmodels.runs.records import ENDED, Heartbeat, State, Status
 from genmodels.runs.store import Run
 from genmodels.spec.parse import dump, model_digest
 from genmodels.spec.sections import JobSpec, ModelSpec
-from genmodels.storage import open_storage, read_document
+from genmodels.storage import open_storage
 from services.cluster.ports import free_ports
 from services.dispatch.backends.base import submission_id
 from services.dispatch.backends.ray_jobs import RayJobsBackend
-from services.dispatch.dispatcher import QUEUE
 from tests.support.fault_proxy import FaultProxy
 from tests.support.plain_workers import WorkerGroup
 from tests.support.ray_node import JoinedNode, RayHead, until
@@ -238,8 +237,8 @@ class Stack:
 
     def capacity(self) -> int:
         """CPUs that the dispatcher knows of; it believes what Ray said for a moment."""
-        found = read_document(self.storage, QUEUE)[0]["capacity"]
-        return int(found["cpus"]) if found else 0
+        capacity = Jobs(self.storage).queue().capacity
+        return capacity["cpus"] if capacity else 0
 
     def tell(self, run: Run) -> str:
         """What there is to know of a run that did not do what it should."""

@@ -86,8 +86,7 @@ class KubeRayBackend:
 
     def start(self, storage_url: str, job: str, model: str, attempt: int, workers: int) -> Driver:
         spec = Jobs(self.storage).spec(job)
-        of_model = next(each for each in spec.models if each.name == model)
-        body = self.template.fill(storage_url, job, of_model, attempt, workers, spec.priority)
+        body = self.template.fill(storage_url, job, spec.model(model), attempt, workers, spec.priority)
         return _RayJob(self, Run(self.storage, job, model), attempt, body)
 
     def find(self, job: str, model: str, attempt: int) -> Driver:

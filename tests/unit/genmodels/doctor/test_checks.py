@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
+import time
 from pathlib import Path
 from typing import Any
 
@@ -102,8 +104,8 @@ def test_a_file_in_place_of_the_folder_is_named(where: str, tmp_path: Path) -> N
 
 
 def test_another_format_is_told_of_a_bucket_too(s3_storage: Storage) -> None:
-    s3_storage.put(MARKER, b'{"id": "x", "format": 2}')
-    assert "is written in format 2" in told(s3_storage.url)["storage"].found
+    s3_storage.put(MARKER, b'{"id": "x", "format": 1}')
+    assert "is written in format 1" in told(s3_storage.url)["storage"].found
 
 
 @pytest.mark.parametrize("url", ["nonsense", "s3://nowhere-0000/x", "file:///proc/1/no/such", "file:///dev/null/x"])
@@ -150,7 +152,7 @@ def test_conditional_puts_are_asked_of_the_store(file_storage: Storage, monkeypa
 
 @pytest.mark.parametrize(("skew", "state"), [(0.0, "ok"), (-60.0, "warning"), (60.0, "warning"), (3600.0, "problem")])
 def test_clocks_that_differ(file_storage: Storage, monkeypatch: pytest.MonkeyPatch, skew: float, state: str) -> None:
-    real = doctor.time.time
+    real = time.time
     Keys(file_storage).create("alice", ("submit",))
 
     class Clock:
@@ -177,8 +179,8 @@ def test_clocks_that_differ(file_storage: Storage, monkeypatch: pytest.MonkeyPat
 def test_disks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: int, inodes: int, files: int, state: str) -> None:
     from types import SimpleNamespace
 
-    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
-    monkeypatch.setattr(doctor.os, "statvfs", lambda _: SimpleNamespace(f_favail=inodes, f_files=files))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
+    monkeypatch.setattr(os, "statvfs", lambda _: SimpleNamespace(f_favail=inodes, f_files=files))
     assert doctor._disk("scratch", tmp_path / "not" / "there", "x").state == state
 
 

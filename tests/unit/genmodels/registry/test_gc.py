@@ -19,7 +19,7 @@ from genmodels import checkpoint
 from genmodels.checkpoint import MANIFEST, CheckpointRef, Manifest
 from genmodels.errors import GenmodelsError, ModelNotFound, SpecError, StorageUnavailable
 from genmodels.registry import gc as gc_module
-from genmodels.registry import pin
+from genmodels.registry import references
 from genmodels.registry.gc import delete_version, gc
 from genmodels.registry.store import Registry, Version
 from genmodels.runs.jobs import Entry, Jobs
@@ -146,7 +146,7 @@ def test_what_is_named_stays() -> None:
     for step in range(1, 7):
         save(run, 1, step)
     ended(run)
-    pin.resolve(f"model@{JOB}:step-2", storage)
+    references.resolve_reference(f"model@{JOB}:step-2", storage)
     version_without_files(storage, step=4)
     collect(storage)
     assert [ref.step for ref in run.checkpoints()] == [2, 4, 6]
@@ -159,7 +159,7 @@ def test_what_overtaken_attempts_wrote_goes() -> None:
     parent = save(run, 1, 6)
     run.start_attempt(2, parent, 1)
     save(run, 2, 9, parent)
-    run.fence = lambda attempt: None  # type: ignore[method-assign]
+    run.fence = lambda attempt: None
     save(run, 1, 9)  # attempt 1 was paused
     ended(run)
     assert collect(run.storage) == [
@@ -263,7 +263,7 @@ def test_pinned_at_any_moment_of_its_removal() -> None:
 
         def meanwhile(inner: Storage = inner, pinned: list[str] = pinned) -> None:
             with suppress(SpecError):  # he is told that it is gone
-                pinned.append(pin.resolve(f"model@{JOB}:step-1", inner))
+                pinned.append(references.resolve_reference(f"model@{JOB}:step-1", inner))
 
         store = PausedStorage(inner, moment, meanwhile)
         gc_module._remove_checkpoint(store, item)

@@ -227,7 +227,7 @@ def test_one_marker_is_made_by_many(storage: Storage) -> None:
 # ---- formats
 
 
-@pytest.mark.parametrize(("format", "age"), [(0, "an older"), (2, "a newer"), (10**9, "a newer")])
+@pytest.mark.parametrize(("format", "age"), [(0, "an older"), (1, "an older"), (3, "a newer"), (10**9, "a newer")])
 def test_another_format_is_refused_with_one_line(
     storage: Storage, path: Path, tmp_path: Path, format: int, age: str
 ) -> None:
@@ -244,17 +244,19 @@ def test_another_format_is_refused_with_one_line(
         error = tried(call, fresh, path)
         assert isinstance(error, StorageError)
         assert not isinstance(error, StorageUnavailable)
-        assert f"is written in format {format}, by {age} release of genmodels; this one" in str(error)
+        assert f"is written in format {format}, by {age} release of genmodels; this release" in str(error)
+        assert str(error).endswith("use that release, or choose another storage with --storage")
+        assert "\n" not in str(error)
 
 
 def test_every_command_refuses_another_format(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("GENMODELS_API", raising=False)
     open_storage((tmp_path / ".genmodels").as_uri()).put("k", b"1")
-    (tmp_path / ".genmodels" / MARKER).write_text('{"id": "x", "format": 2}')
+    (tmp_path / ".genmodels" / MARKER).write_text('{"id": "x", "format": 1}')
     for words in (["models"], ["keys", "list"], ["keys", "create", "a"], ["data", "list"], ["gc"]):
         code, out, errors = run(*words)
         assert (code, out, len(errors)) == (1, "", 1)
-        assert "is written in format 2, by a newer release" in errors[0]
+        assert "is written in format 1, by an older release" in errors[0]
 
 
 DAMAGED_MARKERS = (

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 
 from genmodels.errors import LeaseLost, StorageUnavailable
-from genmodels.runs.jobs import Jobs
+from genmodels.runs.jobs import QUEUE, Jobs
 from genmodels.runs.records import ENDED
 from genmodels.runs.store import Run
 from genmodels.storage import Storage
 from genmodels.storage.lease import Lease
-from services.dispatch.dispatcher import QUEUE, Dispatcher
+from services.dispatch.dispatcher import Dispatcher
 from tests.support.scripted_cluster import (
     Cluster,
     carry_on,
