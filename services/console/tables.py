@@ -11,7 +11,6 @@ from rich.text import Text
 
 from genmodels.keys import Key
 from genmodels.registry.evaluations import Evaluation
-from genmodels.registry.store import Registry
 from services.console.progress import STYLES, clock, current, digits, of_few, waits
 from services.jobs.schemas import JobView, RunView, ShownState
 
@@ -83,18 +82,6 @@ def _serving(model: Mapping[str, Any]) -> str:
     if model["serving_bytes"] is None:
         return "?"
     return amount(model["serving_bytes"]) + ("" if model["servable"] else " [red]too large")
-
-
-def registry_table(registry: Registry) -> Table:
-    """model, family, version, aliases, metrics, job, step"""
-    table = _table("model", "family", "version", "aliases", "metrics", "job", "step")
-    for model in registry.models():
-        aliases = registry.aliases(model)
-        for version in registry.all_versions(model):
-            names = ", ".join(name for name, alias in aliases.items() if alias.version == version.version)
-            number, metrics, step = str(version.version), _metrics(version.metrics), str(version.checkpoint.step)
-            table.add_row(model, version.family, number, names, metrics, version.job, step)
-    return table
 
 
 def models_table(models: Iterable[Mapping[str, Any]]) -> Table:
