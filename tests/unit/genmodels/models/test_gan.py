@@ -231,7 +231,7 @@ def test_training_tells_the_classes_to_both_networks() -> None:
 def test_what_it_cannot_learn_is_refused() -> None:
     info = ImageInfo(channels=1, height=28, width=28)
     for config, data, field in [
-        (GANConfig(), TextInfo(vocab_size=65), "data: gan learns from images"),
+        (GANConfig(), TextInfo(vocab_size=65), "data"),
         (GANConfig(conditional=True), info, "model.conditional"),
         (GANConfig(), ImageInfo(channels=1, height=28, width=7), "model.family"),
         (GANConfig(latent_dim=1000), info, "model.latent_dim"),
