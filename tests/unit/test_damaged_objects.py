@@ -301,7 +301,7 @@ def test_dispatching_goes_on(template: tuple[Path, dict[str, str], Any], world: 
         with pytest.raises(DamagedObject):
             Run(world.storage, bad, "m").status()
         world.storage.put(names[kind], sound)  # restored from a backup
-        dispatcher._left_out[bad] = 0.0  # as after RETRY_SECONDS
+        dispatcher._unreadable[bad] = 0.0  # as after RETRY_SECONDS
         for _ in range(40):
             dispatcher.dispatch_once(lease_term)
         assert Run(world.storage, bad, "m").status()[0].lease_term == lease_term
