@@ -181,9 +181,9 @@ KV_SLOTS = _gauge(
 )
 LOADED_BYTES = _gauge("loaded_bytes", "Memory of a loaded version, in bytes.", VERSION_LABELS, "livesum")
 ACTIVE = _gauge("version_active", "Model hosts in which an alias points at this version.", VERSION_LABELS, "livesum")
-MEASURE = _gauge(
-    "version_measure",
-    "Result of a served version's newest evaluation, by name of the measure.",
+EVALUATION_METRIC = _gauge(
+    "version_evaluation_metric",
+    "Result of a served version's newest evaluation, by name of the metric.",
     (*VERSION_LABELS, "metric"),
 )
 LOAD_SECONDS = _histogram(

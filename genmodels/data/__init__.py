@@ -40,8 +40,8 @@ __all__ = [
     "load_tokenizer",
     "open_dataset",
     "order",
-    "pin_data",
     "png",
+    "resolve_data",
     "shard",
 ]
 
@@ -151,7 +151,7 @@ def open_dataset(config: DataConfig, storage: Storage | None = None) -> ImageDat
     return from_idx(files, source.class_names) if len(files) == 4 else from_csv(files[0], source.class_names)
 
 
-def pin_data(config: DataConfig, storage: Storage) -> DataConfig:
+def resolve_data(config: DataConfig, storage: Storage) -> DataConfig:
     """The section with the content that an added dataset's name means now, so that it goes on meaning it.
 
     Raises:

@@ -16,7 +16,7 @@ from genmodels.data.uploads import Current, StoredDataset
 from genmodels.errors import CheckpointError, DamagedObject, JobNotFound, KeyNotFound, StorageError, contained
 from genmodels.keys import Key
 from genmodels.registry.evaluations import EVALUATED, Evaluation
-from genmodels.registry.pin import Pin
+from genmodels.registry.references import Pin
 from genmodels.registry.store import Alias, Registry, Version
 from genmodels.runs.jobs import ENDED_NAME, JOB_ID, EndedEntry, Entry, Index, Jobs, Queue, StoredSpec, Submission
 from genmodels.runs.records import AttemptStart, Command, Heartbeat, Result, Status
@@ -34,7 +34,7 @@ _ATTEMPT = rf"runs/{JOB_ID}/{_LABEL}/attempt-(?P<attempt>\d+)"
 # Groups of a pattern that are fields of the document have to be the same there.
 DOCUMENTS: tuple[tuple[str, type[Document]], ...] = (
     (r"keys/(?P<id>[0-9a-f]{8})\.json", Key),
-    (rf"jobs/{_JOB}/spec\.yaml", StoredSpec),
+    (rf"jobs/{_JOB}/spec\.json", StoredSpec),
     (rf"jobs/{JOB_ID}/index\.json", Index),
     (rf"open/{_JOB}", Entry),
     (rf"ended/\d{{13}}-{_JOB}", EndedEntry),
@@ -60,9 +60,20 @@ _OTHERS = (
     rf"runs/{JOB_ID}/{_LABEL}/attempt-\d+/(metrics|logs/[^/]+)/{PART}",
     rf"dispatcher/notifications/{JOB_ID}/{_LABEL}/[0-9a-f]+",
     rf"datasets/{_LABEL}/[0-9a-f]{{64}}/[^/]+",
-    r"measures/.+",
+    r"evaluation-cache/.+",
 )
-FOLDERS = ("keys", "jobs", "open", "ended", "idempotency", "dispatcher", "runs", "models", "datasets", "measures")
+FOLDERS = (
+    "keys",
+    "jobs",
+    "open",
+    "ended",
+    "idempotency",
+    "dispatcher",
+    "runs",
+    "models",
+    "datasets",
+    "evaluation-cache",
+)
 
 
 @dataclass(frozen=True)

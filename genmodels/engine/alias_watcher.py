@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from genmodels.engine.model_cache import Shelf
 from genmodels.errors import DamagedObject, GenmodelsError, ModelNotFound, StorageUnavailable, contained
 from genmodels.metrics import ACTIVE, REFUSED, SWAPPED, Labels, version_labels
-from genmodels.registry.references import Found, find, full_name, moves
+from genmodels.registry.references import ResolvedModel, is_mutable, resolve_model, with_default_alias
 from genmodels.registry.store import Registry
 from genmodels.storage import Storage
 from genmodels.threads import Rounds
@@ -29,7 +29,7 @@ class Refused:
     """A name does not answer as what it stands for. `found` is None where even that cannot be read."""
 
     reason: str
-    found: Found | None = None
+    found: ResolvedModel | None = None
 
     @property
     def version(self) -> int | None:
@@ -49,24 +49,24 @@ class Follower:
     def __init__(self, storage: Storage, shelf: Shelf, rounds: Rounds) -> None:
         self._storage, self._registry, self._shelf, self._rounds = storage, Registry(storage), shelf, rounds
         self._aliases: set[str] = set()  # as of the last look
-        self._current: dict[str, Found] = {}  # what answers to a name that moves
+        self._current: dict[str, ResolvedModel] = {}  # what answers to a name that moves
         self._wanted: dict[str, float] = {}  # when those that are no aliases were asked for
-        self._believed: OrderedDict[str, tuple[float, Found]] = OrderedDict()
+        self._believed: OrderedDict[str, tuple[float, ResolvedModel]] = OrderedDict()
         self._active: set[Labels] = set()  # what aliases mean here
         self._lock = threading.Lock()
         self.refused: dict[str, Refused] = {}
 
-    def known(self, name: str) -> Found | None:
+    def known(self, name: str) -> ResolvedModel | None:
         """What a name means, if that is known without asking storage."""
-        name = full_name(name)
-        if moves(name):
+        name = with_default_alias(name)
+        if is_mutable(name):
             if name in self._wanted:
                 self._wanted[name] = time.monotonic()
             return self._current.get(name)
         believed = self._believed.get(name)
         return believed[1] if believed and time.monotonic() - believed[0] < BELIEVED_SECONDS else None
 
-    def find(self, name: str) -> Found:
+    def find(self, name: str) -> ResolvedModel:
         """What a name means. One that moves is loaded, and followed from then on.
 
         Raises:
@@ -76,14 +76,14 @@ class Follower:
         """
         if known := self.known(name):
             return known
-        name = full_name(name)
+        name = with_default_alias(name)
         try:
-            found = find(self._storage, name)
+            found = resolve_model(self._storage, name)
         except StorageUnavailable:
             if believed := self._believed.get(name):
                 return believed[1]
             raise
-        if not moves(name):
+        if not is_mutable(name):
             self._believe(name, found)
             return found
         self._shelf.bring(found)
@@ -109,7 +109,7 @@ class Follower:
             self._forget(name)
         self._count_active(aliases)
 
-    def served(self) -> list[Found]:
+    def served(self) -> list[ResolvedModel]:
         """What answers to the names that are followed."""
         return list(self._current.values())
 
@@ -141,7 +141,7 @@ class Follower:
         """Have a name mean what it means now."""
         found = None
         try:
-            found = find(self._storage, name)
+            found = resolve_model(self._storage, name)
             self._take(name, found)
         except StorageUnavailable:
             raise
@@ -150,7 +150,7 @@ class Follower:
         except Exception as error:  # of whatever kind: a damaged object, a full disk, no memory, a bug
             self._refuse(name, contained(error), found)
 
-    def _take(self, name: str, found: Found) -> None:
+    def _take(self, name: str, found: ResolvedModel) -> None:
         before = self._current.get(name)
         if before is None or before.name != found.name:
             self._shelf.bring(found)
@@ -160,7 +160,7 @@ class Follower:
                 SWAPPED.labels(*version_labels(found.name, found.family)).inc()
         self.refused.pop(name, None)
 
-    def _refuse(self, name: str, error: GenmodelsError, found: Found | None) -> None:
+    def _refuse(self, name: str, error: GenmodelsError, found: ResolvedModel | None) -> None:
         known, refused = self.refused.get(name), Refused(str(error), found)
         self.refused[name] = refused
         if known and (known.found.name if known.found else known.reason) == (found.name if found else refused.reason):
@@ -174,7 +174,7 @@ class Follower:
         if found := self._current.pop(name, None):
             self._release(found)
 
-    def _release(self, found: Found) -> None:
+    def _release(self, found: ResolvedModel) -> None:
         if all(other.name != found.name for other in list(self._current.values())):
             self._shelf.release(found.name)
 
@@ -187,7 +187,7 @@ class Follower:
             ACTIVE.labels(*labels).dec()
         self._active = active
 
-    def _believe(self, name: str, found: Found) -> None:
+    def _believe(self, name: str, found: ResolvedModel) -> None:
         with self._lock:
             self._believed[name] = time.monotonic(), found
             self._believed.move_to_end(name)

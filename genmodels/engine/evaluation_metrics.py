@@ -5,9 +5,9 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 
-from genmodels.metrics import MEASURE
+from genmodels.metrics import EVALUATION_METRIC
 from genmodels.registry.evaluations import newest
-from genmodels.registry.references import Found
+from genmodels.registry.references import ResolvedModel
 from genmodels.registry.store import Registry
 
 LOOK_SECONDS = 60.0  # between two looks for a newer evaluation of a version
@@ -20,7 +20,7 @@ class Measured:
         self._registry = registry
         self._looked: dict[str, float] = {}  # when, by version
 
-    def show(self, served: Iterable[Found]) -> None:
+    def show(self, served: Iterable[ResolvedModel]) -> None:
         """Set the gauges to the newest evaluation of each version, which may be a minute old.
 
         Raises:
@@ -33,5 +33,5 @@ class Measured:
                 continue
             evaluation = newest(self._registry, found.model, found.version)
             self._looked[found.name] = now
-            for name, measure in evaluation.measures.items() if evaluation else ():
-                MEASURE.labels(found.model, found.family, str(found.version), name).set(measure.value)
+            for name, metric in evaluation.metrics.items() if evaluation else ():
+                EVALUATION_METRIC.labels(found.model, found.family, str(found.version), name).set(metric.value)

@@ -9,7 +9,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from genmodels.errors import CheckpointError, KeyNotFound, RequestError
-from genmodels.registry.references import Found
+from genmodels.registry.references import ResolvedModel
 from genmodels.runs.store import Run
 from genmodels.runs.thinning import thinned, thinned_rows
 from genmodels.storage import Storage, decode_floats
@@ -31,7 +31,7 @@ class History:
     samples: dict[int, list[str]]  # step -> names of files
 
 
-def read(storage: Storage, found: Found, points: int = MAX_ROWS) -> History:
+def read(storage: Storage, found: ResolvedModel, points: int = MAX_ROWS) -> History:
     """The history of the run behind a version: at most `points` rows, and samples of at most MAX_STEPS steps.
 
     Raises:
@@ -58,7 +58,7 @@ def read(storage: Storage, found: Found, points: int = MAX_ROWS) -> History:
     )
 
 
-def read_sample(storage: Storage, found: Found, step: int, file: str) -> bytes:
+def read_sample(storage: Storage, found: ResolvedModel, step: int, file: str) -> bytes:
     """A file of a history's samples.
 
     Raises:
@@ -75,6 +75,6 @@ def read_sample(storage: Storage, found: Found, step: int, file: str) -> bytes:
     raise RequestError(message, status=404, param="name", code="sample_not_found")
 
 
-def _gone(found: Found) -> RequestError:
+def _gone(found: ResolvedModel) -> RequestError:
     message = f"the records of the run behind {found.name} are damaged, or are being deleted"
     return RequestError(message, status=404, param="model", code="history_gone")

@@ -12,7 +12,7 @@ from genmodels.engine.text.model import TextModel
 from genmodels.errors import CheckpointError, DataError
 from genmodels.family import ImageFamily, TextFamily
 from genmodels.registry.probe import finite_probe, verify_probe
-from genmodels.registry.references import Found
+from genmodels.registry.references import ResolvedModel
 from genmodels.sizing.memory import Footprint
 from genmodels.storage import Storage
 
@@ -20,7 +20,7 @@ TOKENIZER = "tokenizer.json"
 MAX_CONFIG = 2**20  # bytes
 
 
-def footprint(storage: Storage, found: Found) -> Footprint:
+def footprint(storage: Storage, found: ResolvedModel) -> Footprint:
     """Tell what a model will take in memory, of which nothing but `config.json` is read.
 
     Raises:
@@ -35,7 +35,7 @@ def footprint(storage: Storage, found: Found) -> Footprint:
     return outline.footprint(outline.config, outline.data)
 
 
-def load(storage: Storage, found: Found) -> Loaded:
+def load(storage: Storage, found: ResolvedModel) -> Loaded:
     """Fetch what a name means, verify every byte, build the model, and try it.
 
     A version's outputs are compared with those of its publication; a checkpoint's, which nobody has judged yet, have

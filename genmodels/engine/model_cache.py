@@ -16,7 +16,7 @@ from genmodels.engine.model import Loaded
 from genmodels.engine.warmup import warm
 from genmodels.errors import CheckpointError, GenmodelsError, RequestError, UnexpectedFailure, contained
 from genmodels.metrics import LOAD_SECONDS, LOADED_BYTES
-from genmodels.registry.references import Found
+from genmodels.registry.references import ResolvedModel
 from genmodels.sizing.memory import Footprint
 from genmodels.storage import Storage
 
@@ -70,7 +70,7 @@ class Shelf:
                 if held.leaves and not held.uses and self._held.get(name) is held:
                     self._drop(name)
 
-    def bring(self, found: Found) -> None:
+    def bring(self, found: ResolvedModel) -> None:
         """Have a model in memory. Who asks for one that is being loaded waits for the same load.
 
         Raises:
@@ -100,7 +100,7 @@ class Shelf:
                 if not held.uses:
                     self._drop(name)
 
-    def _settle(self, found: Found, loading: Future[None]) -> None:
+    def _settle(self, found: ResolvedModel, loading: Future[None]) -> None:
         try:
             self._bring(found)
         except BaseException as raised:
@@ -118,7 +118,7 @@ class Shelf:
             self._loading.pop(found.name)
             loading.set_result(None)
 
-    def _bring(self, found: Found) -> None:
+    def _bring(self, found: ResolvedModel) -> None:
         began = time.monotonic()
         size = self._footprint(found)
         peak = max(size.total, size.weights + found.size)  # files are read while networks stand
@@ -132,7 +132,7 @@ class Shelf:
                 LOADED_BYTES.labels(*loaded.labels).inc(size.total)
                 self._held[found.name] = _Held(loaded, size.total)
 
-    def _footprint(self, found: Found) -> Footprint:
+    def _footprint(self, found: ResolvedModel) -> Footprint:
         """What a model will take, before any of it is taken."""
         if found.size > self._budget:
             raise _too_large(found.size, self._budget)

@@ -1,7 +1,7 @@
 """What evaluations found, kept with the version they were made of.
 
 models/<model>/evaluations/00000003/<id>.json    `publication`, or the time it was made; put-if-absent
-measures/<name>                                  what evaluations on one data set share (`Material.keep`)
+evaluation-cache/<name>                          what evaluations on one data set share (`EvaluationData.cached`)
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pydantic import Field
 
 from genmodels import __version__
 from genmodels.errors import Conflict, DamagedObject, KeyNotFound, ModelNotFound
-from genmodels.family import Findings, Measure, Note
+from genmodels.family import EvaluationMetric, EvaluationResult, Note
 from genmodels.registry.store import Registry, Version
 from genmodels.storage import Document, Storage, Time, list_names, load_document, write_document
 from genmodels.storage.documents import now
@@ -35,14 +35,14 @@ class Evaluation(Document):
     data_digest: str
     thorough: bool
     seconds: float
-    measures: dict[str, Measure] = Field(default_factory=dict)
+    metrics: dict[str, EvaluationMetric] = Field(default_factory=dict)
     notes: dict[str, Note] = Field(default_factory=dict)
 
 
 def record(
     registry: Registry,
     version: Version,
-    findings: Findings,
+    findings: EvaluationResult,
     *,
     thorough: bool,
     seconds: float,
@@ -90,9 +90,9 @@ def newest(registry: Registry, model: str, version: int) -> Evaluation | None:
     return found[-1] if found else None
 
 
-def keep(storage: Storage, name: str, make: Callable[[], bytes]) -> bytes:
+def cached(storage: Storage, name: str, make: Callable[[], bytes]) -> bytes:
     """What is stored under a name, made now if there is nothing: of several who make it the first one counts."""
-    key = f"measures/{name}"
+    key = f"evaluation-cache/{name}"
     with contextlib.suppress(KeyNotFound):
         return storage.get(key)[0]
     data = make()

@@ -28,7 +28,7 @@ from genmodels.errors import (
     ModelNotFound,
     StorageError,
 )
-from genmodels.registry import pin
+from genmodels.registry import references
 from genmodels.registry.gate import best
 from genmodels.registry.store import Registry, Version
 from genmodels.runs.jobs import JOB_ID, Jobs
@@ -258,7 +258,7 @@ def _unneeded(run: Run, gate: Gate | None, named: set[CheckpointRef]) -> list[It
     """All but the newest, the best, what is pinned, and what is `named`."""
     chain, readable = run.checkpoints(), list(run.manifests())
     newest = 1 if run.status()[0].state == "succeeded" else 2  # who is resumed may find the newest damaged
-    keep = named | {ref for ref, _ in readable[-newest:]} | set(pin.marked(run))
+    keep = named | {ref for ref, _ in readable[-newest:]} | set(references.pinned_checkpoints(run))
     if readable:
         keep.add(best(gate, readable)[0])
     keep |= set(chain) - {ref for ref, _ in readable}  # damaged, or away for a moment: not for us to judge
@@ -302,7 +302,7 @@ def _remove_checkpoint(storage: Storage, item: Item) -> None:
         return  # it has ended after all
     storage.delete(manifest)
     # Who pins it now either has set his mark, and we see it here, or looks for the manifest after that, and it is gone.
-    if data and any(f"{run.checkpoint_prefix(ref)}/" == item.key for ref in pin.marked(run)):
+    if data and any(f"{run.checkpoint_prefix(ref)}/" == item.key for ref in references.pinned_checkpoints(run)):
         storage.put(manifest, data, if_absent=True)
         return
     for key in storage.list(item.key):

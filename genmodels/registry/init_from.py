@@ -1,7 +1,7 @@
-"""Weights that training begins with: `train.init_from` names a version, or a checkpoint of any run.
+"""Start training from existing weights: `train.init_from` names a version, or a checkpoint of any run.
 
-What is served of it is taken: the averaged weights where there are some, and of a GAN the generator. Optimizers, the
-step and the schedule begin anew. A text is read with the tokenizer of the model that is continued.
+Its served weights are loaded: the averaged weights if there are some, and only the generator of a GAN. Optimizers, the
+step and the schedule start anew. A text is tokenized with the tokenizer of that model.
 """
 
 from __future__ import annotations
@@ -18,122 +18,124 @@ from genmodels.data import CharTokenizer, Dataset, TextData, load_tokenizer
 from genmodels.data.text import check_vocabulary
 from genmodels.errors import CheckpointError, DataError, ModelNotFound, SpecError
 from genmodels.family import DataInfo, Family, TextInfo
-from genmodels.registry.pin import resolve
-from genmodels.registry.references import find
+from genmodels.registry.references import ResolvedModel, resolve_model, resolve_reference
 from genmodels.spec.sections import ModelSpec
 from genmodels.storage import Storage
 
 
 def fetch(spec: ModelSpec, storage: Storage, folder: Path) -> Path | None:
-    """Download what `train.init_from` names into a new folder, verified; None where a model starts from nothing.
+    """Download what `train.init_from` names into a new folder and verify it; None if the spec has no `init_from`.
 
     Raises:
-        SpecError: it is gone, damaged, or of another family; nothing but another `init_from` helps.
+        SpecError: it is deleted, damaged, or of another family; only another `init_from` helps.
     """
     if spec.train.init_from is None:
         return None
     folder.mkdir()
-    pinned = resolve(spec.train.init_from, storage)
+    reference = resolve_reference(spec.train.init_from, storage)
     try:
-        find(storage, pinned).fetch(storage, folder)
+        source = resolve_model(storage, reference)
+        source.fetch(storage, folder)
     except (CheckpointError, ModelNotFound) as error:
-        raise SpecError(f"train.init_from: {pinned}: {error}") from None
-    family = checkpoint.read_config(folder)["family"]
-    if family != spec.family:
-        raise SpecError(f"train.init_from: {pinned} is of family {family}, this model of {spec.family}")
+        raise SpecError(f"train.init_from: {reference}: {error}") from None
+    _check_family(source, spec)
     return folder
 
 
 def check(
     spec: ModelSpec, storage: Storage, info: DataInfo, vocabulary: str | None, *, with_weights: bool = False
 ) -> DataInfo:
-    """See that `train.init_from` fits a model, without building either.
+    """Check that `train.init_from` fits a model, without building either model.
 
     Args:
-        info: of the model's data.
-        vocabulary: of the text, where it is known.
-        with_weights: see also that the weights are there and whole.
+        info: shape of the model's data.
+        vocabulary: of the text, if it is known.
+        with_weights: also download and verify the weights.
 
     Returns:
-        The info that the model is built for: a text takes the vocabulary of what is continued.
+        The info that the model is built for: a text takes the vocabulary of the model that training starts from.
 
     Raises:
-        SpecError: it is gone, damaged, of another family or of another shape, or the text has characters that it does
-            not know.
+        SpecError: the source is deleted, damaged, of another family or of another shape, or its tokenizer lacks
+            characters of the text.
     """
     assert spec.train.init_from is not None
-    pinned = resolve(spec.train.init_from, storage, mark=False)
+    reference = resolve_reference(spec.train.init_from, storage, pin=False)
     with checkpoint.scratch_folder() as name:
         folder = Path(name)
         try:
-            found = find(storage, pinned)
+            source = resolve_model(storage, reference)
             small = {checkpoint.CONFIG, "assets/tokenizer.json"}
-            files = {name: file for name, file in found.files.items() if with_weights or name in small}
-            checkpoint.download(storage, found.keys, files, folder)
-            theirs = checkpoint.read_config(folder)
-            before = {"config": theirs["config"], "data": theirs["data"]}
+            files = {name: file for name, file in source.files.items() if with_weights or name in small}
+            checkpoint.download(storage, source.keys, files, folder)
+            stored = checkpoint.read_config(folder)
+            theirs = {"config": stored["config"], "data": stored["data"]}
         except (CheckpointError, KeyError, ModelNotFound, OSError, ValueError) as error:
-            raise SpecError(f"train.init_from: {pinned}: {error}") from None
-        if found.family != spec.family:
-            raise SpecError(f"train.init_from: {pinned} is of family {found.family}, this model of {spec.family}")
+            raise SpecError(f"train.init_from: {reference}: {error}") from None
+        _check_family(source, spec)
         if info.kind == "text":
             tokenizer = _tokenizer(folder)
             try:
                 check_vocabulary(vocabulary or "", tokenizer)
             except DataError as error:
-                raise _foreign_text(error) from None
+                raise _unknown_characters(error) from None
             info = TextInfo(vocab_size=tokenizer.vocab_size)
     ours = {"config": spec.model.model_dump(mode="json"), "data": info.model_dump(mode="json")}
-    if before != ours and _shapes(spec.family, json.dumps(before)) != _shapes(spec.family, json.dumps(ours)):
-        raise _other_shape(before["config"], ours["config"], before["data"], ours["data"])
+    if theirs != ours and _shapes(spec.family, json.dumps(theirs)) != _shapes(spec.family, json.dumps(ours)):
+        raise _other_shape(theirs["config"], ours["config"], theirs["data"], ours["data"])
     return info
+
+
+def _check_family(source: ResolvedModel, spec: ModelSpec) -> None:
+    if source.family != spec.family:
+        raise SpecError(f"train.init_from: {source.name} is of family {source.family}, this model of {spec.family}")
 
 
 @lru_cache(maxsize=256)
 def _shapes(family: str, document: str) -> dict[str, tuple[int, ...]]:
-    """The shapes of a family's weights by name, from its config and data in JSON; takes no memory for weights."""
+    """Return the shapes of a family's weights by name, from its config and data in JSON; allocates no weights."""
     import torch
 
-    found, cls = json.loads(document), models.load(family)
-    config = cls.Config.model_validate(found["config"], strict=False, extra="ignore")
-    data: Any = TypeAdapter(DataInfo).validate_python(found["data"], strict=False, extra="ignore")
+    stored, cls = json.loads(document), models.load(family)
+    config = cls.Config.model_validate(stored["config"], strict=False, extra="ignore")
+    data: Any = TypeAdapter(DataInfo).validate_python(stored["data"], strict=False, extra="ignore")
     with torch.device("meta"):
         network = cls(config, data).network
     return {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
 
 
 def adopt_tokenizer(dataset: Dataset, folder: Path) -> None:
-    """Have a text speak the token ids of the model in a folder; pictures have none.
+    """Tokenize a text with the tokenizer of the model in a folder; does nothing for pictures.
 
     Raises:
-        SpecError: the text has characters that the model has never seen.
+        SpecError: the text has characters that are not in the model's vocabulary.
     """
     if not isinstance(dataset, TextData):
         return
     try:
         dataset.set_tokenizer(_tokenizer(folder))
     except DataError as error:
-        raise _foreign_text(error) from None
+        raise _unknown_characters(error) from None
 
 
 def _tokenizer(folder: Path) -> CharTokenizer:
     tokenizer = load_tokenizer(checkpoint.read_assets(folder)["tokenizer.json"])
-    assert isinstance(tokenizer, CharTokenizer)  # the only kind there is
+    assert isinstance(tokenizer, CharTokenizer)  # the only kind that exists
     return tokenizer
 
 
-def _foreign_text(error: DataError) -> SpecError:
-    return SpecError(f"train.init_from: {error}; remove them from the data, or start from nothing")
+def _unknown_characters(error: DataError) -> SpecError:
+    return SpecError(f"train.init_from: {error}; remove them from the data, or remove train.init_from")
 
 
 def load(family: Family[Any, Any], folder: Path) -> None:
-    """Put the served weights in a folder into a freshly built model.
+    """Load the served weights in a folder into a new model.
 
     Raises:
         SpecError: the shapes differ.
     """
-    found = checkpoint.read_config(folder)
-    data, config, ours = found["data"], found["config"], family.config.model_dump(mode="json")
+    stored = checkpoint.read_config(folder)
+    data, config, ours = stored["data"], stored["config"], family.config.model_dump(mode="json")
     try:
         family.network.load_state_dict(checkpoint.load_tensors(folder / checkpoint.WEIGHTS))
     except RuntimeError:
@@ -141,8 +143,8 @@ def load(family: Family[Any, Any], folder: Path) -> None:
 
 
 def _other_shape(config: dict[str, Any], ours: dict[str, Any], data: dict[str, Any], info: dict[str, Any]) -> SpecError:
-    said = "; ".join(_differences(config, ours) + _differences(data, info))
-    return SpecError(f"train.init_from: its networks have another shape ({said or 'another release'})")
+    differences = "; ".join(_differences(config, ours) + _differences(data, info))
+    return SpecError(f"train.init_from: its networks have another shape ({differences or 'another release'})")
 
 
 def _differences(theirs: dict[str, Any], ours: dict[str, Any]) -> list[str]:

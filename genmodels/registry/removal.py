@@ -159,7 +159,9 @@ def delete_dataset(storage: Storage, name: str) -> DatasetContents:
             raise GenmodelsError(f"job {job} needs dataset {name!r} and has not ended; cancel it first")
     with alone(uploads.gc_lease(storage, name)) as until:
         meaning, *rest = uploads.sizes(storage, name)
-        kept = [key for key in storage.list("measures/") if any(digest[:16] in key for digest in contents.digests)]
+        kept = [
+            key for key in storage.list("evaluation-cache/") if any(digest[:16] in key for digest in contents.digests)
+        ]
         for key in [meaning, *kept, *rest]:  # the data last: so that the same call again finds what there is to do
             if time.monotonic() >= until:
                 raise GenmodelsError(f"dataset {name!r}: the storage is slow, and a part is left; delete it again")

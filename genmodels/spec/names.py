@@ -18,6 +18,8 @@ LABEL = uploads.NAME  # one rule for every name that people give
 
 # `model`, `model@3`, `model@alias`, `model@latest`, `model@live`, `model@step-500`, `model@<job id>:step-500`
 REFERENCE = r"^[a-z0-9-]{1,63}(@[a-z0-9-]{1,63}|@[a-z0-9-]{1,72}:step-[0-9]{1,9})?$"
+# The references that name a checkpoint of a run; the others name a version.
+CHECKPOINT_REFERENCE = r"[a-z0-9-]{1,63}@([a-z0-9-]{1,72}:)?(live|step-[0-9]{1,9})"
 
 
 def _label(name: str) -> str:

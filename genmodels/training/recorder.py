@@ -23,12 +23,12 @@ from genmodels.checkpoint import CheckpointRef, Lineage, Manifest, Snapshot
 from genmodels.errors import StorageUnavailable
 from genmodels.family import Batch, Family, TextFamily
 from genmodels.metrics import CHECKPOINT_BYTES, CHECKPOINT_FAILURES, CHECKPOINT_SECONDS, CHECKPOINT_STALL_SECONDS
-from genmodels.registry import gate, pin
+from genmodels.registry import gate, references
 from genmodels.runs.records import Heartbeat, Phase
 from genmodels.runs.store import Run
 from genmodels.spec.sections import ModelSpec
 from genmodels.storage.retry import retry_until_available
-from genmodels.training.flops import Effort
+from genmodels.training.flops import StepFlops
 from genmodels.training.gauges import TrainingGauges
 
 BEAT_SECONDS = 1.0
@@ -55,7 +55,7 @@ class RunRecorder:
         fit_batches: Callable[[], Iterable[Batch]],
         lineage: Lineage,
         stop_event: threading.Event | None = None,
-        effort: Effort | None = None,
+        effort: StepFlops | None = None,
     ) -> None:
         """Args:
         scratch: an instance of the model for the upload thread alone, to fit densities with a snapshot's weights.
@@ -248,7 +248,7 @@ class RunRecorder:
         """
         leftovers = self.run.leftovers(before_step=step)
         whole = list(self.run.manifests())
-        keep = [ref for ref, _ in whole[-self.spec.checkpoints.num_to_keep :]] + pin.marked(self.run)
+        keep = [ref for ref, _ in whole[-self.spec.checkpoints.num_to_keep :]] + references.pinned_checkpoints(self.run)
         if self.spec.serve.gate and whole:
             keep.append(gate.best(self.spec.serve.gate, whole)[0])
         doomed = [ref for ref, _ in whole if ref not in keep]

@@ -39,7 +39,7 @@ from genmodels.engine.text.model import TextModel
 from genmodels.engine.text.request import CompletionRequest
 from genmodels.errors import DamagedObject, GenmodelsError, ModelNotFound, RequestError, StorageUnavailable
 from genmodels.registry.evaluations import Evaluation, newest
-from genmodels.registry.references import Found, of_version
+from genmodels.registry.references import ResolvedModel, of_version
 from genmodels.registry.store import Registry
 from genmodels.sizing.memory import HOST_MEMORY
 from genmodels.storage import open_storage
@@ -70,7 +70,7 @@ class Entry:
     """A model as `GET /v1/models` shows it."""
 
     id: str
-    found: Found | None  # None: even what it stands for cannot be read
+    found: ResolvedModel | None  # None: even what it stands for cannot be read
     aliases: dict[str, int]
     kind: str | None = None
     verbs: tuple[str, ...] = ()
@@ -107,7 +107,7 @@ class ModelHost:
             for count, name in ((workers, "model"), (4, "registry"))
         )
         self._readers = ThreadPoolExecutor(2, "history")  # a long run's history takes its time
-        self._listed: tuple[float, list[tuple[str, Found | DamagedObject, dict[str, int]]]] | None = None
+        self._listed: tuple[float, list[tuple[str, ResolvedModel | DamagedObject, dict[str, int]]]] | None = None
         self._entries: dict[str, Entry] = {}
         self._evaluations: dict[str, Evaluation | None] = {}  # of versions that were asked about
         self._known_aliases: dict[str, dict[str, int]] = {}  # of models that were asked about
@@ -225,7 +225,7 @@ class ModelHost:
             refusal.refused_by = found.name, found.family
             raise refusal from None
 
-    async def _find(self, name: str) -> Found:
+    async def _find(self, name: str) -> ResolvedModel:
         known = self._follower.known(name)
         return known if known else await _in(self._lookups, self._follower.find, name)
 
@@ -235,7 +235,7 @@ class ModelHost:
             self._known_aliases[model] = await _in(self._lookups, _aliases, self._registry, model)
         return self._known_aliases.get(model, {})
 
-    async def _evaluation_of(self, found: Found) -> Evaluation | None:
+    async def _evaluation_of(self, found: ResolvedModel) -> Evaluation | None:
         """The newest; where storage does not answer, that of the last look."""
         if found.version is not None:
             with contextlib.suppress(StorageUnavailable):
@@ -243,9 +243,9 @@ class ModelHost:
                 self._evaluations[found.name] = await look
         return self._evaluations.get(found.name)
 
-    def _list(self) -> list[tuple[str, Found | DamagedObject, dict[str, int]]]:
+    def _list(self) -> list[tuple[str, ResolvedModel | DamagedObject, dict[str, int]]]:
         """(name to ask for it, what it means or why that cannot be read, aliases) of every model."""
-        listed: list[tuple[str, Found | DamagedObject, dict[str, int]]] = []
+        listed: list[tuple[str, ResolvedModel | DamagedObject, dict[str, int]]] = []
         for model in self._registry.models():
             aliases = _aliases(self._registry, model)
             bare = "production" in self._registry.alias_names(model)
@@ -257,7 +257,7 @@ class ModelHost:
                     listed.append((model, error, aliases))
         return listed
 
-    async def _describe(self, name: str, found: Found | DamagedObject, aliases: dict[str, int]) -> Entry:
+    async def _describe(self, name: str, found: ResolvedModel | DamagedObject, aliases: dict[str, int]) -> Entry:
         """What only a loaded model knows of itself is kept when the model goes."""
         found = self._follower.known(name) or found  # what answers, maybe not yet what is registered
         refused = self._follower.refusals(name.partition("@")[0])
@@ -273,7 +273,7 @@ class ModelHost:
         return Entry(name, found, aliases, known.kind, known.verbs, known.shape, refused=refused)
 
 
-def created(found: Found) -> int:
+def created(found: ResolvedModel) -> int:
     """When a version was published, or the attempt began that wrote a checkpoint, in seconds since 1970."""
     return int(datetime.fromisoformat(found.created).timestamp()) if found.created else 0
 
@@ -345,7 +345,7 @@ class Inbox:
         self._ended.clear()
 
 
-def _entry(found: Found, loaded: Loaded) -> Entry:
+def _entry(found: ResolvedModel, loaded: Loaded) -> Entry:
     shape: dict[str, int | str] = {}
     if isinstance(loaded, ImageModel):
         info, latent_dim = loaded.family.data, loaded.family.latent_dim

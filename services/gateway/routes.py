@@ -8,7 +8,6 @@ Bodies have to come as application/json: a page of another site then has to ask 
 from __future__ import annotations
 
 import base64
-import math
 import time
 from collections.abc import Collection, Mapping
 from typing import Any, ClassVar, Literal
@@ -40,7 +39,7 @@ from services.http.auth import Caller, Guard
 from services.http.middleware import LOOPBACK
 from services.http.rate_limits import Limits
 from services.http.request_metrics import Counted, answers
-from services.http.responses import Json
+from services.http.responses import Json, finite
 
 
 class GenerationBody(GenerateRequest):
@@ -156,7 +155,7 @@ def _model(entry: Entry) -> dict[str, Any]:
         "verbs": entry.verbs,
         "version": found.version if found else None,
         "aliases": entry.aliases,
-        "metrics": {name: _finite(value) for name, value in found.metrics.items()} if found else {},
+        "metrics": {name: finite(value) for name, value in found.metrics.items()} if found else {},
         **(entry.shape or {}),
         **({"evaluation": _evaluation(entry.evaluation)} if entry.evaluation else {}),
         **({"problem": entry.problem} if entry.problem else {}),
@@ -165,20 +164,16 @@ def _model(entry: Entry) -> dict[str, Any]:
 
 
 def _evaluation(evaluation: Evaluation) -> dict[str, Any]:
-    measures = {
+    metrics = {
         name: {
-            "value": _finite(measure.value),
-            "unit": measure.unit,
-            "beside": {what: _finite(value) for what, value in measure.beside.items()},
+            "value": finite(metric.value),
+            "unit": metric.unit,
+            "baselines": {baseline: finite(value) for baseline, value in metric.baselines.items()},
         }
-        for name, measure in evaluation.measures.items()
+        for name, metric in evaluation.metrics.items()
     }
     about = evaluation.model_dump(mode="json", include={"id", "created", "thorough", "notes"})
-    return {**about, "measures": measures}
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
+    return {**about, "metrics": metrics}
 
 
 def _refused(refused: Mapping[str, Refused]) -> list[dict[str, Any]]:

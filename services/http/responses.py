@@ -1,8 +1,9 @@
-"""TODO"""
+"""Answers in JSON, and errors in OpenAI's form."""
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,6 +15,11 @@ class Json(JSONResponse):
 
     def render(self, content: Any) -> bytes:
         return json.dumps(content, allow_nan=False, separators=(",", ":")).encode()
+
+
+def finite(value: float | None) -> float | None:
+    """Return a number that JSON can hold: None for NaN and infinities."""
+    return value if value is not None and math.isfinite(value) else None
 
 
 def envelope(status: int, message: str, *, param: str | None = None, code: str | None = None) -> dict[str, Any]:

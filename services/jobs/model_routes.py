@@ -18,7 +18,7 @@ from starlette.types import Receive, Scope, Send
 from genmodels.checkpoint import scratch_folder
 from genmodels.data import DATASETS
 from genmodels.data import uploads as stored
-from genmodels.errors import DamagedObject, DataError, DatasetExists, ModelNotFound, RequestError
+from genmodels.errors import DataError, DatasetExists, ModelNotFound, RequestError
 from genmodels.registry import gc, removal
 from genmodels.registry.evaluations import evaluations
 from genmodels.registry.store import Registry, Version
@@ -30,6 +30,7 @@ from services.http.bodies import BodyLimit
 from services.http.middleware import Streamed
 from services.http.rate_limits import Slots
 from services.http.responses import Json
+from services.jobs.model_views import dataset_views, model_view
 from services.jobs.schemas import AliasBody, DatasetQuery, DeleteModelQuery, DryRunQuery
 
 UPLOADS = Streamed("PUT", "/v1/datasets/", BodyLimit(stored.MAX_STREAM_BYTES, seconds=30.0, rate=64 * 2**10))
@@ -48,8 +49,8 @@ def add_model_routes(app: FastAPI, guard: Guard, storage: Storage) -> None:
     def list_models(caller: Caller = reader) -> Response:
         """List published models: their versions and aliases, and the newest version's metrics."""
         names = [name for name in registry.models() if caller.may_use([name])]
-        found = threads.map(lambda name: _model(registry, name), names)
-        return Json({"object": "list", "data": [model for model in found if model]})
+        views = threads.map(lambda name: model_view(registry, name), names)
+        return Json({"object": "list", "data": [view for view in views if view]})
 
     @app.get("/v1/models/{model}/versions/{number}")
     def show_version(model: str, number: Number, caller: Caller = submit) -> Response:
@@ -121,12 +122,7 @@ def add_model_routes(app: FastAPI, guard: Guard, storage: Storage) -> None:
     @app.get("/v1/datasets")
     def list_datasets(caller: Caller = submit) -> Response:
         """List the datasets that a spec's `data.dataset` may name."""
-        built_in = [
-            {"name": source.name, "kind": source.kind, "what": source.what, "built_in": True}
-            for source in DATASETS.values()
-        ]
-        added = [{**dataset.model_dump(mode="json"), "built_in": False} for dataset in stored.catalog(storage)]
-        return Json({"object": "list", "data": [*built_in, *added]})
+        return Json({"object": "list", "data": dataset_views(storage)})
 
     @app.put("/v1/datasets/{name}", openapi_extra=_DATASET_BODY, status_code=201)
     async def add_dataset(
@@ -173,7 +169,7 @@ def add_model_routes(app: FastAPI, guard: Guard, storage: Storage) -> None:
 
 
 class _Pulled(FileResponse):
-    """A file that goes when it was sent, or when nobody wants it any more."""
+    """A file that is removed once it is sent, or once the client has disconnected."""
 
     def __init__(self, path: FilePath, digest: str, done: Callable[[], None]) -> None:
         super().__init__(path, media_type="application/octet-stream", headers={"etag": f'"{digest}"'})
@@ -207,21 +203,6 @@ def _need(caller: Caller, model: str) -> None:
     if not re.fullmatch(LABEL, model):
         raise ModelNotFound(f"no model {model[:100]!r}: names are lower-case letters, digits and dashes")
     caller.need([model])
-
-
-def _model(registry: Registry, name: str) -> dict[str, Any] | None:
-    """A model as the list shows it, by its newest version; None: the last has just been deleted."""
-    versions = registry.versions(name)
-    aliases = {alias: target.version for alias, target in registry.aliases(name).items()}
-    shown = {"name": name, "versions": versions, "aliases": aliases}
-    try:
-        newest = registry.version(name, versions[-1])
-    except (IndexError, ModelNotFound):
-        return None
-    except DamagedObject as error:
-        return {**shown, "family": None, "metrics": {}, "created": None, "problem": str(error)}
-    metrics = encode_floats(newest.metrics)
-    return {**shown, "family": newest.family, "metrics": metrics, "created": newest.created}
 
 
 _DATASET_BODY = {

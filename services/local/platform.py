@@ -10,7 +10,7 @@ from pathlib import Path
 from types import TracebackType
 
 from genmodels.errors import Conflict
-from genmodels.registry.pin import pin_datasets, pin_initial
+from genmodels.registry.references import resolve_datasets, resolve_init_from
 from genmodels.runs.jobs import index_runs
 from genmodels.spec.parse import dump, job_id
 from genmodels.spec.sections import JobSpec
@@ -105,11 +105,11 @@ def submit(storage: Storage, spec: JobSpec) -> str:
     Raises:
         SpecError: a dataset or what training starts from is not in the storage.
     """
-    spec = pin_datasets(spec, storage)
+    spec = resolve_datasets(spec, storage)
     job = job_id(spec)  # before `init_from` is pinned: a run that moves the alias it began with is the same run
-    key = f"jobs/{job}/spec.yaml"
+    key = f"jobs/{job}/spec.json"
     if not storage.exists(key):
-        data = dump(pin_initial(spec, storage))
+        data = dump(resolve_init_from(spec, storage))
         index_runs(storage, job, [model.name for model in spec.models], now())
         with contextlib.suppress(Conflict):  # somebody else is as quick
             storage.put(key, data, if_absent=True)

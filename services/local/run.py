@@ -18,7 +18,7 @@ from rich.text import Text
 from genmodels.errors import GenmodelsError, SpecError
 from genmodels.keys import Keys
 from genmodels.preflight.check import check_job
-from genmodels.registry.pin import pin_datasets
+from genmodels.registry.references import resolve_datasets
 from genmodels.runs.records import Result, Status
 from genmodels.runs.store import Run
 from genmodels.spec.parse import job_id
@@ -56,7 +56,7 @@ def quick_run(
     """
     ignore_output_errors()
     raise_file_limit()
-    job = pin_datasets(job, storage)
+    job = resolve_datasets(job, storage)
     screen = console()
     job, validation = _check(job, [spec.name for spec in _choose(job, only)], storage, screen)
     chosen = _choose(job, only)

@@ -6,7 +6,7 @@ import tempfile
 from pathlib import Path
 
 from genmodels import checkpoint
-from genmodels.data import Dataset, TextData, open_dataset, pin_data
+from genmodels.data import Dataset, TextData, open_dataset, resolve_data
 from genmodels.engine import loader, model
 from genmodels.engine.image import requests
 from genmodels.engine.text import completion
@@ -33,13 +33,13 @@ def smoke(spec: ModelSpec, storage: Storage | None = None) -> str:
         GenmodelsError: what went wrong.
     """
     short = {"max_steps": STEPS, "warmup_steps": 0, "eval_every": STEPS, "save_every": STEPS, "log_every": 1}
-    data = pin_data(spec.data, storage) if storage else spec.data
+    data = resolve_data(spec.data, storage) if storage else spec.data
     dataset = open_dataset(data, storage)  # after which an added one is found in the cache
     train = spec.train.model_copy(update={**short, "init_from": None})
     small = spec.model_copy(update={"train": train, "data": data})
     with tempfile.TemporaryDirectory(prefix="genmodels-smoke-") as folder:
         scratch_storage = open_storage(Path(folder).as_uri())
-        scratch_storage.put("jobs/smoke/spec.yaml", dump(JobSpec(name="smoke", models=[small])))
+        scratch_storage.put("jobs/smoke/spec.json", dump(JobSpec(name="smoke", models=[small])))
         run_attempt(scratch_storage, "smoke", spec.name, 1, Group())
         run = Run(scratch_storage, "smoke", spec.name)
         (ref,) = run.checkpoints()

@@ -42,7 +42,7 @@ from genmodels.engine.text.model import TextModel
 from genmodels.engine.text.request import CompletionRequest
 from genmodels.family import ImageInfo
 from genmodels.models.minigpt import MiniGPT
-from genmodels.registry.references import find
+from genmodels.registry.references import resolve_model
 from genmodels.registry.store import Registry
 from genmodels.storage import Storage, open_storage
 from services.cluster.ports import free_ports
@@ -81,7 +81,7 @@ def main() -> None:
         publish(storage, "play", "minigpt", **TEXT)
         publish(storage, "shapes", "vae", **IMAGES)
         publish(storage, "shapes", "vae", step=2, alias=None, **IMAGES)
-        play, shapes = (load(storage, find(storage, name)) for name in ("play", "shapes"))
+        play, shapes = (load(storage, resolve_model(storage, name)) for name in ("play", "shapes"))
         assert isinstance(play, TextModel)
         assert isinstance(shapes, ImageModel)
         with endpoint(storage.url) as url:
@@ -376,7 +376,7 @@ def endpoint(storage_url: str) -> Iterator[str]:
     from services.cluster.ray_start import serve_http_options
     from services.gateway.app import build
 
-    cluster = ray_cluster.__wrapped__()
+    cluster = ray_cluster.__wrapped__()  # type: ignore[attr-defined]  # the fixture without pytest
     next(cluster)
     try:
         port = free_ports(1)

@@ -34,7 +34,7 @@ def keyed(request: pytest.FixtureRequest, file_storage: Storage) -> Any:
     keys = Keys(file_storage)
     if request.param == "jobs":
         return jobs.create_app(file_storage, keys=keys, hosts=None)
-    return routes.create_app(None, hosts=None, keys=keys)  # type: ignore[arg-type]  # no request gets to a model
+    return routes.create_app(None, hosts=None, keys=keys)  # no request gets to a model
 
 
 def with_bodies(app: Any) -> list[tuple[str, str]]:
@@ -276,6 +276,6 @@ def test_a_client_that_leaves_in_its_body_is_no_error(caplog: pytest.LogCaptureF
         return {"type": "http.disconnect"}
 
     client = Client(1)
-    client.receive = leave  # type: ignore[method-assign]
+    client.receive = leave
     asyncio.run(client.ask(Edge(gone)))
     assert (client.status, caplog.text) == (0, "")

@@ -276,7 +276,7 @@ BODY = {"model": "m", "prompt": "x"}
     ],
 )
 def test_an_answer_cut_off_never_looks_whole(ending: list[Any], code: str | None) -> None:
-    app = create_app(Pool(OPENED, PIECE, *ending))  # type: ignore[arg-type]
+    app = create_app(Pool(OPENED, PIECE, *ending))
     first, last = events(ask(app, "POST", "/v1/completions", {**BODY, "stream": True}).text)
     assert first["choices"] == [{"index": 0, "text": "abc", "logprobs": None, "finish_reason": None}]
     assert (last["error"]["type"], last["error"]["code"]) == ("server_error", code)
@@ -285,13 +285,13 @@ def test_an_answer_cut_off_never_looks_whole(ending: list[Any], code: str | None
 
 
 def test_a_second_choice_that_never_comes_is_missed() -> None:
-    app = create_app(Pool(OPENED, Piece(0, "abc", 3, "length")))  # type: ignore[arg-type]
+    app = create_app(Pool(OPENED, Piece(0, "abc", 3, "length")))
     assert refused(ask(app, "POST", "/v1/completions", {**BODY, "n": 2}), 503)
     assert "error" in events(ask(app, "POST", "/v1/completions", {**BODY, "n": 2, "stream": True}).text)[-1]
 
 
 def test_a_full_pool_is_429_with_retry_after() -> None:
-    app = create_app(Pool(RequestError("full", status=429, code="too_many_requests")))  # type: ignore[arg-type]
+    app = create_app(Pool(RequestError("full", status=429, code="too_many_requests")))
     for stream in (False, True):
         response = ask(app, "POST", "/v1/completions", {**BODY, "stream": stream})
         assert (refused(response, 429)["type"], response.headers["retry-after"]) == ("rate_limit_error", "1")
@@ -405,9 +405,9 @@ def test_openai_s_client_knows_the_errors(client: openai.OpenAI) -> None:
     assert (missing.value.param, missing.value.code) == ("model", "model_not_found")
     full = RequestError("full", status=429, code="queue_full")
     cut = Pool(OPENED, PIECE, RequestError("gone", status=503, code="host_lost"))
-    with served(create_app(Pool(full))) as url, pytest.raises(openai.RateLimitError):  # type: ignore[arg-type]
+    with served(create_app(Pool(full))) as url, pytest.raises(openai.RateLimitError):
         client.with_options(base_url=f"{url}/v1").completions.create(model="play", prompt="x")
-    with served(create_app(cut)) as url:  # type: ignore[arg-type]
+    with served(create_app(cut)) as url:
         chunks = client.with_options(base_url=f"{url}/v1").completions.create(model="m", prompt="x", stream=True)
         assert next(chunks).choices[0].text == "abc"
         with pytest.raises(openai.APIError, match="gone"):

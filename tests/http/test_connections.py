@@ -65,7 +65,7 @@ def url(app: Application) -> Iterator[str]:
 def test_both_servers_use_it(app: Application, monkeypatch: pytest.MonkeyPatch) -> None:
     """And none counts connections like requests, as uvicorn's own limit does."""
     monkeypatch.setattr(uvicorn.config, "HTTP_PROTOCOLS", dict(uvicorn.config.HTTP_PROTOCOLS))
-    service = jobs._uvicorn(app, "127.0.0.1", 0)  # type: ignore[arg-type]
+    service = jobs._uvicorn(app, "127.0.0.1", 0)
     proxy_middlewares()
     proxy = uvicorn.Config(app)  # as Serve makes it
     for config in (service, proxy):

@@ -23,7 +23,7 @@ class Pool:
 
 @pytest.fixture(scope="module")
 def app() -> Any:
-    return create_app(Pool())  # type: ignore[arg-type]  # no request here gets as far as a model
+    return create_app(Pool())  # no request here gets as far as a model
 
 
 @pytest.mark.parametrize(
@@ -279,7 +279,7 @@ def test_an_application_that_breaks_is_500_without_internals(caplog: pytest.LogC
         assert client.headers["x-request-id"] in client.error["message"]
         assert "internal detail" not in client.error["message"]
     assert "failed: ValueError" in caplog.text  # with its place; its message might quote a request
-    assert "test_edge.py" in caplog.text
+    assert "test_middleware.py" in caplog.text
     assert "internal detail" not in caplog.text
 
 

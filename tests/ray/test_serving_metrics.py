@@ -269,7 +269,7 @@ class Pool:
     ],
 )
 def test_a_stream_is_counted_by_how_it_ended(before: Series, ending: list[Any], code: str) -> None:
-    app = create_app(Pool(Opened("m@1", "minigpt", 1, 1), Piece(0, "abc", 3), *ending))  # type: ignore[arg-type]
+    app = create_app(Pool(Opened("m@1", "minigpt", 1, 1), Piece(0, "abc", 3), *ending))
     for stream in (True, False):
         ask(app, "POST", "/v1/completions", {"model": "m", "prompt": "x", "stream": stream})
     expected: Requests = Counter({("/v1/completions", code, "m@1"): 2})

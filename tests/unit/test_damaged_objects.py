@@ -19,10 +19,10 @@ from genmodels.checkpoint import CheckpointRef, Manifest
 from genmodels.data import uploads
 from genmodels.doctor.inventory import DOCUMENTS, kind_of, take_inventory
 from genmodels.errors import DamagedObject, GenmodelsError, LeaseLost
-from genmodels.family import Findings
+from genmodels.family import EvaluationResult
 from genmodels.keys import Keys
 from genmodels.metrics import DAMAGED
-from genmodels.registry import pin
+from genmodels.registry import references
 from genmodels.registry.evaluations import record
 from genmodels.registry.store import Registry
 from genmodels.runs.jobs import Jobs, StoredSpec
@@ -56,7 +56,7 @@ class World:
         _, self_token = Keys(storage).create("other", ("submit",))
         for name in ("bad", "good"):
             version = publish(storage, name, "vae", step=1)
-            record(Registry(storage), version, Findings(), thorough=False, seconds=1.0)
+            record(Registry(storage), version, EvaluationResult(), thorough=False, seconds=1.0)
             (data / f"{name}.txt").write_text(f"the text of {name}\n" * 400)
             uploads.add(storage, f"{name}-text", data / f"{name}.txt")
         (evaluation,) = storage.list("models/bad/evaluations/")
@@ -80,7 +80,7 @@ class World:
         running.send_command("stop", 1, "asked")
         running.write_metrics(1, [{"step": 1, "loss": 0.5, "seconds": 1.0}])
         save_checkpoint(storage, jobs["bad"], "m", "vae", step=3)
-        pin.resolve(f"m@{jobs['bad']}:step-3", storage)
+        references.resolve_reference(f"m@{jobs['bad']}:step-3", storage)
         service.queue({"cpus": 1, "gpus": 0}, (jobs["bad"], "n", "waits"))
         storage.put("dispatcher/lease.json", json.dumps({"term": 5, "holder": "someone"}).encode())
         (submission, _) = sorted(storage.list("idempotency/"))
@@ -89,7 +89,7 @@ class World:
         (ended_key,) = (key for key in storage.list("ended/") if key.endswith(jobs["bad-ended"]))
         keys = {
             "Key": f"keys/{victim.id}.json",
-            "StoredSpec": f"jobs/{jobs['bad']}/spec.yaml",
+            "StoredSpec": f"jobs/{jobs['bad']}/spec.json",
             "Index": f"jobs/{jobs['bad-ended']}/index.json",
             "Entry": f"open/{jobs['bad']}",
             "EndedEntry": ended_key,
@@ -416,7 +416,7 @@ def test_files_of_other_programs_are_passed_over(
     template: tuple[Path, dict[str, str], dict[str, Any]], world: World
 ) -> None:
     _, names, expected = template
-    folders = {str(Path(key).parent) for key in world.storage.list("") if not key.startswith("measures/")}
+    folders = {str(Path(key).parent) for key in world.storage.list("") if not key.startswith("evaluation-cache/")}
     folders |= {"models", "runs", "jobs", "datasets", "models/bad", "models/new/aliases", "models/new/versions"}
     open_ones = [folder for folder in folders if "/samples" not in folder and "/checkpoints" not in folder]
     for folder in open_ones:
@@ -466,7 +466,7 @@ def test_a_damaged_pin_keeps_the_checkpoints_of_its_step(
     _, names, _ = template
     world.storage.put(names["Pin"], b"")
     run = Run(world.storage, names["StoredSpec"].split("/")[1], "m")
-    assert CheckpointRef(attempt=1, step=3) in pin.marked(run)
+    assert CheckpointRef(attempt=1, step=3) in references.pinned_checkpoints(run)
 
 
 @pytest.mark.parametrize("kind", ["Version", "Alias"])

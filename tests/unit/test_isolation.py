@@ -7,6 +7,7 @@ import hashlib
 import json
 import logging
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,7 @@ from pydantic import BaseModel, ValidationError
 from safetensors.torch import save
 
 from genmodels import checkpoint, threads
+from genmodels.engine import loader
 from genmodels.engine import model_cache as shelf_module
 from genmodels.errors import CheckpointError, StorageError, StorageUnavailable, UnexpectedFailure, contained
 from genmodels.metrics import THREAD_FAILURES, THREAD_PROGRESS
@@ -80,7 +82,7 @@ def good_and_bad(file_storage: Storage, monkeypatch: pytest.MonkeyPatch) -> Stor
 def failing(monkeypatch: pytest.MonkeyPatch) -> dict[str, Exception]:
     """Loading a version that is named here raises that."""
     raised: dict[str, Exception] = {}
-    real = shelf_module.load
+    real = loader.load
 
     def load(storage: Storage, found: Any) -> Any:
         if found.name in raised:
@@ -204,7 +206,7 @@ def test_a_disk_without_inodes_at_a_swap_is_told_and_the_swap_comes_after(
 def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
     """Lets time pass for `threads` alone."""
     passed = [0.0]
-    real = threads.time
+    real = time
 
     class Clock:
         time = staticmethod(real.time)
@@ -314,7 +316,7 @@ def test_commands_are_heard_after_a_look_that_failed(monkeypatch: pytest.MonkeyP
         return real(self, *arguments, **options)
 
     monkeypatch.setattr(Run, "commands", flaky)
-    with CommandWatcher(run, 1, None) as watch:  # type: ignore[arg-type]  # nothing is killed
+    with CommandWatcher(run, 1, None) as watch:  # nothing is killed
         run.send_command("stop", 1, "asked")
         assert watch.should_stop.wait(10)
     assert looks > 3

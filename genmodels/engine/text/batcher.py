@@ -17,7 +17,7 @@ from torch import Tensor
 from genmodels.engine.metrics import TextMeter
 from genmodels.engine.text.sequence import Text
 from genmodels.errors import RequestError
-from genmodels.family import TextFamily, keep_half
+from genmodels.family import TextFamily, slide_window
 from genmodels.nn.sampling import draw
 from genmodels.sizing.memory import SERVED_ROWS
 
@@ -105,7 +105,7 @@ class Batcher:
                 if joining.unwanted:
                     _tell(joining, None)
                 else:
-                    joining.window = keep_half(joining.window, self._block_size)
+                    joining.window = slide_window(joining.window, self._block_size)
                     self._slots[free.pop(0)] = joining
 
     def _prefill(self) -> list[tuple[int, Text, Tensor]]:
@@ -186,7 +186,7 @@ class Batcher:
             return False
         text.sampler.accept(token)
         text.window.append(token)
-        kept = keep_half(text.window, self._block_size)
+        kept = slide_window(text.window, self._block_size)
         if kept is not text.window:
             text.window, text.read = kept, 0
         try:

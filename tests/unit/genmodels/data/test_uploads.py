@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from genmodels.data import DataConfig, ImageData, TextData, open_dataset, pin_data, unpack, uploads
+from genmodels.data import DataConfig, ImageData, TextData, open_dataset, resolve_data, unpack, uploads
 from genmodels.errors import DataError, DatasetExists
 from genmodels.family import ImageInfo, TextInfo
 from genmodels.storage import Storage, open_storage
@@ -126,7 +126,7 @@ def test_the_same_again_writes_nothing_and_another_content_leaves_pins_alone(pla
     ]
     assert uploads.add(storage, "mine", play) == (first, False)
     assert len(storage.log) == written
-    pinned = pin_data(config("mine"), storage)
+    pinned = resolve_data(config("mine"), storage)
     assert pinned.sha256 == first.sha256
     play.write_text(TALE)
     with pytest.raises(DatasetExists, match="dataset 'mine' is there with another content: 3,060 characters"):
@@ -136,8 +136,8 @@ def test_the_same_again_writes_nothing_and_another_content_leaves_pins_alone(pla
     assert new
     assert open_dataset(pinned, storage).digest == hashlib.sha256(PLAY.encode()).hexdigest()
     assert open_dataset(config("mine"), storage).digest == hashlib.sha256(TALE.encode()).hexdigest()
-    assert pin_data(pinned, storage) == pinned
-    assert pin_data(config("mine"), storage).sha256 == second.sha256
+    assert resolve_data(pinned, storage) == pinned
+    assert resolve_data(config("mine"), storage).sha256 == second.sha256
     play.write_text(PLAY)
     assert uploads.add(storage, "mine", play, replace=True) == (first, True)  # the name means the first one again
     assert storage.log[-1][0] == "datasets/mine/current.json"

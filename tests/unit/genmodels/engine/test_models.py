@@ -83,7 +83,7 @@ class Scripted:
 
 
 def scripted(says: str) -> TextModel:
-    return TextModel("scripted@1", Scripted(says), CharTokenizer(VOCABULARY))  # type: ignore[arg-type]
+    return TextModel("scripted@1", Scripted(says), CharTokenizer(VOCABULARY))
 
 
 def choices(pieces: Iterator[Piece], n: int = 1) -> list[tuple[str, str | None, int]]:

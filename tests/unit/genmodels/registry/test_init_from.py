@@ -15,7 +15,7 @@ from genmodels.checkpoint import CheckpointRef, load_tensors
 from genmodels.data import uploads
 from genmodels.errors import SpecError
 from genmodels.preflight.check import check_job
-from genmodels.registry import pin
+from genmodels.registry import references
 from genmodels.registry.store import Registry, Version
 from genmodels.runs.jobs import Jobs
 from genmodels.runs.store import Run
@@ -85,7 +85,7 @@ def test_it_begins_with_the_served_weights_of_a_version_and_of_a_step(
         )
         pinned = {6: version.name, 3: reference}[step]
         assert Jobs(storage).model_spec(run.job, "more").train.init_from == pinned
-    assert pin.marked(source) == [CheckpointRef(attempt=1, step=3)]
+    assert references.pinned_checkpoints(source) == [CheckpointRef(attempt=1, step=3)]
 
 
 def test_the_step_the_schedule_and_the_optimizer_begin_anew(data: Path, storage: Storage) -> None:
@@ -111,9 +111,9 @@ def test_a_name_means_what_it_meant_at_submit(data: Path, storage: Storage) -> N
     assert [Jobs(storage).model_spec(name, f"m{i}").train.init_from for i in range(len(NAMES))] == [
         "vae@2", "vae@2", "vae@2", "vae@1"
     ]  # fmt: skip
-    pinned = pin.pin(spec, storage)
+    pinned = references.resolve_references(spec, storage)
     assert pinned.models[0].train.init_from == "vae@1"
-    assert pin.pin(pinned, storage) == pinned
+    assert references.resolve_references(pinned, storage) == pinned
 
 
 NAMES = ["vae", "vae@production", "vae@latest", "vae@1"]
@@ -123,15 +123,17 @@ def test_live_and_a_step_are_of_the_run_that_was_submitted_last(data: Path, stor
     name, _ = Jobs(storage).submit(job("older", model(data, "vae")))
     run_attempt(storage, name, "vae", 1, Group())
     for reference, step in (("vae@live", 6), ("vae@step-3", 3)):
-        assert pin.resolve(reference, storage) == f"vae@{name}:step-{step}"
+        assert references.resolve_reference(reference, storage) == f"vae@{name}:step-{step}"
     time.sleep(0.002)  # the index is by the millisecond
     newer, _ = Jobs(storage).submit(job("newer", model(data, "vae")))
-    with pytest.raises(SpecError, match=f"vae@live: no such checkpoint; those of vae in job {newer}: none yet"):
-        pin.resolve("vae@live", storage)
+    with pytest.raises(
+        SpecError, match=f"vae@live: no such checkpoint; steps of vae in job {newer} with one: none yet"
+    ):
+        references.resolve_reference("vae@live", storage)
     run_attempt(storage, newer, "vae", 1, Group())
-    assert pin.resolve("vae@live", storage) == f"vae@{newer}:step-6"
+    assert references.resolve_reference("vae@live", storage) == f"vae@{newer}:step-6"
     with pytest.raises(SpecError, match="gan@live: no job has trained 'gan' in this storage"):
-        pin.resolve("gan@live", storage)
+        references.resolve_reference("gan@live", storage)
 
 
 def test_a_run_that_resumes_needs_its_source_no_more(data: Path, storage: Storage) -> None:
@@ -181,8 +183,8 @@ def test_a_text_is_read_with_the_tokenizer_of_the_model_it_continues(
             "gone",
             r"models\[0\].train.init_from: no model 'gone'; `genmodels models` or GET /v1/models lists what there is",
         ),
-        ("vae@nobody:step-3", r"vae@nobody:step-3: no such checkpoint; those of vae in job nobody: none yet"),
-        ("vae@{job}:step-4", r"no such checkpoint; those of vae in job source-\w+: 3, 6"),
+        ("vae@nobody:step-3", r"vae@nobody:step-3: no such checkpoint; steps of vae in job nobody with one: none yet"),
+        ("vae@{job}:step-4", r"no such checkpoint; steps of vae in job source-\w+ with one: 3, 6"),
     ],
 )
 def test_what_is_not_there_is_said_at_submit(data: Path, storage: Storage, reference: str, message: str) -> None:
@@ -221,17 +223,17 @@ def test_what_does_not_fit_is_said_by_field(data: Path, storage: Storage) -> Non
 def test_a_marked_step_stays_the_one_it_was_and_asking_marks_nothing(data: Path, storage: Storage) -> None:
     source = trained(storage, "source", model(data, "vae"))
     reference = f"vae@{source.job}:step-6"
-    assert pin.resolve(reference, storage, mark=False) == reference
-    assert pin.marked(source) == []
-    assert pin.resolve(reference, storage) == reference
+    assert references.resolve_reference(reference, storage, pin=False) == reference
+    assert references.pinned_checkpoints(source) == []
+    assert references.resolve_reference(reference, storage) == reference
     last = CheckpointRef(attempt=1, step=6)
     source.start_attempt(2, CheckpointRef(attempt=1, step=3), 1)  # a later attempt takes over before that step
     assert last not in source.checkpoints()
-    assert pin.resolve(reference, storage) == reference
-    assert pin.find_checkpoint(reference, storage)[1] == last
+    assert references.resolve_reference(reference, storage) == reference
+    assert references.find_checkpoint(reference, storage)[1] == last
     storage.delete(f"{source.checkpoint_prefix(last)}/{checkpoint.MANIFEST}")
-    with pytest.raises(SpecError, match="that checkpoint is gone; name another step or a version"):
-        pin.resolve(reference, storage)
+    with pytest.raises(SpecError, match="that checkpoint was deleted; name another step or a version"):
+        references.resolve_reference(reference, storage)
 
 
 def test_an_added_dataset_is_pinned_at_submit(

@@ -21,8 +21,8 @@ from genmodels.data.sources import cache_folder
 from genmodels.engine.alias_watcher import Follower
 from genmodels.engine.model_cache import Shelf
 from genmodels.errors import DataError, GenmodelsError, JobNotFound, ModelNotFound
-from genmodels.family import Findings
-from genmodels.registry import evaluations, pin
+from genmodels.family import EvaluationResult
+from genmodels.registry import evaluations, references
 from genmodels.registry.removal import dataset_contents, delete_dataset, delete_model, model_contents
 from genmodels.registry.store import Registry, Version
 from genmodels.runs.jobs import Jobs, index_runs
@@ -69,13 +69,13 @@ def trained(storage: Storage, job: str, model: str, state: State = "succeeded") 
 
 
 def own_job(storage: Storage, *models: str, job: str = OWN, state: State = "succeeded", **options: Any) -> list[Run]:
-    storage.put(f"jobs/{job}/spec.yaml", dump(spec(*models, **options)))
+    storage.put(f"jobs/{job}/spec.json", dump(spec(*models, **options)))
     index_runs(storage, job, list(models), now())
     return [trained(storage, job, model, state) for model in models]
 
 
 def evaluated(storage: Storage, version: Version) -> None:
-    evaluations.record(Registry(storage), version, Findings(), thorough=False, seconds=1, publication=True)
+    evaluations.record(Registry(storage), version, EvaluationResult(), thorough=False, seconds=1, publication=True)
 
 
 @pytest.fixture(scope="module")
@@ -278,7 +278,7 @@ def test_a_model_whose_run_is_open_stays(base: MemoryStorage, state: State) -> N
 
 def test_a_model_that_another_starts_from_stays(base: MemoryStorage) -> None:
     storage = copy(base)
-    job, _ = Jobs(storage).submit(pin.pin(spec("third", init_from="first@1"), storage))
+    job, _ = Jobs(storage).submit(references.resolve_references(spec("third", init_from="first@1"), storage))
     with pytest.raises(GenmodelsError, match=f"job {job} starts from it and has not ended"):
         delete_model(storage, "first")
 
@@ -298,7 +298,7 @@ def test_half_submitted_and_damaged_jobs_stand_in_no_way(base: MemoryStorage) ->
     storage = copy(base)
     Jobs(storage).submit(spec("first"))
     (job,) = Jobs(storage).open()
-    storage.put(f"jobs/{job}/spec.yaml", b"models: [{family: of tomorrow}]")
+    storage.put(f"jobs/{job}/spec.json", b"models: [{family: of tomorrow}]")
     delete_model(storage, "first")
 
 
@@ -356,7 +356,7 @@ def test_a_job_of_this_machine_is_removed_with_what_its_runs_left() -> None:
     own_job(storage, "first", job="other-00000000")
     Jobs(storage).delete(OWN)
     assert [key for key in storage.objects if OWN in key] == []
-    assert pin.find_checkpoint("first@step-2", storage)[0].job == "other-00000000"
+    assert references.find_checkpoint("first@step-2", storage)[0].job == "other-00000000"
     with pytest.raises(JobNotFound):
         Jobs(storage).delete(OWN)
 
@@ -369,7 +369,7 @@ def test_a_job_of_this_machine_killed_at_any_write(after: bool) -> None:
         try:
             Jobs(Dying(storage, moment, after)).delete(OWN)
         except Died:
-            if storage.exists(f"jobs/{OWN}/spec.yaml"):
+            if storage.exists(f"jobs/{OWN}/spec.json"):
                 Jobs(storage).delete(OWN)
             assert [key for key in storage.objects if OWN in key] == [], moment
         else:
@@ -391,9 +391,9 @@ def photos(storage: Storage, folder: Path) -> uploads.StoredDataset:
     first, _ = uploads.add(storage, "photos", text(folder))
     second, _ = uploads.add(storage, "photos", text(folder, LINES.upper()), replace=True)
     for dataset in (first, second):
-        storage.put(f"measures/ngrams-3-{dataset.digest[:16]}", b"counts")
+        storage.put(f"evaluation-cache/ngrams-3-{dataset.digest[:16]}", b"counts")
         assert uploads.load("photos", dataset.sha256, storage).digest == dataset.digest
-    storage.put("measures/ngrams-3-ffffffffffffffff", b"of others")
+    storage.put("evaluation-cache/ngrams-3-ffffffffffffffff", b"of others")
     return first
 
 
@@ -412,7 +412,7 @@ def test_a_dataset_is_removed_whole_and_says_what_was_trained_on_it(storage: Sto
     assert first.sha256 in contents.contents
     assert contents.bytes > 2 * len(LINES)
     assert storage.list("datasets/photos/") == ["datasets/photos/sweep.json"]
-    assert storage.list("measures/") == ["measures/ngrams-3-ffffffffffffffff"]
+    assert storage.list("evaluation-cache/") == ["evaluation-cache/ngrams-3-ffffffffffffffff"]
     assert list((cache_folder() / "datasets").glob("[0-9a-f]*")) == []
     assert [dataset.name for dataset in uploads.catalog(storage)] == ["others"]
     assert Registry(storage).resolve("first").lineage == LINEAGE
@@ -440,7 +440,7 @@ def test_a_dataset_killed_at_any_write(tmp_path: Path, after: bool, short_leases
         if traces(storage, "photos"):
             delete_dataset(storage, "photos")
         assert traces(storage, "photos") == [], moment
-        assert storage.list("measures/") == ["measures/ngrams-3-ffffffffffffffff"], moment
+        assert storage.list("evaluation-cache/") == ["evaluation-cache/ngrams-3-ffffffffffffffff"], moment
 
 
 @pytest.mark.parametrize("content", [LINES, LINES.upper(), LINES.lower()])

@@ -25,8 +25,9 @@ from genmodels import models
 from genmodels.data.text import CharTokenizer
 from genmodels.engine import model_cache as shelf_module
 from genmodels.engine.loader import load
-from genmodels.engine.text.completion import CompletionRequest, complete
+from genmodels.engine.text.completion import complete
 from genmodels.engine.text.model import TextModel
+from genmodels.engine.text.request import CompletionRequest
 from genmodels.errors import SpecError
 from genmodels.family import Family, ImageInfo, OptimizerConfig, TextInfo
 from genmodels.models.minigpt import MiniGPT, MiniGPTConfig, MiniGPTDecoder
@@ -290,7 +291,7 @@ def size_of(**settings: Any) -> int:
 
 def test_the_setting_at_fault_is_named_with_what_would_be_right() -> None:
     text, pictures = TextInfo(vocab_size=65), ImageInfo(channels=3, height=128, width=128)
-    for family, config, data, setting in (
+    for family, values, data, setting in (
         ("minigpt", {"block_size": 65_536}, text, "block_size"),
         ("minigpt", {"n_layer": 128, "n_embd": 1024}, text, "n_layer"),
         ("minigpt", {"n_embd": 16_384, "n_head": 128}, text, "n_embd"),
@@ -298,13 +299,13 @@ def test_the_setting_at_fault_is_named_with_what_would_be_right() -> None:
         ("gan", {"width": 512, "blocks": 8}, pictures, "width"),
     ):
         cls = models.load(family)
-        config = cls.Config.model_validate(config)
+        config: Any = cls.Config.model_validate(values)
 
         def measure(config: Any, cls: Any = cls, data: Any = data) -> Footprint:
             return cls.footprint(config, data)
 
         problem = too_large(config, measure)
-        assert problem is not None, (family, config)
+        assert problem is not None, (family, values)
         name, said = problem
         assert name == setting
         most = re.fullmatch(rf"got {getattr(config, name)}: it takes .* GiB .*; write at most (\d+)", said)
@@ -329,7 +330,7 @@ def test_a_spec_is_judged_by_its_data(tmp_path: Path, monkeypatch: pytest.Monkey
         servable.check(small, ImageInfo(channels=3, height=256, width=256))
     monkeypatch.setattr(models.load("vae"), "__init__", lambda self, config, data: self.check(config, data))
     with pytest.raises(SpecError, match=r"^model\.width: got 512"):  # not a network of it is built
-        attempt.build(small, type("Data", (), {"info": ImageInfo(channels=3, height=256, width=256)})())  # type: ignore[arg-type]
+        attempt.build(small, type("Data", (), {"info": ImageInfo(channels=3, height=256, width=256)})())
 
 
 def peak(family: Any) -> int:

@@ -136,7 +136,7 @@ def test_an_elastic_run_starts_with_what_is_there_grows_and_shrinks(data: Path) 
 def test_a_damaged_job_stands_in_no_others_way(data: Path, caplog: pytest.LogCaptureFixture) -> None:
     storage = MemoryStorage()
     names = [submit(storage, data, f"damaged-{i}", "a") for i in range(3)]
-    storage.put(f"jobs/{names[0]}/spec.yaml", b"models: 7")
+    storage.put(f"jobs/{names[0]}/spec.json", b"models: 7")
     storage.put(f"runs/{names[1]}/a/status.json", b'{"state": "no such state"}')
     storage.put(f"open/{names[2]}", b"spoiled")
     storage.put("open/orphan-00000000", b"{}")

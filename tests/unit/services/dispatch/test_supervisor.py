@@ -648,7 +648,7 @@ def test_what_ticks_does_not_hang_however_long_it_takes(monkeypatch: pytest.Monk
     for _ in range(38):
         for _ in range(20):
             clock.sleep(5)
-            supervisor._monitor.observe(supervisor.heartbeat)  # type: ignore[union-attr]
+            supervisor._monitor.observe(supervisor.heartbeat)
         supervisor.step()
         assert not supervisor.stopping
 

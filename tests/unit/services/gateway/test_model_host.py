@@ -23,7 +23,7 @@ from genmodels.engine.text.completion import complete
 from genmodels.engine.text.request import CompletionRequest
 from genmodels.errors import RequestError, StorageUnavailable
 from genmodels.metrics import REFUSED
-from genmodels.registry.references import find
+from genmodels.registry.references import resolve_model
 from genmodels.registry.store import Registry
 from genmodels.storage import Storage, open_storage
 from services.gateway import model_host as host_module
@@ -141,8 +141,8 @@ def test_twenty_swaps_under_load_fail_no_request_and_cut_no_stream(storage: Stor
         publish(storage, "play", "minigpt", step=step, alias=None)
     oracle: dict[str, object] = {}
     for number in range(1, 6):
-        oracle[f"shapes@{number}"] = answer(load(storage, find(storage, f"shapes@{number}")), pictures).images
-        model = load(storage, find(storage, f"play@{number}"))
+        oracle[f"shapes@{number}"] = answer(load(storage, resolve_model(storage, f"shapes@{number}")), pictures).images
+        model = load(storage, resolve_model(storage, f"play@{number}"))
         oracle[f"play@{number}"] = "".join(piece.text for piece in complete(model, writing))
     assert len(set(map(str, oracle.values()))) == 10
     host = ModelHost(storage.url)
@@ -283,7 +283,7 @@ def test_checkpoints_of_a_run_have_names(storage: Storage) -> None:
     assert version_of(app, "shapes@live") == "shapes@study-00000002:step-10"
     assert version_of(app, second) == second
     for name, said in {
-        "shapes@step-11": "those of shapes in job study-00000002: 10",
+        "shapes@step-11": "steps of shapes in job study-00000002 with one: 10",
         "shapes@study-00000009:step-10": "none yet",
         "play@live": "no job has trained 'play'",
     }.items():

@@ -63,7 +63,7 @@ def same_as_reference(family: MiniGPT, found: T, reference: Callable[[MiniGPT], 
         exact = family.logits(tokens)
         return exact + ROUNDING * torch.randn(exact.shape, generator=chance)
 
-    shaken.logits = logits  # type: ignore[method-assign]
+    shaken.logits = logits
     return any(reference(shaken) == found for _ in range(40))
 
 
@@ -421,7 +421,7 @@ def test_a_text_nobody_can_be_told_of_ends_alone(caplog: pytest.LogCaptureFixtur
     """As where the event loop is gone that its pieces went to."""
     batcher, ask = Batcher(FAMILIES["rotary"]), Ask([1, 2], max_tokens=5)
     deaf = Ask([1, 2]).text()
-    deaf.take = deaf.end = lambda *_: 1 / 0  # type: ignore[assignment,return-value]
+    deaf.take = deaf.end = lambda *_: 1 / 0
     batcher.add(deaf, ask.text())
     while batcher.step():
         pass
