@@ -20,7 +20,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -35,12 +35,15 @@ from genmodels.errors import (
 )
 from genmodels.runs.records import ACTIVE, State
 from genmodels.runs.store import Run
+from genmodels.spec.names import LABEL
 from genmodels.spec.parse import digest, dump, load_stored
 from genmodels.spec.sections import JobSpec, ModelSpec
 from genmodels.storage import Document, Storage, Time, list_names, load_document, write_document
 from genmodels.storage.documents import damaged, now
 
 JOB_ID = r"[a-z0-9]([a-z0-9-]{0,70}[a-z0-9])?"
+JobId = Annotated[str, Field(pattern=f"^{JOB_ID}$")]
+ModelName = Annotated[str, Field(pattern=LABEL)]
 ENDED_NAME = rf"\d{{13}}-{JOB_ID}"
 CURSOR = r"\d{13}-\d{1,6}"
 END_OF_TIME = 10**13  # milliseconds; times count down from here
@@ -61,13 +64,13 @@ class Entry(Document):
     object_kind = "index"
     remedy = "restore it from a backup; without one, delete it and submit the job again"
 
-    job: str
+    job: JobId
     name: str
     priority: int
     submitted: Time
     caller: str  # id of the key it came with; "" without keys
-    models: list[str]
-    idempotency: str = ""  # name of its object under idempotency/
+    models: list[ModelName]
+    idempotency: str = Field("", pattern="^([0-9a-f]{64})?$")  # name of its object under idempotency/
 
 
 class EndedEntry(Entry):
@@ -81,7 +84,7 @@ class Submission(Document):
     object_kind = "submission"
     remedy = "submit with another Idempotency-Key, or delete it"
 
-    job: str
+    job: JobId
     digest: str
     submitted: Time
     deleted: bool = False  # the job is gone, and its key makes no other

@@ -27,6 +27,7 @@ from genmodels.storage import (
     Time,
 )
 from genmodels.storage.documents import now
+from genmodels.storage.lease import LeaseTerm
 
 Action = Literal["stop", "kill", "resume"]
 State = Literal["queued", "starting", "running", "publishing", "succeeded", "failed", "cancelled"]
@@ -60,7 +61,7 @@ class Status(Document):
     state: State
     attempt: int = Field(0, ge=0)  # the highest number given out
     workers: int = Field(0, ge=0)  # of that attempt
-    lease_term: int = Field(0, ge=0, lt=2**53)  # of the dispatcher's lease under which this was written
+    lease_term: LeaseTerm = 0  # of the dispatcher's lease under which this was written
     last_command: int = 0  # seq of the last command that was applied
     no_progress_attempts: int = 0  # attempts in a row without a new checkpoint, as far as they count
     out_of_memory_attempts: int = 0  # attempts that ended so

@@ -20,7 +20,7 @@ from genmodels.storage import Storage, open_storage
 from services.gateway.model_host import ModelHost
 from services.gateway.routes import create_app as create_gateway
 from services.http import auth
-from services.http.auth import Guard, require_keys
+from services.http.auth import KeyAuth, require_keys
 from services.jobs.app import create_app as create_job_app
 from services.jobs.routes import FOLLOWERS
 from tests.support.asgi_client import PICTURE, ask, refused
@@ -343,7 +343,7 @@ class Slow:
 def test_who_guesses_keys_stands_in_no_others_way(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(auth, "MAX_WAITING", 6)
     keys = Slow()
-    guard = Guard(keys)
+    guard = KeyAuth(keys)
 
     async def flood() -> None:
         assert await guard._find(keys, "right")

@@ -16,7 +16,7 @@ import uvicorn.config
 
 from services.gateway.proxy import proxy_middlewares
 from services.http.connections import HEADER_BYTES, Connection
-from services.http.middleware import Edge
+from services.http.middleware import IngressMiddleware
 from services.jobs import app as jobs
 from tests.support.asgi_server import served
 
@@ -57,7 +57,7 @@ def app() -> Application:
 
 @pytest.fixture
 def url(app: Application) -> Iterator[str]:
-    with served(Edge(app, max_requests=4), http=Quick, timeout_keep_alive=PATIENCE) as url:
+    with served(IngressMiddleware(app, max_requests=4), http=Quick, timeout_keep_alive=PATIENCE) as url:
         yield url
         app.let.set()
 

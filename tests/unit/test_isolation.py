@@ -18,8 +18,7 @@ from pydantic import BaseModel, ValidationError
 from safetensors.torch import save
 
 from genmodels import checkpoint, threads
-from genmodels.engine import loader
-from genmodels.engine import model_cache as shelf_module
+from genmodels.engine import loader, model_cache
 from genmodels.errors import CheckpointError, StorageError, StorageUnavailable, UnexpectedFailure, contained
 from genmodels.metrics import THREAD_FAILURES, THREAD_PROGRESS
 from genmodels.registry.probe import PROBE
@@ -32,7 +31,7 @@ from genmodels.storage import Storage, read_document, write_document
 from genmodels.storage.lease import Lease
 from genmodels.threads import Rounds
 from services.dispatch.dispatcher import Dispatcher
-from services.gateway import model_host as host_module
+from services.gateway import model_host
 from services.gateway.model_host import ModelHost
 from services.gateway.routes import create_app
 from services.jobs.app import create_app as create_jobs
@@ -72,7 +71,7 @@ FAILURES: dict[str, Callable[[], Exception]] = {
 
 @pytest.fixture
 def good_and_bad(file_storage: Storage, monkeypatch: pytest.MonkeyPatch) -> Storage:
-    monkeypatch.setattr(host_module, "FOLLOW_SECONDS", 3600.0)  # the tests say when to look
+    monkeypatch.setattr(model_host, "WATCH_SECONDS", 3600.0)  # the tests say when to look
     for name in ("good", "bad"):
         publish(file_storage, name, "vae", step=1)
     return file_storage
@@ -89,8 +88,8 @@ def failing(monkeypatch: pytest.MonkeyPatch) -> dict[str, Exception]:
             raise raised[found.name]
         return real(storage, found)
 
-    monkeypatch.setattr(shelf_module, "load", load)
-    monkeypatch.setattr(shelf_module, "RETRY_SECONDS", 0.0)
+    monkeypatch.setattr(model_cache, "load", load)
+    monkeypatch.setattr(model_cache, "RETRY_SECONDS", 0.0)
     return raised
 
 
@@ -114,7 +113,7 @@ def test_whatever_a_load_raises_is_that_models_refusal(
     for name in ("bad", "good"):  # bad comes first
         publish(good_and_bad, name, "vae", step=2)
     for _ in range(2):
-        host.follow()
+        host.watch()
     assert (answered_by(app, "bad"), answered_by(app, "good")) == ("bad@1", "good@2")
     (told,) = shown(app)["bad"]["refused"]
     assert (told["alias"], told["version"]) == ("production", 2)
@@ -124,7 +123,7 @@ def test_whatever_a_load_raises_is_that_models_refusal(
     assert refused(asked, 503)["code"] == "version_damaged"
     assert "refused" not in shown(app)["good"]
     del failing["bad@2"]
-    host.follow()
+    host.watch()
     assert answered_by(app, "bad") == "bad@2"
     assert "refused" not in shown(app)["bad"]
 
@@ -157,6 +156,7 @@ FILES: dict[str, tuple[str, bytes]] = {
     "a config of numbers": (checkpoint.CONFIG, json.dumps({"family": 1, "config": 2, "data": 3}).encode()),
     "an unknown family": (checkpoint.CONFIG, json.dumps({"family": "x", "config": {}, "data": {}}).encode()),
     "a probe of bool": (PROBE, save({"images": torch.zeros(2, dtype=torch.bool)})),
+    "a probe of nothing": (PROBE, save({})),
     "a probe of another name": (PROBE, save({"other": torch.zeros(2)})),
     "a probe that is none": (PROBE, b"\xff" * 64),
     "weights of bool": (checkpoint.WEIGHTS, save({"x": torch.zeros(2, dtype=torch.bool)})),
@@ -172,7 +172,7 @@ def test_whatever_a_versions_files_are_the_other_models_move_on(good_and_bad: St
     for name in ("bad", "good"):
         publish(good_and_bad, name, "vae", step=2)
     replace_file(good_and_bad, "bad", 2, *FILES[case])
-    host.follow()
+    host.watch()
     assert answered_by(app, "good") == "good@2"
     assert answered_by(app, "bad") == "bad@1"
     assert shown(app)["bad"]["refused"][0]["version"] == 2
@@ -182,7 +182,7 @@ def test_whatever_a_versions_files_are_the_other_models_move_on(good_and_bad: St
 def test_a_disk_without_inodes_at_a_swap_is_told_and_the_swap_comes_after(
     good_and_bad: Storage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shelf_module, "RETRY_SECONDS", 0.0)
+    monkeypatch.setattr(model_cache, "RETRY_SECONDS", 0.0)
     host = ModelHost(good_and_bad.url)
     app = create_app(host)
     publish(good_and_bad, "good", "vae", step=2)
@@ -192,10 +192,10 @@ def test_a_disk_without_inodes_at_a_swap_is_told_and_the_swap_comes_after(
 
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "scratch_folder", full)
-        host.follow()
+        host.watch()
         assert answered_by(app, "good") == "good@1"
         assert "No space left on device" in shown(app)["good"]["refused"][0]["reason"]
-    host.follow()
+    host.watch()
     assert answered_by(app, "good") == "good@2"
 
 
@@ -228,14 +228,14 @@ def test_a_host_whose_rounds_do_not_complete_is_not_well(
 ) -> None:
     host = ModelHost(good_and_bad.url)
     app = create_app(host)
-    stamped = value(THREAD_PROGRESS, "follow")
+    stamped = value(THREAD_PROGRESS, "alias-watcher")
     assert stamped > 0
     clock(threads.STALLED_SECONDS + 1)
     error = refused(ask(app, "GET", "/healthz"), 503)
-    assert "'follow' has made no progress" in error["message"]
+    assert "'alias-watcher' has made no progress" in error["message"]
     with pytest.raises(RuntimeError, match="no progress"):
         host.check_health()
-    host.follow()
+    host.watch()
     assert ask(app, "GET", "/healthz").json() == {"status": "ok"}
     host.check_health()
     clock(threads.STALLED_SECONDS + 1)
@@ -243,12 +243,12 @@ def test_a_host_whose_rounds_do_not_complete_is_not_well(
     def broken() -> None:
         raise ZeroDivisionError("broken")
 
-    monkeypatch.setattr(host._follower, "follow", broken)
-    failures = value(THREAD_FAILURES, "follow")
-    host.follow()
+    monkeypatch.setattr(host._watcher, "refresh", broken)
+    failures = value(THREAD_FAILURES, "alias-watcher")
+    host.watch()
     assert "broken" in refused(ask(app, "GET", "/healthz"), 503)["message"]
     host.check_health()  # a new process would fail as well: this one at least goes on answering
-    assert value(THREAD_FAILURES, "follow") == failures + 1
+    assert value(THREAD_FAILURES, "alias-watcher") == failures + 1
     assert answered_by(app, "good") == "good@1"
 
 
@@ -260,9 +260,9 @@ def test_an_outage_of_the_store_makes_no_host_unwell(
     def away() -> None:
         raise StorageUnavailable("no answer")
 
-    monkeypatch.setattr(host._follower, "follow", away)
+    monkeypatch.setattr(host._watcher, "refresh", away)
     clock(threads.STALLED_SECONDS + 1)
-    host.follow()
+    host.watch()
     assert ask(create_app(host), "GET", "/healthz").status_code == 200
     host.check_health()
 

@@ -18,8 +18,8 @@ import pytest
 
 from genmodels.data import uploads
 from genmodels.data.sources import cache_folder
-from genmodels.engine.alias_watcher import Follower
-from genmodels.engine.model_cache import Shelf
+from genmodels.engine.alias_watcher import AliasWatcher
+from genmodels.engine.model_cache import ModelCache
 from genmodels.errors import DataError, GenmodelsError, JobNotFound, ModelNotFound
 from genmodels.family import EvaluationResult
 from genmodels.registry import evaluations, references
@@ -317,19 +317,19 @@ def test_names_of_nothing_are_told(name: str) -> None:
 
 def test_a_served_model_that_is_deleted_is_gone_at_the_next_look(base: MemoryStorage) -> None:
     storage = copy(base)
-    follower = Follower(
-        storage, Shelf(storage, 2**30, lambda loaded: None), Rounds("follow", logging.getLogger("test"))
+    watcher = AliasWatcher(
+        storage, ModelCache(storage, 2**30, lambda model: None), Rounds("alias-watcher", logging.getLogger("test"))
     )
-    follower.follow()
-    assert follower.find("first").version == 2
-    second = follower.find("second")
+    watcher.refresh()
+    assert watcher.resolve("first").version == 2
+    second = watcher.resolve("second")
     delete_model(storage, "first", with_runs=True)
-    follower.follow()
+    watcher.refresh()
     for name in ("first", "first@staging", "first@2", "first@live"):
         with pytest.raises(ModelNotFound):
-            follower.find(name)
-    assert follower.find("second") == second
-    assert {found.model for found in follower.served()} == {"second"}
+            watcher.resolve(name)
+    assert watcher.resolve("second") == second
+    assert {resolved.model for resolved in watcher.serving()} == {"second"}
 
 
 # ---- aliases

@@ -258,7 +258,8 @@ def test_killed_at_every_write_the_next_one_brings_all_to_the_right_end(data: Pa
     assert at > 30
 
 
-def test_the_store_is_away_at_every_point(data: Path) -> None:
+@pytest.mark.parametrize("stride", [5, pytest.param(1, marks=pytest.mark.long)])
+def test_the_store_is_away_at_every_point(data: Path, stride: int) -> None:
     class Blinking(Wrapped):
         operations, refused, at = 0, 0, 0
 
@@ -270,7 +271,7 @@ def test_the_store_is_away_at_every_point(data: Path) -> None:
 
     at = 0
     while True:
-        at += 1
+        at += stride
         inner = MemoryStorage()
         cluster, names = eventful(inner, data)
         storage = Blinking(inner)
