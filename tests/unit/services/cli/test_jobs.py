@@ -360,15 +360,15 @@ def test_keys(store: Storage, command: Command, monkeypatch: pytest.MonkeyPatch,
         monkeypatch.setenv("GENMODELS_API", url)
         code, _, err = command("jobs")
         assert code == 1
-        remedy = "`genmodels keys create` makes one where the storage is"
-        assert err == f"error: {url} asks for a key: set GENMODELS_KEY; {remedy}\n"
+        remedy = "`genmodels keys create` creates one on a machine that can open the storage"
+        assert err == f"error: {url} requires a key: set GENMODELS_KEY; {remedy}\n"
         monkeypatch.setenv("GENMODELS_KEY", token)
         assert command("jobs")[0] == 0
         code, _, err = command("submit", "shapes.yaml")
         assert code == 1
         assert "limited to models named vae-..., and 'gan-digits' is not among them" in err
         monkeypatch.setenv("GENMODELS_KEY", token.strip()[:-1] + "!")
-        assert "does not take the key in GENMODELS_KEY" in command("jobs")[2]
+        assert "refuses the key in GENMODELS_KEY" in command("jobs")[2]
     assert command("keys", "revoke", key.id, *storage)[1] == f"key {key.id} of alice is revoked\n"
     assert Keys(store).check(token.strip()) is None
     assert command("keys", "revoke", "00000000", *storage)[0] == 2
