@@ -140,8 +140,8 @@ STORAGE_ERRORS = _counter("storage_errors_total", "Operations on storage that fa
 # By kind of object, as `Document.kind` names it. An object that stays damaged is counted at each read.
 DAMAGED = _counter("damaged_objects_total", "Reads of a damaged object in storage, by kind.", ("kind",))
 
-# Background threads that live as long as their process. `thread`: "follow" (a model host's, on the registry) or
-# "dispatch" (the job service's); failures also of "lease", "commands", "copy-log", "ship-log", "decode" and "export".
+# Background threads that live as long as their process. `thread`: "alias-watcher" (of model hosts) or "dispatch" (of
+# the job service); failures also of "lease", "commands", "copy-log", "ship-log", "decode" and "export".
 THREAD_PROGRESS = _gauge(
     "thread_progress_timestamp_seconds",
     "Unix time at which a background thread last completed a round, or one object of a round.",

@@ -29,7 +29,7 @@ def envelope(status: int, message: str, *, param: str | None = None, code: str |
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
-def refuse(
+def error_response(
     status: int,
     message: str,
     *,

@@ -25,21 +25,21 @@ from genmodels.registry.store import Registry, Version
 from genmodels.spec.names import LABEL
 from genmodels.storage import Storage, encode_floats
 from services.http.app import documented, read_body
-from services.http.auth import Caller, Guard
+from services.http.auth import Caller, KeyAuth
 from services.http.bodies import BodyLimit
-from services.http.middleware import Streamed
+from services.http.middleware import StreamedRoute
 from services.http.rate_limits import Slots
 from services.http.responses import Json
 from services.jobs.model_views import dataset_views, model_view
 from services.jobs.schemas import AliasBody, DatasetQuery, DeleteModelQuery, DryRunQuery
 
-UPLOADS = Streamed("PUT", "/v1/datasets/", BodyLimit(stored.MAX_STREAM_BYTES, seconds=30.0, rate=64 * 2**10))
+UPLOADS = StreamedRoute("PUT", "/v1/datasets/", BodyLimit(stored.MAX_STREAM_BYTES, seconds=30.0, rate=64 * 2**10))
 
 UPLOADS_AT_ONCE = (4, 1)  # of all, of one key: each takes disk, and memory while it is checked
 DOWNLOADS = (8, 4)
 
 
-def add_model_routes(app: FastAPI, guard: Guard, storage: Storage) -> None:
+def add_model_routes(app: FastAPI, guard: KeyAuth, storage: Storage) -> None:
     registry, admin, submit = Registry(storage), guard("admin"), guard("submit")
     reader = guard("submit", "generate")
     threads = ThreadPoolExecutor(8, "models")
@@ -112,7 +112,7 @@ def add_model_routes(app: FastAPI, guard: Guard, storage: Storage) -> None:
     @app.post("/v1/gc")
     def collect_garbage(query: Annotated[DryRunQuery, Query()], caller: Caller = admin) -> Response:
         """Remove unreferenced objects: blobs of deleted versions, and remains of interrupted uploads."""
-        caller.need_all()
+        caller.require_all_models()
         plan = gc.gc(storage)
         if not query.dry_run:
             plan.carry_out()
@@ -136,7 +136,7 @@ def add_model_routes(app: FastAPI, guard: Guard, storage: Storage) -> None:
         The same content again returns 200 and changes nothing. Another content under an existing name is 409, unless
         `replace` is true. Submitted jobs keep the content they had.
         """
-        caller.need([name])  # else a key limited to some models could change the meaning of other specs
+        caller.require([name])  # else a key limited to some models could change the meaning of other specs
         if name in DATASETS:
             raise RequestError(f"{name!r} is a built-in dataset; choose another name", status=409, param="name")
         with uploads.take(caller.id), scratch_folder() as folder:
@@ -157,7 +157,7 @@ def add_model_routes(app: FastAPI, guard: Guard, storage: Storage) -> None:
 
         The answer lists what was deleted, and the runs and versions that were trained on it; these stay.
         """
-        caller.need([name])
+        caller.require([name])
         try:
             found = (removal.dataset_contents if query.dry_run else removal.delete_dataset)(storage, name)
         except DataError as error:
@@ -202,7 +202,7 @@ def _need(caller: Caller, model: str) -> None:
     """Raise RequestError unless this is a valid name of a model that the caller may use."""
     if not re.fullmatch(LABEL, model):
         raise ModelNotFound(f"no model {model[:100]!r}: names are lower-case letters, digits and dashes")
-    caller.need([model])
+    caller.require([model])
 
 
 _DATASET_BODY = {

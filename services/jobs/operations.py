@@ -140,8 +140,8 @@ class JobOperations:
     def _check(self, body: bytes, caller: Caller, *, dry_run: bool) -> tuple[Checked, dict[str, int] | None]:
         """Parse and check a spec; return it with the cluster's capacity, which may be unknown."""
         spec = parse_spec(body, "spec", datasets=uploads.kinds(self.storage), paths=False)
-        caller.need(model.name for model in spec.models)
-        caller.need(filter(None, (model.train.init_from for model in spec.models)))
+        caller.require(model.name for model in spec.models)
+        caller.require(filter(None, (model.train.init_from for model in spec.models)))
         capacity = self.views.queue().capacity
         spec = resolve_references(spec, self.storage, pin=False)
         return check_job(spec, self.storage, capacity=capacity, planned=dry_run), capacity
@@ -159,7 +159,7 @@ class JobOperations:
     def _spec(self, job: str, caller: Caller) -> JobSpec:
         """Read a job's spec; raise RequestError if the caller may not see the job."""
         spec = self.jobs.spec(job)
-        caller.need_job(model.name for model in spec.models)
+        caller.require_job(model.name for model in spec.models)
         return spec
 
 

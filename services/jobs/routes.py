@@ -17,7 +17,7 @@ from starlette.types import Receive, Scope, Send
 
 from genmodels.storage import Storage
 from services.http.app import JSON, check_content_type, documented, read_body, unless_gone
-from services.http.auth import Caller, Guard
+from services.http.auth import Caller, KeyAuth
 from services.http.rate_limits import Slots
 from services.http.responses import Json
 from services.jobs.operations import JobOperations, ReadNew
@@ -42,7 +42,7 @@ DRY_RUN_THREADS = 2
 
 
 def add_job_routes(
-    app: FastAPI, guard: Guard, storage: Storage, closing: Callable[[], bool], endpoint: str | None = None
+    app: FastAPI, guard: KeyAuth, storage: Storage, closing: Callable[[], bool], endpoint: str | None = None
 ) -> Views:
     """Add the routes to the application, and return the views that they read.
 

@@ -106,8 +106,8 @@ def submit(storage: Storage, spec: JobSpec) -> str:
         SpecError: a dataset, or the model that training starts from, is not in the storage.
     """
     spec = resolve_datasets(spec, storage)
-    job = job_id(spec)  # before `init_from` is pinned: a run that moves the alias which it started from is the same run
-    key = f"jobs/{job}/spec.yaml"
+    job = job_id(spec)  # before `init_from` is resolved: the run may later move that alias itself
+    key = f"jobs/{job}/spec.json"
     if not storage.exists(key):
         data = dump(resolve_init_from(spec, storage))
         index_runs(storage, job, [model.name for model in spec.models], now())

@@ -17,6 +17,7 @@ import yaml
 from genmodels.keys import Keys
 from genmodels.runs.records import State
 from genmodels.runs.store import Run
+from genmodels.spec.parse import parse_spec
 from genmodels.storage import Storage
 from services.jobs import operations
 from services.jobs.views import job_state
@@ -273,7 +274,7 @@ def test_the_estimated_size_of_a_checkpoint_is_right(
 
     cls = models.load(family)
     built = cls(cls.Config(), open_dataset(DataConfig(dataset=dataset)).info)
-    roles = built.roles(operations.parse_spec(yaml.safe_dump(document).encode(), "x").models[0].train)
+    roles = built.roles(parse_spec(yaml.safe_dump(document).encode(), "x").models[0].train)
     for role in roles:
         for parameter in role.loss.parameters():
             parameter.grad = torch.zeros_like(parameter)
@@ -440,7 +441,7 @@ def test_a_command_reads_each_object_once(action: str) -> None:
     service.move(job, "a", "failed")
     storage.gets.clear()
     assert service("POST", f"/v1/jobs/{job}/{action}").status_code == 200
-    read = [f"jobs/{job}/spec.yaml", f"open/{job}", *(f"runs/{job}/{model}/status.json" for model in "ab")]
+    read = [f"jobs/{job}/spec.json", f"open/{job}", *(f"runs/{job}/{model}/status.json" for model in "ab")]
     assert {key: storage.gets[key] for key in read} == dict.fromkeys(read, 1) | {
         f"open/{job}": 2 if action == "resume" else 1  # `reopen` looks again before it writes
     }

@@ -29,10 +29,10 @@ def shapes(train: int = 480, val: int = 120, side: int = 16, channels: int = 1, 
         if label in (2, 3):
             image[:, row : row + 6, column + 2 : column + 4] = grey
     names = [str(label) for label in range(CLASSES)] if labelled else []
-    parts = [
+    train_split, val_split = (
         ImageSplit(images[part], labels[part] if labelled else None) for part in (slice(train), slice(train, None))
-    ]
-    return ImageData(*parts, names)
+    )
+    return ImageData(train_split, val_split, names)
 
 
 @dataclass

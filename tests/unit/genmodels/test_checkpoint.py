@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import pickle
@@ -39,7 +40,7 @@ class Recorded:
         entry = model(data, "vae", save_every=1, eval_every=1, max_steps=6)
         entry["model"]["density_components"] = 2
         entry |= {"checkpoints": {"num_to_keep": 2}, "serve": {"gate": {"metric": "val_loss", "max": 1e6}}}
-        self.storage.put(f"jobs/{JOB}/spec.yaml", dump(job("tiny", entry)))
+        self.storage.put(f"jobs/{JOB}/spec.json", dump(job("tiny", entry)))
         self.run = Run(self.storage, JOB, MODEL)
         for number, steps in ((1, 3), (2, 6)):
             self.attempt(number, steps)
@@ -250,7 +251,7 @@ def test_names_in_a_manifest_stay_in_the_folder(name: str, tmp_path: Path) -> No
 
     storage = Obliging()
     name = name.format(abroad=tmp_path)
-    evil = checkpoint.hashlib.sha256(b"evil").hexdigest()
+    evil = hashlib.sha256(b"evil").hexdigest()
     manifest = Manifest(step=1, samples=1, metrics={}, lineage=LINEAGE, files={name: File(size=4, sha256=evil)})
     forge(storage, "a", manifest.model_dump())
     folder = tmp_path / "in" / "side"

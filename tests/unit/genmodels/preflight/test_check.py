@@ -13,12 +13,12 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from genmodels.data import DATASETS, DataConfig, uploads
-from genmodels.data.facts import facts_of
+from genmodels.data.facts import Facts, facts_of
 from genmodels.data.text import TrainWindows, ValWindows
 from genmodels.errors import DataError, SpecError
 from genmodels.family import EvaluationMetric, TextInfo
 from genmodels.preflight import check
-from genmodels.preflight.check import Facts, check_job
+from genmodels.preflight.check import check_job
 from genmodels.registry.evaluations import Evaluation
 from genmodels.runs.records import Result, Status
 from genmodels.spec.parse import parse_spec

@@ -21,7 +21,7 @@ from genmodels.checkpoint import CheckpointRef, Manifest
 from genmodels.data import open_dataset
 from genmodels.data.images import ImageData
 from genmodels.errors import DataError, ModelNotFound, SpecError
-from genmodels.family import EvaluationMetric, EvaluationResult, Family, OptimizerConfig
+from genmodels.family import EvaluationMetric, EvaluationResult, Family, OptimizerConfig, TextFamily
 from genmodels.metrics import EVALUATION_METRIC
 from genmodels.models.autoencoder import Autoencoder, AutoencoderConfig
 from genmodels.models.gan import GAN, GANConfig
@@ -206,7 +206,7 @@ def gan(data: ImageData = SHAPES, **settings: Any) -> GAN:
 def saturated() -> GAN:
     """Driven to where its gradient is gone."""
     family = gan(loss="non-saturating", gradient_penalty=0.0)
-    return learned(family, SHAPES, 10, learning_rate=0.3)  # type: ignore[return-value]
+    return learned(family, SHAPES, 10, learning_rate=0.3)
 
 
 def one_picture() -> GAN:
@@ -303,7 +303,7 @@ def saved(spec: ModelSpec, steps: int = 2) -> Run:
     for step in range(1, steps + 1):
         with checkpoint.scratch_folder() as name:
             folder = Path(name)
-            write(folder, *build("vae", seed=step, pictures=dataset.info))  # type: ignore[arg-type]
+            write(folder, *build("vae", seed=step, pictures=dataset.info))
             lineage = LINEAGE.model_copy(update={"data_digest": dataset.digest})
             files = checkpoint.describe_files(folder)
             manifest = Manifest(step=step, samples=step, metrics={"val_loss": 9.0 - step}, lineage=lineage, files=files)
@@ -382,6 +382,7 @@ def test_an_evaluation_says_what_training_cost_and_how_it_went(tmp_path: Path) -
 def test_of_a_text_model_tokens_are_told_and_the_last_loss(tmp_path: Path) -> None:
     (spec,) = job("tiny", model(make_data(tmp_path), "minigpt")).models
     run, family = Run(MemoryStorage(), "tiny-00000000", spec.name), build("minigpt")[0]
+    assert isinstance(family, TextFamily)
     run.start_attempt(1, None, 1)
     run.write_metrics(1, [{"step": 4, "samples": 8, "seconds": 1.0, "loss": 2.5}])
     notes = training(family, run, CheckpointRef(attempt=1, step=4), LINEAGE)

@@ -18,8 +18,8 @@ import pytest
 
 from genmodels.data import uploads
 from genmodels.data.sources import cache_folder
-from genmodels.engine.alias_watcher import Follower
-from genmodels.engine.model_cache import Shelf
+from genmodels.engine.alias_watcher import AliasWatcher
+from genmodels.engine.model_cache import ModelCache
 from genmodels.errors import DataError, GenmodelsError, JobNotFound, ModelNotFound
 from genmodels.family import EvaluationResult
 from genmodels.registry import evaluations, references
@@ -69,7 +69,7 @@ def trained(storage: Storage, job: str, model: str, state: State = "succeeded") 
 
 
 def own_job(storage: Storage, *models: str, job: str = OWN, state: State = "succeeded", **options: Any) -> list[Run]:
-    storage.put(f"jobs/{job}/spec.yaml", dump(spec(*models, **options)))
+    storage.put(f"jobs/{job}/spec.json", dump(spec(*models, **options)))
     index_runs(storage, job, list(models), now())
     return [trained(storage, job, model, state) for model in models]
 
@@ -298,7 +298,7 @@ def test_half_submitted_and_damaged_jobs_stand_in_no_way(base: MemoryStorage) ->
     storage = copy(base)
     Jobs(storage).submit(spec("first"))
     (job,) = Jobs(storage).open()
-    storage.put(f"jobs/{job}/spec.yaml", b"models: [{family: of tomorrow}]")
+    storage.put(f"jobs/{job}/spec.json", b"models: [{family: of tomorrow}]")
     delete_model(storage, "first")
 
 
@@ -317,19 +317,19 @@ def test_names_of_nothing_are_told(name: str) -> None:
 
 def test_a_served_model_that_is_deleted_is_gone_at_the_next_look(base: MemoryStorage) -> None:
     storage = copy(base)
-    follower = Follower(
-        storage, Shelf(storage, 2**30, lambda loaded: None), Rounds("follow", logging.getLogger("test"))
+    watcher = AliasWatcher(
+        storage, ModelCache(storage, 2**30, lambda model: None), Rounds("alias-watcher", logging.getLogger("test"))
     )
-    follower.follow()
-    assert follower.find("first").version == 2
-    second = follower.find("second")
+    watcher.refresh()
+    assert watcher.resolve("first").version == 2
+    second = watcher.resolve("second")
     delete_model(storage, "first", with_runs=True)
-    follower.follow()
+    watcher.refresh()
     for name in ("first", "first@staging", "first@2", "first@live"):
         with pytest.raises(ModelNotFound):
-            follower.find(name)
-    assert follower.find("second") == second
-    assert {found.model for found in follower.served()} == {"second"}
+            watcher.resolve(name)
+    assert watcher.resolve("second") == second
+    assert {resolved.model for resolved in watcher.serving()} == {"second"}
 
 
 # ---- aliases
@@ -369,7 +369,7 @@ def test_a_job_of_this_machine_killed_at_any_write(after: bool) -> None:
         try:
             Jobs(Dying(storage, moment, after)).delete(OWN)
         except Died:
-            if storage.exists(f"jobs/{OWN}/spec.yaml"):
+            if storage.exists(f"jobs/{OWN}/spec.json"):
                 Jobs(storage).delete(OWN)
             assert [key for key in storage.objects if OWN in key] == [], moment
         else:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import secrets
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -13,7 +14,6 @@ from typing import Any
 import pytest
 
 from genmodels.errors import GenmodelsError, IdempotencyConflict, JobNotFound, SpecError, StorageUnavailable
-from genmodels.runs import jobs as job_module
 from genmodels.runs.jobs import EndedEntry, Entry, Jobs, index_runs, newest_run
 from genmodels.runs.store import Run
 from genmodels.spec.parse import digest, dump, parse_spec
@@ -127,7 +127,7 @@ def test_the_spec_comes_last_and_the_index_before_it() -> None:
     job, _ = Jobs(store).submit(spec("shapes", "a", "b"), idempotency_key="k")
     folders = [key.split("/")[0] for key, _ in store.log]
     assert folders == ["idempotency", "open", "models", "models", "jobs"]
-    assert store.log[-1] == (f"jobs/{job}/spec.yaml", dump(spec("shapes", "a", "b")))
+    assert store.log[-1] == (f"jobs/{job}/spec.json", dump(spec("shapes", "a", "b")))
 
 
 def test_a_key_gives_one_job(storage: Storage) -> None:
@@ -166,7 +166,7 @@ def test_a_hundred_at_once_with_one_key(storage: Storage) -> None:
     assert sorted(new for _, new in answers) == [False] * 99 + [True]
     (job,) = {job for job, _ in answers}
     assert Jobs(storage).open() == [job]
-    assert storage.list("jobs/") == [f"jobs/{job}/spec.yaml"]
+    assert storage.list("jobs/") == [f"jobs/{job}/spec.json"]
     assert len(storage.list("models/vae-digits/runs/")) == 1
 
 
@@ -183,7 +183,7 @@ def test_a_hundred_at_once_and_an_answer_is_lost(lost: int) -> None:
 
     (job,) = set(in_threads(100, patient))
     assert Jobs(store).open() == [job]
-    assert store.list("jobs/") == [f"jobs/{job}/spec.yaml"]
+    assert store.list("jobs/") == [f"jobs/{job}/spec.json"]
 
 
 @pytest.mark.parametrize("lost", range(1, 5))
@@ -195,7 +195,7 @@ def test_one_alone_whose_answer_is_lost(lost: int) -> None:
     except StorageUnavailable:  # then he asks again
         job, _ = Jobs(store).submit(SPEC, idempotency_key="k", body_digest="d")
     assert Jobs(store).submit(SPEC, idempotency_key="k", body_digest="d") == (job, False)
-    assert store.list("jobs/") == [f"jobs/{job}/spec.yaml"]
+    assert store.list("jobs/") == [f"jobs/{job}/spec.json"]
 
 
 def test_a_submitter_dies_and_another_brings_it_to_its_end() -> None:
@@ -213,7 +213,7 @@ def test_a_submitter_dies_and_another_brings_it_to_its_end() -> None:
         assert newest_run(store, "vae-digits") == job
         assert len(store.list("models/")) == 1
         if existed:
-            assert store.list("jobs/") == [f"jobs/{job}/spec.yaml"]
+            assert store.list("jobs/") == [f"jobs/{job}/spec.json"]
         assert submit(store) == (job, False)
         found += 1
     assert found == 8  # before and after each of four writes
@@ -239,7 +239,7 @@ def test_clean_up_takes_a_submission_for_a_dead_one() -> None:
             for open_job in store.inner.list("open/"):
                 store.inner.delete(open_job)
 
-    store.before = sweep  # type: ignore[method-assign]
+    store.before = sweep
     job, _ = Jobs(store).submit(SPEC)
     assert Jobs(store).open() == [job]
 
@@ -247,7 +247,7 @@ def test_clean_up_takes_a_submission_for_a_dead_one() -> None:
 def test_a_taken_id_is_not_given_again(monkeypatch: pytest.MonkeyPatch) -> None:
     jobs = Jobs(MemoryStorage())
     ids = iter(["aaaaaaaa", "aaaaaaaa", "bbbbbbbb"])
-    monkeypatch.setattr(job_module.secrets, "token_hex", lambda n: next(ids) if n == 4 else "0" * 32)
+    monkeypatch.setattr(secrets, "token_hex", lambda n: next(ids) if n == 4 else "0" * 32)
     first, _ = jobs.submit(SPEC)
     end(jobs.storage, first)
     second, _ = jobs.submit(SPEC)
@@ -357,7 +357,7 @@ def test_one_goes_while_a_page_is_read() -> None:
         if verb == "list":
             store.inner.delete(gone)
 
-    store.after = reopened  # type: ignore[method-assign]
+    store.after = reopened
     assert [entry.job for _, entry in jobs.ended()] == [made[2], made[0]]
 
 
@@ -368,7 +368,7 @@ def each_state() -> list[tuple[str, Callable[[Storage], Any], Callable[[Storage]
     def made(store: Storage) -> None:
         entry = Entry(job=job, name="shapes", priority=0, submitted=SUBMITTED, caller="", models=["vae-digits"])
         Jobs(store)._put(f"open/{job}", entry)
-        store.put(f"jobs/{job}/spec.yaml", dump(SPEC))
+        store.put(f"jobs/{job}/spec.json", dump(SPEC))
 
     def ended(store: Storage) -> None:
         made(store)
@@ -514,7 +514,7 @@ def test_a_job_that_is_resumed_is_not_deleted() -> None:
         if verb == "put" and key == f"jobs/{job}/index.json":
             Jobs(inner).reopen(job)
 
-    store.before = resumed  # type: ignore[method-assign]
+    store.before = resumed
     with pytest.raises(GenmodelsError, match="was resumed just now"):
         Jobs(store).delete(job)
     assert Jobs(inner).open() == [job]
@@ -546,7 +546,7 @@ def test_the_newest_run_of_a_model(storage: Storage) -> None:
         job = f"shapes-0000000{i:x}"
         index_runs(storage, job, ["vae-digits", "gan"], f"2026-03-01T12:00:00.{i:03}+00:00")
         if i < 2:
-            storage.put(f"jobs/{job}/spec.yaml", dump(SPEC))
+            storage.put(f"jobs/{job}/spec.json", dump(SPEC))
     assert newest_run(storage, "vae-digits") == newest_run(storage, "gan") == "shapes-00000001"  # others came not to be
     assert newest_run(storage, "vae") is None
 
@@ -563,7 +563,7 @@ def test_ten_thousand_ended_jobs_slow_nothing() -> None:
         count = f"{10**13 - round(datetime.fromisoformat(time).timestamp() * 1000)}-{job}"
         inner.objects |= {
             f"ended/{count}": json.dumps(ended).encode(),
-            f"jobs/{job}/spec.yaml": b"",
+            f"jobs/{job}/spec.json": b"",
             f"models/vae-digits/runs/{count}": b"",
         }
     store = CountingStorage(inner)

@@ -101,7 +101,7 @@ def test_metrics_are_read_as_they_are_sent(long: tuple[Service, str, Run], monke
     _, _, run = long
     read = []
     get = run.storage.get
-    monkeypatch.setattr(run.storage, "get", lambda key: read.append(key) or get(key))  # type: ignore[func-returns-value]
+    monkeypatch.setattr(run.storage, "get", lambda key: read.append(key) or get(key))
     rows = run.metric_lines()
     for _ in range(LINES_AT_ONCE):
         next(rows)

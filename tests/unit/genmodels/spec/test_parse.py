@@ -16,8 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from genmodels import models
+from genmodels.data import DataConfig
 from genmodels.errors import SpecError
 from genmodels.schema import yaml as spec_yaml
+from genmodels.schema.base import Section
 from genmodels.spec import json_schema, sections
 from genmodels.spec import parse as parse_module
 from genmodels.spec.parse import parse_spec
@@ -283,8 +285,8 @@ def test_a_billion_laughs_end_at_the_first_anchor() -> None:
 # what is refused: fields
 
 
-SECTIONS = {  # every section of a model, and where its keys may stand
-    "data": sections.DataConfig,
+SECTIONS: dict[str, type[Section]] = {  # every section of a model, and where its keys may stand
+    "data": DataConfig,
     "train": sections.TrainConfig,
     "scaling": sections.ScalingConfig,
     "checkpoints": sections.CheckpointConfig,
@@ -528,7 +530,7 @@ def test_all_problems_are_told_at_once_with_their_lines_and_the_families_own_aft
     ).encode()
     with pytest.raises(SpecError) as caught:
         parse_spec(data, "job.yaml")
-    assert [re.match(r"job\.yaml:\d+: [^:]+", problem)[0] for problem in caught.value.problems] == [  # type: ignore[index]
+    assert [re.match(r"job\.yaml:\d+: [^:]+", problem)[0] for problem in caught.value.problems] == [
         "job.yaml:1: name",
         "job.yaml:7: models[0].train.batch_size",
         "job.yaml:8: models[0].train.lerning_rate",
@@ -591,7 +593,7 @@ def test_an_added_dataset_is_known_where_the_storage_is() -> None:
     with pytest.raises(SpecError, match=r"unknown dataset 'plais', did you mean plays\?"):
         parse_spec(data.replace(b"plays", b"plais"), "job.yaml", datasets={"mine": "image", "plays": "text"})
     with pytest.raises(SpecError, match="dataset"):
-        parse_module.load_stored(written(good(models__0__data={"dataset": "../mine"})))
+        parse_module.load_stored(json.dumps(good(models__0__data={"dataset": "../mine"})).encode())
 
 
 def test_what_comes_over_the_network_names_no_files(tmp_path: Path) -> None:
@@ -644,15 +646,15 @@ def test_stored_specs_may_hold_keys_of_a_newer_release_at_any_depth() -> None:
         models__0__train__new=1,
         models__0__serve__gate__new=1,
     )
-    assert parse_module.load_stored(written(tree)) == parse(GOOD)
+    assert parse_module.load_stored(json.dumps(tree).encode()) == parse(GOOD)
     assert len(problems(tree)) == 4  # the outline; what is the family's own is seen after it
 
 
 def test_stored_specs_are_not_judged_again_across_sections() -> None:
     tree = good(models__0__train__batch_size=127, models__0__serve__gate__metric="gone")
-    assert parse_module.load_stored(written(tree)).models[0].train.batch_size == 127
+    assert parse_module.load_stored(json.dumps(tree).encode()).models[0].train.batch_size == 127
     with pytest.raises(SpecError, match="stored spec:1: models: missing"):
-        parse_module.load_stored(b"name: x")
+        parse_module.load_stored(b'{"name": "x"}')
 
 
 def test_the_largest_spec_a_person_can_write_is_read_back() -> None:

@@ -121,7 +121,7 @@ def test_wait_follows_to_the_end_and_says_how_to_use_it(
 
     def lose() -> None:  # two changes between two looks
         vae, _ = runs()
-        to(vae, "queued", "a worker died; goes on from step 0")
+        to(vae, "queued", "a worker died; continues from step 0")
         to(vae, "starting", "attempt 2 with 1 worker", attempt=2)
 
     def train() -> None:
@@ -144,7 +144,7 @@ def test_wait_follows_to_the_end_and_says_how_to_use_it(
     assert [line for line in lines if line.startswith("vae")] == [
         "vae-digits: queued",
         "vae-digits: starting (attempt 1 with 1 worker)",
-        "vae-digits: queued (a worker died; goes on from step 0)",
+        "vae-digits: queued (a worker died; continues from step 0)",
         "vae-digits: starting (attempt 2 with 1 worker)",
         "vae-digits: running, step 50/100, loss 1.25, 1:05 left (the workers train)",
         "vae-digits: publishing (training has ended)",
@@ -385,7 +385,7 @@ def test_bars_on_a_terminal(api: str, command: Command, store: Storage, monkeypa
     vae.write_heartbeat(1, Heartbeat(phase="training", step=50, max_steps=100, loss=1.25, seconds_left=65))
 
     def lose() -> None:
-        to(vae, "queued", "a worker died; goes on from step 50")
+        to(vae, "queued", "a worker died; continues from step 50")
         to(vae, "starting", "attempt 2 with 1 worker", attempt=2)
 
     def end() -> None:
@@ -396,7 +396,7 @@ def test_bars_on_a_terminal(api: str, command: Command, store: Storage, monkeypa
     code, out, _ = command("status", job, "--wait")
     assert code == 1
     shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", out)
-    assert "vae-digits: queued (a worker died; goes on from step 50)\n" in shown
+    assert "vae-digits: queued (a worker died; continues from step 50)\n" in shown
     assert re.search(r"vae-digits +cancelled +cancelled by hand", shown)
     assert re.search(r"gan-digits +cancelled +cancelled by hand", shown)
 

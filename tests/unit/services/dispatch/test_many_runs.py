@@ -15,7 +15,7 @@ from genmodels.runs.jobs import Jobs
 from genmodels.spec.parse import parse_spec
 from genmodels.storage import Storage
 from services.dispatch.backends.base import Capacity
-from services.dispatch.dispatcher import ADOPTED_AT_ONCE, Dispatcher
+from services.dispatch.dispatcher import MAX_READERS, Dispatcher
 from services.jobs import metrics as jobmetrics
 from services.jobs.metrics import JobMetrics
 from services.jobs.views import Views
@@ -78,13 +78,13 @@ def test_the_first_tick_asks_a_few_things_of_each_run_many_at_once() -> None:
     submit(storage)
     storage.forget()
     storage.slow = 0.0005
-    dispatcher = Dispatcher(storage, Full())  # type: ignore[arg-type]
+    dispatcher = Dispatcher(storage, Full())
     dispatcher.dispatch_once(1)
     runs = JOBS * MODELS
     of_runs = {what: count for what, count in storage.counts.items() if what.endswith(" runs")}
     assert of_runs == {"get runs": runs, "put runs": runs, "list runs": runs}
     assert sum(storage.counts.values()) <= 3 * runs + 3 * JOBS + 10
-    assert 2 <= storage.most <= ADOPTED_AT_ONCE
+    assert 2 <= storage.most <= MAX_READERS
     storage.forget()
     dispatcher.dispatch_once(1)
     assert sum(storage.counts.values()) <= 3  # the open jobs, the inbox: nothing of each run
@@ -97,7 +97,7 @@ def test_commands_left_before_a_dispatcher_starts_are_obeyed() -> None:
     assert service("POST", f"/v1/jobs/{job}/cancel", {"models": ["b"]}).status_code == 200
     for _, _, notification in service.jobs.notifications():  # the dispatcher before took it, and died
         service.jobs.delete_notification(job, "b", notification)
-    Dispatcher(storage, Full()).dispatch_once(1)  # type: ignore[arg-type]
+    Dispatcher(storage, Full()).dispatch_once(1)
     assert [run["state"] for run in service.show(job)["models"]] == ["queued", "cancelled"]
 
 

@@ -19,7 +19,6 @@ from genmodels.keys import Keys
 from genmodels.preflight import parameters
 from genmodels.preflight.parameters import Parameters, count
 from genmodels.storage import Storage
-from services.jobs import dry_run as plans
 from services.jobs.app import create_app
 from services.jobs.routes import DRY_RUNS
 from tests.support.asgi_server import served
@@ -107,7 +106,7 @@ class Counting:
 @pytest.fixture
 def counting(monkeypatch: pytest.MonkeyPatch) -> Counting:
     counting = Counting()
-    monkeypatch.setattr(plans.parameters, "count", counting)
+    monkeypatch.setattr(parameters, "count", counting)
     return counting
 
 

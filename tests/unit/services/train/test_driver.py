@@ -313,9 +313,9 @@ def watch(monkeypatch: pytest.MonkeyPatch) -> DriverWatch:
     def end(code: int) -> None:
         raise Ended(code)
 
-    monkeypatch.setattr(control.os, "_exit", end)
+    monkeypatch.setattr(os, "_exit", end)
     monkeypatch.setattr(control, "FENCE_SECONDS", 0.0)
-    return DriverWatch(Run(MemoryStorage(), "j", "m"), 1, Logs())  # type: ignore[arg-type]
+    return DriverWatch(Run(MemoryStorage(), "j", "m"), 1, Logs())
 
 
 def beat(run: Run) -> Heartbeat:
@@ -363,7 +363,7 @@ def test_a_group_that_has_not_begun_leaves_at_once(watch: DriverWatch) -> None:
     result = run.result(1)
     assert result is not None
     assert (result.outcome, result.cause, result.step) == ("stopped", None, 4)
-    assert result.message == "left before its workers had begun; goes on from step 4"
+    assert result.message == "left before its workers had begun; continues from step 4"
 
 
 def test_a_group_that_has_begun_leaves_by_itself(watch: DriverWatch) -> None:
@@ -421,7 +421,7 @@ def test_a_kill_command_ends_a_process_that_has_not_ended_by_then(
     watch: DriverWatch, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], ended: bool
 ) -> None:
     codes: list[int] = []
-    monkeypatch.setattr(control.os, "_exit", codes.append)
+    monkeypatch.setattr(os, "_exit", codes.append)
     watch.training(max_steps=9)
     watch.kill_seconds = 0.1
     watch.run.send_command("kill", 1, "cancel --now", then="cancelled")
@@ -493,7 +493,7 @@ def test_a_driver_that_is_told_to_end_leaves_a_result_and_its_log(tmp_path: Path
     assert (result.outcome, result.step) == ("stopped", 0)
     assert [command.reason for command in run.commands(1)] == ["the driver was told to end (SIGTERM)"]
     assert log(run)[0] == "workers: 2"
-    assert log(run)[-1].endswith("left before its workers had begun; goes on from step 0")
+    assert log(run)[-1].endswith("left before its workers had begun; continues from step 0")
 
 
 def test_a_driver_ends_when_it_is_overtaken(tmp_path: Path) -> None:
