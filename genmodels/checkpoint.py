@@ -41,7 +41,7 @@ CONFIG = "config.json"
 
 class File(Document):
     size: int = Field(ge=0)
-    sha256: str
+    sha256: str = Field(pattern="^[0-9a-f]{64}$")
 
 
 class CheckpointRef(Document):
@@ -67,7 +67,7 @@ Metrics = dict[str, Annotated[float, Field(allow_inf_nan=True)]]
 
 class Manifest(Document):
     object_kind = "checkpoint"
-    remedy = "the run goes on from another checkpoint; delete this one's folder"
+    remedy = "the run continues from another checkpoint; delete this one's folder"
 
     step: int
     samples: int  # seen by all workers together: the position in the data

@@ -60,3 +60,5 @@ def verify_probe(family: Family[Any, Any], folder: Path, tolerance: float = 1e-4
         difference = (value.cpu() - tensor).abs().max().item()
         if not difference <= tolerance * max(1.0, tensor.abs().max().item()):  # NaN compares as false
             raise CheckpointError(f"probe output {name!r} differs by {difference:.2g} from what was published")
+    if missing := found.keys() - expected.keys():
+        raise CheckpointError(f"{PROBE}: has no output {min(missing)!r}: nothing would be compared")

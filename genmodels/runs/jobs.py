@@ -4,7 +4,7 @@ idempotency/<sha256 of caller and key>.json     job id and digest of the body; p
 open/<job>                                      index: put before the spec, gone when every run has ended
 ended/<time>-<job>                              index; the time counts down, so that a listing begins with the newest
 models/<model>/runs/<time>-<job>                which jobs train a model, likewise
-jobs/<job>/spec.yaml                            put-if-absent, last: from then on the job exists
+jobs/<job>/spec.json                            put-if-absent, last: from then on the job exists
 jobs/<job>/index.json                           from its first end on: how it stands in the index; compare-and-swap
 dispatcher/notifications/<job>/<model>/<random>  a run has new commands: one listing, not one for each run
 """
@@ -20,7 +20,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -35,12 +35,15 @@ from genmodels.errors import (
 )
 from genmodels.runs.records import ACTIVE, State
 from genmodels.runs.store import Run
+from genmodels.spec.names import LABEL
 from genmodels.spec.parse import digest, dump, load_stored
 from genmodels.spec.sections import JobSpec, ModelSpec
 from genmodels.storage import Document, Storage, Time, list_names, load_document, write_document
 from genmodels.storage.documents import damaged, now
 
 JOB_ID = r"[a-z0-9]([a-z0-9-]{0,70}[a-z0-9])?"
+JobId = Annotated[str, Field(pattern=f"^{JOB_ID}$")]
+ModelName = Annotated[str, Field(pattern=LABEL)]
 ENDED_NAME = rf"\d{{13}}-{JOB_ID}"
 CURSOR = r"\d{13}-\d{1,6}"
 END_OF_TIME = 10**13  # milliseconds; times count down from here
@@ -49,7 +52,7 @@ AT_ONCE = 8  # requests to the store
 
 
 class StoredSpec(Document):
-    """A job's spec, which is YAML: see `Jobs.spec`."""
+    """A job's spec. Its body is a `JobSpec`: see `Jobs.spec`."""
 
     object_kind = "spec"
     remedy = "restore it from a backup; without one, delete jobs/, open/ and runs/ of that job and submit it again"
@@ -61,13 +64,13 @@ class Entry(Document):
     object_kind = "index"
     remedy = "restore it from a backup; without one, delete it and submit the job again"
 
-    job: str
+    job: JobId
     name: str
     priority: int
     submitted: Time
     caller: str  # id of the key it came with; "" without keys
-    models: list[str]
-    idempotency: str = ""  # name of its object under idempotency/
+    models: list[ModelName]
+    idempotency: str = Field("", pattern="^([0-9a-f]{64})?$")  # name of its object under idempotency/
 
 
 class EndedEntry(Entry):
@@ -81,7 +84,7 @@ class Submission(Document):
     object_kind = "submission"
     remedy = "submit with another Idempotency-Key, or delete it"
 
-    job: str
+    job: JobId
     digest: str
     submitted: Time
     deleted: bool = False  # the job is gone, and its key makes no other
@@ -416,7 +419,7 @@ def newest_run(storage: Storage, model: str) -> str | None:
 
 
 def _spec_key(job: str) -> str:
-    return f"jobs/{job}/spec.yaml"
+    return f"jobs/{job}/spec.json"
 
 
 def _index_key(job: str) -> str:

@@ -2,7 +2,7 @@
 
     runs/<job>/<model>/status.json                  the dispatcher alone, compare-and-swap
     runs/<job>/<model>/commands/<seq>.json           anyone, put-if-absent
-    runs/<job>/<model>/attempt-<n>/start.json       rank 0, put-if-absent; names the checkpoint it goes on from
+    runs/<job>/<model>/attempt-<n>/start.json       rank 0, put-if-absent; names the checkpoint it continues from
                                   /heartbeat.json   the driver until rank 0 runs, then rank 0, then the driver again
                                   /result.json      the driver, at the end
                                   /checkpoints/step-00000500/...   rank 0
@@ -27,6 +27,7 @@ from genmodels.storage import (
     Time,
 )
 from genmodels.storage.documents import now
+from genmodels.storage.lease import LeaseTerm
 
 Action = Literal["stop", "kill", "resume"]
 State = Literal["queued", "starting", "running", "publishing", "succeeded", "failed", "cancelled"]
@@ -60,7 +61,7 @@ class Status(Document):
     state: State
     attempt: int = Field(0, ge=0)  # the highest number given out
     workers: int = Field(0, ge=0)  # of that attempt
-    lease_term: int = Field(0, ge=0, lt=2**53)  # of the dispatcher's lease under which this was written
+    lease_term: LeaseTerm = 0  # of the dispatcher's lease under which this was written
     last_command: int = 0  # seq of the last command that was applied
     no_progress_attempts: int = 0  # attempts in a row without a new checkpoint, as far as they count
     out_of_memory_attempts: int = 0  # attempts that ended so
@@ -107,7 +108,7 @@ class Result(Document):
     """How an attempt ended. `cause` is the class of failure, from which the dispatcher decides what comes next."""
 
     object_kind = "result"
-    remedy = "the next attempt goes on from the last checkpoint; delete it"
+    remedy = "the next attempt continues from the last checkpoint; delete it"
 
     outcome: Literal["succeeded", "stopped", "failed"]
     cause: Cause | None = None

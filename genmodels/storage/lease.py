@@ -19,6 +19,7 @@ import secrets
 import threading
 import time
 from collections.abc import Callable
+from typing import Annotated
 
 from pydantic import Field
 
@@ -26,13 +27,15 @@ from genmodels.errors import Conflict, DamagedObject, KeyNotFound, LeaseLost
 from genmodels.storage import Document, Storage, load_document, write_document
 
 LEASE_SECONDS = 15.0
+# A higher term is damage. Far below what fits, as the next term must be readable too, wherever it is stamped.
+LeaseTerm = Annotated[int, Field(ge=0, lt=2**40)]
 
 
 class LeaseDocument(Document):
     object_kind = "lease"
     remedy = "nothing: it is written anew when its time is over"
 
-    term: int = Field(ge=0)
+    term: LeaseTerm
     holder: str  # "" when it was given back
     renewals: int = 0
 

@@ -156,6 +156,7 @@ FILES: dict[str, tuple[str, bytes]] = {
     "a config of numbers": (checkpoint.CONFIG, json.dumps({"family": 1, "config": 2, "data": 3}).encode()),
     "an unknown family": (checkpoint.CONFIG, json.dumps({"family": "x", "config": {}, "data": {}}).encode()),
     "a probe of bool": (PROBE, save({"images": torch.zeros(2, dtype=torch.bool)})),
+    "a probe of nothing": (PROBE, save({})),
     "a probe of another name": (PROBE, save({"other": torch.zeros(2)})),
     "a probe that is none": (PROBE, b"\xff" * 64),
     "weights of bool": (checkpoint.WEIGHTS, save({"x": torch.zeros(2, dtype=torch.bool)})),
