@@ -4,7 +4,7 @@ idempotency/<sha256 of caller and key>.json     job id and digest of the body; p
 open/<job>                                      index: put before the spec, gone when every run has ended
 ended/<time>-<job>                              index; the time counts down, so that a listing begins with the newest
 models/<model>/runs/<time>-<job>                which jobs train a model, likewise
-jobs/<job>/spec.yaml                            put-if-absent, last: from then on the job exists
+jobs/<job>/spec.json                            put-if-absent, last: from then on the job exists
 jobs/<job>/index.json                           from its first end on: how it stands in the index; compare-and-swap
 dispatcher/notifications/<job>/<model>/<random>  a run has new commands: one listing, not one for each run
 """
@@ -52,7 +52,7 @@ AT_ONCE = 8  # requests to the store
 
 
 class StoredSpec(Document):
-    """A job's spec, which is YAML: see `Jobs.spec`."""
+    """A job's spec. Its body is a `JobSpec`: see `Jobs.spec`."""
 
     object_kind = "spec"
     remedy = "restore it from a backup; without one, delete jobs/, open/ and runs/ of that job and submit it again"
@@ -419,7 +419,7 @@ def newest_run(storage: Storage, model: str) -> str | None:
 
 
 def _spec_key(job: str) -> str:
-    return f"jobs/{job}/spec.yaml"
+    return f"jobs/{job}/spec.json"
 
 
 def _index_key(job: str) -> str:

@@ -2,7 +2,7 @@
 
     runs/<job>/<model>/status.json                  the dispatcher alone, compare-and-swap
     runs/<job>/<model>/commands/<seq>.json           anyone, put-if-absent
-    runs/<job>/<model>/attempt-<n>/start.json       rank 0, put-if-absent; names the checkpoint it goes on from
+    runs/<job>/<model>/attempt-<n>/start.json       rank 0, put-if-absent; names the checkpoint it continues from
                                   /heartbeat.json   the driver until rank 0 runs, then rank 0, then the driver again
                                   /result.json      the driver, at the end
                                   /checkpoints/step-00000500/...   rank 0
@@ -108,7 +108,7 @@ class Result(Document):
     """How an attempt ended. `cause` is the class of failure, from which the dispatcher decides what comes next."""
 
     object_kind = "result"
-    remedy = "the next attempt goes on from the last checkpoint; delete it"
+    remedy = "the next attempt continues from the last checkpoint; delete it"
 
     outcome: Literal["succeeded", "stopped", "failed"]
     cause: Cause | None = None

@@ -89,7 +89,7 @@ class Run:
                 raise CheckpointError(f"{self.prefix}: the history names attempt {attempt}, which has no start.json")
             parent = start.parent
             if parent and parent.attempt >= attempt:
-                raise CheckpointError(f"{self.prefix}: attempt {attempt} cannot go on from attempt {parent.attempt}")
+                raise CheckpointError(f"{self.prefix}: attempt {attempt} cannot continue from attempt {parent.attempt}")
             links.append(ChainLink(attempt, until, parent))
             attempt, until = (parent.attempt, parent.step) if parent else (None, None)
         return links[::-1]

@@ -178,7 +178,7 @@ def cancel(
         return
     for run in going:
         print(f"{job}: {run.model} {_end(run, now)}")
-    tell(f"`genmodels resume {job}` goes on from there")
+    tell(f"`genmodels resume {job}` continues from there")
 
 
 @app.command(rich_help_panel=PANEL)
@@ -187,7 +187,7 @@ def resume(job: JobId, models: Models = None, api: Api = API) -> None:
     with client(api) as service:
         answer = service.resume(job, models or [])
     going = [run.model for run in _chosen(answer, models) if run.state != "succeeded"]
-    print(f"{job}: {', '.join(going)} will go on from the last checkpoint")
+    print(f"{job}: {', '.join(going)} will continue from the last checkpoint")
 
 
 def _follow(service: Client, job: JobView, gateway: str | None, as_json: bool) -> int:

@@ -60,7 +60,7 @@ def conclude(client: Client, job: JobView, gateway: str | None, console: Console
             console.print(Text(f"{run.model}: {run.state}", "red"), Text(f": {run.reason}"), sep="", soft_wrap=True)
     unsuccessful = [run for run in job.models if run.state != "succeeded"]
     if unsuccessful:
-        hint = f"`genmodels logs {job.job}` shows why; `genmodels resume {job.job}` goes on from the last checkpoint"
+        hint = f"`genmodels logs {job.job}` shows why; `genmodels resume {job.job}` continues from the last checkpoint"
         console.print(hint, soft_wrap=True)
     published = [run for run in job.models if run.state == "succeeded"]
     endpoint = gateway or job.endpoint

@@ -16,10 +16,9 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from genmodels import models
-from genmodels.runs.records import Heartbeat, Phase, Result, Status
+from genmodels.runs.records import ACTIVE, Heartbeat, Phase, Result, Status
 from genmodels.spec.sections import ModelSpec
 from services.dispatch.backends.base import Watch
-from services.dispatch.supervisor import ACTIVE
 from services.jobs.schemas import ShownState
 
 MANY_EXAMPLES, FEW_EXAMPLES = 1000, 100

@@ -107,7 +107,7 @@ def submit(storage: Storage, spec: JobSpec) -> str:
     """
     spec = resolve_datasets(spec, storage)
     job = job_id(spec)  # before `init_from` is pinned: a run that moves the alias it began with is the same run
-    key = f"jobs/{job}/spec.yaml"
+    key = f"jobs/{job}/spec.json"
     if not storage.exists(key):
         data = dump(resolve_init_from(spec, storage))
         index_runs(storage, job, [model.name for model in spec.models], now())

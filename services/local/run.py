@@ -31,7 +31,7 @@ from services.cluster.ports import check_port
 from services.console.curl import curl
 from services.console.output import console
 from services.console.progress import TrainingView, clock, summary
-from services.dispatch.supervisor import run_to_completion
+from services.dispatch.single_run import run_to_completion
 from services.http.auth import require_keys
 from services.local.platform import LocalPlatform, submit
 from services.local.samples import Showcase, warned

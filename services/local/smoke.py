@@ -40,7 +40,7 @@ def smoke(spec: ModelSpec, storage: Storage | None = None) -> str:
     small = spec.model_copy(update={"train": train, "data": data})
     with tempfile.TemporaryDirectory(prefix="genmodels-smoke-") as folder:
         scratch_storage = open_storage(Path(folder).as_uri())
-        scratch_storage.put("jobs/smoke/spec.yaml", dump(JobSpec(name="smoke", models=[small])))
+        scratch_storage.put("jobs/smoke/spec.json", dump(JobSpec(name="smoke", models=[small])))
         run_attempt(scratch_storage, "smoke", spec.name, 1, Group())
         run = Run(scratch_storage, "smoke", spec.name)
         (ref,) = run.checkpoints()

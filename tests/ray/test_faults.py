@@ -157,13 +157,13 @@ def test_preemption_cancel_and_resume(stack: Stack) -> None:
         until(lambda: any(run.status()[0].state == "queued" for run in both), "one of them makes room")
     preempted, other = sorted(both, key=lambda run: run.status()[0].state != "queued")
     step = preempted.checkpoints()[-1].step
-    assert preempted.status()[0].reason == f"preempted by a run of priority 10; goes on from step {step}"
+    assert preempted.status()[0].reason == f"preempted by a run of priority 10; continues from step {step}"
 
     with stack.timed("cancel, until all is saved"):
         stack.service.ask("POST", f"/jobs/{job}/cancel", json={"models": [other.model]})
         status = stack.reaches(other, "cancelled")
     left = other.checkpoints()[-1]
-    assert status.reason == f"cancelled by key 'tests'; a resume goes on from step {left.step}"
+    assert status.reason == f"cancelled by key 'tests'; a resume continues from step {left.step}"
     assert other.heartbeat(1).step == left.step
     until(lambda: preempted.status()[0].attempt == 2, "the preempted one starts again")
     stack.service.ask("POST", f"/jobs/{job}/resume", json={"models": [other.model]})
@@ -287,7 +287,7 @@ def stop_storage(stack: Stack, seconds: float) -> None:
 
 
 def took_over(stack: Stack, run: Run, attempt: int) -> CheckpointRef:
-    """Nothing was lost: an attempt goes on from the newest manifest there was when the one before it had ended."""
+    """Nothing was lost: an attempt continues from the newest manifest there was when the one before it had ended."""
     parent = run.attempt_start(attempt).parent
     whole = [ref for ref in run.checkpoints() if ref.attempt < attempt]
     assert parent == (stack.newest_manifest(run, attempt - 1) or whole[-1])

@@ -27,11 +27,13 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from genmodels import metrics
 from genmodels.engine import metrics as engine_metrics
+from genmodels.engine.model import Contract
 from genmodels.engine.text.choices import TextDelta
 from genmodels.engine.text.request import CompletionRequest
 from genmodels.errors import RequestError
 from genmodels.keys import Keys
 from genmodels.metrics import version_labels
+from genmodels.nn.sampling import SamplingOptions
 from genmodels.registry.store import Registry
 from genmodels.storage import Storage, open_storage
 from services.cluster.ports import free_ports
@@ -251,6 +253,9 @@ class Pool:
 
     def __init__(self, *items: Any) -> None:
         self.items = items
+
+    async def contract(self, name: str) -> Contract:
+        return Contract("m@1", "minigpt", frozenset({"complete"}), SamplingOptions)
 
     async def complete(self, name: str, request: CompletionRequest) -> AsyncIterator[Any]:
         for item in self.items:

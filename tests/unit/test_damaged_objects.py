@@ -89,7 +89,7 @@ class World:
         (ended_key,) = (key for key in storage.list("ended/") if key.endswith(jobs["bad-ended"]))
         keys = {
             "Key": f"keys/{victim.id}.json",
-            "StoredSpec": f"jobs/{jobs['bad']}/spec.yaml",
+            "StoredSpec": f"jobs/{jobs['bad']}/spec.json",
             "Index": f"jobs/{jobs['bad-ended']}/index.json",
             "Entry": f"open/{jobs['bad']}",
             "EndedEntry": ended_key,
@@ -354,7 +354,7 @@ def test_dispatching_goes_on(template: tuple[Path, dict[str, str], Any], world: 
         with pytest.raises(DamagedObject):
             Run(world.storage, bad, "m").status()
         world.storage.put(names[kind], sound)  # restored from a backup
-        dispatcher._left_out[bad] = 0.0  # as after RETRY_SECONDS
+        dispatcher._unreadable[bad] = 0.0  # as after RETRY_SECONDS
         for _ in range(40):
             dispatcher.dispatch_once(lease_term)
         assert Run(world.storage, bad, "m").status()[0].lease_term == lease_term

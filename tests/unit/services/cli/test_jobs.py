@@ -121,7 +121,7 @@ def test_wait_follows_to_the_end_and_says_how_to_use_it(
 
     def lose() -> None:  # two changes between two looks
         vae, _ = runs()
-        to(vae, "queued", "a worker died; goes on from step 0")
+        to(vae, "queued", "a worker died; continues from step 0")
         to(vae, "starting", "attempt 2 with 1 worker", attempt=2)
 
     def train() -> None:
@@ -144,7 +144,7 @@ def test_wait_follows_to_the_end_and_says_how_to_use_it(
     assert [line for line in lines if line.startswith("vae")] == [
         "vae-digits: queued",
         "vae-digits: starting (attempt 1 with 1 worker)",
-        "vae-digits: queued (a worker died; goes on from step 0)",
+        "vae-digits: queued (a worker died; continues from step 0)",
         "vae-digits: starting (attempt 2 with 1 worker)",
         "vae-digits: running, step 50/100, loss 1.25, 1:05 left (the workers train)",
         "vae-digits: publishing (training has ended)",
@@ -174,7 +174,7 @@ def test_wait_ends_with_1_when_a_model_failed(api: str, command: Command, store:
     code, out, _ = command("status", job, "--wait")
     assert code == 1
     assert "gan-digits: failed: val_frechet 3 is not <= 0.04\n" in out
-    assert f"`genmodels logs {job}` shows why; `genmodels resume {job}` goes on from the last checkpoint" in out
+    assert f"`genmodels logs {job}` shows why; `genmodels resume {job}` continues from the last checkpoint" in out
     assert out.count("curl") == 1
 
 
@@ -274,7 +274,7 @@ def test_cancel_and_resume_leave_commands(api: str, command: Command, store: Sto
     assert command("cancel", job)[1] == f"{job}: nothing to cancel, it had ended\n"
     to(gan, "succeeded", "published")
     code, out, _ = command("resume", job)
-    assert (code, out) == (0, f"{job}: vae-digits will go on from the last checkpoint\n")
+    assert (code, out) == (0, f"{job}: vae-digits will continue from the last checkpoint\n")
     assert vae.commands()[-1].action == "resume"
     code, _, err = command("resume", job, "--model", "gan-digits")
     assert code == 1
@@ -385,7 +385,7 @@ def test_bars_on_a_terminal(api: str, command: Command, store: Storage, monkeypa
     vae.write_heartbeat(1, Heartbeat(phase="training", step=50, max_steps=100, loss=1.25, seconds_left=65))
 
     def lose() -> None:
-        to(vae, "queued", "a worker died; goes on from step 50")
+        to(vae, "queued", "a worker died; continues from step 50")
         to(vae, "starting", "attempt 2 with 1 worker", attempt=2)
 
     def end() -> None:
@@ -396,7 +396,7 @@ def test_bars_on_a_terminal(api: str, command: Command, store: Storage, monkeypa
     code, out, _ = command("status", job, "--wait")
     assert code == 1
     shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", out)
-    assert "vae-digits: queued (a worker died; goes on from step 50)\n" in shown
+    assert "vae-digits: queued (a worker died; continues from step 50)\n" in shown
     assert re.search(r"vae-digits +cancelled +cancelled by hand", shown)
     assert re.search(r"gan-digits +cancelled +cancelled by hand", shown)
 

@@ -15,7 +15,7 @@ from genmodels.runs.jobs import Jobs
 from genmodels.spec.parse import parse_spec
 from genmodels.storage import Storage
 from services.dispatch.backends.base import Capacity
-from services.dispatch.dispatcher import ADOPTED_AT_ONCE, Dispatcher
+from services.dispatch.dispatcher import MAX_READERS, Dispatcher
 from services.jobs import metrics as jobmetrics
 from services.jobs.metrics import JobMetrics
 from services.jobs.views import Views
@@ -84,7 +84,7 @@ def test_the_first_tick_asks_a_few_things_of_each_run_many_at_once() -> None:
     of_runs = {what: count for what, count in storage.counts.items() if what.endswith(" runs")}
     assert of_runs == {"get runs": runs, "put runs": runs, "list runs": runs}
     assert sum(storage.counts.values()) <= 3 * runs + 3 * JOBS + 10
-    assert 2 <= storage.most <= ADOPTED_AT_ONCE
+    assert 2 <= storage.most <= MAX_READERS
     storage.forget()
     dispatcher.dispatch_once(1)
     assert sum(storage.counts.values()) <= 3  # the open jobs, the inbox: nothing of each run
