@@ -1,4 +1,4 @@
-"""make test-compose: the platform in containers, built and brought up, broken, asked, and taken down again.
+"""make test-compose: build the platform's containers, start them, break them, send requests, and stop them.
 
 Prints each check, and at the end "N passed, M failed". Where no container engine can be had it says why, and ends well.
 """
@@ -255,7 +255,7 @@ class Proof:
             slow.sendall(b"GET / HTTP/1.1\r\nHost: x\r\nX-Slow:")
             slow.settimeout(120)
             with contextlib.suppress(ConnectionResetError):
-                assert b"200" not in slow.recv(1000)[:20]  # it is closed, and nobody had to send any more
+                assert b"200" not in slow.recv(1000)[:20]  # the server closed it; the client sent no more
 
     def survives_the_head(self) -> str:
         running = self.stack.jobs.submit(spec("second", text(300, "second-text"))).job

@@ -1,4 +1,4 @@
-"""Whatever dies, each job runs once, to its end, with the weights of an undisturbed run. Real Ray, S3, kills."""
+"""Each job runs once, to its end, with the weights of an undisturbed run, whichever process dies. Real Ray and S3."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A backend whose attempts follow scripts, jobs for it, and what must be true of their runs at the end."""
+"""A backend whose attempts follow scripts, jobs for it, and the checks of their runs at the end."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The documentation says what is so: its generated blocks, links, paths, modules, specs and commands."""
+"""The documentation is true: its generated blocks, links, paths, modules, specs and commands."""
 
 from __future__ import annotations
 
