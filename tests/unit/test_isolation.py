@@ -1,4 +1,4 @@
-"""What goes wrong with one model, round or thread is in no other's way, is seen, and is tried again."""
+"""A fault of one model, round or thread affects no other, is reported, and is retried."""
 
 from __future__ import annotations
 
