@@ -158,19 +158,19 @@ class Platform:
         self.wait_for(rf"^{part} +http", 2, 90)
 
     def wait_for(self, pattern: str, times: int, seconds: float) -> None:
-        def is_printed() -> bool:
+        def logged() -> bool:
             assert self.process.poll() is None, self.output()
             return len(re.findall(pattern, self.output(), re.M)) >= times
 
-        until(is_printed, pattern, seconds)
+        until(logged, pattern, seconds)
 
     def processes(self) -> dict[tuple[int, str], str]:
         """(pid, when it began) -> command line, of all that it started."""
-        alive = {pid: fields for pid, fields in _table().items() if fields[0] != "Z"}
+        processes = {pid: fields for pid, fields in _table().items() if fields[0] != "Z"}
         tree = {self.process.pid}
-        while more := {pid for pid, (_, parent, _, _) in alive.items() if parent in tree and pid not in tree}:
+        while more := {pid for pid, (_, parent, _, _) in processes.items() if parent in tree and pid not in tree}:
             tree |= more
-        return {(pid, alive[pid][2]): alive[pid][3] for pid in tree if pid in alive}
+        return {(pid, processes[pid][2]): processes[pid][3] for pid in tree if pid in processes}
 
     def find(self, mark: str, but: str = "\0") -> list[int]:
         return sorted(pid for (pid, _), words in self.processes().items() if mark in words and but not in words)
