@@ -522,7 +522,7 @@ def test_a_key_is_asked_for_kept_in_the_tab_alone_and_forgotten(locked: tuple[Si
     assert page.js("document.activeElement.name") == "key"
     page.fill("#key [name=key]", "gm_00000000_" + "x" * 43)
     page.click("#key button")
-    page.until("document.querySelector('#alert').textContent === 'this key is not known, or it was revoked'")
+    page.until("document.querySelector('#alert').textContent === 'this key is unknown or was revoked'")
     assert page.js("sessionStorage.length") == 0
     page.fill("#key [name=key]", token)
     page.click("#key button")
