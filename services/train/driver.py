@@ -33,7 +33,7 @@ from genmodels.spec.sections import ModelSpec
 from genmodels.storage import begin_writing, open_storage
 from genmodels.storage.retry import retry_until_available
 from genmodels.training.attempt import work
-from genmodels.training.loop import Group
+from genmodels.training.group import Group
 from services.cluster.logs import log_to_stderr
 from services.cluster.settings import settings
 from services.train.control import DriverWatch

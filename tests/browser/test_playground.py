@@ -1,4 +1,4 @@
-"""The playground: in headless Chromium before a gateway in this process, and its routes without a browser."""
+"""The playground in headless Chromium, with a gateway in this process, and its routes without a browser."""
 
 from __future__ import annotations
 
@@ -72,8 +72,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Storage:
         patch.setattr(published_models, "IMAGES", IMAGES.model_copy(update={"num_classes": 3}))
         publish(storage, "classes", "gan", conditional=True)
     measure = EvaluationMetric(value=23.125, unit="dB", baselines={"PCA, 20 components": 19.25})
-    found = EvaluationResult(metrics={"psnr": measure}, notes={"images_seen": 640, "noise_std": [0.3, 0.15]})
-    evaluations.record(Registry(storage), version, found, thorough=False, seconds=1, publication=True)
+    result = EvaluationResult(metrics={"psnr": measure}, notes={"images_seen": 640, "noise_std": [0.3, 0.15]})
+    evaluations.record(Registry(storage), version, result, thorough=False, seconds=1, publication=True)
     train(storage, "shapes")
     train(storage, "play", text=True)
     return storage
@@ -97,13 +97,13 @@ def test_the_page_and_its_files_are_open_and_alike_for_all(app: Any) -> None:
     for name in re.findall(r'(?:href|src)="(playground/[^"]+)"', page.text):
         assert ask(app, "GET", f"/{name}").status_code == 200
     for file in files():
-        found = ask(app, "GET", f"/playground/{file.name}")
-        assert found.content == file.read_bytes()
-        policy = found.headers["content-security-policy"]
+        response = ask(app, "GET", f"/playground/{file.name}")
+        assert response.content == file.read_bytes()
+        policy = response.headers["content-security-policy"]
         assert policy.startswith("default-src 'none'; script-src 'self'; style-src 'self'")
         assert "unsafe" not in policy
-        assert found.headers["x-content-type-options"] == "nosniff"
-        again = ask(app, "GET", f"/playground/{file.name}", headers={"if-none-match": found.headers["etag"]})
+        assert response.headers["x-content-type-options"] == "nosniff"
+        again = ask(app, "GET", f"/playground/{file.name}", headers={"if-none-match": response.headers["etag"]})
         assert (again.status_code, again.content) == (304, b"")
     assert ask(app, "GET", "/playground/app.js").headers["content-type"] == "text/javascript; charset=utf-8"
 
@@ -245,8 +245,8 @@ def test_text_streams_and_equals_the_answer_of_its_seed(site: Site) -> None:
     for name, value in settings.items():
         site.page.fill(f"#text [name={name}]", value)
     site.page.click("#text [type=submit]")
-    told = site.page.until("document.querySelector('#text [data-rate]').textContent.match(/tokens\\/s/)?.input")
-    assert told.startswith("60 tokens, ")
+    rate = site.page.until("document.querySelector('#text [data-rate]').textContent.match(/tokens\\/s/)?.input")
+    assert rate.startswith("60 tokens, ")
     expected = site.post("/v1/completions", {"model": "play", **settings})["choices"][0]["text"]
     assert site.page.js("document.querySelector('#text [data-output]').textContent") == expected
     assert len(expected) == 60
@@ -266,9 +266,9 @@ def test_the_stop_button_ends_a_stream(site: Site) -> None:
     site.page.click("#text [type=submit]")
     site.page.until("document.querySelector('#text [data-output]').textContent.length")
     site.page.click("#text [data-stop]")
-    told = site.page.until("document.querySelector('#text [data-rate]').textContent.match(/^Stopped after/)?.input")
+    rate = site.page.until("document.querySelector('#text [data-rate]').textContent.match(/^Stopped after/)?.input")
     length = site.page.js("document.querySelector('#text [data-output]').textContent.length")
-    assert told == f"Stopped after {length} characters"
+    assert rate == f"Stopped after {length} characters"
     assert 0 < length < 4096
     assert site.page.js("document.querySelector('#text [data-stop]').disabled")
 
@@ -459,9 +459,9 @@ def test_a_version_is_typed_and_one_that_is_not_there_is_told(site: Site) -> Non
     site.page.fill("#choice [name=version]", "next", "change")
     site.page.until("document.querySelector('#about').textContent.includes('shapes@2')")
     site.page.fill("#choice [name=version]", "99", "change")
-    told = site.page.until("document.querySelector('#alert').textContent")
-    assert "shapes" in told
-    assert "99" in told
+    alert = site.page.until("document.querySelector('#alert').textContent")
+    assert "shapes" in alert
+    assert "99" in alert
     assert site.page.js("document.querySelector('#alert').getAttribute('role')") == "alert"
     site.page.fill("#choice [name=version]", "", "change")
     site.page.until("document.querySelector('#tabs').offsetWidth")

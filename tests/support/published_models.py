@@ -1,4 +1,4 @@
-"""Tiny untrained models as versions of a registry: what serving needs, without a training run."""
+"""Publish tiny untrained models as versions of a registry, so that tests of serving need no training run."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The documentation says what is so: its generated blocks, links, paths, modules, specs and commands."""
+"""The documentation is true: its generated blocks, links, paths, modules, specs and commands."""
 
 from __future__ import annotations
 
@@ -114,8 +114,8 @@ def test_modules_exist(path: Path) -> None:
 
 def test_modules_are_found_where_they_are_named() -> None:
     """The pattern of `test_modules_exist` finds them in every form."""
-    found = {command for path in DEPLOYED if path.is_file() for command, _ in MODULE.findall(path.read_text())}
-    assert len(found - {""}) > 3
+    commands = {command for path in DEPLOYED if path.is_file() for command, _ in MODULE.findall(path.read_text())}
+    assert len(commands - {""}) > 3
 
 
 SPECS = [
@@ -194,7 +194,7 @@ def test_results_trains_and_measures_every_model_that_needs_no_gpu(tmp_path: Pat
     subprocess.run(["make", "results", f"VENV={tmp_path}"], cwd=ROOT, check=True, capture_output=True)
     lines = asked.read_text().splitlines()
     specs = {path.name: read_spec(path).models for path in (ROOT / "jobs").glob("*.yaml")}
-    wanted = {name: [model.name for model in found if not model.scaling.use_gpu] for name, found in specs.items()}
+    wanted = {name: [model.name for model in models if not model.scaling.use_gpu] for name, models in specs.items()}
     assert {line.split()[1]: re.findall(r"--only (\S+)", line) for line in lines if line.startswith("run ")} == {
         f"jobs/{name}": models for name, models in wanted.items() if models
     }

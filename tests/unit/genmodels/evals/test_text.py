@@ -19,7 +19,8 @@ from genmodels.runs.store import Run
 from genmodels.spec.parse import read_spec
 from genmodels.storage import open_storage
 from genmodels.training.attempt import run_attempt
-from genmodels.training.loop import Group, evaluate
+from genmodels.training.group import Group
+from genmodels.training.loop import evaluate
 from services.local.platform import submit
 from services.train.publish import _publish
 from tests.support.evaluation_data import Bench

@@ -121,8 +121,8 @@ def test_figures_cost_one_object_of_each_run() -> None:
 
 def test_a_scrape_does_not_wait_for_storage(monkeypatch: pytest.MonkeyPatch) -> None:
     """It tells what was known, and how old that is; as many scrapes as there are cost one look."""
-    monkeypatch.setattr(jobmetrics, "PATIENCE_SECONDS", 0.0)
-    monkeypatch.setattr(jobmetrics, "BELIEVED_SECONDS", 0.0)
+    monkeypatch.setattr(jobmetrics, "WAIT_SECONDS", 0.0)
+    monkeypatch.setattr(jobmetrics, "CACHE_TTL_SECONDS", 0.0)
     storage = CountingStorage()
     metrics = JobMetrics(Views(storage))
     storage.held.clear()
