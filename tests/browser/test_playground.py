@@ -382,15 +382,15 @@ def test_noise_is_where_a_model_without_an_encoder_starts(site: Site) -> None:
     assert 0.2 < np.std(values) < 3
 
 
-def test_the_way_between_two_seeds(site: Site) -> None:
-    site.open("clean@1/way")
-    site.page.until("document.querySelectorAll('#way img').length === 8")
+def test_an_interpolation_between_two_seeds(site: Site) -> None:
+    site.open("clean@1/interpolate")
+    site.page.until("document.querySelectorAll('#interpolate img').length === 8")
     for name, value in {"start": 5, "end": 6, "steps": 4}.items():
-        site.page.fill(f"#way [name={name}]", value)
-    site.page.click("#way [type=submit]")
-    site.page.until("document.querySelectorAll('#way img').length === 4")
+        site.page.fill(f"#interpolate [name={name}]", value)
+    site.page.click("#interpolate [type=submit]")
+    site.page.until("document.querySelectorAll('#interpolate img').length === 4")
     body = {"start": 5, "end": 6, "steps": 4}
-    assert site.pictures("way") == site.b64(site.post("/v1/models/clean@1/interpolate", body))
+    assert site.pictures("interpolate") == site.b64(site.post("/v1/models/clean@1/interpolate", body))
 
 
 def test_a_drawing_is_denoised(site: Site) -> None:
@@ -447,7 +447,7 @@ def test_curves_and_samples_of_a_run(site: Site) -> None:
     )
 
 
-def test_what_was_measured_stands_beside_what_it_is_compared_with(site: Site) -> None:
+def test_metrics_are_shown_with_their_baselines(site: Site) -> None:
     site.open("shapes/images")
     site.page.until("document.querySelector('#about').textContent.includes('23.13 dB (PCA, 20 components: 19.25)')")
     about = site.page.js("document.querySelector('#about').textContent")
@@ -480,7 +480,7 @@ def test_tabs_follow_the_arrow_keys(site: Site) -> None:
     assert site.page.js("[...document.querySelectorAll('[role=tab]')].filter(tab => tab.tabIndex === 0).length") == 1
 
 
-PANELS = ["play/text", "shapes/images", "shapes/latent", "shapes/way", "clean@1/denoise", "shapes/training"]
+PANELS = ["play/text", "shapes/images", "shapes/latent", "shapes/interpolate", "clean@1/denoise", "shapes/training"]
 
 
 @pytest.mark.parametrize("place", PANELS)
@@ -522,7 +522,7 @@ def test_a_key_is_asked_for_kept_in_the_tab_alone_and_forgotten(locked: tuple[Si
     assert page.js("document.activeElement.name") == "key"
     page.fill("#key [name=key]", "gm_00000000_" + "x" * 43)
     page.click("#key button")
-    page.until("document.querySelector('#alert').textContent === 'this key is not known, or it was revoked'")
+    page.until("document.querySelector('#alert').textContent === 'this key is unknown or was revoked'")
     assert page.js("sessionStorage.length") == 0
     page.fill("#key [name=key]", token)
     page.click("#key button")
