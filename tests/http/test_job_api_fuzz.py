@@ -1,4 +1,4 @@
-"""Nobody breaks the job API by what he sends: a 4xx in our form, soon, or an answer; never a 5xx."""
+"""Fuzz the job API: every request soon gets an answer or a 4xx in our format, never a 5xx."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The job API beside jobs themselves: logs, models, datasets, counts, the readable page, and the process around it."""
+"""The parts of the job API without jobs: logs, models, datasets, counts, the /docs page, and the process around it."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ def test_a_log_is_followed_until_its_job_ends(service: Service, monkeypatch: pyt
         assert list(lines) == ["4 b/driver the last words"]
 
 
-def test_who_follows_is_let_go_when_the_service_ends(file_storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_followed_logs_end_with_the_service(file_storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(routes, "FOLLOW_SECONDS", 0.02)
     closing = threading.Event()
     service = Service(file_storage, closing=closing.is_set)
@@ -483,7 +483,7 @@ def test_the_process_starts_serves_and_ends_in_order(tmp_path: Path) -> None:
         assert httpx.get(f"{url}/healthz", headers={"host": "evil.example"}).status_code == 403
         with httpx.stream("GET", f"{url}/v1/jobs/{job}/logs?follow=true", timeout=60) as stream:
             process.send_signal(signal.SIGTERM)
-            assert list(stream.iter_lines()) == []  # whoever follows is let go, not cut off
+            assert list(stream.iter_lines()) == []  # the stream ends regularly
         assert process.wait(30) == 0, log.read_text()
     finally:
         process.kill()
