@@ -67,7 +67,7 @@ Metrics = dict[str, Annotated[float, Field(allow_inf_nan=True)]]
 
 class Manifest(Document):
     object_kind = "checkpoint"
-    remedy = "the run goes on from another checkpoint; delete this one's folder"
+    remedy = "the run continues from another checkpoint; delete this one's folder"
 
     step: int
     samples: int  # seen by all workers together: the position in the data

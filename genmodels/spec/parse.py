@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 from collections.abc import Mapping
@@ -19,8 +18,7 @@ from genmodels.schema import yaml
 from genmodels.schema.base import Section
 from genmodels.schema.field_errors import FieldError, format_errors
 from genmodels.spec.sections import JobSpec, ModelSpec, sections_with_key
-
-MAX_STORED_BYTES = 1024 * 1024  # a normalised spec spells out every default
+from genmodels.storage.documents import parse_object
 
 
 def read_spec(path: Path, datasets: Mapping[str, uploads.Kind] | None = None) -> JobSpec:
@@ -62,18 +60,18 @@ def parse_spec(
 
 
 def load_stored(data: bytes) -> JobSpec:
-    """A spec as `dump` wrote it, maybe in another release: unknown keys are ignored, sections not checked again.
+    """Read a spec that `dump` wrote, maybe in another release: ignore unknown keys, do not check sections again.
 
     Raises:
-        SpecError: it is no spec, or holds values that this release does not know.
+        SpecError: it is not a spec, or holds values that this release does not know.
     """
     return _validate(_stored(data), "stored spec", {"stored": True})
 
 
 def dump(spec: JobSpec) -> bytes:
-    """The normalised spec: every default spelled out, paths absolute.
+    """Return the normalised spec as JSON: with every default and absolute paths.
 
-    In JSON, which is YAML too: a dispatcher that starts reads the specs of all open jobs, and YAML would take seconds.
+    JSON is fast to read: a dispatcher that starts reads the specs of all open jobs, and YAML would take seconds.
     """
     return json.dumps(spec.model_dump(mode="json"), indent=1, allow_nan=False, ensure_ascii=False).encode()
 
@@ -94,11 +92,10 @@ def job_id(spec: JobSpec) -> str:
 
 
 def _stored(data: bytes) -> yaml.Document:
-    with contextlib.suppress(ValueError, RecursionError):
-        value = json.loads(data) if len(data) <= MAX_STORED_BYTES else None
-        if isinstance(value, dict):
-            return yaml.Document(value, {(): 1})
-    return yaml.read(data, "stored spec", MAX_STORED_BYTES)
+    try:
+        return yaml.Document(parse_object(data), {(): 1})
+    except ValueError as error:
+        raise SpecError(f"stored spec: {error}") from None
 
 
 def _validate(document: yaml.Document, source: str, context: dict[str, Any]) -> JobSpec:

@@ -1,4 +1,4 @@
-"""How fast the endpoints are, beside others, in one run on one machine: `make bench-serving`.
+"""Measure the speed of the endpoints and of other implementations in one run on one machine: `make bench-serving`.
 
 Text: the engine alone and over HTTP, against the uncached reference, nanoGPT's way of generating (the whole window anew
 for each token, https://github.com/karpathy/nanoGPT, model.py) and transformers' `generate` on a GPT-2 with the same
@@ -53,7 +53,7 @@ THREADS = 1
 ROUNDS = 5
 STREAMS = (1, 4, 16, 64)
 PROMPT, TOKENS = 16, 100  # characters; beyond block_size transformers' GPT-2 could not go on
-LONG = 1500  # tokens of a text whose request itself costs little beside them
+LONG = 1500  # tokens of a text so long that the request itself costs little in comparison
 TEXT: dict[str, Any] = {  # GPT-2's own architecture, at the size of jobs/quickstart.yaml's
     "n_embd": 128,
     "n_layer": 4,
@@ -153,9 +153,9 @@ def report(play: TextModel, shapes: ImageModel, url: str, storage: Storage) -> N
 
     rates: dict[str, list[float]] = {"bare decoder": [], "engine": [], "HTTP": []}
     for round in range(ROUNDS + 1):
-        found = bare(shapes), engine_images(shapes), asyncio.run(http_images(url))
+        results = bare(shapes), engine_images(shapes), asyncio.run(http_images(url))
         if round:
-            for rate, seen in zip(found, rates.values(), strict=True):
+            for rate, seen in zip(results, rates.values(), strict=True):
                 seen.append(rate)
     table = Table(f"images of 28 x 28, {PICTURES} a request", "images/s", "of the bare decoder")
     best = statistics.median(rates["bare decoder"])
@@ -244,8 +244,8 @@ def huggingface(gpt2: Any, n: int) -> float:
     prompt: Tensor = torch.arange(PROMPT).repeat(n, 1)
     options = {"do_sample": True, "temperature": 0.8, "top_k": 0, "max_new_tokens": TOKENS, "pad_token_id": 0}
     started = time.perf_counter()
-    found = gpt2.generate(prompt, attention_mask=torch.ones_like(prompt), **options)
-    assert found.shape == (n, PROMPT + TOKENS)
+    generated = gpt2.generate(prompt, attention_mask=torch.ones_like(prompt), **options)
+    assert generated.shape == (n, PROMPT + TOKENS)
     return n * TOKENS / (time.perf_counter() - started)
 
 

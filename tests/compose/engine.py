@@ -1,4 +1,4 @@
-"""A container engine for the proof: the one that answers, or one of our own for as long as this lasts.
+"""A container engine for the test: the running one, or one that is started for the test only.
 
 Where none can be had (no root, no apt) `Skipped` says why. What is kept for the next time lies in one folder.
 """
@@ -88,9 +88,9 @@ def run(*command: str, seconds: float = 900.0, **environment: str) -> str:
             timeout=seconds,
         )
     except subprocess.TimeoutExpired as error:
-        said = error.stdout or b""
+        output = error.stdout or b""
         raise Failed(
-            f"{' '.join(command)}: not within {seconds:g} s\n{said[-3000:].decode(errors='replace')}"
+            f"{' '.join(command)}: not within {seconds:g} s\n{output[-3000:].decode(errors='replace')}"
         ) from None
     if done.returncode != 0:
         raise Failed(f"{' '.join(command)}: code {done.returncode}\n{done.stdout[-3000:]}")

@@ -1,4 +1,4 @@
-"""The manifests build, and are what Kubernetes, its operators, a security linter and Prometheus take."""
+"""The manifests build, and Kubernetes, its operators, a security linter and Prometheus accept them."""
 
 from __future__ import annotations
 
@@ -114,14 +114,14 @@ def test_pods_are_restricted(name: str) -> None:
             assert not [env for env in container.get("env", ()) if "secretKeyRef" in env.get("valueFrom", {})]
     autoscaler = cluster_of(only(manifests, "RayService")).get("autoscalerOptions")
     if autoscaler:
-        beside = head_of(only(manifests, "RayService"))["template"]["spec"]
-        whole = {**beside, "containers": [{"name": "autoscaler", "securityContext": autoscaler["securityContext"]}]}
+        pod_spec = head_of(only(manifests, "RayService"))["template"]["spec"]
+        whole = {**pod_spec, "containers": [{"name": "autoscaler", "securityContext": autoscaler["securityContext"]}]}
         assert not unrestricted(whole)
 
 
 LOOSE: dict[str, Callable[[Manifest], Any]] = {
     "root": lambda spec: spec["securityContext"].update(runAsUser=0),
-    "whoever the image says": lambda spec: spec["securityContext"].pop("runAsNonRoot"),
+    "the user of the image": lambda spec: spec["securityContext"].pop("runAsNonRoot"),
     "any system call": lambda spec: spec["securityContext"].pop("seccompProfile"),
     "sudo": lambda spec: spec["containers"][0]["securityContext"].pop("allowPrivilegeEscalation"),
     "a capability": lambda spec: spec["containers"][0]["securityContext"]["capabilities"].update(add=["NET_RAW"]),
@@ -269,5 +269,5 @@ def _is_for_ray(policy: Manifest) -> bool:
 
 
 def _resources(manifest: Manifest) -> Manifest:
-    found: Manifest = manifest["spec"]["template"]["spec"]["containers"][0]["resources"]["limits"]
-    return found
+    limits: Manifest = manifest["spec"]["template"]["spec"]["containers"][0]["resources"]["limits"]
+    return limits

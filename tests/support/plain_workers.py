@@ -1,4 +1,4 @@
-"""Worker groups as plain processes with a gloo process group: what is not about Ray is tested with these.
+"""Worker groups as plain processes with a gloo process group, for tests that are not about Ray.
 
     python -m tests.support.plain_workers RANK WORLD_SIZE DEVICE STORE_FILE STORAGE_URL FAULT JOB:MODEL:ATTEMPT ...
 
@@ -87,7 +87,7 @@ def main() -> None:
 
     from genmodels.storage import open_storage
     from genmodels.training.attempt import work
-    from genmodels.training.loop import Group
+    from genmodels.training.group import Group
 
     rank, world_size, device, store, storage_url, fault, *tasks = sys.argv[1:]
     logging.basicConfig(level=logging.INFO)

@@ -1,4 +1,4 @@
-"""Storages that tests look into or make fail, checkpoints to put there, and work in many threads at once."""
+"""Storages that tests inspect or make fail, checkpoints to write there, and work in many threads at once."""
 
 from __future__ import annotations
 
@@ -36,8 +36,8 @@ class MemoryStorage(Storage):
 
     def put(self, key: str, data: bytes, *, if_absent: bool = False, if_match: str | None = None) -> str:
         with self.lock:
-            found = _etag(self.objects[key]) if key in self.objects else None
-            if (if_absent and found) or if_match not in (None, found):
+            etag = _etag(self.objects[key]) if key in self.objects else None
+            if (if_absent and etag) or if_match not in (None, etag):
                 raise Conflict(key)
             self.objects[key] = data
         return _etag(data)
@@ -68,7 +68,7 @@ class MemoryStorage(Storage):
 
 
 class Wrapped(MemoryStorage):
-    """Passes everything on to another storage, past `before` and `after`, which tests override."""
+    """Forward every operation to another storage, and call `before` and `after`, which tests override."""
 
     def __init__(self, inner: Storage | None = None) -> None:
         self.inner: Storage = inner or MemoryStorage()

@@ -1,4 +1,4 @@
-"""One damaged object is in no other's way: every kind of stored object, damaged in every way, beside sound ones.
+"""One damaged object affects no other: every kind of stored object, damaged in every way, next to sound ones.
 
 What the others get is compared with what they got before. The damaged object itself gives one clear error, or is shown
 as damaged, is counted, and stands in `genmodels doctor`.
@@ -89,7 +89,7 @@ class World:
         (ended_key,) = (key for key in storage.list("ended/") if key.endswith(jobs["bad-ended"]))
         keys = {
             "Key": f"keys/{victim.id}.json",
-            "StoredSpec": f"jobs/{jobs['bad']}/spec.yaml",
+            "StoredSpec": f"jobs/{jobs['bad']}/spec.json",
             "Index": f"jobs/{jobs['bad-ended']}/index.json",
             "Entry": f"open/{jobs['bad']}",
             "EndedEntry": ended_key,
@@ -253,12 +253,12 @@ def test_reading_raises_one_kind_of_error(template: tuple[Path, dict[str, str], 
     for kind in {*DOCUMENTS_BY_NAME.values()} - {StoredSpec, Manifest}:
         key = names[kind.__name__]
         world.storage.put(key, {**SURE, **MAYBE}[how](world.storage.get(key)[0]))
-        said = error_of(partial(load_document, world.storage, key, kind))
-        assert said or how in MAYBE, kind
-        if said:
-            assert said.startswith(f"{key}: damaged (")
-            assert kind.remedy in said
-            assert len(said) < 700
+        error = error_of(partial(load_document, world.storage, key, kind))
+        assert error or how in MAYBE, kind
+        if error:
+            assert error.startswith(f"{key}: damaged (")
+            assert kind.remedy in error
+            assert len(error) < 700
 
 
 def error_of(work: Callable[[], object]) -> str:
@@ -354,7 +354,7 @@ def test_dispatching_goes_on(template: tuple[Path, dict[str, str], Any], world: 
         with pytest.raises(DamagedObject):
             Run(world.storage, bad, "m").status()
         world.storage.put(names[kind], sound)  # restored from a backup
-        dispatcher._left_out[bad] = 0.0  # as after RETRY_SECONDS
+        dispatcher._unreadable[bad] = 0.0  # as after RETRY_SECONDS
         for _ in range(40):
             dispatcher.dispatch_once(lease_term)
         assert Run(world.storage, bad, "m").status()[0].lease_term == lease_term
@@ -408,7 +408,7 @@ def test_a_live_holder_writes_a_damaged_lease_anew_and_keeps_it(file_storage: St
     mine, other = Lease(file_storage, 60.0), Lease(file_storage, 60.0)
     assert mine.try_acquire() == 1
     file_storage.put("dispatcher/lease.json", b"")
-    assert other.try_acquire() is None, "it may be held by somebody"
+    assert other.try_acquire() is None, "another process may hold it"
     mine.renew()
     assert mine.held()
     assert other.try_acquire() is None
@@ -476,9 +476,9 @@ def test_files_of_other_programs_are_passed_over(
         for stray in STRAYS:
             world.storage.put(f"{folder}/{stray}", b"not ours")
     assert world.others(names) == expected
-    found = take_inventory(world.storage)
-    assert not found.damages
-    assert {stray for stray in STRAYS if any(key.endswith(stray) for key in found.strays)} == set(STRAYS)
+    inventory = take_inventory(world.storage)
+    assert not inventory.damages
+    assert {stray for stray in STRAYS if any(key.endswith(stray) for key in inventory.strays)} == set(STRAYS)
     assert set(entries(ModelHost(world.storage.url))) == {"bad", "good"}
     dispatcher = Dispatcher(world.storage, Cluster(world.storage))
     for _ in range(40):
@@ -488,7 +488,7 @@ def test_files_of_other_programs_are_passed_over(
     assert Registry(world.storage).resolve("bad").version == 2
 
 
-# ---- what is written beside or over the damaged
+# ---- what is written next to or over the damaged
 
 
 def test_a_damaged_version_keeps_its_number_and_its_files(template: tuple[Path, Any, Any], world: World) -> None:

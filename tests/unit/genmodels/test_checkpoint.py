@@ -25,7 +25,7 @@ from genmodels.runs.store import Run
 from genmodels.spec.parse import dump
 from genmodels.storage import Storage, open_storage, read_document, write_document
 from genmodels.training import attempt
-from genmodels.training.loop import Group
+from genmodels.training.group import Group
 from tests.support.storages import LINEAGE, MemoryStorage, RecordingStorage
 from tests.support.tiny_jobs import job, make_data, model
 
@@ -40,7 +40,7 @@ class Recorded:
         entry = model(data, "vae", save_every=1, eval_every=1, max_steps=6)
         entry["model"]["density_components"] = 2
         entry |= {"checkpoints": {"num_to_keep": 2}, "serve": {"gate": {"metric": "val_loss", "max": 1e6}}}
-        self.storage.put(f"jobs/{JOB}/spec.yaml", dump(job("tiny", entry)))
+        self.storage.put(f"jobs/{JOB}/spec.json", dump(job("tiny", entry)))
         self.run = Run(self.storage, JOB, MODEL)
         for number, steps in ((1, 3), (2, 6)):
             self.attempt(number, steps)
