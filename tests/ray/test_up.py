@@ -44,7 +44,7 @@ def test_everything_is_killed_in_turn(tmp_path: Path) -> None:
         replicas = platform.find("ServeReplica")
         assert len(replicas) == 2
 
-        # Services come and go; what runs in Ray goes on.
+        # Services end and restart; what runs in Ray continues.
         for part, module in (("exporter", "node.exporter"), ("gateway", "gateway.deploy"), ("jobs", "jobs")):
             os.kill(platform.find(f"-m services.{module}", "services.cluster.reaper")[0], signal.SIGKILL)
             assert httpx.get(f"{platform.gateway}/healthz", trust_env=False).status_code == 200
