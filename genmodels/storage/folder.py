@@ -37,6 +37,9 @@ LOCK_TIMEOUT = 30.0  # seconds until a lock that a stopped process holds counts 
 NO_FILE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENXIO, errno.ELOOP)
 STALE_TEMPORARY = 86_400.0  # seconds until a temporary file must be one that a killed process left behind
 
+# Errors of a key that can never be written: too long, or with another object in the place of a folder of it.
+OF_THE_KEY = (errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EINVAL)
+
 
 class FolderStorage(Storage):
     """Objects as files: written to a temporary file, synced, renamed while a lock is held. Reading takes no lock.
@@ -181,7 +184,21 @@ class FolderStorage(Storage):
             path.unlink(missing_ok=True)
 
     def _look(self) -> None:
-        """Raise StorageUnavailable if another folder is here than before, StorageError if it is of another format."""
+        """Raise StorageUnavailable if another folder is here than before, or its marker can no longer be read.
+
+        Raises:
+            StorageError: the same in a folder that this process has not used yet.
+        """
+        try:
+            self._compare()
+        except StorageUnavailable:
+            raise
+        except StorageError as error:
+            if self._marker is None:
+                raise
+            raise _gone(str(error)) from None
+
+    def _compare(self) -> None:
         path, known = self._root / MARKER, self._marker  # before the look: another thread may write the marker now
         try:
             facts = path.stat()
@@ -230,7 +247,9 @@ def _meaning(where: str, error: OSError) -> StorageError:
         return StorageUnavailable(message)
     if state := disk_failure(error):
         return StorageUnavailable(message, f"the storage {state}")
-    return StorageError(message)
+    if error.errno in OF_THE_KEY:
+        return StorageError(message)
+    return Refused(message, "the storage fails")  # of the file system: whatever passed before may pass again
 
 
 def _not_a_folder(url: str, path: Path) -> StorageError:

@@ -25,11 +25,13 @@ from genmodels.storage import Storage, begin_writing, open_storage
 from genmodels.storage.base import Refused
 from genmodels.storage.instrumented import MeasuredStorage
 from genmodels.storage.lease import Lease
+from genmodels.storage.marker import MARKER
 from services.dispatch import single_run
 from services.dispatch.backends.local_process import SubprocessBackend
 from services.dispatch.dispatcher import Dispatcher
 from services.dispatch.single_run import run_to_completion
 from services.local.platform import submit as submit_here
+from tests.support.asgi_server import served
 from tests.support.fault_proxy import FaultProxy
 from tests.support.paths import ROOT
 from tests.support.scripted_cluster import Cluster, carry_on, check_the_end, data, eventful, in_no_time, state, submit
@@ -105,6 +107,55 @@ def test_a_request_that_is_wrong_is_no_outage(opened: Callable[..., Storage], pr
         proxy.heal(refused)
 
 
+PAGE = b"<!doctype html><html><body>Welcome</body></html>"
+OTHER_SERVERS: dict[str, tuple[int, dict[str, str], bytes]] = {
+    "a proxy without the store": (404, {"content-type": "text/html"}, PAGE),
+    "an API at the old address": (404, {"content-type": "application/json"}, b'{"error": "not found"}'),
+    "nothing here": (404, {}, b""),
+    "a login page": (200, {"content-type": "text/html"}, PAGE),
+    "an empty page": (200, {}, b""),
+    "some XML": (200, {"content-type": "application/xml"}, b'<?xml version="1.0"?><rss/>'),
+    "some JSON": (200, {"content-type": "application/json"}, b"{}"),
+    "a redirect to a login": (302, {"location": "/login"}, b""),
+    "a redirect to itself": (307, {"location": "/"}, b""),
+    "a limit of a proxy": (413, {"content-type": "text/html"}, PAGE),
+    "a proxy that expects TLS": (400, {"content-type": "text/html"}, PAGE),
+    "a condition of a web server": (412, {"content-type": "text/html"}, PAGE),
+}
+
+
+def test_another_server_at_the_address_of_the_store_is_an_outage(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kind = ""
+
+    async def answer(scope: Any, receive: Any, send: Any) -> None:
+        while (await receive()).get("more_body"):
+            pass
+        status, headers, body = OTHER_SERVERS[kind]
+        pairs = [(name.encode(), value.encode()) for name, value in headers.items()]
+        await send({"type": "http.response.start", "status": status, "headers": pairs})
+        await send({"type": "http.response.body", "body": body})
+
+    with served(answer) as url:
+        for name, value in {
+            "AWS_ENDPOINT_URL": url,
+            "AWS_ACCESS_KEY_ID": "key",
+            "AWS_SECRET_ACCESS_KEY": "secret",
+            "AWS_MAX_ATTEMPTS": "1",
+        }.items():
+            monkeypatch.setenv(name, value)
+        storage, new = open_storage("s3://bucket/prefix", in_use=True), open_storage("s3://bucket/prefix")
+        for kind, (status, _, body) in OTHER_SERVERS.items():
+            for name, call in ALL.items():
+                if name == "delete" and (status, body) == (200, b""):
+                    continue  # a store may answer so
+                error = tried(call, storage, path)
+                assert isinstance(error, StorageUnavailable), (kind, name)
+                assert error.reason in (SILENT, "another server answers at the address of the storage"), (kind, name)
+                assert url not in str(error)
+            with pytest.raises(StorageError):
+                begin_writing(new)
+
+
 def test_a_worker_without_credentials_is_no_mistake_of_the_job(
     s3_storage: Storage, monkeypatch: pytest.MonkeyPatch, path: Path
 ) -> None:
@@ -129,9 +180,39 @@ DISK = {
     errno.ESTALE: "the storage fails",
     errno.ENOTCONN: "the storage fails",
     errno.EMFILE: "the storage fails",
+    errno.EUCLEAN: "the storage fails",
+    errno.EBADMSG: "the storage fails",
+    errno.EREMOTEIO: "the storage fails",
+    errno.ELOOP: "the storage fails",
     errno.EHOSTDOWN: SILENT,
     errno.ETIMEDOUT: SILENT,
 }
+
+
+# Where nothing has been read or written yet.
+FINAL_AT_FIRST = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EUCLEAN, errno.EBADMSG, errno.EREMOTEIO, errno.ELOOP)
+
+
+@pytest.mark.parametrize("spoiled", [b"", b"[]", b"\0" * 64, b'{"id": "x", "format": 99}', None])
+def test_a_marker_that_is_spoiled_in_use_is_an_outage(file_storage: Storage, path: Path, spoiled: bytes | None) -> None:
+    begin_writing(file_storage)
+    file_storage.put("k", b"x")
+    marker = Path(file_storage.url.removeprefix("file://"), MARKER)
+    sound = marker.read_bytes()
+    marker.unlink()
+    if spoiled is None:
+        marker.mkdir()
+    else:
+        marker.write_bytes(spoiled)
+    for name, call in ALL.items():
+        assert isinstance(tried(call, file_storage, path), StorageUnavailable), name
+    with pytest.raises(StorageError) as final:
+        open_storage(file_storage.url).get("k")
+    assert not isinstance(final.value, StorageUnavailable)
+    if spoiled is None:
+        marker.rmdir()
+    marker.write_bytes(sound)
+    assert file_storage.get("k")[0] == b"x"
 
 
 @pytest.mark.parametrize("number", DISK)
@@ -155,7 +236,7 @@ def test_an_error_of_the_disk_is_an_outage_at_each_operation(
             assert isinstance(error, StorageUnavailable)
             assert error.reason == DISK[number]
             final = not isinstance(tried(call, fresh, path), StorageUnavailable)
-            assert final == (number in (errno.EACCES, errno.EPERM, errno.EROFS))
+            assert final == (number in FINAL_AT_FIRST)
     assert file_storage.get("k")[0] == b"old"
 
 
