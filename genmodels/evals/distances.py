@@ -1,4 +1,4 @@
-"""How far two sets of points (features of pictures) are from each other.
+"""Distances between two sets of points (features of images).
 
 Frechet distance: Heusel et al. 2017. Kernel distance: Binkowski et al. 2018. Precision and recall by nearest
 neighbours: Kynkaanniemi et al. 2019. Density and coverage: Naeem et al. 2020.
@@ -14,17 +14,17 @@ import torch.nn.functional as F
 from torch import Tensor
 
 NEIGHBOURS = 5  # Naeem et al.'s k, for all four
-ROWS = 1024  # of a matrix of distances at a time: it never stands whole in memory
+ROWS = 1024  # rows of a matrix of distances at a time: the whole matrix is never in memory
 
 
 def moments(features: Tensor) -> Tensor:
-    """Number, sum and outer products of (n, d) features, summed in one float64 matrix (d + 1, d + 1)."""
+    """Return number, sum and outer products of features (n, d), summed in one float64 matrix (d + 1, d + 1)."""
     x = F.pad(features.double(), (1, 0), value=1.0)
     return x.T @ x
 
 
 def frechet_distance(a: Tensor, b: Tensor) -> float:
-    """Squared 2-Wasserstein distance between the Gaussians with these `moments` (Dowson & Landau 1982)."""
+    """Compute the squared 2-Wasserstein distance of the Gaussians with these `moments` (Dowson & Landau 1982)."""
     (mean_a, cov_a), (mean_b, cov_b) = map(_gaussian, (a, b))
     values, vectors = torch.linalg.eigh(cov_a)
     root = vectors * values.clamp_min(0).sqrt() @ vectors.T
@@ -33,9 +33,9 @@ def frechet_distance(a: Tensor, b: Tensor) -> float:
 
 
 def kernel_distance(a: Tensor, b: Tensor) -> float:
-    """Squared maximum mean discrepancy under the kernel (x.y / d + 1)^3, without bias: (n, d), (m, d), n and m > 1.
+    """Estimate the squared maximum mean discrepancy, unbiased, with the kernel (x.y / d + 1)^3: (n, d), (m, d).
 
-    Over all pairs, where the usual KID takes the mean over random subsets.
+    n and m are above 1. All pairs count; the usual KID is a mean over random subsets.
     """
 
     def total(x: Tensor, y: Tensor) -> Tensor:
@@ -50,19 +50,19 @@ def kernel_distance(a: Tensor, b: Tensor) -> float:
 
 @dataclass(frozen=True)
 class Neighbours:
-    """Shares but for `density`, which may exceed 1."""
+    """Four metrics by nearest neighbours. They are shares; only `density` may exceed 1."""
 
-    precision: float  # of fakes that lie within reach of a real one
-    recall: float  # of reals that lie within reach of a fake one
-    density: float  # reals within whose reach a fake lies, over those expected
-    coverage: float  # of reals that have a fake within their reach
+    precision: float  # share of fakes within reach of a real point
+    recall: float  # share of real points within reach of a fake
+    density: float  # number of real points that reach a fake, divided by the expected number
+    coverage: float  # share of real points that reach a fake
 
 
 def neighbours(real: Tensor, fake: Tensor, k: int = NEIGHBOURS) -> Neighbours:
-    """Of (n, d) and (m, d), n and m > k. A point reaches as far as its k-th neighbour in its own set."""
+    """Compare (n, d) with (m, d), n and m > k. A point reaches as far as its k-th neighbour in its own set."""
     real_reach, fake_reach = _reach(real, k), _reach(fake, k)
     near_fake = covered = 0  # reals
-    hits = torch.zeros(len(fake))  # of each fake: reals within whose reach it is
+    hits = torch.zeros(len(fake))  # for each fake: number of real points that reach it
     for reach, distances in zip(real_reach.split(ROWS), _distances(real, fake), strict=True):
         within = distances < reach[:, None]
         hits += within.sum(0)
@@ -77,7 +77,7 @@ def neighbours(real: Tensor, fake: Tensor, k: int = NEIGHBOURS) -> Neighbours:
 
 
 def nearest(points: Tensor, others: Tensor) -> Tensor:
-    """The distance of each point to the nearest of the others: (n, d), (m, d) -> (n,)."""
+    """Return the distance of each point to the nearest of the others: (n, d), (m, d) -> (n,)."""
     return torch.cat([distances.amin(1) for distances in _distances(points, others)])
 
 
@@ -96,12 +96,12 @@ def _own_kernel(x: Tensor) -> Tensor:
 
 
 def _distances(x: Tensor, y: Tensor) -> Iterator[Tensor]:
-    """Rows of the matrix of distances: `ROWS` of x at a time, to all of y."""
+    """Yield the distances of `ROWS` points of x at a time to all points of y."""
     for rows in x.split(ROWS):
         yield torch.cdist(rows, y)
 
 
 def _reach(points: Tensor, k: int) -> Tensor:
-    """(n,) distance of each point to its k-th neighbour among the others; it is itself the nearest."""
-    found = [distances.topk(k + 1, largest=False).values[:, -1] for distances in _distances(points, points)]
-    return torch.cat(found)
+    """Return the distance of each point to its k-th neighbour: (n,). The nearest point is the point itself."""
+    reach = [distances.topk(k + 1, largest=False).values[:, -1] for distances in _distances(points, points)]
+    return torch.cat(reach)

@@ -1,4 +1,4 @@
-"""The best that denoising reaches without learning: filters of scikit-image, tuned on training pictures."""
+"""The baseline of denoising: filters of scikit-image, tuned on training images."""
 
 from __future__ import annotations
 
@@ -21,22 +21,22 @@ Filter = Callable[[np.ndarray], np.ndarray]
 
 
 def noisy(images: Tensor, std: float) -> Tensor:
-    """With Gaussian noise, keyed by the content of each picture; pixels leave [0, 1]."""
+    """Add Gaussian noise, keyed by the content of each image; pixels may be outside [0, 1]."""
     return images + std * image_normal(images, tuple(images.shape[1:]))
 
 
 def best_filter(data: EvaluationData, std: float, shown: np.ndarray) -> tuple[str, float]:
-    """The filter that does best on training pictures, and its PSNR in dB on validation pictures.
+    """Return the filter with the best PSNR on training images, and its PSNR in dB on validation images.
 
-    Each has the choice between noise as it is and noise clamped to [0, 1], which is all that a model gets to see.
+    Each filter is tried on noisy images as they are, and clamped to [0, 1] as a model sees them.
 
     Args:
-        std: of the noise.
-        shown: (n,) indices of the validation pictures.
+        std: standard deviation of the noise.
+        shown: (n,) indices of the validation images.
     """
     name = f"filters-{data.digest[:16]}-{std:g}-{len(shown)}.json"
-    found = json.loads(data.cached(name, lambda: json.dumps(_best(data, std, shown)).encode()))
-    return found["filter"], found["psnr"]
+    best = json.loads(data.cached(name, lambda: json.dumps(_best(data, std, shown)).encode()))
+    return best["filter"], best["psnr"]
 
 
 def _best(data: EvaluationData, std: float, shown: np.ndarray) -> dict[str, Any]:
@@ -62,12 +62,12 @@ def _score(function: Filter, targets: Tensor, std: float, clamped: bool) -> floa
         warnings.simplefilter("ignore")  # too small for as many wavelet levels; one channel is no RGB
         # Channels last and contiguous: some filters read others wrong. One of them drops a single channel.
         last = [np.ascontiguousarray(image.transpose(1, 2, 0)) for image in images.numpy()]
-        found = np.stack([function(image).reshape(image.shape) for image in last])
-    return mean_psnr(torch.from_numpy(found).float().clamp(0, 1).permute(0, 3, 1, 2), targets)
+        filtered = np.stack([function(image).reshape(image.shape) for image in last])
+    return mean_psnr(torch.from_numpy(filtered).float().clamp(0, 1).permute(0, 3, 1, 2), targets)
 
 
 def _candidates(std: float) -> list[tuple[str, Filter]]:
-    """Filters of (H, W, C), with parameters around what suits this noise."""
+    """Return filters of (H, W, C), with parameters that suit this noise."""
     from scipy.ndimage import median_filter
     from skimage.filters import gaussian
     from skimage.restoration import denoise_bilateral, denoise_nl_means, denoise_tv_chambolle, denoise_wavelet

@@ -1,4 +1,4 @@
-"""Quality of pictures that have a target, and principal components as the baseline of every compression.
+"""Quality of images against their targets, and principal components: the baseline of compression.
 
 SSIM: Wang et al. 2004, with their Gaussian window, by scikit-image.
 """
@@ -14,28 +14,28 @@ from torch import Tensor
 from genmodels.family import EvaluationData
 from genmodels.nn.networks import psnr
 
-WINDOW = 11  # pixels that SSIM's Gaussian window spans; smaller pictures get an even one of 7
-MAX_NUMBERS = 2**26  # of training pixels that components are fitted to
-CLOSED_FORM = 2048  # pixels up to which their covariance is taken apart whole
+WINDOW = 11  # pixels of SSIM's Gaussian window; smaller images get a uniform window of 7
+MAX_NUMBERS = 2**26  # maximum number of training pixels to fit components to
+CLOSED_FORM = 2048  # maximum number of pixels for an exact eigendecomposition of their covariance
 
 
 def pictures(images: np.ndarray) -> Tensor:
-    """uint8 (n, C, H, W) -> float32 in [0, 1]."""
+    """Convert images: uint8 (n, C, H, W) -> float32 in [0, 1]."""
     return torch.from_numpy(images.astype(np.float32) / np.float32(255))
 
 
 def evenly_spaced(n: int, count: int) -> np.ndarray:
-    """At most `count` of 0 .. n-1, evenly spread: datasets are often sorted by class."""
+    """Return at most `count` of 0 .. n-1, evenly spaced: datasets are often sorted by class."""
     return np.linspace(0, n - 1, min(count, n)).round().astype(np.int64)
 
 
 def mean_psnr(images: Tensor, targets: Tensor) -> float:
-    """In dB, mean over (n, C, H, W)."""
+    """Return the mean PSNR in dB of images (n, C, H, W)."""
     return float(psnr(images, targets).double().mean())
 
 
 def mean_ssim(images: Tensor, targets: Tensor) -> float:
-    """Structural similarity, mean over (n, C, H, W) in [0, 1]; 1 for equal pictures."""
+    """Return the mean structural similarity of images (n, C, H, W) in [0, 1]; 1 for equal images."""
     from skimage.metrics import structural_similarity
 
     wide = min(images.shape[2:]) >= WINDOW
@@ -48,15 +48,15 @@ def mean_ssim(images: Tensor, targets: Tensor) -> float:
 
 
 def components(data: EvaluationData, latent_dim: int, shown: np.ndarray) -> tuple[float, float]:
-    """PSNR in dB and SSIM of validation pictures that went through the first principal components.
+    """Return the PSNR in dB and the SSIM of validation images compressed to principal components.
 
     Args:
-        latent_dim: how many numbers a picture is taken to.
-        shown: (n,) indices of the validation pictures.
+        latent_dim: number of components.
+        shown: (n,) indices of the validation images.
     """
     name = f"pca-{data.digest[:16]}-{latent_dim}-{len(shown)}.json"
-    found = json.loads(data.cached(name, lambda: json.dumps(_components(data, latent_dim, shown)).encode()))
-    return found["psnr"], found["ssim"]
+    quality = json.loads(data.cached(name, lambda: json.dumps(_components(data, latent_dim, shown)).encode()))
+    return quality["psnr"], quality["ssim"]
 
 
 def _components(data: EvaluationData, latent_dim: int, shown: np.ndarray) -> dict[str, float]:

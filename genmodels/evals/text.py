@@ -1,4 +1,4 @@
-"""How a model of texts is judged: its exact loss beside count tables, and what it writes beside what people wrote.
+"""Evaluate a text model: its exact loss against count tables, and its samples against the validation text.
 
 Count tables: R. Kneser and H. Ney, "Improved backing-off for m-gram language modeling", 1995; S. Chen and J. Goodman,
 "An empirical study of smoothing techniques for language modeling", 1999.
@@ -27,17 +27,17 @@ EVALUATION_NAMES = (
     "longest_copied",
     "repetition",
 )
-IGNORED = -1  # a target that does not count: padding of a text's last window
+IGNORED = -1  # target of the padding in the last window of a text
 TABLES = {2: "table of bigrams", 4: "table of 4-grams", 5: "table of 5-grams"}
-COUNTED = 2**23  # training tokens that tables and the search for copies look at; nearly always all
-PUBLISHED = 2**17  # tokens of val, from the start, that an evaluation in seconds covers; all of tiny-shakespeare's
+COUNTED = 2**23  # maximum number of training tokens for count tables and the search for copies
+PUBLISHED = 2**17  # first tokens of val for an evaluation in seconds; tiny-shakespeare has fewer
 ROWS = 128  # windows of one pass
-PROMPT = 16  # tokens of val that a sample goes on from
-REPEATED = 10  # tokens that make a repetition
+PROMPT = 16  # tokens of val that a sample continues
+REPEATED = 10  # tokens of one repetition
 
 
 def evaluate_text(family: TextFamily[Any, Any], data: EvaluationData) -> EvaluationResult:
-    """Figures of `EVALUATION_NAMES`; those beside tables only where their codes fit (see `ngram_losses`)."""
+    """Compute the metrics `EVALUATION_NAMES`; those against count tables only if the codes fit (see `ngram_losses`)."""
     train, val = data.train["tokens"][:COUNTED], data.val["tokens"]
     val = val if data.thorough else val[:PUBLISHED]
     halves = _exact_loss(family, data, val)
@@ -69,7 +69,7 @@ def evaluate_text(family: TextFamily[Any, Any], data: EvaluationData) -> Evaluat
 
 
 def write(family: TextFamily[Any, Any], prompts: Sequence[list[int]], length: int, data: EvaluationData) -> np.ndarray:
-    """What the model writes after prompts of one length, side by side, each by a seed of its own: (n, length)."""
+    """Return continuations (n, length) of n prompts of equal length, each drawn with its own seed."""
     options = SamplingOptions(max_tokens=length)
     samplers = [Sampler(options, seed, prompt, family.data.vocab_size) for seed, prompt in enumerate(prompts)]
     windows, written = [list(prompt) for prompt in prompts], []
@@ -84,14 +84,14 @@ def write(family: TextFamily[Any, Any], prompts: Sequence[list[int]], length: in
 
 
 def ngram_losses(train_tokens: np.ndarray, val_tokens: np.ndarray, n: int, vocab_size: int) -> np.ndarray:
-    """Nats of each of `val_tokens[1:]`, given the tokens before it, by a table of n-gram counts: (len - 1,).
+    """Compute the loss in nats of each of `val_tokens[1:]` by a table of n-gram counts: (len - 1,).
 
     Interpolated Kneser-Ney smoothing with one discount per order: the highest order counts n-grams, the lower ones in
     how many contexts a token was seen, the lowest mixes with the uniform distribution.
 
     Args:
         train_tokens, val_tokens: token ids, (length,) each; val_tokens longer than n.
-        n: tokens looked at, the predicted one included: 1 to 10 at 65 symbols.
+        n: length of the n-grams, with the predicted token: 1 to 10 at 65 symbols.
 
     Raises:
         ValueError: vocab_size ** n does not fit in 63 bits.
@@ -115,7 +115,7 @@ def ngram_losses(train_tokens: np.ndarray, val_tokens: np.ndarray, n: int, vocab
 
 
 def longest_shared(passages: np.ndarray, source: np.ndarray, vocab_size: int) -> int:
-    """The longest run of tokens that stands both in one of the passages, (n, t), and in the source, (length,)."""
+    """Return the length of the longest run of tokens that is in a passage, (n, t), and in the source, (length,)."""
     order = min(math.floor(62 / math.log2(max(vocab_size, 2))), passages.shape[1], len(source))
     while order:
         codes = np.stack([_codes(passage, order, vocab_size) for passage in passages])
@@ -139,7 +139,7 @@ def longest_shared(passages: np.ndarray, source: np.ndarray, vocab_size: int) ->
 
 
 def repetition(passages: np.ndarray, n: int) -> float:
-    """The share of n-grams that stood before in the same passage, (passages, tokens): 0 where there is no repetition.
+    """Return the share of n-grams that are in the same passage before, (passages, tokens): 0 without repetition.
 
     As seq-rep-n of Welleck et al. 2019, https://arxiv.org/abs/1908.04319.
     """
@@ -149,7 +149,7 @@ def repetition(passages: np.ndarray, n: int) -> float:
 
 
 def _exact_loss(family: TextFamily[Any, Any], data: EvaluationData, val: np.ndarray) -> tuple[float, float]:
-    """Nats per token over a text, and over its second half: every token but the first predicted exactly once."""
+    """Return nats per token of a text and of its second half; each token except the first is predicted once."""
     inputs, targets = _windows(val, family.block_size)
     half = len(inputs) // 2
     first = _summed(family, inputs[:half], targets[:half], data)
@@ -159,7 +159,7 @@ def _exact_loss(family: TextFamily[Any, Any], data: EvaluationData, val: np.ndar
 
 
 def _windows(tokens: np.ndarray, block_size: int) -> tuple[Tensor, Tensor]:
-    """Inputs and targets, (n, block_size) both: windows from the start, one after the other, the last one padded."""
+    """Return inputs and targets, (n, block_size) both: adjacent windows from the start, the last one padded."""
     count = (len(tokens) - 2) // block_size + 1
     padded = torch.full((count * block_size + 1,), IGNORED)
     padded[: len(tokens)] = torch.from_numpy(tokens.astype(np.int64))
@@ -171,15 +171,15 @@ def _summed(family: TextFamily[Any, Any], inputs: Tensor, targets: Tensor, data:
     for tokens, wanted in zip(inputs.split(ROWS), targets.split(ROWS), strict=True):
         data.report_progress()
         with torch.no_grad():
-            found = family.eval_step({"tokens": tokens.to(device), "targets": wanted.to(device)})
-        sums = {name: value + sums.get(name, 0) for name, value in found.items()}
+            batch_sums = family.eval_step({"tokens": tokens.to(device), "targets": wanted.to(device)})
+        sums = {name: value + sums.get(name, 0) for name, value in batch_sums.items()}
     return sums
 
 
 def _tables(
     family: TextFamily[Any, Any], data: EvaluationData, train: np.ndarray, val: np.ndarray
 ) -> dict[str, tuple[float, float]]:
-    """The losses of count tables, by name, over all of val and over its second half."""
+    """Return the losses of count tables by name: over all of val, and over its second half."""
     size, tables = family.data.vocab_size, {}
     for n, name in TABLES.items():
         if size**n >= 2**63 or len(val) <= n:
@@ -199,7 +199,10 @@ def _measure(value: float, tables: dict[str, tuple[float, float]], part: int) ->
 
 
 def _counts(tokens: np.ndarray, order: int, n: int, vocab_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """The n-grams of an order, sorted by code, and their counts: how often, or below n after how many other tokens."""
+    """Return the n-grams of an order, sorted by code, and their counts.
+
+    The count of order n is the number of occurrences; of a lower order, the number of different tokens before it.
+    """
     if order == n:
         return np.unique(_codes(tokens, order, vocab_size), return_counts=True)
     longer = np.unique(_codes(tokens, order + 1, vocab_size))
@@ -207,7 +210,7 @@ def _counts(tokens: np.ndarray, order: int, n: int, vocab_size: int) -> tuple[np
 
 
 def _codes(tokens: np.ndarray, order: int, vocab_size: int) -> np.ndarray:
-    """Every n-gram as a number: its tokens are the digits, the last one the lowest."""
+    """Return each n-gram as a number: its tokens are the digits, the last token is the lowest."""
     count = len(tokens) - order + 1
     codes = np.zeros(count, np.int64)
     for place in range(order):
@@ -216,6 +219,6 @@ def _codes(tokens: np.ndarray, order: int, vocab_size: int) -> np.ndarray:
 
 
 def _lookup(keys: np.ndarray, values: np.ndarray, wanted: np.ndarray) -> np.ndarray:
-    """The values of the wanted keys, 0 where there is none; keys are sorted."""
+    """Return the values of the wanted keys, 0 for a missing key; keys are sorted."""
     place = np.minimum(np.searchsorted(keys, wanted), len(keys) - 1)
     return np.where(keys[place] == wanted, values[place], 0)

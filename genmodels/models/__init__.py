@@ -1,4 +1,4 @@
-"""The model families: one file each. A file that is put here is found by its name; there is no other registration."""
+"""The model families: one file each. The name of the file is the name of the family; nothing else is registered."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ from genmodels.schema.field_errors import nearest, show
 
 
 def names() -> list[str]:
-    """All families, by name, without importing them."""
+    """Return the names of all families, without importing them."""
     return sorted(module.name for module in pkgutil.iter_modules(__path__) if not module.name.startswith("_"))
 
 
 def load(name: str) -> type[Family[Any, Any]]:
-    """The family of that name. This imports its file, and torch with it.
+    """Return the family of that name. This imports its file, and torch with it.
 
     Raises:
         SpecError: there is no such family.
@@ -26,16 +26,16 @@ def load(name: str) -> type[Family[Any, Any]]:
     if name not in names():
         raise SpecError(f"model.family: {unknown_family(name)}")
     module = importlib.import_module(f"{__name__}.{name}")
-    found = [item for item in vars(module).values() if _is_family(item) and item.__module__ == module.__name__]
-    if len(found) != 1 or found[0].Config.__module__ != module.__name__:
+    families = [item for item in vars(module).values() if _is_family(item) and item.__module__ == module.__name__]
+    if len(families) != 1 or families[0].Config.__module__ != module.__name__:
         raise TypeError(
-            f"{module.__name__} must define one concrete Family and its Config; it has {len(found)} families"
+            f"{module.__name__} must define one concrete Family and its Config; it has {len(families)} families"
         )
-    return found[0]
+    return families[0]
 
 
 def unknown_family(name: object) -> str:
-    """What to say of a name that no family has."""
+    """Return the message for a name that no family has."""
     return f"got {show(name)}, expected one of {', '.join(names())}{nearest(name, names())}"
 
 

@@ -52,7 +52,7 @@ if TYPE_CHECKING:
     from genmodels.family import Batch, Interpolation
 
 
-EVALUATED = 500  # validation pictures; all where it may take its time
+EVALUATED = 500  # validation images; a thorough evaluation takes all
 EVALUATED_AT_ONCE = 256
 NOISE_LEVELS = {"denoise_psnr": 1.0, "denoise_psnr_half": 0.5, "denoise_psnr_beyond": 1.5}  # times `noise_std`
 
@@ -133,21 +133,21 @@ class Autoencoder(DensityFamily[AutoencoderConfig, AutoencoderRequest]):
         return {f"val_{name}": float(sums[name] / sums["images"]) for name in ("loss", "psnr", "denoise_psnr")}
 
     def evaluate(self, data: EvaluationData) -> EvaluationResult:
-        """Compression beside principal components of the same number, denoising beside the best classical filter.
+        """Compare compression with as many principal components, and denoising with the best classical filter.
 
-        Denoising is measured at `noise_std`, at half of it, and at half as much again, which training never showed.
+        The noise levels of denoising are `noise_std`, half of it, and 1.5 times of it, which training never shows.
         """
         val = data.val["images"]
         shown = evenly_spaced(len(val), len(val) if data.thorough else EVALUATED)
         images = pictures(val[shown])
-        found = self._compression(data, images, shown)
+        metrics = self._compression(data, images, shown)
         if self.config.noise_std > 0:
             for name, factor in NOISE_LEVELS.items():
-                found |= self._denoising(data, images, shown, name, factor * self.config.noise_std)
+                metrics |= self._denoising(data, images, shown, name, factor * self.config.noise_std)
         notes: dict[str, Note] = {"pictures": len(shown), "latent_dim": self.latent_dim}
         if self.config.noise_std > 0:
             notes["noise_std"] = [round(factor * self.config.noise_std, 4) for factor in NOISE_LEVELS.values()]
-        return EvaluationResult(metrics=found, notes=notes)
+        return EvaluationResult(metrics=metrics, notes=notes)
 
     def fit(self, batches: Iterable[Batch], seed: int) -> None:
         latents = first_rows(self.encode(batch["images"]) for batch in batches)
@@ -228,16 +228,16 @@ class Autoencoder(DensityFamily[AutoencoderConfig, AutoencoderRequest]):
         filtered, filter_psnr = best_filter(data, std, shown)
         quality = mean_psnr(denoised, images)
         baselines = {"noisy": mean_psnr(seen, images), "noisy, clamped": mean_psnr(clamped, images)}
-        found = {
+        metrics = {
             name: EvaluationMetric(
                 value=quality, unit="dB", baselines={**baselines, f"best filter: {filtered}": filter_psnr}
             )
         }
         if name == "denoise_psnr":
             similar = {"noisy, clamped": mean_ssim(clamped, images)}
-            found["denoise_ssim"] = EvaluationMetric(value=mean_ssim(denoised, images), baselines=similar)
-            found["denoise_gain"] = EvaluationMetric(value=quality - filter_psnr, unit="dB")
-        return found
+            metrics["denoise_ssim"] = EvaluationMetric(value=mean_ssim(denoised, images), baselines=similar)
+            metrics["denoise_gain"] = EvaluationMetric(value=quality - filter_psnr, unit="dB")
+        return metrics
 
 
 class AutoencoderNetwork(EncoderDecoder):

@@ -152,7 +152,7 @@ class GAN(ImageFamily[GANConfig, GANRequest]):
         return {"val_frechet": frechet_distance(real, sums["fake"]), "val_frechet_floor": floor}
 
     def evaluate(self, data: EvaluationData) -> EvaluationResult:
-        """As `measures.samples` says; drawn as an endpoint draws, every class as often as chance has it."""
+        """Compute the metrics of `genmodels.evals.generative`, on images drawn as an endpoint draws them."""
 
         def draw(n: int) -> tuple[Tensor, Tensor | None]:
             latents = self.sample_latents(n, MEASURE_SEED, self.Request())
@@ -403,7 +403,7 @@ def frozen(network: nn.Module) -> Callable[[tuple[Tensor | None, ...]], Tensor]:
 
 
 def discriminator_loss(real: Tensor, fake: Tensor, loss: Loss) -> Tensor:
-    """Of (n,) logits each. Relativistic: a real image is to look more real than the generated one beside it."""
+    """Compute the loss of real and fake logits (n,). Relativistic: each real image is paired with a generated image."""
     if loss == "relativistic":
         return F.softplus(fake - real).mean()
     return F.softplus(-real).mean() + F.softplus(fake).mean()

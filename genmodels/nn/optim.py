@@ -1,4 +1,4 @@
-"""Optimizers for a module: AdamW, or Muon for its hidden matrices beside AdamW for the rest.
+"""Optimizers of a module: AdamW, or Muon for its hidden matrices and AdamW for the rest.
 
 AdamW: Loshchilov & Hutter 2019, https://arxiv.org/abs/1711.05101
 Muon: Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/
@@ -16,12 +16,12 @@ from genmodels.family import OptimizerConfig
 
 
 def make_optimizers(module: nn.Module, config: OptimizerConfig, outputs: Iterable[nn.Module] = ()) -> list[Optimizer]:
-    """Optimizers that together train every parameter of `module` that requires a gradient, each exactly once.
+    """Return optimizers that together train each parameter of `module` that requires a gradient, exactly once.
 
-    Weight decay pulls on tensors of two or more dimensions (matrices, convolution kernels, embeddings) and on nothing
-    else: biases and the gains of norms have no reason to be near zero. The `lr` of each param group is its peak.
+    Weight decay applies to tensors of two or more dimensions only (matrices, convolution kernels, embeddings): biases
+    and the gains of norms have no reason to be near zero. The `lr` of each param group is its peak.
 
-    With `optimizer: muon`, the weights of hidden Linear layers go to Muon at `muon_learning_rate`; what is left goes to
+    With `optimizer: muon`, the weights of hidden Linear layers go to Muon at `muon_learning_rate`; the rest goes to
     AdamW at `learning_rate`: vectors, embeddings, output layers, and convolution kernels, whose flattening into
     matrices Muon's authors leave open and which AdamW trains well.
 

@@ -1,4 +1,4 @@
-"""How the next token is chosen from a network's logits: the settings of a request, and keyed randomness.
+"""Choose the next token from a network's logits: the settings of a request, and keyed randomness.
 
 Penalty on repetition: Keskar et al. 2019 (CTRL), https://arxiv.org/abs/1909.05858
 Nucleus (top_p): Holtzman et al. 2019, https://arxiv.org/abs/1904.09751
@@ -26,7 +26,7 @@ TokenId = Annotated[int, Field(ge=0)]
 Bias = Annotated[float, Field(ge=-100, le=100)]
 MAX_BIASES = 1024
 
-MAX_INT = 2**31 - 1  # of whole numbers that are compared with tensors
+MAX_INT = 2**31 - 1  # of integers that are compared with tensors
 
 
 class SamplingOptions(Section):
@@ -59,7 +59,7 @@ class SamplingOptions(Section):
     def _ids_are_text_in_json(cls, bias: Any) -> Any:
         if not isinstance(bias, dict):
             return bias
-        if len(bias) > MAX_BIASES:  # else each of them is judged first
+        if len(bias) > MAX_BIASES:  # before the check of each entry
             raise field_error(f"got {len(bias)} entries, expected at most {MAX_BIASES}")
         for key in bias:
             if isinstance(key, str) and not re.fullmatch("0|[1-9][0-9]{0,8}", key):
@@ -68,10 +68,10 @@ class SamplingOptions(Section):
 
 
 class Sampler:
-    """Chooses the tokens of one answer. Its randomness depends on `seed` and a token's number in the answer alone.
+    """Choose the tokens of one answer. The randomness depends on `seed` and a token's number in the answer alone.
 
     Raises:
-        RequestError: `prompt` or `logit_bias` names a token that there is not.
+        RequestError: `prompt` or `logit_bias` names a token that does not exist.
     """
 
     def __init__(self, options: SamplingOptions, seed: int, prompt: Sequence[int], vocab_size: int) -> None:
@@ -91,7 +91,7 @@ class Sampler:
             self._written = torch.zeros(vocab_size, dtype=torch.float64)
 
     def adjust(self, logits: Tensor) -> Tensor:
-        """(vocab_size,) float64, as penalties and biases make them."""
+        """Apply penalties and biases to logits (vocab_size,), float64."""
         options = self.options
         if self._penalises:
             repeated = torch.where(logits > 0, logits / options.repetition_penalty, logits * options.repetition_penalty)
@@ -102,11 +102,11 @@ class Sampler:
 
     @property
     def done(self) -> bool:
-        """Whether the answer has all the tokens that it may have."""
+        """Return True if the answer has `max_tokens` tokens."""
         return self.count >= self.options.max_tokens
 
     def accept(self, token: int) -> None:
-        """The answer goes on with this token."""
+        """Append this token to the answer."""
         self.count += 1
         if self._penalises:
             self._read[token] = True
@@ -117,7 +117,7 @@ def choose(logits: Tensor, samplers: Sequence[Sampler]) -> list[int]:
     """Draw the next token of each of n answers and let its sampler accept it: logits (n, vocab_size).
 
     Raises:
-        RequestError: the numbers of a row are not finite; then no sampler has accepted a token.
+        RequestError: a number of a row is not finite; then no sampler has accepted a token.
     """
     tokens = []
     for token in draw(logits, samplers):
@@ -130,9 +130,9 @@ def choose(logits: Tensor, samplers: Sequence[Sampler]) -> list[int]:
 
 
 def draw(logits: Tensor, samplers: Sequence[Sampler]) -> list[int | Exception]:
-    """Draw the next token of each of n answers, or give the error of a row that has none: logits (n, vocab_size).
+    """Draw the next token of each of n answers, or return the error of a row: logits (n, vocab_size).
 
-    A row's token does not depend on the other rows, and no sampler changes: drawing again gives the same. Every token
+    A row's token does not depend on the other rows. No sampler changes: a second call gives the same tokens. Each token
     is checked here, so that `Sampler.accept` cannot fail.
     """
     adjusted = [_adjusted(row, sampler) for row, sampler in zip(logits.cpu().double(), samplers, strict=True)]
@@ -149,7 +149,7 @@ def draw(logits: Tensor, samplers: Sequence[Sampler]) -> list[int | Exception]:
 
 
 def not_finite() -> RequestError:
-    """Why an answer ends whose numbers have left the range of floats."""
+    """Return the error of an answer whose logits are not finite."""
     message = "the model's numbers are no longer finite for this text; try another prompt or version"
     return RequestError(message, status=500, code="not_finite")
 
@@ -162,12 +162,12 @@ def _adjusted(logits: Tensor, sampler: Sampler) -> Tensor | Exception:
 
 
 def _drawn(rows: Tensor, samplers: Sequence[Sampler]) -> list[int]:
-    """The token of each row (n, vocab_size); any number for a row that is not finite."""
+    """Return the token of each row (n, vocab_size); any number for a row that is not finite."""
     best = rows.argmax(-1).tolist()
     temperature = torch.tensor([[sampler.options.temperature or 1.0] for sampler in samplers], dtype=torch.float64)
     probabilities = ((rows - rows.amax(-1, keepdim=True)) / temperature).softmax(-1)
     probabilities = _dropped(probabilities, [sampler.options for sampler in samplers])
-    # summed up in the order of ids: rounding that swaps two equally probable tokens then hardly moves the sums
+    # add up in the order of ids: then rounding that swaps two equally probable tokens hardly changes the sums
     cumulative = probabilities.cumsum(-1)
     draws = torch.tensor([[uniform(sampler.seed, sampler.count)] for sampler in samplers], dtype=torch.float64)
     drawn = torch.searchsorted(cumulative, draws * cumulative[:, -1:], right=True)[:, 0].tolist()
@@ -178,7 +178,7 @@ def _drawn(rows: Tensor, samplers: Sequence[Sampler]) -> list[int]:
 
 
 def _dropped(probabilities: Tensor, options: Sequence[SamplingOptions]) -> Tensor:
-    """Without the improbable tokens that nobody wants: (n, vocab_size), no longer of sum 1."""
+    """Set the tokens that the options exclude to 0: (n, vocab_size); the sum is then below 1."""
     if all(one.top_k is None and one.top_p == 1 and one.min_p == 0 for one in options):
         return probabilities
     size = probabilities.shape[-1]
@@ -200,6 +200,6 @@ def _check_tokens(param: str, tokens: Collection[int], vocab_size: int) -> None:
 
 
 def uniform(seed: int, index: int) -> float:
-    """A random number in [0, 1) that is a function of its arguments: the same in every process, on every device."""
+    """Return a random number in [0, 1) that depends on the arguments alone, in each process and on each device."""
     digest = hashlib.blake2b(f"{seed}/{index}".encode(), digest_size=6).digest()
     return int.from_bytes(digest, "big") / 2**48  # 48 bits: products with it stay below the other factor

@@ -1,4 +1,4 @@
-"""How texts are judged: count tables by hand, passages copied, repetition, and a model's figures beside them."""
+"""The evaluation of texts: count tables by hand, copied passages, repetition, and the metrics of a model."""
 
 from __future__ import annotations
 

@@ -115,8 +115,8 @@ def test_first_rows_asks_for_no_more_than_it_needs() -> None:
         first_rows([])
 
 
-@pytest.mark.parametrize("way", [lerp, slerp])
-def test_ways_include_both_ends(interpolate) -> None:
+@pytest.mark.parametrize("interpolate", [lerp, slerp])
+def test_interpolations_include_both_ends(interpolate) -> None:
     start, end = torch.tensor([1.0, 2, 3]), torch.tensor([-2.0, 0.5, 1])
     path = interpolate(start, end, 5)
     assert path.shape == (5, 3)

@@ -191,7 +191,7 @@ def test_compile_without_a_compiler_warns_once_and_trains(
 
 
 def test_compiling_is_a_phase_of_its_own(data: Path, folder: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
-    """For minutes nothing else may happen, and nobody is to take that for a hang; also where a run goes on."""
+    """It may take minutes, and must not count as a hang; also in a run that resumes."""
     ticks: list[tuple[str, int]] = []
     report_progress = RunRecorder.report_progress
 

@@ -1,4 +1,4 @@
-"""What is counted and shown, beside what storage says of the same run."""
+"""Metrics of a run equal what storage has of the same run."""
 
 from __future__ import annotations
 
@@ -126,9 +126,7 @@ def test_counting_changes_no_bit_of_training(data: Path, monkeypatch: pytest.Mon
                 if exported:
                     patch.setenv(metrics.DIRECTORY, "read")
                 run_attempt(storage, name, family, 1, Group())
-            assert any(name in labels for labels in series(metrics.TRAINING_FLOPS)) == exported, (
-                "where somebody reads it"
-            )
+            assert any(name in labels for labels in series(metrics.TRAINING_FLOPS)) == exported, "where it is exported"
             ((_, manifest),) = Run(storage, name, family).manifests()
             digests.append({name: file.sha256 for name, file in manifest.files.items()})
         assert digests[-1] == digests[-2]

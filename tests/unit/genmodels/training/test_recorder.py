@@ -1,4 +1,4 @@
-"""What rank 0 writes beside the steps: nothing is lost while the store is away, nothing is written once overtaken."""
+"""The writes of rank 0: nothing is lost while the store is away, nothing is written after a takeover."""
 
 from __future__ import annotations
 
@@ -551,7 +551,7 @@ def test_without_a_gate_the_newest_are_kept(make: Any) -> None:
     assert [ref.step for ref in Run(storage, "job", "vae").checkpoints()] == [3, 4]
 
 
-# ---- beside the steps
+# ---- in threads of their own
 
 
 @pytest.mark.parametrize("family", [name for name in models.names() if models.load(name).kind == "image"])
