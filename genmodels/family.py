@@ -102,7 +102,7 @@ class EvaluationData:
     val: Mapping[str, np.ndarray]
     digest: str  # of the dataset
     thorough: bool  # take minutes: all of val, many samples; False: seconds, as at each publication
-    report_progress: Callable[[], None]  # to be called every few seconds: what does not tick is taken for a hang
+    report_progress: Callable[[], None]  # to be called every few seconds: without a call for long it counts as a hang
     # What depends on the data alone and takes its time (a judge's weights, a count table): kept under a name that says
     # all it depends on, made at most once in a storage. `cached(name, make)` gives the result of `make`.
     cached: Callable[[str, Callable[[], bytes]], bytes]

@@ -67,7 +67,7 @@ def run_attempt(
     """
     spec = Jobs(storage).model_spec(job, model)
     run = Run(storage, job, model)
-    if group.rank == 0:  # from here on the driver no longer beats for this attempt
+    if group.rank == 0:  # from here on the driver writes no heartbeats for this attempt
         run.write_heartbeat(attempt, Heartbeat(phase="starting", max_steps=spec.train.max_steps, progress_count=1))
     dataset = open_dataset(spec.data, storage)
     with checkpoint.scratch_folder() as name:

@@ -42,7 +42,7 @@ from services.train.publish import _publish
 
 log = logging.getLogger("genmodels")
 
-# For one collective. A worker that hangs is found by its ticks, and an outage of the store may last: long.
+# For one collective. Long: a worker that hangs is detected by its heartbeats, and an outage of the store may last.
 COLLECTIVE_SECONDS = 24 * 3600
 
 
@@ -149,14 +149,14 @@ def _left(run: Run) -> Result:
 
 def _teller(run: Run, attempt: int, spec: ModelSpec) -> Callable[[StorageUnavailable], None]:
     """Shows, as far as storage takes it, what publishing waits for."""
-    steps, ticks = spec.train.max_steps, itertools.count(1)
+    steps, count = spec.train.max_steps, itertools.count(1)
 
     def tell(outage: StorageUnavailable) -> None:
-        beat = Heartbeat(
-            phase="publishing", step=steps, max_steps=steps, progress_count=-next(ticks), waiting=outage.reason
+        heartbeat = Heartbeat(
+            phase="publishing", step=steps, max_steps=steps, progress_count=-next(count), waiting=outage.reason
         )
         with contextlib.suppress(StorageError):
-            run.write_heartbeat(attempt, beat)
+            run.write_heartbeat(attempt, heartbeat)
 
     return tell
 

@@ -91,7 +91,7 @@ def test_an_image_family_measures_what_it_says(name: str, shape: tuple[int, int,
     for measure in found.metrics.values():
         assert all(map(math.isfinite, (measure.value, *measure.baselines.values())))
     assert found.notes["pictures"] == 16
-    assert bench.ticks > 0
+    assert bench.reports > 0
     assert family.evaluate(bench.evaluation_data(data)) == found
     assert torch.equal(torch.random.get_rng_state(), before)
     assert set(family.evaluate(bench.evaluation_data(data, thorough=True)).metrics) == set(found.metrics)
@@ -340,7 +340,7 @@ def test_what_its_evaluation_condemns_is_not_published(tiny_spec: ModelSpec) -> 
 
 
 def test_publishing_shows_that_it_gets_on(tiny_spec: ModelSpec, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("services.train.publish.BEAT_SECONDS", 0.0)
+    monkeypatch.setattr("services.train.publish.HEARTBEAT_SECONDS", 0.0)
     run = saved(tiny_spec, steps=1)
     _publish(run, tiny_spec, 1)
     heartbeat = run.heartbeat(1)

@@ -90,7 +90,7 @@ def test_the_first_tick_asks_a_few_things_of_each_run_many_at_once() -> None:
     assert sum(storage.counts.values()) <= 3  # the open jobs, the inbox: nothing of each run
 
 
-def test_commands_left_before_a_dispatcher_starts_are_obeyed() -> None:
+def test_commands_left_before_a_dispatcher_starts_are_applied() -> None:
     storage = CountingStorage()
     service = Service(storage)
     job = service.submit("a", "b")
