@@ -4,7 +4,7 @@
                             /pictures.safetensors  converted once: `images`, and `labels` where there are classes
                             /dataset.json          what it is; written last: from then on it exists
     datasets/<name>/current.json                   which content the name means now
-    datasets/<name>/sweep.json                     lease of whoever deletes the dataset
+    datasets/<name>/gc-lease.json                     lease of whoever deletes the dataset
 
 A content never changes and is named by the sha256 of its file. A spec is pinned to one when it is submitted, so adding
 another under the same name changes no run. Who deletes holds the dataset's lease; who adds waits for it afterwards, and
@@ -41,7 +41,7 @@ from genmodels.storage.lease import Lease
 NAME = r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$"
 IMAGE_SIZE, MIN_SIZE, MAX_SIZE = 32, 8, 256  # side of the squares that pictures become, in pixels
 MAX_STREAM_BYTES = 2**30  # of a file that comes over the network
-SWEEP, SWEEP_SECONDS = "sweep.json", 120.0  # after which one who deletes is taken for dead
+GC_LEASE, GC_SECONDS = "gc-lease.json", 120.0  # after which one who deletes is taken for dead
 
 Kind = Literal["image", "text"]
 UNPACKED = "unpacked"
@@ -140,7 +140,7 @@ def _put(storage: Storage, dataset: StoredDataset, file: Path) -> None:
 
 def gc_lease(storage: Storage, name: str) -> Lease:
     """The lease of whoever deletes a dataset."""
-    return Lease(storage, SWEEP_SECONDS, f"datasets/{name}/{SWEEP}")
+    return Lease(storage, GC_SECONDS, f"datasets/{name}/{GC_LEASE}")
 
 
 def sizes(storage: Storage, name: str) -> dict[str, int]:
@@ -155,7 +155,7 @@ def sizes(storage: Storage, name: str) -> dict[str, int]:
     found = storage.sizes(f"datasets/{name}/")
     order = {"current.json": 0, "dataset.json": 1}
     keys = sorted(found, key=lambda key: (order.get(key.rpartition("/")[2], 2), key))
-    return {key: found[key] for key in keys if not key.endswith(f"/{SWEEP}")}
+    return {key: found[key] for key in keys if not key.endswith(f"/{GC_LEASE}")}
 
 
 def contents(storage: Storage, name: str) -> list[StoredDataset]:

@@ -39,7 +39,7 @@ DOCUMENTS: tuple[tuple[str, type[Document]], ...] = (
     (rf"open/{_JOB}", Entry),
     (rf"ended/\d{{13}}-{_JOB}", EndedEntry),
     (r"idempotency/[0-9a-f]{64}\.json", Submission),
-    (rf"dispatcher/lease\.json|models/{_LABEL}/sweep\.json", LeaseDocument),
+    (rf"dispatcher/lease\.json|(models|datasets)/{_LABEL}/gc-lease\.json", LeaseDocument),
     (r"dispatcher/queue\.json", Queue),
     (rf"runs/{JOB_ID}/{_LABEL}/status\.json", Status),
     (rf"runs/{JOB_ID}/{_LABEL}/commands/\d{{8}}\.json", Command),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable
 
-from genmodels.metrics import MEASURE
+from genmodels.metrics import VERSION_EVALUATION
 from genmodels.registry.evaluations import newest
 from genmodels.registry.references import ResolvedModel
 from genmodels.registry.store import Registry
@@ -34,4 +34,4 @@ class Measured:
             evaluation = newest(self._registry, found.model, found.version)
             self._looked[found.name] = now
             for name, measure in evaluation.measures.items() if evaluation else ():
-                MEASURE.labels(found.model, found.family, str(found.version), name).set(measure.value)
+                VERSION_EVALUATION.labels(found.model, found.family, str(found.version), name).set(measure.value)

@@ -320,7 +320,7 @@ def _snapshot(
         step=step,
         samples=samples,
         metrics=metrics,
-        served=_copy(served.network.state_dict()),
+        serving_weights=_copy(served.network.state_dict()),
         roles={player.name: _copy(player.loss.state_dict()) for player in players},
         optimizers={player.name: [optimizer_tensors(o.state_dict()) for o in player.optimizers] for player in players},
     )

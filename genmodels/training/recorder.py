@@ -219,7 +219,7 @@ class RunRecorder:
         with checkpoint.scratch_folder() as name:
             folder = Path(name)
             checkpoint.write_files(folder, self.scratch, snapshot)
-            self.scratch.network.load_state_dict(snapshot.served)
+            self.scratch.network.load_state_dict(snapshot.serving_weights)
             self.scratch.fit(self.fit_batches(), self.spec.train.seed)
             checkpoint.write_assets(folder, self.scratch.assets() | self.assets)
             manifest = Manifest(

@@ -20,7 +20,7 @@ from genmodels.errors import StorageError
 from genmodels.metrics import (
     ATTEMPTS,
     DAMAGED,
-    FIGURES_AGE,
+    JOB_METRICS_AGE,
     OPEN_RUNS,
     PROMOTED,
     QUEUE_LENGTH,
@@ -96,7 +96,7 @@ class JobMetrics:
         yield _told(OPEN_RUNS, {state: last.states[state] for state in (*get_args(State), "damaged")})
         yield _told(QUEUE_LENGTH, {"": len(last.waiting)})
         yield _told(QUEUE_OLDEST, {"": max(map(_age, last.waiting), default=0.0)})
-        yield _told(FIGURES_AGE, {"": time.monotonic() - last.began})
+        yield _told(JOB_METRICS_AGE, {"": time.monotonic() - last.began})
 
     def _refresh(self) -> None:
         """Have storage read where what is known is old. Slow storage is read for a fifth of the time at most."""

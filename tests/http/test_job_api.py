@@ -282,7 +282,7 @@ def test_the_estimated_size_of_a_checkpoint_is_right(
         step=1,
         samples=1,
         metrics={},
-        served={name: tensor.contiguous() for name, tensor in built.network.state_dict().items()},
+        serving_weights={name: tensor.contiguous() for name, tensor in built.network.state_dict().items()},
         roles={role.name: dict(role.loss.state_dict()) for role in roles},
         optimizers={role.name: [optimizer_tensors(one.state_dict()) for one in role.optimizers] for role in roles},
     )

@@ -379,7 +379,7 @@ def test_a_new_replica_serves_the_others_and_tells_of_the_damaged(
     template: tuple[Path, dict[str, str], Any], world: World, kind: str, how: str
 ) -> None:
     _, names, _ = template
-    key = {**names, "LeaseDocument": "models/bad/sweep.json"}[kind]
+    key = {**names, "LeaseDocument": "models/bad/gc-lease.json"}[kind]
     sound = world.storage.get(key)[0]
     world.storage.put(key, {**SURE, **MAYBE}[how](sound))
     host = ModelHost(world.storage.url)
@@ -476,7 +476,7 @@ def test_nothing_is_deleted_that_a_damaged_object_may_name(
     from genmodels.registry import gc
 
     _, names, _ = template
-    world.storage.delete("models/bad/sweep.json")
+    world.storage.delete("models/bad/gc-lease.json")
     world.storage.put(names[kind], b"?")
     with pytest.raises(GenmodelsError):
         gc.delete_version(Registry(world.storage), "bad", 1)

@@ -131,7 +131,7 @@ def test_prefixes() -> None:
     [
         ("Ci key", ("submit",), (), "name: got 'Ci key'"),
         ("", ("submit",), (), "name: got ''"),
-        ("ci", (), (), "scope: got 'none', expected some of generate, submit, admin"),
+        ("ci", (), (), "scope: got 'none', expected one or more of generate, submit, admin"),
         ("ci", ("submit", "root"), (), "scope: got 'root'"),
         ("ci", ("submit",), ("",), "prefix: got ''"),
         ("ci", ("submit",), ("../x",), "prefix: got '../x'"),

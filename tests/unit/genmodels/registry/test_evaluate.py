@@ -22,7 +22,7 @@ from genmodels.data import open_dataset
 from genmodels.data.images import ImageData
 from genmodels.errors import DataError, ModelNotFound, SpecError
 from genmodels.family import Family, Findings, Measure, OptimizerConfig
-from genmodels.metrics import MEASURE
+from genmodels.metrics import VERSION_EVALUATION
 from genmodels.models.autoencoder import Autoencoder, AutoencoderConfig
 from genmodels.models.gan import GAN, GANConfig
 from genmodels.models.vae import VAE, VAEConfig
@@ -445,7 +445,7 @@ def test_the_endpoint_shows_the_newest_evaluation(file_storage: Storage) -> None
         "odd": {"value": None, "unit": "", "beside": {}},
     }
     assert (shown["id"], shown["thorough"], shown["notes"]) == ("publication", False, {"draws": 64})
-    assert MEASURE.labels("shapes", "vae", "1", "nll")._value.get() == 98.5
+    assert VERSION_EVALUATION.labels("shapes", "vae", "1", "nll")._value.get() == 98.5
     evaluations.record(store, version, Findings(measures={"nll": Measure(value=97)}), thorough=True, seconds=1)
     assert ask(app, "GET", "/v1/models/shapes@1").json()["evaluation"]["measures"]["nll"]["value"] == 97
 

@@ -165,7 +165,7 @@ def test_what_overtaken_attempts_wrote_goes() -> None:
     assert collect(run.storage) == [
         ("attempt-1/checkpoints/step-00000003/", USELESS),
         ("attempt-1/checkpoints/step-00000006/", USELESS),
-        ("attempt-1/checkpoints/step-00000009/", "written by an attempt that was overtaken"),
+        ("attempt-1/checkpoints/step-00000009/", "written by an attempt after a newer attempt had started"),
     ]
     assert run.checkpoints() == [CheckpointRef(attempt=2, step=9)]
 

@@ -181,7 +181,7 @@ def test_a_text_is_read_with_the_tokenizer_of_the_model_it_continues(
         ("vae@canary", r"models\[0\].train.init_from: model 'vae' has no alias 'canary'"),
         (
             "gone",
-            r"models\[0\].train.init_from: no model 'gone'; `genmodels models` or GET /v1/models lists what there is",
+            r"models\[0\].train.init_from: no model 'gone'; `genmodels models` or GET /v1/models lists all models",
         ),
         ("vae@nobody:step-3", r"vae@nobody:step-3: no such checkpoint; steps of vae in job nobody with one: none yet"),
         ("vae@{job}:step-4", r"no such checkpoint; steps of vae in job source-\w+ with one: 3, 6"),

@@ -123,8 +123,8 @@ class Dying(Wrapped):
 @pytest.fixture
 def short_leases(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leases of the dead end at once."""
-    monkeypatch.setattr("genmodels.registry.store.SWEEP_SECONDS", 0.0)
-    monkeypatch.setattr(uploads, "SWEEP_SECONDS", 0.0)
+    monkeypatch.setattr("genmodels.registry.store.GC_SECONDS", 0.0)
+    monkeypatch.setattr(uploads, "GC_SECONDS", 0.0)
 
 
 @pytest.fixture
@@ -168,7 +168,7 @@ def others(storage: MemoryStorage, what: str) -> dict[str, bytes]:
 def traces(storage: MemoryStorage, what: str) -> list[str]:
     """Objects that are left of it, but for leases and the numbers that are not given again."""
     found = [key for key in storage.objects if f"/{what}/" in key]
-    return [key for key in found if "/deleted/" not in key and not key.endswith(("sweep.json", "status.json"))]
+    return [key for key in found if "/deleted/" not in key and not key.endswith(("gc-lease.json", "status.json"))]
 
 
 # ---- models
@@ -192,7 +192,7 @@ def test_a_model_is_removed_whole_and_no_other_is_touched(base: MemoryStorage, w
     for name in ("first", "first@staging", "first@1", "first@2", "first@latest"):
         with pytest.raises(ModelNotFound):
             registry.resolve(name)
-    with pytest.raises(ModelNotFound, match=r"no model 'first'|only what its runs left: own-00000000"):
+    with pytest.raises(ModelNotFound, match=r"no model 'first'|only the files of its runs in jobs own-00000000"):
         delete_model(storage, "first")
     if not with_runs:
         delete_model(storage, "first", with_runs=True)
@@ -203,7 +203,7 @@ def test_the_storage_of_a_folder_and_of_s3_alike(storage: Storage) -> None:
     own_job(storage, "first")
     evaluated(storage, publish(storage, "first", "vae"))
     delete_model(storage, "first", with_runs=True)
-    assert storage.list("models/first/") == ["models/first/deleted/00000001", "models/first/sweep.json"]
+    assert storage.list("models/first/") == ["models/first/deleted/00000001", "models/first/gc-lease.json"]
     assert storage.list("runs/") == [f"runs/{OWN}/first/status.json"]
 
 
@@ -411,7 +411,7 @@ def test_a_dataset_is_removed_whole_and_says_what_was_trained_on_it(storage: Sto
     assert len(contents.contents) == 2
     assert first.sha256 in contents.contents
     assert contents.bytes > 2 * len(LINES)
-    assert storage.list("datasets/photos/") == ["datasets/photos/sweep.json"]
+    assert storage.list("datasets/photos/") == ["datasets/photos/gc-lease.json"]
     assert storage.list("measures/") == ["measures/ngrams-3-ffffffffffffffff"]
     assert list((cache_folder() / "datasets").glob("[0-9a-f]*")) == []
     assert [dataset.name for dataset in uploads.catalog(storage)] == ["others"]

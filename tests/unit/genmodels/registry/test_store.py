@@ -289,23 +289,23 @@ def test_what_names_mean() -> None:
 @pytest.mark.parametrize(
     ("name", "said"),
     [
-        ("other", "no model 'other'; `genmodels models` or GET /v1/models lists what there is"),
-        ("other@3", "no model 'other'; `genmodels models` or GET /v1/models lists what there is"),
-        ("other@latest", "no model 'other'; `genmodels models` or GET /v1/models lists what there is"),
-        ("mode", "no model 'mode'; `genmodels models` or GET /v1/models lists what there is"),
+        ("other", "no model 'other'; `genmodels models` or GET /v1/models lists all models"),
+        ("other@3", "no model 'other'; `genmodels models` or GET /v1/models lists all models"),
+        ("other@latest", "no model 'other'; `genmodels models` or GET /v1/models lists all models"),
+        ("mode", "no model 'mode'; `genmodels models` or GET /v1/models lists all models"),
         ("second", "model 'second' has no alias 'production'; aliases: none; versions: 1"),
         ("model@canary", "model 'model' has no alias 'canary'; aliases: production; versions: 1, 2"),
         ("model@3", "model 'model' has no version 3; aliases: production; versions: 1, 2"),
         ("model@0", "model 'model' has no version 0; aliases: production; versions: 1, 2"),
-        ("", "no model '': names are lower-case letters, digits and dashes"),
-        ("../model", r"no model '../model': names are lower-case letters, digits and dashes"),
-        ("Model", "no model 'Model': names are lower-case letters, digits and dashes"),
-        ("model\n", r"no model 'model\n': names are lower-case letters, digits and dashes"),
-        ("model@", "'model@': after @ comes an alias, a version number, or `latest`"),
-        ("model@a@b", "'model@a@b': after @ comes an alias, a version number, or `latest`"),
-        ("model@../x", "'model@../x': after @ comes an alias, a version number, or `latest`"),
-        ("model@1.5", "'model@1.5': after @ comes an alias, a version number, or `latest`"),
-        ("model@\u0663", "'model@\u0663': after @ comes an alias, a version number, or `latest`"),
+        ("", "no model '': a name has lower-case letters, digits and dashes"),
+        ("../model", r"no model '../model': a name has lower-case letters, digits and dashes"),
+        ("Model", "no model 'Model': a name has lower-case letters, digits and dashes"),
+        ("model\n", r"no model 'model\n': a name has lower-case letters, digits and dashes"),
+        ("model@", "'model@': write an alias, a version number, or `latest` after @"),
+        ("model@a@b", "'model@a@b': write an alias, a version number, or `latest` after @"),
+        ("model@../x", "'model@../x': write an alias, a version number, or `latest` after @"),
+        ("model@1.5", "'model@1.5': write an alias, a version number, or `latest` after @"),
+        ("model@\u0663", "'model@\u0663': write an alias, a version number, or `latest` after @"),
     ],
 )
 def test_names_that_mean_nothing_say_what_there_is(name: str, said: str) -> None:
@@ -322,7 +322,7 @@ def test_names_that_mean_nothing_say_what_there_is(name: str, said: str) -> None
 def test_an_empty_registry_says_so() -> None:
     store = Registry(MemoryStorage())
     assert (store.models(), store.versions("m"), store.aliases("m")) == ([], [], {})
-    with pytest.raises(ModelNotFound, match="no model 'm'; `genmodels models` or GET /v1/models lists what there is"):
+    with pytest.raises(ModelNotFound, match="no model 'm'; `genmodels models` or GET /v1/models lists all models"):
         store.resolve("m")
 
 

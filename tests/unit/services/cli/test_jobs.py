@@ -528,7 +528,7 @@ def test_what_is_deleted_is_looked_at_first(command: Command, store: Storage, wh
         assert (code, err.count("\n")) == (1, 1), err
         assert "no terminal" not in err
     code, _, err = command("data", "delete", "nope", *where)
-    assert (code, err) == (1, "error: no dataset 'nope'; `genmodels data list` lists what there is\n")
+    assert (code, err) == (1, "error: no dataset 'nope'; `genmodels data list` lists all datasets\n")
     assert command("delete", "vae@live", "--yes", *where)[0] == 2
 
 
@@ -594,7 +594,7 @@ def test_a_dataset_is_replaced_and_deleted_only_when_that_is_meant(
     code, out, _ = command("data", "delete", "novel", "--yes", *where)
     assert code == 0
     assert out.startswith("dataset novel is deleted. Nothing was trained on it.\n")
-    assert store.list("datasets/novel/") == ["datasets/novel/sweep.json"]
+    assert store.list("datasets/novel/") == ["datasets/novel/gc-lease.json"]
     assert "novel" not in command("data", "list", *where)[1]
 
 

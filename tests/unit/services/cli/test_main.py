@@ -73,7 +73,7 @@ def test_models_and_promote(tmp_path: Path) -> None:
         (
             ["promote", "nothing@1"],
             1,
-            "error: no model 'nothing'; `genmodels models` or GET /v1/models lists what there is\n",
+            "error: no model 'nothing'; `genmodels models` or GET /v1/models lists all models\n",
         ),
         (["models", "--storage", "ftp://x"], 1, "error: storage URL 'ftp://x': must be file:///"),
         (["run", "nowhere.yaml"], 2, "error: nowhere.yaml: no such file; write the path of a job spec"),
