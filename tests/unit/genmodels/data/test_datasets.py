@@ -148,11 +148,11 @@ def test_a_text_file_of_ones_own_just_works(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"too short", "9 characters, too little to learn from: bring 2,000 or more"),
+        (b"too short", "9 characters, too few to train on; add text, at least 2,000 are needed"),
         (b"", "0 characters"),
         (
             b"caf\xe9 " * 1000,
-            "not UTF-8 text: byte 3 is 0xe9. Save it as UTF-8, for example, of a western European text: iconv",
+            "not UTF-8 text: byte 3 is 0xe9. Save it as UTF-8; for western European text: iconv",
         ),
         (b"\0" * 3000, "NUL bytes"),
     ],
@@ -175,7 +175,7 @@ def test_paths_that_are_not_there_or_not_files(tmp_path: Path, monkeypatch: pyte
         open_dataset(DataConfig(path=str(tmp_path / "pipe")))
     monkeypatch.setattr("genmodels.data.text.MAX_BYTES", 100)
     (tmp_path / "large.txt").write_text("a" * 101)
-    with pytest.raises(DataError, match="has 101 bytes, at most 100"):
+    with pytest.raises(DataError, match="has 101 bytes, the limit is 100"):
         open_dataset(DataConfig(path=str(tmp_path / "large.txt")))
 
 
@@ -234,7 +234,7 @@ def test_a_folder_of_pictures_just_works(tmp_path: Path) -> None:
     assert len(np.unique(together, axis=0)) == 43  # no picture in both
     assert data.notes == [
         "photos: 43 pictures as RGB 32 x 32, 42 of them scaled and centre-cropped",
-        "smaller than that and enlarged: 12; a lower data.image_size keeps them sharp",
+        "12 smaller than that, enlarged; a lower data.image_size keeps them sharp",
         "2 classes, one for each folder: cats, dogs",
         "3 skipped: 1 .txt, 1 hidden, 1 link",
     ]
@@ -281,10 +281,10 @@ def test_rotation_sixteen_bits_and_transparency(tmp_path: Path) -> None:
 
 def test_unreadable_too_few_and_no_pictures_are_named(tmp_path: Path) -> None:
     config = DataConfig(path=str(tmp_path))
-    with pytest.raises(DataError, match="holds no pictures"):
+    with pytest.raises(DataError, match="has no pictures"):
         open_dataset(config)
     picture(tmp_path / "one.png", (8, 8), 0)
-    with pytest.raises(DataError, match="holds too few pictures to learn from: 1, bring 32 or more"):
+    with pytest.raises(DataError, match="has too few pictures to train on: 1; add pictures, at least 32 are needed"):
         open_dataset(config)
     for number in range(40):
         picture(tmp_path / f"{number}.jpg", (64, 64), number)
@@ -487,7 +487,9 @@ def test_another_edition_of_a_package_is_named(tmp_path: Path, monkeypatch: pyte
 
 def test_a_package_that_is_not_installed_is_named() -> None:
     missing = dataclasses.replace(source(), url=None, package="no-such-package==1.0")
-    with pytest.raises(DataError, match="comes with the package no-such-package, not installed here: pip install no-s"):
+    with pytest.raises(
+        DataError, match="comes with the package no-such-package, which is not installed: pip install no-s"
+    ):
         read(missing)
 
 
@@ -543,7 +545,7 @@ def test_a_file_is_downloaded_once_even_by_four_at_the_same_time(tmp_path: Path,
     [
         (200, gzip.compress(b"another file"), "is not the file it should be"),
         (200, gzip.compress(CONTENT)[:-30], "cannot be read"),
-        (200, b"x" * (2**20 + 100_000), "has more than the 4,300 bytes it should have"),
+        (200, b"x" * (2**20 + 100_000), "has more than the expected 4,300 bytes"),
         (404, b"", "404 Not Found"),
     ],
     ids=["another", "cut", "large", "missing"],

@@ -79,7 +79,7 @@ def test_where_it_cannot_be_told_none_is_invented(tmp_path: Path, encoding: str)
         (b"\x89PNG\r\n\x1a\n" + bytes(2000), "is one picture; name a folder of pictures"),
         (bytes(range(256)) * 20, "is not a text file: it has NUL bytes"),
         (LATIN.encode() + b"\0", "is not a text file: it has NUL bytes"),
-        (b"", "has 0 characters, too little to learn from"),
+        (b"", "has 0 characters, too few to train on"),
         (b"\0", "is not a text file: it has NUL bytes"),
     ],
 )

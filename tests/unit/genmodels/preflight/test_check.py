@@ -78,9 +78,11 @@ def test_small_data_gets_a_batch_that_fits_with_a_note(folder: Path, open_data: 
     assert [model.train.batch_size for model in checked.job.models] == [8, 32]
     assert checked.notes["photos"] == [
         "photos: 58 pictures as RGB 32 x 32, 58 of them scaled and centre-cropped",
-        "train.batch_size is 32, not 64, for there are 53 training examples",
+        "train.batch_size is 32 instead of 64, because there are only 53 training examples",
     ]
-    assert checked.notes["novel"][1] == "train.batch_size is 8, not 64, for there are 15 training examples"
+    assert (
+        checked.notes["novel"][1] == "train.batch_size is 8 instead of 64, because there are only 15 training examples"
+    )
     assert checked.facts["photos"].validation == 5
 
 
@@ -95,7 +97,7 @@ def test_the_same_file_is_the_same_job_and_is_chosen_only_once(folder: Path) -> 
 def test_a_batch_that_was_given_and_is_too_large_is_an_error(folder: Path) -> None:
     (said,) = problems(job(folder, photos(train={"batch_size": 64})))
     assert said == (
-        "models[0].train.batch_size: got 64, expected at most the 53 training examples there are; "
+        "models[0].train.batch_size: got 64, expected at most the number of training examples, 53; "
         "write 53 or less, or leave it out"
     )
 
@@ -167,8 +169,8 @@ def test_all_that_is_wrong_is_told_at_once(folder: Path) -> None:
         "models[2].data",
         "models[3].scaling.num_workers",
     ]
-    assert "vae learns from images, this dataset has texts" in said[2]
-    assert "8 workers need as many validation examples, there are 5" in said[3]
+    assert "vae learns from images, but this dataset has texts" in said[2]
+    assert "8 workers need at least 8 validation examples, but there are only 5" in said[3]
     assert check_job(wrong, MemoryStorage(), only=["e"]).job.models[4].train.batch_size == 32
 
 
@@ -256,8 +258,8 @@ def test_what_is_chosen_and_expected_is_told_with_the_job(file_storage: Storage,
     document["models"][0]["data"] = {"dataset": "photos"}
     document["models"][1]["scaling"] = {"use_gpu": True}
     response = service.post(document)
-    batch = "a: train.batch_size is 32, not 64, for there are 53 training examples"
-    device = "b: needs 1 GPU for its workers, there are 0: it waits until there are more"
+    batch = "a: train.batch_size is 32 instead of 64, because there are only 53 training examples"
+    device = "b: needs 1 GPU for its workers, but the cluster has 0: it waits for more"
     assert response.json()["notes"] == [batch, device]
     job = response.json()["job"]
     assert service.jobs.spec(job).models[0].train.batch_size == 32
@@ -268,7 +270,7 @@ def test_what_is_chosen_and_expected_is_told_with_the_job(file_storage: Storage,
     document["models"][0]["train"] = {"batch_size": 64}
     error = refused(service.post(document), 400)
     assert error["message"].endswith(
-        "expected at most the 53 training examples there are; write 53 or less, or leave it out"
+        "expected at most the number of training examples, 53; write 53 or less, or leave it out"
     )
 
 

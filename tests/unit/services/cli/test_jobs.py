@@ -583,7 +583,7 @@ def test_a_dataset_is_replaced_and_deleted_only_when_that_is_meant(
     assert command("data", "add", "novel", "novel.txt", *where)[0] == 0  # the same again
     code, _, err = command("data", "add", "novel", "other.txt", *where)
     assert code == 2
-    assert re.match(r"error: dataset 'novel' is there with another content: 6,400 characters.* Replace it\? ", err)
+    assert re.match(r"error: dataset 'novel' exists with another content: 6,400 characters.* Replace it\? ", err)
     assert err.endswith("There is no terminal to ask on: add --replace\n")
     monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
     for answer, code, size in ((False, 1, "6,400"), (True, 0, "3,400")):
