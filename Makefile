@@ -12,7 +12,7 @@ RESULTS ?= quickstart autoencoder denoising vae gan minigpt study study-improved
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check install --progress-bar on -c constraints.txt
 
-.PHONY: setup setup-dev demo test test-long test-k8s results bench-serving lint format docs \
+.PHONY: setup setup-dev demo check test test-long test-k8s results bench-serving lint format docs \
         secrets image sbom test-compose clean
 
 setup: $(VENV)/.ready
@@ -43,7 +43,11 @@ demo: setup
 	$(BIN)/genmodels run jobs/quickstart.yaml --no-auth $(ARGS)
 
 # Two lanes: with two threads each, threads wait for one another more than they compute.
-test test-long: export OMP_NUM_THREADS := 1
+check test test-long: export OMP_NUM_THREADS := 1
+
+# Before each commit: what needs no Ray, S3 server or browser, within 3 minutes.
+check: setup-dev lint
+	$(BIN)/python -m pytest tests/unit -m "not (long or ray or s3 or browser)" -n 2 --dist loadfile
 
 test: setup-dev lint
 	$(BIN)/python -m pytest -m "not long" -n 2 --dist loadfile --no-loadscope-reorder
@@ -96,7 +100,7 @@ sbom:
 	@sh docker/sbom.sh genmodels:$(ACCELERATOR)
 
 test-compose: setup
-	$(BIN)/python tests/compose/prove.py
+	$(BIN)/python -m tests.compose.prove
 
 clean:
 	rm -rf $(VENV) .genmodels .compose-test samples

@@ -83,7 +83,7 @@ def spec_fields() -> str:
 
 
 def family_tables() -> str:
-    """Return the settings, metrics, evaluation measures, verbs and request options of each family."""
+    """Return the settings, metrics, evaluation metrics, verbs and request options of each family."""
     return "\n\n".join(_family(name) for name in models.names())
 
 
@@ -137,7 +137,7 @@ def _family(name: str) -> str:
     facts = [
         ("learns from", f"{family.kind}s"),
         ("metrics in training", _names(family.metric_names)),
-        ("measures of the evaluation", _names(family.evaluation_names)),
+        ("metrics of the evaluation", _names(family.evaluation_names)),
         ("verbs (default settings)", _names(sorted(model.verbs))),
     ]
     parts = [

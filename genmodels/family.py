@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from torch.optim import Optimizer
 
 Batch: TypeAlias = Mapping[str, "Tensor"]
-Way = Literal["linear", "spherical"]
+Interpolation = Literal["linear", "spherical"]
 
 
 class ImageInfo(Section):
@@ -91,7 +91,7 @@ class Role:
 
 
 @dataclass(frozen=True)
-class Material:
+class EvaluationData:
     """What a trained model is evaluated with.
 
     `train` and `val` are the whole of each split as it is stored: of pictures `images`, uint8 (n, C, H, W), and
@@ -104,29 +104,29 @@ class Material:
     thorough: bool  # take minutes: all of val, many samples; False: seconds, as at each publication
     report_progress: Callable[[], None]  # to be called every few seconds: what does not tick is taken for a hang
     # What depends on the data alone and takes its time (a judge's weights, a count table): kept under a name that says
-    # all it depends on, made at most once in a storage. `keep(name, make)` gives what `make` gave.
-    keep: Callable[[str, Callable[[], bytes]], bytes]
+    # all it depends on, made at most once in a storage. `cached(name, make)` gives the result of `make`.
+    cached: Callable[[str, Callable[[], bytes]], bytes]
 
 
-class Measure(BaseModel):
+class EvaluationMetric(BaseModel):
     """A figure, and the same figure of what it is to be compared with."""
 
     model_config = ConfigDict(frozen=True)
 
     value: float
     unit: str = ""  # nats, dB; nothing for shares, ratios and counts
-    beside: dict[str, float] = Field(default_factory=dict)  # by what it is of: {"PCA, 32 components": 19.2}
+    baselines: dict[str, float] = Field(default_factory=dict)  # by what it is of: {"PCA, 32 components": 19.2}
 
 
 Note = str | int | float | list[float] | list[str]
 
 
-class Findings(BaseModel):
+class EvaluationResult(BaseModel):
     """What an evaluation found."""
 
     model_config = ConfigDict(frozen=True)
 
-    measures: dict[str, Measure] = Field(default_factory=dict)  # of `evaluation_names`, those that apply
+    metrics: dict[str, EvaluationMetric] = Field(default_factory=dict)  # of `evaluation_names`, those that apply
     notes: dict[str, Note] = Field(default_factory=dict)  # without which they mean nothing: how many, which judge
 
 
@@ -141,7 +141,7 @@ class Family(ABC, Generic[ConfigT, RequestT]):
     Request: ClassVar[type[Section]]  # options of a generation request that only this family knows
     metric_names: ClassVar[tuple[str, ...]]  # what `metrics` returns; a gate may name any of them
     evaluation_names: ClassVar[tuple[str, ...]] = ()  # what `evaluate` may find; a gate may name any of these as well
-    followed: ClassVar[tuple[str, ...]] = ()  # columns of training's rows whose course an evaluation shows
+    tracked_metrics: ClassVar[tuple[str, ...]] = ()  # columns of training's rows whose course an evaluation shows
     kind: ClassVar[str]  # "image" or "text": which datasets it learns from
     repeated: ClassVar[str | None] = (
         None  # field of Config with a number of equal blocks: see `genmodels.preflight.parameters`
@@ -186,20 +186,20 @@ class Family(ABC, Generic[ConfigT, RequestT]):
         """The players, in the order they take their step. Called once, after the networks are on their device."""
 
     @abstractmethod
-    def measure(self, batch: Batch) -> dict[str, Tensor]:
+    def eval_step(self, batch: Batch) -> dict[str, Tensor]:
         """Sums over one validation batch, float64, of any fixed shape: the loop adds them over batches and ranks."""
 
     @abstractmethod
-    def metrics(self, sums: Mapping[str, Tensor]) -> dict[str, float]:
+    def eval_metrics(self, sums: Mapping[str, Tensor]) -> dict[str, float]:
         """The `val_*` figures from the sums over the whole validation set; exactly those in `metric_names`."""
 
-    def evaluate(self, material: Material) -> Findings:
+    def evaluate(self, data: EvaluationData) -> EvaluationResult:
         """Measure the trained model as its researchers would: before it is published, and whenever somebody asks.
 
         Too costly for every evaluation in training; deterministic on one machine. Names stand in `evaluation_names`
         and do not begin with `val_`, which is for `metrics`. Default: nothing.
         """
-        return Findings()
+        return EvaluationResult()
 
     def fit(self, batches: Iterable[Batch], seed: int) -> None:
         """Fit what serving needs beside the weights (a density over latents) on training batches. Default: nothing."""
@@ -249,7 +249,7 @@ class ImageFamily(Family[ConfigT, RequestT]):
         raise NotImplementedError
 
     @abstractmethod
-    def interpolate(self, start: Tensor, end: Tensor, steps: int, method: Way | None = None) -> Tensor:
+    def interpolate(self, start: Tensor, end: Tensor, steps: int, method: Interpolation | None = None) -> Tensor:
         """The way from `start` to `end`, (latent_dim,) both: (steps, latent_dim).
 
         Args:
@@ -281,7 +281,7 @@ class ImageFamily(Family[ConfigT, RequestT]):
         return outputs
 
 
-def keep_half(window: list[int], block_size: int) -> list[int]:
+def slide_window(window: list[int], block_size: int) -> list[int]:
     """What is still seen of a text: all that fits, else its last half block, which begins again at position 0.
 
     One rule for all kinds of positions, whose cost is one prefill for each half block of text.
@@ -326,7 +326,7 @@ class TextFamily(Family[ConfigT, RequestT]):
         """The continuation of a prompt (at least one token), token by token; depends on the arguments alone.
 
         The plain reference, one sequence at a time with nothing kept, that the engine's answers are equal to. Beyond
-        block_size it goes on as `keep_half` says.
+        block_size it goes on as `slide_window` says.
         """
 
     @abstractmethod

@@ -60,9 +60,20 @@ _OTHERS = (
     rf"runs/{JOB_ID}/{_LABEL}/attempt-\d+/(metrics|logs/[^/]+)/{PART}",
     rf"dispatcher/notifications/{JOB_ID}/{_LABEL}/[0-9a-f]+",
     rf"datasets/{_LABEL}/[0-9a-f]{{64}}/[^/]+",
-    r"measures/.+",
+    r"evaluation-cache/.+",
 )
-FOLDERS = ("keys", "jobs", "open", "ended", "idempotency", "dispatcher", "runs", "models", "datasets", "measures")
+FOLDERS = (
+    "keys",
+    "jobs",
+    "open",
+    "ended",
+    "idempotency",
+    "dispatcher",
+    "runs",
+    "models",
+    "datasets",
+    "evaluation-cache",
+)
 
 
 @dataclass(frozen=True)

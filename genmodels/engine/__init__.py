@@ -1,1 +1,1 @@
-"""Loaded versions that answer requests: `loaded` holds one, `text` and `images` ask it. No HTTP, no processes."""
+"""Loaded models and their requests: `loader` and `model_cache`, `text` and `image`. No HTTP, no processes."""

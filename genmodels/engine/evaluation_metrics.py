@@ -1,37 +1,37 @@
-"""What evaluations found of what is served, as metrics."""
+"""Export the newest evaluations of the served versions as metrics."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Iterable
 
-from genmodels.metrics import VERSION_EVALUATION
+from genmodels.metrics import EVALUATION_METRIC
 from genmodels.registry.evaluations import newest
 from genmodels.registry.references import ResolvedModel
 from genmodels.registry.store import Registry
 
-LOOK_SECONDS = 60.0  # between two looks for a newer evaluation of a version
+REFRESH_SECONDS = 60.0  # a version's evaluations are read again after so long
 
 
-class Measured:
-    """For one thread."""
+class EvaluationMetrics:
+    """Set the gauges of evaluations. Not safe between threads."""
 
     def __init__(self, registry: Registry) -> None:
         self._registry = registry
-        self._looked: dict[str, float] = {}  # when, by version
+        self._read: dict[str, float] = {}  # monotonic time by version
 
-    def show(self, served: Iterable[ResolvedModel]) -> None:
-        """Set the gauges to the newest evaluation of each version, which may be a minute old.
+    def update(self, models: Iterable[ResolvedModel]) -> None:
+        """Set the gauges to the newest evaluation of each version; they may be REFRESH_SECONDS old.
 
         Raises:
-            StorageUnavailable: they stay as they are.
+            StorageUnavailable: the gauges keep their values.
         """
         now = time.monotonic()
-        for found in served:
-            looked = self._looked.get(found.name)
-            if found.version is None or (looked is not None and now - looked < LOOK_SECONDS):
+        for model in models:
+            read = self._read.get(model.name)
+            if model.version is None or (read is not None and now - read < REFRESH_SECONDS):
                 continue
-            evaluation = newest(self._registry, found.model, found.version)
-            self._looked[found.name] = now
-            for name, measure in evaluation.measures.items() if evaluation else ():
-                VERSION_EVALUATION.labels(found.model, found.family, str(found.version), name).set(measure.value)
+            evaluation = newest(self._registry, model.model, model.version)
+            self._read[model.name] = now
+            for name, metric in evaluation.metrics.items() if evaluation else ():
+                EVALUATION_METRIC.labels(model.model, model.family, str(model.version), name).set(metric.value)

@@ -1,16 +1,18 @@
-"""A version in memory, proved to be what was published."""
+"""Load a version into memory and check that it is what was published."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 from genmodels import checkpoint
 from genmodels.data.text import load_tokenizer
 from genmodels.engine.image.model import ImageModel
-from genmodels.engine.model import Loaded
+from genmodels.engine.model import LoadedModel
 from genmodels.engine.text.model import TextModel
 from genmodels.errors import CheckpointError, DataError
-from genmodels.family import ImageFamily, TextFamily
+from genmodels.family import Family, ImageFamily, TextFamily
 from genmodels.registry.probe import finite_probe, verify_probe
 from genmodels.registry.references import ResolvedModel
 from genmodels.sizing.memory import Footprint
@@ -20,50 +22,59 @@ TOKENIZER = "tokenizer.json"
 MAX_CONFIG = 2**20  # bytes
 
 
-def footprint(storage: Storage, found: ResolvedModel) -> Footprint:
-    """Tell what a model will take in memory, of which nothing but `config.json` is read.
+def footprint(storage: Storage, resolved: ResolvedModel) -> Footprint:
+    """Compute the memory that a model will take; reads only its `config.json`.
 
     Raises:
-        CheckpointError: it is missing or damaged.
+        CheckpointError: `config.json` is missing or damaged.
     """
-    file = found.files.get(checkpoint.CONFIG)
+    file = resolved.files.get(checkpoint.CONFIG)
     if file is None or file.size > MAX_CONFIG:
-        raise CheckpointError(f"{checkpoint.CONFIG}: {'missing' if file is None else 'too large for what it is'}")
+        raise CheckpointError(
+            f"{checkpoint.CONFIG}: {'missing' if file is None else f'larger than {MAX_CONFIG} bytes'}"
+        )
     with checkpoint.scratch_folder() as scratch:
-        checkpoint.download(storage, found.keys, {checkpoint.CONFIG: file}, Path(scratch))
+        checkpoint.download(storage, resolved.keys, {checkpoint.CONFIG: file}, Path(scratch))
         outline = checkpoint.read_outline(Path(scratch))
     return outline.footprint(outline.config, outline.data)
 
 
-def load(storage: Storage, found: ResolvedModel) -> Loaded:
-    """Fetch what a name means, verify every byte, build the model, and try it.
+def load(storage: Storage, resolved: ResolvedModel) -> LoadedModel:
+    """Download a model, verify every byte, build it, and check its outputs.
 
-    A version's outputs are compared with those of its publication; a checkpoint's, which nobody has judged yet, have
-    to be finite.
+    The outputs of a version must be those of its publication. A checkpoint has no published outputs: its outputs must
+    be finite.
 
     Raises:
-        CheckpointError: a file is missing or damaged, or the outputs are not what they have to be.
+        CheckpointError: a file is missing or damaged, or the outputs are wrong.
     """
     with checkpoint.scratch_folder() as scratch:
         folder = Path(scratch)
-        found.fetch(storage, folder)
-        loaded = load_folder(folder, found.name)
-        if found.version is not None:
-            verify_probe(loaded.family, folder)
+        resolved.fetch(storage, folder)
+        model = load_folder(folder, resolved.name)
+        if resolved.version is not None:
+            verify_probe(model.family, folder)
         else:
-            finite_probe(loaded.family)
-    return loaded
+            finite_probe(model.family)
+    return model
 
 
-def load_folder(folder: Path, name: str) -> Loaded:
-    """The model of a checkpoint's folder, whose files somebody else has verified.
+def load_folder(folder: Path, name: str) -> LoadedModel:
+    """Build the model of a checkpoint's folder. The caller has verified the files.
 
     Raises:
         CheckpointError: config, weights, assets and code do not fit together.
     """
     family = checkpoint.load_family(folder)
-    if isinstance(family, ImageFamily):
-        return ImageModel(name, family)
+    return _BUILDERS[family.kind](name, family, folder)
+
+
+def _image_model(name: str, family: Family[Any, Any], _: Path) -> ImageModel:
+    assert isinstance(family, ImageFamily)
+    return ImageModel(name, family)
+
+
+def _text_model(name: str, family: Family[Any, Any], folder: Path) -> TextModel:
     assert isinstance(family, TextFamily)
     content = checkpoint.read_assets(folder).get(TOKENIZER)
     if content is None:
@@ -72,7 +83,13 @@ def load_folder(folder: Path, name: str) -> Loaded:
         tokenizer = load_tokenizer(content)
     except DataError as error:
         raise CheckpointError(f"assets/{error}") from error
-    found, expected = tokenizer.vocab_size, family.data.vocab_size
-    if found != expected:
-        raise CheckpointError(f"assets/{TOKENIZER}: has {found} tokens, the model has {expected}")
+    size, expected = tokenizer.vocab_size, family.data.vocab_size
+    if size != expected:
+        raise CheckpointError(f"assets/{TOKENIZER}: has {size} tokens, the model has {expected}")
     return TextModel(name, family, tokenizer)
+
+
+_BUILDERS: dict[str, Callable[[str, Family[Any, Any], Path], LoadedModel]] = {
+    ImageFamily.kind: _image_model,
+    TextFamily.kind: _text_model,
+}

@@ -1,49 +1,54 @@
-"""TODO"""
+"""A model in memory: the common interface of image and text models."""
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
-from genmodels.engine.requests import Request, parse_options
-from genmodels.errors import ModelNotFound
+from genmodels.engine.requests import Request, check_verb, parse_options
 from genmodels.family import Family
 from genmodels.metrics import Labels, version_labels
 
 
 @dataclass(frozen=True)
-class Loaded:
-    """A model that can answer; `name` is that of its version, as in `shapes@3`."""
+class LoadedModel(ABC):
+    """A model that can answer requests; `name` is the exact name of its version, e.g. `shapes@3`."""
 
     name: str
     family: Family[Any, Any]
 
     def options(self, verb: str, request: Request) -> Any:
-        """The family's own part of a request.
+        """Parse the family's options of a request.
 
         Raises:
-            ModelNotFound: the model does not answer this verb; the message says which it does.
+            ModelNotFound: the model does not support the verb; the message lists the verbs that it supports.
             RequestError: an option is unknown or wrong.
         """
         self.check_verb(verb)
         return parse_options(self.family.Request, request)
 
     def check_verb(self, verb: str) -> None:
-        """Raise ModelNotFound where the model does not answer this verb; the message says which it does."""
-        verbs = self.family.verbs
-        if verb not in verbs:
-            family, answered = self.family.family_name(), ", ".join(sorted(verbs))
-            raise ModelNotFound(
-                f"{self.name} ({family}) has no {verb!r}; it answers: {answered}", code="verb_not_supported"
-            )
+        """Raise ModelNotFound if the model does not support the verb; the message lists the verbs that it supports."""
+        check_verb(self.name, self.family.family_name(), self.family.verbs, verb)
 
     @property
     def labels(self) -> Labels:
-        """Of what is counted of it."""
+        """Return the labels of its metrics."""
         return version_labels(self.name, self.family.family_name())
 
-    def meter(self) -> None:
-        """Count from now on; until then it was only tried."""
+    @abstractmethod
+    def describe(self) -> dict[str, int | str]:
+        """Return the sizes that `GET /v1/models` shows, by the name of the API's field."""
+
+    @abstractmethod
+    def enable_metrics(self) -> None:
+        """Count requests from now on; requests of the warm-up are not counted."""
+
+    def start(self, torch_threads: int) -> None:
+        """Start the threads that requests need. Default: none."""
+        return
 
     def close(self) -> None:
-        """Take no more requests; what is under way goes on to its end."""
+        """Accept no more requests; requests in progress are completed."""
+        return

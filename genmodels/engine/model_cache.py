@@ -1,4 +1,4 @@
-"""The models in memory, within a budget of bytes: the one not asked for the longest goes first, never one in use."""
+"""The models in memory, within a budget of bytes: the least recently used model that is idle is unloaded first."""
 
 from __future__ import annotations
 
@@ -12,156 +12,157 @@ from concurrent.futures import Future
 from dataclasses import dataclass
 
 from genmodels.engine.loader import footprint, load
-from genmodels.engine.model import Loaded
-from genmodels.engine.warmup import warm
+from genmodels.engine.model import LoadedModel
+from genmodels.engine.warmup import warm_up
 from genmodels.errors import CheckpointError, GenmodelsError, RequestError, UnexpectedFailure, contained
 from genmodels.metrics import LOAD_SECONDS, LOADED_BYTES
 from genmodels.registry.references import ResolvedModel
 from genmodels.sizing.memory import Footprint
 from genmodels.storage import Storage
 
-REFUSED_SECONDS = 60.0  # how long one that could not be loaded is not tried again
-RETRY_SECONDS = 5.0  # the same, where this machine may be at fault: a full disk, no memory
-REFUSED_KNOWN = 1024
+FAILURE_TTL_SECONDS = 60.0  # a model that failed to load is not tried again for so long
+RETRY_SECONDS = 5.0  # the same, if this machine may be the cause: a full disk, no memory
+MAX_FAILURES = 1024  # remembered
 
 logger = logging.getLogger("genmodels.serving")
 
 
 @dataclass
-class _Held:
-    loaded: Loaded
+class _CacheEntry:
+    model: LoadedModel
     size: int  # bytes
     uses: int = 0
-    leaves: bool = False  # when nobody uses it any more
+    unload_when_idle: bool = False
 
 
-class Shelf:
+class ModelCache:
     """Loaded models by their exact names; safe between threads.
 
     Args:
         budget: bytes.
-        start: called once with each model that has got its place, before any request.
+        start: called once with each loaded model, before its first request.
     """
 
-    def __init__(self, storage: Storage, budget: int, start: Callable[[Loaded], None]) -> None:
+    def __init__(self, storage: Storage, budget: int, start: Callable[[LoadedModel], None]) -> None:
         self._storage, self._budget, self._start = storage, budget, start
-        self._held: OrderedDict[str, _Held] = OrderedDict()
+        self._entries: OrderedDict[str, _CacheEntry] = OrderedDict()  # the least recently used first
         self._loading: dict[str, Future[None]] = {}
-        self._coming = 0  # bytes of what is being loaded, as far as known
-        self._refused: OrderedDict[str, tuple[float, GenmodelsError]] = OrderedDict()  # until when, and why
+        self._reserved = 0  # bytes of the models that are being loaded
+        self._failures: OrderedDict[str, tuple[float, GenmodelsError]] = OrderedDict()  # (retry time, reason) by name
         self._lock = threading.RLock()
 
     @contextlib.contextmanager
-    def using(self, name: str) -> Iterator[Loaded]:
-        """A model that stays in memory as long as this lasts.
+    def acquire(self, name: str) -> Iterator[LoadedModel]:
+        """Yield a model and keep it in memory during the context.
 
         Raises:
-            KeyError: it is not in memory.
+            KeyError: the model is not in memory.
         """
         with self._lock:
-            held = self._held[name]
-            self._held.move_to_end(name)
-            held.uses += 1
+            entry = self._entries[name]
+            self._entries.move_to_end(name)
+            entry.uses += 1
         try:
-            yield held.loaded
+            yield entry.model
         finally:
             with self._lock:
-                held.uses -= 1
-                if held.leaves and not held.uses and self._held.get(name) is held:
-                    self._drop(name)
+                entry.uses -= 1
+                if entry.unload_when_idle and not entry.uses and self._entries.get(name) is entry:
+                    self._unload(name)
 
-    def bring(self, found: ResolvedModel) -> None:
-        """Have a model in memory. Who asks for one that is being loaded waits for the same load.
+    def load(self, resolved: ResolvedModel) -> None:
+        """Load a model if it is not in memory. Concurrent calls for one model wait for the same load.
 
         Raises:
-            CheckpointError: it is damaged, or larger than the budget.
-            UnexpectedFailure: anything else went wrong, on this machine or in the code.
-            RequestError: all that is in memory is in use.
+            CheckpointError: the model is damaged, or larger than the budget.
+            UnexpectedFailure: another error, of this machine or of the code.
+            RequestError: all models in memory are in use.
         """
         with self._lock:
-            if held := self._held.get(found.name):
-                held.leaves = False
+            if entry := self._entries.get(resolved.name):
+                entry.unload_when_idle = False
                 return
-            if (refused := self._refused.get(found.name)) and time.monotonic() < refused[0]:
-                raise refused[1]
-            loading = self._loading.get(found.name)
-            if mine := loading is None:
-                loading = self._loading[found.name] = Future()
+            if (failure := self._failures.get(resolved.name)) and time.monotonic() < failure[0]:
+                raise failure[1]
+            loading = self._loading.get(resolved.name)
+            if is_first := loading is None:
+                loading = self._loading[resolved.name] = Future()
         assert loading is not None
-        if mine:
-            self._settle(found, loading)
+        if is_first:
+            self._load_for_all(resolved, loading)
         loading.result()
 
-    def release(self, name: str) -> None:
-        """Nothing means this model any more: it goes after its last request."""
+    def unload_when_idle(self, name: str) -> None:
+        """Unload a model after its last request in progress; no alias points to it any more."""
         with self._lock:
-            if held := self._held.get(name):
-                held.leaves = True
-                if not held.uses:
-                    self._drop(name)
+            if entry := self._entries.get(name):
+                entry.unload_when_idle = True
+                if not entry.uses:
+                    self._unload(name)
 
-    def _settle(self, found: ResolvedModel, loading: Future[None]) -> None:
+    def _load_for_all(self, resolved: ResolvedModel, loading: Future[None]) -> None:
+        """Load a model and give the result to all threads that wait for it."""
         try:
-            self._bring(found)
+            self._load(resolved)
         except BaseException as raised:
             error = contained(raised) if isinstance(raised, Exception) else raised
             if isinstance(error, (CheckpointError, UnexpectedFailure)):
-                logger.debug("%s was not loaded", found.name, exc_info=raised)
-                seconds = REFUSED_SECONDS if isinstance(error, CheckpointError) else RETRY_SECONDS
+                logger.debug("%s was not loaded", resolved.name, exc_info=raised)
+                seconds = FAILURE_TTL_SECONDS if isinstance(error, CheckpointError) else RETRY_SECONDS
                 with self._lock:
-                    self._refused[found.name] = time.monotonic() + seconds, error
-                    while len(self._refused) > REFUSED_KNOWN:
-                        self._refused.popitem(last=False)
-            self._loading.pop(found.name)
+                    self._failures[resolved.name] = time.monotonic() + seconds, error
+                    while len(self._failures) > MAX_FAILURES:
+                        self._failures.popitem(last=False)
+            self._loading.pop(resolved.name)
             loading.set_exception(error)
         else:
-            self._loading.pop(found.name)
+            self._loading.pop(resolved.name)
             loading.set_result(None)
 
-    def _bring(self, found: ResolvedModel) -> None:
-        began = time.monotonic()
-        size = self._footprint(found)
-        peak = max(size.total, size.weights + found.size)  # files are read while networks stand
-        with self._room(min(peak, self._budget)):
-            loaded = load(self._storage, found)
-            warm(loaded)
-            LOAD_SECONDS.labels(found.family).observe(time.monotonic() - began)
-            loaded.meter()
-            self._start(loaded)  # before requests can find it: they would wait for ever for one that cannot start
+    def _load(self, resolved: ResolvedModel) -> None:
+        started = time.monotonic()
+        size = self._footprint(resolved)
+        peak = max(size.total, size.weights + resolved.size)  # files are read while the networks are in memory
+        with self._reserve(min(peak, self._budget)):
+            model = load(self._storage, resolved)
+            warm_up(model)
+            LOAD_SECONDS.labels(resolved.family).observe(time.monotonic() - started)
+            model.enable_metrics()
+            self._start(model)  # before requests can use it: a model that cannot start would never answer them
             with self._lock:
-                LOADED_BYTES.labels(*loaded.labels).inc(size.total)
-                self._held[found.name] = _Held(loaded, size.total)
+                LOADED_BYTES.labels(*model.labels).inc(size.total)
+                self._entries[resolved.name] = _CacheEntry(model, size.total)
 
-    def _footprint(self, found: ResolvedModel) -> Footprint:
-        """What a model will take, before any of it is taken."""
-        if found.size > self._budget:
-            raise _too_large(found.size, self._budget)
-        size = footprint(self._storage, found)
+    def _footprint(self, resolved: ResolvedModel) -> Footprint:
+        """Return the memory that a model will take, and check it against the budget before anything is loaded."""
+        if resolved.size > self._budget:
+            raise _too_large(resolved.size, self._budget)
+        size = footprint(self._storage, resolved)
         if size.total > self._budget:
             raise _too_large(size.total, self._budget)
         return size
 
     @contextlib.contextmanager
-    def _room(self, size: int) -> Iterator[None]:
-        """Room for so many bytes, while this lasts."""
+    def _reserve(self, size: int) -> Iterator[None]:
+        """Keep `size` bytes of the budget free during the context."""
         with self._lock:
-            idle = [name for name, held in self._held.items() if not held.uses]
-            while sum(held.size for held in self._held.values()) + self._coming + size > self._budget:
+            idle = [name for name, entry in self._entries.items() if not entry.uses]
+            while sum(entry.size for entry in self._entries.values()) + self._reserved + size > self._budget:
                 if not idle:
-                    message = "the memory for models is full of ones in use; try again in a moment"
+                    message = "all models in memory are in use, and there is no room for another; try again in a moment"
                     raise RequestError(message, param="model", status=503, code="memory_full")
-                self._drop(idle.pop(0))
-            self._coming += size
+                self._unload(idle.pop(0))
+            self._reserved += size
         try:
             yield
         finally:
             with self._lock:
-                self._coming -= size
+                self._reserved -= size
 
-    def _drop(self, name: str) -> None:
-        held = self._held.pop(name)
-        LOADED_BYTES.labels(*held.loaded.labels).dec(held.size)
-        held.loaded.close()
+    def _unload(self, name: str) -> None:
+        entry = self._entries.pop(name)
+        LOADED_BYTES.labels(*entry.model.labels).dec(entry.size)
+        entry.model.close()
 
 
 def _too_large(size: int, budget: int) -> CheckpointError:

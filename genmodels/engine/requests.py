@@ -1,16 +1,16 @@
-"""What all requests to a loaded version share: options of the family beside their own fields, seeds, limits."""
+"""The common parts of all requests to a model: options of the family, seeds, limits, and validation errors."""
 
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, TypeAlias, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, TypeAdapter, ValidationError, model_validator
 from pydantic_core import CoreSchema, core_schema
 
-from genmodels.errors import RequestError
+from genmodels.errors import ModelNotFound, RequestError
 from genmodels.schema.base import Section
 from genmodels.schema.field_errors import FieldError, field_errors, format_errors, nearest, path_of
 
@@ -23,10 +23,10 @@ def is_list(value: Any) -> bool:
 
 @dataclass(frozen=True)
 class ByForm:
-    """Validate `One | Several` by the form of the value: a plain union reports what is wrong with it as each.
+    """Validate `One | Several` by the form of the value; a plain union would report the errors of both members.
 
     Args:
-        several: tell whether a value is to be validated as the second of the two.
+        several: returns True for a value that is to be validated as the second member.
     """
 
     several: Callable[[Any], bool] = is_list
@@ -48,27 +48,27 @@ Seeds: TypeAlias = Annotated[
 
 
 class Body(Section):
-    """A JSON object as a client writes it: null stands for the default, as clients with typed fields send it."""
+    """A JSON object of a client. null stands for the default: clients with typed fields send it."""
 
     @model_validator(mode="before")
     @classmethod
-    def _null_is_not_given(cls, fields: Any) -> Any:
+    def _drop_nulls(cls, fields: Any) -> Any:
         if not isinstance(fields, dict):
             return fields
         return {name: value for name, value in fields.items() if value is not None}
 
 
 class Request(Body):
-    """A request for an answer. What is not among its fields is an option of the family."""
+    """A request to a model. Fields that are not declared here are options of the family."""
 
     model_config = ConfigDict(extra="allow")
 
-    # Fields of an API that we imitate and do not have: name -> the value that asks for nothing, the only one taken.
+    # Fields of OpenAI's API that have no effect here: name -> the accepted values, which request nothing; (): any.
     neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
 
     @model_validator(mode="before")
     @classmethod
-    def _drop_what_asks_for_nothing(cls, fields: Any) -> Any:
+    def _drop_neutral(cls, fields: Any) -> Any:
         if not isinstance(fields, dict):
             return fields
         refused = [
@@ -85,12 +85,19 @@ class Request(Body):
 
     @property
     def options(self) -> dict[str, Any]:
-        """What the request says to the family."""
+        """Return the options of the family."""
         return dict(self.model_extra or {})
 
 
+def check_verb(model: str, family: str, verbs: Collection[str], verb: str) -> None:
+    """Raise ModelNotFound if `verb` is not in `verbs`; the message lists them."""
+    if verb not in verbs:
+        supported = ", ".join(sorted(verbs))
+        raise ModelNotFound(f"{model} ({family}) has no {verb!r}; it answers: {supported}", code="verb_not_supported")
+
+
 def parse_options(family: type[Section], request: Request) -> Any:
-    """The family's own part of a request.
+    """Parse the family's options of a request.
 
     Raises:
         RequestError: an option is unknown or wrong.
@@ -104,16 +111,16 @@ def parse_options(family: type[Section], request: Request) -> Any:
     try:
         return family.model_validate(request.options)
     except ValidationError as error:
-        raise refusal(error, family) from None
+        raise validation_error(error, family) from None
 
 
-def refusal(error: ValidationError, root: type[BaseModel]) -> RequestError:
-    """A failed validation in words; `param` is the first field at fault."""
+def validation_error(error: ValidationError, root: type[BaseModel]) -> RequestError:
+    """Convert a failed validation into a RequestError; `param` is the first wrong field."""
     problems = format_errors(error, root)
     message = "; ".join(map(str, problems[:3])) + (f"; and {len(problems) - 3} more" if len(problems) > 3 else "")
     return RequestError(message, param=path_of(problems[0].loc) or None, code="invalid_value")
 
 
 def seed_or_random(seed: int | None) -> int:
-    """The seed asked for, or one to be told to the client, so that the answer can be had again."""
+    """Return the requested seed, or a random one; the answer contains it, so that it can be repeated."""
     return secrets.randbelow(2**32) if seed is None else seed

@@ -1,40 +1,48 @@
-"""A first small request of each kind, so that nobody has to wait for what only the first one does, or get an error."""
+"""Answer small requests before the first client: they find errors, and they take the extra time of first requests."""
 
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
+from typing import Any
 
+from genmodels.engine.image.answers import answer
 from genmodels.engine.image.model import ImageModel
-from genmodels.engine.image.requests import DecodeRequest, GenerateRequest, answer
-from genmodels.engine.model import Loaded
+from genmodels.engine.image.requests import DecodeRequest, GenerateRequest
+from genmodels.engine.model import LoadedModel
 from genmodels.engine.text.completion import complete
 from genmodels.engine.text.model import TextModel
 from genmodels.engine.text.request import CompletionRequest
 from genmodels.errors import CheckpointError, RequestError
+from genmodels.family import ImageFamily, TextFamily
 
-SLOWEST = 30.0  # seconds that the small requests may take
+MAX_SECONDS = 30.0  # that the small requests may take
 
 
-def warm(loaded: Loaded, slowest: float = SLOWEST) -> None:
-    """Ask a model that nobody else asks yet.
+def warm_up(model: LoadedModel, max_seconds: float = MAX_SECONDS) -> None:
+    """Let a model answer small requests; no other request may use it yet.
 
     Raises:
-        CheckpointError: it cannot answer, or only slowly.
+        CheckpointError: the model cannot answer, or is too slow.
     """
     started = time.monotonic()
     try:
-        _ask(loaded)
+        _SMALL_REQUESTS[model.family.kind](model)
     except RequestError as error:
         raise CheckpointError(f"it cannot answer a small request: {error}") from error
     seconds = time.monotonic() - started
-    if seconds > slowest:
-        raise CheckpointError(f"it is too slow: a small request took {seconds:.1f} s, the most is {slowest:g} s")
+    if seconds > max_seconds:
+        raise CheckpointError(f"it is too slow: a small request took {seconds:.1f} s, the maximum is {max_seconds:g} s")
 
 
-def _ask(loaded: Loaded) -> None:
-    if isinstance(loaded, TextModel):
-        prompt = loaded.tokenizer.decode([0])
-        list(complete(loaded, CompletionRequest.model_validate({"prompt": prompt, "max_tokens": 2, "seed": 0})))
-    elif isinstance(loaded, ImageModel):
-        answer(loaded, GenerateRequest(seed=0))
-        answer(loaded, DecodeRequest(latents=[[0.0] * loaded.family.latent_dim]))
+def _generate(model: ImageModel) -> None:
+    answer(model, GenerateRequest(seed=0))
+    answer(model, DecodeRequest(latents=[[0.0] * model.family.latent_dim]))
+
+
+def _complete(model: TextModel) -> None:
+    prompt = model.tokenizer.decode([0])
+    list(complete(model, CompletionRequest.model_validate({"prompt": prompt, "max_tokens": 2, "seed": 0})))
+
+
+_SMALL_REQUESTS: dict[str, Callable[[Any], None]] = {ImageFamily.kind: _generate, TextFamily.kind: _complete}

@@ -3,7 +3,7 @@
 It learns the classes of the data set it judges, on demand, from a fixed seed; without classes it learns which way round
 a picture is (four orientations; Gidaris et al. 2018). Features of a network that has learned from the data see a
 missing class, and those of one trained on photographs would not mean much of digits or clothes; so a Frechet distance
-in them is not FID, and compares only with itself under the same judge. `Judge.sha256` says which one it was.
+in them is not FID, and compares only with itself under the same classifier (`FeatureClassifier.sha256`).
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from genmodels.evals.images import evenly_spaced, pictures
-from genmodels.family import Material
+from genmodels.family import EvaluationData
 from genmodels.nn.networks import image_sizes, inference
 
 RECIPE = 1  # to be raised with every change to what follows: judges are kept under its number
@@ -37,7 +37,7 @@ SEEN = 10_000  # pictures from which features get their mean and scale
 
 
 @dataclass(frozen=True)
-class Judge:
+class FeatureClassifier:
     """A trained classifier."""
 
     network: Classifier
@@ -52,9 +52,9 @@ class Judge:
         """The class of each picture, int64: (n, C, H, W) -> (n,)."""
         return self._all(images, self.network).argmax(1)
 
-    def accuracy(self, material: Material) -> float:
+    def accuracy(self, data: EvaluationData) -> float:
         """The share of validation pictures that it gets right."""
-        images, labels = pictures(material.val["images"]), material.val.get("labels")
+        images, labels = pictures(data.val["images"]), data.val.get("labels")
         if labels is None:
             images, targets = _turned(images, torch.arange(len(images)) % ORIENTATIONS)
         else:
@@ -86,24 +86,24 @@ class Classifier(nn.Module):
         return (self.encoder(images) - self.mean) / self.scale
 
 
-def appoint(material: Material, learn_from: np.ndarray) -> Judge:
+def load_or_train(data: EvaluationData, learn_from: np.ndarray) -> FeatureClassifier:
     """The judge of a data set: the one that is kept, else a new one.
 
     Args:
         learn_from: (n,) indices of the training pictures that it may learn from; the rest it has never seen.
     """
-    labels = material.train.get("labels")
-    shape = material.train["images"].shape[1:]
+    labels = data.train.get("labels")
+    shape = data.train["images"].shape[1:]
     classes = int(labels.max()) + 1 if labels is not None else ORIENTATIONS
-    name = f"judge-{material.digest[:16]}-{RECIPE}-{len(learn_from)}.safetensors"
-    weights = material.keep(name, lambda: _train(material, learn_from, shape, classes))
+    name = f"classifier-{data.digest[:16]}-{RECIPE}-{len(learn_from)}.safetensors"
+    weights = data.cached(name, lambda: _train(data, learn_from, shape, classes))
     network = _new(shape, classes)
     network.load_state_dict(safetensors.torch.load(weights))
-    return Judge(network, hashlib.sha256(weights).hexdigest(), labels is not None)
+    return FeatureClassifier(network, hashlib.sha256(weights).hexdigest(), labels is not None)
 
 
-def _train(material: Material, learn_from: np.ndarray, shape: tuple[int, int, int], classes: int) -> bytes:
-    images, labels = material.train["images"], material.train.get("labels")
+def _train(data: EvaluationData, learn_from: np.ndarray, shape: tuple[int, int, int], classes: int) -> bytes:
+    images, labels = data.train["images"], data.train.get("labels")
     steps = max(1, min(MAX_STEPS, PASSES * len(learn_from) // BATCH))
     order = np.random.default_rng(SEED)
     network = _new(shape, classes)
@@ -122,7 +122,7 @@ def _train(material: Material, learn_from: np.ndarray, shape: tuple[int, int, in
         optimizer.step()
         schedule.step()
         if step % REPORT_EVERY == 0:
-            material.report_progress()
+            data.report_progress()
     seen = pictures(images[learn_from[evenly_spaced(len(learn_from), SEEN)]])
     with inference(network):
         features = torch.cat([network.features(part) for part in seen.split(BATCH)])

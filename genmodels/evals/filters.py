@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from genmodels.evals.images import evenly_spaced, mean_psnr, pictures
-from genmodels.family import Material
+from genmodels.family import EvaluationData
 from genmodels.nn.latents import image_normal
 
 TUNED_ON = 24  # training pictures
@@ -25,7 +25,7 @@ def noisy(images: Tensor, std: float) -> Tensor:
     return images + std * image_normal(images, tuple(images.shape[1:]))
 
 
-def best_filter(material: Material, std: float, shown: np.ndarray) -> tuple[str, float]:
+def best_filter(data: EvaluationData, std: float, shown: np.ndarray) -> tuple[str, float]:
     """The filter that does best on training pictures, and its PSNR in dB on validation pictures.
 
     Each has the choice between noise as it is and noise clamped to [0, 1], which is all that a model gets to see.
@@ -34,24 +34,24 @@ def best_filter(material: Material, std: float, shown: np.ndarray) -> tuple[str,
         std: of the noise.
         shown: (n,) indices of the validation pictures.
     """
-    name = f"filters-{material.digest[:16]}-{std:g}-{len(shown)}.json"
-    found = json.loads(material.keep(name, lambda: json.dumps(_best(material, std, shown)).encode()))
+    name = f"filters-{data.digest[:16]}-{std:g}-{len(shown)}.json"
+    found = json.loads(data.cached(name, lambda: json.dumps(_best(data, std, shown)).encode()))
     return found["filter"], found["psnr"]
 
 
-def _best(material: Material, std: float, shown: np.ndarray) -> dict[str, Any]:
-    train = material.train["images"]
+def _best(data: EvaluationData, std: float, shown: np.ndarray) -> dict[str, Any]:
+    train = data.train["images"]
     targets = pictures(train[evenly_spaced(len(train), TUNED_ON)])
     scores: list[tuple[float, str, Filter, bool]] = []
     for name, function in _candidates(std):
         scores += [(_score(function, targets, std, clamped), name, function, clamped) for clamped in (False, True)]
-        material.report_progress()
+        data.report_progress()
     _, name, function, clamped = max(scores, key=lambda score: score[0])
-    parts = [pictures(material.val["images"][part]) for part in np.array_split(shown, max(1, len(shown) // 100))]
+    parts = [pictures(data.val["images"][part]) for part in np.array_split(shown, max(1, len(shown) // 100))]
     total = 0.0
     for part in parts:
         total += _score(function, part, std, clamped) * len(part)
-        material.report_progress()
+        data.report_progress()
     return {"filter": name, "psnr": total / len(shown)}
 
 

@@ -8,11 +8,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from genmodels.evals import classifier
-from genmodels.evals.classifier import Judge
+from genmodels.evals.classifier import FeatureClassifier, load_or_train
 from genmodels.evals.distances import NEIGHBOURS, frechet_distance, kernel_distance, moments, nearest, neighbours
 from genmodels.evals.images import evenly_spaced, pictures
-from genmodels.family import Findings, Material, Measure, Note
+from genmodels.family import EvaluationData, EvaluationMetric, EvaluationResult, Note
 
 REAL = "real against real"
 MAX_IMAGES = 10_000  # pictures of each kind
@@ -32,7 +31,7 @@ NAMES = (
 )
 
 
-def evaluate(material: Material, draw: Callable[[int], tuple[Tensor, Tensor | None]]) -> Findings:
+def evaluate(data: EvaluationData, draw: Callable[[int], tuple[Tensor, Tensor | None]]) -> EvaluationResult:
     """The measures `NAMES` of a generator, each beside what as many real pictures get.
 
     Those real ones are a part of the training set which the judge is kept from, so that they are as new to it as the
@@ -41,95 +40,100 @@ def evaluate(material: Material, draw: Callable[[int], tuple[Tensor, Tensor | No
     Args:
         draw: makes n pictures (n, C, H, W) in [0, 1], and tells the classes that it was to draw, if it knows any.
     """
-    train, val = material.train["images"], material.val["images"]
+    train, val = data.train["images"], data.val["images"]
     n = min(len(val), len(train) // 4, MAX_IMAGES)
     if n < 2:
-        return Findings(notes={"pictures": n})
+        return EvaluationResult(notes={"pictures": n})
     k = min(NEIGHBOURS, n - 1)
     aside = evenly_spaced(len(train), n)
-    jury = classifier.appoint(material, np.setdiff1d(np.arange(len(train)), aside))
+    classifier = load_or_train(data, np.setdiff1d(np.arange(len(train)), aside))
     shown = evenly_spaced(len(val), n)
-    accuracy = jury.accuracy(material)
+    accuracy = classifier.accuracy(data)
     fakes, asked = draw(n)
-    real, held, fake = (jury.features(x) for x in (pictures(val[shown]), pictures(train[aside]), fakes))
-    material.report_progress()
+    real, held, fake = (classifier.features(x) for x in (pictures(val[shown]), pictures(train[aside]), fakes))
+    data.report_progress()
 
-    found = _distances(real, held, fake) | _neighbourhoods(real, held, fake, k, material)
-    if jury.knows_classes:
-        found |= _classes(jury, fakes, asked, material, aside)
-    found["nearest_train"] = _nearest(train, val[shown], fakes, material)
+    found = _distances(real, held, fake) | _neighbourhoods(real, held, fake, k, data)
+    if classifier.knows_classes:
+        found |= _classes(classifier, fakes, asked, data, aside)
+    found["nearest_train"] = _nearest(train, val[shown], fakes, data)
     notes: dict[str, Note] = {
         "pictures": n,
         "neighbours": k,
-        "judge": jury.sha256,
-        "judge_accuracy": accuracy,
-        "judge_learned": "the classes" if jury.knows_classes else "which way round a picture is",
+        "classifier": classifier.sha256,
+        "classifier_accuracy": accuracy,
+        "classifier_learned": "the classes" if classifier.knows_classes else "which way round a picture is",
     }
-    if jury.knows_classes:
-        notes["classes"] = _histogram(jury.classes(fakes), _num_classes(material)).tolist()
-    return Findings(measures=found, notes=notes)
+    if classifier.knows_classes:
+        notes["classes"] = _histogram(classifier.classes(fakes), _num_classes(data)).tolist()
+    return EvaluationResult(metrics=found, notes=notes)
 
 
-def _distances(real: Tensor, held: Tensor, fake: Tensor) -> dict[str, Measure]:
+def _distances(real: Tensor, held: Tensor, fake: Tensor) -> dict[str, EvaluationMetric]:
     reference = moments(real)
     distance, floor = (frechet_distance(reference, moments(x)) for x in (fake, held))
     kernel, kernel_floor = (kernel_distance(real, x) for x in (fake, held))
     return {
-        "frechet": Measure(value=distance, beside={REAL: floor}),
-        "frechet_ratio": Measure(value=distance / max(floor, 1e-12), beside={REAL: 1.0}),
-        "kid": Measure(value=kernel, beside={REAL: kernel_floor}),
+        "frechet": EvaluationMetric(value=distance, baselines={REAL: floor}),
+        "frechet_ratio": EvaluationMetric(value=distance / max(floor, 1e-12), baselines={REAL: 1.0}),
+        "kid": EvaluationMetric(value=kernel, baselines={REAL: kernel_floor}),
     }
 
 
-def _neighbourhoods(real: Tensor, held: Tensor, fake: Tensor, k: int, material: Material) -> dict[str, Measure]:
+def _neighbourhoods(
+    real: Tensor, held: Tensor, fake: Tensor, k: int, data: EvaluationData
+) -> dict[str, EvaluationMetric]:
     of_fake = neighbours(real, fake, k)
-    material.report_progress()
+    data.report_progress()
     of_held = neighbours(real, held, k)
-    material.report_progress()
-    return {name: Measure(value=value, beside={REAL: getattr(of_held, name)}) for name, value in vars(of_fake).items()}
+    data.report_progress()
+    return {
+        name: EvaluationMetric(value=value, baselines={REAL: getattr(of_held, name)})
+        for name, value in vars(of_fake).items()
+    }
 
 
 def _classes(
-    jury: Judge, fakes: Tensor, asked: Tensor | None, material: Material, aside: np.ndarray
-) -> dict[str, Measure]:
+    classifier: FeatureClassifier, fakes: Tensor, asked: Tensor | None, data: EvaluationData, aside: np.ndarray
+) -> dict[str, EvaluationMetric]:
     """`class_ratio`: by how much the most wrong class is too frequent or too rare, at best 1; half a picture is added
     to each class, so that a missing one gives a finite number. `label_accuracy`: how many are of the class asked for.
     """
-    count, labels = _num_classes(material), torch.from_numpy(material.train["labels"])
-    seen, truth = jury.classes(fakes), _histogram(labels, count) + 0.5
-    held = jury.classes(pictures(material.train["images"][aside]))
+    count, labels = _num_classes(data), torch.from_numpy(data.train["labels"])
+    seen, truth = classifier.classes(fakes), _histogram(labels, count) + 0.5
+    held = classifier.classes(pictures(data.train["images"][aside]))
 
     def ratio(found: Tensor) -> float:
         share = _histogram(found, count) + 0.5
         quotient = (share / share.sum()) / (truth / truth.sum())
         return float(torch.maximum(quotient, 1 / quotient).max())
 
-    found = {"class_ratio": Measure(value=ratio(seen), beside={REAL: ratio(held)})}
+    found = {"class_ratio": EvaluationMetric(value=ratio(seen), baselines={REAL: ratio(held)})}
     if asked is not None:
         right = float((seen == asked).double().mean())
-        found["label_accuracy"] = Measure(value=right, beside={"real pictures": jury.accuracy(material)})
+        found["label_accuracy"] = EvaluationMetric(value=right, baselines={"real pictures": classifier.accuracy(data)})
     return found
 
 
-def _nearest(train: np.ndarray, val: np.ndarray, fakes: Tensor, material: Material) -> Measure:
+def _nearest(train: np.ndarray, val: np.ndarray, fakes: Tensor, data: EvaluationData) -> EvaluationMetric:
     """Mean distance of a pixel (root of the mean square) to the nearest training picture; far below the reference it
     would say that the pictures are copies."""
-    count = min(THOROUGH_NEAREST if material.thorough else MAX_NEAREST, len(fakes), len(val))
+    count = min(THOROUGH_NEAREST if data.thorough else MAX_NEAREST, len(fakes), len(val))
     pairs = ((fakes[:count], "fake"), (pictures(val[evenly_spaced(len(val), count)]), "real"))
     best = {name: torch.full((count,), torch.inf) for _, name in pairs}
     for first in range(0, len(train), MAX_IMAGES):
         part = pictures(train[first : first + MAX_IMAGES]).flatten(1)
         for images, name in pairs:
             best[name] = torch.minimum(best[name], nearest(images.flatten(1), part))
-        material.report_progress()
+        data.report_progress()
     pixels = train[0].size ** 0.5
     value, reference = (float(best[name].mean()) / pixels for name in ("fake", "real"))
-    return Measure(value=value, beside={"validation pictures": reference})
+    return EvaluationMetric(value=value, baselines={"validation pictures": reference})
 
 
 def _histogram(labels: Tensor, count: int) -> Tensor:
     return torch.bincount(labels, minlength=count).double()
 
 
-def _num_classes(material: Material) -> int:
-    return int(material.train["labels"].max()) + 1
+def _num_classes(data: EvaluationData) -> int:
+    return int(data.train["labels"].max()) + 1

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from genmodels.family import Material
+from genmodels.family import EvaluationData
 from genmodels.nn.networks import psnr
 
 WINDOW = 11  # pixels that SSIM's Gaussian window spans; smaller pictures get an even one of 7
@@ -47,29 +47,29 @@ def mean_ssim(images: Tensor, targets: Tensor) -> float:
     return float(np.mean(values))
 
 
-def components(material: Material, latent_dim: int, shown: np.ndarray) -> tuple[float, float]:
+def components(data: EvaluationData, latent_dim: int, shown: np.ndarray) -> tuple[float, float]:
     """PSNR in dB and SSIM of validation pictures that went through the first principal components.
 
     Args:
         latent_dim: how many numbers a picture is taken to.
         shown: (n,) indices of the validation pictures.
     """
-    name = f"pca-{material.digest[:16]}-{latent_dim}-{len(shown)}.json"
-    found = json.loads(material.keep(name, lambda: json.dumps(_components(material, latent_dim, shown)).encode()))
+    name = f"pca-{data.digest[:16]}-{latent_dim}-{len(shown)}.json"
+    found = json.loads(data.cached(name, lambda: json.dumps(_components(data, latent_dim, shown)).encode()))
     return found["psnr"], found["ssim"]
 
 
-def _components(material: Material, latent_dim: int, shown: np.ndarray) -> dict[str, float]:
+def _components(data: EvaluationData, latent_dim: int, shown: np.ndarray) -> dict[str, float]:
     from sklearn.decomposition import PCA
 
-    train, val = material.train["images"], material.val["images"][shown]
+    train, val = data.train["images"], data.val["images"][shown]
     pixels = train[0].size
     chosen = evenly_spaced(len(train), MAX_NUMBERS // pixels)
     solver = "covariance_eigh" if pixels <= CLOSED_FORM else "randomized"
     pca = PCA(min(latent_dim, len(chosen)), svd_solver=solver, random_state=0)
-    material.report_progress()
+    data.report_progress()
     pca.fit(pictures(train[chosen]).flatten(1).numpy())
-    material.report_progress()
+    data.report_progress()
     targets = pictures(val)
     through = pca.inverse_transform(pca.transform(targets.flatten(1).numpy()))
     images = torch.from_numpy(through).float().clamp(0, 1).view_as(targets)

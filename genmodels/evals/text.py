@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from genmodels.family import Findings, Material, Measure, Note, TextFamily, keep_half
+from genmodels.family import EvaluationData, EvaluationMetric, EvaluationResult, Note, TextFamily, slide_window
 from genmodels.nn.sampling import Sampler, SamplingOptions, choose
 
 EVALUATION_NAMES = (
@@ -36,42 +36,46 @@ PROMPT = 16  # tokens of val that a sample goes on from
 REPEATED = 10  # tokens that make a repetition
 
 
-def evaluate_text(family: TextFamily[Any, Any], material: Material) -> Findings:
+def evaluate_text(family: TextFamily[Any, Any], data: EvaluationData) -> EvaluationResult:
     """Figures of `EVALUATION_NAMES`; those beside tables only where their codes fit (see `ngram_losses`)."""
-    train, val = material.train["tokens"][:COUNTED], material.val["tokens"]
-    val = val if material.thorough else val[:PUBLISHED]
-    halves = _exact_loss(family, material, val)
-    tables = _tables(family, material, train, val)
+    train, val = data.train["tokens"][:COUNTED], data.val["tokens"]
+    val = val if data.thorough else val[:PUBLISHED]
+    halves = _exact_loss(family, data, val)
+    tables = _tables(family, data, train, val)
     loss, second = (_measure(value, tables, part) for part, value in enumerate(halves))
-    measures = {"loss": loss, "second_half_loss": second, "bits_per_token": Measure(value=loss.value / math.log(2))}
+    measures = {
+        "loss": loss,
+        "second_half_loss": second,
+        "bits_per_token": EvaluationMetric(value=loss.value / math.log(2)),
+    }
     for n, name in ((2, "nats_below_bigrams"), (4, "nats_below_4grams")):
-        if TABLES[n] in loss.beside:
-            measures[name] = Measure(value=loss.beside[TABLES[n]] - loss.value, unit="nats")
+        if TABLES[n] in loss.baselines:
+            measures[name] = EvaluationMetric(value=loss.baselines[TABLES[n]] - loss.value, unit="nats")
 
-    count, length = (64, 1000) if material.thorough else (16, 400)
+    count, length = (64, 1000) if data.thorough else (16, 400)
     notes: dict[str, Note] = {"val_tokens": len(val), "training_tokens_counted": len(train)}
     starts = np.linspace(0, len(val) - PROMPT - length - 1, count).astype(np.int64)
     if starts[-1] < 0:  # a val that is shorter than one sample
-        return Findings(measures=measures, notes=notes)
+        return EvaluationResult(metrics=measures, notes=notes)
     people = val[starts[:, None] + np.arange(PROMPT + length)]
-    samples = write(family, people[:, :PROMPT].tolist(), length, material).astype(people.dtype)
+    samples = write(family, people[:, :PROMPT].tolist(), length, data).astype(people.dtype)
     people = people[:, PROMPT:]
     copied, in_val = (longest_shared(part, train, family.data.vocab_size) for part in (samples, people))
-    measures["longest_copied"] = Measure(value=copied, unit="tokens", beside={"val": in_val})
+    measures["longest_copied"] = EvaluationMetric(value=copied, unit="tokens", baselines={"val": in_val})
     repeated, by_people = (repetition(part, REPEATED) for part in (samples, people))
-    measures["repetition"] = Measure(value=repeated, beside={"val": by_people})
+    measures["repetition"] = EvaluationMetric(value=repeated, baselines={"val": by_people})
     notes |= {"samples": count, "sample_tokens": length, "temperature": SamplingOptions().temperature}
-    return Findings(measures=measures, notes=notes)
+    return EvaluationResult(metrics=measures, notes=notes)
 
 
-def write(family: TextFamily[Any, Any], prompts: Sequence[list[int]], length: int, material: Material) -> np.ndarray:
+def write(family: TextFamily[Any, Any], prompts: Sequence[list[int]], length: int, data: EvaluationData) -> np.ndarray:
     """What the model writes after prompts of one length, side by side, each by a seed of its own: (n, length)."""
     options = SamplingOptions(max_tokens=length)
     samplers = [Sampler(options, seed, prompt, family.data.vocab_size) for seed, prompt in enumerate(prompts)]
     windows, written = [list(prompt) for prompt in prompts], []
     for _ in range(length):
-        material.report_progress()
-        windows = [keep_half(window, family.block_size) for window in windows]
+        data.report_progress()
+        windows = [slide_window(window, family.block_size) for window in windows]
         tokens = choose(family.logits(torch.tensor(windows))[:, -1], samplers)
         for window, token in zip(windows, tokens, strict=True):
             window.append(token)
@@ -144,14 +148,14 @@ def repetition(passages: np.ndarray, n: int) -> float:
     return 1 - different / math.prod(windows.shape[:2])
 
 
-def _exact_loss(family: TextFamily[Any, Any], material: Material, val: np.ndarray) -> tuple[float, float]:
+def _exact_loss(family: TextFamily[Any, Any], data: EvaluationData, val: np.ndarray) -> tuple[float, float]:
     """Nats per token over a text, and over its second half: every token but the first predicted exactly once."""
     inputs, targets = _windows(val, family.block_size)
     half = len(inputs) // 2
-    first = _summed(family, inputs[:half], targets[:half], material)
-    second = _summed(family, inputs[half:], targets[half:], material)
+    first = _summed(family, inputs[:half], targets[:half], data)
+    second = _summed(family, inputs[half:], targets[half:], data)
     whole = {name: value + first.get(name, 0) for name, value in second.items()}
-    return family.metrics(whole)["val_loss"], family.metrics(second)["val_loss"]
+    return family.eval_metrics(whole)["val_loss"], family.eval_metrics(second)["val_loss"]
 
 
 def _windows(tokens: np.ndarray, block_size: int) -> tuple[Tensor, Tensor]:
@@ -162,38 +166,36 @@ def _windows(tokens: np.ndarray, block_size: int) -> tuple[Tensor, Tensor]:
     return padded[:-1].view(count, -1).clamp(min=0), padded[1:].view(count, -1)
 
 
-def _summed(family: TextFamily[Any, Any], inputs: Tensor, targets: Tensor, material: Material) -> dict[str, Tensor]:
+def _summed(family: TextFamily[Any, Any], inputs: Tensor, targets: Tensor, data: EvaluationData) -> dict[str, Tensor]:
     device, sums = next(family.network.parameters()).device, dict[str, Tensor]()
     for tokens, wanted in zip(inputs.split(ROWS), targets.split(ROWS), strict=True):
-        material.report_progress()
+        data.report_progress()
         with torch.no_grad():
-            found = family.measure({"tokens": tokens.to(device), "targets": wanted.to(device)})
+            found = family.eval_step({"tokens": tokens.to(device), "targets": wanted.to(device)})
         sums = {name: value + sums.get(name, 0) for name, value in found.items()}
     return sums
 
 
 def _tables(
-    family: TextFamily[Any, Any], material: Material, train: np.ndarray, val: np.ndarray
+    family: TextFamily[Any, Any], data: EvaluationData, train: np.ndarray, val: np.ndarray
 ) -> dict[str, tuple[float, float]]:
     """The losses of count tables, by name, over all of val and over its second half."""
     size, tables = family.data.vocab_size, {}
     for n, name in TABLES.items():
         if size**n >= 2**63 or len(val) <= n:
             continue
-        material.report_progress()
+        data.report_progress()
 
         def make(n: int = n) -> bytes:
             losses = ngram_losses(train, val, n, size)
             return json.dumps([losses.mean(), losses[len(losses) // 2 :].mean()]).encode()
 
-        tables[name] = tuple(
-            json.loads(material.keep(f"ngrams-{n}-{size}-{len(train)}-{len(val)}-{material.digest}", make))
-        )
+        tables[name] = tuple(json.loads(data.cached(f"ngrams-{n}-{size}-{len(train)}-{len(val)}-{data.digest}", make)))
     return tables
 
 
-def _measure(value: float, tables: dict[str, tuple[float, float]], part: int) -> Measure:
-    return Measure(value=value, unit="nats", beside={name: losses[part] for name, losses in tables.items()})
+def _measure(value: float, tables: dict[str, tuple[float, float]], part: int) -> EvaluationMetric:
+    return EvaluationMetric(value=value, unit="nats", baselines={name: losses[part] for name, losses in tables.items()})
 
 
 def _counts(tokens: np.ndarray, order: int, n: int, vocab_size: int) -> tuple[np.ndarray, np.ndarray]:

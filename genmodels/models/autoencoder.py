@@ -24,8 +24,18 @@ from torch import Tensor, nn
 from genmodels.errors import RequestError
 from genmodels.evals.filters import best_filter, noisy
 from genmodels.evals.images import components, evenly_spaced, mean_psnr, mean_ssim, pictures
-from genmodels.family import Findings, ImageFamily, ImageInfo, Material, Measure, Note, OptimizerConfig, Role, TextInfo
-from genmodels.nn.latents import FittedDensity, GaussianMixture, first_rows, image_normal, way
+from genmodels.family import (
+    EvaluationData,
+    EvaluationMetric,
+    EvaluationResult,
+    ImageFamily,
+    ImageInfo,
+    Note,
+    OptimizerConfig,
+    Role,
+    TextInfo,
+)
+from genmodels.nn.latents import FittedDensity, GaussianMixture, first_rows, image_normal, interpolate
 from genmodels.nn.networks import (
     ImageDecoder,
     ImageEncoder,
@@ -44,7 +54,7 @@ from genmodels.sizing.memory import Footprint, network_bytes
 if TYPE_CHECKING:
     import numpy as np
 
-    from genmodels.family import Batch, Way
+    from genmodels.family import Batch, Interpolation
 
 
 EVALUATED = 500  # validation pictures; all where it may take its time
@@ -117,7 +127,7 @@ class Autoencoder(FittedDensity, ImageFamily[AutoencoderConfig, AutoencoderReque
         loss = AutoencoderLoss(self.network, self.config)
         return [Role("model", loss, make_optimizers(loss, optimizer))]
 
-    def measure(self, batch: Batch) -> dict[str, Tensor]:
+    def eval_step(self, batch: Batch) -> dict[str, Tensor]:
         images = batch["images"]
         with inference(self.network):
             logits = self.network(images)
@@ -134,7 +144,7 @@ class Autoencoder(FittedDensity, ImageFamily[AutoencoderConfig, AutoencoderReque
         }
         return {name: values.double().sum().to(images.device) for name, values in sums.items()}
 
-    def metrics(self, sums: Mapping[str, Tensor]) -> dict[str, float]:
+    def eval_metrics(self, sums: Mapping[str, Tensor]) -> dict[str, float]:
         """Means over images.
 
         `val_loss` is per pixel, of clean images through the latent space, `val_psnr` of the same in dB;
@@ -142,22 +152,22 @@ class Autoencoder(FittedDensity, ImageFamily[AutoencoderConfig, AutoencoderReque
         """
         return {f"val_{name}": float(sums[name] / sums["images"]) for name in ("loss", "psnr", "denoise_psnr")}
 
-    def evaluate(self, material: Material) -> Findings:
+    def evaluate(self, data: EvaluationData) -> EvaluationResult:
         """Compression beside principal components of the same number, denoising beside the best classical filter.
 
         Denoising is measured at `noise_std`, at half of it, and at half as much again, which training never showed.
         """
-        val = material.val["images"]
-        shown = evenly_spaced(len(val), len(val) if material.thorough else EVALUATED)
+        val = data.val["images"]
+        shown = evenly_spaced(len(val), len(val) if data.thorough else EVALUATED)
         images = pictures(val[shown])
-        found = self._compression(material, images, shown)
+        found = self._compression(data, images, shown)
         if self.config.noise_std > 0:
             for name, factor in NOISE_LEVELS.items():
-                found |= self._denoising(material, images, shown, name, factor * self.config.noise_std)
+                found |= self._denoising(data, images, shown, name, factor * self.config.noise_std)
         notes: dict[str, Note] = {"pictures": len(shown), "latent_dim": self.latent_dim}
         if self.config.noise_std > 0:
             notes["noise_std"] = [round(factor * self.config.noise_std, 4) for factor in NOISE_LEVELS.values()]
-        return Findings(measures=found, notes=notes)
+        return EvaluationResult(metrics=found, notes=notes)
 
     def fit(self, batches: Iterable[Batch], seed: int) -> None:
         latents = first_rows(self.encode(batch["images"]) for batch in batches)
@@ -198,8 +208,8 @@ class Autoencoder(FittedDensity, ImageFamily[AutoencoderConfig, AutoencoderReque
         with inference(self.network):
             return self.network.denoise(placed(images, self.network).clamp(0, 1)).float().sigmoid()
 
-    def interpolate(self, start: Tensor, end: Tensor, steps: int, method: Way | None = None) -> Tensor:
-        return way(start, end, steps, method or "linear")
+    def interpolate(self, start: Tensor, end: Tensor, steps: int, method: Interpolation | None = None) -> Tensor:
+        return interpolate(start, end, steps, method or "linear")
 
     def preview(self, images: Tensor, seed: int) -> dict[str, Tensor]:
         request = self.Request()
@@ -220,37 +230,41 @@ class Autoencoder(FittedDensity, ImageFamily[AutoencoderConfig, AutoencoderReque
             )
         return outputs
 
-    def _compression(self, material: Material, images: Tensor, shown: np.ndarray) -> dict[str, Measure]:
+    def _compression(self, data: EvaluationData, images: Tensor, shown: np.ndarray) -> dict[str, EvaluationMetric]:
         parts = []
         for part in images.split(EVALUATED_AT_ONCE):
             parts.append(self.decode(self.encode(part), self.Request()).cpu())
-            material.report_progress()
+            data.report_progress()
         decoded = torch.cat(parts)
-        pca_psnr, pca_ssim = components(material, self.latent_dim, shown)
+        pca_psnr, pca_ssim = components(data, self.latent_dim, shown)
         pca, quality = f"PCA, {self.latent_dim} components", mean_psnr(decoded, images)
         return {
-            "psnr": Measure(value=quality, unit="dB", beside={pca: pca_psnr}),
-            "ssim": Measure(value=mean_ssim(decoded, images), beside={pca: pca_ssim}),
-            "pca_gain": Measure(value=quality - pca_psnr, unit="dB"),
+            "psnr": EvaluationMetric(value=quality, unit="dB", baselines={pca: pca_psnr}),
+            "ssim": EvaluationMetric(value=mean_ssim(decoded, images), baselines={pca: pca_ssim}),
+            "pca_gain": EvaluationMetric(value=quality - pca_psnr, unit="dB"),
         }
 
     def _denoising(
-        self, material: Material, images: Tensor, shown: np.ndarray, name: str, std: float
-    ) -> dict[str, Measure]:
+        self, data: EvaluationData, images: Tensor, shown: np.ndarray, name: str, std: float
+    ) -> dict[str, EvaluationMetric]:
         seen = noisy(images, std)
         parts = []
         for part in seen.split(EVALUATED_AT_ONCE):
             parts.append(self.denoise(part).cpu())
-            material.report_progress()
+            data.report_progress()
         denoised, clamped = torch.cat(parts), seen.clamp(0, 1)
-        filtered, filter_psnr = best_filter(material, std, shown)
+        filtered, filter_psnr = best_filter(data, std, shown)
         quality = mean_psnr(denoised, images)
-        beside = {"noisy": mean_psnr(seen, images), "noisy, clamped": mean_psnr(clamped, images)}
-        found = {name: Measure(value=quality, unit="dB", beside={**beside, f"best filter: {filtered}": filter_psnr})}
+        baselines = {"noisy": mean_psnr(seen, images), "noisy, clamped": mean_psnr(clamped, images)}
+        found = {
+            name: EvaluationMetric(
+                value=quality, unit="dB", baselines={**baselines, f"best filter: {filtered}": filter_psnr}
+            )
+        }
         if name == "denoise_psnr":
             similar = {"noisy, clamped": mean_ssim(clamped, images)}
-            found["denoise_ssim"] = Measure(value=mean_ssim(denoised, images), beside=similar)
-            found["denoise_gain"] = Measure(value=quality - filter_psnr, unit="dB")
+            found["denoise_ssim"] = EvaluationMetric(value=mean_ssim(denoised, images), baselines=similar)
+            found["denoise_gain"] = EvaluationMetric(value=quality - filter_psnr, unit="dB")
         return found
 
 

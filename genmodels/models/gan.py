@@ -27,15 +27,15 @@ from torch.func import functional_call
 from genmodels.errors import RequestError, SpecError
 from genmodels.evals import generative
 from genmodels.evals.distances import frechet_distance, moments
-from genmodels.family import Findings, ImageFamily, ImageInfo, Material, OptimizerConfig, Role, TextInfo
-from genmodels.nn.latents import row_generators, standard_normal, way
+from genmodels.family import EvaluationData, EvaluationResult, ImageFamily, ImageInfo, OptimizerConfig, Role, TextInfo
+from genmodels.nn.latents import interpolate, row_generators, standard_normal
 from genmodels.nn.networks import check_shape, image_sizes, inference, pass_bytes, placed
 from genmodels.nn.optim import make_optimizers
 from genmodels.schema.base import Section
 from genmodels.sizing.memory import Footprint, network_bytes
 
 if TYPE_CHECKING:
-    from genmodels.family import Batch, Way
+    from genmodels.family import Batch, Interpolation
 
 HEAD_FEATURES = 128  # of the discriminator, in front of its logit
 OVERSHOOT = 0.02  # see Generator
@@ -88,7 +88,7 @@ class GAN(ImageFamily[GANConfig, GANRequest]):
     repeated = "blocks"
     metric_names = ("val_frechet", "val_frechet_floor")
     evaluation_names = generative.NAMES
-    followed = ("discriminator_accuracy_real", "discriminator_accuracy_fake", "val_frechet")
+    tracked_metrics = ("discriminator_accuracy_real", "discriminator_accuracy_fake", "val_frechet")
 
     network: Generator
 
@@ -124,7 +124,7 @@ class GAN(ImageFamily[GANConfig, GANRequest]):
             Role("generator", drawing, make_optimizers(drawing, optimizer)),
         ]
 
-    def measure(self, batch: Batch) -> dict[str, Tensor]:
+    def eval_step(self, batch: Batch) -> dict[str, Tensor]:
         """Moments of real and generated images in random features.
 
         As many images are generated as there are real ones, and of their classes. The noise of each is keyed by the
@@ -140,7 +140,7 @@ class GAN(ImageFamily[GANConfig, GANRequest]):
         odd = torch.tensor([key % 2 == 1 for key in keys], device=images.device)
         return {"real_even": moments(real[~odd]), "real_odd": moments(real[odd]), "fake": moments(fake)}
 
-    def metrics(self, sums: Mapping[str, Tensor]) -> dict[str, float]:
+    def eval_metrics(self, sums: Mapping[str, Tensor]) -> dict[str, float]:
         """Frechet distances between Gaussians fitted to features of images; 0 would be a perfect match.
 
         `val_frechet` is that between the validation images and as many generated ones. The features are those of a
@@ -152,7 +152,7 @@ class GAN(ImageFamily[GANConfig, GANRequest]):
         floor = frechet_distance(sums["real_even"], sums["real_odd"]) / 2
         return {"val_frechet": frechet_distance(real, sums["fake"]), "val_frechet_floor": floor}
 
-    def evaluate(self, material: Material) -> Findings:
+    def evaluate(self, data: EvaluationData) -> EvaluationResult:
         """As `measures.samples` says; drawn as an endpoint draws, every class as often as chance has it."""
 
         def draw(n: int) -> tuple[Tensor, Tensor | None]:
@@ -160,10 +160,10 @@ class GAN(ImageFamily[GANConfig, GANRequest]):
             images = []
             for part in latents.split(generative.PART):
                 images.append(self.decode(part, self.Request()).cpu())
-                material.report_progress()
+                data.report_progress()
             return torch.cat(images), latents[:, self.config.latent_dim :].argmax(1) if self.num_classes else None
 
-        return generative.evaluate(material, draw)
+        return generative.evaluate(data, draw)
 
     @property
     def verbs(self) -> frozenset[str]:
@@ -199,11 +199,11 @@ class GAN(ImageFamily[GANConfig, GANRequest]):
         with inference(self.network):
             return self.network(placed(latents, self.network)).clamp(0, 1)
 
-    def interpolate(self, start: Tensor, end: Tensor, steps: int, method: Way | None = None) -> Tensor:
+    def interpolate(self, start: Tensor, end: Tensor, steps: int, method: Interpolation | None = None) -> Tensor:
         """Noise along the great circle, where its mass is; classes along the straight line."""
         split = self.config.latent_dim
-        noise = way(start[:split], end[:split], steps, method or "spherical")
-        return torch.cat((noise, way(start[split:], end[split:], steps, "linear")), dim=1)
+        noise = interpolate(start[:split], end[:split], steps, method or "spherical")
+        return torch.cat((noise, interpolate(start[split:], end[split:], steps, "linear")), dim=1)
 
     def _label(self, request: GANRequest) -> int | None:
         label, classes = request.label, self.num_classes

@@ -24,7 +24,16 @@ from torch import Tensor, nn
 
 from genmodels.errors import RequestError, SpecError
 from genmodels.evals.text import EVALUATION_NAMES, IGNORED, evaluate_text
-from genmodels.family import Findings, ImageInfo, Material, OptimizerConfig, Role, TextFamily, TextInfo, keep_half
+from genmodels.family import (
+    EvaluationData,
+    EvaluationResult,
+    ImageInfo,
+    OptimizerConfig,
+    Role,
+    TextFamily,
+    TextInfo,
+    slide_window,
+)
 from genmodels.nn.networks import inference
 from genmodels.nn.optim import make_optimizers
 from genmodels.nn.sampling import Sampler, SamplingOptions, choose
@@ -106,19 +115,19 @@ class MiniGPT(TextFamily[MiniGPTConfig, SamplingOptions]):
         outputs = [] if self.network.head is None else [self.network.head]
         return [Role("model", loss, make_optimizers(loss, optimizer, outputs))]
 
-    def measure(self, batch: Batch) -> dict[str, Tensor]:
+    def eval_step(self, batch: Batch) -> dict[str, Tensor]:
         with inference(self.network):
             losses = _cross_entropy(self.network(batch["tokens"]), batch["targets"], reduction="none")
         counted = batch["targets"] != IGNORED
         return {"nll": losses.double().sum(), "tokens": counted.sum().double()}
 
-    def metrics(self, sums: Mapping[str, Tensor]) -> dict[str, float]:
+    def eval_metrics(self, sums: Mapping[str, Tensor]) -> dict[str, float]:
         """`val_loss` in nats per token; `val_bits_per_char`, as a token is a character."""
         nats = float(sums["nll"] / sums["tokens"])
         return {"val_loss": nats, "val_bits_per_char": nats / math.log(2)}
 
-    def evaluate(self, material: Material) -> Findings:
-        return evaluate_text(self, material)
+    def evaluate(self, data: EvaluationData) -> EvaluationResult:
+        return evaluate_text(self, data)
 
     def logits(self, tokens: Tensor) -> Tensor:
         with inference(self.network):
@@ -138,7 +147,7 @@ class MiniGPT(TextFamily[MiniGPTConfig, SamplingOptions]):
         window = list(prompt)
         sampler = Sampler(request, seed, prompt, self.data.vocab_size)
         for _ in range(request.max_tokens):
-            window = keep_half(window, self.block_size)
+            window = slide_window(window, self.block_size)
             (token,) = choose(self.logits(torch.tensor([window]))[:, -1], [sampler])
             window.append(token)
             yield token

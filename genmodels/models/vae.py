@@ -19,15 +19,33 @@ from torch import Tensor, nn
 
 from genmodels.errors import RequestError
 from genmodels.evals.images import components, evenly_spaced, mean_psnr, mean_ssim, pictures
-from genmodels.family import Findings, ImageFamily, ImageInfo, Material, Measure, Note, OptimizerConfig, Role, TextInfo
-from genmodels.nn.latents import MAX_FIT, FittedDensity, GaussianMixture, first_rows, image_normal, standard_normal, way
+from genmodels.family import (
+    EvaluationData,
+    EvaluationMetric,
+    EvaluationResult,
+    ImageFamily,
+    ImageInfo,
+    Note,
+    OptimizerConfig,
+    Role,
+    TextInfo,
+)
+from genmodels.nn.latents import (
+    MAX_FIT,
+    FittedDensity,
+    GaussianMixture,
+    first_rows,
+    image_normal,
+    interpolate,
+    standard_normal,
+)
 from genmodels.nn.networks import ImageDecoder, ImageEncoder, Norm, check_shape, inference, pass_bytes, placed, psnr
 from genmodels.nn.optim import make_optimizers
 from genmodels.schema.base import Section
 from genmodels.sizing.memory import Footprint, network_bytes
 
 if TYPE_CHECKING:
-    from genmodels.family import Batch, Way
+    from genmodels.family import Batch, Interpolation
 
 ACTIVE_VARIANCE = 0.01  # a latent counts as used when its mean varies more than this over images (Burda et al. 2016)
 
@@ -117,7 +135,7 @@ class VAE(FittedDensity, ImageFamily[VAEConfig, VAERequest]):
         loss = ELBO(self.network, self.config)
         return [Role("model", loss, make_optimizers(loss, optimizer))]
 
-    def measure(self, batch: Batch) -> dict[str, Tensor]:
+    def eval_step(self, batch: Batch) -> dict[str, Tensor]:
         greys = batch["images"]
         with inference(self.network):
             images = self._observed(greys)
@@ -136,7 +154,7 @@ class VAE(FittedDensity, ImageFamily[VAEConfig, VAERequest]):
             "square_means": mean.square().sum(0),
         }
 
-    def metrics(self, sums: Mapping[str, Tensor]) -> dict[str, float]:
+    def eval_metrics(self, sums: Mapping[str, Tensor]) -> dict[str, float]:
         """Means over images.
 
         `val_loss` is the negative ELBO under `likelihood` (one draw of the latents, beta 1), `val_reconstruction` and
@@ -153,40 +171,42 @@ class VAE(FittedDensity, ImageFamily[VAEConfig, VAERequest]):
             "val_active_units": float((variance > ACTIVE_VARIANCE).sum()),
         }
 
-    def evaluate(self, material: Material) -> Findings:
+    def evaluate(self, data: EvaluationData) -> EvaluationResult:
         """`nll` is the importance-weighted bound on -log p(x), in nats; with one draw it is the negative ELBO.
 
         Beside it stands what a model without latents reaches, in which each pixel has its own mean: a collapsed VAE is
         no better.
         """
-        val = material.val["images"]
-        shown = evenly_spaced(len(val), len(val) if material.thorough else EVALUATED)
-        draws = THOROUGH_DRAWS if material.thorough else DRAWS
+        val = data.val["images"]
+        shown = evenly_spaced(len(val), len(val) if data.thorough else EVALUATED)
+        draws = THOROUGH_DRAWS if data.thorough else DRAWS
         greys, generator = pictures(val[shown]), torch.Generator().manual_seed(0)
         images = self._observed(greys)
         bounds, means, decoded = [], [], []
         for part in images.split(AT_ONCE):
-            bounds.append(self._bounds(part, draws, generator, material.report_progress))
+            bounds.append(self._bounds(part, draws, generator, data.report_progress))
             means.append(self.encode(part).cpu())
             decoded.append(self.decode(means[-1], self.Request()).cpu())
         nll, reconstruction, kl = torch.cat(bounds).mean(0).tolist()
-        alone = self._without_latents(material, images)
-        pca_psnr, pca_ssim = components(material, self.latent_dim, shown)
+        alone = self._without_latents(data, images)
+        pca_psnr, pca_ssim = components(data, self.latent_dim, shown)
         pca, through = f"PCA, {self.latent_dim} components", torch.cat(decoded)
         active = (torch.cat(means).double().var(0, correction=0) > ACTIVE_VARIANCE).sum()
         measures = {
-            "nll": Measure(value=nll, unit="nats", beside={"each pixel its mean": alone}),
-            "negative_elbo": Measure(value=reconstruction + kl, unit="nats", beside={"each pixel its mean": alone}),
-            "reconstruction": Measure(value=reconstruction, unit="nats"),
-            "kl": Measure(value=kl, unit="nats"),
-            "active_units": Measure(value=float(active), beside={"all": float(self.latent_dim)}),
-            "psnr": Measure(value=mean_psnr(through, greys), unit="dB", beside={pca: pca_psnr}),
-            "ssim": Measure(value=mean_ssim(through, greys), beside={pca: pca_ssim}),
+            "nll": EvaluationMetric(value=nll, unit="nats", baselines={"each pixel its mean": alone}),
+            "negative_elbo": EvaluationMetric(
+                value=reconstruction + kl, unit="nats", baselines={"each pixel its mean": alone}
+            ),
+            "reconstruction": EvaluationMetric(value=reconstruction, unit="nats"),
+            "kl": EvaluationMetric(value=kl, unit="nats"),
+            "active_units": EvaluationMetric(value=float(active), baselines={"all": float(self.latent_dim)}),
+            "psnr": EvaluationMetric(value=mean_psnr(through, greys), unit="dB", baselines={pca: pca_psnr}),
+            "ssim": EvaluationMetric(value=mean_ssim(through, greys), baselines={pca: pca_ssim}),
         }
         likelihood = self.config.likelihood
         notes: dict[str, Note] = {"pictures": len(shown), "draws": draws}
         notes |= {"likelihood": likelihood, "binarisation": BINARISATION[likelihood]}
-        return Findings(measures=measures, notes=notes)
+        return EvaluationResult(metrics=measures, notes=notes)
 
     def fit(self, batches: Iterable[Batch], seed: int) -> None:
         """A mixture over the aggregate posterior: over draws of the latents, as their means lie closer together."""
@@ -226,8 +246,8 @@ class VAE(FittedDensity, ImageFamily[VAEConfig, VAERequest]):
         with inference(self.network):
             return self.network.decoder(placed(latents, self.network)).float().sigmoid()
 
-    def interpolate(self, start: Tensor, end: Tensor, steps: int, method: Way | None = None) -> Tensor:
-        return way(start, end, steps, method or "spherical")
+    def interpolate(self, start: Tensor, end: Tensor, steps: int, method: Interpolation | None = None) -> Tensor:
+        return interpolate(start, end, steps, method or "spherical")
 
     def _observed(self, greys: Tensor) -> Tensor:
         """What the likelihood is of, (n, C, H, W): black and white drawn by each picture's content, or the greys."""
@@ -256,9 +276,9 @@ class VAE(FittedDensity, ImageFamily[VAEConfig, VAERequest]):
             kl = kl_divergence(mean.double(), log_variance.double()).sum(1)
             return torch.stack((bound, torch.cat(reconstructions).mean(0), kl), 1).cpu()
 
-    def _without_latents(self, material: Material, images: Tensor) -> float:
+    def _without_latents(self, data: EvaluationData, images: Tensor) -> float:
         """-log p(x) in nats of a model in which each pixel is on its own, fitted to training images."""
-        train = pictures(material.train["images"][evenly_spaced(len(material.train["images"]), MAX_FIT)])
+        train = pictures(data.train["images"][evenly_spaced(len(data.train["images"]), MAX_FIT)])
         mean = train.mean(0)
         if self.config.likelihood == "gaussian":
             variance = (train - mean).square().mean()

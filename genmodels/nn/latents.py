@@ -15,7 +15,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from genmodels.family import Way
+from genmodels.family import Interpolation
 from genmodels.sizing.memory import FLOAT
 
 DENSITY_FILE = "density.safetensors"
@@ -141,7 +141,7 @@ class FittedDensity:
             self.density = GaussianMixture.from_bytes(assets[DENSITY_FILE])
 
 
-def way(start: Tensor, end: Tensor, steps: int, method: Way) -> Tensor:
+def interpolate(start: Tensor, end: Tensor, steps: int, method: Interpolation) -> Tensor:
     """From `start` to `end` (d,), both included: (steps, d)."""
     return slerp(start, end, steps) if method == "spherical" else lerp(start, end, steps)
 

@@ -13,7 +13,7 @@ from genmodels import checkpoint
 from genmodels.checkpoint import CheckpointRef, Lineage
 from genmodels.data import open_dataset
 from genmodels.errors import DataError
-from genmodels.family import Family, Findings, Material, Note, TextFamily
+from genmodels.family import EvaluationData, EvaluationResult, Family, Note, TextFamily
 from genmodels.registry import evaluations, init_from
 from genmodels.runs.store import Run
 from genmodels.spec.sections import ModelSpec
@@ -31,7 +31,7 @@ def evaluate(
     *,
     thorough: bool = False,
     report_progress: Callable[[], None] = lambda: None,
-) -> Findings:
+) -> EvaluationResult:
     """Return what the family of a model measures, on the CPU in float32, and facts of its training.
 
     Args:
@@ -46,7 +46,7 @@ def evaluate(
     """
     family = checkpoint.load_family(folder)
     if not family.evaluation_names:
-        return Findings()
+        return EvaluationResult()
     dataset = open_dataset(spec.data, run.storage)
     if dataset.digest != lineage.data_digest:
         raise DataError(
@@ -56,13 +56,13 @@ def evaluate(
     init_from.adopt_tokenizer(dataset, folder)
     report_progress()
     result = family.evaluate(
-        Material(
+        EvaluationData(
             train=dataset.arrays("train"),
             val=dataset.arrays("val"),
             digest=dataset.digest,
             thorough=thorough,
             report_progress=report_progress,
-            keep=partial(evaluations.keep, run.storage),
+            cached=partial(evaluations.cached, run.storage),
         )
     )
     notes = result.notes | training(family, run, ref, lineage)
@@ -84,7 +84,7 @@ def training(family: Family[Any, Any], run: Run, ref: CheckpointRef, lineage: Li
         notes["training_seconds"] = round(run.training_seconds(), 1)
         if "loss" in last:
             notes["training_loss"] = round(last["loss"], 4)
-    for name in family.followed:
+    for name in family.tracked_metrics:
         if course := _course(rows, name):
             notes[f"{name}_over_time"] = course
     return notes

@@ -1,7 +1,7 @@
 """Store the results of evaluations with the version that they evaluate.
 
 models/<model>/evaluations/00000003/<id>.json    id: `publication`, or the time of the evaluation; put-if-absent
-measures/<name>                                  results that evaluations on one dataset share (`Material.keep`)
+evaluation-cache/<name>                          results that evaluations on one dataset share (`EvaluationData.cached`)
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from pydantic import Field
 
 from genmodels import __version__
 from genmodels.errors import Conflict, DamagedObject, KeyNotFound, ModelNotFound
-from genmodels.family import Findings, Measure, Note
+from genmodels.family import EvaluationMetric, EvaluationResult, Note
 from genmodels.registry.store import Registry, Version
 from genmodels.storage import Document, Storage, Time, list_names, load_document, write_document
 from genmodels.storage.documents import now
@@ -35,14 +35,14 @@ class Evaluation(Document):
     data_digest: str
     thorough: bool
     seconds: float
-    measures: dict[str, Measure] = Field(default_factory=dict)
+    metrics: dict[str, EvaluationMetric] = Field(default_factory=dict)
     notes: dict[str, Note] = Field(default_factory=dict)
 
 
 def record(
     registry: Registry,
     version: Version,
-    findings: Findings,
+    findings: EvaluationResult,
     *,
     thorough: bool,
     seconds: float,
@@ -91,9 +91,9 @@ def newest(registry: Registry, model: str, version: int) -> Evaluation | None:
     return results[-1] if results else None
 
 
-def keep(storage: Storage, name: str, make: Callable[[], bytes]) -> bytes:
+def cached(storage: Storage, name: str, make: Callable[[], bytes]) -> bytes:
     """Return the bytes stored under a name; make and store them if missing. The first of several writers counts."""
-    key = f"measures/{name}"
+    key = f"evaluation-cache/{name}"
     with contextlib.suppress(KeyNotFound):
         return storage.get(key)[0]
     data = make()

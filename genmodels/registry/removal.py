@@ -161,7 +161,9 @@ def delete_dataset(storage: Storage, name: str) -> DatasetContents:
             raise GenmodelsError(f"job {job} needs dataset {name!r} and has not ended; cancel it first")
     with alone(uploads.gc_lease(storage, name)) as until:
         meaning, *rest = uploads.sizes(storage, name)
-        kept = [key for key in storage.list("measures/") if any(digest[:16] in key for digest in contents.digests)]
+        kept = [
+            key for key in storage.list("evaluation-cache/") if any(digest[:16] in key for digest in contents.digests)
+        ]
         for key in [meaning, *kept, *rest]:  # the data last, so that a second call finds the rest
             if time.monotonic() >= until:
                 raise GenmodelsError(

@@ -130,7 +130,9 @@ def fit_batches(dataset: Dataset, family: Family[Any, Any]) -> Iterator[Batch]:
         yield to_tensors(split.take(index, np.zeros_like(index)), torch.device("cpu"))
 
 
-def _effort(spec: ModelSpec, family: Family[Any, Any], dataset: Dataset, device: torch.device) -> flops.Effort | None:
+def _effort(
+    spec: ModelSpec, family: Family[Any, Any], dataset: Dataset, device: torch.device
+) -> flops.StepFlops | None:
     config = spec.train
     split = dataset.split("train", family.block_size if isinstance(family, TextFamily) else None)
     index = np.arange(config.batch_size // config.accumulation_steps) % len(split)

@@ -22,14 +22,14 @@ PEAK_SIZE = {"cpu": 384, "cuda": 8192}  # of the matrices
 log = logging.getLogger(__name__)
 
 
-class Effort(NamedTuple):
+class StepFlops(NamedTuple):
     """Of one worker's device, and of a step of all workers together."""
 
     step: float  # floating point operations of forward and backward passes
     peak: float  # a second, by matrix products alone
 
 
-def estimate(family: Family[Any, Any], batch: Batch, config: TrainConfig, device: torch.device) -> Effort | None:
+def estimate(family: Family[Any, Any], batch: Batch, config: TrainConfig, device: torch.device) -> StepFlops | None:
     """None where it cannot be told: no reason not to train.
 
     Args:
@@ -38,7 +38,7 @@ def estimate(family: Family[Any, Any], batch: Batch, config: TrainConfig, device
         device: that of the training.
     """
     try:
-        return Effort(_step(family, batch, config) * config.accumulation_steps, _peak(device, config.precision))
+        return StepFlops(_step(family, batch, config) * config.accumulation_steps, _peak(device, config.precision))
     except Exception as error:  # an operation without shapes of its own, no memory to spare
         log.info("floating point operations are not counted: %s: %s", type(error).__name__, str(error).split("\n")[0])
         return None

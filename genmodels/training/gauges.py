@@ -12,7 +12,7 @@ from genmodels import metrics
 from genmodels.runs.records import Heartbeat
 from genmodels.runs.store import Run
 from genmodels.spec.sections import ModelSpec
-from genmodels.training.flops import Effort
+from genmodels.training.flops import StepFlops
 
 NORM = "gradient_norm"  # a row has one for each role, under its prefix
 SAME = {
@@ -28,7 +28,7 @@ NOT_SHOWN = ("step", "epoch", "seconds")
 class TrainingGauges:
     """The gauges of one run. They end with this process."""
 
-    def __init__(self, run: Run, spec: ModelSpec, workers: int, tokens: int | None, effort: Effort | None) -> None:
+    def __init__(self, run: Run, spec: ModelSpec, workers: int, tokens: int | None, effort: StepFlops | None) -> None:
         """Args:
         tokens: in a sample, where it is text.
         """

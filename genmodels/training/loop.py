@@ -64,7 +64,7 @@ class Recorder(Protocol):
     def should_stop(self) -> bool: ...
 
 
-class Player:
+class RoleTrainer:
     """A role in training: its loss module behind DistributedDataParallel, and its optimizers with their peak rates."""
 
     def __init__(self, role: Role, compile: bool) -> None:
@@ -112,13 +112,13 @@ def train(
     Raises:
         TrainingDiverged: a loss or gradient is not finite, on all ranks at the same step.
     """
-    # Said once by DDP when every parameter was used; the flag is there for another reason (see Player).
+    # Said once by DDP when every parameter was used; the flag is there for another reason (see RoleTrainer).
     warnings.filterwarnings("ignore", message="find_unused_parameters=True was specified")
     config = spec.train
     family.to(group.device)
     served.to(group.device)
     served.network.requires_grad_(False)
-    players = [Player(role, config.compile) for role in family.roles(config)]
+    players = [RoleTrainer(role, config.compile) for role in family.roles(config)]
     window = family.block_size if isinstance(family, TextFamily) else None
     split, validation = dataset.split("train", window), dataset.split("val", window)
     _check_enough(split, validation, config, group)
@@ -130,7 +130,7 @@ def train(
         _restore(folder, players, served)
         step, samples = manifest.step, manifest.samples
 
-    total, interval, started = config.max_steps * config.batch_size, Interval(), time.perf_counter()
+    total, interval, started = config.max_steps * config.batch_size, MetricWindow(), time.perf_counter()
     stopping, first = False, step + 1
     while step < config.max_steps and not stopping:
         step += 1
@@ -171,7 +171,7 @@ def train(
                 recorder.log({"step": step, **row})
             if recorder and (evaluating or saving):
                 log.info("step %d of %d: %s", step, config.max_steps, _shown(row))
-            interval = Interval()
+            interval = MetricWindow()
         if saving and recorder:
             metrics = {name: value for name, value in row.items() if name in served.metric_names}
             recorder.report_progress("saving", step, loss)
@@ -192,12 +192,12 @@ def evaluate(
         if recorder:
             recorder.report_progress("evaluating", step)
         with torch.no_grad():
-            found = served.measure(to_tensors(validation.take(index, np.zeros_like(index)), group.device))
+            found = served.eval_step(to_tensors(validation.take(index, np.zeros_like(index)), group.device))
         sums = {name: sums[name] + value if sums else value for name, value in found.items()}
     if dist.is_initialized():
         for name in sorted(sums):
             dist.all_reduce(sums[name])
-    return served.metrics(sums)
+    return served.eval_metrics(sums)
 
 
 def schedule(config: TrainConfig, step: int) -> float:
@@ -222,7 +222,7 @@ def to_tensors(batch: Mapping[str, np.ndarray], device: torch.device) -> dict[st
     return {name: torch.from_numpy(values).to(device, non_blocking=True) for name, values in batch.items()}
 
 
-class Interval:
+class MetricWindow:
     """Means over the steps since the last logged row."""
 
     def __init__(self) -> None:
@@ -259,7 +259,7 @@ class Interval:
 
 
 def _optimize(
-    player: Player,
+    player: RoleTrainer,
     batches: list[Batch],
     progress: Tensor,
     config: TrainConfig,
@@ -314,7 +314,7 @@ def _average(served: nn.Module, trained: nn.Module, decay: float | None, step: i
 
 
 def _snapshot(
-    step: int, samples: int, metrics: dict[str, float], players: list[Player], served: Family[Any, Any]
+    step: int, samples: int, metrics: dict[str, float], players: list[RoleTrainer], served: Family[Any, Any]
 ) -> Snapshot:
     return Snapshot(
         step=step,
@@ -332,7 +332,7 @@ def _copy(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def _restore(folder: Path, players: list[Player], served: Family[Any, Any]) -> None:
+def _restore(folder: Path, players: list[RoleTrainer], served: Family[Any, Any]) -> None:
     served.network.load_state_dict(load_tensors(folder / WEIGHTS))
     for player in players:
         player.loss.load_state_dict(load_tensors(folder / "state" / f"{player.name}.safetensors"))

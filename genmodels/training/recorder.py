@@ -28,7 +28,7 @@ from genmodels.runs.records import Heartbeat, Phase
 from genmodels.runs.store import Run
 from genmodels.spec.sections import ModelSpec
 from genmodels.storage.retry import retry_until_available
-from genmodels.training.flops import Effort
+from genmodels.training.flops import StepFlops
 from genmodels.training.gauges import TrainingGauges
 
 BEAT_SECONDS = 1.0
@@ -55,7 +55,7 @@ class RunRecorder:
         fit_batches: Callable[[], Iterable[Batch]],
         lineage: Lineage,
         stop_event: threading.Event | None = None,
-        effort: Effort | None = None,
+        effort: StepFlops | None = None,
     ) -> None:
         """Args:
         scratch: an instance of the model for the upload thread alone, to fit densities with a snapshot's weights.

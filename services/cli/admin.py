@@ -9,8 +9,9 @@ from typing import Annotated
 
 import typer
 
+from services.cli.catalog import open_catalog
 from services.cli.keys import keys_app
-from services.cli.options import AsJson, MaybeApi, StorageUrl, Yes, agreed, service, storage
+from services.cli.options import AsJson, MaybeApi, StorageUrl, Yes, confirm, storage
 from services.console.output import console, print_json
 
 app = typer.Typer()
@@ -51,21 +52,20 @@ def gc(
     api: MaybeApi = None,
 ) -> None:
     """Remove unreferenced objects from the storage. It lists them first, and asks for confirmation."""
-    remote = service(context, api)
-    if remote is None:
-        from genmodels.registry import gc as cleanup
+    from services.console.tables import amount, garbage_table
 
-        plan = cleanup.gc(storage(storage_url))
-        found = [{"key": item.key, "bytes": item.bytes, "why": item.why} for item in plan.items]
-        if _is_wanted(found, yes, dry_run):
-            plan.carry_out()
-            print("done")
-        return
-    with remote:
-        if _is_wanted(remote.gc(dry_run=True)["items"], yes, dry_run):
-            from services.console.tables import amount
-
-            print(f"done: {amount(remote.gc(dry_run=False)['bytes'])} are free")
+    with open_catalog(context, api, storage_url) as catalog:
+        garbage = catalog.garbage()
+        if not garbage.items:
+            print("there is nothing to remove")
+            return
+        summary = f"{len(garbage.items)} items, {amount(sum(item['bytes'] for item in garbage.items))}"
+        console().print(garbage_table(garbage.items))
+        if dry_run:
+            print(f"would remove {summary}")
+        elif confirm(f"Remove {summary}?", yes):
+            garbage.remove()
+            print(f"removed {summary}")
 
 
 @app.command(rich_help_panel=PANEL)
@@ -83,27 +83,13 @@ def doctor(storage_url: StorageUrl = None, as_json: AsJson = False) -> None:
 
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="replace")  # a key may have letters that the terminal has not
-    found = []
+    checks = []
     for check in examine(options.storage_url(storage_url)):
-        found.append(check)
+        checks.append(check)
         if not as_json:
             line = f"{check.state:<8} {check.name:<16} {check.text}" + (f". {check.remedy}" if check.remedy else "")
             print("".join(letter if letter.isprintable() else "?" for letter in line), flush=True)
     if as_json:
-        print_json([asdict(check) for check in found])
-    if any(check.state == "problem" for check in found):
+        print_json([asdict(check) for check in checks])
+    if any(check.state == "problem" for check in checks):
         raise typer.Exit(1)
-
-
-def _is_wanted(items: list[dict[str, object]], yes: bool, dry_run: bool) -> bool:
-    from services.console.tables import amount, garbage_table
-
-    if not items:
-        print("there is nothing to remove")
-        return False
-    size = sum(int(str(item["bytes"])) for item in items)
-    console().print(garbage_table(items))
-    if dry_run:
-        print(f"{len(items)} items, {amount(size)} would go")
-        return False
-    return agreed(f"Remove {len(items)} items, {amount(size)}?", yes)

@@ -1,23 +1,16 @@
-"""TODO"""
+"""`genmodels data add` and `genmodels data list`."""
 
 from __future__ import annotations
 
-import tempfile
-import zipfile
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Annotated, Any
+from typing import Annotated
 
 import typer
 
-from genmodels.errors import DatasetExists, GenmodelsError, SpecError
-from services.cli.options import AsJson, MaybeApi, StorageUrl, agreed, service, storage
+from genmodels.errors import DatasetExists, SpecError
+from services.cli.catalog import open_catalog
+from services.cli.options import AsJson, MaybeApi, StorageUrl, confirm
 from services.console.output import console, print_json, tell
-
-if TYPE_CHECKING:
-    pass
-
 
 data_app = typer.Typer(no_args_is_help=True, rich_markup_mode=None)
 
@@ -53,27 +46,19 @@ def data_add(
     """Add a text or pictures to the storage, after a check. Specs name the dataset on every machine."""
     if channels not in (None, 1, 3):
         raise SpecError(f"--channels: got {channels}, expected 1 (grey) or 3 (colour)")
-    remote = service(context, api)
+    with open_catalog(context, api, storage_url) as catalog:
 
-    def add(replace: bool) -> dict[str, Any]:
-        if remote is None:
-            from genmodels.data import uploads
+        def add(replace: bool) -> list[str]:
+            return catalog.add_dataset(name, path, image_size=image_size, channels=channels, replace=replace)
 
-            store = storage(storage_url)
-            added, _ = uploads.add(store, name, path, image_size, channels, replace=replace)  # type: ignore[arg-type]
-            return added.model_dump(mode="json")
-        with _streamable(path) as file, console(stderr=True).status("Sending"):
-            return remote.add_dataset(name, file, replace=replace, image_size=image_size, channels=channels)
-
-    with remote or nullcontext():
         try:
-            dataset = add(replace)
+            notes = add(replace)
         except DatasetExists as error:
-            question = f"{error}. Replace it? Jobs that were submitted keep what they had."
-            if not agreed(question, False, "--replace"):
+            question = f"{error}. Replace it? Submitted jobs keep the content that they had."
+            if not confirm(question, False, "--replace"):
                 raise typer.Abort from None
-            dataset = add(True)
-    print(f"{name}: {'; '.join(dataset['notes'])}")
+            notes = add(True)
+    print(f"{name}: {'; '.join(notes)}")
     tell(f"in a spec: data: {{dataset: {name}}}")
 
 
@@ -84,46 +69,9 @@ def data_list(
     """List the datasets that a spec may name: built-in and added."""
     from services.console.tables import datasets_table
 
-    remote = service(context, api)
-    if remote is None:
-        from genmodels.data import DATASETS, uploads
-
-        built_in = [{"name": s.name, "kind": s.kind, "what": s.what, "built_in": True} for s in DATASETS.values()]
-        added = uploads.catalog(storage(storage_url))
-        found = [*built_in, *({**dataset.model_dump(mode="json"), "built_in": False} for dataset in added)]
-    else:
-        with remote:
-            found = remote.datasets()
+    with open_catalog(context, api, storage_url) as catalog:
+        datasets = catalog.datasets()
     if as_json:
-        print_json(found)
+        print_json(datasets)
     else:
-        console().print(datasets_table(found))
-
-
-@contextmanager
-def _streamable(path: Path) -> Iterator[IO[bytes]]:
-    """A file as it is, a folder's pictures as a zip: the form in which data travels.
-
-    A text is checked here first: what is said of it names the file, and nothing is sent in vain.
-    """
-    from genmodels.data.files import find_pictures, shown, skipped_note
-    from genmodels.data.text import read_text
-    from genmodels.data.unpack import is_zip
-
-    try:
-        if not path.is_dir():
-            if not is_zip(path):
-                read_text(path)
-            with path.open("rb") as file:
-                yield file
-            return
-        with tempfile.TemporaryFile(prefix="genmodels-data-") as file:
-            pictures, skipped = find_pictures(path)
-            if skipped:
-                tell(f"{shown(path)}: {skipped_note(skipped)}")
-            with zipfile.ZipFile(file, "w") as archive:  # pictures are packed already
-                for picture in pictures:
-                    archive.write(picture, shown(picture.relative_to(path)))
-            yield file
-    except OSError as error:
-        raise GenmodelsError(f"{shown(path)}: cannot be read: {error.strerror}") from None
+        console().print(datasets_table(datasets))

@@ -1,21 +1,18 @@
-"""`genmodels delete` and `genmodels data delete`: each looks first, says what goes and what stays, and asks."""
+"""`genmodels delete` and `genmodels data delete`: each reports what it would delete, asks, and deletes."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import asdict
-from typing import TYPE_CHECKING, Annotated, Any
+from dataclasses import dataclass
+from typing import Annotated, Any
 
 import typer
 
-from genmodels.errors import GenmodelsError, JobNotFound, ModelNotFound, SpecError
+from genmodels.errors import GenmodelsError, ModelNotFound, SpecError
+from services.cli.catalog import Catalog, open_catalog
 from services.cli.data import data_app
 from services.cli.models import PANEL
-from services.cli.options import MaybeApi, StorageUrl, Yes, agreed, service, storage
-
-if TYPE_CHECKING:
-    from genmodels.storage import Storage
-    from services.client.jobs import Client
+from services.cli.options import MaybeApi, StorageUrl, Yes, confirm
 
 app = typer.Typer()
 
@@ -23,7 +20,7 @@ app = typer.Typer()
 @app.command(rich_help_panel=PANEL)
 def delete(
     context: typer.Context,
-    what: Annotated[
+    name: Annotated[
         str,
         typer.Argument(
             metavar="JOB|MODEL|MODEL@VERSION|MODEL@ALIAS",
@@ -41,14 +38,12 @@ def delete(
     api: MaybeApi = None,
 ) -> None:
     """Delete an ended job, a whole model, a version, or an alias. It asks for confirmation first."""
-    remote = service(context, api)
-    place = _Remote(remote) if remote else _Local(storage(storage_url))
-    with place:
-        question, work, done = _plan(place, what, model, with_runs)
-        if not agreed(question, yes):
+    with open_catalog(context, api, storage_url) as catalog:
+        deletion = _plan(catalog, name, model, with_runs)
+        if not confirm(deletion.question, yes):
             raise typer.Abort
-        work()
-    print(done)
+        deletion.run()
+    print(deletion.summary)
 
 
 @data_app.command("delete")
@@ -67,180 +62,95 @@ def data_delete(
     """Delete a dataset with all its contents. Models that were trained on it stay, and are listed."""
     from services.console.tables import amount
 
-    remote = service(context, api)
-    place = _Remote(remote) if remote else _Local(storage(storage_url))
-    with place:
-        found = place.dataset(name)
-        size = f"{_count(len(found['contents']), 'content')}, {amount(found['bytes'])}"
-        if not agreed(f"Delete dataset {name} ({size})? {_trained(found)}", yes):
+    with open_catalog(context, api, storage_url) as catalog:
+        contents = catalog.dataset_contents(name)
+        size = f"{_count(len(contents['contents']), 'content')}, {amount(contents['bytes'])}"
+        if not confirm(f"Delete dataset {name} ({size})? {_trained(contents)}", yes):
             raise typer.Abort
-        place.delete_dataset(name)
-    print(f"dataset {name} is deleted. {_trained(found)}")
-    print("Machines that trained on it keep copies in ~/.cache/genmodels/datasets/: " + ", ".join(found["contents"]))
+        catalog.delete_dataset(name)
+    print(f"dataset {name} is deleted. {_trained(contents)}")
+    copies = ", ".join(contents["contents"])
+    print(f"Machines that trained on it keep copies in ~/.cache/genmodels/datasets/: {copies}")
 
 
-class _Local:
-    """What the commands need of a storage."""
+@dataclass(frozen=True)
+class _Deletion:
+    """A deletion that was checked, and waits for the confirmation."""
 
-    def __init__(self, store: Storage) -> None:
-        self.storage = store
-
-    def __enter__(self) -> _Local:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        pass
-
-    def has_job(self, job: str) -> bool:
-        from genmodels.runs.jobs import Jobs
-
-        return Jobs(self.storage).is_known(job)
-
-    def delete_job(self, job: str) -> None:
-        from genmodels.runs.jobs import Jobs
-
-        Jobs(self.storage).delete(job)
-
-    def model(self, model: str) -> dict[str, Any]:
-        from genmodels.registry.removal import model_contents
-
-        return asdict(model_contents(self.storage, model))
-
-    def delete_model(self, model: str, with_runs: bool) -> None:
-        from genmodels.registry.removal import delete_model
-
-        delete_model(self.storage, model, with_runs=with_runs)
-
-    def version(self, name: str) -> int:
-        from genmodels.registry.store import Registry
-
-        return Registry(self.storage).resolve(name).version
-
-    def delete_version(self, model: str, number: int) -> None:
-        from genmodels.registry.gc import delete_version
-        from genmodels.registry.store import Registry
-
-        delete_version(Registry(self.storage), model, number)
-
-    def delete_alias(self, model: str, alias: str) -> None:
-        from genmodels.registry.store import Registry
-
-        Registry(self.storage).remove_alias(model, alias)
-
-    def dataset(self, name: str) -> dict[str, Any]:
-        from genmodels.registry.removal import dataset_contents
-
-        return asdict(dataset_contents(self.storage, name))
-
-    def delete_dataset(self, name: str) -> None:
-        from genmodels.registry.removal import delete_dataset
-
-        delete_dataset(self.storage, name)
+    question: str
+    run: Callable[[], object]
+    summary: str  # printed when it is done
 
 
-class _Remote:
-    """The same of a job service."""
+def _plan(catalog: Catalog, name: str, model: bool, with_runs: bool) -> _Deletion:
+    """Look up what is named.
 
-    def __init__(self, client: Client) -> None:
-        self.client = client
-        self.delete_job, self.delete_version = client.delete_job, client.delete_version
-        self.delete_alias = client.delete_alias
-
-    def __enter__(self) -> _Remote:
-        self.client.__enter__()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.client.__exit__()
-
-    def has_job(self, job: str) -> bool:
-        try:
-            self.client.job(job)
-        except JobNotFound:
-            return False
-        return True
-
-    def model(self, model: str) -> dict[str, Any]:
-        return self.client.delete_model(model, dry_run=True)
-
-    def delete_model(self, model: str, with_runs: bool) -> None:
-        self.client.delete_model(model, with_runs=with_runs)
-
-    def version(self, name: str) -> int:
-        return self.client.version(*self.client.resolve(name)).version
-
-    def dataset(self, name: str) -> dict[str, Any]:
-        return self.client.delete_dataset(name, dry_run=True)
-
-    def delete_dataset(self, name: str) -> None:
-        self.client.delete_dataset(name)
-
-
-def _plan(place: _Local | _Remote, what: str, model: bool, with_runs: bool) -> tuple[str, Callable[[], object], str]:
-    """Look at what is named: what to ask, what to do, and what to say when it is done.
+    Args:
+        name: of a job or a model, `model@version`, or `model@alias`.
+        model: whether `name` is a model even if a job has the same name.
 
     Raises:
         GenmodelsError: there is no such thing.
     """
-    name, at, reference = what.partition("@")
+    name, at, reference = name.partition("@")
     if at:
-        return _plan_reference(place, name, reference)
-    is_job = not model and place.has_job(name)
+        return _plan_reference(catalog, name, reference)
+    is_job = not model and catalog.has_job(name)
     try:
-        found = place.model(name)
+        contents = catalog.model_contents(name)
     except ModelNotFound:
-        found = None
-    if is_job and found:
+        contents = None
+    if is_job and contents:
         raise SpecError(f"{name} is a job and a model: write `genmodels delete {name} --model` for the model")
     if is_job:
         question = f"Delete job {name}, its checkpoints and its logs?"
-        return question, lambda: place.delete_job(name), f"job {name} is deleted"
-    if not found:
-        listed = "`genmodels models`" if model else "`genmodels models` and `genmodels jobs`"
-        raise GenmodelsError(f"no {'model' if model else 'job or model'} {name!r}; {listed} list what there is")
-    runs = _runs(found["jobs"], with_runs)
-    return (
-        f"Delete model {name} ({_amounts(found)})? {runs}",
-        lambda: place.delete_model(name, with_runs),
+        return _Deletion(question, lambda: catalog.delete_job(name), f"job {name} is deleted")
+    if not contents:
+        lists = "`genmodels models` lists" if model else "`genmodels models` and `genmodels jobs` list"
+        raise GenmodelsError(f"no {'model' if model else 'job or model'} {name!r}; {lists} what there is")
+    runs = _runs(contents["jobs"], with_runs)
+    return _Deletion(
+        f"Delete model {name} ({_summary(contents)})? {runs}",
+        lambda: catalog.delete_model(name, with_runs=with_runs),
         f"model {name} is deleted. {runs}".rstrip(),
     )
 
 
-def _plan_reference(place: _Local | _Remote, name: str, reference: str) -> tuple[str, Callable[[], object], str]:
+def _plan_reference(catalog: Catalog, name: str, reference: str) -> _Deletion:
     if reference in ("latest", "live") or reference.startswith("step-") or ":" in reference:
         raise SpecError(f"{name}@{reference}: name a version by its number, or an alias; `genmodels models` lists them")
-    number = place.version(f"{name}@{reference}")
+    number = catalog.resolve(f"{name}@{reference}").version
     if reference.isdecimal():
-        what = f"version {name}@{number}"
-        return f"Delete {what}?", lambda: place.delete_version(name, number), f"{what} is deleted"
+        version = f"version {name}@{number}"
+        return _Deletion(f"Delete {version}?", lambda: catalog.delete_version(name, number), f"{version} is deleted")
     question = f"Delete alias {name}@{reference}, which names version {number}? The version stays."
-    done = f"alias {name}@{reference} is deleted; version {number} stays"
-    return question, lambda: place.delete_alias(name, reference), done
+    summary = f"alias {name}@{reference} is deleted; version {number} stays"
+    return _Deletion(question, lambda: catalog.delete_alias(name, reference), summary)
 
 
-def _amounts(found: dict[str, Any]) -> str:
+def _summary(contents: dict[str, Any]) -> str:
     from services.console.tables import amount
 
-    aliases = ", ".join(found["aliases"])
-    parts = [_count(len(found["versions"]), "version"), f"aliases {aliases}" if aliases else "no alias"]
-    return ", ".join([*parts, amount(found["bytes"])])
+    aliases = ", ".join(contents["aliases"])
+    parts = [_count(len(contents["versions"]), "version"), f"aliases {aliases}" if aliases else "no alias"]
+    return ", ".join([*parts, amount(contents["bytes"])])
 
 
 def _runs(jobs: list[str], with_runs: bool) -> str:
     if not jobs:
         return ""
-    listed = ", ".join(jobs)
+    names = ", ".join(jobs)
     if with_runs:
-        return f"The checkpoints, samples and logs of its runs go too: {listed}."
-    return f"The checkpoints, samples and logs of its runs stay: {listed}; --with-runs takes them too."
+        return f"The checkpoints, samples and logs of its runs are deleted too: {names}."
+    return f"The checkpoints, samples and logs of its runs stay: {names}; --with-runs deletes them too."
 
 
-def _trained(found: dict[str, Any]) -> str:
-    if not found["runs"]:
-        return "Nothing was trained on it."
-    versions = ", ".join(found["versions"]) or "none"
-    stays = "what was made of it stays, samples and weights too, until it is deleted"
-    return f"Trained on it: {', '.join(found['runs'])}; versions: {versions}; {stays}."
+def _trained(contents: dict[str, Any]) -> str:
+    if not contents["runs"]:
+        return "No run was trained on it."
+    versions = ", ".join(contents["versions"]) or "none"
+    stays = "their checkpoints, versions and samples stay until you delete them"
+    return f"Runs trained on it: {', '.join(contents['runs'])}; versions: {versions}; {stays}."
 
 
 def _count(number: int, noun: str) -> str:

@@ -1,4 +1,4 @@
-"""Commands on what is stored (models, datasets, keys): through a job service where one is named, else directly."""
+"""`genmodels models`, `promote`, `pull`, `evaluate`."""
 
 from __future__ import annotations
 
@@ -12,8 +12,9 @@ import typer
 
 from genmodels.errors import GenmodelsError, JobNotFound
 from genmodels.storage import encode_floats
+from services.cli.catalog import open_catalog
 from services.cli.data import data_app
-from services.cli.options import AsJson, MaybeApi, StorageUrl, service, storage
+from services.cli.options import AsJson, MaybeApi, StorageUrl, storage
 from services.console.output import console, print_json
 
 if TYPE_CHECKING:
@@ -38,16 +39,10 @@ VersionName = Annotated[
 @app.command(rich_help_panel=PANEL)
 def models(context: typer.Context, storage_url: StorageUrl = None, api: MaybeApi = None) -> None:
     """List published models, their versions and aliases."""
-    from services.console.tables import models_table, registry_table
+    from services.console.tables import models_table
 
-    remote = service(context, api)
-    if remote is None:
-        from genmodels.registry.store import Registry
-
-        console().print(registry_table(Registry(storage(storage_url))))
-        return
-    with remote:
-        console().print(models_table(remote.models()))
+    with open_catalog(context, api, storage_url) as catalog:
+        console().print(models_table(catalog.models()))
 
 
 @app.command(rich_help_panel=PANEL)
@@ -59,19 +54,10 @@ def promote(
     api: MaybeApi = None,
 ) -> None:
     """Point an alias at a version, newer or older. Serving follows within seconds."""
-    remote = service(context, api)
-    if remote is None:
-        from genmodels.registry.store import Registry
-
-        registry = Registry(storage(storage_url))
-        target = registry.resolve(version)
-        registry.promote(target.model, alias, target.version, "by hand")
-        model, number = target.model, target.version
-    else:
-        with remote:
-            model, number = remote.resolve(version)
-            remote.promote(model, alias, number)
-    print(f"{model}@{alias} is version {number} now")
+    with open_catalog(context, api, storage_url) as catalog:
+        target = catalog.resolve(version)
+        catalog.promote(target, alias)
+    print(f"{target.model}@{alias} is version {target.version} now")
 
 
 @app.command(rich_help_panel=PANEL)
@@ -90,21 +76,12 @@ def pull(
     """Download the files of a version. Each file is verified by its sha256."""
     from services.console.tables import amount
 
-    remote = service(context, api)
-    if remote is None:
-        from genmodels.registry.store import Registry
-
-        registry = Registry(storage(storage_url))
-        found = registry.resolve(version)
-        with _new_folder(folder, found) as (path, part):
-            registry.fetch(found, part)
-    else:
-        with remote:
-            found = remote.version(*remote.resolve(version))
-            with _new_folder(folder, found) as (path, part):
-                remote.fetch(found, part)
-    size = sum(file.size for file in found.files.values())
-    print(f"{found.name}: {len(found.files)} files, {amount(size)}, in {path}")
+    with open_catalog(context, api, storage_url) as catalog:
+        target = catalog.resolve(version)
+        with _new_folder(folder, target) as (path, part):
+            catalog.fetch(target, part)
+    size = sum(file.size for file in target.files.values())
+    print(f"{target.name}: {len(target.files)} files, {amount(size)}, in {path}")
 
 
 @app.command(rich_help_panel=PANEL)
@@ -121,38 +98,38 @@ def evaluate(
 
     from genmodels.checkpoint import scratch_folder
     from genmodels.registry import evaluations
-    from genmodels.registry.evaluate import evaluate as measure
+    from genmodels.registry.evaluate import evaluate as evaluate_version
     from genmodels.registry.store import Registry
     from genmodels.runs.jobs import Jobs
     from genmodels.runs.store import Run
-    from services.console.tables import measures_table
+    from services.console.tables import evaluation_table
 
     store = storage(storage_url)
     registry = Registry(store)
-    found = registry.resolve(version)
+    target = registry.resolve(version)
     try:
-        spec = Jobs(store).model_spec(found.job, found.model)
+        spec = Jobs(store).model_spec(target.job, target.model)
     except JobNotFound:
-        raise GenmodelsError(f"{found.name}: job {found.job} was deleted, so its data is not known any more") from None
-    with scratch_folder() as name, console(stderr=True).status(f"Evaluating {found.name}"):
-        registry.fetch(found, Path(name))
+        raise GenmodelsError(f"{target.name}: job {target.job} was deleted, so its data is unknown") from None
+    with scratch_folder() as name, console(stderr=True).status(f"Evaluating {target.name}"):
+        registry.fetch(target, Path(name))
         began = time.monotonic()
-        measured = measure(
-            Run(store, found.job, found.model), found.checkpoint, spec, found.lineage, Path(name), thorough=thorough
+        result = evaluate_version(
+            Run(store, target.job, target.model), target.checkpoint, spec, target.lineage, Path(name), thorough=thorough
         )
-    evaluation = evaluations.record(registry, found, measured, thorough=thorough, seconds=time.monotonic() - began)
+    evaluation = evaluations.record(registry, target, result, thorough=thorough, seconds=time.monotonic() - began)
     if as_json:
         print_json(encode_floats(evaluation.model_dump(mode="json")))
     else:
-        console().print(measures_table(evaluation))
+        console().print(evaluation_table(evaluation))
 
 
 @contextmanager
 def _new_folder(folder: Path | None, version: Version) -> Iterator[tuple[Path, Path]]:
-    """The folder to make, and the one to fill meanwhile: it appears when it is complete, or not at all."""
+    """Yield the new folder's path, and a folder to fill, which then becomes it: so no partial folder appears."""
     path = folder or Path(f"{version.model}-{version.version}")
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
-        raise GenmodelsError(f"{path} is there and not empty; name a new folder")
+        raise GenmodelsError(f"{path} exists and is not empty; name a new folder")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as scratch:

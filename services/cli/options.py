@@ -1,4 +1,4 @@
-"""What several commands share: options that mean the same everywhere, and how they print and ask."""
+"""Options that several commands share, and how commands open a storage or a service and ask for confirmation."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def client(api: str) -> Client:
 
 
 def service(context: typer.Context, api: str | None) -> Client | None:
-    """The job service to go through, or None to open the storage: a --storage that is typed outdoes GENMODELS_API."""
+    """Return a client of the job service, or None to open the storage: a typed --storage goes before GENMODELS_API."""
     typed = context.get_parameter_source("storage_url")
     if api is None or (typed is not None and typed.name == "COMMANDLINE" and _from_environment(context)):
         return None
@@ -92,7 +92,7 @@ def service(context: typer.Context, api: str | None) -> Client | None:
 
 
 def storage(url: str | None) -> Storage:
-    """The storage of a command, which may only read; one of another format is refused at once."""
+    """Open a storage, which the command may only read; refuse one of another format at once."""
     from genmodels.storage import open_storage, read_marker
 
     opened = open_storage(storage_url(url))
@@ -104,11 +104,12 @@ def storage_url(url: str | None) -> str:
     return url or (Path.cwd() / ".genmodels").as_uri()
 
 
-def agreed(question: str, yes: bool, option: str = "--yes") -> bool:
-    """Whether to go on with what cannot be undone.
+def confirm(question: str, yes: bool, option: str = "--yes") -> bool:
+    """Ask whether to do what cannot be undone.
 
     Args:
-        option: that stands for yes.
+        yes: agree without asking.
+        option: the option that agrees, for the error.
 
     Raises:
         SpecError: there is no terminal to ask on.

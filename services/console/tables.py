@@ -11,7 +11,6 @@ from rich.text import Text
 
 from genmodels.keys import Key
 from genmodels.registry.evaluations import Evaluation
-from genmodels.registry.store import Registry
 from services.console.progress import STYLES, clock, current, digits, of_few, waits
 from services.jobs.schemas import JobView, RunView, ShownState
 
@@ -85,18 +84,6 @@ def _serving(model: Mapping[str, Any]) -> str:
     return amount(model["serving_bytes"]) + ("" if model["servable"] else " [red]too large")
 
 
-def registry_table(registry: Registry) -> Table:
-    """model, family, version, aliases, metrics, job, step"""
-    table = _table("model", "family", "version", "aliases", "metrics", "job", "step")
-    for model in registry.models():
-        aliases = registry.aliases(model)
-        for version in registry.all_versions(model):
-            names = ", ".join(name for name, alias in aliases.items() if alias.version == version.version)
-            number, metrics, step = str(version.version), _metrics(version.metrics), str(version.checkpoint.step)
-            table.add_row(model, version.family, number, names, metrics, version.job, step)
-    return table
-
-
 def models_table(models: Iterable[Mapping[str, Any]]) -> Table:
     """As `registry_table`, of what the job service tells: model, family, versions, aliases, newest version's metrics"""
     table = _table("model", "family", "versions", "aliases", "newest version's metrics")
@@ -108,17 +95,17 @@ def models_table(models: Iterable[Mapping[str, Any]]) -> Table:
     return table
 
 
-def measures_table(evaluation: Evaluation) -> Table:
-    """measure, value, beside it; below stands what the figures mean nothing without"""
-    table = _table("measure", "value", "beside it")
+def evaluation_table(evaluation: Evaluation) -> Table:
+    """Return a table with the columns metric, value and baselines; its caption has the notes of the evaluation."""
+    table = _table("metric", "value", "baselines")
     table.title = f"{evaluation.model}@{evaluation.version}, {evaluation.seconds:.0f} s"
     table.title_justify = table.caption_justify = "left"
     examples = evaluation.notes.get("validation_examples")
     count = examples if isinstance(examples, int | float) else None
     exact = digits(count)
-    for name, measure in evaluation.measures.items():
-        beside = ", ".join(f"{what}: {value:.{exact}g}" for what, value in measure.beside.items())
-        table.add_row(name, f"{measure.value:.{exact}g} {measure.unit}".rstrip(), Text(beside))
+    for name, metric in evaluation.metrics.items():
+        baselines = ", ".join(f"{baseline}: {value:.{exact}g}" for baseline, value in metric.baselines.items())
+        table.add_row(name, f"{metric.value:.{exact}g} {metric.unit}".rstrip(), Text(baselines))
     few = [f"figures are {of_few(count)}: more digits mean nothing"] if of_few(count) else []
     table.caption = Text("; ".join([*few, *(f"{name}: {note}" for name, note in evaluation.notes.items())]))
     return table

@@ -22,16 +22,18 @@ from ray.serve.handle import DeploymentHandle
 from ray.util import get_node_ip_address
 
 from genmodels.engine.history import History
-from genmodels.engine.image.requests import ImageAnswer, ImageRequest
-from genmodels.engine.text.choices import Piece
+from genmodels.engine.image.answers import ImageAnswer
+from genmodels.engine.image.requests import ImageRequest
+from genmodels.engine.text.choices import TextDelta
 from genmodels.engine.text.completion import Vocabulary
 from genmodels.engine.text.request import CompletionRequest
 from genmodels.errors import RequestError
 from genmodels.keys import Keys
 from genmodels.sizing.memory import HOST_MEMORY
 from genmodels.storage import open_storage
+from services.gateway.catalog import CatalogEntry
 from services.gateway.deploy import POOL
-from services.gateway.model_host import Entry, ModelHost, Opened
+from services.gateway.model_host import CompletionStarted, ModelHost
 from services.gateway.routes import create_app
 from services.http.middleware import LOOPBACK, PROXY_REQUESTS
 
@@ -110,10 +112,10 @@ class HandlePool:
                 self._problem = await asyncio.wait_for(self._handle.health.remote(), HEALTH_SECONDS)
         return self._problem
 
-    async def models(self) -> list[Entry] | RequestError:
+    async def models(self) -> list[CatalogEntry] | RequestError:
         return await self._ask("models")
 
-    async def model(self, name: str) -> Entry | RequestError:
+    async def model(self, name: str) -> CatalogEntry | RequestError:
         return await self._ask("model", name)
 
     async def answer(self, name: str, request: ImageRequest) -> ImageAnswer | RequestError:
@@ -130,7 +132,7 @@ class HandlePool:
 
     async def complete(
         self, name: str, request: CompletionRequest
-    ) -> AsyncGenerator[Opened | Piece | RequestError, None]:
+    ) -> AsyncGenerator[CompletionStarted | TextDelta | RequestError, None]:
         try:
             items: Any = self._stream.complete.remote(name, request)
             async for item in items:

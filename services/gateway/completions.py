@@ -14,20 +14,20 @@ from pydantic import Field, ValidationInfo, field_validator
 from starlette.types import Receive, Scope, Send
 
 from genmodels.engine.requests import Body
-from genmodels.engine.text.choices import Piece
+from genmodels.engine.text.choices import TextDelta
 from genmodels.engine.text.logprobs import TokenLogprob
 from genmodels.engine.text.request import CompletionRequest
 from genmodels.errors import RequestError
 from genmodels.schema.field_errors import field_error
-from services.gateway.model_host import Opened
-from services.gateway.pool import VERSION, Pool, checked
+from services.gateway.model_host import CompletionStarted
+from services.gateway.pool import VERSION, Pool, unwrap
 from services.http.app import documented, read_body, unless_gone
 from services.http.auth import Caller
 from services.http.middleware import REQUEST_ID
-from services.http.request_metrics import Count, answers, count_of
+from services.http.request_metrics import Count, count_of, tag_version
 from services.http.responses import Json, envelope
 
-Items = AsyncGenerator[Opened | Piece | RequestError, None]
+Items = AsyncGenerator[CompletionStarted | TextDelta | RequestError, None]
 
 
 class StreamOptions(Body):
@@ -67,9 +67,9 @@ def add_completions(app: FastAPI, pool: Pool, generate: Any) -> None:
     @app.get("/v1/models/{model}/vocabulary", summary="List tokens")
     async def vocabulary(model: str, request: Request, caller: Caller = generate) -> Response:
         """List the tokens of a text model: `text` is the text of the token `id` in prompts and answers."""
-        caller.need([model])
-        found = checked(await pool.vocabulary(model))
-        answers(request, found.model, found.family)
+        caller.require([model])
+        found = unwrap(await pool.vocabulary(model))
+        tag_version(request, found.model, found.family)
         tokens = [{"id": token, "text": text} for token, text in enumerate(found.tokens)]
         return Json({"object": "vocabulary", "model": found.model, "data": tokens}, headers={VERSION: found.model})
 
@@ -77,13 +77,13 @@ def add_completions(app: FastAPI, pool: Pool, generate: Any) -> None:
     async def completions(request: Request, caller: Caller = generate) -> Response:
         """Continue a prompt, whole or as a stream of events."""
         body = await read_body(CompletionBody, request)
-        caller.need([body.model])
+        caller.require([body.model])
         items = pool.complete(body.model, body)
         async with AsyncExitStack() as leaving:
             await leaving.enter_async_context(aclosing(items))
-            opened = checked(await anext(items))
-            assert isinstance(opened, Opened)
-            answers(request, opened.model, opened.family)
+            opened = unwrap(await anext(items))
+            assert isinstance(opened, CompletionStarted)
+            tag_version(request, opened.model, opened.family)
             answer = {
                 "id": f"cmpl-{request.headers[REQUEST_ID]}",
                 "object": "text_completion",
@@ -99,8 +99,8 @@ def add_completions(app: FastAPI, pool: Pool, generate: Any) -> None:
             return Json({**answer, **content}, headers={VERSION: opened.model})
 
 
-async def _whole(opened: Opened, items: Items, body: CompletionBody) -> dict[str, Any]:
-    pieces: list[list[Piece]] = [[] for _ in range(body.choices)]
+async def _whole(opened: CompletionStarted, items: Items, body: CompletionBody) -> dict[str, Any]:
+    pieces: list[list[TextDelta]] = [[] for _ in range(body.choices)]
     async for item in items:
         piece = _piece(item)
         pieces[piece.index].append(piece)
@@ -111,7 +111,7 @@ async def _whole(opened: Opened, items: Items, body: CompletionBody) -> dict[str
 
 
 async def _events(
-    answer: dict[str, Any], opened: Opened, items: Items, body: CompletionBody, count: Count, caller: Caller
+    answer: dict[str, Any], opened: CompletionStarted, items: Items, body: CompletionBody, count: Count, caller: Caller
 ) -> AsyncIterator[str]:
     """Server-sent events. The status has been sent, so that an error can only be an event; then nothing says [DONE]."""
     tokens, ended = 0, 0
@@ -153,9 +153,9 @@ def _event(data: dict[str, Any]) -> str:
     return f"data: {json.dumps(data, separators=(',', ':'))}\n\n"
 
 
-def _piece(item: Any) -> Piece:
-    piece = checked(item)
-    assert isinstance(piece, Piece)
+def _piece(item: Any) -> TextDelta:
+    piece = unwrap(item)
+    assert isinstance(piece, TextDelta)
     return piece
 
 
@@ -164,7 +164,7 @@ def _host_lost() -> RequestError:
     return RequestError(message, status=503, code="host_lost")
 
 
-def _choice(index: int, pieces: Sequence[Piece], body: CompletionBody) -> dict[str, Any]:
+def _choice(index: int, pieces: Sequence[TextDelta], body: CompletionBody) -> dict[str, Any]:
     tokens = [token for piece in pieces for token in piece.logprobs]
     return {
         "index": index,
@@ -184,7 +184,7 @@ def _logprobs(tokens: Sequence[TokenLogprob]) -> dict[str, Any]:
     }
 
 
-def _usage(opened: Opened, tokens: int) -> dict[str, int]:
+def _usage(opened: CompletionStarted, tokens: int) -> dict[str, int]:
     return {
         "prompt_tokens": opened.prompt_tokens,
         "completion_tokens": tokens,

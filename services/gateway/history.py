@@ -10,10 +10,10 @@ from pydantic import Field
 
 from genmodels.engine.history import MAX_ROWS, MIN_ROWS, SAMPLE
 from genmodels.storage import encode_floats
-from services.gateway.pool import Pool, checked
+from services.gateway.pool import Pool, unwrap
 from services.http.auth import Caller
 from services.http.query import Strict
-from services.http.request_metrics import answers
+from services.http.request_metrics import tag_version
 from services.http.responses import Json
 
 TYPES = {".png": "image/png", ".txt": "text/plain; charset=utf-8"}
@@ -38,9 +38,9 @@ def add_history_routes(app: FastAPI, pool: Pool, generate: Any) -> None:
         model: str, request: Request, query: Annotated[HistoryQuery, Query()], caller: Caller = generate
     ) -> Response:
         """Read the logged metrics of the run that trained a version, and the names of its samples."""
-        caller.need([model])
-        found = checked(await pool.history(model, query.points))
-        answers(request, found.version, found.family)
+        caller.require([model])
+        found = unwrap(await pool.history(model, query.points))
+        tag_version(request, found.version, found.family)
         return Json(
             {
                 "object": "history",
@@ -60,7 +60,7 @@ def add_history_routes(app: FastAPI, pool: Pool, generate: Any) -> None:
     )
     async def read_sample(model: str, step: Step, name: File, caller: Caller = generate) -> Response:
         """Read a picture or text that was made during the training of a version."""
-        caller.need([model])
-        data = checked(await pool.sample(model, step, name))
+        caller.require([model])
+        data = unwrap(await pool.sample(model, step, name))
         headers = {"x-content-type-options": "nosniff", "content-security-policy": "default-src 'none'; sandbox"}
         return Response(data, media_type=TYPES[PurePosixPath(name).suffix], headers=headers)

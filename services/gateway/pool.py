@@ -1,4 +1,4 @@
-"""Model hosts as the HTTP routes see them, in this process or behind Serve."""
+"""The interface of model hosts that the routes use: hosts in this process or behind Serve."""
 
 from __future__ import annotations
 
@@ -6,35 +6,37 @@ from collections.abc import AsyncGenerator
 from typing import Protocol, TypeVar
 
 from genmodels.engine.history import History
-from genmodels.engine.image.requests import ImageAnswer, ImageRequest
-from genmodels.engine.text.choices import Piece
+from genmodels.engine.image.answers import ImageAnswer
+from genmodels.engine.image.requests import ImageRequest
+from genmodels.engine.text.choices import TextDelta
 from genmodels.engine.text.completion import Vocabulary
 from genmodels.engine.text.request import CompletionRequest
 from genmodels.errors import RequestError
-from services.gateway.model_host import Entry, Opened
+from services.gateway.catalog import CatalogEntry
+from services.gateway.model_host import CompletionStarted
 
-VERSION = "x-genmodels-version"  # the header that tells which version answered
+VERSION = "x-genmodels-version"  # the response header with the version that answered
 
 T = TypeVar("T")
 
 
 class Pool(Protocol):
-    """What is wrong with a request comes back as a value."""
+    """Model hosts. Errors of a request are returned as values; see `unwrap`."""
 
     async def health(self) -> str | None: ...
-    async def models(self) -> list[Entry] | RequestError: ...
-    async def model(self, name: str) -> Entry | RequestError: ...
+    async def models(self) -> list[CatalogEntry] | RequestError: ...
+    async def model(self, name: str) -> CatalogEntry | RequestError: ...
     async def answer(self, name: str, request: ImageRequest) -> ImageAnswer | RequestError: ...
     async def vocabulary(self, name: str) -> Vocabulary | RequestError: ...
     async def history(self, name: str, points: int) -> History | RequestError: ...
     async def sample(self, name: str, step: int, file: str) -> bytes | RequestError: ...
     def complete(
         self, name: str, request: CompletionRequest
-    ) -> AsyncGenerator[Opened | Piece | RequestError, None]: ...
+    ) -> AsyncGenerator[CompletionStarted | TextDelta | RequestError, None]: ...
 
 
-def checked(value: T | RequestError) -> T:
-    """The value, unless it is an error: that is raised."""
+def unwrap(value: T | RequestError) -> T:
+    """Return the value, or raise it if it is an error."""
     if isinstance(value, RequestError):
         raise value
     return value

@@ -8,7 +8,6 @@ Bodies have to come as application/json: a page of another site then has to ask 
 from __future__ import annotations
 
 import base64
-import math
 import time
 from collections.abc import Collection, Mapping
 from typing import Any, ClassVar, Literal
@@ -17,12 +16,12 @@ from fastapi import FastAPI, Request, Response
 from pydantic import Field, field_validator
 
 from genmodels.engine.alias_watcher import Refused
+from genmodels.engine.image.answers import ImageAnswer
 from genmodels.engine.image.requests import (
     DecodeRequest,
     DenoiseRequest,
     EncodeRequest,
     GenerateRequest,
-    ImageAnswer,
     ImageRequest,
     InterpolateRequest,
     ReconstructRequest,
@@ -30,17 +29,17 @@ from genmodels.engine.image.requests import (
 from genmodels.keys import Keys
 from genmodels.registry.evaluations import Evaluation
 from genmodels.schema.field_errors import field_error
+from services.gateway.catalog import CatalogEntry
 from services.gateway.completions import add_completions
 from services.gateway.history import add_history_routes
-from services.gateway.model_host import Entry, created
 from services.gateway.playground import add_playground
-from services.gateway.pool import VERSION, Pool, checked
+from services.gateway.pool import VERSION, Pool, unwrap
 from services.http.app import documented, new_app, read_body
-from services.http.auth import Caller, Guard
+from services.http.auth import Caller, KeyAuth
 from services.http.middleware import LOOPBACK
 from services.http.rate_limits import Limits
-from services.http.request_metrics import Counted, answers
-from services.http.responses import Json
+from services.http.request_metrics import RequestMetrics, tag_version
+from services.http.responses import Json, finite
 
 
 class GenerationBody(GenerateRequest):
@@ -88,24 +87,24 @@ def create_app(pool: Pool, *, hosts: Collection[str] | None = LOOPBACK, keys: Ke
         keys: who may ask; None: anyone.
     """
     app = new_app("genmodels", _ABOUT, hosts=hosts, health=lambda: pool.health())
-    app.add_middleware(Counted)
-    generate = Guard(keys, Limits())("generate")
+    app.add_middleware(RequestMetrics)
+    generate = KeyAuth(keys, Limits())("generate")
 
     @app.get("/v1/models", summary="List models")
     async def models(caller: Caller = generate) -> Response:
         """List the models with family, verbs, version, aliases and metrics."""
-        entries = [entry for entry in checked(await pool.models()) if caller.may_use([entry.model])]
+        entries = [entry for entry in unwrap(await pool.models()) if caller.may_use([entry.model])]
         return Json({"object": "list", "data": [_model(entry) for entry in entries]})
 
     @app.get("/v1/models/{model}", summary="Show a model")
     async def model(model: str, request: Request, caller: Caller = generate) -> Response:
         """Show a model, and the newest evaluation of its version."""
-        caller.need([model])
-        entry = checked(await pool.model(model))
-        if entry.found is None:
+        caller.require([model])
+        entry = unwrap(await pool.model(model))
+        if entry.resolved is None:
             return Json(_model(entry))
-        answers(request, entry.found.name, entry.found.family)
-        return Json(_model(entry), headers={VERSION: entry.found.name})
+        tag_version(request, entry.resolved.name, entry.resolved.family)
+        return Json(_model(entry), headers={VERSION: entry.resolved.name})
 
     add_completions(app, pool, generate)
 
@@ -113,8 +112,8 @@ def create_app(pool: Pool, *, hosts: Collection[str] | None = LOOPBACK, keys: Ke
     async def generations(request: Request, caller: Caller = generate) -> Response:
         """Generate images from seeds."""
         body = await read_body(GenerationBody, request)
-        caller.need([body.model])
-        return _images(request, checked(await pool.answer(body.model, body)))
+        caller.require([body.model])
+        return _images(request, unwrap(await pool.answer(body.model, body)))
 
     for kind in VERBS:
         _add_verb(app, pool, kind, generate)
@@ -125,15 +124,15 @@ def create_app(pool: Pool, *, hosts: Collection[str] | None = LOOPBACK, keys: Ke
 
 def _add_verb(app: FastAPI, pool: Pool, kind: type[ImageRequest], generate: Any) -> None:
     async def verb(model: str, request: Request, caller: Caller = generate) -> Response:
-        caller.need([model])
-        return _images(request, checked(await pool.answer(model, await read_body(kind, request))))
+        caller.require([model])
+        return _images(request, unwrap(await pool.answer(model, await read_body(kind, request))))
 
     path, summary = f"/v1/models/{{model}}/{kind.verb}", kind.verb.capitalize()
     app.post(path, name=kind.verb, summary=summary, description=kind.__doc__, openapi_extra=documented(kind))(verb)
 
 
 def _images(request: Request, answer: ImageAnswer) -> Response:
-    answers(request, answer.model, answer.family)
+    tag_version(request, answer.model, answer.family)
     content: dict[str, Any] = {"created": int(time.time()), "model": answer.model}
     if answer.seed is not None:
         content["seed"] = answer.seed
@@ -144,20 +143,20 @@ def _images(request: Request, answer: ImageAnswer) -> Response:
     return Json(content, headers={VERSION: answer.model})
 
 
-def _model(entry: Entry) -> dict[str, Any]:
-    found = entry.found
+def _model(entry: CatalogEntry) -> dict[str, Any]:
+    resolved = entry.resolved
     return {
         "id": entry.id,
         "object": "model",
-        "created": created(found) if found else 0,
+        "created": entry.created,
         "owned_by": "genmodels",
-        "family": found.family if found else None,
+        "family": resolved.family if resolved else None,
         "kind": entry.kind,
         "verbs": entry.verbs,
-        "version": found.version if found else None,
+        "version": resolved.version if resolved else None,
         "aliases": entry.aliases,
-        "metrics": {name: _finite(value) for name, value in found.metrics.items()} if found else {},
-        **(entry.shape or {}),
+        "metrics": {name: finite(value) for name, value in resolved.metrics.items()} if resolved else {},
+        **(entry.sizes or {}),
         **({"evaluation": _evaluation(entry.evaluation)} if entry.evaluation else {}),
         **({"problem": entry.problem} if entry.problem else {}),
         **({"refused": _refused(entry.refused)} if entry.refused else {}),
@@ -165,20 +164,16 @@ def _model(entry: Entry) -> dict[str, Any]:
 
 
 def _evaluation(evaluation: Evaluation) -> dict[str, Any]:
-    measures = {
+    metrics = {
         name: {
-            "value": _finite(measure.value),
-            "unit": measure.unit,
-            "beside": {what: _finite(value) for what, value in measure.beside.items()},
+            "value": finite(metric.value),
+            "unit": metric.unit,
+            "baselines": {baseline: finite(value) for baseline, value in metric.baselines.items()},
         }
-        for name, measure in evaluation.measures.items()
+        for name, metric in evaluation.metrics.items()
     }
     about = evaluation.model_dump(mode="json", include={"id", "created", "thorough", "notes"})
-    return {**about, "measures": measures}
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
+    return {**about, "metrics": metrics}
 
 
 def _refused(refused: Mapping[str, Refused]) -> list[dict[str, Any]]:

@@ -18,7 +18,7 @@ from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect
 
 from genmodels import __version__
-from genmodels.engine.requests import refusal
+from genmodels.engine.requests import validation_error
 from genmodels.errors import (
     CheckpointError,
     DamagedObject,
@@ -33,9 +33,9 @@ from genmodels.errors import (
 )
 from genmodels.schema.field_errors import show
 from services.http.docs import HEADERS, page
-from services.http.middleware import MAX_BODY, Edge, Streamed
-from services.http.request_metrics import COUNT, answers
-from services.http.responses import Json, refuse
+from services.http.middleware import MAX_BODY, IngressMiddleware, StreamedRoute
+from services.http.request_metrics import COUNT, tag_version
+from services.http.responses import Json, error_response
 from services.http.semantics import Head, PlainBodies
 
 JSON = ("application/json",)
@@ -57,7 +57,7 @@ def new_app(
     *,
     hosts: Collection[str] | None,
     max_body: int = MAX_BODY,
-    streamed: Streamed | None = None,
+    streamed: StreamedRoute | None = None,
     max_requests: int | None = None,
     schemas: Callable[[], Mapping[str, Any]] = dict,
     health: Callable[[], Awaitable[str | None]] = _well,
@@ -79,7 +79,7 @@ def new_app(
     )
     app.add_middleware(Head)
     app.add_middleware(PlainBodies)
-    app.add_middleware(Edge, hosts=hosts, max_body=max_body, streamed=streamed, max_requests=max_requests)
+    app.add_middleware(IngressMiddleware, hosts=hosts, max_body=max_body, streamed=streamed, max_requests=max_requests)
     for kind in (GenmodelsError, HTTPException, RequestValidationError):
         app.add_exception_handler(kind, _on_error)
     app.openapi = lambda: _openapi(app, schemas)  # type: ignore[method-assign]
@@ -92,7 +92,7 @@ def new_app(
     async def healthz() -> Response:
         """Answer 200 while the process and its background threads make progress, else 503 with the reason."""
         if problem := await health():
-            return refuse(503, problem, code="stalled", headers={"retry-after": "10"})
+            return error_response(503, problem, code="stalled", headers={"retry-after": "10"})
         return Json({"status": "ok"})
 
     return app
@@ -117,7 +117,7 @@ async def read_body(kind: type[BodyT], request: Request, *, optional: bool = Fal
             raise RequestError(f"the body is not valid JSON: {first['ctx']['error']}", code="invalid_json") from None
         if not first["loc"] and first["type"] == "model_type":
             raise RequestError("the body is not a JSON object", code="invalid_json") from None
-        raise refusal(error, kind) from None
+        raise validation_error(error, kind) from None
 
 
 def _check_nested(body: bytes) -> None:
@@ -219,17 +219,19 @@ async def _on_error(request: Request, error: Exception) -> Response:
             405: f"{request.method} is not for {request.url.path[:200]!r}; see the Allow header",
         }
         told = {name: value.replace("GET", "GET, HEAD") for name, value in (error.headers or {}).items()}
-        return refuse(error.status_code, messages.get(error.status_code, error.detail), headers=told)
+        return error_response(error.status_code, messages.get(error.status_code, error.detail), headers=told)
     if isinstance(error, RequestValidationError):
         return _parameter(error)
     found = _request_error(error)
     if found.refused_by and COUNT in request.scope:
-        answers(request, *found.refused_by)
+        tag_version(request, *found.refused_by)
     if found.status >= 500:
         logger.error("%s %s: %s: %s", request.method, _route(request), type(error).__name__, error)
     wait = {"retry-after": str(found.retry_after or 1)}
     headers = {401: {"www-authenticate": "Bearer"}, 429: wait, 503: wait}
-    return refuse(found.status, found.message, param=found.param, code=found.code, headers=headers.get(found.status))
+    return error_response(
+        found.status, found.message, param=found.param, code=found.code, headers=headers.get(found.status)
+    )
 
 
 def _request_error(error: Exception) -> RequestError:
@@ -264,7 +266,7 @@ def _parameter(error: RequestValidationError) -> Json:
         said = "unknown parameter; see /docs"
     elif first["type"] != "missing":
         said = f"got {show(first['input'])}, {said}"
-    return refuse(400, f"{name}: {said}", param=name, code="invalid_value")
+    return error_response(400, f"{name}: {said}", param=name, code="invalid_value")
 
 
 def _route(request: Request) -> str:

@@ -59,7 +59,7 @@ class Caller:
         """Whether all of these models are this key's; each may carry `@version`."""
         return self.key is None or all(self.key.may_use(model.partition("@")[0]) for model in models)
 
-    def need(self, models: Iterable[str]) -> None:
+    def require(self, models: Iterable[str]) -> None:
         """Raise RequestError (403) unless the key may use all of these models."""
         if self.key is None:
             return
@@ -69,13 +69,13 @@ class Caller:
                 message = f"this key is limited to models named {prefixes}, and {model[:100]!r} is not among them"
                 raise RequestError(message, status=403, param="model", code="not_this_keys_model")
 
-    def need_job(self, models: Iterable[str]) -> None:
+    def require_job(self, models: Iterable[str]) -> None:
         """As `need`, for models that the caller has not named: they are not told."""
         if not self.may_use(models):
             message = "this key is limited to some models, and this job trains others"
             raise RequestError(message, status=403, param="job", code="not_this_keys_model")
 
-    def need_all(self) -> None:
+    def require_all_models(self) -> None:
         """Raise RequestError (403) for a key that is limited to some models."""
         if self.key and self.key.prefixes:
             raise RequestError("this key is limited to some models, and this is about all", status=403, code="limited")
@@ -97,7 +97,7 @@ def require_keys(storage: Storage) -> Keys:
     )
 
 
-class Guard:
+class KeyAuth:
     """Makes FastAPI dependencies: `guard("submit")` gives the Caller, or answers 401 or 403.
 
     Args:

@@ -57,14 +57,14 @@ class Body:
     """ASGI's `receive` for one request. A body that breaks its limit ends in a disconnect, and `refusal` says why."""
 
     def __init__(self, scope: Scope, receive: Receive, send: Send, limit: BodyLimit) -> None:
-        self.refusal: RequestError | None = None
+        self.error: RequestError | None = None
         self.expected = expected_bytes(scope, limit)
         self._receive, self._send, self._limit = receive, send, limit
         self._unannounced = EXTENSION in (scope.get("extensions") or {}) and self.expected > SMALL_BYTES
         self._size, self._waited, self._more = 0, 0.0, True
 
     async def receive(self) -> Message:
-        if self.refusal:
+        if self.error:
             return DISCONNECT
         if not self._more:  # what comes after the body, the client's leaving, may take its time
             return await self._receive()
@@ -73,8 +73,8 @@ class Body:
             await self._send({"type": WANTED})
         try:
             await self._admit()
-        except RequestError as refusal:
-            return self._refuse(refusal)
+        except RequestError as error:
+            return self._refuse(error)
         began = time.monotonic()
         try:
             async with asyncio.timeout(self._limit.seconds + self._size / self._limit.rate - self._waited):
@@ -94,8 +94,8 @@ class Body:
     async def _admit(self) -> None:
         """Wait until the next part may be read."""
 
-    def _refuse(self, refusal: RequestError) -> Message:
-        self.refusal = refusal
+    def _refuse(self, error: RequestError) -> Message:
+        self.error = error
         return DISCONNECT
 
 

@@ -23,7 +23,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from genmodels.errors import RequestError
 from services.http.bodies import EXTENSION, WANTED, Body, BodyLimit, BodyMemory, HeldBody
 from services.http.request_metrics import COUNT, LEFT, Count
-from services.http.responses import Json, envelope, refuse
+from services.http.responses import Json, envelope, error_response
 
 LOOPBACK = frozenset({"127.0.0.1", "localhost", "[::1]"})
 MAX_BODY = 8 * 2**20  # bytes
@@ -33,7 +33,7 @@ PROXY_REQUESTS = 480  # at once; fewer than the gateway takes, so that a health 
 HEALTH = "/healthz"
 REQUEST_ID = "x-request-id"
 ANSWER_HEADERS = "genmodels.answer_headers"  # in the ASGI scope: what an answer, also an error, is to carry
-STEERING = frozenset(  # how Serve's own parts talk to its proxy; each with - and _ alike
+INTERNAL_HEADERS = frozenset(  # how Serve's own parts talk to its proxy; each with - and _ alike
     {
         "x-request-timeout-seconds",
         "x-request-disconnect-disabled",
@@ -49,7 +49,7 @@ logger = logging.getLogger("genmodels.edge")
 
 
 @dataclass(frozen=True)
-class Streamed:
+class StreamedRoute:
     """Routes whose bodies have a limit of their own: they are read as they come."""
 
     method: str
@@ -60,7 +60,7 @@ class Streamed:
         return scope["method"] == self.method and scope["path"].startswith(self.prefix)
 
 
-class Edge:
+class IngressMiddleware:
     """ASGI middleware.
 
     Args:
@@ -81,7 +81,7 @@ class Edge:
         hosts: Collection[str] | None = None,
         max_body: int = MAX_BODY,
         body_seconds: float = BODY_SECONDS,
-        streamed: Streamed | None = None,
+        streamed: StreamedRoute | None = None,
         max_requests: int | None = None,
         memory: BodyMemory | None = None,
     ) -> None:
@@ -103,13 +103,13 @@ class Edge:
             body = answer.body = self._body(scope, receive, send)
         except RequestError as error:
             answer.count.own = True
-            await answer.refuse(error)
+            await answer.send_error(error)
             return
         self._running += 1
         try:
             await self._app(self._inner(scope, answer), body.receive, answer.send)
         except ClientDisconnect:
-            if body.refusal is None:
+            if body.error is None:
                 return
         except Exception as error:
             logger.error("request %s failed: %s", answer.request_id, _where(error))
@@ -146,7 +146,7 @@ class Edge:
 
     def _inner(self, scope: Scope, answer: _Answer) -> Scope:
         """What the application sees of a request."""
-        kept = [(name, value) for name, value in scope["headers"] if not _steers(name)]
+        kept = [(name, value) for name, value in scope["headers"] if not _is_internal(name)]
         inner = {**scope, "headers": [*kept, (REQUEST_ID.encode(), answer.request_id.encode())]}
         if self._memory is not None:
             inner["extensions"] = {**(scope.get("extensions") or {}), EXTENSION: {}}
@@ -174,9 +174,9 @@ class _Answer:
             headers = MutableHeaders(scope=message)
             content_type = headers.get("content-type", "")
             self._is_event_stream = content_type.startswith("text/event-stream")
-            if self.body and self.body.refusal:  # which the application takes for the client's leaving
+            if self.body and self.body.error:  # which the application takes for the client's leaving
                 self._replaced = True
-                await self.refuse(self.body.refusal)
+                await self.send_error(self.body.error)
                 return
             self.started = True
             if message["status"] >= 400 and content_type.startswith("text/plain"):
@@ -192,16 +192,16 @@ class _Answer:
         if not self._replaced:
             await self._send(message)
 
-    async def refuse(self, error: RequestError) -> None:
+    async def send_error(self, error: RequestError) -> None:
         """Answer in the application's place. One that has begun on the request counts it, as one that was left."""
         self.started = True
         wait = {"retry-after": str(error.retry_after)} if error.retry_after else None
-        await self._respond(refuse(error.status, error.message, code=error.code, headers=wait))
+        await self._respond(error_response(error.status, error.message, code=error.code, headers=wait))
 
     async def finish(self) -> None:
         """Called when the application has returned, perhaps because it broke."""
-        if not self.started and self.body and self.body.refusal:
-            await self.refuse(self.body.refusal)
+        if not self.started and self.body and self.body.error:
+            await self.send_error(self.body.error)
         elif not self.started:
             await self._fail(500, None)
         elif self._is_event_stream and not self._finished:
@@ -211,7 +211,7 @@ class _Answer:
 
     async def _fail(self, status: int, retry_after: str | None) -> None:
         wait = {"retry-after": retry_after} if retry_after else None
-        await self._respond(refuse(status, self._message(status), headers=wait))
+        await self._respond(error_response(status, self._message(status), headers=wait))
 
     async def _respond(self, response: Json) -> None:
         response.headers[REQUEST_ID] = self.request_id
@@ -237,8 +237,8 @@ def _where(error: BaseException) -> str:
     return " < ".join([type(error).__name__, *(f"{frame.filename}:{frame.lineno}" for frame in reversed(frames))])
 
 
-def _steers(header: bytes) -> bool:
-    return header.decode("latin-1").lower().replace("_", "-") in STEERING
+def _is_internal(header: bytes) -> bool:
+    return header.decode("latin-1").lower().replace("_", "-") in INTERNAL_HEADERS
 
 
 def _request_id(given: str | None) -> str:

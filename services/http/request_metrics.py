@@ -42,7 +42,7 @@ class Count:
     own: bool = False  # not the application's answer, but that of the Edge before it
 
 
-class Counted:
+class RequestMetrics:
     """ASGI middleware around an Edge.
 
     Args:
@@ -77,7 +77,7 @@ class Counted:
                 REQUEST_SECONDS.labels(*labels).observe(time.monotonic() - began)
 
 
-def answers(request: Request, name: str, family: str) -> None:
+def tag_version(request: Request, name: str, family: str) -> None:
     """Tell which version answers a request, or refuses it."""
     count_of(request).version = version_labels(name, family)
 

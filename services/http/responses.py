@@ -1,8 +1,9 @@
-"""TODO"""
+"""Answers in JSON, and errors in OpenAI's form."""
 
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,6 +17,11 @@ class Json(JSONResponse):
         return json.dumps(content, allow_nan=False, separators=(",", ":")).encode()
 
 
+def finite(value: float | None) -> float | None:
+    """Return a number that JSON can hold: None for NaN and infinities."""
+    return value if value is not None and math.isfinite(value) else None
+
+
 def envelope(status: int, message: str, *, param: str | None = None, code: str | None = None) -> dict[str, Any]:
     """An error in OpenAI's form."""
     kinds = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
@@ -23,7 +29,7 @@ def envelope(status: int, message: str, *, param: str | None = None, code: str |
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}
 
 
-def refuse(
+def error_response(
     status: int,
     message: str,
     *,

@@ -6,7 +6,7 @@ from starlette.datastructures import Headers
 from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from services.http.responses import refuse
+from services.http.responses import error_response
 
 
 class Head:
@@ -45,5 +45,5 @@ class PlainBodies:
             return
         message = f"content-encoding: got {coding[:100]!r}, but bodies are read as they are; send it uncompressed"
         accepted = {"accept-encoding": "identity"}
-        refusal = refuse(415, message, param="content-encoding", code="content_encoding", headers=accepted)
-        await refusal(scope, receive, send)
+        response = error_response(415, message, param="content-encoding", code="content_encoding", headers=accepted)
+        await response(scope, receive, send)

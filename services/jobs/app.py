@@ -31,7 +31,7 @@ from services.cluster.logs import log_to_stderr
 from services.dispatch.backends.base import Backend, Capacity
 from services.dispatch.backends.rayjob import KubeOptions, add_kube_arguments
 from services.http.app import new_app, rebased
-from services.http.auth import Guard, require_keys
+from services.http.auth import KeyAuth, require_keys
 from services.http.connections import Connection
 from services.http.middleware import LOOPBACK
 from services.http.rate_limits import Slots
@@ -90,7 +90,7 @@ def create_app(
         max_requests=MAX_REQUESTS,
         health=health,
     )
-    guard = Guard(keys, slots=Slots("requests", None, MAX_REQUESTS_OF_ONE))
+    guard = KeyAuth(keys, slots=Slots("requests", None, MAX_REQUESTS_OF_ONE))
     views = add_job_routes(app, guard, storage, closing, endpoint)
     add_model_routes(app, guard, storage)
     metrics = JobMetrics(views)

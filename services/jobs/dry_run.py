@@ -1,11 +1,11 @@
-"""What a job would be, without starting it: steps, workers, parameters, sizes, and whether it fits the cluster."""
+"""Dry runs: what a job would run, without starting it: steps, workers, parameters, sizes, and whether it fits."""
 
 from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from concurrent.futures import TimeoutError as NotYet
+from concurrent.futures import TimeoutError as FutureTimeout
 from typing import Any
 
 from pydantic import BaseModel
@@ -17,76 +17,50 @@ from genmodels.family import DataInfo, Family
 from genmodels.preflight import parameters, servable
 from genmodels.spec.sections import JobSpec, ModelSpec
 from genmodels.storage import Storage
+from services.jobs.schemas import JobDryRun, ModelDryRun
 
-DATASET_SECONDS = 5.0  # for one plan to wait for built-in datasets that have to be fetched first
-FLOAT = 4  # bytes; weights and optimizer states are kept in float32
-
-
-class ModelPlan(BaseModel):
-    """One model's training as it would be. What cannot be told is null, and a note says why."""
-
-    model: str
-    family: str
-    dataset: str
-    max_steps: int
-    batch_size: int
-    workers: tuple[int, int]  # fewest and most
-    use_gpu: bool
-    samples: int | None = None  # of the training data in an epoch
-    epochs: float | None = None
-    parameters: int | None = None  # of all its networks
-    checkpoint_bytes: int | None = None  # of one: weights, what is served, optimizers
-    serving_bytes: int | None = None  # of memory, where it is served
-    servable: bool | None = None  # whether a model host has as much; a note says what would be right
-    checkpoints_kept: int
-    fits: bool | None = None  # its smallest worker group, into the cluster at its largest
-    notes: list[str] = []
+DATASET_SECONDS = 5.0  # that one dry run waits for built-in datasets to be downloaded
+BYTES_PER_VALUE = 4  # weights and optimizer states are kept in float32
 
 
-class JobPlan(BaseModel):
-    name: str
-    priority: int
-    models: list[ModelPlan]
-
-
-class Facts(BaseModel):
-    """What must be known of a dataset."""
+class DatasetFacts(BaseModel):
+    """What a dry run needs to know of a dataset."""
 
     info: DataInfo
     examples: int  # of the training data: pictures, or characters
 
 
-class Planner:
-    """Answers quickly and with little memory: networks are counted, not built, and datasets are opened once."""
+class DryRunner:
+    """Reports quickly and with little memory: networks are counted, not built, and datasets are opened once."""
 
     def __init__(self, storage: Storage) -> None:
         self._storage = storage
         self._opening = ThreadPoolExecutor(1, "datasets")
-        self._built_in: dict[str, Future[Facts]] = {}
+        self._built_in: dict[str, Future[DatasetFacts]] = {}
 
-    def plan(
+    def report(
         self, job: JobSpec, capacity: Mapping[str, int] | None, gone: Callable[[], bool] = lambda: False
-    ) -> JobPlan:
-        """The plan of a job.
+    ) -> JobDryRun:
+        """Report what a job would run.
 
         Args:
-            capacity: the most `cpus` and `gpus` that the cluster has, as far as it is known.
-            gone: whether the answer is wanted no more.
+            capacity: the largest number of `cpus` and `gpus` of the cluster; None: not known yet.
+            gone: return whether the client has disconnected.
 
         Raises:
-            SpecError: a family cannot work on its data.
-            RequestError: it is wanted no more.
+            SpecError: a family does not fit its data.
+            RequestError: the client has disconnected.
         """
-        plans, until = [], time.monotonic() + DATASET_SECONDS
+        reports, until = [], time.monotonic() + DATASET_SECONDS
         for place, spec in enumerate(job.models):
             if gone():
-                raise RequestError("the client has left", status=499)
-            plans.append(self._model(place, spec, capacity, until))
-        return JobPlan(name=job.name, priority=job.priority, models=plans)
+                raise RequestError("the client has disconnected", status=499)
+            reports.append(self._model(place, spec, capacity, until))
+        return JobDryRun(name=job.name, priority=job.priority, models=reports)
 
-    def _model(self, place: int, spec: ModelSpec, capacity: Mapping[str, int] | None, until: float) -> ModelPlan:
+    def _model(self, place: int, spec: ModelSpec, capacity: Mapping[str, int] | None, until: float) -> ModelDryRun:
         scaling, dataset = spec.scaling, spec.data.dataset or ""
-        plan = ModelPlan(
+        report = ModelDryRun(
             model=spec.name,
             family=spec.family,
             dataset=dataset,
@@ -96,59 +70,62 @@ class Planner:
             use_gpu=scaling.use_gpu,
             checkpoints_kept=spec.checkpoints.num_to_keep,
         )
-        _judge(plan, capacity)
+        _check_capacity(report, capacity)
         try:
             facts = self._facts(spec.data, until)
-        except NotYet:
-            plan.notes.append(f"{dataset} is being fetched: ask again for samples, parameters and sizes")
-            return plan
+        except FutureTimeout:
+            report.notes.append(f"{dataset} is being fetched: ask again for samples, parameters and sizes")
+            return report
         except DataError as error:
-            plan.notes.append(str(error))
-            return plan
+            report.notes.append(str(error))
+            return report
         try:
             family = models.load(spec.family)
             family.check(spec.model, facts.info)
         except SpecError as error:
             raise SpecError(f"models[{place}].{error}") from None
-        _measure(plan, spec, family, facts)
-        return plan
+        _add_sizes(report, spec, family, facts)
+        return report
 
-    def _facts(self, data: DataConfig, until: float) -> Facts:
+    def _facts(self, data: DataConfig, until: float) -> DatasetFacts:
         assert data.dataset is not None
         if data.is_added:
-            found = uploads.find(self._storage, data.dataset, data.sha256)
-            return Facts(info=found.info, examples=found.examples - found.examples // 10)  # a tenth is for validation
+            added = uploads.find(self._storage, data.dataset, data.sha256)
+            validation = added.examples // 10
+            return DatasetFacts(info=added.info, examples=added.examples - validation)
         opening = self._built_in.get(data.dataset)
         if opening is None or (opening.done() and opening.exception()):
             opening = self._built_in[data.dataset] = self._opening.submit(_open, data)
         return opening.result(max(0.0, until - time.monotonic()))
 
 
-def _open(data: DataConfig) -> Facts:
+def _open(data: DataConfig) -> DatasetFacts:
     dataset = open_dataset(data)
     examples = len(dataset.train) if isinstance(dataset, TextData) else len(dataset.split("train"))
-    return Facts(info=dataset.info, examples=examples)
+    return DatasetFacts(info=dataset.info, examples=examples)
 
 
-def _judge(plan: ModelPlan, capacity: Mapping[str, int] | None) -> None:
-    what = "gpus" if plan.use_gpu else "cpus"
+def _check_capacity(report: ModelDryRun, capacity: Mapping[str, int] | None) -> None:
+    device = "gpus" if report.use_gpu else "cpus"
     if capacity is None:
-        plan.notes.append("the cluster has not said yet how large it is")
+        report.notes.append("the size of the cluster is not known yet")
         return
-    least, has = plan.workers[0], capacity.get(what, 0)
-    plan.fits = least <= has
-    if not plan.fits:
-        plan.notes.append(f"needs {least} {what.upper()[:-1]}s for its workers, and the cluster has {has} at most")
+    needed, available = report.workers[0], capacity.get(device, 0)
+    report.fits = needed <= available
+    if not report.fits:
+        report.notes.append(
+            f"needs {needed} {device.upper()[:-1]}s for its workers, and the cluster has {available} at most"
+        )
 
 
-def _measure(plan: ModelPlan, spec: ModelSpec, cls: type[Family[Any, Any]], facts: Facts) -> None:
+def _add_sizes(report: ModelDryRun, spec: ModelSpec, cls: type[Family[Any, Any]], facts: DatasetFacts) -> None:
     size = parameters.count(cls, spec.model, facts.info, spec.train)
-    plan.parameters = size.trained
-    plan.checkpoint_bytes = FLOAT * size.saved
-    plan.serving_bytes = cls.footprint(spec.model, facts.info).total
-    refusal = servable.refusal(spec, facts.info)
-    plan.servable = refusal is None
-    if refusal:
-        plan.notes.append(refusal)
-    plan.samples = max(1, facts.examples // size.window - 1) if size.window else facts.examples
-    plan.epochs = round(plan.max_steps * plan.batch_size / plan.samples, 2)
+    report.parameters = size.trained
+    report.checkpoint_bytes = BYTES_PER_VALUE * size.saved
+    report.serving_bytes = cls.footprint(spec.model, facts.info).total
+    too_large = servable.refusal(spec, facts.info)
+    report.servable = too_large is None
+    if too_large:
+        report.notes.append(too_large)
+    report.samples = max(1, facts.examples // size.window - 1) if size.window else facts.examples
+    report.epochs = round(report.max_steps * report.batch_size / report.samples, 2)

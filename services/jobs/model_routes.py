@@ -18,27 +18,28 @@ from starlette.types import Receive, Scope, Send
 from genmodels.checkpoint import scratch_folder
 from genmodels.data import DATASETS
 from genmodels.data import uploads as stored
-from genmodels.errors import DamagedObject, DataError, DatasetExists, ModelNotFound, RequestError
+from genmodels.errors import DataError, DatasetExists, ModelNotFound, RequestError
 from genmodels.registry import gc, removal
 from genmodels.registry.evaluations import evaluations
 from genmodels.registry.store import Registry, Version
 from genmodels.spec.names import LABEL
 from genmodels.storage import Storage, encode_floats
 from services.http.app import documented, read_body
-from services.http.auth import Caller, Guard
+from services.http.auth import Caller, KeyAuth
 from services.http.bodies import BodyLimit
-from services.http.middleware import Streamed
+from services.http.middleware import StreamedRoute
 from services.http.rate_limits import Slots
 from services.http.responses import Json
+from services.jobs.model_views import dataset_views, model_view
 from services.jobs.schemas import AliasBody, DatasetQuery, DeleteModelQuery, DryRunQuery
 
-UPLOADS = Streamed("PUT", "/v1/datasets/", BodyLimit(stored.MAX_STREAM_BYTES, seconds=30.0, rate=64 * 2**10))
+UPLOADS = StreamedRoute("PUT", "/v1/datasets/", BodyLimit(stored.MAX_STREAM_BYTES, seconds=30.0, rate=64 * 2**10))
 
 UPLOADS_AT_ONCE = (4, 1)  # of all, of one key: each takes disk, and memory while it is checked
 DOWNLOADS = (8, 4)
 
 
-def add_model_routes(app: FastAPI, guard: Guard, storage: Storage) -> None:
+def add_model_routes(app: FastAPI, guard: KeyAuth, storage: Storage) -> None:
     registry, admin, submit = Registry(storage), guard("admin"), guard("submit")
     reader = guard("submit", "generate")
     threads = ThreadPoolExecutor(8, "models")
@@ -48,8 +49,8 @@ def add_model_routes(app: FastAPI, guard: Guard, storage: Storage) -> None:
     def list_models(caller: Caller = reader) -> Response:
         """List published models: their versions and aliases, and the newest version's metrics."""
         names = [name for name in registry.models() if caller.may_use([name])]
-        found = threads.map(lambda name: _model(registry, name), names)
-        return Json({"object": "list", "data": [model for model in found if model]})
+        views = threads.map(lambda name: model_view(registry, name), names)
+        return Json({"object": "list", "data": [view for view in views if view]})
 
     @app.get("/v1/models/{model}/versions/{number}")
     def show_version(model: str, number: Number, caller: Caller = submit) -> Response:
@@ -111,7 +112,7 @@ def add_model_routes(app: FastAPI, guard: Guard, storage: Storage) -> None:
     @app.post("/v1/gc")
     def collect_garbage(query: Annotated[DryRunQuery, Query()], caller: Caller = admin) -> Response:
         """Remove unreferenced objects: blobs of deleted versions, and remains of interrupted uploads."""
-        caller.need_all()
+        caller.require_all_models()
         plan = gc.gc(storage)
         if not query.dry_run:
             plan.carry_out()
@@ -121,12 +122,7 @@ def add_model_routes(app: FastAPI, guard: Guard, storage: Storage) -> None:
     @app.get("/v1/datasets")
     def list_datasets(caller: Caller = submit) -> Response:
         """List the datasets that a spec's `data.dataset` may name."""
-        built_in = [
-            {"name": source.name, "kind": source.kind, "what": source.what, "built_in": True}
-            for source in DATASETS.values()
-        ]
-        added = [{**dataset.model_dump(mode="json"), "built_in": False} for dataset in stored.catalog(storage)]
-        return Json({"object": "list", "data": [*built_in, *added]})
+        return Json({"object": "list", "data": dataset_views(storage)})
 
     @app.put("/v1/datasets/{name}", openapi_extra=_DATASET_BODY, status_code=201)
     async def add_dataset(
@@ -140,7 +136,7 @@ def add_model_routes(app: FastAPI, guard: Guard, storage: Storage) -> None:
         The same content again returns 200 and changes nothing. Another content under an existing name is 409, unless
         `replace` is true. Submitted jobs keep the content they had.
         """
-        caller.need([name])  # else a limited key could change what others' specs mean
+        caller.require([name])  # else a limited key could change what others' specs mean
         if name in DATASETS:
             raise RequestError(f"{name!r} is a built-in dataset; choose another name", status=409, param="name")
         with uploads.take(caller.id), scratch_folder() as folder:
@@ -161,7 +157,7 @@ def add_model_routes(app: FastAPI, guard: Guard, storage: Storage) -> None:
 
         The answer lists what was deleted, and the runs and versions that were trained on it; these stay.
         """
-        caller.need([name])
+        caller.require([name])
         try:
             found = (removal.dataset_contents if query.dry_run else removal.delete_dataset)(storage, name)
         except DataError as error:
@@ -173,7 +169,7 @@ def add_model_routes(app: FastAPI, guard: Guard, storage: Storage) -> None:
 
 
 class _Pulled(FileResponse):
-    """A file that goes when it was sent, or when nobody wants it any more."""
+    """A file that is removed once it is sent, or once the client has disconnected."""
 
     def __init__(self, path: FilePath, digest: str, done: Callable[[], None]) -> None:
         super().__init__(path, media_type="application/octet-stream", headers={"etag": f'"{digest}"'})
@@ -206,22 +202,7 @@ def _need(caller: Caller, model: str) -> None:
     """Raise RequestError unless this is a model's name, and one that the caller may use."""
     if not re.fullmatch(LABEL, model):
         raise ModelNotFound(f"no model {model[:100]!r}: a name has lower-case letters, digits and dashes")
-    caller.need([model])
-
-
-def _model(registry: Registry, name: str) -> dict[str, Any] | None:
-    """A model as the list shows it, by its newest version; None: the last has just been deleted."""
-    versions = registry.versions(name)
-    aliases = {alias: target.version for alias, target in registry.aliases(name).items()}
-    shown = {"name": name, "versions": versions, "aliases": aliases}
-    try:
-        newest = registry.version(name, versions[-1])
-    except (IndexError, ModelNotFound):
-        return None
-    except DamagedObject as error:
-        return {**shown, "family": None, "metrics": {}, "created": None, "problem": str(error)}
-    metrics = encode_floats(newest.metrics)
-    return {**shown, "family": newest.family, "metrics": metrics, "created": newest.created}
+    caller.require([model])
 
 
 _DATASET_BODY = {

@@ -1,4 +1,4 @@
-"""TODO"""
+"""Bodies, queries and answers of the job API."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from genmodels.runs.records import Change, State
 from genmodels.spec.names import Label
 from services.http.query import Strict
 
-ShownState: TypeAlias = State | Literal["damaged"]  # damaged: what has become of it cannot be read, and is not guessed
+ShownState: TypeAlias = State | Literal["damaged"]  # damaged: its status cannot be read
 
 
 class RunView(BaseModel):
-    """The training of one model. What is not known (yet) is null."""
+    """The training of one model. Unknown values are null."""
 
     model: str
     family: str | None = None
@@ -29,16 +29,16 @@ class RunView(BaseModel):
     loss: float | None = None
     seconds_left: float | None = None
     position: int | None = None  # in the queue, from 1 on
-    wait: str | None = None  # why it waits there
-    waiting: str | None = None  # what its attempt waits for, e.g. "the storage is full"
-    metrics: dict[str, float | None] = {}  # of what was trained, once it has ended
-    version: int | None = None  # that was published
-    alias: str | None = None  # under which it is served
+    wait: str | None = None  # why the run waits in the queue
+    waiting: str | None = None  # why the attempt waits, e.g. "the storage is full"
+    metrics: dict[str, float | None] = {}  # of the last evaluation, once the run has ended
+    version: int | None = None  # the published version
+    alias: str | None = None  # the alias under which the model is served
     history: list[Change] = []
 
 
 class JobView(BaseModel):
-    """A job and its runs. A list shows of ended jobs only what the index has: each model and its state."""
+    """A job and its runs. In a list, an ended job shows only each model and its state."""
 
     job: str
     name: str
@@ -47,15 +47,42 @@ class JobView(BaseModel):
     submitted: str
     ended: str | None = None
     models: list[RunView]
-    notes: list[str] = []  # on its submission: what was chosen, what to expect
-    endpoint: str | None = None  # URL of the gateway, where the service was told of it; not in lists
+    notes: list[str] = []  # at its submission: defaults that were chosen, and what to expect
+    endpoint: str | None = None  # URL of the gateway, if the service knows it; not in lists
+
+
+class ModelDryRun(BaseModel):
+    """What one model's training would run. Unknown values are null, and a note says why."""
+
+    model: str
+    family: str
+    dataset: str
+    max_steps: int
+    batch_size: int
+    workers: tuple[int, int]  # smallest and largest number
+    use_gpu: bool
+    samples: int | None = None  # in an epoch of the training data
+    epochs: float | None = None
+    parameters: int | None = None  # of all networks of the model
+    checkpoint_bytes: int | None = None  # of one checkpoint: raw and served weights, optimizers
+    serving_bytes: int | None = None  # memory of a model host for it
+    servable: bool | None = None  # whether a model host has that memory; else a note says what to change
+    checkpoints_kept: int
+    fits: bool | None = None  # whether the smallest worker group fits the cluster at its largest
+    notes: list[str] = []
+
+
+class JobDryRun(BaseModel):
+    name: str
+    priority: int
+    models: list[ModelDryRun]
 
 
 class Page(BaseModel):
-    """Some of the jobs: open ones first, then ended ones, newest first."""
+    """One page of jobs: open jobs first, then ended jobs, newest first."""
 
     data: list[JobView]
-    next: str | None = None  # for `after`; null: there are no more
+    next: str | None = None  # value of `after` for the next page; null: this page is the last
 
 
 Names = Annotated[list[Label] | None, Field(max_length=100)]
@@ -84,7 +111,9 @@ class MetricsQuery(Strict):
         None, max_length=100, description="model of the job; required if the job has several models"
     )
     after: int = Field(0, ge=0, le=10**9, description="only rows of later steps")
-    points: int | None = Field(None, ge=10, le=10_000, description="the most rows, evenly spread; default: all")
+    points: int | None = Field(
+        None, ge=10, le=10_000, description="largest number of rows, evenly spaced; default: all"
+    )
 
 
 class CancelBody(Body):

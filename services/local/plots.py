@@ -50,7 +50,7 @@ def _panels(spec: ModelSpec, rows: Rows) -> list[tuple[str, list[str]]]:
     """Titles and the columns below each."""
     family = models.load(spec.family)
     losses = sorted({name for row in rows for name in row if name.endswith("loss")})
-    followed = [name for name in family.followed if name not in family.metric_names]
+    followed = [name for name in family.tracked_metrics if name not in family.metric_names]
     metrics: dict[str, list[str]] = {}
     for name in family.metric_names:
         if name not in losses:  # a floor belongs to what it is the floor of

@@ -8,7 +8,8 @@ from pathlib import Path
 from genmodels import checkpoint
 from genmodels.data import Dataset, TextData, open_dataset, resolve_data
 from genmodels.engine import loader, model
-from genmodels.engine.image import requests
+from genmodels.engine.image import answers
+from genmodels.engine.image.requests import GenerateRequest
 from genmodels.engine.text import completion
 from genmodels.engine.text.request import CompletionRequest
 from genmodels.registry.references import of_version
@@ -50,11 +51,11 @@ def smoke(spec: ModelSpec, storage: Storage | None = None) -> str:
         return _answer(loader.load(scratch_storage, of_version(registry, version)), dataset)
 
 
-def _answer(model: model.Loaded, dataset: Dataset) -> str:
+def _answer(model: model.LoadedModel, dataset: Dataset) -> str:
     if isinstance(dataset, TextData):
         prompt = dataset.tokenizer.decode(dataset.val[:1].tolist())
         request = CompletionRequest.model_validate({"prompt": prompt, "max_tokens": 8, "seed": 0})
-        return f"continued {prompt!r} with {''.join(piece.text for piece in completion.complete(model, request))!r}"
-    answer = requests.answer(model, requests.GenerateRequest(n=1, seed=0))
+        return f"continued {prompt!r} with {''.join(delta.text for delta in completion.complete(model, request))!r}"
+    answer = answers.answer(model, GenerateRequest(n=1, seed=0))
     height, width = dataset.info.height, dataset.info.width
     return f"made a PNG of {width}x{height}, {len(answer.images[0])} bytes"

@@ -14,7 +14,7 @@ from genmodels.errors import (
     CheckpointError,
     DataError,
 )
-from genmodels.family import Findings
+from genmodels.family import EvaluationResult
 from genmodels.registry import evaluations, probe
 from genmodels.registry import gate as gates
 from genmodels.registry.evaluate import evaluate
@@ -53,14 +53,14 @@ def _publish(run: Run, spec: ModelSpec, attempt: int) -> Result:
             began = time.monotonic()
             found = _evaluate(run, ref, spec, manifest, folder, report_progress, needed=needed)
             seconds = time.monotonic() - began
-            facts["metrics"] = manifest.metrics | {name: measure.value for name, measure in found.measures.items()}
+            facts["metrics"] = manifest.metrics | {name: metric.value for name, metric in found.metrics.items()}
             if needed:
                 facts["gate"] = gate = gates.check_gate(wanted, facts["metrics"])
             if gate and not gate.passed:
                 return _refused(facts)
             store = Registry(run.storage)
             version = store.publish(run, ref, manifest, folder, gate)
-        if found.measures:
+        if found.metrics:
             evaluations.record(store, version, found, thorough=False, seconds=seconds, publication=True)
         store.promote(run.model, spec.serve.alias, version.version, f"published by job {run.job}", forward_only=True)
         return Result(outcome="succeeded", version=version.version, message=f"published as {version.name}", **facts)
@@ -76,7 +76,7 @@ def _evaluate(
     report_progress: Callable[[], None],
     *,
     needed: bool,
-) -> Findings:
+) -> EvaluationResult:
     """What is measured of a checkpoint; nothing where its data has gone, unless the gate needs it."""
     try:
         return evaluate(run, ref, spec, manifest.lineage, folder, report_progress=report_progress)
@@ -84,7 +84,7 @@ def _evaluate(
         if needed:
             raise
         log.warning("published without an evaluation: %s", error)
-        return Findings()
+        return EvaluationResult()
 
 
 def _refused(facts: dict[str, Any]) -> Result:

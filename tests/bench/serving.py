@@ -31,13 +31,13 @@ from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
 
-from genmodels.engine.image import requests
+from genmodels.engine.image import answers
 from genmodels.engine.image.batcher import CHUNK
 from genmodels.engine.image.model import ImageModel
 from genmodels.engine.image.requests import GenerateRequest
 from genmodels.engine.loader import load
 from genmodels.engine.text import completion
-from genmodels.engine.text.choices import Piece
+from genmodels.engine.text.choices import TextDelta
 from genmodels.engine.text.model import TextModel
 from genmodels.engine.text.request import CompletionRequest
 from genmodels.family import ImageInfo
@@ -210,9 +210,9 @@ def engine(model: TextModel, n: int, tokens: int = TOKENS) -> float:
     request = CompletionRequest.model_validate({"prompt": SIXTEEN, "max_tokens": tokens, "seed": 1})
     unfinished = n
 
-    def take(piece: Piece | Exception) -> None:
+    def take(piece: TextDelta | Exception) -> None:
         nonlocal unfinished
-        assert isinstance(piece, Piece), piece
+        assert isinstance(piece, TextDelta), piece
         unfinished -= piece.finish_reason is not None
 
     started = time.perf_counter()
@@ -347,7 +347,7 @@ def engine_images(model: ImageModel, times: int = 10) -> float:
     request = GenerateRequest(n=PICTURES, seed=1)
     started = time.perf_counter()
     for _ in range(times):
-        assert len(requests.answer(model, request).images) == PICTURES
+        assert len(answers.answer(model, request).images) == PICTURES
     return times * PICTURES / (time.perf_counter() - started)
 
 
@@ -376,7 +376,7 @@ def endpoint(storage_url: str) -> Iterator[str]:
     from services.cluster.ray_start import serve_http_options
     from services.gateway.app import build
 
-    cluster = ray_cluster.__wrapped__()
+    cluster = ray_cluster.__wrapped__()  # type: ignore[attr-defined]  # the fixture without pytest
     next(cluster)
     try:
         port = free_ports(1)

@@ -19,7 +19,7 @@ from PIL import Image
 from genmodels.checkpoint import CheckpointRef
 from genmodels.data.images import png
 from genmodels.engine.history import MAX_ROWS, MAX_STEPS, read
-from genmodels.family import Findings, Measure
+from genmodels.family import EvaluationMetric, EvaluationResult
 from genmodels.keys import Keys
 from genmodels.registry import evaluations
 from genmodels.registry.store import Registry
@@ -71,8 +71,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Storage:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(published_models, "IMAGES", IMAGES.model_copy(update={"num_classes": 3}))
         publish(storage, "classes", "gan", conditional=True)
-    measure = Measure(value=23.125, unit="dB", beside={"PCA, 20 components": 19.25})
-    found = Findings(measures={"psnr": measure}, notes={"images_seen": 640, "noise_std": [0.3, 0.15]})
+    measure = EvaluationMetric(value=23.125, unit="dB", baselines={"PCA, 20 components": 19.25})
+    found = EvaluationResult(metrics={"psnr": measure}, notes={"images_seen": 640, "noise_std": [0.3, 0.15]})
     evaluations.record(Registry(storage), version, found, thorough=False, seconds=1, publication=True)
     train(storage, "shapes")
     train(storage, "play", text=True)

@@ -14,7 +14,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-from engine import Skipped, need_debootstrap, run
+from tests.compose.engine import Skipped, need_debootstrap, run
 
 ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent

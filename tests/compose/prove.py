@@ -20,17 +20,14 @@ from typing import Any
 
 import httpx
 
+from services.client.jobs import Client
+from services.cluster.ports import free_ports
+from tests.compose import images
+from tests.compose.engine import Failed, Skipped, compose_program, engine, run
+from tests.support import dashboard_panels
+
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
-sys.path.insert(1, str(ROOT))
-
-import images  # noqa: E402
-from engine import Failed, Skipped, compose_program, engine, run  # noqa: E402
-
-from services.client.jobs import Client  # noqa: E402
-from services.cluster.ports import free_ports  # noqa: E402
-from tests.support import dashboard_panels  # noqa: E402
-
 WORK = ROOT / ".compose-test"
 PROJECT = "genmodels-test"
 UP_SECONDS = 420

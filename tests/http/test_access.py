@@ -20,7 +20,7 @@ from genmodels.storage import Storage, open_storage
 from services.gateway.model_host import ModelHost
 from services.gateway.routes import create_app as create_gateway
 from services.http import auth
-from services.http.auth import Guard, require_keys
+from services.http.auth import KeyAuth, require_keys
 from services.jobs.app import create_app as create_job_app
 from services.jobs.routes import FOLLOWERS
 from tests.support.asgi_client import PICTURE, ask, refused
@@ -108,7 +108,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     keys = Keys(storage)
     tokens: dict[str, str | None] = {"nobody": None, "unknown": UNKNOWN, "garbage": "'; drop"}
     for scope in ("generate", "submit", "admin"):
-        tokens[scope] = keys.create(scope, (scope,))[1]  # type: ignore[arg-type]
+        tokens[scope] = keys.create(scope, (scope,))[1]
     tokens["limited"] = keys.create("limited", ("generate", "submit"), ("other-", "mine-"))[1]
     tokens["limited-admin"] = keys.create("limited-admin", ("admin",), ("other-",))[1]
     revoked, tokens["revoked"] = keys.create("revoked", ("admin",))
@@ -343,13 +343,13 @@ class Slow:
 def test_who_guesses_keys_stands_in_no_others_way(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(auth, "MAX_WAITING", 6)
     keys = Slow()
-    guard = Guard(keys)  # type: ignore[arg-type]
+    guard = KeyAuth(keys)
 
     async def flood() -> None:
-        assert await guard._find(keys, "right")  # type: ignore[arg-type]
-        guesses = [asyncio.ensure_future(guard._find(keys, f"guess {i}")) for i in range(10)]  # type: ignore[arg-type]
+        assert await guard._find(keys, "right")
+        guesses = [asyncio.ensure_future(guard._find(keys, f"guess {i}")) for i in range(10)]
         await asyncio.sleep(0)
-        assert await guard._find(keys, "right")  # type: ignore[arg-type]
+        assert await guard._find(keys, "right")
         keys.go.set()
         found = await asyncio.gather(*guesses, return_exceptions=True)
         assert found[:6] == [None] * 6

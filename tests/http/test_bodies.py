@@ -17,7 +17,7 @@ from genmodels.keys import Keys
 from genmodels.storage import Storage
 from services.gateway import routes
 from services.http.bodies import SMALL_BYTES, BodyLimit, BodyMemory
-from services.http.middleware import MAX_BODY, Edge, Streamed
+from services.http.middleware import MAX_BODY, IngressMiddleware, StreamedRoute
 from services.jobs import app as jobs
 from services.jobs import model_routes
 from tests.support.asgi_server import served
@@ -34,7 +34,7 @@ def keyed(request: pytest.FixtureRequest, file_storage: Storage) -> Any:
     keys = Keys(file_storage)
     if request.param == "jobs":
         return jobs.create_app(file_storage, keys=keys, hosts=None)
-    return routes.create_app(None, hosts=None, keys=keys)  # type: ignore[arg-type]  # no request gets to a model
+    return routes.create_app(None, hosts=None, keys=keys)  # no request gets to a model
 
 
 def with_bodies(app: Any) -> list[tuple[str, str]]:
@@ -64,8 +64,8 @@ class Proxy:
 
     def __init__(self, app: Any, memory: BodyMemory) -> None:
         self.taken = 0
-        self.edge = Edge(self._fetch, memory=memory)
-        self._app = Edge(app)
+        self.edge = IngressMiddleware(self._fetch, memory=memory)
+        self._app = IngressMiddleware(app)
 
     async def _fetch(self, scope: Any, receive: Any, send: Any) -> None:
         queue: asyncio.Queue[Any] = asyncio.Queue()
@@ -106,7 +106,7 @@ class Client:
         self.status = message.get("status", self.status)
         self.body += message.get("body", b"")
 
-    async def ask(self, edge: Edge) -> None:
+    async def ask(self, edge: IngressMiddleware) -> None:
         scope = {"type": "http", "method": "POST", "path": "/", "query_string": b"", "headers": self.headers}
         await asyncio.wait_for(edge(scope, self.receive, self.send), PATIENCE)
 
@@ -214,7 +214,7 @@ def test_a_body_must_come_in_time_as_a_whole(limit: BodyLimit) -> None:
 
     async def play() -> None:
         client = Slow(10**6, 0.005)
-        await client.ask(Edge(swallow, streamed=Streamed("POST", "/", limit)))
+        await client.ask(IngressMiddleware(swallow, streamed=StreamedRoute("POST", "/", limit)))
         assert client.status == 408
         assert client.left > 10**6 - 1000
 
@@ -229,12 +229,12 @@ def test_what_the_application_takes_is_not_the_clients_time() -> None:
         await send({"type": "http.response.body", "body": b"", "more_body": False})
 
     client = Client(20 * 2**14)
-    asyncio.run(client.ask(Edge(busy, body_seconds=0.2)))
+    asyncio.run(client.ask(IngressMiddleware(busy, body_seconds=0.2)))
     assert client.status == 200
 
 
 def test_slow_uploads_give_their_places_to_others(file_storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(jobs, "UPLOADS", Streamed("PUT", "/v1/datasets/", BodyLimit(10**6, 1.5, rate=1e6)))
+    monkeypatch.setattr(jobs, "UPLOADS", StreamedRoute("PUT", "/v1/datasets/", BodyLimit(10**6, 1.5, rate=1e6)))
     monkeypatch.setattr(model_routes, "UPLOADS_AT_ONCE", (2, 1))
     keys = Keys(file_storage)
     tokens = [keys.create(name, ("submit",))[1] for name in ("one", "two", "three")]
@@ -276,6 +276,6 @@ def test_a_client_that_leaves_in_its_body_is_no_error(caplog: pytest.LogCaptureF
         return {"type": "http.disconnect"}
 
     client = Client(1)
-    client.receive = leave  # type: ignore[method-assign]
-    asyncio.run(client.ask(Edge(gone)))
+    client.receive = leave
+    asyncio.run(client.ask(IngressMiddleware(gone)))
     assert (client.status, caplog.text) == (0, "")

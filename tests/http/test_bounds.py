@@ -10,7 +10,7 @@ from pydantic import BaseModel
 
 from genmodels import models
 from genmodels.engine.requests import Request, parse_options
-from genmodels.engine.text.completion import CompletionRequest
+from genmodels.engine.text.request import CompletionRequest
 from genmodels.errors import RequestError
 from genmodels.family import ImageInfo, TextInfo
 from genmodels.nn.sampling import SamplingOptions

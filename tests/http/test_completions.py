@@ -15,11 +15,11 @@ import httpx
 import openai
 import pytest
 
-from genmodels.engine.text.choices import Piece
+from genmodels.engine.text.choices import TextDelta
 from genmodels.engine.text.request import CompletionRequest
 from genmodels.errors import RequestError
 from genmodels.storage import Storage, open_storage
-from services.gateway.model_host import ModelHost, Opened
+from services.gateway.model_host import CompletionStarted, ModelHost
 from services.gateway.routes import create_app
 from tests.support.asgi_client import ask, refused
 from tests.support.asgi_server import served
@@ -263,7 +263,7 @@ class Pool:
             yield item
 
 
-OPENED, PIECE = Opened("m@1", "minigpt", 1, 1), Piece(0, "abc", 3)
+OPENED, PIECE = CompletionStarted("m@1", "minigpt", 1, 1), TextDelta(0, "abc", 3)
 BODY = {"model": "m", "prompt": "x"}
 
 
@@ -276,7 +276,7 @@ BODY = {"model": "m", "prompt": "x"}
     ],
 )
 def test_an_answer_cut_off_never_looks_whole(ending: list[Any], code: str | None) -> None:
-    app = create_app(Pool(OPENED, PIECE, *ending))  # type: ignore[arg-type]
+    app = create_app(Pool(OPENED, PIECE, *ending))
     first, last = events(ask(app, "POST", "/v1/completions", {**BODY, "stream": True}).text)
     assert first["choices"] == [{"index": 0, "text": "abc", "logprobs": None, "finish_reason": None}]
     assert (last["error"]["type"], last["error"]["code"]) == ("server_error", code)
@@ -285,13 +285,13 @@ def test_an_answer_cut_off_never_looks_whole(ending: list[Any], code: str | None
 
 
 def test_a_second_choice_that_never_comes_is_missed() -> None:
-    app = create_app(Pool(OPENED, Piece(0, "abc", 3, "length")))  # type: ignore[arg-type]
+    app = create_app(Pool(OPENED, TextDelta(0, "abc", 3, "length")))
     assert refused(ask(app, "POST", "/v1/completions", {**BODY, "n": 2}), 503)
     assert "error" in events(ask(app, "POST", "/v1/completions", {**BODY, "n": 2, "stream": True}).text)[-1]
 
 
 def test_a_full_pool_is_429_with_retry_after() -> None:
-    app = create_app(Pool(RequestError("full", status=429, code="too_many_requests")))  # type: ignore[arg-type]
+    app = create_app(Pool(RequestError("full", status=429, code="too_many_requests")))
     for stream in (False, True):
         response = ask(app, "POST", "/v1/completions", {**BODY, "stream": stream})
         assert (refused(response, 429)["type"], response.headers["retry-after"]) == ("rate_limit_error", "1")
@@ -302,7 +302,7 @@ def test_a_full_pool_is_429_with_retry_after() -> None:
 
 def test_a_client_that_leaves_frees_its_slot_within_a_step(models: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
     host = ModelHost(models.url, workers=1)
-    batcher = host._shelf._held["play@1"].loaded.batcher  # type: ignore[attr-defined]
+    batcher = host._cache._entries["play@1"].model.batcher  # type: ignore[attr-defined]
     step, allowed = batcher.step, threading.Semaphore(0)
 
     def watched() -> bool:
@@ -313,9 +313,9 @@ def test_a_client_that_leaves_frees_its_slot_within_a_step(models: Storage, monk
 
     async def leave() -> None:
         items = host.complete("play", CompletionRequest.model_validate({"prompt": "x", "max_tokens": 4096}))
-        assert isinstance(await anext(items), Opened)
+        assert isinstance(await anext(items), CompletionStarted)
         allowed.release()
-        assert isinstance(await anext(items), Piece)
+        assert isinstance(await anext(items), TextDelta)
         waiting = asyncio.ensure_future(anext(items))
         await asyncio.sleep(0)
         waiting.cancel()
@@ -333,11 +333,11 @@ def test_a_connection_that_closes_frees_its_slots(
     models: Storage, monkeypatch: pytest.MonkeyPatch, stream: bool
 ) -> None:
     host = ModelHost(models.url)
-    batcher = host._shelf._held["play@1"].loaded.batcher  # type: ignore[attr-defined]
+    batcher = host._cache._entries["play@1"].model.batcher  # type: ignore[attr-defined]
     step, steps = batcher.step, []
 
     def watched() -> bool:
-        steps.append(len(batcher._active()))
+        steps.append(len(batcher._running()))
         time.sleep(0.005)  # so that the answer is never over before the client leaves
         return step()
 
@@ -405,9 +405,9 @@ def test_openai_s_client_knows_the_errors(client: openai.OpenAI) -> None:
     assert (missing.value.param, missing.value.code) == ("model", "model_not_found")
     full = RequestError("full", status=429, code="queue_full")
     cut = Pool(OPENED, PIECE, RequestError("gone", status=503, code="host_lost"))
-    with served(create_app(Pool(full))) as url, pytest.raises(openai.RateLimitError):  # type: ignore[arg-type]
+    with served(create_app(Pool(full))) as url, pytest.raises(openai.RateLimitError):
         client.with_options(base_url=f"{url}/v1").completions.create(model="play", prompt="x")
-    with served(create_app(cut)) as url:  # type: ignore[arg-type]
+    with served(create_app(cut)) as url:
         chunks = client.with_options(base_url=f"{url}/v1").completions.create(model="m", prompt="x", stream=True)
         assert next(chunks).choices[0].text == "abc"
         with pytest.raises(openai.APIError, match="gone"):

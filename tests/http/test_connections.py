@@ -16,7 +16,7 @@ import uvicorn.config
 
 from services.gateway.proxy import proxy_middlewares
 from services.http.connections import HEADER_BYTES, Connection
-from services.http.middleware import Edge
+from services.http.middleware import IngressMiddleware
 from services.jobs import app as jobs
 from tests.support.asgi_server import served
 
@@ -57,7 +57,7 @@ def app() -> Application:
 
 @pytest.fixture
 def url(app: Application) -> Iterator[str]:
-    with served(Edge(app, max_requests=4), http=Quick, timeout_keep_alive=PATIENCE) as url:
+    with served(IngressMiddleware(app, max_requests=4), http=Quick, timeout_keep_alive=PATIENCE) as url:
         yield url
         app.let.set()
 
@@ -65,7 +65,7 @@ def url(app: Application) -> Iterator[str]:
 def test_both_servers_use_it(app: Application, monkeypatch: pytest.MonkeyPatch) -> None:
     """And none counts connections like requests, as uvicorn's own limit does."""
     monkeypatch.setattr(uvicorn.config, "HTTP_PROTOCOLS", dict(uvicorn.config.HTTP_PROTOCOLS))
-    service = jobs._uvicorn(app, "127.0.0.1", 0)  # type: ignore[arg-type]
+    service = jobs._uvicorn(app, "127.0.0.1", 0)
     proxy_middlewares()
     proxy = uvicorn.Config(app)  # as Serve makes it
     for config in (service, proxy):

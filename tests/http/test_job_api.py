@@ -6,6 +6,7 @@ import json
 import logging
 import math
 import re
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ import yaml
 from genmodels.keys import Keys
 from genmodels.runs.records import State
 from genmodels.runs.store import Run
+from genmodels.spec.parse import parse_spec
 from genmodels.storage import Storage
-from services.jobs import routes
+from services.jobs import operations
 from services.jobs.views import job_state
 from tests.support.asgi_client import refused
 from tests.support.asgi_server import served
@@ -244,10 +246,10 @@ def test_a_dry_run_says_what_would_be_and_does_nothing(service: Service) -> None
     assert "needs 4 CPUs" in b["notes"][0]
 
 
-def test_an_unknown_cluster_is_said_to_be_so(service: Service) -> None:
+def test_the_size_of_a_cluster_may_be_unknown(service: Service) -> None:
     (plan,) = service.post(spec(), "?dry_run=true").json()["models"]
     assert plan["fits"] is None
-    assert "how large" in plan["notes"][0]
+    assert "not known yet" in plan["notes"][0]
 
 
 @pytest.mark.parametrize("family", ["autoencoder", "vae", "gan", "minigpt"])
@@ -272,7 +274,7 @@ def test_the_estimated_size_of_a_checkpoint_is_right(
 
     cls = models.load(family)
     built = cls(cls.Config(), open_dataset(DataConfig(dataset=dataset)).info)
-    roles = built.roles(routes.parse_spec(yaml.safe_dump(document).encode(), "x").models[0].train)
+    roles = built.roles(parse_spec(yaml.safe_dump(document).encode(), "x").models[0].train)
     for role in roles:
         for parameter in role.loss.parameters():
             parameter.grad = torch.zeros_like(parameter)
@@ -419,6 +421,32 @@ def test_cancelling_leaves_one_command_for_each_run(service: Service) -> None:
     assert [command.action for command in Run(service.storage, job, "b").commands()] == ["stop"]
 
 
+class CountingStorage(MemoryStorage):
+    def __init__(self) -> None:
+        super().__init__()
+        self.gets: Counter[str] = Counter()
+
+    def get(self, key: str) -> tuple[bytes, str]:
+        self.gets[key] += 1
+        return super().get(key)
+
+
+@pytest.mark.parametrize("action", ["cancel", "resume"])
+def test_a_command_reads_each_object_once(action: str) -> None:
+    storage = CountingStorage()
+    service = Service(storage)
+    job = service.submit("a", "b")
+    for model in "ab":
+        service.move(job, model, "running", attempt=1)
+    service.move(job, "a", "failed")
+    storage.gets.clear()
+    assert service("POST", f"/v1/jobs/{job}/{action}").status_code == 200
+    read = [f"jobs/{job}/spec.yaml", f"open/{job}", *(f"runs/{job}/{model}/status.json" for model in "ab")]
+    assert {key: storage.gets[key] for key in read} == dict.fromkeys(read, 1) | {
+        f"open/{job}": 2 if action == "resume" else 1  # `reopen` looks again before it writes
+    }
+
+
 def test_a_command_says_whose_it_is(file_storage: Storage) -> None:
     keys = Keys(file_storage)
     headers = {"authorization": f"Bearer {keys.create('ann', ('submit',))[1]}"}
@@ -481,7 +509,7 @@ def test_logs_of_a_worker_that_cannot_be_are_404(service: Service, source: str) 
     job = service.post(document).json()["job"]
     error = refused(service("GET", f"/v1/jobs/{job}/logs?source={source}"), 404)
     assert error["param"] == "source"
-    assert error["message"] == f"source: got '{source}'; what there is: driver and the workers 0 to 1"
+    assert error["message"] == f"source: got '{source}'; expected driver, or the workers 0 to 1"
     for there in ("driver", "0", "1"):
         assert service("GET", f"/v1/jobs/{job}/logs?source={there}").status_code == 200
 
@@ -533,7 +561,7 @@ def test_what_breaks_is_500_and_neither_log_nor_answer_quotes_it(
     def broken(*_: Any, **__: Any) -> None:
         raise RuntimeError("canary")
 
-    monkeypatch.setattr(routes, "parse_spec", broken)
+    monkeypatch.setattr(operations, "parse_spec", broken)
     error = refused(service.post(spec()), 500)
     assert "canary" not in error["message"]
     assert "RuntimeError" in caplog.text

@@ -63,13 +63,13 @@ def url(host: ModelHost) -> Iterator[str]:
 
 
 def batcher(host: ModelHost) -> Any:
-    model = host._shelf._held["play@1"].loaded
+    model = host._cache._entries["play@1"].model
     assert isinstance(model, TextModel)
     return model.batcher
 
 
 def is_idle(host: ModelHost) -> bool:
-    return not batcher(host).busy and not host._shelf._held["play@1"].uses
+    return not batcher(host).busy and not host._cache._entries["play@1"].uses
 
 
 async def until_idle(host: ModelHost) -> None:

@@ -10,7 +10,7 @@ from starlette.requests import ClientDisconnect, Request
 
 from services.gateway.routes import create_app
 from services.http.bodies import BodyLimit
-from services.http.middleware import LOOPBACK, MAX_BODY, Edge, Streamed
+from services.http.middleware import LOOPBACK, MAX_BODY, IngressMiddleware, StreamedRoute
 from tests.support.asgi_client import ask, refused
 
 
@@ -23,7 +23,7 @@ class Pool:
 
 @pytest.fixture(scope="module")
 def app() -> Any:
-    return create_app(Pool())  # type: ignore[arg-type]  # no request here gets as far as a model
+    return create_app(Pool())  # no request here gets as far as a model
 
 
 @pytest.mark.parametrize(
@@ -74,10 +74,10 @@ def test_a_form_of_another_site_is_refused(app: Any, origin: str, status: int) -
 
 def test_where_keys_are_asked_for_any_origin_may_try() -> None:
     client = Client(part(b""))
-    client.call(Edge(echo), (b"host", b"api.example"), (b"origin", b"https://other.example"))
+    client.call(IngressMiddleware(echo), (b"host", b"api.example"), (b"origin", b"https://other.example"))
     assert client.status == 200
     client = Client(part(b""))
-    client.call(Edge(echo, hosts=LOOPBACK), (b"host", b"localhost"), (b"origin", b"https://other.example"))
+    client.call(IngressMiddleware(echo, hosts=LOOPBACK), (b"host", b"localhost"), (b"origin", b"https://other.example"))
     assert client.status == 403
 
 
@@ -165,34 +165,34 @@ async def echo(scope: Any, receive: Any, send: Any) -> None:
 
 def test_a_body_that_is_announced_too_large_is_refused_unread() -> None:
     client = Client(part(b"x"))
-    client.call(Edge(echo), (b"content-length", str(MAX_BODY + 1).encode()))
+    client.call(IngressMiddleware(echo), (b"content-length", str(MAX_BODY + 1).encode()))
     assert (client.status, client.error["code"], client.taken) == (413, "body_too_large", 0)
     client = Client(part(b"x"))
-    client.call(Edge(echo), (b"content-length", b"9" * 4000))
+    client.call(IngressMiddleware(echo), (b"content-length", b"9" * 4000))
     assert (client.status, client.taken) == (413, 0)
 
 
 def test_reading_a_body_of_unknown_size_stops_at_the_limit() -> None:
     client = Client(*[part(b"x" * 2**20, more=True)] * 100)
-    client.call(Edge(echo))
+    client.call(IngressMiddleware(echo))
     assert (client.status, client.error["code"], client.taken) == (413, "body_too_large", 9)
     whole = Client(*[part(b"x" * 2**20, more=True)] * 8, part(b""))
-    whole.call(Edge(echo))
+    whole.call(IngressMiddleware(echo))
     assert (whole.status, len(whole.sent[1]["body"])) == (200, MAX_BODY + len(b"|x-request-id"))
 
 
 def test_a_body_that_does_not_arrive_is_not_waited_for() -> None:
     client = Client(part(b"x", more=True))
-    client.call(Edge(echo, body_seconds=0.05))
+    client.call(IngressMiddleware(echo, body_seconds=0.05))
     assert (client.status, client.error["type"]) == (408, "invalid_request_error")
 
 
 def test_a_client_that_leaves_in_its_body_is_forgotten() -> None:
     client = Client(part(b"x", more=True), {"type": "http.disconnect"})
-    assert client.call(Edge(echo)) == []
+    assert client.call(IngressMiddleware(echo)) == []
 
 
-UPLOAD = Streamed("POST", "/", BodyLimit(3000, 30.0))
+UPLOAD = StreamedRoute("POST", "/", BodyLimit(3000, 30.0))
 
 
 async def swallow(scope: Any, receive: Any, send: Any) -> None:
@@ -208,23 +208,23 @@ async def swallow(scope: Any, receive: Any, send: Any) -> None:
 
 
 def test_a_streamed_body_has_its_own_limit() -> None:
-    edge = Edge(swallow, max_body=10, streamed=UPLOAD)
+    edge = IngressMiddleware(swallow, max_body=10, streamed=UPLOAD)
     client = Client(*[part(b"x" * 1000, more=True)] * 3, part(b""))
     assert client.call(edge)[1]["body"] == b"3000"
     client = Client(*[part(b"x" * 1000, more=True)] * 100)
     client.call(edge)
     assert (client.status, client.error["code"], client.taken) == (413, "body_too_large", 4)
     client = Client(part(b"x" * 11))
-    client.call(Edge(swallow, max_body=10, streamed=Streamed("PUT", "/", BodyLimit(3000, 30.0))))
+    client.call(IngressMiddleware(swallow, max_body=10, streamed=StreamedRoute("PUT", "/", BodyLimit(3000, 30.0))))
     assert client.status == 413
 
 
 def test_a_streamed_body_that_stops_coming_is_not_waited_for(caplog: pytest.LogCaptureFixture) -> None:
     client = Client(part(b"x", more=True))
-    client.call(Edge(swallow, streamed=Streamed("POST", "/", BodyLimit(3000, 0.05))))
+    client.call(IngressMiddleware(swallow, streamed=StreamedRoute("POST", "/", BodyLimit(3000, 0.05))))
     assert client.status == 408
     client = Client(part(b"x", more=True), {"type": "http.disconnect"})
-    assert client.call(Edge(swallow, streamed=UPLOAD)) == []
+    assert client.call(IngressMiddleware(swallow, streamed=UPLOAD)) == []
     assert caplog.text == ""
 
 
@@ -236,13 +236,13 @@ def test_headers_that_steer_serve_do_not_get_through() -> None:
         "serve_multiplexed_model_id",
         "X_Session_Id",
     ]
-    client.call(Edge(echo), *((name.encode(), b"0") for name in [*steering, "accept"]))
+    client.call(IngressMiddleware(echo), *((name.encode(), b"0") for name in [*steering, "accept"]))
     assert client.sent[1]["body"] == b"|accept x-request-id"
 
 
 def test_an_answer_has_one_id() -> None:
     client = Client(part(b""))
-    client.call(Edge(echo))
+    client.call(IngressMiddleware(echo))
     assert [name.lower() for name, _ in client.sent[0]["headers"]] == [b"x-request-id"]
     assert uuid.UUID(client.headers["x-request-id"])
 
@@ -255,7 +255,7 @@ def test_plain_errors_of_serve_become_ours(status: int) -> None:
         await send({"type": "http.response.body", "body": b"internal detail", "more_body": False})
 
     client = Client(part(b""))
-    client.call(Edge(serve))
+    client.call(IngressMiddleware(serve))
     assert (client.status, client.headers["content-type"], client.headers["retry-after"]) == (
         status,
         "application/json",
@@ -274,12 +274,12 @@ def test_an_application_that_breaks_is_500_without_internals(caplog: pytest.LogC
 
     for app in (broken, silent):
         client = Client(part(b""))
-        client.call(Edge(app))
+        client.call(IngressMiddleware(app))
         assert (client.status, client.error["type"]) == (500, "server_error")
         assert client.headers["x-request-id"] in client.error["message"]
         assert "internal detail" not in client.error["message"]
     assert "failed: ValueError" in caplog.text  # with its place; its message might quote a request
-    assert "test_edge.py" in caplog.text
+    assert "test_middleware.py" in caplog.text
     assert "internal detail" not in caplog.text
 
 
@@ -289,6 +289,6 @@ def test_a_stream_that_breaks_off_ends_in_an_error() -> None:
         await send({"type": "http.response.body", "body": b"data: 1\n\n", "more_body": True})
 
     client = Client(part(b""))
-    *_, last = client.call(Edge(cut))
+    *_, last = client.call(IngressMiddleware(cut))
     assert not last["more_body"]
     assert json.loads(last["body"].removeprefix(b"data: "))["error"]["type"] == "server_error"

@@ -11,10 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from genmodels.data.text import CharTokenizer
-from genmodels.engine.text.completion import MAX_TEXTS, MAX_TOKENS
+from genmodels.engine.text.completion import MAX_CANDIDATES, MAX_TOKENS
 from genmodels.engine.text.request import CompletionRequest
 from genmodels.storage import Storage, open_storage
-from services.gateway.model_host import ModelHost, Opened
+from services.gateway.model_host import CompletionStarted, ModelHost
 from services.gateway.routes import create_app
 from tests.support.asgi_client import ask, refused
 from tests.support.event_streams import events, joined, until
@@ -167,7 +167,7 @@ WRONG: list[tuple[dict[str, Any], str, str]] = [
 def test_one_wrong_prompt_refuses_all_before_any_work(
     app: Any, host: ModelHost, monkeypatch: pytest.MonkeyPatch, fields: dict[str, Any], param: str, says: str
 ) -> None:
-    batcher = host._shelf._held["play@1"].loaded.batcher  # type: ignore[attr-defined]
+    batcher = host._cache._entries["play@1"].model.batcher  # type: ignore[attr-defined]
     monkeypatch.setattr(batcher, "add", lambda *texts: pytest.fail("work has begun"))
     error = refused(send(app, **fields), 400)
     assert (error["param"], error["message"].startswith(param)) == (param, True)
@@ -177,9 +177,9 @@ def test_one_wrong_prompt_refuses_all_before_any_work(
 
 def test_the_most_that_is_taken_fits_an_engine_with_nothing_else_to_do(app: Any) -> None:
     answer = answer_of(app, prompt=["x"] * 64, n=2, max_tokens=1)
-    assert len(answer["choices"]) == MAX_TEXTS
-    assert answer_of(app, prompt=["x"] * 2, best_of=64, max_tokens=1)["usage"]["completion_tokens"] == MAX_TEXTS
-    assert MAX_TOKENS // MAX_TEXTS == 128
+    assert len(answer["choices"]) == MAX_CANDIDATES
+    assert answer_of(app, prompt=["x"] * 2, best_of=64, max_tokens=1)["usage"]["completion_tokens"] == MAX_CANDIDATES
+    assert MAX_TOKENS // MAX_CANDIDATES == 128
     assert refused(send(app, prompt=["x"] * 64, n=2, max_tokens=129), 400)["param"] == "max_tokens"
 
 
@@ -206,13 +206,13 @@ def test_any_prompts_in_any_company_have_the_answers_that_they_have_alone(
 
 def test_a_client_that_leaves_ends_the_texts_of_all_its_prompts(models: Storage) -> None:
     host = ModelHost(models.url)
-    batcher = host._shelf._held["play@1"].loaded.batcher  # type: ignore[attr-defined]
+    batcher = host._cache._entries["play@1"].model.batcher  # type: ignore[attr-defined]
     request = CompletionRequest.model_validate({"prompt": PROMPTS * 5, "n": 2, "max_tokens": 400})
 
     async def leave() -> None:
         items = host.complete("play", request)
-        assert isinstance(await anext(items), Opened)
-        assert len(batcher._waiting) + len(batcher._active()) == 40
+        assert isinstance(await anext(items), CompletionStarted)
+        assert len(batcher._waiting) + len(batcher._running()) == 40
         await items.aclose()
 
     asyncio.run(leave())

@@ -7,7 +7,8 @@ import re
 import ray
 
 import genmodels
-from tests.support.manifests import BUILDS, K8S, ROOT, Manifest, build, cluster_of, only, pods, secrets_of
+from tests.support.manifests import BUILDS, K8S, Manifest, build, cluster_of, only, pods, secrets_of
+from tests.support.paths import ROOT
 
 IMAGE = f"genmodels:{ray.__version__}-{genmodels.__version__}"
 

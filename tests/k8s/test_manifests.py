@@ -21,7 +21,6 @@ import yaml
 from tests.support.manifests import (
     BUILDS,
     K8S,
-    ROOT,
     Manifest,
     build,
     cluster_of,
@@ -35,6 +34,7 @@ from tests.support.manifests import (
     selects,
     unrestricted,
 )
+from tests.support.paths import ROOT
 
 TOOLS = Path(sys.prefix) / "k8s-tools" / "bin"  # `make test-k8s` makes it
 STRICT = ROOT.parent / "shared" / "k8s"
@@ -242,7 +242,7 @@ def test_the_security_linter_passes(tmp_path: Path) -> None:
         "-f",
         str(tmp_path / "all.yaml"),
         "--config-file",
-        str(ROOT / "tests" / "k8s-checkov.yaml"),
+        str(ROOT / "tests" / "k8s" / "checkov.yaml"),
     ]
     done = subprocess.run(command, capture_output=True, text=True)
     assert done.returncode == 0, done.stdout + done.stderr

@@ -19,6 +19,7 @@ import ray
 import yaml
 
 import genmodels
+from genmodels.metrics import DIRECTORY
 from genmodels.spec.parse import read_spec
 from services.cluster.ray_start import local_environment
 from services.dispatch.backends.base import submission_id
@@ -28,7 +29,6 @@ from services.node import exporter
 from tests.support.manifests import (
     BUILDS,
     K8S,
-    ROOT,
     Manifest,
     build,
     cluster_of,
@@ -41,6 +41,7 @@ from tests.support.manifests import (
     rayjob,
     unrestricted,
 )
+from tests.support.paths import ROOT
 from tests.support.ray_node import OTHER, JoinedNode, RayHead, until
 
 MODEL = read_spec(ROOT / "jobs" / "quickstart.yaml").models[0]
@@ -80,7 +81,7 @@ def test_every_setting_is_one_that_is_read(name: str, monkeypatch: pytest.Monkey
         del ours[theirs]
     of_ray = only(manifests, "ConfigMap", "genmodels-ray")["data"]
     assert of_ray == ours | {
-        exporter.DIRECTORY: "/run/metrics",
+        DIRECTORY: "/run/metrics",
         "GENMODELS_START_TIMEOUT_S": of_ray["GENMODELS_START_TIMEOUT_S"],
     }
     platform = only(manifests, "ConfigMap", "genmodels-platform")["data"]
@@ -106,6 +107,7 @@ def test_every_setting_is_one_that_is_read(name: str, monkeypatch: pytest.Monkey
 def test_the_serve_config_is_the_one_of_the_code(name: str) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # importing Ray Serve defines settings in ways that pydantic warns of
+        from ray.serve import Application
         from ray.serve.schema import ServeDeploySchema
 
         from services.gateway import app
@@ -124,8 +126,9 @@ def test_the_serve_config_is_the_one_of_the_code(name: str) -> None:
     assert config["http_options"] == declared["http_options"] | {"host": "0.0.0.0"}
     module, _, function = application["import_path"].partition(":")
     built = getattr(importlib.import_module(module), function)(application["args"])
-    assert isinstance(built, app.Application)
-    assert [override["name"] for override in overrides] == [app.Gateway.name, app.POOL]
+    assert isinstance(built, Application)
+    gateway: Any = app.Gateway  # a Serve deployment; mypy sees the class
+    assert [override["name"] for override in overrides] == [gateway.name, deploy.POOL]
     # One gateway and one host fit a worker, and neither fits the head.
     (hosts,) = cluster_of(service)["workerGroupSpecs"]
     cpus = float(hosts["template"]["spec"]["containers"][0]["resources"]["limits"]["cpu"])
@@ -293,7 +296,7 @@ def _parsed(module: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch) 
     def stop(parser: argparse.ArgumentParser, *_: Any) -> None:
         raise Parsed(parse(parser, arguments))
 
-    is_package = bool(importlib.util.find_spec(module).submodule_search_locations)  # type: ignore[union-attr]
+    is_package = bool(importlib.util.find_spec(module).submodule_search_locations)
     main = importlib.import_module(f"{module}.__main__" if is_package else module).main
     with monkeypatch.context() as patch:
         patch.setattr(argparse.ArgumentParser, "parse_args", stop)

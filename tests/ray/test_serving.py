@@ -162,7 +162,7 @@ def test_what_serve_says_of_a_pool_becomes_an_answer(ray_cluster: str, error: st
         def remote(self, *arguments: Any) -> Any:
             raise made
 
-    app = create_app(HandlePool(Handle()))  # type: ignore[arg-type]
+    app = create_app(HandlePool(Handle()))
     for path, body in (("completions", BODY), ("images/generations", BODY), ("models/m/decode", {"latents": [[0.0]]})):
         found = refused(ask(app, "POST", f"/v1/{path}", body), status)
         assert (found["code"], "internal detail" in found["message"]) == (code, False)

@@ -27,7 +27,7 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from genmodels import metrics
 from genmodels.engine import metrics as engine_metrics
-from genmodels.engine.text.choices import Piece
+from genmodels.engine.text.choices import TextDelta
 from genmodels.engine.text.request import CompletionRequest
 from genmodels.errors import RequestError
 from genmodels.keys import Keys
@@ -35,12 +35,12 @@ from genmodels.metrics import version_labels
 from genmodels.registry.store import Registry
 from genmodels.storage import Storage, open_storage
 from services.cluster.ports import free_ports
-from services.gateway import model_host as host_module
-from services.gateway.model_host import ModelHost, Opened
+from services.gateway import model_host
+from services.gateway.model_host import CompletionStarted, ModelHost
 from services.gateway.proxy import proxy_middlewares
 from services.gateway.routes import create_app
 from services.http.middleware import MAX_BODY
-from services.http.request_metrics import OTHER, ROUTES, Counted, route_of
+from services.http.request_metrics import OTHER, ROUTES, RequestMetrics, route_of
 from tests.support.asgi_client import PICTURE, ask
 from tests.support.asgi_server import served
 from tests.support.published_models import publish, save_checkpoint
@@ -170,7 +170,7 @@ def test_tokens_are_those_of_the_usage(app: Any, before: Series, fields: dict[st
 def test_many_observations_at_once_are_as_many_one_by_one() -> None:
     once, one_by_one = (Histogram("h", "", registry=None, buckets=(0.1, 0.5)) for _ in range(2))
     for amount, count in ((0.05, 3), (0.1, 2), (0.3, 1), (0.5, 4), (7.0, 5)):
-        engine_metrics._observe(once, amount, count)
+        engine_metrics.observe_many(once, amount, count)
         for _ in range(count):
             one_by_one.observe(amount)
     found, expected = ([(s.name, s.labels, s.value) for s in h.collect()[0].samples][:-1] for h in (once, one_by_one))
@@ -262,14 +262,14 @@ class Pool:
 @pytest.mark.parametrize(
     ("ending", "code"),
     [
-        ([Piece(0, "d", 1, "stop")], "200"),
+        ([TextDelta(0, "d", 1, "stop")], "200"),
         ([RequestError("full", status=429, code="queue_full")], "429"),
         ([], "503"),
         ([ValueError(CANARY)], "500"),
     ],
 )
 def test_a_stream_is_counted_by_how_it_ended(before: Series, ending: list[Any], code: str) -> None:
-    app = create_app(Pool(Opened("m@1", "minigpt", 1, 1), Piece(0, "abc", 3), *ending))  # type: ignore[arg-type]
+    app = create_app(Pool(CompletionStarted("m@1", "minigpt", 1, 1), TextDelta(0, "abc", 3), *ending))
     for stream in (True, False):
         ask(app, "POST", "/v1/completions", {"model": "m", "prompt": "x", "stream": stream})
     expected: Requests = Counter({("/v1/completions", code, "m@1"): 2})
@@ -302,7 +302,7 @@ def texts(stream: httpx.Response) -> Iterator[str]:
 
 
 def test_versions_come_and_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(host_module, "_follow", lambda _: None)
+    monkeypatch.setattr(model_host, "_watch", lambda _: None)
     storage = open_storage(tmp_path.as_uri())
     publish(storage, "come", "minigpt")
     start = here()
@@ -312,7 +312,7 @@ def test_versions_come_and_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
         found = only(here(), "version_active", "loaded_bytes", "kv_slots")
         return {key: value for key, value in found.items() if "come" in key}
 
-    size = host._shelf._held["come@1"].size
+    size = host._cache._entries["come@1"].size
 
     def of(version: str) -> Series:
         labels = ("minigpt", "come", version)
@@ -324,17 +324,17 @@ def test_versions_come_and_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert only(grown(start, here()), *counted) == {}, "what a version is tried with counts for nobody"
     assert grown(start, here())["version_load_seconds_count", "minigpt"] == 1
     publish(storage, "come", "minigpt", step=2)
-    host.follow()
+    host.watch()
     stays(gauges, of("2"))  # the engine of the one before has to end first
     assert here()["versions_swapped_total", "minigpt", "come", "2"] == 1
     Registry(storage).promote("come", "production", 1, "back")
-    host.follow()
+    host.watch()
     stays(gauges, of("1"))
-    assert host._shelf._held
+    assert host._cache._entries
 
 
 def test_all_checkpoints_of_a_model_are_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(host_module, "_follow", lambda _: None)
+    monkeypatch.setattr(model_host, "_watch", lambda _: None)
     storage = open_storage(tmp_path.as_uri())
     for step in (10, 20):
         save_checkpoint(storage, "study-00000001", "drafts", "minigpt", step=step)
@@ -347,10 +347,10 @@ def test_all_checkpoints_of_a_model_are_one(tmp_path: Path, monkeypatch: pytest.
     assert found["requests_total", "200", "minigpt", "drafts", "/v1/completions", "checkpoint"] == 2
     assert found["kv_slots", "minigpt", "drafts", "total", "checkpoint"] == 2 * 16
     assert found["loaded_bytes", "minigpt", "drafts", "checkpoint"] == sum(
-        held.size for held in host._shelf._held.values()
+        held.size for held in host._cache._entries.values()
     )
     assert not only(found, "version_active"), "no alias means a checkpoint"
-    host._shelf.release("drafts@study-00000001:step-10")
+    host._cache.unload_when_idle("drafts@study-00000001:step-10")
     left = ("kv_slots", "minigpt", "drafts", "total", "checkpoint")
     stays(lambda: here()[left], 16)
 
@@ -379,7 +379,7 @@ def test_the_proxy_counts_what_does_not_reach_the_gateway(
     app: Any = serve
     for middleware in proxy_middlewares():  # as Serve does
         app = middleware.cls(app, *middleware.args, **middleware.kwargs)
-    assert isinstance(app, Counted)
+    assert isinstance(app, RequestMetrics)
     ask(app, "POST", "/v1/completions", {})
     assert ask(app, "POST", "/v1/completions", b"x" * (MAX_BODY + 1)).status_code == 413
     expected: Requests = Counter({("/v1/completions", "413", ""): 1})

@@ -93,15 +93,16 @@ def test_a_port_that_is_taken_is_named(option: str, file_storage: Storage) -> No
         first = free_ports(3)
         options = {"port": first, "api_port": first + 1, "metrics_port": first + 2} | {option: port}
         with pytest.raises(GenmodelsError, match=f"port {port} of .* is taken.*--{option.replace('_', '-')}"):
-            up(file_storage, Options(auth=False, **options))  # type: ignore[arg-type]
+            up(file_storage, Options(auth=False, **options))
 
 
 class Platform:
     """`genmodels up` as a process, on ports of its own or those of another one."""
 
     def __init__(self, folder: Path, storage: Storage, like: Platform | None = None) -> None:
-        first = like.first if like else free_ports(3)
-        self.first, self.gateway = first, f"http://127.0.0.1:{first}"
+        first: int = like.first if like else free_ports(3)
+        self.first: int = first
+        self.gateway = f"http://127.0.0.1:{first}"
         self.log = folder / f"up-{time.monotonic_ns()}.log"
         command = [
             sys.executable,

@@ -9,7 +9,7 @@ import numpy as np
 
 from genmodels.data import TextData
 from genmodels.data.images import ImageData, ImageSplit
-from genmodels.family import Material
+from genmodels.family import EvaluationData
 
 CLASSES = 4
 
@@ -29,28 +29,28 @@ def shapes(train: int = 480, val: int = 120, side: int = 16, channels: int = 1, 
         if label in (2, 3):
             image[:, row : row + 6, column + 2 : column + 4] = grey
     names = [str(label) for label in range(CLASSES)] if labelled else []
-    parts = [
+    train_split, val_split = (
         ImageSplit(images[part], labels[part] if labelled else None) for part in (slice(train), slice(train, None))
-    ]
-    return ImageData(*parts, names)
+    )
+    return ImageData(train_split, val_split, names)
 
 
 @dataclass
 class Bench:
-    """Makes the material for evaluations, and remembers what they did with it."""
+    """Makes the data for evaluations, and remembers what they did with it."""
 
     kept: dict[str, bytes] = field(default_factory=dict)
     made: list[str] = field(default_factory=list)
     ticks: int = 0
 
-    def material(self, data: ImageData | TextData, thorough: bool = False) -> Material:
+    def evaluation_data(self, data: ImageData | TextData, thorough: bool = False) -> EvaluationData:
         def report_progress() -> None:
             self.ticks += 1
 
-        def keep(name: str, make: Callable[[], bytes]) -> bytes:
+        def cached(name: str, make: Callable[[], bytes]) -> bytes:
             if name not in self.kept:
                 self.made.append(name)
                 self.kept[name] = make()
             return self.kept[name]
 
-        return Material(data.arrays("train"), data.arrays("val"), data.digest, thorough, report_progress, keep)
+        return EvaluationData(data.arrays("train"), data.arrays("val"), data.digest, thorough, report_progress, cached)

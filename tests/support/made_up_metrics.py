@@ -10,9 +10,9 @@ import random
 import sys
 import threading
 import time
+from typing import Any
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, start_http_server
-from prometheus_client.metrics import MetricWrapperBase
 
 from genmodels import metrics
 
@@ -29,7 +29,7 @@ VALUES = {
     "passed": ("true", "false"),
     "operation": ("get", "put"),
     "kind": ("prompt", "completion"),
-    "thread": ("follow", "dispatch"),
+    "thread": ("alias-watcher", "dispatch"),
     "route": ("/v1/completions", "/v1/images/generations"),
     "code": ("200", "429", "503"),
     "verb": ("generate", "encode"),
@@ -56,7 +56,7 @@ def main() -> None:
     nodes_port, ray_port, jobs_port = map(int, sys.argv[1:])
     of_ray = [Gauge(name, "", labels, registry=None) for name, labels in RAY.items()]
     of_nodes = [metric for metric in metrics.ALL if metric not in OF_JOBS]
-    everything = {nodes_port: of_nodes, ray_port: of_ray, jobs_port: OF_JOBS}
+    everything: dict[int, list[Any]] = {nodes_port: of_nodes, ray_port: of_ray, jobs_port: OF_JOBS}
     for port, exposed in everything.items():
         registry = CollectorRegistry()
         for metric in exposed:
@@ -68,7 +68,7 @@ def main() -> None:
         threading.Event().wait(0.2)
 
 
-def move(metric: MetricWrapperBase) -> None:
+def move(metric: Any) -> None:
     for labels in itertools.product(*(VALUES[name] for name in metric._labelnames)):
         series = metric.labels(*labels) if labels else metric
         if metric in (metrics.TRAINING_PROGRESS, metrics.THREAD_PROGRESS):

@@ -103,7 +103,8 @@ def main() -> None:
         timeout=timedelta(seconds=60),
     )
     if fault:
-        go_wrong(*fault.split("@"), Path(store).with_name("go"))
+        how, at = fault.split("@")
+        go_wrong(how, at, Path(store).with_name("go"))
     for task in tasks:
         job, model, attempt = task.split(":")
         work(open_storage(storage_url, in_use=True), job, model, int(attempt), group)
@@ -129,7 +130,7 @@ def go_wrong(how: str, at: str, go: Path) -> None:
             os.kill(os.getpid(), signal.SIGSTOP)
         return healthy(split, config, samples, group)
 
-    loop.micro_batches = faulty  # type: ignore[assignment]
+    loop.micro_batches = faulty
 
 
 if __name__ == "__main__":

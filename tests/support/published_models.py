@@ -13,7 +13,7 @@ from genmodels import checkpoint, models
 from genmodels.checkpoint import CheckpointRef, Lineage, Manifest
 from genmodels.data.text import CharTokenizer
 from genmodels.engine.loader import load_folder
-from genmodels.engine.model import Loaded
+from genmodels.engine.model import LoadedModel
 from genmodels.family import Family, ImageInfo, TextInfo
 from genmodels.registry.store import Registry, Version
 from genmodels.runs.jobs import index_runs
@@ -56,7 +56,7 @@ def write(folder: Path, family: Family[Any, Any], assets: dict[str, bytes]) -> N
     checkpoint.write_assets(folder, assets)
 
 
-def loaded(name: str, folder: Path, **config: Any) -> Loaded:
+def loaded(name: str, folder: Path, **config: Any) -> LoadedModel:
     """A tiny model as a host has it in memory, without a registry."""
     write(folder, *build(name, **config))
     return load_folder(folder, f"{name}@1")

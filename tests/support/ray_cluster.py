@@ -38,7 +38,7 @@ def ray_cluster(metrics_folder: Path) -> Iterator[str]:
 
     with pytest.MonkeyPatch.context() as environment:
         environment.setenv("PROMETHEUS_MULTIPROC_DIR", str(metrics_folder))
-        context = ray.init(
+        ray.init(
             address="local",
             num_cpus=4,
             include_dashboard=False,
@@ -46,5 +46,5 @@ def ray_cluster(metrics_folder: Path) -> Iterator[str]:
             logging_level=logging.ERROR,
             _node_ip_address="127.0.0.1",
         )
-    yield str(context.address_info["gcs_address"])
+    yield str(ray.get_runtime_context().gcs_address)
     ray.shutdown()

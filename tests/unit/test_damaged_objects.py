@@ -19,7 +19,7 @@ from genmodels.checkpoint import CheckpointRef, Manifest
 from genmodels.data import uploads
 from genmodels.doctor.inventory import DOCUMENTS, kind_of, take_inventory
 from genmodels.errors import DamagedObject, GenmodelsError, LeaseLost
-from genmodels.family import Findings
+from genmodels.family import EvaluationResult
 from genmodels.keys import Keys
 from genmodels.metrics import DAMAGED
 from genmodels.registry import references
@@ -56,7 +56,7 @@ class World:
         _, self_token = Keys(storage).create("other", ("submit",))
         for name in ("bad", "good"):
             version = publish(storage, name, "vae", step=1)
-            record(Registry(storage), version, Findings(), thorough=False, seconds=1.0)
+            record(Registry(storage), version, EvaluationResult(), thorough=False, seconds=1.0)
             (data / f"{name}.txt").write_text(f"the text of {name}\n" * 400)
             uploads.add(storage, f"{name}-text", data / f"{name}.txt")
         (evaluation,) = storage.list("models/bad/evaluations/")
@@ -392,8 +392,8 @@ def test_a_new_replica_serves_the_others_and_tells_of_the_damaged(
     else:
         assert shown["bad"]["version"] == 1
     world.storage.put(key, sound)
-    host.follow()
-    host._listed = None
+    host.watch()
+    host._catalog._listed = None
     assert entries(host)["bad"]["version"] == 1
     assert "refused" not in entries(host)["bad"]
 
@@ -416,7 +416,7 @@ def test_files_of_other_programs_are_passed_over(
     template: tuple[Path, dict[str, str], dict[str, Any]], world: World
 ) -> None:
     _, names, expected = template
-    folders = {str(Path(key).parent) for key in world.storage.list("") if not key.startswith("measures/")}
+    folders = {str(Path(key).parent) for key in world.storage.list("") if not key.startswith("evaluation-cache/")}
     folders |= {"models", "runs", "jobs", "datasets", "models/bad", "models/new/aliases", "models/new/versions"}
     open_ones = [folder for folder in folders if "/samples" not in folder and "/checkpoints" not in folder]
     for folder in open_ones:

@@ -7,6 +7,7 @@ import hashlib
 import json
 import logging
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from pydantic import BaseModel, ValidationError
 from safetensors.torch import save
 
 from genmodels import checkpoint, threads
-from genmodels.engine import model_cache as shelf_module
+from genmodels.engine import loader, model_cache
 from genmodels.errors import CheckpointError, StorageError, StorageUnavailable, UnexpectedFailure, contained
 from genmodels.metrics import THREAD_FAILURES, THREAD_PROGRESS
 from genmodels.registry.probe import PROBE
@@ -30,7 +31,7 @@ from genmodels.storage import Storage, read_document, write_document
 from genmodels.storage.lease import Lease
 from genmodels.threads import Rounds
 from services.dispatch.dispatcher import Dispatcher
-from services.gateway import model_host as host_module
+from services.gateway import model_host
 from services.gateway.model_host import ModelHost
 from services.gateway.routes import create_app
 from services.jobs.app import create_app as create_jobs
@@ -70,7 +71,7 @@ FAILURES: dict[str, Callable[[], Exception]] = {
 
 @pytest.fixture
 def good_and_bad(file_storage: Storage, monkeypatch: pytest.MonkeyPatch) -> Storage:
-    monkeypatch.setattr(host_module, "FOLLOW_SECONDS", 3600.0)  # the tests say when to look
+    monkeypatch.setattr(model_host, "WATCH_SECONDS", 3600.0)  # the tests say when to look
     for name in ("good", "bad"):
         publish(file_storage, name, "vae", step=1)
     return file_storage
@@ -80,15 +81,15 @@ def good_and_bad(file_storage: Storage, monkeypatch: pytest.MonkeyPatch) -> Stor
 def failing(monkeypatch: pytest.MonkeyPatch) -> dict[str, Exception]:
     """Loading a version that is named here raises that."""
     raised: dict[str, Exception] = {}
-    real = shelf_module.load
+    real = loader.load
 
     def load(storage: Storage, found: Any) -> Any:
         if found.name in raised:
             raise raised[found.name]
         return real(storage, found)
 
-    monkeypatch.setattr(shelf_module, "load", load)
-    monkeypatch.setattr(shelf_module, "RETRY_SECONDS", 0.0)
+    monkeypatch.setattr(model_cache, "load", load)
+    monkeypatch.setattr(model_cache, "RETRY_SECONDS", 0.0)
     return raised
 
 
@@ -112,7 +113,7 @@ def test_whatever_a_load_raises_is_that_models_refusal(
     for name in ("bad", "good"):  # bad comes first
         publish(good_and_bad, name, "vae", step=2)
     for _ in range(2):
-        host.follow()
+        host.watch()
     assert (answered_by(app, "bad"), answered_by(app, "good")) == ("bad@1", "good@2")
     (told,) = shown(app)["bad"]["refused"]
     assert (told["alias"], told["version"]) == ("production", 2)
@@ -122,7 +123,7 @@ def test_whatever_a_load_raises_is_that_models_refusal(
     assert refused(asked, 503)["code"] == "version_damaged"
     assert "refused" not in shown(app)["good"]
     del failing["bad@2"]
-    host.follow()
+    host.watch()
     assert answered_by(app, "bad") == "bad@2"
     assert "refused" not in shown(app)["bad"]
 
@@ -170,7 +171,7 @@ def test_whatever_a_versions_files_are_the_other_models_move_on(good_and_bad: St
     for name in ("bad", "good"):
         publish(good_and_bad, name, "vae", step=2)
     replace_file(good_and_bad, "bad", 2, *FILES[case])
-    host.follow()
+    host.watch()
     assert answered_by(app, "good") == "good@2"
     assert answered_by(app, "bad") == "bad@1"
     assert shown(app)["bad"]["refused"][0]["version"] == 2
@@ -180,7 +181,7 @@ def test_whatever_a_versions_files_are_the_other_models_move_on(good_and_bad: St
 def test_a_disk_without_inodes_at_a_swap_is_told_and_the_swap_comes_after(
     good_and_bad: Storage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shelf_module, "RETRY_SECONDS", 0.0)
+    monkeypatch.setattr(model_cache, "RETRY_SECONDS", 0.0)
     host = ModelHost(good_and_bad.url)
     app = create_app(host)
     publish(good_and_bad, "good", "vae", step=2)
@@ -190,10 +191,10 @@ def test_a_disk_without_inodes_at_a_swap_is_told_and_the_swap_comes_after(
 
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "scratch_folder", full)
-        host.follow()
+        host.watch()
         assert answered_by(app, "good") == "good@1"
         assert "No space left on device" in shown(app)["good"]["refused"][0]["reason"]
-    host.follow()
+    host.watch()
     assert answered_by(app, "good") == "good@2"
 
 
@@ -204,7 +205,7 @@ def test_a_disk_without_inodes_at_a_swap_is_told_and_the_swap_comes_after(
 def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
     """Lets time pass for `threads` alone."""
     passed = [0.0]
-    real = threads.time
+    real = time
 
     class Clock:
         time = staticmethod(real.time)
@@ -226,14 +227,14 @@ def test_a_host_whose_rounds_do_not_complete_is_not_well(
 ) -> None:
     host = ModelHost(good_and_bad.url)
     app = create_app(host)
-    stamped = value(THREAD_PROGRESS, "follow")
+    stamped = value(THREAD_PROGRESS, "alias-watcher")
     assert stamped > 0
     clock(threads.STALLED_SECONDS + 1)
     error = refused(ask(app, "GET", "/healthz"), 503)
-    assert "'follow' has made no progress" in error["message"]
+    assert "'alias-watcher' has made no progress" in error["message"]
     with pytest.raises(RuntimeError, match="no progress"):
         host.check_health()
-    host.follow()
+    host.watch()
     assert ask(app, "GET", "/healthz").json() == {"status": "ok"}
     host.check_health()
     clock(threads.STALLED_SECONDS + 1)
@@ -241,12 +242,12 @@ def test_a_host_whose_rounds_do_not_complete_is_not_well(
     def broken() -> None:
         raise ZeroDivisionError("broken")
 
-    monkeypatch.setattr(host._follower, "follow", broken)
-    failures = value(THREAD_FAILURES, "follow")
-    host.follow()
+    monkeypatch.setattr(host._watcher, "refresh", broken)
+    failures = value(THREAD_FAILURES, "alias-watcher")
+    host.watch()
     assert "broken" in refused(ask(app, "GET", "/healthz"), 503)["message"]
     host.check_health()  # a new process would fail as well: this one at least goes on answering
-    assert value(THREAD_FAILURES, "follow") == failures + 1
+    assert value(THREAD_FAILURES, "alias-watcher") == failures + 1
     assert answered_by(app, "good") == "good@1"
 
 
@@ -258,9 +259,9 @@ def test_an_outage_of_the_store_makes_no_host_unwell(
     def away() -> None:
         raise StorageUnavailable("no answer")
 
-    monkeypatch.setattr(host._follower, "follow", away)
+    monkeypatch.setattr(host._watcher, "refresh", away)
     clock(threads.STALLED_SECONDS + 1)
-    host.follow()
+    host.watch()
     assert ask(create_app(host), "GET", "/healthz").status_code == 200
     host.check_health()
 
@@ -314,7 +315,7 @@ def test_commands_are_heard_after_a_look_that_failed(monkeypatch: pytest.MonkeyP
         return real(self, *arguments, **options)
 
     monkeypatch.setattr(Run, "commands", flaky)
-    with CommandWatcher(run, 1, None) as watch:  # type: ignore[arg-type]  # nothing is killed
+    with CommandWatcher(run, 1, None) as watch:  # nothing is killed
         run.send_command("stop", 1, "asked")
         assert watch.should_stop.wait(10)
     assert looks > 3

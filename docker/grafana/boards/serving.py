@@ -159,7 +159,7 @@ def serving() -> Json:
             "Evaluations",
             "Figures of what is served, each in the unit of its evaluation: choose one in the legend.",
             (
-                f"max by (model, version, metric) (genmodels_version_evaluation{{{model}}})",
+                f"max by (model, version, metric) (genmodels_version_evaluation_metric{{{model}}})",
                 "{{model}}@{{version}} {{metric}}",
             ),
             width=24,

@@ -1,4 +1,4 @@
-"""Dynamic batching: rows of requests that wait at the same time go through a network together."""
+"""Dynamic batching: rows of requests that wait at the same time go through a network in one batch."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from genmodels.engine.metrics import ImageMeter
+from genmodels.engine.image.metrics import ImageMetrics
 from genmodels.sizing.memory import SERVED_ROWS
 
-CHUNK = SERVED_ROWS  # rows in every pass
+CHUNK = SERVED_ROWS  # rows in every batch
 
 
 @dataclass(eq=False)
-class _Part:
-    """What one request wants to know, and has so far."""
+class _Call:
+    """The rows of one `apply` call and the results so far."""
 
     key: Hashable
     function: Callable[[Tensor], Tensor]
     rows: Tensor
-    taken: int = 0
+    num_scheduled: int = 0  # rows that are in a batch already
     results: list[Tensor] = field(default_factory=list)
     error: Exception | None = None
 
@@ -32,86 +32,86 @@ class _Part:
         return self.error is not None or sum(map(len, self.results)) == len(self.rows)
 
 
-class Passes:
-    """The passes through one model's networks; safe between threads.
+class DynamicBatcher:
+    """Run batches through one model's networks; safe between threads.
 
-    Every pass has `CHUNK` rows, the last ones padded: matrix products of another height round differently, and with one
-    height a row's result depends neither on how many its request has, nor on whose rows are beside it. A request gets
-    one pass at a time, in turn, so that a large one does not hold up small ones.
+    Every batch has `CHUNK` rows, padded at the end. Matrix products of different heights round differently; with one
+    height a row's result depends neither on the number of rows of its request nor on the other rows in the batch.
+    Each request gets one batch at a time, in turn, so that a large request does not delay small ones.
     """
 
     def __init__(self) -> None:
-        self._waiting: deque[_Part] = deque()
+        self._waiting: deque[_Call] = deque()
         self._changed = threading.Lock()
-        self._turn = threading.Lock()  # who has it computes for all who wait
-        self.meter: ImageMeter | None = None
+        self._turn = threading.Lock()  # the thread that holds it computes one batch for all waiting calls
+        self.metrics: ImageMetrics | None = None  # None while the model is only warmed up
 
     def apply(self, key: Hashable, function: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
-        """`function` of each row: (n, ...) -> (n, ...).
+        """Apply `function` to each row: (n, ...) -> (n, ...).
 
         Args:
-            key: equal for calls whose rows may go through one another's `function`.
+            key: calls with equal keys may share a batch; the `function` of any of them is then used for all.
         """
-        part = _Part(key, function, rows)
+        call = _Call(key, function, rows)
         with self._changed:
-            self._waiting.append(part)
-            self._tell_meter()
-        while not part.done:
+            self._waiting.append(call)
+            self._update_metrics()
+        while not call.done:
             with self._turn:
-                if not part.done:
-                    self._pass()
-        if part.error is not None:
-            raise part.error
-        return torch.cat(part.results)
+                if not call.done:
+                    self._run_batch()
+        if call.error is not None:
+            raise call.error
+        return torch.cat(call.results)
 
-    def _pass(self) -> None:
-        taken = self._take()
-        if self.meter:
-            self.meter.batch_size.observe(sum(end - start for _, start, end in taken))
-        self._compute(taken)
+    def _run_batch(self) -> None:
+        parts = self._schedule()
+        if self.metrics:
+            self.metrics.batch_size.observe(sum(end - start for _, start, end in parts))
+        self._compute(parts)
 
-    def _compute(self, taken: list[tuple[_Part, int, int]]) -> None:
+    def _compute(self, parts: list[tuple[_Call, int, int]]) -> None:
         try:
-            rows = torch.cat([part.rows[start:end] for part, start, end in taken])
+            rows = torch.cat([call.rows[start:end] for call, start, end in parts])
             padding = rows.new_zeros(CHUNK - len(rows), *rows.shape[1:])
-            found = taken[0][0].function(torch.cat((rows, padding)))
+            outputs = parts[0][0].function(torch.cat((rows, padding)))
         except Exception as error:
-            if len(taken) == 1:
-                self._fail(taken[0][0], error)
-            else:  # each alone, as its numbers are the same then: the one at fault ends, not all
-                for one in taken:
-                    self._compute([one])
+            if len(parts) == 1:
+                self._fail(parts[0][0], error)
+            else:  # alone, a call gets the same numbers: only the one that causes the error fails
+                for part in parts:
+                    self._compute([part])
             return
-        place = 0
-        for part, start, end in taken:
-            part.results.append(found[place : place + end - start])
-            place += end - start
+        offset = 0
+        for call, start, end in parts:
+            call.results.append(outputs[offset : offset + end - start])
+            offset += end - start
 
-    def _fail(self, part: _Part, error: Exception) -> None:
-        part.error = error
+    def _fail(self, call: _Call, error: Exception) -> None:
+        call.error = error
         with self._changed:
-            self._waiting = deque(other for other in self._waiting if other is not part)
-            self._tell_meter()
+            self._waiting = deque(other for other in self._waiting if other is not call)
+            self._update_metrics()
 
-    def _take(self) -> list[tuple[_Part, int, int]]:
-        """(request, first row, last row + 1) of the next pass: the longest waiting, and what fits beside it."""
-        free, taken, left = CHUNK, [], deque[_Part]()
+    def _schedule(self) -> list[tuple[_Call, int, int]]:
+        """Choose the next batch: (call, first row, last row + 1), the longest waiting call and what fits with it."""
+        free, parts, skipped = CHUNK, [], deque[_Call]()
         unfinished = []
         with self._changed:
             key = self._waiting[0].key
-            for part in self._waiting:
-                if part.key != key or not free:
-                    left.append(part)
+            for call in self._waiting:
+                if call.key != key or not free:
+                    skipped.append(call)
                     continue
-                start, part.taken = part.taken, min(part.taken + free, len(part.rows))
-                free -= part.taken - start
-                taken.append((part, start, part.taken))
-                if part.taken < len(part.rows):
-                    unfinished.append(part)
-            self._waiting = deque([*left, *unfinished])
-            self._tell_meter()
-        return taken
+                start, call.num_scheduled = call.num_scheduled, min(call.num_scheduled + free, len(call.rows))
+                free -= call.num_scheduled - start
+                parts.append((call, start, call.num_scheduled))
+                if call.num_scheduled < len(call.rows):
+                    unfinished.append(call)
+            self._waiting = deque([*skipped, *unfinished])
+            self._update_metrics()
+        return parts
 
-    def _tell_meter(self) -> None:
-        if self.meter:
-            self.meter.waiting.set(len(self._waiting))
+    def _update_metrics(self) -> None:
+        if self.metrics:
+            self.metrics.waiting.set(len(self._waiting))

@@ -1,6 +1,6 @@
-"""Continuous batching: many texts share one network, each joins and leaves at any step.
+"""Continuous batching: many sequences share one network, and each joins and leaves at any decoding step.
 
-The idea of deciding anew at each step who is in the batch: Yu et al. 2022 (Orca), OSDI '22.
+Deciding at each step which sequences are in the batch is the idea of Yu et al. 2022 (Orca), OSDI '22.
 """
 
 from __future__ import annotations
@@ -8,74 +8,73 @@ from __future__ import annotations
 import logging
 import threading
 from collections import deque
-from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from genmodels.engine.metrics import TextMeter
-from genmodels.engine.text.sequence import Text
+from genmodels.engine.text.metrics import TextMetrics
+from genmodels.engine.text.sequence import Sequence
 from genmodels.errors import RequestError
-from genmodels.family import TextFamily, keep_half
+from genmodels.family import TextFamily, slide_window
 from genmodels.nn.sampling import draw
 from genmodels.sizing.memory import SERVED_ROWS
 
-SLOTS = SERVED_ROWS  # texts in one step
-MAX_WAITING = 256  # texts without a slot
-PREFILLS = 2  # chunks read between two steps: a long prompt holds the others up for no longer
+SLOTS = SERVED_ROWS  # sequences in one step
+MAX_WAITING = 256  # sequences without a slot
+MAX_PREFILLS = 2  # chunks of prompts between two decoding steps: a long prompt delays the other sequences no longer
 
 logger = logging.getLogger("genmodels.engine")
 
 
-class Batcher:
-    """Runs the texts of one model. `add` may be called from any thread, `step` from one at a time."""
+class ContinuousBatcher:
+    """Continue the sequences of one model. `add` may be called from any thread, `step` from one thread at a time."""
 
     def __init__(self, family: TextFamily[Any, Any], slots: int = SLOTS, max_waiting: int = MAX_WAITING) -> None:
         self._block_size, self._decoder = family.block_size, family.decoder(slots)
-        self._slots: list[Text | None] = [None] * slots
-        self._waiting: deque[Text] = deque()
+        self._slots: list[Sequence | None] = [None] * slots
+        self._waiting: deque[Sequence] = deque()
         self._max_waiting = max_waiting
         self._changed = threading.Condition()
         self._closed = False
-        self.meter: TextMeter | None = None  # none while it is only tried
+        self.metrics: TextMetrics | None = None  # None while the model is only warmed up
 
     @property
     def slots(self) -> int:
         return len(self._slots)
 
-    def add(self, *texts: Text) -> None:
-        """Let texts join, all or none.
+    def add(self, *sequences: Sequence) -> None:
+        """Queue sequences, all or none.
 
         Raises:
-            RequestError: too many wait already, or the model is about to go.
+            RequestError: too many sequences wait already, or the model is being unloaded.
         """
         with self._changed:
             if self._closed:
                 raise RequestError("this version was unloaded just now; try again", status=503, code="unloaded")
-            if len(self._waiting) + len(texts) > self._max_waiting + self._slots.count(None):
+            if len(self._waiting) + len(sequences) > self._max_waiting + self._slots.count(None):
                 message = f"{len(self._waiting)} texts wait already; try again in a moment"
                 raise RequestError(message, status=429, code="queue_full")
-            self._waiting.extend(texts)
+            self._waiting.extend(sequences)
             self._changed.notify()
 
     def step(self) -> bool:
-        """Go on with every text by up to one token; false if there is nothing to do."""
+        """Continue each running sequence by at most one token; return False if there is no work left."""
         self._admit()
-        self._tell_meter()
-        texts = [*self._prefill(), *self._decode()]
-        if texts:
-            self._continue(texts)
-        self._tell_meter()
+        self._update_metrics()
+        computed = [*self._prefill(), *self._decode()]
+        if computed:
+            self._draw_tokens(computed)
+        self._update_metrics()
         return self.busy
 
     @property
     def busy(self) -> bool:
-        """Whether a text is under way or waits."""
+        """Return True if a sequence is running or waiting."""
         return bool(self._waiting or any(self._slots))
 
     def run(self) -> None:
-        """Step until closed; all that is under way or waits then is served first."""
+        """Step until `close` is called and all running and waiting sequences are finished."""
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._closed or self.busy)
@@ -84,142 +83,145 @@ class Batcher:
             try:
                 self.step()
             except Exception as error:
-                self._fail(error)
-        if self.meter:
-            self.meter.close()
+                self._fail_all(error)
+        if self.metrics:
+            self.metrics.close()
 
     def close(self) -> None:
-        """Take no more texts; `run` returns when those under way and those that wait have been served."""
+        """Accept no more sequences; `run` returns when the running and waiting sequences are finished."""
         with self._changed:
             self._closed = True
             self._changed.notify()
 
     def _admit(self) -> None:
-        for slot, text in self._active():
-            if text.unwanted:
-                self._end(slot, text)
+        """Give the free slots to waiting sequences."""
+        for slot, sequence in self._running():
+            if sequence.cancelled:
+                self._finish(slot, sequence)
         with self._changed:
-            free = [slot for slot, text in enumerate(self._slots) if text is None]
+            free = [slot for slot, sequence in enumerate(self._slots) if sequence is None]
             while free and self._waiting:
-                joining = self._waiting.popleft()
-                if joining.unwanted:
-                    _tell(joining, None)
+                sequence = self._waiting.popleft()
+                if sequence.cancelled:
+                    _notify_finished(sequence, None)
                 else:
-                    joining.window = keep_half(joining.window, self._block_size)
-                    self._slots[free.pop(0)] = joining
+                    sequence.window = slide_window(sequence.window, self._block_size)
+                    self._slots[free.pop(0)] = sequence
 
-    def _prefill(self) -> list[tuple[int, Text, Tensor]]:
-        """Read a chunk each of some prompts: (slot, text, its last logits) of those now read to the end."""
-        read = []
-        for slot in self._to_prefill()[:PREFILLS]:
-            text = self._text(slot)
-            part = text.window[text.read : text.read + self._decoder.chunk]
+    def _prefill(self) -> list[tuple[int, Sequence, Tensor]]:
+        """Compute one chunk each of some prompts: (slot, sequence, last logits) of the prompts that are complete."""
+        complete = []
+        for slot in self._slots_to_prefill()[:MAX_PREFILLS]:
+            sequence = self._sequence(slot)
+            start = sequence.num_computed_tokens
+            chunk = sequence.window[start : start + self._decoder.chunk]
             try:
-                logits = self._decoder.prefill(slot, part, text.read)
-                if text.on_read and text.sampler.count == 0:
-                    text.on_read(text.prompt_tokens - len(text.window) + text.read, logits)
+                logits = self._decoder.prefill(slot, chunk, start)
+                if sequence.on_prompt_logits and sequence.sampler.count == 0:
+                    cut = sequence.num_prompt_tokens - len(sequence.window)  # tokens before the window
+                    sequence.on_prompt_logits(cut + start, logits)
             except Exception as error:
-                self._end(slot, text, error)
+                self._finish(slot, sequence, error)
                 continue
-            text.read += len(part)
-            if text.read == len(text.window):
-                read.append((slot, text, logits[-1]))
-        return read
+            sequence.num_computed_tokens += len(chunk)
+            if sequence.num_computed_tokens == len(sequence.window):
+                complete.append((slot, sequence, logits[-1]))
+        return complete
 
-    def _decode(self) -> list[tuple[int, Text, Tensor]]:
-        """Read the one token that is left of each of the other texts: (slot, text, its logits)."""
-        ready = [(slot, text) for slot, text in self._active() if len(text.window) - text.read == 1]
+    def _decode(self) -> list[tuple[int, Sequence, Tensor]]:
+        """Compute the last token of each sequence that has only this one left: (slot, sequence, logits)."""
+        ready = [(slot, seq) for slot, seq in self._running() if len(seq.window) - seq.num_computed_tokens == 1]
         if not ready:
             return []
-        if self.meter:
-            self.meter.batch_size.observe(len(ready))
-        return self._step(ready)
+        if self.metrics:
+            self.metrics.batch_size.observe(len(ready))
+        return self._forward(ready)
 
-    def _step(self, texts: list[tuple[int, Text]]) -> list[tuple[int, Text, Tensor]]:
+    def _forward(self, batch: list[tuple[int, Sequence]]) -> list[tuple[int, Sequence, Tensor]]:
         tokens: list[int | None] = [None] * len(self._slots)
         positions = [0] * len(self._slots)
-        for slot, text in texts:
-            tokens[slot], positions[slot] = text.window[-1], text.read
+        for slot, sequence in batch:
+            tokens[slot], positions[slot] = sequence.window[-1], sequence.num_computed_tokens
         try:
             logits = self._decoder.step(tokens, positions)
         except Exception as error:
-            if len(texts) > 1:  # each alone, as its numbers are the same then: the one at fault ends, not all
-                return [read for one in texts for read in self._step([one])]
-            self._end(*texts[0], error)
+            if len(batch) > 1:  # alone, a sequence gets the same logits: only the one that causes the error ends
+                return [computed for one in batch for computed in self._forward([one])]
+            self._finish(*batch[0], error)
             return []
-        for _, text in texts:
-            text.read += 1
-        return [(slot, text, logits[slot]) for slot, text in texts]
+        for _, sequence in batch:
+            sequence.num_computed_tokens += 1
+        return [(slot, sequence, logits[slot]) for slot, sequence in batch]
 
-    def _active(self) -> list[tuple[int, Text]]:
-        return [(slot, text) for slot, text in enumerate(self._slots) if text is not None]
+    def _running(self) -> list[tuple[int, Sequence]]:
+        return [(slot, sequence) for slot, sequence in enumerate(self._slots) if sequence is not None]
 
-    def _text(self, slot: int) -> Text:
-        text = self._slots[slot]
-        assert text is not None
-        return text
+    def _sequence(self, slot: int) -> Sequence:
+        sequence = self._slots[slot]
+        assert sequence is not None
+        return sequence
 
-    def _to_prefill(self) -> list[int]:
-        """Slots with more than one unread token, those with the fewest left first: they answer soonest."""
-        unread = [(len(text.window) - text.read, slot) for slot, text in self._active()]
-        return [slot for left, slot in sorted(unread) if left > 1]
+    def _slots_to_prefill(self) -> list[int]:
+        """List the slots with more than one token to compute, the shortest first: they answer soonest."""
+        remaining = [(len(seq.window) - seq.num_computed_tokens, slot) for slot, seq in self._running()]
+        return [slot for count, slot in sorted(remaining) if count > 1]
 
-    def _continue(self, texts: Sequence[tuple[int, Text, Tensor]]) -> None:
-        going = []
-        for slot, text, row in texts:
-            if text.sampler.done:  # wants no token, only to be read
-                self._end(slot, text)
+    def _draw_tokens(self, computed: list[tuple[int, Sequence, Tensor]]) -> None:
+        active = []
+        for slot, sequence, logits in computed:
+            if sequence.sampler.done:  # no token is requested, only the logits of the prompt
+                self._finish(slot, sequence)
             else:
-                going.append((slot, text, row))
-        if not going:
+                active.append((slot, sequence, logits))
+        if not active:
             return
-        tokens = draw(torch.stack([row for *_, row in going]), [text.sampler for _, text, _ in going])
-        parts = zip(going, tokens, strict=True)
-        made = [text for (slot, text, row), token in parts if self._accept(slot, text, token, row)]
-        if self.meter:
-            self.meter.made(made)
+        tokens = draw(torch.stack([logits for *_, logits in active]), [seq.sampler for _, seq, _ in active])
+        rows = zip(active, tokens, strict=True)
+        continued = [seq for (slot, seq, logits), token in rows if self._append(slot, seq, token, logits)]
+        if self.metrics:
+            self.metrics.add_tokens(continued)
 
-    def _accept(self, slot: int, text: Text, token: int | Exception, logits: Tensor) -> bool:
-        """False if the text has ended in an error."""
+    def _append(self, slot: int, sequence: Sequence, token: int | Exception, logits: Tensor) -> bool:
+        """Append a token to its sequence; return False if the sequence ended with an error."""
         if isinstance(token, Exception):
-            self._end(slot, text, token)
+            self._finish(slot, sequence, token)
             return False
-        text.sampler.accept(token)
-        text.window.append(token)
-        kept = keep_half(text.window, self._block_size)
-        if kept is not text.window:
-            text.window, text.read = kept, 0
+        sequence.sampler.accept(token)
+        sequence.window.append(token)
+        window = slide_window(sequence.window, self._block_size)
+        if window is not sequence.window:
+            sequence.window, sequence.num_computed_tokens = window, 0
         try:
-            more = text.take(token, logits)
+            wants_more = sequence.on_token(token, logits)
         except Exception as error:
-            self._end(slot, text, error)
+            self._finish(slot, sequence, error)
             return False
-        if not more or text.sampler.done:
-            self._end(slot, text)
+        if not wants_more or sequence.sampler.done:
+            self._finish(slot, sequence)
         return True
 
-    def _tell_meter(self) -> None:
-        if self.meter:
-            self.meter.holds(len(self._waiting), len(self._slots) - self._slots.count(None))
+    def _update_metrics(self) -> None:
+        if self.metrics:
+            self.metrics.set_load(len(self._waiting), len(self._slots) - self._slots.count(None))
 
-    def _end(self, slot: int, text: Text, error: Exception | None = None) -> None:
+    def _finish(self, slot: int, sequence: Sequence, error: Exception | None = None) -> None:
         self._slots[slot] = None
-        _tell(text, error)
+        _notify_finished(sequence, error)
 
-    def _fail(self, error: Exception) -> None:
-        """End all there are, also those that wait: what breaks between the texts would break again."""
-        for slot, text in self._active():
-            self._end(slot, text, error)
+    def _fail_all(self, error: Exception) -> None:
+        """End all sequences, also the waiting ones: an error outside of one sequence would occur again."""
+        for slot, sequence in self._running():
+            self._finish(slot, sequence, error)
         with self._changed:
             waiting = list(self._waiting)
             self._waiting.clear()
-        for text in waiting:
-            _tell(text, error)
-        self._tell_meter()
+        for sequence in waiting:
+            _notify_finished(sequence, error)
+        self._update_metrics()
 
 
-def _tell(text: Text, error: Exception | None) -> None:
+def _notify_finished(sequence: Sequence, error: Exception | None) -> None:
     try:
-        text.end(error)
-    except Exception as unheard:  # whoever waited is gone, with the event loop that it lived in
-        logger.warning("a text's end could not be told: %s", type(unheard).__name__)
+        sequence.on_finish(error)
+    except Exception as failure:  # the event loop of the caller is closed
+        logger.warning("the caller of a text could not be notified of its end: %s", type(failure).__name__)

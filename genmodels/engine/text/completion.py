@@ -1,4 +1,4 @@
-"""Completions: prompts in, text out piece by piece, with stop strings, seeds, log-probabilities and counts."""
+"""Completions: continue prompts, with stop strings, seeds, log-probabilities and token counts."""
 
 from __future__ import annotations
 
@@ -9,15 +9,15 @@ from dataclasses import dataclass
 from typing import Any
 
 from genmodels.data.text import Tokenizer
-from genmodels.engine.model import Loaded
+from genmodels.engine.model import LoadedModel
 from genmodels.engine.requests import seed_or_random
-from genmodels.engine.text.choices import Choices, Piece
+from genmodels.engine.text.choices import Choices, TextDelta
 from genmodels.engine.text.model import TextModel
 from genmodels.engine.text.request import CompletionRequest
 from genmodels.errors import RequestError
 
-MAX_TEXTS = 128  # of one request: an engine with nothing else to do has room for them
-MAX_TOKENS = 16_384  # in all texts of one request, with what is echoed
+MAX_CANDIDATES = 128  # texts of one request: an idle batcher has room for them
+MAX_TOKENS = 16_384  # in all texts of one request, including echoed prompts
 
 
 @dataclass(frozen=True)
@@ -30,10 +30,10 @@ class Vocabulary:
 
 
 class Completion:
-    """An answer under way: its choices are texts of their own, whose pieces come as the engine makes them.
+    """A completion in progress. Its candidates are separate sequences; deltas come in the order of the decoding steps.
 
-    Either iterate over it, which runs the engine in this thread, or `start` it beside an engine that runs in another.
-    The choices of prompt i are numbered from i * n.
+    Either iterate over it, which runs the batcher in this thread, or call `start` if the batcher runs in another
+    thread. The choices of prompt i are numbered from i * n.
     """
 
     def __init__(self, model: TextModel, prompts: list[list[int]], request: CompletionRequest, options: Any) -> None:
@@ -42,90 +42,91 @@ class Completion:
         seeds = _seeds(request)
         self.seed = request.seed if request.seed is not None else seeds if len(seeds) > 1 else seeds[0]
         self._batcher = model.batcher
-        self._take: Callable[[Piece | Exception], None] = _nobody
-        self._unfinished, self._texts_each = request.choices, request.texts
+        self._on_delta: Callable[[TextDelta | Exception], None] = _ignore
+        self._unfinished, self._candidates_each = request.choices, request.candidates
         self._choices = [
-            Choices(place, model.tokenizer, prompt, seed, request, options, self._put)
+            Choices(place, model.tokenizer, prompt, seed, request, options, self._emit)
             for place, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True))
         ]
-        self._texts = [text for choices in self._choices for text in choices.texts]
-        self._began: float | None = None  # until its first token
+        self._sequences = [sequence for choices in self._choices for sequence in choices.sequences]
+        self._started: float | None = None  # None after the first token
 
-    def start(self, take: Callable[[Piece | Exception], None], began: float | None = None) -> None:
-        """Join the engine. `take` gets each piece, from the engine's thread, or the error that ends it all.
+    def start(self, on_delta: Callable[[TextDelta | Exception], None], started: float | None = None) -> None:
+        """Add the sequences to the batcher.
 
         Args:
-            began: when the request came, on the monotonic clock; now if left out.
+            on_delta: called in the batcher's thread with each delta, or with the error that ends the completion.
+            started: time of the request in seconds of the monotonic clock; default: now.
 
         Raises:
-            RequestError: the engine is full.
+            RequestError: too many sequences wait already.
         """
-        self._take, self._began = take, time.monotonic() if began is None else began
-        self._batcher.add(*self._texts)
-        if self._batcher.meter:
-            self._batcher.meter.prompt.inc(self.prompt_tokens)
+        self._on_delta, self._started = on_delta, time.monotonic() if started is None else started
+        self._batcher.add(*self._sequences)
+        if self._batcher.metrics:
+            self._batcher.metrics.prompt.inc(self.prompt_tokens)
 
-    def leave(self) -> None:
-        """Nobody waits for it any more: its slots are free from the next step on."""
-        for text in self._texts:
-            text.unwanted = True
+    def cancel(self) -> None:
+        """Stop generating: the slots are free from the next step on."""
+        for sequence in self._sequences:
+            sequence.cancelled = True
 
-    def __iter__(self) -> Iterator[Piece]:
-        arrived: deque[Piece | Exception] = deque()
+    def __iter__(self) -> Iterator[TextDelta]:
+        arrived: deque[TextDelta | Exception] = deque()
         self.start(arrived.append)
         try:
             while self._unfinished or arrived:
                 while arrived:
-                    piece = arrived.popleft()
-                    if isinstance(piece, Exception):
-                        raise piece
-                    yield piece
+                    delta = arrived.popleft()
+                    if isinstance(delta, Exception):
+                        raise delta
+                    yield delta
                 self._batcher.step()
         finally:
-            self.leave()
+            self.cancel()
 
-    def _put(self, item: Piece | Exception) -> None:
+    def _emit(self, item: TextDelta | Exception) -> None:
         if isinstance(item, Exception):
-            self._take(item)
+            self._on_delta(item)
             return
-        if item.tokens and self._began is not None:
-            if self._batcher.meter:
-                self._batcher.meter.first_token.observe(time.monotonic() - self._began)
-            self._began = None
-        for piece in self._choices[item.index // self._texts_each].ready(item):
-            self._unfinished -= piece.finish_reason is not None
-            self._take(piece)
+        if item.tokens and self._started is not None:
+            if self._batcher.metrics:
+                self._batcher.metrics.first_token.observe(time.monotonic() - self._started)
+            self._started = None
+        for delta in self._choices[item.index // self._candidates_each].ready(item):
+            self._unfinished -= delta.finish_reason is not None
+            self._on_delta(delta)
 
 
-def complete(loaded: Loaded, request: CompletionRequest) -> Completion:
-    """Check a request completely; nothing is generated before the answer is iterated over or started.
+def complete(model: LoadedModel, request: CompletionRequest) -> Completion:
+    """Check a request completely and return its completion, which generates nothing before it is iterated or started.
 
     Raises:
         RequestError: the model cannot complete, or the request does not fit it; names the field.
     """
-    options = loaded.options("complete", request)
-    assert isinstance(loaded, TextModel)
+    options = model.options("complete", request)
+    assert isinstance(model, TextModel)
     prompts = [
-        _encoded(loaded.tokenizer, prompt, request.param_of(place)) for place, prompt in enumerate(request.prompts)
+        _encoded(model.tokenizer, prompt, request.param_of(place)) for place, prompt in enumerate(request.prompts)
     ]
     _check_sizes(request, options.max_tokens, prompts)
-    return Completion(loaded, prompts, request, options)
+    return Completion(model, prompts, request, options)
 
 
-def vocabulary(loaded: Loaded) -> Vocabulary:
-    """List what the tokens of a model mean.
+def vocabulary(model: LoadedModel) -> Vocabulary:
+    """List the texts of a model's tokens.
 
     Raises:
-        ModelNotFound: it is no text model.
+        ModelNotFound: the model is not a text model.
     """
-    loaded.check_verb("complete")
-    assert isinstance(loaded, TextModel)
-    texts = tuple(loaded.tokenizer.decode([token]) for token in range(loaded.tokenizer.vocab_size))
-    return Vocabulary(loaded.name, loaded.family.family_name(), texts)
+    model.check_verb("complete")
+    assert isinstance(model, TextModel)
+    texts = tuple(model.tokenizer.decode([token]) for token in range(model.tokenizer.vocab_size))
+    return Vocabulary(model.name, model.family.family_name(), texts)
 
 
 def _seeds(request: CompletionRequest) -> list[int]:
-    """One for each prompt."""
+    """Return one seed for each prompt."""
     if isinstance(request.seed, list):
         return request.seed
     return [seed_or_random(request.seed) for _ in request.prompts]
@@ -138,32 +139,32 @@ def _encoded(tokenizer: Tokenizer, prompt: str | list[int], param: str) -> list[
     if unknown is None:
         return prompt
     message = f"token {prompt[unknown]} does not exist; this model's are 0 to {tokenizer.vocab_size - 1}"
-    raise _wrong(f"{param}[{unknown}]", message)
+    raise _field_error(f"{param}[{unknown}]", message)
 
 
 def _check_sizes(request: CompletionRequest, max_tokens: int, prompts: list[list[int]]) -> None:
-    """Refuse what is too much work, before any of it is begun."""
-    texts = request.texts * len(prompts)
+    """Raise RequestError for a request that is too large, before any of it is computed."""
+    texts = request.candidates * len(prompts)
     of_each = f"best_of = {request.best_of}" if request.best_of else f"n = {request.n}"
-    many = of_each if len(prompts) == 1 else f"{of_each} and {len(prompts)} prompts"
-    if texts > MAX_TEXTS:
-        most = MAX_TEXTS // request.texts
-        raise _wrong("prompt", f"got {len(prompts)} prompts, expected at most {most} with {of_each}")
+    with_all = of_each if len(prompts) == 1 else f"{of_each} and {len(prompts)} prompts"
+    if texts > MAX_CANDIDATES:
+        limit = MAX_CANDIDATES // request.candidates
+        raise _field_error("prompt", f"got {len(prompts)} prompts, expected at most {limit} with {of_each}")
     if max_tokens == 0 and not request.echo:
-        raise _wrong("max_tokens", "got 0, expected a whole number at least 1; 0 is only for echo")
-    echoed = request.texts * sum(map(len, prompts)) if request.echo else 0
+        raise _field_error("max_tokens", "got 0, expected a whole number at least 1; 0 is only for echo")
+    echoed = request.candidates * sum(map(len, prompts)) if request.echo else 0
     if echoed > MAX_TOKENS:
-        got, most = echoed // request.texts, MAX_TOKENS // request.texts
-        raise _wrong("echo", f"got {got} tokens of prompts, expected at most {most} to echo with {many}")
-    most = (MAX_TOKENS - echoed) // texts
-    if max_tokens > most:
-        also = f" and {echoed // request.texts} tokens to echo" if echoed else ""
-        raise _wrong("max_tokens", f"got {max_tokens}, expected at most {most} with {many}{also}")
+        tokens, limit = echoed // request.candidates, MAX_TOKENS // request.candidates
+        raise _field_error("echo", f"got {tokens} tokens of prompts, expected at most {limit} to echo with {with_all}")
+    limit = (MAX_TOKENS - echoed) // texts
+    if max_tokens > limit:
+        also = f" and {echoed // request.candidates} tokens to echo" if echoed else ""
+        raise _field_error("max_tokens", f"got {max_tokens}, expected at most {limit} with {with_all}{also}")
 
 
-def _wrong(param: str, text: str) -> RequestError:
+def _field_error(param: str, text: str) -> RequestError:
     return RequestError(f"{param}: {text}", param=param, code="invalid_value")
 
 
-def _nobody(_: object) -> None:
+def _ignore(_: object) -> None:
     pass

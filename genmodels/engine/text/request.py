@@ -1,4 +1,4 @@
-"""What a client asks of a completion, in the fields of OpenAI's API and some of our own."""
+"""The request of a completion: the fields of OpenAI's API and additional ones."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ MAX_LOGPROBS = 5
 
 
 def _are_several(prompt: Any) -> bool:
-    """Tell a list of prompts from a text and from a list of token ids."""
+    """Return True for a list of prompts, False for a text or a list of token ids."""
     return isinstance(prompt, list) and bool(prompt) and isinstance(prompt[0], str | list)
 
 
@@ -33,7 +33,7 @@ def _one_is_a_list(stop: Any) -> Any:
 
 
 class CompletionRequest(Request):
-    """Continue prompts. Options of the family (`max_tokens`, `temperature`, ...) stand beside these fields."""
+    """Continue prompts. Options of the family (`max_tokens`, `temperature`, ...) are additional fields."""
 
     prompt: Annotated[Prompt | Prompts, ByForm(_are_several)] = Field(
         description="text to continue, a list of token ids, or a list of such prompts, each with n choices; the "
@@ -42,13 +42,13 @@ class CompletionRequest(Request):
     n: Count = Field(1, description="choices for each prompt")
     best_of: Count | None = Field(
         None,
-        description="write this many answers for each prompt and return the n with the most probable tokens on "
-        "average; default: n",
+        description="generate this many texts for each prompt and return the n texts with the highest mean "
+        "log-probability of a token; default: n",
     )
     seed: Seeds | None = Field(
         None,
-        description="each prompt is answered as if it had been sent alone with this seed; a list has one seed for each "
-        "prompt. Default: a random seed for each prompt; the answer contains the seeds",
+        description="a prompt gets the same answer as in a request of its own with this seed; a list has one seed for "
+        "each prompt. Default: a random seed for each prompt; the answer contains the seeds",
     )
     stop: Annotated[list[Stop], BeforeValidator(_one_is_a_list, json_schema_input_type=Stop | list[Stop])] = Field(
         [], max_length=MAX_STOPS, description="texts that end an answer; they are not part of it"
@@ -58,15 +58,15 @@ class CompletionRequest(Request):
         None,
         ge=0,
         le=MAX_LOGPROBS,
-        description="return the log-probability of each token, and of this many of the most probable tokens in its "
-        "place. They are the log-softmax of the model's logits, before temperature, penalties, biases and filters. "
-        "With echo, tokens of the prompt have them too, except the first token that the model reads and those "
-        "before it. Of a prompt longer than block_size the model reads the last block_size/2 tokens",
+        description="return the log-probability of each token, and of this many of the most probable tokens at its "
+        "position. They are the log-softmax of the model's logits, before temperature, penalties, biases and filters. "
+        "With echo, tokens of the prompt have them too, except the first token that the model reads and the tokens "
+        "before it. The model reads the last block_size/2 tokens of a prompt that is longer than block_size",
     )
 
     @field_validator("prompt")
     @classmethod
-    def _fits_in_all(cls, prompt: Prompt | Prompts) -> Prompt | Prompts:
+    def _check_total_size(cls, prompt: Prompt | Prompts) -> Prompt | Prompts:
         size = sum(map(len, _as_list(prompt)))
         if size > MAX_PROMPT:
             raise field_error(
@@ -76,7 +76,7 @@ class CompletionRequest(Request):
 
     @field_validator("best_of")
     @classmethod
-    def _there_are_n_to_give(cls, best_of: int | None, info: ValidationInfo) -> int | None:
+    def _check_best_of(cls, best_of: int | None, info: ValidationInfo) -> int | None:
         n = info.data.get("n", 1)
         if best_of is not None and best_of < n:
             raise field_error(f"got {best_of}, expected at least n, which is {n}")
@@ -84,7 +84,7 @@ class CompletionRequest(Request):
 
     @field_validator("seed")
     @classmethod
-    def _each_prompt_has_one(cls, seed: Seeds | None, info: ValidationInfo) -> Seeds | None:
+    def _check_number_of_seeds(cls, seed: Seeds | None, info: ValidationInfo) -> Seeds | None:
         prompts = len(_as_list(info.data["prompt"])) if "prompt" in info.data else None
         if isinstance(seed, list) and prompts not in (None, len(seed)):
             raise field_error(f"got {len(seed)} seeds, expected one, or one for each prompt: {prompts}")
@@ -92,21 +92,21 @@ class CompletionRequest(Request):
 
     @property
     def prompts(self) -> list[str | list[int]]:
-        """Each prompt: a text or token ids."""
+        """Return the prompts; each is a text or a list of token ids."""
         return _as_list(self.prompt)
 
     def param_of(self, place: int) -> str:
-        """Name one of the prompts as an error does."""
+        """Return the name of a prompt in error messages."""
         return f"prompt[{place}]" if _are_several(self.prompt) else "prompt"
 
     @property
-    def texts(self) -> int:
-        """How many are written for each prompt."""
+    def candidates(self) -> int:
+        """Return the number of texts to generate for each prompt."""
         return self.best_of or self.n
 
     @property
     def choices(self) -> int:
-        """How many are given for all prompts."""
+        """Return the number of choices in the answer, of all prompts."""
         return len(self.prompts) * self.n
 
 

@@ -1,35 +1,41 @@
-"""TODO"""
+"""One sequence of tokens that the batcher continues."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable
 
 from torch import Tensor
 
 from genmodels.nn.sampling import Sampler
 
 
-class Text:
-    """One answer under way. What is called is called in the engine's thread; an exception there ends this text alone.
+class Sequence:
+    """A prompt and the tokens generated after it.
+
+    The batcher calls the callbacks in its own thread. An exception in a callback ends this sequence only.
 
     Args:
         prompt: at least one token.
-        take: gets each token and the logits (vocab_size,) that it was chosen from; false if that is enough.
-        end: called once, at the end: with an error if that was the reason.
-        on_read: gets, part by part, the place of a token in the prompt and the logits after it and after those that
-            follow, (n, vocab_size): all of the prompt's that the network sees, but perhaps for its last token.
+        on_token: called with each new token and the logits (vocab_size,) that it was drawn from; returns False to
+            finish the sequence.
+        on_finish: called once, at the end; its argument is the error if there was one.
+        on_prompt_logits: called for each part of the prompt with the position of a token in the prompt and the logits
+            (n, vocab_size) after this token and after the tokens that follow it. All tokens of the prompt that fit
+            into the network's window are covered, possibly except the last token.
     """
 
     def __init__(
         self,
-        prompt: Sequence[int],
+        prompt: Iterable[int],
         sampler: Sampler,
-        take: Callable[[int, Tensor], bool],
-        end: Callable[[Exception | None], None],
-        on_read: Callable[[int, Tensor], None] | None = None,
+        on_token: Callable[[int, Tensor], bool],
+        on_finish: Callable[[Exception | None], None],
+        on_prompt_logits: Callable[[int, Tensor], None] | None = None,
     ) -> None:
-        self.window, self.prompt_tokens = list(prompt), len(prompt)
-        self.read = 0  # tokens of the window that the network has read
-        self.sampler, self.take, self.end, self.on_read = sampler, take, end, on_read
-        self.unwanted = False  # to be set by whoever no longer waits for it
-        self.written: float | None = None  # when its latest token was chosen; kept where that is measured
+        self.window = list(prompt)  # the tokens that the network sees
+        self.num_prompt_tokens = len(self.window)
+        self.num_computed_tokens = 0  # tokens of the window whose keys and values are in the cache
+        self.sampler, self.on_token, self.on_finish = sampler, on_token, on_finish
+        self.on_prompt_logits = on_prompt_logits
+        self.cancelled = False  # set by the caller when the result is no longer needed
+        self.last_token_time: float | None = None  # monotonic seconds; set only while metrics are counted

@@ -1,4 +1,4 @@
-"""Stop strings, found in text that comes in parts."""
+"""Find stop strings in text that arrives in parts."""
 
 from __future__ import annotations
 
@@ -6,32 +6,32 @@ from collections.abc import Sequence
 
 
 class StopStrings:
-    """Lets text through up to the first stop string, and keeps back what may become one.
+    """Pass text on up to the first stop string, and hold back text that may become a stop string.
 
-    Of several, the one that is complete first counts, so that the result does not depend on where pieces were cut.
+    The stop string that is complete first counts, so the result does not depend on where the parts were cut.
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
-        self.found = False
+        self.matched = False
         self._stops = stops
         self._held = ""
 
     def feed(self, text: str) -> str:
-        """What may be shown now that `text` has come."""
+        """Add `text` and return the text that may be shown now."""
         self._held += text
-        places = [(start + len(stop), start) for stop in self._stops if (start := self._held.find(stop)) >= 0]
-        if places:
-            self.found = True
-            return self._held[: min(places)[1]]
+        matches = [(start + len(stop), start) for stop in self._stops if (start := self._held.find(stop)) >= 0]
+        if matches:
+            self.matched = True
+            return self._held[: min(matches)[1]]
         keep = max((_overlap(self._held, stop) for stop in self._stops), default=0)
         shown, self._held = self._held[: len(self._held) - keep], self._held[len(self._held) - keep :]
         return shown
 
     def rest(self) -> str:
-        """What was kept back, when no more text comes."""
+        """Return the text that was held back; called when no more text arrives."""
         return self._held
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Length of the longest end of `text` that `stop` begins with, short of all of it."""
+    """Return the length of the longest end of `text` that is a beginning of `stop`, but not all of it."""
     return next((size for size in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:size])), 0)

@@ -113,8 +113,8 @@ function describe(model) {
   for (const [name, value] of Object.entries(model.metrics ?? {})) {
     if (typeof value === "number") facts[name] = Number(value.toPrecision(4));
   }
-  for (const [name, measure] of Object.entries(model.evaluation?.measures ?? {})) {
-    if (measure.value !== null) facts[name] = measured(measure);
+  for (const [name, metric] of Object.entries(model.evaluation?.metrics ?? {})) {
+    if (metric.value !== null) facts[name] = withBaselines(metric);
   }
   facts["Measured and trained with"] = Object.entries(model.evaluation?.notes ?? {}).map(noted).join("; ");
   $("#about").replaceChildren(
@@ -125,9 +125,9 @@ function describe(model) {
 }
 
 /** `23.1 dB (PCA, 32 components: 19.2)` */
-function measured({ value, unit, beside }) {
+function withBaselines({ value, unit, baselines }) {
   const shown = (number) => (number === null ? "?" : Number(number.toPrecision(4)));
-  const others = Object.entries(beside).map(([what, number]) => `${what}: ${shown(number)}`);
+  const others = Object.entries(baselines).map(([baseline, number]) => `${baseline}: ${shown(number)}`);
   return `${shown(value)} ${unit}`.trim() + (others.length ? ` (${others.join("; ")})` : "");
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import json
 import os
 import pickle
@@ -250,7 +251,7 @@ def test_names_in_a_manifest_stay_in_the_folder(name: str, tmp_path: Path) -> No
 
     storage = Obliging()
     name = name.format(abroad=tmp_path)
-    evil = checkpoint.hashlib.sha256(b"evil").hexdigest()
+    evil = hashlib.sha256(b"evil").hexdigest()
     manifest = Manifest(step=1, samples=1, metrics={}, lineage=LINEAGE, files={name: File(size=4, sha256=evil)})
     forge(storage, "a", manifest.model_dump())
     folder = tmp_path / "in" / "side"

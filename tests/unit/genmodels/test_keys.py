@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hmac
 import re
+import secrets
 import threading
 from collections.abc import Iterator
 
@@ -92,7 +93,7 @@ def test_secrets_are_compared_in_constant_time(monkeypatch: pytest.MonkeyPatch) 
         compared.append((a, b))
         return whole(a, b)
 
-    monkeypatch.setattr(keys_module.hmac, "compare_digest", compare)
+    monkeypatch.setattr(hmac, "compare_digest", compare)
     keys = Keys(MemoryStorage())
     key, token = keys.create("ci", ("generate",))
     for wrong in (token, token[:-1] + ("A" if token[-1] != "A" else "B"), f"gm_{'0' * 8}_{token[12:]}"):
@@ -153,7 +154,7 @@ def test_no_such_key_to_revoke(id: str) -> None:
 def test_a_taken_id_is_not_used_again(monkeypatch: pytest.MonkeyPatch) -> None:
     keys = Keys(MemoryStorage())
     ids = iter(["aaaaaaaa", "0" * 32, "aaaaaaaa", "1" * 32, "bbbbbbbb", "2" * 32])  # each second one is a nonce
-    monkeypatch.setattr(keys_module.secrets, "token_hex", lambda _: next(ids))
+    monkeypatch.setattr(secrets, "token_hex", lambda _: next(ids))
     first, token = keys.create("one", ("submit",))
     second, _ = keys.create("two", ("submit",))
     assert (first.id, second.id) == ("aaaaaaaa", "bbbbbbbb")

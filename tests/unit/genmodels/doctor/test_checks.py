@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import socket
+import time
 from pathlib import Path
 from typing import Any
 
@@ -150,7 +152,7 @@ def test_conditional_puts_are_asked_of_the_store(file_storage: Storage, monkeypa
 
 @pytest.mark.parametrize(("skew", "state"), [(0.0, "ok"), (-60.0, "warning"), (60.0, "warning"), (3600.0, "problem")])
 def test_clocks_that_differ(file_storage: Storage, monkeypatch: pytest.MonkeyPatch, skew: float, state: str) -> None:
-    real = doctor.time.time
+    real = time.time
     Keys(file_storage).create("alice", ("submit",))
 
     class Clock:
@@ -177,8 +179,8 @@ def test_clocks_that_differ(file_storage: Storage, monkeypatch: pytest.MonkeyPat
 def test_disks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: int, inodes: int, files: int, state: str) -> None:
     from types import SimpleNamespace
 
-    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
-    monkeypatch.setattr(doctor.os, "statvfs", lambda _: SimpleNamespace(f_favail=inodes, f_files=files))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=free))
+    monkeypatch.setattr(os, "statvfs", lambda _: SimpleNamespace(f_favail=inodes, f_files=files))
     assert doctor._disk("scratch", tmp_path / "not" / "there", "x").state == state
 
 

@@ -20,20 +20,21 @@ from torch import Tensor
 from genmodels import models
 from genmodels.data.images import png
 from genmodels.data.text import CharTokenizer
-from genmodels.engine.image import requests
+from genmodels.engine.image import answers
 from genmodels.engine.image.model import ImageModel
 from genmodels.engine.image.requests import (
     DecodeRequest,
     DenoiseRequest,
     EncodeRequest,
     GenerateRequest,
+    ImageRequest,
     InterpolateRequest,
     ReconstructRequest,
 )
 from genmodels.engine.loader import load, load_folder
-from genmodels.engine.model import Loaded
+from genmodels.engine.model import LoadedModel
 from genmodels.engine.text import completion
-from genmodels.engine.text.choices import Piece, choice_seed
+from genmodels.engine.text.choices import TextDelta, choice_seed
 from genmodels.engine.text.completion import complete
 from genmodels.engine.text.model import TextModel
 from genmodels.engine.text.request import CompletionRequest
@@ -52,9 +53,9 @@ Make = Callable[..., Any]
 @pytest.fixture(scope="session")
 def make(tmp_path_factory: pytest.TempPathFactory) -> Make:
     """A tiny untrained model of a family, made once."""
-    made: dict[str, Loaded] = {}
+    made: dict[str, LoadedModel] = {}
 
-    def make(name: str) -> Loaded:
+    def make(name: str) -> LoadedModel:
         if name not in made:
             made[name] = loaded(name, tmp_path_factory.mktemp(name))
         return made[name]
@@ -63,7 +64,7 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Make:
 
 
 class Scripted:
-    """A text family that says what it is told to say, over and over, after a prompt of one token."""
+    """A text family that repeats a given text, after a prompt of one token."""
 
     Request = SamplingOptions
     verbs = frozenset({"complete"})
@@ -72,6 +73,9 @@ class Scripted:
     def __init__(self, says: str) -> None:
         self.says = CharTokenizer(VOCABULARY).encode(says)
         self.steps = 0
+
+    def family_name(self) -> str:
+        return "scripted"
 
     def decoder(self, slots: int) -> Scripted:
         return self
@@ -83,10 +87,10 @@ class Scripted:
 
 
 def scripted(says: str) -> TextModel:
-    return TextModel("scripted@1", Scripted(says), CharTokenizer(VOCABULARY))  # type: ignore[arg-type]
+    return TextModel("scripted@1", Scripted(says), CharTokenizer(VOCABULARY))
 
 
-def choices(pieces: Iterator[Piece], n: int = 1) -> list[tuple[str, str | None, int]]:
+def choices(pieces: Iterator[TextDelta], n: int = 1) -> list[tuple[str, str | None, int]]:
     """Text, finish_reason and tokens of each choice."""
     listed = list(pieces)
     found = []
@@ -131,13 +135,13 @@ def test_where_text_is_cut_does_not_change_what_a_stop_string_cuts_off(
     ends = [(says.find(stop) + len(stop), says.find(stop)) for stop in stops if stop in says]
     expected = says[: min(ends)[1]] if ends else says
     scanner, shown = StopStrings(stops), ""
-    while says and not scanner.found:
+    while says and not scanner.matched:
         size = data.draw(st.integers(1, len(says)))
         shown += scanner.feed(says[:size])
         says = says[size:]
         assert expected.startswith(shown)
-    assert shown + ("" if scanner.found else scanner.rest()) == expected
-    assert scanner.found == bool(ends)
+    assert shown + ("" if scanner.matched else scanner.rest()) == expected
+    assert scanner.matched == bool(ends)
 
 
 def test_each_choice_has_its_own_seed_and_the_first_has_the_requests(make: Make) -> None:
@@ -194,11 +198,11 @@ def test_log_probabilities_are_the_same_alone_and_in_company(make: Make) -> None
     others = complete(make("minigpt"), CompletionRequest(prompt="Or not", n=9, max_tokens=60))
     others.start(lambda _: None)
     assert piece_of(complete(make("minigpt"), request)) == alone
-    others.leave()
+    others.cancel()
     make("minigpt").batcher.step()
 
 
-def piece_of(pieces: Iterable[Piece]) -> Piece:
+def piece_of(pieces: Iterable[TextDelta]) -> TextDelta:
     return reduce(add, pieces)
 
 
@@ -256,31 +260,31 @@ def test_null_means_not_given(make: Make) -> None:
 
 @pytest.mark.parametrize("family", IMAGE_FAMILIES)
 def test_row_i_depends_on_seed_and_i_alone(make: Make, family: str) -> None:
-    few = requests.answer(make(family), GenerateRequest(n=2, seed=5))
-    many = requests.answer(make(family), GenerateRequest(n=19, seed=5))
+    few = answers.answer(make(family), GenerateRequest(n=2, seed=5))
+    many = answers.answer(make(family), GenerateRequest(n=19, seed=5))
     assert many.images[:2] == few.images
     assert len(set(many.images)) == 19
-    assert requests.answer(make(family), GenerateRequest(n=1, seed=6)).images[0] not in many.images
+    assert answers.answer(make(family), GenerateRequest(n=1, seed=6)).images[0] not in many.images
     assert Image.open(io.BytesIO(few.images[0])).size == (16, 16)
 
 
 @pytest.mark.parametrize("family", IMAGE_FAMILIES)
 def test_a_generation_without_a_seed_tells_the_one_it_took(make: Make, family: str) -> None:
-    first = requests.answer(make(family), GenerateRequest())
+    first = answers.answer(make(family), GenerateRequest())
     assert first.seed is not None
-    assert requests.answer(make(family), GenerateRequest(seed=first.seed)).images == first.images
+    assert answers.answer(make(family), GenerateRequest(seed=first.seed)).images == first.images
 
 
 def test_a_grid_is_one_picture(make: Make) -> None:
-    answer = requests.answer(make("vae"), GenerateRequest(n=4, seed=1, grid=True))
+    answer = answers.answer(make("vae"), GenerateRequest(n=4, seed=1, grid=True))
     assert len(answer.images) == 1
     assert min(Image.open(io.BytesIO(answer.images[0])).size) > 2 * 16
 
 
 def test_the_native_size_is_taken_and_no_other(make: Make) -> None:
     for size in ("auto", "16x16"):
-        assert requests.answer(make("vae"), GenerateRequest(seed=1, size=size)).images
-    error = request_error(lambda: requests.answer(make("vae"), GenerateRequest(size="1024x1024")))
+        assert answers.answer(make("vae"), GenerateRequest(seed=1, size=size)).images
+    error = request_error(lambda: answers.answer(make("vae"), GenerateRequest(size="1024x1024")))
     assert (error.status, error.param) == (400, "size")
     assert "'16x16'" in error.message
 
@@ -290,38 +294,38 @@ def test_encode_and_decode_make_a_reconstruction(make: Make) -> None:
     files = [base64.b64encode(png(image)).decode() for image in pixels]
     numbers = np.rint(pixels * 255) / 255
     model = make("vae")
-    encoded = requests.answer(model, EncodeRequest(images=files))
-    nested = requests.answer(model, EncodeRequest(images=[image[0].tolist() for image in numbers]))
+    encoded = answers.answer(model, EncodeRequest(images=files))
+    nested = answers.answer(model, EncodeRequest(images=[image[0].tolist() for image in numbers]))
     assert np.shape(encoded.latents) == (18, 4)
     assert np.allclose(encoded.latents, nested.latents, atol=1e-6)
-    decoded = requests.answer(model, DecodeRequest(latents=list(encoded.latents)))
-    assert decoded.images == requests.answer(model, ReconstructRequest(images=files)).images
-    alone = requests.answer(model, EncodeRequest(images=files[17:]))
+    decoded = answers.answer(model, DecodeRequest(latents=list(encoded.latents)))
+    assert decoded.images == answers.answer(model, ReconstructRequest(images=files)).images
+    alone = answers.answer(model, EncodeRequest(images=files[17:]))
     assert alone.latents[0] == encoded.latents[17]
 
 
 def test_what_was_encoded_is_what_the_family_says(make: Make) -> None:
     model, pixels = make("vae"), pictures(3)
     expected = model.family.encode(torch.from_numpy(pixels))
-    answer = requests.answer(model, EncodeRequest(images=pixels.tolist()))
+    answer = answers.answer(model, EncodeRequest(images=pixels.tolist()))
     assert torch.allclose(torch.tensor(answer.latents), expected, atol=1e-6)
 
 
 def test_denoise_takes_and_gives_images(make: Make) -> None:
-    answer = requests.answer(make("autoencoder"), DenoiseRequest(images=pictures(2).tolist()))
+    answer = answers.answer(make("autoencoder"), DenoiseRequest(images=pictures(2).tolist()))
     assert [Image.open(io.BytesIO(file)).size for file in answer.images] == [(16, 16)] * 2
 
 
 def test_interpolation_goes_from_any_end_to_any_end(make: Make) -> None:
     model = make("vae")
     picture = base64.b64encode(png(pictures(1)[0])).decode()
-    latent = requests.answer(model, EncodeRequest(images=[picture])).latents[0]
-    by_image = requests.answer(model, InterpolateRequest(start=3, end=f"data:image/png;base64,{picture}", steps=5))
-    by_latent = requests.answer(model, InterpolateRequest(start=3, end=latent, steps=5))
+    latent = answers.answer(model, EncodeRequest(images=[picture])).latents[0]
+    by_image = answers.answer(model, InterpolateRequest(start=3, end=f"data:image/png;base64,{picture}", steps=5))
+    by_latent = answers.answer(model, InterpolateRequest(start=3, end=latent, steps=5))
     assert len(by_image.images) == 5
     assert by_image.images == by_latent.images
-    assert by_latent.images[0] == requests.answer(model, GenerateRequest(seed=3)).images[0]
-    strip = requests.answer(model, InterpolateRequest(start=3, end=4, steps=5, grid=True)).images[0]
+    assert by_latent.images[0] == answers.answer(model, GenerateRequest(seed=3)).images[0]
+    strip = answers.answer(model, InterpolateRequest(start=3, end=4, steps=5, grid=True)).images[0]
     width, height = Image.open(io.BytesIO(strip)).size
     assert width > 4 * height
 
@@ -354,10 +358,8 @@ def test_interpolation_goes_from_any_end_to_any_end(make: Make) -> None:
         (GenerateRequest(temperatur=1.0), "temperatur", "did you mean 'temperature'"),
     ],
 )
-def test_a_wrong_image_request_names_the_field(
-    make: Make, request_: requests.ImageRequest, param: str, says: str
-) -> None:
-    error = request_error(lambda: requests.answer(make("vae"), request_))
+def test_a_wrong_image_request_names_the_field(make: Make, request_: ImageRequest, param: str, says: str) -> None:
+    error = request_error(lambda: answers.answer(make("vae"), request_))
     assert (error.status, error.param) == (400, param)
     assert says in error.message
 
@@ -378,23 +380,23 @@ def test_a_wrong_image_request_names_the_field(
         (InterpolateRequest, {"start": 1}),
     ],
 )
-def test_counts_are_limited_before_any_work(kind: type[requests.ImageRequest], fields: dict[str, Any]) -> None:
+def test_counts_are_limited_before_any_work(kind: type[ImageRequest], fields: dict[str, Any]) -> None:
     with pytest.raises(ValidationError):
         kind(**fields)
 
 
 def test_a_model_says_which_verbs_it_has(make: Make) -> None:
-    error = request_error(lambda: requests.answer(make("minigpt"), GenerateRequest()))
+    error = request_error(lambda: answers.answer(make("minigpt"), GenerateRequest()))
     assert isinstance(error, ModelNotFound)
     assert (error.status, error.message) == (404, "minigpt@1 (minigpt) has no 'generate'; it answers: complete")
     assert request_error(lambda: complete(make("vae"), CompletionRequest(prompt="x"))).status == 404
-    assert "denoise" in request_error(lambda: requests.answer(make("vae"), DenoiseRequest(images=[[0.0]]))).message
+    assert "denoise" in request_error(lambda: answers.answer(make("vae"), DenoiseRequest(images=[[0.0]]))).message
 
 
 @pytest.mark.skipif("gan" not in models.names(), reason="no family without an encoder")
 def test_without_an_encoder_an_image_is_no_end(make: Make) -> None:
     request = InterpolateRequest(start=1, end=[[0.0] * 16] * 16)
-    error = request_error(lambda: requests.answer(make("gan"), request))
+    error = request_error(lambda: answers.answer(make("gan"), request))
     assert (error.param, "no encoder" in error.message) == ("end", True)
 
 

@@ -72,7 +72,7 @@ def test_components_are_those_of_the_singular_vectors() -> None:
     axes = np.linalg.svd(train - train.mean(0))[2][:6]
     through = (val - train.mean(0)) @ axes.T @ axes + train.mean(0)
     through = torch.from_numpy(through.clip(0, 1)).view(20, 1, 16, 16)
-    found, similar = components(BENCH.material(SHAPES), 6, shown)
+    found, similar = components(BENCH.evaluation_data(SHAPES), 6, shown)
     targets = torch.from_numpy(val).view(20, 1, 16, 16)
     assert found == pytest.approx(float(psnr(through, targets).mean()), abs=1e-3)
     assert similar == pytest.approx(mean_ssim(through.float(), targets.float()), abs=1e-4)
@@ -89,15 +89,15 @@ def test_similarity_falls_with_noise(shape: tuple[int, int, int]) -> None:
 # ---- the judge
 
 
-def appointed(data=SHAPES) -> classifier.Judge:
-    return classifier.appoint(BENCH.material(data), np.arange(0, len(data.split("train")), 2))
+def appointed(data=SHAPES) -> classifier.FeatureClassifier:
+    return classifier.load_or_train(BENCH.evaluation_data(data), np.arange(0, len(data.split("train")), 2))
 
 
 def test_a_judge_learns_the_classes_and_is_the_same_each_time() -> None:
     first = appointed()
     assert first.knows_classes
-    assert first.accuracy(BENCH.material(SHAPES)) > 0.6, "by chance 0.25"
-    again = classifier.appoint(Bench().material(SHAPES), np.arange(0, 480, 2))
+    assert first.accuracy(BENCH.evaluation_data(SHAPES)) > 0.6, "by chance 0.25"
+    again = classifier.load_or_train(Bench().evaluation_data(SHAPES), np.arange(0, 480, 2))
     assert again.sha256 == first.sha256
     images = pictures(SHAPES.split("train").images[::2])
     features = first.features(images)
@@ -109,18 +109,18 @@ def test_a_judge_learns_the_classes_and_is_the_same_each_time() -> None:
 def test_a_judge_is_kept_and_learns_only_what_it_may() -> None:
     bench, data = Bench(), shapes(train=120, val=20)
     learn_from = np.arange(0, 120, 2)
-    weights = classifier.appoint(bench.material(data), learn_from).sha256
+    weights = classifier.load_or_train(bench.evaluation_data(data), learn_from).sha256
     spoiled = shapes(train=120, val=20)
     spoiled.split("train").images[1::2] = 0  # what was put aside
     spoiled.digest = data.digest
-    assert classifier.appoint(Bench().material(spoiled), learn_from).sha256 == weights
-    assert classifier.appoint(bench.material(data), learn_from).sha256 == weights
+    assert classifier.load_or_train(Bench().evaluation_data(spoiled), learn_from).sha256 == weights
+    assert classifier.load_or_train(bench.evaluation_data(data), learn_from).sha256 == weights
     assert len(bench.made) == 1
 
 
 def test_without_classes_a_judge_learns_which_way_round_a_picture_is() -> None:
     data = shapes(train=120, val=40, labelled=False, channels=3)
-    found = classifier.appoint(BENCH.material(data), np.arange(0, 120, 2))
+    found = classifier.load_or_train(BENCH.evaluation_data(data), np.arange(0, 120, 2))
     assert not found.knows_classes
     assert found.features(pictures(data.split("val").images)).shape == (40, classifier.FEATURES)
 
@@ -134,9 +134,9 @@ def drawn(images: Tensor, labels: np.ndarray | None = None):
 
 
 def measured(images: Tensor, labels: np.ndarray | None = None) -> dict[str, float]:
-    found = generative.evaluate(BENCH.material(SHAPES), drawn(images, labels))
-    assert set(found.measures) <= set(generative.NAMES)
-    return {name: measure.value for name, measure in found.measures.items()}
+    found = generative.evaluate(BENCH.evaluation_data(SHAPES), drawn(images, labels))
+    assert set(found.metrics) <= set(generative.NAMES)
+    return {name: metric.value for name, metric in found.metrics.items()}
 
 
 def test_real_pictures_pass_for_real_and_copies_are_seen() -> None:
@@ -173,24 +173,24 @@ def test_noise_is_seen() -> None:
 
 
 def test_real_against_real_stands_beside() -> None:
-    found = generative.evaluate(BENCH.material(SHAPES), drawn(torch.zeros(200, 1, 16, 16)))
+    found = generative.evaluate(BENCH.evaluation_data(SHAPES), drawn(torch.zeros(200, 1, 16, 16)))
     assert found.notes["pictures"] == 120
     assert found.notes["classes"]
     assert sum(found.notes["classes"]) == 120
     for name in ("frechet", "kid", "precision", "recall", "density", "coverage", "class_ratio"):
-        (reference,) = found.measures[name].beside.values()
+        (reference,) = found.metrics[name].baselines.values()
         assert np.isfinite(reference)
-    assert found.measures["coverage"].beside[generative.REAL] > 0.9
-    assert found.measures["frechet_ratio"].value == pytest.approx(
-        found.measures["frechet"].value / found.measures["frechet"].beside[generative.REAL]
+    assert found.metrics["coverage"].baselines[generative.REAL] > 0.9
+    assert found.metrics["frechet_ratio"].value == pytest.approx(
+        found.metrics["frechet"].value / found.metrics["frechet"].baselines[generative.REAL]
     )
 
 
 def test_two_pictures_can_be_compared_and_one_cannot() -> None:
     zeros = drawn(torch.zeros(200, 1, 16, 16))
-    few = generative.evaluate(BENCH.material(shapes(train=32, val=2)), zeros)
+    few = generative.evaluate(BENCH.evaluation_data(shapes(train=32, val=2)), zeros)
     assert few.notes["neighbours"] == 1
-    assert generative.evaluate(BENCH.material(shapes(train=32, val=1)), zeros).measures == {}
+    assert generative.evaluate(BENCH.evaluation_data(shapes(train=32, val=1)), zeros).metrics == {}
 
 
 # ---- filters
@@ -211,10 +211,10 @@ def test_every_filter_does_better_than_nothing(channels: int) -> None:
 
 def test_the_best_filter_is_found_on_training_pictures_and_kept() -> None:
     bench, shown = Bench(), evenly_spaced(120, 8)
-    material = bench.material(SHAPES)
-    name, found = filters.best_filter(material, 0.3, shown)
+    data = bench.evaluation_data(SHAPES)
+    name, found = filters.best_filter(data, 0.3, shown)
     targets = pictures(SHAPES.split("val").images[shown])
     assert found > mean_psnr(filters.noisy(targets, 0.3).clamp(0, 1), targets)
-    assert filters.best_filter(material, 0.3, shown) == (name, found)
+    assert filters.best_filter(data, 0.3, shown) == (name, found)
     assert len(bench.made) == 1
     assert bench.ticks > 10

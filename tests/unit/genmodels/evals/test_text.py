@@ -55,53 +55,53 @@ def trained(data: TextData, steps: int) -> MiniGPT:
 def test_a_model_stands_beside_tables_and_people() -> None:
     data = TextData(story(6000, 0))
     family, bench = trained(data, 150), Bench()
-    found = family.evaluate(bench.material(data))
-    assert set(found.measures) == set(MiniGPT.evaluation_names)
-    loss = found.measures["loss"]
+    found = family.evaluate(bench.evaluation_data(data))
+    assert set(found.metrics) == set(MiniGPT.evaluation_names)
+    loss = found.metrics["loss"]
     exact = evaluate(family, data.split("val", 16), Group())
     assert loss.value == pytest.approx(exact["val_loss"])
-    assert found.measures["bits_per_token"].value == pytest.approx(exact["val_bits_per_char"])
-    assert loss.beside["table of 4-grams"] == pytest.approx(
+    assert found.metrics["bits_per_token"].value == pytest.approx(exact["val_bits_per_char"])
+    assert loss.baselines["table of 4-grams"] == pytest.approx(
         ngram_losses(data.train, data.val, 4, data.info.vocab_size).mean()
     )
-    below = found.measures["nats_below_bigrams"].value
-    assert below == pytest.approx(loss.beside["table of bigrams"] - loss.value)
+    below = found.metrics["nats_below_bigrams"].value
+    assert below == pytest.approx(loss.baselines["table of bigrams"] - loss.value)
     assert below > 0.1
-    assert found.measures["longest_copied"].beside["val"] >= 10
-    assert 0 < found.measures["repetition"].value < 1
+    assert found.metrics["longest_copied"].baselines["val"] >= 10
+    assert 0 < found.metrics["repetition"].value < 1
     assert found.notes["samples"] == 16
     assert bench.ticks > 400
-    assert family.evaluate(bench.material(data)) == found
+    assert family.evaluate(bench.evaluation_data(data)) == found
     assert len(bench.made) == 3  # count tables, once
 
 
 def test_the_second_half_is_by_position() -> None:
     easy = TextData(story(3000, 0) + " king" * 80)  # the end of val is one word again and again
-    found = trained(easy, 40).evaluate(Bench().material(easy))
-    measures = found.measures
-    assert measures["second_half_loss"].beside["table of 4-grams"] < measures["loss"].beside["table of 4-grams"]
+    found = trained(easy, 40).evaluate(Bench().evaluation_data(easy))
+    metrics = found.metrics
+    assert metrics["second_half_loss"].baselines["table of 4-grams"] < metrics["loss"].baselines["table of 4-grams"]
 
 
 def test_a_model_that_learned_nothing_is_above_every_table() -> None:
     data = TextData(story(2000, 0))
-    measures = trained(data, 0).evaluate(Bench().material(data)).measures
-    assert measures["nats_below_4grams"].value < measures["nats_below_bigrams"].value < 0
+    metrics = trained(data, 0).evaluate(Bench().evaluation_data(data)).metrics
+    assert metrics["nats_below_4grams"].value < metrics["nats_below_bigrams"].value < 0
 
 
 def test_what_is_copied_is_found() -> None:
     """A model that has one passage by heart writes it."""
     data = TextData("ring around the rosy, pockets full of posies. " * 120)
-    measures = trained(data, 150).evaluate(Bench().material(data)).measures
-    assert measures["longest_copied"].value == 400
-    assert measures["repetition"].value > 0.8
+    metrics = trained(data, 150).evaluate(Bench().evaluation_data(data)).metrics
+    assert metrics["longest_copied"].value == 400
+    assert metrics["repetition"].value > 0.8
 
 
 def test_a_short_val_has_losses_and_no_samples() -> None:
     data = TextData(story(450, 0))
     assert len(data.val) < 416
-    measures = trained(data, 5).evaluate(Bench().material(data)).measures
-    assert "loss" in measures
-    assert "repetition" not in measures
+    metrics = trained(data, 5).evaluate(Bench().evaluation_data(data)).metrics
+    assert "loss" in metrics
+    assert "repetition" not in metrics
 
 
 # count tables

@@ -194,11 +194,11 @@ def test_denoiser_learns_to_remove_noise() -> None:
     model = tiny(noise_std=0.3)
     train(model, 150, size=64)
     images = blobs(64)
-    sums = model.measure({"images": images})
+    sums = model.eval_step({"images": images})
     noisy = (images + 0.3 * torch.randn(images.shape, generator=torch.Generator().manual_seed(9))).clamp(0, 1)
-    assert model.metrics(sums)["val_denoise_psnr"] > float(psnr(noisy, images).mean()) + 3
+    assert model.eval_metrics(sums)["val_denoise_psnr"] > float(psnr(noisy, images).mean()) + 3
     assert float(psnr(model.denoise(noisy), images).mean()) == pytest.approx(
-        model.metrics(sums)["val_denoise_psnr"], abs=0.3
+        model.eval_metrics(sums)["val_denoise_psnr"], abs=0.3
     )
 
 
@@ -208,10 +208,10 @@ def test_metrics_equal_the_direct_computation(noise_std) -> None:
     train(model, 5)
     images = blobs(10)
     state = torch.get_rng_state()
-    sums = [model.measure({"images": part}) for part in (images[:4], images[4:])]
+    sums = [model.eval_step({"images": part}) for part in (images[:4], images[4:])]
     assert torch.equal(torch.get_rng_state(), state), "evaluation must not touch the global RNG"
     assert all(value.dtype == torch.float64 for value in sums[0].values())
-    metrics = model.metrics({name: sums[0][name] + sums[1][name] for name in sums[0]})
+    metrics = model.eval_metrics({name: sums[0][name] + sums[1][name] for name in sums[0]})
     assert set(metrics) == set(model.metric_names)
 
     decoded = model.decode(model.encode(images), REQUEST)
@@ -220,7 +220,7 @@ def test_metrics_equal_the_direct_computation(noise_std) -> None:
     assert metrics["val_psnr"] == pytest.approx(float(direct), rel=1e-5)
     if noise_std == 0:
         assert metrics["val_denoise_psnr"] == metrics["val_psnr"]
-    assert model.measure({"images": images[:4]})["denoise_psnr"] == sums[0]["denoise_psnr"]
+    assert model.eval_step({"images": images[:4]})["denoise_psnr"] == sums[0]["denoise_psnr"]
 
 
 def test_generation_needs_the_density_and_carries_it_in_the_assets() -> None:

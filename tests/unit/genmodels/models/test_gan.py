@@ -14,9 +14,10 @@ import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
 from genmodels.errors import RequestError, SpecError
+from genmodels.evals.distances import frechet_distance, moments
 from genmodels.family import ImageInfo, OptimizerConfig, TextInfo
 from genmodels.models import gan
-from genmodels.models.gan import GAN, GANConfig, GANRequest, discriminator_loss, frechet_distance, gradient_penalty
+from genmodels.models.gan import GAN, GANConfig, GANRequest, discriminator_loss, gradient_penalty
 
 SHAPES = [(1, 28, 28), (3, 32, 32), (1, 64, 64), (3, 40, 24), (1, 13, 9)]
 REQUEST = GANRequest()
@@ -243,33 +244,33 @@ def test_what_it_cannot_learn_is_refused() -> None:
 def test_frechet_distance_by_closed_form_and_from_added_sums() -> None:
     random = np.random.default_rng(0)
     a, b = (torch.from_numpy(random.normal(size=(50, 4)) @ random.normal(size=(4, 4)) + i) for i in range(2))
-    whole = frechet_distance(gan.moments(a), gan.moments(b))
-    parts = sum(gan.moments(part) for part in a.split(7))
-    assert frechet_distance(parts, gan.moments(b)) == pytest.approx(whole)
+    whole = frechet_distance(moments(a), moments(b))
+    parts = sum(moments(part) for part in a.split(7))
+    assert frechet_distance(parts, moments(b)) == pytest.approx(whole)
     covariances = [torch.cov(x.T, correction=0) for x in (a, b)]
     # trace((A B)^1/2): the product of two covariances has real eigenvalues, none below 0
     cross = torch.linalg.eigvals(covariances[0] @ covariances[1]).real.clamp_min(0).sqrt().sum()
     expected = (a.mean(0) - b.mean(0)).square().sum() + sum(c.trace() for c in covariances) - 2 * cross
     assert whole == pytest.approx(expected.item())
-    assert frechet_distance(gan.moments(a), gan.moments(a)) == pytest.approx(0, abs=1e-6)
+    assert frechet_distance(moments(a), moments(a)) == pytest.approx(0, abs=1e-6)
     # one dimension: (difference of means)^2 + (difference of standard deviations)^2
     line = torch.tensor([[-1.0], [1.0]])
-    assert frechet_distance(gan.moments(line), gan.moments(3 * line + 4)) == pytest.approx(16 + 4)
+    assert frechet_distance(moments(line), moments(3 * line + 4)) == pytest.approx(16 + 4)
 
 
 def test_the_measure_adds_up_however_the_images_are_cut() -> None:
     model, batch = tiny(conditional=True), blobs(40)
     state = torch.get_rng_state()
-    whole = model.measure(batch)
+    whole = model.eval_step(batch)
     order = torch.randperm(40, generator=torch.Generator().manual_seed(1))
-    parts = [model.measure({name: x[index] for name, x in batch.items()}) for index in order.split(11)]
+    parts = [model.eval_step({name: x[index] for name, x in batch.items()}) for index in order.split(11)]
     assert torch.equal(torch.get_rng_state(), state), "a measure must not touch the global random numbers"
     assert {name: len(x) for name, x in whole.items()} == {"real_even": 65, "real_odd": 65, "fake": 65}
     for name, expected in whole.items():
         assert expected.dtype == torch.float64
         torch.testing.assert_close(sum(part[name] for part in parts), expected, rtol=1e-5, atol=1e-5)
     assert whole["fake"][0, 0] == whole["real_even"][0, 0] + whole["real_odd"][0, 0] == 40
-    assert set(model.metrics(whole)) == set(model.metric_names)
+    assert set(model.eval_metrics(whole)) == set(model.metric_names)
 
 
 def test_the_measure_ranks_real_before_blurred_before_noise() -> None:
@@ -281,11 +282,11 @@ def test_the_measure_ranks_real_before_blurred_before_noise() -> None:
         "collapsed": other[:1].expand(300, -1, -1, -1),
         "noise": torch.rand(real.shape, generator=torch.Generator().manual_seed(2)),
     }
-    sums = {name: gan.moments(model.features(images)) for name, images in fakes.items()}
-    scores = {name: frechet_distance(gan.moments(model.features(real)), found) for name, found in sums.items()}
+    sums = {name: moments(model.features(images)) for name, images in fakes.items()}
+    scores = {name: frechet_distance(moments(model.features(real)), found) for name, found in sums.items()}
     assert 2 * scores["real"] < scores["blurred"] < scores["noise"]
     assert 2 * scores["real"] < scores["collapsed"]
-    halves = [gan.moments(model.features(half)) for half in real.split(150)]
+    halves = [moments(model.features(half)) for half in real.split(150)]
     assert frechet_distance(*halves) / 2 == pytest.approx(scores["real"], rel=0.6)
 
 

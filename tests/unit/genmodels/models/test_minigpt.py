@@ -129,7 +129,7 @@ def budget(spec: ModelSpec) -> tuple[int, int]:
 @variants
 def test_the_first_loss_is_that_of_guessing(switches: dict[str, Any]) -> None:
     family = build(**switches)
-    assert family.metrics(family.measure(corpus()))["val_loss"] == pytest.approx(math.log(VOCAB), abs=0.05)
+    assert family.eval_metrics(family.eval_step(corpus()))["val_loss"] == pytest.approx(math.log(VOCAB), abs=0.05)
 
 
 @variants
@@ -185,7 +185,9 @@ def test_loss_falls(switches: dict[str, Any], optimizer: str) -> None:
     family = build(**switches)
     losses = train(family, 60, OptimizerConfig.model_validate({"optimizer": optimizer, "learning_rate": 1e-2}))
     assert losses[0] == pytest.approx(math.log(VOCAB), abs=0.05)
-    assert family.metrics(family.measure(corpus()))["val_loss"] < 0.7  # the first token of a window cannot be known
+    assert (
+        family.eval_metrics(family.eval_step(corpus()))["val_loss"] < 0.7
+    )  # the first token of a window cannot be known
 
 
 def test_bf16_autocast_gives_nearly_the_same_loss() -> None:
@@ -212,8 +214,8 @@ def test_compiles_as_one_graph(switches: dict[str, Any]) -> None:
 
 def test_measure_adds_up_and_skips_padding() -> None:
     family, batch = lively(), corpus()
-    whole = family.measure(batch)
-    parts = [family.measure({name: part[rows] for name, part in batch.items()}) for rows in (slice(5), slice(5, 16))]
+    whole = family.eval_step(batch)
+    parts = [family.eval_step({name: part[rows] for name, part in batch.items()}) for rows in (slice(5), slice(5, 16))]
     assert whole["nll"].dtype == torch.float64
     assert whole["tokens"] == 16 * 8
     assert torch.allclose(parts[0]["nll"] + parts[1]["nll"], whole["nll"], rtol=1e-6)
@@ -222,11 +224,11 @@ def test_measure_adds_up_and_skips_padding() -> None:
     by_hand = -logits.gather(-1, batch["targets"][..., None]).squeeze(-1)
     targets = batch["targets"].clone()
     targets[2:, 3:] = -1
-    padded = family.measure({"tokens": batch["tokens"], "targets": targets})
+    padded = family.eval_step({"tokens": batch["tokens"], "targets": targets})
     assert padded["tokens"] == 2 * 8 + 14 * 3
     assert float(padded["nll"]) == pytest.approx(float(by_hand[targets != -1].sum()), rel=1e-5)
 
-    metrics = family.metrics(padded)
+    metrics = family.eval_metrics(padded)
     assert tuple(metrics) == family.metric_names
     assert metrics["val_bits_per_char"] == pytest.approx(metrics["val_loss"] / math.log(2))
 
@@ -236,7 +238,7 @@ def test_using_a_model_leaves_its_mode_and_does_not_drop_out(training: bool) -> 
     family = lively(dropout=0.5)
     family.network.train(training)
     assert torch.equal(family.logits(torch.tensor([[1, 2]])), family.logits(torch.tensor([[1, 2]])))
-    family.measure(corpus())
+    family.eval_step(corpus())
     answer = family.generate([1], 0, SamplingOptions(max_tokens=5))
     next(answer)
     assert family.network.training is training  # also in the middle of an answer

@@ -158,10 +158,10 @@ def test_metrics_equal_the_direct_computation(likelihood) -> None:
     train(model, 10)
     images = blobs(10)
     state = torch.get_rng_state()
-    parts = [model.measure({"images": part}) for part in (images[:4], images[4:])]
+    parts = [model.eval_step({"images": part}) for part in (images[:4], images[4:])]
     assert torch.equal(torch.get_rng_state(), state), "evaluation must not touch the global RNG"
     assert all(value.dtype == torch.float64 for value in parts[0].values())
-    metrics = model.metrics({name: parts[0][name] + parts[1][name] for name in parts[0]})
+    metrics = model.eval_metrics({name: parts[0][name] + parts[1][name] for name in parts[0]})
     assert set(metrics) == set(model.metric_names)
     assert metrics["val_loss"] == pytest.approx(metrics["val_reconstruction"] + metrics["val_kl"])
 
@@ -183,7 +183,7 @@ def test_unused_latents_are_not_active() -> None:
     n = 8
     means = torch.randn(n, 5, dtype=torch.float64) * torch.tensor([1, 1, 0.05, 0.01, 0])
     sums = {name: torch.tensor(float(n)) for name in ("images", "reconstruction", "kl", "psnr")}
-    metrics = model.metrics({**sums, "means": means.sum(0), "square_means": means.square().sum(0)})
+    metrics = model.eval_metrics({**sums, "means": means.sum(0), "square_means": means.square().sum(0)})
     assert metrics["val_active_units"] == 2
 
 

@@ -116,14 +116,14 @@ def test_first_rows_asks_for_no_more_than_it_needs() -> None:
 
 
 @pytest.mark.parametrize("way", [lerp, slerp])
-def test_ways_include_both_ends(way) -> None:
+def test_ways_include_both_ends(interpolate) -> None:
     start, end = torch.tensor([1.0, 2, 3]), torch.tensor([-2.0, 0.5, 1])
-    path = way(start, end, 5)
+    path = interpolate(start, end, 5)
     assert path.shape == (5, 3)
     assert path.dtype == torch.float32
     assert path[0] == pytest.approx(start, abs=1e-6)
     assert path[-1] == pytest.approx(end, abs=1e-6)
-    assert way(start, end, 1).shape == (1, 3)
+    assert interpolate(start, end, 1).shape == (1, 3)
 
 
 def test_lerp_goes_straight_and_slerp_along_the_circle() -> None:

@@ -13,19 +13,19 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from genmodels.data import DATASETS, DataConfig, uploads
-from genmodels.data.facts import facts_of
+from genmodels.data.facts import Facts, facts_of
 from genmodels.data.text import TrainWindows, ValWindows
 from genmodels.errors import DataError, SpecError
-from genmodels.family import Measure, TextInfo
+from genmodels.family import EvaluationMetric, TextInfo
 from genmodels.preflight import check
-from genmodels.preflight.check import Facts, check_job
+from genmodels.preflight.check import check_job
 from genmodels.registry.evaluations import Evaluation
 from genmodels.runs.records import Result, Status
 from genmodels.spec.parse import parse_spec
 from genmodels.spec.sections import JobSpec, ModelSpec
 from genmodels.storage import Storage
 from services.console.progress import digits, of_few, summary
-from services.console.tables import measures_table
+from services.console.tables import evaluation_table
 from tests.support.asgi_client import refused
 from tests.support.job_service import Service, spec
 from tests.support.published_models import publish
@@ -331,8 +331,8 @@ def test_an_evaluation_on_few_examples_says_so(examples: int | None, shown: str,
     notes: Any = {} if examples is None else {"validation_examples": examples}
     created = "2026-01-01T00:00:00+00:00"
     facts = {"model": "m", "version": 1, "id": "x", "created": created, "code_version": "0", "data_digest": "d"}
-    measures = {"psnr": Measure(value=12.345, unit="dB", beside={"PCA": 11.987})}
-    evaluation = Evaluation(**facts, thorough=False, seconds=1, measures=measures, notes=notes)
-    table = measures_table(evaluation)
+    metrics = {"psnr": EvaluationMetric(value=12.345, unit="dB", baselines={"PCA": 11.987})}
+    evaluation = Evaluation(**facts, thorough=False, seconds=1, metrics=metrics, notes=notes)
+    table = evaluation_table(evaluation)
     assert next(iter(table.columns[1].cells)) == shown
     assert ("figures are of 5 validation examples: more digits mean nothing" in str(table.caption)) == said

@@ -21,8 +21,8 @@ from genmodels.checkpoint import CheckpointRef, Manifest
 from genmodels.data import open_dataset
 from genmodels.data.images import ImageData
 from genmodels.errors import DataError, ModelNotFound, SpecError
-from genmodels.family import Family, Findings, Measure, OptimizerConfig
-from genmodels.metrics import VERSION_EVALUATION
+from genmodels.family import EvaluationMetric, EvaluationResult, Family, OptimizerConfig, TextFamily
+from genmodels.metrics import EVALUATION_METRIC
 from genmodels.models.autoencoder import Autoencoder, AutoencoderConfig
 from genmodels.models.gan import GAN, GANConfig
 from genmodels.models.vae import VAE, VAEConfig
@@ -65,7 +65,7 @@ def learned(family: Family[Any, Any], data: ImageData, steps: int, **settings: A
 
 
 def values(family: Family[Any, Any], data: ImageData = SHAPES) -> dict[str, float]:
-    return {name: measure.value for name, measure in family.evaluate(BENCH.material(data)).measures.items()}
+    return {name: metric.value for name, metric in family.evaluate(BENCH.evaluation_data(data)).metrics.items()}
 
 
 def passed(metric: str, found: dict[str, float], **bound: float) -> bool:
@@ -85,17 +85,17 @@ def test_an_image_family_measures_what_it_says(name: str, shape: tuple[int, int,
     family, _ = build(name, pictures=data.info)
     before = torch.random.get_rng_state()
     bench = Bench()
-    found = family.evaluate(bench.material(data))
-    assert set(found.measures) <= set(family.evaluation_names)
+    found = family.evaluate(bench.evaluation_data(data))
+    assert set(found.metrics) <= set(family.evaluation_names)
     assert not any(name.startswith("val_") for name in family.evaluation_names)
-    for measure in found.measures.values():
-        assert all(map(math.isfinite, (measure.value, *measure.beside.values())))
+    for measure in found.metrics.values():
+        assert all(map(math.isfinite, (measure.value, *measure.baselines.values())))
     assert found.notes["pictures"] == 16
     assert bench.ticks > 0
-    assert family.evaluate(bench.material(data)) == found
+    assert family.evaluate(bench.evaluation_data(data)) == found
     assert torch.equal(torch.random.get_rng_state(), before)
-    assert set(family.evaluate(bench.material(data, thorough=True)).measures) == set(found.measures)
-    assert Findings.model_validate_json(found.model_dump_json()) == found
+    assert set(family.evaluate(bench.evaluation_data(data, thorough=True)).metrics) == set(found.metrics)
+    assert EvaluationResult.model_validate_json(found.model_dump_json()) == found
 
 
 @pytest.mark.parametrize("name", models.names())
@@ -151,14 +151,14 @@ def test_a_vae_without_latents_has_a_bound_that_is_exact() -> None:
 def test_a_gate_refuses_a_collapsed_vae(likelihood: str, says: str) -> None:
     sound = learned(vae(likelihood=likelihood), SHAPES, 100, learning_rate=1e-2)
     collapsed = learned(vae(likelihood=likelihood, beta=1e4), SHAPES, 60)
-    found, of_collapsed = sound.evaluate(BENCH.material(SHAPES)), values(collapsed)
+    found, of_collapsed = sound.evaluate(BENCH.evaluation_data(SHAPES)), values(collapsed)
     assert says in str(found.notes["binarisation"])
     assert found.notes["likelihood"] == likelihood
-    bound = found.measures["nll"].beside["each pixel its mean"]
+    bound = found.metrics["nll"].baselines["each pixel its mean"]
     for metric, limits in (("active_units", {"min": 2}), ("nll", {"max": bound})):
-        assert passed(metric, {metric: found.measures[metric].value}, **limits)
+        assert passed(metric, {metric: found.metrics[metric].value}, **limits)
         assert not passed(metric, of_collapsed, **limits)
-    assert found.measures["nll"].value < found.measures["negative_elbo"].value, "many draws make a tighter bound"
+    assert found.metrics["nll"].value < found.metrics["negative_elbo"].value, "many draws make a tighter bound"
 
 
 def test_a_pixel_on_its_own_has_the_likelihood_of_its_mean() -> None:
@@ -167,7 +167,7 @@ def test_a_pixel_on_its_own_has_the_likelihood_of_its_mean() -> None:
     expected = (
         F.binary_cross_entropy(train.mean(0).clamp(1e-3, 0.999).expand_as(val), val, reduction="none").sum() / 120
     )
-    found = family.evaluate(BENCH.material(SHAPES)).measures["nll"].beside["each pixel its mean"]
+    found = family.evaluate(BENCH.evaluation_data(SHAPES)).metrics["nll"].baselines["each pixel its mean"]
     assert found == pytest.approx(float(expected), rel=1e-5)
 
 
@@ -185,7 +185,7 @@ def test_a_gate_refuses_an_autoencoder_that_lost_to_what_needs_no_training() -> 
     assert not passed("denoise_gain", untrained, min=0)
     assert passed("denoise_gain", trained, min=0)
     assert trained["denoise_psnr_half"] > trained["denoise_psnr"] > trained["denoise_psnr_beyond"]
-    beside = family.evaluate(BENCH.material(SHAPES)).measures["denoise_psnr"].beside
+    beside = family.evaluate(BENCH.evaluation_data(SHAPES)).metrics["denoise_psnr"].baselines
     assert beside["noisy"] == pytest.approx(-20 * math.log10(0.3), abs=0.1)
     assert beside["noisy"] < beside["noisy, clamped"] < max(beside.values())
 
@@ -206,7 +206,7 @@ def gan(data: ImageData = SHAPES, **settings: Any) -> GAN:
 def saturated() -> GAN:
     """Driven to where its gradient is gone."""
     family = gan(loss="non-saturating", gradient_penalty=0.0)
-    return learned(family, SHAPES, 10, learning_rate=0.3)  # type: ignore[return-value]
+    return learned(family, SHAPES, 10, learning_rate=0.3)
 
 
 def one_picture() -> GAN:
@@ -234,17 +234,17 @@ def test_a_gate_refuses_a_spoiled_gan(spoiled: Any) -> None:
 
 
 def test_a_conditional_gan_is_asked_for_every_class() -> None:
-    found = gan(conditional=True).evaluate(BENCH.material(SHAPES))
-    assert 0 <= found.measures["label_accuracy"].value <= 1
+    found = gan(conditional=True).evaluate(BENCH.evaluation_data(SHAPES))
+    assert 0 <= found.metrics["label_accuracy"].value <= 1
     assert "label_accuracy" not in values(gan())
 
 
 # ---- kept with a version
 
-FOUND = Findings(
-    measures={
-        "nll": Measure(value=98.5, unit="nats", beside={"each pixel its mean": 203.75}),
-        "odd": Measure(value=math.nan),
+FOUND = EvaluationResult(
+    metrics={
+        "nll": EvaluationMetric(value=98.5, unit="nats", baselines={"each pixel its mean": 203.75}),
+        "odd": EvaluationMetric(value=math.nan),
     },
     notes={"draws": 64},
 )
@@ -254,13 +254,13 @@ def test_evaluations_are_kept_with_their_version(storage: Storage) -> None:
     version, store = publish(storage, "shapes", "vae"), Registry(storage)
     assert evaluations.newest(store, "shapes", 1) is None
     first = evaluations.record(store, version, FOUND, thorough=False, seconds=1.5, publication=True)
-    evaluations.record(store, version, Findings(), thorough=True, seconds=0, publication=True)
+    evaluations.record(store, version, EvaluationResult(), thorough=True, seconds=0, publication=True)
     assert storage.list("models/shapes/evaluations/") == ["models/shapes/evaluations/00000001/publication.json"]
     (kept,) = evaluations.evaluations(store, "shapes", 1)
     assert (kept.id, kept.notes, kept.data_digest) == ("publication", {"draws": 64}, LINEAGE.data_digest)
-    assert kept.measures["nll"] == FOUND.measures["nll"]
-    assert math.isnan(kept.measures["odd"].value)
-    second = evaluations.record(store, version, Findings(), thorough=True, seconds=2)
+    assert kept.metrics["nll"] == FOUND.metrics["nll"]
+    assert math.isnan(kept.metrics["odd"].value)
+    second = evaluations.record(store, version, EvaluationResult(), thorough=True, seconds=2)
     assert [one.id for one in evaluations.evaluations(store, "shapes", 1)] == [first.id, second.id]
     assert evaluations.newest(store, "shapes", 1) == second
 
@@ -274,11 +274,11 @@ def test_evaluations_are_kept_with_their_version(storage: Storage) -> None:
 
 def test_what_several_make_is_one_s(storage: Storage) -> None:
     def slow() -> bytes:
-        assert evaluations.keep(storage, "table.json", lambda: b"the other's") == b"the other's"
+        assert evaluations.cached(storage, "table.json", lambda: b"the other's") == b"the other's"
         return b"mine"
 
-    assert evaluations.keep(storage, "table.json", slow) == b"the other's"
-    assert evaluations.keep(storage, "table.json", pytest.fail) == b"the other's"
+    assert evaluations.cached(storage, "table.json", slow) == b"the other's"
+    assert evaluations.cached(storage, "table.json", pytest.fail) == b"the other's"
 
 
 # ---- at publication
@@ -303,7 +303,7 @@ def saved(spec: ModelSpec, steps: int = 2) -> Run:
     for step in range(1, steps + 1):
         with checkpoint.scratch_folder() as name:
             folder = Path(name)
-            write(folder, *build("vae", seed=step, pictures=dataset.info))  # type: ignore[arg-type]
+            write(folder, *build("vae", seed=step, pictures=dataset.info))
             lineage = LINEAGE.model_copy(update={"data_digest": dataset.digest})
             files = checkpoint.describe_files(folder)
             manifest = Manifest(step=step, samples=step, metrics={"val_loss": 9.0 - step}, lineage=lineage, files=files)
@@ -321,7 +321,7 @@ def test_a_published_version_is_evaluated_and_judged_by_what_was_found(tiny_spec
     assert (kept.id, kept.thorough, kept.notes["likelihood"]) == ("publication", False, "bernoulli")
     assert kept.seconds > 0
     assert result.metrics["val_loss"] == 7.0
-    assert result.metrics["nll"] == kept.measures["nll"].value
+    assert result.metrics["nll"] == kept.metrics["nll"].value
     assert result.gate is not None
     assert result.gate.reason == f"nll {result.metrics['nll']:.4g} is <= 1e+06"
     assert store.version("vae", 1).gate == result.gate
@@ -382,6 +382,7 @@ def test_an_evaluation_says_what_training_cost_and_how_it_went(tmp_path: Path) -
 def test_of_a_text_model_tokens_are_told_and_the_last_loss(tmp_path: Path) -> None:
     (spec,) = job("tiny", model(make_data(tmp_path), "minigpt")).models
     run, family = Run(MemoryStorage(), "tiny-00000000", spec.name), build("minigpt")[0]
+    assert isinstance(family, TextFamily)
     run.start_attempt(1, None, 1)
     run.write_metrics(1, [{"step": 4, "samples": 8, "seconds": 1.0, "loss": 2.5}])
     notes = training(family, run, CheckpointRef(attempt=1, step=4), LINEAGE)
@@ -421,10 +422,10 @@ def test_evaluate_on_the_command_line(tiny_spec: ModelSpec, tmp_path: Path) -> N
     assert done.returncode == 0, done.stderr
     (kept,) = evaluations.evaluations(store, "vae", 1)
     shown = json.loads(done.stdout)
-    assert shown["measures"]["nll"]["value"] == kept.measures["nll"].value
+    assert shown["metrics"]["nll"]["value"] == kept.metrics["nll"].value
     assert (shown["id"], shown["thorough"], shown["notes"]["draws"]) == (kept.id, False, 64)
-    assert kept.measures["nll"].value == pytest.approx(
-        evaluate(Run(storage, name, "vae"), ref, tiny_spec, manifest.lineage, folder).measures["nll"].value
+    assert kept.metrics["nll"].value == pytest.approx(
+        evaluate(Run(storage, name, "vae"), ref, tiny_spec, manifest.lineage, folder).metrics["nll"].value
     )
     done = evaluate_there("vae@7")
     assert (done.returncode, done.stderr) == (
@@ -440,14 +441,16 @@ def test_the_endpoint_shows_the_newest_evaluation(file_storage: Storage) -> None
     host = ModelHost(file_storage.url)
     app = create_app(host)
     shown = ask(app, "GET", "/v1/models/shapes").json()["evaluation"]
-    assert shown["measures"] == {
-        "nll": {"value": 98.5, "unit": "nats", "beside": {"each pixel its mean": 203.75}},
-        "odd": {"value": None, "unit": "", "beside": {}},
+    assert shown["metrics"] == {
+        "nll": {"value": 98.5, "unit": "nats", "baselines": {"each pixel its mean": 203.75}},
+        "odd": {"value": None, "unit": "", "baselines": {}},
     }
     assert (shown["id"], shown["thorough"], shown["notes"]) == ("publication", False, {"draws": 64})
-    assert VERSION_EVALUATION.labels("shapes", "vae", "1", "nll")._value.get() == 98.5
-    evaluations.record(store, version, Findings(measures={"nll": Measure(value=97)}), thorough=True, seconds=1)
-    assert ask(app, "GET", "/v1/models/shapes@1").json()["evaluation"]["measures"]["nll"]["value"] == 97
+    assert EVALUATION_METRIC.labels("shapes", "vae", "1", "nll")._value.get() == 98.5
+    evaluations.record(
+        store, version, EvaluationResult(metrics={"nll": EvaluationMetric(value=97)}), thorough=True, seconds=1
+    )
+    assert ask(app, "GET", "/v1/models/shapes@1").json()["evaluation"]["metrics"]["nll"]["value"] == 97
 
 
 def test_an_untrained_picture_has_no_evaluation(file_storage: Storage) -> None:

@@ -159,7 +159,7 @@ def test_what_overtaken_attempts_wrote_goes() -> None:
     parent = save(run, 1, 6)
     run.start_attempt(2, parent, 1)
     save(run, 2, 9, parent)
-    run.fence = lambda attempt: None  # type: ignore[method-assign]
+    run.fence = lambda attempt: None
     save(run, 1, 9)  # attempt 1 was paused
     ended(run)
     assert collect(run.storage) == [

@@ -18,10 +18,10 @@ import pytest
 
 from genmodels.data import uploads
 from genmodels.data.sources import cache_folder
-from genmodels.engine.alias_watcher import Follower
-from genmodels.engine.model_cache import Shelf
+from genmodels.engine.alias_watcher import AliasWatcher
+from genmodels.engine.model_cache import ModelCache
 from genmodels.errors import DataError, GenmodelsError, JobNotFound, ModelNotFound
-from genmodels.family import Findings
+from genmodels.family import EvaluationResult
 from genmodels.registry import evaluations, references
 from genmodels.registry.removal import dataset_contents, delete_dataset, delete_model, model_contents
 from genmodels.registry.store import Registry, Version
@@ -75,7 +75,7 @@ def own_job(storage: Storage, *models: str, job: str = OWN, state: State = "succ
 
 
 def evaluated(storage: Storage, version: Version) -> None:
-    evaluations.record(Registry(storage), version, Findings(), thorough=False, seconds=1, publication=True)
+    evaluations.record(Registry(storage), version, EvaluationResult(), thorough=False, seconds=1, publication=True)
 
 
 @pytest.fixture(scope="module")
@@ -317,19 +317,19 @@ def test_names_of_nothing_are_told(name: str) -> None:
 
 def test_a_served_model_that_is_deleted_is_gone_at_the_next_look(base: MemoryStorage) -> None:
     storage = copy(base)
-    follower = Follower(
-        storage, Shelf(storage, 2**30, lambda loaded: None), Rounds("follow", logging.getLogger("test"))
+    watcher = AliasWatcher(
+        storage, ModelCache(storage, 2**30, lambda model: None), Rounds("alias-watcher", logging.getLogger("test"))
     )
-    follower.follow()
-    assert follower.find("first").version == 2
-    second = follower.find("second")
+    watcher.refresh()
+    assert watcher.resolve("first").version == 2
+    second = watcher.resolve("second")
     delete_model(storage, "first", with_runs=True)
-    follower.follow()
+    watcher.refresh()
     for name in ("first", "first@staging", "first@2", "first@live"):
         with pytest.raises(ModelNotFound):
-            follower.find(name)
-    assert follower.find("second") == second
-    assert {found.model for found in follower.served()} == {"second"}
+            watcher.resolve(name)
+    assert watcher.resolve("second") == second
+    assert {resolved.model for resolved in watcher.serving()} == {"second"}
 
 
 # ---- aliases
@@ -391,9 +391,9 @@ def photos(storage: Storage, folder: Path) -> uploads.StoredDataset:
     first, _ = uploads.add(storage, "photos", text(folder))
     second, _ = uploads.add(storage, "photos", text(folder, LINES.upper()), replace=True)
     for dataset in (first, second):
-        storage.put(f"measures/ngrams-3-{dataset.digest[:16]}", b"counts")
+        storage.put(f"evaluation-cache/ngrams-3-{dataset.digest[:16]}", b"counts")
         assert uploads.load("photos", dataset.sha256, storage).digest == dataset.digest
-    storage.put("measures/ngrams-3-ffffffffffffffff", b"of others")
+    storage.put("evaluation-cache/ngrams-3-ffffffffffffffff", b"of others")
     return first
 
 
@@ -412,7 +412,7 @@ def test_a_dataset_is_removed_whole_and_says_what_was_trained_on_it(storage: Sto
     assert first.sha256 in contents.contents
     assert contents.bytes > 2 * len(LINES)
     assert storage.list("datasets/photos/") == ["datasets/photos/gc-lease.json"]
-    assert storage.list("measures/") == ["measures/ngrams-3-ffffffffffffffff"]
+    assert storage.list("evaluation-cache/") == ["evaluation-cache/ngrams-3-ffffffffffffffff"]
     assert list((cache_folder() / "datasets").glob("[0-9a-f]*")) == []
     assert [dataset.name for dataset in uploads.catalog(storage)] == ["others"]
     assert Registry(storage).resolve("first").lineage == LINEAGE
@@ -440,7 +440,7 @@ def test_a_dataset_killed_at_any_write(tmp_path: Path, after: bool, short_leases
         if traces(storage, "photos"):
             delete_dataset(storage, "photos")
         assert traces(storage, "photos") == [], moment
-        assert storage.list("measures/") == ["measures/ngrams-3-ffffffffffffffff"], moment
+        assert storage.list("evaluation-cache/") == ["evaluation-cache/ngrams-3-ffffffffffffffff"], moment
 
 
 @pytest.mark.parametrize("content", [LINES, LINES.upper(), LINES.lower()])

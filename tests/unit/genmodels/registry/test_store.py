@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import shutil
 from pathlib import Path
@@ -16,9 +17,8 @@ from genmodels import checkpoint
 from genmodels.checkpoint import CheckpointRef, Manifest
 from genmodels.errors import CheckpointError, ModelNotFound, SpecError
 from genmodels.family import Family
-from genmodels.registry import store as registry
 from genmodels.registry.gate import best, check_gate
-from genmodels.registry.probe import verify_probe, write_probe
+from genmodels.registry.probe import PROBE, verify_probe, write_probe
 from genmodels.registry.store import Alias, Registry, Version, check_alias
 from genmodels.runs.records import GateResult
 from genmodels.runs.store import Run
@@ -163,7 +163,7 @@ def test_a_damaged_blob_is_found(folder: Path, tmp_path: Path) -> None:
 
 def test_a_version_cannot_name_files_elsewhere(tmp_path: Path) -> None:
     storage = MemoryStorage()
-    evil = checkpoint.hashlib.sha256(b"evil").hexdigest()
+    evil = hashlib.sha256(b"evil").hexdigest()
     storage.put(f"models/model/blobs/{evil}", b"evil")
     fill(storage, 1, files={"../x": {"size": 4, "sha256": evil}})
     with pytest.raises(CheckpointError, match=r"'\.\./x': is not the name of a file"):
@@ -413,16 +413,16 @@ def test_a_probe_that_promises_nothing_finite_is_refused(family: Family[Any, Any
     from safetensors.torch import save_file
 
     outputs = family.probe()
-    save_file({"logits": torch.full_like(outputs["logits"], math.nan)}, tmp_path / registry.PROBE)
+    save_file({"logits": torch.full_like(outputs["logits"], math.nan)}, tmp_path / PROBE)
     with pytest.raises(CheckpointError, match="differs by nan"):
         verify_probe(family, tmp_path)
-    save_file({"logits": outputs["logits"][:, :1].clone()}, tmp_path / registry.PROBE)
+    save_file({"logits": outputs["logits"][:, :1].clone()}, tmp_path / PROBE)
     with pytest.raises(CheckpointError, match="another shape"):
         verify_probe(family, tmp_path)
-    save_file({"gone": outputs["logits"]}, tmp_path / registry.PROBE)
+    save_file({"gone": outputs["logits"]}, tmp_path / PROBE)
     with pytest.raises(CheckpointError, match="'gone' is missing"):
         verify_probe(family, tmp_path)
-    (tmp_path / registry.PROBE).unlink()
+    (tmp_path / PROBE).unlink()
     with pytest.raises(CheckpointError, match=r"probe\.safetensors: not readable"):
         verify_probe(family, tmp_path)
 

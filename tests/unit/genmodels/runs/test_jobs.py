@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import json
+import secrets
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -13,7 +14,6 @@ from typing import Any
 import pytest
 
 from genmodels.errors import GenmodelsError, IdempotencyConflict, JobNotFound, SpecError, StorageUnavailable
-from genmodels.runs import jobs as job_module
 from genmodels.runs.jobs import EndedEntry, Entry, Jobs, index_runs, newest_run
 from genmodels.runs.store import Run
 from genmodels.spec.parse import digest, dump, parse_spec
@@ -239,7 +239,7 @@ def test_clean_up_takes_a_submission_for_a_dead_one() -> None:
             for open_job in store.inner.list("open/"):
                 store.inner.delete(open_job)
 
-    store.before = sweep  # type: ignore[method-assign]
+    store.before = sweep
     job, _ = Jobs(store).submit(SPEC)
     assert Jobs(store).open() == [job]
 
@@ -247,7 +247,7 @@ def test_clean_up_takes_a_submission_for_a_dead_one() -> None:
 def test_a_taken_id_is_not_given_again(monkeypatch: pytest.MonkeyPatch) -> None:
     jobs = Jobs(MemoryStorage())
     ids = iter(["aaaaaaaa", "aaaaaaaa", "bbbbbbbb"])
-    monkeypatch.setattr(job_module.secrets, "token_hex", lambda n: next(ids) if n == 4 else "0" * 32)
+    monkeypatch.setattr(secrets, "token_hex", lambda n: next(ids) if n == 4 else "0" * 32)
     first, _ = jobs.submit(SPEC)
     end(jobs.storage, first)
     second, _ = jobs.submit(SPEC)
@@ -357,7 +357,7 @@ def test_one_goes_while_a_page_is_read() -> None:
         if verb == "list":
             store.inner.delete(gone)
 
-    store.after = reopened  # type: ignore[method-assign]
+    store.after = reopened
     assert [entry.job for _, entry in jobs.ended()] == [made[2], made[0]]
 
 
@@ -514,7 +514,7 @@ def test_a_job_that_is_resumed_is_not_deleted() -> None:
         if verb == "put" and key == f"jobs/{job}/index.json":
             Jobs(inner).reopen(job)
 
-    store.before = resumed  # type: ignore[method-assign]
+    store.before = resumed
     with pytest.raises(GenmodelsError, match="was resumed just now"):
         Jobs(store).delete(job)
     assert Jobs(inner).open() == [job]

@@ -42,7 +42,7 @@ def test_what_an_overtaken_attempt_writes_later_is_no_part_of_the_history(storag
     save(run, 2, 9)
     run.write_sample(2, 9, "a.png", b"nine")
     # attempt 1 was paused, and goes on as if nothing had happened; its last check of the fence was before the pause
-    run.fence = lambda attempt: None  # type: ignore[method-assign]
+    run.fence = lambda attempt: None
     for step in (9, 12):
         save(run, 1, step)
     del run.fence
@@ -105,7 +105,7 @@ def test_history_is_what_its_own_attempts_did(attempts: list[tuple[int, int, int
     """Against a model: each attempt saves some steps, is overtaken, and then still writes some more."""
     run = Run(MemoryStorage(), "j", "m")
     unfenced = Run(run.storage, "j", "m")
-    unfenced.fence = lambda attempt: None  # type: ignore[method-assign]
+    unfenced.fence = lambda attempt: None
     expected: list[tuple[int, int]] = []  # (attempt, step) of the checkpoints that count
     late: list[tuple[int, int]] = []
     for number, (saves, lost, more) in enumerate(attempts, 1):
@@ -260,7 +260,7 @@ def test_many_parts_of_logs_and_metrics_slow_the_fence_not_down() -> None:
     def no_list(prefix: str, **options: object) -> list[str]:
         raise AssertionError(f"{prefix} is listed")
 
-    storage.list = no_list  # type: ignore[method-assign, assignment]
+    storage.list = no_list
     run.fence(3)
     assert storage.looked == 1
     with pytest.raises(Superseded):
@@ -277,7 +277,7 @@ def test_an_attempt_is_started_once(storage: Storage) -> None:
     assert run.start_attempt(1, None, 2) == run.attempt_start(1)
     with pytest.raises(Superseded, match="attempt 1 of j/m was started by another process"):
         run.start_attempt(1, None, 2)
-    assert run.attempt_start(1).world_size == 2  # type: ignore[union-attr]
+    assert run.attempt_start(1).world_size == 2
     assert run.attempt_start(2) is None
 
 
@@ -405,13 +405,13 @@ def test_figures_that_are_not_finite_survive(storage: Storage) -> None:
     assert metrics["val_psnr"] == math.inf
 
     run.write_heartbeat(1, Heartbeat(phase="training", step=3, loss=math.nan))
-    assert math.isnan(run.heartbeat(1).loss)  # type: ignore[union-attr, arg-type]
+    assert math.isnan(run.heartbeat(1).loss)
     gate = GateResult(metric="val_loss", value=math.nan, passed=False, reason="no")
     run.write_result(1, Result(outcome="failed", cause="gate", metrics={"val_loss": math.nan}, gate=gate))
     result = run.result(1)
     assert result is not None
     assert math.isnan(result.metrics["val_loss"])
-    assert math.isnan(result.gate.value)  # type: ignore[union-attr, arg-type]
+    assert math.isnan(result.gate.value)
 
 
 def test_what_has_not_been_written_is_none() -> None:

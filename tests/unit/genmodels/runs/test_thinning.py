@@ -16,7 +16,7 @@ from genmodels.runs.thinning import thinned_rows
 from genmodels.storage import Storage
 from services.gateway.model_host import ModelHost
 from services.gateway.routes import create_app
-from services.jobs.routes import LINES_AT_ONCE
+from services.jobs.lines import LINES_AT_ONCE
 from tests.support.asgi_client import ask
 from tests.support.job_service import Service
 from tests.support.published_models import publish
@@ -101,7 +101,7 @@ def test_metrics_are_read_as_they_are_sent(long: tuple[Service, str, Run], monke
     _, _, run = long
     read = []
     get = run.storage.get
-    monkeypatch.setattr(run.storage, "get", lambda key: read.append(key) or get(key))  # type: ignore[func-returns-value]
+    monkeypatch.setattr(run.storage, "get", lambda key: read.append(key) or get(key))
     rows = run.metric_lines()
     for _ in range(LINES_AT_ONCE):
         next(rows)

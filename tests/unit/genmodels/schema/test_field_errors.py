@@ -21,9 +21,20 @@ from services.gateway.completions import CompletionBody
 from services.gateway.routes import VERBS, GenerationBody
 from services.jobs.schemas import AliasBody, CancelBody, DatasetQuery, ListQuery, MetricsQuery
 
-REQUESTS = [CompletionBody, GenerationBody, *VERBS, AliasBody, CancelBody, DatasetQuery, ListQuery, MetricsQuery]
-FAMILIES = [kind for name in models.names() for kind in (models.load(name).Request, models.load(name).Config)]
-SPECS = [JobSpec, TrainConfig, ScalingConfig, CheckpointConfig, OptimizerConfig]
+REQUESTS: list[type[BaseModel]] = [
+    CompletionBody,
+    GenerationBody,
+    *VERBS,
+    AliasBody,
+    CancelBody,
+    DatasetQuery,
+    ListQuery,
+    MetricsQuery,
+]
+FAMILIES: list[type[BaseModel]] = [
+    kind for name in models.names() for kind in (models.load(name).Request, models.load(name).Config)
+]
+SPECS: list[type[BaseModel]] = [JobSpec, TrainConfig, ScalingConfig, CheckpointConfig, OptimizerConfig]
 REQUIRED = {
     "model": "m",
     "prompt": "x",

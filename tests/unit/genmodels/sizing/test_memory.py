@@ -23,10 +23,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from genmodels import models
 from genmodels.data.text import CharTokenizer
-from genmodels.engine import model_cache as shelf_module
+from genmodels.engine import model_cache
 from genmodels.engine.loader import load
-from genmodels.engine.text.completion import CompletionRequest, complete
+from genmodels.engine.text.completion import complete
 from genmodels.engine.text.model import TextModel
+from genmodels.engine.text.request import CompletionRequest
 from genmodels.errors import SpecError
 from genmodels.family import Family, ImageInfo, OptimizerConfig, TextInfo
 from genmodels.models.minigpt import MiniGPT, MiniGPTConfig, MiniGPTDecoder
@@ -37,7 +38,7 @@ from genmodels.registry.store import Registry
 from genmodels.sizing.memory import HOST_MEMORY, SERVED_ROWS, Footprint, too_large
 from genmodels.storage import Storage, open_storage
 from genmodels.training import attempt
-from services.gateway import model_host as host_module
+from services.gateway import model_host
 from services.gateway.model_host import ModelHost
 from services.gateway.routes import create_app
 from tests.support.asgi_client import ask
@@ -248,7 +249,7 @@ CLAIMS = [
 def test_what_is_too_large_or_not_what_its_weights_are_is_refused_before_it_takes_memory(
     tmp_path: Path, claims: dict[str, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(host_module, "_follow", lambda _: None)
+    monkeypatch.setattr(model_host, "_watch", lambda _: None)
     storage = open_storage(tmp_path.as_uri())
     publish(storage, "play", "minigpt")
     host = ModelHost(storage.url, memory=100 * 2**20)
@@ -256,9 +257,9 @@ def test_what_is_too_large_or_not_what_its_weights_are_is_refused_before_it_take
     for part in (MiniGPTDecoder, Sampler):  # nothing of it is made
         monkeypatch.setattr(part, "__init__", lambda *_, **__: 1 / 0)
     with Peak() as watched:
-        host.follow()
+        host.watch()
     assert watched.most < 2**20
-    (refused,) = host._follower.refused.values()
+    (refused,) = host._watcher.refused.values()
     assert re.search(r"of memory, and the budget is|model\.safetensors: |config\.json: ", refused.reason)
     monkeypatch.undo()
     body = {"model": "play", "prompt": "x", "max_tokens": 2}
@@ -268,14 +269,14 @@ def test_what_is_too_large_or_not_what_its_weights_are_is_refused_before_it_take
 
 def test_room_is_made_before_a_model_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """What has to go to make room has gone when the next one's files are fetched."""
-    monkeypatch.setattr(host_module, "_follow", lambda _: None)
+    monkeypatch.setattr(model_host, "_watch", lambda _: None)
     storage = open_storage(tmp_path.as_uri())
     for name in ("a", "b"):
         publish(storage, name, "minigpt", alias=None, block_size=1000)
     host = ModelHost(storage.url, memory=int(1.5 * size_of(block_size=1000)))
     there: list[list[str]] = []
     monkeypatch.setattr(
-        shelf_module, "load", lambda storage, found: there.append(list(host._shelf._held)) or load(storage, found)
+        model_cache, "load", lambda storage, found: there.append(list(host._cache._entries)) or load(storage, found)
     )
     app = create_app(host)
     for name in ("a@1", "b@1", "a@1"):
@@ -290,7 +291,7 @@ def size_of(**settings: Any) -> int:
 
 def test_the_setting_at_fault_is_named_with_what_would_be_right() -> None:
     text, pictures = TextInfo(vocab_size=65), ImageInfo(channels=3, height=128, width=128)
-    for family, config, data, setting in (
+    for family, values, data, setting in (
         ("minigpt", {"block_size": 65_536}, text, "block_size"),
         ("minigpt", {"n_layer": 128, "n_embd": 1024}, text, "n_layer"),
         ("minigpt", {"n_embd": 16_384, "n_head": 128}, text, "n_embd"),
@@ -298,13 +299,13 @@ def test_the_setting_at_fault_is_named_with_what_would_be_right() -> None:
         ("gan", {"width": 512, "blocks": 8}, pictures, "width"),
     ):
         cls = models.load(family)
-        config = cls.Config.model_validate(config)
+        config: Any = cls.Config.model_validate(values)
 
         def measure(config: Any, cls: Any = cls, data: Any = data) -> Footprint:
             return cls.footprint(config, data)
 
         problem = too_large(config, measure)
-        assert problem is not None, (family, config)
+        assert problem is not None, (family, values)
         name, said = problem
         assert name == setting
         most = re.fullmatch(rf"got {getattr(config, name)}: it takes .* GiB .*; write at most (\d+)", said)
@@ -329,7 +330,7 @@ def test_a_spec_is_judged_by_its_data(tmp_path: Path, monkeypatch: pytest.Monkey
         servable.check(small, ImageInfo(channels=3, height=256, width=256))
     monkeypatch.setattr(models.load("vae"), "__init__", lambda self, config, data: self.check(config, data))
     with pytest.raises(SpecError, match=r"^model\.width: got 512"):  # not a network of it is built
-        attempt.build(small, type("Data", (), {"info": ImageInfo(channels=3, height=256, width=256)})())  # type: ignore[arg-type]
+        attempt.build(small, type("Data", (), {"info": ImageInfo(channels=3, height=256, width=256)})())
 
 
 def peak(family: Any) -> int:

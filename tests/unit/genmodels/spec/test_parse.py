@@ -16,8 +16,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from genmodels import models
+from genmodels.data import DataConfig
 from genmodels.errors import SpecError
 from genmodels.schema import yaml as spec_yaml
+from genmodels.schema.base import Section
 from genmodels.spec import json_schema, sections
 from genmodels.spec import parse as parse_module
 from genmodels.spec.parse import parse_spec
@@ -283,8 +285,8 @@ def test_a_billion_laughs_end_at_the_first_anchor() -> None:
 # what is refused: fields
 
 
-SECTIONS = {  # every section of a model, and where its keys may stand
-    "data": sections.DataConfig,
+SECTIONS: dict[str, type[Section]] = {  # every section of a model, and where its keys may stand
+    "data": DataConfig,
     "train": sections.TrainConfig,
     "scaling": sections.ScalingConfig,
     "checkpoints": sections.CheckpointConfig,
@@ -528,7 +530,7 @@ def test_all_problems_are_told_at_once_with_their_lines_and_the_families_own_aft
     ).encode()
     with pytest.raises(SpecError) as caught:
         parse_spec(data, "job.yaml")
-    assert [re.match(r"job\.yaml:\d+: [^:]+", problem)[0] for problem in caught.value.problems] == [  # type: ignore[index]
+    assert [re.match(r"job\.yaml:\d+: [^:]+", problem)[0] for problem in caught.value.problems] == [
         "job.yaml:1: name",
         "job.yaml:7: models[0].train.batch_size",
         "job.yaml:8: models[0].train.lerning_rate",

@@ -117,9 +117,9 @@ def test_at_no_moment_do_two_hold_it(clock: Clock) -> None:
             a.renew()
             clock.now += 5 - moment
 
-        store.before = slow  # type: ignore[method-assign]
+        store.before = slow
         assert b.try_acquire() is None
-        store.before = lambda verb, key: None  # type: ignore[method-assign]
+        store.before = lambda verb, key: None
         while a.held():
             assert b.try_acquire() is None
             clock.now += 0.25

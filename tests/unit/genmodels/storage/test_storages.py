@@ -130,7 +130,7 @@ def test_a_part_takes_no_more_than_it_needs(file_storage: Storage, monkeypatch: 
         opened.append(Path(path).name)
         return scandir(path)
 
-    monkeypatch.setattr(folder_module.os, "scandir", scan)
+    monkeypatch.setattr(os, "scandir", scan)
     assert len(file_storage.folders("models/")) == 20
     assert opened == ["models"]
     opened.clear()

@@ -15,7 +15,7 @@ from genmodels import models
 from genmodels.checkpoint import CheckpointRef, load_family
 from genmodels.data import open_dataset
 from genmodels.errors import DataError, SpecError, TrainingDiverged
-from genmodels.family import ImageFamily
+from genmodels.family import ImageFamily, TextFamily
 from genmodels.runs.records import Phase
 from genmodels.runs.store import Run
 from genmodels.spec.sections import TrainConfig
@@ -75,7 +75,10 @@ def test_every_family_learns_and_leaves_a_checkpoint_that_answers(
         assert pictures.shape == (3, *answering.data.shape)
         assert 0 <= pictures.min() <= pictures.max() <= 1
     else:
-        first, again = (list(answering.generate([0], 7, answering.Request(max_tokens=30))) for _ in range(2))
+        assert isinstance(answering, TextFamily)
+        first, again = (
+            list(answering.generate([0], 7, answering.Request.model_validate({"max_tokens": 30}))) for _ in range(2)
+        )
         assert first == again
         assert len(first) == 30
 

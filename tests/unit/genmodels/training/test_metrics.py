@@ -45,7 +45,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_every_metric_is_listed_once_and_has_no_other_labels() -> None:
-    named = [found for found in vars(metrics).values() if isinstance(found, metrics.MetricWrapperBase)]
+    named = [found for found in vars(metrics).values() if isinstance(found, MetricWrapperBase)]
     assert named == metrics.ALL
     names = [metric.describe()[0].name for metric in metrics.ALL]
     assert len(set(names)) == len(names)

@@ -17,7 +17,7 @@ from safetensors import SafetensorError
 
 from genmodels import metrics, models
 from genmodels.checkpoint import MANIFEST, CheckpointRef, Snapshot
-from genmodels.errors import StorageError, Superseded, TrainingDiverged
+from genmodels.errors import StorageError, StorageUnavailable, Superseded, TrainingDiverged
 from genmodels.registry.references import resolve_reference
 from genmodels.runs.store import Run
 from genmodels.spec.sections import ModelSpec
@@ -127,7 +127,7 @@ def test_a_heartbeat_says_how_long_it_will_take(make: Any, monkeypatch: pytest.M
 
     def report_progress(second: float, *arguments: Any) -> None:
         with monkeypatch.context() as patch:
-            patch.setattr(recorder.time, "monotonic", lambda: second)
+            patch.setattr(time, "monotonic", lambda: second)
             rank0.report_progress(*arguments)
         beats.append(rank0.heartbeat)
 
@@ -148,7 +148,7 @@ def test_a_heartbeat_has_the_median_of_the_latest_steps(make: Any, monkeypatch: 
 
     def median_after(second: float, phase: str, step: int) -> float | None:
         with monkeypatch.context() as patch:
-            patch.setattr(recorder.time, "monotonic", lambda: second)
+            patch.setattr(time, "monotonic", lambda: second)
             rank0.report_progress(phase, step)
         rank0._write_beat()
         beat = run.heartbeat(1)
@@ -250,7 +250,7 @@ def test_what_waits_has_no_time_left(make: Any, monkeypatch: pytest.MonkeyPatch)
     lefts = []
     for second, phase in ((0.0, "training"), (1.0, "training"), (11.0, "waiting for storage"), (21.0, "training")):
         with monkeypatch.context() as patch:
-            patch.setattr(recorder.time, "monotonic", lambda second=second: second)
+            patch.setattr(time, "monotonic", lambda second=second: second)
             rank0.report_progress(phase, 10 + int(second), 1.0)
         lefts.append(rank0.heartbeat.seconds_left is not None)
     assert lefts == [False, True, False, True]
@@ -481,7 +481,7 @@ def test_clean_up_keeps_the_newest_and_the_best(make: Any) -> None:
     with make(storage) as rank0:
         for step, loss in losses.items():
             rank0.save(snapshot(step, loss))
-            until(lambda step=step: idle(rank0, step))  # type: ignore[misc]
+            until(lambda step=step: idle(rank0, step))
             assert [ref.step for ref in run.checkpoints()] == kept[step]
             # the files of what went are there for one save more, and then gone
             files = {int(key.split("/step-")[1][:8]) for key in storage.list("runs/job/vae/attempt-1/checkpoints/")}
@@ -499,7 +499,7 @@ def test_clean_up_keeps_what_others_start_from(make: Any) -> None:
     with make(storage) as rank0:
         for step in range(1, 6):
             rank0.save(snapshot(step, 9.0 - step))
-            until(lambda step=step: idle(rank0, step))  # type: ignore[misc]
+            until(lambda step=step: idle(rank0, step))
             if step == 1:
                 assert resolve_reference("vae@job:step-1", storage) == "vae@job:step-1"
     assert [ref.step for ref in run.checkpoints()] == [1, 4, 5]
@@ -521,7 +521,7 @@ def test_an_outage_in_a_clean_up_does_not_hurry_it(make: Any) -> None:
             deletions = sum(data is None for _, data in self.log)
             if verb == "delete" and deletions and not self.refusals:
                 self.refusals += 1
-                raise recorder.StorageUnavailable(key)
+                raise StorageUnavailable(key)
 
     storage = Breaking()
     run = Run(storage, "job", "vae")
@@ -532,7 +532,7 @@ def test_an_outage_in_a_clean_up_does_not_hurry_it(make: Any) -> None:
         )
         for step in (1, 2, 3):
             rank0.save(snapshot(step))
-            until(lambda step=step: idle(rank0, step))  # type: ignore[misc]
+            until(lambda step=step: idle(rank0, step))
         rank0.spec = rank0.spec.model_copy(
             update={"checkpoints": rank0.spec.checkpoints.model_copy(update={"num_to_keep": 2})}
         )
@@ -560,10 +560,10 @@ def test_fitting_beside_the_steps_draws_no_global_random_number(family: str) -> 
     built, _ = build(family)
     torch.manual_seed(5)
     np.random.seed(5)
-    before = torch.get_rng_state(), np.random.get_state()[1].copy()  # type: ignore[union-attr, index]
+    before = torch.get_rng_state(), np.random.get_state()[1].copy()
     built.fit(iter([FIT_BATCH]), 7)
     assert torch.equal(torch.get_rng_state(), before[0])
-    assert (np.random.get_state()[1] == before[1]).all()  # type: ignore[index]
+    assert (np.random.get_state()[1] == before[1]).all()
     assert family in CONFIGS
 
 

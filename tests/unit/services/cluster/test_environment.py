@@ -5,13 +5,13 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
+import tempfile
 import textwrap
 from pathlib import Path
 
 import pytest
 
 from genmodels.errors import GenmodelsError
-from services.cluster import environment
 from services.cluster.environment import RAY_SOCKET, ROOT, SOCKET_BYTES, isolated_environment, private_folder, python
 from tests.support.live_processes import is_alive
 from tests.support.ray_node import until
@@ -218,7 +218,7 @@ def test_no_folder_for_sockets_is_one_line(monkeypatch: pytest.MonkeyPatch) -> N
     def full(**_: object) -> None:
         raise OSError("no space")
 
-    monkeypatch.setattr(environment.tempfile, "TemporaryDirectory", full)
+    monkeypatch.setattr(tempfile, "TemporaryDirectory", full)
     with pytest.raises(GenmodelsError, match="RAY_TMPDIR"), private_folder():
         pass
 

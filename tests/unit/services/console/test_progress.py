@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -10,7 +11,6 @@ import pytest
 from rich.console import Console
 
 from genmodels.runs.records import Heartbeat, Status
-from services.console import progress
 from services.console.progress import Board, Shown, TrainingView
 from services.console.tables import note
 from services.jobs.schemas import RunView
@@ -24,7 +24,7 @@ TRAINING = Shown(
 class Clock:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 1000.0
-        monkeypatch.setattr(progress.time, "monotonic", lambda: self.now)
+        monkeypatch.setattr(time, "monotonic", lambda: self.now)
 
 
 @pytest.fixture
@@ -99,6 +99,6 @@ def test_a_heartbeat_that_waits_is_shown_everywhere(tmp_path: Path, phase: str) 
     output = io.StringIO()
     spec = job("tiny", model(tmp_path, "minigpt")).models[0]
     with TrainingView(Console(file=output, width=132)).follow(spec) as watch:
-        watch(Status(state="running"), Heartbeat(phase=phase, step=5, waiting=reason, seconds_left=31.0))  # type: ignore[arg-type]
+        watch(Status(state="running"), Heartbeat(phase=phase, step=5, waiting=reason, seconds_left=31.0))
     assert output.getvalue() == f"minigpt: running, step 5/6 (waiting, because {reason})\n"
     assert note(RunView(model="m", state="running", phase=phase, waiting=reason)) == f"waiting, because {reason}"

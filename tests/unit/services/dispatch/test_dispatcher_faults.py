@@ -20,7 +20,7 @@ from services.dispatch.backends.ray_jobs import RayJobsBackend
 from services.dispatch.dispatcher import Dispatcher
 from services.dispatch.supervisor import run_to_completion
 from services.http.auth import Caller
-from services.jobs.routes import JobRoutes
+from services.jobs.operations import JobOperations
 from services.jobs.schemas import CancelBody, ResumeBody
 from services.local import platform
 from tests.support.scripted_cluster import Cluster, data, in_no_time, play, spec, state, submit
@@ -31,7 +31,7 @@ __all__ = ["data", "in_no_time"]
 
 
 def cancel(storage: Any, job: str, now: bool = False) -> None:
-    JobRoutes(storage).cancel(job, CancelBody(now=now), Caller())
+    JobOperations(storage).cancel(job, CancelBody(now=now), Caller())
 
 
 class Clock:
@@ -106,7 +106,7 @@ def test_a_command_of_another_release_is_passed_over(data: Path) -> None:
 @pytest.mark.parametrize("answer", [httpx.Response(200, text="<html>"), httpx.Response(200, json={"data": 7})])
 def test_what_is_not_rays_answer_is_none(answer: httpx.Response) -> None:
     backend = RayJobsBackend("http://127.0.0.1:1")
-    backend.dashboard.ask = lambda *_, **__: answer  # type: ignore[method-assign]
+    backend.dashboard.ask = lambda *_, **__: answer
     assert backend.capacity() is None
 
 
@@ -151,7 +151,7 @@ def test_a_cancel_right_after_a_resume_counts(data: Path) -> None:
     name = submit(storage, data, "one", "a")
     dispatcher = Dispatcher(storage, cluster)
     play(dispatcher, 1, name)
-    JobRoutes(storage).resume(name, ResumeBody(), Caller())
+    JobOperations(storage).resume(name, ResumeBody(), Caller())
     cancel(storage, name)
     play(dispatcher, 1, name)
     assert (state(storage, name, "a").state, len(cluster.drivers)) == ("cancelled", 1)

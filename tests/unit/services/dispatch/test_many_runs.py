@@ -78,7 +78,7 @@ def test_the_first_tick_asks_a_few_things_of_each_run_many_at_once() -> None:
     submit(storage)
     storage.forget()
     storage.slow = 0.0005
-    dispatcher = Dispatcher(storage, Full())  # type: ignore[arg-type]
+    dispatcher = Dispatcher(storage, Full())
     dispatcher.dispatch_once(1)
     runs = JOBS * MODELS
     of_runs = {what: count for what, count in storage.counts.items() if what.endswith(" runs")}
@@ -97,7 +97,7 @@ def test_commands_left_before_a_dispatcher_starts_are_obeyed() -> None:
     assert service("POST", f"/v1/jobs/{job}/cancel", {"models": ["b"]}).status_code == 200
     for _, _, notification in service.jobs.notifications():  # the dispatcher before took it, and died
         service.jobs.delete_notification(job, "b", notification)
-    Dispatcher(storage, Full()).dispatch_once(1)  # type: ignore[arg-type]
+    Dispatcher(storage, Full()).dispatch_once(1)
     assert [run["state"] for run in service.show(job)["models"]] == ["queued", "cancelled"]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from typing import Any
 
@@ -166,8 +167,8 @@ class Clock:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 1000.0
-        monkeypatch.setattr(supervise.time, "monotonic", lambda: self.now)
-        monkeypatch.setattr(supervise.time, "sleep", self.sleep)
+        monkeypatch.setattr(time, "monotonic", lambda: self.now)
+        monkeypatch.setattr(time, "sleep", self.sleep)
 
     def sleep(self, seconds: float) -> None:
         self.now += seconds
@@ -646,7 +647,7 @@ def test_what_ticks_does_not_hang_however_long_it_takes(monkeypatch: pytest.Monk
     for _ in range(38):
         for _ in range(20):
             clock.sleep(5)
-            supervisor._attempt.grow_older(supervisor.heartbeat)  # type: ignore[union-attr]
+            supervisor._attempt.grow_older(supervisor.heartbeat)
         supervisor.step()
         assert not supervisor.stopping
 

@@ -14,11 +14,11 @@ from typing import Any
 
 import pytest
 
-from genmodels.engine import model_cache as shelf_module
-from genmodels.engine import warmup as warm_module
-from genmodels.engine.image.requests import GenerateRequest, answer
+from genmodels.engine import model_cache, warmup
+from genmodels.engine.image.answers import answer
+from genmodels.engine.image.requests import GenerateRequest
 from genmodels.engine.loader import load
-from genmodels.engine.text.choices import Piece
+from genmodels.engine.text.choices import TextDelta
 from genmodels.engine.text.completion import complete
 from genmodels.engine.text.request import CompletionRequest
 from genmodels.errors import RequestError, StorageUnavailable
@@ -26,8 +26,8 @@ from genmodels.metrics import REFUSED
 from genmodels.registry.references import resolve_model
 from genmodels.registry.store import Registry
 from genmodels.storage import Storage, open_storage
-from services.gateway import model_host as host_module
-from services.gateway.model_host import ModelHost, Opened
+from services.gateway import catalog, model_host
+from services.gateway.model_host import CompletionStarted, ModelHost
 from services.gateway.routes import create_app
 from tests.support.asgi_client import ask, refused
 from tests.support.published_models import publish, save_checkpoint
@@ -47,16 +47,16 @@ def storage(tmp_path: Path) -> Storage:
 @pytest.fixture(autouse=True)
 def by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
     """Hosts look at the registry when a test says so."""
-    monkeypatch.setattr(host_module, "_follow", lambda _: None)
-    monkeypatch.setattr(host_module, "LISTED_SECONDS", 0.0)
-    monkeypatch.setattr("genmodels.engine.alias_watcher.BELIEVED_SECONDS", 0.0)
+    monkeypatch.setattr(model_host, "_watch", lambda _: None)
+    monkeypatch.setattr(catalog, "LIST_TTL_SECONDS", 0.0)
+    monkeypatch.setattr("genmodels.engine.alias_watcher.CACHE_TTL_SECONDS", 0.0)
 
 
 @pytest.fixture
 def loads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of what was loaded, in order."""
     names: list[str] = []
-    monkeypatch.setattr(shelf_module, "load", lambda storage, found: names.append(found.name) or load(storage, found))
+    monkeypatch.setattr(model_cache, "load", lambda storage, found: names.append(found.name) or load(storage, found))
     return names
 
 
@@ -92,11 +92,11 @@ def test_a_version_takes_over_when_it_is_in_memory_and_the_old_one_goes(storage:
     app = create_app(host)
     publish(storage, "shapes", "vae", step=2)
     assert version_of(app, "shapes") == "shapes@1"
-    host.follow()
+    host.watch()
     assert version_of(app, "shapes") == "shapes@2"
-    assert "shapes@1" not in host._shelf._held
+    assert "shapes@1" not in host._cache._entries
     Registry(storage).promote("shapes", "production", 1, "rolled back")
-    host.follow()
+    host.watch()
     assert version_of(app, "shapes") == "shapes@1"
     assert entry(app, "shapes")["version"] == 1
 
@@ -113,17 +113,17 @@ def test_a_stream_ends_with_the_version_that_began_it(storage: Storage) -> None:
 
     async def whole(name: str) -> str:
         items = [item async for item in host.complete(name, request)]
-        return "".join(item.text for item in items if isinstance(item, Piece))
+        return "".join(item.text for item in items if isinstance(item, TextDelta))
 
     async def through_a_swap() -> tuple[str, str]:
         items = host.complete("play", request)
         opened = await anext(items)
-        assert isinstance(opened, Opened)
+        assert isinstance(opened, CompletionStarted)
         publish(storage, "play", "minigpt", step=2)
-        await asyncio.to_thread(host.follow)
-        assert "play@1" in host._shelf._held
-        text = "".join([item.text async for item in items if isinstance(item, Piece)])
-        assert "play@1" not in host._shelf._held
+        await asyncio.to_thread(host.watch)
+        assert "play@1" in host._cache._entries
+        text = "".join([item.text async for item in items if isinstance(item, TextDelta)])
+        assert "play@1" not in host._cache._entries
         return opened.model, text
 
     expected = asyncio.run(whole("play"))
@@ -154,8 +154,8 @@ def test_twenty_swaps_under_load_fail_no_request_and_cut_no_stream(storage: Stor
 
     async def write() -> tuple[str, object]:
         opened, *pieces = [item async for item in host.complete("play", writing)]
-        assert isinstance(opened, Opened), opened
-        assert all(isinstance(piece, Piece) for piece in pieces), pieces
+        assert isinstance(opened, CompletionStarted), opened
+        assert all(isinstance(piece, TextDelta) for piece in pieces), pieces
         assert pieces[-1].finish_reason == "length"
         return opened.model, "".join(piece.text for piece in pieces)
 
@@ -163,7 +163,7 @@ def test_twenty_swaps_under_load_fail_no_request_and_cut_no_stream(storage: Stor
         for number in range(20):
             for name in ("shapes", "play"):
                 Registry(storage).promote(name, "production", 1 + (number + 1) % 5, "swap")
-            await asyncio.to_thread(host.follow)
+            await asyncio.to_thread(host.watch)
 
     async def all_of_it() -> list[tuple[str, object]]:
         swapping, asked = asyncio.create_task(swaps()), []
@@ -176,7 +176,7 @@ def test_twenty_swaps_under_load_fail_no_request_and_cut_no_stream(storage: Stor
     answers = asyncio.run(all_of_it())
     assert all(oracle[name] == found for name, found in answers)
     assert {name for name, _ in answers} == set(oracle)
-    assert sorted(host._shelf._held) == ["play@1", "shapes@1"]
+    assert sorted(host._cache._entries) == ["play@1", "shapes@1"]
 
 
 def test_two_replicas_answer_alike(storage: Storage) -> None:
@@ -225,7 +225,7 @@ def test_a_bad_version_is_refused_and_the_old_one_answers_on(
     before = counted.get()
     reason = spoil(storage)
     for _ in range(3):
-        host.follow()
+        host.watch()
         assert version_of(app, "shapes") == "shapes@1"
     assert loads.count("shapes@2") <= 1
     assert counted.get() == before + 1
@@ -235,16 +235,16 @@ def test_a_bad_version_is_refused_and_the_old_one_answers_on(
     assert (told["alias"], told["version"]) == ("production", 2)
     assert reason in told["reason"]
     publish(storage, "shapes", "vae", step=3)
-    host.follow()
+    host.watch()
     assert version_of(app, "shapes") == "shapes@3"
     assert "refused" not in entry(app, "shapes")
 
 
 def test_a_slow_version_is_refused(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
     host = ModelHost(storage.url)
-    monkeypatch.setattr(warm_module.warm, "__defaults__", (0.0,))
+    monkeypatch.setattr(warmup.warm_up, "__defaults__", (0.0,))
     publish(storage, "shapes", "vae", step=2)
-    host.follow()
+    host.watch()
     app = create_app(host)
     assert version_of(app, "shapes") == "shapes@1"
     assert "too slow" in entry(app, "shapes")["refused"][0]["reason"]
@@ -273,13 +273,13 @@ def test_checkpoints_of_a_run_have_names(storage: Storage) -> None:
     assert (shown["version"], shown["metrics"], shown["family"]) == (None, {"val_loss": 2.5}, "vae")
     save_checkpoint(storage, "study-00000001", "shapes", "vae", step=30)
     assert version_of(app, "shapes@live") == second
-    host.follow()
+    host.watch()
     assert version_of(app, "shapes@live") == "shapes@study-00000001:step-30"
     save_checkpoint(storage, "study-00000001", "shapes", "vae", step=40, spoil=True)
-    host.follow()
+    host.watch()
     assert version_of(app, "shapes@live") == "shapes@study-00000001:step-30"
     save_checkpoint(storage, "study-00000002", "shapes", "vae", step=10)
-    host.follow()
+    host.watch()
     assert version_of(app, "shapes@live") == "shapes@study-00000002:step-10"
     assert version_of(app, second) == second
     for name, said in {
@@ -294,19 +294,19 @@ def test_checkpoints_of_a_run_have_names(storage: Storage) -> None:
 def test_the_least_recently_used_goes_first_and_never_one_in_use(storage: Storage) -> None:
     for step in range(2, 5):
         publish(storage, "shapes", "vae", step=step, alias=None)
-    size = ModelHost(storage.url)._shelf._held["shapes@1"].size
+    size = ModelHost(storage.url)._cache._entries["shapes@1"].size
     host = ModelHost(storage.url, memory=2 * size + size // 2)
     app = create_app(host)
-    host._shelf.release("play@1")
+    host._cache.unload_when_idle("play@1")
     for name in ("shapes@2", "shapes@1", "shapes@3"):
         assert version_of(app, name) == name
-    assert list(host._shelf._held) == ["shapes@1", "shapes@3"]
-    with host._shelf.using("shapes@1"), host._shelf.using("shapes@3"):
+    assert list(host._cache._entries) == ["shapes@1", "shapes@3"]
+    with host._cache.acquire("shapes@1"), host._cache.acquire("shapes@3"):
         response = ask(app, "POST", "/v1/images/generations", {"model": "shapes@4", **GENERATE})
         assert refused(response, 503)["code"] == "memory_full"
         assert response.headers["retry-after"]
     assert version_of(app, "shapes@4") == "shapes@4"
-    assert list(host._shelf._held) == ["shapes@3", "shapes@4"]
+    assert list(host._cache._entries) == ["shapes@3", "shapes@4"]
     assert version_of(app, "shapes") == "shapes@1"
 
 
@@ -314,14 +314,14 @@ def test_a_host_of_two_threads_answers_the_same_text_many_times(storage: Storage
     """In a process of its own: a process that was forked from one with two threads of torch would wait for ever."""
     program = """
         import asyncio, sys
-        from genmodels.engine.text.choices import Piece
+        from genmodels.engine.text.choices import TextDelta
         from genmodels.engine.text.request import CompletionRequest
         from services.gateway.model_host import ModelHost
 
         request = CompletionRequest.model_validate({"prompt": "To be", "max_tokens": 40, "seed": 4})
 
         async def text(host):
-            return "".join([item.text async for item in host.complete("play", request) if isinstance(item, Piece)])
+            return "".join([item.text async for item in host.complete("play", request) if isinstance(item, TextDelta)])
 
         async def texts(host):
             return await asyncio.gather(*(text(host) for _ in range(8)))
@@ -340,7 +340,7 @@ def test_decoding_ends_when_a_text_model_goes(storage: Storage) -> None:
     others = set(threading.enumerate())
     host = ModelHost(storage.url)
     (decoding,) = {thread for thread in threading.enumerate() if thread.name == "decode play@1"} - others
-    host._shelf.release("play@1")
+    host._cache.unload_when_idle("play@1")
     decoding.join(10)
     assert not decoding.is_alive()
     body = {"model": "play", "prompt": "x", "max_tokens": 2}
@@ -371,7 +371,7 @@ def test_a_client_that_leaves_does_not_end_the_load_for_others(
         go_on.wait(10)
         return load(storage, found)
 
-    monkeypatch.setattr(shelf_module, "load", slow)
+    monkeypatch.setattr(model_cache, "load", slow)
 
     async def two() -> Any:
         first, second = (asyncio.ensure_future(host.answer("shapes@2", GenerateRequest(seed=1))) for _ in range(2))
@@ -399,7 +399,7 @@ def test_through_an_outage_of_the_storage_what_is_known_is_served(
 
     for verb in ("get", "list", "folders", "exists", "download"):
         monkeypatch.setattr(type(storage), verb, down)
-    host.follow()
+    host.watch()
     assert [version_of(app, name) for name in ("shapes", "shapes@2")] == ["shapes@1", "shapes@2"]
     assert ask(app, "GET", "/v1/models/shapes").json() == described
     error = refused(ask(app, "POST", "/v1/images/generations", {"model": "shapes@7", **GENERATE}), 503)
@@ -407,17 +407,17 @@ def test_through_an_outage_of_the_storage_what_is_known_is_served(
     assert "secret" not in error["message"]
 
 
-def test_a_host_that_nobody_has_follows_no_more(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_host_that_is_garbage_collected_stops_its_thread(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.undo()
-    monkeypatch.setattr(host_module, "FOLLOW_SECONDS", 0.01)
-    before = {thread for thread in threading.enumerate() if thread.name == "follow"}
+    monkeypatch.setattr(model_host, "WATCH_SECONDS", 0.01)
+    before = {thread for thread in threading.enumerate() if thread.name == "alias-watcher"}
     host = ModelHost(storage.url)
-    (following,) = {thread for thread in threading.enumerate() if thread.name == "follow"} - before
+    (watching,) = {thread for thread in threading.enumerate() if thread.name == "alias-watcher"} - before
     publish(storage, "shapes", "vae", step=2)
     deadline = time.monotonic() + 10
-    while "shapes@2" not in host._shelf._held:
+    while "shapes@2" not in host._cache._entries:
         assert time.monotonic() < deadline
         time.sleep(0.01)
     del host
-    following.join(10)
-    assert not following.is_alive()
+    watching.join(10)
+    assert not watching.is_alive()

@@ -19,9 +19,8 @@ from genmodels.keys import Keys
 from genmodels.preflight import parameters
 from genmodels.preflight.parameters import Parameters, count
 from genmodels.storage import Storage
-from services.jobs import dry_run as plans
 from services.jobs.app import create_app
-from services.jobs.routes import PLANS
+from services.jobs.routes import DRY_RUNS
 from tests.support.asgi_server import served
 from tests.support.job_service import YAML, Service, spec
 
@@ -107,7 +106,7 @@ class Counting:
 @pytest.fixture
 def counting(monkeypatch: pytest.MonkeyPatch) -> Counting:
     counting = Counting()
-    monkeypatch.setattr(plans.parameters, "count", counting)
+    monkeypatch.setattr(parameters, "count", counting)
     return counting
 
 
@@ -126,7 +125,7 @@ def test_dry_runs_of_one_key_are_bounded_and_keep_nobody_waiting(file_storage: S
 
                 running = [asyncio.create_task(dry_run(mine)) for _ in range(41)]
                 refused, _ = await asyncio.wait(running, return_when=asyncio.FIRST_COMPLETED)
-                while len(refused) < 41 - PLANS[1]:
+                while len(refused) < 41 - DRY_RUNS[1]:
                     await asyncio.sleep(0.01)
                     refused = {one for one in running if one.done()}
                 assert {one.result() for one in refused} == {429}
@@ -134,7 +133,7 @@ def test_dry_runs_of_one_key_are_bounded_and_keep_nobody_waiting(file_storage: S
                 running.append(asyncio.create_task(dry_run(other)))
                 counting.let.set()
                 codes = await asyncio.gather(*running)
-                assert (codes.count(200), codes[-1]) == (PLANS[1] + 1, 200)
+                assert (codes.count(200), codes[-1]) == (DRY_RUNS[1] + 1, 200)
 
         asyncio.run(play())
 
@@ -148,7 +147,7 @@ def test_a_dry_run_ends_with_its_client(file_storage: Storage, counting: Countin
                 body = giants(range(1, 101))
                 asked = [
                     asyncio.create_task(client.post("/v1/jobs?dry_run=true", content=body, headers=YAML))
-                    for _ in range(PLANS[1])
+                    for _ in range(DRY_RUNS[1])
                 ]
                 await asyncio.to_thread(counting.until_begun, 2)
                 for one in asked:

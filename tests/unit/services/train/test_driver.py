@@ -313,9 +313,9 @@ def watch(monkeypatch: pytest.MonkeyPatch) -> DriverWatch:
     def end(code: int) -> None:
         raise Ended(code)
 
-    monkeypatch.setattr(control.os, "_exit", end)
+    monkeypatch.setattr(os, "_exit", end)
     monkeypatch.setattr(control, "FENCE_SECONDS", 0.0)
-    return DriverWatch(Run(MemoryStorage(), "j", "m"), 1, Logs())  # type: ignore[arg-type]
+    return DriverWatch(Run(MemoryStorage(), "j", "m"), 1, Logs())
 
 
 def beat(run: Run) -> Heartbeat:
@@ -421,7 +421,7 @@ def test_a_kill_command_ends_a_process_that_has_not_ended_by_then(
     watch: DriverWatch, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], ended: bool
 ) -> None:
     codes: list[int] = []
-    monkeypatch.setattr(control.os, "_exit", codes.append)
+    monkeypatch.setattr(os, "_exit", codes.append)
     watch.training(max_steps=9)
     watch.kill_seconds = 0.1
     watch.run.send_command("kill", 1, "cancel --now", then="cancelled")

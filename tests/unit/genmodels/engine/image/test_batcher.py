@@ -15,14 +15,15 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from genmodels.engine.image import requests as images
-from genmodels.engine.image.batcher import CHUNK, Passes
+from genmodels.engine.image import answers
+from genmodels.engine.image.answers import ImageAnswer
+from genmodels.engine.image.batcher import CHUNK, DynamicBatcher
 from genmodels.engine.image.model import ImageModel
 from genmodels.engine.image.requests import (
+    MAX_FLOAT32,
     DecodeRequest,
     EncodeRequest,
     GenerateRequest,
-    ImageAnswer,
     InterpolateRequest,
     ReconstructRequest,
 )
@@ -39,26 +40,26 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 class Gate:
-    """A function that waits until it is told to go on, and counts the passes."""
+    """A function that waits until it is told to go on, and keeps its batches."""
 
     def __init__(self) -> None:
         self.entered, self.open = threading.Event(), threading.Event()
-        self.passes: list[torch.Tensor] = []
+        self.batches: list[torch.Tensor] = []
 
     def __call__(self, rows: torch.Tensor) -> torch.Tensor:
-        self.passes.append(rows)
+        self.batches.append(rows)
         self.entered.set()
         self.open.wait(10)
         return rows * 2
 
 
-def waiting(passes: Passes, count: int) -> None:
+def waiting(batcher: DynamicBatcher, count: int) -> None:
     """Until so many requests stand in the queue."""
     for _ in range(10_000):
-        if len(passes._waiting) == count:
+        if len(batcher._waiting) == count:
             return
         threading.Event().wait(0.001)
-    raise AssertionError(f"{len(passes._waiting)} wait, not {count}")
+    raise AssertionError(f"{len(batcher._waiting)} wait, not {count}")
 
 
 def rows(start: int, count: int) -> torch.Tensor:
@@ -66,52 +67,52 @@ def rows(start: int, count: int) -> torch.Tensor:
 
 
 def test_those_who_wait_share_a_pass_and_get_their_own_rows() -> None:
-    passes, gate = Passes(), Gate()
+    batcher, gate = DynamicBatcher(), Gate()
     with ThreadPoolExecutor(8) as pool:
-        first = pool.submit(passes.apply, "k", gate, rows(0, 1))
+        first = pool.submit(batcher.apply, "k", gate, rows(0, 1))
         gate.entered.wait(10)
         others = []
         for i in range(4):
-            others.append(pool.submit(passes.apply, "k", gate, rows(100 * i, 3)))
-            waiting(passes, i + 1)
+            others.append(pool.submit(batcher.apply, "k", gate, rows(100 * i, 3)))
+            waiting(batcher, i + 1)
         gate.open.set()
         assert first.result().tolist() == [[0.0]]
         for i, other in enumerate(others):
             assert torch.equal(other.result(), rows(100 * i, 3) * 2)
-    assert [len(part) for part in gate.passes] == [CHUNK, CHUNK]
+    assert [len(part) for part in gate.batches] == [CHUNK, CHUNK]
 
 
 def test_a_large_request_takes_turns_with_small_ones() -> None:
-    passes, gate = Passes(), Gate()
+    batcher, gate = DynamicBatcher(), Gate()
     with ThreadPoolExecutor(8) as pool:
-        large = pool.submit(passes.apply, "k", gate, rows(0, 4 * CHUNK))
+        large = pool.submit(batcher.apply, "k", gate, rows(0, 4 * CHUNK))
         gate.entered.wait(10)
-        small = pool.submit(passes.apply, "k", gate, rows(1000, 2))
-        waiting(passes, 2)
+        small = pool.submit(batcher.apply, "k", gate, rows(1000, 2))
+        waiting(batcher, 2)
         gate.open.set()
         assert torch.equal(small.result(), rows(1000, 2) * 2)
         assert torch.equal(large.result(), rows(0, 4 * CHUNK) * 2)
-    beside = next(i for i, part in enumerate(gate.passes) if 1000 in part)
-    assert beside == 2 - 1 or len(gate.passes[beside]) == CHUNK
+    beside = next(i for i, part in enumerate(gate.batches) if 1000 in part)
+    assert beside == 2 - 1 or len(gate.batches[beside]) == CHUNK
     assert beside <= 2
 
 
 def test_other_options_are_another_pass() -> None:
-    passes = Passes()
+    batcher = DynamicBatcher()
 
     def fail(_: torch.Tensor) -> torch.Tensor:
         raise RequestError("no such label", param="label")
 
-    assert torch.equal(passes.apply("good", lambda x: x + 1, rows(0, 3)), rows(1, 3))
+    assert torch.equal(batcher.apply("good", lambda x: x + 1, rows(0, 3)), rows(1, 3))
     for _ in range(2):
         with pytest.raises(RequestError, match="no such label"):
-            passes.apply("bad", fail, rows(0, CHUNK + 1))
-    assert torch.equal(passes.apply("good", lambda x: x + 1, rows(0, 3)), rows(1, 3))
-    assert not passes._waiting
+            batcher.apply("bad", fail, rows(0, CHUNK + 1))
+    assert torch.equal(batcher.apply("good", lambda x: x + 1, rows(0, 3)), rows(1, 3))
+    assert not batcher._waiting
 
 
 def test_a_row_that_fails_fails_its_own_request(monkeypatch: pytest.MonkeyPatch) -> None:
-    passes, gate = Passes(), Gate()
+    batcher, gate = DynamicBatcher(), Gate()
     computed: list[int] = []
 
     def odd_fail(part: torch.Tensor) -> torch.Tensor:
@@ -121,13 +122,13 @@ def test_a_row_that_fails_fails_its_own_request(monkeypatch: pytest.MonkeyPatch)
         return part * 2
 
     with ThreadPoolExecutor(8) as pool:
-        first = pool.submit(passes.apply, "gate", gate, rows(0, 1))
+        first = pool.submit(batcher.apply, "gate", gate, rows(0, 1))
         gate.entered.wait(10)
         parts = [torch.full((count, 1), float(value)) for value, count in ((2, 3), (5, 2), (4, CHUNK), (7, 20), (6, 1))]
         asked = []
         for part in parts:
-            asked.append(pool.submit(passes.apply, "k", odd_fail, part))
-            waiting(passes, len(asked))
+            asked.append(pool.submit(batcher.apply, "k", odd_fail, part))
+            waiting(batcher, len(asked))
         gate.open.set()
         first.result()
         for part, one in zip(parts, asked, strict=True):
@@ -137,7 +138,7 @@ def test_a_row_that_fails_fails_its_own_request(monkeypatch: pytest.MonkeyPatch)
             else:
                 assert torch.equal(one.result(10), part * 2)
     assert set(computed) == {CHUNK}  # also those that were tried alone
-    assert not passes._waiting
+    assert not batcher._waiting
 
 
 def test_an_answer_is_the_same_alone_and_in_company(model: ImageModel) -> None:
@@ -146,10 +147,10 @@ def test_an_answer_is_the_same_alone_and_in_company(model: ImageModel) -> None:
     requests += [DecodeRequest(latents=[[0.1 * i] * model.family.latent_dim]) for i in range(6)]
     if "encode" in model.family.verbs:
         requests += [EncodeRequest(images=[np.full((16, 16), i / 8).tolist()]) for i in range(6)]
-    alone = [images.answer(model, request) for request in requests]
+    alone = [answers.answer(model, request) for request in requests]
     with ThreadPoolExecutor(12) as pool:
         for _ in range(3):
-            assert list(pool.map(lambda request: images.answer(model, request), requests)) == alone
+            assert list(pool.map(lambda request: answers.answer(model, request), requests)) == alone
 
 
 def odd_requests(model: ImageModel) -> st.SearchStrategy[Any]:
@@ -160,7 +161,7 @@ def odd_requests(model: ImageModel) -> st.SearchStrategy[Any]:
         if name != "label"  # of classes that this model has not
     }
     seeds = st.sampled_from([0, 2**63 - 1]) | st.integers(0, 2**63 - 1)
-    number = st.sampled_from([0.0, -0.0, 5e-324, 1e-310, images.MAX_FLOAT32, -images.MAX_FLOAT32]) | st.floats(-9, 9)
+    number = st.sampled_from([0.0, -0.0, 5e-324, 1e-310, MAX_FLOAT32, -MAX_FLOAT32]) | st.floats(-9, 9)
     latent = st.lists(number, min_size=model.family.latent_dim, max_size=model.family.latent_dim)
     kinds: list[tuple[Any, dict[str, st.SearchStrategy[Any]]]] = [
         (GenerateRequest, {"n": st.integers(1, 20), "seed": seeds}),
@@ -184,12 +185,12 @@ def odd_requests(model: ImageModel) -> st.SearchStrategy[Any]:
 def test_no_request_changes_or_fails_another(model: ImageModel, data: st.DataObject) -> None:
     honest: list[Any] = [GenerateRequest(n=1 + i % 3, seed=i, output_format="npy") for i in range(6)]
     honest += [DecodeRequest(latents=[[0.1 * i] * model.family.latent_dim]) for i in range(3)]
-    alone = [images.answer(model, request) for request in honest]
+    alone = [answers.answer(model, request) for request in honest]
     odd = data.draw(st.lists(odd_requests(model), min_size=4, max_size=8))
 
     def answered(request: Any) -> Any:
         try:
-            return images.answer(model, request)
+            return answers.answer(model, request)
         except RequestError as error:
             return error.status
 
@@ -201,19 +202,19 @@ def test_no_request_changes_or_fails_another(model: ImageModel, data: st.DataObj
 
 def test_a_list_of_seeds_gives_the_picture_of_each(model: ImageModel) -> None:
     seeds = [5, 0, 5, 2**63 - 1]
-    found = images.answer(model, GenerateRequest(seed=seeds))
+    found = answers.answer(model, GenerateRequest(seed=seeds))
     assert found.seed == seeds
-    assert found.images == tuple(images.answer(model, GenerateRequest(seed=seed)).images[0] for seed in seeds)
-    assert images.answer(model, GenerateRequest(seed=seeds, n=4)) == found
+    assert found.images == tuple(answers.answer(model, GenerateRequest(seed=seed)).images[0] for seed in seeds)
+    assert answers.answer(model, GenerateRequest(seed=seeds, n=4)) == found
     with pytest.raises(RequestError, match="n: got 3, and 4 seeds"):
-        images.answer(model, GenerateRequest(seed=seeds, n=3))
+        answers.answer(model, GenerateRequest(seed=seeds, n=3))
 
 
 def test_npy_files_hold_what_the_picture_shows(model: ImageModel) -> None:
-    answer = images.answer(model, GenerateRequest(n=2, seed=1, output_format="npy"))
+    answer = answers.answer(model, GenerateRequest(n=2, seed=1, output_format="npy"))
     arrays = [np.load(io.BytesIO(file), allow_pickle=False) for file in answer.images]
     assert [(array.shape, array.dtype) for array in arrays] == [((1, 16, 16), np.dtype("float32"))] * 2
-    shown = [png_pixels(file) for file in images.answer(model, GenerateRequest(n=2, seed=1)).images]
+    shown = [png_pixels(file) for file in answers.answer(model, GenerateRequest(n=2, seed=1)).images]
     for array, pixels in zip(arrays, shown, strict=True):
         assert np.abs(array[0] * 255 - pixels).max() <= 0.51
     with pytest.raises(ValueError, match="a grid is a PNG"):
@@ -222,7 +223,7 @@ def test_npy_files_hold_what_the_picture_shows(model: ImageModel) -> None:
 
 def test_ways_between_two_points(model: ImageModel) -> None:
     def way(method: Any) -> ImageAnswer:
-        return images.answer(model, InterpolateRequest(start=1, end=2, steps=5, method=method))
+        return answers.answer(model, InterpolateRequest(start=1, end=2, steps=5, method=method))
 
     straight, round_, own = way("linear"), way("spherical"), way(None)
     assert straight.images[0] == round_.images[0]
@@ -233,10 +234,10 @@ def test_ways_between_two_points(model: ImageModel) -> None:
 def test_more_pixels_than_an_answer_holds_are_refused_before_they_are_made(
     model: ImageModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(images, "MAX_PIXELS", 16 * 16 * 4)
-    monkeypatch.setattr(model.passes, "apply", lambda *_: 1 / 0)
+    monkeypatch.setattr(answers, "MAX_PIXELS", 16 * 16 * 4)
+    monkeypatch.setattr(model.batcher, "apply", lambda *_: 1 / 0)
     with pytest.raises(RequestError, match=r"n: 5 images .* ask for at most 4"):
-        images.answer(model, GenerateRequest(n=5))
+        answers.answer(model, GenerateRequest(n=5))
 
 
 def png_pixels(file: bytes) -> np.ndarray:

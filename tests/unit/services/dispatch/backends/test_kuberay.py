@@ -203,7 +203,7 @@ def test_a_rayjob_is_made_once_though_the_answer_was_lost(api: KubeApi, tmp_path
         api.lost = True
         return created(self, job)
 
-    platform.backend.api.create = lose.__get__(platform.backend.api)  # type: ignore[method-assign]
+    platform.backend.api.create = lose.__get__(platform.backend.api)
     assert platform.until("a", "succeeded", name).attempt == 1
     assert len(platform.operator.started) == 1
 
