@@ -114,14 +114,14 @@ def test_pods_are_restricted(name: str) -> None:
             assert not [env for env in container.get("env", ()) if "secretKeyRef" in env.get("valueFrom", {})]
     autoscaler = cluster_of(only(manifests, "RayService")).get("autoscalerOptions")
     if autoscaler:
-        beside = head_of(only(manifests, "RayService"))["template"]["spec"]
-        whole = {**beside, "containers": [{"name": "autoscaler", "securityContext": autoscaler["securityContext"]}]}
+        pod_spec = head_of(only(manifests, "RayService"))["template"]["spec"]
+        whole = {**pod_spec, "containers": [{"name": "autoscaler", "securityContext": autoscaler["securityContext"]}]}
         assert not unrestricted(whole)
 
 
 LOOSE: dict[str, Callable[[Manifest], Any]] = {
     "root": lambda spec: spec["securityContext"].update(runAsUser=0),
-    "whoever the image says": lambda spec: spec["securityContext"].pop("runAsNonRoot"),
+    "any user of the image": lambda spec: spec["securityContext"].pop("runAsNonRoot"),
     "any system call": lambda spec: spec["securityContext"].pop("seccompProfile"),
     "sudo": lambda spec: spec["containers"][0]["securityContext"].pop("allowPrivilegeEscalation"),
     "a capability": lambda spec: spec["containers"][0]["securityContext"]["capabilities"].update(add=["NET_RAW"]),

@@ -1,4 +1,4 @@
-"""A Kubernetes API server with RayJobs and pods over real HTTP, and beside it a KubeRay and a Kueue, as far as needed.
+"""Fake a Kubernetes API server with RayJobs and pods over real HTTP, and KubeRay and Kueue, as far as tests need them.
 
 It holds what is created against the schema of the RayJob CRD (KubeRay 1.7.0), and does what an API server does with
 names, labels, the status subresource, finalizers, foreground deletion, pages of a list, tokens and roles. The operator
@@ -171,18 +171,18 @@ class KubeApi:
     def _list(self, objects: dict[str, Object], query: dict[str, str]) -> Object:
         wanted = dict(each.split("=", 1) for each in query.get("labelSelector", "").split(",") if each)
         phases = re.findall(r"status\.phase!=(\w+)", query.get("fieldSelector", ""))
-        found = [
+        result = [
             each
             for _, each in sorted(objects.items())
             if wanted.items() <= each["metadata"].get("labels", {}).items()
             and each.get("status", {}).get("phase") not in (phases or ["none"])
         ]
-        begin, limit = int(query.get("continue") or 0), int(query.get("limit") or len(found) or 1)
+        begin, limit = int(query.get("continue") or 0), int(query.get("limit") or len(result) or 1)
         if begin and self.expired:
             raise Refused(410, "Expired", "the provided continue parameter is too old")
-        more = str(begin + limit) if begin + limit < len(found) else ""
+        more = str(begin + limit) if begin + limit < len(result) else ""
         meta = {"resourceVersion": str(self.version), "continue": more}
-        return {"kind": "List", "apiVersion": "v1", "metadata": meta, "items": found[begin : begin + limit]}
+        return {"kind": "List", "apiVersion": "v1", "metadata": meta, "items": result[begin : begin + limit]}
 
     # What a controller does
 
@@ -334,8 +334,8 @@ class Operator:
         if code == 0:
             self.api.status(name, jobDeploymentStatus="Complete", jobStatus="SUCCEEDED")
         else:
-            said = f"Job entrypoint command failed with exit code {code}, last available logs:\nTraceback ..."
-            self.api.status(name, jobDeploymentStatus="Failed", jobStatus="FAILED", reason="AppFailed", message=said)
+            message = f"Job entrypoint command failed with exit code {code}, last available logs:\nTraceback ..."
+            self.api.status(name, jobDeploymentStatus="Failed", jobStatus="FAILED", reason="AppFailed", message=message)
         self._stop(name)
 
     def _stop(self, name: str) -> None:

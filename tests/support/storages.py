@@ -36,8 +36,8 @@ class MemoryStorage(Storage):
 
     def put(self, key: str, data: bytes, *, if_absent: bool = False, if_match: str | None = None) -> str:
         with self.lock:
-            found = _etag(self.objects[key]) if key in self.objects else None
-            if (if_absent and found) or if_match not in (None, found):
+            result = _etag(self.objects[key]) if key in self.objects else None
+            if (if_absent and result) or if_match not in (None, result):
                 raise Conflict(key)
             self.objects[key] = data
         return _etag(data)
@@ -68,7 +68,7 @@ class MemoryStorage(Storage):
 
 
 class Wrapped(MemoryStorage):
-    """Passes everything on to another storage, past `before` and `after`, which tests override."""
+    """Forward everything to another storage, and call `before` and `after`, which tests override."""
 
     def __init__(self, inner: Storage | None = None) -> None:
         self.inner: Storage = inner or MemoryStorage()

@@ -1,4 +1,4 @@
-"""One damaged object is in no other's way: every kind of stored object, damaged in every way, beside sound ones.
+"""Test that a damaged object does not affect others: every kind of object, damaged in every way, next to sound ones.
 
 What the others get is compared with what they got before. The damaged object itself gives one clear error, or is shown
 as damaged, is counted, and stands in `genmodels doctor`.
@@ -60,9 +60,9 @@ class World:
             (data / f"{name}.txt").write_text(f"the text of {name}\n" * 400)
             uploads.add(storage, f"{name}-text", data / f"{name}.txt")
         (evaluation,) = storage.list("models/bad/evaluations/")
-        sweeper = Registry(storage).gc_lease("bad")
-        sweeper.try_acquire()
-        sweeper.release()
+        lease = Registry(storage).gc_lease("bad")
+        lease.try_acquire()
+        lease.release()
         jobs = {}
         for name in ("bad", "good"):
             ended = service.submit("m", name=f"{name}-ended")
@@ -253,12 +253,12 @@ def test_reading_raises_one_kind_of_error(template: tuple[Path, dict[str, str], 
     for kind in {*DOCUMENTS_BY_NAME.values()} - {StoredSpec, Manifest}:
         key = names[kind.__name__]
         world.storage.put(key, {**SURE, **MAYBE}[how](world.storage.get(key)[0]))
-        said = error_of(partial(load_document, world.storage, key, kind))
-        assert said or how in MAYBE, kind
-        if said:
-            assert said.startswith(f"{key}: damaged (")
-            assert kind.remedy in said
-            assert len(said) < 700
+        message = error_of(partial(load_document, world.storage, key, kind))
+        assert message or how in MAYBE, kind
+        if message:
+            assert message.startswith(f"{key}: damaged (")
+            assert kind.remedy in message
+            assert len(message) < 700
 
 
 def error_of(work: Callable[[], object]) -> str:
@@ -355,7 +355,7 @@ def test_a_live_holder_writes_a_damaged_lease_anew_and_keeps_it(file_storage: St
     mine, other = Lease(file_storage, 60.0), Lease(file_storage, 60.0)
     assert mine.try_acquire() == 1
     file_storage.put("dispatcher/lease.json", b"")
-    assert other.try_acquire() is None, "it may be held by somebody"
+    assert other.try_acquire() is None, "another process may hold it"
     mine.renew()
     assert mine.held()
     assert other.try_acquire() is None
@@ -423,9 +423,9 @@ def test_files_of_other_programs_are_passed_over(
         for stray in STRAYS:
             world.storage.put(f"{folder}/{stray}", b"not ours")
     assert world.others(names) == expected
-    found = take_inventory(world.storage)
-    assert not found.damages
-    assert {stray for stray in STRAYS if any(key.endswith(stray) for key in found.strays)} == set(STRAYS)
+    result = take_inventory(world.storage)
+    assert not result.damages
+    assert {stray for stray in STRAYS if any(key.endswith(stray) for key in result.strays)} == set(STRAYS)
     assert set(entries(ModelHost(world.storage.url))) == {"bad", "good"}
     dispatcher = Dispatcher(world.storage, Cluster(world.storage))
     for _ in range(40):
@@ -435,7 +435,7 @@ def test_files_of_other_programs_are_passed_over(
     assert Registry(world.storage).resolve("bad").version == 2
 
 
-# ---- what is written beside or over the damaged
+# ---- objects that are written next to damaged ones or over them
 
 
 def test_a_damaged_version_keeps_its_number_and_its_files(template: tuple[Path, Any, Any], world: World) -> None:

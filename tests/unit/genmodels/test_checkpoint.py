@@ -94,11 +94,11 @@ def test_after_every_operation_recovery_finds_the_newest_whole_checkpoint(record
             )
         deleted += data is None
         (tmp_path / f"{i}").mkdir()
-        found = attempt._newest_whole(run, tmp_path / f"{i}")
-        assert (found.checkpoint if found else None) == committed, f"after operation {i}, {key}"
-        if found:
-            assert found.manifest.step == found.checkpoint.step
-            assert checkpoint.describe_files(found.folder) == found.manifest.files
+        result = attempt._newest_whole(run, tmp_path / f"{i}")
+        assert (result.checkpoint if result else None) == committed, f"after operation {i}, {key}"
+        if result:
+            assert result.manifest.step == result.checkpoint.step
+            assert checkpoint.describe_files(result.folder) == result.manifest.files
     assert committed == CheckpointRef(attempt=2, step=6)
     assert deleted >= 10, "the log has no clean-up in it"
 
@@ -215,9 +215,9 @@ def test_recovery_passes_over_damage_to_the_checkpoint_before(recorded: Recorded
     refs = run.checkpoints()
     assert len(refs) >= 2
     storage.objects[f"{recorded.prefix}/{WEIGHTS}"] = b"spoiled"
-    found = attempt._newest_whole(run, tmp_path)
-    assert found is not None
-    assert found.checkpoint == refs[-2]
+    result = attempt._newest_whole(run, tmp_path)
+    assert result is not None
+    assert result.checkpoint == refs[-2]
     for ref in refs[:-1]:
         storage.delete(f"{run.checkpoint_prefix(ref)}/{WEIGHTS}")
     (tmp_path / "again").mkdir()
@@ -301,9 +301,9 @@ def test_a_checkpoint_answers_as_the_weights_it_holds(recorded: Recorded, tmp_pa
     folder = fetched(recorded, tmp_path)
     family = checkpoint.load_family(folder)
     stored = checkpoint.load_tensors(folder / WEIGHTS)
-    found = family.network.state_dict()
-    assert found.keys() == stored.keys()
-    assert all(torch.equal(found[name], tensor) for name, tensor in stored.items())
+    result = family.network.state_dict()
+    assert result.keys() == stored.keys()
+    assert all(torch.equal(result[name], tensor) for name, tensor in stored.items())
     assert family.assets() == checkpoint.read_assets(folder)
     assert not family.network.training
     assert not any(parameter.requires_grad for parameter in family.network.parameters())
@@ -323,12 +323,12 @@ def test_settings_that_a_newer_release_added_are_passed_over(recorded: Recorded,
     expected = checkpoint.load_family(folder).probe()
     document = json.loads((folder / CONFIG).read_text())
     change(folder, config=document["config"] | {"sparkle": 2}, data=document["data"] | {"depth": 16}, release="9")
-    found = checkpoint.load_family(folder).probe()
-    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    result = checkpoint.load_family(folder).probe()
+    assert all(torch.equal(result[name], tensor) for name, tensor in expected.items())
 
 
 @pytest.mark.parametrize(
-    ("values", "said"),
+    ("values", "message"),
     [
         ({"config": {"latent_dim": 5}}, r"model\.safetensors: \S+ is 8 x \d+, but config\.json says 10 x \d+, and"),
         ({"config": {"latent_dim": 4, "blocks": 2}}, r"model\.safetensors: \S+ is missing, but config\.json says"),
@@ -348,10 +348,10 @@ def test_settings_that_a_newer_release_added_are_passed_over(recorded: Recorded,
         ({"data": {"kind": "sound"}}, r"config\.json: .*sound"),
     ],
 )
-def test_what_does_not_fit_is_said(recorded: Recorded, tmp_path: Path, values: dict[str, Any], said: str) -> None:
+def test_what_does_not_fit_is_said(recorded: Recorded, tmp_path: Path, values: dict[str, Any], message: str) -> None:
     folder = fetched(recorded, tmp_path)
     change(folder, **values)
-    with pytest.raises(CheckpointError, match=said) as caught:
+    with pytest.raises(CheckpointError, match=message) as caught:
         checkpoint.load_family(folder)
     assert "\n" not in str(caught.value)
 

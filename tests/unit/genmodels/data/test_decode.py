@@ -93,12 +93,12 @@ def test_every_mode_in_every_format_is_scaled_right_or_refused(format: str, mode
         with pytest.raises(DataError, match="whole numbers of 32 bits, whose value for white is unknown"):
             decoded(content)
         return
-    found = decoded(content)
+    result = decoded(content)
     if mode in DEEP_MODES and not kept.startswith(("I", "F")):
         return
     expected = (ramp() >= 128) * 255 if mode == "1" else ramp()
     tolerance = 12 if format == "JPEG" or mode in ("LAB", "YCbCr", "CMYK", "PA", "P") else 2
-    assert abs(found - expected).max() <= tolerance, (kept, found[0])
+    assert abs(result - expected).max() <= tolerance, (kept, result[0])
 
 
 @pytest.mark.parametrize(("format", "mode", "content"), [case for case in WRITTEN if case.values[0] in REQUEST_FORMATS])
@@ -247,8 +247,8 @@ def test_orientation_is_honoured_in_training_and_in_requests(tmp_path: Path, for
         assert abs(np.asarray(decode.decode(image)).astype(int) - upright).max() < 40
     if format in REQUEST_FORMATS:
         info = ImageInfo(channels=3, height=upright.shape[0], width=upright.shape[1])
-        found = decode_image(out.getvalue(), info)
-        assert abs(found * 255 - upright.transpose(2, 0, 1)).max() < 40
+        result = decode_image(out.getvalue(), info)
+        assert abs(result * 255 - upright.transpose(2, 0, 1)).max() < 40
         other = info.model_copy(update={"height": info.width, "width": info.height})
         with pytest.raises(RequestError, match=rf"image is {info.width} x {info.height}, this model takes"):
             decode_image(out.getvalue(), other)

@@ -68,7 +68,7 @@ def test_where_it_cannot_be_told_none_is_invented(tmp_path: Path, encoding: str)
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "report"),
     [
         (gzip.compress(LATIN.encode(), mtime=0), "is packed with gzip; unpack it first: gunzip --keep '"),
         (bz2.compress(LATIN.encode()), "is packed with bzip2; unpack it first: bunzip2 --keep '"),
@@ -83,8 +83,8 @@ def test_where_it_cannot_be_told_none_is_invented(tmp_path: Path, encoding: str)
         (b"\0", "is not a text file: it has NUL bytes"),
     ],
 )
-def test_other_files_are_told_for_what_they_are(tmp_path: Path, content: bytes, told: str) -> None:
-    assert told in refusal(tmp_path / "a book.txt", content)
+def test_other_files_are_told_for_what_they_are(tmp_path: Path, content: bytes, report: str) -> None:
+    assert report in refusal(tmp_path / "a book.txt", content)
 
 
 @pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])

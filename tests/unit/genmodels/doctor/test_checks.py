@@ -38,7 +38,7 @@ def alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         monkeypatch.delenv(name, raising=False)
 
 
-def told(url: str) -> dict[str, Check]:
+def report(url: str) -> dict[str, Check]:
     return {check.name: check for check in examine(url)}
 
 
@@ -50,7 +50,7 @@ def run(*arguments: str) -> tuple[int, str]:
 
 def test_a_sound_storage_is_ok(storage: Storage) -> None:
     Keys(storage).create("alice", ("submit",))
-    checks = told(storage.url)
+    checks = report(storage.url)
     assert {checks[name].state for name in ("storage", "stored objects", "clock", "scratch")} == {"ok"}
     assert checks["stored objects"].text == "1 documents, none damaged"
     assert not checks["storage"].remedy
@@ -71,7 +71,7 @@ def test_damaged_and_stray_objects_are_named_with_what_to_do(file_storage: Stora
     code, output = run("--storage", file_storage.url, "--json")
     checks = json.loads(output)
     assert code == 1
-    assert {"name", "state", "found", "remedy"} == set(checks[0])
+    assert {"name", "state", "text", "remedy"} == set(checks[0])
     assert all(check["remedy"] for check in checks if check["state"] != "ok")
 
 
@@ -105,7 +105,7 @@ def test_a_file_in_place_of_the_folder_is_named(where: str, tmp_path: Path) -> N
 
 def test_another_format_is_told_of_a_bucket_too(s3_storage: Storage) -> None:
     s3_storage.put(MARKER, b'{"id": "x", "format": 1}')
-    assert "is written in format 1" in told(s3_storage.url)["storage"].text
+    assert "is written in format 1" in report(s3_storage.url)["storage"].text
 
 
 @pytest.mark.parametrize("url", ["nonsense", "s3://nowhere-0000/x", "file:///proc/1/no/such", "file:///dev/null/x"])
@@ -131,7 +131,7 @@ def test_nothing_that_goes_wrong_within_a_check_ends_it(file_storage: Storage, m
     for name in ("_versions", "_disks", "_secrets", "_clock"):
         monkeypatch.setattr(doctor, name, broken)
     monkeypatch.setattr(doctor, "take_inventory", away)
-    checks = told(file_storage.url)
+    checks = report(file_storage.url)
     assert checks["stored objects"].text == "the store went away"
     assert {checks[name].state for name in ("versions", "disk", "secrets", "clock")} == {"problem"}
     assert checks["storage"].state == "ok"
@@ -145,7 +145,7 @@ def test_conditional_puts_are_asked_of_the_store(file_storage: Storage, monkeypa
         raise StorageError(f"puts over what is there; {CONDITIONS_NEEDED}")
 
     monkeypatch.setattr(module, "probe_conditional_puts", ignored, raising=False)
-    check = told(file_storage.url)["conditional puts"]
+    check = report(file_storage.url)["conditional puts"]
     assert (check.state, check.text) == ("problem", f"puts over what is there; {CONDITIONS_NEEDED}")
     assert "If-None-Match" in check.remedy
 
@@ -159,7 +159,7 @@ def test_clocks_that_differ(file_storage: Storage, monkeypatch: pytest.MonkeyPat
         time = staticmethod(lambda: real() + skew)
 
     monkeypatch.setattr(doctor, "time", Clock)
-    check = told(file_storage.url)["clock"]
+    check = report(file_storage.url)["clock"]
     assert check.state == state
     if skew:
         assert ("ahead" if skew > 0 else "behind") in check.text
@@ -242,6 +242,6 @@ def test_an_inventory_knows_every_object_that_a_service_leaves(file_storage: Sto
     service = Service(file_storage)
     job = service.submit("m")
     service.move(job, "m", "failed")
-    found = inventory.take_inventory(open_storage(file_storage.url))
-    assert (found.damages, found.strays) == ([], [])
-    assert found.documents >= 4
+    result = inventory.take_inventory(open_storage(file_storage.url))
+    assert (result.damages, result.strays) == ([], [])
+    assert result.documents >= 4

@@ -95,8 +95,8 @@ def test_the_same_file_is_the_same_job_and_is_chosen_only_once(folder: Path) -> 
 
 
 def test_a_batch_that_was_given_and_is_too_large_is_an_error(folder: Path) -> None:
-    (said,) = problems(job(folder, photos(train={"batch_size": 64})))
-    assert said == (
+    (message,) = problems(job(folder, photos(train={"batch_size": 64})))
+    assert message == (
         "models[0].train.batch_size: got 64, expected at most the number of training examples, 53; "
         "write 53 or less, or leave it out"
     )
@@ -121,11 +121,11 @@ def test_whatever_is_chosen_trains_and_whatever_is_named_is_taken(
         except SpecError:  # it does not divide
             return None
 
-    found = entry(given_size)
-    if found is None:
+    result = entry(given_size)
+    if result is None:
         return
     try:
-        chosen, _ = check._fit_batch(found, examples)
+        chosen, _ = check._fit_batch(result, examples)
     except SpecError as error:
         named = str(error).partition("expected at most")[2].partition("; write ")[2].partition(" ")[0]
         largest = int(named or 0)  # 0: too few to share among the workers
@@ -139,7 +139,7 @@ def test_whatever_is_chosen_trains_and_whatever_is_named_is_taken(
     size = chosen.train.batch_size
     assert size <= examples
     assert entry(size)  # by the rules of the spec
-    assert size == found.train.batch_size or given_size is None
+    assert size == result.train.batch_size or given_size is None
 
 
 @pytest.mark.parametrize("length", [32, 33, 47, 100, 1000])
@@ -162,15 +162,15 @@ def test_all_that_is_wrong_is_told_at_once(folder: Path) -> None:
         photos("d", scaling={"num_workers": 8}, train={"batch_size": 8}),
         photos("e"),
     )
-    said = problems(wrong)
-    assert [line.partition(": ")[0] for line in said] == [
+    message = problems(wrong)
+    assert [line.partition(": ")[0] for line in message] == [
         "models[0].data.path",
         "models[1].model.block_size",
         "models[2].data",
         "models[3].scaling.num_workers",
     ]
-    assert "vae learns from images, but this dataset has texts" in said[2]
-    assert "8 workers need at least 8 validation examples, but there are only 5" in said[3]
+    assert "vae learns from images, but this dataset has texts" in message[2]
+    assert "8 workers need at least 8 validation examples, but there are only 5" in message[3]
     assert check_job(wrong, MemoryStorage(), only=["e"]).job.models[4].train.batch_size == 32
 
 
@@ -208,8 +208,8 @@ def test_what_is_known_of_stored_data_is_true(tmp_path: Path, classes: int) -> N
         Image.fromarray(np.random.default_rng(number).integers(0, 256, (8, 8), np.uint8)).save(path)
     dataset, _ = uploads.add(storage, "photos", tmp_path / "photos", 8)
     config = DataConfig.model_validate({"dataset": "photos", "sha256": dataset.sha256}, context={"stored": True})
-    told, opened = (facts_of(config, storage, open_all=open_all) for open_all in (False, True))
-    assert (told.info, told.training, told.validation) == (opened.info, opened.training, opened.validation)
+    report, opened = (facts_of(config, storage, open_all=open_all) for open_all in (False, True))
+    assert (report.info, report.training, report.validation) == (opened.info, opened.training, opened.validation)
     before = dataset.model_dump(mode="json", exclude={"validation", "digest"})
     storage.objects[f"datasets/photos/{dataset.sha256}/dataset.json"] = (
         uploads.StoredDataset.model_validate(before).model_dump_json().encode()
@@ -325,9 +325,9 @@ def test_few_validation_examples_have_few_digits(examples: int | None, shown: st
 
 
 @pytest.mark.parametrize(
-    ("examples", "shown", "said"), [(500, "12.3 dB", False), (5, "12 dB", True), (None, "12.35 dB", False)]
+    ("examples", "shown", "message"), [(500, "12.3 dB", False), (5, "12 dB", True), (None, "12.35 dB", False)]
 )
-def test_an_evaluation_on_few_examples_says_so(examples: int | None, shown: str, said: bool) -> None:
+def test_an_evaluation_on_few_examples_says_so(examples: int | None, shown: str, message: bool) -> None:
     notes: Any = {} if examples is None else {"validation_examples": examples}
     created = "2026-01-01T00:00:00+00:00"
     facts = {"model": "m", "version": 1, "id": "x", "created": created, "code_version": "0", "data_digest": "d"}
@@ -335,4 +335,4 @@ def test_an_evaluation_on_few_examples_says_so(examples: int | None, shown: str,
     evaluation = Evaluation(**facts, thorough=False, seconds=1, metrics=metrics, notes=notes)
     table = evaluation_table(evaluation)
     assert next(iter(table.columns[1].cells)) == shown
-    assert ("figures are of 5 validation examples: more digits mean nothing" in str(table.caption)) == said
+    assert ("figures are of 5 validation examples: more digits mean nothing" in str(table.caption)) == message

@@ -82,15 +82,15 @@ def test_a_version_holds_what_is_served(
     storage: Storage, folder: Path, family: Family[Any, Any], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     version = publish(storage, folder)
-    found = Registry(storage).version("model", 1)
-    assert found.model_dump(exclude={"metrics"}) == version.model_dump(exclude={"metrics"})
-    assert (found.name, found.family, found.job, found.gate) == ("model@1", "minigpt", "job-00000000", PASSED)
-    assert found.metrics["val_loss"] == 1.5
-    assert math.isnan(found.metrics["odd"])
-    assert set(found.files) == {"model.safetensors", "config.json", "assets/tokenizer.json", "probe.safetensors"}
+    result = Registry(storage).version("model", 1)
+    assert result.model_dump(exclude={"metrics"}) == version.model_dump(exclude={"metrics"})
+    assert (result.name, result.family, result.job, result.gate) == ("model@1", "minigpt", "job-00000000", PASSED)
+    assert result.metrics["val_loss"] == 1.5
+    assert math.isnan(result.metrics["odd"])
+    assert set(result.files) == {"model.safetensors", "config.json", "assets/tokenizer.json", "probe.safetensors"}
     fetched = tmp_path_factory.mktemp("fetched")
-    Registry(storage).fetch(found, fetched)
-    assert checkpoint.describe_files(fetched) == found.files
+    Registry(storage).fetch(result, fetched)
+    assert checkpoint.describe_files(fetched) == result.files
     loaded = checkpoint.load_family(fetched)
     verify_probe(loaded, fetched)
     assert all(torch.equal(loaded.probe()[name], tensor) for name, tensor in family.probe().items())
@@ -109,8 +109,8 @@ def test_the_same_run_and_step_are_one_version(storage: Storage, folder: Path) -
 def test_eight_publishers_get_eight_numbers(storage: Storage, folder: Path) -> None:
     numbers = [version.version for version in in_threads(8, lambda i: publish(storage, folder, job=f"job-{i}"))]
     assert sorted(numbers) == list(range(1, 9))
-    found = [Registry(storage).version("model", number).job for number in numbers]
-    assert found == [f"job-{i}" for i in range(8)]
+    result = [Registry(storage).version("model", number).job for number in numbers]
+    assert result == [f"job-{i}" for i in range(8)]
 
 
 def test_eight_publishers_of_one_checkpoint_get_one_number(storage: Storage, folder: Path) -> None:
@@ -287,7 +287,7 @@ def test_what_names_mean() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "said"),
+    ("name", "message"),
     [
         ("other", "no model 'other'; `genmodels models` or GET /v1/models lists all models"),
         ("other@3", "no model 'other'; `genmodels models` or GET /v1/models lists all models"),
@@ -308,14 +308,14 @@ def test_what_names_mean() -> None:
         ("model@\u0663", "'model@\u0663': write an alias, a version number, or `latest` after @"),
     ],
 )
-def test_names_that_mean_nothing_say_what_there_is(name: str, said: str) -> None:
+def test_names_that_mean_nothing_say_what_there_is(name: str, message: str) -> None:
     storage = MemoryStorage()
     fill(storage, 2)
     fill(storage, 1, "second")
     Registry(storage).promote("model", "production", 1, "")
     with pytest.raises(ModelNotFound) as caught:
         Registry(storage).resolve(name)
-    assert str(caught.value) == said
+    assert str(caught.value) == message
     assert (caught.value.status, caught.value.param, caught.value.code) == (404, "model", "model_not_found")
 
 
@@ -369,8 +369,8 @@ def test_judging(gate: dict[str, float], value: float | None, passed: bool, reas
 def test_the_best_checkpoint(gate: dict[str, float] | None, values: list[float | None], expected: int) -> None:
     metrics = [{} if value is None else {"x": value} for value in values]
     candidates = [(CheckpointRef(attempt=1, step=i), manifest_of(each, i)) for i, each in enumerate(metrics)]
-    found = best(Gate(metric="x", **gate) if gate else None, candidates)
-    assert found is candidates[expected]
+    result = best(Gate(metric="x", **gate) if gate else None, candidates)
+    assert result is candidates[expected]
 
 
 # ---- the probe

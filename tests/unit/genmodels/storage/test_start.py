@@ -61,8 +61,8 @@ def test_a_store_that_honours_them_is_probed_by_many_at_once_and_nothing_is_left
     assert storage.folders("") == []
     inner: Any = storage
     if storage.url.startswith("s3:"):
-        found = inner._storage._client.list_objects_v2(Bucket=inner._storage._bucket, Prefix=inner._storage._prefix)
-        names = [item["Key"].removeprefix(inner._storage._prefix) for item in found["Contents"]]
+        result = inner._storage._client.list_objects_v2(Bucket=inner._storage._bucket, Prefix=inner._storage._prefix)
+        names = [item["Key"].removeprefix(inner._storage._prefix) for item in result["Contents"]]
     else:
         names = [f".storage/{file.name}" for file in (inner._storage._root / ".storage").iterdir()] + ["k"]
         names.remove(".storage/lock")
