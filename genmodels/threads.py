@@ -60,7 +60,7 @@ class Rounds:
         return f"the thread {self._thread!r} has made no progress for {age:.0f} s{why}"
 
     def stuck(self) -> bool:
-        """Return whether the thread hangs or has ended, so that only a new process helps; failing rounds do not count."""
+        """Return whether the thread hangs or has ended, so only a new process helps; failing rounds do not count."""
         return time.monotonic() - self._ended >= STALLED_SECONDS
 
     def _report(self, error: Exception) -> None:
