@@ -164,8 +164,8 @@ REFUSED = {
     "10 bits in 16": (tiff(16, ramp(1023)), "uses 12 or fewer"),
     "12 bits in 16, RGB": (tiff(16, ramp(4095)[..., None].repeat(3, 2), photometric=2), "uses 12 or fewer"),
     "32 bits": (tiff(32, ramp(255)), "whole numbers of 32 bits, whose value for white is unknown"),
-    "floats to 255": (tiff(32, ramp(255), kind=3), "must be from 0 to 1, from 0 to 255; scale them"),
-    "negative floats": (tiff(32, ramp(1) - 0.5, kind=3), "must be from 0 to 1, from -0.5 to 0.5"),
+    "floats to 255": (tiff(32, ramp(255), kind=3), "must be from 0 to 1, got 0 to 255; scale them"),
+    "negative floats": (tiff(32, ramp(1) - 0.5, kind=3), "must be from 0 to 1, got -0.5 to 0.5"),
     "not a number": (tiff(32, ramp(1) + np.nan, kind=3), "must be from 0 to 1, some are not finite"),
     "infinite": (tiff(32, np.where(ramp(1), np.inf, 0), kind=3), "must be from 0 to 1, some are not finite"),
 }

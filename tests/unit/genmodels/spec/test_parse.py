@@ -254,7 +254,7 @@ def test_1e_4_is_a_number_of_the_spec() -> None:
         (b"a:\n\tb: 1", "use spaces instead of tabs"),
         (b"\ta: 1", "use spaces instead of tabs"),
         (b"a:\n  b: 1\n\tc: 1", "job.yaml:3: not valid YAML"),
-        (b"a:\n-\tb: 1", "job.yaml:2: not valid YAML: mapping values are not allowed here; write spaces"),
+        (b"a:\n-\tb: 1", "job.yaml:2: not valid YAML: mapping values are not allowed here; use spaces"),
         (b"a: b\tc", "use spaces instead of tabs"),
         (b"\t" * 60_000 + b"a: 1", "use spaces instead of tabs"),
         (b"a: b: c", "job.yaml:1: not valid YAML"),
