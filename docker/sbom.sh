@@ -1,6 +1,6 @@
 #!/bin/sh
-# make sbom: what the image's Python environment consists of, as CycloneDX in sbom.json. The tool is installed into a
-# container that is gone afterwards, never into the image.
+# make sbom: list the contents of the image's Python environment, as CycloneDX, in sbom.json. The tool is installed into a
+# container that is removed afterwards, never into the image.
 set -eu
 image=$1
 docker run --rm --user 0 --entrypoint sh "$image" -ec '

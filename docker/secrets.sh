@@ -1,6 +1,6 @@
 #!/bin/sh
-# make secrets [FOLDER]: what is not there yet is made, nothing is ever overwritten. The folder is this user's alone; its
-# files are readable, because containers see each one, and run under users of their own.
+# make secrets [FOLDER]: create the secrets that do not exist yet; never overwrite one. Only this user can open the folder;
+# its files are readable by all, because containers mount single files and run as other users.
 set -eu
 cd "$(dirname "$0")/.."
 folder=${1:-.secrets}
@@ -16,7 +16,7 @@ keep() {
 random 32 | keep ray_token
 random 16 | keep grafana_password
 printf 'gm_%s_%s\n' "$(random 4)" "$(url_safe 32)" | keep api_key
-# The store and its clients have to agree, so both files are made together.
+# The store and its clients must have the same key, so both files are created together.
 if ! { [ -s "$folder/s3_credentials" ] && [ -s "$folder/s3.json" ]; }; then
     rm -f "$folder/s3_credentials" "$folder/s3.json"
     access=$(random 10) secret=$(random 32)

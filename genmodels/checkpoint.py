@@ -52,7 +52,7 @@ CONFIG = "config.json"
 
 class File(Document):
     size: int = Field(ge=0)
-    sha256: str
+    sha256: str = Field(pattern="^[0-9a-f]{64}$")
 
 
 class CheckpointRef(Document):

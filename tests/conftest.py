@@ -14,11 +14,11 @@ from tests.support.s3_server import S3Server
 
 __all__ = ["metrics_folder", "ray_cluster"]
 
-# What a shell starts in the background ignores Ctrl-C, and so would all that the tests start and interrupt.
+# A background process of a shell ignores Ctrl-C, and so would every process that the tests start and interrupt.
 signal.signal(signal.SIGINT, signal.default_int_handler)
 
-# Minutes long, so they begin first: the two lanes of `make test` then end together. The short one between them goes to
-# the first lane, which is dealt the files 1 and 3.
+# These take minutes, so they run first: the two workers of `make test` then end together. The short file between them
+# goes to the first worker, which gets the files 1 and 3.
 LONG_FILES = ("ray/test_faults.py", "ray/test_quick_run.py", "http/test_access.py", "ray/test_up.py")
 
 

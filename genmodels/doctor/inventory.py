@@ -34,7 +34,7 @@ _ATTEMPT = rf"runs/{JOB_ID}/{_LABEL}/attempt-(?P<attempt>\d+)"
 # A named group of a pattern is a field of the document, which must have the same value.
 DOCUMENTS: tuple[tuple[str, type[Document]], ...] = (
     (r"keys/(?P<id>[0-9a-f]{8})\.json", Key),
-    (rf"jobs/{_JOB}/spec\.yaml", StoredSpec),
+    (rf"jobs/{_JOB}/spec\.json", StoredSpec),
     (rf"jobs/{JOB_ID}/index\.json", Index),
     (rf"open/{_JOB}", Entry),
     (rf"ended/\d{{13}}-{_JOB}", EndedEntry),

@@ -6,9 +6,38 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import Any
 
-from genmodels.engine.requests import Request, check_verb, parse_options
+from genmodels.engine.requests import Request, parse_options
+from genmodels.errors import ModelNotFound
 from genmodels.family import Family
 from genmodels.metrics import Labels, version_labels
+from genmodels.schema.base import Section
+
+
+@dataclass(frozen=True)
+class Contract:
+    """What a client may request from a model: the verbs, and the options of its family."""
+
+    name: str  # exact, e.g. `shapes@3`
+    family: str
+    verbs: frozenset[str]
+    options: type[Section]  # of requests, as the family declares them
+
+    def parse_options(self, verb: str, request: Request) -> Any:
+        """Parse the family's options of a request.
+
+        Raises:
+            ModelNotFound: the model does not support the verb; the message lists the verbs that it supports.
+            RequestError: an option is unknown or wrong.
+        """
+        self.check_verb(verb)
+        return parse_options(self.options, request)
+
+    def check_verb(self, verb: str) -> None:
+        """Raise ModelNotFound if the model does not support the verb; the message lists the verbs that it supports."""
+        if verb not in self.verbs:
+            supported = ", ".join(sorted(self.verbs))
+            message = f"{self.name} ({self.family}) has no {verb!r}; it answers: {supported}"
+            raise ModelNotFound(message, code="verb_not_supported")
 
 
 @dataclass(frozen=True)
@@ -18,19 +47,9 @@ class LoadedModel(ABC):
     name: str
     family: Family[Any, Any]
 
-    def options(self, verb: str, request: Request) -> Any:
-        """Parse the family's options of a request.
-
-        Raises:
-            ModelNotFound: the model does not support the verb; the message lists the verbs that it supports.
-            RequestError: an option is unknown or wrong.
-        """
-        self.check_verb(verb)
-        return parse_options(self.family.Request, request)
-
-    def check_verb(self, verb: str) -> None:
-        """Raise ModelNotFound if the model does not support the verb; the message lists the verbs that it supports."""
-        check_verb(self.name, self.family.family_name(), self.family.verbs, verb)
+    @property
+    def contract(self) -> Contract:
+        return Contract(self.name, self.family.family_name(), self.family.verbs, self.family.Request)
 
     @property
     def labels(self) -> Labels:

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, ClassVar, TypeAlias, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, GetCoreSchemaHandler, TypeAdapter, ValidationError, model_validator
 from pydantic_core import CoreSchema, core_schema
 
-from genmodels.errors import ModelNotFound, RequestError
+from genmodels.errors import RequestError
 from genmodels.schema.base import Section
 from genmodels.schema.field_errors import FieldError, field_errors, format_errors, nearest, path_of
 
@@ -63,6 +63,8 @@ class Request(Body):
 
     model_config = ConfigDict(extra="allow")
 
+    verb: ClassVar[str]  # that a model must support to answer it
+
     # Fields of OpenAI's API that have no effect here: name -> the accepted values, which request nothing; (): any.
     neutral: ClassVar[Mapping[str, tuple[Any, ...]]] = {}
 
@@ -87,13 +89,6 @@ class Request(Body):
     def options(self) -> dict[str, Any]:
         """Return the options of the family."""
         return dict(self.model_extra or {})
-
-
-def check_verb(model: str, family: str, verbs: Collection[str], verb: str) -> None:
-    """Raise ModelNotFound if `verb` is not in `verbs`; the message lists them."""
-    if verb not in verbs:
-        supported = ", ".join(sorted(verbs))
-        raise ModelNotFound(f"{model} ({family}) has no {verb!r}; it answers: {supported}", code="verb_not_supported")
 
 
 def parse_options(family: type[Section], request: Request) -> Any:

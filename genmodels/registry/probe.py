@@ -60,3 +60,5 @@ def verify_probe(family: Family[Any, Any], folder: Path, tolerance: float = 1e-4
         difference = (value.cpu() - tensor).abs().max().item()
         if not difference <= tolerance * max(1.0, tensor.abs().max().item()):  # NaN compares as false
             raise CheckpointError(f"probe output {name!r} differs by {difference:.2g} from the published output")
+    if missing := outputs.keys() - expected.keys():
+        raise CheckpointError(f"{PROBE}: the output {min(missing)!r} is missing, so it cannot be compared")

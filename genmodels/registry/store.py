@@ -30,6 +30,7 @@ from genmodels.checkpoint import CheckpointRef, File, Lineage, Manifest, Metrics
 from genmodels.errors import CheckpointError, Conflict, DamagedObject, KeyNotFound, ModelNotFound, SpecError
 from genmodels.metrics import PROMOTED, PUBLISHED
 from genmodels.registry.probe import PROBE, write_probe
+from genmodels.runs.jobs import JobId
 from genmodels.runs.records import GateResult
 from genmodels.runs.store import Run
 from genmodels.spec.names import LABEL
@@ -49,7 +50,7 @@ class Version(Document):
     model: str
     version: int
     family: str
-    job: str
+    job: JobId
     checkpoint: CheckpointRef  # that it was published from
     metrics: Metrics
     gate: GateResult | None

@@ -1,4 +1,4 @@
-"""What a process of an attempt hears of commands, while its main thread trains, waits or hangs."""
+"""Read the commands to an attempt in each of its processes, while the main thread trains, waits or hangs."""
 
 from __future__ import annotations
 
@@ -18,15 +18,15 @@ from genmodels.threads import Rounds
 log = logging.getLogger("genmodels")
 
 LOOK_SECONDS = 1.0
-KILL_SECONDS = 3.0  # from the command to the end of a process: the others want to find it and to ship their stacks too
+KILL_SECONDS = 3.0  # from the command to the end of a process: the other ranks have to read it and ship their stacks
 KILLED = 75  # exit code of a process that was killed by a command
 
 
 class CommandWatcher:
-    """Looks for commands in a thread of its own. Use as a context manager.
+    """Look for commands in a thread of its own. Use as a context manager.
 
-    `should_stop` is set by a stop command. On `kill` the process writes the stacks of all its threads into its log,
-    ships that, and ends after `kill_seconds` if it has not by then: nothing that hangs can keep it.
+    `should_stop` is set by a stop command. After a kill command the process writes the stacks of all its threads into
+    its log, ships the log, and ends after `kill_seconds` at the latest, whatever its main thread does.
     """
 
     def __init__(self, run: Run, attempt: int, logs: LogShipper, kill_seconds: float = KILL_SECONDS) -> None:
@@ -43,10 +43,10 @@ class CommandWatcher:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.closing.set()  # not waited for: a store that is away may hold it
+        self.closing.set()  # do not join the thread: it may wait for a store that is away
 
     def look(self) -> None:
-        """One look at the store."""
+        """Read the new commands once."""
         for command in self.run.commands(after=self.seen):
             self.seen = command.seq
             if command.attempt != self.attempt:
@@ -58,7 +58,7 @@ class CommandWatcher:
 
     def _watch(self) -> None:
         while not self.closing.wait(LOOK_SECONDS):
-            with self._rounds.round(), contextlib.suppress(StorageUnavailable):  # the next look may find it
+            with self._rounds.round(), contextlib.suppress(StorageUnavailable):  # the next look reads them
                 self.look()
 
     def _kill(self, command: Command) -> None:
@@ -72,4 +72,4 @@ class CommandWatcher:
 
     def _end(self) -> None:
         if not self.closing.is_set():
-            os._exit(KILLED)  # waits for nothing, not even for threads that hang
+            os._exit(KILLED)  # does not wait for threads that hang

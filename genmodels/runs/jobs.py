@@ -1,11 +1,11 @@
-"""A job's objects in storage: its spec, the index of open and ended jobs, and the inbox of the dispatcher.
+"""Read and write a job's objects: its spec, the index of open and ended jobs, and notifications to the dispatcher.
 
 idempotency/<sha256 of caller and key>.json     job id and digest of the body; put-if-absent, first
 open/<job>                                      index: put before the spec, gone when every run has ended
-ended/<time>-<job>                              index; the time counts down, so that a listing begins with the newest
+ended/<time>-<job>                              index; the time counts down, so a listing begins with the newest
 models/<model>/runs/<time>-<job>                which jobs train a model, likewise
-jobs/<job>/spec.yaml                            put-if-absent, last: from then on the job exists
-jobs/<job>/index.json                           from its first end on: how it stands in the index; compare-and-swap
+jobs/<job>/spec.json                            put-if-absent, last: from then on the job exists
+jobs/<job>/index.json                           from its first end on: its place in the index; compare-and-swap
 dispatcher/notifications/<job>/<model>/<random>  a run has new commands: one listing, not one for each run
 """
 
@@ -20,7 +20,7 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
-from typing import Literal
+from typing import Annotated, Literal
 
 from pydantic import Field
 
@@ -35,12 +35,15 @@ from genmodels.errors import (
 )
 from genmodels.runs.records import ACTIVE, State
 from genmodels.runs.store import Run
+from genmodels.spec.names import LABEL
 from genmodels.spec.parse import digest, dump, load_stored
 from genmodels.spec.sections import JobSpec, ModelSpec
 from genmodels.storage import Document, Storage, Time, list_names, load_document, write_document
 from genmodels.storage.documents import damaged, now
 
 JOB_ID = r"[a-z0-9]([a-z0-9-]{0,70}[a-z0-9])?"
+JobId = Annotated[str, Field(pattern=f"^{JOB_ID}$")]
+ModelName = Annotated[str, Field(pattern=LABEL)]
 ENDED_NAME = rf"\d{{13}}-{JOB_ID}"
 CURSOR = r"\d{13}-\d{1,6}"
 END_OF_TIME = 10**13  # milliseconds; times count down from here
@@ -49,7 +52,7 @@ AT_ONCE = 8  # requests to the store
 
 
 class StoredSpec(Document):
-    """A job's spec, which is YAML: see `Jobs.spec`."""
+    """A job's spec. Its body is a `JobSpec`: see `Jobs.spec`."""
 
     object_kind = "spec"
     remedy = "restore it from a backup; without one, delete jobs/, open/ and runs/ of that job and submit it again"
@@ -61,13 +64,13 @@ class Entry(Document):
     object_kind = "index"
     remedy = "restore it from a backup; without one, delete it and submit the job again"
 
-    job: str
+    job: JobId
     name: str
     priority: int
     submitted: Time
-    caller: str  # id of the key it came with; "" without keys
-    models: list[str]
-    idempotency: str = ""  # name of its object under idempotency/
+    caller: str  # id of the submitter's key; "" without keys
+    models: list[ModelName]
+    idempotency: str = Field("", pattern="^([0-9a-f]{64})?$")  # name of its object under idempotency/
 
 
 class EndedEntry(Entry):
@@ -76,19 +79,19 @@ class EndedEntry(Entry):
 
 
 class Submission(Document):
-    """What the first one with an idempotency key was about to make."""
+    """The job that the first request with an idempotency key makes."""
 
     object_kind = "submission"
     remedy = "submit with another Idempotency-Key, or delete it"
 
-    job: str
+    job: JobId
     digest: str
     submitted: Time
-    deleted: bool = False  # the job is gone, and its key makes no other
+    deleted: bool = False  # the job was deleted; its key makes no other job
 
 
 class Index(Document):
-    """Which of the two indexes an ended job belongs to; the entries there follow from it."""
+    """The index that a job which has ended once belongs to; the entries in the indexes follow from it."""
 
     object_kind = "index"
     remedy = "restore it from a backup, or delete it: the job's end is then written anew"
@@ -121,16 +124,16 @@ class Jobs:
     def submit(
         self, spec: JobSpec, *, caller: str = "", idempotency_key: str | None = None, body_digest: str | None = None
     ) -> tuple[str, bool]:
-        """Make a job of a spec; its id, and whether this call was the first with its key.
+        """Make a job of a spec; return its id, and True if this call was the first with its key.
 
         Args:
-            idempotency_key: the same key of the same caller gives the same job, however often and from how many places
-                it comes; whoever comes second brings to its end what the first left undone.
-            body_digest: of the body as it was sent; the spec's digest if left out.
+            idempotency_key: the same key of the same caller gives the same job, for any number of calls and processes;
+                a second call completes what the first left undone.
+            body_digest: of the body as it was sent; default: the spec's digest.
 
         Raises:
-            IdempotencyConflict: the key came before with another body, or its job was deleted.
-            StorageUnavailable: there may or may not be a job now; the same key again makes it certain.
+            IdempotencyConflict: the key was used with another body, or its job was deleted.
+            StorageUnavailable: the job may or may not exist now; a call with the same key completes it.
         """
         first = mine = Submission(job=self._new_id(spec.name), digest=body_digest or digest(spec), submitted=now())
         name = ""
@@ -157,14 +160,14 @@ class Jobs:
         return entry.job, first is mine
 
     def is_known(self, job: str) -> bool:
-        """Whether there is such a job, or what is left of one whose deletion broke off."""
+        """Return True if the job exists, or parts of it remain after an interrupted deletion."""
         return self.exists(job) or (re.fullmatch(JOB_ID, job) is not None and self.storage.exists(_index_key(job)))
 
     def exists(self, job: str) -> bool:
         return re.fullmatch(JOB_ID, job) is not None and self.storage.exists(_spec_key(job))
 
     def spec(self, job: str) -> JobSpec:
-        """The spec as it was submitted. Raises JobNotFound or DamagedObject."""
+        """Return the spec as it was submitted. Raises JobNotFound or DamagedObject."""
         key = _spec_key(_checked(job))
         try:
             data, etag = self.storage.get(key)
@@ -182,7 +185,7 @@ class Jobs:
     # The index
 
     def entry(self, job: str) -> Entry | EndedEntry:
-        """How a job stands in the index; it may stand there just before it exists.
+        """Return a job's entry in the index; the entry may be there just before the job exists.
 
         Raises:
             JobNotFound
@@ -196,39 +199,39 @@ class Jobs:
         return index.entry if index.state == "ended" else _opened(index.entry)
 
     def open(self) -> list[str]:
-        """Ids of the jobs that have not ended; among them may be some that do not exist yet."""
+        """Return the ids of the jobs that have not ended, possibly also of jobs that do not exist yet."""
         return list_names(self.storage, "open/", JOB_ID)
 
     def ended(self, after: str = "", limit: int = 20) -> list[tuple[str, EndedEntry]]:
-        """Ended jobs that can be read, the newest first, each with a cursor to go on after.
+        """Return ended jobs that can be read, the newest first, each with a cursor to continue after.
 
-        A cursor names no job, since who is shown it may not know all of them: it is a time, and how many of the jobs
-        that ended in this millisecond came before.
+        A cursor names no job, because its reader may not see all jobs: it is a time, and the number of earlier jobs
+        that ended in the same millisecond.
         """
         if after and not re.fullmatch(CURSOR, after):
-            raise SpecError(f"after: got {after[:100]!r}, expected what a page before gave to go on with")
-        time, _, passed = after.partition("-")
-        start, skipped, seen = f"{time}-" if time else "", int(passed or 0), Counter({time: int(passed or 0)})
-        found: list[tuple[str, EndedEntry]] = []
+            raise SpecError(f"after: got {after[:100]!r}, expected the `next` of the page before")
+        time, _, count = after.partition("-")
+        start, skipped, seen = f"{time}-" if time else "", int(count or 0), Counter({time: int(count or 0)})
+        entries: list[tuple[str, EndedEntry]] = []
         with ThreadPoolExecutor(AT_ONCE) as threads:
-            while len(found) < limit:
-                asked = limit - len(found) + skipped
+            while len(entries) < limit:
+                asked = limit - len(entries) + skipped
                 names = list_names(self.storage, "ended/", ENDED_NAME, after=start, limit=asked)
                 for name, entry in zip(names[skipped:], threads.map(self._read_ended, names[skipped:]), strict=True):
                     time = name.partition("-")[0]
                     seen[time] += 1
                     if entry:
-                        found.append((f"{time}-{seen[time]}", entry))
+                        entries.append((f"{time}-{seen[time]}", entry))
                 if len(names) < asked:
                     break
                 start, skipped = names[-1], 0
-        return found
+        return entries
 
     def close(self, job: str, ended: str, states: Mapping[str, State]) -> None:
-        """Move a job whose runs have all ended to the ended ones; with the same `ended` twice changes nothing.
+        """Move a job whose runs have all ended to the ended ones. A second call with the same `ended` changes nothing.
 
-        A job must never be open in nobody's eyes while it runs. So what a process may do that was paused in here, while
-        the job was resumed, is undone: the swap finds another index, or the deletion finds that it came too late.
+        A running job must always be in the open index. A process that was paused in this method while the job was
+        resumed undoes its own change: its swap fails, or it sees after its deletion that the job is open again.
         """
         before, etag = self._index(job)
         entry = self._open_entry(job)
@@ -237,7 +240,7 @@ class Jobs:
         closed = EndedEntry(**entry.model_dump(), ended=ended, states=dict(states))
         self._put(_ended_key(closed), closed)
         if before and _ended_key(before.entry) != _ended_key(closed):
-            self.storage.delete(_ended_key(before.entry))  # left by one who died when he reopened it
+            self.storage.delete(_ended_key(before.entry))  # left by a process that died while it reopened the job
         try:
             self._swap(Index(entry=closed, state="ended"), etag)
         except Conflict:
@@ -251,7 +254,7 @@ class Jobs:
             self._put(_open_key(job), entry)
 
     def reopen(self, job: str) -> None:
-        """Put an ended job back among the open ones, for a run of it that is to be resumed. Raises JobNotFound."""
+        """Move an ended job back to the open ones, so that a run of it can be resumed. Raises JobNotFound."""
         while True:
             index, etag = self._index(_checked(job))
             if index is None and self._open_entry(job):
@@ -271,7 +274,7 @@ class Jobs:
             return
 
     def forget(self, job: str) -> None:
-        """Take a submission off the index that never came to its end; one that has just come stays."""
+        """Remove an incomplete submission from the index, unless it is completed meanwhile."""
         entry = self._open_entry(job)
         if entry is None or self.exists(job):
             return
@@ -280,11 +283,11 @@ class Jobs:
             self._put(_open_key(job), entry)
 
     def delete(self, job: str) -> None:
-        """Remove an ended job and all that its runs left; versions that were published from it stay.
+        """Remove an ended job and everything its runs have stored; versions that were published from it stay.
 
         Raises:
-            JobNotFound: there is none.
-            GenmodelsError: it has not ended.
+            JobNotFound: there is no such job.
+            GenmodelsError: the job has not ended.
         """
         index, etag = self._index(_checked(job))
         if index is None and self.exists(job) and self._open_entry(job) is None:
@@ -306,10 +309,10 @@ class Jobs:
         listed = [*_run_keys(job, entry.models, entry.submitted), _ended_key(entry), _open_key(job)]
         with ThreadPoolExecutor(AT_ONCE) as threads:
             list(threads.map(self.storage.delete, [*listed, *self.storage.list(f"runs/{job}/")]))
-        self.storage.delete(_index_key(job))  # last, so that a second try finds what there is to do
+        self.storage.delete(_index_key(job))  # last, so that a second call can complete the deletion
 
     def _delete_own(self, job: str) -> None:
-        """Remove a job of `genmodels run`, which stands in no index."""
+        """Remove a job of `genmodels run`, which is in no index."""
         models = [model.name for model in self.spec(job).models]
         for model in models:
             if Run(self.storage, job, model).status()[0].state in ACTIVE:
@@ -318,9 +321,9 @@ class Jobs:
         with ThreadPoolExecutor(AT_ONCE) as threads:
             own = [key for key in listed if key.partition("/runs/")[2].partition("-")[2] == job]
             list(threads.map(self.storage.delete, [*own, *self.storage.list(f"runs/{job}/")]))
-        self.storage.delete(_spec_key(job))  # last, so that a second try finds what there is to do
+        self.storage.delete(_spec_key(job))  # last, so that a second call can complete the deletion
 
-    # The inbox
+    # The dispatcher's notifications and queue
 
     def notify(self, job: str, model: str) -> None:
         """Have the dispatcher read a run's new commands. Send the command first."""
@@ -351,7 +354,7 @@ class Jobs:
                 return job
 
     def _first(self, name: str, mine: Submission) -> Submission:
-        """What the first one that came with this key left; `mine` itself if that is it."""
+        """Return the first submission with this key; `mine` itself if it is the first."""
         key = _submission_key(name)
         try:
             write_document(self.storage, key, mine.model_dump(mode="json"), if_absent=True)
@@ -393,30 +396,30 @@ class Jobs:
 
 
 def index_runs(storage: Storage, job: str, models: Iterable[str], submitted: str) -> None:
-    """Note, for `newest_run`, that a job trains these models."""
+    """Record for `newest_run` that a job trains these models."""
     for key in _run_keys(job, models, submitted):
         storage.put(key, b"")
 
 
 def run_jobs(storage: Storage, model: str) -> list[str]:
-    """The jobs that train a model, the newest first; among them may be some that do not exist yet, or any more."""
+    """Return the jobs that train a model, the newest first, possibly also jobs that do not exist yet or any more."""
     prefix = f"models/{model}/runs/"
     return [key.removeprefix(prefix).partition("-")[2] for key in storage.list(prefix)]
 
 
 def newest_run(storage: Storage, model: str) -> str | None:
-    """The job that was submitted last of those that train a model."""
+    """Return the newest job that trains a model."""
     last = ""
     while names := list_names(storage, f"models/{model}/runs/", ENDED_NAME, after=last, limit=AT_ONCE):
         last = names[-1]
         jobs = (name.partition("-")[2] for name in names)
-        if found := next((job for job in jobs if storage.exists(_spec_key(job))), None):  # not one half submitted
-            return found
+        if job := next((job for job in jobs if storage.exists(_spec_key(job))), None):  # a complete submission
+            return job
     return None
 
 
 def _spec_key(job: str) -> str:
-    return f"jobs/{job}/spec.yaml"
+    return f"jobs/{job}/spec.json"
 
 
 def _index_key(job: str) -> str:

@@ -1,8 +1,7 @@
-"""What a process prints, brought to storage while it runs: its logs outlive it, and the cluster it ran on.
+"""Ship what a process prints to storage while it runs: the logs outlive the process and its cluster.
 
-Standard output and error go to a file in memory; one thread copies what arrives there to where the output went before,
-another one puts it into storage, in parts. So nobody who prints ever waits, whatever the store does, and a thread that
-hangs holds no line back.
+Standard output and error go to a file in memory. One thread copies this file to the former output, another thread puts
+it into storage in parts. So a thread that prints never waits for the store, and a thread that hangs holds no line back.
 """
 
 from __future__ import annotations
@@ -39,7 +38,7 @@ logger = logging.getLogger("genmodels")
 
 
 class Spool:
-    """Output on its way to storage, as lines with the time at which they came. Bounded; safe between threads."""
+    """Output on its way to storage, as lines with their times. Bounded and thread-safe."""
 
     def __init__(self, run: Run, attempt: int, source: str) -> None:
         self.run, self.attempt, self.source = run, attempt, source
@@ -51,7 +50,7 @@ class Spool:
         self.filling, self.shipping = threading.Lock(), threading.Lock()
 
     def add(self, data: bytes, ended: bool = False) -> None:
-        """Take over output; `ended`: no more will come, so that the last line is whole."""
+        """Take over output; `ended`: no more follows, so the last line is complete."""
         with self.filling:
             *lines, self.rest = (self.rest + data).split(b"\n")
             if self.rest and (ended or len(self.rest) >= MAX_LINE):
@@ -64,7 +63,7 @@ class Spool:
                 self.dropped += 1
 
     def ship(self) -> bool:
-        """Store what is there; whether all of it is stored now."""
+        """Store what was added; return True if everything is stored."""
         with self.shipping, contextlib.suppress(StorageError):  # the next round tries again
             while self._next_part():
                 self._store()
@@ -80,9 +79,9 @@ class Spool:
         if not self.part:
             with self.filling:
                 if self.dropped:
-                    said = f"[{self.dropped} lines are missing here: storage did not take them in time]"
+                    notice = f"[{self.dropped} lines are missing here: storage did not take them in time]"
                     time_of_loss = json.loads(self.rows[0])["time"] if self.rows else now()
-                    self.part = json.dumps({"time": time_of_loss, "line": said}).encode() + b"\n"
+                    self.part = json.dumps({"time": time_of_loss, "line": notice}).encode() + b"\n"
                     self.dropped = 0
                 rows = []
                 size = 0
@@ -94,7 +93,7 @@ class Spool:
         return self.part
 
     def _store(self) -> None:
-        """Put the part under the next number that is free: another process may have had this attempt before."""
+        """Put the part under the next free number: an earlier process of this attempt may have used some numbers."""
         while self.part:
             key = self.run.log_key(self.attempt, self.source, self.number)
             try:
@@ -113,9 +112,9 @@ class Spool:
 
 
 class LogShipper:
-    """Ships what this process prints, from any thread, library or language. Use as a context manager, once a process.
+    """Ship what this process prints, from any thread, library or language. Use as a context manager, once a process.
 
-    An exception that passes through is written to the log. Leaving waits for the store `CLOSE_SECONDS` at most.
+    An exception in the block is written to the log. The end of the block waits for the store `CLOSE_SECONDS` at most.
     """
 
     def __init__(self, run: Run, attempt: int, source: str) -> None:
@@ -123,7 +122,7 @@ class LogShipper:
         source: "driver", or this process's rank.
         """
         self.spool = Spool(run, attempt, source)
-        self.files: list[_LocalFile] = []  # the last is written to; one before it may have a late line
+        self.files: list[_LocalFile] = []  # output goes to the last one; the one before may still get a line
         self.copying = threading.Lock()
         self.closing = threading.Event()
         self.threads = [
@@ -141,7 +140,7 @@ class LogShipper:
                 stream.reconfigure(line_buffering=True)
         self.before = os.dup(1), os.dup(2)
         self._begin_file()
-        faulthandler.enable(self.before[1])  # the stacks of a crash, after which no thread here would copy them
+        faulthandler.enable(self.before[1])  # after a crash no thread here could copy the stacks
         for thread in self.threads:
             thread.start()
         return self
@@ -160,10 +159,10 @@ class LogShipper:
         self.flush(CLOSE_SECONDS, ended=True)
 
     def flush(self, seconds: float, ended: bool = False) -> bool:
-        """Bring everything that was printed to storage; False if that took longer than `seconds`.
+        """Store everything that was printed; return False if it takes longer than `seconds`.
 
         Args:
-            ended: nothing more will be printed.
+            ended: nothing more is printed after this.
         """
         deadline, done = time.monotonic() + seconds, threading.Event()
 
@@ -198,7 +197,7 @@ class LogShipper:
                 for data in file.new():
                     self._pass_on(data)
                     self.spool.add(data)
-            for file in self.files[:-1]:  # what was being written when the new one was begun has arrived by now
+            for file in self.files[:-1]:  # a line that was being written at the change has arrived by now
                 file.close()
             del self.files[:-1]
             if not self.closing.is_set() and self.files[-1].position > FILE_BYTES:
@@ -213,15 +212,15 @@ class LogShipper:
                 os.close(descriptor)
 
     def _pass_on(self, data: bytes) -> None:
-        with contextlib.suppress(OSError):  # whoever read it is gone
+        with contextlib.suppress(OSError):  # its reader is gone
             while data:
                 data = data[os.write(self.before[0], data) :]
 
 
 class _LocalFile:
-    """A file without a name, gone with the process; written to by file descriptors, read from the front.
+    """A file without a name, which ends with the process; written to by file descriptors, read from the front.
 
-    In memory: on a disk that is full, whoever prints would fail.
+    It is in memory: on a full disk every print would fail.
     """
 
     def __init__(self) -> None:

@@ -1,8 +1,8 @@
-"""A run's objects in storage: who writes what, and which of it counts.
+"""A run's objects in storage: which process writes each, and which of them count.
 
     runs/<job>/<model>/status.json                  the dispatcher alone, compare-and-swap
-    runs/<job>/<model>/commands/<seq>.json           anyone, put-if-absent
-    runs/<job>/<model>/attempt-<n>/start.json       rank 0, put-if-absent; names the checkpoint it goes on from
+    runs/<job>/<model>/commands/<seq>.json           any process, put-if-absent
+    runs/<job>/<model>/attempt-<n>/start.json       rank 0, put-if-absent; names the checkpoint it continues from
                                   /heartbeat.json   the driver until rank 0 runs, then rank 0, then the driver again
                                   /result.json      the driver, at the end
                                   /checkpoints/step-00000500/...   rank 0
@@ -11,7 +11,7 @@
                                   /logs/<source>/00000001.jsonl    the driver and each rank; immutable parts
 
 A run's history is a chain: the highest attempt that has a `start.json`, and through each one's parent checkpoint the
-attempts before it. A process that was paused and wakes may still write, but outside the chain, where nobody reads.
+attempts before it. A process that was paused and wakes may still write, but outside the chain, where it is not read.
 """
 
 from __future__ import annotations
@@ -27,12 +27,13 @@ from genmodels.storage import (
     Time,
 )
 from genmodels.storage.documents import now
+from genmodels.storage.lease import LeaseTerm
 
 Action = Literal["stop", "kill", "resume"]
 State = Literal["queued", "starting", "running", "publishing", "succeeded", "failed", "cancelled"]
 Phase = Literal["starting", "compiling", "training", "evaluating", "saving", "waiting for storage", "publishing"]
 Cause = Literal[
-    "user",  # of which these two are kinds: the spec or the data is at fault, and trying again would not help
+    "user",  # the spec or the data is at fault, and another attempt would fail too; also the next two
     "diverged",
     "gate",
     "out of memory",
@@ -52,22 +53,22 @@ class Change(Document):
 
 
 class Status(Document):
-    """A run's state and how it came to it. Only the dispatcher writes it."""
+    """A run's state and its history. Only the dispatcher writes it."""
 
     object_kind = "status"
     remedy = "the run is left alone until it is restored from a backup; without one, delete the job and submit it again"
 
     state: State
-    attempt: int = Field(0, ge=0)  # the highest number given out
+    attempt: int = Field(0, ge=0)  # number of the newest attempt
     workers: int = Field(0, ge=0)  # of that attempt
-    lease_term: int = Field(0, ge=0, lt=2**53)  # of the dispatcher's lease under which this was written
+    lease_term: LeaseTerm = 0  # of the dispatcher's lease under which this was written
     last_command: int = 0  # seq of the last command that was applied
     no_progress_attempts: int = 0  # attempts in a row without a new checkpoint, as far as they count
-    out_of_memory_attempts: int = 0  # attempts that ended so
+    out_of_memory_attempts: int = 0  # attempts that ended out of memory
     history: list[Change] = Field(default_factory=list)
 
     def to(self, state: State, reason: str, **facts: int) -> Status:
-        """The status after a change.
+        """Return the status after a change of state.
 
         Args:
             facts: other fields that change with it, e.g. `attempt=2`.
@@ -81,10 +82,10 @@ class Status(Document):
 
 
 class Heartbeat(Document):
-    """How far an attempt is; `tick` changes with every sign of progress."""
+    """How far an attempt is; `progress_count` changes with each sign of progress."""
 
     object_kind = "heartbeat"
-    remedy = "a driver that lives writes it again within seconds; delete it otherwise"
+    remedy = "a living driver writes it again within seconds; delete it otherwise"
 
     phase: Phase
     step: int = 0
@@ -93,7 +94,7 @@ class Heartbeat(Document):
     loss: float | None = None
     seconds_left: float | None = None
     step_seconds: float | None = None  # median of the latest steps
-    waiting: str = ""  # why its writes wait (the reason of a StorageUnavailable), also while the steps go on
+    waiting: str = ""  # reason of the StorageUnavailable for which its writes wait, also while the steps continue
 
 
 class GateResult(Document):
@@ -104,10 +105,10 @@ class GateResult(Document):
 
 
 class Result(Document):
-    """How an attempt ended. `cause` is the class of failure, from which the dispatcher decides what comes next."""
+    """How an attempt ended. From `cause`, the class of failure, the dispatcher decides what follows."""
 
     object_kind = "result"
-    remedy = "the next attempt goes on from the last checkpoint; delete it"
+    remedy = "the next attempt continues from the last checkpoint; delete it"
 
     outcome: Literal["succeeded", "stopped", "failed"]
     cause: Cause | None = None
@@ -131,21 +132,21 @@ class AttemptStart(Document):
 
 
 class Command(Document):
-    """What somebody wants of a run.
+    """A command to a run.
 
-    `stop`: its attempt saves at the next step boundary and ends. `kill`: every rank writes down its stacks and ends at
-    once. Both are meant for one attempt, and say what then becomes of the run. `resume`: an ended run is queued again.
+    `stop`: its attempt saves at the next step boundary and ends. `kill`: each rank writes its stacks to the log and
+    ends at once. Both are for one attempt; `then` is the run's state after it. `resume`: an ended run is queued again.
     """
 
     object_kind = "command"
-    remedy = "it is passed over; ask again (genmodels cancel or resume) and delete it"
+    remedy = "it is ignored; send it again (genmodels cancel or resume) and delete it"
 
     action: Action
-    attempt: int  # the one that was the newest when the command was sent
+    attempt: int  # the newest one when the command was sent
     then: Literal["queued", "cancelled"]
     reason: str
     time: str
-    seq: int = 0
+    seq: int = 0  # its number; the dispatcher applies commands in this order
 
 
 @dataclass(frozen=True)

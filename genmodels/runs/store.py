@@ -1,4 +1,4 @@
-"""TODO"""
+"""Read and write the objects of one run: attempts, checkpoints, metrics, samples, logs, commands and status."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ log = logging.getLogger(__name__)
 
 
 class Run:
-    """The training of one model of a job, as storage shows it."""
+    """The training of one model of a job, as it is in storage."""
 
     def __init__(self, storage: Storage, job: str, model: str) -> None:
         self.storage, self.job, self.model = storage, job, model
@@ -57,28 +57,30 @@ class Run:
         return start
 
     def fence(self, attempt: int) -> None:
-        """Raise Superseded if a higher attempt has started. A writer asks before each save and each deletion."""
+        """Raise Superseded if a higher attempt has started. Call it before each save and each deletion."""
         highest = max(self.started(after=attempt), default=0)
         if highest > attempt:
             raise Superseded(f"attempt {highest} of {self.job}/{self.model} has taken over from attempt {attempt}")
 
     def attempts(self) -> list[int]:
-        """Numbers of the attempts that have left anything, started or not, ascending."""
-        names = self.storage.folders(f"{self.prefix}/attempt-")  # not what is in them: logs and metrics have many parts
-        found = (re.fullmatch(r"attempt-(\d+)", name) for name in names)
-        return sorted(int(match[1]) for match in found if match)
+        """Return the numbers of the attempts that have stored anything, started or not, ascending."""
+        names = self.storage.folders(
+            f"{self.prefix}/attempt-"
+        )  # no listing of objects: logs and metrics have many parts
+        matches = (re.fullmatch(r"attempt-(\d+)", name) for name in names)
+        return sorted(int(match[1]) for match in matches if match)
 
     def started(self, after: int = 0) -> list[int]:
-        """Numbers of the attempts above `after` that have a `start.json`, ascending."""
-        found = (attempt for attempt in self.attempts() if attempt > after)
-        return [attempt for attempt in found if self.storage.exists(self._key(attempt, "start.json"))]
+        """Return the numbers of the attempts above `after` that have a `start.json`, ascending."""
+        later = (attempt for attempt in self.attempts() if attempt > after)
+        return [attempt for attempt in later if self.storage.exists(self._key(attempt, "start.json"))]
 
     def attempt_start(self, attempt: int) -> AttemptStart | None:
-        """The start of an attempt, None if it has not started. Raises DamagedObject."""
+        """Return the start of an attempt, None if it has not started. Raises DamagedObject."""
         return self._read(attempt, "start.json", AttemptStart, attempt=attempt)
 
     def chain(self) -> list[ChainLink]:
-        """The attempts that make up this run's history, oldest first."""
+        """Return the attempts that make up this run's history, oldest first."""
         started = self.started()
         links: list[ChainLink] = []
         attempt = started[-1] if started else None
@@ -89,7 +91,7 @@ class Run:
                 raise CheckpointError(f"{self.prefix}: the history names attempt {attempt}, which has no start.json")
             parent = start.parent
             if parent and parent.attempt >= attempt:
-                raise CheckpointError(f"{self.prefix}: attempt {attempt} cannot go on from attempt {parent.attempt}")
+                raise CheckpointError(f"{self.prefix}: attempt {attempt} cannot continue from attempt {parent.attempt}")
             links.append(ChainLink(attempt, until, parent))
             attempt, until = (parent.attempt, parent.step) if parent else (None, None)
         return links[::-1]
@@ -100,7 +102,7 @@ class Run:
         return self._key(ref.attempt, f"checkpoints/step-{ref.step:08d}")
 
     def checkpoints(self) -> list[CheckpointRef]:
-        """Complete checkpoints of the chain, by step. What an overtaken attempt wrote later is not among them."""
+        """Return the complete checkpoints of the chain, by step, without those an overtaken attempt wrote later."""
         return [
             CheckpointRef(attempt=link.attempt, step=step)
             for link in self.chain()
@@ -112,7 +114,7 @@ class Run:
         return checkpoint.read_manifest(self.storage, self.checkpoint_prefix(ref))
 
     def manifests(self) -> Iterator[tuple[CheckpointRef, Manifest]]:
-        """Complete checkpoints with their manifests, but for those cleaned away meanwhile or damaged."""
+        """Yield complete checkpoints with their manifests, except those deleted meanwhile or damaged."""
         for ref in self.checkpoints():
             try:
                 yield ref, self.manifest(ref)
@@ -120,13 +122,13 @@ class Run:
                 continue
 
     def leftovers(self, before_step: int) -> list[str]:
-        """Keys of checkpoint directories without a manifest: uploads that never ended, or clean-ups that began."""
+        """Return the keys of checkpoint folders without a manifest: of incomplete uploads or begun deletions."""
         names = [name for attempt in self.attempts() for name in self._names(f"attempt-{attempt}/checkpoints/")]
-        whole = {name.removesuffix(f"/{checkpoint.MANIFEST}") for name in names}
+        complete = {name.removesuffix(f"/{checkpoint.MANIFEST}") for name in names}
         keys = []
         for name in names:
             match = re.match(r"(attempt-\d+/checkpoints/step-(\d+))/", name)
-            if match and match[1] not in whole and int(match[2]) < before_step:
+            if match and match[1] not in complete and int(match[2]) < before_step:
                 keys.append(f"{self.prefix}/{name}")
         return keys
 
@@ -138,11 +140,11 @@ class Run:
         self.storage.put(key, "".join(json.dumps(encode_floats(row)) + "\n" for row in rows).encode())
 
     def metrics(self) -> list[dict[str, Any]]:
-        """Rows of the whole chain, cut at the step where the next attempt took over."""
+        """Return the rows of the whole chain; each attempt's rows end at the step where the next attempt began."""
         return [row for link in self.chain() for row in self._rows(link)]
 
     def metric_lines(self, after: int = 0) -> Iterator[bytes]:
-        """The same rows as they are stored, each a JSON object, of one part after the other.
+        """Yield the same rows as they are stored, each a JSON object.
 
         Args:
             after: only rows of later steps.
@@ -151,45 +153,45 @@ class Run:
             yield from (line for line, _ in self._lines(link, after))
 
     def training_seconds(self) -> float:
-        """Time spent in training steps and evaluation by the attempts of the chain, as far as they count."""
-        found = ([row.get("seconds") for row in self._rows(link)] for link in self.chain())
-        return sum(max((s for s in seconds if isinstance(s, (int, float))), default=0.0) for seconds in found)
+        """Return the seconds of training steps and evaluation in the attempts of the chain, as far as they count."""
+        times = ([row.get("seconds") for row in self._rows(link)] for link in self.chain())
+        return sum(max((s for s in seconds if isinstance(s, (int, float))), default=0.0) for seconds in times)
 
     def write_sample(self, attempt: int, step: int, name: str, data: bytes) -> None:
         self.storage.put(self._key(attempt, f"samples/{step:08d}/{name}"), data)
 
     def samples(self) -> list[tuple[int, str]]:
-        """(step, key) of every picture and text the chain left on its way, by step."""
-        found = []
+        """Return (step, key) of each sampled picture and text of the chain, by step."""
+        samples = []
         for link in self.chain():
             for name in self._names(f"attempt-{link.attempt}/samples/"):
                 match = re.fullmatch(rf"attempt-{link.attempt}/samples/(\d+)/.+", name)
                 if match and link.holds(int(match[1])):
-                    found.append((int(match[1]), f"{self.prefix}/{name}"))
-        return found
+                    samples.append((int(match[1]), f"{self.prefix}/{name}"))
+        return samples
 
     # Logs
 
     def log_key(self, attempt: int, source: str, number: int) -> str:
-        """Where part `number` (from 1 on) of what a process printed belongs: lines of JSON, `{"time", "line"}` each."""
+        """Return the key of part `number` (from 1 on) of a process's log: lines of JSON, `{"time", "line"}` each."""
         return self._key(attempt, f"logs/{source}/{number:08d}.jsonl")
 
     def log_lines(self, source: str | None = None, cursor: dict[str, str] | None = None) -> Iterator[LogLine]:
-        """What the processes of this run printed: attempt by attempt, by time, each cut where a later one took over.
+        """Yield what the processes of this run printed, attempt by attempt, by time, up to the start of the next one.
 
-        Attempts outside the chain are among them: why a group never came to be is in its driver's log.
+        Attempts outside the chain are included: why a worker group never started is in its driver's log.
 
         Args:
             source: "driver" or a rank; None: all of them.
-            cursor: empty at first, then holds what was read. Called again with it, only what came meanwhile is given:
-                so one follows a log.
+            cursor: pass an empty one at first; it then holds what was read. With the same cursor the next call yields
+                only later lines: so a caller follows a log.
         """
         cursor = {} if cursor is None else cursor
-        taken_over: str | None = None  # when the next one started
+        taken_over: str | None = None  # time at which the next attempt started
         spans: list[tuple[int, str | None]] = []
         for attempt in reversed(self.attempts()):
             spans.insert(0, (attempt, taken_over))
-            with contextlib.suppress(DamagedObject):  # then that attempt's lines and the one's before it may mix
+            with contextlib.suppress(DamagedObject):  # then the lines of two attempts may mix
                 start = self.attempt_start(attempt)
                 taken_over = start.time if start else taken_over
         for attempt, until in spans:
@@ -202,18 +204,18 @@ class Run:
     # Heartbeats, results, commands, status
 
     def write_heartbeat(self, attempt: int, heartbeat: Heartbeat, if_match: str | None = None) -> str:
-        """Write a heartbeat; its etag.
+        """Write a heartbeat; return its etag.
 
         Args:
-            if_match: only over the heartbeat with this etag.
+            if_match: replace only the heartbeat with this etag.
 
         Raises:
-            Conflict: another one is there.
+            Conflict: the stored heartbeat is another one.
         """
         return self._write(attempt, "heartbeat.json", heartbeat, if_match=if_match)
 
     def heartbeat(self, attempt: int) -> Heartbeat | None:
-        """The latest of an attempt. A damaged one counts as none: the next is a second away."""
+        """Return the latest heartbeat of an attempt; None also if it is damaged: the next one comes within a second."""
         with contextlib.suppress(DamagedObject):
             return self._read(attempt, "heartbeat.json", Heartbeat)
         return None
@@ -222,7 +224,7 @@ class Run:
         self._write(attempt, "result.json", result)
 
     def result(self, attempt: int) -> Result | None:
-        """How an attempt ended. A damaged one counts as none: then the next attempt finds what is left to do."""
+        """Return the result of an attempt; None also if it is damaged: then the next attempt does what remains."""
         with contextlib.suppress(DamagedObject):
             return self._read(attempt, "result.json", Result)
         return None
@@ -234,6 +236,11 @@ class Run:
         reason: str,
         then: Literal["queued", "cancelled"] = "queued",
     ) -> Command:
+        """Send a command to a run under the next free number.
+
+        Args:
+            then: state of the run after its attempt has ended.
+        """
         seq = max(self._command_seqs(), default=0) + 1
         while True:
             body = Command(action=action, attempt=attempt, then=then, reason=reason, time=now(), seq=seq)
@@ -250,18 +257,18 @@ class Run:
             attempt: only of this attempt.
             after: only commands with a higher `seq`.
         """
-        found = []
+        commands = []
         for seq in self._command_seqs(after):
-            with contextlib.suppress(DamagedObject):  # or one that a newer release has thought of
+            with contextlib.suppress(DamagedObject):  # also a command of a newer release
                 command, _ = load_document(self.storage, self._command_key(seq), Command)
-                found.append(command.model_copy(update={"seq": seq}))
-        return [command for command in found if attempt in (None, command.attempt)]
+                commands.append(command.model_copy(update={"seq": seq}))
+        return [command for command in commands if attempt in (None, command.attempt)]
 
     def status(self) -> tuple[Status, str | None]:
-        """The status and the etag to swap it by; a run nobody has touched is queued, and has no etag.
+        """Return the status and the etag to swap it by; a new run is queued and has no etag.
 
         Raises:
-            DamagedObject: what has become of the run cannot be told, and must not be guessed.
+            DamagedObject: the state of the run is not known and must not be guessed.
         """
         try:
             return load_document(self.storage, f"{self.prefix}/status.json", Status)
@@ -269,13 +276,13 @@ class Run:
             return Status(state="queued"), None
 
     def write_status(self, status: Status, etag: str | None, nonce: str | None = None) -> str:
-        """Swap the status; the etag of the new one.
+        """Swap the status; return the etag of the new one.
 
         Args:
-            nonce: as `write_document` has it, for one who tries again after StorageUnavailable.
+            nonce: see `write_document`; for a second try after StorageUnavailable.
 
         Raises:
-            Conflict: somebody else has written it since `etag` was read.
+            Conflict: another process has written it since `etag` was read.
         """
         key, body = f"{self.prefix}/status.json", status.model_dump(mode="json")
         return write_document(self.storage, key, body, if_absent=etag is None, if_match=etag, nonce=nonce)
@@ -295,16 +302,16 @@ class Run:
             cursor[folder] = name
 
     def _saved(self, attempt: int) -> list[int]:
-        """Steps of the checkpoints that have a manifest, ascending."""
+        """Return the steps of the checkpoints that have a manifest, ascending."""
         pattern = re.compile(rf"attempt-{attempt}/checkpoints/step-(\d+)/{re.escape(checkpoint.MANIFEST)}")
-        found = map(pattern.fullmatch, self._names(f"attempt-{attempt}/checkpoints/"))
-        return sorted(int(match[1]) for match in found if match)
+        matches = map(pattern.fullmatch, self._names(f"attempt-{attempt}/checkpoints/"))
+        return sorted(int(match[1]) for match in matches if match)
 
     def _rows(self, link: ChainLink) -> Iterator[dict[str, Any]]:
         return (decode_floats(row) for _, row in self._lines(link))
 
     def _lines(self, link: ChainLink, after: int = -1) -> Iterator[tuple[bytes, dict[str, Any]]]:
-        """Rows of later steps, each as it is stored and parsed. Parts are named by their first step."""
+        """Yield rows of steps above `after`, each as stored and parsed. Parts are named by their first step."""
         folder = self._key(link.attempt, "metrics/")
         parts = list_names(self.storage, folder, PART)
         following = [int(Path(part).stem) for part in parts[1:]]

@@ -1,4 +1,4 @@
-"""Long series in little memory: some of their items, evenly spread."""
+"""Thin long series in little memory: keep some items, evenly spaced."""
 
 from __future__ import annotations
 
@@ -11,16 +11,16 @@ EVALUATION = b'"val_'  # in a row of metrics that comes from an evaluation
 
 
 def thinned(items: Sequence[T], most: int) -> list[T]:
-    """At most `most` items, evenly spaced, the first and the last among them."""
+    """Return at most `most` items, evenly spaced, with the first and the last."""
     if len(items) <= most:
         return list(items)
     return [items[i * (len(items) - 1) // (most - 1)] for i in range(most)]
 
 
 def thinned_rows(lines: Iterable[bytes], most: int) -> list[bytes]:
-    """At most `most` (10 or more) lines of metrics in their order; about four times as many are held meanwhile.
+    """Return at most `most` (10 or more) lines of metrics in their order; about four times as many are in memory.
 
-    Evaluations are few and far between, so that they are kept before the rows of training.
+    Rows of evaluations are rare, so they are kept before rows of training.
     """
     evaluations, others = _Spread(most), _Spread(most)
     for number, line in enumerate(lines):
@@ -31,7 +31,7 @@ def thinned_rows(lines: Iterable[bytes], most: int) -> list[bytes]:
 
 
 class _Spread:
-    """Items of a stream of unknown length: each n-th, where n doubles whenever they are more than twice `most`."""
+    """Keep each n-th item of a stream of unknown length; n doubles when more than twice `most` items are kept."""
 
     def __init__(self, most: int) -> None:
         self._most, self._every, self._seen = most, 1, 0
@@ -48,5 +48,5 @@ class _Spread:
             self._every *= 2
 
     def items(self) -> list[tuple[int, bytes]]:
-        """Evenly spread ones, the first and the last among them."""
+        """Return evenly spaced items, with the first and the last."""
         return self._kept if self._last is None or self._kept[-1] == self._last else [*self._kept, self._last]

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 from collections.abc import Mapping
@@ -19,8 +18,7 @@ from genmodels.schema import yaml
 from genmodels.schema.base import Section
 from genmodels.schema.field_errors import FieldError, format_errors
 from genmodels.spec.sections import JobSpec, ModelSpec, sections_with_key
-
-MAX_STORED_BYTES = 1024 * 1024  # a normalised spec contains every default
+from genmodels.storage.documents import parse_object
 
 
 def read_spec(path: Path, datasets: Mapping[str, uploads.Kind] | None = None) -> JobSpec:
@@ -71,9 +69,9 @@ def load_stored(data: bytes) -> JobSpec:
 
 
 def dump(spec: JobSpec) -> bytes:
-    """Return the normalised spec, with every default and with absolute paths.
+    """Return the normalised spec as JSON: with every default and absolute paths.
 
-    It is JSON, which is also YAML: a starting dispatcher reads the specs of all open jobs, and YAML would take seconds.
+    JSON is fast to read: a dispatcher that starts reads the specs of all open jobs, and YAML would take seconds.
     """
     return json.dumps(spec.model_dump(mode="json"), indent=1, allow_nan=False, ensure_ascii=False).encode()
 
@@ -94,11 +92,10 @@ def job_id(spec: JobSpec) -> str:
 
 
 def _stored(data: bytes) -> yaml.Document:
-    with contextlib.suppress(ValueError, RecursionError):
-        value = json.loads(data) if len(data) <= MAX_STORED_BYTES else None
-        if isinstance(value, dict):
-            return yaml.Document(value, {(): 1})
-    return yaml.read(data, "stored spec", MAX_STORED_BYTES)
+    try:
+        return yaml.Document(parse_object(data), {(): 1})
+    except ValueError as error:
+        raise SpecError(f"stored spec: {error}") from None
 
 
 def _validate(document: yaml.Document, source: str, context: dict[str, Any]) -> JobSpec:

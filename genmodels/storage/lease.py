@@ -18,6 +18,7 @@ import secrets
 import threading
 import time
 from collections.abc import Callable
+from typing import Annotated
 
 from pydantic import Field
 
@@ -25,13 +26,15 @@ from genmodels.errors import Conflict, DamagedObject, KeyNotFound, LeaseLost
 from genmodels.storage import Document, Storage, load_document, write_document
 
 LEASE_SECONDS = 15.0
+# A higher term is damage. Far below what fits, as the next term must be readable too, wherever it is stamped.
+LeaseTerm = Annotated[int, Field(ge=0, lt=2**40)]
 
 
 class LeaseDocument(Document):
     object_kind = "lease"
     remedy = "nothing to do: it is written again when its time has ended"
 
-    term: int = Field(ge=0)
+    term: LeaseTerm
     holder: str  # "" after its release
     renewals: int = 0
 

@@ -81,7 +81,9 @@ def run_attempt(
         if source and not parent:
             init_from.load(family, source)
         goes_on = (
-            f"goes on from step {parent.checkpoint.step} of attempt {parent.checkpoint.attempt}" if parent else "begins"
+            f"continues from step {parent.checkpoint.step} of attempt {parent.checkpoint.attempt}"
+            if parent
+            else "begins"
         )
         log.info("attempt %d, rank %d of %d: %s", attempt, group.rank, group.world_size, goes_on)
         if group.rank > 0:
@@ -142,7 +144,7 @@ def _effort(
 
 @dataclass(frozen=True)
 class Parent:
-    """The checkpoint an attempt goes on from, fetched and verified."""
+    """The checkpoint an attempt continues from, fetched and verified."""
 
     checkpoint: CheckpointRef
     folder: Path

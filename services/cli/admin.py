@@ -1,4 +1,4 @@
-"""Commands of those who run it for others: clean-up, keys, the whole platform on one machine."""
+"""`genmodels up`, `gc`, `doctor`, `keys`: the commands of operators."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def gc(
 
 @app.command(rich_help_panel=PANEL)
 def doctor(storage_url: StorageUrl = None, as_json: AsJson = False) -> None:
-    """Find faults of this installation, and say how to mend them.
+    """Find faults of this installation, and print a remedy for each.
 
     The command checks the storage, its objects, this machine and the installation.
 
@@ -82,7 +82,7 @@ def doctor(storage_url: StorageUrl = None, as_json: AsJson = False) -> None:
     from services.cli import options
 
     if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a key may have letters that the terminal has not
+        sys.stdout.reconfigure(errors="replace")  # an object's key may have letters that the terminal cannot show
     checks = []
     for check in examine(options.storage_url(storage_url)):
         checks.append(check)

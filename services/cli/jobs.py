@@ -1,4 +1,4 @@
-"""`genmodels submit`, `jobs`, `status`, `logs`, `cancel`, `resume`: what goes through the job API."""
+"""`genmodels submit`, `jobs`, `status`, `logs`, `cancel`, `resume`: the commands that always use the job API."""
 
 from __future__ import annotations
 
@@ -44,7 +44,9 @@ class Kind(StrEnum):
 @app.command(rich_help_panel=PANEL)
 def submit(
     spec: SpecFile,
-    wait: Annotated[bool, typer.Option("--wait", "-w", help="Follow until it has ended; exit code 0 or 1.")] = False,
+    wait: Annotated[
+        bool, typer.Option("--wait", "-w", help="Follow the job until it has ended; exit code 0 or 1.")
+    ] = False,
     dry_run: Annotated[
         bool, typer.Option("--dry-run", help="Only report what would run: steps, workers, sizes, and whether it fits.")
     ] = False,
@@ -56,14 +58,14 @@ def submit(
     data, source = read_document(spec)
     with client(api) as service:
         if dry_run:
-            from services.console.tables import plan_table
+            from services.console.tables import dry_run_table
 
-            answer = service.dry_run(data, source)
+            report = service.dry_run(data, source)
             if as_json:
-                print_json(answer)
+                print_json(report)
                 return
-            console().print(plan_table(answer))
-            for model in answer["models"]:
+            console().print(dry_run_table(report))
+            for model in report["models"]:
                 for note in model["notes"]:
                     print(f"{model['model']}: {note}")
             return
@@ -76,7 +78,7 @@ def submit(
             print(job.job, flush=True)
         if wait:
             sys.exit(_follow(service, job, gateway, as_json))
-        tell(f"`genmodels status {job.job}` shows how it goes, `genmodels logs -f {job.job}` what it prints")
+        tell(f"`genmodels status {job.job}` shows its progress, `genmodels logs -f {job.job}` follows its logs")
 
 
 @app.command(rich_help_panel=PANEL)
@@ -92,16 +94,16 @@ def jobs(
     from services.console.tables import jobs_table
 
     with client(api) as service:
-        found, more = _take(_all(service, state), limit)
+        listed, more = _take(_all(service, state), limit)
     if as_json:
-        print_json([job.model_dump(mode="json") for job in found])
+        print_json([job.model_dump(mode="json") for job in listed])
         return
-    if not found:
-        print(f"no {'' if state == Kind.all else f'{state} '}jobs; `genmodels submit SPEC` makes one")
+    if not listed:
+        print(f"no {'' if state == Kind.all else f'{state} '}jobs; `genmodels submit SPEC` submits one")
         return
-    console().print(jobs_table(found))
+    console().print(jobs_table(listed))
     if more:
-        tell(f"there are more: --limit {2 * limit}")
+        tell(f"there are more jobs: --limit {2 * limit} shows more")
 
 
 @app.command(rich_help_panel=PANEL)
@@ -109,7 +111,9 @@ def status(
     job: Annotated[
         str | None, typer.Argument(metavar="JOB", help="Id of a job; default: all open jobs.", show_default=False)
     ] = None,
-    wait: Annotated[bool, typer.Option("--wait", "-w", help="Follow until it has ended; exit code 0 or 1.")] = False,
+    wait: Annotated[
+        bool, typer.Option("--wait", "-w", help="Follow the job until it has ended; exit code 0 or 1.")
+    ] = False,
     history: Annotated[
         bool, typer.Option("--history", help="Also show every change of state, with time and reason.")
     ] = False,
@@ -121,22 +125,22 @@ def status(
     from services.console.tables import history_table, runs_table
 
     if wait and job is None:
-        raise SpecError("--wait follows one job: genmodels status JOB --wait")
+        raise SpecError("--wait needs the id of a job: genmodels status JOB --wait")
     with client(api) as service:
         if wait and job is not None:
             sys.exit(_follow(service, service.job(job), gateway, as_json))
-        found = [service.job(job)] if job else list(_all(service, Kind.open))
+        views = [service.job(job)] if job else list(_all(service, Kind.open))
     if as_json:
-        shown = [one.model_dump(mode="json") for one in found]
-        print_json(shown[0] if job else shown)
+        documents = [view.model_dump(mode="json") for view in views]
+        print_json(documents[0] if job else documents)
         return
-    if not found:
-        print("no open jobs; `genmodels jobs` lists those that have ended")
+    if not views:
+        print("no open jobs; `genmodels jobs` lists the jobs that have ended")
         return
-    for one in found:
-        console().print(runs_table(one))
+    for view in views:
+        console().print(runs_table(view))
         if history:
-            console().print(history_table(one))
+            console().print(history_table(view))
 
 
 @app.command(rich_help_panel=PANEL)
@@ -159,35 +163,37 @@ def logs(
             any_line = True
             print(line, flush=follow)
         if not any_line:
-            tell(f"nothing has been printed; `genmodels status {job}` shows how it stands")
+            tell(f"the logs are empty; `genmodels status {job}` shows the job's state")
 
 
 @app.command(rich_help_panel=PANEL)
 def cancel(
     job: JobId,
-    now: Annotated[bool, typer.Option("--now", help="End at once, without a save at the next step.")] = False,
+    now: Annotated[
+        bool, typer.Option("--now", help="End at once, and lose the steps since the last checkpoint.")
+    ] = False,
     models: Models = None,
     api: Api = API,
 ) -> None:
     """Cancel a job. Its runs save at their next step and end; `genmodels resume` continues from there."""
     with client(api) as service:
-        answer = service.cancel(job, models or [], now=now)
-    going = [run for run in _chosen(answer, models) if run.state not in ENDED]
-    if not going:
-        print(f"{job}: nothing to cancel, it had ended")
+        view = service.cancel(job, models or [], now=now)
+    stopping = [run for run in _chosen(view, models) if run.state not in ENDED]
+    if not stopping:
+        print(f"{job}: nothing to cancel, the runs have ended")
         return
-    for run in going:
+    for run in stopping:
         print(f"{job}: {run.model} {_end(run, now)}")
-    tell(f"`genmodels resume {job}` goes on from there")
+    tell(f"`genmodels resume {job}` continues from there")
 
 
 @app.command(rich_help_panel=PANEL)
 def resume(job: JobId, models: Models = None, api: Api = API) -> None:
     """Resume a failed or cancelled job. It is queued again and starts from its last checkpoint."""
     with client(api) as service:
-        answer = service.resume(job, models or [])
-    going = [run.model for run in _chosen(answer, models) if run.state != "succeeded"]
-    print(f"{job}: {', '.join(going)} will go on from the last checkpoint")
+        view = service.resume(job, models or [])
+    resumed = [run.model for run in _chosen(view, models) if run.state != "succeeded"]
+    print(f"{job}: {', '.join(resumed)} will continue from the last checkpoint")
 
 
 def _follow(service: Client, job: JobView, gateway: str | None, as_json: bool) -> int:
@@ -195,21 +201,21 @@ def _follow(service: Client, job: JobView, gateway: str | None, as_json: bool) -
     from services.cluster.environment import ignore_output_errors
 
     ignore_output_errors()
-    shown = console(stderr=as_json)
+    screen = console(stderr=as_json)
     try:
-        job = follow(service, job, shown)
+        job = follow(service, job, screen)
     except KeyboardInterrupt:
         again, end = f"genmodels status {job.job} --wait", f"genmodels cancel {job.job}"
-        tell(f"{job.job} goes on; `{again}` follows it again, `{end}` ends it")
+        tell(f"{job.job} continues; `{again}` follows it again, `{end}` ends it")
         raise
-    code = conclude(service, job, gateway, shown)
+    code = conclude(service, job, gateway, screen)
     if as_json:
         print_json(job.model_dump(mode="json"))
     return code
 
 
 def _end(run: RunView, now: bool) -> str:
-    """Return how a run that was cancelled ends: only what trains has something to save."""
+    """Describe how a cancelled run ends: only a run that trains has something to save."""
     if run.state == "queued":
         return "leaves the queue"
     return "will end at once" if now or run.state == "starting" else "will save at the next step and end"
@@ -229,5 +235,5 @@ def _all(service: Client, state: Kind) -> Iterator[JobView]:
             return
 
 
-def _take(found: Iterator[JobView], limit: int) -> tuple[list[JobView], bool]:
-    return list(islice(found, limit)), next(found, None) is not None
+def _take(jobs: Iterator[JobView], limit: int) -> tuple[list[JobView], bool]:
+    return list(islice(jobs, limit)), next(jobs, None) is not None

@@ -1,4 +1,4 @@
-"""TODO"""
+"""`genmodels keys create`, `list` and `revoke`."""
 
 from __future__ import annotations
 
@@ -48,9 +48,9 @@ def keys_create(
     scopes, prefixes = tuple(scope), tuple(prefix or ())
     key, token = keys.create(name, scopes, prefixes, rate=rate, concurrency=concurrency)  # type: ignore[arg-type]
     models = "all models" if not key.prefixes else "models named " + ", ".join(f"{p}..." for p in key.prefixes)
-    tell(f"key {key.id} of {key.name}: {', '.join(key.scopes)}; {models}. It is shown this once:")
+    tell(f"key {key.id} of {key.name}: {', '.join(key.scopes)}; {models}. The key is shown only this once:")
     print(token)
-    tell("export GENMODELS_KEY=<that>, or send it as: Authorization: Bearer <that>")
+    tell("export GENMODELS_KEY=<key>, or send the header: Authorization: Bearer <key>")
 
 
 @keys_app.command("list")
@@ -59,13 +59,13 @@ def keys_list(storage_url: StorageUrl = None, as_json: AsJson = False) -> None:
     from genmodels.keys import Keys
     from services.console.tables import keys_table
 
-    found = Keys(storage(storage_url)).list()
+    keys = Keys(storage(storage_url)).list()
     if as_json:
-        print_json([key.model_dump(mode="json", exclude={"sha256"}) for key in found])
-    elif found:
-        console().print(keys_table(found))
+        print_json([key.model_dump(mode="json", exclude={"sha256"}) for key in keys])
+    elif keys:
+        console().print(keys_table(keys))
     else:
-        print("no keys yet; `genmodels keys create NAME` makes one")
+        print("no keys yet; `genmodels keys create NAME` creates one")
 
 
 @keys_app.command("revoke")
@@ -79,4 +79,4 @@ def keys_revoke(
     from genmodels.keys import Keys
 
     key = Keys(storage(storage_url)).revoke(id)
-    print(f"key {key.id} of {key.name} works no longer")
+    print(f"key {key.id} of {key.name} is revoked")

@@ -1,4 +1,4 @@
-"""The command line: `genmodels ...`. Commands import what they need when they run: mistakes are told at once."""
+"""The command line: `genmodels ...`. A command imports what it needs when it runs, so mistakes are reported at once."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ PANEL = "On this machine alone"
 
 
 class Grouped(TyperGroup):
-    """Commands in the help under the headings of their panels, which typer's plain help leaves out."""
+    """Lists commands in the help under the headings of their panels, which typer's plain help leaves out."""
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         panels: dict[str, list[tuple[str, str]]] = {}
@@ -46,11 +46,11 @@ app = typer.Typer(
 )
 
 
-UsageError: Any = typer.BadParameter.__base__  # of the click that typer carries
+UsageError: Any = typer.BadParameter.__base__  # of the copy of click in typer
 
 
 def main() -> None:
-    """Entry point. Exits with 2 for a wrong spec or usage, 1 for what failed, 130 after Ctrl-C."""
+    """Run a command. Exit with 2 for a wrong spec or usage, 1 for another failure, 130 after Ctrl-C."""
     isolate_process()
     try:
         sys.exit(app(prog_name="genmodels", standalone_mode=False) or 0)
@@ -69,14 +69,14 @@ def main() -> None:
 
 
 def _usage(error: Any) -> str:
-    """Return what is wrong with the arguments in one line; without any arguments, the whole help."""
+    """Describe in one line what is wrong with the arguments; without any arguments, return the whole help."""
     message = str(error.format_message())
     if "\n" in message:
         return message
-    said = message.removesuffix(".").replace("Input should be", "expected").replace("Value error, ", "")
+    problem = message.removesuffix(".").replace("Input should be", "expected").replace("Value error, ", "")
     command = error.ctx.command_path if error.ctx else "genmodels"
-    end = "" if said.endswith("?") else ";"
-    return f"error: {said[:1].lower()}{said[1:]}{end} `{command} --help` shows how"
+    end = "" if problem.endswith("?") else ";"
+    return f"error: {problem[:1].lower()}{problem[1:]}{end} `{command} --help` shows the usage"
 
 
 def _print_version(wanted: bool) -> None:
@@ -107,7 +107,9 @@ def run(
         bool, typer.Option("--exit", help="End after the summary instead of serving until Ctrl-C.")
     ] = False,
     no_auth: Annotated[bool, typer.Option("--no-auth", help="Require no key; serve only this machine.")] = False,
-    pictures: Annotated[Path, typer.Option(help="Folder for pictures and curves of the models.")] = Path("samples"),
+    pictures: Annotated[Path, typer.Option(help="Folder for the models' pictures and training curves.")] = Path(
+        "samples"
+    ),
 ) -> None:
     """Train, publish and serve all models of a job on this machine."""
     from genmodels.data import uploads

@@ -35,7 +35,7 @@ Api = Annotated[
         "--api",
         metavar="URL",
         envvar="GENMODELS_API",
-        help="URL of the job service; its key is read from GENMODELS_KEY.",
+        help="URL of the job service; the key is read from GENMODELS_KEY.",
     ),
 ]
 MaybeApi = Annotated[

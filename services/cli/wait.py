@@ -1,4 +1,4 @@
-"""What `--wait` shows of a job until it has ended, and what it says in the end."""
+"""What `--wait` shows while a job runs, and the summary when it has ended."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from genmodels.runs.records import ENDED
 from services.client.http import Unreachable
 from services.client.jobs import Client
 from services.console.curl import curl
-from services.console.progress import Board, Shown, waits
+from services.console.progress import Board, Shown, waiting_note
 from services.console.tables import note
 from services.jobs.schemas import JobView, RunView
 
@@ -22,22 +22,22 @@ POLL_SECONDS = 1.0
 
 
 def follow(client: Client, job: JobView, console: Console) -> JobView:
-    """Show a job until all its runs have ended, over restarts of the service; how it stands then.
+    """Show a job until all its runs have ended, also across restarts of the service; return its last view.
 
-    What happened to it before is not told again.
+    Only changes after the call are shown.
 
     Raises:
-        KeyboardInterrupt: Ctrl-C; the job goes on.
-        GenmodelsError: it is not there any more, or the key was revoked.
+        KeyboardInterrupt: Ctrl-C; the job continues.
+        GenmodelsError: the job was deleted, or the key was revoked.
     """
-    told = {run.model: len(run.history) for run in job.models}
+    printed = {run.model: len(run.history) for run in job.models}
     away = False
     with Board(console) as board:
         while True:
             for run in job.models:
-                _tell(board, run, told)
+                _print_changes(board, run, printed)
                 board.show(_shown(run))
-            if job.state in (*ENDED, "damaged"):  # one that is damaged is carried on by nobody
+            if job.state in (*ENDED, "damaged"):  # a damaged job is not continued
                 return job
             time.sleep(POLL_SECONDS)
             try:
@@ -45,22 +45,22 @@ def follow(client: Client, job: JobView, console: Console) -> JobView:
                 away = False
             except Unreachable as error:
                 if not away:
-                    board.say(f"waiting: {error}")
+                    board.print(f"waiting: {error}")
                 away = True
 
 
 def conclude(client: Client, job: JobView, gateway: str | None, console: Console) -> int:
-    """Say what came of a job that has ended, and how to use what it published; the exit code.
+    """Print the result of a job that has ended and how to use the published models; return the exit code.
 
     Args:
-        gateway: URL of the endpoint; default: what the job service says.
+        gateway: URL of the endpoint; default: the URL that the job service names.
     """
     for run in job.models:
         if run.state != "succeeded":
             console.print(Text(f"{run.model}: {run.state}", "red"), Text(f": {run.reason}"), sep="", soft_wrap=True)
     unsuccessful = [run for run in job.models if run.state != "succeeded"]
     if unsuccessful:
-        hint = f"`genmodels logs {job.job}` shows why; `genmodels resume {job.job}` goes on from the last checkpoint"
+        hint = f"`genmodels logs {job.job}` shows why; `genmodels resume {job.job}` continues from the last checkpoint"
         console.print(hint, soft_wrap=True)
     published = [run for run in job.models if run.state == "succeeded"]
     endpoint = gateway or job.endpoint
@@ -72,14 +72,14 @@ def conclude(client: Client, job: JobView, gateway: str | None, console: Console
     return 1 if unsuccessful else 0
 
 
-def _tell(board: Board, run: RunView, told: dict[str, int]) -> None:
-    """Changes that the bar does not keep (what an attempt was lost by), or of which the lines would miss some."""
-    new = run.history[told[run.model] :]
+def _print_changes(board: Board, run: RunView, printed: dict[str, int]) -> None:
+    """Print the changes that the bar does not keep (why an attempt was lost), or that the lines would leave out."""
+    new = run.history[printed[run.model] :]
     for change in new:
         missed = change.state == "queued" if board.console.is_terminal else change is not new[-1]
         if missed and change is not run.history[0]:
-            board.say(f"{run.model}: {change.state} ({change.reason})")
-    told[run.model] = len(run.history)
+            board.print(f"{run.model}: {change.state} ({change.reason})")
+    printed[run.model] = len(run.history)
 
 
 def _shown(run: RunView) -> Shown:
@@ -92,12 +92,12 @@ def _shown(run: RunView) -> Shown:
         loss=run.loss,
         seconds_left=run.seconds_left,
         note=note(run),
-        waiting=waits(run.phase, run.waiting),
+        waiting=waiting_note(run.phase, run.waiting),
     )
 
 
 def _model(client: Client, run: RunView) -> dict[str, object]:
-    """Return a model as the gateway lists it. The job service alone is asked: the key is meant for no other address."""
+    """Describe a model as the gateway lists it. Only the job service is asked: the key may go to no other address."""
     name = run.model if run.alias == "production" else f"{run.model}@{run.alias or run.version}"
     if models.load(run.family or "").kind != "text":
         return {"id": name, "verbs": ["generate"]}

@@ -1,4 +1,4 @@
-"""HTTP to the job service, for a person at a command line: patient, and one line for each error, with the remedy."""
+"""HTTP requests to the job service, with retries; each error is one line that names the remedy."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from tenacity import Retrying, retry_if_exception_type, stop_after_delay, wait_r
 
 from genmodels.errors import DatasetExists, GenmodelsError, JobNotFound, ModelNotFound, SpecError
 
-PATIENCE_SECONDS = 10.0  # to go on trying a service that does not answer
-FIRST_PATIENCE_SECONDS = 2.0  # the same, before it has answered once: the address may be wrong
+PATIENCE_SECONDS = 10.0  # how long to retry a service that does not answer
+FIRST_PATIENCE_SECONDS = 2.0  # the same before the first answer: the address may be wrong
 CONNECT_SECONDS = 5.0
 ANSWER_SECONDS = 30.0
-SILENCE_SECONDS = 60.0  # without a word, after which a followed log is asked for anew
+SILENCE_SECONDS = 60.0  # without a line, after which a followed log is requested again
 
 Json = dict[str, Any]
 T = TypeVar("T")
@@ -26,22 +26,22 @@ ViewT = TypeVar("ViewT", bound=BaseModel)
 
 
 class Unreachable(GenmodelsError):
-    """No job service answers there, or it is not ready; trying again may help."""
+    """No job service answers at the address, or it is not ready; a retry may help."""
 
 
 class Unauthorized(GenmodelsError):
-    """The key is missing, unknown, or not allowed to do this."""
+    """The key is missing, unknown, or lacks the scope that the request needs."""
 
 
 class Transport:
-    """Tries again for a while what goes wrong on the way, so whatever it is given must be safe to repeat.
+    """Sends requests, and retries them while the service does not answer: so each must be safe to repeat.
 
-    Every method raises Unreachable, Unauthorized, or GenmodelsError with what the service said.
+    Every method raises Unreachable, Unauthorized, or GenmodelsError with the service's message.
     """
 
     def __init__(self, url: str, key: str | None) -> None:
         self.url, self.key = _checked(url), key
-        self.reached = False  # it has answered once
+        self.reached = False  # the service has answered once
         local = httpx.URL(self.url).host in ("127.0.0.1", "localhost", "::1")
         self._http = httpx.Client(
             base_url=self.url,
@@ -54,21 +54,21 @@ class Transport:
         self._http.close()
 
     def parsed(self, kind: type[ViewT], method: str, route: str, **options: Any) -> ViewT:
-        """As `json`, of an answer that has this form."""
+        """Send a request as `json` does, and parse the answer as this model."""
         try:
             return kind.model_validate(self.json(method, route, **options))
         except ValidationError:
-            raise GenmodelsError(self._strange(200)) from None
+            raise GenmodelsError(self._not_a_service(200)) from None
 
     def json(
         self, method: str, route: str, *, source: str | None = None, seconds: float = ANSWER_SECONDS, **options: Any
     ) -> Json:
-        """What the service answers.
+        """Send a request and return the JSON object that the service answers.
 
         Args:
-            source: the file that is sent, where it is a spec: what is wrong with it is then a SpecError.
-            seconds: to wait for an answer.
-            options: httpx's `content` (or a function that makes it anew for each try), `json`, `params`, `headers`.
+            source: name of the spec that is sent; its errors are then raised as a SpecError.
+            seconds: how long to wait for an answer.
+            options: httpx's `json`, `params`, `headers`, `content`; a callable `content` is called for each try.
         """
         timeout = httpx.Timeout(seconds, connect=CONNECT_SECONDS)
         content = options.pop("content", None)
@@ -77,23 +77,23 @@ class Transport:
             body = content() if callable(content) else content
             return self._answer(self._http.request(method, route, content=body, timeout=timeout, **options), source)
 
-        return self._patiently(ask)
+        return self._retry(ask)
 
     def download(self, route: str, path: Path) -> None:
-        """Fetch into a file."""
+        """Download into a file."""
 
         def fetch() -> None:
             with self._stream(route) as answer, path.open("wb") as file:
                 for data in answer.iter_bytes():
                     file.write(data)
 
-        self._patiently(fetch)
+        self._retry(fetch)
 
     def lines(self, route: str, query: list[tuple[str, Any]], follow: bool) -> Iterator[str]:
-        """Lines of a text as they come, once, without patience.
+        """Yield the lines of a text as they come, without retries.
 
         Args:
-            follow: a silence is no error, but ends it.
+            follow: end, instead of raising, after SILENCE_SECONDS without a line.
         """
         timeout = httpx.Timeout(SILENCE_SECONDS, connect=CONNECT_SECONDS)
         with self._translated(), self._stream(route, params=query, timeout=timeout) as answer:
@@ -112,8 +112,8 @@ class Transport:
                 self._answer(response)
             yield response
 
-    def _patiently(self, work: Callable[[], T]) -> T:
-        """What `work` returns, tried again while the service does not answer; not for long if it never did."""
+    def _retry(self, work: Callable[[], T]) -> T:
+        """Return what `work` returns; retry it while the service does not answer."""
 
         def translated() -> T:
             with self._translated():
@@ -131,7 +131,7 @@ class Transport:
 
     @contextlib.contextmanager
     def _translated(self) -> Iterator[None]:
-        """httpx's errors as ours."""
+        """Raise httpx's errors as errors of this package."""
         try:
             yield
         except (httpx.ConnectError, httpx.ConnectTimeout):
@@ -139,36 +139,38 @@ class Transport:
             raise Unreachable(f"no job service answers at {self.url}; {remedy}") from None
         except httpx.TransportError as error:
             kind = type(error).__name__
-            raise Unreachable(f"the job service at {self.url} broke off ({kind}); try again in a moment") from None
+            raise Unreachable(
+                f"the job service at {self.url} closed the connection ({kind}); try again in a moment"
+            ) from None
 
     def _answer(self, response: httpx.Response, source: str | None = None) -> Json:
-        """The JSON of an answer; an error that it tells is raised."""
-        body, message = _understood(response)
+        """Return the JSON object of an answer, or raise the error that it reports."""
+        body, message = _parsed_error(response)
         status = response.status_code
         if status in (429, 502, 503, 504):
             raise Unreachable(
                 message or f"the job service at {self.url} is not ready ({status}); try again in a moment"
             )
         if body is None:
-            raise GenmodelsError(self._strange(status))
+            raise GenmodelsError(self._not_a_service(status))
         if not response.is_error:
             return body
         if status == 401:
-            raise Unauthorized(self._asks_for_a_key())
+            raise Unauthorized(self._key_error())
         if status == 403:
             raise Unauthorized(message)
         if status in (400, 413) and source is not None:
             raise SpecError(*(_of_file(line, source) for line in message.splitlines()))
         raise _BY_CODE.get(body["error"].get("code"), GenmodelsError)(message)
 
-    def _strange(self, status: int) -> str:
-        return f"{self.url} answers ({status}), but not as a job service does; is its address right? See --api"
+    def _not_a_service(self, status: int) -> str:
+        return f"{self.url} answers ({status}), but is not a job service; check the address, see --api"
 
-    def _asks_for_a_key(self) -> str:
-        remedy = "`genmodels keys create` makes one where the storage is"
+    def _key_error(self) -> str:
+        remedy = "`genmodels keys create` creates one on a machine that can open the storage"
         if self.key:
-            return f"{self.url} does not take the key in GENMODELS_KEY: it is unknown or was revoked; {remedy}"
-        return f"{self.url} asks for a key: set GENMODELS_KEY; {remedy}"
+            return f"{self.url} refuses the key in GENMODELS_KEY: it is unknown or was revoked; {remedy}"
+        return f"{self.url} requires a key: set GENMODELS_KEY; {remedy}"
 
 
 _BY_CODE: dict[str, type[GenmodelsError]] = {
@@ -178,8 +180,8 @@ _BY_CODE: dict[str, type[GenmodelsError]] = {
 }
 
 
-def _understood(response: httpx.Response) -> tuple[Json | None, str]:
-    """The JSON object of an answer, and the message of an error; None where it is not from a job service."""
+def _parsed_error(response: httpx.Response) -> tuple[Json | None, str]:
+    """Return the JSON object of an answer, and its error message; None if the answer is not from a job service."""
     try:
         body = response.json() if response.content else {}
         message = str(body["error"]["message"]) if response.is_error else ""
@@ -189,7 +191,7 @@ def _understood(response: httpx.Response) -> tuple[Json | None, str]:
 
 
 def _of_file(line: str, source: str) -> str:
-    """A problem in a spec, which the service calls `spec`, as one in a file."""
+    """Replace the name `spec`, which the service uses in the errors of a spec, by the name of the file."""
     return f"{source}{line.removeprefix('spec')}" if line.startswith("spec:") else f"{source}: {line}"
 
 
@@ -200,7 +202,7 @@ def _checked(url: str) -> str:
 
 
 def _printable(key: str) -> str:
-    """A key is ASCII; anything else was pasted wrongly, and would break the header."""
+    """Return a key without spaces at its ends, or raise: a key is ASCII, and other characters break the header."""
     if re.fullmatch("[!-~]+", key.strip()):
         return key.strip()
-    raise Unauthorized("GENMODELS_KEY holds characters that no key has; was it copied whole?")
+    raise Unauthorized("GENMODELS_KEY has characters that no key has; copy the key again")

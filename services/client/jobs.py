@@ -1,7 +1,7 @@
-"""A client of the job API: one line for each error, with the remedy, and calls that are safe to repeat.
+"""A client of the job API. Each error is one line that names the remedy.
 
-What goes wrong on the way (the service is starting again, the network breaks) is tried again for a while. That is safe:
-submitting carries an idempotency key, and everything else sets something to what it shall be.
+Requests are retried for a while if the service restarts or the network fails. A retry is safe: a submission carries an
+idempotency key, and every other request has the same effect when it is repeated.
 """
 
 from __future__ import annotations
@@ -25,18 +25,18 @@ from genmodels.storage.base import check_key
 from services.client.http import Json, Transport, Unreachable
 from services.jobs.schemas import JobView, Page
 
-LOOK_AGAIN_SECONDS = 1.0  # before a log that broke off is asked for anew
-WORK_SECONDS = 600.0  # that the service may take to check a dataset, or to look for what can go
+RECONNECT_SECONDS = 1.0  # before an interrupted log is requested again
+WORK_SECONDS = 600.0  # that the service may take to check a dataset, or to find garbage
 
 
 class Client:
-    """Safe to use from one thread. With `with`, connections are closed at the end.
+    """A client for one thread. As a context manager, it closes its connections at the end.
 
     Args:
         url: of the job service, `http://host:port`.
-        key: a bearer key; None where the service runs without keys.
+        key: a bearer key; None for a service without keys.
 
-    Every method raises Unreachable, Unauthorized, or GenmodelsError with what the service said.
+    Every method raises Unreachable, Unauthorized, or GenmodelsError with the service's message.
     """
 
     def __init__(self, url: str, key: str | None = None) -> None:
@@ -52,24 +52,24 @@ class Client:
     # Jobs
 
     def submit(self, spec: bytes, source: str = "spec") -> JobView:
-        """Have a job made of a spec in YAML or JSON.
+        """Submit a spec in YAML or JSON, and return the new job.
 
         Args:
-            source: the spec's file, for the lines of a SpecError.
+            source: name of the spec's file, for the messages of a SpecError.
 
         Raises:
-            SpecError: the service refuses it; one line for each problem.
+            SpecError: the service refuses the spec; one line for each problem.
         """
         headers = {**_typed(source), "idempotency-key": secrets.token_hex(16)}
         return self._http.parsed(JobView, "POST", "/v1/jobs", content=spec, headers=headers, source=source)
 
     def dry_run(self, spec: bytes, source: str = "spec") -> Json:
-        """What would be made of a spec. Raises SpecError, as `submit`."""
+        """Report what a spec would run. Raises SpecError, as `submit` does."""
         query = {"dry_run": "true"}
         return self._http.json("POST", "/v1/jobs", content=spec, headers=_typed(source), params=query, source=source)
 
     def jobs(self, state: str = "all", limit: int = 20, after: str | None = None) -> Page:
-        """Some of the jobs: open ones, then ended ones, newest first."""
+        """Return one page of jobs: open jobs, then ended jobs, newest first."""
         query: Json = {"state": state, "limit": limit} | ({"after": after} if after else {})
         return self._http.parsed(Page, "GET", "/v1/jobs", params=query)
 
@@ -77,11 +77,11 @@ class Client:
         return self._http.parsed(JobView, "GET", f"/v1/jobs/{_name(job)}")
 
     def cancel(self, job: str, models: list[str], *, now: bool = False) -> JobView:
-        """Have runs of a job save and end; `now`: end at once. No models: all."""
+        """Ask runs of a job to save and end, or, with `now`, to end at once. An empty list of models means all."""
         return self._http.parsed(JobView, "POST", f"/v1/jobs/{_name(job)}/cancel", json={"now": now} | _some(models))
 
     def resume(self, job: str, models: list[str]) -> JobView:
-        """Queue again what failed or was cancelled. No models: all."""
+        """Queue failed and cancelled runs again. An empty list of models means all."""
         return self._http.parsed(JobView, "POST", f"/v1/jobs/{_name(job)}/resume", json=_some(models))
 
     def delete_job(self, job: str) -> None:
@@ -96,17 +96,17 @@ class Client:
         follow: bool = False,
         waiting: Callable[[str], None] = lambda reason: None,
     ) -> Iterator[str]:
-        """Lines of a job's logs; with `follow` until the job has ended, over broken connections and restarts.
+        """Yield the lines of a job's logs; with `follow`, until the job has ended, across reconnections.
 
         Args:
-            models: only of these; none: all.
-            source: only of the "driver" or of one rank.
-            waiting: told, once for each break, why there is nothing for now.
+            models: only the logs of these models; empty: all.
+            source: only the log of the "driver" or of one rank.
+            waiting: called with the reason, once for each interruption.
         """
         query: list[tuple[str, Any]] = [("model", model) for model in models]
         query += [("source", source)] if source else []
         query += [("follow", "true")] if follow else []
-        seen: Counter[int] = Counter()  # hashes of the lines given so far, which a stream that starts anew repeats
+        seen: Counter[int] = Counter()  # hashes of the lines yielded so far: a new stream repeats those lines
         away = False
         while True:
             repeated = Counter(seen)
@@ -126,7 +126,7 @@ class Client:
                 if not away:
                     waiting(str(error))
                 away = True
-            time.sleep(LOOK_AGAIN_SECONDS)
+            time.sleep(RECONNECT_SECONDS)
 
     # Models
 
@@ -135,17 +135,17 @@ class Client:
         return list(self._http.json("GET", "/v1/models")["data"])
 
     def resolve(self, name: str) -> tuple[str, int]:
-        """Model and version number that a name means: `m` (its alias production), `m@alias`, `m@3`, or `m@latest`.
+        """Return the model and version number that a name means: `m` (alias production), `m@alias`, `m@3`, `m@latest`.
 
         Raises:
-            ModelNotFound: there is no such model or alias; whether there is such a version is not looked at.
+            ModelNotFound: there is no such model or alias. A version number is not checked.
         """
         model, _, reference = name.partition("@")
         if reference.isdecimal():
             return model, int(reference)
-        models = {found["name"]: found for found in self.models()}
+        models = {model["name"]: model for model in self.models()}
         if model not in models:
-            raise ModelNotFound(f"no model {model!r}; there are: {', '.join(models) or 'none yet'}")
+            raise ModelNotFound(f"no model {model!r}; published models: {', '.join(models) or 'none yet'}")
         versions, aliases = models[model]["versions"], models[model]["aliases"]
         number = versions[-1] if reference == "latest" else aliases.get(reference or "production")
         if number is None:
@@ -160,7 +160,7 @@ class Client:
         self._http.json("PUT", f"/v1/models/{_name(model)}/aliases/{_name(alias)}", json={"version": number})
 
     def delete_model(self, model: str, *, with_runs: bool = False, dry_run: bool = False) -> Json:
-        """Delete a whole model; what there was of it. `dry_run`: only tell."""
+        """Delete a whole model, and return its contents; with `dry_run`, only return them."""
         query = {"with_runs": str(with_runs).lower(), "dry_run": str(dry_run).lower()}
         return self._http.json("DELETE", f"/v1/models/{_name(model)}", params=query, seconds=WORK_SECONDS)
 
@@ -174,17 +174,17 @@ class Client:
         """Download a version's files into an empty folder and verify every byte.
 
         Raises:
-            CheckpointError: a file came damaged.
+            CheckpointError: a file arrived damaged.
         """
         for name, expected in version.files.items():
-            path = folder / check_key(name)  # which leads nowhere else
+            path = folder / check_key(name)  # a checked name cannot lead out of the folder
             path.parent.mkdir(parents=True, exist_ok=True)
             self._http.download(f"{_route(version)}/files/{quote(name)}", path)
             if path.stat().st_size != expected.size or sha256_of(path) != expected.sha256:
-                raise CheckpointError(f"{version.name}: {name} came damaged (its size or sha256 differs)")
+                raise CheckpointError(f"{version.name}: {name} arrived damaged (its size or sha256 differs)")
 
     def example_prompt(self, model: str, number: int) -> str:
-        """A prompt that a version of a text model understands."""
+        """Return a prompt whose characters a version of a text model knows."""
         from genmodels.data.text import load_tokenizer
 
         with tempfile.TemporaryDirectory(prefix="genmodels-") as folder:
@@ -204,11 +204,11 @@ class Client:
         """Add a text file or a zip of pictures.
 
         Args:
-            replace: also where the name means another content.
+            replace: replace another content of this name.
             options: `image_size` and `channels` of pictures.
 
         Raises:
-            DatasetExists: it does, and `replace` is not given.
+            DatasetExists: the name means another content, and `replace` is false.
         """
 
         def parts() -> Iterator[bytes]:
@@ -223,13 +223,13 @@ class Client:
         return self._http.json("PUT", route, content=parts, headers=headers, params=query, seconds=WORK_SECONDS)
 
     def delete_dataset(self, name: str, *, dry_run: bool = False) -> Json:
-        """Delete a dataset; what there was of it, and what was trained on it. `dry_run`: only tell."""
+        """Delete a dataset; return its contents and what was trained on it. With `dry_run`, only return them."""
         query = {"dry_run": str(dry_run).lower()}
         return self._http.json("DELETE", f"/v1/datasets/{_name(name)}", params=query, seconds=WORK_SECONDS)
 
 
 def _name(name: str) -> str:
-    """A part of a path, which may not leave it."""
+    """Check a name that becomes one part of a URL's path."""
     if re.fullmatch("[a-z0-9]([a-z0-9-]*[a-z0-9])?", name):
         return name
     raise GenmodelsError(

@@ -1,4 +1,4 @@
-"""What the environment of a process says: every variable of ours that services read, with its default.
+"""Settings from the environment: every variable of this project that services read, with its default.
 
 Variables that a command-line option also sets are read where the option is declared (`services/cli/options.py`,
 `services/jobs/app.py`).
@@ -17,10 +17,10 @@ from genmodels.errors import GenmodelsError
 class Settings:
     """Settings of the dispatcher, drivers and nodes. All times are in seconds."""
 
-    hang_seconds: float  # without progress, after which an attempt is killed; longer where steps are slow
-    slow_seconds: float  # the same in phases that report progress seldom
-    grow_seconds: float  # that free workers must have been there before a run grows into them
-    grow_worth_seconds: float  # that a run must have left to train; growing a shorter one costs more than it gains
+    hang_seconds: float  # without progress, after which an attempt is killed; longer if its steps are slow
+    slow_seconds: float  # the same, for phases that rarely report progress
+    grow_seconds: float  # that workers must be free before a run grows into them
+    grow_worth_seconds: float  # of training that must be left; growing a run with less costs more than it gains
     start_timeout_seconds: float  # in which a run's workers must be placed
     job_stop_seconds: str  # that Ray gives a driver to save before it kills it
     gcs_folder: str | None  # where the head keeps its state, so that it knows its cluster after a restart

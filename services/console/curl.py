@@ -1,4 +1,4 @@
-"""Commands that ask a model from a terminal."""
+"""Shell commands that send a request to a model."""
 
 from __future__ import annotations
 
@@ -16,11 +16,11 @@ _SAVE = (
 
 
 def curl(model: Mapping[str, Any], base_url: str, *, key: bool = False) -> list[str]:
-    """Commands that show what a model does.
+    """Return one command for each thing that a model can do.
 
     Args:
         model: as in `GET /v1/models`.
-        key: whether a key is asked for, which then stands in the environment.
+        key: whether the endpoint requires a key; the commands read it from GENMODELS_KEY.
     """
     name, verbs, lines = model["id"], model["verbs"], []
 

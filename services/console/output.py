@@ -1,4 +1,4 @@
-"""TODO"""
+"""How commands print: the console, notes for the reader on standard error, and JSON."""
 
 from __future__ import annotations
 
@@ -10,21 +10,21 @@ if TYPE_CHECKING:
     from rich.console import Console
 
 
-LOG_WIDTH = 132  # a log file has room for a table
+LOG_WIDTH = 132  # characters, where the output is no terminal: a log file has room for wide tables
 
 
 def console(*, stderr: bool = False) -> Console:
     """Make the console of a command. It prints names and paths as they are: none of their characters is markup."""
     from rich.console import Console
 
-    made = Console(stderr=stderr, markup=False, highlight=False, emoji=False)
-    if not made.is_terminal:
-        made.width = LOG_WIDTH
-    return made
+    screen = Console(stderr=stderr, markup=False, highlight=False, emoji=False)
+    if not screen.is_terminal:
+        screen.width = LOG_WIDTH
+    return screen
 
 
 def tell(line: str) -> None:
-    """A line for the person, beside what the command prints for others to use."""
+    """Print a note for the reader to standard error, apart from the command's output."""
     print(line, file=sys.stderr)
 
 

@@ -1,4 +1,4 @@
-"""What a person sees of training: a bar for each model, with loss and time left; plain lines in a log file."""
+"""The progress of training: on a terminal a bar for each model, with loss and time left; in a log file, lines."""
 
 from __future__ import annotations
 
@@ -16,15 +16,14 @@ from rich.table import Column, Table
 from rich.text import Text
 
 from genmodels import models
-from genmodels.runs.records import Heartbeat, Phase, Result, Status
+from genmodels.runs.records import ACTIVE, Heartbeat, Phase, Result, Status
 from genmodels.spec.sections import ModelSpec
 from services.dispatch.backends.base import Watch
-from services.dispatch.supervisor import ACTIVE
 from services.jobs.schemas import ShownState
 
 MANY_EXAMPLES, FEW_EXAMPLES = 1000, 100
-LINE_SECONDS = 10.0  # between two lines of a model where the output is no terminal
-QUIET_SECONDS = 15.0  # without news of a model that trains, after which that is said
+LINE_SECONDS = 10.0  # between two lines of a model, if the output is not a terminal
+QUIET_SECONDS = 15.0  # without a new step of a model that trains, after which the view says so
 STORAGE_AWAY: Phase = "waiting for storage"
 SHOWN_PHASES: tuple[Phase, ...] = ("starting", "compiling", "evaluating", "saving", "publishing")  # for `running`
 STYLES: dict[str, str] = {
@@ -40,7 +39,12 @@ STYLES: dict[str, str] = {
 
 @dataclass(frozen=True)
 class Shown:
-    """How far a run is. `note`: why it is in its state; `waiting`: that its attempt waits and why, else ""."""
+    """The progress of a run.
+
+    Attributes:
+        note: why the run is in its state.
+        waiting: why its attempt waits; "": the attempt does not wait.
+    """
 
     model: str
     state: ShownState
@@ -54,14 +58,17 @@ class Shown:
 
 
 class Board:
-    """Shows any number of runs while the context is open: bars on a terminal; elsewhere a line for each change of a
-    run's state or note, and one now and then as it trains."""
+    """Shows any number of runs while the context is open.
+
+    On a terminal, each run has a bar. Elsewhere, each change of a run's state or note prints a line, and training
+    prints one every LINE_SECONDS.
+    """
 
     def __init__(self, console: Console) -> None:
         self.console = console
         self._runs: dict[str, Shown] = {}
-        self._lines: dict[str, float] = {}  # when each model had its last one
-        self._news: dict[str, tuple[Shown, float]] = {}  # of each model, and since when nothing new has come
+        self._lines: dict[str, float] = {}  # when the last line of each model was printed
+        self._news: dict[str, tuple[Shown, float]] = {}  # the last news of each model, and when it came
         self._live = Live(console=console, get_renderable=self._bars, refresh_per_second=4)
 
     def __enter__(self) -> Board:
@@ -80,12 +87,12 @@ class Board:
         else:
             self._runs[run.model] = run
 
-    def say(self, line: str) -> None:
-        """A line that stays: above the bars, or among the others."""
+    def print(self, line: str) -> None:
+        """Print a line that stays: above the bars, or among the other lines."""
         self.console.print(line, soft_wrap=True)
 
     def _aged(self, run: Shown) -> Shown:
-        """The same run; where it should train and shows no step any more, that is said instead of a time left."""
+        """Return the run; if it should train but makes no steps, `waiting` says so, and no time left is shown."""
         now = time.monotonic()
         news, since = self._news.get(run.model, (None, now))
         if run != news:
@@ -101,15 +108,15 @@ class Board:
         if not last or changed or (due and _numbers(run) != _numbers(last)):
             self._runs[run.model], self._lines[run.model] = run, time.monotonic()
             numbers = "".join(f", {number}" for number in _numbers(run) if number)
-            said = run.waiting or (run.note if changed else "")
-            note = f" ({said})" if said else ""
-            self.say(f"{run.model}: {run.state}{numbers}{note}")
+            note = run.waiting or (run.note if changed else "")
+            note = f" ({note})" if note else ""
+            self.print(f"{run.model}: {run.state}{numbers}{note}")
 
     def _bars(self) -> Table:
-        """A row for each run: model, state, and a bar with numbers or the note."""
+        """Return a table with a row for each run: model, state, and a bar with numbers or the note."""
         table = Table.grid(Column(max_width=24, no_wrap=True), Column(no_wrap=True), Column(ratio=1), padding=(0, 1))
         table.expand = True
-        for run in list(self._runs.values()):  # another thread draws than tells
+        for run in list(self._runs.values()):  # a copy: another thread draws
             table.add_row(
                 Text(run.model, "bold"),
                 Text(f"{current(run.state, run.phase):<10}", STYLES.get(run.state, "")),
@@ -119,24 +126,24 @@ class Board:
 
 
 def current(state: ShownState, phase: str | None) -> str:
-    """Return what a run is doing: its state, or, while it is `running` but does not train, the phase."""
+    """Return the state of a run, or its phase if the state is `running` but the run does not train."""
     return phase if state == "running" and phase in SHOWN_PHASES else state
 
 
 class TrainingView:
-    """Shows runs one after the other, as a dispatcher of this process carries them."""
+    """Shows runs that this process supervises, one after the other."""
 
     def __init__(self, console: Console) -> None:
         self.console = console
 
     @contextmanager
     def follow(self, spec: ModelSpec) -> Iterator[Watch]:
-        """A watcher that shows one run while the context is open."""
+        """Yield a watcher that shows one run while the context is open."""
         with Board(self.console) as board:
 
             def watch(status: Status, heartbeat: Heartbeat | None) -> None:
                 beat = heartbeat.model_dump(include={"phase", "step", "loss", "seconds_left"}) if heartbeat else {}
-                waiting = waits(heartbeat.phase, heartbeat.waiting) if heartbeat else ""
+                waiting = waiting_note(heartbeat.phase, heartbeat.waiting) if heartbeat else ""
                 steps, note = spec.train.max_steps, status.reason
                 board.show(Shown(spec.name, status.state, max_steps=steps, note=note, waiting=waiting, **beat))
 
@@ -155,7 +162,7 @@ def _rest(run: Shown) -> RenderableType:
 
 
 def _numbers(run: Shown) -> tuple[str, str, str]:
-    """steps, loss and time left, each empty where there is none"""
+    """Return the texts of steps, loss and time left; each is "" if it is unknown."""
     running = run.state == "running"
     left = None if run.waiting else run.seconds_left
     return (
@@ -165,8 +172,8 @@ def _numbers(run: Shown) -> tuple[str, str, str]:
     )
 
 
-def waits(phase: str | None, reason: str | None) -> str:
-    """That an attempt waits, and why; "" while it does not."""
+def waiting_note(phase: str | None, reason: str | None) -> str:
+    """Describe why an attempt waits; return "" if it does not wait."""
     if reason:
         return f"waiting, because {reason}"
     return STORAGE_AWAY if phase == STORAGE_AWAY else ""
@@ -175,10 +182,10 @@ def waits(phase: str | None, reason: str | None) -> str:
 def summary(
     rows: list[tuple[ModelSpec, Status, Result | None]], endpoint: str | None, validation: Mapping[str, int]
 ) -> Table:
-    """model, family, steps, metric, gate, version, seconds, endpoint
+    """Return a table with the columns model, family, steps, metric, gate, version, seconds and endpoint.
 
     Args:
-        validation: by model, how many validation examples its metrics are of: pictures or characters.
+        validation: number of validation examples (pictures or characters) by model.
     """
     table = Table(title=f"Endpoints at {endpoint}" if endpoint else "No endpoint: no model was published")
     for heading in ("model", "family", "steps", "metric", "gate", "version", "seconds", "endpoint"):
@@ -200,22 +207,22 @@ def summary(
 
 
 def clock(seconds: float) -> str:
-    """2:05 for 125 seconds"""
+    """Format a duration: 125 seconds are 2:05."""
     minutes, seconds = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{seconds:02}" if hours else f"{minutes}:{seconds:02}"
 
 
 def digits(examples: float | None) -> int:
-    """How many digits of a mean over so many examples mean anything: its error is of the order of 1/sqrt(examples)."""
+    """Return how many digits of a mean are significant: its error is of the order of 1/sqrt(examples)."""
     if examples is None or examples >= MANY_EXAMPLES:
         return 4
     return 3 if examples >= FEW_EXAMPLES else 2
 
 
-def of_few(examples: float | None) -> str:
-    """What to say beside figures of few validation examples; nothing of many."""
-    return f"of {examples:.0f} validation examples" if examples is not None and examples < FEW_EXAMPLES else ""
+def few_examples_note(examples: float | None) -> str:
+    """Return a note for values computed from few validation examples; "" if there are many."""
+    return f"{examples:.0f} validation examples" if examples is not None and examples < FEW_EXAMPLES else ""
 
 
 def _metric(spec: ModelSpec, result: Result | None, examples: int | None) -> str:
@@ -223,7 +230,8 @@ def _metric(spec: ModelSpec, result: Result | None, examples: int | None) -> str
         return "-"
     name = spec.serve.gate.metric if spec.serve.gate else models.load(spec.family).metric_names[0]
     value = f"{name} {result.metrics.get(name, math.nan):.{digits(examples)}g}"
-    return f"{value} ({of_few(examples)})" if of_few(examples) else value
+    few = few_examples_note(examples)
+    return f"{value} (of {few})" if few else value
 
 
 def _gate(result: Result | None) -> Text:

@@ -1,4 +1,4 @@
-"""What the commands list, as tables."""
+"""The tables that commands print. Each function's first line lists the columns."""
 
 from __future__ import annotations
 
@@ -11,12 +11,12 @@ from rich.text import Text
 
 from genmodels.keys import Key
 from genmodels.registry.evaluations import Evaluation
-from services.console.progress import STYLES, clock, current, digits, of_few, waits
+from services.console.progress import STYLES, clock, current, digits, few_examples_note, waiting_note
 from services.jobs.schemas import JobView, RunView, ShownState
 
 
 def jobs_table(jobs: Iterable[JobView]) -> Table:
-    """job, state, priority, submitted, models"""
+    """Return the columns job, state, priority, submitted, models."""
     table = _table("job", "state", "priority", "submitted", "models")
     for job in jobs:
         runs = Text(", ").join(_short(run) for run in job.models)
@@ -25,7 +25,7 @@ def jobs_table(jobs: Iterable[JobView]) -> Table:
 
 
 def runs_table(job: JobView) -> Table:
-    """model, state, step, loss, left, attempt, workers, version, reason"""
+    """Return the columns model, state, step, loss, left, attempt, workers, version, reason."""
     table = _table("model", "state", "step", "loss", "left", "attempt", "workers", "version", "reason")
     table.title = f"{job.job}: {job.state}, priority {job.priority}, submitted {age(job.submitted)}"
     table.title_justify = "left"
@@ -45,7 +45,7 @@ def runs_table(job: JobView) -> Table:
 
 
 def history_table(job: JobView) -> Table:
-    """time, model, state, reason: every change, oldest first"""
+    """Return the columns time, model, state, reason, with a row for each change of a run's state, oldest first."""
     table = _table("time", "model", "state", "reason")
     changes = [(change, run.model) for run in job.models for change in run.history]
     for change, model in sorted(changes, key=lambda item: item[0].time):
@@ -53,12 +53,12 @@ def history_table(job: JobView) -> Table:
     return table
 
 
-def plan_table(plan: Mapping[str, Any]) -> Table:
-    """What a dry run tells: model, family, steps, epochs, workers, parameters, checkpoint, serving, fits"""
+def dry_run_table(report: Mapping[str, Any]) -> Table:
+    """Return the columns model, family, dataset, steps, epochs, workers, parameters, checkpoint, serving, fits."""
     table = _table(
         "model", "family", "dataset", "steps", "epochs", "workers", "parameters", "checkpoint", "serving", "fits"
     )
-    for model in plan["models"]:
+    for model in report["models"]:
         fewest, most = model["workers"]
         fits = {True: Text("yes", "green"), False: Text("no", "red"), None: Text("?")}[model["fits"]]
         kept, size = model["checkpoints_kept"], model["checkpoint_bytes"]
@@ -78,14 +78,14 @@ def plan_table(plan: Mapping[str, Any]) -> Table:
 
 
 def _serving(model: Mapping[str, Any]) -> str:
-    """The memory that a model takes where it is served."""
+    """Format the memory that a model host needs for a model."""
     if model["serving_bytes"] is None:
         return "?"
     return amount(model["serving_bytes"]) + ("" if model["servable"] else " [red]too large")
 
 
 def models_table(models: Iterable[Mapping[str, Any]]) -> Table:
-    """As `registry_table`, of what the job service tells: model, family, versions, aliases, newest version's metrics"""
+    """Return the columns model, family, versions, aliases, newest version's metrics."""
     table = _table("model", "family", "versions", "aliases", "newest version's metrics")
     for model in models:
         aliases = ", ".join(f"{alias}: {number}" for alias, number in model["aliases"].items())
@@ -106,13 +106,14 @@ def evaluation_table(evaluation: Evaluation) -> Table:
     for name, metric in evaluation.metrics.items():
         baselines = ", ".join(f"{baseline}: {value:.{exact}g}" for baseline, value in metric.baselines.items())
         table.add_row(name, f"{metric.value:.{exact}g} {metric.unit}".rstrip(), Text(baselines))
-    few = [f"figures are {of_few(count)}: more digits mean nothing"] if of_few(count) else []
-    table.caption = Text("; ".join([*few, *(f"{name}: {note}" for name, note in evaluation.notes.items())]))
+    few = few_examples_note(count)
+    notes = [f"computed from {few}: more digits are not significant"] if few else []
+    table.caption = Text("; ".join([*notes, *(f"{name}: {note}" for name, note in evaluation.notes.items())]))
     return table
 
 
 def datasets_table(datasets: Iterable[Mapping[str, Any]]) -> Table:
-    """dataset, kind, added, what"""
+    """Return the columns dataset, kind, added, what."""
     table = _table("dataset", "kind", "added", "what")
     for dataset in datasets:
         added = "built in" if dataset["built_in"] else age(dataset["added"])
@@ -122,7 +123,7 @@ def datasets_table(datasets: Iterable[Mapping[str, Any]]) -> Table:
 
 
 def keys_table(keys: Iterable[Key]) -> Table:
-    """id, name, scopes, models, limits, created, revoked"""
+    """Return the columns id, name, scopes, models, limits, created, revoked."""
     table = _table("id", "name", "scopes", "models", "limits", "created", "revoked")
     for key in keys:
         models = ", ".join(f"{prefix}..." for prefix in key.prefixes) or "all"
@@ -135,7 +136,7 @@ def keys_table(keys: Iterable[Key]) -> Table:
 
 
 def garbage_table(items: Iterable[Mapping[str, Any]]) -> Table:
-    """items (an object, or a folder of them), size, why: what can go, by reason"""
+    """Return the columns items, size, why, with a row for each reason; an item is an object or a folder of objects."""
     sums: dict[str, tuple[int, int]] = {}
     for item in items:
         count, size = sums.get(item["why"], (0, 0))
@@ -147,8 +148,8 @@ def garbage_table(items: Iterable[Mapping[str, Any]]) -> Table:
 
 
 def note(run: RunView) -> str:
-    """Why a run is in its state, or what it waits for."""
-    if waiting := waits(run.phase, run.waiting):
+    """Describe why a run is in its state, or what it waits for."""
+    if waiting := waiting_note(run.phase, run.waiting):
         return waiting
     if run.position is None:
         return run.reason
@@ -156,7 +157,7 @@ def note(run: RunView) -> str:
 
 
 def amount(size: float) -> str:
-    """1.5 MiB for 1572864 bytes"""
+    """Format a number of bytes: 1572864 bytes are 1.5 MiB."""
     for unit in ("bytes", "KiB", "MiB"):
         if size < 1024:
             return f"{size:.4g} {unit}"
@@ -165,7 +166,7 @@ def amount(size: float) -> str:
 
 
 def age(time: str) -> str:
-    """5 min ago"""
+    """Format the time since a moment, as in `5 min ago`."""
     seconds = (datetime.now(UTC) - datetime.fromisoformat(time)).total_seconds()
     for unit, size in (("d", 86_400), ("h", 3600), ("min", 60)):
         if seconds >= size:
@@ -181,7 +182,7 @@ def _table(*headings: str) -> Table:
 
 
 def _short(run: RunView) -> Text:
-    """A model of a job in a list: coloured by its state, with how far it is."""
+    """Format a run in a list of jobs: its model, coloured by the state, and its progress."""
     doing = current(run.state, run.phase)
     trains = doing == "running" and run.phase != "starting"
     share = f" {min(99, 100 * run.step // run.max_steps)}%" if trains and run.step and run.max_steps else ""

@@ -1,4 +1,4 @@
-"""TODO"""
+"""Watch one attempt: detect hangs, request its end, and kill it when it does not end in time."""
 
 from __future__ import annotations
 
@@ -9,62 +9,62 @@ from genmodels.runs.records import Command, Heartbeat
 from services.cluster.settings import settings
 from services.dispatch.backends.base import Driver
 
-LEAVE_SECONDS = 60.0  # for an attempt to save and end before it is killed; longer where ten steps take longer
-
-
-KILL_SECONDS = 20.0  # for the ranks to write down their stacks before the driver is killed too
-
-
+STOP_SECONDS = 60.0  # for an attempt to save and end before it is killed; longer where ten steps take longer
+KILL_SECONDS = 20.0  # for the ranks to write their stacks before the driver is killed too
 HANG_STEPS = 10
-
-
 SLOW_PHASES = ("starting", "compiling", "publishing")
+MAX_SILENCE_SECONDS = 5.0  # that a silence between two looks counts at most: the store or this process was away
 
 
-MAX_SILENCE_SECONDS = 5.0  # a silence between two looks counts for no more: the store or this process was away
+class AttemptMonitor:
+    """An attempt that runs: its driver, the time since its last progress, and the command to end it.
 
-
-class _Attempt:
-    """An attempt that runs: its driver, for how long it has shown no progress, and whether it is to end."""
+    Attributes:
+        ending: the action of the command to end it; None: it is to continue.
+    """
 
     def __init__(self, driver: Driver) -> None:
         self.driver = driver
         self.ending: Literal["stop", "kill"] | None = None
-        self.pressed = 0.0  # for how long it has been asked to end
-        self._seen: Heartbeat | None = None
-        self._age = 0.0
+        self._ending_seconds = 0.0  # since the command to end
+        self._last_heartbeat: Heartbeat | None = None
+        self._silence = 0.0  # seconds without progress
         self._looked = self._next_kill = time.monotonic()
 
     def request_stop(self, command: Command) -> None:
+        """Take over a command to end: a kill replaces a stop."""
         if command.action == "kill" and self.ending != "kill":
-            self.ending, self.pressed = "kill", 0.0
+            self.ending, self._ending_seconds = "kill", 0.0
         elif command.action == "stop" and not self.ending:
             self.ending = "stop"
 
-    def grow_older(self, heartbeat: Heartbeat | None) -> float:
-        """Seconds without a tick, as far as anyone could have seen one."""
+    def observe(self, heartbeat: Heartbeat | None) -> float:
+        """Take over the latest heartbeat; return the seconds without progress, as far as progress could be seen."""
         now = time.monotonic()
-        passed = min(now - self._looked, MAX_SILENCE_SECONDS)
+        elapsed = min(now - self._looked, MAX_SILENCE_SECONDS)
         self._looked = now
-        self._age = self._age + passed if heartbeat == self._seen and not self.driver.waiting else 0.0
-        self._seen = heartbeat
+        is_silent = heartbeat == self._last_heartbeat and not self.driver.waiting
+        self._silence = self._silence + elapsed if is_silent else 0.0
+        self._last_heartbeat = heartbeat
         if self.ending:
-            self.pressed += passed
-        return self._age
+            self._ending_seconds += elapsed
+        return self._silence
 
-    def press(self, beat: Heartbeat) -> None:
-        """Kill what has been asked to end and does not. What has not begun to train has nothing to save."""
-        if self.ending == "stop" and beat.phase in ("saving", "publishing") and self._age <= _patience(beat):
-            return  # it ends soon, and well
-        limit = KILL_SECONDS if self.ending == "kill" else max(LEAVE_SECONDS, HANG_STEPS * (beat.step_seconds or 0))
-        due = self.pressed > limit or (self.ending == "stop" and beat.phase == "starting")
-        if due and time.monotonic() >= self._next_kill:
+    def kill_if_overdue(self, heartbeat: Heartbeat) -> None:
+        """Kill an attempt that was told to end and did not. Before training begins there is nothing to save."""
+        is_closing = heartbeat.phase in ("saving", "publishing") and self._silence <= hang_timeout(heartbeat)
+        if self.ending == "stop" and is_closing:
+            return  # it ends by itself soon
+        stop_seconds = max(STOP_SECONDS, HANG_STEPS * (heartbeat.step_seconds or 0))
+        limit = KILL_SECONDS if self.ending == "kill" else stop_seconds
+        is_overdue = self._ending_seconds > limit or (self.ending == "stop" and heartbeat.phase == "starting")
+        if is_overdue and time.monotonic() >= self._next_kill:
             self._next_kill = time.monotonic() + KILL_SECONDS
             self.driver.kill()
 
 
-def _patience(beat: Heartbeat) -> float:
-    """Seconds without a tick that make a hang."""
+def hang_timeout(heartbeat: Heartbeat) -> float:
+    """Return the seconds without progress after which an attempt hangs."""
     limits = settings()
-    slow = limits.slow_seconds if beat.phase in SLOW_PHASES else limits.hang_seconds
-    return max(slow, HANG_STEPS * (beat.step_seconds or 0.0))
+    seconds = limits.slow_seconds if heartbeat.phase in SLOW_PHASES else limits.hang_seconds
+    return max(seconds, HANG_STEPS * (heartbeat.step_seconds or 0.0))

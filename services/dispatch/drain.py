@@ -8,13 +8,13 @@ from contextlib import suppress
 
 from genmodels.errors import GenmodelsError
 from genmodels.runs.jobs import Jobs
+from genmodels.runs.records import ACTIVE
 from genmodels.runs.store import Run
 from genmodels.storage import Storage
 from services.cluster.processes import PrintLine
-from services.dispatch.attempt import LEAVE_SECONDS
+from services.dispatch.attempt import STOP_SECONDS
 from services.dispatch.backends.base import Driver
 from services.dispatch.backends.ray_jobs import RayJobsBackend
-from services.dispatch.supervisor import ACTIVE
 
 LOOK_SECONDS = 0.2
 
@@ -47,7 +47,7 @@ def drain(
                 if beat and beat.phase != "starting":  # else there is nothing to save
                     run.send_command("stop", status.attempt, reason)
                     draining[run.name] = backend.find(job, model, status.attempt)
-        deadline = time.monotonic() + LEAVE_SECONDS
+        deadline = time.monotonic() + STOP_SECONDS
         while draining and may_wait() and time.monotonic() < deadline:
             for name in [name for name, driver in draining.items() if driver.poll() is not None]:
                 print_line(f"{name} has ended")

@@ -24,6 +24,7 @@ from ray.util import get_node_ip_address
 from genmodels.engine.history import History
 from genmodels.engine.image.answers import ImageAnswer
 from genmodels.engine.image.requests import ImageRequest
+from genmodels.engine.model import Contract
 from genmodels.engine.text.choices import TextDelta
 from genmodels.engine.text.completion import Vocabulary
 from genmodels.engine.text.request import CompletionRequest
@@ -117,6 +118,9 @@ class HandlePool:
 
     async def model(self, name: str) -> CatalogEntry | RequestError:
         return await self._ask("model", name)
+
+    async def contract(self, name: str) -> Contract | RequestError:
+        return await self._ask("contract", name)
 
     async def answer(self, name: str, request: ImageRequest) -> ImageAnswer | RequestError:
         return await self._ask("answer", name, request)

@@ -19,6 +19,7 @@ from genmodels.engine.text.logprobs import TokenLogprob
 from genmodels.engine.text.request import CompletionRequest
 from genmodels.errors import RequestError
 from genmodels.schema.field_errors import field_error
+from services.gateway.contracts import Contracts
 from services.gateway.model_host import CompletionStarted
 from services.gateway.pool import VERSION, Pool, unwrap
 from services.http.app import documented, read_body, unless_gone
@@ -57,7 +58,7 @@ class CompletionBody(CompletionRequest):
         return stream
 
 
-def add_completions(app: FastAPI, pool: Pool, generate: Any) -> None:
+def add_completions(app: FastAPI, pool: Pool, contracts: Contracts, generate: Any) -> None:
     """Add the route.
 
     Args:
@@ -78,6 +79,7 @@ def add_completions(app: FastAPI, pool: Pool, generate: Any) -> None:
         """Continue a prompt, whole or as a stream of events."""
         body = await read_body(CompletionBody, request)
         caller.require([body.model])
+        await contracts.check(body.model, body)
         items = pool.complete(body.model, body)
         async with AsyncExitStack() as leaving:
             await leaving.enter_async_context(aclosing(items))

@@ -23,6 +23,7 @@ from genmodels.engine.history import History
 from genmodels.engine.image import answers
 from genmodels.engine.image.answers import ImageAnswer
 from genmodels.engine.image.requests import ImageRequest
+from genmodels.engine.model import Contract
 from genmodels.engine.model_cache import ModelCache
 from genmodels.engine.text import completion as text
 from genmodels.engine.text.choices import TextDelta
@@ -108,6 +109,13 @@ class ModelHost:
     async def model(self, name: str) -> CatalogEntry | RequestError:
         try:
             return await self._catalog.get(name, await self._models.resolve(name))
+        except GenmodelsError as error:
+            return as_request_error(error)
+
+    async def contract(self, name: str) -> Contract | RequestError:
+        try:
+            async with self._models.acquire(name) as model:
+                return model.contract
         except GenmodelsError as error:
             return as_request_error(error)
 

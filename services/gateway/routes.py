@@ -17,20 +17,13 @@ from pydantic import Field, field_validator
 
 from genmodels.engine.alias_watcher import Refused
 from genmodels.engine.image.answers import ImageAnswer
-from genmodels.engine.image.requests import (
-    DecodeRequest,
-    DenoiseRequest,
-    EncodeRequest,
-    GenerateRequest,
-    ImageRequest,
-    InterpolateRequest,
-    ReconstructRequest,
-)
+from genmodels.engine.image.requests import VERB_REQUESTS, GenerateRequest, ImageRequest
 from genmodels.keys import Keys
 from genmodels.registry.evaluations import Evaluation
 from genmodels.schema.field_errors import field_error
 from services.gateway.catalog import CatalogEntry
 from services.gateway.completions import add_completions
+from services.gateway.contracts import Contracts
 from services.gateway.history import add_history_routes
 from services.gateway.playground import add_playground
 from services.gateway.pool import VERSION, Pool, unwrap
@@ -70,14 +63,6 @@ class GenerationBody(GenerateRequest):
 
 _ABOUT = "Asks trained models for text and pictures, in the shapes of OpenAI's API: its clients work unchanged."
 
-VERBS: tuple[type[ImageRequest], ...] = (
-    EncodeRequest,
-    DecodeRequest,
-    ReconstructRequest,
-    DenoiseRequest,
-    InterpolateRequest,
-)
-
 
 def create_app(pool: Pool, *, hosts: Collection[str] | None = LOOPBACK, keys: Keys | None = None) -> FastAPI:
     """The HTTP application before a pool.
@@ -106,26 +91,30 @@ def create_app(pool: Pool, *, hosts: Collection[str] | None = LOOPBACK, keys: Ke
         tag_version(request, entry.resolved.name, entry.resolved.family)
         return Json(_model(entry), headers={VERSION: entry.resolved.name})
 
-    add_completions(app, pool, generate)
+    contracts = Contracts(pool)
+    add_completions(app, pool, contracts, generate)
 
     @app.post("/v1/images/generations", summary="Generate images", openapi_extra=documented(GenerationBody))
     async def generations(request: Request, caller: Caller = generate) -> Response:
         """Generate images from seeds."""
         body = await read_body(GenerationBody, request)
         caller.require([body.model])
+        await contracts.check(body.model, body)
         return _images(request, unwrap(await pool.answer(body.model, body)))
 
-    for kind in VERBS:
-        _add_verb(app, pool, kind, generate)
+    for kind in VERB_REQUESTS:
+        _add_verb(app, pool, contracts, kind, generate)
     add_history_routes(app, pool, generate)
     add_playground(app)
     return app
 
 
-def _add_verb(app: FastAPI, pool: Pool, kind: type[ImageRequest], generate: Any) -> None:
+def _add_verb(app: FastAPI, pool: Pool, contracts: Contracts, kind: type[ImageRequest], generate: Any) -> None:
     async def verb(model: str, request: Request, caller: Caller = generate) -> Response:
         caller.require([model])
-        return _images(request, unwrap(await pool.answer(model, await read_body(kind, request))))
+        body = await read_body(kind, request)
+        await contracts.check(model, body)
+        return _images(request, unwrap(await pool.answer(model, body)))
 
     path, summary = f"/v1/models/{{model}}/{kind.verb}", kind.verb.capitalize()
     app.post(path, name=kind.verb, summary=summary, description=kind.__doc__, openapi_extra=documented(kind))(verb)

@@ -9,6 +9,7 @@ from starlette.requests import Request
 from starlette.routing import compile_path
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
+from genmodels.engine.image.requests import VERB_REQUESTS
 from genmodels.metrics import REQUEST_SECONDS, REQUESTS, Labels, version_labels
 
 COUNT = "genmodels.count"  # in the ASGI scope: a Count
@@ -24,7 +25,7 @@ ROUTES = (
     "/v1/images/generations",
     "/v1/models",
     "/v1/models/{model}",
-    *(f"/v1/models/{{model}}/{verb}" for verb in ("decode", "denoise", "encode", "interpolate", "reconstruct")),
+    *(f"/v1/models/{{model}}/{request.verb}" for request in VERB_REQUESTS),
     "/v1/models/{model}/history",
     "/v1/models/{model}/samples/{step}/{name}",
     "/v1/models/{model}/vocabulary",

@@ -1,9 +1,9 @@
-"""The job service: the HTTP API under which people submit jobs, and beside it the dispatcher that carries them out.
+"""The job service: the HTTP API that accepts jobs, and the dispatcher that runs them, in one process.
 
     python -m services.jobs --storage URL
 
-Everything it knows is in storage. It may be killed at any moment and started again, and there may be several of it: all
-of them answer, and the one whose dispatcher holds the lease dispatches.
+All its state is in storage, so it may be killed and restarted at any moment. Several services may run at once: all of
+them answer requests, and only the dispatcher that holds the lease starts runs.
 """
 
 from __future__ import annotations
@@ -41,18 +41,18 @@ from services.jobs.routes import add_job_routes
 
 PORT = 8080
 BACKENDS = ("ray-jobs", "kuberay")
-MAX_BODY = 64 * 1024  # bytes; of a spec, the largest thing that is sent but for datasets
-MAX_REQUESTS = 384  # at the same time; more are answered 503
-MAX_REQUESTS_OF_ONE = 128  # of one key; more are answered 429
-GRACE_SECONDS = 5  # that requests under way have to end when the service does
-STOP_SECONDS = 20.0  # for the dispatcher to give its lease back
+MAX_BODY = 64 * 1024  # bytes; a spec is the largest body except datasets
+MAX_REQUESTS = 384  # at the same time; more get status 503
+MAX_REQUESTS_OF_ONE = 128  # at the same time with one key; more get status 429
+GRACE_SECONDS = 5  # for open requests to end when the service stops
+STOP_SECONDS = 20.0  # for the dispatcher to release its lease
 
 _ABOUT = """\
-Submit jobs, watch them, and keep the models they make. A job is one YAML that names models to train; each is a run of \
-its own, which the cluster carries to its end.
+Submit jobs, watch them, and manage the models that they publish. A job is one YAML file that names models to train; \
+each model is a run of its own.
 
-Send the header `Authorization: Bearer gm_...`; `genmodels keys create` makes a key where the storage is. What is \
-wrong is answered as {"error": {"message", "type", "param", "code"}}.
+Send the header `Authorization: Bearer gm_...`; `genmodels keys create` creates a key on a machine that can open the \
+storage. Errors have the form {"error": {"message", "type", "param", "code"}}.
 """
 
 logger = logging.getLogger("genmodels.jobs")
@@ -67,14 +67,14 @@ def create_app(
     stalled: Callable[[], str | None] = lambda: None,
     endpoint: str | None = None,
 ) -> FastAPI:
-    """The HTTP application. It reads and writes storage, and knows nothing of the cluster.
+    """Build the HTTP application. It only reads and writes storage, and never contacts the cluster.
 
     Args:
-        keys: who may ask; None: anyone.
-        hosts: names that a Host header may have; None for any, where there are keys.
-        closing: whether the service is about to end, so that those who follow logs are let go.
-        stalled: says why the dispatcher of this process does not get on; None: it does.
-        endpoint: URL of the gateway, which clients are told.
+        keys: the valid keys; None: no key is required.
+        hosts: allowed values of the Host header; None: any, which is safe only with keys.
+        closing: return whether the service is about to end; followed logs end then.
+        stalled: return why the dispatcher of this process makes no progress; None: it does.
+        endpoint: URL of the gateway, shown with each job.
     """
 
     async def health() -> str | None:
@@ -108,7 +108,7 @@ def create_app(
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Serve until SIGTERM or SIGINT; then the lease is given back, and runs go on without us."""
+    """Serve until SIGTERM or SIGINT, then release the lease; the runs continue."""
     options = _parser().parse_args(arguments)
     log_to_stderr()
     try:
@@ -119,10 +119,10 @@ def main(arguments: list[str] | None = None) -> int:
 
 
 def check_access(storage: Storage, host: str, no_auth: bool) -> Keys | None:
-    """The keys to ask for, None without.
+    """Return the keys that requests must have; None for a service without keys.
 
     Raises:
-        GenmodelsError: nobody could use it, or anybody.
+        GenmodelsError: no key exists, or the service would be open to other machines without keys.
     """
     if no_auth:
         if host not in ("127.0.0.1", "localhost", "::1"):
@@ -148,21 +148,21 @@ def _serve(options: argparse.Namespace) -> int:
         stalled=dispatcher.rounds.stalled,
         endpoint=options.endpoint or None,
     )
-    app.openapi()  # imports the families, so that nobody has to wait for them
+    app.openapi()  # imports the families now, so that no request waits for it
     server = uvicorn.Server(_uvicorn(app, options.host, options.port))
     stop, broken = threading.Event(), threading.Event()
 
     def dispatch() -> None:
         try:
             dispatcher.run(stop)
-        except BaseException as error:  # a service whose queue stands still must not look well
+        except BaseException as error:  # a service that dispatches nothing must not look healthy
             logger.error("the dispatcher broke: %s: %s", type(error).__name__, error)
             broken.set()
             server.should_exit = True
 
     thread = threading.Thread(target=dispatch, name="dispatcher", daemon=True)
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, lambda *_: None)  # uvicorn takes them, and raises them once more when it has ended
+        signal.signal(number, lambda *_: None)  # uvicorn handles them, and raises them again when it has ended
     thread.start()
     try:
         server.run()
@@ -200,7 +200,7 @@ def _uvicorn(app: FastAPI, host: str, port: int) -> uvicorn.Config:
 
 
 def _spec_schemas() -> dict[str, Any]:
-    """The job spec's JSON Schema, in OpenAPI's way."""
+    """Return the job spec's JSON Schema in OpenAPI's form."""
     schema = rebased(json_schema())
     schema.pop("$schema", None)
     return {**schema.pop("$defs", {}), "JobSpec": schema}
@@ -214,18 +214,20 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--endpoint",
         default=os.environ.get("GENMODELS_GATEWAY"),
-        help="URL of the gateway, for clients that want to know (GENMODELS_GATEWAY)",
+        help="URL of the gateway, which job views show to clients (GENMODELS_GATEWAY)",
     )
-    parser.add_argument("--no-auth", action="store_true", help="ask for no key; for this machine alone")
+    parser.add_argument("--no-auth", action="store_true", help="require no key; serve only this machine")
     parser.add_argument(
         "--backend",
         choices=BACKENDS,
         default=os.environ.get("GENMODELS_BACKEND") or BACKENDS[0],
-        help="drivers are Ray Jobs of one cluster (ray-jobs), or RayJobs on Kubernetes (GENMODELS_BACKEND)",
+        help="ray-jobs: drivers are Ray Jobs of one cluster; kuberay: RayJobs on Kubernetes (GENMODELS_BACKEND)",
     )
-    parser.add_argument("--ray-address", help="of the cluster's dashboard; default: RAY_API_SERVER_ADDRESS, or here")
+    parser.add_argument(
+        "--ray-address", help="address of the cluster's dashboard; default: RAY_API_SERVER_ADDRESS, or this machine"
+    )
     for name in ("cpus", "gpus"):
-        help = f"{name.upper()[:-1]}s that the cluster may grow to; default: what it has, on Kubernetes no limit"
+        help = f"{name.upper()[:-1]}s that the cluster may grow to; default: its present size, on Kubernetes no limit"
         parser.add_argument(f"--max-{name}", type=int, default=0, help=help)
     add_kube_arguments(parser)
     return parser

@@ -1,6 +1,6 @@
-"""What the job service tells Prometheus: counts alone, no names of jobs or models, so it needs no key.
+"""The metrics of the job service: only counts, without names of jobs or models, so reading them needs no key.
 
-It has no exporter: what its own process counts is here as well. Where one reads that, it is the exporter's to tell.
+They include the counters of this process, unless an exporter reads those: else each would be counted twice.
 """
 
 from __future__ import annotations
@@ -49,13 +49,13 @@ COUNTED = (  # by this process
     THREAD_PROGRESS,
     THREAD_FAILURES,
 )
-BELIEVED_SECONDS = 5.0  # so that scrapes, and whoever else asks, cost the store little
-PATIENCE_SECONDS = 0.2  # that a scrape gives storage; then it tells what was known before, and how old that is
+CACHE_TTL_SECONDS = 5.0  # frequent scrapes must not cause many reads of the storage
+WAIT_SECONDS = 0.2  # that a scrape waits for storage; then it returns the older values, with their age
 
 
 @dataclass(frozen=True)
-class _Look:
-    """What was seen of the open runs; nothing of them where storage did not answer."""
+class _Snapshot:
+    """The open runs at one time; empty if storage did not answer."""
 
     began: float  # on this process's monotonic clock
     ended: float
@@ -65,24 +65,24 @@ class _Look:
 
 
 class JobMetrics:
-    """A Prometheus collector over storage. Storage is read beside the scrapes, which do not wait for it."""
+    """A Prometheus collector over storage. A thread of its own reads storage, so that scrapes do not wait for it."""
 
     def __init__(self, views: Views) -> None:
         self._views, self._lock = views, threading.Lock()
         self._thread = ThreadPoolExecutor(1, "metrics")
-        self._looking: Future[None] | None = None
-        self._last: _Look | None = None
+        self._reading: Future[None] | None = None
+        self._last: _Snapshot | None = None
         self._registry = CollectorRegistry()
         for metric in COUNTED if not exported() else ():
             self._registry.register(metric)
         self._registry.register(self)
 
     def text(self) -> bytes:
-        """In Prometheus' text format."""
+        """Return the metrics in Prometheus' text format."""
         return generate_latest(self._registry)
 
     def describe(self) -> list[Metric]:
-        """Nothing is read when this is registered."""
+        """Return nothing, so that registering the collector does not read storage."""
         return []
 
     def collect(self) -> Iterator[Metric]:
@@ -90,25 +90,25 @@ class JobMetrics:
         last = self._last
         if last is None:
             return
-        yield _told(STORAGE_UP, {"": last.answered})
+        yield _metric(STORAGE_UP, {"": last.answered})
         if not last.answered:
             return
-        yield _told(OPEN_RUNS, {state: last.states[state] for state in (*get_args(State), "damaged")})
-        yield _told(QUEUE_LENGTH, {"": len(last.waiting)})
-        yield _told(QUEUE_OLDEST, {"": max(map(_age, last.waiting), default=0.0)})
-        yield _told(JOB_METRICS_AGE, {"": time.monotonic() - last.began})
+        yield _metric(OPEN_RUNS, {state: last.states[state] for state in (*get_args(State), "damaged")})
+        yield _metric(QUEUE_LENGTH, {"": len(last.waiting)})
+        yield _metric(QUEUE_OLDEST, {"": max(map(_age, last.waiting), default=0.0)})
+        yield _metric(JOB_METRICS_AGE, {"": time.monotonic() - last.began})
 
     def _refresh(self) -> None:
-        """Have storage read where what is known is old. Slow storage is read for a fifth of the time at most."""
+        """Read storage again if the snapshot is old. Slow storage is read at most one fifth of the time."""
         with self._lock:
-            last, looking = self._last, self._looking
-            if looking is None or looking.done():
-                if last and time.monotonic() - last.ended < max(BELIEVED_SECONDS, 4 * (last.ended - last.began)):
+            last, reading = self._last, self._reading
+            if reading is None or reading.done():
+                if last and time.monotonic() - last.ended < max(CACHE_TTL_SECONDS, 4 * (last.ended - last.began)):
                     return
-                looking = self._looking = self._thread.submit(self._look)
-        wait([looking], PATIENCE_SECONDS)
+                reading = self._reading = self._thread.submit(self._read)
+        wait([reading], WAIT_SECONDS)
 
-    def _look(self) -> None:
+    def _read(self) -> None:
         began, answered = time.monotonic(), True
         runs: list[tuple[str, Status | None]] = []
         queued: set[str] = set()
@@ -119,11 +119,11 @@ class JobMetrics:
             answered = False
         states = Counter(status.state if status else "damaged" for _, status in runs)
         waiting = [status for name, status in runs if status and status.state == "queued" and name in queued]
-        self._last = _Look(began, time.monotonic(), answered, states, waiting)
+        self._last = _Snapshot(began, time.monotonic(), answered, states, waiting)
 
 
-def _told(gauge: Gauge, values: dict[str, float]) -> Metric:
-    """A metric as it is named, with values by state; "" where it has no label."""
+def _metric(gauge: Gauge, values: dict[str, float]) -> Metric:
+    """Return a gauge with values by state; the state "" is for a gauge without labels."""
     (metric,) = gauge.describe()
     for state, value in values.items():
         metric.add_sample(metric.name, {"state": state} if state else {}, value)
@@ -131,7 +131,7 @@ def _told(gauge: Gauge, values: dict[str, float]) -> Metric:
 
 
 def _age(status: Status) -> float:
-    """Seconds since a run was queued."""
+    """Return the seconds since a run was queued."""
     queued = [change.time for change in status.history if change.state == "queued"]
     since = datetime.fromisoformat(now()) - datetime.fromisoformat(queued[-1]) if queued else None
     return max(0.0, since.total_seconds()) if since else 0.0

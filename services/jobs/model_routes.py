@@ -136,7 +136,7 @@ def add_model_routes(app: FastAPI, guard: KeyAuth, storage: Storage) -> None:
         The same content again returns 200 and changes nothing. Another content under an existing name is 409, unless
         `replace` is true. Submitted jobs keep the content they had.
         """
-        caller.require([name])  # else a limited key could change what others' specs mean
+        caller.require([name])  # else a key limited to some models could change the meaning of other specs
         if name in DATASETS:
             raise RequestError(f"{name!r} is a built-in dataset; choose another name", status=409, param="name")
         with uploads.take(caller.id), scratch_folder() as folder:
@@ -199,7 +199,7 @@ def _version(registry: Registry, model: str, number: int, caller: Caller) -> Ver
 
 
 def _need(caller: Caller, model: str) -> None:
-    """Raise RequestError unless this is a model's name, and one that the caller may use."""
+    """Raise RequestError unless this is a valid name of a model that the caller may use."""
     if not re.fullmatch(LABEL, model):
         raise ModelNotFound(f"no model {model[:100]!r}: a name has lower-case letters, digits and dashes")
     caller.require([model])

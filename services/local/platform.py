@@ -25,7 +25,7 @@ from services.gateway.deploy import APPLICATION, POOL
 
 
 class LocalPlatform:
-    """A Ray of its own, never one that happens to run already. With `with`, all of it is gone at the end."""
+    """A Ray cluster of its own, never one that runs already. As a context manager, it ends all of its processes."""
 
     def __init__(self, storage: Storage, logs: Path, num_cpus: int) -> None:
         self.storage, self.logs, self.num_cpus = storage, logs, num_cpus
@@ -37,7 +37,7 @@ class LocalPlatform:
         return self
 
     def start(self) -> None:
-        """Start Ray. It works in a folder of its own, and so do drivers: none imports what lies in the user's."""
+        """Start Ray. Ray and the drivers work in a folder of their own, so that they import nothing from the user's."""
         began = time.monotonic()
         os.environ |= local_environment()
         os.environ.pop("RAY_ADDRESS", None)
@@ -75,7 +75,7 @@ class LocalPlatform:
         return SubprocessBackend(self.logs, {"RAY_ADDRESS": self.address}, capacity, self.folder)
 
     def serve(self, port: int, *, auth: bool) -> str:
-        """Start gateway and model hosts; the endpoint's URL once they answer. With `auth` they ask for keys."""
+        """Start gateway and model hosts, with keys if `auth`; return the endpoint's URL once they answer."""
         from ray import serve
 
         from services.gateway.app import build
@@ -88,11 +88,11 @@ class LocalPlatform:
 
 
 def _end_serving() -> None:
-    """End model hosts first and then the gateway: so it can tell clients, in an event, that their stream is cut."""
+    """End the model hosts, then the gateway: so the gateway can tell clients that their streams are cut."""
     import ray
     from ray import serve
 
-    with contextlib.suppress(Exception):  # of a Ray that is broken all ends at once
+    with contextlib.suppress(Exception):  # a broken Ray ends all its processes at once
         for actor in ray.util.list_named_actors(all_namespaces=True):
             if actor["name"].startswith(f"SERVE_REPLICA::{APPLICATION}#{POOL}#"):
                 ray.kill(ray.get_actor(actor["name"], namespace=actor["namespace"]))
@@ -100,17 +100,17 @@ def _end_serving() -> None:
 
 
 def submit(storage: Storage, spec: JobSpec) -> str:
-    """Store a job under the id of its content, so that the same file goes on where it was; the job's id.
+    """Store a job under the id of its content, and return the id: so the same file continues its earlier runs.
 
     Raises:
-        SpecError: a dataset or what training starts from is not in the storage.
+        SpecError: a dataset, or the model that training starts from, is not in the storage.
     """
     spec = resolve_datasets(spec, storage)
-    job = job_id(spec)  # before `init_from` is pinned: a run that moves the alias it began with is the same run
-    key = f"jobs/{job}/spec.yaml"
+    job = job_id(spec)  # before `init_from` is resolved: the run may later move that alias itself
+    key = f"jobs/{job}/spec.json"
     if not storage.exists(key):
         data = dump(resolve_init_from(spec, storage))
         index_runs(storage, job, [model.name for model in spec.models], now())
-        with contextlib.suppress(Conflict):  # somebody else is as quick
+        with contextlib.suppress(Conflict):  # another process has stored the same job
             storage.put(key, data, if_absent=True)
     return job

@@ -1,4 +1,4 @@
-"""The course of a run as a picture: losses, what a family wants followed, and every metric, by step."""
+"""Training curves of a run as a picture: losses, the family's tracked metrics, and every evaluation metric, by step."""
 
 from __future__ import annotations
 
@@ -15,19 +15,21 @@ if TYPE_CHECKING:
 
 COLUMNS = 3
 PANEL = (4.2, 2.8)  # inches
-STEEP = 20.0  # times the least value: from here on a scale is logarithmic
+STEEP = 20.0  # ratio of the largest to the smallest value above which the scale is logarithmic
 
 Rows = Sequence[Mapping[str, Any]]
 
 
 def draw(spec: ModelSpec, rows: Rows) -> bytes | None:
-    """A PNG file; None where there are not two points of anything.
+    """Return a PNG file; None if no series has two points.
 
     Args:
-        rows: of the run's metrics, by step.
+        rows: the run's metrics, by step.
     """
-    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # where it has no cache it makes one that goes
-    from matplotlib.figure import Figure  # slow to import; drawn on itself, so that no display is asked for
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)  # without a cache folder it warns, and uses a temporary one
+    from matplotlib.figure import (
+        Figure,  # imported here: the import is slow; without pyplot, so that no display is needed
+    )
 
     panels = [(title, lines) for title, names in _panels(spec, rows) if (lines := _lines(rows, names))]
     if not panels:
@@ -47,15 +49,15 @@ def draw(spec: ModelSpec, rows: Rows) -> bytes | None:
 
 
 def _panels(spec: ModelSpec, rows: Rows) -> list[tuple[str, list[str]]]:
-    """Titles and the columns below each."""
+    """Return the title of each panel and the columns that it shows."""
     family = models.load(spec.family)
     losses = sorted({name for row in rows for name in row if name.endswith("loss")})
-    followed = [name for name in family.tracked_metrics if name not in family.metric_names]
+    tracked = [name for name in family.tracked_metrics if name not in family.metric_names]
     metrics: dict[str, list[str]] = {}
     for name in family.metric_names:
-        if name not in losses:  # a floor belongs to what it is the floor of
+        if name not in losses:  # a floor is drawn with the metric that it is the floor of
             metrics.setdefault(name.removesuffix("_floor"), []).append(name)
-    return [("loss", losses), ("followed", followed), *metrics.items()]
+    return [("loss", losses), ("tracked", tracked), *metrics.items()]
 
 
 def _lines(rows: Rows, names: Sequence[str]) -> dict[str, tuple[list[int], list[float]]]:

@@ -1,4 +1,4 @@
-"""`genmodels run`: train, publish and serve every model of a job on this machine, and show what came of it."""
+"""`genmodels run`: train, publish and serve every model of a job on this machine, and print a summary."""
 
 from __future__ import annotations
 
@@ -31,11 +31,11 @@ from services.cluster.ports import check_port
 from services.console.curl import curl
 from services.console.output import console
 from services.console.progress import TrainingView, clock, summary
-from services.dispatch.supervisor import run_to_completion
+from services.dispatch.single_run import run_to_completion
 from services.http.auth import require_keys
 from services.local.platform import LocalPlatform, submit
-from services.local.samples import Showcase, warned
-from services.local.under_way import UnderWay
+from services.local.run_lock import RunLock
+from services.local.samples import SampleWriter, warned
 
 Row = tuple[ModelSpec, Status, Result | None]
 
@@ -43,16 +43,16 @@ Row = tuple[ModelSpec, Status, Result | None]
 def quick_run(
     job: JobSpec, only: list[str], storage: Storage, port: int, exit_after: bool, no_auth: bool, pictures: Path
 ) -> int:
-    """The exit code: 0, or 1 if a model was not published.
+    """Run a job, and return the exit code: 0, or 1 if a model was not published.
 
     Args:
         only: names of the job's models to run; none means all.
 
     Raises:
         SpecError: `only` names a model that the job does not have, or a family does not fit its data.
-        GenmodelsError: the endpoint would ask for a key, and there is none; or this process may open too few files.
+        GenmodelsError: the endpoint requires a key and none exists, or the limit of open files is too low.
         DataError: a dataset is missing, damaged or too small.
-        KeyboardInterrupt: Ctrl-C in training; everything was saved and ended.
+        KeyboardInterrupt: Ctrl-C during training; all runs were saved and have ended.
     """
     ignore_output_errors()
     raise_file_limit()
@@ -61,30 +61,30 @@ def quick_run(
     job, validation = _check(job, [spec.name for spec in _choose(job, only)], storage, screen)
     chosen = _choose(job, only)
     name, names = job_id(job), [spec.name for spec in chosen]
-    under_way = UnderWay(storage, name)
+    lock = RunLock(storage, name)
     auth = not no_auth
     while True:
-        with under_way.held(names) as holder:
+        with lock.hold(names) as holder:
             if holder is None:
-                return _run(job, chosen, validation, storage, port, exit_after, auth, pictures, screen, under_way)
+                return _run(job, chosen, validation, storage, port, exit_after, auth, pictures, screen, lock)
         if others := sorted(set(names) - set(holder.models)) if holder.models else []:
             raise GenmodelsError(
-                f"job {name} is under way (process {holder.pid}) and runs {', '.join(holder.models)}; "
-                f"run {', '.join(others)} when it has ended"
+                f"job {name} is running in process {holder.pid} with {', '.join(holder.models)}; "
+                f"run {', '.join(others)} when that process has ended"
             )
         screen.print(
-            f"Job {name} is under way already (process {holder.pid}). This command follows it; "
-            "Ctrl-C ends this command alone.",
+            f"Job {name} is already running in process {holder.pid}. This command follows it; "
+            "Ctrl-C ends only this command.",
             soft_wrap=True,
         )
-        serving = under_way.follow(storage, name, chosen, screen)
+        serving = lock.follow(storage, name, chosen, screen)
         if serving and serving.endpoint:
             rows = [_row(storage, name, spec) for spec in chosen]
             screen.print(summary(rows, serving.endpoint, validation))
             published = [spec for spec, status, _ in rows if status.state == "succeeded"]
             _suggest(published, storage, serving.endpoint, auth, screen)
             return 0 if len(published) == len(chosen) else 1
-        screen.print("The other command has ended; this one goes on.")
+        screen.print("The other command has ended; this command continues the job.")
 
 
 def _run(
@@ -97,7 +97,7 @@ def _run(
     auth: bool,
     pictures: Path,
     screen: Console,
-    under_way: UnderWay,
+    lock: RunLock,
 ) -> int:
     check_port(port)
     if auth:
@@ -120,15 +120,17 @@ def _run(
         with screen.status("Starting the endpoint"):
             endpoint = platform.serve(port, auth=auth)
         serve_seconds = time.monotonic() - began
-        under_way.serves(names, endpoint)
+        lock.publish_endpoint(names, endpoint)
         with _client(storage, endpoint, auth, published) as client:
             for spec in published:
                 screen.rule(f"{spec.name} ({spec.family})", align="left")
-                Showcase(client, screen, pictures / name).show(spec, _called(spec), Run(storage, name, spec.name))
+                SampleWriter(client, screen, pictures / name).write(
+                    spec, _served_name(spec), Run(storage, name, spec.name)
+                )
         with warned(screen, "summary"):
             screen.print(summary(rows, endpoint, validation))
-            carried = [row for row in rows if row[1].history[-1].time >= started]
-            screen.print(_costs(carried, platform.ray_seconds, serve_seconds))
+            trained = [row for row in rows if row[1].history[-1].time >= started]
+            screen.print(_costs(trained, platform.ray_seconds, serve_seconds))
         _suggest(published, storage, endpoint, auth, screen)
         if not exit_after:
             screen.print(f"\nServing at {endpoint} until Ctrl-C.")
@@ -137,7 +139,7 @@ def _run(
 
 
 def _check(job: JobSpec, chosen: list[str], storage: Storage, screen: Console) -> tuple[JobSpec, dict[str, int]]:
-    """Say what is wrong with any model before anything is started; the job, and the validation examples by model."""
+    """Check all models before anything starts; return the job, and the number of validation examples by model."""
     checked = check_job(job, storage, open_data=True, only=chosen)
     gpus = max((spec.world_sizes[0] for spec in _choose(job, chosen) if spec.scaling.use_gpu), default=0)
     if gpus > (there := _gpus() if gpus else 0):
@@ -161,12 +163,12 @@ def _row(storage: Storage, job: str, spec: ModelSpec) -> Row:
 
 
 def _suggest(published: list[ModelSpec], storage: Storage, endpoint: str, auth: bool, screen: Console) -> None:
-    """Print a command for each model, made of what the endpoint says of it."""
+    """Print a command for each model, built from the endpoint's description of the model."""
     where = ", where GENMODELS_KEY is a key with the scope generate" if auth else ""
     screen.print(f"\nTry, from another terminal{where}:")
     with warned(screen, "commands"), _client(storage, endpoint, auth, published) as client:
         for spec in published:
-            model = client.get(f"/v1/models/{_called(spec)}").raise_for_status().json()
+            model = client.get(f"/v1/models/{_served_name(spec)}").raise_for_status().json()
             screen.print(f"  {curl(model, endpoint, key=auth)[0]}", soft_wrap=True)
 
 
@@ -180,20 +182,20 @@ def _choose(job: JobSpec, only: list[str]) -> list[ModelSpec]:
 
 @contextlib.contextmanager
 def _client(storage: Storage, endpoint: str, auth: bool, models: list[ModelSpec]) -> Iterator[httpx.Client]:
-    """A client of the endpoint, with a key that is gone afterwards where one is asked for."""
+    """Yield a client of the endpoint; if the endpoint requires a key, the client has one that is deleted afterwards."""
     with contextlib.ExitStack() as stack:
         headers = {}
         if auth:
             keys = Keys(storage)
-            key, token = keys.create("showcase", ("generate",), tuple(spec.name for spec in models))
+            key, token = keys.create("samples", ("generate",), tuple(spec.name for spec in models))
             stack.callback(keys.delete, key.id)
             headers = {"authorization": f"Bearer {token}"}
-        # no proxy: it is this machine
+        # no proxy: the endpoint is on this machine
         yield stack.enter_context(httpx.Client(base_url=endpoint, timeout=120, headers=headers, trust_env=False))
 
 
-def _called(spec: ModelSpec) -> str:
-    """What the endpoint calls a model."""
+def _served_name(spec: ModelSpec) -> str:
+    """Return a model's name at the endpoint."""
     return spec.name if spec.serve.alias == "production" else f"{spec.name}@{spec.serve.alias}"
 
 
@@ -212,11 +214,11 @@ def _train(chosen: list[ModelSpec], name: str, platform: LocalPlatform, screen: 
 
 
 def _costs(rows: list[Row], ray: float, serve: float) -> str:
-    """What Ray's start costs, apart from training; `rows` are the runs that were carried now."""
+    """Describe the time that starting Ray took, apart from training; `rows` are the runs of this command."""
     results = [result for _, _, result in rows if result]
     starts, training = sum(r.startup_seconds for r in results), sum(r.training_seconds for r in results)
     parts = [f"cluster {ray:.0f} s", f"worker groups {starts:.0f} s ({len(results)} runs)", f"endpoint {serve:.0f} s"]
-    return f"Training took {clock(training)} in all. Beside it Ray took to start: {', '.join(parts)}."
+    return f"Training took {clock(training)} in all. Starting Ray took: {', '.join(parts)}."
 
 
 def _interrupt(signum: int, frame: FrameType | None) -> None:

@@ -1,4 +1,4 @@
-"""What a model can do, asked for over HTTP as any client would: text as it streams, and pictures to look at."""
+"""Samples of a published model, requested over HTTP as any client would: a streamed text, or pictures."""
 
 from __future__ import annotations
 
@@ -24,20 +24,20 @@ from services.local.plots import draw
 
 SAMPLES, COLUMNS, ROWS = 64, 10, 8
 PASSAGE_TOKENS = 600
-PROMPT = 80  # characters of a passage's prompt, at most
+PROMPT = 80  # largest number of characters of a passage's prompt
 
 
-class Showcase:
-    """Asks the endpoint of one published model and leaves pictures in a folder."""
+class SampleWriter:
+    """Requests samples of published models from the endpoint, prints texts, and writes pictures to a folder."""
 
     def __init__(self, client: httpx.Client, console: Console, folder: Path) -> None:
         self.client, self.console, self.folder = client, console, folder
 
-    def show(self, spec: ModelSpec, name: str, run: Run) -> None:
-        """Let a model show each of its verbs, and how it was trained. What cannot be shown costs one line of warning.
+    def write(self, spec: ModelSpec, name: str, run: Run) -> None:
+        """Show each verb of a model, and its training curves. A sample that fails prints one line of warning.
 
         Args:
-            name: what the endpoint calls it.
+            name: the model's name at the endpoint.
         """
         with warned(self.console, "curves"):
             if curves := draw(spec, run.metrics()):
@@ -94,7 +94,7 @@ class Showcase:
         return _decoded(self._post(f"/v1/models/{name}/{verb}", body), info)
 
     def _interpolation(self, name: str, images: np.ndarray | None, info: ImageInfo) -> bytes:
-        """One row for each pair of ends: two real images where the model can encode them, two seeds where not."""
+        """Draw a row for each pair of ends: two real images if the model can encode images, else two seeds."""
         rows = []
         for row in range(ROWS):
             start, end = row, row + ROWS
@@ -118,19 +118,19 @@ class Showcase:
 
 @contextlib.contextmanager
 def warned(console: Console, what: str) -> Iterator[None]:
-    """Print one line where something that is only shown fails: what was trained and is served must not end by it."""
+    """Print one line if a display fails: it must not end the training or the serving of a model."""
     try:
         yield
     except Exception as error:
-        said = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
-        reason = next(iter(said.splitlines()), "") or type(error).__name__
+        message = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) and error.filename else str(error)
+        reason = next(iter(message.splitlines()), "") or type(error).__name__
         console.print(Text(f"  {what}: not shown: {reason}", "yellow"), soft_wrap=True)
 
 
 def opening(text: str) -> str:
-    """Return a prompt from a text: a line after the first blank one, as the beginning may be cut; else some words.
+    """Return a prompt from a text, unchanged: the line after the first blank line, or else the first words.
 
-    All its characters are the text's own.
+    The first lines are avoided because the text may begin in the middle of a sentence.
     """
     line, newline, _ = [*text.split("\n\n"), text][1].partition("\n")
     if newline and line.strip() and len(line) <= PROMPT:
@@ -155,6 +155,6 @@ def _decoded(answer: dict[str, Any], info: ImageInfo) -> np.ndarray:
 
 
 def _rows(*kinds: np.ndarray) -> bytes:
-    """A grid whose rows take turns: ten of the first kind, the same ten of the second, ..."""
+    """Draw a grid with alternating rows: ten images of the first kind, the same ten of the second, and so on."""
     blocks = [kind[first : first + COLUMNS] for first in range(0, len(kinds[0]), COLUMNS) for kind in kinds]
     return png(grid(np.concatenate(blocks), COLUMNS))

@@ -1,4 +1,4 @@
-"""`genmodels validate --smoke`: the whole way in small, from two training steps to one answer of the loaded version."""
+"""`genmodels validate --smoke`: every stage in small, from two training steps to one answer of the loaded version."""
 
 from __future__ import annotations
 
@@ -25,22 +25,22 @@ STEPS = 2
 
 
 def smoke(spec: ModelSpec, storage: Storage | None = None) -> str:
-    """Try a model of a job in this process, without Ray; a line on what it answered. It starts from nothing.
+    """Train, publish and load a model in this process, without Ray and from scratch; describe its answer in one line.
 
     Args:
-        storage: where an added dataset lies; nothing is written there.
+        storage: read for an added dataset; nothing is written to it.
 
     Raises:
-        GenmodelsError: what went wrong.
+        GenmodelsError: a stage failed.
     """
     short = {"max_steps": STEPS, "warmup_steps": 0, "eval_every": STEPS, "save_every": STEPS, "log_every": 1}
     data = resolve_data(spec.data, storage) if storage else spec.data
-    dataset = open_dataset(data, storage)  # after which an added one is found in the cache
+    dataset = open_dataset(data, storage)  # an added dataset is in the cache from now on
     train = spec.train.model_copy(update={**short, "init_from": None})
     small = spec.model_copy(update={"train": train, "data": data})
     with tempfile.TemporaryDirectory(prefix="genmodels-smoke-") as folder:
         scratch_storage = open_storage(Path(folder).as_uri())
-        scratch_storage.put("jobs/smoke/spec.yaml", dump(JobSpec(name="smoke", models=[small])))
+        scratch_storage.put("jobs/smoke/spec.json", dump(JobSpec(name="smoke", models=[small])))
         run_attempt(scratch_storage, "smoke", spec.name, 1, Group())
         run = Run(scratch_storage, "smoke", spec.name)
         (ref,) = run.checkpoints()

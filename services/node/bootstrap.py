@@ -1,6 +1,6 @@
-"""Puts the first key into an empty platform's storage: python -m services.node.bootstrap --storage URL --key FILE
+"""Put the first key into the storage of a new platform: python -m services.node.bootstrap --storage URL --key FILE
 
-The key was made elsewhere (`make secrets`); only its hash goes to the storage. Doing it again changes nothing.
+`make secrets` makes the key; only its hash goes to the storage. Running this again changes nothing.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ NAME = "bootstrap"
 def main() -> int:
     parser = argparse.ArgumentParser(description="Put the first key into the storage.")
     parser.add_argument("--storage", required=True)
-    parser.add_argument("--key", type=Path, required=True, help="a file with a key that `make secrets` has made")
+    parser.add_argument("--key", type=Path, required=True, help="file with a key that `make secrets` made")
     options = parser.parse_args()
     try:
         token = options.key.read_text().strip()

@@ -1,13 +1,13 @@
-"""/metrics of one node: what all its processes wrote to PROMETHEUS_MULTIPROC_DIR, each counted once.
+"""/metrics of one node: the sum of all its processes' metrics in PROMETHEUS_MULTIPROC_DIR.
 
 python -m services.node.exporter [--host 127.0.0.1] [--port 9400]
 
-    counter_<pid>-<start>.db, histogram_..., gauge_<mode>_...     one process's, which `genmodels.metrics` makes
+    counter_<pid>-<start>.db, histogram_..., gauge_<mode>_...     of one process, written by `genmodels.metrics`
     folded/<generation>/counter_0.db, histogram_0.db              the sums of processes that have ended
-    folded/<generation>/names                                     whose files these are: they count no more, and go
+    folded/<generation>/names                                     files that are in the sums, and are deleted
 
-A generation is written aside and renamed: with that one step a dead process's files stop to count and their sum
-begins to. So an exporter may be killed at any moment; the next one deletes what is in the sum already.
+A generation is written under another name and renamed. In that one step, the files of dead processes stop to count and
+their sums begin to count. So an exporter may be killed at any moment; the next one deletes the summed files.
 """
 
 from __future__ import annotations
@@ -33,21 +33,21 @@ from genmodels.threads import Rounds
 from services.cluster.logs import log_to_stderr
 
 PORT = 9400
-FOLD_SECONDS = 30.0  # also where nobody asks: files of the dead do not pile up
-SUMMED = ("counter", "histogram")  # kinds that outlive their process; gauges end with it
+FOLD_SECONDS = 30.0  # also without scrapes, so that files of dead processes do not accumulate
+SUMMED = ("counter", "histogram")  # kinds that are kept after their process ends; gauges are not
 
 log = logging.getLogger("genmodels.exporter")
 
 
 class NodeCollector:
-    """The node's series, for any number of scrapes at once. Only one exporter works on a folder at a time."""
+    """Collects the node's series; safe between threads. Only one exporter works on a folder at a time."""
 
     def __init__(self, folder: Path) -> None:
         self._folder, self._sums = folder, folder / "folded"
         self._threads, self._processes = threading.Lock(), FileLock(folder / "lock")
 
     def collect(self) -> Iterator[Metric]:
-        # Only who holds the lock deletes files, so a process that dies meanwhile is still counted by its own.
+        # Files are deleted only under the lock, so a process that dies now is still counted by its own files.
         with self._threads, self._processes:
             sums = self._fold()
             metrics = _merge([*self._folder.glob("*.db"), *sums])
@@ -59,7 +59,7 @@ class NodeCollector:
             self._fold()
 
     def _fold(self) -> list[Path]:
-        """The files of the sums."""
+        """Add dead processes' counts to the sums, and return the files of the sums."""
         generation = self._settle()
         sums = [*(self._sums / str(generation)).glob("*.db")]
         dead = [path for path in self._folder.glob("*.db") if not _is_alive(path)]
@@ -73,14 +73,14 @@ class NodeCollector:
         return sums
 
     def _settle(self) -> int:
-        """Delete what the newest generation makes needless, and return its number; 0 if there is none yet."""
+        """Delete the files that the newest generation replaces, and return its number; 0 if there is none yet."""
         self._sums.mkdir(exist_ok=True)
-        found = [path.name for path in self._sums.iterdir()]
-        newest = max((int(name) for name in found if name.isdecimal()), default=0)
+        generations = [path.name for path in self._sums.iterdir()]
+        newest = max((int(name) for name in generations if name.isdecimal()), default=0)
         names = self._sums / str(newest) / "names"
         for name in names.read_text().splitlines() if newest else []:
             (self._folder / name).unlink(missing_ok=True)
-        for name in found:
+        for name in generations:
             if name != str(newest):
                 shutil.rmtree(self._sums / name)
         return newest
@@ -102,23 +102,27 @@ class NodeCollector:
 
 
 def _is_alive(path: Path) -> bool:
-    """Whether the process that a file is named after still runs."""
+    """Return whether the process that a file is named after still runs."""
     match = re.search(r"_(\d+)(-\d+)?\.db$", path.name)
     now = identity(int(match[1])) if match else None
-    return bool(match and now and now.endswith(match[2] or ""))  # without a start: by a library that sets none
+    return bool(
+        match and now and now.endswith(match[2] or "")
+    )  # a file without a start time was written by another library
 
 
 def _merge(paths: Iterable[Path], accumulate: bool = True) -> list[Metric]:
     merged = MultiProcessCollector.merge([str(path) for path in paths if _is_readable(path)], accumulate)
-    return [metric for metric in merged if metric.name.startswith("genmodels_")]  # Ray inherits the folder, too
+    return [
+        metric for metric in merged if metric.name.startswith("genmodels_")
+    ]  # Ray's processes write to this folder too
 
 
 def _is_readable(path: Path) -> bool:
-    """Not if it has just been opened, or if a crash of the machine spoiled it: then it holds no counts."""
+    """Return whether a file has counts: one that has just been opened, or that a machine's crash damaged, has none."""
     try:
         return bool(list(MmapedDict.read_all_values_from_file(str(path))))
     except (struct.error, ValueError, RuntimeError) as error:
-        log.debug("%s is passed over: %s", path.name, error)
+        log.debug("%s is skipped: %s", path.name, error)
         return False
 
 
@@ -135,7 +139,7 @@ def main() -> None:
     server, thread = start_http_server(options.port, options.host, registry)
     rounds = Rounds("export", log)
     while not stop.wait(FOLD_SECONDS):
-        with rounds.round():  # on a full disk dead processes' files stay for now, and nothing is lost
+        with rounds.round():  # on a full disk the files stay, and no count is lost
             collector.fold()
     server.shutdown()
     thread.join()

@@ -6,7 +6,7 @@ import sys
 import urllib.request
 
 SECONDS = 4.0
-DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # whatever proxies the environment names
+DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))  # ignores the proxies that the environment names
 
 
 def main() -> None:

@@ -81,7 +81,7 @@ class DriverWatch(CommandWatcher):
 
     def _leave(self) -> None:
         step = max((ref.step for ref in self.run.checkpoints()), default=0)
-        message = f"left before its workers had begun; goes on from step {step}"
+        message = f"left before its workers had begun; continues from step {step}"
         self.run.write_result(self.attempt, Result(outcome="stopped", message=message, step=step))
         log.info("%s", message)
         self._exit(0)

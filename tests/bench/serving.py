@@ -1,4 +1,4 @@
-"""How fast the endpoints are, beside others, in one run on one machine: `make bench-serving`.
+"""Measure the speed of the endpoints and of other implementations in one run on one machine: `make bench-serving`.
 
 Text: the engine alone and over HTTP, against the uncached reference, nanoGPT's way of generating (the whole window anew
 for each token, https://github.com/karpathy/nanoGPT, model.py) and transformers' `generate` on a GPT-2 with the same
@@ -53,7 +53,7 @@ THREADS = 1
 ROUNDS = 5
 STREAMS = (1, 4, 16, 64)
 PROMPT, TOKENS = 16, 100  # characters; beyond block_size transformers' GPT-2 could not go on
-LONG = 1500  # tokens of a text whose request itself costs little beside them
+LONG = 1500  # tokens of a text so long that the request itself costs little in comparison
 TEXT: dict[str, Any] = {  # GPT-2's own architecture, at the size of jobs/quickstart.yaml's
     "n_embd": 128,
     "n_layer": 4,

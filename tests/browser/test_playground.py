@@ -1,4 +1,4 @@
-"""The playground: in headless Chromium before a gateway in this process, and its routes without a browser."""
+"""The playground in headless Chromium, with a gateway in this process, and its routes without a browser."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A container engine for the proof: the one that answers, or one of our own for as long as this lasts.
+"""A container engine for the test: the running one, or one that is started for the test only.
 
 Where none can be had (no root, no apt) `Skipped` says why. What is kept for the next time lies in one folder.
 """

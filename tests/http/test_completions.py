@@ -15,9 +15,11 @@ import httpx
 import openai
 import pytest
 
+from genmodels.engine.model import Contract
 from genmodels.engine.text.choices import TextDelta
 from genmodels.engine.text.request import CompletionRequest
 from genmodels.errors import RequestError
+from genmodels.nn.sampling import SamplingOptions
 from genmodels.storage import Storage, open_storage
 from services.gateway.model_host import CompletionStarted, ModelHost
 from services.gateway.routes import create_app
@@ -255,6 +257,9 @@ class Pool:
 
     def __init__(self, *items: Any) -> None:
         self.items = items
+
+    async def contract(self, name: str) -> Contract:
+        return Contract("m@1", "minigpt", frozenset({"complete"}), SamplingOptions)
 
     async def complete(self, name: str, request: CompletionRequest) -> AsyncIterator[Any]:
         for item in self.items:

@@ -12,10 +12,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
+from genmodels.engine.image.requests import VERB_REQUESTS
 from genmodels.storage import Storage, open_storage
 from services.gateway.completions import CompletionBody, StreamOptions
 from services.gateway.model_host import ModelHost
-from services.gateway.routes import VERBS, GenerationBody, create_app
+from services.gateway.routes import GenerationBody, create_app
 from services.jobs.schemas import AliasBody, CancelBody, ResumeBody
 from tests.support.asgi_client import PICTURE, ask, refused
 from tests.support.published_models import VOCABULARY, publish
@@ -129,7 +130,7 @@ def test_what_is_no_json_object_is_400(app: Any, body: bytes) -> None:
     assert refused(ask(app, "POST", "/v1/completions", body), 400)["code"] == "invalid_json"
 
 
-BODIES = [CompletionBody, GenerationBody, StreamOptions, *VERBS, AliasBody, CancelBody, ResumeBody]
+BODIES = [CompletionBody, GenerationBody, StreamOptions, *VERB_REQUESTS, AliasBody, CancelBody, ResumeBody]
 
 
 @pytest.mark.parametrize("kind", BODIES, ids=lambda kind: kind.__name__)
@@ -307,7 +308,7 @@ BODIES = st.one_of(VALUES, st.dictionaries(st.sampled_from(NAMES), VALUES, max_s
 
 
 @pytest.mark.parametrize(
-    "path", ["completions", "images/generations", *(f"models/shapes/{kind.verb}" for kind in VERBS)]
+    "path", ["completions", "images/generations", *(f"models/shapes/{kind.verb}" for kind in VERB_REQUESTS)]
 )
 @settings(max_examples=60, deadline=None)
 @given(body=BODIES, whole=st.booleans())

@@ -441,7 +441,7 @@ def test_a_command_reads_each_object_once(action: str) -> None:
     service.move(job, "a", "failed")
     storage.gets.clear()
     assert service("POST", f"/v1/jobs/{job}/{action}").status_code == 200
-    read = [f"jobs/{job}/spec.yaml", f"open/{job}", *(f"runs/{job}/{model}/status.json" for model in "ab")]
+    read = [f"jobs/{job}/spec.json", f"open/{job}", *(f"runs/{job}/{model}/status.json" for model in "ab")]
     assert {key: storage.gets[key] for key in read} == dict.fromkeys(read, 1) | {
         f"open/{job}": 2 if action == "resume" else 1  # `reopen` looks again before it writes
     }

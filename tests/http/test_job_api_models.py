@@ -382,7 +382,7 @@ def test_counts_for_prometheus(monkeypatch: pytest.MonkeyPatch) -> None:
     storage.away = True
     assert "genmodels_storage_up 1.0" in service("GET", "/metrics").text  # believed for a while: scrapes cost nothing
     assert storage.refused == 0
-    monkeypatch.setattr(metrics, "BELIEVED_SECONDS", 0.0)
+    monkeypatch.setattr(metrics, "CACHE_TTL_SECONDS", 0.0)
     deadline = time.monotonic() + 30  # the values of a slow read are kept longer
     while "genmodels_storage_up 0.0" not in (down := service("GET", "/metrics").text):
         assert time.monotonic() < deadline, down

@@ -1,4 +1,4 @@
-"""k8s/README.md names what there is, and counts right."""
+"""Paths, names and numbers in k8s/README.md are right."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The manifests build, and are what Kubernetes, its operators, a security linter and Prometheus take."""
+"""The manifests build, and Kubernetes, its operators, a security linter and Prometheus accept them."""
 
 from __future__ import annotations
 
@@ -121,7 +121,7 @@ def test_pods_are_restricted(name: str) -> None:
 
 LOOSE: dict[str, Callable[[Manifest], Any]] = {
     "root": lambda spec: spec["securityContext"].update(runAsUser=0),
-    "any user of the image": lambda spec: spec["securityContext"].pop("runAsNonRoot"),
+    "the user of the image": lambda spec: spec["securityContext"].pop("runAsNonRoot"),
     "any system call": lambda spec: spec["securityContext"].pop("seccompProfile"),
     "sudo": lambda spec: spec["containers"][0]["securityContext"].pop("allowPrivilegeEscalation"),
     "a capability": lambda spec: spec["containers"][0]["securityContext"]["capabilities"].update(add=["NET_RAW"]),

@@ -1,4 +1,4 @@
-"""What the manifests say of commands, settings, ports, versions, rights and queues is what the code does."""
+"""Commands, settings, ports, versions, rights and queues in the manifests match the code."""
 
 from __future__ import annotations
 

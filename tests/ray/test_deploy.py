@@ -1,4 +1,4 @@
-"""The Serve application is declared where it is missing, and left alone where it is there."""
+"""The deployer declares the Serve application if it is missing, and leaves a running one alone."""
 
 from __future__ import annotations
 

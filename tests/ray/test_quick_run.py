@@ -78,7 +78,7 @@ def test_killed_interrupted_and_run_again(workplace: Path) -> None:
             until(lambda: not first.find(""), first, timeout=20)
             assert second.process.wait(240) == 1, second.output()  # one model did not pass its gate
             printed = second.output()
-    assert "The other command has ended; this one goes on." in printed
+    assert "The other command has ended; this command continues the job." in printed
     history = run.status()[0].history
     stop = next(i for i, change in enumerate(history) if "Ctrl-C" in change.reason)
     assert history[stop].state == "queued"

@@ -1,4 +1,4 @@
-"""Drivers as Ray Jobs of a real cluster, by HTTP alone."""
+"""Drivers as Ray Jobs of a real cluster, controlled only over HTTP."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def test_a_real_attempt(head: RayHead, tmp_path: Path) -> None:
     assert shown.json()["metadata"] == {"job": name, "model": "minigpt", "attempt": "1"}
     assert os.environ["RAY_AUTH_TOKEN"] not in shown.text
 
-    # Whoever comes later finds how it ended, and whoever asks twice starts nothing.
+    # A later reader gets the same exit code, and a second start of the same attempt starts nothing.
     assert RayJobsBackend(head.dashboard).find(name, "minigpt", 1).poll() == 0
     assert end_of(head.backend.start(storage.url, name, "minigpt", 1, 1)) == 0
     assert Run(storage, name, "minigpt").result(1) == result
@@ -51,7 +51,7 @@ def test_a_real_attempt(head: RayHead, tmp_path: Path) -> None:
 def test_codes_of_ray_jobs(head: RayHead, monkeypatch: pytest.MonkeyPatch) -> None:
     assert head.backend.capacity() == Capacity(2, 0)
     assert RayJobsBackend(head.dashboard, 8, 2).capacity() == Capacity(2, 0, max_cpus=8, max_gpus=2)
-    assert head.backend.find("j", "nobody", 1).poll() == LOST
+    assert head.backend.find("j", "unknown", 1).poll() == LOST
     mark = f"genmodels-test-{uuid.uuid4()}"
     command(monkeypatch, "bash", "-c", f"sleep 1000; : {mark}")
     sleeper = head.backend.start("file:///s", "j", "sleeper", 1, 1)

@@ -1,4 +1,4 @@
-"""Gateway and model host as Ray Serve runs them, asked over HTTP."""
+"""Gateway and model host as Ray Serve runs them, with requests over HTTP."""
 
 from __future__ import annotations
 

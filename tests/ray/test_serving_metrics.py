@@ -1,4 +1,4 @@
-"""What gateway and hosts count is what their clients count: requests, tokens, pictures, those who left, each once."""
+"""Gateway and hosts count what their clients count, each once: requests, tokens, images, disconnected clients."""
 
 from __future__ import annotations
 
@@ -27,11 +27,13 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from genmodels import metrics
 from genmodels.engine import metrics as engine_metrics
+from genmodels.engine.model import Contract
 from genmodels.engine.text.choices import TextDelta
 from genmodels.engine.text.request import CompletionRequest
 from genmodels.errors import RequestError
 from genmodels.keys import Keys
 from genmodels.metrics import version_labels
+from genmodels.nn.sampling import SamplingOptions
 from genmodels.registry.store import Registry
 from genmodels.storage import Storage, open_storage
 from services.cluster.ports import free_ports
@@ -252,6 +254,9 @@ class Pool:
     def __init__(self, *items: Any) -> None:
         self.items = items
 
+    async def contract(self, name: str) -> Contract:
+        return Contract("m@1", "minigpt", frozenset({"complete"}), SamplingOptions)
+
     async def complete(self, name: str, request: CompletionRequest) -> AsyncIterator[Any]:
         for item in self.items:
             if isinstance(item, Exception) and not isinstance(item, RequestError):
@@ -288,7 +293,7 @@ def test_clients_that_leave_are_499_and_hold_no_slot(host: ModelHost, app: Any, 
         found = lambda: only(grown(before, here()), "requests_total", "waiting_requests", "kv_slots")  # noqa: E731
         stays(found, requests_total(expected))
     made = here()["tokens_total", "minigpt", "completion", "left", "1"]
-    assert read <= made < 20_000  # a character is a token; nobody writes on for those who have left
+    assert read <= made < 20_000  # a character is a token; generation stops for clients that have disconnected
     assert here()["kv_slots", "minigpt", "left", "total", "1"] == 16
 
 
@@ -321,7 +326,7 @@ def test_versions_come_and_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
 
     assert gauges() == of("1")
     counted = ("tokens_total", "batch_size_count", "time_to_first_token_seconds_count", "images_total")
-    assert only(grown(start, here()), *counted) == {}, "what a version is tried with counts for nobody"
+    assert only(grown(start, here()), *counted) == {}, "the probe of a version is not counted as a request"
     assert grown(start, here())["version_load_seconds_count", "minigpt"] == 1
     publish(storage, "come", "minigpt", step=2)
     host.watch()
@@ -557,10 +562,10 @@ VERBS = {"generate", "encode", "decode", "reconstruct", "denoise", "interpolate"
 
 
 def of_known(found: Series) -> Series:
-    """Without the tokens of those who left, which nobody has counted but the engine."""
+    """Leave out the tokens of clients that have disconnected: only the engine has counted them."""
     return {key: value for key, value in found.items() if "left" not in key}
 
 
 def hosts_of(folder: Path) -> Iterator[int]:
-    """Their processes: nobody else has such gauges."""
+    """Return their processes: no other process has such gauges."""
     return (int(re.split("[_-]", path.stem)[2]) for path in folder.glob("gauge_livesum_*.db"))

@@ -1,4 +1,4 @@
-"""`genmodels up` with everything real: each part is killed in turn, then all of it is ended in two ways."""
+"""`genmodels up` with all real processes: each is killed in turn, then the platform is ended in two ways."""
 
 from __future__ import annotations
 
@@ -137,7 +137,7 @@ class Platform:
             self.process.wait()
             until(lambda: not alive(before), "every process is gone", 15)
         for folder in re.findall(r"RAY_AUTH_TOKEN_PATH=(\S+)/token", self.output()):
-            shutil.rmtree(folder, ignore_errors=True)  # after a kill -9 nobody else does
+            shutil.rmtree(folder, ignore_errors=True)  # after a kill -9 no other process does it
 
     def metric(self, name: str, label: str) -> float | None:
         """A series of the exporter's, by the value of a label."""

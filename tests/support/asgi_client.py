@@ -1,4 +1,4 @@
-"""Requests to an application in this process, and what their answers have to be like."""
+"""Send requests to an application in this process, and check its responses."""
 
 from __future__ import annotations
 

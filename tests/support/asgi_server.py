@@ -1,4 +1,4 @@
-"""An ASGI application behind a real socket, in a thread of this process."""
+"""Serve an ASGI application on a real socket, in a thread of this process."""
 
 from __future__ import annotations
 

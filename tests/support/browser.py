@@ -1,4 +1,4 @@
-"""Headless Chromium, driven over its DevTools protocol: just what the tests of the playground need."""
+"""Drive headless Chromium over its DevTools protocol, as far as the tests of the playground need it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the tests of the commands share: a job spec, and how a command is run."""
+"""Shared by the tests of commands: a job spec, and a way to run a command."""
 
 from __future__ import annotations
 

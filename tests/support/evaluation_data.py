@@ -1,4 +1,4 @@
-"""Small pictures with something to tell apart, and what evaluations are made with."""
+"""Small images of different classes, and the arguments of evaluations."""
 
 from __future__ import annotations
 

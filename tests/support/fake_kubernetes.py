@@ -1,4 +1,4 @@
-"""Fake a Kubernetes API server with RayJobs and pods over real HTTP, and KubeRay and Kueue, as far as tests need them.
+"""A Kubernetes API server with RayJobs and pods over real HTTP, and the parts of KubeRay and Kueue that tests need.
 
 It holds what is created against the schema of the RayJob CRD (KubeRay 1.7.0), and does what an API server does with
 names, labels, the status subresource, finalizers, foreground deletion, pages of a list, tokens and roles. The operator

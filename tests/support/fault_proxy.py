@@ -1,4 +1,4 @@
-"""An HTTP proxy in front of one server, that fails on command. Signed requests pass: the Host header stays as it is."""
+"""An HTTP proxy that fails on command, in front of one server. It keeps the Host header: signed requests stay valid."""
 
 from __future__ import annotations
 

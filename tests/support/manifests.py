@@ -1,4 +1,4 @@
-"""The manifests as `kubectl kustomize` builds them, strict schemas to hold against them, and the pods they make."""
+"""Build the manifests with `kubectl kustomize`, validate them against strict schemas, and list their pods."""
 
 from __future__ import annotations
 

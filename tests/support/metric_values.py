@@ -1,4 +1,4 @@
-"""What a metric of this process says."""
+"""Read the value of a metric of this process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The real driver, whose worker group is plain processes in place of Ray Train's: `services.train`'s command line."""
+"""The real driver, `services.train`, with a worker group of plain processes in place of Ray Train's."""
 
 from __future__ import annotations
 

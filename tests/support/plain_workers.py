@@ -1,4 +1,4 @@
-"""Worker groups as plain processes with a gloo process group: what is not about Ray is tested with these.
+"""Worker groups as plain processes with a gloo process group, for tests that are not about Ray.
 
     python -m tests.support.plain_workers RANK WORLD_SIZE DEVICE STORE_FILE STORAGE_URL FAULT JOB:MODEL:ATTEMPT ...
 

@@ -352,7 +352,7 @@ class Stack:
         if digest not in self._references:
             calm = open_storage((self.folder / f"calm-{len(self._references)}").as_uri())
             uploads.add(calm, "shapes", self.folder / "pictures", image_size=16)
-            calm.put("jobs/calm/spec.yaml", dump(JobSpec(name="calm", models=[spec])))
+            calm.put("jobs/calm/spec.json", dump(JobSpec(name="calm", models=[spec])))
             with WorkerGroup(workers, calm.url, [("calm", "calm", 1)]) as group:
                 group.succeed()
             manifest = Run(calm, "calm", "calm").manifest(CheckpointRef(attempt=1, step=spec.train.max_steps))

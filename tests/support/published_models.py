@@ -1,4 +1,4 @@
-"""Tiny untrained models as versions of a registry: what serving needs, without a training run."""
+"""Publish tiny untrained models as versions of a registry, so that tests of serving need no training run."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def save_checkpoint(
     """A checkpoint of a run in progress; with `spoil` its weights are not finite."""
     run = Run(storage, job, model)
     if run.attempt_start(attempt) is None:
-        storage.put(f"jobs/{job}/spec.yaml", b"")
+        storage.put(f"jobs/{job}/spec.json", b"")
         index_runs(storage, job, [model], now())
         run.start_attempt(attempt, None, 1)
     with tempfile.TemporaryDirectory() as scratch:

@@ -1,4 +1,4 @@
-"""One Ray cluster for all tests that need one: on 127.0.0.1, with a token of its own, never one that runs already."""
+"""One Ray cluster for all tests that need one: on 127.0.0.1, with its own token, never a cluster that already runs."""
 
 from __future__ import annotations
 

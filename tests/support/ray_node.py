@@ -1,4 +1,4 @@
-"""Real Ray nodes as processes of their own, to be killed: a head, and others that join it under their own addresses."""
+"""Real Ray nodes as processes that tests kill: a head, and workers that join it under their own addresses."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""As plain_workers; each worker writes down which samples it takes, and leaves where it is told to.
+"""plain_workers whose workers record the samples that they take, and stop at a given step.
 
 $SEEN names a folder; in it `<job>-<attempt>-<rank>.jsonl`, for each micro-batch a line `[first sample of the step,
 indices, epochs]`. $LEAVE is a JSON object: after which step an attempt (`<job>-<attempt>`) leaves.

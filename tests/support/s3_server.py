@@ -28,7 +28,7 @@ class S3Server:
     """
 
     bucket = "genmodels"
-    access_key, secret_key = "test-access-key", "test-secret-that-must-not-be-shown"
+    access_key, secret_key = "test-access-key", "test-secret-that-must-not-leak"
 
     def __init__(self) -> None:
         self._port = _free_ports()

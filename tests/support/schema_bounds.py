@@ -1,4 +1,4 @@
-"""Values of a JSON Schema's numbers: what lies at the edges of what is allowed, where arithmetic breaks first."""
+"""Generate numbers at the bounds of a JSON Schema, where arithmetic breaks first."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A backend whose attempts follow scripts, jobs for it, and what must be true of their runs at the end."""
+"""A backend whose attempts follow scripts, jobs for it, and the checks of their runs at the end."""
 
 from __future__ import annotations
 
@@ -14,8 +14,7 @@ from genmodels.runs.records import Heartbeat, Result, Status
 from genmodels.runs.store import Run
 from genmodels.spec.sections import JobSpec
 from genmodels.storage import Storage
-from services.dispatch import dispatcher as dispatch
-from services.dispatch import supervisor
+from services.dispatch import queue, retry_policy
 from services.dispatch.backends.base import LOST, Capacity
 from services.dispatch.dispatcher import Dispatcher
 from tests.support.scripted_drivers import Driver, Script, dies, ends, obedient, succeeds
@@ -25,8 +24,8 @@ from tests.support.tiny_jobs import job, make_data, model
 
 @pytest.fixture(autouse=True)
 def in_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(supervisor, "BACK_OFF_SECONDS", (0.0, 0.0, 0.0))
-    monkeypatch.setattr(dispatch, "CAPACITY_SECONDS", 0.0)
+    monkeypatch.setattr(retry_policy, "BACK_OFF_SECONDS", (0.0, 0.0, 0.0))
+    monkeypatch.setattr(queue, "CAPACITY_SECONDS", 0.0)
     monkeypatch.setenv("GENMODELS_GROW_SECONDS", "0")
     monkeypatch.setattr("genmodels.storage.retry.MAX_WAIT_SECONDS", 0.001)
 

@@ -1,4 +1,4 @@
-"""Drivers that are scripts, for what supervises them: each does with the run's objects what a real one would."""
+"""Scripted drivers, for tests of the supervisor: each writes the run's objects as a real driver would."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Storages that tests look into or make fail, checkpoints to put there, and work in many threads at once."""
+"""Storages that tests inspect or make fail, checkpoints to write there, and work in many threads at once."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class MemoryStorage(Storage):
 
 
 class Wrapped(MemoryStorage):
-    """Forward everything to another storage, and call `before` and `after`, which tests override."""
+    """Forward every operation to another storage, and call `before` and `after`, which tests override."""
 
     def __init__(self, inner: Storage | None = None) -> None:
         self.inner: Storage = inner or MemoryStorage()

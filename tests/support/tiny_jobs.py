@@ -1,4 +1,4 @@
-"""Tiny models and data, one for each family, that train in a second: specs are written as people write them."""
+"""Tiny models and data, one for each family, that train in a second, with specs as users write them."""
 
 from __future__ import annotations
 

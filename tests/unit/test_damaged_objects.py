@@ -1,4 +1,4 @@
-"""Test that a damaged object does not affect others: every kind of object, damaged in every way, next to sound ones.
+"""One damaged object affects no other: every kind of stored object, damaged in every way, next to sound ones.
 
 What the others get is compared with what they got before. The damaged object itself gives one clear error, or is shown
 as damaged, is counted, and stands in `genmodels doctor`.
@@ -89,7 +89,7 @@ class World:
         (ended_key,) = (key for key in storage.list("ended/") if key.endswith(jobs["bad-ended"]))
         keys = {
             "Key": f"keys/{victim.id}.json",
-            "StoredSpec": f"jobs/{jobs['bad']}/spec.yaml",
+            "StoredSpec": f"jobs/{jobs['bad']}/spec.json",
             "Index": f"jobs/{jobs['bad-ended']}/index.json",
             "Entry": f"open/{jobs['bad']}",
             "EndedEntry": ended_key,
@@ -270,6 +270,59 @@ def error_of(work: Callable[[], object]) -> str:
     return ""
 
 
+# One field of an object has a value of the right type that no writer of ours gives it.
+
+ODD: list[Any] = ["", "../../x", "x" * 300, "0001-01-01T00:00:00+14:00", 2**62, -1, 0, [], {}]
+QUICK = {("Entry", "models"), ("EndedEntry", "job"), ("LeaseDocument", "term"), ("Status", "lease_term")}
+
+
+def odd_fields(sound: bytes) -> list[tuple[str, Any]]:
+    """Each field with each odd value of its type; lists and objects also with odd values in them."""
+    odd: list[tuple[str, Any]] = []
+    for name, value in json.loads(sound).items():
+        odd += [(name, other) for other in ODD if type(other) is type(value) and name != "nonce"]
+        if isinstance(value, list):
+            odd += [(name, [other]) for other in ODD]
+        if isinstance(value, dict):
+            odd += [(name, {**value, "x": other}) for other in ODD]
+    return odd
+
+
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=[] if kind in dict(QUICK) else pytest.mark.long) for kind in KINDS]
+)
+def test_an_odd_value_in_one_field_is_in_no_others_way(
+    template: tuple[Path, dict[str, str], dict[str, Any]], world: World, kind: str
+) -> None:
+    _, names, expected = template
+    sound = world.storage.get(names[kind])[0]
+    for name, value in odd_fields(sound) if kind != "StoredSpec" else ():
+        if kind in dict(QUICK) and (kind, name) not in QUICK:
+            continue
+        world.storage.put(names[kind], json.dumps({**json.loads(sound), name: value}).encode())
+        afresh = World(Path(world.storage.url.removeprefix("file://")))
+        assert afresh.others(names) == expected, (name, value)
+        read_alone(afresh, names, kind)
+
+
+@pytest.mark.parametrize("kind", ["LeaseDocument", "Status"])
+@pytest.mark.parametrize("term", [2**62, 2**53 - 1, 2**40])
+def test_a_lease_term_that_nothing_could_follow_is_damage(
+    template: tuple[Path, dict[str, str], Any], world: World, kind: str, term: int
+) -> None:
+    _, names, _ = template
+    field = {"LeaseDocument": "term", "Status": "lease_term"}[kind]
+    sound = json.loads(world.storage.get(names[kind])[0])
+    world.storage.put(names[kind], json.dumps({**sound, field: term}).encode())
+    dispatcher = Dispatcher(world.storage, Cluster(world.storage), Lease(world.storage, 0.01))
+    lease_term = acquired(dispatcher)
+    assert lease_term < 100
+    for _ in range(40):
+        dispatcher.dispatch_once(lease_term)
+    states = {model: Run(world.storage, names["job"], model).status()[0].state for model in ("m", "n")}
+    assert states == {"m": "succeeded", "n": "succeeded"}
+
+
 # ---- dispatching
 
 
@@ -301,7 +354,7 @@ def test_dispatching_goes_on(template: tuple[Path, dict[str, str], Any], world: 
         with pytest.raises(DamagedObject):
             Run(world.storage, bad, "m").status()
         world.storage.put(names[kind], sound)  # restored from a backup
-        dispatcher._left_out[bad] = 0.0  # as after RETRY_SECONDS
+        dispatcher._unreadable[bad] = 0.0  # as after RETRY_SECONDS
         for _ in range(40):
             dispatcher.dispatch_once(lease_term)
         assert Run(world.storage, bad, "m").status()[0].lease_term == lease_term
@@ -435,7 +488,7 @@ def test_files_of_other_programs_are_passed_over(
     assert Registry(world.storage).resolve("bad").version == 2
 
 
-# ---- objects that are written next to damaged ones or over them
+# ---- what is written next to or over the damaged
 
 
 def test_a_damaged_version_keeps_its_number_and_its_files(template: tuple[Path, Any, Any], world: World) -> None:

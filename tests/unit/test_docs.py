@@ -1,4 +1,4 @@
-"""The documentation says what is so: its generated blocks, links, paths, modules, specs and commands."""
+"""The documentation is true: its generated blocks, links, paths, modules, specs and commands."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ DEPLOYED = [  # what names modules to start
     ROOT / "compose.yaml",
     *(path for folder in ("docker", "k8s") for path in (ROOT / folder).rglob("*") if path.suffix != ".png"),
 ]
-# `genmodels/x.py`, `docs/data.md`; not `/v1/jobs/{job}` and not `jobs/<job>/spec.yaml`
+# `genmodels/x.py`, `docs/data.md`; not `/v1/jobs/{job}` and not `jobs/<job>/spec.json`
 PATH = re.compile(r"(?<![\w/.:<>-])((?:\.ci|docker|docs|genmodels|jobs|k8s|services|tests)/[\w./-]*[\w/])(?![\w<{*-])")
 PLACEHOLDERS = {"jobs/x.yaml", "jobs/SPEC.yaml"}
 LABELS = {"genmodels/job", "genmodels/model", "genmodels/submits-jobs"}  # of Kubernetes

@@ -1,4 +1,4 @@
-"""What goes wrong with one model, round or thread is in no other's way, is seen, and is tried again."""
+"""A fault of one model, round or thread affects no other, is reported, and is retried."""
 
 from __future__ import annotations
 
@@ -156,6 +156,7 @@ FILES: dict[str, tuple[str, bytes]] = {
     "a config of numbers": (checkpoint.CONFIG, json.dumps({"family": 1, "config": 2, "data": 3}).encode()),
     "an unknown family": (checkpoint.CONFIG, json.dumps({"family": "x", "config": {}, "data": {}}).encode()),
     "a probe of bool": (PROBE, save({"images": torch.zeros(2, dtype=torch.bool)})),
+    "a probe of nothing": (PROBE, save({})),
     "a probe of another name": (PROBE, save({"other": torch.zeros(2)})),
     "a probe that is none": (PROBE, b"\xff" * 64),
     "weights of bool": (checkpoint.WEIGHTS, save({"x": torch.zeros(2, dtype=torch.bool)})),

@@ -1,4 +1,4 @@
-"""What watches: alerts fire where they should, and every panel shows what a real Prometheus scraped."""
+"""Alerts fire when they should, and every dashboard panel shows what a real Prometheus scraped."""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ def answer(model: LoadedModel, request: ImageRequest) -> ImageAnswer:
         ModelNotFound: the model does not support this verb.
         RequestError: the request does not fit the model; names the field.
     """
-    options = model.options(request.verb, request)
+    options = model.contract.parse_options(request.verb, request)
     assert isinstance(model, ImageModel)
     result = _ANSWERS[request.verb](model, request, options)
     if metrics := model.batcher.metrics:
@@ -253,10 +253,10 @@ def _npy(image: np.ndarray) -> bytes:
 
 
 _ANSWERS: dict[str, Callable[[ImageModel, Any, Any], ImageAnswer]] = {
-    "generate": generate,
-    "encode": encode,
-    "decode": decode,
-    "reconstruct": reconstruct,
-    "denoise": denoise,
-    "interpolate": interpolate,
+    GenerateRequest.verb: generate,
+    EncodeRequest.verb: encode,
+    DecodeRequest.verb: decode,
+    ReconstructRequest.verb: reconstruct,
+    DenoiseRequest.verb: denoise,
+    InterpolateRequest.verb: interpolate,
 }

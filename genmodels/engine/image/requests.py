@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any, ClassVar, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, model_validator
 
@@ -17,8 +17,6 @@ Coordinate = Annotated[float, Field(ge=-MAX_FLOAT32, le=MAX_FLOAT32)]
 
 class ImageRequest(Request):
     """A request to an image model. Options of the family (`temperature`, ...) are additional fields."""
-
-    verb: ClassVar[str]
 
 
 class DrawnRequest(ImageRequest):
@@ -96,3 +94,13 @@ class InterpolateRequest(DrawnRequest):
     method: Literal["linear", "spherical"] | None = Field(
         None, description="default: the method that suits the family's latent space"
     )
+
+
+# Each has the route `POST /v1/models/{model}/<verb>`; `generate` has OpenAI's route instead.
+VERB_REQUESTS: tuple[type[ImageRequest], ...] = (
+    EncodeRequest,
+    DecodeRequest,
+    ReconstructRequest,
+    DenoiseRequest,
+    InterpolateRequest,
+)

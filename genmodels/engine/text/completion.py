@@ -104,7 +104,7 @@ def complete(model: LoadedModel, request: CompletionRequest) -> Completion:
     Raises:
         RequestError: the model cannot complete, or the request does not fit it; names the field.
     """
-    options = model.options("complete", request)
+    options = model.contract.parse_options(request.verb, request)
     assert isinstance(model, TextModel)
     prompts = [
         _encoded(model.tokenizer, prompt, request.param_of(place)) for place, prompt in enumerate(request.prompts)
@@ -119,7 +119,7 @@ def vocabulary(model: LoadedModel) -> Vocabulary:
     Raises:
         ModelNotFound: the model is not a text model.
     """
-    model.check_verb("complete")
+    model.contract.check_verb(CompletionRequest.verb)
     assert isinstance(model, TextModel)
     texts = tuple(model.tokenizer.decode([token]) for token in range(model.tokenizer.vocab_size))
     return Vocabulary(model.name, model.family.family_name(), texts)

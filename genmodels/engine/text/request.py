@@ -35,6 +35,8 @@ def _one_is_a_list(stop: Any) -> Any:
 class CompletionRequest(Request):
     """Continue prompts. Options of the family (`max_tokens`, `temperature`, ...) are additional fields."""
 
+    verb = "complete"
+
     prompt: Annotated[Prompt | Prompts, ByForm(_are_several)] = Field(
         description="text to continue, a list of token ids, or a list of such prompts, each with n choices; the "
         "choices of prompt i begin at index i * n. GET /v1/models/{model}/vocabulary lists the token ids"

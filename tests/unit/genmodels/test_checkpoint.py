@@ -40,7 +40,7 @@ class Recorded:
         entry = model(data, "vae", save_every=1, eval_every=1, max_steps=6)
         entry["model"]["density_components"] = 2
         entry |= {"checkpoints": {"num_to_keep": 2}, "serve": {"gate": {"metric": "val_loss", "max": 1e6}}}
-        self.storage.put(f"jobs/{JOB}/spec.yaml", dump(job("tiny", entry)))
+        self.storage.put(f"jobs/{JOB}/spec.json", dump(job("tiny", entry)))
         self.run = Run(self.storage, JOB, MODEL)
         for number, steps in ((1, 3), (2, 6)):
             self.attempt(number, steps)

@@ -24,7 +24,7 @@ from genmodels.runs.records import Result, Status
 from genmodels.spec.parse import parse_spec
 from genmodels.spec.sections import JobSpec, ModelSpec
 from genmodels.storage import Storage
-from services.console.progress import digits, of_few, summary
+from services.console.progress import digits, few_examples_note, summary
 from services.console.tables import evaluation_table
 from tests.support.asgi_client import refused
 from tests.support.job_service import Service, spec
@@ -321,7 +321,7 @@ def test_few_validation_examples_have_few_digits(examples: int | None, shown: st
     few = f" (of {examples} validation examples)" if examples is not None and examples < 100 else ""
     assert cell == f"val_loss {shown}{few}"
     assert f"{98.7654:.{digits(examples)}g}" == shown
-    assert bool(of_few(examples)) == bool(few)
+    assert bool(few_examples_note(examples)) == bool(few)
 
 
 @pytest.mark.parametrize(
@@ -335,4 +335,4 @@ def test_an_evaluation_on_few_examples_says_so(examples: int | None, shown: str,
     evaluation = Evaluation(**facts, thorough=False, seconds=1, metrics=metrics, notes=notes)
     table = evaluation_table(evaluation)
     assert next(iter(table.columns[1].cells)) == shown
-    assert ("figures are of 5 validation examples: more digits mean nothing" in str(table.caption)) == message
+    assert ("computed from 5 validation examples: more digits are not significant" in str(table.caption)) == message

@@ -77,7 +77,7 @@ def run_of(storage: Storage, job: str = JOB, gate: dict[str, Any] | None = None)
     serve = {"gate": gate} if gate else {}
     model = {"name": "model", "model": {"family": "vae"}, "data": {"dataset": "digits"}, "serve": serve}
     spec = parse_spec(json.dumps({"name": "shapes", "models": [model]}).encode(), "spec")
-    storage.put(f"jobs/{job}/spec.yaml", dump(spec))
+    storage.put(f"jobs/{job}/spec.json", dump(spec))
     return Run(storage, job, "model")
 
 
@@ -184,7 +184,7 @@ def test_what_cannot_be_judged_stays() -> None:
     for step in (1, 2):
         save(unread, 1, step)
     ended(unread)
-    storage.put("jobs/shapes-11111111/spec.yaml", b"models: [{family: of tomorrow}]")
+    storage.put("jobs/shapes-11111111/spec.json", b"models: [{family: of tomorrow}]")
     lost = run_of(storage, "shapes-22222222")
     for step in (1, 2):
         save(lost, 1, step)
@@ -314,10 +314,10 @@ def test_a_submission_that_ends_at_any_moment_stays() -> None:
     for moment in itertools.count(1):
         inner = MemoryStorage()
         run_of(inner)
-        spec = inner.objects.pop(f"jobs/{JOB}/spec.yaml")
+        spec = inner.objects.pop(f"jobs/{JOB}/spec.json")
         entry = Entry(job=JOB, name="x", priority=0, submitted=LONG_AGO, caller="", models=["model"])
         write_document(inner, f"open/{JOB}", entry.model_dump())
-        store = PausedStorage(inner, moment, lambda inner=inner, spec=spec: inner.put(f"jobs/{JOB}/spec.yaml", spec))
+        store = PausedStorage(inner, moment, lambda inner=inner, spec=spec: inner.put(f"jobs/{JOB}/spec.json", spec))
         Jobs(store).forget(JOB)
         if store.operations < moment:
             assert Jobs(inner).open() == []

@@ -69,7 +69,7 @@ def trained(storage: Storage, job: str, model: str, state: State = "succeeded") 
 
 
 def own_job(storage: Storage, *models: str, job: str = OWN, state: State = "succeeded", **options: Any) -> list[Run]:
-    storage.put(f"jobs/{job}/spec.yaml", dump(spec(*models, **options)))
+    storage.put(f"jobs/{job}/spec.json", dump(spec(*models, **options)))
     index_runs(storage, job, list(models), now())
     return [trained(storage, job, model, state) for model in models]
 
@@ -298,7 +298,7 @@ def test_half_submitted_and_damaged_jobs_stand_in_no_way(base: MemoryStorage) ->
     storage = copy(base)
     Jobs(storage).submit(spec("first"))
     (job,) = Jobs(storage).open()
-    storage.put(f"jobs/{job}/spec.yaml", b"models: [{family: of tomorrow}]")
+    storage.put(f"jobs/{job}/spec.json", b"models: [{family: of tomorrow}]")
     delete_model(storage, "first")
 
 
@@ -369,7 +369,7 @@ def test_a_job_of_this_machine_killed_at_any_write(after: bool) -> None:
         try:
             Jobs(Dying(storage, moment, after)).delete(OWN)
         except Died:
-            if storage.exists(f"jobs/{OWN}/spec.yaml"):
+            if storage.exists(f"jobs/{OWN}/spec.json"):
                 Jobs(storage).delete(OWN)
             assert [key for key in storage.objects if OWN in key] == [], moment
         else:

@@ -127,7 +127,7 @@ def test_the_spec_comes_last_and_the_index_before_it() -> None:
     job, _ = Jobs(store).submit(spec("shapes", "a", "b"), idempotency_key="k")
     folders = [key.split("/")[0] for key, _ in store.log]
     assert folders == ["idempotency", "open", "models", "models", "jobs"]
-    assert store.log[-1] == (f"jobs/{job}/spec.yaml", dump(spec("shapes", "a", "b")))
+    assert store.log[-1] == (f"jobs/{job}/spec.json", dump(spec("shapes", "a", "b")))
 
 
 def test_a_key_gives_one_job(storage: Storage) -> None:
@@ -166,7 +166,7 @@ def test_a_hundred_at_once_with_one_key(storage: Storage) -> None:
     assert sorted(new for _, new in answers) == [False] * 99 + [True]
     (job,) = {job for job, _ in answers}
     assert Jobs(storage).open() == [job]
-    assert storage.list("jobs/") == [f"jobs/{job}/spec.yaml"]
+    assert storage.list("jobs/") == [f"jobs/{job}/spec.json"]
     assert len(storage.list("models/vae-digits/runs/")) == 1
 
 
@@ -183,7 +183,7 @@ def test_a_hundred_at_once_and_an_answer_is_lost(lost: int) -> None:
 
     (job,) = set(in_threads(100, patient))
     assert Jobs(store).open() == [job]
-    assert store.list("jobs/") == [f"jobs/{job}/spec.yaml"]
+    assert store.list("jobs/") == [f"jobs/{job}/spec.json"]
 
 
 @pytest.mark.parametrize("lost", range(1, 5))
@@ -195,7 +195,7 @@ def test_one_alone_whose_answer_is_lost(lost: int) -> None:
     except StorageUnavailable:  # then he asks again
         job, _ = Jobs(store).submit(SPEC, idempotency_key="k", body_digest="d")
     assert Jobs(store).submit(SPEC, idempotency_key="k", body_digest="d") == (job, False)
-    assert store.list("jobs/") == [f"jobs/{job}/spec.yaml"]
+    assert store.list("jobs/") == [f"jobs/{job}/spec.json"]
 
 
 def test_a_submitter_dies_and_another_brings_it_to_its_end() -> None:
@@ -213,7 +213,7 @@ def test_a_submitter_dies_and_another_brings_it_to_its_end() -> None:
         assert newest_run(store, "vae-digits") == job
         assert len(store.list("models/")) == 1
         if existed:
-            assert store.list("jobs/") == [f"jobs/{job}/spec.yaml"]
+            assert store.list("jobs/") == [f"jobs/{job}/spec.json"]
         assert submit(store) == (job, False)
         found += 1
     assert found == 8  # before and after each of four writes
@@ -368,7 +368,7 @@ def each_state() -> list[tuple[str, Callable[[Storage], Any], Callable[[Storage]
     def made(store: Storage) -> None:
         entry = Entry(job=job, name="shapes", priority=0, submitted=SUBMITTED, caller="", models=["vae-digits"])
         Jobs(store)._put(f"open/{job}", entry)
-        store.put(f"jobs/{job}/spec.yaml", dump(SPEC))
+        store.put(f"jobs/{job}/spec.json", dump(SPEC))
 
     def ended(store: Storage) -> None:
         made(store)
@@ -546,7 +546,7 @@ def test_the_newest_run_of_a_model(storage: Storage) -> None:
         job = f"shapes-0000000{i:x}"
         index_runs(storage, job, ["vae-digits", "gan"], f"2026-03-01T12:00:00.{i:03}+00:00")
         if i < 2:
-            storage.put(f"jobs/{job}/spec.yaml", dump(SPEC))
+            storage.put(f"jobs/{job}/spec.json", dump(SPEC))
     assert newest_run(storage, "vae-digits") == newest_run(storage, "gan") == "shapes-00000001"  # others came not to be
     assert newest_run(storage, "vae") is None
 
@@ -563,7 +563,7 @@ def test_ten_thousand_ended_jobs_slow_nothing() -> None:
         count = f"{10**13 - round(datetime.fromisoformat(time).timestamp() * 1000)}-{job}"
         inner.objects |= {
             f"ended/{count}": json.dumps(ended).encode(),
-            f"jobs/{job}/spec.yaml": b"",
+            f"jobs/{job}/spec.json": b"",
             f"models/vae-digits/runs/{count}": b"",
         }
     store = CountingStorage(inner)

@@ -338,7 +338,7 @@ def test_what_a_paused_attempt_does_when_it_wakes_is_not_read(data: Path, file_s
     assert [row["step"] for row in run.metrics()] == list(range(1, 13))
     assert not file_storage.exists(f"{folder}/checkpoints/step-00000008/manifest.json")
     said = [(line.attempt, line.line.rpartition(":")[2]) for line in run.log_lines() if "rank 0 of 1" in line.line]
-    assert said == [(1, " begins"), (2, " goes on from step 4 of attempt 1")]
+    assert said == [(1, " begins"), (2, " continues from step 4 of attempt 1")]
 
 
 def until(condition: Callable[[], object], timeout: float = 60) -> None:

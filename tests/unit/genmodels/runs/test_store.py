@@ -138,7 +138,7 @@ def test_a_damaged_start_does_not_send_readers_in_circles(parent: int) -> None:
         attempt=1, parent=CheckpointRef(attempt=parent, step=3), world_size=1, time="2026-01-01T00:00Z"
     )
     write_document(run.storage, "runs/j/m/attempt-1/start.json", start.model_dump())
-    with pytest.raises(CheckpointError, match=f"attempt 1 cannot go on from attempt {parent}"):
+    with pytest.raises(CheckpointError, match=f"attempt 1 cannot continue from attempt {parent}"):
         run.chain()
 
 

@@ -11,20 +11,20 @@ import pytest
 from pydantic import BaseModel, Field, ValidationError
 
 from genmodels import models
-from genmodels.engine.image.requests import DecodeRequest
+from genmodels.engine.image.requests import VERB_REQUESTS, DecodeRequest
 from genmodels.family import OptimizerConfig
 from genmodels.nn.sampling import SamplingOptions
 from genmodels.schema.base import Section
 from genmodels.schema.field_errors import format_errors
 from genmodels.spec.sections import CheckpointConfig, JobSpec, ScalingConfig, TrainConfig
 from services.gateway.completions import CompletionBody
-from services.gateway.routes import VERBS, GenerationBody
+from services.gateway.routes import GenerationBody
 from services.jobs.schemas import AliasBody, CancelBody, DatasetQuery, ListQuery, MetricsQuery
 
 REQUESTS: list[type[BaseModel]] = [
     CompletionBody,
     GenerationBody,
-    *VERBS,
+    *VERB_REQUESTS,
     AliasBody,
     CancelBody,
     DatasetQuery,

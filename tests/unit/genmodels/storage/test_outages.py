@@ -25,10 +25,10 @@ from genmodels.storage import Storage, begin_writing, open_storage
 from genmodels.storage.base import Refused
 from genmodels.storage.instrumented import MeasuredStorage
 from genmodels.storage.lease import Lease
-from services.dispatch import supervisor
+from services.dispatch import single_run
 from services.dispatch.backends.local_process import SubprocessBackend
 from services.dispatch.dispatcher import Dispatcher
-from services.dispatch.supervisor import run_to_completion
+from services.dispatch.single_run import run_to_completion
 from services.local.platform import submit as submit_here
 from tests.support.fault_proxy import FaultProxy
 from tests.support.paths import ROOT
@@ -210,7 +210,7 @@ def test_a_refusal_at_any_moment_fails_no_job_and_stops_no_dispatcher(data: Path
 
 
 def test_genmodels_run_shows_what_it_waits_for(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(supervisor, "POLL_SECONDS", 0.0)
+    monkeypatch.setattr(single_run, "POLL_SECONDS", 0.0)
     seen: list[tuple[str, str]] = []
     inner = MemoryStorage()
     refusing = Refusing(inner, 16, times=4)
@@ -305,7 +305,7 @@ def test_a_real_run_outlasts_refusals_at_the_start_in_training_and_in_publishing
     s3_storage: Storage, proxy: FaultProxy, tmp_path: Path
 ) -> None:
     """Supervisor, driver and worker are processes of their own, and all of them are refused."""
-    entry = model(make_data(tmp_path), "minigpt", max_steps=40, save_every=20, eval_every=20)
+    entry = model(make_data(tmp_path), "minigpt", max_steps=400, save_every=200, eval_every=200)
     name = submit_here(s3_storage, job("refused", entry))
     storage = open_storage(s3_storage.url)
     begin_writing(storage)
@@ -327,8 +327,8 @@ def test_a_real_run_outlasts_refusals_at_the_start_in_training_and_in_publishing
     proxy.heal()
     assert (status.state, status.attempt) == ("succeeded", 1), status.history
     assert result is not None
-    assert (result.step, left["starting"], left["training"], left["publishing"]) == (40, 1, 1, 1)
-    assert [row["step"] for row in Run(s3_storage, name, "minigpt").metrics() if "loss" in row] == [*range(1, 41)]
+    assert (result.step, left["starting"], left["training"], left["publishing"]) == (400, 1, 1, 1)
+    assert [row["step"] for row in Run(s3_storage, name, "minigpt").metrics() if "loss" in row] == [*range(1, 401)]
     assert DENIED in shown
 
 

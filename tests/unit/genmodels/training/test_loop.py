@@ -84,7 +84,7 @@ def test_every_family_learns_and_leaves_a_checkpoint_that_answers(
 
 
 def test_an_attempt_on_either_storage(data: Path, storage: Storage) -> None:
-    """Local folder and S3: three saves with clean-up, then a second attempt goes on from the newest."""
+    """Local folder and S3: three saves with clean-up, then a second attempt continues from the newest."""
     name = submit(storage, job("stored", model(data, "minigpt", max_steps=9, save_every=3, eval_every=3)))
     assert run_attempt(storage, name, "minigpt", 1, Group())
     run = Run(storage, name, "minigpt")
@@ -228,7 +228,7 @@ def test_the_log_says_how_it_goes(data: Path, folder: Storage, caplog: pytest.Lo
     for line, row in zip(said[1:3], (three, six), strict=True):
         shown = (f"{name} {row[name]:.4g}" for name in ("val_loss", "val_bits_per_char", "loss"))
         assert line == f"step {row['step']} of 6: {', '.join(shown)}"
-    assert said[3:] == ["attempt 2, rank 0 of 1: goes on from step 6 of attempt 1"]
+    assert said[3:] == ["attempt 2, rank 0 of 1: continues from step 6 of attempt 1"]
 
 
 def test_data_that_does_not_fit_is_said(data: Path, folder: Storage, tmp_path: Path) -> None:

@@ -24,7 +24,7 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
     """Runs the command line in a folder of its own, without a terminal: (exit code, output, errors)."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(wait, "POLL_SECONDS", 0.01)
-    monkeypatch.setattr(client_module, "LOOK_AGAIN_SECONDS", 0.01)
+    monkeypatch.setattr(client_module, "RECONNECT_SECONDS", 0.01)
     monkeypatch.setattr(http, "FIRST_PATIENCE_SECONDS", 0.2)
     for name in [name for name in os.environ if name.startswith("GENMODELS_")]:
         monkeypatch.delenv(name)

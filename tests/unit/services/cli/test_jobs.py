@@ -54,7 +54,7 @@ def test_submit_prints_the_id_alone(api: str, command: Command, store: Storage) 
     code, out, err = command("submit", "shapes.yaml")
     assert code == 0
     assert re.fullmatch(r"shapes-[0-9a-f]{8}\n", out)
-    assert err.startswith(f"`genmodels status {out.strip()}` shows how it goes")
+    assert err.startswith(f"`genmodels status {out.strip()}` shows its progress")
     assert Jobs(store).open() == [out.strip()]
     code, out, _ = command("submit", "shapes.yaml", "--json")
     assert [run["model"] for run in json.loads(out)["models"]] == ["vae-digits", "gan-digits"]
@@ -121,7 +121,7 @@ def test_wait_follows_to_the_end_and_says_how_to_use_it(
 
     def lose() -> None:  # two changes between two looks
         vae, _ = runs()
-        to(vae, "queued", "a worker died; goes on from step 0")
+        to(vae, "queued", "a worker died; continues from step 0")
         to(vae, "starting", "attempt 2 with 1 worker", attempt=2)
 
     def train() -> None:
@@ -144,7 +144,7 @@ def test_wait_follows_to_the_end_and_says_how_to_use_it(
     assert [line for line in lines if line.startswith("vae")] == [
         "vae-digits: queued",
         "vae-digits: starting (attempt 1 with 1 worker)",
-        "vae-digits: queued (a worker died; goes on from step 0)",
+        "vae-digits: queued (a worker died; continues from step 0)",
         "vae-digits: starting (attempt 2 with 1 worker)",
         "vae-digits: running, step 50/100, loss 1.25, 1:05 left (the workers train)",
         "vae-digits: publishing (training has ended)",
@@ -174,7 +174,7 @@ def test_wait_ends_with_1_when_a_model_failed(api: str, command: Command, store:
     code, out, _ = command("status", job, "--wait")
     assert code == 1
     assert "gan-digits: failed: val_frechet 3 is not <= 0.04\n" in out
-    assert f"`genmodels logs {job}` shows why; `genmodels resume {job}` goes on from the last checkpoint" in out
+    assert f"`genmodels logs {job}` shows why; `genmodels resume {job}` continues from the last checkpoint" in out
     assert out.count("curl") == 1
 
 
@@ -186,7 +186,7 @@ def test_ctrl_c_leaves_the_job_alone(
     job = out.splitlines()[0]
     assert code == 130
     assert err == (
-        f"{job} goes on; `genmodels status {job} --wait` follows it again, `genmodels cancel {job}` ends it\n"
+        f"{job} continues; `genmodels status {job} --wait` follows it again, `genmodels cancel {job}` ends it\n"
     )
     assert Run(store, job, "vae-digits").commands() == []
 
@@ -227,8 +227,8 @@ def test_wait_outlives_the_service(
 
 def test_lists_and_tables(api: str, command: Command, store: Storage) -> None:
     code, out, err = command("jobs")
-    assert (code, out, err) == (0, "no jobs; `genmodels submit SPEC` makes one\n", "")
-    assert command("status")[1] == "no open jobs; `genmodels jobs` lists those that have ended\n"
+    assert (code, out, err) == (0, "no jobs; `genmodels submit SPEC` submits one\n", "")
+    assert command("status")[1] == "no open jobs; `genmodels jobs` lists the jobs that have ended\n"
     first, second, third = (submitted(command) for _ in range(3))
     run = Run(store, second, "vae-digits")
     to(run, "starting", "attempt 1 with 1 worker", attempt=1, workers=1)
@@ -243,7 +243,7 @@ def test_lists_and_tables(api: str, command: Command, store: Storage) -> None:
     assert "vae-digits failed" in rows[2]
     _, out, err = command("jobs", "--limit", "2")
     assert out.count("shapes-") == 2
-    assert err == "there are more: --limit 4\n"
+    assert err == "there are more jobs: --limit 4 shows more\n"
     assert len(json.loads(command("jobs", "--json", "--state", "ended")[1])) == 1
 
     _, out, _ = command("status", second, "--history")
@@ -271,10 +271,10 @@ def test_cancel_and_resume_leave_commands(api: str, command: Command, store: Sto
     assert vae.commands()[-1].action == "kill"
     for run in (vae, gan):
         to(run, "cancelled", "cancelled by hand", last_command=9)
-    assert command("cancel", job)[1] == f"{job}: nothing to cancel, it had ended\n"
+    assert command("cancel", job)[1] == f"{job}: nothing to cancel, the runs have ended\n"
     to(gan, "succeeded", "published")
     code, out, _ = command("resume", job)
-    assert (code, out) == (0, f"{job}: vae-digits will go on from the last checkpoint\n")
+    assert (code, out) == (0, f"{job}: vae-digits will continue from the last checkpoint\n")
     assert vae.commands()[-1].action == "resume"
     code, _, err = command("resume", job, "--model", "gan-digits")
     assert code == 1
@@ -288,7 +288,7 @@ def put_log(run: Run, attempt: int, source: str, part: int, *lines: str) -> None
 
 def test_logs(api: str, command: Command, store: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
     job = submitted(command)
-    assert command("logs", job) == (0, "", f"nothing has been printed; `genmodels status {job}` shows how it stands\n")
+    assert command("logs", job) == (0, "", f"the logs are empty; `genmodels status {job}` shows the job's state\n")
     run = Run(store, job, "vae-digits")
     put_log(run, 1, "driver", 1, "starting", "\x1b[31mred")
     put_log(run, 1, "0", 1, "step 1")
@@ -342,13 +342,13 @@ def test_keys(store: Storage, command: Command, monkeypatch: pytest.MonkeyPatch,
     """A key's whole life; the service takes it while it lives, for what it is for."""
     (tmp_path / "shapes.yaml").write_text(SPEC)
     storage = ("--storage", store.url)
-    assert command("keys", "list", *storage)[1] == "no keys yet; `genmodels keys create NAME` makes one\n"
+    assert command("keys", "list", *storage)[1] == "no keys yet; `genmodels keys create NAME` creates one\n"
     code, token, err = command("keys", "create", "alice", "--scope", "submit", "--prefix", "vae-", *storage)
     assert code == 0
     assert re.fullmatch(r"gm_[0-9a-f]{8}_\S{43}\n", token)
     key = Keys(store).list()[0]
     assert (key.name, key.scopes, key.prefixes) == ("alice", ("submit",), ("vae-",))
-    assert err.startswith(f"key {key.id} of alice: submit; models named vae-.... It is shown this once:")
+    assert err.startswith(f"key {key.id} of alice: submit; models named vae-.... The key is shown only this once:")
     assert token.strip() not in err
     row = command("keys", "list", *storage)[1]
     assert (key.id in row, "vae-..." in row, token.strip() in row) == (True, True, False)
@@ -360,16 +360,16 @@ def test_keys(store: Storage, command: Command, monkeypatch: pytest.MonkeyPatch,
         monkeypatch.setenv("GENMODELS_API", url)
         code, _, err = command("jobs")
         assert code == 1
-        remedy = "`genmodels keys create` makes one where the storage is"
-        assert err == f"error: {url} asks for a key: set GENMODELS_KEY; {remedy}\n"
+        remedy = "`genmodels keys create` creates one on a machine that can open the storage"
+        assert err == f"error: {url} requires a key: set GENMODELS_KEY; {remedy}\n"
         monkeypatch.setenv("GENMODELS_KEY", token)
         assert command("jobs")[0] == 0
         code, _, err = command("submit", "shapes.yaml")
         assert code == 1
         assert "limited to models named vae-..., and 'gan-digits' is not among them" in err
         monkeypatch.setenv("GENMODELS_KEY", token.strip()[:-1] + "!")
-        assert "does not take the key in GENMODELS_KEY" in command("jobs")[2]
-    assert command("keys", "revoke", key.id, *storage)[1] == f"key {key.id} of alice works no longer\n"
+        assert "refuses the key in GENMODELS_KEY" in command("jobs")[2]
+    assert command("keys", "revoke", key.id, *storage)[1] == f"key {key.id} of alice is revoked\n"
     assert Keys(store).check(token.strip()) is None
     assert command("keys", "revoke", "00000000", *storage)[0] == 2
 
@@ -385,7 +385,7 @@ def test_bars_on_a_terminal(api: str, command: Command, store: Storage, monkeypa
     vae.write_heartbeat(1, Heartbeat(phase="training", step=50, max_steps=100, loss=1.25, seconds_left=65))
 
     def lose() -> None:
-        to(vae, "queued", "a worker died; goes on from step 50")
+        to(vae, "queued", "a worker died; continues from step 50")
         to(vae, "starting", "attempt 2 with 1 worker", attempt=2)
 
     def end() -> None:
@@ -396,7 +396,7 @@ def test_bars_on_a_terminal(api: str, command: Command, store: Storage, monkeypa
     code, out, _ = command("status", job, "--wait")
     assert code == 1
     shown = re.sub(r"\x1b\[[0-9;?]*[A-Za-z]", "", out)
-    assert "vae-digits: queued (a worker died; goes on from step 50)\n" in shown
+    assert "vae-digits: queued (a worker died; continues from step 50)\n" in shown
     assert re.search(r"vae-digits +cancelled +cancelled by hand", shown)
     assert re.search(r"gan-digits +cancelled +cancelled by hand", shown)
 

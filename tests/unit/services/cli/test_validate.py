@@ -126,18 +126,18 @@ def test_without_arguments_the_help_is_shown(run: Run, arguments: tuple[str, ...
 @pytest.mark.parametrize(
     ("arguments", "code", "error"),
     [
-        ("validate", 2, "missing argument 'SPEC'; `genmodels validate --help` shows how"),
-        ("validate a b", 2, "got unexpected extra argument(s) (b); `genmodels validate --help` shows how"),
+        ("validate", 2, "missing argument 'SPEC'; `genmodels validate --help` shows the usage"),
+        ("validate a b", 2, "got unexpected extra argument(s) (b); `genmodels validate --help` shows the usage"),
         (
             "validat x",
             2,
-            "no such command 'validat'. Did you mean 'validate', 'evaluate'? `genmodels --help` shows how",
+            "no such command 'validat'. Did you mean 'validate', 'evaluate'? `genmodels --help` shows the usage",
         ),
-        ("data add x", 2, "missing argument 'PATH'; `genmodels data add --help` shows how"),
+        ("data add x", 2, "missing argument 'PATH'; `genmodels data add --help` shows the usage"),
         ("jobs --limit 0", 2, "invalid value for '--limit': "),
         ("jobs --state x", 2, "invalid value for '--state': 'x' is not one of"),
         ("jobs --limit", 2, "option '--limit' requires an argument"),
-        ("schema --x", 2, "no such option: --x; `genmodels schema --help` shows how"),
+        ("schema --x", 2, "no such option: --x; `genmodels schema --help` shows the usage"),
         ("data add Meu_coração x", 1, "dataset name: got 'Meu_coração', expected at most 63 lower-case letters"),
         ("models --storage /data/x", 1, "storage URL '/data/x': write the folder as file:///data/x"),
         ("models --storage C:\\data", 1, "storage URL 'C:\\\\data': must be file:///absolute/folder"),

@@ -69,7 +69,7 @@ Connect = Callable[..., tuple[Client, Scripted]]
 @pytest.fixture
 def connect(monkeypatch: pytest.MonkeyPatch) -> Iterator[Connect]:
     """A client of a service that answers as scripted."""
-    monkeypatch.setattr(client_module, "LOOK_AGAIN_SECONDS", 0.01)
+    monkeypatch.setattr(client_module, "RECONNECT_SECONDS", 0.01)
     monkeypatch.setattr(http, "FIRST_PATIENCE_SECONDS", 5.0)
     running: list[Any] = []
 
@@ -138,7 +138,7 @@ def test_no_service_there(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize("answer", [(200, b"<html>hello</html>"), (404, b"<html>"), (200, b"[]"), (200, {"a": 1})])
 def test_something_else_there(connect: Connect, answer: Any) -> None:
     client, _ = connect(answer)
-    with pytest.raises(GenmodelsError, match=r"answers \(\d+\), but not as a job service does; is its address right"):
+    with pytest.raises(GenmodelsError, match=r"answers \(\d+\), but is not a job service; check the address"):
         client.job("a-01234567")
 
 
@@ -151,10 +151,10 @@ def test_an_address_that_is_none(url: str) -> None:
 def test_keys(connect: Connect) -> None:
     refusal = (401, error("no"))
     client, _ = connect(refusal)
-    with pytest.raises(Unauthorized, match="asks for a key: set GENMODELS_KEY; `genmodels keys create` makes one"):
+    with pytest.raises(Unauthorized, match="requires a key: set GENMODELS_KEY; `genmodels keys create` creates one"):
         client.jobs()
     client, _ = connect(refusal, (403, error("this key has the scope generate, and this needs submit")), key="gm_1_2")
-    with pytest.raises(Unauthorized, match=r"does not take the key in GENMODELS_KEY: it is unknown or was revoked"):
+    with pytest.raises(Unauthorized, match=r"refuses the key in GENMODELS_KEY: it is unknown or was revoked"):
         client.jobs()
     with pytest.raises(Unauthorized, match=r"^this key has the scope generate, and this needs submit$"):
         client.jobs()
@@ -189,7 +189,7 @@ def test_a_followed_log_goes_on_over_breaks_and_repeats_nothing(connect: Connect
     lines = list(client.logs("x", ["vae"], "driver", follow=True, waiting=waited.append))
     assert lines == ["a", "b", "b", "c", "b", "d"]
     assert len(waited) == 1
-    assert "broke off (RemoteProtocolError)" in waited[0]
+    assert "closed the connection (RemoteProtocolError)" in waited[0]
     assert app.asked[0][:3] == ("GET", "/v1/jobs/x/logs", "model=vae&source=driver&follow=true")
     assert not app.script
 
@@ -197,14 +197,14 @@ def test_a_followed_log_goes_on_over_breaks_and_repeats_nothing(connect: Connect
 def test_a_log_that_is_not_followed_is_read_once(connect: Connect) -> None:
     client, app = connect(["a", "b"], ["a", None])
     assert list(client.logs("x", [])) == ["a", "b"]
-    with pytest.raises(Unreachable, match="broke off"):
+    with pytest.raises(Unreachable, match="closed the connection"):
         list(client.logs("x", []))
     assert app.asked[0][2] == ""
 
 
 def test_a_silent_log_is_asked_for_anew(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(http, "SILENCE_SECONDS", 0.2)
-    monkeypatch.setattr(client_module, "LOOK_AGAIN_SECONDS", 0.01)
+    monkeypatch.setattr(client_module, "RECONNECT_SECONDS", 0.01)
     app = Scripted((200, JOB), ["first", "a"], (200, JOB | {"state": "failed"}))
     with served(_Silent(app)) as url, Client(url) as client:
         waited: list[str] = []
@@ -240,7 +240,7 @@ def test_names_of_versions(connect: Connect) -> None:
     assert client.resolve("vae@latest") == ("vae", 3)
     with pytest.raises(ModelNotFound, match="no alias 'staging'; aliases: production; versions: 1, 3"):
         client.resolve("vae@staging")
-    with pytest.raises(ModelNotFound, match="no model 'gan'; there are: vae"):
+    with pytest.raises(ModelNotFound, match="no model 'gan'; published models: vae"):
         client.resolve("gan")
 
 
@@ -265,7 +265,7 @@ def test_files_of_a_version_are_verified(connect: Connect, tmp_path: Path) -> No
     client.fetch(_version(model=b"weights"), tmp_path)
     assert (tmp_path / "model").read_bytes() == b"weights"
     assert app.asked[-1][1] == "/v1/models/vae/versions/3/files/model"
-    with pytest.raises(CheckpointError, match="vae@3: model came damaged"):
+    with pytest.raises(CheckpointError, match="vae@3: model arrived damaged"):
         client.fetch(_version(model=b"weights"), tmp_path)
     with pytest.raises(StorageError, match=r"none of them '.' or '..'"):
         client.fetch(_version(**{"../outside": b"x"}), tmp_path)

@@ -109,7 +109,7 @@ def test_a_higher_priority_preempts_and_the_lower_goes_on_after_it(data: Path) -
     play(dispatcher, 1, low, high)
     status = state(storage, low, "low")
     reasons = [change.reason for change in status.history]
-    assert "preempted by a run of priority 1; goes on from step 8" in reasons
+    assert "preempted by a run of priority 1; continues from step 8" in reasons
     assert (status.state, status.attempt, status.no_progress_attempts) == ("succeeded", 2, 0)
     assert Run(storage, low, "low").chain()[-1].parent is not None
     assert state(storage, high, "high").history[-1].time < status.history[-1].time
@@ -129,14 +129,14 @@ def test_an_elastic_run_starts_with_what_is_there_grows_and_shrinks(data: Path) 
     play(dispatcher, 1, name)
     assert cluster.sizes == [("a", 1), ("a", 3), ("a", 2)]
     reasons = [change.reason for change in state(storage, name, "a").history]
-    assert "grows from 1 to 3 workers; goes on from step 10" in reasons
+    assert "grows from 1 to 3 workers; continues from step 10" in reasons
     assert "attempt 3 with 2 workers" in reasons
 
 
 def test_a_damaged_job_stands_in_no_others_way(data: Path, caplog: pytest.LogCaptureFixture) -> None:
     storage = MemoryStorage()
     names = [submit(storage, data, f"damaged-{i}", "a") for i in range(3)]
-    storage.put(f"jobs/{names[0]}/spec.yaml", b"models: 7")
+    storage.put(f"jobs/{names[0]}/spec.json", b"models: 7")
     storage.put(f"runs/{names[1]}/a/status.json", b'{"state": "no such state"}')
     storage.put(f"open/{names[2]}", b"spoiled")
     storage.put("open/orphan-00000000", b"{}")
@@ -258,7 +258,8 @@ def test_killed_at_every_write_the_next_one_brings_all_to_the_right_end(data: Pa
     assert at > 30
 
 
-def test_the_store_is_away_at_every_point(data: Path) -> None:
+@pytest.mark.parametrize("stride", [5, pytest.param(1, marks=pytest.mark.long)])
+def test_the_store_is_away_at_every_point(data: Path, stride: int) -> None:
     class Blinking(Wrapped):
         operations, refused, at = 0, 0, 0
 
@@ -270,7 +271,7 @@ def test_the_store_is_away_at_every_point(data: Path) -> None:
 
     at = 0
     while True:
-        at += 1
+        at += stride
         inner = MemoryStorage()
         cluster, names = eventful(inner, data)
         storage = Blinking(inner)

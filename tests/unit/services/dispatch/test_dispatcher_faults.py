@@ -15,10 +15,11 @@ from genmodels.errors import GenmodelsError, LeaseLost
 from genmodels.runs.jobs import QUEUE, Jobs
 from genmodels.runs.records import Heartbeat, Result
 from genmodels.runs.store import Run
-from services.dispatch import attempt, supervisor
+from services.dispatch import single_run
+from services.dispatch.attempt import AttemptMonitor
 from services.dispatch.backends.ray_jobs import RayJobsBackend
 from services.dispatch.dispatcher import Dispatcher
-from services.dispatch.supervisor import run_to_completion
+from services.dispatch.single_run import run_to_completion
 from services.http.auth import Caller
 from services.jobs.operations import JobOperations
 from services.jobs.schemas import CancelBody, ResumeBody
@@ -74,7 +75,7 @@ def test_a_damaged_index_stops_no_other_job(data: Path) -> None:
     assert (state(storage, damaged, "a").state, state(storage, other, "b").state) == ("succeeded", "succeeded")
 
 
-@pytest.mark.parametrize("name", ["jobs/{}/spec.yaml", "runs/{}/a/attempt-1/heartbeat.json"])
+@pytest.mark.parametrize("name", ["jobs/{}/spec.json", "runs/{}/a/attempt-1/heartbeat.json"])
 def test_one_object_that_the_store_cannot_give_stops_no_other_job(data: Path, name: str) -> None:
     inner = MemoryStorage()
     one = submit(inner, data, "one", "a")
@@ -139,7 +140,7 @@ def test_a_restart_remembers_that_an_attempt_is_to_end(
     clock.ticks(first, 3)
     cancel(storage, name, now)
     with pytest.MonkeyPatch.context() as patch:  # it is killed right after it has heard
-        patch.setattr(attempt._Attempt, "press", lambda *_: None)
+        patch.setattr(AttemptMonitor, "kill_if_overdue", lambda *_: None)
         clock.ticks(first, 1)
     clock.ticks(Dispatcher(storage, cluster), 200, lease_term=2)
     assert state(storage, name, "a").state == "cancelled"
@@ -220,7 +221,7 @@ def test_the_queue_is_in_order_also_while_the_cluster_is_silent(data: Path) -> N
 def test_genmodels_run_killed_again_and_again_is_tried_when_it_is_started_again(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(supervisor, "POLL_SECONDS", 0.0)
+    monkeypatch.setattr(single_run, "POLL_SECONDS", 0.0)
     storage = MemoryStorage()
     run = Run(storage, "job-00000000", "model")
 
@@ -233,7 +234,7 @@ def test_genmodels_run_killed_again_and_again_is_tried_when_it_is_started_again(
         raise Killed
 
     for _ in range(4):
-        monkeypatch.setattr(supervisor.Supervisor, "interrupt", lambda *_: None)
+        monkeypatch.setattr(single_run, "interrupt", lambda *_: None)
         with pytest.raises(Killed):
             run_to_completion(
                 storage, Cluster(storage, model=[dies_with_all] * 9), run.job, run.model, 1, lambda *_: None

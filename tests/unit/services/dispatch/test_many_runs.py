@@ -15,7 +15,7 @@ from genmodels.runs.jobs import Jobs
 from genmodels.spec.parse import parse_spec
 from genmodels.storage import Storage
 from services.dispatch.backends.base import Capacity
-from services.dispatch.dispatcher import ADOPTED_AT_ONCE, Dispatcher
+from services.dispatch.dispatcher import MAX_READERS, Dispatcher
 from services.jobs import metrics as jobmetrics
 from services.jobs.metrics import JobMetrics
 from services.jobs.views import Views
@@ -84,7 +84,7 @@ def test_the_first_tick_asks_a_few_things_of_each_run_many_at_once() -> None:
     of_runs = {what: count for what, count in storage.counts.items() if what.endswith(" runs")}
     assert of_runs == {"get runs": runs, "put runs": runs, "list runs": runs}
     assert sum(storage.counts.values()) <= 3 * runs + 3 * JOBS + 10
-    assert 2 <= storage.most <= ADOPTED_AT_ONCE
+    assert 2 <= storage.most <= MAX_READERS
     storage.forget()
     dispatcher.dispatch_once(1)
     assert sum(storage.counts.values()) <= 3  # the open jobs, the inbox: nothing of each run
@@ -121,8 +121,8 @@ def test_figures_cost_one_object_of_each_run() -> None:
 
 def test_a_scrape_does_not_wait_for_storage(monkeypatch: pytest.MonkeyPatch) -> None:
     """It tells what was known, and how old that is; as many scrapes as there are cost one look."""
-    monkeypatch.setattr(jobmetrics, "PATIENCE_SECONDS", 0.0)
-    monkeypatch.setattr(jobmetrics, "BELIEVED_SECONDS", 0.0)
+    monkeypatch.setattr(jobmetrics, "WAIT_SECONDS", 0.0)
+    monkeypatch.setattr(jobmetrics, "CACHE_TTL_SECONDS", 0.0)
     storage = CountingStorage()
     metrics = JobMetrics(Views(storage))
     storage.held.clear()

@@ -14,8 +14,9 @@ from genmodels.metrics import ATTEMPTS
 from genmodels.runs.records import GateResult, Heartbeat, Result, Status
 from genmodels.runs.store import Run
 from genmodels.storage import Storage
-from services.dispatch import supervisor as supervise
-from services.dispatch.supervisor import Supervisor, run_to_completion
+from services.dispatch import retry_policy, single_run
+from services.dispatch.single_run import run_to_completion
+from services.dispatch.supervisor import Supervisor
 from tests.support.scripted_drivers import Driver, Drivers, Script, dies, ends, obedient, stubborn, succeeds
 from tests.support.storages import FailingStorage, MemoryStorage, Wrapped, save
 
@@ -24,8 +25,8 @@ JOB, MODEL = "job-00000000", "model"
 
 @pytest.fixture(autouse=True)
 def in_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(supervise, "POLL_SECONDS", 0.0)
-    monkeypatch.setattr(supervise, "BACK_OFF_SECONDS", (0.0, 0.0, 0.0))
+    monkeypatch.setattr(single_run, "POLL_SECONDS", 0.0)
+    monkeypatch.setattr(retry_policy, "BACK_OFF_SECONDS", (0.0, 0.0, 0.0))
     monkeypatch.setattr("genmodels.storage.retry.MAX_WAIT_SECONDS", 0.001)
 
 
@@ -133,7 +134,7 @@ def test_what_may_pass_is_tried_again(cause: Any) -> None:
     assert (status.state, status.attempt, backend.attempts) == ("succeeded", 2, [1, 2])
     assert states(status)[1:4] == [
         ("running", "the workers train"),
-        ("queued", "a worker was lost; goes on from step 0"),
+        ("queued", "a worker was lost; continues from step 0"),
         ("starting", "attempt 2 with 2 workers"),
     ]
 
@@ -150,7 +151,7 @@ def test_a_driver_that_dies_without_a_word_is_tried_again() -> None:
     assert (status.state, backend.attempts) == ("succeeded", [1, 2])
     assert states(status)[1] == (
         "queued",
-        "the driver ended with code 137 and left no result; goes on from step 0",
+        "the driver ended with code 137 and left no result; continues from step 0",
     )
 
 
@@ -176,8 +177,8 @@ class Clock:
 
 def test_three_attempts_that_lead_nowhere_are_enough(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(monkeypatch)
-    monkeypatch.setattr(supervise, "BACK_OFF_SECONDS", (1.0, 5.0, 15.0))
-    monkeypatch.setattr(supervise, "POLL_SECONDS", 0.5)
+    monkeypatch.setattr(retry_policy, "BACK_OFF_SECONDS", (1.0, 5.0, 15.0))
+    monkeypatch.setattr(single_run, "POLL_SECONDS", 0.5)
     status, _, backend = carry(MemoryStorage(), dies)
     assert (status.state, backend.attempts) == ("failed", [1, 2, 3])
     assert status.reason == (
@@ -244,7 +245,7 @@ def test_of_two_dispatchers_one_stops_at_its_next_write() -> None:
         run.write_result(attempt, Result(outcome="stopped"))
 
     backend = Drivers(storage, script)
-    with pytest.raises(GenmodelsError, match="run job-00000000/model is carried by another dispatcher; this one stops"):
+    with pytest.raises(GenmodelsError, match="another dispatcher works on run job-00000000/model; this one stops"):
         run_to_completion(storage, backend, JOB, MODEL, 2, Seen())
     status, _ = Run(storage, JOB, MODEL).status()
     assert (status.state, status.reason, status.attempt) == ("starting", "attempt 2 of another", 2)
@@ -260,7 +261,7 @@ def test_a_dispatcher_that_comes_second_starts_nothing() -> None:
 
     storage = Contested()
     backend = Drivers(storage, succeeds)
-    with pytest.raises(GenmodelsError, match="carried by another dispatcher"):
+    with pytest.raises(GenmodelsError, match="another dispatcher works on run"):
         run_to_completion(storage, backend, JOB, MODEL, 2, Seen())
     assert backend.attempts == []
 
@@ -292,7 +293,7 @@ def test_ctrl_c_has_the_attempt_save_and_leave(storage: Storage) -> None:
     run = Run(storage, JOB, MODEL)
     assert [(command.action, command.reason) for command in run.commands(1)] == [("stop", "stopped by Ctrl-C")]
     assert (backend.drivers[0].code, backend.drivers[0].killed) == (0, False)
-    assert (status.state, status.reason) == ("queued", "stopped by Ctrl-C; goes on from step 8")
+    assert (status.state, status.reason) == ("queued", "stopped by Ctrl-C; continues from step 8")
     again, _, _ = carry(storage, succeeds)
     assert again.state == "succeeded"
 
@@ -305,13 +306,13 @@ def test_ctrl_c_while_nothing_is_trained_yet_ends_it_at_once() -> None:
 
     status, backend = interrupted(MemoryStorage(), slow, Interrupting("starting", "starting"))
     assert backend.drivers[0].killed
-    assert (status.state, status.reason) == ("queued", "stopped by Ctrl-C; goes on from step 0")
+    assert (status.state, status.reason) == ("queued", "stopped by Ctrl-C; continues from step 0")
 
 
 def test_ctrl_c_before_the_driver_is_started() -> None:
     status, backend = interrupted(MemoryStorage(), succeeds, Interrupting("starting", None))
     assert backend.attempts == []
-    assert (status.state, status.reason) == ("queued", "stopped by Ctrl-C; goes on from step 0")
+    assert (status.state, status.reason) == ("queued", "stopped by Ctrl-C; continues from step 0")
 
 
 def test_ctrl_c_after_the_driver_has_ended_sends_no_command() -> None:
@@ -329,7 +330,7 @@ def test_ctrl_c_after_the_driver_has_ended_sends_no_command() -> None:
 
 
 def test_a_driver_that_does_not_leave_is_killed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(supervise, "LEAVE_SECONDS", 0.05)
+    monkeypatch.setattr(single_run, "STOP_SECONDS", 0.05)
     storage = MemoryStorage()
     status, backend = interrupted(storage, stubborn, Interrupting("running", "training"))
     assert backend.drivers[0].killed
@@ -360,7 +361,7 @@ def test_what_goes_wrong_here_lets_the_attempt_leave_too() -> None:
     with pytest.raises(OSError, match="the terminal is gone"):
         run_to_completion(storage, backend, JOB, MODEL, 2, watch)
     assert backend.drivers[0].code == 0
-    assert Run(storage, JOB, MODEL).status()[0].reason == "stopped: the terminal is gone; goes on from step 8"
+    assert Run(storage, JOB, MODEL).status()[0].reason == "stopped: the terminal is gone; continues from step 8"
 
 
 # ---- a store that is away
@@ -481,7 +482,7 @@ def test_a_cancelled_run_saves_first_and_a_resume_goes_on_from_there() -> None:
     supervisor.commands_pending = True
     settle(supervisor)
     assert (supervisor.status.state, backend.drivers[0].killed) == ("cancelled", False)
-    assert supervisor.status.reason == "cancelled by key 1234; a resume goes on from step 8"
+    assert supervisor.status.reason == "cancelled by key 1234; a resume continues from step 8"
     supervisor.run.send_command("resume", 1, "resumed by key 1234", then="queued")
     supervisor.commands_pending = True
     supervisor.step()
@@ -571,7 +572,7 @@ def test_preempted_attempts_do_not_count() -> None:
         supervisor.request_stop("preempted by job/model")
         settle(supervisor)
         assert (supervisor.status.state, supervisor.status.no_progress_attempts) == ("queued", 0)
-        assert supervisor.status.reason.startswith("preempted by job/model; goes on from step 8")
+        assert supervisor.status.reason.startswith("preempted by job/model; continues from step 8")
         assert not supervisor.seconds_to_wait
     assert backend.attempts == [1, 2, 3, 4, 5]
 
@@ -583,7 +584,7 @@ def test_the_reason_of_an_end_is_the_first_that_asked_for_it() -> None:
     supervisor.request_stop("preempted by job/model")
     supervisor.run.send_command("stop", 1, "the driver was told to end (SIGTERM)")
     settle(supervisor)
-    assert supervisor.status.reason.startswith("preempted by job/model; goes on")
+    assert supervisor.status.reason.startswith("preempted by job/model; continues")
 
 
 @pytest.mark.parametrize("cause", ["no workers", "storage"])
@@ -647,7 +648,7 @@ def test_what_ticks_does_not_hang_however_long_it_takes(monkeypatch: pytest.Monk
     for _ in range(38):
         for _ in range(20):
             clock.sleep(5)
-            supervisor._attempt.grow_older(supervisor.heartbeat)
+            supervisor._monitor.observe(supervisor.heartbeat)
         supervisor.step()
         assert not supervisor.stopping
 
@@ -680,14 +681,14 @@ def test_the_next_dispatcher_finds_the_driver_and_goes_on() -> None:
     run = Run(storage, JOB, MODEL)
     second = Supervisor(run, Found(storage, succeeds), *run.status())
     second.stamp(2)
-    with pytest.raises(GenmodelsError, match="carried by another dispatcher"):
+    with pytest.raises(GenmodelsError, match="another dispatcher works on run"):
         first.to("failed", "a stale dispatcher wakes")
     second.step()
     assert second.status.state == "running"
     second.request_stop("preempted")
     settle(second)
     assert (second.status.state, backend.drivers[0].code) == ("queued", 0)
-    with pytest.raises(GenmodelsError, match="under lease 2; 1 is over"):
+    with pytest.raises(GenmodelsError, match="is in lease term 2; term 1 is over"):
         Supervisor(run, backend, *run.status()).stamp(1)
 
 

@@ -49,11 +49,9 @@ def test_a_gan_shows_its_game(monkeypatch: pytest.MonkeyPatch) -> None:
     rows[7] |= {"val_frechet": 0.5, "val_frechet_floor": 0.1}
     panels = drawn(monkeypatch, "gan", rows)
     assert set(panels["loss"]) == {"discriminator_loss", "generator_loss"}
-    assert panels["followed"] == {
-        "discriminator_accuracy_real": (list(range(1, 9)), [0.5 + 1 / s for s in range(1, 9)])
-    }
+    assert panels["tracked"] == {"discriminator_accuracy_real": (list(range(1, 9)), [0.5 + 1 / s for s in range(1, 9)])}
     assert panels["val_frechet"] == {"val_frechet": ([4, 8], [90.0, 0.5]), "val_frechet_floor": ([4, 8], [0.1, 0.1])}
-    assert set(panels) == {"loss", "followed", "val_frechet"}
+    assert set(panels) == {"loss", "tracked", "val_frechet"}
 
 
 def test_a_text_model_shows_both_losses_side_by_side(monkeypatch: pytest.MonkeyPatch) -> None:

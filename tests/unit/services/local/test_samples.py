@@ -25,8 +25,8 @@ from services.console.curl import curl
 from services.console.tables import jobs_table
 from services.jobs.schemas import JobView, RunView
 from services.local.platform import submit
-from services.local.samples import PROMPT, Showcase, opening
-from services.local.under_way import UnderWay
+from services.local.run_lock import RunLock
+from services.local.samples import PROMPT, SampleWriter, opening
 from tests.support.tiny_jobs import job, make_data, model
 
 TEXTS = st.text(min_size=1) | st.text(alphabet="ab \n", min_size=1)
@@ -91,7 +91,7 @@ def test_what_cannot_be_shown_costs_a_line(broken: str, family: str, file_storag
     run.metrics = lambda: 1 / 0 if broken == "metrics" else rows
     console = screen()
     with httpx.Client(base_url="http://127.0.0.1:1", transport=httpx.MockTransport(answer)) as client:
-        Showcase(client, console, tmp_path / "samples").show(spec, "m", run)
+        SampleWriter(client, console, tmp_path / "samples").write(spec, "m", run)
     warnings = [line for line in printed(console) if "not shown: " in line]
     assert 1 <= len(warnings) <= 2
     assert all(line.startswith(("  curves: ", "  samples: ")) for line in warnings)
@@ -107,7 +107,7 @@ def test_a_passage_begins_with_a_prompt_that_the_model_knows(tmp_path: Path) -> 
         return httpx.Response(200, text="data: [DONE]\n\n")
 
     with httpx.Client(base_url="http://127.0.0.1:1", transport=httpx.MockTransport(answer)) as client:
-        Showcase(client, screen(), tmp_path)._passage("m", data)
+        SampleWriter(client, screen(), tmp_path)._passage("m", data)
     assert np.all(np.array(data.tokenizer.encode(sent[0]["prompt"])) >= 0)
 
 
@@ -136,25 +136,25 @@ def test_a_list_says_what_a_run_does(state: Any, phase: str, step: int, shown: s
 
 
 def test_a_second_run_follows_the_first(file_storage: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("services.local.under_way.LOOK_SECONDS", 0.0)
+    monkeypatch.setattr("services.local.run_lock.LOOK_SECONDS", 0.0)
     spec = job("test", model(make_data(tmp_path), "vae", "m"))
     name = submit(file_storage, spec)
     run = Run(file_storage, name, "m")
     run.write_status(Status(state="queued").to("starting", "attempt 1", attempt=1), None)
-    first, second = UnderWay(file_storage, name), UnderWay(file_storage, name)
+    first, second = RunLock(file_storage, name), RunLock(file_storage, name)
     console = screen()
-    with first.held(["m"]) as nobody:
-        assert nobody is None
-        with second.held(["m"]) as holder:
+    with first.hold(["m"]) as holder:
+        assert holder is None
+        with second.hold(["m"]) as holder:
             assert holder is not None
             assert holder.models == ["m"]
-        first.serves(["m"], "http://127.0.0.1:8000")
+        first.publish_endpoint(["m"], "http://127.0.0.1:8000")
         serving = second.follow(file_storage, name, spec.models, console)
         assert serving is not None
         assert serving.endpoint == "http://127.0.0.1:8000"
-        with UnderWay(file_storage, "another-job").held(["m"]) as other:
+        with RunLock(file_storage, "another-job").hold(["m"]) as other:
             assert other is None
     assert second.follow(file_storage, name, spec.models, console) is None, "the first has ended"
     assert printed(console) == ["m: starting (attempt 1)"] * 2
-    with second.held(["m"]) as holder:
+    with second.hold(["m"]) as holder:
         assert holder is None

@@ -126,7 +126,7 @@ def test_runs_are_carried_to_their_end(
         submission_id(name, "a", 2),
     ]
     told = "the driver died (AppFailed: Job entrypoint command failed with exit code 137, last available logs:)"
-    assert f"{told}; goes on from step 0" in platform.reasons(name, "a")
+    assert f"{told}; continues from step 0" in platform.reasons(name, "a")
     assert len(api.jobs) == 3, "they stay to be looked at"
     monkeypatch.setattr(kuberay, "KEEP_SECONDS", 0.0)
     platform.tick(3)
@@ -295,7 +295,7 @@ def test_a_head_that_is_lost(api: KubeApi, tmp_path: Path, data: Path) -> None:
     platform.operator.lose_head(submission_id(name, "a", 1))
     status = platform.until("a", "succeeded", name)
     assert status.attempt == 2
-    assert "its head pod was lost; goes on from step 0" in platform.reasons(name, "a")
+    assert "its head pod was lost; continues from step 0" in platform.reasons(name, "a")
     assert submission_id(name, "a", 1) not in api.jobs
 
 
@@ -318,7 +318,7 @@ def test_deleted_by_hand_it_goes_on_when_its_pods_have_gone(
         platform.operator.clings = False
         api.pods.clear()
     assert platform.until("a", "succeeded", name).attempt == 3
-    assert "its RayJob was deleted; goes on from step 0" in platform.reasons(name, "a")
+    assert "its RayJob was deleted; continues from step 0" in platform.reasons(name, "a")
 
 
 def test_what_kubernetes_refuses_fails_with_its_words(api: KubeApi, tmp_path: Path, data: Path) -> None:
@@ -356,7 +356,7 @@ def test_kueue_admits_and_preempts(api: KubeApi, tmp_path: Path, data: Path, mon
     platform.operator.clings = False
     status = platform.until("a", "succeeded", name)
     assert (status.attempt, status.no_progress_attempts) == (2, 0)
-    assert "preempted: Kueue suspended it; goes on from step 0" in platform.reasons(name, "a")
+    assert "preempted: Kueue suspended it; continues from step 0" in platform.reasons(name, "a")
     assert submission_id(name, "a", 1) not in api.jobs
 
 
@@ -397,7 +397,7 @@ def test_cancelled_it_saves_first(api: KubeApi, tmp_path: Path, data: Path) -> N
     name = submit(storage, data, "stop", "a")
     platform.until("a", "running", name)
     send_command(storage, name, "a", "stop", "cancelled")
-    assert "a resume goes on from step 8" in platform.until("a", "cancelled", name).reason
+    assert "a resume continues from step 8" in platform.until("a", "cancelled", name).reason
     send_command(storage, name, "a", "resume", "queued")
     platform.until("a", "succeeded", name)
     assert len(platform.operator.started) == 2

@@ -1,7 +1,7 @@
 """One `genmodels run` of a job at a time on this machine. A second one follows the first instead of ending it.
 
-The first holds a lock, which the system frees however the process ends, and says beside it what it runs and where it
-serves. Both are files of this user alone.
+The first one holds a file lock, which the system releases however the process ends. A second file describes the holder:
+its models, and its endpoint. Only this user can read the two files.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ class Holder(BaseModel):
     endpoint: str | None = None
 
 
-class UnderWay:
-    """Who runs a job on this machine."""
+class RunLock:
+    """The lock of a job on this machine, and a description of its holder."""
 
     def __init__(self, storage: Storage, job: str) -> None:
         store = os.environ.get("AWS_ENDPOINT_URL_S3") or os.environ.get("AWS_ENDPOINT_URL") or ""
@@ -44,15 +44,15 @@ class UnderWay:
         self._lock, self._facts = FileLock(folder / f"{name}.lock", timeout=0), folder / f"{name}.json"
 
     @contextlib.contextmanager
-    def held(self, models: list[str]) -> Iterator[Holder | None]:
-        """Hold the job for these models while the context is open; yields the holder where another process is it."""
+    def hold(self, models: list[str]) -> Iterator[Holder | None]:
+        """Hold the lock while the context is open, and yield None; if another process holds it, yield that holder."""
         try:
             self._facts.parent.mkdir(mode=0o700, exist_ok=True)
             self._lock.acquire()
         except Timeout:
             yield self._holder()
             return
-        except OSError:  # no such files can be made here: then nothing tells of another process
+        except OSError:  # the files cannot be written here: other processes stay unknown
             yield None
             return
         try:
@@ -62,12 +62,12 @@ class UnderWay:
             self._facts.unlink(missing_ok=True)
             self._lock.release()
 
-    def serves(self, models: list[str], endpoint: str) -> None:
-        """Say where what was published is served."""
+    def publish_endpoint(self, models: list[str], endpoint: str) -> None:
+        """Record the URL at which the models are served."""
         self._write(Holder(pid=os.getpid(), models=models, endpoint=endpoint))
 
     def follow(self, storage: Storage, job: str, specs: list[ModelSpec], console: Console) -> Holder | None:
-        """Show how far another process is with a job until it serves; None if it has ended before."""
+        """Show the progress of another process with a job until it serves; return None if it ends before."""
         with Board(console) as board:
             while True:
                 for spec in specs:
@@ -82,7 +82,7 @@ class UnderWay:
     def _holder(self) -> Holder:
         try:
             return Holder.model_validate_json(self._facts.read_bytes())
-        except (OSError, ValidationError):  # it has just begun, or has just ended
+        except (OSError, ValidationError):  # the holder has just started, or has just ended
             return Holder(pid=0, models=[])
 
     def _write(self, holder: Holder) -> None:
