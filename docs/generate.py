@@ -104,6 +104,11 @@ def gateway_routes() -> str:
         return _routes(routes.create_app(pool, keys=Keys(storage), hosts=None).openapi())
 
 
+def example_family() -> str:
+    """Return the file of the family that tests/http/test_adding_a_family.py adds."""
+    return f"```python\n{(PAGES.parent / 'tests/support/families/flow.py').read_text()}```"
+
+
 BLOCKS: dict[str, Callable[[], str]] = {
     "metrics": metric_table,
     "spec": spec_fields,
@@ -111,6 +116,7 @@ BLOCKS: dict[str, Callable[[], str]] = {
     "commands": command_list,
     "job-routes": job_routes,
     "gateway-routes": gateway_routes,
+    "example-family": example_family,
 }
 
 

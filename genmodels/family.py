@@ -10,6 +10,7 @@ Importing this module does not load torch, so that specs can be checked quickly.
 
 from __future__ import annotations
 
+import itertools
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -18,6 +19,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar, Generic, Literal, Pr
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from genmodels.errors import SpecError
 from genmodels.schema.base import Section
 from genmodels.sizing.memory import Footprint, network_bytes
 
@@ -29,6 +31,7 @@ if TYPE_CHECKING:
 
 Batch: TypeAlias = Mapping[str, "Tensor"]
 Interpolation = Literal["linear", "spherical"]
+PREVIEW_TOKENS = 200
 
 
 class ImageInfo(Section):
@@ -143,6 +146,7 @@ class Family(ABC, Generic[ConfigT, RequestT]):
     evaluation_names: ClassVar[tuple[str, ...]] = ()  # what `evaluate` may find; a gate may name any of these as well
     tracked_metrics: ClassVar[tuple[str, ...]] = ()  # columns of training's rows whose course an evaluation shows
     kind: ClassVar[str]  # "image" or "text": which datasets it learns from
+    unit: ClassVar[str]  # "images" or "tokens": what training counts
     repeated: ClassVar[str | None] = (
         None  # field of Config with a number of equal blocks: see `genmodels.preflight.parameters`
     )
@@ -157,13 +161,36 @@ class Family(ABC, Generic[ConfigT, RequestT]):
         return cls.__module__.rpartition(".")[2]
 
     @classmethod
-    @abstractmethod
+    def check_kind(cls, data: ImageInfo | TextInfo) -> None:
+        """Raise SpecError if this family does not learn from data of this kind."""
+        if data.kind != cls.kind:
+            raise SpecError(
+                f"data: {cls.family_name()} learns from {cls.kind}s, but this dataset has {data.kind}s; choose another"
+            )
+
+    @classmethod
     def check(cls, config: ConfigT, data: ImageInfo | TextInfo) -> None:
-        """Raise SpecError (naming `model.<field>`) if this config cannot work on data of this shape."""
+        """Raise SpecError (naming `model.<field>`) if this config cannot work on data of this kind and shape."""
+        cls.check_kind(data)
+
+    def __init__(self, config: ConfigT, data: ImageInfo | TextInfo) -> None:
+        """Build the networks on the CPU, initialised from the global RNG.
+
+        Raises:
+            SpecError: see `check`.
+        """
+        self.check(config, data)
+        self.config, self.data = config, data
+        self.network = self.build_network()
 
     @abstractmethod
-    def __init__(self, config: ConfigT, data: ImageInfo | TextInfo) -> None:
-        """Build the networks on the CPU, initialised from the global RNG."""
+    def build_network(self) -> nn.Module:
+        """Return the served network for `config` and `data`."""
+
+    @property
+    def sequence_length(self) -> int | None:
+        """Tokens in one training example; None where an example is one image."""
+        return None
 
     @classmethod
     def footprint(cls, config: ConfigT, data: ImageInfo | TextInfo) -> Footprint:
@@ -184,6 +211,17 @@ class Family(ABC, Generic[ConfigT, RequestT]):
     @abstractmethod
     def roles(self, optimizer: OptimizerConfig) -> list[Role]:
         """The players, in the order they take their step. Called once, after the networks are on their device."""
+
+    @abstractmethod
+    def preview(self, examples: Batch, seed: int) -> dict[str, Tensor]:
+        """Return outputs to look at during training, by name.
+
+        Args:
+            examples: validation examples; the same ones each time.
+
+        Returns:
+            Images (n, C, H, W) in [0, 1], or token ids (n,); `Dataset.preview_file` turns each into a file.
+        """
 
     @abstractmethod
     def eval_step(self, batch: Batch) -> dict[str, Tensor]:
@@ -225,8 +263,13 @@ class ImageFamily(Family[ConfigT, RequestT]):
     """A family that answers with images. Images are float32 (n, C, H, W) in [0, 1]; latents are (n, latent_dim)."""
 
     kind = "image"
+    unit = "images"
     data: ImageInfo
-    num_classes: int = 0  # of which a request may name one, as `label`
+
+    @property
+    def num_classes(self) -> int:
+        """Number of classes of which a request may name one, as `label`; 0: requests have no label."""
+        return 0
 
     @property
     @abstractmethod
@@ -256,13 +299,8 @@ class ImageFamily(Family[ConfigT, RequestT]):
             method: None: as the latent space wants it.
         """
 
-    def preview(self, images: Tensor, seed: int) -> dict[str, Tensor]:
-        """Pictures to look at while training goes on, by name, each (n, C, H, W).
-
-        Args:
-            images: validation images, (n, C, H, W); the same ones each time.
-        """
-        request = self.Request()
+    def preview(self, examples: Batch, seed: int) -> dict[str, Tensor]:
+        request, images = self.Request(), examples["images"]
         pictures = {"samples": self.decode(self.sample_latents(len(images), seed, request), request)}  # type: ignore[arg-type]
         if "reconstruct" in self.verbs:
             pictures["reconstructions"] = self.decode(self.encode(images), request)  # type: ignore[arg-type]
@@ -310,12 +348,17 @@ class TextFamily(Family[ConfigT, RequestT]):
     """A family that continues sequences of token ids; text and tokenizer are the engine's."""
 
     kind = "text"
+    unit = "tokens"
     data: TextInfo
 
     @property
     @abstractmethod
     def block_size(self) -> int:
         """The longest sequence the network sees at once, in tokens."""
+
+    @property
+    def sequence_length(self) -> int:
+        return self.block_size
 
     @abstractmethod
     def logits(self, tokens: Tensor) -> Tensor:
@@ -336,6 +379,14 @@ class TextFamily(Family[ConfigT, RequestT]):
     @property
     def verbs(self) -> frozenset[str]:
         return frozenset({"complete"})
+
+    def preview(self, examples: Batch, seed: int) -> dict[str, Tensor]:
+        """Return `sample`: the continuation of the first token of the first example."""
+        import torch
+
+        prompt, request = examples["tokens"][0, :1].tolist(), self.Request()
+        tokens = list(itertools.islice(self.generate(prompt, seed, request), PREVIEW_TOKENS))  # type: ignore[arg-type]
+        return {"sample": torch.tensor(tokens)}
 
     def probe(self) -> dict[str, Tensor]:
         import torch

@@ -50,6 +50,10 @@ class ImageData:
         """Return the files to store in a checkpoint: the names of the classes, if there are any."""
         return {"classes.json": json.dumps(self.class_names, ensure_ascii=False).encode()} if self.class_names else {}
 
+    def preview_file(self, name: str, images: np.ndarray) -> tuple[str, bytes]:
+        """Return the name and content of a file that shows images (n, C, H, W), values in [0, 1], as one grid."""
+        return f"{name}.png", png(grid(images.clip(0, 1)))
+
     def arrays(self, name: Literal["train", "val"]) -> dict[str, np.ndarray]:
         """Return all of `train` or `val` as stored: `images` uint8, and `labels` if there are classes."""
         split = self._splits[name]

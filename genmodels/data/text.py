@@ -152,6 +152,10 @@ class TextData:
         """Return the files to store in a checkpoint: the tokenizer."""
         return {"tokenizer.json": self.tokenizer.to_json()}
 
+    def preview_file(self, name: str, tokens: np.ndarray) -> tuple[str, bytes]:
+        """Return the name and content of a file that shows token ids (n,) as text."""
+        return f"{name}.txt", self.tokenizer.decode(tokens.tolist()).encode()
+
     def arrays(self, name: Literal["train", "val"]) -> dict[str, np.ndarray]:
         """Return all of `train` or `val`: `tokens`, unsigned integers (n,)."""
         return {"tokens": self.train if name == "train" else self.val}

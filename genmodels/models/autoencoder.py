@@ -28,28 +28,23 @@ from genmodels.family import (
     EvaluationData,
     EvaluationMetric,
     EvaluationResult,
-    ImageFamily,
-    ImageInfo,
     Note,
     OptimizerConfig,
     Role,
-    TextInfo,
 )
-from genmodels.nn.latents import FittedDensity, GaussianMixture, first_rows, image_normal, interpolate
+from genmodels.nn.latents import DensityFamily, GaussianMixture, first_rows, image_normal, interpolate
 from genmodels.nn.networks import (
+    EncoderDecoder,
     ImageDecoder,
     ImageEncoder,
     Norm,
-    check_shape,
     inference,
-    pass_bytes,
     placed,
     psnr,
     ssim,
 )
 from genmodels.nn.optim import make_optimizers
 from genmodels.schema.base import Section
-from genmodels.sizing.memory import Footprint, network_bytes
 
 if TYPE_CHECKING:
     import numpy as np
@@ -94,7 +89,7 @@ class AutoencoderRequest(Section):
     temperature: float = Field(1.0, ge=0, le=2, description="spread around the means of the density's Gaussians")
 
 
-class Autoencoder(FittedDensity, ImageFamily[AutoencoderConfig, AutoencoderRequest]):
+class Autoencoder(DensityFamily[AutoencoderConfig, AutoencoderRequest]):
     """An autoencoder, and a denoiser where `noise_std` is above 0."""
 
     Config = AutoencoderConfig
@@ -105,23 +100,8 @@ class Autoencoder(FittedDensity, ImageFamily[AutoencoderConfig, AutoencoderReque
 
     network: AutoencoderNetwork
 
-    @classmethod
-    def check(cls, config: AutoencoderConfig, data: ImageInfo | TextInfo) -> None:
-        check_shape("autoencoder", config.latent_dim, data)
-
-    def __init__(self, config: AutoencoderConfig, data: ImageInfo | TextInfo) -> None:
-        self.check(config, data)
-        assert isinstance(data, ImageInfo)
-        self.config = config
-        self.data = data
-        self.network = AutoencoderNetwork(config, data.shape)
-
-    @classmethod
-    def footprint(cls, config: AutoencoderConfig, data: ImageInfo | TextInfo) -> Footprint:
-        assert isinstance(data, ImageInfo)
-        density = cls.density_bytes(config.density_components, config.latent_dim)
-        working = pass_bytes(data.shape, config.width) + 2 * density  # which draws in float64
-        return Footprint(network_bytes(cls, config, data), kept=density, working=working)
+    def build_network(self) -> AutoencoderNetwork:
+        return AutoencoderNetwork(self.config, self.data.shape)
 
     def roles(self, optimizer: OptimizerConfig) -> list[Role]:
         loss = AutoencoderLoss(self.network, self.config)
@@ -178,10 +158,6 @@ class Autoencoder(FittedDensity, ImageFamily[AutoencoderConfig, AutoencoderReque
         verbs = {"generate", "encode", "decode", "reconstruct", "interpolate"}
         return frozenset(verbs | {"denoise"} if self.config.noise_std > 0 else verbs)
 
-    @property
-    def latent_dim(self) -> int:
-        return self.config.latent_dim
-
     def sample_latents(self, n: int, seed: int, request: AutoencoderRequest) -> Tensor:
         """From the density over the training images' latents.
 
@@ -199,10 +175,6 @@ class Autoencoder(FittedDensity, ImageFamily[AutoencoderConfig, AutoencoderReque
         with inference(self.network):
             return self.network.encoder(placed(images, self.network)).float()
 
-    def decode(self, latents: Tensor, request: AutoencoderRequest) -> Tensor:
-        with inference(self.network):
-            return self.network.decoder(placed(latents, self.network)).float().sigmoid()
-
     def denoise(self, images: Tensor) -> Tensor:
         """Clean images of noisy ones, (n, C, H, W) both; noise beyond [0, 1] is clamped first, as in training."""
         with inference(self.network):
@@ -211,8 +183,8 @@ class Autoencoder(FittedDensity, ImageFamily[AutoencoderConfig, AutoencoderReque
     def interpolate(self, start: Tensor, end: Tensor, steps: int, method: Interpolation | None = None) -> Tensor:
         return interpolate(start, end, steps, method or "linear")
 
-    def preview(self, images: Tensor, seed: int) -> dict[str, Tensor]:
-        request = self.Request()
+    def preview(self, examples: Batch, seed: int) -> dict[str, Tensor]:
+        request, images = self.Request(), examples["images"]
         pictures = {"reconstructions": self.decode(self.encode(images), request)}
         if self.density:
             pictures["samples"] = self.decode(self.sample_latents(len(images), seed, request), request)
@@ -268,7 +240,7 @@ class Autoencoder(FittedDensity, ImageFamily[AutoencoderConfig, AutoencoderReque
         return found
 
 
-class AutoencoderNetwork(nn.Module):
+class AutoencoderNetwork(EncoderDecoder):
     """Images (n, C, H, W) in [0, 1] -> latents (n, latent_dim) -> logits of images (n, C, H, W)."""
 
     def __init__(self, config: AutoencoderConfig, shape: tuple[int, int, int]) -> None:

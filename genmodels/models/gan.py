@@ -94,20 +94,19 @@ class GAN(ImageFamily[GANConfig, GANRequest]):
 
     @classmethod
     def check(cls, config: GANConfig, data: ImageInfo | TextInfo) -> None:
+        super().check(config, data)
         check_shape("gan", config.latent_dim, data)
         assert isinstance(data, ImageInfo)
         if config.conditional and not data.num_classes:
             raise SpecError("model.conditional: got true, but the images of data have no classes; write false")
 
     def __init__(self, config: GANConfig, data: ImageInfo | TextInfo) -> None:
-        self.check(config, data)
-        assert isinstance(data, ImageInfo)
-        self.config = config
-        self.data = data
-        self.num_classes = (data.num_classes or 0) if config.conditional else 0
-        self.network = Generator(config, self.latent_dim, data.shape)
-        self.discriminator = Discriminator(config, self.num_classes, data.shape)
-        self.features = RandomFeatures(data.channels)
+        super().__init__(config, data)
+        self.discriminator = Discriminator(config, self.num_classes, self.data.shape)
+        self.features = RandomFeatures(self.data.channels)
+
+    def build_network(self) -> Generator:
+        return Generator(self.config, self.latent_dim, self.data.shape)
 
     @classmethod
     def footprint(cls, config: GANConfig, data: ImageInfo | TextInfo) -> Footprint:
@@ -168,6 +167,10 @@ class GAN(ImageFamily[GANConfig, GANRequest]):
     @property
     def verbs(self) -> frozenset[str]:
         return frozenset({"generate", "decode", "interpolate"})
+
+    @property
+    def num_classes(self) -> int:
+        return (self.data.num_classes or 0) if self.config.conditional else 0
 
     @property
     def latent_dim(self) -> int:

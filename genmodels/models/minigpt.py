@@ -22,7 +22,7 @@ import torch.nn.functional as F
 from pydantic import Field, ValidationInfo, field_validator
 from torch import Tensor, nn
 
-from genmodels.errors import RequestError, SpecError
+from genmodels.errors import RequestError
 from genmodels.evals.text import EVALUATION_NAMES, IGNORED, evaluate_text
 from genmodels.family import (
     EvaluationData,
@@ -89,17 +89,8 @@ class MiniGPT(TextFamily[MiniGPTConfig, SamplingOptions]):
 
     network: Transformer
 
-    @classmethod
-    def check(cls, config: MiniGPTConfig, data: ImageInfo | TextInfo) -> None:
-        if not isinstance(data, TextInfo):
-            raise SpecError(f"model.family: minigpt learns from text, but data.dataset holds {data.kind}s; name a text")
-
-    def __init__(self, config: MiniGPTConfig, data: ImageInfo | TextInfo) -> None:
-        self.check(config, data)
-        assert isinstance(data, TextInfo)
-        self.config = config
-        self.data = data
-        self.network = Transformer(config, data.vocab_size)
+    def build_network(self) -> Transformer:
+        return Transformer(self.config, self.data.vocab_size)
 
     @classmethod
     def footprint(cls, config: MiniGPTConfig, data: ImageInfo | TextInfo) -> Footprint:

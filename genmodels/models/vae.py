@@ -23,26 +23,30 @@ from genmodels.family import (
     EvaluationData,
     EvaluationMetric,
     EvaluationResult,
-    ImageFamily,
-    ImageInfo,
     Note,
     OptimizerConfig,
     Role,
-    TextInfo,
 )
 from genmodels.nn.latents import (
     MAX_FIT,
-    FittedDensity,
+    DensityFamily,
     GaussianMixture,
     first_rows,
     image_normal,
     interpolate,
     standard_normal,
 )
-from genmodels.nn.networks import ImageDecoder, ImageEncoder, Norm, check_shape, inference, pass_bytes, placed, psnr
+from genmodels.nn.networks import (
+    EncoderDecoder,
+    ImageDecoder,
+    ImageEncoder,
+    Norm,
+    inference,
+    placed,
+    psnr,
+)
 from genmodels.nn.optim import make_optimizers
 from genmodels.schema.base import Section
-from genmodels.sizing.memory import Footprint, network_bytes
 
 if TYPE_CHECKING:
     from genmodels.family import Batch, Interpolation
@@ -102,7 +106,7 @@ class VAERequest(Section):
     )
 
 
-class VAE(FittedDensity, ImageFamily[VAEConfig, VAERequest]):
+class VAE(DensityFamily[VAEConfig, VAERequest]):
     """A VAE with a diagonal Gaussian posterior."""
 
     Config = VAEConfig
@@ -113,23 +117,8 @@ class VAE(FittedDensity, ImageFamily[VAEConfig, VAERequest]):
 
     network: VAENetwork
 
-    @classmethod
-    def check(cls, config: VAEConfig, data: ImageInfo | TextInfo) -> None:
-        check_shape("vae", config.latent_dim, data)
-
-    def __init__(self, config: VAEConfig, data: ImageInfo | TextInfo) -> None:
-        self.check(config, data)
-        assert isinstance(data, ImageInfo)
-        self.config = config
-        self.data = data
-        self.network = VAENetwork(config, data.shape)
-
-    @classmethod
-    def footprint(cls, config: VAEConfig, data: ImageInfo | TextInfo) -> Footprint:
-        assert isinstance(data, ImageInfo)
-        density = cls.density_bytes(config.density_components, config.latent_dim)
-        working = pass_bytes(data.shape, config.width) + 2 * density  # which draws in float64
-        return Footprint(network_bytes(cls, config, data), kept=density, working=working)
+    def build_network(self) -> VAENetwork:
+        return VAENetwork(self.config, self.data.shape)
 
     def roles(self, optimizer: OptimizerConfig) -> list[Role]:
         loss = ELBO(self.network, self.config)
@@ -220,10 +209,6 @@ class VAE(FittedDensity, ImageFamily[VAEConfig, VAERequest]):
     def verbs(self) -> frozenset[str]:
         return frozenset({"generate", "encode", "decode", "reconstruct", "interpolate"})
 
-    @property
-    def latent_dim(self) -> int:
-        return self.config.latent_dim
-
     def sample_latents(self, n: int, seed: int, request: VAERequest) -> Tensor:
         """From N(0, I) or the fitted prior.
 
@@ -241,10 +226,6 @@ class VAE(FittedDensity, ImageFamily[VAEConfig, VAERequest]):
     def encode(self, images: Tensor) -> Tensor:
         """Posterior means, (n, C, H, W) -> (n, latent_dim)."""
         return self._posterior(images)[0]
-
-    def decode(self, latents: Tensor, request: VAERequest) -> Tensor:
-        with inference(self.network):
-            return self.network.decoder(placed(latents, self.network)).float().sigmoid()
 
     def interpolate(self, start: Tensor, end: Tensor, steps: int, method: Interpolation | None = None) -> Tensor:
         return interpolate(start, end, steps, method or "spherical")
@@ -292,7 +273,7 @@ class VAE(FittedDensity, ImageFamily[VAEConfig, VAERequest]):
             return self.network.posterior(placed(images, self.network))
 
 
-class VAENetwork(nn.Module):
+class VAENetwork(EncoderDecoder):
     """Encoder to the posterior q(z|x), decoder to the logits of pixels in [0, 1]."""
 
     def __init__(self, config: VAEConfig, shape: tuple[int, int, int]) -> None:

@@ -9,14 +9,17 @@ import warnings
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
+from typing import Protocol, cast
 
 import numpy as np
 import safetensors.torch
 import torch
 from torch import Tensor
 
-from genmodels.family import Interpolation
-from genmodels.sizing.memory import FLOAT
+from genmodels.family import ConfigT, ImageFamily, ImageInfo, Interpolation, RequestT, TextInfo
+from genmodels.nn.networks import EncoderDecoder, check_shape, inference, pass_bytes, placed
+from genmodels.schema.base import Section
+from genmodels.sizing.memory import FLOAT, Footprint, network_bytes
 
 DENSITY_FILE = "density.safetensors"
 MAX_FIT = 4096  # more latents hardly change the density, and the fit has to take seconds
@@ -123,15 +126,40 @@ def _most_components(wanted: int, points: int, dim: int) -> int:
     return max(1, min(wanted, points // (dim + 1)))
 
 
-class FittedDensity:
-    """The part of a family whose `fit` leaves a density over latents: how it travels with a checkpoint."""
+def density_bytes(n_components: int, dim: int) -> int:
+    """Return the size in bytes of a density at its largest."""
+    return FLOAT * _most_components(n_components, MAX_FIT, dim) * (dim**2 + dim + 1)
 
+
+class DensityFamily(ImageFamily[ConfigT, RequestT]):
+    """An image family with a convolutional encoder and decoder, and a density over latents that `fit` makes.
+
+    Its Config has at least the fields `latent_dim`, `width` and `density_components`.
+    """
+
+    network: EncoderDecoder
     density: GaussianMixture | None = None
 
-    @staticmethod
-    def density_bytes(n_components: int, dim: int) -> int:
-        """Bytes of a density at its largest."""
-        return FLOAT * _most_components(n_components, MAX_FIT, dim) * (dim**2 + dim + 1)
+    @classmethod
+    def check(cls, config: ConfigT, data: ImageInfo | TextInfo) -> None:
+        super().check(config, data)
+        check_shape(cls.family_name(), _settings(config).latent_dim, data)
+
+    @classmethod
+    def footprint(cls, config: ConfigT, data: ImageInfo | TextInfo) -> Footprint:
+        assert isinstance(data, ImageInfo)
+        settings = _settings(config)
+        density = density_bytes(settings.density_components, settings.latent_dim)
+        working = pass_bytes(data.shape, settings.width) + 2 * density  # a density draws in float64
+        return Footprint(network_bytes(cls, config, data), kept=density, working=working)
+
+    @property
+    def latent_dim(self) -> int:
+        return _settings(self.config).latent_dim
+
+    def decode(self, latents: Tensor, request: RequestT) -> Tensor:
+        with inference(self.network):
+            return self.network.decoder(placed(latents, self.network)).float().sigmoid()
 
     def assets(self) -> dict[str, bytes]:
         return {DENSITY_FILE: self.density.to_bytes()} if self.density else {}
@@ -139,6 +167,16 @@ class FittedDensity:
     def load_assets(self, assets: Mapping[str, bytes]) -> None:
         if DENSITY_FILE in assets:
             self.density = GaussianMixture.from_bytes(assets[DENSITY_FILE])
+
+
+class _DensitySettings(Protocol):
+    latent_dim: int
+    width: int
+    density_components: int
+
+
+def _settings(config: Section) -> _DensitySettings:
+    return cast(_DensitySettings, config)
 
 
 def interpolate(start: Tensor, end: Tensor, steps: int, method: Interpolation) -> Tensor:

@@ -118,6 +118,13 @@ class ImageDecoder(nn.Module):
         return x
 
 
+class EncoderDecoder(nn.Module):
+    """A network with an encoder and a decoder of this file; a subclass builds both."""
+
+    encoder: ImageEncoder
+    decoder: ImageDecoder
+
+
 def pass_bytes(shape: tuple[int, int, int], width: int) -> int:
     """Bytes that feature maps take while images are encoded or decoded where models are served, at most."""
     maps = [channels * math.prod(size) for size, channels in zip(*_ladder(shape, width), strict=True)]
@@ -145,9 +152,8 @@ class ResidualBlock(nn.Module):
 
 
 def check_shape(family: str, latent_dim: int, data: ImageInfo | TextInfo) -> None:
-    """Raise SpecError where networks of this file cannot work on the data."""
-    if not isinstance(data, ImageInfo):
-        raise SpecError(f"model.family: {family} learns from images, but data.dataset holds {data.kind}; name images")
+    """Raise SpecError where networks of this file cannot work on images of this shape."""
+    assert isinstance(data, ImageInfo)
     if min(data.height, data.width) < MIN_SIDE:
         raise SpecError(
             f"model.family: {family} needs images of at least {MIN_SIDE} x {MIN_SIDE}, "

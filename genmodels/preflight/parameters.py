@@ -60,4 +60,4 @@ def _built(
     weights = sum(tensor.numel() for role in roles for tensor in role.loss.state_dict().values())
     serving = sum(tensor.numel() for tensor in family.network.state_dict().values())
     trained = sum(parameter.numel() for role in roles for parameter in role.loss.parameters())
-    return Parameters(trained, weights + serving + moments, getattr(family, "block_size", None))
+    return Parameters(trained, weights + serving + moments, family.sequence_length)

@@ -13,7 +13,7 @@ from genmodels import checkpoint
 from genmodels.checkpoint import CheckpointRef, Lineage
 from genmodels.data import open_dataset
 from genmodels.errors import DataError
-from genmodels.family import EvaluationData, EvaluationResult, Family, Note, TextFamily
+from genmodels.family import EvaluationData, EvaluationResult, Family, Note
 from genmodels.registry import evaluations, init_from
 from genmodels.runs.store import Run
 from genmodels.spec.sections import ModelSpec
@@ -79,8 +79,8 @@ def training(family: Family[Any, Any], run: Run, ref: CheckpointRef, lineage: Li
     notes: dict[str, Note] = {"parameters": sum(weight.numel() for weight in family.network.parameters())}
     notes |= {"steps": ref.step, "workers": lineage.world_size}
     if logged := [row for row in rows if "samples" in row]:
-        last, window = logged[-1], family.block_size if isinstance(family, TextFamily) else None
-        notes["tokens_seen" if window else "images_seen"] = last["samples"] * (window or 1)
+        last = logged[-1]
+        notes[f"{family.unit}_seen"] = last["samples"] * (family.sequence_length or 1)
         notes["training_seconds"] = round(run.training_seconds(), 1)
         if "loss" in last:
             notes["training_loss"] = round(last["loss"], 4)

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import faulthandler
+import itertools
 import logging
 import os
+import sys
 import threading
+import traceback
 from typing import Self
 
 from genmodels.errors import StorageUnavailable
@@ -19,6 +21,7 @@ log = logging.getLogger("genmodels")
 
 LOOK_SECONDS = 1.0
 KILL_SECONDS = 3.0  # from the command to the end of a process: the other ranks have to read it and ship their stacks
+MAX_FRAMES = 50  # of each thread
 KILLED = 75  # exit code of a process that was killed by a command
 
 
@@ -66,10 +69,23 @@ class CommandWatcher:
         last = threading.Timer(self.kill_seconds, self._end)
         last.daemon = True
         last.start()
-        os.write(2, f"Killed: {command.reason}. The stacks of all threads:\n".encode())
-        faulthandler.dump_traceback(2)
+        os.write(2, f"Killed: {command.reason}. The stacks of all threads:\n{thread_stacks()}\n".encode())
         self.logs.flush(self.kill_seconds)
 
     def _end(self) -> None:
         if not self.closing.is_set():
             os._exit(KILLED)  # does not wait for threads that hang
+
+
+def thread_stacks() -> str:
+    """Return the stacks of all threads as text: the main thread first, and of each thread the innermost frame first.
+
+    `faulthandler` would leave out the main thread in a process with more than 100 threads.
+    """
+    names = {thread.ident: thread.name for thread in threading.enumerate()}
+    main, frames, lines = threading.main_thread().ident, sys._current_frames(), list[str]()
+    for ident in sorted(frames, key=lambda ident: ident != main):
+        lines.append(f"Thread {names.get(ident, ident)}:")
+        for frame, line in itertools.islice(traceback.walk_stack(frames[ident]), MAX_FRAMES):
+            lines.append(f"  in {frame.f_code.co_name} ({frame.f_code.co_filename}:{line})")
+    return "\n".join(lines)

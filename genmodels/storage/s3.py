@@ -36,6 +36,8 @@ _ACCESS = re.compile(
     "Token|Authorization|Expired|Signature|AccessKey|Credential|Skew|Denied|Security|Account|Suspended"
 )
 _DENIED = "the storage refuses access"
+_OF_A_KEY = re.compile(b"<Code>NoSuch(Key|Version|Bucket|Upload)</Code>")  # what S3 says with a status 404
+_TAGGED = ("GetObject", "PutObject", "UploadPart")  # operations whose answer has an ETag
 _CREDENTIALS = "check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN, AWS_ENDPOINT_URL in the environment"
 
 
@@ -177,6 +179,9 @@ class S3Storage(Storage):
         except boto.ClientError as error:
             status, code = error.response["ResponseMetadata"]["HTTPStatusCode"], error.response["Error"].get("Code", "")
             raise _answer_error(where, status, code) from None
+        except (_OtherServerError, RecursionError) as error:  # RecursionError: boto follows redirects without end
+            what = f"{where}: another server than an S3 store answers ({str(error)[:100]}); check AWS_ENDPOINT_URL"
+            raise Refused(what, "another server answers at the address of the storage") from None
         except (boto.NoCredentialsError, boto.PartialCredentialsError):
             raise Refused(f"{where}: no credentials; {_CREDENTIALS}", _DENIED) from None
         except (boto.ResponseStreamingError, boto.IncompleteReadError, boto.FlexibleChecksumError) as error:
@@ -226,6 +231,40 @@ def _answer_error(where: str, status: int, code: str) -> StorageError:
     return Refused(f"{where}: refused ({status} {code}); check AWS_ENDPOINT_URL and AWS_DEFAULT_REGION", _DENIED)
 
 
+class _OtherServerError(Exception):
+    """An answer does not come from an S3 store."""
+
+
+def _check_answer(operation_model: Any, response_dict: dict[str, Any], **_: Any) -> None:
+    """Refuse an answer of another server, before boto reads it: of a proxy, a login page, a service at an old address.
+
+    A bare 404 would look like a missing object, and a page of HTML like an empty listing or a stored object: all that
+    is stored would seem to be gone, and what is written would be lost.
+
+    Raises:
+        _OtherServerError: it lacks what every S3 store sends.
+    """
+    status, body = response_dict["status_code"], response_dict["body"]
+    headers = {name.lower() for name in response_dict["headers"]}
+    operation = operation_model.name
+    if status < 300:
+        known = "etag" in headers or operation not in _TAGGED
+        if operation == "ListObjectsV2":
+            known = b"<ListBucketResult" in body
+        if operation == "DeleteObject":
+            known = not body.strip()
+    elif status == 404:
+        known = _OF_A_KEY.search(body) is not None
+    elif status in (400, 405, 411, 412, 413, 414):  # final for S3; of the others each is an outage
+        known = not body.strip() or b"<Error" in body
+    else:  # boto follows a redirect to a bucket's region
+        known = status >= 400 or "x-amz-bucket-region" in headers
+    if not known:
+        if hasattr(body, "close"):  # it was not read: a connection
+            body.close()
+        raise _OtherServerError(f"status {status}, without what S3 sends")
+
+
 def _make_client() -> Any:
     # At a custom endpoint boto addresses buckets by path: such a store rarely has a host name for each bucket.
     config = Config(
@@ -234,11 +273,11 @@ def _make_client() -> Any:
         retries={"mode": "standard"},
     )
     try:
-        return boto3.session.Session().client(
-            "s3", config=config
-        )  # the default session of boto3 is not safe between threads
+        client = boto3.session.Session().client("s3", config=config)  # the default session is not thread-safe
     except ValueError:
         raise StorageError(
             "an AWS_ environment variable is wrong: AWS_ENDPOINT_URL must be http://host:port or https://host, "
             "AWS_DEFAULT_REGION a name like us-east-1, AWS_MAX_ATTEMPTS a number"
         ) from None
+    client.meta.events.register("before-parse.s3", _check_answer)
+    return client

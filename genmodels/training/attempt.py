@@ -19,9 +19,9 @@ import torch.distributed as dist
 from genmodels import __version__, checkpoint, metrics, models
 from genmodels.checkpoint import CheckpointRef, Lineage, Manifest
 from genmodels.data import Dataset, open_dataset
-from genmodels.errors import CheckpointError, SpecError
+from genmodels.errors import CheckpointError
 from genmodels.evals.images import evenly_spaced
-from genmodels.family import Batch, Family, TextFamily
+from genmodels.family import Batch, Family
 from genmodels.preflight import servable
 from genmodels.registry import init_from
 from genmodels.runs.control import CommandWatcher
@@ -34,7 +34,8 @@ from genmodels.spec.sections import ModelSpec
 from genmodels.storage import Storage
 from genmodels.storage.disk import disk_outages
 from genmodels.training import flops
-from genmodels.training.loop import Group, to_tensors, train
+from genmodels.training.group import Group
+from genmodels.training.loop import examples, train
 from genmodels.training.recorder import RunRecorder
 
 log = logging.getLogger(__name__)
@@ -117,8 +118,6 @@ def build(spec: ModelSpec, dataset: Dataset) -> Family[Any, Any]:
         SpecError: family and dataset do not fit, or no host can serve such a model.
     """
     cls = models.load(spec.family)
-    if cls.kind != dataset.info.kind:
-        raise SpecError(f"data: {spec.family} learns from {cls.kind}s, this dataset has {dataset.info.kind}s")
     cls.check(spec.model, dataset.info)
     servable.check(spec, dataset.info)
     return cls(spec.model, dataset.info)
@@ -126,19 +125,19 @@ def build(spec: ModelSpec, dataset: Dataset) -> Family[Any, Any]:
 
 def fit_batches(dataset: Dataset, family: Family[Any, Any]) -> Iterator[Batch]:
     """A bounded, fixed part of the training data for `Family.fit`."""
-    split = dataset.split("train", family.block_size if isinstance(family, TextFamily) else None)
+    split = dataset.split("train", family.sequence_length)
     chosen = evenly_spaced(len(split), FIT_EXAMPLES)
     for index in np.array_split(chosen, -(-len(chosen) // FIT_BATCH)):
-        yield to_tensors(split.take(index, np.zeros_like(index)), torch.device("cpu"))
+        yield examples(split, index, torch.device("cpu"))
 
 
 def _effort(
     spec: ModelSpec, family: Family[Any, Any], dataset: Dataset, device: torch.device
 ) -> flops.StepFlops | None:
     config = spec.train
-    split = dataset.split("train", family.block_size if isinstance(family, TextFamily) else None)
+    split = dataset.split("train", family.sequence_length)
     index = np.arange(config.batch_size // config.accumulation_steps) % len(split)
-    batch = to_tensors(split.take(index, np.zeros_like(index)), torch.device("cpu"))
+    batch = examples(split, index, torch.device("cpu"))
     return flops.estimate(family, batch, config, device)
 
 

@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 from genmodels import checkpoint
 from genmodels.checkpoint import CheckpointRef, Lineage, Manifest, Snapshot
 from genmodels.errors import StorageUnavailable
-from genmodels.family import Batch, Family, TextFamily
+from genmodels.family import Batch, Family
 from genmodels.metrics import CHECKPOINT_BYTES, CHECKPOINT_FAILURES, CHECKPOINT_SECONDS, CHECKPOINT_STALL_SECONDS
 from genmodels.registry import gate, references
 from genmodels.runs.records import Heartbeat, Phase
@@ -67,7 +67,7 @@ class RunRecorder:
         self.run, self.attempt, self.spec, self.lineage = run, attempt, spec, lineage
         self.scratch, self.assets, self.fit_batches = scratch, assets, fit_batches
         self.heartbeat = Heartbeat(phase="starting", max_steps=spec.train.max_steps)
-        tokens = scratch.block_size if isinstance(scratch, TextFamily) else None
+        tokens = scratch.sequence_length
         self.gauges = TrainingGauges(run, spec, lineage.world_size, tokens, effort)
         self.rows: list[dict[str, Any]] = []
         self.pictures: list[tuple[int, str, bytes]] = []

@@ -1,4 +1,4 @@
-"""ManagedProcess processes that are kept running: restarted when they end, ended when this process ends."""
+"""Child processes that are kept running: restarted when they end, and ended when this process ends."""
 
 from __future__ import annotations
 

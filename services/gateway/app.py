@@ -1,6 +1,6 @@
-"""The Ray Serve application: a gateway that speaks HTTP, and a pool of model hosts behind it.
+"""The Ray Serve application: an HTTP gateway, and a pool of model hosts behind it.
 
-It is the same whatever models there are; hosts follow the registry. Nothing here is rebuilt when a model is trained.
+The application does not depend on the models: hosts watch the registry, and nothing is redeployed for a new model.
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ from services.http.middleware import LOOPBACK, PROXY_REQUESTS
 HEALTH_SECONDS = 2.0
 LOCAL = "127.0.0.1"
 
-# Serve's own defaults are no limit on what waits, and a rollout that first takes the old replica away.
+# Serve's defaults have no limit on waiting requests, and a rollout stops the old replica before the new one runs.
 _COMMON: dict[str, Any] = {
     "ray_actor_options": {"num_cpus": 0},
     "max_surge_percent": 100,
     "graceful_shutdown_wait_loop_s": 0.5,
-    "graceful_shutdown_timeout_s": 30,  # what is in flight goes on so long when a replica has to go
+    "graceful_shutdown_timeout_s": 30,  # requests in progress may take so long when a replica stops
     "logging_config": {"enable_access_log": False},
 }
 
@@ -54,13 +54,13 @@ _COMMON: dict[str, Any] = {
 def build(
     storage_url: str, *, auth: bool, memory: int = HOST_MEMORY, workers: int = 4, torch_threads: int = 1
 ) -> Application:
-    """The application, to be run with `serve.run(build(url, auth=True), name="genmodels", route_prefix="/")`.
+    """Build the application, to be run with `serve.run(build(url, auth=True), name="genmodels", route_prefix="/")`.
 
     Args:
-        storage_url: where the registry and the keys are; the same for all processes.
-        auth: ask for keys. Without, it answers to loopback names alone.
-        memory: bytes of models that a host keeps.
-        workers: requests for pictures that a host works on at the same time.
+        storage_url: the storage with the registry and the keys; the same for all processes.
+        auth: require keys. Without keys, only loopback host names are accepted.
+        memory: bytes of models that a host keeps in memory.
+        workers: image requests that a host computes at the same time.
         torch_threads: of each computation.
     """
     host = Host.bind(  # type: ignore[attr-defined]
@@ -94,21 +94,21 @@ class Gateway:
 
 
 class HandlePool:
-    """A pool of model hosts behind a Serve handle; see `routes.Pool`. Serve cancels there what is cancelled here."""
+    """A `Pool` of model hosts behind a Serve handle. Serve cancels a host's work when it is cancelled here."""
 
     def __init__(self, handle: DeploymentHandle[Any]) -> None:
         self._handle = handle
         self._stream = handle.options(stream=True)
-        self._asked = -HEALTH_SECONDS
+        self._checked = -HEALTH_SECONDS
         self._problem: str | None = None
 
     async def health(self) -> str | None:
-        """What a host says of itself, asked at most once in HEALTH_SECONDS: without a key anyone may ask for it.
+        """Return why a host is unhealthy, or None. Ask at most once in HEALTH_SECONDS: the route needs no key.
 
-        A host that is busy or away is not unwell: the answers to requests tell of that.
+        A host that is busy or gone counts as healthy: requests get an error of their own for that.
         """
-        if time.monotonic() - self._asked >= HEALTH_SECONDS:
-            self._asked = time.monotonic()
+        if time.monotonic() - self._checked >= HEALTH_SECONDS:
+            self._checked = time.monotonic()
             with contextlib.suppress(RayError, BackPressureError, DeploymentUnavailableError, TimeoutError):
                 self._problem = await asyncio.wait_for(self._handle.health.remote(), HEALTH_SECONDS)
         return self._problem
@@ -141,24 +141,24 @@ class HandlePool:
             items: Any = self._stream.complete.remote(name, request)
             async for item in items:
                 yield item
-        except GeneratorExit:  # the client has left between two items, which no cancellation tells of
+        except GeneratorExit:  # the client has disconnected between two items; Serve cancels nothing in this case
             items.cancel()
             raise
         except (RayError, BackPressureError, DeploymentUnavailableError) as error:
-            yield _refusal(error)
+            yield _request_error(error)
 
     async def _ask(self, method: str, *arguments: Any) -> Any:
         try:
             return await getattr(self._handle, method).remote(*arguments)
         except (RayError, BackPressureError, DeploymentUnavailableError) as error:
-            return _refusal(error)
+            return _request_error(error)
 
 
 def _stay_on_this_machine() -> None:
-    """Have the replica in this process listen on 127.0.0.1 where its node does, as under `genmodels up`.
+    """Let the replica in this process listen on 127.0.0.1 if its node does, as under `genmodels up`.
 
-    Calls between deployments come over a gRPC server that Serve binds to all interfaces, and there is no option. They
-    need the cluster's token wherever they come from.
+    Serve binds the gRPC server for calls between deployments to all interfaces, and has no option for it. Every call
+    needs the cluster's token.
     """
     if get_node_ip_address() == LOCAL:
         replica.add_port_to_grpc_server = _listen_locally  # type: ignore[attr-defined]
@@ -169,11 +169,11 @@ def _listen_locally(server: Any, address: str) -> int:
     return port
 
 
-def _refusal(error: Exception) -> RequestError:
+def _request_error(error: Exception) -> RequestError:
     if isinstance(error, BackPressureError):
         return RequestError(
             "too many requests are waiting; try again in a moment", status=429, code="too_many_requests"
         )
     if isinstance(error, RayTaskError):  # the host's own log has the traceback
         return RequestError("internal error of the model host", status=500, code="internal_error")
-    return RequestError("the model host is not there or went away; try again in a moment", status=503, code="host_lost")
+    return RequestError("the model host is not available; try again in a moment", status=503, code="host_lost")

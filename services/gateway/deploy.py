@@ -1,9 +1,9 @@
-"""Keeps the Serve application deployed on a Ray cluster, also on one that was started again and has forgotten it.
+"""Keep the Serve application deployed on a Ray cluster, also after a restart of the cluster.
 
     python -m services.gateway.deploy --storage URL [--host 127.0.0.1] [--port 8000] [--no-auth]
 
-It declares the application over the dashboard's HTTP API and looks again and again whether it is there. What runs
-already is left as it is, so this process may come and go while replicas go on answering.
+The process declares the application over the dashboard's HTTP API and checks every second that it exists. A running
+application is not changed, so this process may be restarted while replicas continue to answer.
 """
 
 from __future__ import annotations
@@ -20,16 +20,16 @@ from services.cluster.ray_start import serve_http_options
 
 APPLICATION = "genmodels"
 POOL = "default"  # Serve's deployment of model hosts
-LOOK_SECONDS = 1.0
-RETRY_SECONDS = 10.0  # after a deployment that failed
+CHECK_SECONDS = 1.0  # between two checks
+RETRY_SECONDS = 10.0  # after a failed deployment
 APPLICATIONS = "/api/serve/applications/"
-DEPLOY_SECONDS = 60.0  # for Serve's controller to start
+DEPLOY_SECONDS = 60.0  # timeout, as Serve's controller may have to start
 
 log = logging.getLogger("genmodels.deploy")
 
 
 def keep_deployed(dashboard: Dashboard, storage_url: str, host: str, port: int, auth: bool) -> None:
-    """Never returns."""
+    """Check the application every second and deploy it if it is missing; never return."""
     last = ""
     while True:
         status = _status(dashboard)
@@ -41,11 +41,11 @@ def keep_deployed(dashboard: Dashboard, storage_url: str, host: str, port: int, 
             log.info("declared: %s", "no answer" if answer is None else f"{answer.status_code} {answer.text}"[:2000])
             if status == "DEPLOY_FAILED" or answer is None or answer.status_code != 200:
                 time.sleep(RETRY_SECONDS)
-        time.sleep(LOOK_SECONDS)
+        time.sleep(CHECK_SECONDS)
 
 
 def declaration(storage_url: str, host: str, port: int, auth: bool) -> dict[str, Any]:
-    """What Serve is to run, as its REST API takes it."""
+    """Return the configuration of Serve, in the format of its REST API."""
     return {
         "proxy_location": "HeadOnly",
         "http_options": serve_http_options(host, port),
@@ -62,12 +62,12 @@ def declaration(storage_url: str, host: str, port: int, auth: bool) -> dict[str,
 
 
 def _status(dashboard: Dashboard) -> str:
-    """Serve's word for it (RUNNING, DEPLOYING, ...), ABSENT, or UNKNOWN."""
+    """Return Serve's status of the application (RUNNING, DEPLOYING, ...), ABSENT, or UNKNOWN."""
     answer = dashboard.ask("GET", APPLICATIONS)
     if answer is None or answer.status_code != 200:
         return "UNKNOWN"
-    found = answer.json()["applications"].get(APPLICATION)
-    return str(found["status"]) if found else "ABSENT"
+    application = answer.json()["applications"].get(APPLICATION)
+    return str(application["status"]) if application else "ABSENT"
 
 
 def main() -> None:
@@ -76,10 +76,10 @@ def main() -> None:
     parser.add_argument("--storage", required=True)
     parser.add_argument("--host", default=HOST, help="address that the endpoint listens on")
     parser.add_argument("--port", type=int, default=8000)
-    parser.add_argument("--no-auth", action="store_true", help="ask for no key; for this machine alone")
+    parser.add_argument("--no-auth", action="store_true", help="require no keys; for this machine only")
     options = parser.parse_args()
     if options.no_auth and options.host != HOST:
-        parser.error(f"--no-auth is for this machine alone: --host must be {HOST}, not {options.host}")
+        parser.error(f"--no-auth is for this machine only: --host must be {HOST}, not {options.host}")
     keep_deployed(Dashboard(), options.storage, options.host, options.port, not options.no_auth)
 
 

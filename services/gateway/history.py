@@ -1,4 +1,4 @@
-"""Routes to what a model's training left on its way, for the playground and for programs."""
+"""Routes to the records of the training run behind a model: metrics, sample images, sample texts."""
 
 from __future__ import annotations
 
@@ -23,14 +23,16 @@ File = Annotated[str, Path(pattern=SAMPLE)]
 
 
 class HistoryQuery(Strict):
-    points: int = Field(MAX_ROWS, ge=MIN_ROWS, le=MAX_ROWS, description="the most rows, evenly spread over the run")
+    points: int = Field(
+        MAX_ROWS, ge=MIN_ROWS, le=MAX_ROWS, description="maximum number of rows, evenly spaced over the run"
+    )
 
 
 def add_history_routes(app: FastAPI, pool: Pool, generate: Any) -> None:
     """Add the routes.
 
     Args:
-        generate: the dependency that gives a Caller.
+        generate: the dependency that returns a Caller.
     """
 
     @app.get("/v1/models/{model}/history", summary="Read a training history")
@@ -39,16 +41,16 @@ def add_history_routes(app: FastAPI, pool: Pool, generate: Any) -> None:
     ) -> Response:
         """Read the logged metrics of the run that trained a version, and the names of its samples."""
         caller.require([model])
-        found = unwrap(await pool.history(model, query.points))
-        tag_version(request, found.version, found.family)
+        history = unwrap(await pool.history(model, query.points))
+        tag_version(request, history.version, history.family)
         return Json(
             {
                 "object": "history",
-                "model": found.version,
-                "job": found.job,
-                "step": found.step,
-                "data": encode_floats(found.rows),
-                "samples": [{"step": step, "files": files} for step, files in found.samples.items()],
+                "model": history.version,
+                "job": history.job,
+                "step": history.step,
+                "data": encode_floats(history.rows),
+                "samples": [{"step": step, "files": files} for step, files in history.samples.items()],
             }
         )
 
@@ -59,7 +61,7 @@ def add_history_routes(app: FastAPI, pool: Pool, generate: Any) -> None:
         responses={200: {"content": {kind.partition(";")[0]: {} for kind in TYPES.values()}}},
     )
     async def read_sample(model: str, step: Step, name: File, caller: Caller = generate) -> Response:
-        """Read a picture or text that was made during the training of a version."""
+        """Read a sample image or sample text of the training of a version."""
         caller.require([model])
         data = unwrap(await pool.sample(model, step, name))
         headers = {"x-content-type-options": "nosniff", "content-security-policy": "default-src 'none'; sandbox"}

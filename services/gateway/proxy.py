@@ -1,4 +1,4 @@
-"""TODO"""
+"""The middlewares of Serve's HTTP proxy."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from services.http.request_metrics import RequestMetrics
 
 
 def proxy_middlewares() -> list[Middleware]:
-    """Called by Serve's HTTP proxy before it starts its server; the last is the outermost."""
+    """Return the middlewares, the outermost last. Serve's HTTP proxy calls this before it starts its server."""
     connections.use_in_this_process()
-    edge = Middleware(IngressMiddleware, memory=BodyMemory(BODIES, BODIES_OF_ONE), max_requests=PROXY_REQUESTS)
-    return [edge, Middleware(RequestMetrics, own=True)]
+    ingress = Middleware(IngressMiddleware, memory=BodyMemory(BODIES, BODIES_OF_ONE), max_requests=PROXY_REQUESTS)
+    return [ingress, Middleware(RequestMetrics, own=True)]

@@ -1,8 +1,9 @@
-"""The HTTP ingress for generation, in OpenAI's shapes, so that its clients work unchanged.
+"""The routes of the endpoint, in the format of OpenAI's API, so that its clients work unchanged.
 
-Without keys it is for this machine alone: bound to 127.0.0.1, answering to loopback names, deaf to an Authorization
-header.
-Bodies have to come as application/json: a page of another site then has to ask before it sends one, and we never agree.
+Without keys, the endpoint is for this machine only: it listens on 127.0.0.1, accepts loopback host names only, and
+ignores the Authorization header.
+Bodies must be application/json: a browser sends this type to another site only after a preflight request, which is
+never granted.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ from services.http.responses import Json, finite
 
 
 class GenerationBody(GenerateRequest):
-    """The body of `POST /v1/images/generations`. `prompt` has no effect: these models know no words."""
+    """The body of `POST /v1/images/generations`. `prompt` has no effect: these models do not read text."""
 
     neutral: ClassVar = {
         "background": ("auto", "opaque"),
@@ -55,21 +56,19 @@ class GenerationBody(GenerateRequest):
     @classmethod
     def _no_url(cls, value: Any) -> Any:
         if value == "url":
-            raise field_error(
-                "got 'url', but images are not kept anywhere to be fetched from; send 'b64_json' or leave it out"
-            )
+            raise field_error("got 'url', but images are not stored; send 'b64_json' or leave it out")
         return value
 
 
-_ABOUT = "Asks trained models for text and pictures, in the shapes of OpenAI's API: its clients work unchanged."
+_ABOUT = "Generate text and images with trained models, in the format of OpenAI's API: its clients work unchanged."
 
 
 def create_app(pool: Pool, *, hosts: Collection[str] | None = LOOPBACK, keys: Keys | None = None) -> FastAPI:
-    """The HTTP application before a pool.
+    """Create the HTTP application in front of a pool.
 
     Args:
-        hosts: names that a Host header may have; None for any, where there are keys.
-        keys: who may ask; None: anyone.
+        hosts: accepted names in the Host header; None: any, for use with keys.
+        keys: the accepted keys; None: requests need no key.
     """
     app = new_app("genmodels", _ABOUT, hosts=hosts, health=lambda: pool.health())
     app.add_middleware(RequestMetrics)
@@ -166,5 +165,7 @@ def _evaluation(evaluation: Evaluation) -> dict[str, Any]:
 
 
 def _refused(refused: Mapping[str, Refused]) -> list[dict[str, Any]]:
-    """Aliases that stand at a version which is not served, so that an older one still answers to them."""
-    return [{"alias": alias, "version": one.version, "reason": one.reason} for alias, one in sorted(refused.items())]
+    """List the aliases whose version is refused, so that an older version still serves them."""
+    return [
+        {"alias": alias, "version": entry.version, "reason": entry.reason} for alias, entry in sorted(refused.items())
+    ]

@@ -1,4 +1,4 @@
-"""What both HTTP APIs share: strict bodies that are documented as they are read, and errors in one form."""
+"""The common parts of both HTTP APIs: strict bodies with their documentation, and one format of errors."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ from services.http.responses import Json, error_response
 from services.http.semantics import Head, PlainBodies
 
 JSON = ("application/json",)
-MAX_NESTED = 2**18  # lists, objects and keys of a body: 64 pictures of 256 rows in 3 colours have 50,000 lists
+MAX_NESTED = 2**18  # lists, objects and keys of a body: 64 images of 256 rows in 3 channels have 50,000 lists
 
 logger = logging.getLogger("genmodels.api")
 
@@ -47,7 +47,7 @@ BodyT = TypeVar("BodyT", bound=BaseModel)
 T = TypeVar("T")
 
 
-async def _well() -> str | None:
+async def _healthy() -> str | None:
     return None
 
 
@@ -60,14 +60,14 @@ def new_app(
     streamed: StreamedRoute | None = None,
     max_requests: int | None = None,
     schemas: Callable[[], Mapping[str, Any]] = dict,
-    health: Callable[[], Awaitable[str | None]] = _well,
+    health: Callable[[], Awaitable[str | None]] = _healthy,
 ) -> FastAPI:
-    """An application behind an Edge, with `/openapi.json` and a readable page of it at `/docs`.
+    """Create an application behind an IngressMiddleware, with `/openapi.json` and the page `/docs`.
 
     Args:
-        hosts, max_body, streamed, max_requests: the Edge's.
-        schemas: more of OpenAPI's `components.schemas`, called when the document is first asked for.
-        health: says why the service is not well, though it answers; None: it is.
+        hosts, max_body, streamed, max_requests: see IngressMiddleware.
+        schemas: returns additional `components.schemas` of OpenAPI; called at the first request of the document.
+        health: returns why the service is unhealthy, or None if it is healthy.
     """
     app = FastAPI(
         title=title,
@@ -99,10 +99,13 @@ def new_app(
 
 
 async def read_body(kind: type[BodyT], request: Request, *, optional: bool = False) -> BodyT:
-    """A request's JSON body as `kind`, strictly, with errors that name the field.
+    """Read a request's JSON body as `kind`, strictly.
 
     Args:
-        optional: nothing at all stands for `{}`.
+        optional: an empty body stands for `{}`.
+
+    Raises:
+        RequestError: the body is wrong; names the field.
     """
     body = await request.body()
     if optional and not body:
@@ -121,12 +124,12 @@ async def read_body(kind: type[BodyT], request: Request, *, optional: bool = Fal
 
 
 def _check_nested(body: bytes) -> None:
-    """Refuse a body of millions of tiny parts: no other request is answered while it is parsed, for seconds.
+    """Refuse a body of millions of tiny parts: its parsing would delay all other requests for seconds.
 
-    The characters are counted inside of texts too, which is why the limit is far above what any request needs.
+    The characters are also counted inside strings, so the limit is far above the needs of any request.
 
     Raises:
-        RequestError: it has too many.
+        RequestError: the body has too many parts.
     """
     nested = sum(map(body.count, (b"[", b"{", b":")))
     if nested > MAX_NESTED:
@@ -134,47 +137,49 @@ def _check_nested(body: bytes) -> None:
         raise RequestError(message, code="invalid_json")
 
 
-async def unless_gone(request: Request, work: Coroutine[Any, Any, T]) -> T:
-    """The work's result, but no more work from when the client has left: nothing else would tell."""
-    working, leaving = asyncio.ensure_future(work), asyncio.ensure_future(request.receive())
+async def cancel_on_disconnect(request: Request, work: Coroutine[Any, Any, T]) -> T:
+    """Return the result of `work`; cancel `work` when the client disconnects, because no other code notices that."""
+    task, disconnect = asyncio.ensure_future(work), asyncio.ensure_future(request.receive())
     try:
-        await asyncio.wait((working, leaving), return_when=asyncio.FIRST_COMPLETED)
-        if not working.done():
+        await asyncio.wait((task, disconnect), return_when=asyncio.FIRST_COMPLETED)
+        if not task.done():
             raise ClientDisconnect
-        return working.result()
+        return task.result()
     finally:
-        working.cancel()
-        leaving.cancel()
-        await asyncio.gather(working, leaving, return_exceptions=True)
+        task.cancel()
+        disconnect.cancel()
+        await asyncio.gather(task, disconnect, return_exceptions=True)
 
 
 def check_content_type(request: Request, accepted: Collection[str]) -> None:
-    """A browser sends what a form could send without asking us first; none of those types is ever accepted."""
+    """Refuse other content types, also those of HTML forms: browsers send forms from any site without a preflight."""
     content_type = request.headers.get("content-type", "").partition(";")[0].strip().lower()
     if content_type in accepted:
         return
-    told = f"got {show(content_type)}" if content_type else "there is none"
+    actual = f"got {show(content_type)}" if content_type else "missing"
     expected = " or ".join(accepted)
-    raise RequestError(f"content-type: {told}, expected {expected}", param="content-type", status=415, code="not_json")
+    raise RequestError(
+        f"content-type: {actual}, expected {expected}", param="content-type", status=415, code="not_json"
+    )
 
 
 def documented(kind: type[BaseModel], *, optional: bool = False) -> dict[str, Any]:
-    """What OpenAPI says of a body that `read_body` reads."""
+    """Return the OpenAPI description of a body that `read_body` reads."""
     schema = kind.model_json_schema()
     sections = schema.pop("$defs", {})
     for name, field in schema["properties"].items():
-        if "$ref" in field:  # a reference would point into a document that is not OpenAPI's
+        if "$ref" in field:  # the reference is not valid inside the OpenAPI document
             schema["properties"][name] = sections[field["$ref"].rpartition("/")[2]]
     return {"requestBody": {"required": not optional, "content": {"application/json": {"schema": schema}}}}
 
 
 def rebased(schema: Mapping[str, Any]) -> Any:
-    """A JSON Schema whose references point into `components.schemas`."""
+    """Return a JSON Schema with its references changed to `components.schemas`."""
     return json.loads(json.dumps(schema).replace('"#/$defs/', '"#/components/schemas/'))
 
 
 def _openapi(app: FastAPI, schemas: Callable[[], Mapping[str, Any]]) -> dict[str, Any]:
-    """FastAPI's document with our own form of errors in the place of its own."""
+    """Return FastAPI's document with our format of errors."""
     if app.openapi_schema:
         return app.openapi_schema
     document = get_openapi(title=app.title, version=app.version, description=app.description, routes=app.routes)
@@ -183,7 +188,7 @@ def _openapi(app: FastAPI, schemas: Callable[[], Mapping[str, Any]]) -> dict[str
         components.pop(name, None)
     components |= {"Error": _ERROR, **schemas()}
     answer = {
-        "description": "what is wrong",
+        "description": "an error",
         "content": {"application/json": {"schema": {"$ref": "#/components/schemas/Error"}}},
     }
     for operations in document["paths"].values():
@@ -204,7 +209,7 @@ _ERROR = {
             "properties": {
                 "message": {"type": "string"},
                 "type": {"type": "string"},
-                "param": {"type": ["string", "null"], "description": "the field at fault"},
+                "param": {"type": ["string", "null"], "description": "the wrong field"},
                 "code": {"type": ["string", "null"]},
             },
         }
@@ -215,27 +220,31 @@ _ERROR = {
 async def _on_error(request: Request, error: Exception) -> Response:
     if isinstance(error, HTTPException):
         messages = {
-            404: f"no route {request.url.path[:200]!r}; GET /docs and /openapi.json list what there is",
-            405: f"{request.method} is not for {request.url.path[:200]!r}; see the Allow header",
+            404: f"no route {request.url.path[:200]!r}; GET /docs and /openapi.json list the routes",
+            405: f"{request.method} is not allowed for {request.url.path[:200]!r}; see the Allow header",
         }
-        told = {name: value.replace("GET", "GET, HEAD") for name, value in (error.headers or {}).items()}
-        return error_response(error.status_code, messages.get(error.status_code, error.detail), headers=told)
+        headers = {name: value.replace("GET", "GET, HEAD") for name, value in (error.headers or {}).items()}
+        return error_response(error.status_code, messages.get(error.status_code, error.detail), headers=headers)
     if isinstance(error, RequestValidationError):
         return _parameter(error)
-    found = _request_error(error)
-    if found.refused_by and COUNT in request.scope:
-        tag_version(request, *found.refused_by)
-    if found.status >= 500:
+    request_error = _request_error(error)
+    if request_error.refused_by and COUNT in request.scope:
+        tag_version(request, *request_error.refused_by)
+    if request_error.status >= 500:
         logger.error("%s %s: %s: %s", request.method, _route(request), type(error).__name__, error)
-    wait = {"retry-after": str(found.retry_after or 1)}
-    headers = {401: {"www-authenticate": "Bearer"}, 429: wait, 503: wait}
+    wait = {"retry-after": str(request_error.retry_after or 1)}
+    extra_headers = {401: {"www-authenticate": "Bearer"}, 429: wait, 503: wait}
     return error_response(
-        found.status, found.message, param=found.param, code=found.code, headers=headers.get(found.status)
+        request_error.status,
+        request_error.message,
+        param=request_error.param,
+        code=request_error.code,
+        headers=extra_headers.get(request_error.status),
     )
 
 
 def _request_error(error: Exception) -> RequestError:
-    """What an error of the library is in HTTP."""
+    """Convert an error of the library to an error in HTTP."""
     if isinstance(error, RequestError):
         return error
     if isinstance(error, JobNotFound):
@@ -247,9 +256,13 @@ def _request_error(error: Exception) -> RequestError:
     if isinstance(error, StorageUnavailable):
         return RequestError(f"{error.reason}; try again in a moment", status=503, code="storage_away")
     if isinstance(error, KeyNotFound):
-        return RequestError("it has just gone; look again", status=404, code="gone")
-    if isinstance(error, StorageError):  # its message names the storage, which is the operator's to know
-        return RequestError("the storage refused; the service's log says why", status=500, code="storage_error")
+        return RequestError("the object was deleted just now; read the list again", status=404, code="gone")
+    if isinstance(
+        error, StorageError
+    ):  # its message contains the address of the storage, which is for the operator only
+        return RequestError(
+            "the storage refused the operation; the log of the service has the reason", status=500, code="storage_error"
+        )
     if isinstance(error, DamagedObject):
         return RequestError(str(error), status=500, code="object_damaged")
     if isinstance(error, CheckpointError):
@@ -258,17 +271,17 @@ def _request_error(error: Exception) -> RequestError:
 
 
 def _parameter(error: RequestValidationError) -> Json:
-    """A wrong parameter of path or query."""
+    """Answer a wrong parameter of path or query."""
     first = error.errors()[0]
     name = str(first["loc"][-1])[:100]
-    said = first["msg"].replace("Input should be", "expected")
+    reason = first["msg"].replace("Input should be", "expected")
     if first["type"] == "extra_forbidden":
-        said = "unknown parameter; see /docs"
+        reason = "unknown parameter; see /docs"
     elif first["type"] != "missing":
-        said = f"got {show(first['input'])}, {said}"
-    return error_response(400, f"{name}: {said}", param=name, code="invalid_value")
+        reason = f"got {show(first['input'])}, {reason}"
+    return error_response(400, f"{name}: {reason}", param=name, code="invalid_value")
 
 
 def _route(request: Request) -> str:
-    """The route's pattern, not the path, which is the client's text."""
+    """Return the pattern of the route for the log; clients choose the path itself."""
     return getattr(request.scope.get("route"), "path", "?")

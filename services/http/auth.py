@@ -1,4 +1,4 @@
-"""Who may do what: a bearer key, its scopes, and the models that it may use."""
+"""Authorization: bearer keys, their scopes, and the models that they may use."""
 
 from __future__ import annotations
 
@@ -22,20 +22,20 @@ from services.http.middleware import ANSWER_HEADERS
 from services.http.rate_limits import Limits, Slots
 
 LOOKUPS = 4  # threads that look keys up
-MAX_WAITING = 64  # lookups of tokens that are new to us; a flood of invented ones is refused, and reaches nobody else
-KNOWN = 4096
-RECHECK_SECONDS = 3.0  # between two looks at a key whose answer takes long
+MAX_WAITING = 64  # lookups of unknown keys; a flood of invented keys is refused, and delays no known key
+MAX_KNOWN = 4096  # keys that were valid before
+RECHECK_SECONDS = 3.0  # between two checks of a key during a long answer
 
 _BEARER = HTTPBearer(auto_error=False, scheme_name="key", description="gm_..., made by `genmodels keys create`")
 
 
 @dataclass
 class Caller:
-    """Who asks; without keys (`--no-auth`) anyone, who may do anything."""
+    """The sender of a request. Without keys (`--no-auth`), every caller may do everything."""
 
     key: Key | None = None
-    look: Callable[[], Awaitable[Key | None]] | None = None  # at the key once more
-    looked: float = field(default_factory=time.monotonic)
+    check: Callable[[], Awaitable[Key | None]] | None = None  # reads the key again
+    checked: float = field(default_factory=time.monotonic)
 
     @property
     def id(self) -> str:
@@ -43,20 +43,20 @@ class Caller:
 
     @property
     def reason(self) -> str:
-        """For a run's history: by whom a thing was done."""
+        """Return the origin of a command, for a run's history."""
         return f"by key {self.key.name!r}" if self.key else "by hand"
 
     async def recheck(self) -> None:
-        """Called time and again while a long answer is sent. Raise RequestError (401) if the key has been revoked."""
-        if self.look is None or time.monotonic() - self.looked < RECHECK_SECONDS:
+        """Raise RequestError (401) if the key has been revoked; called repeatedly during a long answer."""
+        if self.check is None or time.monotonic() - self.checked < RECHECK_SECONDS:
             return
-        self.looked = time.monotonic()
-        with contextlib.suppress(StorageUnavailable):  # the next look will tell
-            if await self.look() is None:
-                raise RequestError("this key was revoked in the middle of the answer", status=401, code="wrong_key")
+        self.checked = time.monotonic()
+        with contextlib.suppress(StorageUnavailable):  # the next check decides
+            if await self.check() is None:
+                raise RequestError("this key was revoked during the answer", status=401, code="wrong_key")
 
     def may_use(self, models: Iterable[str]) -> bool:
-        """Whether all of these models are this key's; each may carry `@version`."""
+        """Return True if the key may use all of these models; names may end with `@version`."""
         return self.key is None or all(self.key.may_use(model.partition("@")[0]) for model in models)
 
     def require(self, models: Iterable[str]) -> None:
@@ -70,7 +70,7 @@ class Caller:
                 raise RequestError(message, status=403, param="model", code="not_this_keys_model")
 
     def require_job(self, models: Iterable[str]) -> None:
-        """As `need`, for models that the caller has not named: they are not told."""
+        """Raise RequestError (403) unless the key may use all models of a job; the message does not name the models."""
         if not self.may_use(models):
             message = "this key is limited to some models, and this job trains others"
             raise RequestError(message, status=403, param="job", code="not_this_keys_model")
@@ -78,42 +78,44 @@ class Caller:
     def require_all_models(self) -> None:
         """Raise RequestError (403) for a key that is limited to some models."""
         if self.key and self.key.prefixes:
-            raise RequestError("this key is limited to some models, and this is about all", status=403, code="limited")
+            raise RequestError(
+                "this key is limited to some models, and this request concerns all models", status=403, code="limited"
+            )
 
 
 def require_keys(storage: Storage) -> Keys:
-    """The keys in a storage.
+    """Return the keys of a storage.
 
     Raises:
-        GenmodelsError: there is none that works, so that nobody could use what asks for one.
+        GenmodelsError: the storage has no valid key, so no client could use the service.
     """
     keys = Keys(storage)
     if keys.any():
         return keys
     raise GenmodelsError(
-        f"{storage.url} holds no key yet, and without one nobody could ask. Make one: "
-        f"genmodels keys create NAME --storage {storage.url} - or ask for none, on this machine alone: "
+        f"{storage.url} has no key yet, so no client could use the service. Create one: "
+        f"genmodels keys create NAME --storage {storage.url}. For this machine only, keys can be turned off: "
         "--no-auth"
     )
 
 
 class KeyAuth:
-    """Makes FastAPI dependencies: `guard("submit")` gives the Caller, or answers 401 or 403.
+    """Create FastAPI dependencies: `auth("submit")` returns the Caller, or answers 401 or 403.
 
     Args:
-        keys: None for `--no-auth`: everyone may do everything.
-        limits: how much each key may ask, by what it says; None: any number.
-        slots: how much any key may ask at once; None: any number.
+        keys: None for `--no-auth`: every caller may do everything.
+        limits: requests of each key, as the key states them; None: no limit.
+        slots: requests of one key at once; None: no limit.
     """
 
     def __init__(self, keys: Keys | None, limits: Limits | None = None, slots: Slots | None = None) -> None:
         self._keys, self._limits, self._slots = keys, limits, slots
-        self._known: OrderedDict[bytes, None] = OrderedDict()  # digests of tokens that were right before
-        self._lane, self._lane_of_strangers = (ThreadPoolExecutor(LOOKUPS, "keys") for _ in range(2))
-        self._strangers = 0
+        self._known: OrderedDict[bytes, None] = OrderedDict()  # digests of keys that were valid before
+        self._threads_for_known, self._threads_for_unknown = (ThreadPoolExecutor(LOOKUPS, "keys") for _ in range(2))
+        self._unknown = 0
 
     def __call__(self, *scopes: Scope) -> Any:
-        """A dependency on a key that has one of these scopes."""
+        """Return a dependency on a key that has one of these scopes."""
         if self._keys is None:
             return Depends(_anyone)
         keys = self._keys
@@ -124,37 +126,39 @@ class KeyAuth:
             if credentials is None:
                 message = "no key; send the header `Authorization: Bearer gm_...` (`genmodels keys create` makes a key)"
                 raise RequestError(message, status=401, code="no_key")
-            key = await self._find(keys, credentials.credentials)
+            key = await self._lookup(keys, credentials.credentials)
             if key is None:
-                raise RequestError("this key is not known, or it was revoked", status=401, code="wrong_key")
+                raise RequestError("this key is unknown or was revoked", status=401, code="wrong_key")
             if not any(key.allows(scope) for scope in scopes):
-                message = f"this key has the scope {', '.join(key.scopes)}, and this needs {' or '.join(scopes)}"
+                message = (
+                    f"this key has the scope {', '.join(key.scopes)}, but this request needs {' or '.join(scopes)}"
+                )
                 raise RequestError(message, status=403, code="scope")
-            with contextlib.ExitStack() as leaving:
+            with contextlib.ExitStack() as stack:
                 if self._slots is not None:
-                    leaving.enter_context(self._slots.take(key.id))
+                    stack.enter_context(self._slots.take(key.id))
                 if self._limits is not None:
                     request.scope.get(ANSWER_HEADERS, {}).update(self._limits.enter(key))
-                    leaving.callback(self._limits.leave, key)
-                yield Caller(key, lambda: self._find(keys, credentials.credentials))
+                    stack.callback(self._limits.leave, key)
+                yield Caller(key, lambda: self._lookup(keys, credentials.credentials))
 
         return Security(admit, scopes=scopes)
 
-    async def _find(self, keys: Keys, token: str) -> Key | None:
-        """The key of a token. Those who were right before do not wait behind those who guess."""
+    async def _lookup(self, keys: Keys, token: str) -> Key | None:
+        """Return the key of a token. Keys that were valid before do not wait behind guessed ones."""
         digest, loop = hashlib.sha256(token.encode()).digest(), asyncio.get_running_loop()
         if digest in self._known:
-            return await loop.run_in_executor(self._lane, keys.check, token)
-        if self._strangers >= MAX_WAITING:
-            raise RequestError("too many new keys at once; try again in a moment", status=429, code="too_many")
-        self._strangers += 1
+            return await loop.run_in_executor(self._threads_for_known, keys.check, token)
+        if self._unknown >= MAX_WAITING:
+            raise RequestError("too many unknown keys at once; try again in a moment", status=429, code="too_many")
+        self._unknown += 1
         try:
-            key = await loop.run_in_executor(self._lane_of_strangers, keys.check, token)
+            key = await loop.run_in_executor(self._threads_for_unknown, keys.check, token)
         finally:
-            self._strangers -= 1
+            self._unknown -= 1
         if key:
             self._known[digest] = None
-            while len(self._known) > KNOWN:
+            while len(self._known) > MAX_KNOWN:
                 self._known.popitem(last=False)
         return key
 

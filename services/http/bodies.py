@@ -1,8 +1,8 @@
-"""Bodies of requests on their way to the application: bounded in size, in time, and in the memory they hold together.
+"""Bodies of requests before they reach the application: limited in size, in time, and in their total memory.
 
-Nothing reads a body before the application does, which by then has checked the key. Serve's proxy is another process
-than the application, and fetches a body at once. So there the rest of a large body waits until the application says
-that it reads it (`WANTED`, a message of the ASGI extension `EXTENSION`), and until there is room for it.
+A body is read only when the application reads it, after the check of the key. Serve's proxy is a process of its own and
+would read a body at once. So the rest of a large body waits in the proxy until the application announces that it reads
+the body (`WANTED`, a message of the ASGI extension `EXTENSION`), and until there is memory for it.
 """
 
 from __future__ import annotations
@@ -20,13 +20,13 @@ from genmodels.errors import RequestError
 
 EXTENSION = "genmodels.body"
 WANTED = "genmodels.body.wanted"
-SMALL_BYTES = 64 * 1024  # bodies up to this size, and about as much of others, are passed on unasked
+SMALL_BYTES = 64 * 1024  # bodies up to this size, and about as much of larger ones, are passed on at once
 DISCONNECT: Message = {"type": "http.disconnect"}
 
 
 @dataclass(frozen=True)
 class BodyLimit:
-    """How large a body may be, and how slow: `seconds`, and 1 s more for each `rate` bytes that have come."""
+    """The maximum size of a body, and its maximum time: `seconds`, and 1 s more for each `rate` bytes received."""
 
     bytes: int
     seconds: float
@@ -34,14 +34,14 @@ class BodyLimit:
 
 
 class BodyMemory:
-    """What the bodies of one process may hold together, and those of one caller."""
+    """The memory for the bodies of one process, with a maximum for each caller."""
 
     def __init__(self, total: int, share: int) -> None:
         self._total, self._share = total, share
         self._held: Counter[bytes] = Counter()
 
     def take(self, caller: bytes, size: int) -> bool:
-        """Reserve room; False where there is not enough."""
+        """Reserve memory; return False if there is not enough."""
         if self._held.total() + size > self._total or self._held[caller] + size > self._share:
             return False
         self._held[caller] += size
@@ -54,7 +54,7 @@ class BodyMemory:
 
 
 class Body:
-    """ASGI's `receive` for one request. A body that breaks its limit ends in a disconnect, and `refusal` says why."""
+    """ASGI's `receive` for one request. A body beyond its limit ends with a disconnect; `error` has the reason."""
 
     def __init__(self, scope: Scope, receive: Receive, send: Send, limit: BodyLimit) -> None:
         self.error: RequestError | None = None
@@ -66,7 +66,7 @@ class Body:
     async def receive(self) -> Message:
         if self.error:
             return DISCONNECT
-        if not self._more:  # what comes after the body, the client's leaving, may take its time
+        if not self._more:  # after the body comes only the client's disconnect, which has no time limit
             return await self._receive()
         if self._unannounced:
             self._unannounced = False
@@ -75,13 +75,13 @@ class Body:
             await self._admit()
         except RequestError as error:
             return self._refuse(error)
-        began = time.monotonic()
+        started = time.monotonic()
         try:
             async with asyncio.timeout(self._limit.seconds + self._size / self._limit.rate - self._waited):
                 message = await self._receive()
         except TimeoutError:
             return self._refuse(_too_slow(self._limit))
-        self._waited += time.monotonic() - began  # not what the application takes
+        self._waited += time.monotonic() - started  # without the time of the application
         self._size += len(message.get("body", b""))
         if self._size > self._limit.bytes:
             return self._refuse(too_large(self._limit.bytes))
@@ -89,7 +89,7 @@ class Body:
         return message
 
     def release(self) -> None:
-        """Called when the request has ended."""
+        """Free the memory of the body; called when the request has ended."""
 
     async def _admit(self) -> None:
         """Wait until the next part may be read."""
@@ -100,7 +100,7 @@ class Body:
 
 
 class HeldBody(Body):
-    """A body in front of another process, which has to say that it wants more than its beginning."""
+    """A body for an application in another process, which announces that it wants more than the beginning."""
 
     def __init__(self, scope: Scope, receive: Receive, send: Send, limit: BodyLimit, memory: BodyMemory) -> None:
         super().__init__(scope, receive, send, limit)
@@ -120,16 +120,16 @@ class HeldBody(Body):
             return
         await self._is_wanted.wait()
         if not self._memory.take(self._caller, self.expected):
-            message = "the large bodies of other requests are in the way; try again in a moment"
+            message = "large bodies of other requests fill the memory; try again in a moment"
             raise RequestError(message, status=503, code="too_many_large_bodies", retry_after=1)
         self._held = self.expected
 
 
 def expected_bytes(scope: Scope, limit: BodyLimit) -> int:
-    """The size of a request's body, or the largest that it may have where that is not told.
+    """Return the size of a request's body, or the limit if the request does not state a size.
 
     Raises:
-        RequestError: too large, or no size at all.
+        RequestError: the body is too large, or its Content-Length is not a number.
     """
     headers = Headers(scope=scope)
     if "transfer-encoding" in headers:
@@ -143,7 +143,7 @@ def expected_bytes(scope: Scope, limit: BodyLimit) -> int:
 
 
 def too_large(limit: int) -> RequestError:
-    message = f"the request's body is larger than {limit:,} bytes, the most that is read"
+    message = f"the request's body is larger than the limit of {limit:,} bytes"
     return RequestError(message, status=413, code="body_too_large")
 
 

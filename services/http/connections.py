@@ -1,7 +1,7 @@
-"""HTTP connections of the job service and of Serve's proxy: none keeps a place that it does not use.
+"""HTTP connections of the job service and of Serve's proxy: deadlines and a maximum number.
 
-uvicorn alone waits for a request's header for ever, holds what has come of it without a bound, waits for ever for a
-client to read its answer, and counts a silent connection like a request under way.
+Without this, uvicorn waits forever for a request's header, keeps its received bytes without a limit, waits forever for
+a client to read its answer, and counts an idle connection like a request in progress.
 """
 
 from __future__ import annotations
@@ -16,22 +16,22 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from services.cluster.descriptors import file_limit
 
-HEADER_SECONDS = 10.0  # for a request's header, from its first byte on, or from the connection's start
+HEADER_SECONDS = 10.0  # for the header of a request, from its first byte or from the start of the connection
 HEADER_BYTES = 64 * 1024
-READ_SECONDS = 60.0  # for a client to read what is in the send buffer (64 KiB) before more is written
+READ_SECONDS = 60.0  # for a client to read the send buffer (64 KiB) before more is written
 MAX_CONNECTIONS = 2048
 
 
 def use_in_this_process() -> None:
-    """Have servers that are started without a protocol of their own use `Connection`: Serve offers no such option."""
+    """Let servers without a protocol setting use `Connection`: Serve has no option for it."""
     uvicorn.config.HTTP_PROTOCOLS["auto"] = f"{__name__}:{Connection.__name__}"
 
 
 class Connection(HttpToolsProtocol):
-    """uvicorn's protocol with deadlines. Where there are too many connections, the one that is idle longest goes.
+    """uvicorn's protocol with deadlines. At the maximum of connections, the connection that is idle longest is closed.
 
-    So a new connection, a health check's too, always gets in while fewer requests than connections are under way: the
-    server has to refuse requests at a lower number (`Edge`'s `max_requests`).
+    So a new connection, also of a health check, is accepted as long as one connection is idle: the server must refuse
+    requests at a lower number (`max_requests` of IngressMiddleware).
     """
 
     header_seconds: ClassVar[float] = HEADER_SECONDS
@@ -40,11 +40,11 @@ class Connection(HttpToolsProtocol):
 
     _header_bytes = 0
     _in_body = False
-    _used = 0.0  # when something last came
+    _used = 0.0  # time of the last received bytes
 
     @property
     def is_idle(self) -> bool:
-        """Whether no request is under way: none has come, or all were answered."""
+        """Return True if no request is in progress."""
         return self.cycle is None or self.cycle.response_complete
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
@@ -65,7 +65,7 @@ class Connection(HttpToolsProtocol):
         if not self.is_idle:
             self._header_bytes = 0
             self._header.stop()
-        elif not self._in_body:  # the rest of a body whose request was answered is discarded, until the deadline
+        elif not self._in_body:  # the rest of a body after its answer is discarded, until the deadline
             self._header_bytes += len(data)
             if self._header_bytes > HEADER_BYTES:
                 self.transport.abort()
@@ -92,27 +92,27 @@ class Connection(HttpToolsProtocol):
         super().resume_writing()
 
     def _evict(self) -> bool:
-        """Close the connection that is idle longest; whether there was one."""
-        idle = [one for one in cast("set[Connection]", self.connections) if one.is_idle]
+        """Close the connection that is idle longest; return False if no connection is idle."""
+        idle = [other for other in cast("set[Connection]", self.connections) if other.is_idle]
         if not idle:
             return False
-        oldest = min(idle, key=lambda one: one._used)
-        self.connections.discard(oldest)  # now, not when the loop gets round to it: many may come at once
+        oldest = min(idle, key=lambda other: other._used)
+        self.connections.discard(oldest)  # now, because many connections may arrive before the loop does it
         oldest.transport.abort()
         return True
 
 
 class _Deadline:
-    """Calls something unless it is stopped in time."""
+    """Call a function at a deadline, unless the deadline is stopped before."""
 
-    def __init__(self, loop: asyncio.AbstractEventLoop, late: Callable[[], None]) -> None:
-        self._loop, self._late = loop, late
+    def __init__(self, loop: asyncio.AbstractEventLoop, on_late: Callable[[], None]) -> None:
+        self._loop, self._on_late = loop, on_late
         self._timer: asyncio.TimerHandle | None = None
 
     def start(self, seconds: float) -> None:
-        """Begin to wait; one that has begun goes on."""
+        """Start the deadline; no effect if it has started already."""
         if self._timer is None:
-            self._timer = self._loop.call_later(seconds, self._late)
+            self._timer = self._loop.call_later(seconds, self._on_late)
 
     def stop(self) -> None:
         if self._timer is not None:

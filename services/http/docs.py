@@ -1,4 +1,4 @@
-"""The page at `/docs`: an OpenAPI document as plain HTML, with nothing that a browser would have to fetch elsewhere."""
+"""The page at `/docs`: an OpenAPI document as one HTML page that loads no other files."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ b { color: #06c }
 
 
 def page(document: Mapping[str, Any]) -> str:
-    """The whole page of an OpenAPI 3.1 document. Everything in it is escaped."""
+    """Return an OpenAPI 3.1 document as an HTML page. All texts are escaped."""
     title = escape(document["info"]["title"])
     about = _text(document["info"].get("description", ""))
     operations = list(_operations(document))
@@ -79,13 +79,13 @@ def _parameter(parameter: Mapping[str, Any]) -> str:
 
 
 def _schema(content: Mapping[str, Any], document: Mapping[str, Any]) -> str:
-    """A body's schema, folded up; one level of reference is looked up, which is what a reader wants to see at first."""
+    """Return the schema of a body, collapsed; a reference at the top level is resolved."""
     schema = content.get("schema")
     if not schema:
         return ""
     name = str(schema.get("$ref", "")).removeprefix("#/components/schemas/")
     shown = json.dumps(document.get("components", {}).get("schemas", {}).get(name, schema), indent=1)
-    return f"<details><summary>its schema</summary><pre>{escape(shown)}</pre></details>"
+    return f"<details><summary>Schema</summary><pre>{escape(shown)}</pre></details>"
 
 
 def _text(text: str) -> str:
@@ -93,7 +93,7 @@ def _text(text: str) -> str:
 
 
 def _marked(text: str) -> str:
-    """Escaped, with what stands between backticks as code."""
+    """Return the text escaped, with the parts between backticks as code."""
     return re.sub("`([^`]+)`", r"<code>\1</code>", escape(text))
 
 

@@ -1,9 +1,9 @@
-"""What stands before every route: limits on bodies, headers that are not a client's to send, ids, one form of errors.
+"""The middleware before every route: limits on bodies, internal headers, request ids, one format of errors.
 
-`Edge` is an ASGI middleware around both applications. Before the gateway's it runs once more, in Serve's HTTP proxy
-(SERVE_ENVIRONMENT), where it holds a large body back until the gateway has checked the key, bounds what all bodies and
-requests take together, takes away headers by which a client could switch off Serve's timeout or its watch for a lost
-connection, and puts Serve's own errors into our form.
+`IngressMiddleware` is an ASGI middleware around both applications. For the gateway, a second one runs in Serve's HTTP
+proxy (SERVE_ENVIRONMENT). There it holds back a large body until the gateway has checked the key, limits all bodies
+and requests together, removes headers with which a client could disable Serve's timeout or its detection of lost
+connections, and converts Serve's own errors to our format.
 """
 
 from __future__ import annotations
@@ -22,18 +22,18 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from genmodels.errors import RequestError
 from services.http.bodies import EXTENSION, WANTED, Body, BodyLimit, BodyMemory, HeldBody
-from services.http.request_metrics import COUNT, LEFT, Count
+from services.http.request_metrics import CLIENT_DISCONNECTED, COUNT, Count
 from services.http.responses import Json, envelope, error_response
 
 LOOPBACK = frozenset({"127.0.0.1", "localhost", "[::1]"})
 MAX_BODY = 8 * 2**20  # bytes
 BODY_SECONDS = 30.0  # for the whole body to arrive
-BODIES, BODIES_OF_ONE = 128 * 2**20, 64 * 2**20  # bytes that large bodies hold in Serve's proxy, of all and of one key
-PROXY_REQUESTS = 480  # at once; fewer than the gateway takes, so that a health check always finds a place there
+BODIES, BODIES_OF_ONE = 128 * 2**20, 64 * 2**20  # bytes of large bodies in Serve's proxy, of all keys and of one
+PROXY_REQUESTS = 480  # at once; fewer than the gateway accepts, so that health checks are always accepted
 HEALTH = "/healthz"
 REQUEST_ID = "x-request-id"
-ANSWER_HEADERS = "genmodels.answer_headers"  # in the ASGI scope: what an answer, also an error, is to carry
-INTERNAL_HEADERS = frozenset(  # how Serve's own parts talk to its proxy; each with - and _ alike
+ANSWER_HEADERS = "genmodels.answer_headers"  # in the ASGI scope: headers to add to the answer, also to an error
+INTERNAL_HEADERS = frozenset(  # between Serve's own parts and its proxy; - and _ count as equal
     {
         "x-request-timeout-seconds",
         "x-request-disconnect-disabled",
@@ -50,7 +50,7 @@ logger = logging.getLogger("genmodels.edge")
 
 @dataclass(frozen=True)
 class StreamedRoute:
-    """Routes whose bodies have a limit of their own: they are read as they come."""
+    """Routes with a body limit of their own: these bodies are read as a stream."""
 
     method: str
     prefix: str  # of the path
@@ -61,17 +61,17 @@ class StreamedRoute:
 
 
 class IngressMiddleware:
-    """ASGI middleware.
+    """ASGI middleware: check each request, limit its body, and convert errors to one format.
 
     Args:
-        hosts: the names in a Host header that are answered; None for any. Without keys, a page of any web site could
-            otherwise have its own name resolve to 127.0.0.1 and use a visitor's browser to ask us (DNS rebinding),
-            or send a form there from under its own name.
+        hosts: accepted names in the Host header; None: any. Without keys, this prevents two attacks by a web page in
+            a visitor's browser: its own host name that resolves to 127.0.0.1 (DNS rebinding), and a form that it
+            sends here.
         max_body: bytes.
-        body_seconds: for a whole body to arrive.
-        streamed: where that is otherwise.
+        body_seconds: time for a whole body to arrive.
+        streamed: routes with other limits.
         max_requests: at the same time, without health checks; None: any number.
-        memory: for the bodies of an application in another process, which reads them through this one.
+        memory: limit for the bodies of an application in another process, which reads them through this middleware.
     """
 
     def __init__(
@@ -123,19 +123,19 @@ class IngressMiddleware:
         name = re.sub(r":\d*$", "", headers.get("host", "")).lower()
         if self._hosts is not None and name not in self._hosts:
             message = (
-                f"Host header {name[:100]!r} is not answered: this server runs without keys, so it only answers to "
-                f"{', '.join(sorted(self._hosts))}, lest a web page reaches it under a name of its own (DNS rebinding)"
+                f"Host header {name[:100]!r} is not accepted: this server runs without keys, so it accepts only "
+                f"{', '.join(sorted(self._hosts))}; this protects it from web pages (DNS rebinding)"
             )
             raise RequestError(message, status=403, code="host_not_allowed")
         origin = headers.get("origin")
         if self._hosts is not None and scope["method"] not in _SAFE and origin and not _is_own(origin, headers["host"]):
             message = (
-                f"Origin {origin[:100]!r} is another site: without keys, what changes something is only taken from "
-                "programs and from this server's own pages"
+                f"Origin {origin[:100]!r} is another site: without keys, programs and this server's own pages may send "
+                "requests that change something"
             )
             raise RequestError(message, status=403, code="origin_not_allowed")
         if self._max_requests is not None and self._running >= self._max_requests and scope["path"] != HEALTH:
-            message = "too many requests are under way; try again in a moment"
+            message = "too many requests at once; try again in a moment"
             raise RequestError(message, status=503, code="too_many_requests", retry_after=1)
 
     def _body(self, scope: Scope, receive: Receive, send: Send) -> Body:
@@ -145,7 +145,7 @@ class IngressMiddleware:
         return HeldBody(scope, receive, send, limit, self._memory)
 
     def _inner(self, scope: Scope, answer: _Answer) -> Scope:
-        """What the application sees of a request."""
+        """Return the scope that the application gets."""
         kept = [(name, value) for name, value in scope["headers"] if not _is_internal(name)]
         inner = {**scope, "headers": [*kept, (REQUEST_ID.encode(), answer.request_id.encode())]}
         if self._memory is not None:
@@ -155,13 +155,13 @@ class IngressMiddleware:
 
 
 class _Answer:
-    """Passes an answer on with its id; puts plain errors of Serve's into our form, and ends broken streams as such."""
+    """Send an answer with its request id; convert plain errors of Serve, and end interrupted streams with an error."""
 
     body: Body | None = None
 
     def __init__(self, send: Send, request_id: str, count: Count) -> None:
         self._send, self.request_id, self.count = send, request_id, count
-        self.headers: dict[str, str] = {}  # that the application adds, also to an error
+        self.headers: dict[str, str] = {}  # added by the application, also to an error
         self.started = self._finished = self._replaced = False
         self._is_event_stream = False
 
@@ -174,14 +174,14 @@ class _Answer:
             headers = MutableHeaders(scope=message)
             content_type = headers.get("content-type", "")
             self._is_event_stream = content_type.startswith("text/event-stream")
-            if self.body and self.body.error:  # which the application takes for the client's leaving
+            if self.body and self.body.error:  # the application saw a disconnect
                 self._replaced = True
                 await self.send_error(self.body.error)
                 return
             self.started = True
             if message["status"] >= 400 and content_type.startswith("text/plain"):
                 self._replaced = True
-                # What Serve ends as too slow has reached the application, which sees its client leave.
+                # A request that Serve ends as too slow is counted by the application, which sees a disconnect.
                 self.count.own = message["status"] != 408
                 await self._fail(message["status"], headers.get("retry-after"))
                 return
@@ -193,19 +193,19 @@ class _Answer:
             await self._send(message)
 
     async def send_error(self, error: RequestError) -> None:
-        """Answer in the application's place. One that has begun on the request counts it, as one that was left."""
+        """Answer instead of the application. If the application has begun, it counts the request as disconnected."""
         self.started = True
         wait = {"retry-after": str(error.retry_after)} if error.retry_after else None
         await self._respond(error_response(error.status, error.message, code=error.code, headers=wait))
 
     async def finish(self) -> None:
-        """Called when the application has returned, perhaps because it broke."""
+        """End the answer after the application has returned, or has failed."""
         if not self.started and self.body and self.body.error:
             await self.send_error(self.body.error)
         elif not self.started:
             await self._fail(500, None)
         elif self._is_event_stream and not self._finished:
-            self.count.error = self.count.error or LEFT  # unless it broke
+            self.count.error = self.count.error or CLIENT_DISCONNECTED  # unless an error is set
             event = f"data: {json.dumps(envelope(500, self._message(500)))}\n\n"
             await self._send({"type": "http.response.body", "body": event.encode(), "more_body": False})
 
@@ -219,12 +219,12 @@ class _Answer:
 
     def _message(self, status: int) -> str:
         messages = {
-            404: "there is nothing here; GET / lists what there is",
-            408: "the request took longer than is allowed and was ended",
+            404: "no such route; GET /docs lists the routes",
+            408: "the request took too long and was ended",
             429: "too many requests are waiting; try again in a moment",
             503: "not ready or too busy; try again in a moment",
         }
-        return messages.get(status, f"internal error; the log has it under request id {self.request_id}")
+        return messages.get(status, f"internal error; find it in the log by request id {self.request_id}")
 
 
 def _is_own(origin: str, host: str) -> bool:
@@ -232,7 +232,7 @@ def _is_own(origin: str, host: str) -> bool:
 
 
 def _where(error: BaseException) -> str:
-    """Kind and place of an error: its message might quote a request, which is no business of a log's."""
+    """Return the type and place of an error. Its message stays out of the log, because it might quote a request."""
     frames = traceback.extract_tb(error.__traceback__)[-4:]
     return " < ".join([type(error).__name__, *(f"{frame.filename}:{frame.lineno}" for frame in reversed(frames))])
 
@@ -242,11 +242,11 @@ def _is_internal(header: bytes) -> bool:
 
 
 def _request_id(given: str | None) -> str:
-    """The client's own id where it is a UUID, so that nothing else gets into logs; else a new one."""
+    """Return the client's id if it is a UUID, else a new one: no other text of clients gets into logs."""
     if given and re.fullmatch(r"[0-9a-fA-F]{8}(-[0-9a-fA-F]{4}){3}-[0-9a-fA-F]{12}", given):
         return given.lower()
     return str(uuid.uuid4())
 
 
 async def _never() -> Message:
-    raise RuntimeError("an error's answer reads no body")
+    raise RuntimeError("the answer to an error reads no body")

@@ -1,4 +1,4 @@
-"""How much one key may ask: requests a minute, and at once, or places for what is costly. Each process counts alone."""
+"""Limits of each key: requests per minute, requests at once, and costly operations. Each process counts for itself."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ from genmodels.keys import Key
 
 @dataclass
 class _Use:
-    tokens: float  # requests that may come at once
-    filled: float  # when that was so
+    tokens: float  # requests that the key may send now
+    filled: float  # time of the last update of `tokens`
     running: int = 0
 
 
 class Limits:
-    """A token bucket for each key's rate, which holds a minute's requests, and a count of those under way.
+    """A token bucket for each key's rate, which holds the requests of one minute, and a count of running requests.
 
     Args:
         clock: seconds.
@@ -30,18 +30,18 @@ class Limits:
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._uses: dict[str, _Use] = {}  # as many as there are keys
+        self._uses: dict[str, _Use] = {}  # by key id
 
     def enter(self, key: Key) -> dict[str, str]:
-        """A request begins; headers that tell what is left.
+        """Count the begin of a request; return headers with the remaining number of requests.
 
         Raises:
-            RequestError: 429; there is one too many.
+            RequestError: 429; the key has reached a limit.
         """
         use = self._uses.setdefault(key.id, _Use(math.inf, self._clock()))
         if key.concurrency is not None and use.running >= key.concurrency:
             raise RequestError(
-                f"this key may have {key.concurrency} requests under way at once, and has",
+                f"this key has {key.concurrency} requests in progress, which is its limit",
                 status=429,
                 code="too_many_at_once",
             )
@@ -50,7 +50,7 @@ class Limits:
         return headers
 
     def leave(self, key: Key) -> None:
-        """A request has been answered to its last byte, or its client has left."""
+        """Count the end of a request: its answer is complete, or its client has disconnected."""
         self._uses[key.id].running -= 1
 
     def _take(self, use: _Use, rate: int) -> dict[str, str]:
@@ -59,7 +59,7 @@ class Limits:
         if use.tokens < 1:
             wait = math.ceil((1 - use.tokens) * 60 / rate)
             raise RequestError(
-                f"this key may ask {rate} times a minute; try again in {wait} s",
+                f"this key is limited to {rate} requests per minute; try again in {wait} s",
                 status=429,
                 code="rate_limit_exceeded",
                 retry_after=wait,
@@ -73,31 +73,35 @@ class Limits:
 
 
 class Slots:
-    """Places for something costly: so many at once, of which one key may take a few; safe between threads.
+    """Slots for a costly operation, with a maximum for each key; safe between threads.
 
     Args:
-        what: what takes them, in the plural: "uploads".
-        total: None: any number.
+        operations: name of the operation in error messages, in the plural: "uploads".
+        total: slots of all keys; None: no limit.
+        per_key: slots of one key.
     """
 
-    def __init__(self, what: str, total: int | None, of_one: int) -> None:
-        self._what, self._total, self._of_one = what, math.inf if total is None else total, of_one
+    def __init__(self, operations: str, total: int | None, per_key: int) -> None:
+        self._operations, self._per_key = operations, per_key
+        self._total = math.inf if total is None else total
         self._taken: Counter[str] = Counter()
         self._lock = threading.Lock()
 
     @contextlib.contextmanager
     def take(self, key: str) -> Iterator[None]:
-        """Hold a place.
+        """Hold a slot during the context.
 
         Raises:
-            RequestError: 429; there is none, or none for this key.
+            RequestError: 429; no slot is free, or none for this key.
         """
         with self._lock:
-            if self._taken[key] >= self._of_one:
-                message = f"this key has {self._of_one} {self._what} under way, the most that it may have at once"
+            if self._taken[key] >= self._per_key:
+                message = f"this key has {self._per_key} {self._operations} in progress, which is its limit"
                 raise RequestError(message, status=429, code="too_many_at_once")
             if self._taken.total() >= self._total:
-                message = f"others have {self._total} {self._what} under way; try again in a moment"
+                message = (
+                    f"{self._total} {self._operations} of all keys are in progress, the limit; try again in a moment"
+                )
                 raise RequestError(message, status=429, code="too_many")
             self._taken[key] += 1
         try:

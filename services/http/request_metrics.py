@@ -1,4 +1,4 @@
-"""Requests, each counted once: by the gateway at the end of its answer, or by Serve's proxy where that refused it."""
+"""Count each request once: in the gateway at the end of its answer, or in Serve's proxy if the proxy refused it."""
 
 from __future__ import annotations
 
@@ -13,8 +13,8 @@ from genmodels.engine.image.requests import VERB_REQUESTS
 from genmodels.metrics import REQUEST_SECONDS, REQUESTS, Labels, version_labels
 
 COUNT = "genmodels.count"  # in the ASGI scope: a Count
-LEFT = 499  # the client did not wait for the end of the answer
-OTHER = "other"  # what is none of these:
+CLIENT_DISCONNECTED = 499  # before the end of the answer
+OTHER = "other"  # label of paths that are none of ROUTES
 ROUTES = (
     "/",
     "/docs",
@@ -36,18 +36,18 @@ _PATTERNS = [(compile_path(route)[0], route) for route in ROUTES]
 
 @dataclass
 class Count:
-    """What is known of a request's answer."""
+    """The labels of a request's answer."""
 
-    version: Labels = ("", "", "")  # that answers, or refuses
-    error: int | None = None  # status of an error that came after another one had been sent
-    own: bool = False  # not the application's answer, but that of the Edge before it
+    version: Labels = ("", "", "")  # the version that answers or refuses the request
+    error: int | None = None  # status of an error after another status was sent
+    own: bool = False  # the middleware answered, not the application
 
 
 class RequestMetrics:
-    """ASGI middleware around an Edge.
+    """ASGI middleware around an IngressMiddleware: count the requests and measure their duration.
 
     Args:
-        own: only count what the Edge itself answers, not the application behind it, which counts the rest.
+        own: count only answers of the IngressMiddleware itself; the application behind it counts its own answers.
     """
 
     def __init__(self, app: ASGIApp, *, own: bool = False) -> None:
@@ -57,10 +57,10 @@ class RequestMetrics:
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
-        began, count = time.monotonic(), Count()
-        status, whole = LEFT, False
+        started, count = time.monotonic(), Count()
+        status, whole = CLIENT_DISCONNECTED, False
 
-        async def noting(message: Message) -> None:
+        async def send_and_note(message: Message) -> None:
             nonlocal status, whole
             await send(message)
             if message["type"] == "http.response.start":
@@ -69,17 +69,17 @@ class RequestMetrics:
                 whole = not message.get("more_body", False)
 
         try:
-            await self._app({**scope, COUNT: count}, receive, noting)
+            await self._app({**scope, COUNT: count}, receive, send_and_note)
         finally:
             if count.own or not self._own:
-                code = count.error or (status if whole else LEFT)
+                code = count.error or (status if whole else CLIENT_DISCONNECTED)
                 labels = (*count.version, route_of(scope["path"]))
                 REQUESTS.labels(*labels, str(code)).inc()
-                REQUEST_SECONDS.labels(*labels).observe(time.monotonic() - began)
+                REQUEST_SECONDS.labels(*labels).observe(time.monotonic() - started)
 
 
 def tag_version(request: Request, name: str, family: str) -> None:
-    """Tell which version answers a request, or refuses it."""
+    """Set the version that answers or refuses a request, for the metrics."""
     count_of(request).version = version_labels(name, family)
 
 
@@ -89,5 +89,5 @@ def count_of(request: Request) -> Count:
 
 
 def route_of(path: str) -> str:
-    """The route of a path, from the list above: a path itself is the client's text."""
+    """Return the route of a path, or OTHER. The path itself is no label: clients choose it."""
     return next((route for pattern, route in _PATTERNS if pattern.match(path)), OTHER)

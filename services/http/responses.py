@@ -11,7 +11,7 @@ from starlette.responses import JSONResponse
 
 
 class Json(JSONResponse):
-    """JSON in ASCII, so that no lone surrogate breaks it, and without NaN, which is not JSON."""
+    """JSON in ASCII, because of lone surrogates, and without NaN, which is not JSON."""
 
     def render(self, content: Any) -> bytes:
         return json.dumps(content, allow_nan=False, separators=(",", ":")).encode()
@@ -23,7 +23,7 @@ def finite(value: float | None) -> float | None:
 
 
 def envelope(status: int, message: str, *, param: str | None = None, code: str | None = None) -> dict[str, Any]:
-    """An error in OpenAI's form."""
+    """Return the content of an error in the format of OpenAI's API."""
     kinds = {401: "authentication_error", 403: "permission_error", 404: "not_found_error", 429: "rate_limit_error"}
     kind = "server_error" if status >= 500 else kinds.get(status, "invalid_request_error")
     return {"error": {"message": message, "type": kind, "param": param, "code": code}}

@@ -1,4 +1,4 @@
-"""What HTTP asks of every route (RFC 9110): HEAD wherever GET is answered, no encoded body read as a plain one."""
+"""Rules of HTTP for every route (RFC 9110): HEAD for every GET route, and no encoded bodies."""
 
 from __future__ import annotations
 
@@ -10,9 +10,9 @@ from services.http.responses import error_response
 
 
 class Head:
-    """ASGI middleware: answer HEAD with the status and headers of GET; health checks and proxies send it.
+    """ASGI middleware: answer HEAD with the status and headers of GET; health checks and proxies send HEAD.
 
-    What the application does is ended when its answer begins, as by a client that leaves: some answers have no end.
+    The application is cancelled when its answer begins, as if the client had disconnected: some answers have no end.
     """
 
     def __init__(self, app: ASGIApp) -> None:
@@ -32,7 +32,7 @@ class Head:
 
 
 class PlainBodies:
-    """ASGI middleware: refuse a body with a content coding, which would be read as if it had none."""
+    """ASGI middleware: refuse a body with a content coding, because bodies are not decoded."""
 
     def __init__(self, app: ASGIApp) -> None:
         self._app = app
@@ -43,7 +43,7 @@ class PlainBodies:
         if coding in ("", "identity") or scope["method"] in ("GET", "HEAD"):
             await self._app(scope, receive, send)
             return
-        message = f"content-encoding: got {coding[:100]!r}, but bodies are read as they are; send it uncompressed"
+        message = f"content-encoding: got {coding[:100]!r}, but bodies are not decoded; send it uncompressed"
         accepted = {"accept-encoding": "identity"}
         response = error_response(415, message, param="content-encoding", code="content_encoding", headers=accepted)
         await response(scope, receive, send)

@@ -16,7 +16,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.types import Receive, Scope, Send
 
 from genmodels.storage import Storage
-from services.http.app import JSON, check_content_type, documented, read_body, unless_gone
+from services.http.app import JSON, cancel_on_disconnect, check_content_type, documented, read_body
 from services.http.auth import Caller, KeyAuth
 from services.http.rate_limits import Slots
 from services.http.responses import Json
@@ -85,7 +85,7 @@ def add_job_routes(
         body = await request.body()
         if query.dry_run:
             with dry_runs.take(caller.id):
-                return _json(await unless_gone(request, dry_run(body, caller)))
+                return _json(await cancel_on_disconnect(request, dry_run(body, caller)))
         view, new = await run_in_threadpool(operations.submit, body, caller, idempotency_key)
         return _json(view, 201 if new else 200, location=f"/v1/jobs/{view.job}")
 

@@ -19,7 +19,7 @@ from genmodels.spec.parse import dump
 from genmodels.spec.sections import JobSpec, ModelSpec
 from genmodels.storage import Storage, open_storage
 from genmodels.training.attempt import run_attempt
-from genmodels.training.loop import Group
+from genmodels.training.group import Group
 
 STEPS = 2
 

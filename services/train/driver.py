@@ -33,12 +33,12 @@ from genmodels.spec.sections import ModelSpec
 from genmodels.storage import begin_writing, open_storage
 from genmodels.storage.retry import retry_until_available
 from genmodels.training.attempt import work
-from genmodels.training.loop import Group
+from genmodels.training.group import Group
 from services.cluster.logs import log_to_stderr
 from services.cluster.settings import settings
 from services.train.control import DriverWatch
-from services.train.failures import _failure
-from services.train.publish import _publish
+from services.train.failures import classify_failure
+from services.train.publish import publish_run
 
 log = logging.getLogger("genmodels")
 
@@ -72,13 +72,13 @@ def drive(storage_url: str, job: str, model: str, attempt: int, workers: int | N
             # An outage of the store or of the disk is waited for: what is done twice here changes nothing.
             tell = _teller(run, attempt, spec)
             result = retry_until_available(
-                lambda: _publish(run, spec, attempt) if _complete(run, spec) else _left(run), tell
+                lambda: publish_run(run, spec, attempt) if _complete(run, spec) else _left(run), tell
             )
             if result.gate:
                 GATES.labels(spec.family, str(result.gate.passed).lower()).inc()
         except Exception as error:  # whatever it was, the dispatcher has to learn of it
             traceback.print_exc()
-            result = _failure(error)
+            result = classify_failure(error)
             if watch.killed:
                 result = Result(outcome="failed", cause="infrastructure", message=f"killed: {watch.killed.reason}")
         facts = retry_until_available(

@@ -28,7 +28,7 @@ LOST_PEER = (
 )
 
 
-def _failure(error: BaseException) -> Result:
+def classify_failure(error: BaseException) -> Result:
     """The class of a failure. What one rank says of its own comes before what the others saw of its end."""
     error = _original(error)
     causes = [_original(cause) for cause in getattr(error, "worker_failures", {}).values()] or [error]

@@ -26,7 +26,7 @@ from genmodels.spec.sections import ModelSpec
 log = logging.getLogger("genmodels")
 
 
-def _publish(run: Run, spec: ModelSpec, attempt: int) -> Result:
+def publish_run(run: Run, spec: ModelSpec, attempt: int) -> Result:
     """Evaluate the best checkpoint, and publish it if it passes its gate.
 
     Doing it twice gives the same version and no second move.

@@ -153,9 +153,9 @@ def report(play: TextModel, shapes: ImageModel, url: str, storage: Storage) -> N
 
     rates: dict[str, list[float]] = {"bare decoder": [], "engine": [], "HTTP": []}
     for round in range(ROUNDS + 1):
-        found = bare(shapes), engine_images(shapes), asyncio.run(http_images(url))
+        results = bare(shapes), engine_images(shapes), asyncio.run(http_images(url))
         if round:
-            for rate, seen in zip(found, rates.values(), strict=True):
+            for rate, seen in zip(results, rates.values(), strict=True):
                 seen.append(rate)
     table = Table(f"images of 28 x 28, {PICTURES} a request", "images/s", "of the bare decoder")
     best = statistics.median(rates["bare decoder"])
@@ -244,8 +244,8 @@ def huggingface(gpt2: Any, n: int) -> float:
     prompt: Tensor = torch.arange(PROMPT).repeat(n, 1)
     options = {"do_sample": True, "temperature": 0.8, "top_k": 0, "max_new_tokens": TOKENS, "pad_token_id": 0}
     started = time.perf_counter()
-    found = gpt2.generate(prompt, attention_mask=torch.ones_like(prompt), **options)
-    assert found.shape == (n, PROMPT + TOKENS)
+    generated = gpt2.generate(prompt, attention_mask=torch.ones_like(prompt), **options)
+    assert generated.shape == (n, PROMPT + TOKENS)
     return n * TOKENS / (time.perf_counter() - started)
 
 

@@ -72,8 +72,8 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Storage:
         patch.setattr(published_models, "IMAGES", IMAGES.model_copy(update={"num_classes": 3}))
         publish(storage, "classes", "gan", conditional=True)
     measure = EvaluationMetric(value=23.125, unit="dB", baselines={"PCA, 20 components": 19.25})
-    found = EvaluationResult(metrics={"psnr": measure}, notes={"images_seen": 640, "noise_std": [0.3, 0.15]})
-    evaluations.record(Registry(storage), version, found, thorough=False, seconds=1, publication=True)
+    result = EvaluationResult(metrics={"psnr": measure}, notes={"images_seen": 640, "noise_std": [0.3, 0.15]})
+    evaluations.record(Registry(storage), version, result, thorough=False, seconds=1, publication=True)
     train(storage, "shapes")
     train(storage, "play", text=True)
     return storage
@@ -97,13 +97,13 @@ def test_the_page_and_its_files_are_open_and_alike_for_all(app: Any) -> None:
     for name in re.findall(r'(?:href|src)="(playground/[^"]+)"', page.text):
         assert ask(app, "GET", f"/{name}").status_code == 200
     for file in files():
-        found = ask(app, "GET", f"/playground/{file.name}")
-        assert found.content == file.read_bytes()
-        policy = found.headers["content-security-policy"]
+        response = ask(app, "GET", f"/playground/{file.name}")
+        assert response.content == file.read_bytes()
+        policy = response.headers["content-security-policy"]
         assert policy.startswith("default-src 'none'; script-src 'self'; style-src 'self'")
         assert "unsafe" not in policy
-        assert found.headers["x-content-type-options"] == "nosniff"
-        again = ask(app, "GET", f"/playground/{file.name}", headers={"if-none-match": found.headers["etag"]})
+        assert response.headers["x-content-type-options"] == "nosniff"
+        again = ask(app, "GET", f"/playground/{file.name}", headers={"if-none-match": response.headers["etag"]})
         assert (again.status_code, again.content) == (304, b"")
     assert ask(app, "GET", "/playground/app.js").headers["content-type"] == "text/javascript; charset=utf-8"
 
@@ -245,8 +245,8 @@ def test_text_streams_and_equals_the_answer_of_its_seed(site: Site) -> None:
     for name, value in settings.items():
         site.page.fill(f"#text [name={name}]", value)
     site.page.click("#text [type=submit]")
-    told = site.page.until("document.querySelector('#text [data-rate]').textContent.match(/tokens\\/s/)?.input")
-    assert told.startswith("60 tokens, ")
+    rate = site.page.until("document.querySelector('#text [data-rate]').textContent.match(/tokens\\/s/)?.input")
+    assert rate.startswith("60 tokens, ")
     expected = site.post("/v1/completions", {"model": "play", **settings})["choices"][0]["text"]
     assert site.page.js("document.querySelector('#text [data-output]').textContent") == expected
     assert len(expected) == 60
@@ -266,9 +266,9 @@ def test_the_stop_button_ends_a_stream(site: Site) -> None:
     site.page.click("#text [type=submit]")
     site.page.until("document.querySelector('#text [data-output]').textContent.length")
     site.page.click("#text [data-stop]")
-    told = site.page.until("document.querySelector('#text [data-rate]').textContent.match(/^Stopped after/)?.input")
+    rate = site.page.until("document.querySelector('#text [data-rate]').textContent.match(/^Stopped after/)?.input")
     length = site.page.js("document.querySelector('#text [data-output]').textContent.length")
-    assert told == f"Stopped after {length} characters"
+    assert rate == f"Stopped after {length} characters"
     assert 0 < length < 4096
     assert site.page.js("document.querySelector('#text [data-stop]').disabled")
 
@@ -382,15 +382,15 @@ def test_noise_is_where_a_model_without_an_encoder_starts(site: Site) -> None:
     assert 0.2 < np.std(values) < 3
 
 
-def test_the_way_between_two_seeds(site: Site) -> None:
-    site.open("clean@1/way")
-    site.page.until("document.querySelectorAll('#way img').length === 8")
+def test_an_interpolation_between_two_seeds(site: Site) -> None:
+    site.open("clean@1/interpolate")
+    site.page.until("document.querySelectorAll('#interpolate img').length === 8")
     for name, value in {"start": 5, "end": 6, "steps": 4}.items():
-        site.page.fill(f"#way [name={name}]", value)
-    site.page.click("#way [type=submit]")
-    site.page.until("document.querySelectorAll('#way img').length === 4")
+        site.page.fill(f"#interpolate [name={name}]", value)
+    site.page.click("#interpolate [type=submit]")
+    site.page.until("document.querySelectorAll('#interpolate img').length === 4")
     body = {"start": 5, "end": 6, "steps": 4}
-    assert site.pictures("way") == site.b64(site.post("/v1/models/clean@1/interpolate", body))
+    assert site.pictures("interpolate") == site.b64(site.post("/v1/models/clean@1/interpolate", body))
 
 
 def test_a_drawing_is_denoised(site: Site) -> None:
@@ -447,7 +447,7 @@ def test_curves_and_samples_of_a_run(site: Site) -> None:
     )
 
 
-def test_what_was_measured_stands_beside_what_it_is_compared_with(site: Site) -> None:
+def test_metrics_are_shown_with_their_baselines(site: Site) -> None:
     site.open("shapes/images")
     site.page.until("document.querySelector('#about').textContent.includes('23.13 dB (PCA, 20 components: 19.25)')")
     about = site.page.js("document.querySelector('#about').textContent")
@@ -459,9 +459,9 @@ def test_a_version_is_typed_and_one_that_is_not_there_is_told(site: Site) -> Non
     site.page.fill("#choice [name=version]", "next", "change")
     site.page.until("document.querySelector('#about').textContent.includes('shapes@2')")
     site.page.fill("#choice [name=version]", "99", "change")
-    told = site.page.until("document.querySelector('#alert').textContent")
-    assert "shapes" in told
-    assert "99" in told
+    alert = site.page.until("document.querySelector('#alert').textContent")
+    assert "shapes" in alert
+    assert "99" in alert
     assert site.page.js("document.querySelector('#alert').getAttribute('role')") == "alert"
     site.page.fill("#choice [name=version]", "", "change")
     site.page.until("document.querySelector('#tabs').offsetWidth")
@@ -480,7 +480,7 @@ def test_tabs_follow_the_arrow_keys(site: Site) -> None:
     assert site.page.js("[...document.querySelectorAll('[role=tab]')].filter(tab => tab.tabIndex === 0).length") == 1
 
 
-PANELS = ["play/text", "shapes/images", "shapes/latent", "shapes/way", "clean@1/denoise", "shapes/training"]
+PANELS = ["play/text", "shapes/images", "shapes/latent", "shapes/interpolate", "clean@1/denoise", "shapes/training"]
 
 
 @pytest.mark.parametrize("place", PANELS)
@@ -522,7 +522,7 @@ def test_a_key_is_asked_for_kept_in_the_tab_alone_and_forgotten(locked: tuple[Si
     assert page.js("document.activeElement.name") == "key"
     page.fill("#key [name=key]", "gm_00000000_" + "x" * 43)
     page.click("#key button")
-    page.until("document.querySelector('#alert').textContent === 'this key is not known, or it was revoked'")
+    page.until("document.querySelector('#alert').textContent === 'this key is unknown or was revoked'")
     assert page.js("sessionStorage.length") == 0
     page.fill("#key [name=key]", token)
     page.click("#key button")

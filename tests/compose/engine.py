@@ -88,9 +88,9 @@ def run(*command: str, seconds: float = 900.0, **environment: str) -> str:
             timeout=seconds,
         )
     except subprocess.TimeoutExpired as error:
-        said = error.stdout or b""
+        output = error.stdout or b""
         raise Failed(
-            f"{' '.join(command)}: not within {seconds:g} s\n{said[-3000:].decode(errors='replace')}"
+            f"{' '.join(command)}: not within {seconds:g} s\n{output[-3000:].decode(errors='replace')}"
         ) from None
     if done.returncode != 0:
         raise Failed(f"{' '.join(command)}: code {done.returncode}\n{done.stdout[-3000:]}")

@@ -71,10 +71,10 @@ def _debian(rootfs: Path) -> None:
 def _mirror() -> str:
     """Where this machine has its packages from."""
     texts = [path.read_text() for name in SOURCES if (path := Path("/etc/apt") / name).exists()]
-    found = re.search(r"^(?:URIs:|deb(?: \[[^]]*\])?)\s+(\S+)", "\n".join(texts), re.MULTILINE)
-    if found is None:
+    match = re.search(r"^(?:URIs:|deb(?: \[[^]]*\])?)\s+(\S+)", "\n".join(texts), re.MULTILINE)
+    if match is None:
         raise Skipped("apt has no sources of Debian here")
-    return found[1]
+    return match[1]
 
 
 def _python(context: Path) -> None:

@@ -165,8 +165,8 @@ class Proof:
         run("sh", "docker/secrets.sh", str(self.stack.secrets))
         modes = {path.name: path.stat().st_mode & 0o777 for path in (self.stack.secrets, *self.stack.secrets.iterdir())}
         assert modes.pop(self.stack.secrets.name) == 0o700
-        said = self.stack("config", "-q") + self.stack("--profile", "gpu", "config", "-q")
-        assert not said.strip(), said
+        warnings = self.stack("config", "-q") + self.stack("--profile", "gpu", "config", "-q")
+        assert not warnings.strip(), warnings
 
     def comes_up(self) -> None:
         self.stack.up()
@@ -361,10 +361,10 @@ def refused(command: Check, why: str) -> None:
     try:
         command()
     except Failed as failed:
-        said = str(failed)
+        output = str(failed)
     else:
-        said = "nothing"
-    assert why in said, f"expected a refusal ({why}), got {said}"
+        output = "nothing"
+    assert why in output, f"expected a refusal ({why}), got {output}"
 
 
 def until(look: Callable[[], Any], what: str, seconds: float = STEP_SECONDS) -> Any:
@@ -373,8 +373,8 @@ def until(look: Callable[[], Any], what: str, seconds: float = STEP_SECONDS) -> 
     while True:
         broken: Exception | None = None
         try:
-            if found := look():
-                return found
+            if value := look():
+                return value
         except (httpx.HTTPError, json.JSONDecodeError, KeyError) as error:
             broken = error
         if time.monotonic() > deadline:
@@ -396,8 +396,8 @@ def prove(stack: Stack) -> bool:
                 print(stack("ps", "-a"), stack("logs", "--no-color", "--tail", "40"), flush=True)
             break
         passed += 1
-        told = f"ok   {name}" + (f": {detail}" if detail else "")
-        print(f"{told} ({time.monotonic() - since:.0f} s)", flush=True)
+        line = f"ok   {name}" + (f": {detail}" if detail else "")
+        print(f"{line} ({time.monotonic() - since:.0f} s)", flush=True)
     print(f"after {time.monotonic() - began:.0f} s")
     print(f"{passed} passed, {int(passed < len(checks))} failed", flush=True)
     return passed == len(checks)

@@ -343,13 +343,13 @@ class Slow:
 def test_who_guesses_keys_stands_in_no_others_way(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(auth, "MAX_WAITING", 6)
     keys = Slow()
-    guard = KeyAuth(keys)
+    auth_dependency = KeyAuth(keys)
 
     async def flood() -> None:
-        assert await guard._find(keys, "right")
-        guesses = [asyncio.ensure_future(guard._find(keys, f"guess {i}")) for i in range(10)]
+        assert await auth_dependency._lookup(keys, "right")
+        guesses = [asyncio.ensure_future(auth_dependency._lookup(keys, f"guess {i}")) for i in range(10)]
         await asyncio.sleep(0)
-        assert await guard._find(keys, "right")
+        assert await auth_dependency._lookup(keys, "right")
         keys.go.set()
         found = await asyncio.gather(*guesses, return_exceptions=True)
         assert found[:6] == [None] * 6

@@ -124,10 +124,10 @@ def test_a_hundred_submissions_with_one_key_are_one_job(file_storage: Storage) -
             )
             return response.status_code, response.json()["job"]
 
-        found = in_threads(100, submit)
-    assert sorted({status for status, _ in found}) == [200, 201]
-    assert len({job for _, job in found}) == 1
-    assert service.jobs.open() == [found[0][1]]
+        answers = in_threads(100, submit)
+    assert sorted({status for status, _ in answers}) == [200, 201]
+    assert len({job for _, job in answers}) == 1
+    assert service.jobs.open() == [answers[0][1]]
 
 
 @pytest.mark.parametrize(
@@ -159,15 +159,15 @@ def test_deep_in_a_model_too(service: Service) -> None:
 
 def test_a_path_is_refused_and_never_looked_at(service: Service, tmp_path: Path) -> None:
     (tmp_path / "play.txt").write_text("x" * 5000)
-    said = set()
+    messages = set()
     for path in (tmp_path, tmp_path / "play.txt", tmp_path / "nothing", "relative", "~"):
         document = spec()
         document["models"][0]["data"] = {"path": str(path), "image_size": 16}
         error = refused(service.post(document), 400)
         assert error["param"] == "models[0].data.path"
         assert "genmodels data add" in error["message"]
-        said.add(error["message"])
-    assert len(said) == 1
+        messages.add(error["message"])
+    assert len(messages) == 1
 
 
 def test_what_training_starts_from_has_to_be_there(service: Service) -> None:
@@ -235,9 +235,9 @@ def test_a_dry_run_says_what_would_be_and_does_nothing(service: Service) -> None
     response = service.post(document, "?dry_run=true")
     assert (response.status_code, response.headers.get("location")) == (200, None)
     assert service.storage.list("") == before
-    plan = response.json()
-    assert (plan["name"], plan["priority"]) == ("x", 3)
-    a, b = plan["models"]
+    report = response.json()
+    assert (report["name"], report["priority"]) == ("x", 3)
+    a, b = report["models"]
     assert (a["model"], a["family"], a["dataset"], a["max_steps"]) == ("a", "vae", "digits", 300)
     assert (a["workers"], a["fits"], a["notes"]) == ([1, 4], True, [])
     assert (a["samples"], a["epochs"]) == (4500, round(300 * 64 / 4500, 2))
@@ -247,9 +247,9 @@ def test_a_dry_run_says_what_would_be_and_does_nothing(service: Service) -> None
 
 
 def test_the_size_of_a_cluster_may_be_unknown(service: Service) -> None:
-    (plan,) = service.post(spec(), "?dry_run=true").json()["models"]
-    assert plan["fits"] is None
-    assert "not known yet" in plan["notes"][0]
+    (report,) = service.post(spec(), "?dry_run=true").json()["models"]
+    assert report["fits"] is None
+    assert "not known yet" in report["notes"][0]
 
 
 @pytest.mark.parametrize("family", ["autoencoder", "vae", "gan", "minigpt"])
@@ -270,7 +270,7 @@ def test_the_estimated_size_of_a_checkpoint_is_right(
         "data": {"dataset": dataset},
         "train": {"optimizer": optimizer},
     }
-    (plan,) = service.post(document, "?dry_run=true").json()["models"]
+    (report,) = service.post(document, "?dry_run=true").json()["models"]
 
     cls = models.load(family)
     built = cls(cls.Config(), open_dataset(DataConfig(dataset=dataset)).info)
@@ -290,8 +290,8 @@ def test_the_estimated_size_of_a_checkpoint_is_right(
     )
     checkpoint.write_files(tmp_path, built, snapshot)
     size = sum(path.stat().st_size for path in tmp_path.rglob("*") if path.is_file())
-    assert plan["checkpoint_bytes"] == pytest.approx(size, rel=0.05)
-    assert plan["parameters"] == sum(p.numel() for role in roles for p in role.loss.parameters())
+    assert report["checkpoint_bytes"] == pytest.approx(size, rel=0.05)
+    assert report["parameters"] == sum(p.numel() for role in roles for p in role.loss.parameters())
 
 
 def test_a_giant_is_counted_without_being_built(service: Service) -> None:
@@ -300,12 +300,12 @@ def test_a_giant_is_counted_without_being_built(service: Service) -> None:
         "model": {"family": "minigpt", "n_layer": 128, "n_embd": 16384, "n_head": 128, "block_size": 65536},
         "data": {"dataset": "shakespeare"},
     }
-    (plan,) = service.post(document, "?dry_run=true").json()["models"]
-    assert plan["parameters"] > 4e11
-    assert plan["checkpoint_bytes"] > 4 * 4e11
-    assert plan["serving_bytes"] > 8 * 4e11
-    assert plan["servable"] is False
-    assert "a model host has 2.0 GiB; lower it, and" in plan["notes"][-1]
+    (report,) = service.post(document, "?dry_run=true").json()["models"]
+    assert report["parameters"] > 4e11
+    assert report["checkpoint_bytes"] > 4 * 4e11
+    assert report["serving_bytes"] > 8 * 4e11
+    assert report["servable"] is False
+    assert "a model host has 2.0 GiB; lower it, and" in report["notes"][-1]
 
 
 @pytest.mark.parametrize(
@@ -351,19 +351,19 @@ def test_pages_lead_through_all_jobs_newest_first() -> None:
     opened = {service.submit("m", name=f"o{i}") for i in range(4)}
 
     def walk(limit: int, state: str) -> list[str]:
-        found: list[Any] = []
+        collected: list[Any] = []
         query = {"limit": str(limit), "state": state}
         while True:
             page = service("GET", "/v1/jobs", params=query).json()
             assert len(page["data"]) <= limit
-            found += page["data"]
-            assert len(found) <= 9
+            collected += page["data"]
+            assert len(collected) <= 9
             if not page["next"]:
                 break
             query["after"] = page["next"]
-        times = [view["ended"] or "z" + view["submitted"] for view in found]
+        times = [view["ended"] or "z" + view["submitted"] for view in collected]
         assert times == sorted(times, reverse=True)
-        return [view["job"] for view in found]
+        return [view["job"] for view in collected]
 
     whole = walk(100, "all")
     assert (set(whole[:4]), set(whole[4:])) == (opened, ended)
@@ -408,8 +408,8 @@ def test_cancelling_leaves_one_command_for_each_run(service: Service) -> None:
     for _ in range(3):
         response = service("POST", f"/v1/jobs/{job}/cancel")
         assert (response.status_code, response.json()["job"]) == (200, job)
-    found = {model: Run(service.storage, job, model).commands() for model in "abc"}
-    assert [[(w.action, w.attempt, w.then, w.reason) for w in commands] for commands in found.values()] == [
+    commands_of = {model: Run(service.storage, job, model).commands() for model in "abc"}
+    assert [[(w.action, w.attempt, w.then, w.reason) for w in commands] for commands in commands_of.values()] == [
         [("stop", 2, "cancelled", "cancelled by hand")],
         [("stop", 0, "cancelled", "cancelled by hand")],
         [],
@@ -484,8 +484,8 @@ def test_resuming_reopens_what_failed_or_was_cancelled(service: Service) -> None
     for _ in range(2):
         assert service("POST", f"/v1/jobs/{job}/resume").status_code == 200
     assert service.jobs.open() == [job]
-    found = {model: Run(service.storage, job, model).commands() for model in "abc"}
-    assert {model: [(w.action, w.attempt) for w in commands] for model, commands in found.items()} == {
+    commands_of = {model: Run(service.storage, job, model).commands() for model in "abc"}
+    assert {model: [(w.action, w.attempt) for w in commands] for model, commands in commands_of.items()} == {
         "a": [("resume", 3)],
         "b": [("resume", 1)],
         "c": [],
@@ -519,8 +519,8 @@ def test_metrics_are_rows_of_the_chain(service: Service) -> None:
     run = Run(service.storage, job, "a")
     run.start_attempt(1, None, 1)
     run.write_metrics(1, [{"step": 10, "loss": 2.0}, {"step": 20, "loss": math.nan}])
-    found = service("GET", f"/v1/jobs/{job}/metrics?model=a").json()
-    assert found == {"model": "a", "data": [{"step": 10, "loss": 2.0}, {"step": 20, "loss": "nan"}]}
+    body = service("GET", f"/v1/jobs/{job}/metrics?model=a").json()
+    assert body == {"model": "a", "data": [{"step": 10, "loss": 2.0}, {"step": 20, "loss": "nan"}]}
     later = service("GET", f"/v1/jobs/{job}/metrics?model=a&after=10").json()
     assert [row["step"] for row in later["data"]] == [20]
     assert service("GET", f"/v1/jobs/{job}/metrics?model=b").json()["data"] == []

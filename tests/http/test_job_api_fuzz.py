@@ -1,4 +1,4 @@
-"""Nobody breaks the job API by what he sends: a 4xx in our form, soon, or an answer; never a 5xx."""
+"""No request breaks the job API: it soon answers 2xx, or 4xx in the form of the API's errors; never 5xx."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ OPERATIONS = 21
 
 @pytest.fixture(scope="module")
 def service() -> Service:
-    """A service with an open job, an ended one, and a model, whose names the fuzz is told."""
+    """A service with an open job, an ended one, and a model, whose names the fuzzer knows."""
     service = Service(MemoryStorage(), closing=lambda: True)
     service.app.openapi()  # as the process does when it starts: imports the families
     publish(service.storage, "clothes", "vae")
@@ -72,7 +72,7 @@ def fuzz(n: int, strategy: st.SearchStrategy[Any], send: Callable[[Any], httpx.R
 @pytest.mark.parametrize("number", range(OPERATIONS))
 def test_every_route(service: Service, number: int, n: int) -> None:
     schema = schemathesis.openapi.from_asgi("/openapi.json", service.app)
-    operations = [found.ok() for found in schema.get_all_operations()]
+    operations = [operation.ok() for operation in schema.get_all_operations()]
     assert len(operations) == OPERATIONS
     operation = operations[number]
     jobs = [*service.jobs.open(), *(entry.job for _, entry in service.jobs.ended())]

@@ -1,4 +1,4 @@
-"""The job API beside jobs themselves: logs, models, datasets, counts, the readable page, and the process around it."""
+"""The job API except jobs themselves: logs, models, datasets, metrics, the documentation page, and its process."""
 
 from __future__ import annotations
 
@@ -152,10 +152,10 @@ def test_a_version_is_pulled_file_by_file(storage: Storage, tmp_path: Path) -> N
     assert (document["model"], document["version"], document["metrics"]["odd"]) == ("clothes", 1, "nan")
     assert set(document["files"]) == set(version.files)
     assert document["evaluations"] == []
-    found = EvaluationResult(
+    result = EvaluationResult(
         metrics={"nll": EvaluationMetric(value=98.5, unit="nats"), "odd": EvaluationMetric(value=float("inf"))}
     )
-    evaluations.record(Registry(storage), version, found, thorough=False, seconds=1, publication=True)
+    evaluations.record(Registry(storage), version, result, thorough=False, seconds=1, publication=True)
     (evaluation,) = service("GET", "/v1/models/clothes/versions/1").json()["evaluations"]
     assert evaluation["metrics"]["nll"] == {"value": 98.5, "unit": "nats", "baselines": {}}
     assert (evaluation["id"], evaluation["metrics"]["odd"]["value"]) == ("publication", "inf")
@@ -251,8 +251,8 @@ def test_a_text_is_added_and_may_then_be_named(service: Service) -> None:
     assert service("PUT", "/v1/datasets/lines", content=TEXT).status_code == 200
     listed = {entry["name"]: entry for entry in service("GET", "/v1/datasets").json()["data"]}
     assert (listed["lines"]["built_in"], listed["digits"]["built_in"]) == (False, True)
-    (plan,) = service.post(document, "?dry_run=true").json()["models"]
-    assert (plan["dataset"], plan["parameters"] > 0) == ("lines", True)
+    (report,) = service.post(document, "?dry_run=true").json()["models"]
+    assert (report["dataset"], report["parameters"] > 0) == ("lines", True)
     job = service.post(document).json()["job"]
     assert service.jobs.spec(job).models[0].data.sha256 == first.json()["sha256"]
 
@@ -264,9 +264,9 @@ def test_another_content_under_a_name_is_409_unless_it_is_to_be_replaced(service
     assert error["message"].startswith("dataset 'lines' exists with another content: ")
     assert error["message"].endswith("; add ?replace=true to replace it")
     assert service("PUT", "/v1/datasets/lines?replace=true", content=TEXT + b"more\n").status_code == 201
-    told = service("DELETE", "/v1/datasets/lines?dry_run=true").json()
-    assert (told["runs"], told["versions"], len(told["contents"])) == ([], [], 2)
-    assert service("DELETE", "/v1/datasets/lines").json() == told
+    contents = service("DELETE", "/v1/datasets/lines?dry_run=true").json()
+    assert (contents["runs"], contents["versions"], len(contents["contents"])) == ([], [], 2)
+    assert service("DELETE", "/v1/datasets/lines").json() == contents
     for query in ("", "?dry_run=true"):
         assert refused(service("DELETE", f"/v1/datasets/lines{query}"), 404)["code"] == "dataset_not_found"
 
@@ -283,9 +283,9 @@ def test_aliases_and_whole_models_are_deleted(service: Service) -> None:
     assert refused(service("DELETE", "/v1/models/vae/aliases/production"), 404)["code"] == "model_not_found"
     for path in ("/v1/models/nope", "/v1/models/NOPE", "/v1/models/nope/aliases/production", "/v1/models/a%0Ab"):
         assert refused(service("DELETE", path), 404)["code"] == "model_not_found"
-    told = service("DELETE", "/v1/models/vae?dry_run=true").json()
-    assert (told["versions"], told["aliases"]) == ([1], {})
-    assert service("DELETE", "/v1/models/vae").json() == told
+    contents = service("DELETE", "/v1/models/vae?dry_run=true").json()
+    assert (contents["versions"], contents["aliases"]) == ([1], {})
+    assert service("DELETE", "/v1/models/vae").json() == contents
     assert service("GET", "/v1/models").json()["data"] == []
     assert refused(service("DELETE", "/v1/models/vae"), 404)
 
@@ -378,7 +378,7 @@ def test_counts_for_prometheus(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv(DIRECTORY, "read")
     with_exporter = JobMetrics(Views(storage)).text().decode()
     assert "genmodels_open_runs{" in with_exporter
-    assert "genmodels_attempts_ended_total" not in with_exporter, "nothing is told twice"
+    assert "genmodels_attempts_ended_total" not in with_exporter, "each counter is exported once"
     storage.away = True
     assert "genmodels_storage_up 1.0" in service("GET", "/metrics").text  # believed for a while: scrapes cost nothing
     assert storage.refused == 0
@@ -483,7 +483,7 @@ def test_the_process_starts_serves_and_ends_in_order(tmp_path: Path) -> None:
         assert httpx.get(f"{url}/healthz", headers={"host": "evil.example"}).status_code == 403
         with httpx.stream("GET", f"{url}/v1/jobs/{job}/logs?follow=true", timeout=60) as stream:
             process.send_signal(signal.SIGTERM)
-            assert list(stream.iter_lines()) == []  # whoever follows is let go, not cut off
+            assert list(stream.iter_lines()) == []  # a follower gets a regular end of the stream
         assert process.wait(30) == 0, log.read_text()
     finally:
         process.kill()

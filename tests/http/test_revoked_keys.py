@@ -17,7 +17,7 @@ from genmodels.storage import Storage
 from services.gateway.model_host import ModelHost
 from services.gateway.routes import create_app
 from services.http import auth
-from services.jobs import routes
+from services.jobs import lines, routes
 from services.jobs.app import create_app as create_job_app
 from tests.support.asgi_server import served
 from tests.support.job_service import Service
@@ -55,7 +55,7 @@ def test_logs_are_followed_no_further(file_storage: Storage, key: tuple[Key, dic
 def test_metrics_are_sent_no_further(
     file_storage: Storage, key: tuple[Key, dict[str, str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(routes, "LINES_AT_ONCE", 1)
+    monkeypatch.setattr(lines, "LINES_AT_ONCE", 1)
     service = Service(file_storage)
     job = service.submit("a")
     run = Run(file_storage, job, "a")

@@ -269,5 +269,5 @@ def _is_for_ray(policy: Manifest) -> bool:
 
 
 def _resources(manifest: Manifest) -> Manifest:
-    found: Manifest = manifest["spec"]["template"]["spec"]["containers"][0]["resources"]["limits"]
-    return found
+    limits: Manifest = manifest["spec"]["template"]["spec"]["containers"][0]["resources"]["limits"]
+    return limits

@@ -61,7 +61,7 @@ def test_every_command_is_one_of_the_code(name: str, monkeypatch: pytest.MonkeyP
                 continue
             python, flag, module = container["command"]
             assert (python, flag) == ("python", "-m")
-            values = [re.sub(r"\$\((\w+)\)", lambda found: settings[found[1]], arg) for arg in container["args"]]
+            values = [re.sub(r"\$\((\w+)\)", lambda match: settings[match[1]], arg) for arg in container["args"]]
             options = _parsed(module, values, monkeypatch)
             if "storage" in options:
                 assert options.storage == settings["GENMODELS_STORAGE"]
@@ -302,8 +302,8 @@ def _parsed(module: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch) 
         patch.setattr(argparse.ArgumentParser, "parse_args", stop)
         with pytest.raises(Parsed) as parsed:
             main()
-    found: argparse.Namespace = parsed.value.args[0]
-    return found
+    parsed_arguments: argparse.Namespace = parsed.value.args[0]
+    return parsed_arguments
 
 
 def _drain(spec: Manifest) -> str:

@@ -145,15 +145,15 @@ class Command:
 
     def find(self, title: str) -> list[int]:
         """Living processes that this command started, directly or not, whose command line contains `title`."""
-        found = []
+        pids = []
         for folder in Path("/proc").glob("[0-9]*"):
             try:
                 mine = self.mark.encode() in (folder / "environ").read_bytes().split(b"\0")
                 if mine and title.encode() in (folder / "cmdline").read_bytes() and (folder / "cmdline").read_bytes():
-                    found.append(int(folder.name))
+                    pids.append(int(folder.name))
             except OSError:
                 continue
-        return sorted(found)
+        return sorted(pids)
 
     def output(self) -> str:
         return self.log.read_text("latin-1")

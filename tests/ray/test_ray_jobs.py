@@ -59,10 +59,10 @@ def test_codes_of_ray_jobs(head: RayHead, monkeypatch: pytest.MonkeyPatch) -> No
     assert end_of(head.backend.start("file:///s", "j", "m", 1, 1)) == 3
     until(lambda: processes(mark), "the sleeper runs")
     assert sleeper.poll() is None
-    found = RayJobsBackend(head.dashboard).find("j", "sleeper", 1)  # as a dispatcher that was started again
-    assert found.poll() is None
-    found.kill()
-    assert end_of(found) == end_of(sleeper) == -signal.SIGTERM
+    attempt = RayJobsBackend(head.dashboard).find("j", "sleeper", 1)  # as a dispatcher that was started again
+    assert attempt.poll() is None
+    attempt.kill()
+    assert end_of(attempt) == end_of(sleeper) == -signal.SIGTERM
     assert processes(mark) == []
 
 

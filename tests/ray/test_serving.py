@@ -164,8 +164,8 @@ def test_what_serve_says_of_a_pool_becomes_an_answer(ray_cluster: str, error: st
 
     app = create_app(HandlePool(Handle()))
     for path, body in (("completions", BODY), ("images/generations", BODY), ("models/m/decode", {"latents": [[0.0]]})):
-        found = refused(ask(app, "POST", f"/v1/{path}", body), status)
-        assert (found["code"], "internal detail" in found["message"]) == (code, False)
+        error = refused(ask(app, "POST", f"/v1/{path}", body), status)
+        assert (error["code"], "internal detail" in error["message"]) == (code, False)
 
 
 def test_verbs_over_serve(endpoint: str, token: str) -> None:
@@ -277,9 +277,9 @@ def ancestors(pid: int, parents: dict[int, int]) -> Iterator[int]:
         yield pid
 
 
-def until(found: Callable[[], Any], what: str, seconds: float = 60) -> Any:
+def until(look: Callable[[], Any], what: str, seconds: float = 60) -> Any:
     deadline = time.monotonic() + seconds
-    while not (value := found()):
+    while not (value := look()):
         assert time.monotonic() < deadline, f"not in {seconds} s: {what}"
         time.sleep(0.05)
     return value

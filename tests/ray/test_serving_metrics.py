@@ -54,9 +54,9 @@ Series: TypeAlias = dict[tuple[str, ...], float]  # (name, label values in alpha
 Requests: TypeAlias = Counter[tuple[str, str, str]]  # (route, code, version as in shapes@3, or nothing)
 
 
-def series(found: Any) -> Series:
+def series(metrics: Any) -> Series:
     """What is not 0, without buckets and without when a thing was created."""
-    samples = [sample for metric in found for sample in metric.samples]
+    samples = [sample for metric in metrics for sample in metric.samples]
     return {
         (sample.name.removeprefix("genmodels_"), *(value for _, value in sorted(sample.labels.items()))): sample.value
         for sample in samples
@@ -79,15 +79,15 @@ def grown(before: Series, now: Series) -> Series:
     return {key: change for key, change in changes.items() if change}
 
 
-def only(found: Series, *names: str) -> Series:
-    return {key: value for key, value in found.items() if key[0] in names}
+def only(samples: Series, *names: str) -> Series:
+    return {key: value for key, value in samples.items() if key[0] in names}
 
 
 def stays(read: Callable[[], Any], expected: Any, seconds: float = 30) -> None:
     """A count becomes this in time (a client may have its answer before the server has noted the end), and stays."""
     deadline = time.monotonic() + seconds
-    while (found := read()) != expected:
-        assert time.monotonic() < deadline, grown(expected, found) if isinstance(expected, dict) else found
+    while (value := read()) != expected:
+        assert time.monotonic() < deadline, grown(expected, value) if isinstance(expected, dict) else value
         time.sleep(0.05)
     for _ in range(3):
         time.sleep(0.05)
@@ -175,8 +175,8 @@ def test_many_observations_at_once_are_as_many_one_by_one() -> None:
         engine_metrics.observe_many(once, amount, count)
         for _ in range(count):
             one_by_one.observe(amount)
-    found, expected = ([(s.name, s.labels, s.value) for s in h.collect()[0].samples][:-1] for h in (once, one_by_one))
-    assert found == [(name, labels, pytest.approx(value)) for name, labels, value in expected]
+    samples, expected = ([(s.name, s.labels, s.value) for s in h.collect()[0].samples][:-1] for h in (once, one_by_one))
+    assert samples == [(name, labels, pytest.approx(value)) for name, labels, value in expected]
 
 
 def test_pictures_and_latents_are_counted_by_verb(app: Any, before: Series) -> None:
@@ -290,8 +290,8 @@ def test_clients_that_leave_are_499_and_hold_no_slot(host: ModelHost, app: Any, 
         with contextlib.suppress(httpx.ReadTimeout):
             client.post("/v1/completions", json={**LONG, "model": "left", "stream": False}, timeout=0.2)
         expected: Requests = Counter({("/v1/completions", "499", "left@1"): 3})
-        found = lambda: only(grown(before, here()), "requests_total", "waiting_requests", "kv_slots")  # noqa: E731
-        stays(found, requests_total(expected))
+        counted = lambda: only(grown(before, here()), "requests_total", "waiting_requests", "kv_slots")  # noqa: E731
+        stays(counted, requests_total(expected))
     made = here()["tokens_total", "minigpt", "completion", "left", "1"]
     assert read <= made < 20_000  # a character is a token; generation stops for clients that have disconnected
     assert here()["kv_slots", "minigpt", "left", "total", "1"] == 16
@@ -314,8 +314,8 @@ def test_versions_come_and_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     host = ModelHost(storage.url)
 
     def gauges() -> Series:
-        found = only(here(), "version_active", "loaded_bytes", "kv_slots")
-        return {key: value for key, value in found.items() if "come" in key}
+        gauges = only(here(), "version_active", "loaded_bytes", "kv_slots")
+        return {key: value for key, value in gauges.items() if "come" in key}
 
     size = host._cache._entries["come@1"].size
 
@@ -347,14 +347,14 @@ def test_all_checkpoints_of_a_model_are_one(tmp_path: Path, monkeypatch: pytest.
     app = create_app(host)
     for name in ("drafts@live", "drafts@step-10"):
         assert ask(app, "POST", "/v1/completions", {"model": name, "prompt": "x", "max_tokens": 2}).status_code == 200
-    found = {key: value for key, value in here().items() if "drafts" in key}
-    assert {key[-1] for key in found} == {"checkpoint"}
-    assert found["requests_total", "200", "minigpt", "drafts", "/v1/completions", "checkpoint"] == 2
-    assert found["kv_slots", "minigpt", "drafts", "total", "checkpoint"] == 2 * 16
-    assert found["loaded_bytes", "minigpt", "drafts", "checkpoint"] == sum(
+    samples = {key: value for key, value in here().items() if "drafts" in key}
+    assert {key[-1] for key in samples} == {"checkpoint"}
+    assert samples["requests_total", "200", "minigpt", "drafts", "/v1/completions", "checkpoint"] == 2
+    assert samples["kv_slots", "minigpt", "drafts", "total", "checkpoint"] == 2 * 16
+    assert samples["loaded_bytes", "minigpt", "drafts", "checkpoint"] == sum(
         held.size for held in host._cache._entries.values()
     )
-    assert not only(found, "version_active"), "no alias means a checkpoint"
+    assert not only(samples, "version_active"), "no alias means a checkpoint"
     host._cache.unload_when_idle("drafts@study-00000001:step-10")
     left = ("kv_slots", "minigpt", "drafts", "total", "checkpoint")
     stays(lambda: here()[left], 16)
@@ -550,8 +550,8 @@ def test_all_processes_together_count_what_their_clients_count(
     stays(levels, gauges, 60)
     work()
     check()
-    found = httpx.get(exporter, trust_env=False).text
-    assert CANARY not in found
+    text = httpx.get(exporter, trust_env=False).text
+    assert CANARY not in text
     labels = {value for key in series(scraped(exporter)) for value in key[1:] if {"play", "shapes"} & {*key}}
     numbers = {label for label in labels if label.isdecimal()}
     assert labels - numbers <= {"", OTHER, *ROUTES, *FAMILIES, *FAMILIES.values(), *STATES, *VERBS}
@@ -561,9 +561,9 @@ STATES = {"total", "prompt", "completion"}
 VERBS = {"generate", "encode", "decode", "reconstruct", "denoise", "interpolate"}
 
 
-def of_known(found: Series) -> Series:
+def of_known(samples: Series) -> Series:
     """Leave out the tokens of clients that have disconnected: only the engine has counted them."""
-    return {key: value for key, value in found.items() if "left" not in key}
+    return {key: value for key, value in samples.items() if "left" not in key}
 
 
 def hosts_of(folder: Path) -> Iterator[int]:

@@ -44,7 +44,7 @@ def test_everything_is_killed_in_turn(tmp_path: Path) -> None:
         replicas = platform.find("ServeReplica")
         assert len(replicas) == 2
 
-        # Services come and go; what runs in Ray goes on.
+        # Services end and restart; what runs in Ray continues.
         for part, module in (("exporter", "node.exporter"), ("gateway", "gateway.deploy"), ("jobs", "jobs")):
             os.kill(platform.find(f"-m services.{module}", "services.cluster.reaper")[0], signal.SIGKILL)
             assert httpx.get(f"{platform.gateway}/healthz", trust_env=False).status_code == 200
@@ -142,8 +142,8 @@ class Platform:
     def metric(self, name: str, label: str) -> float | None:
         """A series of the exporter's, by the value of a label."""
         text = httpx.get(f"http://127.0.0.1:{self.first + 2}/metrics", trust_env=False).text
-        found = re.search(rf'^genmodels_{name}{{[^}}]*"{label}"[^}}]*}} (\S+)$', text, re.M)
-        return float(found[1]) if found else None
+        match = re.search(rf'^genmodels_{name}{{[^}}]*"{label}"[^}}]*}} (\S+)$', text, re.M)
+        return float(match[1]) if match else None
 
     def output(self) -> str:
         return self.log.read_text()
@@ -158,19 +158,19 @@ class Platform:
         self.wait_for(rf"^{part} +http", 2, 90)
 
     def wait_for(self, pattern: str, times: int, seconds: float) -> None:
-        def found() -> bool:
+        def logged() -> bool:
             assert self.process.poll() is None, self.output()
             return len(re.findall(pattern, self.output(), re.M)) >= times
 
-        until(found, pattern, seconds)
+        until(logged, pattern, seconds)
 
     def processes(self) -> dict[tuple[int, str], str]:
         """(pid, when it began) -> command line, of all that it started."""
-        found = {pid: fields for pid, fields in _table().items() if fields[0] != "Z"}
+        processes = {pid: fields for pid, fields in _table().items() if fields[0] != "Z"}
         tree = {self.process.pid}
-        while more := {pid for pid, (_, parent, _, _) in found.items() if parent in tree and pid not in tree}:
+        while more := {pid for pid, (_, parent, _, _) in processes.items() if parent in tree and pid not in tree}:
             tree |= more
-        return {(pid, found[pid][2]): found[pid][3] for pid in tree if pid in found}
+        return {(pid, processes[pid][2]): processes[pid][3] for pid in tree if pid in processes}
 
     def find(self, mark: str, but: str = "\0") -> list[int]:
         return sorted(pid for (pid, _), words in self.processes().items() if mark in words and but not in words)

@@ -37,7 +37,7 @@ class Query:
 
 def queries(rate_interval: str = RATE_INTERVAL) -> list[Query]:
     """Those of all panels, in their order."""
-    result = []
+    collected = []
     for path in DASHBOARDS:
         dashboard = json.loads(path.read_text())
         variables = {f"${variable['name']}": ".*" for variable in dashboard["templating"]["list"]}
@@ -46,8 +46,8 @@ def queries(rate_interval: str = RATE_INTERVAL) -> list[Query]:
                 expr = target["expr"]
                 for name, value in {"$__rate_interval": rate_interval, **variables}.items():
                     expr = expr.replace(name, value)
-                result.append(Query(dashboard["title"], panel["title"], expr))
-    return result
+                collected.append(Query(dashboard["title"], panel["title"], expr))
+    return collected
 
 
 def answers(prometheus: httpx.Client, query: Query, seconds: float) -> bool:

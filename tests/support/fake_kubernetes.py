@@ -171,18 +171,18 @@ class KubeApi:
     def _list(self, objects: dict[str, Object], query: dict[str, str]) -> Object:
         wanted = dict(each.split("=", 1) for each in query.get("labelSelector", "").split(",") if each)
         phases = re.findall(r"status\.phase!=(\w+)", query.get("fieldSelector", ""))
-        result = [
+        items = [
             each
             for _, each in sorted(objects.items())
             if wanted.items() <= each["metadata"].get("labels", {}).items()
             and each.get("status", {}).get("phase") not in (phases or ["none"])
         ]
-        begin, limit = int(query.get("continue") or 0), int(query.get("limit") or len(result) or 1)
+        begin, limit = int(query.get("continue") or 0), int(query.get("limit") or len(items) or 1)
         if begin and self.expired:
             raise Refused(410, "Expired", "the provided continue parameter is too old")
-        more = str(begin + limit) if begin + limit < len(result) else ""
+        more = str(begin + limit) if begin + limit < len(items) else ""
         meta = {"resourceVersion": str(self.version), "continue": more}
-        return {"kind": "List", "apiVersion": "v1", "metadata": meta, "items": result[begin : begin + limit]}
+        return {"kind": "List", "apiVersion": "v1", "metadata": meta, "items": items[begin : begin + limit]}
 
     # What a controller does
 

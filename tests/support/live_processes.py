@@ -14,11 +14,11 @@ def is_alive(pid: int) -> bool:
 
 def processes(mark: str) -> list[int]:
     """Those that have `mark` in their command line."""
-    result = []
+    pids = []
     for folder in Path("/proc").iterdir():
         try:
             if folder.name.isdigit() and mark in (folder / "cmdline").read_text():
-                result.append(int(folder.name))
+                pids.append(int(folder.name))
         except OSError:
             continue
-    return result
+    return pids

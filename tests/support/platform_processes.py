@@ -215,7 +215,7 @@ class Stack:
     def newest_manifest(self, run: Run, attempt: int) -> CheckpointRef | None:
         """Of what an attempt has stored, whether or not it counts."""
         keys = self.storage.list(f"{run.prefix}/attempt-{attempt}/checkpoints/")
-        steps = [int(result[1]) for key in keys if (result := re.search(r"/step-(\d+)/manifest.json$", key))]
+        steps = [int(match[1]) for key in keys if (match := re.search(r"/step-(\d+)/manifest.json$", key))]
         return CheckpointRef(attempt=attempt, step=max(steps)) if steps else None
 
     def reaches(self, run: Run, state: State, timeout: float = 300) -> Status:
@@ -261,7 +261,7 @@ class Stack:
 
     def find(self, title: str) -> list[int]:
         """Living processes of this stack whose command line contains `title`, the oldest first."""
-        mark, result = f"GENMODELS_TEST={self.settings['GENMODELS_TEST']}".encode(), []
+        mark, pids = f"GENMODELS_TEST={self.settings['GENMODELS_TEST']}".encode(), []
         for folder in Path("/proc").glob("[0-9]*"):
             try:
                 mine = mark in (folder / "environ").read_bytes().split(b"\0")
@@ -269,8 +269,8 @@ class Stack:
             except OSError:
                 continue
             if mine and command and title.encode() in command and int(folder.name) != os.getpid():
-                result.append(int(folder.name))
-        return sorted(result)
+                pids.append(int(folder.name))
+        return sorted(pids)
 
     def drivers(self, run: Run, attempt: int) -> list[int]:
         """The driver's process, and the shell that started it."""
@@ -339,8 +339,8 @@ class Stack:
         assert [version.job for version in versions] == [run.job]
         manifest = run.manifest(last)
         if exact:
-            result = {name: file.sha256 for name, file in manifest.files.items()}
-            assert result == self.undisturbed(spec, manifest.lineage.world_size)
+            digests = {name: file.sha256 for name, file in manifest.files.items()}
+            assert digests == self.undisturbed(spec, manifest.lineage.world_size)
         shown = self.shown(run)
         assert (shown["state"], shown["version"], shown["attempt"]) == ("succeeded", 1, status.attempt)
         return status
@@ -369,8 +369,8 @@ class Stack:
             status = run.status()[0]
             late, ended = time.monotonic() > deadline, status.state in ENDED and status.state != then
             if (late or ended) and not look():
-                message = "\n".join(f"{change.time} {change.state}: {change.reason}" for change in status.history)
-                raise AssertionError(f"{run.name}, not within {timeout:g} s: {what}\n{message}\n{self.tell(run)}")
+                history = "\n".join(f"{change.time} {change.state}: {change.reason}" for change in status.history)
+                raise AssertionError(f"{run.name}, not within {timeout:g} s: {what}\n{history}\n{self.tell(run)}")
             time.sleep(0.1)
 
     def _sweep(self, *spared: int) -> None:

@@ -107,7 +107,7 @@ class JoinedNode(RayNode):
 def until(look: Callable[[], Any], what: str, seconds: float = 150.0, pause: float = 0.1) -> Any:
     """What `look` returns as soon as that is true."""
     deadline = time.monotonic() + seconds
-    while not (result := look()):
+    while not (value := look()):
         assert time.monotonic() < deadline, f"not within {seconds:g} s: {what}"
         time.sleep(pause)
-    return result
+    return value

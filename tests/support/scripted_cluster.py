@@ -158,19 +158,19 @@ def carry_on(dispatcher: Dispatcher, lease_term: int, names: list[str], late: li
 
 def check_the_end(storage: Storage, cluster: Cluster, names: list[str]) -> None:
     low, stop, dear = names
-    result = {
+    statuses = {
         model: state(storage, name, model)
         for name, model in ((low, "low"), (low, "bad"), (stop, "stop"), (dear, "dear"))
     }
-    assert {model: status.state for model, status in result.items()} == {
+    assert {model: status.state for model, status in statuses.items()} == {
         "low": "succeeded",
         "bad": "failed",
         "stop": "cancelled",
         "dear": "succeeded",
     }
-    for status in result.values():
+    for status in statuses.values():
         check_history(status)
-    assert [change.state for change in result["dear"].history].count("succeeded") == 1
+    assert [change.state for change in statuses["dear"].history].count("succeeded") == 1
     assert {entry.job for _, entry in Jobs(storage).ended()} == set(names)
     assert len(Jobs(storage).ended()) == 3
     chain = Run(storage, low, "low").chain()

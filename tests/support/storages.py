@@ -36,8 +36,8 @@ class MemoryStorage(Storage):
 
     def put(self, key: str, data: bytes, *, if_absent: bool = False, if_match: str | None = None) -> str:
         with self.lock:
-            result = _etag(self.objects[key]) if key in self.objects else None
-            if (if_absent and result) or if_match not in (None, result):
+            etag = _etag(self.objects[key]) if key in self.objects else None
+            if (if_absent and etag) or if_match not in (None, etag):
                 raise Conflict(key)
             self.objects[key] = data
         return _etag(data)

@@ -253,12 +253,12 @@ def test_reading_raises_one_kind_of_error(template: tuple[Path, dict[str, str], 
     for kind in {*DOCUMENTS_BY_NAME.values()} - {StoredSpec, Manifest}:
         key = names[kind.__name__]
         world.storage.put(key, {**SURE, **MAYBE}[how](world.storage.get(key)[0]))
-        message = error_of(partial(load_document, world.storage, key, kind))
-        assert message or how in MAYBE, kind
-        if message:
-            assert message.startswith(f"{key}: damaged (")
-            assert kind.remedy in message
-            assert len(message) < 700
+        error = error_of(partial(load_document, world.storage, key, kind))
+        assert error or how in MAYBE, kind
+        if error:
+            assert error.startswith(f"{key}: damaged (")
+            assert kind.remedy in error
+            assert len(error) < 700
 
 
 def error_of(work: Callable[[], object]) -> str:
@@ -476,9 +476,9 @@ def test_files_of_other_programs_are_passed_over(
         for stray in STRAYS:
             world.storage.put(f"{folder}/{stray}", b"not ours")
     assert world.others(names) == expected
-    result = take_inventory(world.storage)
-    assert not result.damages
-    assert {stray for stray in STRAYS if any(key.endswith(stray) for key in result.strays)} == set(STRAYS)
+    inventory = take_inventory(world.storage)
+    assert not inventory.damages
+    assert {stray for stray in STRAYS if any(key.endswith(stray) for key in inventory.strays)} == set(STRAYS)
     assert set(entries(ModelHost(world.storage.url))) == {"bad", "good"}
     dispatcher = Dispatcher(world.storage, Cluster(world.storage))
     for _ in range(40):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import pkgutil
 import re
 import subprocess
 import sys
@@ -35,6 +36,9 @@ DEPLOYED = [  # what names modules to start
 PATH = re.compile(r"(?<![\w/.:<>-])((?:\.ci|docker|docs|genmodels|jobs|k8s|services|tests)/[\w./-]*[\w/])(?![\w<{*-])")
 PLACEHOLDERS = {"jobs/x.yaml", "jobs/SPEC.yaml"}
 LABELS = {"genmodels/job", "genmodels/model", "genmodels/submits-jobs"}  # of Kubernetes
+DOTTED = re.compile(r"(?<![\w/.-])((?:genmodels|services)(?:\.[a-z_]+)+)(?![\w(])")
+SUFFIXES = {"yaml", "yml", "sh", "json", "md", "svc"}
+KUBERNETES_NAMES = {"genmodels.accelerator"}
 MODULE = re.compile(r"-m[, ]+[\"']?((?:genmodels|services)(?:\.\w+)*)|[\s\"'`=]((?:genmodels|services)\.[a-z_.]+:\w+)")
 LINK = re.compile(r"\]\((?!https?:)([^)#\s]*)(?:#([\w-]*))?\)")
 RUN = "<!-- run by tests/unit/test_docs.py -->\n```bash\n"
@@ -112,10 +116,20 @@ def test_modules_exist(path: Path) -> None:
             assert not name or hasattr(importlib.import_module(module), name), reference
 
 
-def test_modules_are_found_where_they_are_named() -> None:
-    """The pattern of `test_modules_exist` finds them in every form."""
-    found = {command for path in DEPLOYED if path.is_file() for command, _ in MODULE.findall(path.read_text())}
-    assert len(found - {""}) > 3
+def test_the_module_pattern_matches_every_form() -> None:
+    commands = {command for path in DEPLOYED if path.is_file() for command, _ in MODULE.findall(path.read_text())}
+    assert len(commands - {""}) > 3
+
+
+@pytest.mark.parametrize("path", [*PAGES, *DEPLOYED], ids=lambda path: str(path.relative_to(ROOT)))
+def test_dotted_names_exist(path: Path) -> None:
+    """Names such as `services.gateway.proxy.proxy_middlewares`, in settings and in prose."""
+    text = path.read_text() if path.is_file() else ""
+    names = {name for name in DOTTED.findall(text) if name.rpartition(".")[2] not in SUFFIXES} - KUBERNETES_NAMES
+    for name in sorted(names):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            pkgutil.resolve_name(name)
 
 
 SPECS = [
@@ -194,7 +208,7 @@ def test_results_trains_and_measures_every_model_that_needs_no_gpu(tmp_path: Pat
     subprocess.run(["make", "results", f"VENV={tmp_path}"], cwd=ROOT, check=True, capture_output=True)
     lines = asked.read_text().splitlines()
     specs = {path.name: read_spec(path).models for path in (ROOT / "jobs").glob("*.yaml")}
-    wanted = {name: [model.name for model in found if not model.scaling.use_gpu] for name, found in specs.items()}
+    wanted = {name: [entry.name for entry in entries if not entry.scaling.use_gpu] for name, entries in specs.items()}
     assert {line.split()[1]: re.findall(r"--only (\S+)", line) for line in lines if line.startswith("run ")} == {
         f"jobs/{name}": models for name, models in wanted.items() if models
     }

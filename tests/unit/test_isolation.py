@@ -83,10 +83,10 @@ def failing(monkeypatch: pytest.MonkeyPatch) -> dict[str, Exception]:
     raised: dict[str, Exception] = {}
     real = loader.load
 
-    def load(storage: Storage, found: Any) -> Any:
-        if found.name in raised:
-            raise raised[found.name]
-        return real(storage, found)
+    def load(storage: Storage, ref: Any) -> Any:
+        if ref.name in raised:
+            raise raised[ref.name]
+        return real(storage, ref)
 
     monkeypatch.setattr(model_cache, "load", load)
     monkeypatch.setattr(model_cache, "RETRY_SECONDS", 0.0)
@@ -115,10 +115,10 @@ def test_whatever_a_load_raises_is_that_models_refusal(
     for _ in range(2):
         host.watch()
     assert (answered_by(app, "bad"), answered_by(app, "good")) == ("bad@1", "good@2")
-    (told,) = shown(app)["bad"]["refused"]
-    assert (told["alias"], told["version"]) == ("production", 2)
-    assert told["reason"]
-    assert "/secret/path" not in told["reason"]
+    (refusal,) = shown(app)["bad"]["refused"]
+    assert (refusal["alias"], refusal["version"]) == ("production", 2)
+    assert refusal["reason"]
+    assert "/secret/path" not in refusal["reason"]
     asked = ask(app, "POST", "/v1/images/generations", {"model": "bad@2", **GENERATE})
     assert refused(asked, 503)["code"] == "version_damaged"
     assert "refused" not in shown(app)["good"]

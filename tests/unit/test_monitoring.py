@@ -106,9 +106,9 @@ def test_queries_name_only_metrics_that_there_are() -> None:
     there = ours | of_prometheus | recorded | set(made_up_metrics.RAY)
     asked = [query.expr for query in dashboard_panels.queries()] + [rule["expr"] for rule in rules()]
     for expr in asked:
-        result = named(expr)
-        assert result, expr
-        for name in result:
+        names = named(expr)
+        assert names, expr
+        for name in names:
             assert any(re.fullmatch(name, other) for other in there), f"{name} in {expr}"
     shown = set().union(*(named(query.expr) for query in dashboard_panels.queries()))
     used = shown.union(*(named(rule["expr"]) for rule in rules()))
@@ -133,8 +133,8 @@ def test_dashboards_are_what_grafana_reads(path: Path) -> None:
 
 
 def source() -> dict[str, Any]:
-    (result,) = yaml.safe_load((GRAFANA / "provisioning/datasources/prometheus.yml").read_text())["datasources"]
-    return result
+    (source,) = yaml.safe_load((GRAFANA / "provisioning/datasources/prometheus.yml").read_text())["datasources"]
+    return source
 
 
 def test_dashboards_are_as_their_code_says(tmp_path: Path) -> None:

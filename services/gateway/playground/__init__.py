@@ -1,4 +1,4 @@
-"""The playground at `/`: plain HTML, CSS and JavaScript modules, served as they lie here."""
+"""The playground at `/`: plain HTML, CSS and JavaScript modules, served as files."""
 
 from __future__ import annotations
 
@@ -21,12 +21,12 @@ HEADERS = {
     "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
     "x-content-type-options": "nosniff",
     "referrer-policy": "no-referrer",
-    "cache-control": "no-cache",  # asked for again each time, but sent only if it changed
+    "cache-control": "no-cache",  # the browser asks each time, and the file is sent only if it changed
 }
 
 
 def add_playground(app: FastAPI) -> None:
-    """Add the page and its files. They are read now and tell nothing of models, so that they need no key."""
+    """Add the page and its files. They are read once, and need no key because they contain nothing of models."""
     files = {path.name: path.read_bytes() for path in FOLDER.iterdir() if path.suffix in TYPES}
 
     def answer(name: str, request: Request) -> Response:

@@ -1,4 +1,4 @@
-// Requests to the gateway that this page came from. The key stays in this tab: sessionStorage, and nowhere else.
+// Requests to the gateway that sent this page. The key is kept in the sessionStorage of this tab only.
 
 const ROOT = new URL("..", import.meta.url);
 const STORED = "genmodels-key";
@@ -17,7 +17,7 @@ export const key = {
   forget: () => sessionStorage.removeItem(STORED),
 };
 
-/** The Response of a request that went well; anything else is an ApiError. With a `body` it is a POST of JSON. */
+/** Send a request and return its Response, or throw an ApiError. With a `body`, it is a POST of JSON. */
 export async function request(path, { body, signal } = {}) {
   const headers = {};
   if (key.get()) headers.authorization = `Bearer ${key.get()}`;
@@ -28,18 +28,18 @@ export async function request(path, { body, signal } = {}) {
     response = await fetch(new URL(path, ROOT), { ...options, credentials: "omit", cache: "no-store" });
   } catch (error) {
     if (error.name === "AbortError") throw error;
-    throw new ApiError("the gateway does not answer; is it still running?");
+    throw new ApiError("the gateway does not answer; check that it is running");
   }
   if (response.ok) return response;
-  const told = await response.json().catch(() => null);
-  throw wrong(told, response.status);
+  const content = await response.json().catch(() => null);
+  throw apiError(content, response.status);
 }
 
 export async function json(path, options) {
   return (await request(path, options)).json();
 }
 
-/** Parts of a streamed answer as they come; an error in the middle is an ApiError, and so is an end without [DONE]. */
+/** Yield the events of a streamed answer; throw an ApiError for an error event, and for an end without [DONE]. */
 export async function* events(response) {
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   let held = "";
@@ -52,7 +52,7 @@ export async function* events(response) {
       const data = part.replace(/^data: /, "");
       if (data === "[DONE]") return;
       const event = JSON.parse(data);
-      if (event.error) throw wrong(event, 0);
+      if (event.error) throw apiError(event, 0);
       yield event;
     }
   }
@@ -60,17 +60,17 @@ export async function* events(response) {
 
 export const modelPath = (name, rest = "") => `v1/models/${encodeURIComponent(name)}${rest}`;
 
-/** Pictures of an answer as data: URLs. */
+/** Return the images of an answer as data: URLs. */
 export const pictures = (answer) => answer.data.map((item) => `data:image/png;base64,${item.b64_json}`);
 
-/** The same request for a terminal. */
+/** Return the same request as a curl command. */
 export function curl(path, body) {
   const secret = key.get() ? ` -H "Authorization: Bearer $GENMODELS_KEY"` : "";
   const sent = JSON.stringify(body).replaceAll("'", "'\\''");
   return `curl -s${body.stream ? "N" : ""} ${new URL(path, ROOT)}${secret} -H 'content-type: application/json' -d '${sent}'`;
 }
 
-function wrong(told, status) {
-  const error = told?.error;
+function apiError(content, status) {
+  const error = content?.error;
   return new ApiError(error?.message ?? `the gateway answered ${status}`, status, error?.code);
 }

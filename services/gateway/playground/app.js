@@ -1,19 +1,19 @@
-// The page as a whole: the key, which model and version, which panel.
+// The page: the key, the chosen model and version, and the open panel.
 
 import { ApiError, json, key, modelPath } from "./api.js";
 import { denoise } from "./denoise.js";
 import { $, el } from "./dom.js";
 import { images } from "./images.js";
+import { interpolate } from "./interpolate.js";
 import { latent } from "./latent.js";
 import { text } from "./text.js";
 import { training } from "./training.js";
-import { way } from "./way.js";
 
 const alertLine = $("#alert");
 const chooser = $("#choice form");
 const tabs = [...document.querySelectorAll("[role=tab]")];
 
-/** Runs what a person asked for; what goes wrong is said in the alert line. */
+/** Run an action of the user; show its error in the alert line. */
 async function attempt(work) {
   alertLine.textContent = "";
   try {
@@ -26,17 +26,17 @@ async function attempt(work) {
   }
 }
 
-// Each is given its section once, and returns a function that shows a model, for when its tab is opened.
+// Each function gets its section, and returns a function that shows a model when the tab is opened.
 const panels = Object.fromEntries(
-  Object.entries({ text, images, latent, way, denoise, training }).map(([id, create]) => [
+  Object.entries({ text, images, latent, interpolate, denoise, training }).map(([id, create]) => [
     id,
     create(document.getElementById(id), attempt),
   ]),
 );
 
 let models = [];
-let current = null; // the model as the API describes it, with `name`: how it was asked for
-let chosen = 0; // so that an answer that comes late does not undo a later choice
+let current = null; // the model as the API describes it, with `name`: the name of the request
+let chosen = 0; // number of choices: a late answer must not replace a later choice
 const shown = new Set(); // panels that have shown the current model
 
 async function start() {
@@ -52,7 +52,7 @@ async function start() {
   if (models.length) await openLinked();
 }
 
-/** What the address says after #: `shapes@3/latent`; else the first model. */
+/** Open the model and panel of the address, e.g. #shapes@3/latent; default: the first model. */
 async function openLinked() {
   const [name, tab] = decodeURIComponent(location.hash.slice(1)).split("/");
   const model = models.find(({ id }) => base(id) === base(name ?? "")) ?? models[0];
@@ -61,7 +61,7 @@ async function openLinked() {
   await open(tab);
 }
 
-/** Shows the chosen model's panels. */
+/** Show the panels of the chosen model. */
 async function open(tab = selected()?.getAttribute("aria-controls")) {
   const model = chooser.elements.model.value;
   const version = chooser.elements.version.value.trim().replace(/^@/, "");
@@ -74,9 +74,9 @@ async function open(tab = selected()?.getAttribute("aria-controls")) {
   for (const id of Object.keys(panels)) document.getElementById(id).hidden = true;
   $("#about").replaceChildren();
   const name = version ? `${model}@${version}` : listed.id;
-  const found = await json(modelPath(name));
+  const described = await json(modelPath(name));
   if (turn !== chosen) return;
-  current = { ...found, name };
+  current = { ...described, name };
   describe(current);
   for (const button of tabs) button.hidden = button.dataset.verb && !current.verbs.includes(button.dataset.verb);
   $("#tabs").hidden = false;
@@ -92,7 +92,7 @@ function select(button) {
     other.tabIndex = other === button ? 0 : -1;
     document.getElementById(other.getAttribute("aria-controls")).hidden = other !== button;
   }
-  const row = $("#tabs"); // which scrolls where the screen is narrow
+  const row = $("#tabs"); // scrolls on a narrow screen
   row.scrollLeft = button.offsetLeft - (row.clientWidth - button.offsetWidth) / 2;
   history.replaceState(null, "", `#${current.name}/${id}`);
   if (shown.has(id)) return;
@@ -104,7 +104,7 @@ function describe(model) {
   const facts = {
     Version: `${base(model.id)}@${model.version}`,
     Family: model.family,
-    Pictures: model.size && `${model.size.replace("x", " × ")}, ${model.channels === 1 ? "grey" : "colour"}`,
+    Images: model.size && `${model.size.replace("x", " × ")}, ${model.channels === 1 ? "grey" : "colour"}`,
     Latent: model.latent_dim && `${model.latent_dim} numbers`,
     Context: model.block_size && `${model.block_size} tokens`,
     Vocabulary: model.vocab_size && `${model.vocab_size} tokens`,
@@ -116,7 +116,7 @@ function describe(model) {
   for (const [name, metric] of Object.entries(model.evaluation?.metrics ?? {})) {
     if (metric.value !== null) facts[name] = withBaselines(metric);
   }
-  facts["Measured and trained with"] = Object.entries(model.evaluation?.notes ?? {}).map(noted).join("; ");
+  facts["Evaluation notes"] = Object.entries(model.evaluation?.notes ?? {}).map(noted).join("; ");
   $("#about").replaceChildren(
     ...Object.entries(facts)
       .filter(([, value]) => value !== undefined && value !== "")
@@ -124,14 +124,14 @@ function describe(model) {
   );
 }
 
-/** `23.1 dB (PCA, 32 components: 19.2)` */
+/** Format a metric with its baselines: `23.1 dB (PCA, 32 components: 19.2)` */
 function withBaselines({ value, unit, baselines }) {
   const shown = (number) => (number === null ? "?" : Number(number.toPrecision(4)));
   const others = Object.entries(baselines).map(([baseline, number]) => `${baseline}: ${shown(number)}`);
   return `${shown(value)} ${unit}`.trim() + (others.length ? ` (${others.join("; ")})` : "");
 }
 
-/** `images seen: 448000`, `accuracy over time: 0.9, 0.6, 0.5` */
+/** Format a note: `images seen: 448000`, `accuracy over time: 0.9, 0.6, 0.5` */
 function noted([name, note]) {
   return `${name.replaceAll("_", " ")}: ${[note].flat().join(", ")}`;
 }
@@ -142,13 +142,13 @@ function suggest(model) {
   $("#versions").replaceChildren(...names.map((value) => el("option", { value })));
 }
 
-function askForKey(said) {
+function askForKey(message) {
   key.forget();
   $("#forget").hidden = true;
   for (const id of ["choice", "tabs", "none", ...Object.keys(panels)]) document.getElementById(id).hidden = true;
   $("#key").hidden = false;
   $("#key form").elements.key.focus();
-  alertLine.textContent = said;
+  alertLine.textContent = message;
 }
 
 const base = (name) => name.split("@")[0];

@@ -8,8 +8,8 @@ const EDGE = { left: 48, right: 10, top: 10, bottom: 34 };
 export const short = (value) => (value === 0 ? "0" : Number(value.toPrecision(4)).toString().replace("e+", "e"));
 
 /**
- * A figure of at most two series over steps.
- * series: [{ name, points: [[step, value], ...] }]; mark: a step to point out.
+ * Return a figure of at most two series over steps.
+ * series: [{ name, points: [[step, value], ...] }]; mark: a step to mark with a line.
  */
 export function chart(series, mark) {
   const all = series.flatMap(({ points }) => points);
@@ -42,7 +42,7 @@ export function chart(series, mark) {
   return el("figure", {}, el("figcaption", {}, ...names, readout), image);
 }
 
-/** Says the values nearest to the pointer. */
+/** Show the values nearest to the pointer. */
 function watch(image, series, x, readout) {
   image.addEventListener("pointermove", (event) => {
     const box = image.getBoundingClientRect();
@@ -64,7 +64,7 @@ function summary(series) {
     .join("; ");
 }
 
-/** A linear map from values to places, with round ticks. */
+/** Return a linear map from values to positions, with round ticks. */
 function scale(values, from, to) {
   let low = values.reduce((a, b) => Math.min(a, b));
   let high = values.reduce((a, b) => Math.max(a, b));

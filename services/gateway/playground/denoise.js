@@ -1,4 +1,4 @@
-// A drawn or uploaded picture, noise on it, and what the model makes of that.
+// A drawn or uploaded image, noise on it, and the denoised image.
 
 import { json, modelPath, pictures } from "./api.js";
 import { $, base64, fit, newest, normals, randomSeed, readPicture, sizeOf, thumbnail } from "./dom.js";
@@ -14,16 +14,16 @@ export function denoise(section, attempt) {
   let grain = 1; // seed of the noise: it stays the same while its strength is moved
 
   const clean = newest(async () => {
-    const asked = model;
+    const requested = model;
     prepare();
     const body = { images: [base64(noisy)] };
     const answer = await json(modelPath(model.name, "/denoise"), { body });
-    if (asked !== model) return;
-    place.replaceChildren(thumbnail(pictures(answer)[0], `${answer.model}-denoised.png`, "Download the denoised picture"));
+    if (requested !== model) return;
+    place.replaceChildren(thumbnail(pictures(answer)[0], `${answer.model}-denoised.png`, "Download the denoised image"));
     status.textContent = "Denoised";
   });
 
-  /** The drawing in the model's own size, with noise. */
+  /** Return the drawing in the model's size, with noise. */
   function prepare() {
     fit(drawing, noisy, model.channels);
     const strength = Number(form.elements.noise.value);
@@ -54,13 +54,13 @@ export function denoise(section, attempt) {
   }
 
   async function sample() {
-    const asked = model;
+    const requested = model;
     const body = { model: model.name, prompt: "", seed: randomSeed() };
     const [source] = pictures(await json("v1/images/generations", { body }));
     const image = new Image();
     image.src = source;
     await image.decode();
-    if (asked !== model) return;
+    if (requested !== model) return;
     grain = body.seed;
     show(image);
     await clean();

@@ -1,8 +1,8 @@
-// What several panels share: elements, numbers of forms, seeds, and asking for only the newest.
+// Helpers of all panels: elements, values of forms, seeds, and requests with only the newest values.
 
 export const $ = (selector, root = document) => root.querySelector(selector);
 
-/** An element with properties and children; `data` and `aria` are sets of attributes. */
+/** Create an element with properties and children; `data` and `aria` are sets of attributes. */
 export function el(tag, properties = {}, ...children) {
   const { data = {}, aria = {}, ...own } = properties;
   const element = Object.assign(document.createElement(tag), own);
@@ -12,20 +12,20 @@ export function el(tag, properties = {}, ...children) {
   return element;
 }
 
-/** Fields of a form by name: numbers as numbers, what is empty or hidden left out. */
+/** Return the values of a form by name, without empty and hidden fields; numbers as numbers. */
 export function values(form) {
-  const found = {};
+  const fields = {};
   for (const field of form.elements) {
     if (!field.name || field.value === "" || field.closest("[hidden]") !== null) continue;
-    found[field.name] = ["number", "range"].includes(field.type) ? Number(field.value) : field.value;
+    fields[field.name] = ["number", "range"].includes(field.type) ? Number(field.value) : field.value;
   }
-  return found;
+  return fields;
 }
 
-/** Small enough for a JavaScript number, large enough that no two people get the same. */
+/** Return a random seed: exact as a JavaScript number, and unlikely to occur twice. */
 export const randomSeed = () => crypto.getRandomValues(new Uint32Array(1))[0];
 
-/** Standard normal numbers: the same for the same seed (mulberry32, Box-Muller). */
+/** Return standard normal numbers, equal for equal seeds (mulberry32, Box-Muller). */
 export function* normals(seed) {
   let state = seed >>> 0;
   const uniform = () => {
@@ -42,7 +42,7 @@ export function* normals(seed) {
   }
 }
 
-/** Calls `work` with the newest arguments, one call at a time; what came in between is dropped. */
+/** Return a function that calls `work` with the newest arguments, one call at a time; older waiting calls are dropped. */
 export function newest(work) {
   let waiting = null;
   let busy = false;
@@ -62,13 +62,13 @@ export function newest(work) {
   };
 }
 
-/** A picture that downloads itself. */
+/** Create an image that is downloaded when it is clicked. */
 export function thumbnail(source, file, label) {
   const image = el("img", { src: source, alt: "" });
   return el("a", { href: source, download: file, className: "picture", title: "Download", aria: { label } }, image);
 }
 
-/** The seed that an answer came from, and a button that puts it into the form. */
+/** Show the seed of an answer, with a button that copies it into the form. */
 export function showSeed(place, form, seed) {
   const keep = el("button", { type: "button", className: "quiet", textContent: "Keep this seed" });
   keep.addEventListener("click", () => {
@@ -78,7 +78,7 @@ export function showSeed(place, form, seed) {
   place.replaceChildren(`Seed ${seed} `, keep);
 }
 
-/** A file's picture, decoded by the browser. */
+/** Decode the image of a file. */
 export async function readPicture(file) {
   try {
     return await createImageBitmap(file);
@@ -87,7 +87,7 @@ export async function readPicture(file) {
   }
 }
 
-/** A picture drawn onto a canvas of a model's own size, cut to its middle; grey where the model is. */
+/** Draw the middle of an image onto a canvas of the model's size; grey for a grey model. */
 export function fit(picture, canvas, channels) {
   const context = canvas.getContext("2d", { willReadFrequently: true });
   const scale = Math.max(canvas.width / picture.width, canvas.height / picture.height);
@@ -105,8 +105,8 @@ export function fit(picture, canvas, channels) {
   context.putImageData(pixels, 0, 0);
 }
 
-/** [width, height] of a model's pictures. */
+/** Return [width, height] of a model's images. */
 export const sizeOf = (model) => model.size.split("x").map(Number);
 
-/** A canvas as base64 of a PNG file. */
+/** Return a canvas as base64 of a PNG file. */
 export const base64 = (canvas) => canvas.toDataURL("image/png").split(",")[1];

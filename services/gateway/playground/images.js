@@ -1,4 +1,4 @@
-// New pictures from a seed.
+// New images from a seed.
 
 import { curl, json, pictures } from "./api.js";
 import { $, el, newest, randomSeed, showSeed, thumbnail, values } from "./dom.js";
@@ -17,17 +17,17 @@ export function images(section, attempt) {
   const draw = newest(async () => {
     const drawn = model;
     const sent = body();
-    status.textContent = "Drawing …";
+    status.textContent = "Generating …";
     const answer = await json("v1/images/generations", { body: sent }).finally(() => (status.textContent = ""));
     if (drawn !== model) return;
-    const found = pictures(answer);
+    const sources = pictures(answer);
     place.replaceChildren(
-      ...found.map((source, i) => {
+      ...sources.map((source, i) => {
         const file = `${answer.model}-seed-${answer.seed}-${i + 1}.png`;
-        return thumbnail(source, file, `Download picture ${i + 1} of ${found.length}`);
+        return thumbnail(source, file, `Download image ${i + 1} of ${sources.length}`);
       }),
     );
-    status.textContent = `${found.length} ${found.length === 1 ? "picture" : "pictures"}; click one to download it`;
+    status.textContent = `${sources.length} ${sources.length === 1 ? "image" : "images"}; click one to download it`;
     showSeed($("[data-seed]", section), form, answer.seed);
     $(".curl pre", section).textContent = curl("v1/images/generations", sent);
   });

@@ -1,4 +1,4 @@
-// Sliders over a latent space, with the picture following.
+// Sliders for the dimensions of a latent, with the decoded image.
 
 import { curl, json, modelPath, pictures } from "./api.js";
 import { $, base64, el, fit, newest, normals, readPicture, sizeOf, thumbnail } from "./dom.js";
@@ -15,23 +15,23 @@ export function latent(section, attempt) {
   let point = [];
 
   const follow = newest(async () => {
-    const asked = model;
+    const requested = model;
     const body = { latents: [point.map((value) => Number(value.toFixed(4)))] };
     const answer = await json(modelPath(model.name, "/decode"), { body });
-    if (asked !== model) return;
-    const picture = thumbnail(pictures(answer)[0], `${answer.model}-latent.png`, "Download this picture");
+    if (requested !== model) return;
+    const picture = thumbnail(pictures(answer)[0], `${answer.model}-latent.png`, "Download this image");
     place.replaceChildren(picture);
     $(".curl pre", section).textContent = curl(modelPath(model.name, "/decode"), body);
   });
 
-  /** Puts all sliders to a point. */
-  function go(values, said) {
+  /** Set all sliders to a latent. */
+  function go(values, message) {
     point = values;
     const reach = Math.max(3, Math.ceil(Math.max(...values.map(Math.abs)) * 1.25));
     const many = Math.max(FIRST, sliders.children.length);
     sliders.replaceChildren(...values.slice(0, many).map((value, i) => slider(i, value, reach)));
     offerMore(reach);
-    status.textContent = said;
+    status.textContent = message;
     return follow();
   }
 
@@ -63,14 +63,14 @@ export function latent(section, attempt) {
     };
   }
 
-  /** Where the picture of a seed lies. A model that cannot encode has standard normal noise for its latents. */
+  /** Set the sliders to the latent of a seed's image; without an encoder, to standard normal noise. */
   async function fromSeed() {
-    const asked = model;
+    const requested = model;
     const seed = Number(form.elements.seed.value);
     if (!model.verbs.includes("encode")) return go(noise(seed), `From noise of seed ${seed}`);
     const drawn = await json("v1/images/generations", { body: { model: model.name, prompt: "", seed } });
-    const found = await encode(drawn.data[0].b64_json);
-    return asked === model && go(found, `From the picture of seed ${seed}`);
+    const encoded = await encode(drawn.data[0].b64_json);
+    return requested === model && go(encoded, `From the image of seed ${seed}`);
   }
 
   function noise(seed) {
@@ -81,12 +81,12 @@ export function latent(section, attempt) {
   }
 
   async function fromFile(file) {
-    const asked = model;
+    const requested = model;
     const [width, height] = sizeOf(model);
     const canvas = el("canvas", { width, height });
     fit(await readPicture(file), canvas, model.channels);
-    const found = await encode(base64(canvas));
-    return asked === model && go(found, `From ${file.name}`);
+    const encoded = await encode(base64(canvas));
+    return requested === model && go(encoded, `From ${file.name}`);
   }
 
   async function encode(image) {

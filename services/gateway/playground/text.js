@@ -1,4 +1,4 @@
-// Text as it is written, with the settings that choose its tokens.
+// Text that appears while it is generated, with the sampling options.
 
 import { curl, events, request } from "./api.js";
 import { $, randomSeed, showSeed, values } from "./dom.js";
@@ -49,13 +49,13 @@ export function text(section, attempt) {
     }
   }
 
-  /** Shows pieces as they come; then how fast they came. */
+  /** Show text deltas as they arrive, then their rate. */
   async function follow(sent, { signal }) {
-    const asked = performance.now();
+    const started = performance.now();
     let first = 0;
     let usage = null;
     let why = "";
-    rate.textContent = "Writing …";
+    rate.textContent = "Generating …";
     const response = await request("v1/completions", { body: sent, signal });
     for await (const event of events(response)) {
       usage = event.usage ?? usage;
@@ -66,10 +66,10 @@ export function text(section, attempt) {
       output.append(choice.text);
       output.normalize();
     }
-    const seconds = Math.max((performance.now() - asked) / 1000, 0.001);
+    const seconds = Math.max((performance.now() - started) / 1000, 0.001);
     const tokens = usage.completion_tokens;
     rate.textContent =
-      `${tokens} tokens, ${(tokens / seconds).toFixed(0)} tokens/s, first after ${(first - asked).toFixed(0)} ms` +
+      `${tokens} tokens, ${(tokens / seconds).toFixed(0)} tokens/s, first after ${(first - started).toFixed(0)} ms` +
       (why === "stop" ? ", ended at a stop text" : "");
   }
 

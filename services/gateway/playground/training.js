@@ -1,4 +1,4 @@
-// How a version was trained: its run's curves, and what it made step by step.
+// The training of a version: the curves of its run, and its samples at each step.
 
 import { json, modelPath, request } from "./api.js";
 import { chart, short } from "./chart.js";
@@ -17,21 +17,21 @@ export function training(section, attempt) {
   let addresses = []; // of the blobs that are shown
 
   async function load() {
-    const asked = model;
+    const requested = model;
     $("[data-run]", section).textContent = "Loading …";
-    const found = await json(modelPath(model.name, "/history")).catch((error) => {
+    const history = await json(modelPath(model.name, "/history")).catch((error) => {
       $("[data-run]", section).textContent = "";
       throw error;
     });
-    if (asked !== model) return;
-    $("[data-run]", section).textContent = found.data.length
-      ? `${found.model} is step ${found.step} of job ${found.job}; a dashed upright line marks it.`
-      : `The run of ${found.model} (job ${found.job}, step ${found.step}) left no curves, or was deleted.`;
-    const curves = grouped(found.data);
-    charts.replaceChildren(...curves.map((series) => chart(series, found.step)));
-    table.hidden = found.data.length === 0;
-    $(".scroll", table).replaceChildren(tabled(found.data));
-    steps = found.samples;
+    if (requested !== model) return;
+    $("[data-run]", section).textContent = history.data.length
+      ? `${history.model} is step ${history.step} of job ${history.job}; the dashed vertical line marks it.`
+      : `The run of ${history.model} (job ${history.job}, step ${history.step}) has no records, or was deleted.`;
+    const curves = grouped(history.data);
+    charts.replaceChildren(...curves.map((series) => chart(series, history.step)));
+    table.hidden = history.data.length === 0;
+    $(".scroll", table).replaceChildren(tabled(history.data));
+    steps = history.samples;
     samples.hidden = steps.length === 0;
     if (!steps.length) return;
     slider.max = steps.length - 1;
@@ -41,11 +41,11 @@ export function training(section, attempt) {
 
   const show = newest(async () => {
     const { step, files } = steps[Number(slider.value)];
-    const asked = model;
+    const requested = model;
     $("output", samples).textContent = step;
     slider.setAttribute("aria-valuetext", `step ${step}`);
     const figures = await Promise.all(files.map((file) => figure(step, file)));
-    if (asked !== model) return;
+    if (requested !== model) return;
     const gone = addresses;
     addresses = figures.map(({ address }) => address).filter(Boolean);
     place.replaceChildren(...figures.map(({ element }) => element));
@@ -77,7 +77,7 @@ export function training(section, attempt) {
   };
 }
 
-/** Metrics that belong on one chart: `loss` with `val_loss`; the rest alone. Each has a finite value somewhere. */
+/** Group metrics by chart: `loss` with `val_loss`, each other metric alone; metrics without a finite value are left out. */
 function grouped(rows) {
   const names = [...new Set(rows.flatMap(Object.keys))].filter((name) => !NO_CURVE.has(name));
   const series = new Map();
@@ -88,13 +88,13 @@ function grouped(rows) {
   const groups = [];
   for (const [name, own] of series) {
     if (name.startsWith("val_") && series.has(name.slice(4))) continue;
-    const judged = series.get(`val_${name}`);
-    groups.push(judged ? [own, judged] : [own]);
+    const validated = series.get(`val_${name}`);
+    groups.push(validated ? [own, validated] : [own]);
   }
   return groups.sort((a, b) => order(a) - order(b));
 }
 
-/** Losses first, then what is measured in validation. */
+/** Order charts: losses first, then validation metrics. */
 function order([{ name }]) {
   if (name === "loss") return 0;
   return name.startsWith("val_") ? 1 : 2;

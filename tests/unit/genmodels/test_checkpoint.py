@@ -25,7 +25,7 @@ from genmodels.runs.store import Run
 from genmodels.spec.parse import dump
 from genmodels.storage import Storage, open_storage, read_document, write_document
 from genmodels.training import attempt
-from genmodels.training.loop import Group
+from genmodels.training.group import Group
 from tests.support.storages import LINEAGE, MemoryStorage, RecordingStorage
 from tests.support.tiny_jobs import job, make_data, model
 

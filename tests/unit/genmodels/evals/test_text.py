@@ -19,9 +19,10 @@ from genmodels.runs.store import Run
 from genmodels.spec.parse import read_spec
 from genmodels.storage import open_storage
 from genmodels.training.attempt import run_attempt
-from genmodels.training.loop import Group, evaluate
+from genmodels.training.group import Group
+from genmodels.training.loop import evaluate
 from services.local.platform import submit
-from services.train.publish import _publish
+from services.train.publish import publish_run
 from tests.support.evaluation_data import Bench
 from tests.support.paths import ROOT
 from tests.support.tiny_jobs import job, make_data, model
@@ -196,7 +197,7 @@ def test_a_model_that_lost_to_the_table_is_refused(tmp_path: Path, shipped: str,
     work = job("hopeless", entry)
     run = Run(storage, submit(storage, work), name)
     assert run_attempt(storage, run.job, name, 1, Group())
-    result = _publish(run, work.models[0], 1)
+    result = publish_run(run, work.models[0], 1)
     assert (result.outcome, result.cause, result.version) == ("failed", "gate", None)
     assert result.message.startswith(f"not published: {metric} -")
     assert Registry(storage).models() == []

@@ -133,7 +133,7 @@ def test_every_verb_answers_in_shape_and_range(shape, noise_std) -> None:
     pictures = {
         "decode": model.decode(latents, REQUEST),
         "generate": model.decode(model.sample_latents(6, 0, REQUEST), REQUEST),
-        **model.preview(images, seed=0),
+        **model.preview({"images": images}, seed=0),
     }
     if noise_std:
         pictures["denoise"] = model.denoise(images + 3)  # beyond [0, 1], as noise may be
@@ -228,7 +228,7 @@ def test_generation_needs_the_density_and_carries_it_in_the_assets() -> None:
     with pytest.raises(RequestError, match="no density over latents"):
         model.sample_latents(1, 0, REQUEST)
     assert model.assets() == {}
-    assert "samples" not in model.preview(blobs(2), 0)
+    assert "samples" not in model.preview({"images": blobs(2)}, 0)
     model.fit(({"images": blobs(20)} for _ in range(3)), seed=0)
     other.load_assets({**model.assets(), "tokenizer.json": b"another's"})
     many = model.sample_latents(8, 5, REQUEST)
@@ -249,7 +249,7 @@ def test_state_dict_and_assets_rebuild_the_same_answers() -> None:
 @pytest.mark.parametrize(
     ("config", "data", "message"),
     [
-        ({}, TextInfo(vocab_size=9), "model.family: autoencoder learns from images"),
+        ({}, TextInfo(vocab_size=9), "data: autoencoder learns from images, this dataset has texts"),
         ({}, ImageInfo(channels=1, height=7, width=40), "at least 8 x 8, but they are 7 x 40"),
         (
             {"latent_dim": 65},

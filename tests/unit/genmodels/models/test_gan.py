@@ -54,7 +54,7 @@ def test_every_verb_answers_in_shape_and_range(shape, conditional) -> None:
     torch.testing.assert_close(path[[0, -1]], latents[:2])
     assert model.verbs == {"generate", "decode", "interpolate"}
     assert model.discriminator(torch.rand(4, *shape), torch.zeros(4, dtype=torch.long)).shape == (4,)
-    assert model.preview(torch.rand(3, *shape), 0)["samples"].shape == (3, *shape)
+    assert model.preview({"images": torch.rand(3, *shape)}, 0)["samples"].shape == (3, *shape)
 
 
 @pytest.mark.parametrize("loss", ["relativistic", "non-saturating"])
@@ -231,7 +231,7 @@ def test_training_tells_the_classes_to_both_networks() -> None:
 def test_what_it_cannot_learn_is_refused() -> None:
     info = ImageInfo(channels=1, height=28, width=28)
     for config, data, field in [
-        (GANConfig(), TextInfo(vocab_size=65), "model.family"),
+        (GANConfig(), TextInfo(vocab_size=65), "data"),
         (GANConfig(conditional=True), info, "model.conditional"),
         (GANConfig(), ImageInfo(channels=1, height=28, width=7), "model.family"),
         (GANConfig(latent_dim=1000), info, "model.latent_dim"),

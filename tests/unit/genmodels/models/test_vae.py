@@ -57,7 +57,7 @@ def test_every_verb_answers_in_shape_and_range(shape, likelihood) -> None:
     latents = model.encode(images)
     assert latents.shape == (6, 5)
     assert model.latent_dim == 5
-    pictures = {"decode": model.decode(latents, REQUEST), **model.preview(images, seed=0)}
+    pictures = {"decode": model.decode(latents, REQUEST), **model.preview({"images": images}, seed=0)}
     assert set(pictures) == {"decode", "samples", "reconstructions"}
     for name, picture in pictures.items():
         assert picture.shape == images.shape, name
@@ -221,7 +221,7 @@ def test_fitted_prior_covers_draws_not_only_means() -> None:
 @pytest.mark.parametrize(
     ("config", "data", "message"),
     [
-        ({}, TextInfo(vocab_size=9), "model.family: vae learns from images"),
+        ({}, TextInfo(vocab_size=9), "data: vae learns from images, this dataset has texts"),
         (
             {"latent_dim": 65},
             ImageInfo(channels=1, height=8, width=8),

@@ -36,7 +36,7 @@ from genmodels.spec.sections import Gate, ModelSpec
 from genmodels.storage import Storage, open_storage
 from services.gateway.model_host import ModelHost
 from services.gateway.routes import create_app
-from services.train.publish import _publish
+from services.train.publish import publish_run
 from tests.support.asgi_client import ask
 from tests.support.evaluation_data import Bench, shapes
 from tests.support.published_models import LINEAGE, build, publish, write
@@ -314,7 +314,7 @@ def saved(spec: ModelSpec, steps: int = 2) -> Run:
 
 def test_a_published_version_is_evaluated_and_judged_by_what_was_found(tiny_spec: ModelSpec) -> None:
     run = saved(tiny_spec)
-    result = _publish(run, tiny_spec, 1)
+    result = publish_run(run, tiny_spec, 1)
     assert (result.outcome, result.version, result.step) == ("succeeded", 1, 2), result.message
     store = Registry(run.storage)
     (kept,) = evaluations.evaluations(store, "vae", 1)
@@ -325,14 +325,14 @@ def test_a_published_version_is_evaluated_and_judged_by_what_was_found(tiny_spec
     assert result.gate is not None
     assert result.gate.reason == f"nll {result.metrics['nll']:.4g} is <= 1e+06"
     assert store.version("vae", 1).gate == result.gate
-    again = _publish(run, tiny_spec, 2)
+    again = publish_run(run, tiny_spec, 2)
     assert again.version == 1
     assert len(evaluations.evaluations(store, "vae", 1)) == 1
 
 
 def test_what_its_evaluation_condemns_is_not_published(tiny_spec: ModelSpec) -> None:
     run = saved(tiny_spec)
-    result = _publish(run, gated(tiny_spec, metric="active_units", min=1e3), 1)
+    result = publish_run(run, gated(tiny_spec, metric="active_units", min=1e3), 1)
     assert (result.outcome, result.cause, result.version) == ("failed", "gate", None)
     assert result.message.startswith("not published: active_units ")
     assert "nll" in result.metrics, "what was found is told"
@@ -342,7 +342,7 @@ def test_what_its_evaluation_condemns_is_not_published(tiny_spec: ModelSpec) -> 
 def test_publishing_shows_that_it_gets_on(tiny_spec: ModelSpec, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("services.train.publish.BEAT_SECONDS", 0.0)
     run = saved(tiny_spec, steps=1)
-    _publish(run, tiny_spec, 1)
+    publish_run(run, tiny_spec, 1)
     heartbeat = run.heartbeat(1)
     assert heartbeat is not None
     assert (heartbeat.phase, heartbeat.step) == ("publishing", 3)
@@ -353,12 +353,12 @@ def test_where_the_data_has_gone_only_a_gate_that_needs_it_stands_in_the_way(tin
     run = saved(tiny_spec)
     pictures = Path(tiny_spec.data.path or "")
     next(pictures.glob("*.png")).unlink()
-    with pytest.raises(DataError, match="vae was trained on other content than the data has now"):
-        _publish(run, tiny_spec, 1)
+    with pytest.raises(DataError, match="vae was trained on other content than is there now"):
+        publish_run(run, tiny_spec, 1)
     pictures.rename(pictures.with_name("elsewhere"))
     with pytest.raises(DataError, match="does not exist"):
-        _publish(run, tiny_spec, 1)
-    result = _publish(run, gated(tiny_spec, metric="val_loss", max=9), 1)
+        publish_run(run, tiny_spec, 1)
+    result = publish_run(run, gated(tiny_spec, metric="val_loss", max=9), 1)
     assert (result.outcome, result.metrics) == ("succeeded", {"val_loss": 7.0})
     assert evaluations.evaluations(Registry(run.storage), "vae", 1) == []
 

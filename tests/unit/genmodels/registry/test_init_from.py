@@ -22,7 +22,7 @@ from genmodels.runs.store import Run
 from genmodels.spec.parse import parse_spec
 from genmodels.storage import Storage
 from genmodels.training.attempt import run_attempt
-from genmodels.training.loop import Group
+from genmodels.training.group import Group
 from services.local.platform import submit
 from services.local.smoke import smoke
 from tests.support.tiny_jobs import job, make_data, model

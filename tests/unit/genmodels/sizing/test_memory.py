@@ -31,7 +31,7 @@ from genmodels.engine.text.request import CompletionRequest
 from genmodels.errors import SpecError
 from genmodels.family import Family, ImageInfo, OptimizerConfig, TextInfo
 from genmodels.models.minigpt import MiniGPT, MiniGPTConfig, MiniGPTDecoder
-from genmodels.nn.latents import FittedDensity, GaussianMixture
+from genmodels.nn.latents import GaussianMixture, density_bytes
 from genmodels.nn.sampling import Sampler
 from genmodels.preflight import servable
 from genmodels.registry.store import Registry
@@ -177,9 +177,9 @@ def test_a_density_is_counted_at_its_largest() -> None:
     latents = torch.randn(300, 8, generator=torch.Generator().manual_seed(0))
     for components in (1, 20):
         density = GaussianMixture.fit(latents, components, seed=0)
-        assert held(density) == FittedDensity.density_bytes(components, 8)
+        assert held(density) == density_bytes(components, 8)
     fewer = GaussianMixture.fit(latents, 500, seed=0)  # of so few latents
-    assert held(fewer) < FittedDensity.density_bytes(500, 8)
+    assert held(fewer) < density_bytes(500, 8)
 
 
 @pytest.mark.parametrize("name", models.names())

@@ -30,6 +30,7 @@ from services.dispatch.backends.local_process import SubprocessBackend
 from services.dispatch.dispatcher import Dispatcher
 from services.dispatch.single_run import run_to_completion
 from services.local.platform import submit as submit_here
+from tests.support.asgi_server import served
 from tests.support.fault_proxy import FaultProxy
 from tests.support.paths import ROOT
 from tests.support.scripted_cluster import Cluster, carry_on, check_the_end, data, eventful, in_no_time, state, submit
@@ -103,6 +104,55 @@ def test_a_request_that_is_wrong_is_no_outage(opened: Callable[..., Storage], pr
             assert isinstance(error, StorageError), mode
             assert not isinstance(error, StorageUnavailable), mode
         proxy.heal(refused)
+
+
+PAGE = b"<!doctype html><html><body>Welcome</body></html>"
+OTHER_SERVERS: dict[str, tuple[int, dict[str, str], bytes]] = {
+    "a proxy without the store": (404, {"content-type": "text/html"}, PAGE),
+    "an API at the old address": (404, {"content-type": "application/json"}, b'{"error": "not found"}'),
+    "nothing here": (404, {}, b""),
+    "a login page": (200, {"content-type": "text/html"}, PAGE),
+    "an empty page": (200, {}, b""),
+    "some XML": (200, {"content-type": "application/xml"}, b'<?xml version="1.0"?><rss/>'),
+    "some JSON": (200, {"content-type": "application/json"}, b"{}"),
+    "a redirect to a login": (302, {"location": "/login"}, b""),
+    "a redirect to itself": (307, {"location": "/"}, b""),
+    "a limit of a proxy": (413, {"content-type": "text/html"}, PAGE),
+    "a proxy that expects TLS": (400, {"content-type": "text/html"}, PAGE),
+    "a condition of a web server": (412, {"content-type": "text/html"}, PAGE),
+}
+
+
+def test_another_server_at_the_address_of_the_store_is_an_outage(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    kind = ""
+
+    async def answer(scope: Any, receive: Any, send: Any) -> None:
+        while (await receive()).get("more_body"):
+            pass
+        status, headers, body = OTHER_SERVERS[kind]
+        pairs = [(name.encode(), value.encode()) for name, value in headers.items()]
+        await send({"type": "http.response.start", "status": status, "headers": pairs})
+        await send({"type": "http.response.body", "body": body})
+
+    with served(answer) as url:
+        for name, value in {
+            "AWS_ENDPOINT_URL": url,
+            "AWS_ACCESS_KEY_ID": "key",
+            "AWS_SECRET_ACCESS_KEY": "secret",
+            "AWS_MAX_ATTEMPTS": "1",
+        }.items():
+            monkeypatch.setenv(name, value)
+        storage, new = open_storage("s3://bucket/prefix", in_use=True), open_storage("s3://bucket/prefix")
+        for kind, (status, _, body) in OTHER_SERVERS.items():
+            for name, call in ALL.items():
+                if name == "delete" and (status, body) == (200, b""):
+                    continue  # a store may answer so
+                error = tried(call, storage, path)
+                assert isinstance(error, StorageUnavailable), (kind, name)
+                assert error.reason in (SILENT, "another server answers at the address of the storage"), (kind, name)
+                assert url not in str(error)
+            with pytest.raises(StorageError):
+                begin_writing(new)
 
 
 def test_a_worker_without_credentials_is_no_mistake_of_the_job(

@@ -22,7 +22,8 @@ from genmodels.spec.sections import TrainConfig
 from genmodels.storage import Storage, open_storage
 from genmodels.training import loop
 from genmodels.training.attempt import build, fit_batches, run_attempt
-from genmodels.training.loop import Group, evaluate, schedule
+from genmodels.training.group import Group
+from genmodels.training.loop import evaluate, schedule
 from genmodels.training.recorder import RunRecorder
 from services.local.platform import submit
 from tests.support.plain_workers import WorkerGroup

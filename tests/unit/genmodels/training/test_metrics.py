@@ -26,7 +26,7 @@ from genmodels.storage.instrumented import MeasuredStorage
 from genmodels.storage.retry import PassingFailure
 from genmodels.training import flops
 from genmodels.training.attempt import run_attempt
-from genmodels.training.loop import Group
+from genmodels.training.group import Group
 from services.dispatch.supervisor import Supervisor
 from tests.support.metric_values import series, value
 from tests.support.published_models import build, publish

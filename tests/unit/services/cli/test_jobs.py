@@ -401,11 +401,11 @@ def test_bars_on_a_terminal(api: str, command: Command, store: Storage, monkeypa
     assert re.search(r"gan-digits +cancelled +cancelled by hand", shown)
 
 
-@pytest.mark.parametrize("told", [True, False])
+@pytest.mark.parametrize("has_endpoint", [True, False])
 def test_the_key_goes_to_the_job_service_alone(
-    told: bool, command: Command, store: Storage, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    has_endpoint: bool, command: Command, store: Storage, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """The curl line names the endpoint that the service was told of; what listens at any other port hears nothing."""
+    """The curl line names the endpoint that the service knows; no other port gets a request."""
     _, key = Keys(store).create("ann", ("submit",))
     monkeypatch.setenv("GENMODELS_KEY", key)
     (tmp_path / "shapes.yaml").write_text(SPEC)
@@ -417,7 +417,7 @@ def test_the_key_goes_to_the_job_service_alone(
         return send(client, request, **options)
 
     monkeypatch.setattr(httpx.Client, "send", recorded)
-    endpoint = "http://127.0.0.1:18000" if told else None
+    endpoint = "http://127.0.0.1:18000" if has_endpoint else None
     with served(create_app(store, keys=Keys(store), hosts=None, endpoint=endpoint)) as url:
         monkeypatch.setenv("GENMODELS_API", url)
         job = submitted(command)
@@ -428,7 +428,7 @@ def test_the_key_goes_to_the_job_service_alone(
     assert {f"http://{address}" for address in asked} == {url}
     assert out.count(f"curl -s {endpoint or '$GENMODELS_GATEWAY'}/v1/images/generations") == 2
     assert key not in out
-    assert ("where GENMODELS_GATEWAY is the URL" in out) == (not told)
+    assert ("where GENMODELS_GATEWAY is the URL" in out) == (not has_endpoint)
 
 
 def test_statuses_of_many_jobs_come_page_by_page(

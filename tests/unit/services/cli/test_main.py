@@ -132,7 +132,7 @@ def _commands(app: typer.Typer) -> Iterator[tuple[str, Any]]:
 
 
 def test_commands_of_the_job_api_need_neither_torch_nor_ray(tmp_path: Path) -> None:
-    """They answer at once: a service that is not there is told within seconds, patience included."""
+    """They answer at once: a service that is not there is reported within seconds, patience included."""
     program = """
         import sys
         from services.cli import main

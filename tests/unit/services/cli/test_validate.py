@@ -145,8 +145,8 @@ def test_without_arguments_the_help_is_shown(run: Run, arguments: tuple[str, ...
     ],
 )
 def test_what_is_wrong_with_the_arguments_is_one_line(run: Run, arguments: str, code: int, error: str) -> None:
-    found, out, errors = run(*arguments.split())
-    assert (found, out, len(errors)) == (code, "", 1)
+    exit_code, out, errors = run(*arguments.split())
+    assert (exit_code, out, len(errors)) == (code, "", 1)
     assert errors[0].startswith(f"error: {error}")
 
 

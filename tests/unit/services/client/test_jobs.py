@@ -123,7 +123,7 @@ def test_problems_of_a_spec_are_told_of_the_file(connect: Connect) -> None:
 
 def test_no_service_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(http, "FIRST_PATIENCE_SECONDS", 0.1)
-    with socket.socket() as taken:  # bound, but nobody listens
+    with socket.socket() as taken:  # bound, but without a listener
         taken.bind(("127.0.0.1", 0))
         url = f"http://127.0.0.1:{taken.getsockname()[1]}"
         with Client(url) as client, pytest.raises(Unreachable) as refused:

@@ -240,9 +240,9 @@ def test_the_folder_of_a_killed_process_goes(killed_folder: Path, tmp_path: Path
     from services.cluster.processes import ManagedProcess
     words = ["bash", "-c", "echo $$ >> pids; sleep 0.2; [ -e again ] || (touch again; exit 1) && sleep 1000"]
     folder = Path({str(killed_folder)!r})
-    child = ManagedProcess("ray", words, Path("log"), lambda: True, "", os.environ, temporary=folder)
+    process = ManagedProcess("ray", words, Path("log"), lambda: True, "", os.environ, temporary=folder)
     while True:
-        child.poll(lambda line: None)
+        process.poll(lambda line: None)
         time.sleep(0.05)
     """
     process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(program)], cwd=tmp_path)

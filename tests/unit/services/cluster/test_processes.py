@@ -35,9 +35,9 @@ def make(place: Path, script: str, ready: bool = True) -> ManagedProcess:
 
 
 def pids(place: Path) -> list[int]:
-    found = until(lambda: (words := _read(place / "pids").split()) and len(words) == 3 and words, "all have begun")
+    pids = until(lambda: (words := _read(place / "pids").split()) and len(words) == 3 and words, "all have begun")
     (place / "pids").unlink()
-    return [int(word) for word in found]
+    return [int(word) for word in pids]
 
 
 def _read(path: Path) -> str:
@@ -46,48 +46,48 @@ def _read(path: Path) -> str:
 
 def test_a_process_that_dies_is_restarted_and_leaves_nothing(place: Path) -> None:
     lines: list[str] = []
-    child = make(place, FAMILY)
-    child.poll(lines.append)
+    process = make(place, FAMILY)
+    process.poll(lines.append)
     first = pids(place)
-    until(lambda: child.poll(lines.append) or child.is_ready, "it is ready")
+    until(lambda: process.poll(lines.append) or process.is_ready, "it is ready")
     os.kill(first[0], signal.SIGKILL)
-    until(lambda: child.poll(lines.append) or len(lines) == 2, "its end is seen")
+    until(lambda: process.poll(lines.append) or len(lines) == 2, "its end is seen")
     assert not any(map(is_alive, first))
-    until(lambda: child.poll(lines.append) or len(lines) == 3, "it is ready again")
+    until(lambda: process.poll(lines.append) or len(lines) == 3, "it is ready again")
     second = pids(place)
     assert set(first) & set(second) == set()
     assert lines[0] == lines[2] == "part         http://it   ready after 0 s"
     assert lines[1].startswith("part         was ended by SIGKILL; restarts in 0 s. Log: ")
 
-    assert child.process
-    os.kill(child.process.pid, signal.SIGKILL)  # the reaper itself
-    until(lambda: child.poll(lines.append) or len(lines) == 4, "its end is seen")
+    assert process.process
+    os.kill(process.process.pid, signal.SIGKILL)  # the reaper itself
+    until(lambda: process.poll(lines.append) or len(lines) == 4, "its end is seen")
     assert not any(map(is_alive, second))
 
-    until(lambda: child.poll(lines.append) or child.is_running, "it is started again")
+    until(lambda: process.poll(lines.append) or process.is_running, "it is started again")
     third = pids(place)
-    child.stop(0)
+    process.stop(0)
     assert not any(map(is_alive, third))
-    assert not child.is_running
+    assert not process.is_running
 
 
 def test_the_pause_before_a_restart_grows(place: Path) -> None:
     lines: list[str] = []
-    child = make(place, "echo out; echo error >&2; exit 3", ready=False)
-    until(lambda: child.poll(lines.append) or len(lines) == 3, "three ends")
+    process = make(place, "echo out; echo error >&2; exit 3", ready=False)
+    until(lambda: process.poll(lines.append) or len(lines) == 3, "three ends")
     assert [line.partition("restarts ")[2].partition(".")[0] for line in lines] == ["in 0 s", "in 0 s", "in 1000 s"]
     assert all("ended with code 3" in line for line in lines)
-    child.poll(lines.append)
-    assert not child.is_running
-    assert child.log.read_text() == "out\nerror\n" * 3
+    process.poll(lines.append)
+    assert not process.is_running
+    assert process.log.read_text() == "out\nerror\n" * 3
 
 
 def test_sigterm_comes_before_sigkill(place: Path) -> None:
-    child = make(place, "trap 'echo ended; exit 0' TERM; echo begun; sleep 1000 & wait")
-    child.poll(print)
-    until(lambda: "begun" in child.log.read_text(), "it has begun")
-    child.stop(30)
-    assert child.log.read_text() == "begun\nended\n"
+    process = make(place, "trap 'echo ended; exit 0' TERM; echo begun; sleep 1000 & wait")
+    process.poll(print)
+    until(lambda: "begun" in process.log.read_text(), "it has begun")
+    process.stop(30)
+    assert process.log.read_text() == "begun\nended\n"
 
     stubborn = make(place, "trap '' TERM; echo $$ 0 0 > pids; while true; do sleep 0.1; done")
     stubborn.poll(print)
@@ -101,9 +101,9 @@ def test_a_parent_that_is_killed_leaves_nothing(place: Path) -> None:
     import os, time
     from pathlib import Path
     from services.cluster.processes import ManagedProcess
-    child = ManagedProcess("part", ["bash", "-c", {FAMILY!r}], Path("log"), lambda: True, "", os.environ)
+    process = ManagedProcess("part", ["bash", "-c", {FAMILY!r}], Path("log"), lambda: True, "", os.environ)
     while True:
-        child.poll(print)
+        process.poll(print)
         time.sleep(0.1)
     """
     process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(parent)], stdout=subprocess.DEVNULL)

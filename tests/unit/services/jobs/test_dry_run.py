@@ -72,8 +72,8 @@ def test_parameters_are_counted_as_they_are_built(family: str) -> None:
         )
         state = [*built.network.state_dict().values(), *(t for r in roles for t in r.loss.state_dict().values())]
         trained = sum(parameter.numel() for role in roles for parameter in role.loss.parameters())
-        found = count(cls, config, data, optimizer)
-        assert (found.trained, found.saved) == (trained, sum(tensor.numel() for tensor in state) + moments), config
+        counted = count(cls, config, data, optimizer)
+        assert (counted.trained, counted.saved) == (trained, sum(tensor.numel() for tensor in state) + moments), config
 
 
 def test_depth_costs_a_dry_run_nothing(file_storage: Storage) -> None:

@@ -18,7 +18,7 @@ from services.cluster.ports import free_ports
 from services.node.exporter import NodeCollector
 from tests.support.ray_node import until
 
-# Counts as often as it is told to, and waits to be told again.
+# Counts as often as a line of its input says, then waits for the next line.
 WRITER = """
 import sys
 from genmodels import metrics
@@ -119,9 +119,9 @@ def answers(url: str) -> bool:
 def scrape(url: str) -> dict[str, float]:
     text = httpx.get(url, trust_env=False).text
     samples = [sample for family in text_string_to_metric_families(text) for sample in family.samples]
-    found = {_name(sample.name, sample.labels): sample.value for sample in samples}
-    assert len(found) == len(samples), "each series once"
-    return found
+    series = {_name(sample.name, sample.labels): sample.value for sample in samples}
+    assert len(series) == len(samples), "each series once"
+    return series
 
 
 def collected(folder: Path) -> dict[str, float]:
@@ -149,17 +149,17 @@ def test_counts_outlive_their_process_and_gauges_do_not(url: str, tmp_path: Path
     a, b = start("a"), start("b")
     a.count(3)
     b.count(4)
-    found = scrape(url)
-    assert of(7).items() <= found.items()
-    assert found["training_loss{vae,a,digits,model}"] == found["training_loss{vae,b,digits,model}"] == 0.5
-    assert found[SLOTS] == 4
+    scraped = scrape(url)
+    assert of(7).items() <= scraped.items()
+    assert scraped["training_loss{vae,a,digits,model}"] == scraped["training_loss{vae,b,digits,model}"] == 0.5
+    assert scraped[SLOTS] == 4
     a.kill()
-    found = scrape(url)
-    assert of(7).items() <= found.items()
-    assert found["storage_seconds_sum{get}"] == pytest.approx(0.014)
-    assert "training_loss{vae,a,digits,model}" not in found
-    assert found["training_loss{vae,b,digits,model}"] == 0.5
-    assert found[SLOTS] == 2
+    scraped = scrape(url)
+    assert of(7).items() <= scraped.items()
+    assert scraped["storage_seconds_sum{get}"] == pytest.approx(0.014)
+    assert "training_loss{vae,a,digits,model}" not in scraped
+    assert scraped["training_loss{vae,b,digits,model}"] == 0.5
+    assert scraped[SLOTS] == 2
     b.count(1)
     b.kill()
     start("c").count(2)
@@ -216,9 +216,9 @@ def test_the_exporter_is_killed_at_every_moment_of_folding(tmp_path: Path, start
         work = tmp_path / name
         left.add(tuple(sorted(str(path.relative_to(work)) for path in work.rglob("*"))))
         for _ in range(2):
-            found = collected(work)
-            assert of(counted).items() <= found.items(), name
-            assert found[SLOTS] == 2, name
+            scraped = collected(work)
+            assert of(counted).items() <= scraped.items(), name
+            assert scraped[SLOTS] == 2, name
     assert len(left) > 10, "moments differ"
 
 
@@ -231,9 +231,9 @@ def test_a_pid_that_another_process_has_now(tmp_path: Path, start: Start) -> Non
     for path in tmp_path.glob(f"*_{writer.process.pid}-*.db"):
         path.rename(path.with_name(path.name.replace(f"_{writer.process.pid}-", f"_{alive.process.pid}-1")))
     for _ in range(2):
-        found = collected(tmp_path)
-        assert of(7).items() <= found.items()
-        assert found[SLOTS] == 2
+        scraped = collected(tmp_path)
+        assert of(7).items() <= scraped.items()
+        assert scraped[SLOTS] == 2
 
 
 def test_files_do_not_pile_up_where_nobody_scrapes(tmp_path: Path, start: Start) -> None:

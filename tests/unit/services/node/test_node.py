@@ -1,4 +1,4 @@
-"""A container's node: Ray and the exporter beside it, as one; here a head and a worker on loopback addresses."""
+"""The node of a container, with Ray and the exporter; here a head and a worker on loopback addresses."""
 
 from __future__ import annotations
 
@@ -49,9 +49,9 @@ def test_what_ray_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
 
     monkeypatch.setenv("PROMETHEUS_MULTIPROC_DIR", str(tmp_path / "metrics"))
     monkeypatch.setenv("GENMODELS_GCS", "/gcs")
-    told = node.environment("head", "http://ray-head:8265")
-    assert told["RAY_AUTH_MODE"] == "token"
-    assert (told["RAY_gcs_storage"], told["RAY_gcs_storage_path"]) == ("rocksdb", "/gcs")
+    variables = node.environment("head", "http://ray-head:8265")
+    assert variables["RAY_AUTH_MODE"] == "token"
+    assert (variables["RAY_gcs_storage"], variables["RAY_gcs_storage_path"]) == ("rocksdb", "/gcs")
     assert "RAY_gcs_storage" not in node.environment("worker", "http://ray-head:8265")
     monkeypatch.delenv("PROMETHEUS_MULTIPROC_DIR")
     with pytest.raises(GenmodelsError, match="PROMETHEUS_MULTIPROC_DIR is not set"):
@@ -96,7 +96,7 @@ sys.exit(node.main())
 
 
 def pids(mark: str) -> list[int]:
-    found = []
+    pids = []
     for folder in Path("/proc").iterdir():
         if folder.name.isdigit():
             try:
@@ -104,5 +104,5 @@ def pids(mark: str) -> list[int]:
             except OSError:
                 continue
             if any(mark.encode() in word for word in words):
-                found.append(int(folder.name))
-    return sorted(found)
+                pids.append(int(folder.name))
+    return sorted(pids)

@@ -45,8 +45,8 @@ from services.local.platform import submit
 from services.train import control
 from services.train.control import DriverWatch
 from services.train.driver import _seconds
-from services.train.failures import _failure
-from services.train.publish import _publish
+from services.train.failures import classify_failure
+from services.train.publish import publish_run
 from tests.support import storages
 from tests.support.paths import ROOT
 from tests.support.published_models import build, write
@@ -160,7 +160,7 @@ LOST = "a worker was lost "
     ],
 )
 def test_the_class_of_a_failure(make: Callable[[], Exception], cause: str, message: str) -> None:
-    result = _failure(make())
+    result = classify_failure(make())
     assert (result.outcome, result.cause) == ("failed", cause)
     assert result.message.startswith(message)
     assert result.step == (8 if cause == "diverged" else 0)
@@ -170,13 +170,13 @@ def test_the_class_of_a_failure(make: Callable[[], Exception], cause: str, messa
 
 
 def test_ray_still_calls_things_so() -> None:
-    """The names that `_failure` goes by."""
+    """The names that `classify_failure` goes by."""
     from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
     assert WorkerGroupError("said", {1: DIVERGED}).worker_failures == {1: DIVERGED}
     assert ControllerError(DIVERGED).controller_failure is DIVERGED
     assert actor_died().health_check_failure.__class__.__module__ == "ray.exceptions"  # type: ignore[attr-defined]
-    assert _failure(WorkerGroupError("said", {0: GLOO, 1: DIVERGED})).cause == "diverged"
+    assert classify_failure(WorkerGroupError("said", {0: GLOO, 1: DIVERGED})).cause == "diverged"
 
 
 @pytest.mark.parametrize(
@@ -230,7 +230,7 @@ def trained(*losses: float) -> Run:
 
 def test_the_best_is_published_and_promoted(spec: ModelSpec) -> None:
     run = trained(1.9, 1.5, 1.7)
-    result = _publish(run, spec, 1)
+    result = publish_run(run, spec, 1)
     assert (result.outcome, result.version, result.step, result.metrics) == ("succeeded", 1, 2, {"val_loss": 1.5})
     assert result.gate is not None
     assert (result.gate.reason, result.message) == ("val_loss 1.5 is <= 2", "published as minigpt@1")
@@ -243,11 +243,11 @@ def test_the_best_is_published_and_promoted(spec: ModelSpec) -> None:
 
 def test_publishing_twice_changes_nothing_and_undoes_no_rollback(spec: ModelSpec) -> None:
     run = trained(1.9)
-    first = _publish(run, spec, 1)
+    first = publish_run(run, spec, 1)
     save(run, 2, 1.2)
-    assert _publish(run, spec, 1).version == 2
+    assert publish_run(run, spec, 1).version == 2
     Registry(run.storage).promote("minigpt", "production", 1, "a person rolls back")
-    assert _publish(run, spec, 2).version == 2
+    assert publish_run(run, spec, 2).version == 2
     store = Registry(run.storage)
     assert (store.versions("minigpt"), store.resolve("minigpt").version, first.version) == ([1, 2], 1, 1)
 
@@ -255,7 +255,7 @@ def test_publishing_twice_changes_nothing_and_undoes_no_rollback(spec: ModelSpec
 @pytest.mark.parametrize("losses", [(2.5, 2.25), (math.nan,), (-math.inf, math.nan)])
 def test_what_fails_its_gate_is_not_published(spec: ModelSpec, losses: tuple[float, ...]) -> None:
     run = trained(*losses)
-    result = _publish(run, spec, 1)
+    result = publish_run(run, spec, 1)
     assert (result.outcome, result.cause, result.version) == ("failed", "gate", None)
     assert result.message.startswith("not published: val_loss ")
     assert result.message.endswith(" is not <= 2")
@@ -264,19 +264,19 @@ def test_what_fails_its_gate_is_not_published(spec: ModelSpec, losses: tuple[flo
 
 def test_without_a_gate_the_last_is_published(spec: ModelSpec) -> None:
     run = trained(1.0, 9.0)
-    result = _publish(run, spec.model_copy(update={"serve": spec.serve.model_copy(update={"gate": None})}), 1)
+    result = publish_run(run, spec.model_copy(update={"serve": spec.serve.model_copy(update={"gate": None})}), 1)
     assert (result.outcome, result.step, result.gate) == ("succeeded", 2, None)
 
 
 def test_a_damaged_best_gives_way_to_the_next(spec: ModelSpec) -> None:
     run = trained(1.9, 1.5, 1.7)
     run.storage.put(f"{run.checkpoint_prefix(CheckpointRef(attempt=1, step=2))}/{WEIGHTS}", b"spoiled")
-    result = _publish(run, spec, 1)
+    result = publish_run(run, spec, 1)
     assert (result.outcome, result.step, result.metrics) == ("succeeded", 3, {"val_loss": 1.7})
     for step in (1, 3):
         run.storage.delete(f"{run.checkpoint_prefix(CheckpointRef(attempt=1, step=step))}/{WEIGHTS}")
     with pytest.raises(CheckpointError, match="runs/tiny-00000000/minigpt: no checkpoint is whole"):
-        _publish(run, spec, 1)
+        publish_run(run, spec, 1)
 
 
 def test_seconds_are_of_the_chain_and_of_this_start() -> None:
@@ -436,7 +436,8 @@ def test_a_kill_command_ends_a_process_that_has_not_ended_by_then(
     assert watch.killed is not None
     said = capfd.readouterr().err
     assert said.startswith("Killed: cancel --now. The stacks of all threads:\n")
-    assert "in test_a_kill_command_ends_a_process" in said
+    main = said.partition("Thread MainThread:\n")[2].partition("\nThread ")[0]
+    assert "in test_a_kill_command_ends_a_process" in main, "the innermost frames, whatever the number of threads"
     watch.look()
     assert capfd.readouterr().err == "", "it was read once"
 

@@ -1,0 +1,95 @@
+"""One role's part of an optimizer step: gradients of all micro-batches, their norm, the update."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import os
+import shutil
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from genmodels.family import Batch, Role
+from genmodels.spec.sections import TrainConfig
+from genmodels.training.group import Group
+
+log = logging.getLogger(__name__)
+
+
+class RoleTrainer:
+    """A role's loss module behind DistributedDataParallel, and its optimizers with their peak learning rates."""
+
+    def __init__(self, role: Role, config: TrainConfig, group: Group) -> None:
+        self.name, self.loss, self.optimizers = role.name, role.loss, role.optimizers
+        self.parameters = [p for p in role.loss.parameters() if p.requires_grad]
+        self.peak_lrs = [[part["lr"] for part in optimizer.param_groups] for optimizer in role.optimizers]
+        self.config, self.group = config, group
+        if config.compile:
+            _compile(role)
+        # DDP rebuilds its gradient buckets after the first step unless it looks for unused parameters; a resumed run
+        # would then add gradients in another order and differ in its last bits from an uninterrupted run.
+        self.call: nn.Module = (
+            DistributedDataParallel(role.loss, find_unused_parameters=True) if dist.is_initialized() else role.loss
+        )
+
+    def set_lr_scale(self, lr_scale: float) -> None:
+        """Set each learning rate to `lr_scale` times its peak."""
+        for optimizer, peaks in zip(self.optimizers, self.peak_lrs, strict=True):
+            for part, peak in zip(optimizer.param_groups, peaks, strict=True):
+                part["lr"] = peak * lr_scale
+
+    def backward(self, batches: Sequence[Batch], progress: Tensor, seed: int) -> dict[str, float]:
+        """Compute the gradients of the mean loss over all micro-batches and ranks.
+
+        Args:
+            progress: share of training that is done, 0-dim float.
+            seed: of the first micro-batch; each later one takes the next number.
+
+        Returns:
+            The parts of the loss by name, as means over micro-batches and ranks: the same numbers on every rank, so
+            that all ranks see a NaN at the same step.
+        """
+        self.loss.train()
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        sums: Tensor | None = None
+        names: list[str] = []
+        for i, batch in enumerate(batches):
+            torch.manual_seed(seed + i)
+            with self._no_sync() if i < len(batches) - 1 else contextlib.nullcontext():
+                with torch.autocast(self.group.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
+                    losses = self.call(batch, progress)
+                (losses["loss"] / len(batches)).backward()
+            names = list(losses)
+            parts = torch.stack([losses[name].detach().float() for name in names])
+            sums = parts if sums is None else sums + parts
+        assert sums is not None
+        means = self.group.sum(sums / len(batches) / self.group.world_size).tolist()
+        return dict(zip(names, means, strict=True))
+
+    def clip_gradients(self) -> float:
+        """Scale the gradients down to the norm `train.clip_norm` where it is set; return their norm before."""
+        return nn.utils.clip_grad_norm_(self.parameters, self.config.clip_norm or math.inf).item()
+
+    def update(self) -> None:
+        """Let the optimizers change the weights."""
+        for optimizer in self.optimizers:
+            optimizer.step()
+
+    def _no_sync(self) -> contextlib.AbstractContextManager[None]:
+        return self.call.no_sync() if isinstance(self.call, DistributedDataParallel) else contextlib.nullcontext()
+
+
+def _compile(role: Role) -> None:
+    if not role.compilable:
+        log.warning("train.compile: role %s stays uncompiled (its loss differentiates a gradient)", role.name)
+        return
+    if not any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))):
+        log.warning("train.compile: no C++ compiler on this machine; role %s stays uncompiled", role.name)
+        return
+    role.loss.compile()
