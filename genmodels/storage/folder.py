@@ -37,6 +37,9 @@ LOCK_TIMEOUT = 30.0  # seconds after which a lock that another process holds cou
 NO_FILE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENXIO, errno.ELOOP)
 STALE_TEMPORARY = 86_400.0  # seconds after which a temporary file must come from a killed process
 
+# Errors of a key that can never be written: too long, or with another object in the place of a folder of it.
+OF_THE_KEY = (errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EINVAL)
+
 
 class FolderStorage(Storage):
     """Store objects as files: write a temporary file, sync it, rename it under a lock. Reading takes no lock.
@@ -182,8 +185,22 @@ class FolderStorage(Storage):
             path.unlink(missing_ok=True)
 
     def _look(self) -> None:
-        """Raise StorageUnavailable if this is another folder than before, StorageError if it has another format."""
-        path, known = self._root / MARKER, self._marker  # read first: another thread may write the marker now
+        """Raise StorageUnavailable if another folder is here than before, or its marker can no longer be read.
+
+        Raises:
+            StorageError: the same in a folder that this process has not used yet.
+        """
+        try:
+            self._compare()
+        except StorageUnavailable:
+            raise
+        except StorageError as error:
+            if self._marker is None:
+                raise
+            raise _gone(str(error)) from None
+
+    def _compare(self) -> None:
+        path, known = self._root / MARKER, self._marker  # before the look: another thread may write the marker now
         try:
             facts = path.stat()
             file = facts.st_dev, facts.st_ino, facts.st_mtime_ns
@@ -231,7 +248,9 @@ def _convert_error(where: str, error: OSError) -> StorageError:
         return StorageUnavailable(message)
     if state := disk_failure(error):
         return StorageUnavailable(message, f"the storage {state}")
-    return StorageError(message)
+    if error.errno in OF_THE_KEY:
+        return StorageError(message)
+    return Refused(message, "the storage fails")  # of the file system: whatever passed before may pass again
 
 
 def _not_a_folder(url: str, path: Path) -> StorageError:

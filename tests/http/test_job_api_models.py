@@ -93,7 +93,7 @@ def test_a_log_is_followed_until_its_job_ends(service: Service, monkeypatch: pyt
         assert list(lines) == ["4 b/driver the last words"]
 
 
-def test_who_follows_is_let_go_when_the_service_ends(file_storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_followed_logs_end_with_the_service(file_storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(routes, "FOLLOW_SECONDS", 0.02)
     closing = threading.Event()
     service = Service(file_storage, closing=closing.is_set)
