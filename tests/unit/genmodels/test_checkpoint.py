@@ -79,7 +79,9 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> Recorded:
 # ---- whole or invisible
 
 
-def test_after_every_operation_recovery_finds_the_newest_whole_checkpoint(recorded: Recorded, tmp_path: Path) -> None:
+def test_after_every_operation_recovery_finds_the_newest_complete_checkpoint(
+    recorded: Recorded, tmp_path: Path
+) -> None:
     storage = open_storage((tmp_path / "replayed").as_uri())
     run = Run(storage, JOB, MODEL)
     committed: CheckpointRef | None = None
@@ -94,11 +96,11 @@ def test_after_every_operation_recovery_finds_the_newest_whole_checkpoint(record
             )
         deleted += data is None
         (tmp_path / f"{i}").mkdir()
-        result = attempt._newest_whole(run, tmp_path / f"{i}")
-        assert (result.checkpoint if result else None) == committed, f"after operation {i}, {key}"
-        if result:
-            assert result.manifest.step == result.checkpoint.step
-            assert checkpoint.describe_files(result.folder) == result.manifest.files
+        found = attempt._newest_complete(run, tmp_path / f"{i}")
+        assert (found.checkpoint if found else None) == committed, f"after operation {i}, {key}"
+        if found:
+            assert found.manifest.step == found.checkpoint.step
+            assert checkpoint.describe_files(found.folder) == found.manifest.files
     assert committed == CheckpointRef(attempt=2, step=6)
     assert deleted >= 10, "the log has no clean-up in it"
 
@@ -215,13 +217,13 @@ def test_recovery_passes_over_damage_to_the_checkpoint_before(recorded: Recorded
     refs = run.checkpoints()
     assert len(refs) >= 2
     storage.objects[f"{recorded.prefix}/{WEIGHTS}"] = b"spoiled"
-    result = attempt._newest_whole(run, tmp_path)
-    assert result is not None
-    assert result.checkpoint == refs[-2]
+    found = attempt._newest_complete(run, tmp_path)
+    assert found is not None
+    assert found.checkpoint == refs[-2]
     for ref in refs[:-1]:
         storage.delete(f"{run.checkpoint_prefix(ref)}/{WEIGHTS}")
     (tmp_path / "again").mkdir()
-    assert attempt._newest_whole(run, tmp_path / "again") is None
+    assert attempt._newest_complete(run, tmp_path / "again") is None
 
 
 def test_an_older_process_reads_a_newer_manifest(recorded: Recorded) -> None:
