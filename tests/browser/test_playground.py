@@ -454,7 +454,7 @@ def test_metrics_are_shown_with_their_baselines(site: Site) -> None:
     assert "images seen: 640; noise std: 0.3, 0.15" in about
 
 
-def test_a_version_is_typed_and_one_that_is_not_there_is_told(site: Site) -> None:
+def test_a_version_is_typed_and_a_missing_version_is_an_error(site: Site) -> None:
     site.open("shapes/images")
     site.page.fill("#choice [name=version]", "next", "change")
     site.page.until("document.querySelector('#about').textContent.includes('shapes@2')")
@@ -541,7 +541,7 @@ def test_a_key_is_asked_for_kept_in_the_tab_alone_and_forgotten(locked: tuple[Si
     assert page.js("document.querySelector('#choice').hidden && document.querySelector('#images').hidden")
 
 
-def test_histories_are_for_those_whose_models_they_are(models: Storage) -> None:
+def test_a_limited_key_reads_only_histories_of_its_models(models: Storage) -> None:
     _, token = Keys(models).create("other", ("generate",), ("other-",))
     app = create_app(ModelHost(models.url), hosts=None, keys=Keys(models))
     for path in ("history", "samples/50/samples.png"):

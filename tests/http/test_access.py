@@ -34,8 +34,8 @@ models:
 """
 YAML = {"content-type": "application/yaml"}
 UNKNOWN = "gm_00000000_" + "x" * 43
-CALLERS = ("nobody", "unknown", "garbage", "revoked", "generate", "submit", "admin", "limited", "limited-admin")
-KEYLESS = ("nobody", "unknown", "garbage", "revoked")
+CALLERS = ("no key", "unknown", "garbage", "revoked", "generate", "submit", "admin", "limited", "limited-admin")
+KEYLESS = ("no key", "unknown", "garbage", "revoked")
 
 
 @dataclass(frozen=True)
@@ -106,7 +106,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
     publish(storage, "clothing", "vae")
     job, _ = Jobs(storage).submit(parse_spec(SPEC, "spec"))
     keys = Keys(storage)
-    tokens: dict[str, str | None] = {"nobody": None, "unknown": UNKNOWN, "garbage": "'; drop"}
+    tokens: dict[str, str | None] = {"no key": None, "unknown": UNKNOWN, "garbage": "'; drop"}
     for scope in ("generate", "submit", "admin"):
         tokens[scope] = keys.create(scope, (scope,))[1]
     tokens["limited"] = keys.create("limited", ("generate", "submit"), ("other-", "mine-"))[1]
@@ -160,7 +160,7 @@ def expectation(route: str, rule: Rule, caller: str) -> Any:
     if not rule.scopes:
         return "in"
     if caller in KEYLESS:
-        return (401, "no_key" if caller == "nobody" else "wrong_key")
+        return (401, "no_key" if caller == "no key" else "wrong_key")
     scopes = {"limited": ("generate", "submit"), "limited-admin": ("admin",)}.get(caller, (caller,))
     if "admin" not in scopes and not set(scopes) & set(rule.scopes):
         return (403, "scope")
@@ -190,7 +190,7 @@ def test_a_limited_key_is_shown_nothing_of_others(place: Place, app: str) -> Non
 @pytest.mark.parametrize("app", RULES)
 def test_head_is_answered_as_get_is_without_the_body(place: Place, app: str) -> None:
     for route in filter(lambda route: route.startswith("GET"), RULES[app]):
-        for caller in ("admin", "nobody", "limited"):
+        for caller in ("admin", "no key", "limited"):
             head, get = (send(place, app, route, caller, method) for method in ("HEAD", "GET"))
             assert (head.status_code, head.content) == (get.status_code, b""), (route, caller)
             differing = {
@@ -232,7 +232,7 @@ def test_an_encoded_body_is_415_and_names_the_encoding(place: Place, app: str, c
         error = refused(response, 415)
         assert (error["param"], response.headers["accept-encoding"]) == ("content-encoding", "identity")
         assert repr(coding.lower()) in error["message"]
-        assert send(place, app, route, "nobody", **{"content-encoding": "identity"}).status_code != 415
+        assert send(place, app, route, "no key", **{"content-encoding": "identity"}).status_code != 415
 
 
 def test_no_key_is_401_and_says_how_to_have_one(place: Place) -> None:
@@ -314,7 +314,7 @@ def test_invented_keys_cost_the_store_little() -> None:
     assert storage.looked == 1
 
 
-def test_through_an_outage_known_keys_stay_and_others_are_told_to_wait(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_in_an_outage_known_keys_work_and_unknown_keys_get_503(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(keys_module, "FRESH_SECONDS", 0.0)
     storage = FailingStorage(only="keys/")
     _, token = Keys(storage).create("me", ("submit",))
@@ -340,7 +340,7 @@ class Slow:
         return object()
 
 
-def test_who_guesses_keys_stands_in_no_others_way(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_guessed_keys_do_not_delay_known_keys(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(auth, "MAX_WAITING", 6)
     keys = Slow()
     auth_dependency = KeyAuth(keys)

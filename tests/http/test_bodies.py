@@ -43,7 +43,7 @@ def with_bodies(app: Any) -> list[tuple[str, str]]:
     return [(method, path.replace("{", "").replace("}", "")) for method, path in found if method in ("POST", "PUT")]
 
 
-def test_who_has_no_key_is_answered_before_the_body(keyed: Any) -> None:
+def test_a_request_without_a_key_is_answered_before_its_body(keyed: Any) -> None:
     """Each of these sends a part of a body and then nothing."""
     assert len(with_bodies(keyed)) > 3
     with served(keyed) as url:

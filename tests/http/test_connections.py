@@ -129,7 +129,7 @@ def test_requests_under_way_keep_their_connections_and_leave_health_a_place(app:
     ],
     ids=["nothing", "half a header", "a byte at a time", "half a second header", "a body after its answer"],
 )
-def test_who_does_not_finish_a_header_is_not_waited_for(url: str, parts: list[bytes]) -> None:
+def test_an_unfinished_header_has_a_deadline(url: str, parts: list[bytes]) -> None:
     with connect(url) as connection:
         connection.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 

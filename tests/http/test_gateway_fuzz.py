@@ -1,4 +1,4 @@
-"""Nobody breaks the gateway by what he sends: an answer, or a 4xx in our form; never a 5xx."""
+"""Fuzz the gateway: every request gets an answer or a 4xx in our format, never a 5xx."""
 
 from __future__ import annotations
 

@@ -93,7 +93,7 @@ def test_a_log_is_followed_until_its_job_ends(service: Service, monkeypatch: pyt
         assert list(lines) == ["4 b/driver the last words"]
 
 
-def test_who_follows_is_let_go_when_the_service_ends(file_storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_followed_logs_end_with_the_service(file_storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(routes, "FOLLOW_SECONDS", 0.02)
     closing = threading.Event()
     service = Service(file_storage, closing=closing.is_set)
@@ -261,7 +261,7 @@ def test_another_content_under_a_name_is_409_unless_it_is_to_be_replaced(service
     assert service("PUT", "/v1/datasets/lines", content=TEXT).status_code == 201
     error = refused(service("PUT", "/v1/datasets/lines", content=TEXT + b"more\n"), 409)
     assert (error["code"], error["param"]) == ("dataset_exists", "name")
-    assert error["message"].startswith("dataset 'lines' is there with another content: ")
+    assert error["message"].startswith("dataset 'lines' exists with another content: ")
     assert error["message"].endswith("; add ?replace=true to replace it")
     assert service("PUT", "/v1/datasets/lines?replace=true", content=TEXT + b"more\n").status_code == 201
     contents = service("DELETE", "/v1/datasets/lines?dry_run=true").json()

@@ -219,7 +219,7 @@ def test_clients_that_leave_hold_nothing(host: ModelHost, url: str, clients: int
     assert httpx.post(f"{url}/v1/completions", json=BODY).status_code == 200
 
 
-def test_a_slow_reader_holds_nobody_up_and_gets_all(host: ModelHost, url: str) -> None:
+def test_a_slow_reader_delays_no_other_client_and_gets_all(host: ModelHost, url: str) -> None:
     """It reads a little at a time, through a small window; others are answered meanwhile."""
     whole = httpx.post(f"{url}/v1/completions", json={**BODY, "seed": 1, "max_tokens": 3000}, timeout=60).json()
 

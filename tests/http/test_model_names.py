@@ -126,7 +126,7 @@ def test_no_refused_spec_names_what_is_not_the_keys(shared: Shared, reference: s
     assert without_canary(response)
 
 
-def test_a_wrong_name_is_in_nobodys_answer(file_storage: Storage) -> None:
+def test_a_wrong_name_is_in_no_other_answer(file_storage: Storage) -> None:
     """Nor does the error that the library makes name other models, wherever it is shown."""
     publish(file_storage, f"{CANARY}-vae", "vae")
     app = create_gateway(ModelHost(file_storage.url))

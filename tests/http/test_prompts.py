@@ -105,7 +105,7 @@ def test_one_list_of_token_ids_is_one_prompt(app: Any) -> None:
 # Seeds
 
 
-def test_prompts_without_a_seed_have_one_each_and_are_told_them(app: Any) -> None:
+def test_prompts_without_a_seed_get_one_each_and_the_answer_has_them(app: Any) -> None:
     fields = {"prompt": ["To be"] * 4, "max_tokens": 30, "temperature": 2, "n": 2}
     first = answer_of(app, **fields)
     assert len(set(first["seed"])) == 4
@@ -263,7 +263,7 @@ def test_what_has_no_vocabulary_says_what_it_answers(app: Any) -> None:
     assert refused(ask(app, "GET", "/v1/models/none/vocabulary"), 404)["code"] == "model_not_found"
 
 
-# What clients send beside
+# Additional fields of clients
 
 
 NEUTRAL: dict[str, Any] = {

@@ -171,7 +171,7 @@ def until(condition: Callable[[], object], command: Command, timeout: float = 12
         time.sleep(0.1)
 
 
-def test_missing_data_is_said_before_anything_starts(tmp_path: Path) -> None:
+def test_missing_data_is_an_error_before_anything_starts(tmp_path: Path) -> None:
     entry = {"name": "x", "model": {"family": "vae"}, "data": {"path": "./nowhere"}}
     (tmp_path / "job.yaml").write_text(yaml.safe_dump({"name": "test", "models": [entry]}))
     with Command(tmp_path) as command:

@@ -196,7 +196,7 @@ def test_pictures_and_latents_are_counted_by_verb(app: Any, before: Series) -> N
     stays(lambda: only(grown(before, here()), "images_total", "batch_size_sum", "waiting_requests"), expected)
 
 
-def test_requests_are_counted_by_route_code_and_who_answers(app: Any, before: Series) -> None:
+def test_requests_are_counted_by_route_code_and_version(app: Any, before: Series) -> None:
     asked: Requests = Counter()
 
     def send(route: str, path: str, body: Any = None, by: str = "", method: str = "POST", **options: Any) -> None:

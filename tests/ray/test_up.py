@@ -79,7 +79,7 @@ def test_everything_is_killed_in_turn(tmp_path: Path) -> None:
         until(lambda: not alive(before), "every process is gone", 15)
 
 
-def test_without_a_key_nobody_could_use_it(file_storage: Storage) -> None:
+def test_a_service_without_any_key_does_not_start(file_storage: Storage) -> None:
     with pytest.raises(GenmodelsError, match=r"genmodels keys create .*--no-auth"):
         up(file_storage, Options())
 

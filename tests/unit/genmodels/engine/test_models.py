@@ -82,23 +82,23 @@ class Scripted:
 
     def step(self, tokens: Sequence[int | None], positions: Sequence[int]) -> Tensor:
         self.steps += 1
-        said = torch.tensor([self.says[position % len(self.says)] for position in positions])
-        return torch.nn.functional.one_hot(said, len(VOCABULARY)) * 1e6
+        drawn = torch.tensor([self.says[position % len(self.says)] for position in positions])
+        return torch.nn.functional.one_hot(drawn, len(VOCABULARY)) * 1e6
 
 
 def scripted(says: str) -> TextModel:
     return TextModel("scripted@1", Scripted(says), CharTokenizer(VOCABULARY))
 
 
-def choices(pieces: Iterator[TextDelta], n: int = 1) -> list[tuple[str, str | None, int]]:
+def choices(deltas: Iterator[TextDelta], n: int = 1) -> list[tuple[str, str | None, int]]:
     """Text, finish_reason and tokens of each choice."""
-    listed = list(pieces)
-    found = []
+    listed = list(deltas)
+    result = []
     for index in range(n):
-        own = [piece for piece in listed if piece.index == index]
-        assert [piece.finish_reason for piece in own[:-1]] == [None] * (len(own) - 1)
-        found.append(("".join(piece.text for piece in own), own[-1].finish_reason, sum(piece.tokens for piece in own)))
-    return found
+        own = [delta for delta in listed if delta.index == index]
+        assert [delta.finish_reason for delta in own[:-1]] == [None] * (len(own) - 1)
+        result.append(("".join(delta.text for delta in own), own[-1].finish_reason, sum(delta.tokens for delta in own)))
+    return result
 
 
 def request_error(function: Callable[[], Any]) -> RequestError:
@@ -151,7 +151,7 @@ def test_each_choice_has_its_own_seed_and_the_first_has_the_requests(make: Make)
         complete(make("minigpt"), CompletionRequest(prompt="x", seed=seed, max_tokens=20, temperature=2))
         for seed in seeds
     ]
-    assert choices(iter(answer), 3) == [found for one in alone for found in choices(iter(one))]
+    assert choices(iter(answer), 3) == [result for one in alone for result in choices(iter(one))]
     assert len({choice_seed(seed, index) for seed in range(50) for index in range(50)}) == 2500
     assert 0 <= choice_seed(2**63 - 1, 63) < 2**63
 
@@ -170,40 +170,40 @@ def test_an_echoed_prompt_is_measured_where_the_model_reads_it(make: Make, lengt
     """Its tokens' log-probabilities are what the network says of the window; block_size is 16."""
     model, prompt = make("minigpt"), (VOCABULARY * 2)[:length]
     request = CompletionRequest(prompt=prompt, echo=True, logprobs=2, max_tokens=0)
-    (piece,) = complete(model, request)
-    assert (piece.text, piece.tokens, piece.finish_reason) == (prompt, 0, "length")
+    (delta,) = complete(model, request)
+    assert (delta.text, delta.tokens, delta.finish_reason) == (prompt, 0, "length")
     window = model.tokenizer.encode(prompt) if length <= 16 else model.tokenizer.encode(prompt)[-8:]
     expected = model.family.logits(torch.tensor([window]))[0].double().log_softmax(-1)
     unread = length - len(window) + 1
-    assert [token.logprob for token in piece.logprobs[:unread]] == [None] * unread
-    for place, token in enumerate(piece.logprobs[unread:]):
+    assert [token.logprob for token in delta.logprobs[:unread]] == [None] * unread
+    for place, token in enumerate(delta.logprobs[unread:]):
         assert token.text == prompt[unread + place]
         assert token.logprob == pytest.approx(float(expected[place, window[place + 1]]), abs=1e-5)
         assert token.top is not None
         assert max(token.top.values()) == pytest.approx(float(expected[place].max()), abs=1e-5)
-    assert [token.offset for token in piece.logprobs] == list(range(length))
+    assert [token.offset for token in delta.logprobs] == list(range(length))
 
 
-def test_log_probabilities_are_told_with_the_text_that_they_belong_to() -> None:
+def test_log_probabilities_come_with_their_text() -> None:
     request = CompletionRequest(prompt="x", stop="cd", max_tokens=3, logprobs=0)
-    pieces = list(complete(scripted("abc"), request))
-    assert ["".join(token.text for token in piece.logprobs) for piece in pieces] == ["a", "b", "", "c"]
+    deltas = list(complete(scripted("abc"), request))
+    assert ["".join(token.text for token in delta.logprobs) for delta in deltas] == ["a", "b", "", "c"]
     stopped = list(complete(scripted("abcd"), CompletionRequest(prompt="x", stop="cd", max_tokens=9, logprobs=0)))
-    assert "".join(token.text for piece in stopped for token in piece.logprobs) == "ab"
+    assert "".join(token.text for delta in stopped for token in delta.logprobs) == "ab"
 
 
 def test_log_probabilities_are_the_same_alone_and_in_company(make: Make) -> None:
     request = CompletionRequest(prompt="To be", seed=4, max_tokens=30, logprobs=5, echo=True)
-    (alone,) = [piece_of(complete(make("minigpt"), request))]
+    (alone,) = [joined(complete(make("minigpt"), request))]
     others = complete(make("minigpt"), CompletionRequest(prompt="Or not", n=9, max_tokens=60))
     others.start(lambda _: None)
-    assert piece_of(complete(make("minigpt"), request)) == alone
+    assert joined(complete(make("minigpt"), request)) == alone
     others.cancel()
     make("minigpt").batcher.step()
 
 
-def piece_of(pieces: Iterable[TextDelta]) -> TextDelta:
-    return reduce(add, pieces)
+def joined(deltas: Iterable[TextDelta]) -> TextDelta:
+    return reduce(add, deltas)
 
 
 @pytest.mark.parametrize(
@@ -450,6 +450,6 @@ def pictures(n: int) -> np.ndarray:
     return np.random.default_rng(0).random((n, *IMAGES.shape), dtype=np.float32)
 
 
-def test_pieces_are_as_the_tokens_come() -> None:
-    pieces = iter(completion.complete(scripted("abc"), CompletionRequest(prompt="x", stop="cd", max_tokens=3)))
-    assert [(piece.text, piece.tokens) for piece in pieces] == [("a", 1), ("b", 1), ("", 1), ("c", 0)]
+def test_each_token_is_a_delta() -> None:
+    deltas = iter(completion.complete(scripted("abc"), CompletionRequest(prompt="x", stop="cd", max_tokens=3)))
+    assert [(delta.text, delta.tokens) for delta in deltas] == [("a", 1), ("b", 1), ("", 1), ("c", 0)]

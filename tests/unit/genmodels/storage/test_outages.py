@@ -25,6 +25,7 @@ from genmodels.storage import Storage, begin_writing, open_storage
 from genmodels.storage.base import Refused
 from genmodels.storage.instrumented import MeasuredStorage
 from genmodels.storage.lease import Lease
+from genmodels.storage.marker import MARKER
 from services.dispatch import single_run
 from services.dispatch.backends.local_process import SubprocessBackend
 from services.dispatch.dispatcher import Dispatcher
@@ -179,9 +180,39 @@ DISK = {
     errno.ESTALE: "the storage fails",
     errno.ENOTCONN: "the storage fails",
     errno.EMFILE: "the storage fails",
+    errno.EUCLEAN: "the storage fails",
+    errno.EBADMSG: "the storage fails",
+    errno.EREMOTEIO: "the storage fails",
+    errno.ELOOP: "the storage fails",
     errno.EHOSTDOWN: SILENT,
     errno.ETIMEDOUT: SILENT,
 }
+
+
+# Where nothing has been read or written yet.
+FINAL_AT_FIRST = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EUCLEAN, errno.EBADMSG, errno.EREMOTEIO, errno.ELOOP)
+
+
+@pytest.mark.parametrize("spoiled", [b"", b"[]", b"\0" * 64, b'{"id": "x", "format": 99}', None])
+def test_a_marker_that_is_spoiled_in_use_is_an_outage(file_storage: Storage, path: Path, spoiled: bytes | None) -> None:
+    begin_writing(file_storage)
+    file_storage.put("k", b"x")
+    marker = Path(file_storage.url.removeprefix("file://"), MARKER)
+    sound = marker.read_bytes()
+    marker.unlink()
+    if spoiled is None:
+        marker.mkdir()
+    else:
+        marker.write_bytes(spoiled)
+    for name, call in ALL.items():
+        assert isinstance(tried(call, file_storage, path), StorageUnavailable), name
+    with pytest.raises(StorageError) as final:
+        open_storage(file_storage.url).get("k")
+    assert not isinstance(final.value, StorageUnavailable)
+    if spoiled is None:
+        marker.rmdir()
+    marker.write_bytes(sound)
+    assert file_storage.get("k")[0] == b"x"
 
 
 @pytest.mark.parametrize("number", DISK)
@@ -205,7 +236,7 @@ def test_an_error_of_the_disk_is_an_outage_at_each_operation(
             assert isinstance(error, StorageUnavailable)
             assert error.reason == DISK[number]
             final = not isinstance(tried(call, fresh, path), StorageUnavailable)
-            assert final == (number in (errno.EACCES, errno.EPERM, errno.EROFS))
+            assert final == (number in FINAL_AT_FIRST)
     assert file_storage.get("k")[0] == b"old"
 
 

@@ -241,7 +241,7 @@ def test_data_that_does_not_fit_is_said(data: Path, folder: Storage, tmp_path: P
 
     fails(DataError, r"train\.batch_size: 4096 is more than", train={"batch_size": 4096})
     fails(DataError, r"data\.path: .* does not exist", data={"path": str(tmp_path / "nowhere.d")})
-    fails(SpecError, "vae learns from images, this dataset has texts", data={"path": str(data / "play.txt")})
+    fails(SpecError, "vae learns from images, but this dataset has texts", data={"path": str(data / "play.txt")})
 
 
 def test_what_a_density_is_fitted_to_is_bounded_and_fixed(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:

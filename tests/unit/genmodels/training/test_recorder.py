@@ -71,7 +71,7 @@ def snapshot(step: int, val_loss: float | None = None) -> Snapshot:
         step=step,
         samples=step * 12,
         metrics={"val_loss": 1 / step if val_loss is None else val_loss},
-        served=weights,
+        serving_weights=weights,
         roles={"model": {name: tensor + 1 for name, tensor in weights.items()}},
         optimizers={"model": [{"0.step": torch.tensor(float(step))}]},
     )

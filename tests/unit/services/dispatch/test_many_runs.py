@@ -138,8 +138,8 @@ def test_a_scrape_does_not_wait_for_storage(monkeypatch: pytest.MonkeyPatch) -> 
     while len(ages) < 3 and time.monotonic() < deadline:
         told = figures(metrics.text())
         assert told['genmodels_open_runs{state="queued"}'] == 0.0
-        if not ages or told["genmodels_job_figures_age_seconds"] > ages[-1]:
-            ages.append(told["genmodels_job_figures_age_seconds"])
+        if not ages or told["genmodels_job_metrics_age_seconds"] > ages[-1]:
+            ages.append(told["genmodels_job_metrics_age_seconds"])
     assert len(ages) == 3
     storage.held.set()
     submitting.join()

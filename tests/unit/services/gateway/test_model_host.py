@@ -1,4 +1,4 @@
-"""The model host follows the registry: swaps nobody notices, refusals that are told, names, a budget of memory."""
+"""The model host watches the registry: swaps without failed requests, refused versions, names, a budget of memory."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def storage(tmp_path: Path) -> Storage:
 
 @pytest.fixture(autouse=True)
 def by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Hosts look at the registry when a test says so."""
+    """Hosts read the registry only when a test says so."""
     monkeypatch.setattr(model_host, "_watch", lambda _: None)
     monkeypatch.setattr(catalog, "LIST_TTL_SECONDS", 0.0)
     monkeypatch.setattr("genmodels.engine.alias_watcher.CACHE_TTL_SECONDS", 0.0)
@@ -54,14 +54,16 @@ def by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture
 def loads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Names of what was loaded, in order."""
+    """Return the names of the loaded models, in order."""
     names: list[str] = []
-    monkeypatch.setattr(model_cache, "load", lambda storage, found: names.append(found.name) or load(storage, found))
+    monkeypatch.setattr(
+        model_cache, "load", lambda storage, resolved: names.append(resolved.name) or load(storage, resolved)
+    )
     return names
 
 
 def version_of(app: Any, name: str) -> str:
-    """Which version answers to a name, as its picture proves."""
+    """Return the version that answers to a name."""
     response = ask(app, "POST", "/v1/images/generations", {"model": name, **GENERATE})
     assert response.status_code == 200, response.text
     assert response.json()["data"][0]["b64_json"]
@@ -117,14 +119,14 @@ def test_a_stream_ends_with_the_version_that_began_it(storage: Storage) -> None:
 
     async def through_a_swap() -> tuple[str, str]:
         items = host.complete("play", request)
-        opened = await anext(items)
-        assert isinstance(opened, CompletionStarted)
+        started = await anext(items)
+        assert isinstance(started, CompletionStarted)
         publish(storage, "play", "minigpt", step=2)
         await asyncio.to_thread(host.watch)
         assert "play@1" in host._cache._entries
         text = "".join([item.text async for item in items if isinstance(item, TextDelta)])
         assert "play@1" not in host._cache._entries
-        return opened.model, text
+        return started.model, text
 
     expected = asyncio.run(whole("play"))
     assert asyncio.run(through_a_swap()) == ("play@1", expected)
@@ -143,21 +145,21 @@ def test_twenty_swaps_under_load_fail_no_request_and_cut_no_stream(storage: Stor
     for number in range(1, 6):
         oracle[f"shapes@{number}"] = answer(load(storage, resolve_model(storage, f"shapes@{number}")), pictures).images
         model = load(storage, resolve_model(storage, f"play@{number}"))
-        oracle[f"play@{number}"] = "".join(piece.text for piece in complete(model, writing))
+        oracle[f"play@{number}"] = "".join(delta.text for delta in complete(model, writing))
     assert len(set(map(str, oracle.values()))) == 10
     host = ModelHost(storage.url)
 
     async def draw() -> tuple[str, object]:
-        found = await host.answer("shapes", pictures)
-        assert not isinstance(found, RequestError), found
-        return found.model, found.images
+        result = await host.answer("shapes", pictures)
+        assert not isinstance(result, RequestError), result
+        return result.model, result.images
 
     async def write() -> tuple[str, object]:
-        opened, *pieces = [item async for item in host.complete("play", writing)]
-        assert isinstance(opened, CompletionStarted), opened
-        assert all(isinstance(piece, TextDelta) for piece in pieces), pieces
-        assert pieces[-1].finish_reason == "length"
-        return opened.model, "".join(piece.text for piece in pieces)
+        started, *deltas = [item async for item in host.complete("play", writing)]
+        assert isinstance(started, CompletionStarted), started
+        assert all(isinstance(delta, TextDelta) for delta in deltas), deltas
+        assert deltas[-1].finish_reason == "length"
+        return started.model, "".join(delta.text for delta in deltas)
 
     async def swaps() -> None:
         for number in range(20):
@@ -174,7 +176,7 @@ def test_twenty_swaps_under_load_fail_no_request_and_cut_no_stream(storage: Stor
         return await asyncio.gather(*asked)
 
     answers = asyncio.run(all_of_it())
-    assert all(oracle[name] == found for name, found in answers)
+    assert all(oracle[name] == result for name, result in answers)
     assert {name for name, _ in answers} == set(oracle)
     assert sorted(host._cache._entries) == ["play@1", "shapes@1"]
 
@@ -231,9 +233,9 @@ def test_a_bad_version_is_refused_and_the_old_one_answers_on(
     assert counted.get() == before + 1
     shown = entry(app, "shapes")
     assert (shown["version"], shown["aliases"]) == (1, {"production": 2})
-    (told,) = shown["refused"]
-    assert (told["alias"], told["version"]) == ("production", 2)
-    assert reason in told["reason"]
+    (refused_alias,) = shown["refused"]
+    assert (refused_alias["alias"], refused_alias["version"]) == ("production", 2)
+    assert reason in refused_alias["reason"]
     publish(storage, "shapes", "vae", step=3)
     host.watch()
     assert version_of(app, "shapes") == "shapes@3"
@@ -282,13 +284,13 @@ def test_checkpoints_of_a_run_have_names(storage: Storage) -> None:
     host.watch()
     assert version_of(app, "shapes@live") == "shapes@study-00000002:step-10"
     assert version_of(app, second) == second
-    for name, said in {
+    for name, message in {
         "shapes@step-11": "steps of shapes in job study-00000002 with one: 10",
         "shapes@study-00000009:step-10": "none yet",
         "play@live": "no job has trained 'play'",
     }.items():
         error = refused(ask(app, "POST", "/v1/images/generations", {"model": name, **GENERATE}), 404)
-        assert said in error["message"]
+        assert message in error["message"]
 
 
 def test_the_least_recently_used_goes_first_and_never_one_in_use(storage: Storage) -> None:
@@ -328,8 +330,8 @@ def test_a_host_of_two_threads_answers_the_same_text_many_times(storage: Storage
 
         for threads in (2, 1):
             host = ModelHost(sys.argv[1], torch_threads=threads)
-            (said,) = {*asyncio.run(texts(host)), *asyncio.run(texts(host))}
-            print(threads, len(said))
+            (result,) = {*asyncio.run(texts(host)), *asyncio.run(texts(host))}
+            print(threads, len(result))
     """
     command = [sys.executable, "-c", textwrap.dedent(program), storage.url]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=True)
@@ -355,7 +357,7 @@ def test_requests_that_come_while_a_version_loads_wait_for_one_load(storage: Sto
         return await asyncio.gather(*(host.answer("shapes@2", GenerateRequest(seed=1)) for _ in range(5)))
 
     answers = asyncio.run(five())
-    assert {found.model for found in answers} == {"shapes@2"}
+    assert {result.model for result in answers} == {"shapes@2"}
     assert loads.count("shapes@2") == 1
 
 
@@ -366,10 +368,10 @@ def test_a_client_that_leaves_does_not_end_the_load_for_others(
     host = ModelHost(storage.url)
     begun, go_on = threading.Event(), threading.Event()
 
-    def slow(storage: Storage, found: Any) -> Any:
+    def slow(storage: Storage, result: Any) -> Any:
         begun.set()
         go_on.wait(10)
-        return load(storage, found)
+        return load(storage, result)
 
     monkeypatch.setattr(model_cache, "load", slow)
 

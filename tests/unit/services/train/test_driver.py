@@ -275,7 +275,7 @@ def test_a_damaged_best_gives_way_to_the_next(spec: ModelSpec) -> None:
     assert (result.outcome, result.step, result.metrics) == ("succeeded", 3, {"val_loss": 1.7})
     for step in (1, 3):
         run.storage.delete(f"{run.checkpoint_prefix(CheckpointRef(attempt=1, step=step))}/{WEIGHTS}")
-    with pytest.raises(CheckpointError, match="runs/tiny-00000000/minigpt: no checkpoint is whole"):
+    with pytest.raises(CheckpointError, match="runs/tiny-00000000/minigpt: no checkpoint is complete"):
         publish_run(run, spec, 1)
 
 
@@ -363,7 +363,7 @@ def test_a_group_that_has_not_begun_leaves_at_once(watch: DriverWatch) -> None:
     result = run.result(1)
     assert result is not None
     assert (result.outcome, result.cause, result.step) == ("stopped", None, 4)
-    assert result.message == "left before its workers had begun; continues from step 4"
+    assert result.message == "stopped before its workers started; continues from step 4"
 
 
 def test_a_group_that_has_begun_leaves_by_itself(watch: DriverWatch) -> None:
@@ -494,7 +494,7 @@ def test_a_driver_that_is_told_to_end_leaves_a_result_and_its_log(tmp_path: Path
     assert (result.outcome, result.step) == ("stopped", 0)
     assert [command.reason for command in run.commands(1)] == ["the driver was told to end (SIGTERM)"]
     assert log(run)[0] == "workers: 2"
-    assert log(run)[-1].endswith("left before its workers had begun; continues from step 0")
+    assert log(run)[-1].endswith("stopped before its workers started; continues from step 0")
 
 
 def test_a_driver_ends_when_it_is_overtaken(tmp_path: Path) -> None:

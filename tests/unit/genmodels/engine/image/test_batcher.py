@@ -1,4 +1,4 @@
-"""Dynamic batching of images: a row's result is the same bits in any company; nobody waits behind a large request."""
+"""Dynamic batching of images: a result is the same bits in any company, and large requests do not block small ones."""
 
 from __future__ import annotations
 
@@ -34,13 +34,13 @@ from tests.support.schema_bounds import any_value
 
 @pytest.fixture(scope="module", params=["vae", "gan", "autoencoder"])
 def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> ImageModel:
-    found = loaded(request.param, tmp_path_factory.mktemp(request.param))
-    assert isinstance(found, ImageModel)
-    return found
+    result = loaded(request.param, tmp_path_factory.mktemp(request.param))
+    assert isinstance(result, ImageModel)
+    return result
 
 
 class Gate:
-    """A function that waits until it is told to go on, and keeps its batches."""
+    """A function that waits until the gate is open, and keeps its batches."""
 
     def __init__(self) -> None:
         self.entered, self.open = threading.Event(), threading.Event()
@@ -66,7 +66,7 @@ def rows(start: int, count: int) -> torch.Tensor:
     return torch.arange(start, start + count, dtype=torch.float32)[:, None]
 
 
-def test_those_who_wait_share_a_pass_and_get_their_own_rows() -> None:
+def test_waiting_calls_share_a_batch_and_get_their_own_rows() -> None:
     batcher, gate = DynamicBatcher(), Gate()
     with ThreadPoolExecutor(8) as pool:
         first = pool.submit(batcher.apply, "k", gate, rows(0, 1))
@@ -92,12 +92,12 @@ def test_a_large_request_takes_turns_with_small_ones() -> None:
         gate.open.set()
         assert torch.equal(small.result(), rows(1000, 2) * 2)
         assert torch.equal(large.result(), rows(0, 4 * CHUNK) * 2)
-    beside = next(i for i, part in enumerate(gate.batches) if 1000 in part)
-    assert beside == 2 - 1 or len(gate.batches[beside]) == CHUNK
-    assert beside <= 2
+    index = next(i for i, part in enumerate(gate.batches) if 1000 in part)
+    assert index == 2 - 1 or len(gate.batches[index]) == CHUNK
+    assert index <= 2
 
 
-def test_other_options_are_another_pass() -> None:
+def test_other_options_are_another_batch() -> None:
     batcher = DynamicBatcher()
 
     def fail(_: torch.Tensor) -> torch.Tensor:
@@ -195,17 +195,17 @@ def test_no_request_changes_or_fails_another(model: ImageModel, data: st.DataObj
             return error.status
 
     with ThreadPoolExecutor(12) as pool:
-        found = list(pool.map(answered, [*odd, *honest]))
-    assert found[len(odd) :] == alone
-    assert all(isinstance(one, ImageAnswer) or one == 400 for one in found)
+        result = list(pool.map(answered, [*odd, *honest]))
+    assert result[len(odd) :] == alone
+    assert all(isinstance(one, ImageAnswer) or one == 400 for one in result)
 
 
 def test_a_list_of_seeds_gives_the_picture_of_each(model: ImageModel) -> None:
     seeds = [5, 0, 5, 2**63 - 1]
-    found = answers.answer(model, GenerateRequest(seed=seeds))
-    assert found.seed == seeds
-    assert found.images == tuple(answers.answer(model, GenerateRequest(seed=seed)).images[0] for seed in seeds)
-    assert answers.answer(model, GenerateRequest(seed=seeds, n=4)) == found
+    result = answers.answer(model, GenerateRequest(seed=seeds))
+    assert result.seed == seeds
+    assert result.images == tuple(answers.answer(model, GenerateRequest(seed=seed)).images[0] for seed in seeds)
+    assert answers.answer(model, GenerateRequest(seed=seeds, n=4)) == result
     with pytest.raises(RequestError, match="n: got 3, and 4 seeds"):
         answers.answer(model, GenerateRequest(seed=seeds, n=3))
 
@@ -222,10 +222,10 @@ def test_npy_files_hold_what_the_picture_shows(model: ImageModel) -> None:
 
 
 def test_ways_between_two_points(model: ImageModel) -> None:
-    def way(method: Any) -> ImageAnswer:
+    def interpolated(method: Any) -> ImageAnswer:
         return answers.answer(model, InterpolateRequest(start=1, end=2, steps=5, method=method))
 
-    straight, round_, own = way("linear"), way("spherical"), way(None)
+    straight, round_, own = interpolated("linear"), interpolated("spherical"), interpolated(None)
     assert straight.images[0] == round_.images[0]
     assert straight.images[2] != round_.images[2]
     assert own == (straight if model.family.family_name() == "autoencoder" else round_)
@@ -246,7 +246,7 @@ def png_pixels(file: bytes) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(file)).convert("L"), dtype=np.float32)
 
 
-def test_files_of_pictures_are_told_as_base64(tmp_path: Path) -> None:
+def test_image_files_are_sent_as_base64(tmp_path: Path) -> None:
     from genmodels.storage import open_storage
     from services.gateway.model_host import ModelHost
     from services.gateway.routes import create_app
