@@ -458,7 +458,7 @@ def test_a_file_that_is_another_or_damaged_says_so(tmp_path: Path, monkeypatch: 
         with pytest.raises(DataError, match=rf"{path} is damaged or another edition .*expected {wanted}.*delete it"):
             read(source())
     path.write_bytes(gzip.compress(CONTENT)[:-20])
-    with pytest.raises(DataError, match=f"{path} cannot be read .*delete it and get it again"):
+    with pytest.raises(DataError, match=f"{path} cannot be read .*delete it and download it again"):
         read(source())
 
 
