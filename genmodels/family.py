@@ -164,7 +164,9 @@ class Family(ABC, Generic[ConfigT, RequestT]):
     def check_kind(cls, data: ImageInfo | TextInfo) -> None:
         """Raise SpecError if this family does not learn from data of this kind."""
         if data.kind != cls.kind:
-            raise SpecError(f"data: {cls.family_name()} learns from {cls.kind}s, this dataset has {data.kind}s")
+            raise SpecError(
+                f"data: {cls.family_name()} learns from {cls.kind}s, but this dataset has {data.kind}s; choose another"
+            )
 
     @classmethod
     def check(cls, config: ConfigT, data: ImageInfo | TextInfo) -> None:

@@ -38,7 +38,7 @@ class TrainingGauges:
         self._workers, self._tokens, self._step_flops = workers, tokens, step_flops
         self._set(metrics.TRAINING_WORKERS, workers)
 
-    def beat(self, heartbeat: Heartbeat) -> None:
+    def show_heartbeat(self, heartbeat: Heartbeat) -> None:
         self._set(metrics.TRAINING_PROGRESS, time.time())
         self._set(metrics.TRAINING_STEP, heartbeat.step)
         self._set(metrics.TRAINING_MAX_STEPS, heartbeat.max_steps)

@@ -31,7 +31,7 @@ from genmodels.storage.retry import retry_until_available
 from genmodels.training.flops import StepFlops
 from genmodels.training.gauges import TrainingGauges
 
-BEAT_SECONDS = 1.0
+HEARTBEAT_SECONDS = 1.0
 METRICS_SECONDS = 5.0
 MEDIAN_OF = 101  # steps
 MAX_ROWS, MAX_PICTURES = 10_000, 64  # that wait for the store
@@ -78,14 +78,16 @@ class RunRecorder:
         self.closing = threading.Event()
         self.snapshots: queue.Queue[tuple[Snapshot, float] | None] = queue.Queue(maxsize=1)  # and when it was begun
         self.pace: tuple[float, int] | None = None  # when this attempt's first step ended, and its number
-        self.ticked: float | None = None
+        self.progressed_at: float | None = None
         self.durations: deque[float] = deque(maxlen=MEDIAN_OF)  # of the latest steps
-        self.beater = threading.Thread(target=self._guard, args=(self._beat,), name="beat", daemon=True)
+        self.heartbeat_writer = threading.Thread(
+            target=self._guard, args=(self._write_heartbeats,), name="heartbeat", daemon=True
+        )
         self.uploader = threading.Thread(target=self._guard, args=(self._upload,), name="upload", daemon=True)
 
     def __enter__(self) -> RunRecorder:
-        self.gauges.beat(self.heartbeat)
-        self.beater.start()
+        self.gauges.show_heartbeat(self.heartbeat)
+        self.heartbeat_writer.start()
         self.uploader.start()
         return self
 
@@ -93,7 +95,7 @@ class RunRecorder:
         if kind is None or issubclass(kind, Exception):
             self._drain()
         self.closing.set()
-        self.beater.join()
+        self.heartbeat_writer.join()
         if kind is None and self.error:
             raise self.error
 
@@ -108,9 +110,9 @@ class RunRecorder:
         now = time.monotonic()
         if phase == "training":
             self.pace = self.pace or (now, step)
-            if self.ticked is not None:  # all work before the step has reported its own end
-                self.durations.append(now - self.ticked)
-        self.ticked = now
+            if self.progressed_at is not None:  # all work before the step has reported its own end
+                self.durations.append(now - self.progressed_at)
+        self.progressed_at = now
         seconds_left = None
         if self.pace and step > self.pace[1] and phase != "waiting for storage":  # an outage tells nothing of the pace
             seconds_left = (now - self.pace[0]) / (step - self.pace[1]) * (self.spec.train.max_steps - step)
@@ -131,7 +133,7 @@ class RunRecorder:
         self._wait_for_room(self.pictures, MAX_PICTURES, step)
 
     def save(self, snapshot: Snapshot) -> None:
-        began = self.ticked or time.monotonic()  # before the snapshot was taken, too
+        began = self.progressed_at or time.monotonic()  # before the snapshot was taken, too
         while True:
             try:
                 self.snapshots.put((snapshot, began), timeout=0.5)
@@ -144,11 +146,11 @@ class RunRecorder:
         return self.stop_event.is_set()
 
     def _show(self, **facts: Any) -> None:
-        """Change the heartbeat, which counts as progress: at once in the gauges, with the next beat in storage."""
+        """Change the heartbeat, which counts as progress: at once in the gauges, with the next heartbeat in storage."""
         self.heartbeat = self.heartbeat.model_copy(
             update={**facts, "progress_count": self.heartbeat.progress_count + 1}
         )
-        self.gauges.beat(self.heartbeat)
+        self.gauges.show_heartbeat(self.heartbeat)
 
     def _wait_for_room(self, unwritten: Sized, most: int, step: int) -> None:
         while len(unwritten) > most:
@@ -163,7 +165,7 @@ class RunRecorder:
             except queue.Full:
                 continue
             while self.uploader.is_alive():
-                self.uploader.join(BEAT_SECONDS)
+                self.uploader.join(HEARTBEAT_SECONDS)
                 self._show()
 
     def _guard(self, work: Callable[[], None]) -> None:
@@ -172,23 +174,23 @@ class RunRecorder:
         except BaseException as error:  # handed to the training thread, which raises it
             self.error = self.error or error
 
-    def _beat(self) -> None:
+    def _write_heartbeats(self) -> None:
         """Write heartbeats that changed, and every few seconds metrics and previews."""
         written, flushed = None, time.monotonic()
-        while not self.closing.wait(BEAT_SECONDS):
+        while not self.closing.wait(HEARTBEAT_SECONDS):
             try:
                 if self.heartbeat is not written:
-                    written = self._write_beat()
+                    written = self._write_heartbeat()
                 if time.monotonic() - flushed >= METRICS_SECONDS:
                     self._flush()
                     flushed = time.monotonic()
-                    self._waits("beat")
+                    self._waits("heartbeat")
             except StorageUnavailable as outage:  # the next round retries
-                self._waits("beat", outage.reason)
+                self._waits("heartbeat", outage.reason)
         self._persist(self._flush)
-        self._persist(self._write_beat)
+        self._persist(self._write_heartbeat)
 
-    def _write_beat(self) -> Heartbeat:
+    def _write_heartbeat(self) -> Heartbeat:
         latest, durations = self.heartbeat, list(self.durations)
         step_seconds = statistics.median(durations) if durations else None
         facts = {"step_seconds": step_seconds, "waiting": self.waiting}
@@ -219,7 +221,7 @@ class RunRecorder:
         with checkpoint.scratch_folder() as name:
             folder = Path(name)
             checkpoint.write_files(folder, self.scratch, snapshot)
-            self.scratch.network.load_state_dict(snapshot.served)
+            self.scratch.network.load_state_dict(snapshot.serving_weights)
             self.scratch.fit(self.fit_batches(), self.spec.train.seed)
             checkpoint.write_assets(folder, self.scratch.assets() | self.assets)
             manifest = Manifest(

@@ -16,7 +16,7 @@ from genmodels.runs.store import Run
 
 log = logging.getLogger("genmodels")
 
-FENCE_SECONDS = 5.0  # between two looks for a newer attempt, and between two beats while the group starts
+FENCE_SECONDS = 5.0  # between two looks for a newer attempt, and between two heartbeats while the group starts
 FLUSH_SECONDS = 3.0
 SUPERSEDED = 76  # exit code of a driver whose attempt was taken over
 
@@ -34,7 +34,7 @@ class DriverWatch(CommandWatcher):
         self.terminated = threading.Event()
         self.busy = threading.Lock()  # held during a look, so that none continues after `trained`
         self.in_training = self.stop_sent = False
-        self.beat: tuple[Heartbeat, str] | None = None  # the latest and its etag, while only the driver beats
+        self.own_heartbeat: tuple[Heartbeat, str] | None = None  # the latest and its etag, until rank 0 writes them
         self.fenced = time.monotonic()
 
     def catch_sigterm(self) -> None:
@@ -44,12 +44,12 @@ class DriverWatch(CommandWatcher):
     def training(self, max_steps: int) -> None:
         """Note that the worker group is about to start."""
         first = Heartbeat(phase="starting", max_steps=max_steps)
-        self.beat = first, self.run.write_heartbeat(self.attempt, first)
+        self.own_heartbeat = first, self.run.write_heartbeat(self.attempt, first)
         self.in_training = True
 
     def trained(self) -> None:
         with self.busy:
-            self.in_training, self.beat = False, None
+            self.in_training, self.own_heartbeat = False, None
 
     def look(self) -> None:
         with self.busy:
@@ -69,15 +69,15 @@ class DriverWatch(CommandWatcher):
 
     def _group_has_not_started(self) -> bool:
         """Write a heartbeat for workers that have not started. After rank 0's first heartbeat this write is refused."""
-        if self.beat is None:
+        if self.own_heartbeat is None:
             return False
-        last, etag = self.beat
-        beat = last.model_copy(update={"progress_count": last.progress_count + 1})
+        last, etag = self.own_heartbeat
+        heartbeat = last.model_copy(update={"progress_count": last.progress_count + 1})
         try:
-            self.beat = beat, self.run.write_heartbeat(self.attempt, beat, if_match=etag)
+            self.own_heartbeat = heartbeat, self.run.write_heartbeat(self.attempt, heartbeat, if_match=etag)
         except Conflict:
-            self.beat = None
-        return self.beat is not None
+            self.own_heartbeat = None
+        return self.own_heartbeat is not None
 
     def _stop(self) -> None:
         step = max((ref.step for ref in self.run.checkpoints()), default=0)

@@ -149,14 +149,14 @@ def _stopped(run: Run) -> Result:
 
 def _outage_reporter(run: Run, attempt: int, spec: ModelSpec) -> Callable[[StorageUnavailable], None]:
     """Return a callback that writes the reason of an outage into the heartbeat, if the storage takes it."""
-    steps, ticks = spec.train.max_steps, itertools.count(1)
+    steps, count = spec.train.max_steps, itertools.count(1)
 
     def report_outage(outage: StorageUnavailable) -> None:
-        beat = Heartbeat(
-            phase="publishing", step=steps, max_steps=steps, progress_count=-next(ticks), waiting=outage.reason
+        heartbeat = Heartbeat(
+            phase="publishing", step=steps, max_steps=steps, progress_count=-next(count), waiting=outage.reason
         )
         with contextlib.suppress(StorageError):
-            run.write_heartbeat(attempt, beat)
+            run.write_heartbeat(attempt, heartbeat)
 
     return report_outage
 

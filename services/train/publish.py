@@ -25,7 +25,7 @@ from genmodels.spec.sections import ModelSpec
 
 log = logging.getLogger("genmodels")
 
-BEAT_SECONDS = 1.0  # minimum time between two heartbeats during an evaluation
+HEARTBEAT_SECONDS = 1.0  # minimum time between two heartbeats during an evaluation
 
 
 def publish_run(run: Run, spec: ModelSpec, attempt: int) -> Result:
@@ -98,13 +98,13 @@ def _progress_reporter(run: Run, attempt: int, spec: ModelSpec) -> Callable[[], 
     steps = spec.train.max_steps
     last = Heartbeat(phase="publishing", step=steps, max_steps=steps)
     run.write_heartbeat(attempt, last)
-    beaten = time.monotonic()
+    written = time.monotonic()
 
     def report_progress() -> None:
-        nonlocal last, beaten
-        if time.monotonic() - beaten >= BEAT_SECONDS:
+        nonlocal last, written
+        if time.monotonic() - written >= HEARTBEAT_SECONDS:
             last = last.model_copy(update={"progress_count": last.progress_count + 1})
             run.write_heartbeat(attempt, last)
-            beaten = time.monotonic()
+            written = time.monotonic()
 
     return report_progress

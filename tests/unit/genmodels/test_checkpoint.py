@@ -258,7 +258,7 @@ def test_names_in_a_manifest_stay_in_the_folder(name: str, tmp_path: Path) -> No
     forge(storage, "a", manifest.model_dump())
     folder = tmp_path / "in" / "side"
     folder.mkdir(parents=True)
-    with pytest.raises(CheckpointError, match="is not the name of a file in a checkpoint"):
+    with pytest.raises(CheckpointError, match="is not a valid file name in a checkpoint"):
         checkpoint.fetch(storage, "a", folder)
     assert sorted(tmp_path.rglob("*")) == [tmp_path / "in", folder]
 
@@ -303,9 +303,9 @@ def test_a_checkpoint_answers_as_the_weights_it_holds(recorded: Recorded, tmp_pa
     folder = fetched(recorded, tmp_path)
     family = checkpoint.load_family(folder)
     stored = checkpoint.load_tensors(folder / WEIGHTS)
-    found = family.network.state_dict()
-    assert found.keys() == stored.keys()
-    assert all(torch.equal(found[name], tensor) for name, tensor in stored.items())
+    result = family.network.state_dict()
+    assert result.keys() == stored.keys()
+    assert all(torch.equal(result[name], tensor) for name, tensor in stored.items())
     assert family.assets() == checkpoint.read_assets(folder)
     assert not family.network.training
     assert not any(parameter.requires_grad for parameter in family.network.parameters())
@@ -325,22 +325,22 @@ def test_settings_that_a_newer_release_added_are_passed_over(recorded: Recorded,
     expected = checkpoint.load_family(folder).probe()
     document = json.loads((folder / CONFIG).read_text())
     change(folder, config=document["config"] | {"sparkle": 2}, data=document["data"] | {"depth": 16}, release="9")
-    found = checkpoint.load_family(folder).probe()
-    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    result = checkpoint.load_family(folder).probe()
+    assert all(torch.equal(result[name], tensor) for name, tensor in expected.items())
 
 
 @pytest.mark.parametrize(
-    ("values", "said"),
+    ("values", "message"),
     [
-        ({"config": {"latent_dim": 5}}, r"model\.safetensors: \S+ is 8 x \d+, and by config\.json it is 10 x \d+, and"),
-        ({"config": {"latent_dim": 4, "blocks": 2}}, r"model\.safetensors: \S+ is missing, and by config\.json it is"),
-        ({"family": "autoencoder", "config": {"latent_dim": 4}}, r"model\.safetensors: \S+ is 8 x .* it is 4 x"),
+        ({"config": {"latent_dim": 5}}, r"model\.safetensors: \S+ is 8 x \d+, but config\.json says 10 x \d+, and"),
+        ({"config": {"latent_dim": 4, "blocks": 2}}, r"model\.safetensors: \S+ is missing, but config\.json says"),
+        ({"family": "autoencoder", "config": {"latent_dim": 4}}, r"model\.safetensors: \S+ is 8 x .* says 4 x"),
         ({"config": {"latent_dim": 4, "blocks": 0}}, r"model\.safetensors: .* more differ"),
         ({"config": {"latent_dim": 4, "width": 512, "blocks": 8}}, r"model\.safetensors: "),
         ({"data": {"kind": "image", "channels": 3, "height": 16_384, "width": 16_384}}, r"model\.safetensors: "),
         (
             {"data": {"kind": "image", "channels": 3, "height": 10**30, "width": 8}},
-            r"config\.json: damaged \(a number of",
+            r"config\.json: damaged \(it has a number of",
         ),
         ({"family": "../evil"}, r"config\.json: model\.family: got '\.\./evil', expected one of autoencoder"),
         ({"family": ["vae"]}, r"config\.json: damaged \(family"),
@@ -350,10 +350,10 @@ def test_settings_that_a_newer_release_added_are_passed_over(recorded: Recorded,
         ({"data": {"kind": "sound"}}, r"config\.json: .*sound"),
     ],
 )
-def test_what_does_not_fit_is_said(recorded: Recorded, tmp_path: Path, values: dict[str, Any], said: str) -> None:
+def test_what_does_not_fit_is_said(recorded: Recorded, tmp_path: Path, values: dict[str, Any], message: str) -> None:
     folder = fetched(recorded, tmp_path)
     change(folder, **values)
-    with pytest.raises(CheckpointError, match=said) as caught:
+    with pytest.raises(CheckpointError, match=message) as caught:
         checkpoint.load_family(folder)
     assert "\n" not in str(caught.value)
 

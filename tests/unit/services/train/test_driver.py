@@ -318,7 +318,7 @@ def watch(monkeypatch: pytest.MonkeyPatch) -> DriverWatch:
     return DriverWatch(Run(MemoryStorage(), "j", "m"), 1, Logs())
 
 
-def beat(run: Run) -> Heartbeat:
+def heartbeat(run: Run) -> Heartbeat:
     found = run.heartbeat(1)
     assert found is not None
     return found
@@ -329,15 +329,15 @@ def test_the_driver_beats_until_rank_0_does(watch: DriverWatch) -> None:
     watch.look()
     assert run.heartbeat(1) is None
     watch.training(max_steps=9)
-    assert beat(run) == Heartbeat(phase="starting", max_steps=9)
-    for tick in (1, 2):
+    assert heartbeat(run) == Heartbeat(phase="starting", max_steps=9)
+    for count in (1, 2):
         watch.look()
-        assert beat(run).progress_count == tick
+        assert heartbeat(run).progress_count == count
     of_rank_0 = Heartbeat(phase="starting", max_steps=9, progress_count=1)
     run.write_heartbeat(1, of_rank_0)
     for _ in range(2):
         watch.look()
-        assert beat(run) == of_rank_0
+        assert heartbeat(run) == of_rank_0
 
 
 def test_a_driver_whose_attempt_was_taken_over_ends_without_a_result(watch: DriverWatch) -> None:
@@ -413,7 +413,7 @@ def test_after_training_nothing_is_looked_after(watch: DriverWatch) -> None:
     watch.run.send_command("stop", 1, "too late")
     watch.run.start_attempt(2, None, 1)
     watch.look()
-    assert beat(watch.run) == publishing
+    assert heartbeat(watch.run) == publishing
 
 
 @pytest.mark.parametrize("ended", [False, True])
