@@ -1,13 +1,24 @@
-"""A checkpoint: a directory to resume training from or to publish, whole or invisible.
+"""Write, upload, read and verify checkpoints.
 
-    model.safetensors      the served weights (the EMA where there is one)
+A checkpoint is a directory to resume training from or to publish. It is complete or invisible: nothing reads a
+directory in storage that has no manifest. The same content has these forms:
+
+    Snapshot               in the memory of a training process
+    CheckpointRef          attempt and step, which name a directory of a run; `Manifest` lists its files
+    registry.Version       the serving files of a checkpoint, published
+    ResolvedModel          the serving files that a reference names, of a version or of a checkpoint
+    LoadedModel            a resolved model in the memory of a model host
+
+Files of the directory:
+
+    model.safetensors      the serving weights (the EMA if there is one)
     config.json            family, its config, and the shape of the data: enough to build the networks
-    assets/                tokenizer, fitted density: what serving needs beside the weights
+    assets/                tokenizer, fitted density: what serving needs in addition to the weights
     state/<role>.safetensors, state/<role>.optimizer-<i>.safetensors       raw weights and optimizers, to resume
     manifest.json          every file with size and sha256, step, metrics, lineage, and its own digest; written last
 
-Nothing reads a directory in storage that has no manifest, and nothing is unpickled: tensors are safetensors, the rest
-JSON.
+`model.safetensors`, `config.json` and `assets/` are the serving files. Nothing is unpickled: tensors are safetensors,
+the rest is JSON.
 """
 
 from __future__ import annotations
@@ -45,32 +56,32 @@ class File(Document):
 
 
 class CheckpointRef(Document):
-    """Where in a run a checkpoint stands."""
+    """Name a checkpoint of a run by its attempt and step."""
 
     attempt: int = Field(ge=0)
     step: int = Field(ge=0)
 
 
 class Lineage(Document):
-    """What a checkpoint came from."""
+    """Record what a checkpoint was made from."""
 
     spec_digest: str
     data_digest: str
     code_version: str
     world_size: int
-    parent: CheckpointRef | None  # the checkpoint its attempt went on from
+    parent: CheckpointRef | None  # the checkpoint that its attempt resumed from
 
 
-# Metrics may be NaN: they are stored as text, since JSON has no word for it.
+# A metric may be NaN, which JSON cannot express: such values are stored as text.
 Metrics = dict[str, Annotated[float, Field(allow_inf_nan=True)]]
 
 
 class Manifest(Document):
     object_kind = "checkpoint"
-    remedy = "the run continues from another checkpoint; delete this one's folder"
+    remedy = "the run resumes from another checkpoint; delete the folder of this one"
 
     step: int
-    samples: int  # seen by all workers together: the position in the data
+    samples: int  # that all workers have seen together: the position in the data
     metrics: Metrics
     lineage: Lineage
     files: dict[str, File]
@@ -78,18 +89,18 @@ class Manifest(Document):
 
 @dataclass(frozen=True)
 class Snapshot:
-    """Everything a checkpoint holds, as CPU copies that training no longer touches."""
+    """Hold the content of a checkpoint as CPU copies, which training no longer changes."""
 
     step: int
     samples: int
     metrics: dict[str, float]
-    served: dict[str, Tensor]
+    serving_weights: dict[str, Tensor]  # averaged (EMA) if the spec asks for it
     roles: dict[str, dict[str, Tensor]]  # raw weights
     optimizers: dict[str, list[dict[str, Tensor]]]  # per role and optimizer: "<parameter index>.<name>" -> tensor
 
 
 def optimizer_tensors(state: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The tensors of `Optimizer.state_dict()`, flat. Hyper-parameters are the spec's and are not stored."""
+    """Return the tensors of `Optimizer.state_dict()` in one flat dict; hyper-parameters come from the spec instead."""
     return {
         f"{index}.{name}": value.detach().cpu().clone()
         for index, values in state["state"].items()
@@ -98,7 +109,7 @@ def optimizer_tensors(state: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def load_optimizer(optimizer: Any, tensors: Mapping[str, Tensor]) -> None:
-    """Put what `optimizer_tensors` gave back into an optimizer of the same parameters."""
+    """Load the result of `optimizer_tensors` into an optimizer of the same parameters."""
     state: dict[int, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         index, _, name = key.partition(".")
@@ -107,12 +118,12 @@ def load_optimizer(optimizer: Any, tensors: Mapping[str, Tensor]) -> None:
 
 
 def write_files(folder: Path, family: Family[Any, Any], snapshot: Snapshot) -> None:
-    """Write all files of a checkpoint but the manifest and the assets."""
+    """Write all files of a checkpoint except the manifest and the assets."""
     from safetensors.torch import save_file
 
     (folder / "state").mkdir(parents=True, exist_ok=True)
     (folder / "assets").mkdir(exist_ok=True)
-    save_file(snapshot.served, folder / WEIGHTS)
+    save_file(snapshot.serving_weights, folder / WEIGHTS)
     write_config(folder, family)
     for role, weights in snapshot.roles.items():
         save_file(weights, folder / "state" / f"{role}.safetensors")
@@ -132,14 +143,15 @@ def write_assets(folder: Path, assets: Mapping[str, bytes]) -> None:
 
 
 def describe_files(folder: Path) -> dict[str, File]:
-    """Size and sha256 of every file under `folder`."""
+    """Return the size and sha256 of every file under `folder`."""
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
-    found = {path.relative_to(folder).as_posix(): path for path in paths}
-    return {name: File(size=path.stat().st_size, sha256=sha256_of(path)) for name, path in found.items()}
+    return {
+        path.relative_to(folder).as_posix(): File(size=path.stat().st_size, sha256=sha256_of(path)) for path in paths
+    }
 
 
-def served(files: Mapping[str, File]) -> dict[str, File]:
-    """Of a checkpoint's files those that a model needs to answer, and not to be trained further."""
+def serving_files(files: Mapping[str, File]) -> dict[str, File]:
+    """Return the files that a model needs to answer requests, without those that only training needs."""
     return {name: file for name, file in files.items() if not name.startswith("state/")}
 
 
@@ -149,7 +161,7 @@ def sha256_of(path: Path) -> str:
 
 
 def upload(storage: Storage, prefix: str, folder: Path, manifest: Manifest, fence: Callable[[], None]) -> None:
-    """Bring a checkpoint's files to storage, then, past the fence, its manifest: from then on it exists."""
+    """Upload the files of a checkpoint, check the fence, then write the manifest, from when the checkpoint exists."""
     for name in manifest.files:
         storage.upload(folder / name, f"{prefix}/{name}")
     fence()
@@ -158,10 +170,10 @@ def upload(storage: Storage, prefix: str, folder: Path, manifest: Manifest, fenc
 
 
 def read_manifest(storage: Storage, prefix: str) -> Manifest:
-    """The manifest of a checkpoint in storage.
+    """Read the manifest of a checkpoint in storage.
 
     Raises:
-        CheckpointError: it is not there or damaged.
+        CheckpointError: the manifest is missing or damaged.
     """
     key = f"{prefix}/{MANIFEST}"
     try:
@@ -175,18 +187,18 @@ def read_manifest(storage: Storage, prefix: str) -> Manifest:
         written, _ = document.pop("digest"), document.pop("nonce")
         manifest = Manifest.model_validate(document)
         if written != _digest(document):
-            raise ValueError("its digest differs from its content")
+            raise ValueError("its digest does not match its content")
     except (ValueError, KeyError) as error:
-        what = f"it lacks {error}" if isinstance(error, KeyError) else _in_short(error)
+        what = f"the field {error} is missing" if isinstance(error, KeyError) else _summarize(error)
         raise CheckpointError(str(damaged(key, what, Manifest, etag))) from None
     return manifest
 
 
 def download(storage: Storage, keys: Mapping[str, str], files: Mapping[str, File], folder: Path) -> None:
-    """Fetch files and prove each against its size and sha256.
+    """Download files and verify the size and sha256 of each.
 
     Args:
-        keys: where in storage each file of `files` lies.
+        keys: the storage key of each file in `files`.
         folder: an empty folder to fill.
 
     Raises:
@@ -196,7 +208,7 @@ def download(storage: Storage, keys: Mapping[str, str], files: Mapping[str, File
         try:
             check_key(name)
         except StorageError:
-            raise CheckpointError(f"{name!r}: is not the name of a file in a checkpoint") from None
+            raise CheckpointError(f"{name!r} is not a valid file name in a checkpoint") from None
         path = folder / name
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -208,10 +220,10 @@ def download(storage: Storage, keys: Mapping[str, str], files: Mapping[str, File
 
 
 def fetch(storage: Storage, prefix: str, folder: Path) -> Manifest:
-    """Download a checkpoint and verify every byte of it.
+    """Download a checkpoint and verify every byte.
 
     Raises:
-        CheckpointError: it is incomplete or damaged.
+        CheckpointError: the checkpoint is incomplete or damaged.
     """
     manifest = read_manifest(storage, prefix)
     download(storage, {name: f"{prefix}/{name}" for name in manifest.files}, manifest.files, folder)
@@ -229,16 +241,16 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
 
 
 def load_family(folder: Path, weights: Mapping[str, Tensor] | None = None) -> Family[Any, Any]:
-    """The model of a checkpoint or version, ready to answer: served weights, assets, eval mode, on the CPU.
+    """Load the model of a checkpoint or version: serving weights and assets, in eval mode, on the CPU.
 
-    Its networks get memory only once their shapes are known to be those of the weights.
+    The shapes of the weights are checked first, so a wrong file allocates no memory for networks.
 
     Args:
-        folder: holds `config.json`, `assets/` and, unless `weights` is given, `model.safetensors`.
-        weights: the served weights, where they are in memory already.
+        folder: contains `config.json`, `assets/` and, unless `weights` is given, `model.safetensors`.
+        weights: the serving weights, if they are already in memory.
 
     Raises:
-        CheckpointError: config, weights and code do not fit together.
+        CheckpointError: config, weights and code do not match.
     """
     import torch
 
@@ -248,7 +260,7 @@ def load_family(folder: Path, weights: Mapping[str, Tensor] | None = None) -> Fa
         weights = load_tensors(folder / WEIGHTS)
     else:
         _check_shapes(outline, {name: tuple(tensor.shape) for name, tensor in weights.items()})
-    with torch.random.fork_rng(devices=[]):  # building draws initial weights: leave the caller's RNG alone
+    with torch.random.fork_rng(devices=[]):  # building draws initial weights: do not advance the RNG of the caller
         family = type(outline)(outline.config, outline.data)
     family.network.load_state_dict(dict(weights))
     family.load_assets(read_assets(folder))
@@ -257,17 +269,17 @@ def load_family(folder: Path, weights: Mapping[str, Tensor] | None = None) -> Fa
 
 
 def read_outline(folder: Path) -> Family[Any, Any]:
-    """Build the model that `config.json` describes, with networks that have shapes and no memory.
+    """Build the model that `config.json` describes, with networks that have shapes but no memory.
 
     Raises:
-        CheckpointError: it describes none that this release knows.
+        CheckpointError: this release does not know such a model.
     """
     from genmodels.sizing.outline import shapes_only
 
     try:
         document = read_config(folder)
         cls = models.load(document["family"])
-        # Lenient: a newer release may have added settings. Where they matter, shapes or the probe differ.
+        # Lenient: a newer release may have added settings. If they matter, the shapes or the probe differ.
         config = cls.Config.model_validate(document["config"], strict=False, extra="ignore")
         data: Any = TypeAdapter(DataInfo).validate_python(document["data"], strict=False, extra="ignore")
         with shapes_only():
@@ -277,7 +289,7 @@ def read_outline(folder: Path) -> Family[Any, Any]:
 
 
 def _stored_shapes(path: Path) -> dict[str, tuple[int, ...]]:
-    """The shapes of a file's tensors, of which only the header is read."""
+    """Read the shapes of the tensors in a file from its header."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -292,17 +304,17 @@ def _check_shapes(outline: Family[Any, Any], shapes: Mapping[str, tuple[int, ...
     if shapes == expected:
         return
     wrong = [name for name in {**expected, **shapes} if shapes.get(name) != expected.get(name)]
-    found, right = (_said(named.get(wrong[0])) for named in (shapes, expected))
+    stored, configured = (_format_shape(named.get(wrong[0])) for named in (shapes, expected))
     more = f", and {len(wrong) - 1} more differ" if len(wrong) > 1 else ""
-    raise CheckpointError(f"{WEIGHTS}: {wrong[0]} is {found}, and by {CONFIG} it is {right}{more}")
+    raise CheckpointError(f"{WEIGHTS}: {wrong[0]} is {stored}, but {CONFIG} says {configured}{more}")
 
 
-def _said(shape: tuple[int, ...] | None) -> str:
+def _format_shape(shape: tuple[int, ...] | None) -> str:
     return "missing" if shape is None else " x ".join(map(str, shape)) or "one number"
 
 
 def read_config(folder: Path) -> dict[str, Any]:
-    """Read a folder's `config.json`. Raises CheckpointError: it is missing or damaged."""
+    """Read the `config.json` of a folder. Raises CheckpointError if the file is missing or damaged."""
     try:
         return parse_config((folder / CONFIG).read_bytes())
     except OSError as error:
@@ -310,14 +322,14 @@ def read_config(folder: Path) -> dict[str, Any]:
 
 
 def parse_config(data: bytes) -> dict[str, Any]:
-    """Parse a `config.json`: `family`, its `config`, and the shape of the `data`. Raises CheckpointError."""
+    """Parse a `config.json` into `family`, `config` and the shape of the `data`. Raises CheckpointError if damaged."""
     try:
         document = parse_object(data)
     except ValueError as error:
         raise CheckpointError(f"{CONFIG}: damaged ({error})") from None
     for name, kind in (("family", str), ("config", dict), ("data", dict)):
         if not isinstance(document.get(name), kind):
-            raise CheckpointError(f"{CONFIG}: damaged ({name} is missing or of another type)")
+            raise CheckpointError(f"{CONFIG}: damaged ({name} is missing or has the wrong type)")
     return document
 
 
@@ -327,10 +339,10 @@ def read_assets(folder: Path) -> dict[str, bytes]:
 
 @contextmanager
 def scratch_folder() -> Iterator[str]:
-    """Make a folder for the files of one checkpoint, gone at the end.
+    """Make a folder for the files of one checkpoint; remove it at the end.
 
     Raises:
-        StorageUnavailable: the disk of this machine is full or fails, whatever that made of the work in the folder.
+        StorageUnavailable: the disk of this machine is full or fails, whatever error the work in the folder raised.
     """
     with disk_outages(), tempfile.TemporaryDirectory(prefix="genmodels-", ignore_cleanup_errors=True) as name:
         yield name
@@ -340,7 +352,7 @@ def _not_readable(path: Path, error: Exception) -> CheckpointError:
     return CheckpointError(f"{path.name}: not readable as safetensors ({error})")
 
 
-def _in_short(error: ValueError) -> str:
+def _summarize(error: ValueError) -> str:
     return f"{error.error_count()} fields are wrong" if isinstance(error, ValidationError) else str(error)
 
 

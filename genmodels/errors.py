@@ -1,19 +1,19 @@
-"""Every exception of the library.
+"""Define all exceptions of the library.
 
-GenmodelsError                  one clear line for the person who sees it
+GenmodelsError                  one clear line for the user
 ├── SpecError                   a job spec or an option is wrong; names the field path
 ├── DataError                   a dataset is missing, damaged or too small
 │   └── DatasetExists           the name is taken by another content, which may be replaced
 ├── StorageError
 │   ├── KeyNotFound             no object under that key
-│   ├── Conflict                a conditional put lost: somebody else wrote first
-│   └── StorageUnavailable      the store does not answer or refuses for now; trying again may help
-├── DamagedObject               a stored object is not what its key says; names the key and the remedy
-├── UnexpectedFailure           an exception of another kind, contained where it is in no other's way
+│   ├── Conflict                a conditional put failed: another process wrote first
+│   └── StorageUnavailable      the store does not answer or refuses for now; a retry may help
+├── DamagedObject               a stored object is not what its key says; the message has the key and the remedy
+├── UnexpectedFailure           an exception of any other type, contained so that the rest continues
 ├── CheckpointError             a checkpoint or version is incomplete or damaged
 ├── TrainingDiverged            a loss or gradient is no longer finite
 ├── JobNotFound                 no job has that id
-├── IdempotencyConflict         an idempotency key was used before, with another spec
+├── IdempotencyConflict         an idempotency key was used before with another spec
 ├── LeaseLost                   another dispatcher has taken over: stop writing states
 ├── Superseded                  a newer attempt of this run has started: stop writing
 └── RequestError                a request to an endpoint is wrong; has an HTTP status
@@ -24,11 +24,11 @@ from __future__ import annotations
 
 
 class GenmodelsError(Exception):
-    """Base of all errors whose message is meant for the user as it stands."""
+    """Be the base of all errors whose message is shown to the user unchanged."""
 
 
 class SpecError(GenmodelsError):
-    """A job spec is wrong. `problems` holds one line per wrong field: `path: what is wrong; remedy`."""
+    """Report a wrong job spec. `problems` has one line for each wrong field: `path: what is wrong; remedy`."""
 
     def __init__(self, *problems: str) -> None:
         super().__init__("\n".join(problems))
@@ -36,30 +36,30 @@ class SpecError(GenmodelsError):
 
 
 class DataError(GenmodelsError):
-    """A dataset is missing, damaged, or does not fit; the message says what to do."""
+    """Report a dataset that is missing, damaged or unsuitable; the message says what to do."""
 
 
 class DatasetExists(DataError):
-    """A dataset's name means another content now; it is replaced where that is said to be meant."""
+    """Report that a dataset name has another content now; the caller may ask to replace it."""
 
 
 class StorageError(GenmodelsError):
-    """An operation on the object store failed."""
+    """Report a failed operation on the object store."""
 
 
 class KeyNotFound(StorageError):
-    """No object is stored under the key."""
+    """Report that no object has this key."""
 
 
 class Conflict(StorageError):
-    """A conditional put found another object than expected; nothing was written."""
+    """Report a conditional put that met another object than expected; nothing was written."""
 
 
 class StorageUnavailable(StorageError):
-    """An outage: of the object store, or of the disk of this machine. Whoever meets it waits and tries again.
+    """Report an outage of the object store or of the disk of this machine; callers wait and try again.
 
     Args:
-        reason: a clause for people, shown while a run waits: no key, host or path.
+        reason: a clause for users, shown while a run waits; it has no key, host or path.
     """
 
     def __init__(self, message: str, reason: str = "the storage does not answer") -> None:
@@ -68,13 +68,13 @@ class StorageUnavailable(StorageError):
 
 
 class DamagedObject(GenmodelsError):
-    """A stored object is empty, cut off, not JSON, or lacks what its kind has. The store itself works.
+    """Report a stored object that is empty, cut off, not JSON, or incomplete. The store itself works.
 
     Args:
-        key: of the object.
-        what: is wrong with it.
-        remedy: what a person can do.
-        etag: of the damaged object, for a writer who replaces it.
+        key: key of the object.
+        what: what is wrong with the object.
+        remedy: what the user can do.
+        etag: etag of the damaged object, for a writer that replaces it.
     """
 
     def __init__(self, key: str, what: str, remedy: str, etag: str = "") -> None:
@@ -82,19 +82,19 @@ class DamagedObject(GenmodelsError):
         self.key, self.what, self.remedy, self.etag = key, what, remedy, etag
 
     def __reduce__(self) -> tuple[type, tuple[str, str, str, str]]:
-        return type(self), (self.key, self.what, self.remedy, self.etag)  # crosses process borders under Ray
+        return type(self), (self.key, self.what, self.remedy, self.etag)  # Ray pickles it between processes
 
 
 class UnexpectedFailure(GenmodelsError):
-    """An exception of any kind where one model, job or round failed and the others go on; see `contained`."""
+    """Report an unexpected exception of one model, job or round while the others continue; see `contained`."""
 
 
 class CheckpointError(GenmodelsError):
-    """A checkpoint or a published version is incomplete, damaged, or of another shape."""
+    """Report a checkpoint or version that is incomplete, damaged, or of another shape."""
 
 
 class TrainingDiverged(GenmodelsError):
-    """A loss or gradient became NaN or infinite; the weights are as they were before that step."""
+    """Report a loss or gradient that is NaN or infinite; the weights are those before that step."""
 
     def __init__(self, step: int, what: str) -> None:
         super().__init__(
@@ -105,26 +105,26 @@ class TrainingDiverged(GenmodelsError):
         self.what = what
 
     def __reduce__(self) -> tuple[type, tuple[int, str]]:
-        return type(self), (self.step, self.what)  # crosses process borders under Ray
+        return type(self), (self.step, self.what)  # Ray pickles it between processes
 
 
 class Superseded(GenmodelsError):
-    """A newer attempt of the run has started; this one must not write any more."""
+    """Report that a newer attempt of the run has started; this attempt must stop writing."""
 
 
 class JobNotFound(GenmodelsError):
-    """There is no job of that id."""
+    """Report that no job has this id."""
 
 
 class IdempotencyConflict(GenmodelsError):
-    """An idempotency key came a second time, with another body."""
+    """Report an idempotency key that was used before with another body."""
 
 
 class LeaseLost(GenmodelsError):
-    """Another dispatcher has taken over; this one must not write states any more.
+    """Report that another dispatcher has taken over; this one must stop writing states.
 
     Args:
-        lease_term: of that dispatcher, where it is known.
+        lease_term: lease term of the other dispatcher, if it is known.
     """
 
     def __init__(self, message: str, lease_term: int = 0) -> None:
@@ -133,12 +133,12 @@ class LeaseLost(GenmodelsError):
 
 
 class RequestError(GenmodelsError):
-    """A request cannot be answered.
+    """Report a request that cannot be answered.
 
     Args:
-        param: the field at fault.
-        status: of HTTP.
-        retry_after: seconds, where another try makes sense only then.
+        param: the wrong field.
+        status: HTTP status.
+        retry_after: seconds after which a retry makes sense.
     """
 
     def __init__(
@@ -153,7 +153,7 @@ class RequestError(GenmodelsError):
         super().__init__(message)
         self.message, self.param, self.status, self.code = message, param, status, code
         self.retry_after = retry_after
-        self.refused_by: tuple[str, str] | None = None  # name and family of the version, where one was found
+        self.refused_by: tuple[str, str] | None = None  # name and family of the version, if the request named one
 
     def __reduce__(self) -> tuple[object, ...]:
         arguments = (type(self), self.message, self.param, self.status, self.code)
@@ -161,7 +161,7 @@ class RequestError(GenmodelsError):
 
 
 class ModelNotFound(RequestError):
-    """No such model, version or alias, or it does not offer what was asked."""
+    """Report that a model, version or alias does not exist, or does not offer what the request asks for."""
 
     def __init__(
         self, message: str, *, param: str | None = "model", status: int = 404, code: str | None = "model_not_found"
@@ -170,9 +170,9 @@ class ModelNotFound(RequestError):
 
 
 def contained(error: Exception) -> GenmodelsError:
-    """Make one of our errors of any exception, for a place where one object's failure must not stop the others.
+    """Convert any exception to a GenmodelsError, where the failure of one object must not stop the others.
 
-    The message is safe to show: of the system's errors their text without paths, of others the kind and first line.
+    The message is safe to show: for errors of the system the text without paths, for others the type and first line.
     """
     match error:
         case GenmodelsError():

@@ -1,11 +1,11 @@
 """The contract of a model family.
 
 A family is one file under `genmodels/models/`: it subclasses `ImageFamily` or `TextFamily`, and the spec, the training
-loop, checkpoints and serving pick it up from there. One instance is one model: its networks, how they are trained
-(`roles`), how they are judged while they learn (`measure`, `metrics`) and afterwards (`evaluate`), and how they answer
+loop, checkpoints and serving use it from there. One instance is one model: its networks, their training (`roles`), the
+metrics during training (`eval_step`, `eval_metrics`) and after it (`evaluate`), and the answers to requests
 (`sample_latents`, `decode`, `logits`, ...).
 
-Importing this module does not load torch, so that specs can be checked quickly.
+This module does not import torch, so that specs are checked quickly.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ PREVIEW_TOKENS = 200
 
 
 class ImageInfo(Section):
-    """What a family must know of an image dataset to build its networks."""
+    """The facts of an image dataset that a family needs to build its networks."""
 
     kind: Literal["image"] = "image"
     channels: int = Field(ge=1, le=1024)
@@ -50,7 +50,7 @@ class ImageInfo(Section):
 
 
 class TextInfo(Section):
-    """What a family must know of a text dataset to build its networks."""
+    """The facts of a text dataset that a family needs to build its networks."""
 
     kind: Literal["text"] = "text"
     vocab_size: int = Field(ge=1, le=2**21)  # there are fewer characters
@@ -77,14 +77,14 @@ class OptimizerConfig(Section):
 
 @dataclass(frozen=True)
 class Role:
-    """One player of training: what it minimises and with which optimizers.
+    """A part of training with its own loss and optimizers, e.g. a GAN's generator.
 
-    `loss` is a module whose parameters are exactly what this role trains. The training loop wraps it in
+    `loss` is a module whose parameters are exactly those that this role trains. The training loop wraps it in
     DistributedDataParallel and calls it as `loss(batch, progress)`, where `progress` is a 0-dim float tensor
-    (samples seen / samples in all, 0 to 1). It returns a dict of 0-dim tensors: `loss` is minimised, the rest is
-    logged by name. The global RNG is seeded by (seed, step, rank) before the call, so it may use it freely.
-    Networks of other roles that a loss only looks through must not be registered as its submodules, and must not
-    collect gradients (`requires_grad_(False)` during the forward pass).
+    (samples seen / total samples, 0 to 1). The module returns a dict of 0-dim tensors: the optimizers minimise `loss`,
+    the other values are logged by name. The loop seeds the global RNG from (seed, step, role, rank) before the call, so
+    the module may use it freely. A network of another role must not be a submodule of this loss, and must not collect
+    gradients (see `genmodels.models.gan.frozen`).
     """
 
     name: str
@@ -95,42 +95,42 @@ class Role:
 
 @dataclass(frozen=True)
 class EvaluationData:
-    """What a trained model is evaluated with.
+    """The data and services for the evaluation of a trained model.
 
-    `train` and `val` are the whole of each split as it is stored: of pictures `images`, uint8 (n, C, H, W), and
-    `labels`, int64 (n,), where there are classes; of texts `tokens`, unsigned integers (n,).
+    `train` and `val` are the whole splits as stored. Images: `images`, uint8 (n, C, H, W), and `labels`, int64 (n,), if
+    the dataset has classes. Texts: `tokens`, unsigned integers (n,).
     """
 
     train: Mapping[str, np.ndarray]
     val: Mapping[str, np.ndarray]
     digest: str  # of the dataset
-    thorough: bool  # take minutes: all of val, many samples; False: seconds, as at each publication
-    report_progress: Callable[[], None]  # to be called every few seconds: what does not tick is taken for a hang
-    # What depends on the data alone and takes its time (a judge's weights, a count table): kept under a name that says
-    # all it depends on, made at most once in a storage. `cached(name, make)` gives the result of `make`.
+    thorough: bool  # True: minutes, all of val, many samples; False: seconds, as at each publication
+    report_progress: Callable[[], None]  # call it every few seconds: a process that reports nothing counts as hung
+    # `cached(name, make)` returns the result of `make`, which is computed once for each storage. For slow results that
+    # depend on the data alone (the weights of a classifier, a count table); the name must contain all they depend on.
     cached: Callable[[str, Callable[[], bytes]], bytes]
 
 
 class EvaluationMetric(BaseModel):
-    """A figure, and the same figure of what it is to be compared with."""
+    """A metric of a trained model, and the same metric of its baselines."""
 
     model_config = ConfigDict(frozen=True)
 
     value: float
-    unit: str = ""  # nats, dB; nothing for shares, ratios and counts
-    baselines: dict[str, float] = Field(default_factory=dict)  # by what it is of: {"PCA, 32 components": 19.2}
+    unit: str = ""  # nats, dB; empty for shares, ratios and counts
+    baselines: dict[str, float] = Field(default_factory=dict)  # by name: {"PCA, 32 components": 19.2}
 
 
 Note = str | int | float | list[float] | list[str]
 
 
 class EvaluationResult(BaseModel):
-    """What an evaluation found."""
+    """The metrics of one evaluation, and notes on how they were measured."""
 
     model_config = ConfigDict(frozen=True)
 
-    metrics: dict[str, EvaluationMetric] = Field(default_factory=dict)  # of `evaluation_names`, those that apply
-    notes: dict[str, Note] = Field(default_factory=dict)  # without which they mean nothing: how many, which judge
+    metrics: dict[str, EvaluationMetric] = Field(default_factory=dict)  # a subset of `evaluation_names`
+    notes: dict[str, Note] = Field(default_factory=dict)  # number of examples, which classifier, ...
 
 
 ConfigT = TypeVar("ConfigT", bound=Section)
@@ -141,11 +141,11 @@ class Family(ABC, Generic[ConfigT, RequestT]):
     """One model. `network` is what is served, averaged (EMA) and written to `model.safetensors`."""
 
     Config: ClassVar[type[Section]]
-    Request: ClassVar[type[Section]]  # options of a generation request that only this family knows
-    metric_names: ClassVar[tuple[str, ...]]  # what `metrics` returns; a gate may name any of them
-    evaluation_names: ClassVar[tuple[str, ...]] = ()  # what `evaluate` may find; a gate may name any of these as well
-    tracked_metrics: ClassVar[tuple[str, ...]] = ()  # columns of training's rows whose course an evaluation shows
-    kind: ClassVar[str]  # "image" or "text": which datasets it learns from
+    Request: ClassVar[type[Section]]  # options of a request that only this family has
+    metric_names: ClassVar[tuple[str, ...]]  # the metrics of `eval_metrics`; a gate may name each of them
+    evaluation_names: ClassVar[tuple[str, ...]] = ()  # the metrics of `evaluate`; a gate may name each of them
+    tracked_metrics: ClassVar[tuple[str, ...]] = ()  # columns of training rows whose course an evaluation notes
+    kind: ClassVar[str]  # "image" or "text": the datasets that it learns from
     unit: ClassVar[str]  # "images" or "tokens": what training counts
     repeated: ClassVar[str | None] = (
         None  # field of Config with a number of equal blocks: see `genmodels.preflight.parameters`
@@ -157,14 +157,16 @@ class Family(ABC, Generic[ConfigT, RequestT]):
 
     @classmethod
     def family_name(cls) -> str:
-        """The name used in specs: that of the file the family lives in."""
+        """Return the name for specs: the name of the file that defines the family."""
         return cls.__module__.rpartition(".")[2]
 
     @classmethod
     def check_kind(cls, data: ImageInfo | TextInfo) -> None:
         """Raise SpecError if this family does not learn from data of this kind."""
         if data.kind != cls.kind:
-            raise SpecError(f"data: {cls.family_name()} learns from {cls.kind}s, this dataset has {data.kind}s")
+            raise SpecError(
+                f"data: {cls.family_name()} learns from {cls.kind}s, but this dataset has {data.kind}s; choose another"
+            )
 
     @classmethod
     def check(cls, config: ConfigT, data: ImageInfo | TextInfo) -> None:
@@ -192,9 +194,9 @@ class Family(ABC, Generic[ConfigT, RequestT]):
 
     @classmethod
     def footprint(cls, config: ConfigT, data: ImageInfo | TextInfo) -> Footprint:
-        """Compute the memory that such a model takes where it is served, without building it.
+        """Compute the memory that such a model needs for serving, without building it.
 
-        Default: that of its networks; a family says what it takes beside them.
+        Default: the memory of its networks. Override it if serving needs more.
         """
         return Footprint(network_bytes(cls, config, data))
 
@@ -208,7 +210,7 @@ class Family(ABC, Generic[ConfigT, RequestT]):
 
     @abstractmethod
     def roles(self, optimizer: OptimizerConfig) -> list[Role]:
-        """The players, in the order they take their step. Called once, after the networks are on their device."""
+        """Return the roles, in the order of their steps. Called once, after the networks are on their device."""
 
     @abstractmethod
     def preview(self, examples: Batch, seed: int) -> dict[str, Tensor]:
@@ -223,42 +225,48 @@ class Family(ABC, Generic[ConfigT, RequestT]):
 
     @abstractmethod
     def eval_step(self, batch: Batch) -> dict[str, Tensor]:
-        """Sums over one validation batch, float64, of any fixed shape: the loop adds them over batches and ranks."""
+        """Return sums over one validation batch, float64 of fixed shapes; the loop adds them over batches and ranks."""
 
     @abstractmethod
     def eval_metrics(self, sums: Mapping[str, Tensor]) -> dict[str, float]:
-        """The `val_*` figures from the sums over the whole validation set; exactly those in `metric_names`."""
+        """Compute the metrics in `metric_names` (all begin with `val_`) from the sums over the whole validation set."""
 
     def evaluate(self, data: EvaluationData) -> EvaluationResult:
-        """Measure the trained model as its researchers would: before it is published, and whenever somebody asks.
+        """Measure the trained model as its research field does: before publication, and for `genmodels evaluate`.
 
-        Too costly for every evaluation in training; deterministic on one machine. Names stand in `evaluation_names`
-        and do not begin with `val_`, which is for `metrics`. Default: nothing.
+        This is too slow for the evaluations during training. It is deterministic on one machine. The metrics are in
+        `evaluation_names`; their names do not begin with `val_`, the prefix of `eval_metrics`. Default: no metrics.
         """
         return EvaluationResult()
 
     def fit(self, batches: Iterable[Batch], seed: int) -> None:
-        """Fit what serving needs beside the weights (a density over latents) on training batches. Default: nothing."""
+        """Fit the assets that serving needs (e.g. a density over latents) to training batches. Default: nothing."""
 
     def assets(self) -> dict[str, bytes]:
-        """What `fit` found, as files (safetensors or JSON). Default: none."""
+        """Return the result of `fit` as files (safetensors or JSON). Default: no files."""
         return {}
 
     def load_assets(self, assets: Mapping[str, bytes]) -> None:
-        """Take over what `assets` gave. Names of others (the tokenizer's) are ignored."""
+        """Load the files that `assets` returned. Other files (the tokenizer) are ignored."""
 
     @property
     @abstractmethod
     def verbs(self) -> frozenset[str]:
-        """What an endpoint answers: `complete`, or of `generate encode decode reconstruct denoise interpolate`."""
+        """Return the requests that the model answers.
+
+        Text: `complete`. Images: some of `generate`, `encode`, `decode`, `reconstruct`, `denoise`, `interpolate`.
+        """
 
     @abstractmethod
     def probe(self) -> dict[str, Tensor]:
-        """Outputs for fixed inputs, no randomness: the publisher stores them, a host recomputes and compares them."""
+        """Return outputs for fixed inputs, without randomness.
+
+        The publisher stores them; a model host computes them again and serves only a version that reproduces them.
+        """
 
 
 class ImageFamily(Family[ConfigT, RequestT]):
-    """A family that answers with images. Images are float32 (n, C, H, W) in [0, 1]; latents are (n, latent_dim)."""
+    """A family of image models. Images are float32 (n, C, H, W) in [0, 1]; latents are (n, latent_dim)."""
 
     kind = "image"
     unit = "images"
@@ -275,26 +283,26 @@ class ImageFamily(Family[ConfigT, RequestT]):
 
     @abstractmethod
     def sample_latents(self, n: int, seed: int, request: RequestT) -> Tensor:
-        """(n, latent_dim); row i depends on (seed, i) and the request alone, not on n."""
+        """Draw latents (n, latent_dim). Row i depends on (seed, i) and the request alone, not on n."""
 
     @abstractmethod
     def decode(self, latents: Tensor, request: RequestT) -> Tensor:
-        """Images of latents: (n, latent_dim) -> (n, C, H, W) in [0, 1]."""
+        """Return the images of latents: (n, latent_dim) -> (n, C, H, W) in [0, 1]."""
 
     def encode(self, images: Tensor) -> Tensor:
-        """Latents of images: (n, C, H, W) -> (n, latent_dim). Only where `verbs` has `encode`."""
+        """Return the latents of images: (n, C, H, W) -> (n, latent_dim). Only if `verbs` has `encode`."""
         raise NotImplementedError
 
     def denoise(self, images: Tensor) -> Tensor:
-        """Clean images of noisy ones, (n, C, H, W) both. Only where `verbs` has `denoise`."""
+        """Return clean images of noisy images, (n, C, H, W) both. Only if `verbs` has `denoise`."""
         raise NotImplementedError
 
     @abstractmethod
     def interpolate(self, start: Tensor, end: Tensor, steps: int, method: Interpolation | None = None) -> Tensor:
-        """The way from `start` to `end`, (latent_dim,) both: (steps, latent_dim).
+        """Return the path from `start` to `end`, (latent_dim,) both: (steps, latent_dim).
 
         Args:
-            method: None: as the latent space wants it.
+            method: None: the method that suits the latent space.
         """
 
     def preview(self, examples: Batch, seed: int) -> dict[str, Tensor]:
@@ -318,32 +326,35 @@ class ImageFamily(Family[ConfigT, RequestT]):
 
 
 def slide_window(window: list[int], block_size: int) -> list[int]:
-    """What is still seen of a text: all that fits, else its last half block, which begins again at position 0.
+    """Return the tokens that the network still sees: all, if they fit; else the last half block, from position 0 on.
 
-    One rule for all kinds of positions, whose cost is one prefill for each half block of text.
+    The rule is the same for all position encodings; it costs one prefill for each half block of text.
     """
     return window if len(window) <= block_size else window[-(block_size // 2) :]
 
 
 class Decoder(Protocol):
-    """A fixed number of sequences, each in its slot, with what a network keeps of the tokens that it has read.
+    """A fixed number of slots, each with one sequence and the network's state (keys and values) of its tokens.
 
-    What is computed for a slot does not depend, to the bit, on the other slots or on which slot it is.
+    The result for a slot has the same bits whatever the other slots hold, and in whichever slot the sequence is.
     """
 
-    chunk: int  # the most tokens of one prefill
+    chunk: int  # maximum number of tokens of one prefill
 
     def prefill(self, slot: int, tokens: Sequence[int], start: int) -> Tensor:
-        """Read 1 to `chunk` tokens of one sequence, the first at position `start`: logits after each, (n, vocab)."""
+        """Read 1 to `chunk` tokens of one sequence, the first at position `start`; return logits (n, vocab_size)."""
         ...
 
     def step(self, tokens: Sequence[int | None], positions: Sequence[int]) -> Tensor:
-        """Read one token of each slot, None where there is none: logits (slots, vocab_size), rows of None are void."""
+        """Read one token of each slot, None for an unused slot; return logits (slots, vocab_size).
+
+        The rows of unused slots have no meaning.
+        """
         ...
 
 
 class TextFamily(Family[ConfigT, RequestT]):
-    """A family that continues sequences of token ids; text and tokenizer are the engine's."""
+    """A family that continues sequences of token ids. The engine turns text into tokens and back."""
 
     kind = "text"
     unit = "tokens"
@@ -352,7 +363,7 @@ class TextFamily(Family[ConfigT, RequestT]):
     @property
     @abstractmethod
     def block_size(self) -> int:
-        """The longest sequence the network sees at once, in tokens."""
+        """Return the number of tokens that the network sees at once."""
 
     @property
     def sequence_length(self) -> int:
@@ -360,19 +371,19 @@ class TextFamily(Family[ConfigT, RequestT]):
 
     @abstractmethod
     def logits(self, tokens: Tensor) -> Tensor:
-        """(n, t) token ids, t <= block_size -> (n, t, vocab_size) unnormalised log-probabilities of the next token."""
+        """Return unnormalised log-probabilities of the next token: (n, t), t <= block_size -> (n, t, vocab_size)."""
 
     @abstractmethod
     def generate(self, prompt: Sequence[int], seed: int, request: RequestT) -> Iterator[int]:
-        """The continuation of a prompt (at least one token), token by token; depends on the arguments alone.
+        """Yield the continuation of a prompt (at least one token), token by token; it depends on the arguments alone.
 
-        The plain reference, one sequence at a time with nothing kept, that the engine's answers are equal to. Beyond
-        block_size it goes on as `slide_window` says.
+        This is the plain reference: one sequence at a time, without a cache. The engine's answers are equal to it.
+        After block_size tokens the window moves on by `slide_window`.
         """
 
     @abstractmethod
     def decoder(self, slots: int) -> Decoder:
-        """What the engine runs for many sequences at once."""
+        """Return the decoder that the engine uses for many sequences at once."""
 
     @property
     def verbs(self) -> frozenset[str]:

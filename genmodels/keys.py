@@ -1,8 +1,8 @@
-"""Keys that people and programs show to the services: who may generate, submit, administrate, and which models.
+"""Create, check and revoke API keys: which scopes and models a client may use.
 
-    keys/<id>.json      what a key may do, and the sha256 of its secret; the secret itself is nowhere
+    keys/<id>.json      what a key allows, and the sha256 of its secret; the secret itself is not stored
 
-A token is `gm_<id>_<secret>`. The secret has 256 random bits, so that a plain sha256 cannot be searched for it.
+A token is `gm_<id>_<secret>`. The secret has 256 random bits, so it cannot be recovered from a plain sha256.
 """
 
 from __future__ import annotations
@@ -27,10 +27,12 @@ from genmodels.storage.documents import now
 
 Scope = Literal["generate", "submit", "admin"]
 SCOPES: tuple[Scope, ...] = get_args(Scope)
-FRESH_SECONDS = 5.0  # how long a key is believed to be as it was read: a revoked one works no longer
-STALE_SECONDS = 600.0  # the same while the store is away
-UNKNOWN_CACHED = 4096  # ids that are nobody's
-MAX_LIMIT = 1_000_000  # the highest limit that is not none
+FRESH_SECONDS = (
+    5.0  # how long a key that was read is used without another read: the longest that a revoked key still works
+)
+STALE_SECONDS = 600.0  # the same while the store is unavailable
+UNKNOWN_CACHED = 4096  # ids without a key that are remembered
+MAX_LIMIT = 1_000_000  # largest limit; a higher one would limit nothing
 TOKEN = r"gm_([0-9a-f]{8})_([A-Za-z0-9_-]{43})"
 
 
@@ -41,9 +43,9 @@ class Key(Document):
     id: str
     name: str
     scopes: tuple[Scope, ...]
-    prefixes: tuple[str, ...] = ()  # of names of models; none: all models
-    rate: int | None = None  # requests a minute
-    concurrency: int | None = None  # requests at once
+    prefixes: tuple[str, ...] = ()  # prefixes of model names; empty: all models
+    rate: int | None = None  # requests per minute
+    concurrency: int | None = None  # concurrent requests
     sha256: str
     created: Time
     revoked: Time | None = None
@@ -56,21 +58,21 @@ class Key(Document):
 
 
 @dataclass
-class _Seen:
-    """A key as it was read, on this process's monotonic clock."""
+class _CachedKey:
+    """Hold a key and when it was read, on the monotonic clock of this process."""
 
     key: Key
     read: float
-    asked: float = -math.inf  # when the store last failed to say; infinity while somebody waits for it
+    asked: float = -math.inf  # when the store last failed to answer; infinity while a thread waits for the store
 
 
 class Keys:
-    """The keys in a storage; safe between threads. What was looked up is believed for FRESH_SECONDS."""
+    """Manage the keys in a storage; safe between threads. A key that was read is used for FRESH_SECONDS."""
 
     def __init__(self, storage: Storage) -> None:
         self.storage = storage
-        self._seen: dict[str, _Seen] = {}  # as many as there are keys
-        self._unknown: OrderedDict[str, float] = OrderedDict()  # as many as people make up, so bounded
+        self._cached: dict[str, _CachedKey] = {}  # at most as many as keys exist
+        self._unknown: OrderedDict[str, float] = OrderedDict()  # clients can invent any number of ids, so it is bounded
         self._lock = threading.Lock()
 
     def create(
@@ -82,14 +84,14 @@ class Keys:
         rate: int | None = None,
         concurrency: int | None = None,
     ) -> tuple[Key, str]:
-        """A new key and its token, which can be had only here.
+        """Create a key and return it with its token, which is available only here.
 
         Args:
-            rate: requests a minute at one gateway replica; None: no limit.
-            concurrency: requests under way at once, likewise.
+            rate: requests per minute at one gateway replica; None: no limit.
+            concurrency: concurrent requests at one gateway replica; None: no limit.
 
         Raises:
-            SpecError: a name, scope, prefix or limit is not one.
+            SpecError: a name, scope, prefix or limit is invalid.
         """
         _check(name, scopes, prefixes)
         for limit, value in (("rate", rate), ("concurrency", concurrency)):
@@ -114,14 +116,14 @@ class Keys:
             return key, f"gm_{key.id}_{secret}"
 
     def admit(self, token: str, name: str, scopes: tuple[Scope, ...]) -> Key:
-        """Let a token work that was made elsewhere. One that is known stays as it is, also a revoked one.
+        """Accept a token that was made elsewhere. A known token does not change, even if it is revoked.
 
         Raises:
-            SpecError: it is no token, or its id is another one's.
+            SpecError: it is not a token, or another key has its id.
         """
         match = re.fullmatch(TOKEN, token)
         if match is None:
-            raise SpecError("got no key, expected gm_, 8 hex digits, _ and 43 letters, digits, '-' or '_'")
+            raise SpecError("not a key: write gm_, 8 hex digits, _ and 43 letters, digits, '-' or '_'")
         _check(name, scopes, ())
         key = Key(id=match[1], name=name, scopes=scopes, sha256=_digest(match[2]), created=now())
         try:
@@ -129,28 +131,28 @@ class Keys:
         except Conflict:
             known = self._read(key.id)
             if known is None or known.sha256 != key.sha256:
-                raise SpecError(f"key {key.id} is another one; make a new one") from None
+                raise SpecError(f"another key has the id {key.id}; create a new key: genmodels keys create") from None
             return known
         self._remember(key.id, key, time.monotonic())
         return key
 
     def list(self) -> list[Key]:
-        """All keys that can be read, also revoked ones, the oldest first."""
-        found = []
+        """Return all keys that can be read, including revoked ones, the oldest first."""
+        keys = []
         for name in list_names(self.storage, "keys/", r"[0-9a-f]{8}\.json"):
             with contextlib.suppress(DamagedObject):
-                found.append(self._read(Path(name).stem))
-        return sorted(filter(None, found), key=lambda key: (key.created, key.id))
+                keys.append(self._read(Path(name).stem))
+        return sorted(filter(None, keys), key=lambda key: (key.created, key.id))
 
     def any(self) -> bool:
-        """Whether there is a key that works."""
+        """Return whether a key exists that is not revoked."""
         return any(key.revoked is None for key in self.list())
 
     def revoke(self, id: str) -> Key:
-        """End a key. Services that have just seen it notice within FRESH_SECONDS.
+        """Revoke a key. Services that have just read it notice within FRESH_SECONDS.
 
         Raises:
-            SpecError: there is none.
+            SpecError: the key does not exist.
         """
         while True:
             try:
@@ -167,25 +169,25 @@ class Keys:
             return key
 
     def delete(self, id: str) -> None:
-        """Remove every trace of a key. Raises SpecError: that is no id."""
+        """Remove a key from storage. Raises SpecError if the id is invalid."""
         self.storage.delete(_path(id))
         self._remember(id, None, time.monotonic())
 
     def check(self, token: str) -> Key | None:
-        """The key that a token belongs to, if it is one that works.
+        """Return the key of a token; None if the token is wrong or the key is revoked.
 
-        While the store is away, or slow, keys work that were seen in the last STALE_SECONDS, and of those who show the
-        same one only one waits for it.
+        While the store is unavailable or slow, keys that were read in the last STALE_SECONDS work, and only one
+        request for each key waits for the store.
 
         Raises:
-            StorageUnavailable: the store is away, and the key has not been seen lately.
-            DamagedObject: what is stored of this key, and of no other.
+            StorageUnavailable: the store is unavailable, and the key was not read in the last STALE_SECONDS.
+            DamagedObject: the stored object of this key is damaged; other keys work.
         """
         match = re.fullmatch(TOKEN, token)
         if match is None:
             return None
         key = self._find(match[1])
-        # Also where there is no such key, so that both take the same time.
+        # Compare also if the key does not exist, so that both cases take the same time.
         same = hmac.compare_digest(_digest(match[2]), key.sha256 if key else "0" * 64)
         return key if key and same and key.revoked is None else None
 
@@ -194,12 +196,12 @@ class Keys:
         with self._lock:
             if now - self._unknown.get(id, -math.inf) < FRESH_SECONDS:
                 return None
-            seen = self._seen.get(id)
-            usable = seen if seen and now - seen.read < STALE_SECONDS else None
+            cached = self._cached.get(id)
+            usable = cached if cached and now - cached.read < STALE_SECONDS else None
             if usable and now - max(usable.read, usable.asked) < FRESH_SECONDS:
                 return usable.key
-            if seen:
-                seen.asked = math.inf
+            if cached:
+                cached.asked = math.inf
         try:
             key = self._read(id)
         except StorageUnavailable:
@@ -207,8 +209,8 @@ class Keys:
                 return usable.key
             raise
         finally:
-            if seen:
-                seen.asked = time.monotonic()
+            if cached:
+                cached.asked = time.monotonic()
         self._remember(id, key, now)
         return key
 
@@ -220,10 +222,10 @@ class Keys:
 
     def _remember(self, id: str, key: Key | None, read: float) -> None:
         with self._lock:
-            self._seen.pop(id, None)
+            self._cached.pop(id, None)
             self._unknown.pop(id, None)
             if key:
-                self._seen[id] = _Seen(key, read)
+                self._cached[id] = _CachedKey(key, read)
                 return
             self._unknown[id] = read
             if len(self._unknown) > UNKNOWN_CACHED:
@@ -237,7 +239,7 @@ def _path(id: str) -> str:
 
 
 def _no_key(id: str) -> SpecError:
-    return SpecError(f"no key {id[:40]!r}; `genmodels keys list` shows what there is")
+    return SpecError(f"no key {id[:40]!r}; `genmodels keys list` shows the ids of all keys")
 
 
 def _digest(secret: str) -> str:
@@ -249,7 +251,9 @@ def _check(name: str, scopes: tuple[Scope, ...], prefixes: tuple[str, ...]) -> N
         raise SpecError(f"name: got {name[:80]!r}, expected at most 63 lower-case letters, digits and '-'")
     unknown = [scope for scope in scopes if scope not in SCOPES]
     if unknown or not scopes:
-        raise SpecError(f"scope: got {unknown[0] if unknown else 'none'!r}, expected some of {', '.join(SCOPES)}")
+        raise SpecError(
+            f"scope: got {unknown[0] if unknown else 'none'!r}, expected one or more of {', '.join(SCOPES)}"
+        )
     for prefix in prefixes:
         if not re.fullmatch(r"[a-z0-9][a-z0-9-]{0,62}", prefix):
-            raise SpecError(f"prefix: got {prefix[:80]!r}, expected the beginning of a model's name")
+            raise SpecError(f"prefix: got {prefix[:80]!r}, expected the beginning of a model name")

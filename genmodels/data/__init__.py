@@ -1,6 +1,6 @@
-"""Datasets: what a spec's `data` section names, opened; their splits, and the order in which samples are seen.
+"""Open the dataset that the `data` section of a spec names; split it, and order its samples.
 
-numpy only: the training loop turns batches into tensors.
+Uses numpy only: the training loop converts batches to tensors.
 """
 
 from __future__ import annotations
@@ -49,10 +49,10 @@ Dataset = ImageData | TextData
 
 
 class DataConfig(Section):
-    """The `data` section of a spec: a named dataset, or a person's own text file or folder of pictures.
+    """Name the data of a model: a named dataset, or a text file or folder of pictures of the user.
 
-    Validation takes from its context: `datasets`, kind by name of those that were added to the storage; `paths`, False
-    where paths are nobody's business; `stored`, True for what was checked before.
+    Validation reads from its context: `datasets`, the kind of each added dataset by name; `paths`, False if paths are
+    not allowed; `stored`, True for a spec that was checked before.
     """
 
     dataset: str | None = Field(
@@ -83,26 +83,28 @@ class DataConfig(Section):
         if name is None or name in known or (context.get("stored") and re.fullmatch(uploads.NAME, name)):
             return name
         near = difflib.get_close_matches(name[:100], known, n=1, cutoff=0.5)
-        meant = f", did you mean {near[0]}?" if near else "."
+        hint = f", did you mean {near[0]}?" if near else "."
         listed = ", ".join(known[:30]) + (", ..." if len(known) > 30 else "")
         path = "`path`, or " if context.get("paths", True) else ""
         own = f"Your own data: {path}`genmodels data add NAME FILE|FOLDER`"
-        raise ValueError(f"unknown dataset {name[:100]!r}{meant} Known: {listed}. {own}")
+        raise ValueError(f"unknown dataset {name[:100]!r}{hint} Known: {listed}. {own}")
 
     @field_validator("path")
     @classmethod
     def _may_be_named(cls, path: str | None, info: ValidationInfo) -> str | None:
         if path is None or (info.context or {}).get("paths", True):
             return path
-        raise ValueError("names a file here, which is not there on a cluster: genmodels data add NAME FILE|FOLDER, "
-                         "then write `dataset: NAME`")  # fmt: skip
+        raise ValueError(
+            "is a file of this machine, which a cluster does not have: "
+            "run genmodels data add NAME FILE|FOLDER, then write `dataset: NAME`"
+        )
 
     @model_validator(mode="after")
     def _is_one(self) -> DataConfig:
         if self.dataset is None and self.path is None:
             raise ValueError("name a `dataset`, or give the `path` of a text file or a folder of pictures")
         if self.dataset is not None and self.path is not None:
-            raise ValueError("has both `dataset` and `path`: keep one of them")
+            raise ValueError("has both `dataset` and `path`: remove one of them")
         if self.sha256 is not None and not self.is_added:
             raise ValueError("`sha256` is for a dataset that was added with `genmodels data add`: remove it")
         for field in ("image_size", "channels"):
@@ -112,7 +114,7 @@ class DataConfig(Section):
 
     @property
     def is_added(self) -> bool:
-        """Whether it lies in the storage, where somebody put it."""
+        """Return whether the dataset was added to the storage by a user."""
         return self.dataset is not None and self.dataset not in DATASETS
 
     @property
@@ -121,23 +123,23 @@ class DataConfig(Section):
 
 
 class Split(Protocol):
-    """A part of a dataset."""
+    """Give the examples of one part of a dataset."""
 
     def __len__(self) -> int:
-        """Examples in an epoch."""
+        """Return the number of examples in an epoch."""
 
     def take(self, index: np.ndarray, epoch: np.ndarray) -> dict[str, np.ndarray]:
-        """A batch, by name: the examples `index`, each as in its `epoch`; (n,) both."""
+        """Return a batch, by name: the examples `index`, each as in its `epoch`; both have shape (n,)."""
 
 
 def open_dataset(config: DataConfig, storage: Storage | None = None) -> ImageData | TextData:
     """Find, verify and load a dataset.
 
     Args:
-        storage: where datasets that were added lie.
+        storage: the storage with added datasets.
 
     Raises:
-        DataError: it is missing, damaged, too small or too large; the message says what to do.
+        DataError: the dataset is missing, damaged, too small or too large; the message says what to do.
     """
     if config.path is not None:
         return _open_path(config)
@@ -152,10 +154,10 @@ def open_dataset(config: DataConfig, storage: Storage | None = None) -> ImageDat
 
 
 def resolve_data(config: DataConfig, storage: Storage) -> DataConfig:
-    """The section with the content that an added dataset's name means now, so that it goes on meaning it.
+    """Return the section with the sha256 that an added dataset has now, so that a later content does not change it.
 
     Raises:
-        DataError: there is no such dataset, or not that content of it.
+        DataError: the dataset or this content of it does not exist.
     """
     if not config.is_added:
         return config
@@ -164,17 +166,17 @@ def resolve_data(config: DataConfig, storage: Storage) -> DataConfig:
 
 
 def order(seed: int, epoch: int, n: int) -> np.ndarray:
-    """The permutation of 0 .. n-1 in which an epoch's examples are seen: a function of its arguments alone."""
+    """Return the permutation of 0 .. n-1 in which an epoch visits its examples; it depends only on the arguments."""
     return np.random.default_rng((seed, epoch)).permutation(n)
 
 
 def batch_indices(n: int, seed: int, first_sample: int, count: int) -> tuple[np.ndarray, np.ndarray]:
-    """`count` samples of the endless row of reshuffled epochs, from sample number `first_sample` on.
+    """Return `count` samples of the endless sequence of reshuffled epochs, from sample number `first_sample` on.
 
-    That number, samples seen by all workers together, is the whole position in the data.
+    `first_sample`, the number of samples that all workers have seen, is the whole position in the data.
 
     Returns:
-        index and epoch of each sample, int64 (count,) both, as `Split.take` wants them.
+        index and epoch of each sample, both int64 (count,), for `Split.take`.
     """
     sample = np.arange(first_sample, first_sample + count)
     epoch, place = np.divmod(sample, n)
@@ -186,11 +188,11 @@ def batch_indices(n: int, seed: int, first_sample: int, count: int) -> tuple[np.
 
 
 def shard(index: np.ndarray, epoch: np.ndarray, rank: int, world_size: int) -> tuple[np.ndarray, np.ndarray]:
-    """A worker's part of a batch: every `world_size`-th sample, from `rank` on. The parts do not overlap."""
+    """Return the part of a batch for one worker: every `world_size`-th sample from `rank` on; parts do not overlap."""
     return index[rank::world_size], epoch[rank::world_size]
 
 
-_cached_order = lru_cache(maxsize=2)(order)  # two: a batch may lie across the border of two epochs
+_cached_order = lru_cache(maxsize=2)(order)  # two: a batch may contain samples of two epochs
 
 
 def _open_path(config: DataConfig) -> ImageData | TextData:
@@ -203,5 +205,5 @@ def _open_path(config: DataConfig) -> ImageData | TextData:
     except OSError as error:
         raise DataError(f"data.path: {shown(path)} cannot be read: {error.strerror}") from error
     raise DataError(
-        f"data.path: {shown(path)} does not exist (looked from {Path.cwd()}): name a text file or a folder of pictures"
+        f"data.path: {shown(path)} does not exist (in {Path.cwd()}): name a text file or a folder of pictures"
     )

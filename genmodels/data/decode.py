@@ -1,4 +1,4 @@
-"""Decode a picture file: one meaning for each of Pillow's modes, in training, in uploads and in requests.
+"""Decode a picture file, with the same rules for each mode of Pillow in training, in uploads and in requests.
 
     1, L, LA, La                 grey
     P, PA                        grey where every colour of the palette is, else RGB
@@ -9,7 +9,7 @@
     I                            refused: nothing says which of 4 billion values is white
 
 Transparent pixels become white, and EXIF's orientation is applied. A file of 16 bits a sample that uses 12 of them or
-fewer is refused: it would be black, and a dark picture cannot be told from one that was never scaled.
+fewer is refused: it would be black, and a dark picture looks the same as one that was never scaled.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from genmodels.errors import DataError
 
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")  # the decoders that a file may reach; none runs a program
-MAX_PIXELS = 89_000_000  # of one file; where Pillow begins to warn
-LARGE_PIXELS = 2**22  # a larger picture is decoded alone: each of its pixels takes about 16 bytes meanwhile
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF")  # the decoders that may read a file; none runs a program
+MAX_PIXELS = 89_000_000  # of one file; Pillow warns above this number
+LARGE_PIXELS = 2**22  # a larger picture is decoded alone: each pixel takes about 16 bytes during decoding
 TWELVE_BITS = 4095
 
 BITS_PER_SAMPLE, PHOTOMETRIC, WHITE_IS_ZERO = 258, 262, 0  # of TIFF 6.0
@@ -33,7 +33,7 @@ _decoding_large = threading.Lock()
 
 
 def is_grey(image: Image.Image) -> bool:
-    """Return whether a picture has no colours, from its header alone."""
+    """Return whether a picture has no colours, from its header."""
     if image.mode in ("P", "PA"):
         colours = np.array(image.getpalette("RGB") or []).reshape(-1, 3)
         return bool((colours == colours[:, :1]).all())
@@ -41,25 +41,25 @@ def is_grey(image: Image.Image) -> bool:
 
 
 def check_pixels(image: Image.Image) -> None:
-    """Raise DataError where a picture is too large to decode; nothing is decoded for it."""
+    """Raise DataError if a picture is too large to decode; decodes nothing."""
     if image.width * image.height > MAX_PIXELS:
-        raise DataError(f"{image.width} x {image.height} is more than {MAX_PIXELS:,} pixels")
+        raise DataError(f"{image.width} x {image.height} is more than {MAX_PIXELS:,} pixels; save it smaller")
 
 
 def decode(image: Image.Image) -> Image.Image:
     """Return an opened picture upright, opaque, and in mode L or RGB.
 
     Raises:
-        DataError: it is too large, or its values have no meaning that can be told; the message says what to do.
+        DataError: the picture is too large, or the range of its values is unknown; the message says what to do.
     """
     check_pixels(image)
     with _decoding_large if image.width * image.height > LARGE_PIXELS else nullcontext():
-        # The copy that is turned upright no longer has what the file's header says.
+        # The upright copy no longer has the header of the file.
         white, is_negative, is_deep = _white(image), _tag(image, PHOTOMETRIC) == WHITE_IS_ZERO, _is_deep(image)
         key = image.info.get("transparency")
         upright = ImageOps.exif_transpose(image)
         if image.mode == "I":
-            raise DataError("whole numbers of 32 bits, where nothing says which is white; save it with 8 or 16 bits")
+            raise DataError("whole numbers of 32 bits, whose value for white is unknown; save it with 8 or 16 bits")
         if image.mode == "F":
             return _grey(_unit_floats(np.asarray(upright)), 1, is_negative)
         if image.mode.startswith("I;16"):
@@ -94,14 +94,14 @@ def _white(image: Image.Image) -> int:
 
 
 def _is_deep(image: Image.Image) -> bool:
-    """Return whether Pillow will leave out the lower 8 bits of each sample; it keeps them of grey."""
+    """Return whether Pillow drops the lower 8 bits of each sample; for grey pictures it keeps them."""
     return any(";16" in str(tile[3]) for tile in getattr(image, "tile", ())) and image.mode != "CMYK"
 
 
 def _check_depth(brightest: int) -> None:
     if 0 < brightest <= TWELVE_BITS:
         raise DataError(
-            "16 bits a sample, of which it uses 12 or fewer, so it would be black; save it with 8 bits, "
+            "has 16 bits a sample but uses 12 or fewer, so it would be black; save it with 8 bits, "
             "or scale its values to 0 to 65535"
         )
 
@@ -110,8 +110,8 @@ def _unit_floats(values: np.ndarray) -> np.ndarray:
     low, high = float(values.min()), float(values.max())
     if low >= 0 and high <= 1:  # NaN compares as false
         return values
-    found = f"from {low:g} to {high:g}" if np.isfinite(values).all() else "some are not finite"
-    raise DataError(f"floating-point values must be from 0 to 1, {found}; scale them, or save it with 8 bits")
+    got = f"got {low:g} to {high:g}" if np.isfinite(values).all() else "some are not finite"
+    raise DataError(f"floating-point values must be from 0 to 1, {got}; scale them, or save it with 8 bits")
 
 
 def _grey(values: np.ndarray, white: int, is_negative: bool) -> Image.Image:

@@ -1,4 +1,4 @@
-"""What a file is that is no UTF-8 text, as far as its bytes say so surely, and how to make one of it."""
+"""Recognise the format or encoding of a file that is not UTF-8 text, and say how to convert it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 SAMPLE_BYTES = 2**20  # from the start; enough to recognise an encoding
 
-# How a file begins that is packed, and the command that unpacks it.
+# First bytes of packed files, and the command that unpacks each.
 _PACKED = {
     b"\x1f\x8b": ("gzip", "gunzip --keep {}"),
     b"BZh": ("bzip2", "bunzip2 --keep {}"),
@@ -26,14 +26,14 @@ _OTHER = {
     b"\x89PNG": "one picture; name a folder of pictures",
     b"\xff\xd8\xff": "one picture; name a folder of pictures",
 }
-_MARKS = {  # the longer ones first: UTF-32's begins with UTF-16's
+_MARKS = {  # the longer ones first: the mark of UTF-32 begins with the mark of UTF-16
     codecs.BOM_UTF32_LE: "UTF-32",
     codecs.BOM_UTF32_BE: "UTF-32",
     codecs.BOM_UTF16_LE: "UTF-16",
     codecs.BOM_UTF16_BE: "UTF-16",
 }
-# Encodings of several bytes a character refuse most bytes of others. And a part of the characters beyond ASCII must be
-# the language's own: kana, hangul, or the commonest Chinese characters.
+# Multi-byte encodings refuse most bytes of other encodings. In addition a share of the characters beyond ASCII must be
+# typical of the language: kana, hangul, or the most frequent Chinese characters.
 _ASIAN = (
     ("EUC-JP", "[\u3041-\u30fe]", 0.2),
     ("SHIFT_JIS", "[\u3041-\u30fe]", 0.2),
@@ -41,11 +41,11 @@ _ASIAN = (
     ("GB18030", "[的一是不了在人有我他这个们中来上大为和国地到以说时要就出会]", 0.1),
     ("BIG5", "[的一是不了在人有我他這個們中來上大為和國地到以說時要就出會]", 0.1),
 )
-_WESTERN_SHARE = 0.3  # more bytes beyond ASCII than that no western European language has
+_WESTERN_SHARE = 0.3  # no western European language has a larger share of bytes beyond ASCII
 
 
 def other_than_text(content: bytes, path: Path) -> str | None:
-    """Return what a file is instead of a text in UTF-8, with the remedy; None where nothing says so."""
+    """Return what a file is instead of UTF-8 text, with the remedy; None if its first bytes do not show it."""
     file = _for_a_shell(path)
     for start, (name, command) in _PACKED.items():
         if content.startswith(start):
@@ -63,21 +63,21 @@ def other_than_text(content: bytes, path: Path) -> str | None:
 
 def in_another_encoding(content: bytes, at: int, path: Path) -> str:
     """Return what to do with a text whose byte `at` is not UTF-8."""
-    found, file = f"is not UTF-8 text: byte {at:,} is 0x{content[at]:02x}", _for_a_shell(path)
+    problem, file = f"is not UTF-8 text: byte {at:,} is 0x{content[at]:02x}", _for_a_shell(path)
     sample = content[:SAMPLE_BYTES]
     if encoding := next((name for name, own, share in _ASIAN if _share(sample, name, own) >= share), None):
-        return f"{found}. It looks like {encoding}; save it as UTF-8: {_iconv(encoding, file)}"
+        return f"{problem}. It looks like {encoding}; save it as UTF-8: {_iconv(encoding, file)}"
     visible = re.sub(rb"\s", b"", sample)
     if sum(byte > 127 for byte in visible) <= _WESTERN_SHARE * len(visible):
-        return f"{found}. Save it as UTF-8, for example, of a western European text: {_iconv('WINDOWS-1252', file)}"
+        return f"{problem}. Save it as UTF-8; for western European text: {_iconv('WINDOWS-1252', file)}"
     return (
-        f"{found}. Save it as UTF-8: {_iconv('ENCODING', file)}, where ENCODING is what it was written in, "
+        f"{problem}. Save it as UTF-8: {_iconv('ENCODING', file)}, where ENCODING is its encoding, "
         "e.g. WINDOWS-1251 or KOI8-R for Cyrillic"
     )
 
 
 def _without_mark(content: bytes) -> str | None:
-    """Recognise UTF-16 by its zeros: each second byte of a text that is ASCII for the most part."""
+    """Recognise UTF-16 by its zeros: every second byte of a text that is mostly ASCII."""
     sample = content[: SAMPLE_BYTES // 2 * 2]
     even, odd = sample[::2].count(0), sample[1::2].count(0)
     most, least = len(sample) * 0.4, len(sample) * 0.01
@@ -89,7 +89,7 @@ def _without_mark(content: bytes) -> str | None:
 
 
 def _share(sample: bytes, encoding: str, own: str) -> float:
-    """Return which part of the characters beyond ASCII are a language's own; 0 where the bytes are no such text."""
+    """Return the share of the characters beyond ASCII that are typical of a language; 0 if the bytes do not decode."""
     try:
         text = codecs.getincrementaldecoder(encoding)().decode(sample)  # a character may be cut off at the end
     except UnicodeDecodeError:

@@ -1,4 +1,4 @@
-"""What must be known of a dataset before anything is trained on it, without reading it where that can be avoided."""
+"""Return the shape and size of a dataset before training, without reading the dataset if possible."""
 
 from __future__ import annotations
 
@@ -12,29 +12,29 @@ from genmodels.storage import Storage
 
 @dataclass(frozen=True)
 class Facts:
-    """A dataset's shape and size."""
+    """Hold the shape and size of a dataset."""
 
     info: DataInfo
     training: int  # pictures, or characters
     validation: int
-    notes: list[str] = field(default_factory=list)  # for people: what was done to the data
+    notes: list[str] = field(default_factory=list)  # for the user: what was done to the data
     vocabulary: str | None = None  # of a text that was opened
 
     def examples(self, block_size: int | None) -> tuple[int, int]:
-        """Return the examples of training and of validation: pictures, or windows of `block_size` characters."""
+        """Return the numbers of training and validation examples: pictures, or windows of `block_size` characters."""
         if self.info.kind == "image" or block_size is None:
             return self.training, self.validation
         return training_windows(self.training, block_size), validation_windows(self.validation, block_size)
 
 
 def facts_of(config: DataConfig, storage: Storage | None, *, open_all: bool) -> Facts:
-    """Return what is known of a dataset; a person's own path is always opened.
+    """Return the shape and size of a dataset; a path of the user is always opened.
 
     Args:
-        open_all: open also what is built in or stored, so that it is certain to be there, whole, on this machine.
+        open_all: open built-in and stored datasets too, to be certain that they are complete on this machine.
 
     Raises:
-        DataError: it is missing, damaged, too small or too large.
+        DataError: the dataset is missing, damaged, too small or too large.
     """
     if config.path is not None or open_all:
         return _of_dataset(open_dataset(config, storage))
@@ -55,6 +55,6 @@ def _of_dataset(dataset: Dataset) -> Facts:
 
 def _of_stored(dataset: uploads.StoredDataset) -> Facts:
     validation = dataset.validation
-    if validation is None:  # added by a release that did not note it; of classes it may be a few more
+    if validation is None:  # added by a release that did not store it; with classes it may be slightly more
         validation = dataset.examples - dataset.examples * 9 // 10
     return Facts(dataset.info, dataset.examples - validation, validation)

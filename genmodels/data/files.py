@@ -1,4 +1,4 @@
-"""The files of a person's folder or zip of pictures: which are taken, and what is said of the others."""
+"""Choose the pictures in a folder or zip of the user, and describe the files that are skipped."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import NoReturn
 from genmodels.errors import DataError
 
 SUFFIXES = frozenset({".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff"})
-MAX_KINDS = 8  # that a note names
+MAX_KINDS = 8  # named in a note
 LINK, HIDDEN, SPECIAL = "link", "hidden", "special file"
 
 
@@ -44,7 +44,7 @@ def find_pictures(folder: Path) -> tuple[list[Path], Counter[str]]:
 
 
 def kind_by_name(name: PurePath) -> str | None:
-    """Return as what a file is skipped for its name alone; None for a picture."""
+    """Return the kind of a file that is skipped because of its name; None for a picture."""
     if name.name.startswith("."):
         return HIDDEN
     suffix = name.suffix.lower()
@@ -54,7 +54,7 @@ def kind_by_name(name: PurePath) -> str | None:
 
 
 def skipped_note(skipped: Mapping[str, int]) -> str:
-    """Return `3 skipped: 2 links, 1 .heic`, or nothing where nothing was."""
+    """Return `3 skipped: 2 links, 1 .heic`; "" if no file was skipped."""
     if not skipped:
         return ""
     by_number = sorted(skipped.items(), key=lambda item: (-item[1], item[0]))
@@ -65,7 +65,7 @@ def skipped_note(skipped: Mapping[str, int]) -> str:
 
 def shown(path: str | PurePath) -> str:
     """Return a name as text of one line: bytes that are not UTF-8, and control characters, as `%E9`."""
-    return re.sub(r"[\x00-\x1f\x7f\udc80-\udcff]", lambda found: f"%{ord(found[0]) & 0xFF:02X}", str(path))
+    return re.sub(r"[\x00-\x1f\x7f\udc80-\udcff]", lambda match: f"%{ord(match[0]) & 0xFF:02X}", str(path))
 
 
 def _kind_to_skip(name: str, mode: int) -> str | None:

@@ -1,4 +1,4 @@
-"""Image datasets, decoding pictures and drawing them. Pixels are kept as uint8 and handed out as float32 in [0, 1]."""
+"""Read image datasets, decode pictures and draw them. Pixels are stored as uint8 and returned as float32 in [0, 1]."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ from genmodels.errors import DataError, RequestError
 from genmodels.family import ImageInfo
 
 MIN_IMAGES = 32
-MAX_BYTES = 4 * 2**30  # of a dataset, converted
+MAX_BYTES = 4 * 2**30  # of a converted dataset
 MAX_REQUEST_BYTES = 2**20
 REQUEST_FORMATS = ("PNG", "JPEG", "WEBP")
-TILE = 112  # the least side of a tile in a grid, in pixels: 28 x 28 pictures become comfortable to see
+TILE = 112  # smallest side of a tile in a grid, in pixels: pictures of 28 x 28 are enlarged
 
 
 class ImageData:
-    """Images of one shape, with or without classes, in a training and a validation part."""
+    """Hold images of one shape, with or without classes, in a training and a validation part."""
 
     def __init__(
         self, train: ImageSplit, val: ImageSplit, class_names: Sequence[str] = (), notes: list[str] | None = None
@@ -47,7 +47,7 @@ class ImageData:
         self.digest = digest.hexdigest()
 
     def assets(self) -> dict[str, bytes]:
-        """Files that travel with a checkpoint: the names of the classes, where there are any."""
+        """Return the files to store in a checkpoint: the names of the classes, if there are any."""
         return {"classes.json": json.dumps(self.class_names, ensure_ascii=False).encode()} if self.class_names else {}
 
     def preview_file(self, name: str, images: np.ndarray) -> tuple[str, bytes]:
@@ -55,18 +55,18 @@ class ImageData:
         return f"{name}.png", png(grid(images.clip(0, 1)))
 
     def arrays(self, name: Literal["train", "val"]) -> dict[str, np.ndarray]:
-        """All of `train` or `val` as it is kept: `images` uint8, and `labels` where there are classes."""
+        """Return all of `train` or `val` as stored: `images` uint8, and `labels` if there are classes."""
         split = self._splits[name]
         return {"images": split.images} | ({} if split.labels is None else {"labels": split.labels})
 
     def split(self, name: Literal["train", "val"], block_size: int | None = None) -> ImageSplit:
-        """The images of `train` or `val`; `block_size` is for texts and has no effect."""
+        """Return the images of `train` or `val`; `block_size` is for texts and has no effect."""
         return self._splits[name]
 
 
 @dataclass(frozen=True)
 class ImageSplit:
-    """uint8 (n, C, H, W) and the classes, int64 (n,)."""
+    """Hold images, uint8 (n, C, H, W), and classes, int64 (n,)."""
 
     images: np.ndarray
     labels: np.ndarray | None = None
@@ -75,13 +75,13 @@ class ImageSplit:
         return len(self.images)
 
     def take(self, index: np.ndarray, epoch: np.ndarray) -> dict[str, np.ndarray]:
-        """`images` float32 (n, C, H, W) in [0, 1], and `labels` int64 (n,) where there are classes; index is (n,)."""
+        """Return `images` float32 (n, C, H, W) in [0, 1], and `labels` int64 (n,) with classes; index is (n,)."""
         batch = {"images": self.images[index].astype(np.float32) / np.float32(255)}
         return batch if self.labels is None else {**batch, "labels": self.labels[index]}
 
 
 def from_idx(files: Sequence[bytes], class_names: Sequence[str]) -> ImageData:
-    """MNIST's layout (yann.lecun.com/exdb/mnist): train images, train labels, test images, test labels; test is val."""
+    """Read the layout of MNIST (yann.lecun.com/exdb/mnist): train images and labels, test images and labels."""
     parts = []
     for images, labels in (files[:2], files[2:]):
         count, height, width = np.frombuffer(images, ">u4", count=3, offset=4)
@@ -91,7 +91,7 @@ def from_idx(files: Sequence[bytes], class_names: Sequence[str]) -> ImageData:
 
 
 def from_csv(content: bytes, class_names: Sequence[str]) -> ImageData:
-    """Square grey images, one in a line: the pixels row by row, then the class. A tenth of each class is val."""
+    """Read square grey images, one per line: the pixels row by row, then the class. A tenth of each class is val."""
     table = np.loadtxt(io.BytesIO(content), delimiter=",", dtype=np.uint8)
     side = round((table.shape[1] - 1) ** 0.5)
     images, labels = table[:, :-1].reshape(-1, 1, side, side), table[:, -1].astype(np.int64)
@@ -100,27 +100,27 @@ def from_csv(content: bytes, class_names: Sequence[str]) -> ImageData:
 
 @dataclass(frozen=True)
 class Pictures:
-    """Pictures of one size before they are divided: uint8 (n, C, side, side), classes int64 (n,) or None."""
+    """Hold pictures of one size before the split: uint8 (n, C, side, side), classes int64 (n,) or None."""
 
     images: np.ndarray
     labels: np.ndarray | None
     class_names: list[str]
-    notes: list[str]  # what was done to them, for people
+    notes: list[str]  # for the user: what was done to the pictures
 
 
 def read_folder(
     folder: Path, image_size: int, channels: int | None, skipped: Mapping[str, int] | None = None
 ) -> Pictures:
-    """A person's own pictures, in a folder and those below it, scaled and centre-cropped to a square.
+    """Read the pictures in a folder and its subfolders, scaled and centre-cropped to a square.
 
-    The folders of the first level are the classes when there are at least two and no picture lies beside them.
-    `channels` None: 1 when every picture is stored in grey, else 3.
+    The folders of the first level are the classes if there are at least two and no picture is outside of them.
+    `channels` None: 1 if every picture is stored in grey, else 3.
 
     Args:
-        skipped: kinds of files that were left out before, each with its number, for the notes.
+        skipped: kinds of files that were skipped before, each with its number, for the notes.
 
     Raises:
-        DataError: no or too few pictures, or some cannot be read (they are named).
+        DataError: no or too few pictures, or pictures that cannot be read (the message names them).
     """
     paths, passed_over = find_pictures(folder)
     left_out = skipped_note(Counter(skipped or {}) + passed_over)
@@ -128,15 +128,15 @@ def read_folder(
         kinds = " ".join(sorted(SUFFIXES))
         also = f"; {left_out}" if left_out else ""
         raise DataError(
-            f"data.path: {shown(folder)} holds no pictures (looked for {kinds}, in the folders below it too{also})"
+            f"data.path: {shown(folder)} has no pictures (searched for {kinds}, also in its subfolders{also})"
         )
     if len(paths) < MIN_IMAGES:
         also = f" ({left_out})" if left_out else ""
         raise DataError(
-            f"data.path: {shown(folder)} holds too few pictures to learn from: {len(paths)}{also}, "
-            f"bring {MIN_IMAGES} or more"
+            f"data.path: {shown(folder)} has too few pictures to train on: {len(paths)}{also}; "
+            f"add pictures, at least {MIN_IMAGES} are needed"
         )
-    with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow lets go of the interpreter while it decodes
+    with ThreadPoolExecutor(os.cpu_count()) as pool:  # Pillow releases the GIL while it decodes
         headers = _all_readable(paths, list(pool.map(_header, paths)))
         if channels is None:
             channels = 1 if all(header.is_grey for header in headers) else 3
@@ -153,9 +153,9 @@ def read_folder(
     if scaled := sum(header.size != (image_size, image_size) for header in headers):
         notes[0] += f", {scaled:,} of them scaled and centre-cropped"
     if small := sum(min(header.size) < image_size for header in headers):
-        notes.append(f"smaller than that and enlarged: {small:,}; a lower data.image_size keeps them sharp")
+        notes.append(f"{small:,} smaller than that, enlarged; a lower data.image_size keeps them sharp")
     if animated := sum(header.has_more for header in headers):
-        notes.append(f"several pages or frames in one file, of which the first is taken: {animated:,}")
+        notes.append(f"{animated:,} with several pages or frames, of which the first is used")
     if classes:
         named = ", ".join(classes[:10]) + (", ..." if len(classes) > 10 else "")
         notes.append(f"{len(classes)} classes, one for each folder: {named}")
@@ -165,9 +165,9 @@ def read_folder(
 
 
 def train_val_split(pictures: Pictures) -> ImageData:
-    """A tenth of each class, at least one image, is for validation: those whose sha256 is lowest.
+    """Split pictures: a tenth of each class, at least one image, with the lowest sha256, is for validation.
 
-    So the division depends on the pictures alone: copies of one picture keep together, and adding some moves few.
+    So the split depends only on the pictures: copies of a picture stay in one part, and added pictures move few others.
     """
     images, labels = pictures.images, pictures.labels
     digests = [hashlib.sha256(image).digest() for image in images]
@@ -182,34 +182,36 @@ def train_val_split(pictures: Pictures) -> ImageData:
 
 
 def decode_image(content: bytes, info: ImageInfo) -> np.ndarray:
-    """A picture from a request: float32 (C, H, W) in [0, 1], upright, converted to the model's channels.
+    """Decode a picture from a request: float32 (C, H, W) in [0, 1], upright, in the channels of the model.
 
-    Its size is read before anything is decoded, and has to be the model's: scaling is the caller's choice.
+    Its size is read before it is decoded, and must be the size of the model: the caller chooses how to scale.
 
     Raises:
-        RequestError: no PNG, JPEG or WebP, damaged, of another size (400), or too many bytes (413).
+        RequestError: not PNG, JPEG or WebP, damaged, of another size (400), or too many bytes (413).
     """
     if len(content) > MAX_REQUEST_BYTES:
-        message = f"image has {len(content):,} bytes, at most {MAX_REQUEST_BYTES:,} are read"
+        message = f"image has {len(content):,} bytes, the limit is {MAX_REQUEST_BYTES:,}"
         raise RequestError(message, param="image", status=413)
     wanted = (info.width, info.height)
     try:
         with Image.open(io.BytesIO(content), formats=REQUEST_FORMATS) as image:
             size = image.size
-            if size in (wanted, wanted[::-1]):  # the other way round where it lies on its side
+            if size in (wanted, wanted[::-1]):  # swapped if EXIF turns it by 90 degrees
                 upright = decode(image)
                 size = upright.size
             if size == wanted:
                 return _pixels(upright, info.channels).astype(np.float32) / np.float32(255)
-    except Exception as error:  # Pillow raises nearly anything on damaged bytes
+    except Exception as error:  # Pillow raises many types of errors on damaged bytes
         raise RequestError(f"image cannot be read as PNG, JPEG or WebP: {reason(error)}", param="image") from error
     message = f"image is {size[0]} x {size[1]}, this model takes {info.width} x {info.height}"
     raise RequestError(f"{message}: scale or crop it before sending", param="image")
 
 
 def png(image: np.ndarray, scale: int = 1) -> bytes:
-    """A PNG file of float pixels in [0, 1], or of what `pixels_of` made of them: (C, H, W) with 1 or 3 channels, or
-    (H, W); each drawn `scale` x `scale`."""
+    """Return a PNG file of float pixels in [0, 1], or of the uint8 result of `pixels_of`.
+
+    The shape is (C, H, W) with 1 or 3 channels, or (H, W). Each pixel is drawn `scale` x `scale`.
+    """
     planes = image[None] if image.ndim == 2 else image
     pixels = planes if planes.dtype == np.uint8 else pixels_of(planes)
     pixels = pixels.repeat(scale, axis=1).repeat(scale, axis=2).transpose(1, 2, 0)
@@ -219,14 +221,14 @@ def png(image: np.ndarray, scale: int = 1) -> bytes:
 
 
 def pixels_of(images: np.ndarray) -> np.ndarray:
-    """Floats in [0, 1] as whole numbers 0 to 255, any shape; many images at once cost little more than one."""
+    """Convert floats in [0, 1] to uint8 of any shape; many images at once cost little more than one."""
     return np.rint(np.clip(np.nan_to_num(images), 0, 1) * 255).astype(np.uint8)
 
 
 def grid(images: np.ndarray, columns: int | None = None, padding: int = 8) -> np.ndarray:
-    """One picture of many, made to be looked at: (n, C, H, W) -> (C, H', W'), as square as possible by default.
+    """Arrange images in one picture: (n, C, H, W) -> (C, H', W'), as square as possible by default.
 
-    Small images are enlarged by a whole factor, without smoothing; the `padding` pixels between them are white.
+    Small images are enlarged by a whole factor, without smoothing; the `padding` pixels between images are white.
     """
     n, channels, height, width = images.shape
     columns = columns or int(np.ceil(n**0.5))
@@ -256,7 +258,7 @@ def _all_readable(paths: Sequence[Path], results: list[Any]) -> list[Any]:
         raise DataError(
             f"data.path: {len(bad):,} of {len(paths):,} pictures cannot be read: {'; '.join(bad[:3])}"
             + ("; ..." if len(bad) > 3 else "")
-            + ". Remove them or save them anew"
+            + ". Remove them or save them again"
         )
     return results
 
@@ -269,13 +271,13 @@ class _Header:
 
 
 def _header(path: Path) -> _Header | str:
-    """What is told of a picture without decoding it, or what is wrong with it."""
+    """Return the facts in the header of a picture, or what is wrong with it."""
     try:
         with Image.open(path, formats=FORMATS) as image:
             check_pixels(image)
             size = image.size
             return _Header(is_grey(image), size, bool(getattr(image, "is_animated", False)))
-    except Exception as error:  # Pillow raises nearly anything on damaged files
+    except Exception as error:  # Pillow raises many types of errors on damaged files
         return reason(error)
 
 
@@ -283,7 +285,7 @@ def _fill(path: Path, target: np.ndarray) -> str | None:
     """Put the largest centred square of a picture, scaled, into `target`, uint8 (channels, side, side).
 
     Returns:
-        What is wrong with the picture, if anything.
+        What is wrong with the picture; None if it could be read.
     """
     channels, side, _ = target.shape
     try:
@@ -293,7 +295,7 @@ def _fill(path: Path, target: np.ndarray) -> str | None:
             if upright.size != (side, side):
                 upright = ImageOps.fit(upright, (side, side), Image.Resampling.LANCZOS)
             target[:] = _pixels(upright, channels)
-    except Exception as error:  # Pillow raises nearly anything on damaged files
+    except Exception as error:  # Pillow raises many types of errors on damaged files
         return reason(error)
     return None
 

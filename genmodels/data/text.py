@@ -1,4 +1,4 @@
-"""Text datasets: characters as tokens, and windows of them."""
+"""Read text datasets: characters as tokens, and windows of tokens."""
 
 from __future__ import annotations
 
@@ -19,41 +19,41 @@ from genmodels.family import TextInfo
 
 MAX_BYTES = 2**30
 MIN_CHARACTERS = 2_000
-EXAMPLE = "The "  # a prompt that most texts have the characters of
+EXAMPLE = "The "  # a prompt whose characters occur in most texts
 
 
 class Tokenizer(Protocol):
-    """Text to token ids and back. Another kind needs a class of this form and a case in `load_tokenizer`."""
+    """Convert text to token ids and back. Another kind needs a class of this form and a case in `load_tokenizer`."""
 
     @property
     def vocab_size(self) -> int: ...
 
     def encode(self, text: str, param: str = "prompt") -> list[int]:
-        """Token ids of a text. Raises RequestError (400) naming the field `param` and what the model has never seen."""
+        """Return the token ids of a text. Raises RequestError (400) with `param` and the unknown characters."""
 
     def normalize(self, text: str) -> str:
-        """Write a text as the training text was written, where it was rewritten before training."""
+        """Rewrite a text in the way in which the training text was rewritten before training."""
 
     @property
     def example_prompt(self) -> str:
-        """A short prompt that `encode` takes, to suggest to people."""
+        """Return a short prompt that `encode` accepts, to suggest to users."""
 
     def decode(self, tokens: Iterable[int]) -> str:
-        """The text of token ids."""
+        """Return the text of token ids."""
 
     def to_json(self) -> bytes:
-        """What `load_tokenizer` reads."""
+        """Return the bytes that `load_tokenizer` reads."""
 
 
 def load_tokenizer(content: bytes) -> Tokenizer:
-    """The tokenizer stored as `tokenizer.json`. Raises DataError where it is damaged or of an unknown type."""
+    """Load the tokenizer in a `tokenizer.json`. Raises DataError if it is damaged or of an unknown type."""
     try:
         fields = json.loads(content)
         if fields["type"] == "char":
             return CharTokenizer.from_json(content)
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(f"tokenizer.json is damaged: {error!r}") from error
-    raise DataError(f"tokenizer.json has type {fields['type']!r}, known here: 'char'")
+    raise DataError(f"tokenizer.json has the unknown type {fields['type']!r}, expected 'char'")
 
 
 def unix_line_ends(text: str) -> str:
@@ -61,17 +61,17 @@ def unix_line_ends(text: str) -> str:
 
 
 class CharTokenizer:
-    """One token per character; ids follow the sorted vocabulary."""
+    """Use one token per character; ids follow the sorted vocabulary."""
 
     def __init__(self, vocab: str) -> None:
         if len(set(vocab)) != len(vocab) or not vocab:
-            raise ValueError("the vocabulary of a character tokenizer must be different characters, at least one")
+            raise ValueError("the vocabulary of a character tokenizer must have different characters, at least one")
         self.vocab = vocab
         self._ids = {character: token for token, character in enumerate(vocab)}
 
     @classmethod
     def from_text(cls, text: str) -> CharTokenizer:
-        """A tokenizer of all characters of the text."""
+        """Make a tokenizer of all characters of a text."""
         return cls("".join(sorted(set(text))))
 
     @classmethod
@@ -87,10 +87,10 @@ class CharTokenizer:
         if set(EXAMPLE) <= self._ids.keys():
             return EXAMPLE
         kinds = (str.isupper, str.isalpha, str.isalnum, lambda character: character.isprintable() and character != " ")
-        return next((found for kind in kinds for found in self.vocab if kind(found)), self.vocab[0])
+        return next((letter for kind in kinds for letter in self.vocab if kind(letter)), self.vocab[0])
 
     def encode(self, text: str, param: str = "prompt") -> list[int]:
-        """Token ids of a text. Raises RequestError (400) naming the characters that the model has never seen."""
+        """Return the token ids of a text. Raises RequestError (400) with the unknown characters."""
         text = self.normalize(text)
         unknown = sorted(set(text) - self._ids.keys())
         if unknown:
@@ -104,15 +104,15 @@ class CharTokenizer:
         return [self._ids[character] for character in text]
 
     def normalize(self, text: str) -> str:
-        """Write line ends as they were written before training, unless the model has learnt others."""
+        """Convert line ends to Unix line ends, unless the model has learnt others."""
         return text if "\r" in self._ids else unix_line_ends(text)
 
     def encode_array(self, text: str) -> np.ndarray:
-        """Token ids of a text whose characters are all known, as the smallest unsigned integers: (len(text),)."""
+        """Return the token ids of a text with known characters, as the smallest unsigned integers: (len(text),)."""
         codes = np.array([ord(character) for character in self.vocab])
         ids = np.zeros(codes.max() + 1, np.min_scalar_type(self.vocab_size - 1))
         ids[codes] = np.arange(self.vocab_size)
-        starts = range(0, len(text), 2**24)  # four bytes a character for a while: not for all of 1 GiB at once
+        starts = range(0, len(text), 2**24)  # four bytes per character, so not for all of 1 GiB at once
         parts = (text[start : start + 2**24].encode("utf-32-le") for start in starts)
         return np.concatenate([ids[np.frombuffer(part, "<u4")] for part in parts])
 
@@ -124,7 +124,7 @@ class CharTokenizer:
 
 
 class TextData:
-    """A text, its first nine tenths for training and the last tenth for validation, by position."""
+    """Hold a text: the first nine tenths are for training, the last tenth for validation."""
 
     def __init__(self, text: str, notes: list[str] | None = None) -> None:
         self.tokenizer = CharTokenizer.from_text(text)
@@ -136,10 +136,10 @@ class TextData:
         self.train, self.val = tokens[:border], tokens[border:]
 
     def set_tokenizer(self, tokenizer: CharTokenizer) -> None:
-        """Take the token ids of another tokenizer: that of the model which training starts from.
+        """Use the token ids of another tokenizer, that of the model from which training starts.
 
         Raises:
-            DataError: the text has characters that it does not know.
+            DataError: the text has characters that the tokenizer does not know.
         """
         if tokenizer.vocab == self.tokenizer.vocab:
             return
@@ -149,7 +149,7 @@ class TextData:
         self.tokenizer, self.info = tokenizer, TextInfo(vocab_size=tokenizer.vocab_size)
 
     def assets(self) -> dict[str, bytes]:
-        """Files that travel with a checkpoint: the tokenizer."""
+        """Return the files to store in a checkpoint: the tokenizer."""
         return {"tokenizer.json": self.tokenizer.to_json()}
 
     def preview_file(self, name: str, tokens: np.ndarray) -> tuple[str, bytes]:
@@ -157,13 +157,13 @@ class TextData:
         return f"{name}.txt", self.tokenizer.decode(tokens.tolist()).encode()
 
     def arrays(self, name: Literal["train", "val"]) -> dict[str, np.ndarray]:
-        """All of `train` or `val`: `tokens`, unsigned integers (n,)."""
+        """Return all of `train` or `val`: `tokens`, unsigned integers (n,)."""
         return {"tokens": self.train if name == "train" else self.val}
 
     def split(self, name: Literal["train", "val"], block_size: int | None = None) -> TrainWindows | ValWindows:
-        """Windows of `block_size` tokens of `train` or `val`. Raises DataError where the text has not one."""
+        """Return windows of `block_size` tokens of `train` or `val`. Raises DataError if the text is too short."""
         if block_size is None:
-            raise ValueError("windows of a text need a block_size")
+            raise ValueError("a split of a text needs a block_size")
         if name == "val":
             return ValWindows(self.val, block_size)
         check_block_size(len(self.train), block_size)
@@ -171,10 +171,10 @@ class TextData:
 
 
 def read_text(path: Path) -> TextData:
-    """A person's own text file (UTF-8).
+    """Read a text file (UTF-8) of the user.
 
     Raises:
-        DataError: it is missing, no regular file, too large or too short, or not UTF-8 text.
+        DataError: the file is missing, not a regular file, too large, too short, or not UTF-8 text.
     """
     try:
         status = path.stat()
@@ -182,7 +182,7 @@ def read_text(path: Path) -> TextData:
             raise DataError(f"data.path: {shown(path)} is not a regular file")
         if status.st_size > MAX_BYTES:
             raise DataError(
-                f"data.path: {shown(path)} has {status.st_size:,} bytes, at most {MAX_BYTES:,} (1 GiB) are read"
+                f"data.path: {shown(path)} has {status.st_size:,} bytes, the limit is {MAX_BYTES:,} (1 GiB)"
             )
         content = path.read_bytes()
     except OSError as error:
@@ -196,8 +196,8 @@ def read_text(path: Path) -> TextData:
     text = unix_line_ends(text)
     if len(text) < MIN_CHARACTERS:
         raise DataError(
-            f"data.path: {shown(path)} has {len(text):,} characters, too little to learn from: bring "
-            f"{MIN_CHARACTERS:,} or more"
+            f"data.path: {shown(path)} has {len(text):,} characters, too few to train on; add text, at least "
+            f"{MIN_CHARACTERS:,} are needed"
         )
     data = TextData(text)
     data.notes.append(
@@ -208,34 +208,34 @@ def read_text(path: Path) -> TextData:
 
 
 def check_vocabulary(vocabulary: str, tokenizer: CharTokenizer) -> None:
-    """Raise DataError where a text has characters that a tokenizer does not know."""
+    """Raise DataError if a text has characters that a tokenizer does not know."""
     if unknown := sorted(set(vocabulary) - set(tokenizer.vocab)):
         named = " ".join(map(repr, unknown[:10])) + (" and others" if len(unknown) > 10 else "")
         raise DataError(f"the text has characters that the model's tokenizer does not know: {named}")
 
 
 def training_windows(characters: int, block_size: int) -> int:
-    """The windows in an epoch of a training text, whatever offset the epoch has."""
+    """Return the number of windows in an epoch of a training text, for any offset of the epoch."""
     return (characters - block_size) // block_size
 
 
 def validation_windows(characters: int, block_size: int) -> int:
-    """The windows of a validation text, the last of which may be padded."""
+    """Return the number of windows of a validation text; the last one may be padded."""
     return (characters - 2) // block_size + 1
 
 
 def check_block_size(characters: int, block_size: int) -> None:
-    """Raise DataError where a training text has not one window."""
+    """Raise DataError if a training text is too short for one window."""
     if characters < 2 * block_size:
         raise DataError(
             f"the training text has {characters:,} characters, block_size {block_size} needs at least "
-            f"{2 * block_size:,}: set model.block_size to {characters // 2} or less, or bring more text"
+            f"{2 * block_size:,}: set model.block_size to {characters // 2} or less, or add more text"
         )
 
 
 @dataclass(frozen=True)
 class TrainWindows:
-    """Windows that do not overlap, from an offset that each epoch has its own; the same number in each epoch."""
+    """Give windows that do not overlap, from a different offset in each epoch; their number is always the same."""
 
     tokens: np.ndarray
     block_size: int
@@ -244,7 +244,7 @@ class TrainWindows:
         return training_windows(len(self.tokens), self.block_size)
 
     def take(self, index: np.ndarray, epoch: np.ndarray) -> dict[str, np.ndarray]:
-        """`tokens` and the `targets` that follow them, int64 (n, block_size) both; index and epoch are (n,)."""
+        """Return `tokens` and the `targets` that follow them, both int64 (n, block_size); index and epoch are (n,)."""
         start = _mix(epoch) % self.block_size + index * self.block_size
         window = self.tokens[start[:, None] + np.arange(self.block_size + 1)].astype(np.int64)
         return {"tokens": window[:, :-1].copy(), "targets": window[:, 1:].copy()}
@@ -252,9 +252,9 @@ class TrainWindows:
 
 @dataclass(frozen=True)
 class ValWindows:
-    """Windows from the start, one after the other: every character but the first is predicted exactly once.
+    """Give consecutive windows from the start: every character except the first is predicted exactly once.
 
-    The last window is padded: `targets` are -1 there, which losses ignore.
+    The last window is padded with `targets` of -1, which losses ignore.
     """
 
     tokens: np.ndarray
@@ -264,7 +264,7 @@ class ValWindows:
         return validation_windows(len(self.tokens), self.block_size)
 
     def take(self, index: np.ndarray, epoch: np.ndarray) -> dict[str, np.ndarray]:
-        """`tokens` and the `targets` that follow them, int64 (n, block_size) both; the same in every epoch."""
+        """Return `tokens` and the `targets` that follow them, both int64 (n, block_size); the same in every epoch."""
         position = index[:, None] * self.block_size + np.arange(self.block_size + 1)
         inside = position < len(self.tokens)
         window = self.tokens[np.where(inside, position, 0)].astype(np.int64)
@@ -275,7 +275,7 @@ class ValWindows:
 
 
 def _mix(number: np.ndarray) -> np.ndarray:
-    """A fixed hash (splitmix64, G. Steele et al. 2014) of non-negative integers, as non-negative int64."""
+    """Hash non-negative integers (splitmix64, G. Steele et al. 2014) to non-negative int64."""
     z = number.astype(np.uint64) * np.uint64(0x9E3779B97F4A7C15) + np.uint64(0x9E3779B97F4A7C15)
     z = (z ^ (z >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     z = (z ^ (z >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

@@ -1,14 +1,15 @@
-"""Datasets that people add to the storage, for clusters where no path of theirs exists: `genmodels data add`.
+"""Store datasets of users, for clusters that do not have the paths of the user: `genmodels data add`.
 
-    datasets/<name>/<sha256>/text.txt              as it was, or
-                            /pictures.safetensors  converted once: `images`, and `labels` where there are classes
-                            /dataset.json          what it is; written last: from then on it exists
-    datasets/<name>/current.json                   which content the name means now
-    datasets/<name>/sweep.json                     lease of whoever deletes the dataset
+    datasets/<name>/<sha256>/text.txt              the unchanged text, or
+                            /pictures.safetensors  converted once: `images`, and `labels` if there are classes
+                            /dataset.json          its description; written last, then the content exists
+    datasets/<name>/current.json                   the content that the name means now
+    datasets/<name>/gc-lease.json                  lease of the process that deletes the dataset
 
-A content never changes and is named by the sha256 of its file. A spec is pinned to one when it is submitted, so adding
-another under the same name changes no run. Who deletes holds the dataset's lease; who adds waits for it afterwards, and
-puts what is gone again. What is fetched is kept in `sources.cache_folder()` and checked at each use.
+A content never changes and is named by the sha256 of its file. A spec is pinned to one content when it is submitted, so
+adding another content under the same name changes no run. A process that deletes holds the lease of the dataset; a
+process that adds waits for the lease afterwards, and stores missing objects again. Downloads are kept in
+`sources.cache_folder()` and verified at each use.
 """
 
 from __future__ import annotations
@@ -40,8 +41,8 @@ from genmodels.storage.lease import Lease
 
 NAME = r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$"
 IMAGE_SIZE, MIN_SIZE, MAX_SIZE = 32, 8, 256  # side of the squares that pictures become, in pixels
-MAX_STREAM_BYTES = 2**30  # of a file that comes over the network
-SWEEP, SWEEP_SECONDS = "sweep.json", 120.0  # after which one who deletes is taken for dead
+MAX_STREAM_BYTES = 2**30  # of an uploaded file
+GC_LEASE, GC_SECONDS = "gc-lease.json", 120.0  # after which a process that deletes counts as dead
 
 Kind = Literal["image", "text"]
 UNPACKED = "unpacked"
@@ -49,20 +50,20 @@ FILES: dict[Kind, str] = {"text": "text.txt", "image": "pictures.safetensors"}
 
 
 class StoredDataset(Document):
-    """One content of an added dataset."""
+    """Describe one content of an added dataset."""
 
     object_kind = "dataset"
-    remedy = "delete the folder that it lies in and add the dataset again: genmodels data add"
+    remedy = "delete its folder and add the dataset again: genmodels data add"
 
     name: str
     sha256: str
     kind: Kind
     bytes: int
     examples: int  # pictures, or characters
-    validation: int | None = None  # of them, those that are held back for validation
-    digest: str = ""  # of the data as training sees it, which stands in a checkpoint's lineage
-    info: DataInfo  # what a family must know of it
-    notes: list[str]  # for people: how many, of what size, how they were converted
+    validation: int | None = None  # examples for validation, included in `examples`
+    digest: str = ""  # of the data as training sees it, as in the lineage of a checkpoint
+    info: DataInfo  # the facts that a family needs
+    notes: list[str]  # for the user: number, size and conversion of the pictures
     added: Time
 
     @property
@@ -71,7 +72,7 @@ class StoredDataset(Document):
 
 
 class Current(Document):
-    """Which content a name means."""
+    """Name the current content of a dataset."""
 
     object_kind = "dataset"
     remedy = "add the dataset again: genmodels data add"
@@ -88,18 +89,18 @@ def add(
     *,
     replace: bool = False,
 ) -> tuple[StoredDataset, bool]:
-    """Check a text file, a folder of pictures or a zip of them as local data is checked, and store it under a name.
+    """Check a text file, or a folder or zip of pictures, with the rules for local data, and store it under a name.
 
     Args:
-        image_size, channels: of pictures, as a spec's `data` section has them.
-        replace: whether the name may be taken from another content.
+        image_size, channels: of pictures, as in the `data` section of a spec.
+        replace: replace another content of this name.
 
     Returns:
-        The dataset, and whether it is new: the same content again under the name it has changes nothing.
+        The dataset, and whether it is new: adding the same content under the same name changes nothing.
 
     Raises:
-        DatasetExists: the name means another content, and `replace` is not given.
-        DataError: the name cannot be, the data does not fit, or the name is one of a dataset of another kind.
+        DatasetExists: the name has another content, and `replace` is False.
+        DataError: the name is invalid, the data is unsuitable, or the name belongs to a dataset of another kind.
     """
     _check_free(name)
     if image_size is not None and not MIN_SIZE <= image_size <= MAX_SIZE:
@@ -108,88 +109,90 @@ def add(
         try:
             dataset, file = _convert(name, path, image_size, channels, Path(scratch))
         except DataError as error:
-            said = str(error).removeprefix("data.path: ").replace("data.image_size", "image_size")
-            raise DataError(said.replace(f"{scratch}/{UNPACKED}", shown(path.name))) from None
+            message = str(error).removeprefix("data.path: ").replace("data.image_size", "image_size")
+            raise DataError(message.replace(f"{scratch}/{UNPACKED}", shown(path.name))) from None
         except OSError as error:
             raise DataError(f"{shown(error.filename or path)} cannot be read: {error.strerror}") from error
         before = None
-        with contextlib.suppress(DamagedObject):  # adding is the remedy
+        with contextlib.suppress(DamagedObject):  # adding it again repairs it
             before = _current(storage, name)
         if before and before.kind != dataset.kind:
-            raise DataError(f"{name!r} is a dataset of {before.kind}s, this has {dataset.kind}s: choose another name")
+            raise DataError(
+                f"{name!r} is a dataset of {before.kind}s, but this one has {dataset.kind}s: choose another name"
+            )
         if before and before.sha256 == dataset.sha256:
             return before, False
         if before and not replace:
-            raise DatasetExists(f"dataset {name!r} is there with another content: {before.notes[0]}")
+            raise DatasetExists(f"dataset {name!r} exists with another content: {before.notes[0]}")
         _put(storage, dataset, file)
         while True:
             write_document(storage, f"datasets/{name}/current.json", {"sha256": dataset.sha256, "time": _now()})
             gc_lease(storage, name).wait_until_free()
             if _current(storage, name) and storage.exists(dataset.key):
                 return find(storage, name, dataset.sha256), True
-            _put(storage, dataset, file)  # it was deleted meanwhile, in whole or in part
+            _put(storage, dataset, file)  # it was deleted in the meantime, completely or partly
 
 
 def _put(storage: Storage, dataset: StoredDataset, file: Path) -> None:
     document = f"datasets/{dataset.name}/{dataset.sha256}/dataset.json"
     if not (storage.exists(document) and storage.exists(dataset.key)):
         storage.upload(file, dataset.key)
-        with contextlib.suppress(Conflict):  # somebody else has just added the same
+        with contextlib.suppress(Conflict):  # another process has just added the same
             write_document(storage, document, dataset.model_dump(mode="json"), if_absent=True)
 
 
 def gc_lease(storage: Storage, name: str) -> Lease:
-    """The lease of whoever deletes a dataset."""
-    return Lease(storage, SWEEP_SECONDS, f"datasets/{name}/{SWEEP}")
+    """Return the lease for deleting a dataset."""
+    return Lease(storage, GC_SECONDS, f"datasets/{name}/{GC_LEASE}")
 
 
 def sizes(storage: Storage, name: str) -> dict[str, int]:
-    """Every object of a dataset with its bytes: what the name means first, then what each content is, then the data.
+    """Return the bytes of every object of a dataset: the current content first, then the descriptions, then the data.
 
-    Whoever deletes them in this order leaves nothing that seems whole and is not.
+    A deletion in this order never leaves an incomplete content that looks complete.
 
     Raises:
-        DataError: the name cannot be.
+        DataError: the name is invalid.
     """
     _check_free(name)
-    found = storage.sizes(f"datasets/{name}/")
+    objects = storage.sizes(f"datasets/{name}/")
     order = {"current.json": 0, "dataset.json": 1}
-    keys = sorted(found, key=lambda key: (order.get(key.rpartition("/")[2], 2), key))
-    return {key: found[key] for key in keys if not key.endswith(f"/{SWEEP}")}
+    keys = sorted(objects, key=lambda key: (order.get(key.rpartition("/")[2], 2), key))
+    return {key: objects[key] for key in keys if not key.endswith(f"/{GC_LEASE}")}
 
 
 def contents(storage: Storage, name: str) -> list[StoredDataset]:
-    """All contents that a name has or had."""
+    """Return all contents that a name has or had."""
     described = (_described(storage, name, sha256) for sha256 in storage.folders(f"datasets/{name}/"))
     return [dataset for dataset in described if dataset]
 
 
 def catalog(storage: Storage) -> list[StoredDataset]:
-    """What the added names mean now, by name; without those that are damaged."""
-    found = []
+    """Return the current content of each added dataset, by name, without damaged ones."""
+    datasets = []
     for name in sorted(kinds(storage)):
         with contextlib.suppress(DamagedObject):
-            found.append(_current(storage, name))
-    return [dataset for dataset in found if dataset]
+            datasets.append(_current(storage, name))
+    return [dataset for dataset in datasets if dataset]
 
 
 def kinds(storage: Storage) -> dict[str, Kind]:
-    """The names that have been added, and what each is a dataset of: all that checking a spec needs, in one listing."""
+    """Return the kind of each added dataset by name, with one listing: enough to check a spec."""
     keys = storage.list("datasets/")
     files = (re.fullmatch(r"datasets/([^/]+)/[0-9a-f]{64}/([^/]+)", key) for key in keys)
     by_file = {file: kind for kind, file in FILES.items()}
-    found = {match[1]: by_file[match[2]] for match in files if match and match[2] in by_file}
-    return {name: kind for name, kind in found.items() if f"datasets/{name}/current.json" in keys}
+    by_name = {match[1]: by_file[match[2]] for match in files if match and match[2] in by_file}
+    return {name: kind for name, kind in by_name.items() if f"datasets/{name}/current.json" in keys}
 
 
 def find(storage: Storage, name: str, sha256: str | None = None) -> StoredDataset:
-    """A content of an added dataset; without `sha256` the one that the name means now.
+    """Return a content of an added dataset; without `sha256` the current one.
 
     Raises:
-        DataError: there is none.
+        DataError: it does not exist.
     """
     if not re.fullmatch(NAME, name) or (sha256 and not re.fullmatch("[0-9a-f]{64}", sha256)):
-        raise DataError(f"no dataset {name!r}: names are lower-case letters, digits and dashes")
+        raise DataError(f"no dataset {name!r}: a name has lower-case letters, digits and dashes")
     dataset = _described(storage, name, sha256) if sha256 else _current(storage, name)
     if dataset:
         return dataset
@@ -198,23 +201,25 @@ def find(storage: Storage, name: str, sha256: str | None = None) -> StoredDatase
 
 
 def load(name: str, sha256: str | None, storage: Storage | None) -> ImageData | TextData:
-    """Open an added dataset, from this machine's cache where it is there.
+    """Open an added dataset, from the cache of this machine if possible.
 
     Args:
-        storage: may be None when `sha256` is given and its content is in the cache.
+        storage: may be None if `sha256` is given and its content is in the cache.
 
     Raises:
-        DataError: it is nowhere, or damaged in the storage.
+        DataError: the dataset is missing, or damaged in the storage.
     """
     if sha256 is None:
         if storage is None:
-            raise DataError(f"data.dataset: {name!r} is no built-in dataset, and there is no storage to look into")
+            raise DataError(
+                f"data.dataset: {name!r} is not a built-in dataset, and no storage is given; give --storage"
+            )
         sha256 = find(storage, name).sha256
     folder = cache_folder() / "datasets" / sha256
     path = _cached(folder, sha256)
     if path is None:
         if storage is None:
-            raise DataError(f"data.dataset: {name!r} is not on this machine, and there is no storage to look into")
+            raise DataError(f"data.dataset: {name!r} is not on this machine, and no storage is given; give --storage")
         path = _fetch(storage, find(storage, name, sha256), folder)
     if path.name == FILES["image"]:
         return train_val_split(_read_pictures(path, name))
@@ -226,7 +231,7 @@ def load(name: str, sha256: str | None, storage: Storage | None) -> ImageData | 
 def _convert(
     name: str, path: Path, image_size: int | None, channels: Literal[1, 3] | None, scratch: Path
 ) -> tuple[StoredDataset, Path]:
-    """What is to be stored of a person's file or folder, and the file that holds it."""
+    """Return the description of a file or folder to store, and the file that holds its content."""
     if not path.exists():
         raise DataError(f"{shown(path)} does not exist: name a text file, a folder of pictures, or a zip of them")
     if path.is_dir() or (path.is_file() and is_zip(path)):
@@ -240,7 +245,7 @@ def _convert(
         digest, examples, kind = data.digest, len(pictures.images), "image"
         notes, called = pictures.notes, shown(folder.resolve().name)
     elif image_size or channels:
-        raise DataError(f"{shown(path)} is no folder or zip of pictures: image_size and channels are for pictures")
+        raise DataError(f"{shown(path)} is not a folder or zip of pictures: remove image_size and channels")
     else:
         text, file, kind = read_text(path), path, "text"
         info, digest, examples = text.info, text.digest, len(text.train) + len(text.val)
@@ -265,7 +270,7 @@ def _write_pictures(pictures: Pictures, path: Path) -> None:
     from safetensors.numpy import save_file
 
     tensors = {"images": pictures.images} | ({} if pictures.labels is None else {"labels": pictures.labels})
-    # One entry: of several the order in the file is not fixed, and with it the sha256.
+    # One entry: with several, their order in the file is not fixed, and so neither is the sha256.
     save_file(tensors, path, {"class_names": json.dumps(pictures.class_names)})
 
 
@@ -284,13 +289,13 @@ def _read_pictures(path: Path, name: str) -> Pictures:
 
 
 def _fetch(storage: Storage, dataset: StoredDataset, folder: Path) -> Path:
-    """Download into the cache, complete and verified or not at all; of several processes one does, the others wait."""
+    """Download to the cache, complete and verified or not at all; one process downloads, others wait."""
     path = folder / FILES[dataset.kind]
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with FileLock(folder.with_name(f".{folder.name}.lock")):
-            if found := _cached(folder, dataset.sha256):
-                return found
+            if cached := _cached(folder, dataset.sha256):
+                return cached
             path.unlink(missing_ok=True)
             part = path.with_name(f".{path.name}.part")
             storage.download(dataset.key, part)
@@ -304,7 +309,7 @@ def _fetch(storage: Storage, dataset: StoredDataset, folder: Path) -> Path:
     except KeyNotFound:
         raise DataError(f"data.dataset: {storage.url}/{dataset.key} is gone; add the dataset again") from None
     except OSError as error:
-        where = "XDG_CACHE_HOME names the folder for it"
+        where = "set XDG_CACHE_HOME to another folder"
         raise DataError(f"data.dataset: {folder} cannot be written ({error.strerror}); {where}") from error
 
 

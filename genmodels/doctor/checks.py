@@ -1,7 +1,7 @@
-"""What `genmodels doctor` looks at: one line for each thing that can be wrong, with what to do about it.
+"""Run the checks of `genmodels doctor`: one line for each check, with a remedy for each problem.
 
-No check raises: what goes wrong within one is its finding. The library knows nothing of Ray, so that a broken
-installation of it can be told.
+No check raises: an error inside a check is reported as its problem. The library does not import Ray, so a broken
+installation of Ray can be reported.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ State = Literal["ok", "warning", "problem"]
 PINNED = ("torch", "ray", "pydantic", "boto3", "numpy", "fastapi", "safetensors")
 PORTS = {8000: "gateway", 8080: "job service", 9400: "metrics of this node", 6379: "Ray", 8265: "Ray's dashboard"}
 ANSWER_SECONDS = 2.0
-SKEW_WARNING, SKEW_PROBLEM = 30.0, 300.0  # seconds; S3 refuses requests that are 15 minutes off
+SKEW_WARNING, SKEW_PROBLEM = 30.0, 300.0  # seconds; S3 refuses requests if clocks differ by 15 minutes
 FREE_WARNING, FREE_PROBLEM = 5 * 2**30, 512 * 2**20  # bytes
 INODES_WARNING, INODES_PROBLEM = 50_000, 1_000
 NAMED_STRAYS = 3
@@ -44,23 +44,23 @@ NAMED_STRAYS = 3
 
 @dataclass(frozen=True)
 class Check:
-    """One line. `remedy` says what to do; it is empty where all is well."""
+    """Hold one line of the report. `remedy` says what to do; it is empty if there is no problem."""
 
     name: str
     state: State
-    found: str
+    text: str
     remedy: str = ""
 
 
 def examine(storage_url: str) -> Iterator[Check]:
-    """All checks, each as soon as it is made."""
+    """Yield the result of each check as soon as it is known."""
     yield from _contained("versions", _versions)
     try:
         store = open_storage(storage_url)
         store.list("keys/", limit=1)
         read_marker(store)
     except Exception as error:
-        yield Check("storage", "problem", str(contained(error)), "mend that first; what is stored was not looked at")
+        yield Check("storage", "problem", str(contained(error)), "correct this first; stored objects were not checked")
     else:
         yield Check("storage", "ok", f"{store.url} answers")
         yield from _contained("conditional puts", lambda: _conditional_puts(store))
@@ -93,7 +93,7 @@ def _versions() -> Iterator[Check]:
         return
     wanted = about["Requires-Python"] or ""
     if python not in SpecifierSet(wanted):
-        yield Check("python", "problem", f"{python}, expected {wanted}", "make the environment with another Python")
+        yield Check("python", "problem", f"{python}, expected {wanted}", "create the environment with another Python")
     for requirement in map(Requirement, metadata.requires("genmodels") or ()):
         if requirement.name in PINNED and (requirement.marker is None or requirement.marker.evaluate({"extra": ""})):
             yield _version(requirement)
@@ -102,72 +102,74 @@ def _versions() -> Iterator[Check]:
 def _version(requirement: Requirement) -> Check:
     remedy = f'pip install "{requirement.name}{requirement.specifier}"'
     try:
-        found = metadata.version(requirement.name)
+        version = metadata.version(requirement.name)
     except metadata.PackageNotFoundError:
         return Check(requirement.name, "problem", "is not installed", remedy)
-    if requirement.specifier.contains(found, prereleases=True):
-        return Check(requirement.name, "ok", found)
-    return Check(requirement.name, "problem", f"{found}, expected {requirement.specifier}", remedy)
+    if requirement.specifier.contains(version, prereleases=True):
+        return Check(requirement.name, "ok", version)
+    return Check(requirement.name, "problem", f"{version}, expected {requirement.specifier}", remedy)
 
 
 # The storage
 
 
 def _conditional_puts(store: Storage) -> Iterator[Check]:
-    """Two dispatchers would hold one lease where the store does not honour them."""
+    """Check conditional puts: without them two dispatchers could hold one lease."""
     probe = getattr(storage, "probe_conditional_puts", None)
     if probe is None:
         return
     try:
         probe(store)
     except StorageError as error:
-        remedy = "mend that first: nothing can be written there"
+        remedy = "correct this first: nothing can be written to the storage"
         if CONDITIONS_NEEDED in str(error):
             remedy = (
-                "use a store that honours If-Match and If-None-Match: two dispatchers would run every job twice here"
+                "use a store that supports If-Match and If-None-Match: here two dispatchers would run each job twice"
             )
         yield Check("conditional puts", "problem", str(error), remedy)
     else:
-        yield Check("conditional puts", "ok", "are honoured")
+        yield Check("conditional puts", "ok", "supported")
 
 
 def _objects(store: Storage) -> Iterator[Check]:
-    found = take_inventory(store)
-    if not found.damages:
-        yield Check("stored objects", "ok", f"{found.documents:,} documents, none damaged")
-    for damage in found.damages:
+    inventory = take_inventory(store)
+    if not inventory.damages:
+        yield Check("stored objects", "ok", f"{inventory.documents:,} documents, none damaged")
+    for damage in inventory.damages:
         yield Check("damaged object", "problem", f"{damage.key}: {damage.what}", damage.remedy)
-    if found.strays:
-        named = ", ".join(found.strays[:NAMED_STRAYS])
-        more = f" and {len(found.strays) - NAMED_STRAYS} more" if len(found.strays) > NAMED_STRAYS else ""
-        remedy = "they are passed over; remove them where another program left them"
-        yield Check("files not ours", "warning", f"{named}{more}", remedy)
+    if inventory.strays:
+        named = ", ".join(inventory.strays[:NAMED_STRAYS])
+        more = f" and {len(inventory.strays) - NAMED_STRAYS} more" if len(inventory.strays) > NAMED_STRAYS else ""
+        remedy = "genmodels ignores them; remove them if another program left them"
+        yield Check("unknown files", "warning", f"{named}{more}", remedy)
 
 
 def _clock(store: Storage) -> Iterator[Check]:
     before = time.time()
-    told = store.clock()
-    if told is None:
+    store_time = store.clock()
+    if store_time is None:
         return
-    skew = (before + time.time()) / 2 - told
-    found = f"this machine's is {abs(skew):.0f} s {'ahead of' if skew > 0 else 'behind'} the store's"
-    remedy = "set this machine's clock (NTP): requests to S3 are refused when it is 15 minutes off"
+    skew = (before + time.time()) / 2 - store_time
+    difference = (
+        f"the clock of this machine is {abs(skew):.0f} s {'ahead of' if skew > 0 else 'behind'} the clock of the store"
+    )
+    remedy = "set the clock of this machine (NTP): S3 refuses requests if clocks differ by 15 minutes"
     if abs(skew) < SKEW_WARNING:
-        yield Check("clock", "ok", f"within {SKEW_WARNING:.0f} s of the store's")
+        yield Check("clock", "ok", f"within {SKEW_WARNING:.0f} s of the clock of the store")
     else:
-        yield Check("clock", "problem" if abs(skew) >= SKEW_PROBLEM else "warning", found, remedy)
+        yield Check("clock", "problem" if abs(skew) >= SKEW_PROBLEM else "warning", difference, remedy)
 
 
 # This machine
 
 
 def _disks(storage_url: str) -> Iterator[Check]:
-    places = {"scratch": (Path(tempfile.gettempdir()), "TMPDIR names another folder")}
+    places = {"scratch": (Path(tempfile.gettempdir()), "or set TMPDIR to another folder")}
     url = urlsplit(storage_url)
     if url.scheme == "file":
-        places["storage folder"] = (Path(unquote(url.path)), "remove what is not needed: genmodels gc")
+        places["storage folder"] = (Path(unquote(url.path)), "remove objects that are not needed: genmodels gc")
     if folder := os.environ.get(DIRECTORY):
-        places["metrics"] = (Path(folder), f"{DIRECTORY} names another folder")
+        places["metrics"] = (Path(folder), f"or set {DIRECTORY} to another folder")
     for name, (place, remedy) in places.items():
         yield _disk(name, place, remedy)
 
@@ -178,12 +180,12 @@ def _disk(name: str, place: Path, remedy: str) -> Check:
         return Check(name, "problem", f"{there} is not writable", f"change its owner or mode; {remedy}")
     free, files = shutil.disk_usage(there).free, os.statvfs(there)
     inodes = files.f_favail if files.f_files else INODES_WARNING
-    found = f"{place}: {free / 2**30:.1f} GiB free" + (f", {inodes:,} inodes" if files.f_files else "")
+    space = f"{place}: {free / 2**30:.1f} GiB free" + (f", {inodes:,} inodes" if files.f_files else "")
     if free < FREE_PROBLEM or inodes < INODES_PROBLEM:
-        return Check(name, "problem", found, f"free some; {remedy}")
+        return Check(name, "problem", space, f"free some space; {remedy}")
     if free < FREE_WARNING or inodes < INODES_WARNING:
-        return Check(name, "warning", found, f"free some; {remedy}")
-    return Check(name, "ok", found)
+        return Check(name, "warning", space, f"free some space; {remedy}")
+    return Check(name, "ok", space)
 
 
 def _port(port: int, what: str) -> Iterator[Check]:
@@ -194,19 +196,21 @@ def _port(port: int, what: str) -> Iterator[Check]:
         yield Check(name, "ok", f"free ({what})")
         return
     except OSError as error:
-        yield Check(name, "warning", f"does not answer ({error})", f"see what listens there: ss -ltnp sport = :{port}")
+        yield Check(
+            name, "warning", f"does not answer ({error})", f"show the program that listens: ss -ltnp sport = :{port}"
+        )
         return
     if problem := _health(port):
-        yield Check(name, "problem", problem, "look into the log of that service")
+        yield Check(name, "problem", problem, "read the log of that service")
     elif _is_ours(port):
         yield Check(name, "ok", f"genmodels answers ({what})")
     else:
-        remedy = f"where genmodels is to run here, choose another port (see `genmodels up --help`) or end that: {what}"
+        remedy = f"choose another port for the {what} (see `genmodels up --help`), or stop that program"
         yield Check(name, "warning", "another program listens", remedy)
 
 
 def _health(port: int) -> str | None:
-    """Why a service of ours that listens there says that it is not well."""
+    """Return the problem that a service of genmodels on this port reports; None if it reports none."""
     answer = _get(port, "/healthz")
     if answer is None or answer.status_code != 503:
         return None
@@ -232,7 +236,7 @@ def _get(port: int, path: str) -> httpx.Response | None:
 
 
 def _secrets() -> Iterator[Check]:
-    """Files that hold secrets; keys of our own are stored as hashes alone."""
+    """Check the permissions of files with secrets; API keys are stored only as hashes."""
     named = [os.environ.get(name) for name in ("AWS_SHARED_CREDENTIALS_FILE", "RAY_AUTH_TOKEN_PATH")]
     paths = [Path(name) for name in named if name]
     paths += [Path.home() / ".aws" / "credentials", Path.home() / ".ray" / "auth_token"]
@@ -244,4 +248,4 @@ def _secrets() -> Iterator[Check]:
         mode = f"{stat.S_IMODE(path.stat().st_mode):04o}"
         yield Check("secrets", "warning", f"{path} can be read by others (mode {mode})", f"chmod 600 {path}")
     if not open_ones:
-        yield Check("secrets", "ok", f"{len(there)} files, each readable by its owner alone" if there else "no files")
+        yield Check("secrets", "ok", f"{len(there)} files, each readable only by its owner" if there else "no files")

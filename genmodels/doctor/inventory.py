@@ -1,6 +1,6 @@
-"""Every kind of document in storage, by its key: to look at all of them and tell what is damaged, and what is not ours.
+"""Read all documents in storage by their keys, and report damaged ones and unknown files.
 
-Logs, metrics and the files of checkpoints and versions are not read: they have checks of their own where they are used.
+Logs, metrics and the files of checkpoints and versions are not read: they are checked when they are used.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from genmodels.spec.names import LABEL
 from genmodels.storage import Document, Storage, load_document
 from genmodels.storage.lease import LeaseDocument
 
-READERS = 16  # objects read at the same time
+READERS = 16  # concurrent reads
 
 _LABEL = LABEL.strip("^$")
 _JOB, _MODEL = f"(?P<job>{JOB_ID})", f"(?P<model>{_LABEL})"
 _ATTEMPT = rf"runs/{JOB_ID}/{_LABEL}/attempt-(?P<attempt>\d+)"
 
-# Groups of a pattern that are fields of the document have to be the same there.
+# A named group of a pattern is a field of the document, which must have the same value.
 DOCUMENTS: tuple[tuple[str, type[Document]], ...] = (
     (r"keys/(?P<id>[0-9a-f]{8})\.json", Key),
     (rf"jobs/{_JOB}/spec\.json", StoredSpec),
@@ -39,7 +39,7 @@ DOCUMENTS: tuple[tuple[str, type[Document]], ...] = (
     (rf"open/{_JOB}", Entry),
     (rf"ended/\d{{13}}-{_JOB}", EndedEntry),
     (r"idempotency/[0-9a-f]{64}\.json", Submission),
-    (rf"dispatcher/lease\.json|models/{_LABEL}/sweep\.json", LeaseDocument),
+    (rf"dispatcher/lease\.json|(models|datasets)/{_LABEL}/gc-lease\.json", LeaseDocument),
     (r"dispatcher/queue\.json", Queue),
     (rf"runs/{JOB_ID}/{_LABEL}/status\.json", Status),
     (rf"runs/{JOB_ID}/{_LABEL}/commands/\d{{8}}\.json", Command),
@@ -87,26 +87,26 @@ class Damage:
 class Inventory:
     documents: int
     damages: list[Damage]
-    strays: list[str]  # keys in our folders that are of no kind of ours
+    strays: list[str]  # keys in the folders of genmodels that have no known form
 
 
 def take_inventory(storage: Storage) -> Inventory:
-    """Read every document of a storage. Raises StorageError where the storage does not answer."""
+    """Read every document of a storage. Raises StorageError if the storage does not answer."""
     keys = [key for folder in FOLDERS for key in storage.list(f"{folder}/")]
     known = {key: kind for key in keys if (kind := kind_of(key))}
     with ThreadPoolExecutor(READERS) as threads:
-        found = threads.map(partial(_look, storage, frozenset(keys)), known.items())
-        damages = [damage for damage in found if damage]
+        checked = threads.map(partial(_check, storage, frozenset(keys)), known.items())
+        damages = [damage for damage in checked if damage]
     strays = [key for key in keys if key not in known and not _matches(_OTHERS, key)]
     return Inventory(len(known), damages, strays)
 
 
 def kind_of(key: str) -> type[Document] | None:
-    """The kind of document that lies under a key, None for anything else."""
+    """Return the kind of document that a key names, None for any other key."""
     return next((kind for pattern, kind in DOCUMENTS if re.fullmatch(pattern, key)), None)
 
 
-def _look(storage: Storage, keys: frozenset[str], item: tuple[str, type[Document]]) -> Damage | None:
+def _check(storage: Storage, keys: frozenset[str], item: tuple[str, type[Document]]) -> Damage | None:
     key, kind = item
     try:
         if kind is StoredSpec:
@@ -117,17 +117,17 @@ def _look(storage: Storage, keys: frozenset[str], item: tuple[str, type[Document
             document, _ = load_document(storage, key, kind, **_identity(key, kind))
             return next(_missing(storage, key, document, keys), None)
     except (KeyNotFound, JobNotFound):
-        if key not in storage.list(key, limit=1):  # it has gone meanwhile
+        if key not in storage.list(key, limit=1):  # deleted in the meantime
             return None
-        return Damage(key, "it is listed, but there is no such object or file", "remove it")
+        return Damage(key, "it is listed, but the object or file does not exist", "remove it")
     except DamagedObject as error:
         return Damage(key, error.what, error.remedy)
     except CheckpointError as error:
         return Damage(key, _after_key(str(error), key), Manifest.remedy)
     except StorageError as error:
-        storage.list(key, limit=1)  # raises where it is the whole storage that fails
+        storage.list(key, limit=1)  # raises if the whole storage fails
         return Damage(key, str(error), "make it readable (owner, mode, disk) or restore it from a backup")
-    except Exception as error:  # of a check here: the other objects are looked at all the same
+    except Exception as error:  # an error of this check: the other objects are still checked
         return Damage(key, str(contained(error)), kind.remedy)
     return None
 
@@ -141,7 +141,7 @@ def _identity(key: str, kind: type[Document]) -> dict[str, object]:
 
 
 def _missing(storage: Storage, key: str, document: Document, keys: Iterable[str]) -> Iterator[Damage]:
-    """What a document names and the storage has not."""
+    """Yield a damage for each object that a document names and the storage does not have."""
     if isinstance(document, Version):
         for name, blob in Registry(storage).keys(document).items():
             if blob not in keys:

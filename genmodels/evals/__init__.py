@@ -1,1 +1,1 @@
-"""Arithmetic of evaluations that families share: distances between sets of pictures, their judge, and baselines."""
+"""Evaluation of trained models: metrics of images and texts, a feature classifier, and baselines."""

@@ -1,9 +1,10 @@
-"""A judge of pictures: a small frozen classifier, whose features tell sets of pictures apart.
+"""Feature classifier: a small frozen classifier, whose features show differences between sets of images.
 
-It learns the classes of the data set it judges, on demand, from a fixed seed; without classes it learns which way round
-a picture is (four orientations; Gidaris et al. 2018). Features of a network that has learned from the data see a
-missing class, and those of one trained on photographs would not mean much of digits or clothes; so a Frechet distance
-in them is not FID, and compares only with itself under the same classifier (`FeatureClassifier.sha256`).
+It is trained on the classes of the dataset, on demand, from a fixed seed; without classes it is trained to tell the
+orientation of an image (four of them; Gidaris et al. 2018). The features of a network that was trained on the dataset
+show a missing class; those of a network trained on photographs say little about digits or clothes. So a Frechet
+distance in these features is not FID, and two distances compare only under the same classifier
+(`FeatureClassifier.sha256`).
 """
 
 from __future__ import annotations
@@ -24,16 +25,16 @@ from genmodels.evals.images import evenly_spaced, pictures
 from genmodels.family import EvaluationData
 from genmodels.nn.networks import image_sizes, inference
 
-RECIPE = 1  # to be raised with every change to what follows: judges are kept under its number
+RECIPE = 1  # raise it with each change to the training below: cached classifiers have it in their names
 FEATURES = 64
 WIDTH = 16  # channels at half size
 BATCH = 128
-MAX_STEPS, PASSES = 800, 100  # over the data, if that is less
+MAX_STEPS, PASSES = 800, 100  # passes over the data, if that is less
 LEARNING_RATE = 3e-3
 SEED = 0
 ORIENTATIONS = 4
 REPORT_EVERY = 50  # steps
-SEEN = 10_000  # pictures from which features get their mean and scale
+SEEN = 10_000  # images that give the features their mean and scale
 
 
 @dataclass(frozen=True)
@@ -45,15 +46,18 @@ class FeatureClassifier:
     knows_classes: bool
 
     def features(self, images: Tensor) -> Tensor:
-        """(n, C, H, W) in [0, 1] -> float32 (n, FEATURES), each with mean 0 and variance 1 over training pictures."""
+        """Return float32 features (n, FEATURES) of images (n, C, H, W) in [0, 1].
+
+        Over training images each feature has mean 0 and variance 1.
+        """
         return self._all(images, self.network.features)
 
     def classes(self, images: Tensor) -> Tensor:
-        """The class of each picture, int64: (n, C, H, W) -> (n,)."""
+        """Return the class of each image, int64: (n, C, H, W) -> (n,)."""
         return self._all(images, self.network).argmax(1)
 
     def accuracy(self, data: EvaluationData) -> float:
-        """The share of validation pictures that it gets right."""
+        """Return the share of validation images that it classifies correctly."""
         images, labels = pictures(data.val["images"]), data.val.get("labels")
         if labels is None:
             images, targets = _turned(images, torch.arange(len(images)) % ORIENTATIONS)
@@ -87,10 +91,10 @@ class Classifier(nn.Module):
 
 
 def load_or_train(data: EvaluationData, learn_from: np.ndarray) -> FeatureClassifier:
-    """The judge of a data set: the one that is kept, else a new one.
+    """Return the feature classifier of a dataset: from the cache, else newly trained.
 
     Args:
-        learn_from: (n,) indices of the training pictures that it may learn from; the rest it has never seen.
+        learn_from: (n,) indices of the training images that it is trained on; it never sees the others.
     """
     labels = data.train.get("labels")
     shape = data.train["images"].shape[1:]
@@ -138,6 +142,6 @@ def _new(shape: tuple[int, int, int], classes: int) -> Classifier:
 
 
 def _turned(images: Tensor, ways: Tensor) -> tuple[Tensor, Tensor]:
-    """Each picture as it is, mirrored, upside down, or both: works for every shape."""
+    """Return each image as it is, mirrored, upside down, or both; this works for every shape."""
     turned = torch.stack([images, images.flip(3), images.flip(2), images.flip(2, 3)])
     return turned[ways, torch.arange(len(images))], ways

@@ -1,4 +1,4 @@
-"""How generated pictures compare with real ones, in the eyes of a judge."""
+"""Compare generated images with real images, in the features of a classifier."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ from genmodels.evals.images import evenly_spaced, pictures
 from genmodels.family import EvaluationData, EvaluationMetric, EvaluationResult, Note
 
 REAL = "real against real"
-MAX_IMAGES = 10_000  # pictures of each kind
-MAX_NEAREST, THOROUGH_NEAREST = 500, 5_000  # pictures whose nearest training picture is looked for
-PART = 256  # pictures drawn at a time
+MAX_IMAGES = 10_000  # images of each kind
+MAX_NEAREST, THOROUGH_NEAREST = 500, 5_000  # images whose nearest training image is searched
+PART = 256  # images drawn at a time
 NAMES = (
     "frechet",
     "frechet_ratio",
@@ -32,13 +32,13 @@ NAMES = (
 
 
 def evaluate(data: EvaluationData, draw: Callable[[int], tuple[Tensor, Tensor | None]]) -> EvaluationResult:
-    """The measures `NAMES` of a generator, each beside what as many real pictures get.
+    """Compute the metrics `NAMES` of a generator, each with the metric of as many real images as its baseline.
 
-    Those real ones are a part of the training set which the judge is kept from, so that they are as new to it as the
-    validation pictures that all are compared with.
+    These real images are a part of the training set that the classifier is not trained on, so that they are as new to
+    it as the validation images, with which both are compared.
 
     Args:
-        draw: makes n pictures (n, C, H, W) in [0, 1], and tells the classes that it was to draw, if it knows any.
+        draw: returns n images (n, C, H, W) in [0, 1], and the requested classes (n,), or None without classes.
     """
     train, val = data.train["images"], data.val["images"]
     n = min(len(val), len(train) // 4, MAX_IMAGES)
@@ -49,14 +49,14 @@ def evaluate(data: EvaluationData, draw: Callable[[int], tuple[Tensor, Tensor | 
     classifier = load_or_train(data, np.setdiff1d(np.arange(len(train)), aside))
     shown = evenly_spaced(len(val), n)
     accuracy = classifier.accuracy(data)
-    fakes, asked = draw(n)
+    fakes, requested = draw(n)
     real, held, fake = (classifier.features(x) for x in (pictures(val[shown]), pictures(train[aside]), fakes))
     data.report_progress()
 
-    found = _distances(real, held, fake) | _neighbourhoods(real, held, fake, k, data)
+    metrics = _distances(real, held, fake) | _neighbourhoods(real, held, fake, k, data)
     if classifier.knows_classes:
-        found |= _classes(classifier, fakes, asked, data, aside)
-    found["nearest_train"] = _nearest(train, val[shown], fakes, data)
+        metrics |= _classes(classifier, fakes, requested, data, aside)
+    metrics["nearest_train"] = _nearest(train, val[shown], fakes, data)
     notes: dict[str, Note] = {
         "pictures": n,
         "neighbours": k,
@@ -66,7 +66,7 @@ def evaluate(data: EvaluationData, draw: Callable[[int], tuple[Tensor, Tensor | 
     }
     if classifier.knows_classes:
         notes["classes"] = _histogram(classifier.classes(fakes), _num_classes(data)).tolist()
-    return EvaluationResult(metrics=found, notes=notes)
+    return EvaluationResult(metrics=metrics, notes=notes)
 
 
 def _distances(real: Tensor, held: Tensor, fake: Tensor) -> dict[str, EvaluationMetric]:
@@ -94,30 +94,37 @@ def _neighbourhoods(
 
 
 def _classes(
-    classifier: FeatureClassifier, fakes: Tensor, asked: Tensor | None, data: EvaluationData, aside: np.ndarray
+    classifier: FeatureClassifier, fakes: Tensor, requested: Tensor | None, data: EvaluationData, aside: np.ndarray
 ) -> dict[str, EvaluationMetric]:
-    """`class_ratio`: by how much the most wrong class is too frequent or too rare, at best 1; half a picture is added
-    to each class, so that a missing one gives a finite number. `label_accuracy`: how many are of the class asked for.
+    """Compute `class_ratio` and, with requested classes, `label_accuracy`.
+
+    `class_ratio` is the factor by which the class with the largest error is too frequent or too rare, at best 1; half
+    an image is added to each class, so that a missing class gives a finite number. `label_accuracy` is the share of
+    images of the requested class.
     """
     count, labels = _num_classes(data), torch.from_numpy(data.train["labels"])
     seen, truth = classifier.classes(fakes), _histogram(labels, count) + 0.5
     held = classifier.classes(pictures(data.train["images"][aside]))
 
-    def ratio(found: Tensor) -> float:
-        share = _histogram(found, count) + 0.5
+    def ratio(classes: Tensor) -> float:
+        share = _histogram(classes, count) + 0.5
         quotient = (share / share.sum()) / (truth / truth.sum())
         return float(torch.maximum(quotient, 1 / quotient).max())
 
-    found = {"class_ratio": EvaluationMetric(value=ratio(seen), baselines={REAL: ratio(held)})}
-    if asked is not None:
-        right = float((seen == asked).double().mean())
-        found["label_accuracy"] = EvaluationMetric(value=right, baselines={"real pictures": classifier.accuracy(data)})
-    return found
+    metrics = {"class_ratio": EvaluationMetric(value=ratio(seen), baselines={REAL: ratio(held)})}
+    if requested is not None:
+        right = float((seen == requested).double().mean())
+        metrics["label_accuracy"] = EvaluationMetric(
+            value=right, baselines={"real pictures": classifier.accuracy(data)}
+        )
+    return metrics
 
 
 def _nearest(train: np.ndarray, val: np.ndarray, fakes: Tensor, data: EvaluationData) -> EvaluationMetric:
-    """Mean distance of a pixel (root of the mean square) to the nearest training picture; far below the reference it
-    would say that the pictures are copies."""
+    """Compute the mean distance to the nearest training image, for a pixel (root of the mean square).
+
+    A value far below its baseline means that the images are copies.
+    """
     count = min(THOROUGH_NEAREST if data.thorough else MAX_NEAREST, len(fakes), len(val))
     pairs = ((fakes[:count], "fake"), (pictures(val[evenly_spaced(len(val), count)]), "real"))
     best = {name: torch.full((count,), torch.inf) for _, name in pairs}

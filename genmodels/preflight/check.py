@@ -1,7 +1,7 @@
-"""Check a whole job before anything of it trains: data, shapes, batches, workers and devices of all its models.
+"""Check a whole job before it trains: data, shapes, batches, workers and devices of all its models.
 
-One function for `validate`, `run`, submission and dry run. What a person has not chosen and what does not fit small
-data, the batch size, is chosen here; everything else that an attempt would fail with is an error now.
+`validate`, `run`, submission and dry run use the same function. If the default batch size does not fit small data, a
+fitting one is chosen here; everything else that would make an attempt fail is an error.
 """
 
 from __future__ import annotations
@@ -24,10 +24,10 @@ from genmodels.storage import Storage
 
 @dataclass
 class Checked:
-    """A job that can train, and what is to be said of it."""
+    """Hold a job that can train, with notes for the user and facts of its data."""
 
     job: JobSpec
-    notes: dict[str, list[str]] = field(default_factory=dict)  # by model: what was chosen, what to expect
+    notes: dict[str, list[str]] = field(default_factory=dict)  # by model: choices and warnings
     facts: dict[str, Facts] = field(default_factory=dict)  # by model
 
 
@@ -40,17 +40,16 @@ def check_job(
     capacity: Mapping[str, int] | None = None,
     planned: bool = False,
 ) -> Checked:
-    """Return the job with a batch size that fits, where none was given.
+    """Return the job with a batch size that fits, if the spec gives none.
 
     Args:
-        open_data: open all data, and what `init_from` names, as is right where it trains at once; else only what lies
-            under a path.
-        only: the models that are to be trained; what is wrong with others is not told.
-        capacity: the most `cpus` and `gpus` that there are, where that is known.
-        planned: a plan follows, which tells by itself what does not fit the cluster or a model host.
+        open_data: open all data and the source of `init_from`, for a job that trains at once; else open only paths.
+        only: the models to train; problems of others are not reported.
+        capacity: the largest `cpus` and `gpus` of the cluster, if known.
+        planned: the caller makes a plan, which reports what does not fit the cluster or a model host.
 
     Raises:
-        SpecError: with a line for each thing that is wrong, of all models.
+        SpecError: with a line for each problem of all models.
     """
     checked, problems, entries = Checked(job), list[str](), list[ModelSpec]()
     known: dict[str, Facts] = {}
@@ -74,7 +73,7 @@ def check_job(
 
 
 def _facts(config: DataConfig, storage: Storage, open_all: bool, known: dict[str, Facts]) -> Facts:
-    """Look at each dataset once, however many models name it."""
+    """Return the facts of a dataset; read each dataset once for all models."""
     key = f"{config.model_dump_json()} {open_all}"
     if key not in known:
         known[key] = facts_of(config, storage, open_all=open_all)
@@ -96,13 +95,14 @@ def _check_model(spec: ModelSpec, facts: Facts, storage: Storage, *, with_weight
     training, validation = facts.examples(block_size)
     if validation < (workers := spec.world_sizes[-1]):
         raise SpecError(
-            f"scaling.num_workers: {workers} workers need as many validation examples, there are {validation}"
+            f"scaling.num_workers: {workers} workers need at least {workers} validation examples, but there are only "
+            f"{validation}; use fewer workers or add data"
         )
     return _fit_batch(spec, training)
 
 
 def _fit_batch(spec: ModelSpec, examples: int) -> tuple[ModelSpec, list[str]]:
-    """Choose a batch size that an epoch holds, where none was given."""
+    """Choose a batch size that is not larger than an epoch, if the spec gives none."""
     size, workers = spec.train.batch_size, spec.scaling.num_workers
     if size <= examples:
         return spec, []
@@ -111,17 +111,17 @@ def _fit_batch(spec: ModelSpec, examples: int) -> tuple[ModelSpec, list[str]]:
     if not (rows := examples // parts):
         raise SpecError(
             f"scaling.num_workers: {examples} training examples are too few to share among {group} workers"
-            f"{f' and {spec.train.accumulation_steps} accumulation_steps' * (parts > group)}; bring more data"
+            f"{f' and {spec.train.accumulation_steps} accumulation_steps' * (parts > group)}; add more data"
         )
     if "batch_size" in spec.train.model_fields_set:
         largest = rows * parts
         raise SpecError(
-            f"train.batch_size: got {size}, expected at most the {examples} training examples there are; "
+            f"train.batch_size: got {size}, expected at most the number of training examples, {examples}; "
             f"write {largest} or less, or leave it out"
         )
     fitting = parts * 2 ** (rows.bit_length() - 1)
     train = spec.train.model_copy(update={"batch_size": fitting})
-    note = f"train.batch_size is {fitting}, not {size}, for there are {examples} training examples"
+    note = f"train.batch_size is {fitting} instead of {size}, because there are only {examples} training examples"
     return spec.model_copy(update={"train": train}), [note]
 
 
@@ -130,12 +130,10 @@ def _devices(spec: ModelSpec, capacity: Mapping[str, int] | None) -> list[str]:
     if capacity is None or least <= (there := capacity.get(what, 0)):
         return []
     unit = what.upper()[:-1]
-    return [
-        f"needs {least} {unit}{'s' * (least > 1)} for its workers, there are {there}: it waits until there are more"
-    ]
+    return [f"needs {least} {unit}{'s' * (least > 1)} for its workers, but the cluster has {there}: it waits for more"]
 
 
 def _at(place: int, line: str) -> str:
-    """A problem of one model, with the path of the field where the line begins with one."""
+    """Return a problem with the path of its model; join it to the path of the field, if the line begins with one."""
     named = re.match(r"(name|model|data|train|scaling|checkpoints|serve)\b[.:]", line)
     return f"models[{place}]{'.' if named else ': '}{line}"

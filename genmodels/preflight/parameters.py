@@ -1,7 +1,7 @@
-"""How many numbers a model has, from its configuration, without building it at its depth.
+"""Count the parameters of a model from its configuration, without building it at its full depth.
 
 A family names the field of its configuration that repeats equal blocks (`Family.repeated`). All counts are linear in
-that field, so two shallow models, built on the meta device without memory for weights, tell those of any depth.
+that field, so two shallow models, built on the meta device without memory for weights, give those of any depth.
 """
 
 from __future__ import annotations
@@ -13,20 +13,20 @@ from typing import Any
 from genmodels.family import Family, ImageInfo, OptimizerConfig, TextInfo
 from genmodels.schema.base import Section
 
-KEPT = 1024  # counts of shallow models
+CACHE_SIZE = 1024  # counts of shallow models
 
 
 @dataclass(frozen=True)
 class Parameters:
     trained: int  # of all networks
-    saved: int  # numbers in a checkpoint: weights, what is served, moments of the optimizers
-    window: int | None = None  # tokens of a text that it learns from at once
+    saved: int  # numbers in a checkpoint: raw weights, serving weights, moments of the optimizers
+    window: int | None = None  # tokens in one training window of a text
 
 
 def count(
     cls: type[Family[Any, Any]], config: Section, data: ImageInfo | TextInfo, optimizer: OptimizerConfig
 ) -> Parameters:
-    """The numbers of the model that `cls(config, data)` would be, trained with this optimizer."""
+    """Return the counts of the model `cls(config, data)`, trained with this optimizer."""
     built = OptimizerConfig(optimizer=optimizer.optimizer)
     if cls.repeated is None:
         return _built(cls, config.model_dump_json(), data, built)
@@ -41,7 +41,7 @@ def count(
     )
 
 
-@lru_cache(KEPT)
+@lru_cache(CACHE_SIZE)
 def _built(
     cls: type[Family[Any, Any]], config: str, data: ImageInfo | TextInfo, optimizer: OptimizerConfig
 ) -> Parameters:
@@ -58,6 +58,6 @@ def _built(
         for group in one.param_groups
     )
     weights = sum(tensor.numel() for role in roles for tensor in role.loss.state_dict().values())
-    served = sum(tensor.numel() for tensor in family.network.state_dict().values())
+    serving = sum(tensor.numel() for tensor in family.network.state_dict().values())
     trained = sum(parameter.numel() for role in roles for parameter in role.loss.parameters())
-    return Parameters(trained, weights + served + moments, family.sequence_length)
+    return Parameters(trained, weights + serving + moments, family.sequence_length)

@@ -1,4 +1,4 @@
-"""Whether a model host has the memory to serve a model: told from its spec, before it is queued, trained or built."""
+"""Check from a spec, before training, that a model host has the memory to serve a model."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ def check(spec: ModelSpec, data: DataInfo, budget: int = HOST_MEMORY) -> None:
     """Refuse a model that no host can serve.
 
     Raises:
-        SpecError: it is too large; names the setting, and what would be right.
+        SpecError: the model is too large; the message names the setting and a value that fits.
     """
     if problem := refusal(spec, data, budget):
         raise SpecError(problem)
 
 
 def refusal(spec: ModelSpec, data: DataInfo, budget: int = HOST_MEMORY) -> str | None:
-    """Why no host can serve a model; None where one can."""
+    """Return why no host can serve a model; None if a host can."""
     family = models.load(spec.family)
     try:
-        found = too_large(spec.model, lambda config: family.footprint(config, data), budget)
-    except Exception:  # it cannot be built for such data: whoever builds it says why
+        excess = too_large(spec.model, lambda config: family.footprint(config, data), budget)
+    except Exception:  # it cannot be built for such data: the code that builds it reports why
         return None
-    return f"model.{found[0]}: {found[1]}" if found else None
+    return f"model.{excess[0]}: {excess[1]}" if excess else None

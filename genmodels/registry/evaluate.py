@@ -1,4 +1,4 @@
-"""Evaluate a trained model on the data it was trained on: at its publication, and whenever somebody asks."""
+"""Evaluate a trained model on its own data: at its publication, and when `genmodels evaluate` asks for it."""
 
 from __future__ import annotations
 
@@ -18,8 +18,8 @@ from genmodels.registry import evaluations, init_from
 from genmodels.runs.store import Run
 from genmodels.spec.sections import ModelSpec
 
-VALIDATION_EXAMPLES = "validation_examples"  # pictures or characters, on which it depends how exact the figures are
-COURSE = 8  # figures that tell how something went over the whole of training
+VALIDATION_EXAMPLES = "validation_examples"  # pictures or characters; more give more exact figures
+MAX_COURSE = 8  # means that show how a metric changed during training
 
 
 def evaluate(
@@ -32,27 +32,30 @@ def evaluate(
     thorough: bool = False,
     report_progress: Callable[[], None] = lambda: None,
 ) -> EvaluationResult:
-    """What the model's family measures of it, on the CPU in float32, and what its training was.
+    """Return what the family of a model measures, on the CPU in float32, and facts of its training.
 
     Args:
         ref: the checkpoint.
-        lineage: of the checkpoint.
-        folder: its served files, verified.
-        thorough: take minutes where a publication takes seconds.
-        report_progress: called every few seconds as long as it gets on.
+        lineage: lineage of the checkpoint.
+        folder: the serving files of the checkpoint, verified.
+        thorough: take minutes instead of the seconds that a publication takes.
+        report_progress: called every few seconds while the evaluation makes progress.
 
     Raises:
-        DataError: the data is not there any more, or is not what the model was trained on.
+        DataError: the data is missing, or is not the data that the model was trained on.
     """
     family = checkpoint.load_family(folder)
     if not family.evaluation_names:
         return EvaluationResult()
     dataset = open_dataset(spec.data, run.storage)
     if dataset.digest != lineage.data_digest:
-        raise DataError(f"data: {spec.name} was trained on other content than is there now, so it cannot be evaluated")
+        raise DataError(
+            f"data: {spec.name} was trained on other content than the data has now, so it cannot be evaluated; "
+            "restore that content, or train the model again"
+        )
     init_from.adopt_tokenizer(dataset, folder)
     report_progress()
-    found = family.evaluate(
+    result = family.evaluate(
         EvaluationData(
             train=dataset.arrays("train"),
             val=dataset.arrays("val"),
@@ -62,15 +65,15 @@ def evaluate(
             cached=partial(evaluations.cached, run.storage),
         )
     )
-    notes = found.notes | training(family, run, ref, lineage)
+    notes = result.notes | training(family, run, ref, lineage)
     notes[VALIDATION_EXAMPLES] = len(next(iter(dataset.arrays("val").values())))
-    return found.model_copy(update={"notes": notes})
+    return result.model_copy(update={"notes": notes})
 
 
 def training(family: Family[Any, Any], run: Run, ref: CheckpointRef, lineage: Lineage) -> dict[str, Note]:
-    """What a checkpoint cost, and the course of what its family wants followed, in at most `COURSE` means.
+    """Return the cost of a checkpoint, and each metric that its family tracks as at most `MAX_COURSE` means over time.
 
-    `training_loss` is a mean over the last steps that were logged together, of models with one loss.
+    `training_loss` is the mean over the steps of the last logged row, for models with one loss.
     """
     rows = [row for row in run.metrics() if row["step"] <= ref.step]
     notes: dict[str, Note] = {"parameters": sum(weight.numel() for weight in family.network.parameters())}
@@ -89,5 +92,5 @@ def training(family: Family[Any, Any], run: Run, ref: CheckpointRef, lineage: Li
 
 def _course(rows: Sequence[Mapping[str, Any]], name: str) -> list[float]:
     values = [row[name] for row in rows if name in row]
-    parts = np.array_split(values, min(COURSE, len(values))) if values else []
+    parts = np.array_split(values, min(MAX_COURSE, len(values))) if values else []
     return [round(float(part.mean()), 4) for part in parts]

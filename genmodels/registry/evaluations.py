@@ -1,7 +1,7 @@
-"""What evaluations found, kept with the version they were made of.
+"""Store the results of evaluations with the version that they evaluate.
 
-models/<model>/evaluations/00000003/<id>.json    `publication`, or the time it was made; put-if-absent
-evaluation-cache/<name>                          what evaluations on one data set share (`EvaluationData.cached`)
+models/<model>/evaluations/00000003/<id>.json    id: `publication`, or the time of the evaluation; put-if-absent
+evaluation-cache/<name>                          results that evaluations on one dataset share (`EvaluationData.cached`)
 """
 
 from __future__ import annotations
@@ -48,10 +48,10 @@ def record(
     seconds: float,
     publication: bool = False,
 ) -> Evaluation:
-    """Keep what an evaluation of a version on its own data found; that at its publication only once.
+    """Store the result of an evaluation of a version on its own data; the one at publication is stored only once.
 
     Raises:
-        ModelNotFound: the version was deleted meanwhile.
+        ModelNotFound: the version was deleted during the evaluation.
     """
     created = now()
     evaluation = Evaluation(
@@ -70,28 +70,29 @@ def record(
         write_document(registry.storage, key, evaluation.model_dump(mode="json"), if_absent=True)
     try:
         registry.version(version.model, version.version)
-    except ModelNotFound:  # who deleted it may have looked before this was written
+    except ModelNotFound:  # the process that deleted it may have listed evaluations before this write
         registry.storage.delete(key)
         raise
     return evaluation
 
 
 def evaluations(registry: Registry, model: str, version: int) -> list[Evaluation]:
-    """All of a version that can be read, the oldest first."""
-    prefix, found = registry.evaluations_prefix(model, version), []
+    """Return all evaluations of a version that can be read, the oldest first."""
+    prefix, results = registry.evaluations_prefix(model, version), []
     for name in list_names(registry.storage, prefix, EVALUATED):
         with contextlib.suppress(KeyNotFound, DamagedObject):  # KeyNotFound: deleted just now
-            found.append(load_document(registry.storage, prefix + name, Evaluation, model=model, version=version)[0])
-    return sorted(found, key=lambda evaluation: evaluation.created)
+            results.append(load_document(registry.storage, prefix + name, Evaluation, model=model, version=version)[0])
+    return sorted(results, key=lambda evaluation: evaluation.created)
 
 
 def newest(registry: Registry, model: str, version: int) -> Evaluation | None:
-    found = evaluations(registry, model, version)
-    return found[-1] if found else None
+    """Return the newest evaluation of a version that can be read."""
+    results = evaluations(registry, model, version)
+    return results[-1] if results else None
 
 
 def cached(storage: Storage, name: str, make: Callable[[], bytes]) -> bytes:
-    """What is stored under a name, made now if there is nothing: of several who make it the first one counts."""
+    """Return the bytes stored under a name; make and store them if missing. The first of several writers counts."""
     key = f"evaluation-cache/{name}"
     with contextlib.suppress(KeyNotFound):
         return storage.get(key)[0]

@@ -1,20 +1,16 @@
-"""TODO"""
+"""Check a gate against metrics, and choose the checkpoint to publish."""
 
 from __future__ import annotations
 
 import math
-from typing import TYPE_CHECKING
 
 from genmodels.checkpoint import CheckpointRef, Manifest
 from genmodels.runs.records import GateResult
 from genmodels.spec.sections import Gate
 
-if TYPE_CHECKING:
-    pass
-
 
 def check_gate(gate: Gate | None, metrics: dict[str, float]) -> GateResult | None:
-    """Whether metrics pass a gate; without a gate there is nothing to judge."""
+    """Return whether metrics pass a gate, and why; None without a gate."""
     if gate is None:
         return None
     value = metrics.get(gate.metric, math.nan)
@@ -29,7 +25,7 @@ def check_gate(gate: Gate | None, metrics: dict[str, float]) -> GateResult | Non
 
 
 def best(gate: Gate | None, candidates: list[tuple[CheckpointRef, Manifest]]) -> tuple[CheckpointRef, Manifest]:
-    """The checkpoint to publish: best by the gate's metric where it is finite, else the last."""
+    """Return the checkpoint to publish: the best by the metric of the gate if one is finite, else the last."""
     if gate is None:
         return candidates[-1]
     sign = 1 if gate.max is not None else -1

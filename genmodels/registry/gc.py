@@ -1,11 +1,11 @@
-"""What nobody needs any more: found by `gc`, removed by `Plan.carry_out`. And the deletion of versions.
+"""List stored objects that are no longer needed (`gc`), remove them (`Plan.carry_out`), and delete versions.
 
-Whole models and datasets: `removal.py`.
+`removal.py` deletes whole models and datasets.
 
-Spared is everything of open jobs, all of a run that ended less than SPARED_SECONDS ago, and the ended jobs themselves;
-and whatever a damaged object may name: it is not judged.
-Processes go on publishing, resuming and pinning meanwhile; where they may want what is about to go, the comment at the
-deletion says why neither loses anything.
+Kept are: everything of open jobs, everything of a run that ended less than SPARED_SECONDS ago, ended jobs themselves,
+and everything that a damaged object may name.
+Other processes publish, resume and pin at the same time. Where they may need an object that is about to be deleted, a
+comment at the deletion says why neither process loses anything.
 """
 
 from __future__ import annotations
@@ -40,32 +40,34 @@ from genmodels.storage import Storage
 from genmodels.storage.lease import Lease
 
 SPARED_SECONDS = 3600.0
-DELETING_SECONDS = 15.0  # at a time: its last request is over before registry.SWEEP_SECONDS are, however slow the store
-BATCH = 200  # blobs in that time
-AT_ONCE = 8  # requests to the store
+DELETING_SECONDS = (
+    15.0  # for each time the lease is held: the last request ends before registry.GC_SECONDS, even on a slow store
+)
+BATCH = 200  # blobs for each time the lease is held
+AT_ONCE = 8  # concurrent requests to the store
 
 UNFINISHED = "an upload that never ended"
 
 
 @dataclass(frozen=True)
 class Item:
-    key: str  # an object, or a folder of them, which ends in "/"
+    key: str  # an object, or a folder, which ends in "/"
     bytes: int
     why: str
 
 
 @dataclass(frozen=True)
 class Plan:
-    """What `gc` found."""
+    """List the objects that `gc` would remove."""
 
     storage: Storage
     items: list[Item]
 
     def carry_out(self) -> None:
-        """Remove the items, but for those that somebody has come to need.
+        """Remove the items, except items that are now in use.
 
         Raises:
-            StorageUnavailable: the store went away; what is left another `gc` finds.
+            StorageUnavailable: the store is unavailable; the next `gc` finds the rest.
         """
         blobs: dict[str, list[str]] = {}
         checkpoints = []
@@ -85,45 +87,47 @@ class Plan:
 
 
 def gc(storage: Storage) -> Plan:
-    """Look for what nobody needs: files of no version, checkpoints of no use to a run that ended, dead submissions."""
+    """List files of no version, checkpoints that an ended run does not need, and submissions that never ended."""
     jobs, store = Jobs(storage), Registry(storage)
     is_open = jobs.open()
     models = [name for name in storage.folders("models/") if re.fullmatch(LABEL, name)]
     with ThreadPoolExecutor(AT_ONCE) as threads:
-        busy = {model for found in threads.map(lambda job: _publishing(jobs, job, models), is_open) for model in found}
+        by_job = threads.map(lambda job: _publishing(jobs, job, models), is_open)
+        busy = {model for models_of_job in by_job for model in models_of_job}
         published: defaultdict[tuple[str, str], set[CheckpointRef]] = defaultdict(set)
         whole = dict(zip(models, threads.map(lambda model: _versions(store, model), models), strict=True))
         for version in (version for versions in whole.values() for version in versions or ()):
             published[version.job, version.model].add(version.checkpoint)
         spared = {model for model, versions in whole.items() if versions is None}
         ended = sorted({job for job in storage.folders("runs/") if re.fullmatch(JOB_ID, job)} - set(is_open))
-        found = [
+        items = [
             *threads.map(lambda job: _submission(jobs, job), is_open),
             *threads.map(lambda model: _blobs(store, model), [model for model in models if model not in busy | spared]),
             *threads.map(lambda job: _checkpoints(jobs, job, published, spared), ended),
         ]
-    return Plan(storage, [item for items in found for item in items])
+    return Plan(storage, [item for group in items for item in group])
 
 
 def delete_version(registry: Registry, model: str, number: int) -> None:
-    """Delete a version that no alias names. Its number is not given again; `gc` removes its files.
+    """Delete a version that no alias names. Its number is not used again; `gc` removes its files.
 
     Raises:
-        ModelNotFound: there is none.
-        GenmodelsError: an alias names it, or may name it, since it is damaged.
+        ModelNotFound: the version does not exist.
+        GenmodelsError: an alias names the version, or a damaged alias may name it.
     """
     version = registry.version(model, number)
     with alone(registry.gc_lease(model)):
-        # Who promotes it now either has moved his alias, and we see it here, or looks at the version when we have gone.
+        # A process that promotes it now has either moved its alias, which is read here, or reads the version after
+        # the lease is released, and sees that it is deleted.
         for alias in registry.alias_names(model):
-            if registry.alias(model, alias).version == number:  # a damaged one may name it, and raises
+            if registry.alias(model, alias).version == number:  # a damaged alias may name it, and raises
                 remedy = f"point it at another version first: genmodels promote {model}@VERSION {alias}"
                 raise GenmodelsError(f"alias {alias!r} names {version.name}; {remedy}")
         registry.delete_record(model, number)
 
 
 def delete_versions(registry: Registry, model: str, numbers: list[int]) -> None:
-    """Delete versions whatever names them, as many as there is time for."""
+    """Delete versions even if aliases name them, as many as the time of the lease allows."""
     with alone(registry.gc_lease(model)) as until:
         for number in numbers:
             if time.monotonic() < until:
@@ -132,7 +136,7 @@ def delete_versions(registry: Registry, model: str, numbers: list[int]) -> None:
 
 @contextmanager
 def alone(lease: Lease) -> Iterator[float]:
-    """Hold the lease of what is deleted from; yields the time, by the monotonic clock, up to which to delete."""
+    """Hold a lease for deletion; yield the time, on the monotonic clock, until which the caller may delete."""
     while True:
         until = time.monotonic() + DELETING_SECONDS
         if lease.try_acquire() is not None:
@@ -169,18 +173,20 @@ def _blobs(registry: Registry, model: str) -> list[Item]:
 
 
 def remove_blobs(registry: Registry, model: str, keys: list[str]) -> None:
+    """Delete blobs of a model that no version names, as many as the time of the lease allows."""
     with alone(registry.gc_lease(model)) as until:
-        # Who publishes now either has written his version, and we see it here, or looks at the files when we have gone.
+        # A process that publishes now has either written its version, which is read here, or checks its files after
+        # the lease is released, and uploads the missing ones again.
         named = _named(registry, model)
         if named is None:
             return
         for key in keys:
-            if key not in named and time.monotonic() < until:  # what is left another `gc` finds
+            if key not in named and time.monotonic() < until:  # the next `gc` finds the rest
                 registry.storage.delete(key)
 
 
 def _named(registry: Registry, model: str) -> set[str] | None:
-    """Files that versions name; None where a version is damaged, which may name any."""
+    """Return the files that versions name; None if a version is damaged, since it may name any file."""
     versions = _versions(registry, model)
     if versions is None:
         return None
@@ -188,22 +194,22 @@ def _named(registry: Registry, model: str) -> set[str] | None:
 
 
 def _versions(registry: Registry, model: str) -> list[Version] | None:
-    """All versions; None where one of them is damaged."""
-    found = []
+    """Return all versions; None if one of them is damaged."""
+    versions = []
     for number in registry.versions(model):
         try:
-            found.append(registry.version(model, number))
+            versions.append(registry.version(model, number))
         except ModelNotFound:  # deleted just now
             continue
         except DamagedObject:
             return None
-    return found
+    return versions
 
 
 def _publishing(jobs: Jobs, job: str, models: list[str]) -> list[str]:
-    """Those of all models that a job is publishing: their files come before their version.
+    """Return the models that a job is publishing, whose files are stored before their version.
 
-    Where that cannot be read, those that it may be publishing.
+    If the job cannot be read, return all models that it may be publishing.
     """
     try:
         models = jobs.entry(job).models
@@ -227,23 +233,23 @@ def _may_publish(run: Run) -> bool:
 def _checkpoints(
     jobs: Jobs, job: str, published: Mapping[tuple[str, str], set[CheckpointRef]], spared: Collection[str]
 ) -> list[Item]:
-    """Checkpoints that can go of a job that is not open.
+    """Return the checkpoints of a closed job that can be deleted.
 
     Args:
-        published: by job and model, those that versions were published from.
-        spared: models of which that is not known.
+        published: by job and model, the checkpoints that versions were published from.
+        spared: models whose published checkpoints are not known.
     """
-    found = []
+    items = []
     try:
         for model in jobs.spec(job).models:
             run = Run(jobs.storage, job, model.name)
             if model.name not in spared and _has_long_ended(run):
-                found += _unneeded(run, model.serve.gate, published.get((job, model.name), set()))
+                items += _unneeded(run, model.serve.gate, published.get((job, model.name), set()))
     except StorageError:
         raise
-    except GenmodelsError:  # damaged, of a newer release, or deleted just now: not for us to judge
+    except GenmodelsError:  # damaged, of a newer release, or deleted just now: keep everything
         return []
-    return found
+    return items
 
 
 def _has_long_ended(run: Run) -> bool:
@@ -255,13 +261,15 @@ def _has_long_ended(run: Run) -> bool:
 
 
 def _unneeded(run: Run, gate: Gate | None, named: set[CheckpointRef]) -> list[Item]:
-    """All but the newest, the best, what is pinned, and what is `named`."""
+    """Return all checkpoints except the newest, the best, those pinned and those `named`."""
     chain, readable = run.checkpoints(), list(run.manifests())
-    newest = 1 if run.status()[0].state == "succeeded" else 2  # who is resumed may find the newest damaged
+    newest = (
+        1 if run.status()[0].state == "succeeded" else 2
+    )  # a run that is resumed may need the one before, if the newest is damaged
     keep = named | {ref for ref, _ in readable[-newest:]} | set(references.pinned_checkpoints(run))
     if readable:
         keep.add(best(gate, readable)[0])
-    keep |= set(chain) - {ref for ref, _ in readable}  # damaged, or away for a moment: not for us to judge
+    keep |= set(chain) - {ref for ref, _ in readable}  # damaged, or unreadable for a moment: keep
     items = []
     for folder, (ref, sizes) in _folders(run).items():
         if f"{folder}{MANIFEST}" not in sizes:
@@ -271,25 +279,25 @@ def _unneeded(run: Run, gate: Gate | None, named: set[CheckpointRef]) -> list[It
         elif ref in chain:
             why = "neither the newest nor the best of a run that has ended"
         else:
-            why = "written by an attempt that was overtaken"
+            why = "written by an attempt after a newer attempt had started"
         items.append(Item(folder, sum(sizes.values()), why))
     return items
 
 
 def _folders(run: Run) -> dict[str, tuple[CheckpointRef, dict[str, int]]]:
-    """Every checkpoint directory of a run: its key, its reference, and the sizes of its files."""
-    found: dict[str, tuple[CheckpointRef, dict[str, int]]] = {}
+    """Return every checkpoint directory of a run: its key, its reference, and the sizes of its files."""
+    folders: dict[str, tuple[CheckpointRef, dict[str, int]]] = {}
     for attempt in run.attempts():
         for key, size in run.storage.sizes(f"{run.prefix}/attempt-{attempt}/checkpoints/").items():
             match = re.match(r".*/checkpoints/step-(\d+)/", key)
             if match:
                 ref = CheckpointRef(attempt=attempt, step=int(match[1]))
-                found.setdefault(match[0], (ref, {}))[1][key] = size
-    return found
+                folders.setdefault(match[0], (ref, {}))[1][key] = size
+    return folders
 
 
 def _remove_checkpoint(storage: Storage, item: Item) -> None:
-    """The manifest first, so that nobody begins to read what is about to go."""
+    """Remove a checkpoint: the manifest first, so that no process starts to read a checkpoint that is being deleted."""
     _, job, model, *_ = item.key.split("/")
     run, manifest = Run(storage, job, model), f"{item.key}{MANIFEST}"
     if storage.exists(f"open/{job}") or not _has_long_ended(run):
@@ -299,9 +307,10 @@ def _remove_checkpoint(storage: Storage, item: Item) -> None:
     except KeyNotFound:
         data = b""
     if data and item.why == UNFINISHED:
-        return  # it has ended after all
+        return  # the upload has ended after all
     storage.delete(manifest)
-    # Who pins it now either has set his mark, and we see it here, or looks for the manifest after that, and it is gone.
+    # A process that pins it now has either written its pin, which is read here, or looks for the manifest afterwards,
+    # and sees that it is deleted.
     if data and any(f"{run.checkpoint_prefix(ref)}/" == item.key for ref in references.pinned_checkpoints(run)):
         storage.put(manifest, data, if_absent=True)
         return
@@ -310,5 +319,5 @@ def _remove_checkpoint(storage: Storage, item: Item) -> None:
 
 
 def _age(moment: str) -> float:
-    """Seconds since."""
+    """Return the seconds since a moment."""
     return time.time() - datetime.fromisoformat(moment).timestamp()

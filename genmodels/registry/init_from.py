@@ -1,6 +1,6 @@
 """Start training from existing weights: `train.init_from` names a version, or a checkpoint of any run.
 
-Its served weights are loaded: the averaged weights if there are some, and only the generator of a GAN. Optimizers, the
+Its serving weights are loaded: the averaged weights if there are some, and only the generator of a GAN. Optimizers, the
 step and the schedule start anew. A text is tokenized with the tokenizer of that model.
 """
 
@@ -129,7 +129,7 @@ def _unknown_characters(error: DataError) -> SpecError:
 
 
 def load(family: Family[Any, Any], folder: Path) -> None:
-    """Load the served weights in a folder into a new model.
+    """Load the serving weights in a folder into a new model.
 
     Raises:
         SpecError: the shapes differ.

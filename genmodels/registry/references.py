@@ -1,4 +1,4 @@
-"""References to models: `m`, `m@alias`, `m@3`, `m@latest`, `m@live`, `m@step-500`, `m@<job>:step-500`.
+"""Resolve references to models: `m`, `m@alias`, `m@3`, `m@latest`, `m@live`, `m@step-500`, `m@<job>:step-500`.
 
 A reference names a version of the registry, or a checkpoint of a run, which may be in progress. `resolve_model` looks
 up the files that can be loaded.
@@ -40,13 +40,13 @@ from genmodels.storage import Storage, list_names, load_document, write_document
 
 @dataclass(frozen=True)
 class ResolvedModel:
-    """A version or a checkpoint whose files can be loaded. Two with the same `name` are the same."""
+    """Hold a version or a checkpoint whose files can be loaded. Two with the same `name` are the same."""
 
     name: str  # exact, as in `shapes@3` or `shapes@study-0123abcd:step-500`
     model: str
     version: int | None
-    job: str  # that trained it
-    checkpoint: CheckpointRef  # in that run
+    job: str  # the job that trained it
+    checkpoint: CheckpointRef  # in the run of that job
     family: str
     created: str
     metrics: Metrics
@@ -108,7 +108,7 @@ def resolve_model(storage: Storage, reference: str) -> ResolvedModel:
     except CheckpointError as error:
         raise CheckpointError(f"{prefix}/{error}") from None
     start = run.attempt_start(ref.attempt)
-    files = checkpoint.served(manifest.files)
+    files = checkpoint.serving_files(manifest.files)
     return ResolvedModel(
         name=checkpoint_name(run, ref),
         model=run.model,
@@ -166,7 +166,7 @@ def find_checkpoint(reference: str, storage: Storage) -> tuple[Run, CheckpointRe
 
 
 class Pin(CheckpointRef):
-    """A checkpoint that clean-up keeps, since a spec refers to it."""
+    """Mark a checkpoint that clean-up keeps, since a spec refers to it."""
 
     object_kind = "pin"
     remedy = "all checkpoints of that step are kept; delete it if no job starts from that checkpoint"

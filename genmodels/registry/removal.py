@@ -1,11 +1,11 @@
-"""Remove an alias, a whole model, or a dataset with everything that is only its own.
+"""Remove a whole model, or a dataset with everything that belongs only to it.
 
-What stays of a model: `models/<model>/deleted/`, so that no number of a version is given twice, and, unless they are
-asked for as well, what its runs left (checkpoints, samples, logs). What stays of a dataset: the models that were
-trained on it, with its digest in their lineage, and copies in the caches of machines that trained on it.
+Of a model remain: `models/<model>/deleted/`, so that no version number is used twice, and, unless the caller asks for
+them too, the files of its runs (checkpoints, samples, logs). Of a dataset remain: the models that were trained on it,
+with its digest in their lineage, and copies in the caches of machines that trained on it.
 
-A process may end at any moment of this: what names a thing goes before the thing, so nothing that is half removed is
-served or trained on, and the same call again removes the rest.
+The process may end at any moment. An object is removed after the objects that name it, so no half-removed object is
+served or trained on, and a second call removes the rest.
 """
 
 from __future__ import annotations
@@ -33,46 +33,46 @@ from genmodels.storage import Storage
 
 @dataclass(frozen=True)
 class ModelContents:
-    """What a model is made of."""
+    """List what is stored of a model."""
 
     model: str
     versions: list[int]
     aliases: dict[str, int]
-    bytes: int  # of the files of its versions
-    jobs: list[str]  # whose runs of it left something: checkpoints, samples, logs
+    bytes: int  # size of the files of its versions
+    jobs: list[str]  # jobs whose runs left checkpoints, samples or logs
 
     @property
     def has_files(self) -> bool:
-        """Return whether there is more of it than what its runs left."""
+        """Return whether more of the model is stored than the files of its runs."""
         return bool(self.versions or self.aliases or self.bytes)
 
 
 @dataclass(frozen=True)
 class DatasetContents:
-    """What a dataset is made of, and what was made of it."""
+    """List what is stored of a dataset, and what was trained on it."""
 
     name: str
-    contents: list[str]  # their sha256
+    contents: list[str]  # sha256 of each
     bytes: int
-    digests: list[str]  # of the data, as lineages have them
-    runs: list[str]  # `job/model`, that were or are to be trained on it
-    versions: list[str]  # that were published from them and are still there
+    digests: list[str]  # of the data, as in lineages
+    runs: list[str]  # `job/model`, trained on it or to be trained on it
+    versions: list[str]  # versions published from these runs that still exist
 
 
 def model_contents(storage: Storage, model: str) -> ModelContents:
     """Return what `delete_model` would remove.
 
     Raises:
-        ModelNotFound: there is nothing of it.
+        ModelNotFound: nothing is stored of the model.
     """
     if not re.fullmatch(LABEL, model):
-        raise ModelNotFound(f"no model {model[:100]!r}: names are lower-case letters, digits and dashes")
+        raise ModelNotFound(f"no model {model[:100]!r}: a name has lower-case letters, digits and dashes")
     registry = Registry(storage)
     versions, aliases = registry.versions(model), registry.aliases(model)
     sizes = storage.sizes(f"models/{model}/blobs/")
     jobs = run_jobs(storage, model)
     if not (versions or aliases or sizes or jobs or storage.list(f"models/{model}/evaluations/", limit=1)):
-        raise ModelNotFound(f"no model {model!r}; `genmodels models` lists what there is")
+        raise ModelNotFound(f"no model {model!r}; `genmodels models` lists all models")
     targets = {name: alias.version for name, alias in aliases.items()}
     return ModelContents(model, versions, targets, sum(sizes.values()), jobs)
 
@@ -81,19 +81,21 @@ def delete_model(storage: Storage, model: str, *, with_runs: bool = False) -> Mo
     """Remove all aliases, versions, evaluations and files of a model; its next version gets the next number.
 
     Args:
-        with_runs: also what its runs left: checkpoints, samples, logs. The jobs' specs and states stay.
+        with_runs: remove checkpoints, samples and logs of its runs too. The specs and states of the jobs stay.
 
     Returns:
-        What there was.
+        The contents before the deletion.
 
     Raises:
-        ModelNotFound: there is nothing of it.
-        GenmodelsError: a run of it is open, or one that starts from it.
+        ModelNotFound: nothing is stored of the model.
+        GenmodelsError: a run that trains the model or starts from it is open.
     """
     registry, contents = Registry(storage), model_contents(storage, model)
     if contents.jobs and not with_runs and not contents.has_files:
         left = ", ".join(contents.jobs)
-        raise ModelNotFound(f"model {model!r} has no version any more, only what its runs left: {left}")
+        raise ModelNotFound(
+            f"model {model!r} has no version, only the files of its runs in jobs {left}; add --with-runs to delete them"
+        )
     _refuse_while_open(storage, model, contents.jobs)
     for alias in contents.aliases:
         registry.remove_alias(model, alias)
@@ -101,14 +103,14 @@ def delete_model(storage: Storage, model: str, *, with_runs: bool = False) -> Mo
         delete_versions(registry, model, numbers[:BATCH])
     while keys := storage.list(f"models/{model}/blobs/", limit=BATCH):
         remove_blobs(registry, model, keys)
-        if registry.versions(model):  # published meanwhile: it is a new model
+        if registry.versions(model):  # published in the meantime: it is a new model
             break
     with alone(registry.gc_lease(model)):
         there = registry.versions(model)
         for key in storage.list(f"models/{model}/evaluations/"):
             if int(key.split("/")[3]) not in there:
                 storage.delete(key)
-        for name, target in registry.aliases(model).items():  # left by a process that died while it moved one
+        for name, target in registry.aliases(model).items():  # left by a process that died while it moved an alias
             if target.version not in there:
                 registry.remove_alias(model, name)
     if with_runs:
@@ -118,14 +120,14 @@ def delete_model(storage: Storage, model: str, *, with_runs: bool = False) -> Mo
 
 
 def dataset_contents(storage: Storage, name: str) -> DatasetContents:
-    """Return what `delete_dataset` would remove, and what was trained on it.
+    """Return what `delete_dataset` would remove, and what was trained on the dataset.
 
     Raises:
-        DataError: there is nothing of it.
+        DataError: nothing is stored of the dataset.
     """
     sizes = uploads.sizes(storage, name)
     if not sizes:
-        raise DataError(f"no dataset {name!r}; `genmodels data list` lists what there is")
+        raise DataError(f"no dataset {name!r}; `genmodels data list` lists all datasets")
     users = _users(storage, name)
     registry, versions = Registry(storage), []
     for model in sorted({spec.name for _, spec in users}):
@@ -143,14 +145,14 @@ def dataset_contents(storage: Storage, name: str) -> DatasetContents:
 
 
 def delete_dataset(storage: Storage, name: str) -> DatasetContents:
-    """Remove all contents of a dataset, what evaluations kept of it, and its copies on this machine.
+    """Remove all contents of a dataset, the results that evaluations share, and its copies on this machine.
 
     Returns:
-        What there was, and what was trained on it, which stays.
+        The contents before the deletion, and what was trained on the dataset, which stays.
 
     Raises:
-        DataError: there is nothing of it.
-        GenmodelsError: an open job needs it.
+        DataError: nothing is stored of the dataset.
+        GenmodelsError: an open job needs the dataset.
     """
     contents = dataset_contents(storage, name)
     open_jobs = set(Jobs(storage).open())
@@ -162,9 +164,11 @@ def delete_dataset(storage: Storage, name: str) -> DatasetContents:
         kept = [
             key for key in storage.list("evaluation-cache/") if any(digest[:16] in key for digest in contents.digests)
         ]
-        for key in [meaning, *kept, *rest]:  # the data last: so that the same call again finds what there is to do
+        for key in [meaning, *kept, *rest]:  # the data last, so that a second call finds the rest
             if time.monotonic() >= until:
-                raise GenmodelsError(f"dataset {name!r}: the storage is slow, and a part is left; delete it again")
+                raise GenmodelsError(
+                    f"dataset {name!r}: the storage is slow, and a part of it remains; run the command again"
+                )
             storage.delete(key)
     for sha256 in contents.contents:
         shutil.rmtree(cache_folder() / "datasets" / sha256, ignore_errors=True)
@@ -178,7 +182,7 @@ def _refuse_while_open(storage: Storage, model: str, jobs: Iterable[str]) -> Non
             spec = Jobs(storage).spec(job)
         except StorageError:
             raise
-        except GenmodelsError:  # half submitted, deleted just now, or damaged: nothing runs from it
+        except GenmodelsError:  # half submitted, deleted just now, or damaged: no run uses it
             continue
         for entry in spec.models:
             source = (entry.train.init_from or "").partition("@")[0]
@@ -189,13 +193,13 @@ def _refuse_while_open(storage: Storage, model: str, jobs: Iterable[str]) -> Non
 
 
 def _is_open(run: Run, open_jobs: set[str]) -> bool:
-    """Return whether a run goes on by itself, or is under way by a `genmodels run`, which has no dispatcher."""
+    """Return whether a run continues by itself, or runs in a `genmodels run`, which has no dispatcher."""
     state = run.status()[0].state
     return state not in ENDED if run.job in open_jobs else state in ACTIVE
 
 
 def _users(storage: Storage, name: str) -> list[tuple[str, ModelSpec]]:
-    """Return the models that name a dataset, of all jobs."""
+    """Return the models of all jobs that name a dataset."""
 
     def read(job: str) -> JobSpec | None:
         try:
@@ -207,14 +211,14 @@ def _users(storage: Storage, name: str) -> list[tuple[str, ModelSpec]]:
 
     with ThreadPoolExecutor(AT_ONCE) as threads:
         names = storage.folders("jobs/")
-        found = zip(names, threads.map(read, names), strict=True)
-        return [(job, model) for job, spec in found if spec for model in spec.models if model.data.dataset == name]
+        specs = zip(names, threads.map(read, names), strict=True)
+        return [(job, model) for job, spec in specs if spec for model in spec.models if model.data.dataset == name]
 
 
 def _remove_run(run: Run) -> None:
-    """Remove what a run's attempts left: the newest attempt first, its manifests and its start before the rest.
+    """Remove the files of the attempts of a run: the newest attempt first, its manifests and its start before the rest.
 
-    So a reader finds the history that ends one attempt earlier, and no checkpoint of which a part is gone.
+    So a reader sees a history that ends one attempt earlier, and no incomplete checkpoint.
     """
     storage = run.storage
     for attempt in reversed(run.attempts()):
@@ -227,6 +231,6 @@ def _remove_run(run: Run) -> None:
             list(threads.map(storage.delete, [key for key in keys if key not in first]))
     for key in storage.list(f"{run.prefix}/pins/"):
         storage.delete(key)
-    for key in storage.list(f"models/{run.model}/runs/"):  # last: so that the same call again finds this run
+    for key in storage.list(f"models/{run.model}/runs/"):  # last, so that a second call finds this run
         if re.fullmatch(rf".*/\d+-{re.escape(run.job)}", key):
             storage.delete(key)

@@ -1,18 +1,20 @@
-"""Published models: immutable versions, and aliases that point at them.
+"""Publish versions, move aliases, and resolve both: the registry of models.
 
     models/<model>/blobs/<sha256>               files of versions, each stored once
-    models/<model>/versions/00000003.json       put-if-absent; one for each run and step
+    models/<model>/versions/00000003.json       put-if-absent; at most one for each run and step
     models/<model>/aliases/<alias>.json         target and history; compare-and-swap
-    models/<model>/evaluations/00000003/        what was measured of a version (`findings.py`); goes with it
-    models/<model>/deleted/00000003             a number that is not given again
-    models/<model>/sweep.json                   lease of whoever deletes versions or blobs
+    models/<model>/evaluations/00000003/        evaluations of a version (`evaluations.py`); deleted with it
+    models/<model>/deleted/00000003             a number that is not used again
+    models/<model>/gc-lease.json                lease of the process that deletes versions or blobs
 
-A version is a checkpoint's served files (not its optimizer state) and `probe.safetensors`: outputs for fixed inputs,
-computed from the weights as saved, on the CPU in float32. A host computes them again and serves only what agrees.
+A version has the serving files of a checkpoint (not its optimizer state) and `probe.safetensors`: outputs for fixed
+inputs, computed from the saved weights on the CPU in float32. A host computes these outputs again and serves the
+version only if they agree.
 
-Who deletes takes the model's lease first, then looks at what is named (a blob by a version, a version by an alias), and
-deletes what is not. Who names a thing writes the name first, then waits until nobody holds that lease, and looks for
-the thing again. So either the deleter sees the name, or the namer sees the deletion.
+A process that deletes takes the lease of the model, then reads which objects are named (a blob by a version, a version
+by an alias), and deletes the others. A process that names an object writes the name first, then waits until the lease
+is free, and checks that the object still exists. So either the first process sees the name, or the second process sees
+the deletion.
 """
 
 from __future__ import annotations
@@ -20,7 +22,6 @@ from __future__ import annotations
 import contextlib
 import re
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from pydantic import Field, TypeAdapter, ValidationError
 
@@ -38,11 +39,8 @@ from genmodels.storage import Document, Storage, Time, list_names, load_document
 from genmodels.storage.documents import now
 from genmodels.storage.lease import Lease
 
-if TYPE_CHECKING:
-    pass
-
 NUMBERED, NAMED = r"\d{8}\.json", LABEL.removesuffix("$") + r"\.json"
-SWEEP_SECONDS = 120.0  # after which one who deletes is taken for dead
+GC_SECONDS = 120.0  # after which a process that deletes counts as dead
 
 
 class Version(Document):
@@ -53,7 +51,7 @@ class Version(Document):
     version: int
     family: str
     job: JobId
-    checkpoint: CheckpointRef  # the checkpoint it was published from
+    checkpoint: CheckpointRef  # that it was published from
     metrics: Metrics
     gate: GateResult | None
     lineage: Lineage
@@ -84,71 +82,71 @@ class Registry:
         self.storage = storage
 
     def models(self) -> list[str]:
-        """Names of models that have a version."""
-        names = self.storage.folders("models/")  # not what is in them: blobs and runs are many
+        """Return the names of models that have a version."""
+        names = self.storage.folders("models/")  # not the keys in them: there are many blobs and runs
         named = (name for name in names if re.fullmatch(LABEL, name))
         return [name for name in named if list_names(self.storage, f"models/{name}/versions/", NUMBERED, limit=1)]
 
     def versions(self, model: str) -> list[int]:
-        """Numbers of the versions, also of damaged ones, ascending."""
+        """Return the numbers of the versions, including damaged ones, ascending."""
         return [int(Path(name).stem) for name in list_names(self.storage, f"models/{model}/versions/", NUMBERED)]
 
     def all_versions(self, model: str) -> list[Version]:
-        """All versions that can be read, the oldest first."""
-        found = []
+        """Return all versions that can be read, the oldest first."""
+        versions = []
         for number in self.versions(model):
             with contextlib.suppress(ModelNotFound, DamagedObject):  # ModelNotFound: deleted just now
-                found.append(self.version(model, number))
-        return found
+                versions.append(self.version(model, number))
+        return versions
 
     def version(self, model: str, number: int) -> Version:
         """Read a version.
 
         Raises:
-            ModelNotFound: there is none.
-            DamagedObject
+            ModelNotFound: it does not exist.
+            DamagedObject: its document is damaged.
         """
         try:
             return load_document(self.storage, _version_key(model, number), Version, model=model, version=number)[0]
         except KeyNotFound:
-            raise ModelNotFound(self._what_there_is(model, f"version {number}")) from None
+            raise ModelNotFound(self._describe_missing(model, f"version {number}")) from None
 
     def alias_names(self, model: str) -> list[str]:
-        """Names of a model's aliases, also of damaged ones."""
+        """Return the names of the aliases of a model, including damaged ones."""
         return [Path(name).stem for name in list_names(self.storage, f"models/{model}/aliases/", NAMED)]
 
     def alias(self, model: str, name: str) -> Alias:
-        """Where an alias stands.
+        """Read an alias.
 
         Raises:
-            ModelNotFound: there is none.
-            DamagedObject
+            ModelNotFound: it does not exist.
+            DamagedObject: its document is damaged.
         """
         try:
             return load_document(self.storage, _alias_key(model, name), Alias)[0]
         except KeyNotFound:
-            raise ModelNotFound(self._what_there_is(model, f"alias {name!r}")) from None
+            raise ModelNotFound(self._describe_missing(model, f"alias {name!r}")) from None
 
     def aliases(self, model: str) -> dict[str, Alias]:
-        """All aliases that can be read, by name."""
-        found = {}
+        """Return all aliases that can be read, by name."""
+        aliases = {}
         for name in self.alias_names(model):
             with contextlib.suppress(ModelNotFound, DamagedObject):
-                found[name] = self.alias(model, name)
-        return found
+                aliases[name] = self.alias(model, name)
+        return aliases
 
     def resolve(self, name: str) -> Version:
-        """The version a name means: `m` (its alias production), `m@alias`, `m@3`, or `m@latest`.
+        """Return the version that a reference names: `m` (its alias production), `m@alias`, `m@3`, or `m@latest`.
 
         Raises:
-            ModelNotFound: there is none; the message says what there is.
-            DamagedObject: of the alias or the version.
+            ModelNotFound: it does not exist; the message lists what exists.
+            DamagedObject: the alias or the version is damaged.
         """
         model, _, reference = name.partition("@")
         if not re.fullmatch(LABEL, model):
-            raise ModelNotFound(f"no model {model!r}: names are lower-case letters, digits and dashes")
+            raise ModelNotFound(f"no model {model!r}: a name has lower-case letters, digits and dashes")
         if "@" in name and not re.fullmatch(LABEL, reference):
-            raise ModelNotFound(f"{name!r}: after @ comes an alias, a version number, or `latest`")
+            raise ModelNotFound(f"{name!r}: write an alias, a version number, or `latest` after @")
         if reference.isdecimal():
             return self.version(model, int(reference))
         if reference == "latest":
@@ -158,16 +156,16 @@ class Registry:
     def publish(
         self, run: Run, ref: CheckpointRef, manifest: Manifest, folder: Path, gate: GateResult | None
     ) -> Version:
-        """Make a checkpoint a version of the run's model; the same run and step again give the same version.
+        """Publish a checkpoint as a version of its model; the same run and step again give the same version.
 
         Args:
-            folder: the checkpoint's files, verified.
+            folder: the files of the checkpoint, verified.
         """
         version = self._publish(run, ref, manifest, folder, gate)
         self.gc_lease(run.model).wait_until_free()
         there = set(self.storage.list(f"models/{run.model}/blobs/"))
         for name, key in self.keys(version).items():
-            if key not in there:  # clean-up came before the version did
+            if key not in there:  # clean-up deleted it before the version was written
                 self._restore(folder, name, version.files[name], key)
         return version
 
@@ -175,12 +173,12 @@ class Registry:
         """Point an alias at a version.
 
         Args:
-            forward_only: leave the alias alone if it was ever at this version or a higher one, so that a publisher
-                that runs again never undoes a person's rollback.
+            forward_only: do not move an alias that ever named this version or a higher one, so that a publisher that
+                runs again never undoes a rollback of the user.
 
         Raises:
-            ModelNotFound: there is no such version.
-            DamagedObject: the version is damaged, or, with `forward_only`, the alias: where it ever was is lost.
+            ModelNotFound: the version does not exist.
+            DamagedObject: the version is damaged, or, with `forward_only`, the alias, whose history is then lost.
         """
         check_alias(alias)
         version = self.version(model, number)
@@ -194,7 +192,7 @@ class Registry:
             except DamagedObject as error:
                 if forward_only:
                     raise
-                etag = error.etag  # set anew, with a history that begins here
+                etag = error.etag  # write it again, with a history that begins here
             history = current.history if current else []
             highest = max((move.version for move in history), default=0)
             if current and (current.version == number or (forward_only and number <= highest)):
@@ -204,7 +202,7 @@ class Registry:
             try:
                 etag = write_document(self.storage, _alias_key(model, alias), body, if_absent=not etag, if_match=etag)
             except Conflict:
-                continue  # somebody else moved it: look again
+                continue  # another process moved it: read it again
             self.gc_lease(model).wait_until_free()
             try:
                 self.version(model, number)
@@ -218,34 +216,34 @@ class Registry:
         """Remove an alias with its history. The version that it names stays.
 
         Raises:
-            ModelNotFound: there is none.
+            ModelNotFound: the alias does not exist.
         """
         check_alias(alias)
         if not self.storage.exists(_alias_key(model, alias)):
-            raise ModelNotFound(self._what_there_is(model, f"alias {alias!r}"))
+            raise ModelNotFound(self._describe_missing(model, f"alias {alias!r}"))
         self.storage.delete(_alias_key(model, alias))
 
     def gc_lease(self, model: str) -> Lease:
-        """The lease of whoever deletes versions or blobs of a model."""
-        return Lease(self.storage, SWEEP_SECONDS, f"models/{model}/sweep.json")
+        """Return the lease for deleting versions or blobs of a model."""
+        return Lease(self.storage, GC_SECONDS, f"models/{model}/gc-lease.json")
 
     def fetch(self, version: Version, folder: Path) -> None:
-        """Download a version's files into an empty folder and verify every byte."""
+        """Download the files of a version into an empty folder and verify every byte."""
         checkpoint.download(self.storage, self.keys(version), version.files, folder)
 
     def keys(self, version: Version) -> dict[str, str]:
-        """Where a version's files lie in storage."""
+        """Return the storage key of each file of a version."""
         return {name: _blob_key(version.model, file.sha256) for name, file in version.files.items()}
 
     def evaluations_prefix(self, model: str, number: int) -> str:
         return f"models/{model}/evaluations/{number:08d}/"
 
     def delete_record(self, model: str, number: int) -> None:
-        """Remove a version's document and what was measured of it.
+        """Remove the document and the evaluations of a version.
 
-        For `cleanup.delete_version`, which sees that nobody names it.
+        `gc.delete_version` calls it after it has checked that no alias names the version.
         """
-        # First the mark that keeps the number from being given again: who publishes reads the versions before it.
+        # The mark that reserves the number comes first: a process that publishes reads the versions before the marks.
         self.storage.put(_deleted_key(model, number), b"")
         self.storage.delete(_version_key(model, number))
         for key in self.storage.list(self.evaluations_prefix(model, number)):
@@ -254,14 +252,14 @@ class Registry:
     def _publish(
         self, run: Run, ref: CheckpointRef, manifest: Manifest, folder: Path, gate: GateResult | None
     ) -> Version:
-        """Upload the files and write the version, if there is none."""
+        """Upload the files and write the version, unless the checkpoint is already published."""
         model = run.model
-        known, number = self._look(run, ref)
+        known, number = self._find_published(run, ref)
         if known:
             return known
         family = checkpoint.load_family(folder)
         write_probe(family, folder)
-        files = checkpoint.served(checkpoint.describe_files(folder))
+        files = checkpoint.serving_files(checkpoint.describe_files(folder))
         for name, file in files.items():
             key = _blob_key(model, file.sha256)
             if not self.storage.exists(key):
@@ -285,21 +283,20 @@ class Registry:
                 if not self.storage.exists(_deleted_key(model, number)):
                     PUBLISHED.labels(version.family).inc()
                     return version
-                self.storage.delete(
-                    _version_key(model, number)
-                )  # the number was another's, who came and went meanwhile
+                # Another version had this number, and was deleted in the meantime.
+                self.storage.delete(_version_key(model, number))
             except Conflict:
-                pass  # somebody else took the number, maybe to publish the same checkpoint
-            known, number = self._look(run, ref)
+                pass  # another process took the number, maybe to publish the same checkpoint
+            known, number = self._find_published(run, ref)
             if known:
                 return known
 
-    def _look(self, run: Run, ref: CheckpointRef) -> tuple[Version | None, int]:
-        """The version that was published from a checkpoint, if there is one, and the next free number."""
+    def _find_published(self, run: Run, ref: CheckpointRef) -> tuple[Version | None, int]:
+        """Return the version published from a checkpoint, None if there is none, and the next free number."""
         versions = self.all_versions(run.model)
         known = next((version for version in versions if (version.job, version.checkpoint) == (run.job, ref)), None)
-        numbers = self.versions(run.model)  # also of damaged ones: their numbers are taken
-        # after the versions: it is written before they go
+        numbers = self.versions(run.model)  # including damaged ones: their numbers are taken
+        # Read the marks after the versions: a mark is written before its version is deleted.
         numbers += map(int, list_names(self.storage, f"models/{run.model}/deleted/", r"\d{8}"))
         return known, max(numbers, default=0) + 1
 
@@ -308,11 +305,11 @@ class Registry:
             write_probe(checkpoint.load_family(folder), folder)
         path = folder / name
         if not path.exists() or checkpoint.sha256_of(path) != file.sha256:
-            raise CheckpointError(f"{key}: missing, and {name} is another file now")
+            raise CheckpointError(f"{key}: missing, and the local {name} is another file; publish it again")
         self.storage.upload(path, key)
 
     def _take_back(self, model: str, alias: str, before: Alias | None, etag: str) -> None:
-        """Undo a move to a version that was deleted meanwhile, unless somebody has moved the alias on."""
+        """Undo a move to a version that was just deleted, unless another process has moved the alias again."""
         key = _alias_key(model, alias)
         with contextlib.suppress(Conflict, KeyNotFound):
             if before:
@@ -323,20 +320,20 @@ class Registry:
     def _latest(self, model: str) -> Version:
         numbers = self.versions(model)
         if not numbers:
-            raise ModelNotFound(self._what_there_is(model, "version"))
+            raise ModelNotFound(self._describe_missing(model, "version"))
         return self.version(model, numbers[-1])
 
-    def _what_there_is(self, model: str, missing: str) -> str:
+    def _describe_missing(self, model: str, missing: str) -> str:
         numbers = self.versions(model)
         if not numbers:
-            # Names no other model: a key may be limited to some, and is shown those alone where they are listed.
-            return f"no model {model!r}; `genmodels models` or GET /v1/models lists what there is"
+            # Name no other model: an API key may be limited to some models, and lists show only those.
+            return f"no model {model!r}; `genmodels models` or GET /v1/models lists all models"
         aliases = ", ".join(self.alias_names(model)) or "none"
         return f"model {model!r} has no {missing}; aliases: {aliases}; versions: {', '.join(map(str, numbers))}"
 
 
 def check_alias(alias: str) -> None:
-    """Raise SpecError unless the name can be an alias: the rule is the spec's."""
+    """Raise SpecError unless the name can be an alias, by the rule of job specs."""
     try:
         TypeAdapter(AliasName).validate_python(alias, strict=True)
     except ValidationError as error:

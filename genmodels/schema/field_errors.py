@@ -1,4 +1,4 @@
-"""Validation errors in words for the person who wrote the document: path, what was found, what would be right."""
+"""Word validation errors for the author of a document: path of the field, the value, the expected value."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 from pydantic.fields import FieldInfo
 from pydantic_core import ErrorDetails, PydanticCustomError
 
-MAX_ERRORS = 20  # problems that anyone wants to read at once
+MAX_ERRORS = 20  # more errors would not help the reader
 
 Loc = tuple[str | int, ...]
 
 
 @dataclass(frozen=True)
 class FieldError:
-    """One thing that is wrong: where, and in words."""
+    """Describe one wrong field: its path and the problem in words."""
 
     loc: Loc
     text: str
@@ -34,42 +34,42 @@ Homes = Callable[[Loc], list[str]]
 
 
 def format_errors(error: ValidationError, root: type[BaseModel], homes: Homes = lambda loc: []) -> list[FieldError]:
-    """The problems of a failed validation against `root`, one for each wrong field; of very many, the first ones.
+    """Return the errors of a failed validation against `root`, one for each wrong field, at most MAX_ERRORS.
 
     Args:
-        homes: other sections of the document, in words, that have a key which is unknown where it stands.
+        homes: returns other sections of the document, in words, that have the unknown key at a path.
     """
     shown = error.errors(include_url=False)[:MAX_ERRORS]
     return [FieldError(details["loc"], _words(details, root, homes)) for details in shown]
 
 
 def field_error(text: str) -> PydanticCustomError:
-    """To raise in a validator: `text` says what was found and what would be right."""
-    return PydanticCustomError("explained", "{text}", {"text": text})
+    """Return an error to raise in a validator; `text` gives the value and the expected value."""
+    return PydanticCustomError("worded", "{text}", {"text": text})
 
 
 def field_errors(problems: Iterable[FieldError]) -> ValidationError:
-    """To raise in a validator that has found several problems; their locs are relative to what it validates."""
+    """Return an error with several problems to raise in a validator; their locs are relative to the validated value."""
     return ValidationError.from_exception_data(
-        "explained", [{"type": field_error(problem.text), "loc": problem.loc, "input": None} for problem in problems]
+        "worded", [{"type": field_error(problem.text), "loc": problem.loc, "input": None} for problem in problems]
     )
 
 
 def nearest(word: object, choices: Iterable[str], cutoff: float = 0.6) -> str:
-    """`; did you mean 'x'?` where a choice is near, else nothing."""
-    found = difflib.get_close_matches(str(word)[:100], list(choices), n=1, cutoff=cutoff)
-    return f"; did you mean {found[0]!r}?" if found else ""
+    """Return `; did you mean 'x'?` if a choice is similar, else ""."""
+    matches = difflib.get_close_matches(str(word)[:100], list(choices), n=1, cutoff=cutoff)
+    return f"; did you mean {matches[0]!r}?" if matches else ""
 
 
 def as_label(name: str) -> str:
-    """Return the label nearest to a name, `meu-coracao` for `Meu coração`; "" where no letter of it is Latin."""
+    """Return the label nearest to a name, `meu-coracao` for `Meu coração`; "" if it has no Latin letter."""
     spelt = "".join(_LETTERS.get(letter, letter) for letter in name.lower())
     latin = "".join(letter for letter in unicodedata.normalize("NFKD", spelt) if not unicodedata.combining(letter))
     return re.sub(r"[^a-z0-9]+", "-", latin)[:63].strip("-")
 
 
 def sections_of(root: type[BaseModel], path: Loc = ()) -> Iterator[tuple[Loc, type[BaseModel]]]:
-    """Yield a section and those below it, each with the names that lead to it."""
+    """Yield a section and its subsections, each with its path."""
     yield path, root
     for name, field in root.model_fields.items():
         for section in _all_inner(field.annotation):
@@ -77,7 +77,7 @@ def sections_of(root: type[BaseModel], path: Loc = ()) -> Iterator[tuple[Loc, ty
 
 
 def path_of(loc: Loc) -> str:
-    """`models[0].train.learning_rate`"""
+    """Return a path as text, e.g. `models[0].train.learning_rate`."""
     path = ""
     for part in loc:
         if isinstance(part, int):
@@ -90,7 +90,7 @@ def path_of(loc: Loc) -> str:
 
 
 def show(value: object) -> str:
-    """A value as the person wrote it, in at most 60 characters of one line."""
+    """Return a value as the user wrote it, in one line of at most 60 characters."""
     if value is None:
         return "nothing"
     if isinstance(value, bool):
@@ -103,9 +103,9 @@ def show(value: object) -> str:
     return shown if len(shown) <= 60 else shown[:57] + "..."
 
 
-# Letters that Unicode does not take apart into a Latin one and a mark.
+# Letters that Unicode does not decompose into a Latin letter and a mark.
 _LETTERS = {"ß": "ss", "æ": "ae", "œ": "oe", "ø": "o", "ł": "l", "đ": "d", "ð": "d", "þ": "th", "ı": "i", "ħ": "h"}
-_STRONG = 0.75  # above that a near key is taken for a slip of the keyboard, without a look at other sections
+_STRONG = 0.75  # a key that is more similar counts as a typing error, and other sections are not searched
 
 _TYPES = {
     "int": "a whole number",
@@ -139,7 +139,7 @@ _LENGTHS = {
 
 def _words(details: ErrorDetails, root: type[BaseModel], homes: Homes) -> str:
     kind, loc, value, context = details["type"], details["loc"], details["input"], details.get("ctx", {})
-    if kind == "explained":
+    if kind == "worded":
         return str(context["text"])
     if kind in ("value_error", "assertion_error"):
         return str(context["error"])
@@ -152,7 +152,7 @@ def _words(details: ErrorDetails, root: type[BaseModel], homes: Homes) -> str:
     if kind in _LENGTHS and isinstance(value, Sized):
         bound, words = _LENGTHS[kind]
         return f"got {len(value)} {words} {context[bound]}"
-    is_entry = isinstance(loc[-1], int)  # of the field's list
+    is_entry = isinstance(loc[-1], int)  # an entry of a list
     form = _FieldForm(field, root.model_config) if field and not is_entry else None
     return f"got {show(value)}, {_expected(kind, value, context, field, form) or _as_pydantic_says(details['msg'])}"
 
@@ -186,7 +186,7 @@ def _number(field: FieldInfo | None) -> str:
 
 
 def _types(annotation: Any) -> set[Any]:
-    """Return which kinds of number an annotation such as `Annotated[int, ...] | None` is made of."""
+    """Return the number types in an annotation such as `Annotated[int, ...] | None`."""
     arguments = get_args(annotation)
     if arguments:
         return set().union(*map(_types, arguments))
@@ -194,7 +194,7 @@ def _types(annotation: Any) -> set[Any]:
 
 
 class _FieldForm:
-    """Tries values on a field before they are advised: advice must not be refused in its turn."""
+    """Check that a field accepts a value before an error message suggests that value."""
 
     def __init__(self, field: FieldInfo, config: ConfigDict) -> None:
         self.field, self._config = field, config
@@ -237,7 +237,7 @@ def _has(field: FieldInfo, key: str | int) -> bool:
 
 
 def _field(root: type[BaseModel], loc: Loc) -> FieldInfo | None:
-    """The field at a loc; for an entry of a list, the list's."""
+    """Return the field at a loc; for an entry of a list, the field of the list."""
     names = [part for part in loc if isinstance(part, str)]
     section = _section(root, tuple(names[:-1]))
     return section.model_fields.get(names[-1]) if section and names else None
@@ -254,7 +254,7 @@ def _section(root: type[BaseModel], loc: Loc) -> type[BaseModel] | None:
 
 
 def _inner(annotation: Any) -> type[BaseModel] | None:
-    """The section that an annotation such as `list[Section]` or `Section | None` is about."""
+    """Return the section in an annotation such as `list[Section]` or `Section | None`."""
     return next(_all_inner(annotation), None)
 
 

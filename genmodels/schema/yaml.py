@@ -1,9 +1,9 @@
-"""YAML (or JSON) written by people, read without surprises.
+"""Read YAML (or JSON) of users safely.
 
-What ordinary loaders do wrong, and this one does not: a few hundred bytes of aliases grow to millions of values, deep
-nesting ends the process, `1e-4` is a string, `no` is false, a second `seed:` silently wins, tags run code. Here a
-document is a tree of mappings with text keys, sequences, and scalars of the YAML 1.2 core schema; anchors, aliases and
-tags are refused. PyYAML's pure-Python parser gives events one by one, so depth is capped before anything recurses.
+Common loaders have these faults: a few hundred bytes of aliases grow to millions of values, deep nesting ends the
+process, `1e-4` is a string, `no` is false, a second `seed:` silently wins, tags run code. Here a document is a tree of
+mappings with text keys, sequences, and scalars of the YAML 1.2 core schema; anchors, aliases and tags are refused. The
+pure-Python parser of PyYAML gives events one by one, so the depth is limited before any recursion.
 """
 
 from __future__ import annotations
@@ -21,14 +21,14 @@ from genmodels.errors import SpecError
 
 MAX_BYTES = 64 * 1024
 MAX_DEPTH = 32
-MAX_ERRORS = 20  # problems that anyone wants to read at once
+MAX_ERRORS = 20  # more errors would not help the reader
 
 Path = tuple[str | int, ...]
 
 
 @dataclass(frozen=True)
 class Document:
-    """What a document says, and the line each of its values begins at (1 is the first)."""
+    """Hold the content of a document, and the line at which each of its values begins (1 is the first)."""
 
     value: dict[str, Any]
     lines: dict[Path, int]
@@ -54,14 +54,18 @@ def read_file(path: pathlib.Path) -> bytes:
 def check_size(data: bytes, source: str, max_bytes: int = MAX_BYTES) -> None:
     """Raise a SpecError if the document is larger than `max_bytes`."""
     if len(data) > max_bytes:
-        _fail(source, None, f"larger than {max_bytes // 1024} KiB, which no job spec needs; is it the right file?")
+        _fail(
+            source,
+            None,
+            f"larger than {max_bytes // 1024} KiB, which no job spec needs; check that it is the right file",
+        )
 
 
 def read(data: bytes, source: str, max_bytes: int = MAX_BYTES) -> Document:
-    """Read one document whose top is a mapping.
+    """Read one document whose top level is a mapping.
 
     Raises:
-        SpecError: with one line `source:line: what is wrong; remedy` for each thing found.
+        SpecError: with one line `source:line: what is wrong; remedy` for each error.
     """
     text = _text(data, source, max_bytes)
     reader = _Reader(source)
@@ -74,7 +78,7 @@ def read(data: bytes, source: str, max_bytes: int = MAX_BYTES) -> Document:
         mark = error.problem_mark or error.context_mark
         where = " ".join(filter(None, [error.context, error.problem]))
         has_tab = mark is not None and "\t" in text[mark.index - mark.column :].partition("\n")[0]
-        hint = "write spaces in place of tabs" if has_tab else "look at the indentation and the quotes there"
+        hint = "use spaces instead of tabs" if has_tab else "check the indentation and the quotes in this line"
         _fail(source, mark.line + 1 if mark else None, f"not valid YAML: {where}; {hint}")
     except (ValueError, OverflowError):  # an escape such as \UFFFFFFFF or a version of 5,000 digits
         _fail(source, None, "not valid YAML: a number in an escape or a directive is out of range")
@@ -84,7 +88,7 @@ def read(data: bytes, source: str, max_bytes: int = MAX_BYTES) -> Document:
 
 
 def scalar(text: str) -> Any:
-    """The value of a plain (unquoted) scalar by the YAML 1.2 core schema; huge numbers raise OverflowError."""
+    """Return the value of a plain scalar by the YAML 1.2 core schema. Raises OverflowError for huge numbers."""
     if text in _CONSTANTS:
         return _CONSTANTS[text]
     for pattern, base in ((_DECIMAL, 10), (_OCTAL, 8), (_HEXADECIMAL, 16)):
@@ -112,7 +116,7 @@ _FLOAT = re.compile(r"[-+]?(\.[0-9]+|[0-9]+(\.[0-9]*)?)([eE][-+]?[0-9]+)?")
 
 
 def _bounded(digits: str, base: int) -> int:
-    if len(digits) > 64:  # int() is quadratic in the digits, and refuses 4,300 of them with advice for programmers
+    if len(digits) > 64:  # int() takes quadratic time, and its own error for 4,300 digits is meant for programmers
         raise OverflowError(digits)
     number = int(digits, base)
     if not -(2**63) <= number < 2**63:
@@ -126,7 +130,7 @@ def _text(data: bytes, source: str, max_bytes: int) -> str:
         _fail(source, None, "written in UTF-16; save it as UTF-8")
     if b"\0" in data:
         line = data.count(b"\n", 0, data.index(b"\0")) + 1
-        _fail(source, line, "a NUL byte: this is no text file; write YAML in UTF-8")
+        _fail(source, line, "a NUL byte: this is not a text file; write YAML in UTF-8")
     try:
         text = data.decode("utf-8-sig")
     except UnicodeDecodeError as error:
@@ -136,22 +140,22 @@ def _text(data: bytes, source: str, max_bytes: int) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """Take tabs where they separate and in JSON, as YAML does; PyYAML refuses them everywhere.
+    """Accept tabs as separators and in JSON, as YAML does; PyYAML refuses them everywhere.
 
-    Where they would indent they stay an error: YAML 1.2.2, 6.1 and 6.2.
+    Tabs as indentation stay an error: YAML 1.2.2, 6.1 and 6.2.
     """
 
     def scan_to_next_token(self) -> None:
         super().scan_to_next_token()
         while self.peek() == "\t" and (self.flow_level or not self._indents()):
             if not self.flow_level:
-                self.allow_simple_key = False  # no block begins behind a tab: the tab would indent it
+                self.allow_simple_key = False  # no block may begin after a tab: the tab would indent it
             while self.peek() in " \t":
                 self.forward()
             super().scan_to_next_token()
 
     def _indents(self) -> bool:
-        """Tell whether the tab begins a line on which something stands that an indentation matters to."""
+        """Return whether the tab begins a line with content for which indentation matters."""
         if self.buffer[self.pointer - self.column : self.pointer].strip():
             return False
         at = self.pointer
@@ -162,7 +166,7 @@ class _Loader(yaml.SafeLoader):
 
 @dataclass
 class _Reader:
-    """Builds values from parser events. What can be passed over is collected in `problems`, the rest raises."""
+    """Build values from parser events. Collect errors in `problems` if reading can continue, else raise them."""
 
     source: str
     problems: list[str] = field(default_factory=list)
@@ -217,7 +221,7 @@ class _Reader:
                 self._note(event, f"the key {_short(key)} is not text; put it in quotes if it is meant")
                 key = "?"
             elif key in first:
-                self._note(event, f"the key {_short(key)} stands twice, first in line {first[key]}; keep one")
+                self._note(event, f"the key {_short(key)} is repeated, first in line {first[key]}; keep one")
             first.setdefault(key, _line(event))
             items[key] = self._node(value_event, events, (*path, key))
             self.lines[(*path, key)] = _line(event)
@@ -227,7 +231,7 @@ class _Reader:
         try:
             value = scalar(event.value) if event.style is None else event.value
         except OverflowError:
-            self._note(event, f"the number {_short(event.value)} is too large")
+            self._note(event, f"the number {_short(event.value)} is too large; write a smaller one")
             return None
         if isinstance(value, float) and not math.isfinite(value):
             self._note(event, f"{_short(event.value)} is not allowed; write a finite number")

@@ -1,4 +1,4 @@
-"""How much memory a model takes where it is served: computed from its settings, before anything is built or read."""
+"""Compute the memory that a model takes on a model host from its settings, without building it."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-HOST_MEMORY = 2 * 2**30  # bytes of models that one host keeps
-SERVED_ROWS = 16  # of every pass where models are served: texts in one step, images
+HOST_MEMORY = 2 * 2**30  # bytes of models that one model host keeps in memory
+SERVED_ROWS = 16  # rows of a forward pass on a model host: texts in one step, or images
 FLOAT = 4  # bytes of a float32
 
 ConfigT = TypeVar("ConfigT", bound=BaseModel)
@@ -18,11 +18,11 @@ ConfigT = TypeVar("ConfigT", bound=BaseModel)
 
 @dataclass(frozen=True)
 class Footprint:
-    """Bytes of memory that a model takes where it is served."""
+    """Hold the bytes of memory that a model takes on a model host."""
 
-    weights: int  # of all its networks
-    kept: int = 0  # beside them, for as long as it is loaded: keys and values, weights arranged anew, a density
-    working: int = 0  # for the time of a pass of `SERVED_ROWS` rows
+    weights: int  # of all networks
+    kept: int = 0  # further memory while it is loaded: keys and values, rearranged weights, a density
+    working: int = 0  # during a forward pass of `SERVED_ROWS` rows
 
     @property
     def total(self) -> int:
@@ -32,12 +32,12 @@ class Footprint:
 def too_large(
     config: ConfigT, measure: Callable[[ConfigT], Footprint], budget: int = HOST_MEMORY
 ) -> tuple[str, str] | None:
-    """Tell which setting makes a model too large to be served, and what would be right; None if it fits.
+    """Return the setting that makes a model too large to serve, and a remedy; None if the model fits.
 
-    That is the whole number furthest above its default, if lowering it alone is enough.
+    The setting is the integer that exceeds its default most, if lowering it alone is enough.
 
     Returns:
-        The setting's name, and a text that goes after it.
+        The name of the setting, and a text to print after it.
     """
     size = measure(config).total
     if size <= budget:
@@ -54,9 +54,9 @@ def too_large(
 
 
 def network_bytes(family: Any, config: BaseModel, data: BaseModel) -> int:
-    """Bytes of all networks of `family(config, data)`.
+    """Return the bytes of all networks of `family(config, data)`.
 
-    They are linear in the number of equal blocks, so two shallow models without memory tell those of any depth.
+    They are linear in the number of equal blocks, so two shallow models without memory give those of any depth.
     """
     if family.repeated is None:
         return _bytes_of(family, config.model_dump_json(), data)
@@ -84,19 +84,19 @@ def gibibytes(size: int) -> str:
 
 
 def _by_excess(config: BaseModel) -> list[str]:
-    """The names of whole numbers, those furthest above their defaults first."""
+    """Return the names of integer settings, in the order of value divided by default, largest first."""
     defaults = {name: field.default for name, field in type(config).model_fields.items()}
     numbers = [name for name, value in defaults.items() if type(value) is int and value > 0]
     return sorted(numbers, key=lambda name: getattr(config, name) / defaults[name], reverse=True)
 
 
 def _largest_that_fits(config: ConfigT, name: str, measure: Callable[[ConfigT], Footprint], budget: int) -> int | None:
-    """The setting's value halved until the model fits."""
+    """Return the value of a setting, halved until the model fits; None if no value fits."""
     value = getattr(config, name) // 2
     while value:
         try:
             smaller = type(config).model_validate({**config.model_dump(), name: value})
-        except ValidationError:  # no multiple of another setting, say
+        except ValidationError:  # e.g. not a multiple of another setting
             pass
         else:
             if measure(smaller).total <= budget:

@@ -1,4 +1,4 @@
-"""Models with shapes and no memory: what can be told of a network without building it."""
+"""Build models that have shapes but no memory."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ QUOTIENTS = ("div", "__truediv__")
 def shapes_only() -> Iterator[None]:
     """Make tensors on the meta device, and draw no initial weights.
 
-    For draws and quotients there torch would load all its rules of shapes: 70 MB, and seconds.
+    For random draws and quotients on that device torch would load all its shape rules: 70 MB, and seconds.
     """
     with torch.device("meta"), _NoDraws():
         yield

@@ -1,4 +1,4 @@
-"""TODO"""
+"""Make the JSON Schema of job specs."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from genmodels.spec.sections import JobSpec
 
 
 def json_schema() -> dict[str, Any]:
-    """JSON Schema (draft 2020-12) of job specs, for editors. Imports all families."""
+    """Return the JSON Schema (draft 2020-12) of job specs, for editors. Imports all families."""
     schema = JobSpec.model_json_schema()
     choices = []
     for name in models.names():

@@ -1,4 +1,4 @@
-"""TODO"""
+"""Define the names in job specs: labels, aliases, and references to versions and checkpoints."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pydantic import (
 from genmodels.data import uploads
 from genmodels.schema.field_errors import as_label, field_error, show
 
-LABEL = uploads.NAME  # one rule for every name that people give
+LABEL = uploads.NAME  # one rule for every name that a user chooses
 
 
 # `model`, `model@3`, `model@alias`, `model@latest`, `model@live`, `model@step-500`, `model@<job id>:step-500`

@@ -1,4 +1,4 @@
-"""TODO"""
+"""Read job specs of users (strict) and from storage (lenient), write them, and compute their digests."""
 
 from __future__ import annotations
 
@@ -22,13 +22,13 @@ from genmodels.storage.documents import parse_object
 
 
 def read_spec(path: Path, datasets: Mapping[str, uploads.Kind] | None = None) -> JobSpec:
-    """The spec in a person's file; a relative `data.path` in it is relative to the file's folder.
+    """Read the spec in a file of the user; a relative `data.path` is relative to the folder of the file.
 
     Args:
-        datasets: as `parse_spec` has them.
+        datasets: as in `parse_spec`.
 
     Raises:
-        SpecError: the file cannot be read, or is no sound spec.
+        SpecError: the file cannot be read, or is not a valid spec.
     """
     return parse_spec(yaml.read_file(path), str(path), path.absolute().parent, datasets)
 
@@ -41,29 +41,29 @@ def parse_spec(
     *,
     paths: bool = True,
 ) -> JobSpec:
-    """The spec that a person wrote, in YAML or JSON.
+    """Parse a spec of a user, in YAML or JSON.
 
     Args:
-        source: what to call the document in messages, e.g. the file's name.
-        base: the folder that a relative `data.path` is relative to; without one it must be absolute.
-        datasets: the added datasets that it may name, as `data.stored.kinds` gives them.
-        paths: whether it may name files at all: what comes over the network may not.
+        source: name of the document in messages, e.g. its file name.
+        base: folder of a relative `data.path`; without it the path must be absolute.
+        datasets: added datasets that the spec may name, from `data.uploads.kinds`.
+        paths: whether the spec may name files; False for a spec from the network.
 
     Raises:
-        SpecError: with a line `source:line: path: what was found, what would be right` for each problem.
+        SpecError: with a line `source:line: path: got ..., expected ...` for each problem.
     """
     document = yaml.read(data, source)
     context = {"base": base, "datasets": datasets or {}, "paths": paths}
-    for outline in (True, False):  # what can be told without torch is told at once
+    for outline in (True, False):  # problems that need no torch are reported first
         spec = _validate(document, source, {**context, "outline": outline})
     return spec
 
 
 def load_stored(data: bytes) -> JobSpec:
-    """Read a spec that `dump` wrote, maybe in another release: ignore unknown keys, do not check sections again.
+    """Parse a spec from `dump`, possibly of another release: ignore unknown keys, do not check sections again.
 
     Raises:
-        SpecError: it is not a spec, or holds values that this release does not know.
+        SpecError: it is not a spec, or has values that this release does not know.
     """
     return _validate(_stored(data), "stored spec", {"stored": True})
 
@@ -77,17 +77,17 @@ def dump(spec: JobSpec) -> bytes:
 
 
 def digest(spec: JobSpec) -> str:
-    """The sha256, in hex, of what the spec means: whatever the order of keys, and defaults written out or not."""
+    """Return the sha256, in hex, of the meaning of a spec; the order of keys and written defaults do not change it."""
     return _sha256(spec)
 
 
 def model_digest(model: ModelSpec) -> str:
-    """As `digest`, of one model's part."""
+    """Return the digest of the part of one model, as `digest` does."""
     return _sha256(model)
 
 
 def job_id(spec: JobSpec) -> str:
-    """`<name>-<8 hex>`, the same for the same spec."""
+    """Return `<name>-<8 hex>`, the same for the same spec."""
     return f"{spec.name}-{digest(spec)[:8]}"
 
 
@@ -109,12 +109,12 @@ def _validate(document: yaml.Document, source: str, context: dict[str, Any]) -> 
             error.error_count(),
         )
     lines = sorted((_line(document, problem), f"{problem}") for problem in problems)
-    said = [f"{source}:{line}: {text}" for line, text in lines]
-    raise SpecError(*said, *([f"{source}: and {more - len(said)} more"] if more > len(said) else []))
+    messages = [f"{source}:{line}: {text}" for line, text in lines]
+    raise SpecError(*messages, *([f"{source}: and {more - len(messages)} more"] if more > len(messages) else []))
 
 
 def _line(document: yaml.Document, problem: FieldError) -> int:
-    """The line of the nearest thing that is in the document."""
+    """Return the line of a field; if the document lacks it, the line of the nearest section above."""
     ways_up = (problem.loc[:n] for n in range(len(problem.loc), -1, -1))
     return next(document.lines[loc] for loc in ways_up if loc in document.lines)
 

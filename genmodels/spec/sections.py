@@ -1,10 +1,10 @@
-"""Job specs: what a person writes to have models trained and served.
+"""Define the sections of a job spec, in which a user asks for models to be trained and served.
 
-`parse_spec` is strict, for what comes from people: each wrong field is named, with its line and a remedy. `load_stored`
-is lenient, for specs in storage: it ignores unknown keys, so that an older process can read what a newer one wrote.
+`parse_spec` is strict, for specs of users: it names each wrong field, with its line and a remedy. `load_stored` is
+lenient, for specs in storage: it ignores unknown keys, so that an older process can read newer specs.
 
-The sections know nothing of each other, and a family's own settings (`model`) live in the family's file; this module
-puts them together and checks across them. Only a sound outline makes it import families, and torch with them.
+The sections do not depend on each other, and the settings of a family (`model`) are in the file of the family; this
+module combines them and checks across them. It imports families, and torch with them, only after a valid outline.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from genmodels.spec.names import Alias, Label, Reference
 
 
 class TrainConfig(OptimizerConfig):
-    """How a model is trained. Steps are optimizer steps; the last one always evaluates and saves."""
+    """Set how a model is trained. Steps are optimizer steps; the last one always evaluates and saves."""
 
     max_steps: int = Field(
         1000, ge=1, le=10**9, description="number of optimizer steps; the last step always evaluates and saves"
@@ -85,7 +85,7 @@ Workers = Annotated[int, Field(ge=1, le=1024)]
 
 
 class WorkerRange(Section):
-    """An elastic run: it starts with as many workers as there is room for, shrinks and grows between its bounds."""
+    """Bound the workers of an elastic run: it starts with as many as fit, and shrinks and grows between the bounds."""
 
     min: Workers = Field(description="smallest number of workers the run continues with")
     max: Workers = Field(description="largest number of workers the run may grow to")
@@ -98,11 +98,11 @@ class WorkerRange(Section):
 
 
 class ScalingConfig(Section):
-    """How many workers train a model together."""
+    """Set how many workers train a model together."""
 
     num_workers: Workers | WorkerRange = Field(
         1,
-        validate_default=False,  # what judges it stands further down
+        validate_default=False,  # its validator uses classes that are defined below
         description="processes that share each batch: a number, or {min, max} for a run that shrinks and grows",
     )
     use_gpu: bool = Field(False, description="one GPU for each worker")
@@ -118,7 +118,7 @@ class ScalingConfig(Section):
     @field_validator("num_workers", mode="before")
     @classmethod
     def _one_form(cls, value: object, info: ValidationInfo) -> object:
-        """Judged by the form it has: a union would tell what is wrong with it as a number and as a mapping."""
+        """Validate the value by its form: a union would report errors for a number and for a mapping."""
         if isinstance(value, bool) or not isinstance(value, int | float | dict | WorkerRange):
             raise field_error(
                 f"got {show(value)}, expected a whole number, e.g. 2, or a range, e.g. {{min: 1, max: 4}}"
@@ -142,7 +142,7 @@ class _Elastic(Section):
 
 
 class CheckpointConfig(Section):
-    """Which checkpoints of a run are kept."""
+    """Set which checkpoints of a run are kept."""
 
     num_to_keep: int = Field(
         3, ge=2, le=10_000, description="how many of the newest checkpoints are kept, in addition to the best one"
@@ -150,9 +150,9 @@ class CheckpointConfig(Section):
 
 
 class Gate(Section):
-    """What a trained model must reach to be published; a metric of training also decides which checkpoint is best.
+    """Set the bound that a model must reach to be published; a metric of training also selects the best checkpoint.
 
-    A measure of the evaluation is known of one checkpoint only, the last, which is then what is judged.
+    A metric of the evaluation is known only for the last checkpoint, so the gate checks that one.
     """
 
     metric: str = Field(
@@ -165,12 +165,12 @@ class Gate(Section):
     def _one_bound(self) -> Self:
         if (self.max is None) != (self.min is None):
             return self
-        found = "neither max nor min" if self.max is None else "both max and min"
-        raise field_error(f"got {found}; write one: max where smaller is better, min where larger is")
+        given = "neither max nor min" if self.max is None else "both max and min"
+        raise field_error(f"got {given}; write one: max if smaller is better, min if larger is better")
 
 
 class ServeConfig(Section):
-    """How a trained model is published and served."""
+    """Set how a trained model is published and served."""
 
     alias: Alias = Field("production", description="alias that is moved to the new version")
     gate: Gate | None = Field(
@@ -181,7 +181,7 @@ class ServeConfig(Section):
 
 
 class ModelSpec(Section):
-    """One model of a job."""
+    """Describe one model of a job."""
 
     name: Label = Field(description="name of the model in the registry and at the endpoint")
     model: Section = Field(description="`family`, and the settings of that family")
@@ -193,12 +193,12 @@ class ModelSpec(Section):
 
     @property
     def family(self) -> str:
-        """The family's name: that of the file its `Config` lives in."""
+        """Return the name of the family, which is the name of the file of its `Config`."""
         return type(self.model).__module__.rpartition(".")[2]
 
     @property
     def world_sizes(self) -> list[int]:
-        """How many workers it may train with, ascending: those between its bounds that share a batch evenly."""
+        """Return the possible numbers of workers, ascending: those within the bounds that share a batch evenly."""
         share, scaling = self.train.batch_size // self.train.accumulation_steps, self.scaling
         if isinstance(scaling.num_workers, int):
             return [scaling.num_workers]
@@ -238,7 +238,7 @@ class ModelSpec(Section):
         if base is None and not os.path.isabs(path):
             raise field_errors([FieldError(("path",), f"got {show(path)}, expected an absolute path")])
         path = os.path.abspath(os.path.join(base or "", path))
-        if re.search("[\udc80-\udcff]", path):  # the folder that the spec lies in; a stored spec is UTF-8
+        if re.search("[\udc80-\udcff]", path):  # the folder of the spec may not be UTF-8, but a stored spec is
             remedy = "rename the folder, or use `genmodels data add NAME PATH` and `dataset: NAME`"
             raise field_errors([FieldError(("path",), f"{shown(path)} is not UTF-8; {remedy}")])
         return {**value, "path": path}
@@ -275,20 +275,20 @@ class ModelSpec(Section):
         return [
             FieldError(
                 ("scaling", "num_workers", bound),
-                f"got {found}, expected a divisor of {share} ({named}); write {_nearest_divisors(share, found)}",
+                f"got {number}, expected a divisor of {share} ({named}); write {_nearest_divisors(share, number)}",
             )
-            for bound, found in (("min", workers.min), ("max", workers.max))
-            if share % found
+            for bound, number in (("min", workers.min), ("max", workers.max))
+            if share % number
         ]
 
     def _wrong_kind(self, added: dict[str, uploads.Kind]) -> list[FieldError]:
         kinds = {name: source.kind for name, source in DATASETS.items()} | added
         name, kind = self.data.dataset or "", models.load(self.family).kind
-        if kinds.get(name, kind) == kind:  # what lies under a path is seen when it is loaded
+        if kinds.get(name, kind) == kind:  # the kind of a path is checked when it is loaded
             return []
         fitting = ", ".join(other for other in kinds if kinds[other] == kind)
-        found = f"got {name!r}, a dataset of {kinds[name]}s, but {self.family} learns from {kind}s"
-        return [FieldError(("data", "dataset"), f"{found}; write one of {fitting}")]
+        problem = f"got {name!r}, a dataset of {kinds[name]}s, but {self.family} learns from {kind}s"
+        return [FieldError(("data", "dataset"), f"{problem}; write one of {fitting}")]
 
     def _wrong_metric(self) -> list[FieldError]:
         gate, family = self.serve.gate, models.load(self.family)
@@ -300,7 +300,7 @@ class ModelSpec(Section):
 
 
 class JobSpec(Section):
-    """A job: models that are trained, published and served."""
+    """Describe a job: models that are trained, published and served."""
 
     name: Label = Field(description="name of the job; the job's id is this name and eight hex digits")
     priority: int = Field(0, ge=-1000, le=1000, description="jobs of higher priority start first")
@@ -316,7 +316,10 @@ class JobSpec(Section):
     def _names_differ(self) -> Self:
         first: dict[str, int] = {}
         problems = [
-            FieldError(("models", i, "name"), f"got {model.name!r}, as models[{first[model.name]}] has; write another")
+            FieldError(
+                ("models", i, "name"),
+                f"got {model.name!r}, which models[{first[model.name]}] has already; write another name",
+            )
             for i, model in enumerate(self.models)
             if first.setdefault(model.name, i) != i
         ]
@@ -326,7 +329,7 @@ class JobSpec(Section):
 
 
 def _nearest_divisors(number: int, near: int) -> str:
-    """The divisors below and above a number that is none, as numbers of workers."""
+    """Return the nearest divisors below and above a number of workers."""
     below = next(n for n in range(near, 0, -1) if number % n == 0)
     above = next((n for n in range(near, min(number, 1024) + 1) if number % n == 0), None)
     return f"{below} or {above}" if above else f"{below}"
@@ -345,19 +348,19 @@ def _added(info: ValidationInfo) -> dict[str, uploads.Kind]:
 
 
 def sections_with_key(loc: Loc, document: dict[str, Any] | None = None) -> list[str]:
-    """The sections of a model, in words, that have a key which is unknown at `loc`.
+    """Return the sections of a model, in words, that have a key which is unknown at `loc`.
 
     Args:
-        document: to look into the settings of the model's family as well, whose file is then imported.
+        document: the document; if given, the settings of the family of the model are searched too, and imported.
     """
-    key, found = loc[-1], []
+    key, names = loc[-1], []
     sections = [*sections_of(ModelSpec)]
     if config := _family_config(loc, document):
         sections += [(("model", *path), section) for path, section in sections_of(config)]
     for path, section in sections:
         if path and key in section.model_fields:
-            found.append(repr(".".join(map(str, path))))
-    return found or (["an entry of 'models'"] if key in ModelSpec.model_fields else [])
+            names.append(repr(".".join(map(str, path))))
+    return names or (["an entry of 'models'"] if key in ModelSpec.model_fields else [])
 
 
 def _family_config(loc: Loc, document: dict[str, Any] | None) -> type[Section] | None:

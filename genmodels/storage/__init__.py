@@ -1,11 +1,11 @@
-"""Keys and bytes: a local folder or an S3-compatible object store behind the same few verbs.
+"""Store bytes under keys, in a local folder or an S3-compatible object store, with the same few verbs.
 
 A key is a path of names joined by "/", relative to the storage's root. Objects are replaced whole: a reader sees the
-old one or the new one, never a part. Conditional puts (`if_absent`, `if_match`) have exactly one winner on both.
+old object or the new one, never a part. A conditional put (`if_absent`, `if_match`) has exactly one winner on both.
 
 Endpoint and credentials of S3 come from the environment alone (AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID, ...), never from a
-URL, so that nobody who writes a spec can have requests signed for a host of theirs. For the same reason error messages
-name the operation, the object and the kind of failure, and never repeat what the client library says.
+URL, so that the author of a spec cannot have requests signed for a host of their choice. For the same reason error
+messages name the operation, the object and the kind of failure, and never repeat the message of the client library.
 """
 
 from __future__ import annotations
@@ -50,23 +50,23 @@ __all__ = [
 
 
 def open_storage(url: str, *, in_use: bool = False) -> Storage:
-    """The storage at `file:///folder` or `s3://bucket/prefix`. Makes no request: errors of the store come on use.
+    """Open the storage at `file:///folder` or `s3://bucket/prefix`. Makes no request: errors come on use.
 
     Args:
-        in_use: for a process that carries on what others have begun here (a driver, a worker, a model host): a refusal
-            or a missing folder is then an outage from the start, and not the user's mistake.
+        in_use: for a process that continues the work of others (a driver, a worker, a model host): a refusal or a
+            missing folder is then an outage from the start, not a mistake of the user.
 
     Raises:
-        StorageError: the URL is of another form.
+        StorageError: the URL has another form.
     """
-    shown = re.sub("//.*@", "//***@", url.partition("?")[0])  # no secret that someone put into a URL
+    shown = re.sub("//.*@", "//***@", url.partition("?")[0])  # show no secret from a URL
     scheme, _, rest = url.partition("://")
     if "?" in url or "#" in url:
         raise StorageError(
             f"storage URL {shown!r}: options are not taken from a URL; "
             "set AWS_ENDPOINT_URL, AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY in the environment"
         )
-    path = unquote(rest, errors="surrogateescape")  # a name that is not UTF-8 is refused, not read as another one
+    path = unquote(rest, errors="surrogateescape")  # a name that is not UTF-8 is refused, not changed
     if scheme == "file" and rest.startswith("/") and not UNPRINTABLE.search(path):
         return MeasuredStorage(FolderStorage(Path(os.path.normpath(path)), in_use), in_use)
     bucket, _, prefix = rest.partition("/")

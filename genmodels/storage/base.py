@@ -1,4 +1,4 @@
-"""What every storage offers, and which keys there are."""
+"""Define the interface of every storage, and which keys are valid."""
 
 from __future__ import annotations
 
@@ -11,35 +11,35 @@ from pathlib import Path
 
 from genmodels.errors import DamagedObject, StorageError
 
-RESERVED = ".storage"  # first name of no key but those of INTERNAL: a local folder keeps its lock there, too
+RESERVED = ".storage"  # only keys of INTERNAL begin with this name; a local folder keeps its lock there too
 INTERNAL = re.compile(r"\.storage/(marker\.json|probe-[0-9a-f]{32})")  # of `genmodels.storage.marker` and `.probe`
 CONDITIONS_NEEDED = (
-    "genmodels needs conditional puts (If-None-Match and If-Match): use a store that honours them, e.g. AWS S3, MinIO "
+    "genmodels needs conditional puts (If-None-Match and If-Match): use a store that supports them, e.g. AWS S3, MinIO "
     "or SeaweedFS, or a local folder"
 )
-MAX_GET_BYTES = 256 * 2**20  # that are read into memory at once; larger objects are downloaded
+MAX_GET_BYTES = 256 * 2**20  # largest object that is read into memory; larger ones are downloaded
 UNPRINTABLE = re.compile("[\x00-\x1f\x7f\ud800-\udfff]")
 
 
 class Storage(ABC):
-    """Objects under a root. Cheap to make, safe to share between threads; `open_storage(self.url)` is the same storage.
+    """Store objects under a root. Cheap to make, safe between threads; `open_storage(self.url)` is the same storage.
 
-    Every method raises StorageError where the key, the credentials or the bucket are wrong, and StorageUnavailable
-    where the store does not answer: then a put may or may not have happened. What was allowed before and is refused now
-    is StorageUnavailable as well: see `Refused`.
+    Every method raises StorageError if the key, the credentials or the bucket are wrong, and StorageUnavailable if the
+    store does not answer: a put may then have happened or not. An operation that was allowed before and is refused now
+    raises StorageUnavailable too: see `Refused`.
 
-    Keys of INTERNAL can be read and written; no list shows them.
+    Keys of INTERNAL can be read and written; lists do not show them.
     """
 
     url: str
 
     @abstractmethod
     def get(self, key: str) -> tuple[bytes, str]:
-        """An object and its etag, which names this content (opaque).
+        """Return an object and its etag, an opaque name of this content.
 
         Raises:
-            KeyNotFound
-            DamagedObject: it is larger than anything that is read at once.
+            KeyNotFound: no object has this key.
+            DamagedObject: the object is larger than MAX_GET_BYTES.
         """
 
     @abstractmethod
@@ -47,44 +47,44 @@ class Storage(ABC):
         """Store an object durably and return its etag.
 
         Args:
-            if_absent: only if there is no object under this key.
-            if_match: only if the object there has this etag.
+            if_absent: store only if no object has this key.
+            if_match: store only if the object with this key has this etag.
 
         Raises:
-            Conflict: the condition does not hold. It may be the caller's own write that broke it, if its answer was
-                lost and the client tried again; `write_document` tells these apart.
+            Conflict: the condition does not hold. The cause may be an earlier try of the same put whose answer was
+                lost; `write_document` detects this case.
         """
 
     @abstractmethod
     def folders(self, prefix: str) -> list[str]:
-        """Names of the folders whose path starts with the string `prefix`, sorted: `a/b` finds `bc` of `a/bc/d/e`.
+        """Return names of folders whose path starts with the string `prefix`, sorted: `a/b` finds `bc` of `a/bc/d/e`.
 
-        What lies in them is not walked. A folder is there while a key lies below it.
+        The content of the folders is not listed. A folder exists while a key lies below it.
         """
 
     @abstractmethod
     def list(self, prefix: str, *, after: str = "", limit: int | None = None) -> list[str]:
-        """Keys that start with the string `prefix`, sorted. `a/` means a folder; `a` would find `ab/c` as well.
+        """Return the keys that start with the string `prefix`, sorted. `a/` means a folder; `a` would also find `ab/c`.
 
         Args:
-            after: only keys behind this one, which itself need not be there.
-            limit: at most so many, the first ones.
+            after: return only keys after this one, which need not exist.
+            limit: return at most this many keys, the first ones.
 
-        `after` and `limit` are for prefixes whose keys lie in one folder. Across folders stores differ: to SeaweedFS
-        `a/` comes before `a-b/`, to others after it.
+        Use `after` and `limit` only for prefixes whose keys lie in one folder. Across folders the order depends on the
+        store: SeaweedFS lists `a/` before `a-b/`, others after it.
         """
 
     @abstractmethod
     def sizes(self, prefix: str) -> dict[str, int]:
-        """Bytes of each object whose key starts with the string `prefix`, in the order of `list`."""
+        """Return the bytes of each object whose key starts with the string `prefix`, in the order of `list`."""
 
     @abstractmethod
     def delete(self, key: str) -> None:
-        """Remove an object; one that is not there is fine."""
+        """Remove an object; do nothing if it does not exist."""
 
     @abstractmethod
     def exists(self, key: str) -> bool:
-        """Whether there is an object under exactly this key."""
+        """Return whether an object has exactly this key."""
 
     @abstractmethod
     def upload(self, path: Path, key: str) -> None:
@@ -92,18 +92,18 @@ class Storage(ABC):
 
     @abstractmethod
     def download(self, key: str, path: Path) -> None:
-        """Fetch an object of any size into a file, which appears only when complete. Raises KeyNotFound."""
+        """Download an object of any size to a file, which appears only when complete. Raises KeyNotFound."""
 
     def clock(self) -> float | None:
-        """The store's time now, in seconds since 1970, where it tells."""
+        """Return the time of the store, in seconds since 1970; None if the store does not report it."""
         return None
 
 
 class Refused(StorageError):
-    """The store refuses, for a reason that lies outside of the request: rights, credentials, bucket, mount.
+    """Report a refusal whose cause lies outside the request: rights, credentials, bucket, mount.
 
-    At the start of a command that is the user's to mend. Once the same kind of operation has succeeded, it is an outage
-    that passes: `MeasuredStorage` decides. `reason`: as StorageUnavailable has it.
+    At the start of a command the user has to fix it. After the same kind of operation has succeeded, it counts as an
+    outage: `MeasuredStorage` decides. `reason`: as in StorageUnavailable.
     """
 
     def __init__(self, message: str, reason: str) -> None:
@@ -112,6 +112,7 @@ class Refused(StorageError):
 
 
 def check_key(key: str) -> str:
+    """Return a valid key. Raises StorageError otherwise."""
     names = key.split("/")
     if UNPRINTABLE.search(key) or any(name in ("", ".", "..") or len(name.encode()) > 255 for name in names):
         raise StorageError(
@@ -123,13 +124,14 @@ def check_key(key: str) -> str:
 
 
 def check_size(key: str, size: int, etag: str) -> None:
-    """Raise DamagedObject for an object that would not fit into memory."""
+    """Raise DamagedObject if an object is too large to read into memory."""
     if size > MAX_GET_BYTES:
-        what = f"it has {size:,} bytes, {MAX_GET_BYTES:,} are the most that is read at once"
+        what = f"it has {size:,} bytes, the limit is {MAX_GET_BYTES:,}"
         raise DamagedObject(key, what, "restore it from a backup or remove it", etag)
 
 
 def check_prefix(prefix: str) -> str:
+    """Return a prefix whose folder is a valid key. Raises StorageError otherwise."""
     folder, slash, _ = prefix.rpartition("/")
     if slash:
         check_key(folder)
@@ -138,7 +140,7 @@ def check_prefix(prefix: str) -> str:
 
 @contextmanager
 def appears_whole(path: Path) -> Iterator[Path]:
-    """A path to write to; the file is renamed to `path` at the end, and removed if that is not reached."""
+    """Yield a temporary path to write to; rename it to `path` at the end, or remove it after an error."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{secrets.token_hex(8)}.tmp")

@@ -1,5 +1,7 @@
-"""Which errors of a disk are outages: it is full, fails, or was taken away. The same for a storage in a folder and for
-this machine's scratch files."""
+"""Tell which disk errors are outages: the disk is full, fails, or is gone.
+
+The rules are the same for a storage in a folder and for scratch files of this machine.
+"""
 
 from __future__ import annotations
 
@@ -16,14 +18,14 @@ FAILING = (
     *(errno.EIO, errno.EROFS, errno.ENXIO, errno.ENODEV, errno.EBUSY, errno.ENOMEM, errno.EMFILE, errno.ENFILE),
     *(errno.ESTALE, errno.ENOTCONN, errno.ENOLCK),
 )
-# Of a folder on another machine. A download has these as well, and there they say nothing of the disk.
+# Of a folder on another machine. A download raises these too; there they do not concern the disk.
 AWAY = (errno.ETIMEDOUT, errno.EHOSTDOWN, errno.EHOSTUNREACH, errno.ENETUNREACH, errno.ECONNRESET, errno.ECONNREFUSED)
-# Libraries in Rust and Ray pass on only the text.
+# Ray and libraries in Rust keep only the text of an error.
 _FULL_TEXTS = tuple(os.strerror(number) for number in FULL)
 
 
 def disk_failure(error: BaseException) -> str:
-    """Return what is wrong with the disk, to follow a noun ("is full"), or "" if the error is of another kind."""
+    """Return what is wrong with the disk as a verb phrase ("is full"); "" for any other error."""
     number = error.errno if isinstance(error, OSError) else None
     if number in FULL or any(text in str(error) for text in _FULL_TEXTS):
         return "is full"
@@ -31,7 +33,7 @@ def disk_failure(error: BaseException) -> str:
 
 
 def outage_of_disk(error: BaseException) -> StorageUnavailable | None:
-    """Return the outage of this machine's disk that an error comes from, directly or as its cause."""
+    """Return the outage of the disk of this machine that is an error or its cause; None if there is none."""
     if isinstance(error, StorageUnavailable):
         return error
     link: BaseException | None = error
@@ -45,7 +47,7 @@ def outage_of_disk(error: BaseException) -> StorageUnavailable | None:
 
 @contextmanager
 def disk_outages() -> Iterator[None]:
-    """Raise StorageUnavailable instead of whatever a full or failing disk of this machine made of itself."""
+    """Raise StorageUnavailable instead of any error that a full or failing disk of this machine causes."""
     try:
         yield
     except Exception as error:

@@ -1,9 +1,9 @@
-"""JSON objects in storage: the one way they are written and read.
+"""Write and read JSON objects in storage.
 
-An object may be damaged: empty, cut off, another tool's, a newer release's. Whatever is wrong with it, reading it
-raises DamagedObject, which names the key and the remedy. It is counted by kind of object and logged once. Code that
-lists objects skips a damaged one (`contextlib.suppress(DamagedObject)`) where nothing is lost by that, so that it is in
-the way of no other; files that are not ours (`.DS_Store`, `x.json.swp`) are left out by `list_names`.
+An object may be damaged: empty, cut off, or written by another tool or a newer release. Reading it then raises
+DamagedObject, which names the key and the remedy. It is counted by kind of object and logged once. Code that lists
+objects skips damaged ones (`contextlib.suppress(DamagedObject)`) if that loses nothing, so that they do not affect the
+others. `list_names` leaves out files of other programs (`.DS_Store`, `x.json.swp`).
 """
 
 from __future__ import annotations
@@ -26,19 +26,19 @@ from genmodels.metrics import DAMAGED
 from genmodels.storage.base import Storage
 from genmodels.storage.retry import PassingFailure, retry_passing
 
-MAX_DOCUMENT_BYTES = 32 * 2**20  # the largest that is read: a larger one is no document of ours
-MAX_DEPTH = 32  # of lists and objects in each other
+MAX_DOCUMENT_BYTES = 32 * 2**20  # larger objects are not documents of genmodels
+MAX_DEPTH = 32  # of nested lists and objects
 _LOGGED = 1024  # damaged objects that were logged, remembered so that each is logged once
 
 logger = logging.getLogger("genmodels.storage")
 
 
 class Document(BaseModel):
-    """An object stored as JSON. Unknown fields are ignored: an older process reads what a newer one wrote.
+    """Be the base of objects stored as JSON. Unknown fields are ignored: an older process can read newer documents.
 
     Attributes:
-        object_kind: what it is called in metrics and in `genmodels doctor`.
-        remedy: what to do about one that is damaged.
+        object_kind: its name in metrics and in `genmodels doctor`.
+        remedy: what to do if it is damaged.
     """
 
     model_config = ConfigDict(extra="ignore", frozen=True)
@@ -49,11 +49,11 @@ class Document(BaseModel):
 
 def _check_time(text: str) -> str:
     if datetime.fromisoformat(text).tzinfo is None:
-        raise ValueError("a time without its zone")
+        raise ValueError("a time without a time zone")
     return text
 
 
-Time = Annotated[str, AfterValidator(_check_time)]  # as `run.now` writes it
+Time = Annotated[str, AfterValidator(_check_time)]  # as `now` returns it
 
 DocumentT = TypeVar("DocumentT", bound=Document)
 
@@ -67,18 +67,19 @@ def write_document(
     if_match: str | None = None,
     nonce: str | None = None,
 ) -> str:
-    """Store a JSON object and return its etag; tells an own write whose answer was lost from somebody else's.
+    """Store a JSON object and return its etag.
 
-    The body carries a nonce that marks the writer. Non-finite floats are stored as "nan", "inf", "-inf".
+    The body has a nonce, which tells a write of this process whose answer was lost from a write of another process.
+    Non-finite floats are stored as "nan", "inf", "-inf".
 
     Args:
-        nonce: random, of the caller's making, for one who calls again with the same document after StorageUnavailable.
+        nonce: a random text, for a caller that calls again with the same document after StorageUnavailable.
 
     Raises:
-        Conflict: somebody else's document stands there.
-        StorageUnavailable: the store went away; the document may or may not have been written.
+        Conflict: another process has written a document under this key.
+        StorageUnavailable: the store is unavailable; the document may have been written or not.
     """
-    nonce = nonce or secrets.token_hex(16)  # not from `random`, whose state belongs to the training run
+    nonce = nonce or secrets.token_hex(16)  # not from `random`, whose state belongs to training
     body = json.dumps({**encode_floats(document), "nonce": nonce}, sort_keys=True, allow_nan=False).encode()
 
     @retry_passing
@@ -86,12 +87,12 @@ def write_document(
         try:
             return storage.put(key, body, if_absent=if_absent, if_match=if_match)
         except (Conflict, StorageUnavailable) as error:
-            found, etag = _find_nonce(storage, key)
-            if found == nonce:
+            stored, etag = _find_nonce(storage, key)
+            if stored == nonce:
                 return etag
             if isinstance(error, Conflict):
                 raise
-            # The store answers again and has not got it. Should the first put still arrive, one of the two loses.
+            # The store answers again and does not have the document. If the first put still arrives, one of them fails.
             raise PassingFailure(str(error)) from error
 
     return write()
@@ -101,17 +102,17 @@ def load_document(storage: Storage, key: str, kind: type[DocumentT], **identity:
     """Read a document of a kind, and its etag.
 
     Args:
-        identity: fields whose values follow from the key. Others mean that the object is a copy of another one.
+        identity: fields whose values follow from the key. Other values mean that the object is a copy of another one.
 
     Raises:
-        KeyNotFound
-        DamagedObject: the object is not such a document.
+        KeyNotFound: no object has this key.
+        DamagedObject: the object is not a document of this kind.
     """
     data, etag = _read(storage, key, kind)
     try:
         document = kind.model_validate(parse_object(data))
     except ValidationError as error:
-        raise damaged(key, _first_problem(error), kind, etag) from None
+        raise damaged(key, _first_error(error), kind, etag) from None
     except ValueError as error:
         raise damaged(key, str(error), kind, etag) from None
     for name, value in identity.items():
@@ -134,16 +135,16 @@ def read_document(storage: Storage, key: str) -> tuple[dict[str, Any], str]:
 def read_lines(
     storage: Storage, key: str, kind: str, fields: Mapping[str, type]
 ) -> Iterator[tuple[bytes, dict[str, Any]]]:
-    """Read lines of flat JSON objects, each as it is stored and parsed; damaged lines are left out and counted.
+    """Yield lines of flat JSON objects, each as stored bytes and parsed; skip and count damaged lines.
 
     Args:
-        kind: of object, in metrics.
-        fields: that each row has, with their types.
+        kind: kind of object, for metrics.
+        fields: fields of each row, with their types.
     """
     try:
         data, etag = storage.get(key)
     except DamagedObject as error:
-        _report(key, kind, error.etag, f"{error}; it is left out")
+        _report(key, kind, error.etag, f"{error}; the object is skipped")
         return
     spoiled = 0
     for line in data.splitlines():
@@ -158,7 +159,7 @@ def read_lines(
         else:
             spoiled += 1
     if spoiled:
-        _report(key, kind, etag, f"{key}: damaged ({spoiled} lines are no rows of ours); they are left out")
+        _report(key, kind, etag, f"{key}: damaged ({spoiled} lines are not valid rows); these lines are skipped")
 
 
 def _read(storage: Storage, key: str, kind: type[Document]) -> tuple[bytes, str]:
@@ -172,15 +173,15 @@ def parse_object(data: bytes) -> dict[str, Any]:
     """Parse a JSON object.
 
     Raises:
-        ValueError: it is none; the message says why in a few words.
+        ValueError: the bytes are not a JSON object; the message says why in a few words.
     """
     if not data.strip(b"\0 \t\r\n"):
         raise ValueError("it is empty")
     if len(data) > MAX_DOCUMENT_BYTES:
-        raise ValueError(f"it has {len(data):,} bytes, {MAX_DOCUMENT_BYTES:,} are the most that is read")
+        raise ValueError(f"it has {len(data):,} bytes, the limit is {MAX_DOCUMENT_BYTES:,}")
     try:
         document = json.loads(data, parse_int=_int)
-        if b"\\u" in data:  # half of a character that JSON can escape, and UTF-8 has no form for
+        if b"\\u" in data:  # half of a surrogate pair, which JSON can escape but UTF-8 cannot encode
             json.dumps(document, ensure_ascii=False).encode()
     except UnicodeError:
         raise ValueError("it is not UTF-8") from None
@@ -196,48 +197,48 @@ def parse_object(data: bytes) -> dict[str, Any]:
 
 
 def damaged(key: str, what: str, kind: type[Document], etag: str = "") -> DamagedObject:
-    """Make the error for a damaged object; count it, and log it if it is new."""
+    """Return the error for a damaged object; count it, and log it if it is new."""
     error = DamagedObject(key, what, kind.remedy, etag)
     _report(key, kind.object_kind, etag, str(error))
     return error
 
 
 def list_names(storage: Storage, prefix: str, pattern: str, *, after: str = "", limit: int | None = None) -> list[str]:
-    """List what lies below a prefix by the rest of the keys, sorted: those alone that match a pattern as a whole.
+    """Return the keys below a prefix without the prefix, sorted, if they match the whole pattern.
 
-    Whatever else lies there is not ours: files that an editor, a desktop or a backup left, and folders.
+    Other keys are skipped: folders, and files that an editor, a desktop or a backup has left.
 
     Args:
-        after: only names behind this one.
-        limit: at most so many, the first ones.
+        after: return only names after this one.
+        limit: return at most this many names, the first ones.
     """
-    found: list[str] = []
+    matching: list[str] = []
     last = prefix + after if after else ""
     while True:
         keys = storage.list(prefix, after=last, limit=limit)
         names = (key.removeprefix(prefix) for key in keys)
-        found += [name for name in names if re.fullmatch(pattern, name)]
-        if limit is None or len(found) >= limit or len(keys) < limit:
-            return found[:limit]
+        matching += [name for name in names if re.fullmatch(pattern, name)]
+        if limit is None or len(matching) >= limit or len(keys) < limit:
+            return matching[:limit]
         last = keys[-1]
 
 
 def encode_floats(value: Any) -> Any:
-    """The same tree of dicts and lists with "nan", "inf" and "-inf" for floats that JSON has no form for."""
+    """Return a tree of dicts and lists with "nan", "inf" and "-inf" in place of floats that JSON cannot express."""
     if isinstance(value, float) and not math.isfinite(value):
         return str(float(value))
     return _map_tree(encode_floats, value)
 
 
 def decode_floats(value: Any) -> Any:
-    """Undo `encode_floats`. For trees of numbers only: a text that happens to be "nan" becomes a number too."""
+    """Undo `encode_floats`. For trees of numbers only: a text "nan" becomes a number too."""
     if value in ("nan", "inf", "-inf"):
         return float(value)
     return _map_tree(decode_floats, value)
 
 
 def _find_nonce(storage: Storage, key: str) -> tuple[str | None, str]:
-    """The nonce in the document under a key, None where there is none, and the etag."""
+    """Return the nonce in the document under a key, None if it has none, and the etag."""
     try:
         data, etag = storage.get(key)
         return parse_object(data).get("nonce"), etag
@@ -253,8 +254,8 @@ def _map_tree(convert: Callable[[Any], Any], value: Any) -> Any:
     return value
 
 
-def _first_problem(error: ValidationError) -> str:
-    """Describe the first of the fields that are wrong, without its value, which may be large or private."""
+def _first_error(error: ValidationError) -> str:
+    """Describe the first wrong field, without its value, which may be large or private."""
     first = error.errors(include_url=False, include_input=False, include_context=False)[0]
     where = ".".join(map(str, first["loc"]))[:100]
     return f"{where}: {first['msg']}"[:300]
@@ -262,7 +263,7 @@ def _first_problem(error: ValidationError) -> str:
 
 def _int(digits: str) -> int:
     if len(digits) > 20 or not -(2**63) <= (number := int(digits)) < 2**63:
-        raise ValueError("a number of more than 64 bits")
+        raise ValueError("it has a number of more than 64 bits")
     return number
 
 
@@ -290,5 +291,5 @@ def _report(key: str, kind: str, etag: str, message: str) -> None:
 
 
 def now() -> str:
-    """UTC, to the millisecond, as stored everywhere."""
+    """Return the current time in UTC, to the millisecond, in the form of all stored times."""
     return datetime.fromtimestamp(time.time(), UTC).isoformat(timespec="milliseconds")

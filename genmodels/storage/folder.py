@@ -1,4 +1,4 @@
-"""Storage in a local folder."""
+"""Implement a storage in a local folder."""
 
 from __future__ import annotations
 
@@ -32,35 +32,34 @@ from genmodels.storage.base import (
 from genmodels.storage.disk import AWAY, disk_failure
 from genmodels.storage.marker import MARKER, Marker, mark, parse_marker
 
-LOCK_TIMEOUT = 30.0  # seconds until a lock that a stopped process holds counts as an outage
-# What opening a name without a regular file raises; ENXIO: a socket, ELOOP: a link to itself.
+LOCK_TIMEOUT = 30.0  # seconds after which a lock that another process holds counts as an outage
+# Errors of opening a name that is not a regular file; ENXIO: a socket, ELOOP: a link to itself.
 NO_FILE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENXIO, errno.ELOOP)
-STALE_TEMPORARY = 86_400.0  # seconds until a temporary file must be one that a killed process left behind
+STALE_TEMPORARY = 86_400.0  # seconds after which a temporary file must come from a killed process
 
 # Errors of a key that can never be written: too long, or with another object in the place of a folder of it.
 OF_THE_KEY = (errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EINVAL)
 
 
 class FolderStorage(Storage):
-    """Objects as files: written to a temporary file, synced, renamed while a lock is held. Reading takes no lock.
+    """Store objects as files: write a temporary file, sync it, rename it under a lock. Reading takes no lock.
 
-    A folder that is unmounted or deleted looks empty, and would be written anew on the disk beneath. So the first
-    writer leaves a marker, and each operation looks at it, before and after: an answer counts only if the folder that
-    was there at first is there still.
+    A folder that is unmounted or deleted looks empty, and would be written again on the disk below. So the first writer
+    leaves a marker, and each operation reads it before and after: an answer counts only if it is the same folder.
 
     Args:
-        in_use: it was written before, so that it must have its marker.
+        in_use: the folder was written before, so it must have its marker.
     """
 
     def __init__(self, root: Path, in_use: bool = False) -> None:
         self.url = root.as_uri()
         self._root = root
         self._hidden = root / RESERVED
-        # One lock for the whole folder: it is held for a comparison and a rename, not while data is written.
+        # One lock for the whole folder: held for a comparison and a rename, not while data is written.
         self._lock = FileLock(self._hidden / "lock", LOCK_TIMEOUT, poll_interval=0.005, fallback_to_soft=False)
-        self._swept = False
+        self._has_cleaned = False
         self._in_use = in_use
-        self._marker: tuple[Marker, tuple[int, ...]] | None = None  # and which file that is
+        self._marker: tuple[Marker, tuple[int, ...]] | None = None  # and the identity of its file
 
     def get(self, key: str) -> tuple[bytes, str]:
         with self._errors("get", key), self._open(key) as file:
@@ -93,12 +92,12 @@ class FolderStorage(Storage):
             return list(islice(self._walk(top + slash, prefix, after), limit))
 
     def sizes(self, prefix: str) -> dict[str, int]:
-        found = {}
+        sizes = {}
         with self._errors("sizes", prefix):
             for key in self.list(prefix):
-                with suppress(FileNotFoundError, NotADirectoryError):  # removed meanwhile
-                    found[key] = (self._root / key).stat().st_size
-        return found
+                with suppress(FileNotFoundError, NotADirectoryError):  # removed in the meantime
+                    sizes[key] = (self._root / key).stat().st_size
+        return sizes
 
     def delete(self, key: str) -> None:
         path = self._path(key)
@@ -130,13 +129,13 @@ class FolderStorage(Storage):
     def clock(self) -> float | None:
         if not self._root.is_dir():
             return None
-        # A network's file system has a clock of its own. To ask for it marks no folder as in use.
+        # A network file system has its own clock. Reading it does not mark the folder as in use.
         with self._errors("clock", ""), self._temporary(MARKER) as temporary:
             temporary.touch()
             return temporary.stat().st_mtime
 
     def _walk(self, top: str, prefix: str, after: str) -> Iterator[str]:
-        """Keys below a folder (a path that ends in "/") in order; folders without any that are asked for stay shut."""
+        """Yield the keys below a folder (a path that ends in "/") in order; skip folders without matching keys."""
         for name in _names(self._root / top, top):
             if not name.endswith("/"):
                 if name.startswith(prefix) and name > after:
@@ -148,9 +147,11 @@ class FolderStorage(Storage):
         return self._root / check_key(key)
 
     def _open(self, key: str) -> BinaryIO:
-        """Open an object. Whatever else has its name (a pipe, a device, a link to itself) is no object."""
+        """Open an object. Anything else of its name (a pipe, a device, a link to itself) is not an object."""
         try:
-            file = os.fdopen(os.open(self._path(key), os.O_RDONLY | os.O_NONBLOCK), "rb")  # to open a pipe would wait
+            file = os.fdopen(
+                os.open(self._path(key), os.O_RDONLY | os.O_NONBLOCK), "rb"
+            )  # without O_NONBLOCK, opening a pipe would wait
         except OSError as error:
             if error.errno in NO_FILE:
                 raise KeyNotFound(f"{self.url}/{key}: no such object") from None
@@ -158,7 +159,7 @@ class FolderStorage(Storage):
         if stat.S_ISREG(os.fstat(file.fileno()).st_mode):
             return file
         file.close()
-        raise KeyNotFound(f"{self.url}/{key}: no such object, but something else of that name")
+        raise KeyNotFound(f"{self.url}/{key}: no such object, but another kind of file has that name")
 
     def _etag(self, key: str) -> str | None:
         try:
@@ -169,14 +170,14 @@ class FolderStorage(Storage):
 
     @contextmanager
     def _temporary(self, key: str) -> Iterator[Path]:
-        """A new path in the hidden folder, so on the same file system as the objects."""
+        """Yield a new path in the hidden folder, which is on the same file system as the objects."""
         if self._marker is None:
             self._hidden.mkdir(parents=True, exist_ok=True)
             if key != MARKER:
                 mark(self)
-        if not self._swept:
-            self._swept = True
-            _sweep(self._hidden)
+        if not self._has_cleaned:
+            self._has_cleaned = True
+            _remove_stale(self._hidden)
         path = self._hidden / f"{secrets.token_hex(16)}.tmp"
         try:
             yield path
@@ -206,7 +207,7 @@ class FolderStorage(Storage):
             if known and known[1] == file:
                 return
             if not stat.S_ISREG(facts.st_mode):
-                raise StorageError(f"{path}: is no file; remove it, and the next writer makes a new marker")
+                raise StorageError(f"{path}: is not a file; remove it, and the next writer makes a new marker")
             marker = parse_marker(self.url, path.read_bytes())
         except (FileNotFoundError, NotADirectoryError):
             for folder in (self._root, self._hidden):
@@ -216,7 +217,7 @@ class FolderStorage(Storage):
                 raise _gone(f"{self.url}: the folder is gone or its {MARKER} is missing; mount it again") from None
             return
         if known and known[0].id != marker.id:
-            raise _gone(f"{self.url}: another storage is there now; mount the one that was there before")
+            raise _gone(f"{self.url}: this is another storage than before; mount the earlier one again")
         self._marker = marker, file
 
     @contextmanager
@@ -231,16 +232,16 @@ class FolderStorage(Storage):
         except Timeout:
             raise StorageUnavailable(f"{where}: another process has held the lock for {LOCK_TIMEOUT:.0f} s") from None
         except NotImplementedError:
-            raise StorageError(f"{where}: its file system has no file locks (flock); {CONDITIONS_NEEDED}") from None
+            raise StorageError(f"{where}: the file system has no file locks (flock); {CONDITIONS_NEEDED}") from None
         except OSError as error:
-            raise _meaning(where, error) from error
+            raise _convert_error(where, error) from error
 
 
-def _meaning(where: str, error: OSError) -> StorageError:
-    """What an error of the file system means."""
+def _convert_error(where: str, error: OSError) -> StorageError:
+    """Return the error that an error of the file system means."""
     message = f"{where}: {error}"
     if error.errno in (errno.EACCES, errno.EPERM):
-        return Refused(f"{message}; check the rights of the folder", "the storage refuses access")
+        return Refused(f"{message}; check the permissions of the folder", "the storage refuses access")
     if error.errno == errno.EROFS:
         return Refused(message, "the storage is read-only")
     if error.errno in AWAY:
@@ -253,7 +254,9 @@ def _meaning(where: str, error: OSError) -> StorageError:
 
 
 def _not_a_folder(url: str, path: Path) -> StorageError:
-    return StorageError(f"{url}: {path} is a file, and a storage is a folder; name another folder or move the file")
+    return StorageError(
+        f"{url}: {path} is a file, but a storage must be a folder; name another folder or move the file"
+    )
 
 
 def _gone(message: str) -> StorageUnavailable:
@@ -261,11 +264,11 @@ def _gone(message: str) -> StorageUnavailable:
 
 
 def _names(folder: Path, path: str) -> list[str]:
-    """What is in a folder, sorted, with `path` in front; folders end in "/", so that they stand as their keys do."""
+    """Return the names in a folder, each after `path`, sorted; folders end in "/", so they sort as their keys do."""
     try:
         with os.scandir(folder) as entries:
-            found = [entry for entry in entries if path or entry.name != RESERVED]
-            return sorted(f"{path}{entry.name}/" if _is_folder(entry) else f"{path}{entry.name}" for entry in found)
+            shown = [entry for entry in entries if path or entry.name != RESERVED]
+            return sorted(f"{path}{entry.name}/" if _is_folder(entry) else f"{path}{entry.name}" for entry in shown)
     except (FileNotFoundError, NotADirectoryError):
         return []
 
@@ -280,7 +283,7 @@ def _copy(source: BinaryIO, path: Path) -> None:
 
 
 def _move(temporary: Path, path: Path) -> None:
-    """Rename durably, making the folders on the way."""
+    """Rename a file durably; make its folders."""
     new = [folder for folder in path.parents if not folder.exists()]
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -292,7 +295,7 @@ def _move(temporary: Path, path: Path) -> None:
 
 
 def _remove(path: Path, root: Path) -> None:
-    """Unlink durably, with the folders that this leaves empty: an object may want one of their names."""
+    """Remove a file durably, with its empty folders: a later object may need one of their names."""
     path.unlink()
     folder = path.parent
     while folder != root and not any(folder.iterdir()):
@@ -309,8 +312,8 @@ def _sync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _sweep(hidden: Path) -> None:
-    """Remove temporary files so old that a killed process must have left them."""
+def _remove_stale(hidden: Path) -> None:
+    """Remove temporary files that are so old that they come from a killed process."""
     for path in hidden.glob("*.tmp"):
         with suppress(FileNotFoundError):
             if time.time() - path.stat().st_mtime > STALE_TEMPORARY:
@@ -318,7 +321,7 @@ def _sweep(hidden: Path) -> None:
 
 
 def _file_etag(file: BinaryIO) -> str:
-    """Return the etag of a file that is too large to be read at once, "" of any other."""
+    """Return the etag of a file that is too large to be read at once, "" for any other."""
     facts = os.fstat(file.fileno())
     return f"{facts.st_size}-{facts.st_mtime_ns}-{facts.st_ino}" if facts.st_size > MAX_GET_BYTES else ""
 

@@ -1,4 +1,4 @@
-"""Any storage, with its operations timed, its failures counted, and refusals that pass told from those that do not."""
+"""Measure the operations of a storage, and decide which refusals are outages."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ WRITES = ("put", "delete", "upload")
 
 
 class MeasuredStorage(Storage):
-    """Passes everything on; what a storage asks of itself on the way is part of the one operation.
+    """Forward all operations to a storage; time them and count failures.
 
     A refusal (`Refused`) is final until an operation of the same kind, reading or writing, has succeeded here: the
-    credentials, the bucket or the rights are wrong, and the user learns it at once. Afterwards it is an outage.
+    credentials, the bucket or the rights are wrong, and the user is told at once. Later refusals are outages.
 
     Args:
-        in_use: other processes have read and written this storage before, so that each refusal is an outage.
+        in_use: other processes have read and written this storage before, so each refusal is an outage.
     """
 
     def __init__(self, storage: Storage, in_use: bool = False) -> None:
@@ -86,7 +86,7 @@ class MeasuredStorage(Storage):
     def _outages(self, access: str) -> Iterator[None]:
         try:
             yield
-        except (KeyNotFound, Conflict):  # answers, too
+        except (KeyNotFound, Conflict):  # these are answers too
             self._allowed[access] = True
             raise
         except Refused as error:

@@ -1,16 +1,15 @@
-"""A lease in storage: of all who want to dispatch, or to delete, one holds it. No two clocks are ever compared.
+"""Hold a lease in storage: only one process dispatches, or deletes, at a time. Clocks are never compared.
 
-The holder writes the object again every few seconds. Who wants it watches the etag: if it has not changed for the
-lease's length of the watcher's own monotonic clock, the holder is taken to be gone. The holder, by its own clock, knows
-itself when its time is over. What it still does after that, because it was paused in the middle, is what terms are
-for.
+The holder writes the object again every few seconds. A process that wants the lease watches its etag: if the etag has
+not changed for the length of the lease, on the monotonic clock of that process, the holder counts as gone. The holder
+knows by its own clock when its time has ended. If it was paused and acts later, its term is too low, and its writes
+are refused.
 
-A damaged lease is held by someone unknown: it is taken over like that of a holder who is gone, by compare-and-swap on
-its etag, after it has stayed unchanged for the lease's length. A holder that lives writes it anew before that. The
-number of its term is lost with it, and with a lease that was deleted. Terms must only grow, or states that were
-stamped under the old one could not be written any more: so `try_acquire` asks its caller for the highest term that
-stands elsewhere (the dispatcher: in the statuses of open runs), and `outgrow` takes note of a higher one that is met
-later (in the status of an ended run that is resumed).
+A damaged lease has an unknown holder. It is taken over like the lease of a holder that is gone: by compare-and-swap on
+its etag, after it has not changed for the length of the lease. A live holder writes it again before that. A damaged or
+deleted lease loses its term. Terms must only grow, since states with a higher term could not be written any more: so
+`try_acquire` asks the caller for the highest term that is stored elsewhere (the dispatcher reads the statuses of open
+runs), and `outgrow` records a higher term that is read later (in the status of an ended run that is resumed).
 """
 
 from __future__ import annotations
@@ -33,33 +32,33 @@ LeaseTerm = Annotated[int, Field(ge=0, lt=2**40)]
 
 class LeaseDocument(Document):
     object_kind = "lease"
-    remedy = "nothing: it is written anew when its time is over"
+    remedy = "nothing to do: it is written again when its time has ended"
 
     term: LeaseTerm
-    holder: str  # "" when it was given back
+    holder: str  # "" after its release
     renewals: int = 0
 
 
 class Lease:
-    """One who wants to hold it. `renew` and `held` may be called from other threads."""
+    """Acquire, renew and release a lease. `renew` and `held` may be called from other threads."""
 
     def __init__(self, storage: Storage, seconds: float = LEASE_SECONDS, name: str = "dispatcher/lease.json") -> None:
         self.storage, self.seconds, self.name = storage, seconds, name
         self._me = secrets.token_hex(8)
         self._lock = threading.Lock()
-        self._mine: tuple[LeaseDocument, str] | None = None  # as written last, and its etag
+        self._mine: tuple[LeaseDocument, str] | None = None  # as last written, and its etag
         self._renewed = 0.0
-        self._seen: tuple[str, float] | None = None  # somebody else's etag, and since when
-        self._outgrown = 0  # the next term is higher
+        self._seen: tuple[str, float] | None = None  # etag of another holder, and since when
+        self._outgrown = 0  # the next term is higher than this
 
     def try_acquire(self, stamped: Callable[[], int] = lambda: 0) -> int | None:
-        """The term, which only grows, if the lease is this one's now; None while somebody else's is fresh.
+        """Acquire the lease and return its term, which only grows; return None while another holder has it.
 
         Args:
-            stamped: gives the highest term that stands elsewhere; called where the lease's own number is lost.
+            stamped: returns the highest term that is stored elsewhere; called if the lease has lost its term.
 
         Raises:
-            StorageUnavailable: nobody can tell.
+            StorageUnavailable: the holder is unknown.
         """
         with self._lock:
             began = time.monotonic()
@@ -71,12 +70,12 @@ class Lease:
             mine = LeaseDocument(term=max(last, self._outgrown) + 1, holder=self._me)
             try:
                 self._write(mine, etag, began)
-            except Conflict:  # somebody else was quicker
+            except Conflict:  # another process was faster
                 return None
             return mine.term
 
     def wait_until_free(self, poll_seconds: float = 0.2) -> None:
-        """Return when nobody holds it, or its holder has written nothing for the lease's length."""
+        """Return when the lease is free, or its holder has written nothing for the length of the lease."""
         while True:
             current, etag = self._read()
             if not etag or (current and not current.holder) or self._is_stale(etag, time.monotonic()):
@@ -84,15 +83,15 @@ class Lease:
             time.sleep(poll_seconds)
 
     def outgrow(self, term: int) -> None:
-        """Make the next term higher than one that was met: it was given before the lease was damaged or deleted."""
+        """Make the next term higher than `term`, which was given before the lease was damaged or deleted."""
         self._outgrown = max(self._outgrown, term)
 
     def renew(self) -> None:
-        """Hold it for another while.
+        """Extend the lease.
 
         Raises:
-            LeaseLost: somebody else has it.
-            StorageUnavailable: try again, as long as it is held.
+            LeaseLost: another process holds the lease.
+            StorageUnavailable: try again while the lease is held.
         """
         with self._lock:
             if self._mine is None:
@@ -109,11 +108,11 @@ class Lease:
                 raise LeaseLost(f"the lease of term {lease.term} was taken over by another dispatcher") from None
 
     def held(self) -> bool:
-        """Whether it is certain that nobody else has it."""
+        """Return whether it is certain that no other process holds the lease."""
         return self._mine is not None and time.monotonic() - self._renewed < self.seconds
 
     def release(self) -> None:
-        """Give it back, so that the next one need not wait."""
+        """Release the lease, so that the next process need not wait."""
         with self._lock:
             if self._mine is None:
                 return
@@ -122,24 +121,24 @@ class Lease:
                 body = lease.model_copy(update={"holder": ""}).model_dump(mode="json")
                 write_document(self.storage, self.name, body, if_match=etag)
             except Conflict:
-                return  # it was somebody else's already
+                return  # another process has it already
 
     def _own_etag(self, lease: LeaseDocument) -> str:
-        """The etag to go on from: of what this one wrote last and never had an answer to, or of a damaged lease.
+        """Return the etag to continue from: of the last own write, whose answer was lost, or of a damaged lease.
 
         Raises:
-            Conflict: the lease is gone, or another's.
+            Conflict: the lease is gone, or another process holds it.
         """
         current, etag = self._read()
         if not etag:
             raise Conflict(f"{self.name}: is gone")
-        damaged_under_us = current is None and self.held()  # nobody else can have taken it in that time
+        damaged_under_us = current is None and self.held()  # no other process can have taken it in that time
         if not damaged_under_us and (current is None or (current.holder, current.term) != (self._me, lease.term)):
-            raise Conflict(f"{self.name}: is another's")
+            raise Conflict(f"{self.name}: is held by another process")
         return etag
 
     def _read(self) -> tuple[LeaseDocument | None, str]:
-        """The lease (None: damaged, or there is none) and its etag ("": there is none)."""
+        """Read the lease (None: damaged or missing) and its etag ("": missing)."""
         try:
             return load_document(self.storage, self.name, LeaseDocument)
         except KeyNotFound:
@@ -148,7 +147,7 @@ class Lease:
             return None, error.etag
 
     def _is_stale(self, etag: str, at: float) -> bool:
-        """Whether an etag, read by now, was there all the time; `at` is after its reading, so no renewal is missed."""
+        """Return whether an etag has not changed for the length of the lease; `at`: a time after the etag was read."""
         if self._seen is None or self._seen[0] != etag:
             self._seen = etag, at
         return at - self._seen[1] >= self.seconds

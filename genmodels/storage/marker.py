@@ -1,4 +1,4 @@
-"""The object by which a storage is known again: an id of its own, and the format in which it is written."""
+"""Mark a storage with an id, to recognise it again, and with the format of its content."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from genmodels.storage.base import RESERVED, Storage
 from genmodels.storage.documents import parse_object, write_document
 
 MARKER = f"{RESERVED}/marker.json"
-FORMAT = 2  # of all that is stored; raised when a release cannot read what an earlier release has written
+FORMAT = 2  # of all stored objects; raised when a release cannot read the objects of an earlier release
 
 
 @dataclass(frozen=True)
@@ -20,10 +20,10 @@ class Marker:
 
 
 def read_marker(storage: Storage) -> Marker | None:
-    """Return the marker of a storage, None where nothing was written yet. One request; writes nothing.
+    """Return the marker of a storage, None if nothing was written yet. Makes one request; writes nothing.
 
     Raises:
-        StorageError: it is damaged, or the storage is of another format.
+        StorageError: the marker is damaged, or the storage has another format.
     """
     try:
         return parse_marker(storage.url, storage.get(MARKER)[0])
@@ -32,20 +32,20 @@ def read_marker(storage: Storage) -> Marker | None:
 
 
 def mark(storage: Storage) -> Marker:
-    """Return the marker of a storage; make it, also of one that has content already but no marker."""
+    """Return the marker of a storage; write it if it is missing."""
     while (marker := read_marker(storage)) is None:
         try:
             write_document(storage, MARKER, {"id": secrets.token_hex(16), "format": FORMAT}, if_absent=True)
         except Conflict:
-            continue  # another process is as quick: its marker counts
+            continue  # another process wrote first: its marker counts
     return marker
 
 
 def parse_marker(url: str, data: bytes) -> Marker:
-    """Return what `mark` stored.
+    """Parse a stored marker.
 
     Raises:
-        StorageError: it is damaged, or names another format.
+        StorageError: the marker is damaged, or names another format.
     """
     try:
         document = parse_object(data)

@@ -1,4 +1,4 @@
-"""Whether a store does what every lease, job id and attempt number relies on."""
+"""Check that a store supports conditional puts, on which leases, job ids and attempt numbers rely."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from genmodels.errors import Conflict, StorageError
 from genmodels.storage.base import CONDITIONS_NEEDED, RESERVED, Storage
 from genmodels.storage.marker import Marker, mark
 
-OTHER_ETAG = '"00000000000000000000000000000000"'  # of no object
+OTHER_ETAG = '"00000000000000000000000000000000"'  # matches no object
 
 
 def begin_writing(storage: Storage) -> Marker:
-    """Prove at the start of a process that it may write here and that conditional puts work; mark the storage as used.
+    """Check at the start of a process that it may write and that conditional puts work; mark the storage as used.
 
-    Five requests, seven where there is no marker yet.
+    Makes five requests, seven if there is no marker yet.
 
     Raises:
         StorageError: the store cannot be used: rights, format, or conditional puts; the message says what to do.
@@ -26,19 +26,19 @@ def begin_writing(storage: Storage) -> Marker:
 
 
 def probe_conditional_puts(storage: Storage) -> None:
-    """Prove that a store honours `if_absent` and `if_match`, with four requests on an object that is removed again.
+    """Check that a store supports `if_absent` and `if_match`, with four requests on an object that is then removed.
 
     Raises:
-        StorageError: it does not.
+        StorageError: the store ignores a condition.
     """
-    key = f"{RESERVED}/probe-{secrets.token_hex(16)}"  # of this probe alone, so that many may be under way
+    key = f"{RESERVED}/probe-{secrets.token_hex(16)}"  # its own key, so that many probes can run at once
     try:
-        with contextlib.suppress(Conflict):  # its own, whose answer was lost and which was sent again
+        with contextlib.suppress(Conflict):  # caused by an earlier try of this put, whose answer was lost
             storage.put(key, b"1", if_absent=True)
         _expect_conflict(storage, "If-None-Match", lambda: storage.put(key, b"2", if_absent=True))
         _expect_conflict(storage, "If-Match", lambda: storage.put(key, b"3", if_match=OTHER_ETAG))
     finally:
-        with contextlib.suppress(StorageError):  # what went wrong before says more
+        with contextlib.suppress(StorageError):  # an earlier error says more
             storage.delete(key)
 
 

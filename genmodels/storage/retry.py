@@ -1,4 +1,4 @@
-"""TODO"""
+"""Retry operations on storage: for as long as an outage lasts, or a few times at once."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from genmodels.errors import (
 
 log = logging.getLogger(__name__)
 
-MAX_WAIT_SECONDS = 10.0  # between two tries of what waits for the store
+MAX_WAIT_SECONDS = 10.0  # between two tries during an outage
 
 
 T = TypeVar("T")
@@ -24,10 +24,10 @@ T = TypeVar("T")
 def retry_until_available(
     work: Callable[[], T], waiting: Callable[[StorageUnavailable], None] = lambda outage: None
 ) -> T:
-    """What `work` returns, tried again for as long as an outage lasts.
+    """Return the result of `work`; retry it for as long as an outage lasts.
 
     Args:
-        waiting: called before each pause; what it raises ends the waiting.
+        waiting: called before each pause; an exception from it ends the retries.
     """
 
     def before_sleep(state: RetryCallState) -> None:
@@ -46,7 +46,7 @@ def retry_until_available(
 
 
 class PassingFailure(StorageUnavailable):
-    """A failure after which the next try is likely to succeed."""
+    """Report a failure after which the next try is likely to succeed."""
 
 
 retry_passing = tenacity.retry(

@@ -1,4 +1,4 @@
-"""Storage in a bucket of an S3-compatible store; the only place that knows boto3."""
+"""Implement a storage in a bucket of an S3-compatible store; the only module that uses boto3."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ from genmodels.storage.base import (
 from genmodels.storage.disk import outage_of_disk
 from genmodels.storage.retry import PassingFailure, retry_passing
 
-CONNECT_TIMEOUT, READ_TIMEOUT = 5.0, 30.0  # seconds, of one try; boto makes AWS_MAX_ATTEMPTS of them (3 unless set)
-# Codes of answers with status 400, which else means that the request itself is wrong.
+CONNECT_TIMEOUT, READ_TIMEOUT = 5.0, 30.0  # seconds for one try; boto makes AWS_MAX_ATTEMPTS tries (default 3)
+# Codes of answers with status 400 about access. Any other answer with status 400 means that the request is wrong.
 _ACCESS = re.compile(
     "Token|Authorization|Expired|Signature|AccessKey|Credential|Skew|Denied|Security|Account|Suspended"
 )
@@ -42,7 +42,7 @@ _CREDENTIALS = "check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKE
 
 
 class S3Storage(Storage):
-    """Objects in a bucket, under a prefix. The client is made on first use, once, and shared by threads."""
+    """Store objects in a bucket, under a prefix. The client is made once, on first use, and shared by threads."""
 
     def __init__(self, bucket: str, prefix: str) -> None:
         self.url = f"s3://{bucket}/{prefix}".removesuffix("/")
@@ -54,7 +54,7 @@ class S3Storage(Storage):
     def get(self, key: str) -> tuple[bytes, str]:
         name = self._name(key)
 
-        @retry_passing  # boto itself does not try again when an answer breaks off in the middle
+        @retry_passing  # boto itself does not retry if an answer breaks off
         def fetch() -> tuple[bytes, str]:
             with self._errors("get", key):
                 answer = self._client.get_object(Bucket=self._bucket, Key=name)
@@ -70,7 +70,7 @@ class S3Storage(Storage):
         if if_match is not None:
             condition["IfMatch"] = if_match
 
-        @retry_passing  # 409: another conditional put was under way
+        @retry_passing  # 409: another conditional put was in progress
         def store() -> str:
             with self._errors("put", key):
                 answer = self._client.put_object(Bucket=self._bucket, Key=name, Body=data, **condition)
@@ -78,7 +78,7 @@ class S3Storage(Storage):
 
         try:
             return store()
-        except KeyNotFound:  # how S3 says that nothing is there to match; SeaweedFS says 412
+        except KeyNotFound:  # the answer of S3 if no object exists; SeaweedFS answers 412
             raise Conflict(f"{self.url}/{key}: is gone") from None
 
     def folders(self, prefix: str) -> list[str]:
@@ -92,8 +92,8 @@ class S3Storage(Storage):
         if limit is not None:
             options["MaxKeys"] = min(limit, 1000)
         with self._errors("list", prefix):
-            found = islice(self._objects(prefix, **options), limit)
-            return sorted(key for key, _ in found if key > after)
+            objects = islice(self._objects(prefix, **options), limit)
+            return sorted(key for key, _ in objects if key > after)
 
     def sizes(self, prefix: str) -> dict[str, int]:
         with self._errors("sizes", prefix):
@@ -108,8 +108,8 @@ class S3Storage(Storage):
         name = self._name(key)
         with self._errors("exists", key):
             # not HEAD: its answer has no body, so a missing bucket would look like a missing object
-            found = self._client.list_objects_v2(Bucket=self._bucket, Prefix=name, MaxKeys=1)
-        return any(item["Key"] == name for item in found.get("Contents", ()))
+            answer = self._client.list_objects_v2(Bucket=self._bucket, Prefix=name, MaxKeys=1)
+        return any(item["Key"] == name for item in answer.get("Contents", ()))
 
     def upload(self, path: Path, key: str) -> None:
         name = self._name(key)
@@ -124,8 +124,8 @@ class S3Storage(Storage):
     def download(self, key: str, path: Path) -> None:
         name = self._name(key)
 
-        # One stream, not boto's download_file: that checks no checksum, takes a missing bucket for a missing object,
-        # and leaves connections open where it fails.
+        # One stream, not download_file of boto, which checks no checksum, reports a missing bucket as a missing
+        # object, and leaves connections open if it fails.
         @retry_passing
         def fetch() -> None:
             with (
@@ -142,15 +142,15 @@ class S3Storage(Storage):
     def clock(self) -> float | None:
         with self._errors("clock", ""):
             answer = self._client.list_objects_v2(Bucket=self._bucket, Prefix=self._prefix, MaxKeys=1)
-        told = answer["ResponseMetadata"]["HTTPHeaders"].get("date")
-        return parsedate_to_datetime(told).timestamp() if told else None
+        date = answer["ResponseMetadata"]["HTTPHeaders"].get("date")
+        return parsedate_to_datetime(date).timestamp() if date else None
 
     def _objects(self, prefix: str, **options: Any) -> Iterator[tuple[str, int]]:
-        """Keys and sizes, in the store's order."""
+        """Yield keys and sizes, in the order of the store."""
         for page in self._pages(prefix, **options):
             for item in page.get("Contents", ()):
                 key = item["Key"].removeprefix(self._prefix)
-                if not key.endswith("/") and not key.startswith(f"{RESERVED}/"):  # a folder marker of other tools
+                if not key.endswith("/") and not key.startswith(f"{RESERVED}/"):  # not a folder marker of another tool
                     yield key, item["Size"]
 
     def _pages(self, prefix: str, **options: Any) -> Iterator[dict[str, Any]]:
@@ -172,7 +172,7 @@ class S3Storage(Storage):
 
     @contextmanager
     def _errors(self, action: str, key: str) -> Iterator[None]:
-        """Turn boto's errors into ours; `from None`, because theirs may quote a signed request's headers."""
+        """Convert errors of boto; `from None`, since errors of boto may quote headers of a signed request."""
         where = f"{self.url}/{key}: {action}"
         try:
             yield
@@ -189,7 +189,7 @@ class S3Storage(Storage):
         except boto.HTTPClientError as error:
             if isinstance(error.kwargs.get("error"), ValueError):  # a header that cannot be sent
                 raise Refused(
-                    f"{where}: credentials with a line break or space in them; {_CREDENTIALS}", _DENIED
+                    f"{where}: the credentials have a line break or a space; {_CREDENTIALS}", _DENIED
                 ) from None
             raise StorageUnavailable(f"{where}: {self._no_answer(error)}") from None
         except (boto.ConnectionError, boto.CredentialRetrievalError) as error:
@@ -197,7 +197,7 @@ class S3Storage(Storage):
         except boto.BotoCoreError as error:
             message = f"{where}: {type(error).__name__}; check the AWS_ variables of the environment"
             raise Refused(message, _DENIED) from None
-        except OSError as error:  # of the file that is read or written here
+        except OSError as error:  # of the local file
             raise outage_of_disk(error) or StorageError(f"{where}: {error}") from error
 
     def _no_answer(self, error: Exception) -> str:
@@ -206,27 +206,27 @@ class S3Storage(Storage):
 
 
 def _answer_error(where: str, status: int, code: str) -> StorageError:
-    """What an S3 error answer means."""
+    """Return the error that an S3 error answer means."""
     if code == "NoSuchBucket":
-        message = f"{where}: the bucket does not exist; create it or mend the storage URL"
+        message = f"{where}: the bucket does not exist; create it or correct the storage URL"
         return Refused(message, "the bucket of the storage is gone")
-    if code == "NoSuchUpload":  # boto repeats a multipart upload's end, after which there is no such upload
+    if code == "NoSuchUpload":  # boto repeats the end of a multipart upload, which then no longer exists
         return PassingFailure(f"{where}: the upload is gone")
     if status == 404:
         return KeyNotFound(f"{where}: no such object")
     if status == 412:
         return Conflict(f"{where}: exists already, or is not the object that was read")
     if status == 409:
-        return PassingFailure(f"{where}: others write there ({status} {code})")
+        return PassingFailure(f"{where}: another process writes this object ({status} {code})")
     if status == 501:
-        return StorageError(f"{where}: not implemented by this store ({status} {code}); {CONDITIONS_NEEDED}")
+        return StorageError(f"{where}: this store does not implement it ({status} {code}); {CONDITIONS_NEEDED}")
     if status == 507 or "StorageFull" in code or "Quota" in code:
         return StorageUnavailable(f"{where}: the store is full ({status} {code})", "the storage is full")
     if status >= 500 or status == 429 or code == "RequestTimeout":
         return StorageUnavailable(f"{where}: the store failed ({status} {code})")
     if status in (401, 403) or _ACCESS.search(code):
         return Refused(f"{where}: not allowed ({status} {code}); {_CREDENTIALS}", _DENIED)
-    if status in (400, 405, 411, 413, 414):  # the request is wrong, and will be the next time
+    if status in (400, 405, 411, 413, 414):  # the request is wrong; a retry does not help
         return StorageError(f"{where}: refused ({status} {code})")
     return Refused(f"{where}: refused ({status} {code}); check AWS_ENDPOINT_URL and AWS_DEFAULT_REGION", _DENIED)
 
@@ -266,17 +266,17 @@ def _check_answer(operation_model: Any, response_dict: dict[str, Any], **_: Any)
 
 
 def _make_client() -> Any:
-    # At an endpoint of one's own boto addresses buckets by path, for such a store rarely has a host name for each.
+    # At a custom endpoint boto addresses buckets by path: such a store rarely has a host name for each bucket.
     config = Config(
         connect_timeout=CONNECT_TIMEOUT,
         read_timeout=READ_TIMEOUT,
         retries={"mode": "standard"},
     )
     try:
-        client = boto3.session.Session().client("s3", config=config)  # boto3's default session is not safe for threads
+        client = boto3.session.Session().client("s3", config=config)  # the default session is not thread-safe
     except ValueError:
         raise StorageError(
-            "an AWS_ variable of the environment is wrong: AWS_ENDPOINT_URL must be http://host:port or https://host, "
+            "an AWS_ environment variable is wrong: AWS_ENDPOINT_URL must be http://host:port or https://host, "
             "AWS_DEFAULT_REGION a name like us-east-1, AWS_MAX_ATTEMPTS a number"
         ) from None
     client.meta.events.register("before-parse.s3", _check_answer)

@@ -1,6 +1,6 @@
-"""One attempt of a run, as every worker of its group executes it: find the checkpoint, claim the attempt, train.
+"""One attempt of a run, as each worker of its group executes it: find the checkpoint, claim the attempt, train.
 
-The same under Ray, in plain processes with a process group, and alone.
+It is the same under Ray, in plain processes with a process group, and in a single process.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ FIT_EXAMPLES, FIT_BATCH = 4096, 256
 
 
 def work(storage: Storage, job: str, model: str, attempt: int, group: Group) -> bool:
-    """`run_attempt` in a process of its own: what it prints goes to storage as well, and it obeys commands."""
+    """Call `run_attempt` in a worker process: ship its output to storage, and obey commands."""
     run = Run(storage, job, model)
-    # here, because Ray passes on an error without its causes
+    # `disk_outages` is here because Ray passes on an error without its causes
     with LogShipper(run, attempt, str(group.rank)) as logs, CommandWatcher(run, attempt, logs) as watch, disk_outages():
         return run_attempt(storage, job, model, attempt, group, watch.should_stop)
 
@@ -54,21 +54,21 @@ def work(storage: Storage, job: str, model: str, attempt: int, group: Group) -> 
 def run_attempt(
     storage: Storage, job: str, model: str, attempt: int, group: Group, stop_event: threading.Event | None = None
 ) -> bool:
-    """Train one model of a job from its newest whole checkpoint on, as attempt number `attempt`.
+    """Train one model of a job from its newest complete checkpoint on, as attempt number `attempt`.
 
     Args:
-        stop_event: set when the attempt is to save at its next step and to end; only rank 0's counts.
+        stop_event: when it is set on rank 0, the attempt saves after its next step and ends.
 
     Returns:
-        True when `max_steps` is reached, False if it left on a command. Either way everything is in storage.
+        True if the run is at `max_steps`, False if it stopped before. In both cases everything is in storage.
 
     Raises:
-        Superseded: another attempt has taken over.
-        TrainingDiverged, DataError, SpecError: the user's to mend.
+        Superseded: a newer attempt has taken over.
+        TrainingDiverged, DataError, SpecError: the spec or the data is at fault.
     """
     spec = Jobs(storage).model_spec(job, model)
     run = Run(storage, job, model)
-    if group.rank == 0:  # from here on the driver no longer beats for this attempt
+    if group.rank == 0:  # from here on rank 0 writes the heartbeats, not the driver
         run.write_heartbeat(attempt, Heartbeat(phase="starting", max_steps=spec.train.max_steps, progress_count=1))
     dataset = open_dataset(spec.data, storage)
     with checkpoint.scratch_folder() as name:
@@ -81,12 +81,12 @@ def run_attempt(
         family, served, scratch = (build(spec, dataset) for _ in range(3))
         if source and not parent:
             init_from.load(family, source)
-        goes_on = (
+        begins = (
             f"continues from step {parent.checkpoint.step} of attempt {parent.checkpoint.attempt}"
             if parent
             else "begins"
         )
-        log.info("attempt %d, rank %d of %d: %s", attempt, group.rank, group.world_size, goes_on)
+        log.info("attempt %d, rank %d of %d: %s", attempt, group.rank, group.world_size, begins)
         if group.rank > 0:
             return train(spec, family, served, dataset, group, None, resume)
         lineage = Lineage(
@@ -96,7 +96,7 @@ def run_attempt(
             world_size=group.world_size,
             parent=parent.checkpoint if parent else None,
         )
-        effort = _effort(spec, scratch, dataset, group.device) if metrics.exported() else None
+        step_flops = _step_flops(spec, scratch, dataset, group.device) if metrics.exported() else None
         with RunRecorder(
             run,
             attempt,
@@ -106,16 +106,16 @@ def run_attempt(
             lambda: fit_batches(dataset, scratch),
             lineage,
             stop_event,
-            effort,
+            step_flops,
         ) as recorder:
             return train(spec, family, served, dataset, group, recorder, resume)
 
 
 def build(spec: ModelSpec, dataset: Dataset) -> Family[Any, Any]:
-    """A fresh model for a dataset.
+    """Build a fresh model for a dataset.
 
     Raises:
-        SpecError: family and dataset do not fit, or no host can serve such a model.
+        SpecError: the family cannot work on the dataset, or no host can serve such a model.
     """
     cls = models.load(spec.family)
     cls.check(spec.model, dataset.info)
@@ -124,14 +124,14 @@ def build(spec: ModelSpec, dataset: Dataset) -> Family[Any, Any]:
 
 
 def fit_batches(dataset: Dataset, family: Family[Any, Any]) -> Iterator[Batch]:
-    """A bounded, fixed part of the training data for `Family.fit`."""
+    """Yield a fixed part of the training data for `Family.fit`, at most `FIT_EXAMPLES` examples."""
     split = dataset.split("train", family.sequence_length)
     chosen = evenly_spaced(len(split), FIT_EXAMPLES)
     for index in np.array_split(chosen, -(-len(chosen) // FIT_BATCH)):
         yield examples(split, index, torch.device("cpu"))
 
 
-def _effort(
+def _step_flops(
     spec: ModelSpec, family: Family[Any, Any], dataset: Dataset, device: torch.device
 ) -> flops.StepFlops | None:
     config = spec.train
@@ -143,7 +143,7 @@ def _effort(
 
 @dataclass(frozen=True)
 class Parent:
-    """The checkpoint an attempt continues from, fetched and verified."""
+    """The checkpoint that an attempt continues from, fetched and verified."""
 
     checkpoint: CheckpointRef
     folder: Path
@@ -151,10 +151,10 @@ class Parent:
 
 
 def _claim(run: Run, attempt: int, group: Group, folder: Path) -> Parent | None:
-    """Rank 0 picks the newest checkpoint that is whole and writes `start.json`; the others follow what it says."""
+    """Return the checkpoint to continue from: rank 0 picks it and writes `start.json`, the other ranks read that."""
     parent = None
     if group.rank == 0:
-        parent = _newest_whole(run, folder)
+        parent = _newest_complete(run, folder)
         run.start_attempt(attempt, parent.checkpoint if parent else None, group.world_size)
     if dist.is_initialized():
         dist.barrier()
@@ -164,12 +164,12 @@ def _claim(run: Run, attempt: int, group: Group, folder: Path) -> Parent | None:
     return _fetch(run, ref, folder) if ref else None
 
 
-def _newest_whole(run: Run, folder: Path) -> Parent | None:
+def _newest_complete(run: Run, folder: Path) -> Parent | None:
     for ref in reversed(run.checkpoints()):
         try:
             return _fetch(run, ref, folder)
         except CheckpointError:
-            continue  # damaged, or cleaned away meanwhile: the one before will do
+            continue  # damaged, or deleted meanwhile: take the checkpoint before it
     return None
 
 

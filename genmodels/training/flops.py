@@ -1,6 +1,6 @@
-"""How much arithmetic an optimizer step takes, and how much the device could do in that time: for metrics alone.
+"""Count the floating point operations of an optimizer step, and measure how many the device can do: for metrics only.
 
-Neither touches the model that is trained, nor a random number generator.
+Neither changes the trained model or a random number generator.
 """
 
 from __future__ import annotations
@@ -23,29 +23,29 @@ log = logging.getLogger(__name__)
 
 
 class StepFlops(NamedTuple):
-    """Of one worker's device, and of a step of all workers together."""
+    """The operations of one step, and the speed of one device."""
 
-    step: float  # floating point operations of forward and backward passes
-    peak: float  # a second, by matrix products alone
+    step: float  # floating point operations of forward and backward passes, of all workers together
+    peak: float  # floating point operations per second of one device, in matrix products
 
 
 def estimate(family: Family[Any, Any], batch: Batch, config: TrainConfig, device: torch.device) -> StepFlops | None:
-    """None where it cannot be told: no reason not to train.
+    """Return the operations of a step, or None if they cannot be counted: training does not need them.
 
     Args:
-        family: of which another one is built, without data; itself it is left alone.
+        family: the model; it does not change, for a copy without data is counted.
         batch: the examples of one micro-batch of all workers, on the CPU.
-        device: that of the training.
+        device: the device of the training.
     """
     try:
         return StepFlops(_step(family, batch, config) * config.accumulation_steps, _peak(device, config.precision))
-    except Exception as error:  # an operation without shapes of its own, no memory to spare
+    except Exception as error:  # e.g. an operation without a shape formula, or too little memory
         log.info("floating point operations are not counted: %s: %s", type(error).__name__, str(error).split("\n")[0])
         return None
 
 
 def _step(family: Family[Any, Any], batch: Batch, config: TrainConfig) -> float:
-    """Counted with tensors that have a shape and no data: no memory, no random numbers, little time."""
+    """Count with tensors that have a shape and no data: this takes no memory, no random numbers and little time."""
     from torch._subclasses.fake_tensor import FakeTensorMode
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -60,7 +60,7 @@ def _step(family: Family[Any, Any], batch: Batch, config: TrainConfig) -> float:
 
 
 class _Counter(TorchDispatchMode):
-    """As torch's `FlopCounterMode`, which follows modules and so cannot follow the gradient of a gradient."""
+    """Count as torch's `FlopCounterMode`, which follows modules and so cannot count the gradient of a gradient."""
 
     total = 0
 
@@ -76,7 +76,7 @@ def _peak(device: torch.device, precision: str) -> float:
     dtype = torch.bfloat16 if precision == "bf16" else torch.float32
     size = PEAK_SIZE.get(device.type, PEAK_SIZE["cpu"])
     matrix = torch.ones(size, size, dtype=dtype, device=device)
-    out = matrix @ matrix  # the first one sets things up
+    out = matrix @ matrix  # the first product includes the set-up
     best, deadline = 0.0, time.perf_counter() + PEAK_SECONDS
     while not best or time.perf_counter() < deadline:
         _await(device)
@@ -84,7 +84,7 @@ def _peak(device: torch.device, precision: str) -> float:
         torch.mm(matrix, matrix, out=out)
         _await(device)
         best = max(best, 2 * size**3 / (time.perf_counter() - began))
-    if device.type == "cuda":  # what is shown of the run's memory is the run's
+    if device.type == "cuda":  # the peak memory in the metrics is that of the run
         del matrix, out
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats(device)

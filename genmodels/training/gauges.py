@@ -1,4 +1,4 @@
-"""What rank 0 shows of its run while it trains: its heartbeat and its rows, as gauges."""
+"""Gauges of a run in training, set by rank 0 from its heartbeats and rows."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from genmodels.runs.store import Run
 from genmodels.spec.sections import ModelSpec
 from genmodels.training.flops import StepFlops
 
-NORM = "gradient_norm"  # a row has one for each role, under its prefix
+NORM = "gradient_norm"  # a row has one for each role, with the role's prefix
 SAME = {
     "learning_rate": metrics.TRAINING_LEARNING_RATE,
     "samples": metrics.TRAINING_SAMPLES,
@@ -26,17 +26,19 @@ NOT_SHOWN = ("step", "epoch", "seconds")
 
 
 class TrainingGauges:
-    """The gauges of one run. They end with this process."""
+    """The gauges of one run. They vanish with this process."""
 
-    def __init__(self, run: Run, spec: ModelSpec, workers: int, tokens: int | None, effort: StepFlops | None) -> None:
+    def __init__(
+        self, run: Run, spec: ModelSpec, workers: int, tokens: int | None, step_flops: StepFlops | None
+    ) -> None:
         """Args:
-        tokens: in a sample, where it is text.
+        tokens: tokens in one example; None for images.
         """
         self._labels = run.job, run.model, spec.family
-        self._workers, self._tokens, self._effort = workers, tokens, effort
+        self._workers, self._tokens, self._step_flops = workers, tokens, step_flops
         self._set(metrics.TRAINING_WORKERS, workers)
 
-    def beat(self, heartbeat: Heartbeat) -> None:
+    def show_heartbeat(self, heartbeat: Heartbeat) -> None:
         self._set(metrics.TRAINING_PROGRESS, time.time())
         self._set(metrics.TRAINING_STEP, heartbeat.step)
         self._set(metrics.TRAINING_MAX_STEPS, heartbeat.max_steps)
@@ -44,8 +46,8 @@ class TrainingGauges:
             self._set(metrics.TRAINING_ETA, heartbeat.seconds_left)
 
     def row(self, row: Mapping[str, float]) -> None:
-        """Show what the loop logged, by role and part."""
-        roles = [name.removesuffix(NORM) for name in row if name.endswith(NORM)]  # prefixes; "" of the only role
+        """Set the gauges from a row of the loop, by role and part of the loss."""
+        roles = [name.removesuffix(NORM) for name in row if name.endswith(NORM)]  # prefixes; "" if there is one role
         for name, value in row.items():
             if name in SAME:
                 self._set(SAME[name], value)
@@ -56,15 +58,15 @@ class TrainingGauges:
                 self._part(prefix.removesuffix("_") or "model", name.removeprefix(prefix), value)
         if self._tokens and "samples_per_second" in row:
             self._set(metrics.TRAINING_TOKENS_PER_SECOND, row["samples_per_second"] * self._tokens)
-        if self._effort and "step_seconds" in row:
-            flops = self._effort.step / row["step_seconds"]
+        if self._step_flops and "step_seconds" in row:
+            flops = self._step_flops.step / row["step_seconds"]
             self._set(metrics.TRAINING_FLOPS, flops)
-            self._set(metrics.TRAINING_MFU, flops / (self._effort.peak * self._workers))
+            self._set(metrics.TRAINING_MFU, flops / (self._step_flops.peak * self._workers))
         if torch.cuda.is_initialized():
             self._set(metrics.TRAINING_GPU_MEMORY, torch.cuda.max_memory_allocated())
 
     def saved(self, step: int) -> None:
-        """A checkpoint is whole."""
+        """Note that the checkpoint of this step is complete."""
         self._set(metrics.TRAINING_CHECKPOINT_STEP, step)
 
     def _part(self, role: str, part: str, value: float) -> None:

@@ -258,7 +258,7 @@ def _snapshot(
         step=step,
         samples=samples,
         metrics=metrics,
-        served=_copy(served.network.state_dict()),
+        serving_weights=_copy(served.network.state_dict()),
         roles={trainer.name: _copy(trainer.loss.state_dict()) for trainer in trainers},
         optimizers={
             trainer.name: [optimizer_tensors(o.state_dict()) for o in trainer.optimizers] for trainer in trainers

@@ -1,9 +1,9 @@
-"""What rank 0 writes while it trains: heartbeats, metrics, samples, and checkpoints, all beside the steps.
+"""Write heartbeats, metrics, previews and checkpoints on rank 0 while it trains, in threads of their own.
 
-Two threads, so that a slow or absent store holds no step up: one beats and writes metrics and samples; the other takes
-one snapshot at a time from a queue of one, and brings it to storage, manifest last. Where too much waits already, the
-next save, row or sample waits too: memory stays bounded. What meets an outage, of the store or of the disk on which a
-snapshot is prepared, is tried again until it is over, and the heartbeat says meanwhile what is waited for.
+Two threads, so that a slow or absent store delays no step. One writes heartbeats, metrics and previews. The other takes
+one snapshot at a time from a queue of length one and uploads it, manifest last. If too much waits already, the next
+save, row or preview waits too: memory stays bounded. During an outage of the store, or of the disk on which a snapshot
+is prepared, a write is retried until the outage ends; meanwhile the heartbeat gives the reason for the wait.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from genmodels.storage.retry import retry_until_available
 from genmodels.training.flops import StepFlops
 from genmodels.training.gauges import TrainingGauges
 
-BEAT_SECONDS = 1.0
+HEARTBEAT_SECONDS = 1.0
 METRICS_SECONDS = 5.0
 MEDIAN_OF = 101  # steps
 MAX_ROWS, MAX_PICTURES = 10_000, 64  # that wait for the store
@@ -40,9 +40,9 @@ T = TypeVar("T")
 
 
 class RunRecorder:
-    """A `Recorder` for one attempt. Use as a context manager: leaving it waits for the last checkpoint.
+    """A `Recorder` for one attempt. Use as a context manager: its exit waits for the last checkpoint.
 
-    Errors of the background threads (a newer attempt has taken over) are raised by the next call.
+    The next call raises an error of a background thread (e.g. a newer attempt has taken over).
     """
 
     def __init__(
@@ -55,20 +55,20 @@ class RunRecorder:
         fit_batches: Callable[[], Iterable[Batch]],
         lineage: Lineage,
         stop_event: threading.Event | None = None,
-        effort: StepFlops | None = None,
+        step_flops: StepFlops | None = None,
     ) -> None:
         """Args:
-        scratch: an instance of the model for the upload thread alone, to fit densities with a snapshot's weights.
+        scratch: another instance of the model, which the upload thread fits with a snapshot's weights.
         assets: the dataset's files for serving (the tokenizer).
         fit_batches: training batches for `Family.fit`, the same each time.
-        stop_event: set when the attempt is to save and to end.
-        effort: of a step, where it could be told; to be shown.
+        stop_event: set to make the attempt save and end.
+        step_flops: operations of a step, for the gauges; None if they are not known.
         """
         self.run, self.attempt, self.spec, self.lineage = run, attempt, spec, lineage
         self.scratch, self.assets, self.fit_batches = scratch, assets, fit_batches
         self.heartbeat = Heartbeat(phase="starting", max_steps=spec.train.max_steps)
         tokens = scratch.sequence_length
-        self.gauges = TrainingGauges(run, spec, lineage.world_size, tokens, effort)
+        self.gauges = TrainingGauges(run, spec, lineage.world_size, tokens, step_flops)
         self.rows: list[dict[str, Any]] = []
         self.pictures: list[tuple[int, str, bytes]] = []
         self.flushing = threading.Lock()
@@ -78,14 +78,16 @@ class RunRecorder:
         self.closing = threading.Event()
         self.snapshots: queue.Queue[tuple[Snapshot, float] | None] = queue.Queue(maxsize=1)  # and when it was begun
         self.pace: tuple[float, int] | None = None  # when this attempt's first step ended, and its number
-        self.ticked: float | None = None
+        self.progressed_at: float | None = None
         self.durations: deque[float] = deque(maxlen=MEDIAN_OF)  # of the latest steps
-        self.beater = threading.Thread(target=self._guard, args=(self._beat,), name="beat", daemon=True)
+        self.heartbeat_writer = threading.Thread(
+            target=self._guard, args=(self._write_heartbeats,), name="heartbeat", daemon=True
+        )
         self.uploader = threading.Thread(target=self._guard, args=(self._upload,), name="upload", daemon=True)
 
     def __enter__(self) -> RunRecorder:
-        self.gauges.beat(self.heartbeat)
-        self.beater.start()
+        self.gauges.show_heartbeat(self.heartbeat)
+        self.heartbeat_writer.start()
         self.uploader.start()
         return self
 
@@ -93,13 +95,13 @@ class RunRecorder:
         if kind is None or issubclass(kind, Exception):
             self._drain()
         self.closing.set()
-        self.beater.join()
+        self.heartbeat_writer.join()
         if kind is None and self.error:
             raise self.error
 
     @property
     def waiting(self) -> str:
-        """Why one of the two threads waits; "" while none does."""
+        """Return the reason why one of the two threads waits, or ""."""
         return next(filter(None, list(self.reasons.values())), "")
 
     def report_progress(self, phase: Phase, step: int, loss: float | None = None) -> None:
@@ -108,11 +110,11 @@ class RunRecorder:
         now = time.monotonic()
         if phase == "training":
             self.pace = self.pace or (now, step)
-            if self.ticked is not None:  # whatever came before the step has ticked when it ended
-                self.durations.append(now - self.ticked)
-        self.ticked = now
+            if self.progressed_at is not None:  # all work before the step has reported its own end
+                self.durations.append(now - self.progressed_at)
+        self.progressed_at = now
         seconds_left = None
-        if self.pace and step > self.pace[1] and phase != "waiting for storage":  # however long that takes
+        if self.pace and step > self.pace[1] and phase != "waiting for storage":  # an outage tells nothing of the pace
             seconds_left = (now - self.pace[0]) / (step - self.pace[1]) * (self.spec.train.max_steps - step)
         self._show(
             phase=phase,
@@ -131,7 +133,7 @@ class RunRecorder:
         self._wait_for_room(self.pictures, MAX_PICTURES, step)
 
     def save(self, snapshot: Snapshot) -> None:
-        began = self.ticked or time.monotonic()  # before the snapshot was taken, too
+        began = self.progressed_at or time.monotonic()  # before the snapshot was taken, too
         while True:
             try:
                 self.snapshots.put((snapshot, began), timeout=0.5)
@@ -144,11 +146,11 @@ class RunRecorder:
         return self.stop_event.is_set()
 
     def _show(self, **facts: Any) -> None:
-        """A sign of progress, and what has changed; to storage with the next beat, to the gauges at once."""
+        """Change the heartbeat, which counts as progress: at once in the gauges, with the next heartbeat in storage."""
         self.heartbeat = self.heartbeat.model_copy(
             update={**facts, "progress_count": self.heartbeat.progress_count + 1}
         )
-        self.gauges.beat(self.heartbeat)
+        self.gauges.show_heartbeat(self.heartbeat)
 
     def _wait_for_room(self, unwritten: Sized, most: int, step: int) -> None:
         while len(unwritten) > most:
@@ -156,14 +158,14 @@ class RunRecorder:
             time.sleep(0.1)
 
     def _drain(self) -> None:
-        """Let what was saved arrive, also when training failed: the weights before a NaN are worth keeping."""
+        """Wait for the upload of saved snapshots, also after a failure: the weights before a NaN are worth keeping."""
         while self.uploader.is_alive():
             try:
                 self.snapshots.put(None, timeout=0.5)
             except queue.Full:
                 continue
             while self.uploader.is_alive():
-                self.uploader.join(BEAT_SECONDS)
+                self.uploader.join(HEARTBEAT_SECONDS)
                 self._show()
 
     def _guard(self, work: Callable[[], None]) -> None:
@@ -172,23 +174,23 @@ class RunRecorder:
         except BaseException as error:  # handed to the training thread, which raises it
             self.error = self.error or error
 
-    def _beat(self) -> None:
-        """Heartbeats that changed, and metrics and samples every few seconds."""
+    def _write_heartbeats(self) -> None:
+        """Write heartbeats that changed, and every few seconds metrics and previews."""
         written, flushed = None, time.monotonic()
-        while not self.closing.wait(BEAT_SECONDS):
+        while not self.closing.wait(HEARTBEAT_SECONDS):
             try:
                 if self.heartbeat is not written:
-                    written = self._write_beat()
+                    written = self._write_heartbeat()
                 if time.monotonic() - flushed >= METRICS_SECONDS:
                     self._flush()
                     flushed = time.monotonic()
-                    self._waits("beat")
-            except StorageUnavailable as outage:  # the next round writes what this one could not
-                self._waits("beat", outage.reason)
+                    self._waits("heartbeat")
+            except StorageUnavailable as outage:  # the next round retries
+                self._waits("heartbeat", outage.reason)
         self._persist(self._flush)
-        self._persist(self._write_beat)
+        self._persist(self._write_heartbeat)
 
-    def _write_beat(self) -> Heartbeat:
+    def _write_heartbeat(self) -> Heartbeat:
         latest, durations = self.heartbeat, list(self.durations)
         step_seconds = statistics.median(durations) if durations else None
         facts = {"step_seconds": step_seconds, "waiting": self.waiting}
@@ -207,7 +209,7 @@ class RunRecorder:
     def _upload(self) -> None:
         while (waiting := self.snapshots.get()) is not None:
             snapshot, began = waiting
-            size = self._persist(partial(self._upload_one, snapshot))  # what it prepares on the disk, too
+            size = self._persist(partial(self._upload_one, snapshot))  # an outage of the disk is retried, too
             self.gauges.saved(snapshot.step)
             CHECKPOINT_SECONDS.labels(self.spec.family).observe(time.monotonic() - began)
             CHECKPOINT_BYTES.labels(self.spec.family).inc(size)
@@ -215,11 +217,11 @@ class RunRecorder:
                 self._persist(partial(self._delete, key))
 
     def _upload_one(self, snapshot: Snapshot) -> int:
-        """Returns its bytes."""
+        """Upload one checkpoint; return its size in bytes."""
         with checkpoint.scratch_folder() as name:
             folder = Path(name)
             checkpoint.write_files(folder, self.scratch, snapshot)
-            self.scratch.network.load_state_dict(snapshot.served)
+            self.scratch.network.load_state_dict(snapshot.serving_weights)
             self.scratch.fit(self.fit_batches(), self.spec.train.seed)
             checkpoint.write_assets(folder, self.scratch.assets() | self.assets)
             manifest = Manifest(
@@ -229,7 +231,7 @@ class RunRecorder:
                 lineage=self.lineage,
                 files=checkpoint.describe_files(folder),
             )
-            self._persist(self._flush)  # who resumes from this checkpoint has the metrics up to it
+            self._persist(self._flush)  # a run that resumes from this checkpoint has the metrics up to it
             prefix = self.run.checkpoint_prefix(CheckpointRef(attempt=self.attempt, step=snapshot.step))
             failures = CHECKPOINT_FAILURES.labels(self.spec.family)
             self._persist(
@@ -241,10 +243,11 @@ class RunRecorder:
         self.run.fence(self.attempt)
 
     def _unneeded(self, step: int) -> list[str]:
-        """What nobody needs, in the order to delete it.
+        """Return the keys of objects that are no longer needed, in the order to delete them.
 
-        First the files of checkpoints whose manifest went at an earlier save, then the manifests of all but the newest,
-        the best, and those that others start from. So a reader that has begun on a checkpoint has a save's time to end.
+        First the files of checkpoints whose manifest was deleted at an earlier save, then the manifests of all
+        checkpoints except the newest, the best, and those that other runs start from. So a reader of a checkpoint has
+        the time between two saves to finish.
         """
         leftovers = self.run.leftovers(before_step=step)
         whole = list(self.run.manifests())
@@ -259,10 +262,10 @@ class RunRecorder:
         self.run.storage.delete(key)
 
     def _persist(self, work: Callable[[], T], refused: Callable[[], None] = lambda: None) -> T:
-        """Write, however long the store is away.
+        """Write to the store, and retry until an outage ends.
 
         Args:
-            refused: called for each try that it did not take.
+            refused: called after each failed try.
         """
 
         thread = threading.current_thread().name
@@ -278,7 +281,7 @@ class RunRecorder:
         return result
 
     def _waits(self, thread: str, reason: str = "") -> None:
-        """Note for the next heartbeat what one of the two threads waits for; nothing, without a reason."""
+        """Note in the next heartbeat why a thread waits; without a reason, that it no longer waits."""
         if reason or self.reasons.get(thread):
             self.reasons[thread] = reason
             self._show()

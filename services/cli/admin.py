@@ -87,7 +87,7 @@ def doctor(storage_url: StorageUrl = None, as_json: AsJson = False) -> None:
     for check in examine(options.storage_url(storage_url)):
         checks.append(check)
         if not as_json:
-            line = f"{check.state:<8} {check.name:<16} {check.found}" + (f". {check.remedy}" if check.remedy else "")
+            line = f"{check.state:<8} {check.name:<16} {check.text}" + (f". {check.remedy}" if check.remedy else "")
             print("".join(letter if letter.isprintable() else "?" for letter in line), flush=True)
     if as_json:
         print_json([asdict(check) for check in checks])

@@ -142,10 +142,10 @@ class TrainingView:
         with Board(self.console) as board:
 
             def watch(status: Status, heartbeat: Heartbeat | None) -> None:
-                beat = heartbeat.model_dump(include={"phase", "step", "loss", "seconds_left"}) if heartbeat else {}
+                facts = heartbeat.model_dump(include={"phase", "step", "loss", "seconds_left"}) if heartbeat else {}
                 waiting = waiting_note(heartbeat.phase, heartbeat.waiting) if heartbeat else ""
                 steps, note = spec.train.max_steps, status.reason
-                board.show(Shown(spec.name, status.state, max_steps=steps, note=note, waiting=waiting, **beat))
+                board.show(Shown(spec.name, status.state, max_steps=steps, note=note, waiting=waiting, **facts))
 
             yield watch
 

@@ -43,8 +43,8 @@ def drain(
                 if only is not None and run.name not in only:
                     continue
                 status, _ = run.status()
-                beat = run.heartbeat(status.attempt) if status.state in ACTIVE else None
-                if beat and beat.phase != "starting":  # else there is nothing to save
+                heartbeat = run.heartbeat(status.attempt) if status.state in ACTIVE else None
+                if heartbeat and heartbeat.phase != "starting":  # else there is nothing to save
                     run.send_command("stop", status.attempt, reason)
                     draining[run.name] = backend.find(job, model, status.attempt)
         deadline = time.monotonic() + STOP_SECONDS

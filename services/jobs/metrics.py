@@ -20,7 +20,7 @@ from genmodels.errors import StorageError
 from genmodels.metrics import (
     ATTEMPTS,
     DAMAGED,
-    FIGURES_AGE,
+    JOB_METRICS_AGE,
     OPEN_RUNS,
     PROMOTED,
     QUEUE_LENGTH,
@@ -96,7 +96,7 @@ class JobMetrics:
         yield _metric(OPEN_RUNS, {state: last.states[state] for state in (*get_args(State), "damaged")})
         yield _metric(QUEUE_LENGTH, {"": len(last.waiting)})
         yield _metric(QUEUE_OLDEST, {"": max(map(_age, last.waiting), default=0.0)})
-        yield _metric(FIGURES_AGE, {"": time.monotonic() - last.began})
+        yield _metric(JOB_METRICS_AGE, {"": time.monotonic() - last.began})
 
     def _refresh(self) -> None:
         """Read storage again if the snapshot is old. Slow storage is read at most one fifth of the time."""

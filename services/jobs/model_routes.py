@@ -201,7 +201,7 @@ def _version(registry: Registry, model: str, number: int, caller: Caller) -> Ver
 def _need(caller: Caller, model: str) -> None:
     """Raise RequestError unless this is a valid name of a model that the caller may use."""
     if not re.fullmatch(LABEL, model):
-        raise ModelNotFound(f"no model {model[:100]!r}: names are lower-case letters, digits and dashes")
+        raise ModelNotFound(f"no model {model[:100]!r}: a name has lower-case letters, digits and dashes")
     caller.require([model])
 
 

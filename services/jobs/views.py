@@ -214,11 +214,11 @@ def _run_view(run: Run, spec: ModelSpec, status: Status | None) -> RunView:
     if result:
         view.step, view.version = result.step, result.version
         view.metrics = {name: finite(value) for name, value in result.metrics.items()}
-    elif beat := run.heartbeat(status.attempt):
-        view.step, view.loss = beat.step, finite(beat.loss)
+    elif heartbeat := run.heartbeat(status.attempt):
+        view.step, view.loss = heartbeat.step, finite(heartbeat.loss)
         if active:
-            view.phase, view.seconds_left = beat.phase, finite(beat.seconds_left)
-            view.waiting = beat.waiting or None
+            view.phase, view.seconds_left = heartbeat.phase, finite(heartbeat.seconds_left)
+            view.waiting = heartbeat.waiting or None
     return view
 
 

@@ -94,6 +94,6 @@ class RunLock:
 
 def _shown(run: Run, spec: ModelSpec) -> Shown:
     status, _ = run.status()
-    beat = run.heartbeat(status.attempt) if status.attempt else None
-    facts = beat.model_dump(include={"phase", "step", "loss", "seconds_left"}) if beat else {}
+    heartbeat = run.heartbeat(status.attempt) if status.attempt else None
+    facts = heartbeat.model_dump(include={"phase", "step", "loss", "seconds_left"}) if heartbeat else {}
     return Shown(spec.name, status.state, max_steps=spec.train.max_steps, note=status.reason, **facts)

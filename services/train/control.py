@@ -1,4 +1,4 @@
-"""What a driver looks after while Ray has its main thread: commands, SIGTERM, a newer attempt, the first heartbeats."""
+"""Watch a driver while Ray has its main thread: commands, SIGTERM, a newer attempt, the first heartbeats."""
 
 from __future__ import annotations
 
@@ -16,40 +16,40 @@ from genmodels.runs.store import Run
 
 log = logging.getLogger("genmodels")
 
-FENCE_SECONDS = 5.0  # between two looks for a newer attempt, and between two beats while the group starts
+FENCE_SECONDS = 5.0  # between two looks for a newer attempt, and between two heartbeats while the group starts
 FLUSH_SECONDS = 3.0
 SUPERSEDED = 76  # exit code of a driver whose attempt was taken over
 
 
 class DriverWatch(CommandWatcher):
-    """Between `training` and `trained` it sees to it that the attempt ends when it has to.
+    """Between `training` and `trained`, end the attempt when it has to end.
 
-    SIGTERM becomes a command to leave, so that there is one way to end gracefully. A driver whose group has not begun
-    leaves by itself; one whose attempt was taken over ends and leaves no result.
+    SIGTERM becomes a stop command, so that there is one way to end gracefully. A driver whose workers have not started
+    stops by itself. A driver whose attempt was taken over ends and writes no result.
     """
 
     def __init__(self, run: Run, attempt: int, logs: LogShipper) -> None:
-        # the ranks go first: then the driver learns of their end and says so in a result
+        # the ranks end first: then the driver learns of their end and writes it into its result
         super().__init__(run, attempt, logs, kill_seconds=5 * KILL_SECONDS)
         self.terminated = threading.Event()
-        self.busy = threading.Lock()  # held for a look, so that none is under way after `trained`
+        self.busy = threading.Lock()  # held during a look, so that none continues after `trained`
         self.in_training = self.stop_sent = False
-        self.beat: tuple[Heartbeat, str] | None = None  # the latest and its etag, while only the driver beats
+        self.own_heartbeat: tuple[Heartbeat, str] | None = None  # the latest and its etag, until rank 0 writes them
         self.fenced = time.monotonic()
 
     def catch_sigterm(self) -> None:
-        """Handle SIGTERM; to be called again after `ray.init`, which has a handler of its own."""
+        """Handle SIGTERM. Call this again after `ray.init`, which sets its own handler."""
         signal.signal(signal.SIGTERM, lambda *_: self.terminated.set())
 
     def training(self, max_steps: int) -> None:
-        """The group is about to be started."""
+        """Note that the worker group is about to start."""
         first = Heartbeat(phase="starting", max_steps=max_steps)
-        self.beat = first, self.run.write_heartbeat(self.attempt, first)
+        self.own_heartbeat = first, self.run.write_heartbeat(self.attempt, first)
         self.in_training = True
 
     def trained(self) -> None:
         with self.busy:
-            self.in_training, self.beat = False, None
+            self.in_training, self.own_heartbeat = False, None
 
     def look(self) -> None:
         with self.busy:
@@ -60,28 +60,28 @@ class DriverWatch(CommandWatcher):
                 super().look()
             if not self.in_training:
                 return
-            if self.should_stop.is_set() and self._group_has_not_begun():
-                self._leave()
+            if self.should_stop.is_set() and self._group_has_not_started():
+                self._stop()
             if time.monotonic() - self.fenced >= FENCE_SECONDS:
                 self._fence()
-                self._group_has_not_begun()
+                self._group_has_not_started()
                 self.fenced = time.monotonic()
 
-    def _group_has_not_begun(self) -> bool:
-        """Beat for a group that is not there yet. Once rank 0 has beaten, this one's beat no longer goes through."""
-        if self.beat is None:
+    def _group_has_not_started(self) -> bool:
+        """Write a heartbeat for workers that have not started. After rank 0's first heartbeat this write is refused."""
+        if self.own_heartbeat is None:
             return False
-        last, etag = self.beat
-        beat = last.model_copy(update={"progress_count": last.progress_count + 1})
+        last, etag = self.own_heartbeat
+        heartbeat = last.model_copy(update={"progress_count": last.progress_count + 1})
         try:
-            self.beat = beat, self.run.write_heartbeat(self.attempt, beat, if_match=etag)
+            self.own_heartbeat = heartbeat, self.run.write_heartbeat(self.attempt, heartbeat, if_match=etag)
         except Conflict:
-            self.beat = None
-        return self.beat is not None
+            self.own_heartbeat = None
+        return self.own_heartbeat is not None
 
-    def _leave(self) -> None:
+    def _stop(self) -> None:
         step = max((ref.step for ref in self.run.checkpoints()), default=0)
-        message = f"left before its workers had begun; continues from step {step}"
+        message = f"stopped before its workers started; continues from step {step}"
         self.run.write_result(self.attempt, Result(outcome="stopped", message=message, step=step))
         log.info("%s", message)
         self._exit(0)
@@ -94,6 +94,6 @@ class DriverWatch(CommandWatcher):
             self._exit(SUPERSEDED)
 
     def _exit(self, code: int) -> None:
-        """End at once: Ray ends what the driver started."""
+        """End at once: Ray ends the processes that the driver started."""
         self.logs.flush(FLUSH_SECONDS)
         os._exit(code)

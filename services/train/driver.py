@@ -3,7 +3,7 @@
     python -m services.train --storage URL --job JOB --model MODEL --attempt N [--workers N]
 
 It is started the same way everywhere: as a subprocess by `genmodels run`, as a Ray Job, as a RayJob on Kubernetes.
-What it learns goes to storage (`heartbeat.json`, `result.json`); the dispatcher decides what comes next.
+Its results go to storage (`heartbeat.json`, `result.json`); the dispatcher decides what comes next.
 """
 
 from __future__ import annotations
@@ -42,18 +42,18 @@ from services.train.publish import publish_run
 
 log = logging.getLogger("genmodels")
 
-# For one collective. A worker that hangs is found by its ticks, and an outage of the store may last: long.
+# Timeout of a collective. It is long, for an outage of the store may last; the dispatcher detects a hanging worker.
 COLLECTIVE_SECONDS = 24 * 3600
 
 
 def drive(storage_url: str, job: str, model: str, attempt: int, workers: int | None = None) -> Result:
-    """Train, judge and publish; every way to end is a `Result`, in storage before this returns.
+    """Train, check the gate and publish. Each end is a `Result`, in storage before this returns.
 
-    Only an attempt that was taken over leaves none: what became of the run is the newer one's to say. To be called in
-    the main thread of a process of its own, whose output goes to storage as well.
+    An attempt that was taken over writes no result, for the newer attempt reports on the run. Call this in the main
+    thread of a process of its own: the output of the process goes to storage as well.
 
     Args:
-        workers: in the group; default: the fewest that the spec allows.
+        workers: size of the group; default: the smallest that the spec allows.
     """
     began = time.time()
     storage = open_storage(storage_url, in_use=True)
@@ -69,14 +69,14 @@ def drive(storage_url: str, job: str, model: str, attempt: int, workers: int | N
                     _train(storage_url, job, spec, attempt, workers or spec.world_sizes[0], watch)
                 finally:
                     watch.trained()
-            # An outage of the store or of the disk is waited for: what is done twice here changes nothing.
-            tell = _teller(run, attempt, spec)
+            # Retry until an outage of the store or of the disk ends: a second call changes nothing.
+            report_outage = _outage_reporter(run, attempt, spec)
             result = retry_until_available(
-                lambda: publish_run(run, spec, attempt) if _complete(run, spec) else _left(run), tell
+                lambda: publish_run(run, spec, attempt) if _complete(run, spec) else _stopped(run), report_outage
             )
             if result.gate:
                 GATES.labels(spec.family, str(result.gate.passed).lower()).inc()
-        except Exception as error:  # whatever it was, the dispatcher has to learn of it
+        except Exception as error:  # the dispatcher has to learn of each failure
             traceback.print_exc()
             result = classify_failure(error)
             if watch.killed:
@@ -92,7 +92,7 @@ def drive(storage_url: str, job: str, model: str, attempt: int, workers: int | N
 
 
 def worker(config: dict[str, Any]) -> None:
-    """What each Ray Train worker runs; Ray has made the process group."""
+    """Run one Ray Train worker; Ray has made the process group."""
     import ray.train
     import ray.train.torch
 
@@ -103,7 +103,7 @@ def worker(config: dict[str, Any]) -> None:
 
 
 def _train(storage_url: str, job: str, spec: ModelSpec, attempt: int, workers: int, watch: DriverWatch) -> None:
-    # Detect a dead worker within a second, wait for no hanging one; give up on a group that cannot be placed.
+    # Detect a dead worker within a second, do not wait for a hanging worker, give up on a group that cannot be placed.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     os.environ.setdefault("TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S", "5")  # 30 by default
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(settings().start_timeout_seconds))
@@ -112,10 +112,10 @@ def _train(storage_url: str, job: str, spec: ModelSpec, attempt: int, workers: i
     from ray.train.torch import TorchConfig, TorchTrainer
 
     scaling = spec.scaling
-    # Ray retries nothing and keeps nothing: checkpoints are the recorder's, retries the dispatcher's.
+    # Ray retries nothing and keeps nothing: the recorder writes the checkpoints, the dispatcher retries.
     no_retries = FailureConfig(max_failures=0, max_preemption_failures=0, controller_failure_limit=0)  # type: ignore[call-arg]
     with tempfile.TemporaryDirectory(prefix="ray-train-", ignore_cleanup_errors=True) as scratch:
-        # Each worker brings its own output to storage: it need not come this way as well.
+        # Each worker ships its own output to storage, so Ray need not send it to the driver.
         ray.init(address=os.environ["RAY_ADDRESS"], log_to_driver=False, logging_level=logging.WARNING)
         watch.catch_sigterm()
         try:
@@ -142,23 +142,23 @@ def _saved_step(run: Run) -> int:
     return max((ref.step for ref in run.checkpoints()), default=0)
 
 
-def _left(run: Run) -> Result:
+def _stopped(run: Run) -> Result:
     step = _saved_step(run)
-    return Result(outcome="stopped", message=f"saved at step {step} and left", step=step)
+    return Result(outcome="stopped", message=f"saved at step {step} and stopped", step=step)
 
 
-def _teller(run: Run, attempt: int, spec: ModelSpec) -> Callable[[StorageUnavailable], None]:
-    """Shows, as far as storage takes it, what publishing waits for."""
-    steps, ticks = spec.train.max_steps, itertools.count(1)
+def _outage_reporter(run: Run, attempt: int, spec: ModelSpec) -> Callable[[StorageUnavailable], None]:
+    """Return a callback that writes the reason of an outage into the heartbeat, if the storage takes it."""
+    steps, count = spec.train.max_steps, itertools.count(1)
 
-    def tell(outage: StorageUnavailable) -> None:
-        beat = Heartbeat(
-            phase="publishing", step=steps, max_steps=steps, progress_count=-next(ticks), waiting=outage.reason
+    def report_outage(outage: StorageUnavailable) -> None:
+        heartbeat = Heartbeat(
+            phase="publishing", step=steps, max_steps=steps, progress_count=-next(count), waiting=outage.reason
         )
         with contextlib.suppress(StorageError):
-            run.write_heartbeat(attempt, beat)
+            run.write_heartbeat(attempt, heartbeat)
 
-    return tell
+    return report_outage
 
 
 def _seconds(run: Run, attempt: int, began: float) -> dict[str, float]:
@@ -171,11 +171,11 @@ def _seconds(run: Run, attempt: int, began: float) -> dict[str, float]:
 
 def main() -> None:
     log_to_stderr()
-    parser = argparse.ArgumentParser(description="Train one model of a job, judge it and publish it.")
+    parser = argparse.ArgumentParser(description="Train one model of a job, check its gate and publish it.")
     for name in ("storage", "job", "model"):
         parser.add_argument(f"--{name}", required=True)
     parser.add_argument("--attempt", type=int, required=True)
-    parser.add_argument("--workers", type=int, help="in the group; default: the fewest that the spec allows")
+    parser.add_argument("--workers", type=int, help="size of the group; default: the smallest that the spec allows")
     options = parser.parse_args()
     drive(options.storage, options.job, options.model, options.attempt, options.workers)
 

@@ -1,4 +1,4 @@
-"""TODO"""
+"""Classify the failure of an attempt: whose fault it is, and whether another attempt can help."""
 
 from __future__ import annotations
 
@@ -13,23 +13,26 @@ from genmodels.errors import (
 from genmodels.runs.records import Result
 from genmodels.storage.disk import outage_of_disk
 
-NEVER_PLACED = ("WorkerGroupStartupTimeoutError", "InsufficientClusterResourcesError")  # Ray's; private, so by name
+NEVER_PLACED = (
+    "WorkerGroupStartupTimeoutError",
+    "InsufficientClusterResourcesError",
+)  # private classes of Ray, so by name
 
 
-# What the other ranks see when one of them is killed; none of it is the user's fault.
+# Errors of the other ranks when one rank is killed; they are not the user's fault.
 LOST_PEER = (
     "Connection closed by peer",
     "Connection reset by peer",
     "Broken pipe",
     "Connect timeout",
     "Timed out waiting",
-    "Connection was likely closed",  # DistNetworkError, of the store that a group meets at
+    "Connection was likely closed",  # DistNetworkError, of the store of the process group
     "remote process exit",  # NCCL
 )
 
 
 def classify_failure(error: BaseException) -> Result:
-    """The class of a failure. What one rank says of its own comes before what the others saw of its end."""
+    """Return the result of a failed attempt. The error of the rank that failed comes before the errors of its peers."""
     error = _original(error)
     causes = [_original(cause) for cause in getattr(error, "worker_failures", {}).values()] or [error]
     for cause in causes:
@@ -41,7 +44,7 @@ def classify_failure(error: BaseException) -> Result:
         if outage := outage_of_disk(cause):
             return Result(outcome="failed", cause="storage", message=str(outage))
         match cause:
-            # The next attempt passes over a damaged checkpoint; another object may have been mended by then.
+            # The next attempt skips a damaged checkpoint; another damaged object may be repaired by then.
             case CheckpointError() | DamagedObject() | StorageError():
                 return Result(outcome="failed", cause="infrastructure", message=str(cause))
             case GenmodelsError():
@@ -50,8 +53,8 @@ def classify_failure(error: BaseException) -> Result:
         message = "out of memory; lower train.batch_size or the size of the model"
         return Result(outcome="failed", cause="out of memory", message=message)
     if type(error).__name__ in NEVER_PLACED:
-        said = _one_line(error).partition(". ")[0]
-        return Result(outcome="failed", cause="no workers", message=f"the workers were not placed ({said})")
+        reason = _one_line(error).partition(". ")[0]
+        return Result(outcome="failed", cause="no workers", message=f"the workers were not placed ({reason})")
     bug = next((cause for cause in causes if not _is_loss(cause)), None)
     if bug is None:
         return Result(outcome="failed", cause="infrastructure", message=f"a worker was lost ({_one_line(causes[0])})")
@@ -65,7 +68,7 @@ def _is_out_of_memory(error: BaseException) -> bool:
 
 
 def _is_loss(error: BaseException) -> bool:
-    """Whether a process or the way to it went away."""
+    """Return True if a process, or the connection to it, was lost."""
     if isinstance(error, ConnectionError | TimeoutError) or type(error).__module__.startswith("ray."):
         return True
     return any(sign in str(error) for sign in LOST_PEER)
@@ -76,6 +79,6 @@ def _one_line(error: BaseException) -> str:
 
 
 def _original(error: BaseException) -> BaseException:
-    """What Ray wrapped."""
+    """Return the error that Ray wrapped."""
     inner = getattr(error, "health_check_failure", None) or getattr(error, "controller_failure", None)
     return _original(inner) if isinstance(inner, BaseException) else error

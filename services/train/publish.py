@@ -1,4 +1,4 @@
-"""TODO"""
+"""Evaluate the best checkpoint of a run, check its gate, and publish it."""
 
 from __future__ import annotations
 
@@ -25,11 +25,13 @@ from genmodels.spec.sections import ModelSpec
 
 log = logging.getLogger("genmodels")
 
+HEARTBEAT_SECONDS = 1.0  # minimum time between two heartbeats during an evaluation
+
 
 def publish_run(run: Run, spec: ModelSpec, attempt: int) -> Result:
     """Evaluate the best checkpoint, and publish it if it passes its gate.
 
-    Doing it twice gives the same version and no second move.
+    A second call gives the same version and does not move the alias again.
     """
     report_progress = _progress_reporter(run, attempt, spec)
     candidates = list(run.manifests())
@@ -49,22 +51,22 @@ def publish_run(run: Run, spec: ModelSpec, attempt: int) -> Result:
                 log.warning("%s; the next best is published", error)
                 candidates.remove((ref, manifest))
                 continue
-            probe.finite_probe(checkpoint.load_family(folder))  # nothing else of spoiled weights is worth a look
+            probe.finite_probe(checkpoint.load_family(folder))  # before the slow evaluation: spoiled weights fail here
             began = time.monotonic()
-            found = _evaluate(run, ref, spec, manifest, folder, report_progress, needed=needed)
+            evaluation = _evaluate(run, ref, spec, manifest, folder, report_progress, needed=needed)
             seconds = time.monotonic() - began
-            facts["metrics"] = manifest.metrics | {name: metric.value for name, metric in found.metrics.items()}
+            facts["metrics"] = manifest.metrics | {name: metric.value for name, metric in evaluation.metrics.items()}
             if needed:
                 facts["gate"] = gate = gates.check_gate(wanted, facts["metrics"])
             if gate and not gate.passed:
                 return _refused(facts)
             store = Registry(run.storage)
             version = store.publish(run, ref, manifest, folder, gate)
-        if found.metrics:
-            evaluations.record(store, version, found, thorough=False, seconds=seconds, publication=True)
+        if evaluation.metrics:
+            evaluations.record(store, version, evaluation, thorough=False, seconds=seconds, publication=True)
         store.promote(run.model, spec.serve.alias, version.version, f"published by job {run.job}", forward_only=True)
         return Result(outcome="succeeded", version=version.version, message=f"published as {version.name}", **facts)
-    raise CheckpointError(f"{run.prefix}: no checkpoint is whole")
+    raise CheckpointError(f"{run.prefix}: no checkpoint is complete")
 
 
 def _evaluate(
@@ -77,7 +79,7 @@ def _evaluate(
     *,
     needed: bool,
 ) -> EvaluationResult:
-    """What is measured of a checkpoint; nothing where its data has gone, unless the gate needs it."""
+    """Return the evaluation of a checkpoint; without its data an empty one, unless the gate needs it."""
     try:
         return evaluate(run, ref, spec, manifest.lineage, folder, report_progress=report_progress)
     except DataError as error:
@@ -96,16 +98,13 @@ def _progress_reporter(run: Run, attempt: int, spec: ModelSpec) -> Callable[[], 
     steps = spec.train.max_steps
     last = Heartbeat(phase="publishing", step=steps, max_steps=steps)
     run.write_heartbeat(attempt, last)
-    beaten = time.monotonic()
+    written = time.monotonic()
 
     def report_progress() -> None:
-        nonlocal last, beaten
-        if time.monotonic() - beaten >= BEAT_SECONDS:
+        nonlocal last, written
+        if time.monotonic() - written >= HEARTBEAT_SECONDS:
             last = last.model_copy(update={"progress_count": last.progress_count + 1})
             run.write_heartbeat(attempt, last)
-            beaten = time.monotonic()
+            written = time.monotonic()
 
     return report_progress
-
-
-BEAT_SECONDS = 1.0  # at least, between two signs of progress while a model is evaluated

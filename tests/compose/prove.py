@@ -279,7 +279,7 @@ class Proof:
         run("docker", "stop", "-t", "90", name)
         until(lambda: self.run_of(job).state in ("queued", "starting"), "the attempt has left")
         reasons = [change.reason for change in self.run_of(job).history]
-        left = [reason for reason in reasons if "worker was stopped" in reason or "and left" in reason]
+        left = [reason for reason in reasons if "worker was stopped" in reason or "and stopped" in reason]
         assert left, reasons
         run("docker", "start", name)
         self.ends(job)

@@ -53,7 +53,7 @@ def test_a_job_from_submission_to_its_end(storage: Storage) -> None:
     service.queue({"cpus": 2, "gpus": 0}, (job, "b", "needs 1 CPU, 0 are free"))
     service.move(job, "a", "starting", "there is room", attempt=1, workers=2)
     service.move(job, "a", "running")
-    service.beat(job, "a", 1, phase="training", step=40, max_steps=1000, loss=1.25, seconds_left=61.5)
+    service.heartbeat(job, "a", 1, phase="training", step=40, max_steps=1000, loss=1.25, seconds_left=61.5)
     a, b = service.show(job)["models"]
     assert (a["state"], a["attempt"], a["workers"], a["phase"], a["step"]) == ("running", 1, 2, "training", 40)
     assert (a["loss"], a["seconds_left"], a["reason"], len(a["history"])) == (1.25, 61.5, "test", 2)
@@ -285,7 +285,7 @@ def test_the_estimated_size_of_a_checkpoint_is_right(
         step=1,
         samples=1,
         metrics={},
-        served={name: tensor.contiguous() for name, tensor in built.network.state_dict().items()},
+        serving_weights={name: tensor.contiguous() for name, tensor in built.network.state_dict().items()},
         roles={role.name: dict(role.loss.state_dict()) for role in roles},
         optimizers={role.name: [optimizer_tensors(one.state_dict()) for one in role.optimizers] for role in roles},
     )

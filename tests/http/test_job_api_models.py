@@ -261,7 +261,7 @@ def test_another_content_under_a_name_is_409_unless_it_is_to_be_replaced(service
     assert service("PUT", "/v1/datasets/lines", content=TEXT).status_code == 201
     error = refused(service("PUT", "/v1/datasets/lines", content=TEXT + b"more\n"), 409)
     assert (error["code"], error["param"]) == ("dataset_exists", "name")
-    assert error["message"].startswith("dataset 'lines' is there with another content: ")
+    assert error["message"].startswith("dataset 'lines' exists with another content: ")
     assert error["message"].endswith("; add ?replace=true to replace it")
     assert service("PUT", "/v1/datasets/lines?replace=true", content=TEXT + b"more\n").status_code == 201
     contents = service("DELETE", "/v1/datasets/lines?dry_run=true").json()

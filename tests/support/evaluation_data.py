@@ -41,11 +41,11 @@ class Bench:
 
     kept: dict[str, bytes] = field(default_factory=dict)
     made: list[str] = field(default_factory=list)
-    ticks: int = 0
+    reports: int = 0
 
     def evaluation_data(self, data: ImageData | TextData, thorough: bool = False) -> EvaluationData:
         def report_progress() -> None:
-            self.ticks += 1
+            self.reports += 1
 
         def cached(name: str, make: Callable[[], bytes]) -> bytes:
             if name not in self.kept:

@@ -66,7 +66,7 @@ class Service:
             self.jobs.close(job, ended, {name: status.state for name, status in statuses.items()})
         return statuses[model]
 
-    def beat(self, job: str, model: str, attempt: int, **facts: Any) -> None:
+    def heartbeat(self, job: str, model: str, attempt: int, **facts: Any) -> None:
         Run(self.storage, job, model).write_heartbeat(attempt, Heartbeat(**facts))
 
     def end(self, job: str, model: str, attempt: int, metrics: Metrics | None = None, **facts: Any) -> None:

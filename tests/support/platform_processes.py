@@ -407,8 +407,8 @@ def parents(run: Run) -> list[CheckpointRef | None]:
     return [link.parent for link in run.chain()]
 
 
-def _makes_steps(beat: Heartbeat | None) -> bool:
-    return beat is not None and beat.phase not in ("starting", "compiling")
+def _makes_steps(heartbeat: Heartbeat | None) -> bool:
+    return heartbeat is not None and heartbeat.phase not in ("starting", "compiling")
 
 
 def _lives(pid: int) -> bool:

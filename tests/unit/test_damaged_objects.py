@@ -60,9 +60,9 @@ class World:
             (data / f"{name}.txt").write_text(f"the text of {name}\n" * 400)
             uploads.add(storage, f"{name}-text", data / f"{name}.txt")
         (evaluation,) = storage.list("models/bad/evaluations/")
-        sweeper = Registry(storage).gc_lease("bad")
-        sweeper.try_acquire()
-        sweeper.release()
+        lease = Registry(storage).gc_lease("bad")
+        lease.try_acquire()
+        lease.release()
         jobs = {}
         for name in ("bad", "good"):
             ended = service.submit("m", name=f"{name}-ended")
@@ -432,7 +432,7 @@ def test_a_new_replica_serves_the_others_and_tells_of_the_damaged(
     template: tuple[Path, dict[str, str], Any], world: World, kind: str, how: str
 ) -> None:
     _, names, _ = template
-    key = {**names, "LeaseDocument": "models/bad/sweep.json"}[kind]
+    key = {**names, "LeaseDocument": "models/bad/gc-lease.json"}[kind]
     sound = world.storage.get(key)[0]
     world.storage.put(key, {**SURE, **MAYBE}[how](sound))
     host = ModelHost(world.storage.url)
@@ -529,7 +529,7 @@ def test_nothing_is_deleted_that_a_damaged_object_may_name(
     from genmodels.registry import gc
 
     _, names, _ = template
-    world.storage.delete("models/bad/sweep.json")
+    world.storage.delete("models/bad/gc-lease.json")
     world.storage.put(names[kind], b"?")
     with pytest.raises(GenmodelsError):
         gc.delete_version(Registry(world.storage), "bad", 1)

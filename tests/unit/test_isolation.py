@@ -345,21 +345,21 @@ def test_a_dispatcher_goes_on_after_a_tick_that_failed(
     monkeypatch.setattr("services.dispatch.dispatcher.POLL_SECONDS", 0.01)
     storage = FailingStorage()
     dispatcher = Dispatcher(storage, Cluster(storage), Lease(storage, 0.4))
-    stop, ticks = threading.Event(), []
+    stop, rounds_seen = threading.Event(), []
 
     def dispatch_once(lease_term: int) -> None:
-        ticks.append(lease_term)
-        if len(ticks) % 2:
+        rounds_seen.append(lease_term)
+        if len(rounds_seen) % 2:
             raise error
 
     monkeypatch.setattr(dispatcher, "dispatch_once", dispatch_once)
     thread = threading.Thread(target=dispatcher.run, args=(stop,))
     thread.start()
-    until(lambda: len(ticks) >= 6, "it ticks on")
+    until(lambda: len(rounds_seen) >= 6, "it continues")
     stop.set()
     thread.join(10)
     assert not thread.is_alive()
-    assert set(ticks) == {1}, "under one and the same lease"
+    assert set(rounds_seen) == {1}, "under one and the same lease"
 
 
 def test_a_renewer_goes_on_after_a_renewal_that_failed(monkeypatch: pytest.MonkeyPatch) -> None:

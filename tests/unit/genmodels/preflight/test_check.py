@@ -78,9 +78,11 @@ def test_small_data_gets_a_batch_that_fits_with_a_note(folder: Path, open_data: 
     assert [model.train.batch_size for model in checked.job.models] == [8, 32]
     assert checked.notes["photos"] == [
         "photos: 58 pictures as RGB 32 x 32, 58 of them scaled and centre-cropped",
-        "train.batch_size is 32, not 64, for there are 53 training examples",
+        "train.batch_size is 32 instead of 64, because there are only 53 training examples",
     ]
-    assert checked.notes["novel"][1] == "train.batch_size is 8, not 64, for there are 15 training examples"
+    assert (
+        checked.notes["novel"][1] == "train.batch_size is 8 instead of 64, because there are only 15 training examples"
+    )
     assert checked.facts["photos"].validation == 5
 
 
@@ -93,9 +95,9 @@ def test_the_same_file_is_the_same_job_and_is_chosen_only_once(folder: Path) -> 
 
 
 def test_a_batch_that_was_given_and_is_too_large_is_an_error(folder: Path) -> None:
-    (said,) = problems(job(folder, photos(train={"batch_size": 64})))
-    assert said == (
-        "models[0].train.batch_size: got 64, expected at most the 53 training examples there are; "
+    (message,) = problems(job(folder, photos(train={"batch_size": 64})))
+    assert message == (
+        "models[0].train.batch_size: got 64, expected at most the number of training examples, 53; "
         "write 53 or less, or leave it out"
     )
 
@@ -119,11 +121,11 @@ def test_whatever_is_chosen_trains_and_whatever_is_named_is_taken(
         except SpecError:  # it does not divide
             return None
 
-    found = entry(given_size)
-    if found is None:
+    result = entry(given_size)
+    if result is None:
         return
     try:
-        chosen, _ = check._fit_batch(found, examples)
+        chosen, _ = check._fit_batch(result, examples)
     except SpecError as error:
         named = str(error).partition("expected at most")[2].partition("; write ")[2].partition(" ")[0]
         largest = int(named or 0)  # 0: too few to share among the workers
@@ -137,7 +139,7 @@ def test_whatever_is_chosen_trains_and_whatever_is_named_is_taken(
     size = chosen.train.batch_size
     assert size <= examples
     assert entry(size)  # by the rules of the spec
-    assert size == found.train.batch_size or given_size is None
+    assert size == result.train.batch_size or given_size is None
 
 
 @pytest.mark.parametrize("length", [32, 33, 47, 100, 1000])
@@ -160,15 +162,15 @@ def test_all_that_is_wrong_is_told_at_once(folder: Path) -> None:
         photos("d", scaling={"num_workers": 8}, train={"batch_size": 8}),
         photos("e"),
     )
-    said = problems(wrong)
-    assert [line.partition(": ")[0] for line in said] == [
+    message = problems(wrong)
+    assert [line.partition(": ")[0] for line in message] == [
         "models[0].data.path",
         "models[1].model.block_size",
         "models[2].data",
         "models[3].scaling.num_workers",
     ]
-    assert "vae learns from images, this dataset has texts" in said[2]
-    assert "8 workers need as many validation examples, there are 5" in said[3]
+    assert "vae learns from images, but this dataset has texts" in message[2]
+    assert "8 workers need at least 8 validation examples, but there are only 5" in message[3]
     assert check_job(wrong, MemoryStorage(), only=["e"]).job.models[4].train.batch_size == 32
 
 
@@ -206,8 +208,8 @@ def test_what_is_known_of_stored_data_is_true(tmp_path: Path, classes: int) -> N
         Image.fromarray(np.random.default_rng(number).integers(0, 256, (8, 8), np.uint8)).save(path)
     dataset, _ = uploads.add(storage, "photos", tmp_path / "photos", 8)
     config = DataConfig.model_validate({"dataset": "photos", "sha256": dataset.sha256}, context={"stored": True})
-    told, opened = (facts_of(config, storage, open_all=open_all) for open_all in (False, True))
-    assert (told.info, told.training, told.validation) == (opened.info, opened.training, opened.validation)
+    report, opened = (facts_of(config, storage, open_all=open_all) for open_all in (False, True))
+    assert (report.info, report.training, report.validation) == (opened.info, opened.training, opened.validation)
     before = dataset.model_dump(mode="json", exclude={"validation", "digest"})
     storage.objects[f"datasets/photos/{dataset.sha256}/dataset.json"] = (
         uploads.StoredDataset.model_validate(before).model_dump_json().encode()
@@ -256,8 +258,8 @@ def test_what_is_chosen_and_expected_is_told_with_the_job(file_storage: Storage,
     document["models"][0]["data"] = {"dataset": "photos"}
     document["models"][1]["scaling"] = {"use_gpu": True}
     response = service.post(document)
-    batch = "a: train.batch_size is 32, not 64, for there are 53 training examples"
-    device = "b: needs 1 GPU for its workers, there are 0: it waits until there are more"
+    batch = "a: train.batch_size is 32 instead of 64, because there are only 53 training examples"
+    device = "b: needs 1 GPU for its workers, but the cluster has 0: it waits for more"
     assert response.json()["notes"] == [batch, device]
     job = response.json()["job"]
     assert service.jobs.spec(job).models[0].train.batch_size == 32
@@ -268,7 +270,7 @@ def test_what_is_chosen_and_expected_is_told_with_the_job(file_storage: Storage,
     document["models"][0]["train"] = {"batch_size": 64}
     error = refused(service.post(document), 400)
     assert error["message"].endswith(
-        "expected at most the 53 training examples there are; write 53 or less, or leave it out"
+        "expected at most the number of training examples, 53; write 53 or less, or leave it out"
     )
 
 
@@ -323,9 +325,9 @@ def test_few_validation_examples_have_few_digits(examples: int | None, shown: st
 
 
 @pytest.mark.parametrize(
-    ("examples", "shown", "said"), [(500, "12.3 dB", False), (5, "12 dB", True), (None, "12.35 dB", False)]
+    ("examples", "shown", "message"), [(500, "12.3 dB", False), (5, "12 dB", True), (None, "12.35 dB", False)]
 )
-def test_an_evaluation_on_few_examples_says_so(examples: int | None, shown: str, said: bool) -> None:
+def test_an_evaluation_on_few_examples_says_so(examples: int | None, shown: str, message: bool) -> None:
     notes: Any = {} if examples is None else {"validation_examples": examples}
     created = "2026-01-01T00:00:00+00:00"
     facts = {"model": "m", "version": 1, "id": "x", "created": created, "code_version": "0", "data_digest": "d"}
@@ -333,4 +335,4 @@ def test_an_evaluation_on_few_examples_says_so(examples: int | None, shown: str,
     evaluation = Evaluation(**facts, thorough=False, seconds=1, metrics=metrics, notes=notes)
     table = evaluation_table(evaluation)
     assert next(iter(table.columns[1].cells)) == shown
-    assert ("computed from 5 validation examples: more digits are not significant" in str(table.caption)) == said
+    assert ("computed from 5 validation examples: more digits are not significant" in str(table.caption)) == message

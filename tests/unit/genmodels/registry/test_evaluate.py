@@ -68,8 +68,8 @@ def values(family: Family[Any, Any], data: ImageData = SHAPES) -> dict[str, floa
     return {name: metric.value for name, metric in family.evaluate(BENCH.evaluation_data(data)).metrics.items()}
 
 
-def passed(metric: str, found: dict[str, float], **bound: float) -> bool:
-    result = check_gate(Gate(metric=metric, **bound), found)
+def passed(metric: str, actual: dict[str, float], **bound: float) -> bool:
+    result = check_gate(Gate(metric=metric, **bound), actual)
     assert result is not None
     return result.passed
 
@@ -85,17 +85,17 @@ def test_an_image_family_measures_what_it_says(name: str, shape: tuple[int, int,
     family, _ = build(name, pictures=data.info)
     before = torch.random.get_rng_state()
     bench = Bench()
-    found = family.evaluate(bench.evaluation_data(data))
-    assert set(found.metrics) <= set(family.evaluation_names)
+    actual = family.evaluate(bench.evaluation_data(data))
+    assert set(actual.metrics) <= set(family.evaluation_names)
     assert not any(name.startswith("val_") for name in family.evaluation_names)
-    for measure in found.metrics.values():
+    for measure in actual.metrics.values():
         assert all(map(math.isfinite, (measure.value, *measure.baselines.values())))
-    assert found.notes["pictures"] == 16
-    assert bench.ticks > 0
-    assert family.evaluate(bench.evaluation_data(data)) == found
+    assert actual.notes["pictures"] == 16
+    assert bench.reports > 0
+    assert family.evaluate(bench.evaluation_data(data)) == actual
     assert torch.equal(torch.random.get_rng_state(), before)
-    assert set(family.evaluate(bench.evaluation_data(data, thorough=True)).metrics) == set(found.metrics)
-    assert EvaluationResult.model_validate_json(found.model_dump_json()) == found
+    assert set(family.evaluate(bench.evaluation_data(data, thorough=True)).metrics) == set(actual.metrics)
+    assert EvaluationResult.model_validate_json(actual.model_dump_json()) == actual
 
 
 @pytest.mark.parametrize("name", models.names())
@@ -116,7 +116,7 @@ def test_the_likelihood_is_that_of_torch_s_distributions() -> None:
     family = learned(vae(), SHAPES, 20)
     assert isinstance(family, VAE)
     images = torch.from_numpy(SHAPES.split("val").take(np.arange(5), np.arange(5))["images"]).round()
-    found = family._bounds(images, 16, torch.Generator().manual_seed(0), lambda: None)
+    actual = family._bounds(images, 16, torch.Generator().manual_seed(0), lambda: None)
     family.network.eval()
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
@@ -129,7 +129,7 @@ def test_the_likelihood_is_that_of_torch_s_distributions() -> None:
             likelihood = Independent(Bernoulli(logits=family.network.decoder(z)), 3).log_prob(images)
             weights.append(likelihood + (Normal(0, 1).log_prob(z) - posterior.log_prob(z)).sum(1))
     expected = math.log(16) - torch.stack(weights).logsumexp(0)
-    assert torch.allclose(found[:, 0].float(), expected, atol=1e-3)
+    assert torch.allclose(actual[:, 0].float(), expected, atol=1e-3)
 
 
 def test_a_vae_without_latents_has_a_bound_that_is_exact() -> None:
@@ -138,10 +138,10 @@ def test_a_vae_without_latents_has_a_bound_that_is_exact() -> None:
         parameter.data.zero_()
     for parameter in family.network.decoder.stem.parameters():
         parameter.data.zero_()
-    found = values(family)
-    assert found["kl"] == found["active_units"] == 0
-    assert found["nll"] == pytest.approx(found["reconstruction"], rel=1e-6)
-    assert found["nll"] == pytest.approx(found["negative_elbo"], rel=1e-6)
+    actual = values(family)
+    assert actual["kl"] == actual["active_units"] == 0
+    assert actual["nll"] == pytest.approx(actual["reconstruction"], rel=1e-6)
+    assert actual["nll"] == pytest.approx(actual["negative_elbo"], rel=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -151,14 +151,14 @@ def test_a_vae_without_latents_has_a_bound_that_is_exact() -> None:
 def test_a_gate_refuses_a_collapsed_vae(likelihood: str, says: str) -> None:
     sound = learned(vae(likelihood=likelihood), SHAPES, 100, learning_rate=1e-2)
     collapsed = learned(vae(likelihood=likelihood, beta=1e4), SHAPES, 60)
-    found, of_collapsed = sound.evaluate(BENCH.evaluation_data(SHAPES)), values(collapsed)
-    assert says in str(found.notes["binarisation"])
-    assert found.notes["likelihood"] == likelihood
-    bound = found.metrics["nll"].baselines["each pixel its mean"]
+    actual, of_collapsed = sound.evaluate(BENCH.evaluation_data(SHAPES)), values(collapsed)
+    assert says in str(actual.notes["binarisation"])
+    assert actual.notes["likelihood"] == likelihood
+    bound = actual.metrics["nll"].baselines["each pixel its mean"]
     for metric, limits in (("active_units", {"min": 2}), ("nll", {"max": bound})):
-        assert passed(metric, {metric: found.metrics[metric].value}, **limits)
+        assert passed(metric, {metric: actual.metrics[metric].value}, **limits)
         assert not passed(metric, of_collapsed, **limits)
-    assert found.metrics["nll"].value < found.metrics["negative_elbo"].value, "many draws make a tighter bound"
+    assert actual.metrics["nll"].value < actual.metrics["negative_elbo"].value, "many draws make a tighter bound"
 
 
 def test_a_pixel_on_its_own_has_the_likelihood_of_its_mean() -> None:
@@ -167,8 +167,8 @@ def test_a_pixel_on_its_own_has_the_likelihood_of_its_mean() -> None:
     expected = (
         F.binary_cross_entropy(train.mean(0).clamp(1e-3, 0.999).expand_as(val), val, reduction="none").sum() / 120
     )
-    found = family.evaluate(BENCH.evaluation_data(SHAPES)).metrics["nll"].baselines["each pixel its mean"]
-    assert found == pytest.approx(float(expected), rel=1e-5)
+    actual = family.evaluate(BENCH.evaluation_data(SHAPES)).metrics["nll"].baselines["each pixel its mean"]
+    assert actual == pytest.approx(float(expected), rel=1e-5)
 
 
 # ---- autoencoder
@@ -185,9 +185,9 @@ def test_a_gate_refuses_an_autoencoder_that_lost_to_what_needs_no_training() -> 
     assert not passed("denoise_gain", untrained, min=0)
     assert passed("denoise_gain", trained, min=0)
     assert trained["denoise_psnr_half"] > trained["denoise_psnr"] > trained["denoise_psnr_beyond"]
-    beside = family.evaluate(BENCH.evaluation_data(SHAPES)).metrics["denoise_psnr"].baselines
-    assert beside["noisy"] == pytest.approx(-20 * math.log10(0.3), abs=0.1)
-    assert beside["noisy"] < beside["noisy, clamped"] < max(beside.values())
+    baselines = family.evaluate(BENCH.evaluation_data(SHAPES)).metrics["denoise_psnr"].baselines
+    assert baselines["noisy"] == pytest.approx(-20 * math.log10(0.3), abs=0.1)
+    assert baselines["noisy"] < baselines["noisy, clamped"] < max(baselines.values())
 
 
 def test_without_noise_no_denoising_is_measured() -> None:
@@ -227,15 +227,15 @@ class Honest(GAN):
 
 @pytest.mark.parametrize("spoiled", [saturated, one_picture])
 def test_a_gate_refuses_a_spoiled_gan(spoiled: Any) -> None:
-    sound, found = values(Honest(gan().config, SHAPES.info)), values(spoiled())
+    sound, actual = values(Honest(gan().config, SHAPES.info)), values(spoiled())
     for metric, limits in (("coverage", {"min": 0.6}), ("frechet_ratio", {"max": 5}), ("class_ratio", {"max": 2})):
         assert passed(metric, sound, **limits), (metric, sound)
-        assert not passed(metric, found, **limits), (metric, found)
+        assert not passed(metric, actual, **limits), (metric, actual)
 
 
 def test_a_conditional_gan_is_asked_for_every_class() -> None:
-    found = gan(conditional=True).evaluate(BENCH.evaluation_data(SHAPES))
-    assert 0 <= found.metrics["label_accuracy"].value <= 1
+    actual = gan(conditional=True).evaluate(BENCH.evaluation_data(SHAPES))
+    assert 0 <= actual.metrics["label_accuracy"].value <= 1
     assert "label_accuracy" not in values(gan())
 
 
@@ -340,7 +340,7 @@ def test_what_its_evaluation_condemns_is_not_published(tiny_spec: ModelSpec) -> 
 
 
 def test_publishing_shows_that_it_gets_on(tiny_spec: ModelSpec, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("services.train.publish.BEAT_SECONDS", 0.0)
+    monkeypatch.setattr("services.train.publish.HEARTBEAT_SECONDS", 0.0)
     run = saved(tiny_spec, steps=1)
     publish_run(run, tiny_spec, 1)
     heartbeat = run.heartbeat(1)

@@ -1,4 +1,4 @@
-"""Clean-up: what goes, what stays, and that nobody loses what he has come to need meanwhile."""
+"""Test clean-up: which objects are removed, which stay, and that no process loses objects that it needs now."""
 
 from __future__ import annotations
 
@@ -165,7 +165,7 @@ def test_what_overtaken_attempts_wrote_goes() -> None:
     assert collect(run.storage) == [
         ("attempt-1/checkpoints/step-00000003/", USELESS),
         ("attempt-1/checkpoints/step-00000006/", USELESS),
-        ("attempt-1/checkpoints/step-00000009/", "written by an attempt that was overtaken"),
+        ("attempt-1/checkpoints/step-00000009/", "written by an attempt after a newer attempt had started"),
     ]
     assert run.checkpoints() == [CheckpointRef(attempt=2, step=9)]
 
@@ -188,7 +188,7 @@ def test_what_cannot_be_judged_stays() -> None:
     lost = run_of(storage, "shapes-22222222")
     for step in (1, 2):
         save(lost, 1, step)
-    lost.start_attempt(2, CheckpointRef(attempt=1, step=2), 1)  # from an attempt that nobody started
+    lost.start_attempt(2, CheckpointRef(attempt=1, step=2), 1)  # from an attempt that was not started
     ended(lost)
     assert collect(storage) == [("attempt-1/checkpoints/step-00000002/", USELESS)]
     assert storage.exists(damaged)
@@ -262,7 +262,7 @@ def test_pinned_at_any_moment_of_its_removal() -> None:
         pinned: list[str] = []
 
         def meanwhile(inner: Storage = inner, pinned: list[str] = pinned) -> None:
-            with suppress(SpecError):  # he is told that it is gone
+            with suppress(SpecError):  # the message says that it is gone
                 pinned.append(references.resolve_reference(f"model@{JOB}:step-1", inner))
 
         store = PausedStorage(inner, moment, meanwhile)
@@ -380,7 +380,7 @@ def test_a_number_that_came_and_went_while_one_published(folder: Path) -> None:
 
 @pytest.fixture
 def waiting(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
-    """Set when somebody waits for a lease."""
+    """Set an event when a process waits for a lease."""
     event = threading.Event()
 
     def sleep(_: float) -> None:
@@ -393,7 +393,7 @@ def waiting(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
     return event
 
 
-class Beside:
+class Concurrent:
     """Does work in a thread, until it is done or waits for the lease."""
 
     def __init__(self, work: Callable[[], Any], waiting: threading.Event) -> None:
@@ -431,14 +431,14 @@ def test_published_at_any_moment_of_a_clean_up(folder: Path, tmp_path: Path, wai
     for moment in itertools.count(1):
         inner = MemoryStorage()
         orphans(inner, folder)
-        beside = Beside(lambda inner=inner: publish(inner, folder), waiting)
-        store = PausedStorage(inner, moment, beside)
+        concurrent = Concurrent(lambda inner=inner: publish(inner, folder), waiting)
+        store = PausedStorage(inner, moment, concurrent)
         gc(store).carry_out()
         if store.operations < moment:
             assert moment > 10
             assert inner.list("models/model/blobs/") == []
             return
-        assert is_whole(inner, beside.join(), tmp_path), moment
+        assert is_whole(inner, concurrent.join(), tmp_path), moment
 
 
 def test_cleaned_up_at_any_moment_of_publishing(folder: Path, tmp_path: Path) -> None:
@@ -488,13 +488,13 @@ def test_a_clean_up_that_sleeps_too_long_deletes_no_more(
         inner = MemoryStorage()
         orphans(inner, folder)
         version_without_files(inner, step=7)  # which the clean-up reads after it has seen which versions there are
-        found: list[Version] = []
-        store = Sleeping(inner, moment, lambda inner=inner, found=found: found.append(publish(inner, folder)))
+        result: list[Version] = []
+        store = Sleeping(inner, moment, lambda inner=inner, result=result: result.append(publish(inner, folder)))
         began = clock.now
         gc(store).carry_out()
         if store.operations < moment:
             break
-        assert is_whole(inner, found[0], tmp_path), moment
+        assert is_whole(inner, result[0], tmp_path), moment
         slept += clock.now - began >= 120
     assert slept > 1
 
@@ -542,13 +542,13 @@ def test_promoted_and_deleted_at_the_same_time(folder: Path, waiting: threading.
         for moment in itertools.count(1):
             inner = MemoryStorage()
             inner.objects = dict(base.objects)
-            beside = Beside(lambda inner=inner, second=second: second(inner), waiting)
-            store = PausedStorage(inner, moment, beside)
+            concurrent = Concurrent(lambda inner=inner, second=second: second(inner), waiting)
+            store = PausedStorage(inner, moment, concurrent)
             done = {first: first(store)}
             if store.operations < moment:
                 assert moment > 4
                 break
-            done[second] = beside.join()
+            done[second] = concurrent.join()
             assert done[promote] != done[delete] or not done[promote], (first, moment)
             assert promoted(inner) == done[promote], (first, moment)
             assert Registry(inner).versions("model") == ([1] if done[delete] else [1, 2])

@@ -61,13 +61,13 @@ def served(run: Run, ref: CheckpointRef) -> dict[str, torch.Tensor]:
         return load_tensors(Path(name) / checkpoint.WEIGHTS)
 
 
-def assert_same_weights(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
-    assert found.keys() == expected.keys()
+def assert_same_weights(result: dict[str, torch.Tensor], expected: dict[str, torch.Tensor]) -> None:
+    assert result.keys() == expected.keys()
     parameters = {name for name in expected if expected[name].is_floating_point() and "running" not in name}
     assert parameters
     for name in parameters:
         torch.testing.assert_close(
-            found[name], expected[name], atol=1e-6, rtol=0, msg=lambda said, n=name: f"{n}: {said}"
+            result[name], expected[name], atol=1e-6, rtol=0, msg=lambda message, n=name: f"{n}: {message}"
         )
 
 
@@ -181,9 +181,9 @@ def test_a_text_is_read_with_the_tokenizer_of_the_model_it_continues(
         ("vae@canary", r"models\[0\].train.init_from: model 'vae' has no alias 'canary'"),
         (
             "gone",
-            r"models\[0\].train.init_from: no model 'gone'; `genmodels models` or GET /v1/models lists what there is",
+            r"models\[0\].train.init_from: no model 'gone'; `genmodels models` or GET /v1/models lists all models",
         ),
-        ("vae@nobody:step-3", r"vae@nobody:step-3: no such checkpoint; steps of vae in job nobody with one: none yet"),
+        ("vae@no-job:step-3", r"vae@no-job:step-3: no such checkpoint; steps of vae in job no-job with one: none yet"),
         ("vae@{job}:step-4", r"no such checkpoint; steps of vae in job source-\w+ with one: 3, 6"),
     ],
 )

@@ -123,13 +123,13 @@ class Dying(Wrapped):
 @pytest.fixture
 def short_leases(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leases of the dead end at once."""
-    monkeypatch.setattr("genmodels.registry.store.SWEEP_SECONDS", 0.0)
-    monkeypatch.setattr(uploads, "SWEEP_SECONDS", 0.0)
+    monkeypatch.setattr("genmodels.registry.store.GC_SECONDS", 0.0)
+    monkeypatch.setattr(uploads, "GC_SECONDS", 0.0)
 
 
 @pytest.fixture
 def waits(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
-    """Set when somebody waits for a lease."""
+    """Set an event when a process waits for a lease."""
     event = threading.Event()
 
     def sleep(_: float) -> None:
@@ -141,7 +141,7 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
     return event
 
 
-class Beside:
+class Concurrent:
     """Work in a thread, which `begin` has go on until it is done or waits for a lease."""
 
     def __init__(self, work: Callable[[], Any], waits: threading.Event) -> None:
@@ -167,8 +167,8 @@ def others(storage: MemoryStorage, what: str) -> dict[str, bytes]:
 
 def traces(storage: MemoryStorage, what: str) -> list[str]:
     """Objects that are left of it, but for leases and the numbers that are not given again."""
-    found = [key for key in storage.objects if f"/{what}/" in key]
-    return [key for key in found if "/deleted/" not in key and not key.endswith(("sweep.json", "status.json"))]
+    result = [key for key in storage.objects if f"/{what}/" in key]
+    return [key for key in result if "/deleted/" not in key and not key.endswith(("gc-lease.json", "status.json"))]
 
 
 # ---- models
@@ -192,7 +192,7 @@ def test_a_model_is_removed_whole_and_no_other_is_touched(base: MemoryStorage, w
     for name in ("first", "first@staging", "first@1", "first@2", "first@latest"):
         with pytest.raises(ModelNotFound):
             registry.resolve(name)
-    with pytest.raises(ModelNotFound, match=r"no model 'first'|only what its runs left: own-00000000"):
+    with pytest.raises(ModelNotFound, match=r"no model 'first'|only the files of its runs in jobs own-00000000"):
         delete_model(storage, "first")
     if not with_runs:
         delete_model(storage, "first", with_runs=True)
@@ -203,7 +203,7 @@ def test_the_storage_of_a_folder_and_of_s3_alike(storage: Storage) -> None:
     own_job(storage, "first")
     evaluated(storage, publish(storage, "first", "vae"))
     delete_model(storage, "first", with_runs=True)
-    assert storage.list("models/first/") == ["models/first/deleted/00000001", "models/first/sweep.json"]
+    assert storage.list("models/first/") == ["models/first/deleted/00000001", "models/first/gc-lease.json"]
     assert storage.list("runs/") == [f"runs/{OWN}/first/status.json"]
 
 
@@ -248,7 +248,7 @@ def test_published_and_promoted_at_any_moment(base: MemoryStorage, waits: thread
     """A new version is whole and served, or it is gone; an alias never names what is not there."""
     for moment in itertools.count(1):
         storage = copy(base)
-        publishing = Beside(lambda storage=storage: publish(storage, "first", "vae", step=9), waits)
+        publishing = Concurrent(lambda storage=storage: publish(storage, "first", "vae", step=9), waits)
         paused = PausedStorage(storage, moment, publishing.begin)
         delete_model(paused, "first")
         if paused.operations < moment:
@@ -411,7 +411,7 @@ def test_a_dataset_is_removed_whole_and_says_what_was_trained_on_it(storage: Sto
     assert len(contents.contents) == 2
     assert first.sha256 in contents.contents
     assert contents.bytes > 2 * len(LINES)
-    assert storage.list("datasets/photos/") == ["datasets/photos/sweep.json"]
+    assert storage.list("datasets/photos/") == ["datasets/photos/gc-lease.json"]
     assert storage.list("evaluation-cache/") == ["evaluation-cache/ngrams-3-ffffffffffffffff"]
     assert list((cache_folder() / "datasets").glob("[0-9a-f]*")) == []
     assert [dataset.name for dataset in uploads.catalog(storage)] == ["others"]
@@ -435,7 +435,7 @@ def test_a_dataset_killed_at_any_write(tmp_path: Path, after: bool, short_leases
         else:
             assert moment > 7
             return
-        for dataset in uploads.contents(storage, "photos"):  # whatever is still told of is whole
+        for dataset in uploads.contents(storage, "photos"):  # every dataset that is still listed is complete
             assert storage.exists(dataset.key), moment
         if traces(storage, "photos"):
             delete_dataset(storage, "photos")
@@ -451,7 +451,9 @@ def test_added_at_any_moment_of_its_deletion(tmp_path: Path, content: str, waits
         storage = MemoryStorage()
         photos(storage, tmp_path)
         path = text(tmp_path, content)
-        adding = Beside(lambda storage=storage, path=path: uploads.add(storage, "photos", path, replace=True), waits)
+        adding = Concurrent(
+            lambda storage=storage, path=path: uploads.add(storage, "photos", path, replace=True), waits
+        )
         paused = PausedStorage(storage, moment, adding.begin)
         delete_dataset(paused, "photos")
         if paused.operations < moment:

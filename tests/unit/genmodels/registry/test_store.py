@@ -82,15 +82,15 @@ def test_a_version_holds_what_is_served(
     storage: Storage, folder: Path, family: Family[Any, Any], tmp_path_factory: pytest.TempPathFactory
 ) -> None:
     version = publish(storage, folder)
-    found = Registry(storage).version("model", 1)
-    assert found.model_dump(exclude={"metrics"}) == version.model_dump(exclude={"metrics"})
-    assert (found.name, found.family, found.job, found.gate) == ("model@1", "minigpt", "job-00000000", PASSED)
-    assert found.metrics["val_loss"] == 1.5
-    assert math.isnan(found.metrics["odd"])
-    assert set(found.files) == {"model.safetensors", "config.json", "assets/tokenizer.json", "probe.safetensors"}
+    result = Registry(storage).version("model", 1)
+    assert result.model_dump(exclude={"metrics"}) == version.model_dump(exclude={"metrics"})
+    assert (result.name, result.family, result.job, result.gate) == ("model@1", "minigpt", "job-00000000", PASSED)
+    assert result.metrics["val_loss"] == 1.5
+    assert math.isnan(result.metrics["odd"])
+    assert set(result.files) == {"model.safetensors", "config.json", "assets/tokenizer.json", "probe.safetensors"}
     fetched = tmp_path_factory.mktemp("fetched")
-    Registry(storage).fetch(found, fetched)
-    assert checkpoint.describe_files(fetched) == found.files
+    Registry(storage).fetch(result, fetched)
+    assert checkpoint.describe_files(fetched) == result.files
     loaded = checkpoint.load_family(fetched)
     verify_probe(loaded, fetched)
     assert all(torch.equal(loaded.probe()[name], tensor) for name, tensor in family.probe().items())
@@ -109,8 +109,8 @@ def test_the_same_run_and_step_are_one_version(storage: Storage, folder: Path) -
 def test_eight_publishers_get_eight_numbers(storage: Storage, folder: Path) -> None:
     numbers = [version.version for version in in_threads(8, lambda i: publish(storage, folder, job=f"job-{i}"))]
     assert sorted(numbers) == list(range(1, 9))
-    found = [Registry(storage).version("model", number).job for number in numbers]
-    assert found == [f"job-{i}" for i in range(8)]
+    result = [Registry(storage).version("model", number).job for number in numbers]
+    assert result == [f"job-{i}" for i in range(8)]
 
 
 def test_eight_publishers_of_one_checkpoint_get_one_number(storage: Storage, folder: Path) -> None:
@@ -166,7 +166,7 @@ def test_a_version_cannot_name_files_elsewhere(tmp_path: Path) -> None:
     evil = hashlib.sha256(b"evil").hexdigest()
     storage.put(f"models/model/blobs/{evil}", b"evil")
     fill(storage, 1, files={"../x": {"size": 4, "sha256": evil}})
-    with pytest.raises(CheckpointError, match=r"'\.\./x': is not the name of a file"):
+    with pytest.raises(CheckpointError, match=r"'\.\./x' is not a valid file name"):
         Registry(storage).fetch(Registry(storage).version("model", 1), tmp_path / "folder")
     assert not (tmp_path / "x").exists()
 
@@ -287,42 +287,42 @@ def test_what_names_mean() -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "said"),
+    ("name", "message"),
     [
-        ("other", "no model 'other'; `genmodels models` or GET /v1/models lists what there is"),
-        ("other@3", "no model 'other'; `genmodels models` or GET /v1/models lists what there is"),
-        ("other@latest", "no model 'other'; `genmodels models` or GET /v1/models lists what there is"),
-        ("mode", "no model 'mode'; `genmodels models` or GET /v1/models lists what there is"),
+        ("other", "no model 'other'; `genmodels models` or GET /v1/models lists all models"),
+        ("other@3", "no model 'other'; `genmodels models` or GET /v1/models lists all models"),
+        ("other@latest", "no model 'other'; `genmodels models` or GET /v1/models lists all models"),
+        ("mode", "no model 'mode'; `genmodels models` or GET /v1/models lists all models"),
         ("second", "model 'second' has no alias 'production'; aliases: none; versions: 1"),
         ("model@canary", "model 'model' has no alias 'canary'; aliases: production; versions: 1, 2"),
         ("model@3", "model 'model' has no version 3; aliases: production; versions: 1, 2"),
         ("model@0", "model 'model' has no version 0; aliases: production; versions: 1, 2"),
-        ("", "no model '': names are lower-case letters, digits and dashes"),
-        ("../model", r"no model '../model': names are lower-case letters, digits and dashes"),
-        ("Model", "no model 'Model': names are lower-case letters, digits and dashes"),
-        ("model\n", r"no model 'model\n': names are lower-case letters, digits and dashes"),
-        ("model@", "'model@': after @ comes an alias, a version number, or `latest`"),
-        ("model@a@b", "'model@a@b': after @ comes an alias, a version number, or `latest`"),
-        ("model@../x", "'model@../x': after @ comes an alias, a version number, or `latest`"),
-        ("model@1.5", "'model@1.5': after @ comes an alias, a version number, or `latest`"),
-        ("model@\u0663", "'model@\u0663': after @ comes an alias, a version number, or `latest`"),
+        ("", "no model '': a name has lower-case letters, digits and dashes"),
+        ("../model", r"no model '../model': a name has lower-case letters, digits and dashes"),
+        ("Model", "no model 'Model': a name has lower-case letters, digits and dashes"),
+        ("model\n", r"no model 'model\n': a name has lower-case letters, digits and dashes"),
+        ("model@", "'model@': write an alias, a version number, or `latest` after @"),
+        ("model@a@b", "'model@a@b': write an alias, a version number, or `latest` after @"),
+        ("model@../x", "'model@../x': write an alias, a version number, or `latest` after @"),
+        ("model@1.5", "'model@1.5': write an alias, a version number, or `latest` after @"),
+        ("model@\u0663", "'model@\u0663': write an alias, a version number, or `latest` after @"),
     ],
 )
-def test_names_that_mean_nothing_say_what_there_is(name: str, said: str) -> None:
+def test_names_that_mean_nothing_say_what_there_is(name: str, message: str) -> None:
     storage = MemoryStorage()
     fill(storage, 2)
     fill(storage, 1, "second")
     Registry(storage).promote("model", "production", 1, "")
     with pytest.raises(ModelNotFound) as caught:
         Registry(storage).resolve(name)
-    assert str(caught.value) == said
+    assert str(caught.value) == message
     assert (caught.value.status, caught.value.param, caught.value.code) == (404, "model", "model_not_found")
 
 
 def test_an_empty_registry_says_so() -> None:
     store = Registry(MemoryStorage())
     assert (store.models(), store.versions("m"), store.aliases("m")) == ([], [], {})
-    with pytest.raises(ModelNotFound, match="no model 'm'; `genmodels models` or GET /v1/models lists what there is"):
+    with pytest.raises(ModelNotFound, match="no model 'm'; `genmodels models` or GET /v1/models lists all models"):
         store.resolve("m")
 
 
@@ -369,8 +369,8 @@ def test_judging(gate: dict[str, float], value: float | None, passed: bool, reas
 def test_the_best_checkpoint(gate: dict[str, float] | None, values: list[float | None], expected: int) -> None:
     metrics = [{} if value is None else {"x": value} for value in values]
     candidates = [(CheckpointRef(attempt=1, step=i), manifest_of(each, i)) for i, each in enumerate(metrics)]
-    found = best(Gate(metric="x", **gate) if gate else None, candidates)
-    assert found is candidates[expected]
+    result = best(Gate(metric="x", **gate) if gate else None, candidates)
+    assert result is candidates[expected]
 
 
 # ---- the probe
@@ -380,7 +380,7 @@ def test_a_probe_accepts_rounding_and_nothing_more(family: Family[Any, Any], tmp
     write_probe(family, tmp_path)
     verify_probe(family, tmp_path)
     other, _ = build("minigpt", seed=1)
-    with pytest.raises(CheckpointError, match=r"probe output 'logits' differs by 0\.\d+ from what was published"):
+    with pytest.raises(CheckpointError, match=r"probe output 'logits' differs by 0\.\d+ from the published output"):
         verify_probe(other, tmp_path)
     changed, _ = build("minigpt")
     with torch.no_grad():

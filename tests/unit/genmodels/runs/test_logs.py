@@ -290,22 +290,22 @@ def test_a_kill_command_leaves_the_stacks_of_ranks_that_hang(data: Path, file_st
     name = submit(file_storage, job("hang", model(data, "minigpt", max_steps=100, eval_every=100, save_every=100)))
     run = Run(file_storage, name, "minigpt")
     with WorkerGroup(3, file_storage.url, [(name, "minigpt", 1)], faults={1: "sleep@5", 2: "stop@5"}) as group:
-        until(lambda: (beat := run.heartbeat(1)) is not None and beat.step == 4)
-        run.send_command("kill", 1, "no tick for 120 s", then="cancelled")
+        until(lambda: (heartbeat := run.heartbeat(1)) is not None and heartbeat.step == 4)
+        run.send_command("kill", 1, "no progress for 120 s", then="cancelled")
         codes = [group.processes[rank].wait(30) for rank in (0, 1)]
         assert group.processes[2].poll() is None
     assert codes[1] == KILLED
     assert codes[0] != 0
     stacks = {rank: "\n".join(line.line for line in run.log_lines(rank)) for rank in ("0", "1")}
     for stack in stacks.values():
-        assert "Killed: no tick for 120 s. The stacks of all threads:" in stack
+        assert "Killed: no progress for 120 s. The stacks of all threads:" in stack
     assert "in faulty" in stacks["1"]
     assert "in backward" in stacks["0"]
     assert run.checkpoints() == []
-    beat = run.heartbeat(1)
-    assert beat is not None
-    assert (beat.phase, beat.step) == ("training", 4)
-    assert beat.step_seconds is not None
+    heartbeat = run.heartbeat(1)
+    assert heartbeat is not None
+    assert (heartbeat.phase, heartbeat.step) == ("training", 4)
+    assert heartbeat.step_seconds is not None
 
 
 def test_what_a_paused_attempt_does_when_it_wakes_is_not_read(data: Path, file_storage: Storage) -> None:

@@ -76,9 +76,9 @@ def test_the_value_that_an_error_advises_is_taken(root: type[BaseModel], name: s
     advised, form = 0, "; write e.g. " if name in RELATED else "; write (?:e[.]g[.] )?"
     for junk in JUNK:
         for text in refusals(root, name, junk):
-            if found := re.search(form + r"(\S+)$", text):
+            if result := re.search(form + r"(\S+)$", text):
                 advised += 1
-                assert refusals(root, name, json.loads(found[1])) == [], text
+                assert refusals(root, name, json.loads(result[1])) == [], text
     if root.model_fields[name].annotation in (int, float, bool):
         assert advised
 
@@ -106,8 +106,8 @@ class Odd(Section):
     ],
 )
 def test_where_no_example_fits_none_is_given(name: str, value: Any, text: str) -> None:
-    (found,) = refusals(Odd, name, value)
-    assert found == text
+    (result,) = refusals(Odd, name, value)
+    assert result == text
 
 
 def test_an_entry_of_a_list_is_a_number_of_its_own() -> None:

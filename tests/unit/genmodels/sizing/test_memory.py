@@ -276,7 +276,7 @@ def test_room_is_made_before_a_model_is_read(tmp_path: Path, monkeypatch: pytest
     host = ModelHost(storage.url, memory=int(1.5 * size_of(block_size=1000)))
     there: list[list[str]] = []
     monkeypatch.setattr(
-        model_cache, "load", lambda storage, found: there.append(list(host._cache._entries)) or load(storage, found)
+        model_cache, "load", lambda storage, result: there.append(list(host._cache._entries)) or load(storage, result)
     )
     app = create_app(host)
     for name in ("a@1", "b@1", "a@1"):
@@ -306,15 +306,15 @@ def test_the_setting_at_fault_is_named_with_what_would_be_right() -> None:
 
         problem = too_large(config, measure)
         assert problem is not None, (family, values)
-        name, said = problem
+        name, message = problem
         assert name == setting
-        most = re.fullmatch(rf"got {getattr(config, name)}: it takes .* GiB .*; write at most (\d+)", said)
-        assert most, said
+        most = re.fullmatch(rf"got {getattr(config, name)}: it takes .* GiB .*; write at most (\d+)", message)
+        assert most, message
         right = cls.Config.model_validate({**config.model_dump(), name: int(most[1])})
         assert too_large(right, measure) is None
     everything = MiniGPTConfig.model_validate(largest("minigpt"))
-    name, said = too_large(everything, lambda config: MiniGPT.footprint(config, text)) or ("", "")
-    assert re.search("; lower it, and n_\\w+ and n_\\w+$", said)
+    name, message = too_large(everything, lambda config: MiniGPT.footprint(config, text)) or ("", "")
+    assert re.search("; lower it, and n_\\w+ and n_\\w+$", message)
 
 
 def test_a_spec_is_judged_by_its_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -99,7 +99,7 @@ GOOD: dict[str, Any] = {
 
 @pytest.fixture(autouse=True, scope="module")
 def families(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Two families that load in no time, one for pictures and one for text, beside the real ones."""
+    """Two families that load in no time, one for pictures and one for text, in addition to the real ones."""
     folder = tmp_path_factory.mktemp("families")
     (folder / "stub_image.py").write_text(FAMILY.format(name="StubImage", base="ImageFamily"))
     (folder / "stub_text.py").write_text(FAMILY.format(name="StubText", base="TextFamily"))
@@ -209,9 +209,9 @@ def test_a_relative_path_is_relative_to_the_spec_and_needs_one() -> None:
     ],
 )
 def test_scalars_follow_yaml_1_2(text: str, value: object) -> None:
-    found = spec_yaml.read(f"a: {text}".encode(), "x").value["a"]
-    assert found == value
-    assert type(found) is type(value)
+    result = spec_yaml.read(f"a: {text}".encode(), "x").value["a"]
+    assert result == value
+    assert type(result) is type(value)
 
 
 def test_1e_4_is_a_number_of_the_spec() -> None:
@@ -230,7 +230,7 @@ def test_1e_4_is_a_number_of_the_spec() -> None:
         (b"- a", "expected a mapping with the keys"),
         (b"name", "expected a mapping with the keys"),
         (b"a: 1\n---\nb: 2", "job.yaml:2: a second document begins here"),
-        (b"a: 1\nb: 2\na: 3", "job.yaml:3: the key 'a' stands twice, first in line 1; keep one"),
+        (b"a: 1\nb: 2\na: 3", "job.yaml:3: the key 'a' is repeated, first in line 1; keep one"),
         (b"a: &x 1", "job.yaml:1: the anchor &x is not allowed"),
         (b"a: 1\nb: *x", "job.yaml:2: the alias *x is not allowed"),
         (b"base: {a: 1}\nb:\n  <<: *base", "job.yaml:3: the alias *base is not allowed"),
@@ -251,12 +251,12 @@ def test_1e_4_is_a_number_of_the_spec() -> None:
         (b"a: \x07", "the character U+0007"),
         (b"a: \xff", "the byte 0xff is not UTF-8"),
         ("name: x".encode("utf-16"), "UTF-16; save it as UTF-8"),
-        (b"a:\n\tb: 1", "write spaces in place of tabs"),
-        (b"\ta: 1", "write spaces in place of tabs"),
+        (b"a:\n\tb: 1", "use spaces instead of tabs"),
+        (b"\ta: 1", "use spaces instead of tabs"),
         (b"a:\n  b: 1\n\tc: 1", "job.yaml:3: not valid YAML"),
-        (b"a:\n-\tb: 1", "job.yaml:2: not valid YAML: mapping values are not allowed here; write spaces"),
-        (b"a: b\tc", "write spaces in place of tabs"),
-        (b"\t" * 60_000 + b"a: 1", "write spaces in place of tabs"),
+        (b"a:\n-\tb: 1", "job.yaml:2: not valid YAML: mapping values are not allowed here; use spaces"),
+        (b"a: b\tc", "use spaces instead of tabs"),
+        (b"\t" * 60_000 + b"a: 1", "use spaces instead of tabs"),
         (b"a: b: c", "job.yaml:1: not valid YAML"),
         (b"a: 'b", "not valid YAML"),
         (b"a: [1", "not valid YAML"),
@@ -277,9 +277,9 @@ def test_hostile_yaml_is_one_clear_line(data: bytes, message: str) -> None:
 
 def test_a_billion_laughs_end_at_the_first_anchor() -> None:
     levels = [b"a0: &a0 [lol]"] + [b"a%d: &a%d [%s]" % (i, i, b",".join([b"*a%d" % (i - 1)] * 9)) for i in range(1, 10)]
-    found = problems(b"\n".join(levels))
-    assert found[0].startswith("the anchor &a0 is not allowed")
-    assert len(found) == spec_yaml.MAX_ERRORS
+    result = problems(b"\n".join(levels))
+    assert result[0].startswith("the anchor &a0 is not allowed")
+    assert len(result) == spec_yaml.MAX_ERRORS
 
 
 # what is refused: fields
@@ -300,11 +300,11 @@ def known_fields() -> dict[str, set[str]]:
     """The sections that have a key, by key: also those of the model's family, the stub's."""
     fields = {path: [*section.model_fields] for path, section in SECTIONS.items()}
     fields |= {"model": ["width", "heads", "act", "depth"], "model.depth": ["layers"]}
-    found: dict[str, set[str]] = {}
+    result: dict[str, set[str]] = {}
     for path, names in fields.items():
         for name in names:
-            found.setdefault(name, set()).add(path)
-    return found
+            result.setdefault(name, set()).add(path)
+    return result
 
 
 def test_a_key_in_the_wrong_section_is_sent_to_the_right_one() -> None:
@@ -315,13 +315,13 @@ def test_a_key_in_the_wrong_section_is_sent_to_the_right_one() -> None:
             if at in paths or (at == "scaling" and key in SECTIONS["scaling.num_workers"].model_fields):
                 continue
             where = "__".join(filter(None, ["models__0", *at.split(".")])) + f"__{key}"
-            said = next(problem for problem in problems(good(**{where: 1})) if f".{key}: " in problem)
-            if "did you mean" in said:
+            message = next(problem for problem in problems(good(**{where: 1})) if f".{key}: " in problem)
+            if "did you mean" in message:
                 continue
-            assert re.search(r"it belongs under (.*)", said), said
-            named = set(re.findall(r"'([\w.]+)'", said.partition("under ")[2]))
-            assert named <= paths or {f"{at}.{name}" for name in named} <= paths, said  # from the top, or from there
-            assert named, said
+            assert re.search(r"it belongs under (.*)", message), message
+            named = set(re.findall(r"'([\w.]+)'", message.partition("under ")[2]))
+            assert named <= paths or {f"{at}.{name}" for name in named} <= paths, message  # from the top, or from there
+            assert named, message
             sent += 1
     assert sent > 200
 
@@ -346,14 +346,14 @@ def test_a_setting_of_the_family_belongs_under_model(key: str) -> None:
     ],
 )
 def test_a_name_that_is_no_label_is_spelt_in_latin_letters(name: str, near: str) -> None:
-    (said,) = problems(good(name=name))
-    assert said.endswith(f"; write e.g. {near}" if near else "with no '-' at the ends")
+    (message,) = problems(good(name=name))
+    assert message.endswith(f"; write e.g. {near}" if near else "with no '-' at the ends")
 
 
 @pytest.mark.parametrize("value", [0, 2, 4, "1", "grey"])
 def test_choices_that_are_numbers_are_listed(value: object) -> None:
-    (said,) = problems(good(models__0__data={"path": "photos", "channels": value}))
-    assert "expected one of 1, 3" in said
+    (message,) = problems(good(models__0__data={"path": "photos", "channels": value}))
+    assert "expected one of 1, 3" in message
 
 
 @pytest.mark.parametrize(
@@ -473,7 +473,7 @@ def test_choices_that_are_numbers_are_listed(value: object) -> None:
             {"models__1__data__dataset": "mnist"},
             "got 'mnist', a dataset of images, but stub_text learns from texts; write one of ",
         ),
-        ({"models__1__name": "pictures"}, "models[1].name: got 'pictures', as models[0] has"),
+        ({"models__1__name": "pictures"}, "models[1].name: got 'pictures', which models[0] has already"),
         (
             {"models__0__serve__gate": {"metric": "val_loss"}},
             "models[0].serve.gate: got neither max nor min; write one",
@@ -491,16 +491,16 @@ def test_choices_that_are_numbers_are_listed(value: object) -> None:
     ],
 )
 def test_a_wrong_field_is_named_with_its_remedy(changes: dict[str, Any], message: str) -> None:
-    found = problems(good(**changes))
-    assert len(found) == 1, found
-    assert message in found[0]
+    result = problems(good(**changes))
+    assert len(result) == 1, result
+    assert message in result[0]
 
 
 @pytest.mark.parametrize("name", ["a.b", "a/b", "..", "", "-a", "a-", "A", "a\n", "ä", "a" * 64, "/etc/passwd"])
 def test_names_are_dns_labels(name: str) -> None:
     for path in ("name", "models__0__name"):
-        (found,) = problems(good(**{path: name}))
-        assert "lower-case letters, digits and '-'" in found
+        (result,) = problems(good(**{path: name}))
+        assert "lower-case letters, digits and '-'" in result
 
 
 def test_a_name_that_reads_as_a_number_must_be_quoted() -> None:
@@ -549,9 +549,9 @@ def test_all_problems_are_told_at_once_with_their_lines_and_the_families_own_aft
 
 def test_of_very_many_problems_the_first_are_told_quickly() -> None:
     start = time.process_time()
-    found = problems(b"".join(b"k%d: [a, b]\n" % i for i in range(4000)))
-    assert len(found) == 21
-    assert found[-1] == "and 3982 more"
+    result = problems(b"".join(b"k%d: [a, b]\n" % i for i in range(4000)))
+    assert len(result) == 21
+    assert result[-1] == "and 3982 more"
     assert time.process_time() - start < 1
 
 
@@ -579,9 +579,9 @@ def test_an_elastic_run_names_the_sizes_it_may_have() -> None:
 
 def test_an_added_dataset_is_known_where_the_storage_is() -> None:
     tree = good(models__0__data={"dataset": "mine"}, models__1__data={"dataset": "plays", "sha256": "a" * 64})
-    found = problems(tree)
-    assert "unknown dataset 'mine'" in found[0]
-    assert "Your own data: `path`, or `genmodels data add NAME FILE|FOLDER`" in found[0]
+    result = problems(tree)
+    assert "unknown dataset 'mine'" in result[0]
+    assert "Your own data: `path`, or `genmodels data add NAME FILE|FOLDER`" in result[0]
     data = json.dumps(tree).encode()
     job = parse_spec(data, "job.yaml", datasets={"mine": "image", "plays": "text"})
     assert [model.data.is_added for model in job.models] == [True, True]
@@ -749,11 +749,11 @@ def test_an_unknown_family_is_refused_with_the_nearest() -> None:
 
 def test_heads_must_share_the_width_of_a_minigpt() -> None:
     model = {"family": "minigpt", "n_embd": 65, "n_head": 4}
-    (found,) = problems(good(models__1__model=model))
-    assert found.startswith("models[1].model.n_embd: ")
-    assert "65" in found
-    assert "n_head" in found
-    assert "64" in found
+    (result,) = problems(good(models__1__model=model))
+    assert result.startswith("models[1].model.n_embd: ")
+    assert "65" in result
+    assert "n_head" in result
+    assert "64" in result
 
 
 # anything at all
@@ -803,13 +803,13 @@ def test_a_random_value_anywhere_is_taken_or_refused_in_words(place: str, value:
 @settings(max_examples=100, deadline=None)
 @given(st.dictionaries(st.text(max_size=12), JSON, min_size=1, max_size=4))
 def test_json_with_tabs_is_read_as_json_without(value: dict[str, Any]) -> None:
-    def found(text: str) -> Any:
+    def result(text: str) -> Any:
         try:
             return spec_yaml.read(text.encode(), "x").value
         except SpecError as error:
             return re.sub(r"x:\d+: ", "", str(error))
 
-    assert found("\t" + json.dumps(value, indent="\t", separators=("\t,\t", "\t:\t")) + "\t\n") == found(
+    assert result("\t" + json.dumps(value, indent="\t", separators=("\t,\t", "\t:\t")) + "\t\n") == result(
         json.dumps(value)
     )
 

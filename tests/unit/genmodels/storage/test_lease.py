@@ -53,7 +53,7 @@ def test_one_holds_it(storage: Storage, clock: Clock) -> None:
     assert a.held()
     assert b.try_acquire() is None
     assert not b.held()
-    for _ in range(10):  # as long as it is renewed nobody else gets it
+    for _ in range(10):  # while it is renewed no other process gets it
         clock.now += 14
         a.renew()
         assert b.try_acquire() is None

@@ -46,7 +46,7 @@ class Careless(Wrapped):
 def test_a_store_that_ignores_conditions_is_refused(ignored: list[str], header: str) -> None:
     storage = Careless(*ignored)
     for begin in (probe_conditional_puts, begin_writing):
-        with pytest.raises(StorageError, match=f"ignores {header}: .*use a store that honours them") as caught:
+        with pytest.raises(StorageError, match=f"ignores {header}: .*use a store that supports them") as caught:
             begin(storage)
         assert not isinstance(caught.value, StorageUnavailable)
         assert "\n" not in str(caught.value)
@@ -61,8 +61,8 @@ def test_a_store_that_honours_them_is_probed_by_many_at_once_and_nothing_is_left
     assert storage.folders("") == []
     inner: Any = storage
     if storage.url.startswith("s3:"):
-        found = inner._storage._client.list_objects_v2(Bucket=inner._storage._bucket, Prefix=inner._storage._prefix)
-        names = [item["Key"].removeprefix(inner._storage._prefix) for item in found["Contents"]]
+        result = inner._storage._client.list_objects_v2(Bucket=inner._storage._bucket, Prefix=inner._storage._prefix)
+        names = [item["Key"].removeprefix(inner._storage._prefix) for item in result["Contents"]]
     else:
         names = [f".storage/{file.name}" for file in (inner._storage._root / ".storage").iterdir()] + ["k"]
         names.remove(".storage/lock")
@@ -92,7 +92,7 @@ def test_what_a_start_costs_and_that_nothing_costs_more_later(
 @pytest.mark.parametrize("mode", ["200", "501 NotImplemented"])
 def test_s3_without_conditional_puts_is_refused(opened: Callable[..., Storage], proxy: FaultProxy, mode: str) -> None:
     proxy.fail(mode, method="PUT")
-    with pytest.raises(StorageError, match=r"needs conditional puts .*: use a store that honours them") as caught:
+    with pytest.raises(StorageError, match=r"needs conditional puts .*: use a store that supports them") as caught:
         begin_writing(opened(in_use=True))
     assert not isinstance(caught.value, StorageUnavailable)
 

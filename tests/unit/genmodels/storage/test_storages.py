@@ -396,8 +396,8 @@ def test_writers_and_deleters_in_one_folder(storage: Storage) -> None:
 def test_document_round_trip(storage: Storage) -> None:
     document = {"b": [1, 2.5, None, {"x": True}], "a": "ü", "loss": math.nan, "best": [math.inf, -math.inf]}
     etag = write_document(storage, "doc.json", document)
-    stored, found = read_document(storage, "doc.json")
-    assert found == etag
+    stored, result = read_document(storage, "doc.json")
+    assert result == etag
     assert stored == {"a": "ü", "b": [1, 2.5, None, {"x": True}], "best": ["inf", "-inf"], "loss": "nan"}
     text = storage.get("doc.json")[0].decode()
     assert list(json.loads(text)) == ["a", "b", "best", "loss", "nonce"]

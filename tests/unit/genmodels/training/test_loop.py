@@ -192,11 +192,11 @@ def test_compile_without_a_compiler_warns_once_and_trains(
 
 def test_compiling_is_a_phase_of_its_own(data: Path, folder: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
     """For minutes nothing else may happen, and nobody is to take that for a hang; also where a run goes on."""
-    ticks: list[tuple[str, int]] = []
+    reports: list[tuple[str, int]] = []
     report_progress = RunRecorder.report_progress
 
     def noted(self: RunRecorder, phase: Phase, step: int, loss: float | None = None) -> None:
-        ticks.append((phase, step))
+        reports.append((phase, step))
         report_progress(self, phase, step, loss)
 
     monkeypatch.setattr(RunRecorder, "report_progress", noted)
@@ -204,7 +204,7 @@ def test_compiling_is_a_phase_of_its_own(data: Path, folder: Storage, monkeypatc
     settings = {"compile": True, "max_steps": 10, "save_every": 5, "eval_every": 10}
     name = submit(folder, job("compile", model(data, "minigpt", **settings)))
     assert run_attempt(folder, name, "minigpt", 1, Group())
-    assert [tick for tick in ticks if tick[0] in ("compiling", "training")] == [
+    assert [report for report in reports if report[0] in ("compiling", "training")] == [
         ("compiling", 0),
         ("training", 1),
         ("compiling", 1),
@@ -213,9 +213,9 @@ def test_compiling_is_a_phase_of_its_own(data: Path, folder: Storage, monkeypatc
         *(("training", step) for step in range(3, 11)),
     ]
     folder.delete(f"{Run(folder, name, 'minigpt').checkpoint_prefix(CheckpointRef(attempt=1, step=10))}/manifest.json")
-    ticks.clear()
+    reports.clear()
     assert run_attempt(folder, name, "minigpt", 2, Group())
-    assert [step for phase, step in ticks if phase == "compiling"] == [5, 6, 7]
+    assert [step for phase, step in reports if phase == "compiling"] == [5, 6, 7]
 
 
 def test_the_log_says_how_it_goes(data: Path, folder: Storage, caplog: pytest.LogCaptureFixture) -> None:
@@ -241,7 +241,7 @@ def test_data_that_does_not_fit_is_said(data: Path, folder: Storage, tmp_path: P
 
     fails(DataError, r"train\.batch_size: 4096 is more than", train={"batch_size": 4096})
     fails(DataError, r"data\.path: .* does not exist", data={"path": str(tmp_path / "nowhere.d")})
-    fails(SpecError, "vae learns from images, this dataset has texts", data={"path": str(data / "play.txt")})
+    fails(SpecError, "vae learns from images, but this dataset has texts", data={"path": str(data / "play.txt")})
 
 
 def test_what_a_density_is_fitted_to_is_bounded_and_fixed(data: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -74,11 +74,11 @@ def test_gauges_say_what_storage_says(family: str, data: Path, monkeypatch: pyte
         found = {labels: number for labels, number in series(metric).items() if name in labels}
         return {tuple(word for word in labels if word not in (name, family)): n for labels, n in found.items()}
 
-    beat, row = run.heartbeat(1), run.metrics()[-1]
-    assert beat
-    assert shown(metrics.TRAINING_STEP) == {(): beat.step} == {(): 6}
-    assert shown(metrics.TRAINING_MAX_STEPS) == {(): beat.max_steps}
-    assert shown(metrics.TRAINING_ETA) == {(): beat.seconds_left} == {(): 0}
+    heartbeat, row = run.heartbeat(1), run.metrics()[-1]
+    assert heartbeat
+    assert shown(metrics.TRAINING_STEP) == {(): heartbeat.step} == {(): 6}
+    assert shown(metrics.TRAINING_MAX_STEPS) == {(): heartbeat.max_steps}
+    assert shown(metrics.TRAINING_ETA) == {(): heartbeat.seconds_left} == {(): 0}
     assert shown(metrics.TRAINING_WORKERS) == {(): 1}
     assert shown(metrics.TRAINING_CHECKPOINT_STEP) == {(): 6}
     assert shown(metrics.TRAINING_SAMPLES) == {(): row["samples"]}

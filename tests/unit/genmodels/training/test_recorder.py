@@ -34,7 +34,7 @@ FIT_BATCH = {"images": torch.rand(24, *IMAGES.shape, generator=torch.Generator()
 
 @pytest.fixture(autouse=True)
 def in_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(recorder, "BEAT_SECONDS", 0.01)
+    monkeypatch.setattr(recorder, "HEARTBEAT_SECONDS", 0.01)
     monkeypatch.setattr(recorder, "METRICS_SECONDS", 0.02)
     monkeypatch.setattr("genmodels.storage.retry.MAX_WAIT_SECONDS", 0.01)
 
@@ -71,7 +71,7 @@ def snapshot(step: int, val_loss: float | None = None) -> Snapshot:
         step=step,
         samples=step * 12,
         metrics={"val_loss": 1 / step if val_loss is None else val_loss},
-        served=weights,
+        serving_weights=weights,
         roles={"model": {name: tensor + 1 for name, tensor in weights.items()}},
         optimizers={"model": [{"0.step": torch.tensor(float(step))}]},
     )
@@ -115,33 +115,33 @@ def test_everything_arrives(make: Any) -> None:
     ]
     assert [row["step"] for row in run.metrics()] == [1, 2]
     assert run.samples() == [(2, "runs/job/vae/attempt-1/samples/00000002/samples.png")]
-    beat = run.heartbeat(1)
-    assert beat is not None
-    assert (beat.phase, beat.step, beat.max_steps, beat.loss) == ("saving", 2, 100, 0.5)
-    assert not rank0.beater.is_alive()
+    heartbeat = run.heartbeat(1)
+    assert heartbeat is not None
+    assert (heartbeat.phase, heartbeat.step, heartbeat.max_steps, heartbeat.loss) == ("saving", 2, 100, 0.5)
+    assert not rank0.heartbeat_writer.is_alive()
     assert not rank0.uploader.is_alive()
 
 
 def test_a_heartbeat_says_how_long_it_will_take(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    rank0, beats = make(MemoryStorage()), []
+    rank0, heartbeats = make(MemoryStorage()), []
 
     def report_progress(second: float, *arguments: Any) -> None:
         with monkeypatch.context() as patch:
             patch.setattr(time, "monotonic", lambda: second)
             rank0.report_progress(*arguments)
-        beats.append(rank0.heartbeat)
+        heartbeats.append(rank0.heartbeat)
 
     report_progress(50.0, "evaluating", 10)
     report_progress(60.0, "training", 11, 3.0)  # the first step, of a resumed run, says nothing of the pace
     report_progress(62.0, "training", 15, 2.5)
     report_progress(70.0, "evaluating", 15)
-    assert [beat.seconds_left for beat in beats] == [None, None, 2.0 / 4 * 85, 10.0 / 4 * 85]
-    assert [beat.loss for beat in beats] == [None, 3.0, 2.5, 2.5]
-    assert [beat.progress_count for beat in beats] == [1, 2, 3, 4]
+    assert [heartbeat.seconds_left for heartbeat in heartbeats] == [None, None, 2.0 / 4 * 85, 10.0 / 4 * 85]
+    assert [heartbeat.loss for heartbeat in heartbeats] == [None, 3.0, 2.5, 2.5]
+    assert [heartbeat.progress_count for heartbeat in heartbeats] == [1, 2, 3, 4]
 
 
 def test_a_heartbeat_has_the_median_of_the_latest_steps(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each step from the tick before it, whatever that was of; evaluations and waits between steps are none."""
+    """Each step from the report of progress before it, of any phase; evaluations and waits between steps are none."""
     monkeypatch.setattr(recorder, "MEDIAN_OF", 5)
     storage = MemoryStorage()
     rank0, run = make(storage), Run(storage, "job", "vae")
@@ -150,10 +150,10 @@ def test_a_heartbeat_has_the_median_of_the_latest_steps(make: Any, monkeypatch: 
         with monkeypatch.context() as patch:
             patch.setattr(time, "monotonic", lambda: second)
             rank0.report_progress(phase, step)
-        rank0._write_beat()
-        beat = run.heartbeat(1)
-        assert beat is not None
-        return beat.step_seconds
+        rank0._write_heartbeat()
+        heartbeat = run.heartbeat(1)
+        assert heartbeat is not None
+        return heartbeat.step_seconds
 
     assert median_after(0, "compiling", 0) is None
     assert median_after(30, "training", 1) == 30
@@ -236,11 +236,17 @@ def test_a_full_scratch_disk_is_waited_for_and_said(
             patch.setattr(where, fail)
             rank0.report_progress("training", 5, 1.0)
             rank0.save(snapshot(5))
-            until(lambda: (beat := rank0.run.heartbeat(1)) and beat.waiting.startswith("the disk of this machine"))
+            until(
+                lambda: (
+                    (heartbeat := rank0.run.heartbeat(1)) and heartbeat.waiting.startswith("the disk of this machine")
+                )
+            )
             rank0.report_progress("training", 6, 1.0)  # the steps go on
-            until(lambda: (beat := rank0.run.heartbeat(1)) and (beat.step, beat.phase) == (6, "training"))
+            until(
+                lambda: (heartbeat := rank0.run.heartbeat(1)) and (heartbeat.step, heartbeat.phase) == (6, "training")
+            )
         until(lambda: manifests(storage))
-        until(lambda: (beat := rank0.run.heartbeat(1)) and not beat.waiting)
+        until(lambda: (heartbeat := rank0.run.heartbeat(1)) and not heartbeat.waiting)
     assert [manifest.step for _, manifest in Run(storage, "job", "vae").manifests()] == [5]
 
 
@@ -300,11 +306,11 @@ def test_saves_wait_once_two_are_on_their_way(make: Any) -> None:
         third = threading.Thread(target=rank0.save, args=(snapshot(3),))
         third.start()
         until(lambda: rank0.heartbeat.phase == "waiting for storage" and rank0.heartbeat.step == 3)
-        ticks = rank0.heartbeat.progress_count
-        until(lambda: rank0.heartbeat.progress_count > ticks + 2)
+        count = rank0.heartbeat.progress_count
+        until(lambda: rank0.heartbeat.progress_count > count + 2)
         assert third.is_alive()
         assert rank0.snapshots.qsize() == 1
-        until(lambda: (beat := rank0.run.heartbeat(1)) and beat.phase == "waiting for storage")
+        until(lambda: (heartbeat := rank0.run.heartbeat(1)) and heartbeat.phase == "waiting for storage")
         storage.away = False
         third.join()
     assert [ref.step for ref in Run(storage, "job", "vae").checkpoints()] == [2, 3]  # 1 was cleaned away
@@ -570,4 +576,4 @@ def test_fitting_beside_the_steps_draws_no_global_random_number(family: str) -> 
 @pytest.fixture(autouse=True)
 def no_thread_is_left() -> Iterator[None]:
     yield
-    until(lambda: not [t for t in threading.enumerate() if t.name in ("beat", "upload")])
+    until(lambda: not [t for t in threading.enumerate() if t.name in ("heartbeat", "upload")])

@@ -90,7 +90,7 @@ def test_leaving_saves_at_the_step_where_it_leaves(data: Path, tmp_path: Path) -
     name = submit(storage, job("stop", model(data, "autoencoder", max_steps=5000, save_every=5000, eval_every=5000)))
     run = Run(storage, name, "autoencoder")
     with WorkerGroup(2, storage.url, [(name, "autoencoder", 1)]) as group:
-        until(lambda: (beat := run.heartbeat(1)) is not None and beat.step > 0)
+        until(lambda: (heartbeat := run.heartbeat(1)) is not None and heartbeat.step > 0)
         run.send_command("stop", 1, "a test")
         group.succeed()
     (ref,) = run.checkpoints()

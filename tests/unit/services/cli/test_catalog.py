@@ -114,7 +114,7 @@ def test_what_is_deleted_is_looked_at_first(command: Command, store: Storage, wh
         assert (code, err.count("\n")) == (1, 1), err
         assert "no terminal" not in err
     code, _, err = command("data", "delete", "nope", *where)
-    assert (code, err) == (1, "error: no dataset 'nope'; `genmodels data list` lists what there is\n")
+    assert (code, err) == (1, "error: no dataset 'nope'; `genmodels data list` lists all datasets\n")
     assert command("delete", "vae@live", "--yes", *where)[0] == 2
 
 
@@ -166,7 +166,7 @@ def test_a_dataset_is_replaced_and_deleted_only_when_that_is_meant(
     assert command("data", "add", "novel", "novel.txt", *where)[0] == 0  # the same again
     code, _, err = command("data", "add", "novel", "other.txt", *where)
     assert code == 2
-    assert re.match(r"error: dataset 'novel' is there with another content: 6,400 characters.* Replace it\? ", err)
+    assert re.match(r"error: dataset 'novel' exists with another content: 6,400 characters.* Replace it\? ", err)
     assert err.endswith("There is no terminal to ask on: add --replace\n")
     monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
     for answer, code, size in ((False, 1, "6,400"), (True, 0, "3,400")):
@@ -177,7 +177,7 @@ def test_a_dataset_is_replaced_and_deleted_only_when_that_is_meant(
     code, out, _ = command("data", "delete", "novel", "--yes", *where)
     assert code == 0
     assert out.startswith("dataset novel is deleted. No run was trained on it.\n")
-    assert store.list("datasets/novel/") == ["datasets/novel/sweep.json"]
+    assert store.list("datasets/novel/") == ["datasets/novel/gc-lease.json"]
     assert "novel" not in command("data", "list", *where)[1]
 
 

@@ -53,7 +53,10 @@ def test_smoke_says_what_does_not_fit(tmp_path: Path) -> None:
     (tmp_path / "job.yaml").write_text(yaml.safe_dump({"name": "test", "models": [entry]}))
     done = genmodels(tmp_path, "validate", "job.yaml", "--smoke")
     assert done.returncode == 2
-    assert done.stderr == "error: job.yaml: models[0].data: vae learns from images, this dataset has texts\n"
+    assert (
+        done.stderr
+        == "error: job.yaml: models[0].data: vae learns from images, but this dataset has texts; choose another\n"
+    )
 
 
 def test_models_and_promote(tmp_path: Path) -> None:
@@ -73,7 +76,7 @@ def test_models_and_promote(tmp_path: Path) -> None:
         (
             ["promote", "nothing@1"],
             1,
-            "error: no model 'nothing'; `genmodels models` or GET /v1/models lists what there is\n",
+            "error: no model 'nothing'; `genmodels models` or GET /v1/models lists all models\n",
         ),
         (["models", "--storage", "ftp://x"], 1, "error: storage URL 'ftp://x': must be file:///"),
         (["run", "nowhere.yaml"], 2, "error: nowhere.yaml: no such file; write the path of a job spec"),

@@ -46,7 +46,7 @@ def test_a_dash_reads_the_spec_from_standard_input(run: Run, tmp_path: Path, mon
     assert errors[0].startswith("error: standard input:6: models[0].train.learning_rate: ")
     type_in(monkeypatch, "#" * 70_000)
     assert run("validate", "-")[2] == [
-        "error: standard input: larger than 64 KiB, which no job spec needs; is it the right file?"
+        "error: standard input: larger than 64 KiB, which no job spec needs; check that it is the right file"
     ]
     type_in(monkeypatch, GOOD.replace("1e-4", "fast"))
     code, out, errors = run("run", "-")
@@ -66,11 +66,11 @@ def test_everything_that_is_wrong_is_told_of_all_models(run: Run, tmp_path: Path
     code, out, errors = run("validate", "job.yaml")
     assert (code, out) == (2, "")
     assert [error.partition(": ")[2] for error in errors] == [
-        f"job.yaml: models[0].data.path: {tmp_path}/my.txt does not exist (looked from {tmp_path}): "
+        f"job.yaml: models[0].data.path: {tmp_path}/my.txt does not exist (in {tmp_path}): "
         "name a text file or a folder of pictures",
         "job.yaml: models[1].model.block_size: the training text has 2,295 characters, block_size 4000 needs at least "
-        "8,000: set model.block_size to 1147 or less, or bring more text",
-        "job.yaml: models[2].train.batch_size: got 64, expected at most the 16 training examples there are; "
+        "8,000: set model.block_size to 1147 or less, or add more text",
+        "job.yaml: models[2].train.batch_size: got 64, expected at most the number of training examples, 16; "
         "write 16 or less, or leave it out",
     ]
 
@@ -97,7 +97,7 @@ def test_a_path_that_is_no_readable_file(run: Run, tmp_path: Path, monkeypatch: 
     (tmp_path / "big.yaml").write_bytes(b"name: x\n" * 1_250_000)
     assert run("validate", "big.yaml")[::2] == (
         2,
-        ["error: big.yaml: larger than 64 KiB, which no job spec needs; is it the right file?"],
+        ["error: big.yaml: larger than 64 KiB, which no job spec needs; check that it is the right file"],
     )
     assert run("validate", "/dev/zero")[0] == 2
     (code, _, errors) = run("validate", "x" * 300)

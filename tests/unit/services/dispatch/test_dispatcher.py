@@ -186,7 +186,7 @@ def test_a_resume_is_not_lost_when_the_job_is_closed_again_before_the_command_is
     assert len(Jobs(storage).ended()) == 1
 
 
-def test_a_nudge_for_nothing_does_no_harm(data: Path) -> None:
+def test_a_notification_for_nothing_does_no_harm(data: Path) -> None:
     storage = MemoryStorage()
     name = submit(storage, data, "calm", "a")
     Jobs(storage).notify("gone-00000000", "a")

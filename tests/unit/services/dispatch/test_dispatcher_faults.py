@@ -42,7 +42,7 @@ class Clock:
         self.now = 1000.0
         monkeypatch.setattr(time, "monotonic", lambda: self.now)
 
-    def ticks(self, dispatcher: Dispatcher, seconds: int, lease_term: int = 1) -> None:
+    def run(self, dispatcher: Dispatcher, seconds: int, lease_term: int = 1) -> None:
         for _ in range(seconds):
             dispatcher.dispatch_once(lease_term)
             self.now += 1
@@ -114,12 +114,12 @@ def test_what_is_not_rays_answer_is_none(answer: httpx.Response) -> None:
 # ---- odd moments
 
 
-def ticks_on(run: Run, attempt: int) -> Iterator[object]:
+def keeps_training(run: Run, attempt: int) -> Iterator[object]:
     run.start_attempt(attempt, None, 1)
-    tick = 0
+    count = 0
     while True:
-        tick += 1
-        run.write_heartbeat(attempt, Heartbeat(phase="training", step=tick, progress_count=tick))
+        count += 1
+        run.write_heartbeat(attempt, Heartbeat(phase="training", step=count, progress_count=count))
         yield
 
 
@@ -129,7 +129,7 @@ def is_never_started(run: Run, attempt: int) -> Iterator[object]:
 
 
 @pytest.mark.parametrize("now", [False, True])
-@pytest.mark.parametrize("script", [ticks_on, is_never_started])
+@pytest.mark.parametrize("script", [keeps_training, is_never_started])
 def test_a_restart_remembers_that_an_attempt_is_to_end(
     data: Path, monkeypatch: pytest.MonkeyPatch, now: bool, script: Script
 ) -> None:
@@ -137,12 +137,12 @@ def test_a_restart_remembers_that_an_attempt_is_to_end(
     clock, cluster = Clock(monkeypatch), Cluster(storage, a=[script])
     name = submit(storage, data, "one", "a")
     first = Dispatcher(storage, cluster)
-    clock.ticks(first, 3)
+    clock.run(first, 3)
     cancel(storage, name, now)
     with pytest.MonkeyPatch.context() as patch:  # it is killed right after it has heard
         patch.setattr(AttemptMonitor, "kill_if_overdue", lambda *_: None)
-        clock.ticks(first, 1)
-    clock.ticks(Dispatcher(storage, cluster), 200, lease_term=2)
+        clock.run(first, 1)
+    clock.run(Dispatcher(storage, cluster), 200, lease_term=2)
     assert state(storage, name, "a").state == "cancelled"
 
 
@@ -177,13 +177,13 @@ def test_a_run_that_evaluates_often_grows_too(data: Path, monkeypatch: pytest.Mo
     monkeypatch.setenv("GENMODELS_GROW_SECONDS", "15")
     submit(storage, data, "one", "a", workers={"min": 1, "max": 2})
     dispatcher = Dispatcher(storage, cluster)
-    clock.ticks(dispatcher, 5)
+    clock.run(dispatcher, 5)
     cluster.cpus = 2
-    clock.ticks(dispatcher, 40)
+    clock.run(dispatcher, 40)
     assert cluster.sizes == [("a", 1), ("a", 2)]
 
 
-def test_who_wakes_late_takes_no_newer_nudge(data: Path) -> None:
+def test_who_wakes_late_takes_no_newer_notification(data: Path) -> None:
     inner = MemoryStorage()
     cluster = Cluster(inner, cpus=0)
     name = submit(inner, data, "one", "a")

@@ -90,7 +90,7 @@ def test_the_first_tick_asks_a_few_things_of_each_run_many_at_once() -> None:
     assert sum(storage.counts.values()) <= 3  # the open jobs, the inbox: nothing of each run
 
 
-def test_commands_left_before_a_dispatcher_starts_are_obeyed() -> None:
+def test_commands_left_before_a_dispatcher_starts_are_applied() -> None:
     storage = CountingStorage()
     service = Service(storage)
     job = service.submit("a", "b")
@@ -138,8 +138,8 @@ def test_a_scrape_does_not_wait_for_storage(monkeypatch: pytest.MonkeyPatch) -> 
     while len(ages) < 3 and time.monotonic() < deadline:
         told = figures(metrics.text())
         assert told['genmodels_open_runs{state="queued"}'] == 0.0
-        if not ages or told["genmodels_job_figures_age_seconds"] > ages[-1]:
-            ages.append(told["genmodels_job_figures_age_seconds"])
+        if not ages or told["genmodels_job_metrics_age_seconds"] > ages[-1]:
+            ages.append(told["genmodels_job_metrics_age_seconds"])
     assert len(ages) == 3
     storage.held.set()
     submitting.join()

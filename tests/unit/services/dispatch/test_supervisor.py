@@ -39,7 +39,7 @@ class Seen(list[tuple[str, str | None]]):
             self.append(shown)
 
 
-def carry(storage: Storage, *scripts: Script, watch: Any = None) -> tuple[Status, Result | None, Drivers]:
+def complete(storage: Storage, *scripts: Script, watch: Any = None) -> tuple[Status, Result | None, Drivers]:
     backend = Drivers(storage, *scripts)
     status, result = run_to_completion(storage, backend, JOB, MODEL, 2, Seen() if watch is None else watch)
     stored, _ = Run(storage, JOB, MODEL).status()
@@ -56,7 +56,7 @@ def states(status: Status) -> list[tuple[str, str]]:
 
 def test_success(storage: Storage) -> None:
     seen = Seen()
-    status, result, backend = carry(storage, succeeds, watch=seen)
+    status, result, backend = complete(storage, succeeds, watch=seen)
     assert result is not None
     assert (status.state, status.attempt, result.version, backend.attempts) == ("succeeded", 1, 3, [1])
     assert states(status) == [
@@ -83,14 +83,14 @@ def test_a_state_is_stored_before_anyone_is_told() -> None:
     def watch(status: Status, heartbeat: Heartbeat | None) -> None:
         assert Run(storage, JOB, MODEL).status()[0] == status
 
-    carry(storage, ends("failed", "infrastructure"), succeeds, watch=watch)
+    complete(storage, ends("failed", "infrastructure"), succeeds, watch=watch)
 
 
 def test_what_has_succeeded_never_changes() -> None:
     storage = MemoryStorage()
-    first, _, _ = carry(storage, succeeds)
+    first, _, _ = complete(storage, succeeds)
     objects = dict(storage.objects)
-    again, result, backend = carry(storage, dies)
+    again, result, backend = complete(storage, dies)
     assert (again, backend.attempts) == (first, [])
     assert result is not None
     assert result.version == 3
@@ -99,7 +99,7 @@ def test_what_has_succeeded_never_changes() -> None:
 
 @pytest.mark.parametrize("cause", ["user", "diverged", None])
 def test_the_user_is_told_at_once(cause: Any) -> None:
-    status, result, backend = carry(MemoryStorage(), ends("failed", cause, "step 7: loss = nan"))
+    status, result, backend = complete(MemoryStorage(), ends("failed", cause, "step 7: loss = nan"))
     assert (status.state, status.reason, backend.attempts) == ("failed", "step 7: loss = nan", [1])
     assert result is not None
     assert result.cause == cause
@@ -109,9 +109,9 @@ def test_a_failed_gate_is_final() -> None:
     storage = MemoryStorage()
     gate = GateResult(metric="val_loss", value=130.0, passed=False, reason="val_loss 130 is not <= 120")
     script = ends("failed", "gate", "not published: val_loss 130 is not <= 120", saves=True, gate=gate)
-    first, _, backend = carry(storage, script)
+    first, _, backend = complete(storage, script)
     assert (first.state, backend.attempts) == ("failed", [1])
-    again, result, backend = carry(storage, succeeds)
+    again, result, backend = complete(storage, succeeds)
     assert (again, backend.attempts) == (first, [])
     assert result is not None
     assert result.gate == gate
@@ -119,8 +119,8 @@ def test_a_failed_gate_is_final() -> None:
 
 def test_what_failed_otherwise_is_tried_again_by_a_second_carry() -> None:
     storage = MemoryStorage()
-    carry(storage, ends("failed", "user", "no such file"))
-    status, _, backend = carry(storage, succeeds)
+    complete(storage, ends("failed", "user", "no such file"))
+    status, _, backend = complete(storage, succeeds)
     assert (status.state, backend.attempts) == ("succeeded", [2])
     assert [state for state, _ in states(status)][:3] == ["starting", "running", "failed"]
 
@@ -130,7 +130,7 @@ def test_what_failed_otherwise_is_tried_again_by_a_second_carry() -> None:
 
 @pytest.mark.parametrize("cause", ["infrastructure", "superseded", "out of memory"])
 def test_what_may_pass_is_tried_again(cause: Any) -> None:
-    status, _, backend = carry(MemoryStorage(), ends("failed", cause, "a worker was lost"), succeeds)
+    status, _, backend = complete(MemoryStorage(), ends("failed", cause, "a worker was lost"), succeeds)
     assert (status.state, status.attempt, backend.attempts) == ("succeeded", 2, [1, 2])
     assert states(status)[1:4] == [
         ("running", "the workers train"),
@@ -141,13 +141,13 @@ def test_what_may_pass_is_tried_again(cause: Any) -> None:
 
 def test_an_attempt_that_left_is_followed_by_the_next() -> None:
     storage = MemoryStorage()
-    status, _, backend = carry(storage, ends("stopped", saves=True), succeeds)
+    status, _, backend = complete(storage, ends("stopped", saves=True), succeeds)
     assert (status.state, backend.attempts) == ("succeeded", [1, 2])
     assert Run(storage, JOB, MODEL).chain()[-1].parent == CheckpointRef(attempt=1, step=10)
 
 
 def test_a_driver_that_dies_without_a_word_is_tried_again() -> None:
-    status, _, backend = carry(MemoryStorage(), dies, succeeds)
+    status, _, backend = complete(MemoryStorage(), dies, succeeds)
     assert (status.state, backend.attempts) == ("succeeded", [1, 2])
     assert states(status)[1] == (
         "queued",
@@ -160,7 +160,7 @@ def test_a_result_counts_whatever_the_exit_code() -> None:
         yield from succeeds(run, attempt)
         return 1
 
-    assert carry(MemoryStorage(), script)[0].state == "succeeded"
+    assert complete(MemoryStorage(), script)[0].state == "succeeded"
 
 
 class Clock:
@@ -179,7 +179,7 @@ def test_three_attempts_that_lead_nowhere_are_enough(monkeypatch: pytest.MonkeyP
     clock = Clock(monkeypatch)
     monkeypatch.setattr(retry_policy, "BACK_OFF_SECONDS", (1.0, 5.0, 15.0))
     monkeypatch.setattr(single_run, "POLL_SECONDS", 0.5)
-    status, _, backend = carry(MemoryStorage(), dies)
+    status, _, backend = complete(MemoryStorage(), dies)
     assert (status.state, backend.attempts) == ("failed", [1, 2, 3])
     assert status.reason == (
         "3 attempts without a new checkpoint; the last: the driver ended with code 137 and left no result"
@@ -189,9 +189,9 @@ def test_three_attempts_that_lead_nowhere_are_enough(monkeypatch: pytest.MonkeyP
 
 def test_a_new_checkpoint_resets_the_count() -> None:
     lost, saved = ends("failed", "infrastructure"), ends("failed", "infrastructure", saves=True)
-    status, _, backend = carry(MemoryStorage(), dies, lost, saved, dies, lost, saved, saved, dies, lost, dies)
+    status, _, backend = complete(MemoryStorage(), dies, lost, saved, dies, lost, saved, saved, dies, lost, dies)
     assert (status.state, backend.attempts) == ("failed", list(range(1, 11)))
-    status, _, backend = carry(MemoryStorage(), *[saved] * 8, succeeds)
+    status, _, backend = complete(MemoryStorage(), *[saved] * 8, succeeds)
     assert (status.state, backend.attempts) == ("succeeded", list(range(1, 10)))
 
 
@@ -208,13 +208,13 @@ def test_a_new_checkpoint_is_progress_also_below_one_that_was_damaged() -> None:
         save(run, attempt, attempt * 10)
         yield
 
-    status, _, backend = carry(MemoryStorage(), far, again, again, again, succeeds)
+    status, _, backend = complete(MemoryStorage(), far, again, again, again, succeeds)
     assert (status.state, backend.attempts) == ("succeeded", [1, 2, 3, 4, 5])
 
 
 def test_memory_is_short_twice_at_most() -> None:
     short = ends("failed", "out of memory", "out of memory; lower train.batch_size", saves=True)
-    status, result, backend = carry(MemoryStorage(), short)
+    status, result, backend = complete(MemoryStorage(), short)
     assert (status.state, status.reason) == ("failed", "out of memory; lower train.batch_size")
     assert backend.attempts == [1, 2]
     assert result is not None
@@ -226,7 +226,7 @@ def test_attempts_are_numbered_on_after_whatever_happened() -> None:
     storage = MemoryStorage()
     run = Run(storage, JOB, MODEL)
     run.write_status(Status(state="queued").to("running", "by one that was killed", attempt=4), None)
-    status, _, backend = carry(storage, succeeds)
+    status, _, backend = complete(storage, succeeds)
     assert (status.state, backend.attempts) == ("succeeded", [5])
 
 
@@ -294,7 +294,7 @@ def test_ctrl_c_has_the_attempt_save_and_leave(storage: Storage) -> None:
     assert [(command.action, command.reason) for command in run.commands(1)] == [("stop", "stopped by Ctrl-C")]
     assert (backend.drivers[0].code, backend.drivers[0].killed) == (0, False)
     assert (status.state, status.reason) == ("queued", "stopped by Ctrl-C; continues from step 8")
-    again, _, _ = carry(storage, succeeds)
+    again, _, _ = complete(storage, succeeds)
     assert again.state == "succeeded"
 
 
@@ -421,7 +421,7 @@ def test_a_lost_answer_is_not_taken_for_another_dispatcher() -> None:
             self.away = self.away and self.refused < 20
             super().before(verb, key)
 
-    status, _, _ = carry(Lossy(), succeeds)
+    status, _, _ = complete(Lossy(), succeeds)
     assert [state for state, _ in states(status)] == ["starting", "running", "publishing", "succeeded"]
 
 
@@ -439,7 +439,7 @@ def test_ctrl_c_in_an_outage_does_not_hang() -> None:
     assert backend.drivers[0].killed
     storage.away = False
     assert Run(storage, JOB, MODEL).status()[0].state == "running"
-    assert carry(storage, succeeds)[0].state == "succeeded"
+    assert complete(storage, succeeds)[0].state == "succeeded"
 
 
 # ---- step by step: commands, hangs, leases
@@ -537,7 +537,7 @@ def test_cancel_now_kills_what_does_not_end_by_itself(monkeypatch: pytest.Monkey
     assert ATTEMPTS.labels("cancelled")._value.get() == counted["cancelled"] + 1
 
 
-def test_commands_are_obeyed_once() -> None:
+def test_commands_are_applied_once() -> None:
     supervisor, _ = supervised(MemoryStorage(), obedient, succeeds)
     supervisor.run.send_command("stop", 0, "cancelled", then="cancelled")
     supervisor.run.send_command("resume", 0, "resumed", then="queued")
@@ -593,15 +593,17 @@ def test_what_never_got_to_work_does_not_count(cause: Any) -> None:
         run.write_result(attempt, Result(outcome="failed", cause=cause, message="not this time"))
         yield
 
-    status, _, backend = carry(MemoryStorage(), *[script] * 6, succeeds)
+    status, _, backend = complete(MemoryStorage(), *[script] * 6, succeeds)
     assert (status.state, backend.attempts) == ("succeeded", [1, 2, 3, 4, 5, 6, 7])
 
 
-def hangs(phase: Any, step_seconds: float | None = None, ticks: int = 1) -> Script:
+def hangs(phase: Any, step_seconds: float | None = None, heartbeats: int = 1) -> Script:
     def script(run: Run, attempt: int) -> Iterator[object]:
         run.start_attempt(attempt, None, 1)
-        for tick in range(ticks):
-            run.write_heartbeat(attempt, Heartbeat(phase=phase, step=7, progress_count=tick, step_seconds=step_seconds))
+        for count in range(heartbeats):
+            run.write_heartbeat(
+                attempt, Heartbeat(phase=phase, step=7, progress_count=count, step_seconds=step_seconds)
+            )
             yield
         while True:
             yield
@@ -641,9 +643,9 @@ def test_a_hang_is_found_its_stacks_are_asked_for_and_the_run_goes_on(
     play(supervisor, "succeeded")
 
 
-def test_what_ticks_does_not_hang_however_long_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_makes_progress_does_not_hang_however_long_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
     clock = Clock(monkeypatch)
-    supervisor, _ = supervised(MemoryStorage(), hangs("evaluating", ticks=40))
+    supervisor, _ = supervised(MemoryStorage(), hangs("evaluating", heartbeats=40))
     play(supervisor, "running")
     for _ in range(38):
         for _ in range(20):
@@ -673,13 +675,13 @@ def test_the_next_dispatcher_finds_the_driver_and_goes_on() -> None:
     first, backend = supervised(storage, obedient)
     play(first, "running")
 
-    class Found(Drivers):
+    class Adopting(Drivers):
         def find(self, job: str, model: str, attempt: int) -> Driver:
             assert (job, model, attempt) == (JOB, MODEL, 1)
             return backend.drivers[0]
 
     run = Run(storage, JOB, MODEL)
-    second = Supervisor(run, Found(storage, succeeds), *run.status())
+    second = Supervisor(run, Adopting(storage, succeeds), *run.status())
     second.stamp(2)
     with pytest.raises(GenmodelsError, match="another dispatcher works on run"):
         first.to("failed", "a stale dispatcher wakes")
@@ -695,7 +697,7 @@ def test_the_next_dispatcher_finds_the_driver_and_goes_on() -> None:
 def test_a_driver_that_nobody_knows_any_more_is_lost_and_counts_only_if_it_had_begun() -> None:
     for began in (False, True):
         storage = MemoryStorage()
-        first, _ = supervised(storage, stubborn if began else hangs("starting", ticks=0))
+        first, _ = supervised(storage, stubborn if began else hangs("starting", heartbeats=0))
         play(first, "running" if began else "starting")
         if began:
             first.step()

@@ -275,7 +275,7 @@ def test_a_damaged_best_gives_way_to_the_next(spec: ModelSpec) -> None:
     assert (result.outcome, result.step, result.metrics) == ("succeeded", 3, {"val_loss": 1.7})
     for step in (1, 3):
         run.storage.delete(f"{run.checkpoint_prefix(CheckpointRef(attempt=1, step=step))}/{WEIGHTS}")
-    with pytest.raises(CheckpointError, match="runs/tiny-00000000/minigpt: no checkpoint is whole"):
+    with pytest.raises(CheckpointError, match="runs/tiny-00000000/minigpt: no checkpoint is complete"):
         publish_run(run, spec, 1)
 
 
@@ -318,7 +318,7 @@ def watch(monkeypatch: pytest.MonkeyPatch) -> DriverWatch:
     return DriverWatch(Run(MemoryStorage(), "j", "m"), 1, Logs())
 
 
-def beat(run: Run) -> Heartbeat:
+def heartbeat(run: Run) -> Heartbeat:
     found = run.heartbeat(1)
     assert found is not None
     return found
@@ -329,15 +329,15 @@ def test_the_driver_beats_until_rank_0_does(watch: DriverWatch) -> None:
     watch.look()
     assert run.heartbeat(1) is None
     watch.training(max_steps=9)
-    assert beat(run) == Heartbeat(phase="starting", max_steps=9)
-    for tick in (1, 2):
+    assert heartbeat(run) == Heartbeat(phase="starting", max_steps=9)
+    for count in (1, 2):
         watch.look()
-        assert beat(run).progress_count == tick
+        assert heartbeat(run).progress_count == count
     of_rank_0 = Heartbeat(phase="starting", max_steps=9, progress_count=1)
     run.write_heartbeat(1, of_rank_0)
     for _ in range(2):
         watch.look()
-        assert beat(run) == of_rank_0
+        assert heartbeat(run) == of_rank_0
 
 
 def test_a_driver_whose_attempt_was_taken_over_ends_without_a_result(watch: DriverWatch) -> None:
@@ -363,7 +363,7 @@ def test_a_group_that_has_not_begun_leaves_at_once(watch: DriverWatch) -> None:
     result = run.result(1)
     assert result is not None
     assert (result.outcome, result.cause, result.step) == ("stopped", None, 4)
-    assert result.message == "left before its workers had begun; continues from step 4"
+    assert result.message == "stopped before its workers started; continues from step 4"
 
 
 def test_a_group_that_has_begun_leaves_by_itself(watch: DriverWatch) -> None:
@@ -413,7 +413,7 @@ def test_after_training_nothing_is_looked_after(watch: DriverWatch) -> None:
     watch.run.send_command("stop", 1, "too late")
     watch.run.start_attempt(2, None, 1)
     watch.look()
-    assert beat(watch.run) == publishing
+    assert heartbeat(watch.run) == publishing
 
 
 @pytest.mark.parametrize("ended", [False, True])
@@ -494,7 +494,7 @@ def test_a_driver_that_is_told_to_end_leaves_a_result_and_its_log(tmp_path: Path
     assert (result.outcome, result.step) == ("stopped", 0)
     assert [command.reason for command in run.commands(1)] == ["the driver was told to end (SIGTERM)"]
     assert log(run)[0] == "workers: 2"
-    assert log(run)[-1].endswith("left before its workers had begun; continues from step 0")
+    assert log(run)[-1].endswith("stopped before its workers started; continues from step 0")
 
 
 def test_a_driver_ends_when_it_is_overtaken(tmp_path: Path) -> None:

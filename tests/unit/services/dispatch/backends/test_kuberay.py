@@ -90,7 +90,7 @@ class Platform:
         scripts = self.scripts.get(run.model, [succeeds])
         return Driver(scripts[min(attempt, len(scripts)) - 1](run, attempt))
 
-    def tick(self, rounds: int = 1) -> None:
+    def reconcile(self, rounds: int = 1) -> None:
         for _ in range(rounds):
             self.dispatcher.dispatch_once(self.lease_term)
             self.operator.reconcile()
@@ -101,7 +101,7 @@ class Platform:
             status = state(self.storage, job, model)
             if status.state == wanted and status.attempt >= attempt:
                 return status
-            self.tick()
+            self.reconcile()
         pytest.fail(f"{model}: {status.state} ({status.reason}), attempt {status.attempt}")
 
     def reasons(self, job: str, model: str) -> list[str]:
@@ -129,7 +129,7 @@ def test_runs_are_carried_to_their_end(
     assert f"{told}; continues from step 0" in platform.reasons(name, "a")
     assert len(api.jobs) == 3, "they stay to be looked at"
     monkeypatch.setattr(kuberay, "KEEP_SECONDS", 0.0)
-    platform.tick(3)
+    platform.reconcile(3)
     assert not api.jobs
 
 
@@ -149,9 +149,11 @@ def test_a_real_attempt_outlives_its_dispatcher(
     name = submit(storage, data, "real", "a", workers=2)
     try:
         platform.until("a", "starting", name)
-        platform.tick(3)
+        platform.reconcile(3)
         platform.restart()
-        until(lambda: platform.tick() or state(storage, name, "a").state in ("succeeded", "failed"), "it ends", 240)
+        until(
+            lambda: platform.reconcile() or state(storage, name, "a").state in ("succeeded", "failed"), "it ends", 240
+        )
     finally:
         platform.operator.close()
     status = state(storage, name, "a")
@@ -217,7 +219,7 @@ def test_an_outage_of_the_api_server_changes_nothing(
     platform.until("a", "running", name)
     other = submit(storage, data, "later", "b")
     api.away = True
-    platform.tick(5)
+    platform.reconcile(5)
     assert platform.backend.capacity() is None
     assert (state(storage, name, "a").state, state(storage, other, "b").state) == ("running", "queued")
     assert sum("list rayjobs" in line for line in caplog.messages) == 1
@@ -280,7 +282,7 @@ def test_a_deadline_starts_the_next_attempt_after_the_first_has_gone(api: KubeAp
     first = submission_id(name, "a", 1)
     api.status(first, jobDeploymentStatus="Failed", reason="DeadlineExceeded")
     platform.operator.clings = True
-    platform.tick(5)
+    platform.reconcile(5)
     assert len(platform.operator.started) == 1, "its pods are there"
     platform.operator.clings = False
     platform.until("a", "succeeded", name)
@@ -309,7 +311,7 @@ def test_deleted_by_hand_it_goes_on_when_its_pods_have_gone(
         platform.until("a", "running", name, number)
         platform.operator.clings = True
         api.delete(submission_id(name, "a", number))
-        platform.tick(6)
+        platform.reconcile(6)
         assert submission_id(name, "a", number) not in api.jobs
         assert len(platform.operator.started) == number
         if number == 2:  # a node that is lost keeps its pods for ever
@@ -342,7 +344,7 @@ def test_kueue_admits_and_preempts(api: KubeApi, tmp_path: Path, data: Path, mon
     platform.operator.admits = False
     monkeypatch.setenv("GENMODELS_SLOW_SECONDS", "-1")  # any silence would be a hang
     name = submit(storage, data, "queued", "a")
-    platform.tick(10)
+    platform.reconcile(10)
     status = state(storage, name, "a")
     assert (status.state, status.reason) == ("starting", "waits for Kueue to admit it to queue training")
     assert not platform.operator.started
@@ -351,7 +353,7 @@ def test_kueue_admits_and_preempts(api: KubeApi, tmp_path: Path, data: Path, mon
     platform.until("a", "running", name)
     platform.operator.clings = True
     platform.operator.preempt(submission_id(name, "a", 1))
-    platform.tick(6)
+    platform.reconcile(6)
     assert state(storage, name, "a").attempt == 1, "its pods have not gone"
     platform.operator.clings = False
     status = platform.until("a", "succeeded", name)
@@ -384,7 +386,7 @@ def test_one_that_waits_in_kueues_queue_is_cancelled(api: KubeApi, tmp_path: Pat
     platform = Platform(api, tmp_path, storage, queue="training")
     platform.operator.admits = False
     name = submit(storage, data, "never", "a")
-    platform.tick(5)
+    platform.reconcile(5)
     send_command(storage, name, "a", "stop", "cancelled")
     platform.until("a", "cancelled", name)
     assert not api.jobs
@@ -413,7 +415,7 @@ def test_missing_rights_are_told_once_with_what_is_missing(
     platform = Platform(api, tmp_path, storage)
     name = submit(storage, data, "rights", "a")
     api.role.remove(("rayjobs", "create"))
-    platform.tick(5)
+    platform.reconcile(5)
     status = state(storage, name, "a")
     assert (status.state, status.attempt) == ("starting", 1)
     assert status.reason.startswith("Kubernetes does not take the RayJob: ")
@@ -463,7 +465,7 @@ def test_all_runs_of_a_tick_share_one_list(
     storage = MemoryStorage()
     platform = Platform(api, tmp_path, storage, **{name: [obedient] for name in "abcde"})
     submit(storage, data, "many", *"abcde")
-    platform.tick(5)
+    platform.reconcile(5)
     monkeypatch.setattr(kube_api, "LIST_SECONDS", 60.0)
     platform.backend.api._forget()
     api.asked.clear()
@@ -615,6 +617,6 @@ def test_limits_are_the_operators(api: KubeApi, tmp_path: Path, data: Path) -> N
     platform.most = Capacity(1, 0)
     platform.restart()
     name = submit(storage, data, "few", "a", "b")
-    platform.tick(2)
+    platform.reconcile(2)
     assert state(storage, name, "b").state == "queued"
     platform.until("b", "succeeded", name)
