@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -53,7 +55,10 @@ def main() -> None:
     """Run a command. Exit with 2 for a wrong spec or usage, 1 for another failure, 130 after Ctrl-C."""
     isolate_process()
     try:
-        sys.exit(app(prog_name="genmodels", standalone_mode=False) or 0)
+        code = app(prog_name="genmodels", standalone_mode=False) or 0
+        if sys.stdout:
+            sys.stdout.flush()
+        sys.exit(code)
     except GenmodelsError as error:
         for line in str(error).splitlines():
             print(f"error: {line}", file=sys.stderr)
@@ -61,6 +66,12 @@ def main() -> None:
     except UsageError as error:
         print(_usage(error), file=sys.stderr)
         sys.exit(2)
+    except OSError as error:
+        if error.filename is not None or error.errno not in (errno.ENOSPC, errno.EIO):
+            raise
+        print(f"error: the output cannot be written: {error.strerror}", file=sys.stderr)
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # Python tries once more at its end
+        sys.exit(1)
     except typer.Abort:
         print("Aborted.", file=sys.stderr)
         sys.exit(1)

@@ -101,7 +101,12 @@ def storage(url: str | None) -> Storage:
 
 
 def storage_url(url: str | None) -> str:
-    return url or (Path.cwd() / ".genmodels").as_uri()
+    if url:
+        return url
+    try:
+        return (Path.cwd() / ".genmodels").as_uri()
+    except FileNotFoundError:
+        raise SpecError("the current folder is gone; change to another one, or name a storage: --storage") from None
 
 
 def confirm(question: str, yes: bool, option: str = "--yes") -> bool:

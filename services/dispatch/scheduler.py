@@ -1,8 +1,8 @@
-"""Which queued runs start, with how many workers, and which running ones make room. A function of what it is given.
+"""Plan which queued runs start, with how many workers, and which running ones make room. A pure function.
 
 The order is priority, then first come first served. A run starts when its whole worker group fits. One that does not
-fit is passed by smaller ones, but only so often: then what it needs is held for it. One of higher priority has lower
-ones save and leave. An elastic run starts with the fewest workers while others wait, and takes what is left over.
+fit is passed by smaller ones a few times; then what it needs is reserved for it. A run of higher priority makes lower
+ones save and stop. An elastic run starts with the fewest workers while others wait, and takes what is left over.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class Plan:
 
 @dataclass
 class _Free:
-    """What nobody uses; below zero where more is used than there is, as after the loss of a node."""
+    """What is free; below zero if more is used than there is, as after the loss of a node."""
 
     cpus: int
     gpus: int
@@ -114,7 +114,7 @@ def plan(queued: Sequence[Queued], running: Sequence[Running], capacity: Capacit
             if makers:
                 stopping |= {other.key for other in makers}
                 result.preemptions += [(other.key, _why(run, other)) for other in makers if not other.stopping]
-                reason = "waits for others to save and leave"
+                reason = "waits for others to save and stop"
             if makers or run.backfilled >= MAX_BACKFILLED:  # what comes free is for this one
                 able.take(fewest, run.use_gpu)
             else:

@@ -1,4 +1,4 @@
-"""Where drivers run: as processes of this machine, or as Ray Jobs of a cluster."""
+"""The interface of backends, which run drivers: processes of this machine, Ray Jobs, or RayJobs on Kubernetes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from services.cluster.environment import python
 
 
 def submission_id(job: str, model: str, attempt: int) -> str:
-    """What Ray calls an attempt: short enough for Kubernetes, and no two (job, model) share it.
+    """Return Ray's id of an attempt: short enough for Kubernetes, and different for each (job, model, attempt).
 
     Ray refuses an id it has seen, so asking twice starts one driver.
     """
@@ -24,10 +24,10 @@ def driver_command(storage_url: str, job: str, model: str, attempt: int, workers
     return python("train", *what, "--attempt", str(attempt), "--workers", str(workers))
 
 
-LOST = -1  # what a driver polls as whom nobody knows, since its cluster has gone
+LOST = -1  # exit code of an unknown driver: its cluster has gone
 
 
-PREEMPTED = -1000  # what one polls as whose pods were taken away for more important ones; no signal has this number
+PREEMPTED = -1000  # exit code of a driver whose pods were preempted; no signal has this number
 
 
 Watch = Callable[[Status, Heartbeat | None], None]
@@ -35,9 +35,9 @@ Watch = Callable[[Status, Heartbeat | None], None]
 
 @dataclass(frozen=True)
 class Capacity:
-    """What a cluster has for workers, and what it may grow to where it can grow.
+    """What a cluster has for workers, and what it may grow to.
 
-    `unlimited`: there is always room, or somebody else sees to it that there is (Kueue, nodes that autoscale).
+    `unlimited`: there is always room, or Kueue or an autoscaler of nodes makes room.
     """
 
     cpus: int
@@ -51,15 +51,15 @@ class Driver(Protocol):
     """A driver that was started.
 
     Attributes:
-        waiting: what it waits for, however long, before it can begin or has ended; such a silence is no hang.
-        reason: how it ended, where more is known than the code.
+        waiting: what it waits for before it can begin or end; a silence meanwhile is no hang.
+        reason: how it ended, if more is known than the exit code.
     """
 
     waiting: str = ""
     reason: str = ""
 
     def poll(self) -> int | None:
-        """Its exit code, or None while it runs or nobody can tell."""
+        """Return its exit code, or None while it runs or its state is unknown."""
 
     def kill(self) -> None:
         """End it and everything it started, at once."""
@@ -71,7 +71,7 @@ class Backend(Protocol):
     def start(self, storage_url: str, job: str, model: str, attempt: int, workers: int) -> Driver: ...
 
     def find(self, job: str, model: str, attempt: int) -> Driver:
-        """One that was started earlier, maybe by another process; one that nobody knows polls as LOST."""
+        """Return a driver that was started earlier, maybe by another process; an unknown driver polls as LOST."""
 
     def capacity(self) -> Capacity | None:
         """None: the cluster does not answer."""

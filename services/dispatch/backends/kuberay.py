@@ -9,7 +9,7 @@ left one, comes first; "counted" are attempts without a new checkpoint, of which
     no status, Initializing, Waiting          | starting: waits for its cluster; for ever where no KubeRay runs
     Running                                   | starting, running, publishing: as the driver's heartbeats say
     Complete, jobStatus SUCCEEDED             | what the result says; without one: tried again, counted
-    Complete, jobStatus STOPPED               | somebody stopped it: tried again, counted
+    Complete, jobStatus STOPPED               | it was stopped by hand: tried again, counted
     Failed, AppFailed                         | the driver died: what the result says, else tried again, counted
     Failed, PreRunningDeadlineExceeded        | no room for its pods, or no image: tried again, not counted
     Failed, DeadlineExceeded                  | activeDeadlineSeconds of the template: goes on in a new attempt
@@ -18,7 +18,7 @@ left one, comes first; "counted" are attempts without a new checkpoint, of which
     Failed, ValidationFailed; refused (422)   | the template is wrong: tried again, counted, so the run soon fails
     the head pod is replaced                  | the head is lost (HTTPMode would submit the driver again): as above
     Suspending, Suspended, had begun          | preempted: its RayJob is deleted, a new attempt queued; not counted
-    deleted by somebody                       | tried again, counted once training had begun
+    deleted by hand                           | tried again, counted once training had begun
     Retrying                                  | cannot be (backoffLimit 0); start.json lets no attempt start twice
     unreachable API server, 401, 403, 429, 5xx| nothing is known, nothing changes: runs go on, none starts
 

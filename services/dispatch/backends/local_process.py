@@ -1,4 +1,4 @@
-"""TODO"""
+"""Run drivers as processes of this machine."""
 
 from __future__ import annotations
 

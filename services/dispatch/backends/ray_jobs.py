@@ -1,4 +1,4 @@
-"""TODO"""
+"""Run drivers as Ray Jobs, through the HTTP API of Ray's dashboard."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ class RayJobsBackend:
             alive = [node for node in nodes if node["state"] == "ALIVE"]
             there = [node["resources_total"] for node in alive]
             self._head_began = max((node["start_time_ms"] for node in alive if node["is_head_node"]), default=0)
-        except (ValueError, KeyError, TypeError):  # somebody else answers there
+        except (ValueError, KeyError, TypeError):  # another server answers at this address
             return None
         if not there:
             return None  # the head has just begun to start

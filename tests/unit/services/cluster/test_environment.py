@@ -107,6 +107,28 @@ def test_commands_work_with_closed_streams(closed: str, tmp_path: Path) -> None:
     assert key.read_bytes().startswith(b"{")
 
 
+@pytest.mark.parametrize(
+    ("program", "line"),
+    [
+        ("schema > /dev/full", "error: the output cannot be written: No space left on device"),
+        ("--help > /dev/full", "error: the output cannot be written: No space left on device"),
+        (
+            "rmdir",
+            "error: the current folder is gone; change to another one, or name a storage: --storage",
+        ),
+    ],
+    ids=["schema to a full disk", "help to a full disk", "a folder that is gone"],
+)
+def test_what_a_command_cannot_use_is_told_in_one_line(program: str, line: str, tmp_path: Path) -> None:
+    folder = tmp_path / "folder"
+    folder.mkdir()
+    here = f'"{sys.executable}" -P -c "$0"'
+    script = f"rmdir $PWD; {here} models" if program == "rmdir" else f"{here} {program}"
+    done = subprocess.run(["bash", "-c", script, SCRIPT], cwd=folder, capture_output=True, text=True, timeout=60)
+    assert done.stderr.splitlines() == [line]
+    assert done.returncode in (1, 2)
+
+
 @pytest.mark.parametrize("broken", ["closed pipe", "full disk"])
 def test_a_command_outlives_its_output(broken: str, tmp_path: Path) -> None:
     program = """

@@ -90,7 +90,7 @@ def test_a_higher_priority_has_lower_ones_leave() -> None:
     running = [runs("old", 2, since="1"), runs("young", 2, since="2"), runs("dear", 2, priority=9)]
     found = decide([waits("urgent", 2, priority=5)], running, cpus=6)
     assert found.preemptions == [("young", "preempted by a run of priority 5")]
-    assert found.reasons == [("urgent", "waits for others to save and leave")]
+    assert found.reasons == [("urgent", "waits for others to save and stop")]
     again = decide(
         [waits("urgent", 2, priority=5), waits("small", 1)],
         [running[0], runs("young", 2, since="2", stopping=True), running[2]],
