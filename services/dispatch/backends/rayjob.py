@@ -16,8 +16,8 @@ These fields are filled in and override the template:
     spec.submissionMode             HTTPMode: the operator submits. K8sJobMode would pull the image for one more pod per
                                     attempt, and would retry (submitterConfig), which is the dispatcher's task
     spec.backoffLimit               0: the dispatcher alone tries again
-    spec.shutdownAfterJobFinishes   true, and ttlSecondsAfterFinished 0: the cluster is removed at once. Its result stays
-                                    in the RayJob, which the dispatcher deletes KEEP_SECONDS later
+    spec.shutdownAfterJobFinishes   true, and ttlSecondsAfterFinished 0: the cluster is removed at once. The RayJob
+                                    keeps its result; the dispatcher deletes it KEEP_SECONDS later
     one worker group                replicas, minReplicas, maxReplicas: the workers; no other group; no autoscaling
     rayStartParams.num-cpus         head "0", workers "1": one worker of the training per pod, whatever its CPUs
     nvidia.com/gpu: 1               in the worker's requests and limits if the spec sets `use_gpu`, unless the group
