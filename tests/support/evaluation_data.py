@@ -37,7 +37,7 @@ def shapes(train: int = 480, val: int = 120, side: int = 16, channels: int = 1, 
 
 @dataclass
 class Bench:
-    """Make the data for evaluations, and remember what they did with it."""
+    """Make the data for evaluations, and count the cached results and progress reports."""
 
     kept: dict[str, bytes] = field(default_factory=dict)
     made: list[str] = field(default_factory=list)

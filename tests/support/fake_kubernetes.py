@@ -50,7 +50,7 @@ class KubeApi:
         ill: statuses of the next responses, in place of what the requests ask for.
         away: whether connections are closed without an answer.
         lost: whether the response to the next request is lost after the request was carried out.
-        asked: "VERB resource" of every request that came.
+        requests: "VERB resource" of every request that came.
     """
 
     def __init__(self) -> None:
@@ -59,7 +59,7 @@ class KubeApi:
         self.role = set(ROLE)
         self.ill: list[int] = []
         self.away = self.lost = self.expired = False
-        self.asked: list[str] = []
+        self.requests: list[str] = []
         self.version = 0
         self.lock = threading.RLock()
         self.valid = jsonschema.Draft202012Validator(json.loads(SCHEMA.read_text()))
@@ -134,7 +134,7 @@ class KubeApi:
             raise Refused(404, "NotFound", "the server could not find the requested resource")
         resource, name = match["resource"], match["name"]
         verb = {"POST": "create", "DELETE": "delete", "GET": "get" if name else "list"}[request.command]
-        self.asked.append(f"{verb} {resource}")
+        self.requests.append(f"{verb} {resource}")
         if self.ill:
             raise Refused(self.ill.pop(0), "TooManyRequests", "the server is ill")
         if (request.headers.get("authorization") or "").casefold() != f"bearer {TOKEN}":
