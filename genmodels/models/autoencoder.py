@@ -125,7 +125,7 @@ class Autoencoder(DensityFamily[AutoencoderConfig, AutoencoderRequest]):
         return {name: values.double().sum().to(images.device) for name, values in sums.items()}
 
     def eval_metrics(self, sums: Mapping[str, Tensor]) -> dict[str, float]:
-        """Means over images.
+        """Return means over images.
 
         `val_loss` is per pixel, of clean images through the latent space, `val_psnr` of the same in dB;
         `val_denoise_psnr` of images with noise of `noise_std`, clamped to [0, 1]; it equals `val_psnr` without noise.
@@ -159,10 +159,10 @@ class Autoencoder(DensityFamily[AutoencoderConfig, AutoencoderRequest]):
         return frozenset(verbs | {"denoise"} if self.config.noise_std > 0 else verbs)
 
     def sample_latents(self, n: int, seed: int, request: AutoencoderRequest) -> Tensor:
-        """From the density over the training images' latents.
+        """Draw latents from the density over the latents of training images.
 
         Raises:
-            RequestError: `fit` has not been called, so nothing is known of where the latents lie.
+            RequestError: `fit` has not been called, so there is no density.
         """
         if self.density is None:
             raise RequestError(
@@ -176,7 +176,7 @@ class Autoencoder(DensityFamily[AutoencoderConfig, AutoencoderRequest]):
             return self.network.encoder(placed(images, self.network)).float()
 
     def denoise(self, images: Tensor) -> Tensor:
-        """Clean images of noisy ones, (n, C, H, W) both; noise beyond [0, 1] is clamped first, as in training."""
+        """Return clean images of noisy images, (n, C, H, W) both; pixels are clamped to [0, 1], as in training."""
         with inference(self.network):
             return self.network.denoise(placed(images, self.network).clamp(0, 1)).float().sigmoid()
 
@@ -255,17 +255,17 @@ class AutoencoderNetwork(EncoderDecoder):
         return self.decoder(self.encoder(images))
 
     def denoise(self, images: Tensor) -> Tensor:
-        """Logits of clean images, through the latent space and across the skip connections."""
+        """Return logits of clean images, by way of the latent space and the skip connections."""
         features = self.encoder.features(images)
         return self.decoder(self.encoder.head(features[-1]), features)
 
 
 class AutoencoderLoss(nn.Module):
-    """Mean loss of a pixel; with noise, that of reconstructing plus that of denoising.
+    """Mean loss of a pixel: reconstruction, plus denoising if there is noise.
 
-    The noise is new for each image and its strength uniform between 0 and `noise_std`: so one model serves any strength
-    up to that without being told which, and clean images stay among what it knows. Noisy pixels are clamped to [0, 1],
-    for no picture that is sent to an endpoint holds others.
+    Each image has new noise, of a strength uniform between 0 and `noise_std`: so one model denoises each strength up to
+    that, without knowing it, and still sees clean images. Noisy pixels are clamped to [0, 1], for the images of a
+    request have no others.
     """
 
     def __init__(self, network: AutoencoderNetwork, config: AutoencoderConfig) -> None:
@@ -298,7 +298,7 @@ class AutoencoderLoss(nn.Module):
 
 
 def _pixel_losses(logits: Tensor, images: Tensor, loss: Literal["bce", "mse"]) -> Tensor:
-    """(n, C, H, W) in float32, whatever autocast gave."""
+    """Return the loss of each pixel, (n, C, H, W), in float32 also under autocast."""
     if loss == "bce":
         return F.binary_cross_entropy_with_logits(logits.float(), images, reduction="none")
     return (logits.float().sigmoid() - images).square()

@@ -1,12 +1,12 @@
-"""Generative adversarial network: a generator learns to pass for the data, a discriminator to tell them apart.
+"""Generative adversarial network: a generator imitates the data, a discriminator learns to tell the two apart.
 
 Goodfellow et al. 2014, "Generative Adversarial Networks".
 Relativistic pairing loss with both gradient penalties, the default: Huang et al. 2024, "The GAN is dead; long live the
 GAN! A Modern Baseline GAN" (R3GAN); R1 alone: Mescheder et al. 2018, "Which Training Methods for GANs do actually
 Converge?". Classes: the projection discriminator, Miyato & Koyama 2018, "cGANs with Projection Discriminator".
 
-The generator is what is served, averaged over the steps where `train.ema` is set. A latent is standard normal noise; a
-conditional model's latents go on with one weight for each class, so that there is a way from one class to another.
+The generator is served; with `train.ema` it is averaged over the steps. A latent is standard normal noise. In a
+conditional model it also has one weight for each class, so that there is a path from one class to another.
 """
 
 from __future__ import annotations
@@ -124,10 +124,10 @@ class GAN(ImageFamily[GANConfig, GANRequest]):
         ]
 
     def eval_step(self, batch: Batch) -> dict[str, Tensor]:
-        """Moments of real and generated images in random features.
+        """Return moments of real and generated images in random features.
 
-        As many images are generated as there are real ones, and of their classes. The noise of each is keyed by the
-        content of its real image: no matter how the validation set is cut into batches and ranks, nor when.
+        For each real image one image of its class is generated. The noise is keyed by the content of the real image, so
+        it does not depend on the step, or on how the validation set is divided into batches and ranks.
         """
         images = batch["images"]
         keys = [_content_key(image) for image in (images * 255).round().byte().cpu()]
@@ -140,12 +140,12 @@ class GAN(ImageFamily[GANConfig, GANRequest]):
         return {"real_even": moments(real[~odd]), "real_odd": moments(real[odd]), "fake": moments(fake)}
 
     def eval_metrics(self, sums: Mapping[str, Tensor]) -> dict[str, float]:
-        """Frechet distances between Gaussians fitted to features of images; 0 would be a perfect match.
+        """Return Frechet distances between Gaussians fitted to features of images; 0 is a perfect match.
 
-        `val_frechet` is that between the validation images and as many generated ones. The features are those of a
-        small network with fixed random weights (`RandomFeatures`), so this is not FID, and compares only with itself on
-        the same dataset. `val_frechet_floor` says what part of it is chance: the distance between two halves of the
-        validation images, halved, since the error of estimation goes with one over their number.
+        `val_frechet` compares the validation images with as many generated images. The features are those of a small
+        network with fixed random weights (`RandomFeatures`), so this is not FID, and two values compare only on the
+        same dataset. `val_frechet_floor` is the part that is due to chance: half the distance between two halves of the
+        validation images, because the error of estimation is inversely proportional to their number.
         """
         real = sums["real_even"] + sums["real_odd"]
         floor = frechet_distance(sums["real_even"], sums["real_odd"]) / 2
@@ -177,10 +177,10 @@ class GAN(ImageFamily[GANConfig, GANRequest]):
         return self.config.latent_dim + self.num_classes
 
     def sample_latents(self, n: int, seed: int, request: GANRequest) -> Tensor:
-        """Noise, and in a conditional model the class asked for, else one drawn for each image.
+        """Draw noise and, in a conditional model, a class for each image unless the request names one.
 
         Raises:
-            RequestError: there is no such class.
+            RequestError: the class does not exist.
         """
         noise = standard_normal(n, self.config.latent_dim, seed, request.temperature)
         label = self._label(request)
@@ -190,10 +190,10 @@ class GAN(ImageFamily[GANConfig, GANRequest]):
         return with_classes(noise, labels, self.num_classes)
 
     def decode(self, latents: Tensor, request: GANRequest) -> Tensor:
-        """Images of latents, (n, latent_dim) -> (n, C, H, W); a `label` takes the place of the latents' classes.
+        """Return images of latents, (n, latent_dim) -> (n, C, H, W); a `label` replaces the classes of the latents.
 
         Raises:
-            RequestError: there is no such class.
+            RequestError: the class does not exist.
         """
         label = self._label(request)
         if label is not None:
@@ -203,7 +203,7 @@ class GAN(ImageFamily[GANConfig, GANRequest]):
             return self.network(placed(latents, self.network)).clamp(0, 1)
 
     def interpolate(self, start: Tensor, end: Tensor, steps: int, method: Interpolation | None = None) -> Tensor:
-        """Noise along the great circle, where its mass is; classes along the straight line."""
+        """Interpolate noise along the great circle, where its mass is, and classes along the straight line."""
         split = self.config.latent_dim
         noise = interpolate(start[:split], end[:split], steps, method or "spherical")
         return torch.cat((noise, interpolate(start[split:], end[split:], steps, "linear")), dim=1)
@@ -226,11 +226,11 @@ class GAN(ImageFamily[GANConfig, GANRequest]):
 
 
 class Generator(nn.Module):
-    """Latents (n, latent_dim) -> images (n, C, H, W), in [0, 1] but for a little overshoot; to be clamped.
+    """Latents (n, latent_dim) -> images (n, C, H, W), in [0, 1] with a small overshoot: clamp them.
 
-    A sigmoid reaches black and white only where its gradient is gone, and an early lead of the discriminator can drive
-    it there for good. Stretched by `OVERSHOOT`, it passes both while there is still a gradient. Doubling is by
-    sub-pixel convolution (Shi et al. 2016): nothing is computed at full size but the picture itself.
+    A sigmoid reaches black and white only where its gradient vanishes, and an early lead of the discriminator can drive
+    it there for ever. Stretched by `OVERSHOOT`, it passes both while it still has a gradient. Doubling is by sub-pixel
+    convolution (Shi et al. 2016): only the image itself is computed at full size.
     """
 
     def __init__(self, config: GANConfig, latent_dim: int, shape: tuple[int, int, int]) -> None:
@@ -257,10 +257,10 @@ class Generator(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """Images (n, C, H, W), and their classes (n,) if it is conditional -> logits (n,), higher for what looks real.
+    """Images (n, C, H, W), and their classes (n,) if conditional -> logits (n,), higher for images that look real.
 
-    No normalisation, neither here nor in the generator: with both penalties none is needed (Huang et al. 2024). No bias
-    behind the last matrix: the relativistic loss sees differences only.
+    Neither network has normalisation: with both penalties it is not needed (Huang et al. 2024). The last matrix has no
+    bias: the relativistic loss sees only differences.
     """
 
     def __init__(self, config: GANConfig, num_classes: int, shape: tuple[int, int, int]) -> None:
@@ -288,7 +288,10 @@ class Discriminator(nn.Module):
 
 
 class ResidualBlock(nn.Module):
-    """(n, C, h, w) -> (n, C, h, w), almost the identity at the start; no normalisation (Fixup: Zhang et al. 2019)."""
+    """Residual block (n, C, h, w) -> (n, C, h, w), without normalisation (Fixup: Zhang et al. 2019).
+
+    It starts as almost the identity.
+    """
 
     def __init__(self, channels: int) -> None:
         super().__init__()
@@ -302,15 +305,15 @@ class ResidualBlock(nn.Module):
 
 
 class DiscriminatorLoss(nn.Module):
-    """The discriminator's side of the game; only the discriminator is its submodule.
+    """The loss of the discriminator, its only submodule.
 
     R1 and R2 are the mean squared norms of the logit's gradient by real and by generated images, each weighted by
-    half of `gradient_penalty`. They are estimated on the first `penalty_share` of the batch, which the data order has
-    shuffled: without bias, at a part of the cost, and unlike penalties at every k-th step without a step to count.
+    half of `gradient_penalty`. They are estimated on the first `penalty_share` of the batch, which is shuffled: this is
+    unbiased, costs less, and needs no count of steps, unlike penalties at each k-th step.
 
-    `accuracy_real` and `accuracy_fake` are the shares of images on their own side of a border: of 0 where a logit has a
-    meaning by itself (non-saturating), of the midpoint between the batch's mean logits where only differences have one
-    (relativistic). At the equilibrium nothing can be told apart, and both are 1/2.
+    `accuracy_real` and `accuracy_fake` are the shares of images on their own side of a border. The border is 0 if a
+    logit has a meaning by itself (non-saturating), and the midpoint between the mean logits of the batch if only
+    differences have one (relativistic). At the equilibrium both shares are 1/2.
     """
 
     def __init__(self, discriminator: Discriminator, generator: Generator, config: GANConfig) -> None:
@@ -341,7 +344,7 @@ class DiscriminatorLoss(nn.Module):
 
 
 class GeneratorLoss(nn.Module):
-    """The generator's side of the game; only the generator is its submodule."""
+    """The loss of the generator, its only submodule."""
 
     def __init__(self, generator: Generator, discriminator: Discriminator, config: GANConfig) -> None:
         super().__init__()
@@ -363,8 +366,8 @@ class GeneratorLoss(nn.Module):
 class RandomFeatures(nn.Module):
     """Images (n, C, H, W) -> float64 (n, MEASURE_FEATURES): a small convolutional network with fixed random weights.
 
-    Random features see what networks trained for another domain overlook (Naeem et al. 2020, "Reliable Fidelity and
-    Diversity Metrics for Generative Models"), and few of them need few images.
+    Random features show what networks trained for another domain overlook (Naeem et al. 2020, "Reliable Fidelity and
+    Diversity Metrics for Generative Models"), and a small number of features needs a small number of images.
     """
 
     def __init__(self, channels: int) -> None:
@@ -382,14 +385,14 @@ class RandomFeatures(nn.Module):
 
 
 def draw(generator: Generator, images: Tensor, labels: Tensor | None, config: GANConfig) -> Tensor:
-    """As many generated images as there are real ones, of their classes; the noise is the global RNG's."""
+    """Generate an image of the class of each real image, from noise of the global RNG."""
     noise = torch.randn(len(images), config.latent_dim, device=images.device)
     num_classes = generator.latent_dim - config.latent_dim
     return generator(with_classes(noise, labels, num_classes))
 
 
 def with_classes(noise: Tensor, labels: Tensor | None, num_classes: int) -> Tensor:
-    """Latents of (n, d) noise and (n,) classes: (n, d + num_classes), the last of which are 1 for the class, else 0."""
+    """Return latents (n, d + num_classes) of noise (n, d) and classes (n,), which are one-hot."""
     if not num_classes:
         return noise
     assert labels is not None
@@ -397,7 +400,7 @@ def with_classes(noise: Tensor, labels: Tensor | None, num_classes: int) -> Tens
 
 
 def frozen(network: nn.Module) -> Callable[[tuple[Tensor | None, ...]], Tensor]:
-    """The network as a function of its arguments: gradients pass through it to them, its own weights collect none."""
+    """Return the network as a function: gradients flow to its arguments, and none to its weights."""
     weights = {name: parameter.detach() for name, parameter in network.named_parameters()}
     return partial(functional_call, network, weights)
 
@@ -410,7 +413,7 @@ def discriminator_loss(real: Tensor, fake: Tensor, loss: Loss) -> Tensor:
 
 
 def gradient_penalty(critic: Callable[[Tensor], Tensor], images: Tensor) -> Tensor:
-    """Mean squared norm of the gradient of logits (n,) by images (n, C, H, W); in float32, also under autocast."""
+    """Return the mean squared norm of the gradient of logits (n,) by images (n, C, H, W); always in float32."""
     images = images.detach().requires_grad_()
     with torch.autocast(images.device.type, enabled=False):
         (gradient,) = torch.autograd.grad(critic(images).sum(), images, create_graph=True)
@@ -422,11 +425,11 @@ def _content_key(image: Tensor) -> int:
 
 
 def _ladder(shape: tuple[int, int, int], width: int) -> tuple[list[tuple[int, int]], list[int]]:
-    """Sizes from the whole image down, and the channels at each."""
+    """Return the sizes from the whole image down, and the channels at each size."""
     sizes = image_sizes(*shape[1:])
     return sizes, [shape[0], *(width * 2 ** min(i, 2) for i in range(len(sizes) - 1))]
 
 
 def _blocks(config: GANConfig, channels: int, level: int) -> Iterator[ResidualBlock]:
-    """Those of one size; none at half size, where they cost most."""
+    """Yield the residual blocks of one size; half size, where they cost most, has none."""
     yield from (ResidualBlock(channels) for _ in range(config.blocks if level else 0))

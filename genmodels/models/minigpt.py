@@ -1,7 +1,7 @@
 """Mini-GPT: a decoder-only transformer that continues text, token by token.
 
 The plain settings (as in jobs/study.yaml: learned positions, LayerNorm, ReLU, biases, untied head) are GPT-2's
-pre-norm block as taught in Karpathy's "Let's build GPT". The defaults are what has proved better since.
+pre-norm block as taught in Karpathy's "Let's build GPT". The defaults are newer settings with better results.
 
 GPT-2: Radford et al. 2019, "Language Models are Unsupervised Multitask Learners"
 Rotary positions: Su et al. 2021, https://arxiv.org/abs/2104.09864
@@ -47,7 +47,7 @@ ROTARY_BASE = 10_000.0  # wavelengths of the rotary positions: 2 pi to 2 pi * ba
 
 
 class MiniGPTConfig(Section):
-    """The `model` section. The defaults are modern; jobs/study.yaml spells out the plain settings."""
+    """The `model` section. The defaults are modern; jobs/study.yaml has the plain settings."""
 
     n_layer: int = Field(4, ge=1, le=128, description="transformer blocks")
     n_head: int = Field(4, ge=1, le=256, description="attention heads of each block")
@@ -67,7 +67,7 @@ class MiniGPTConfig(Section):
     @classmethod
     def _heads_share_the_width(cls, n_embd: int, info: ValidationInfo) -> int:
         n_head = info.data.get("n_head")
-        if n_head is None:  # wrong itself, and reported as such
+        if n_head is None:  # it is invalid itself, and has its own error
             return n_embd
         rotary = info.data.get("positions") == "rotary"
         unit = 2 * n_head if rotary else n_head
@@ -113,7 +113,7 @@ class MiniGPT(TextFamily[MiniGPTConfig, SamplingOptions]):
         return {"nll": losses.double().sum(), "tokens": counted.sum().double()}
 
     def eval_metrics(self, sums: Mapping[str, Tensor]) -> dict[str, float]:
-        """`val_loss` in nats per token; `val_bits_per_char`, as a token is a character."""
+        """Return `val_loss` in nats per token, and `val_bits_per_char`: a token is a character."""
         nats = float(sums["nll"] / sums["tokens"])
         return {"val_loss": nats, "val_bits_per_char": nats / math.log(2)}
 
@@ -128,7 +128,7 @@ class MiniGPT(TextFamily[MiniGPTConfig, SamplingOptions]):
         return MiniGPTDecoder(self.network, self.block_size, slots)
 
     def generate(self, prompt: Sequence[int], seed: int, request: SamplingOptions) -> Iterator[int]:
-        """The plain reference: the whole window anew for each token, one sequence at a time.
+        """Yield tokens by the plain reference: it computes the whole window again for each token.
 
         Raises:
             RequestError: the prompt is empty.
@@ -183,7 +183,7 @@ class Transformer(nn.Module):
         return F.linear(x, self.token_embedding.weight) if self.head is None else self.head(x)
 
     def _initialise(self, n_layer: int) -> None:
-        """As in GPT-2: normal 0.02; what layers add to the residual stream is scaled so that the sum keeps its size."""
+        """Initialise as GPT-2: normal 0.02, with output layers scaled so that the residual stream keeps its size."""
         for module in self.modules():
             if isinstance(module, nn.Linear | nn.Embedding):
                 nn.init.normal_(module.weight, std=0.02)
@@ -238,7 +238,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """The feed-forward part; SwiGLU's hidden size is 2/3 of the others', which makes the parameters equal."""
+    """The feed-forward part. The hidden size of SwiGLU is 2/3 of the others', so that it has as many parameters."""
 
     def __init__(self, config: MiniGPTConfig) -> None:
         super().__init__()
@@ -259,23 +259,24 @@ class MLP(nn.Module):
 
 
 class MiniGPTDecoder:
-    """A network as it stands now, arranged for decoding, with the keys and values of a fixed number of sequences.
+    """A copy of a network's weights, arranged for decoding, with the keys and values of a fixed number of sequences.
 
-    An answer must not depend, to the bit, on who else asks. Matrix products of another height may round differently, so
-    all that have weights in them have `chunk` rows, or `slots`, or of its fractions one that is seen to give equal bits
-    where the decoder is made (with MKL the multiples of 4: one sequence then takes 0.7 of the time). Attention,
-    which joins no sequences, is computed only for the slots up to the last one in use and for positions up to the
-    longest sequence, in steps of 32; what is masked there adds exact zeros. Where a trial shows other bits (with MKL:
-    heads of 5 to 15 numbers), it is computed for all slots and all positions. It is written out, as the fused kernel's
-    result depends on a sequence's place in the batch (seen on CPU with queries of length 1). Tokens that pad a shape
-    write to a position of their own behind the window, which no real token sees.
+    The bits of an answer must not depend on the other requests. A matrix product of another height may round
+    differently. So each product with weights has `chunk` rows, or `slots` rows, or a smaller height that gives equal
+    bits in a trial when the decoder is made (with MKL the multiples of 4: one sequence then takes 0.7 of the time).
+
+    Attention joins no sequences. It is computed only for the slots up to the last one in use and for positions up to
+    the longest sequence, in steps of 32; masked positions add exact zeros. If a trial shows other bits (with MKL: heads
+    of 5 to 15 numbers), it is computed for all slots and all positions. It does not use the fused kernel, whose result
+    depends on a sequence's place in the batch (seen on CPU with queries of length 1). Padding tokens write to a
+    position of their own after the window, which no real token sees.
     """
 
     chunk = 32  # tokens of one prefill
 
     @classmethod
     def footprint(cls, config: MiniGPTConfig, vocab_size: int) -> tuple[int, int]:
-        """Bytes that it keeps, and bytes that a pass takes for its time, for `SERVED_ROWS` slots."""
+        """Return the bytes that a decoder of `SERVED_ROWS` slots keeps, and the bytes that a pass needs in addition."""
         width, kept, rows = config.n_embd, _rounded_up(config.block_size + 1), max(SERVED_ROWS, cls.chunk)
         hidden, inputs = hidden_size(config), 2 if config.mlp == "swiglu" else 1
         layer = 4 * width**2 + (inputs + 1) * hidden * width + 2 * SERVED_ROWS * kept * width  # keys and values
@@ -313,7 +314,7 @@ class MiniGPTDecoder:
 
     @torch.inference_mode()
     def prefill(self, slot: int, tokens: Sequence[int], start: int) -> Tensor:
-        """Read 1 to `chunk` tokens of one sequence, the first at position `start`: logits after each, (n, vocab)."""
+        """Read 1 to `chunk` tokens of one sequence, the first at position `start`; return logits (n, vocab_size)."""
         if start == 0:
             self._forget(slot)
         missing, end = self.chunk - len(tokens), start + len(tokens)
@@ -322,7 +323,10 @@ class MiniGPTDecoder:
         return self._run([*tokens, *[0] * missing], positions, attended)[: len(tokens)]
 
     def step(self, tokens: Sequence[int | None], positions: Sequence[int]) -> Tensor:
-        """Read one token of each slot, None where there is none: logits (slots, vocab_size), rows of None are void."""
+        """Read one token of each slot, None for an unused slot; return logits (slots, vocab_size).
+
+        The rows of unused slots have no meaning.
+        """
         used = [slot for slot, token in enumerate(tokens) if token is not None]
         for slot in used:
             if positions[slot] == 0:
@@ -352,7 +356,7 @@ class MiniGPTDecoder:
 
     @torch.inference_mode()
     def _run(self, tokens: list[int], positions: list[int], attended: _Attended) -> Tensor:
-        """Logits after each of some tokens: (rows, vocab_size)."""
+        """Return the logits after each token: (rows, vocab_size)."""
         ids, places = torch.tensor([tokens, positions], device=self._device)
         x, rotation = self._embedding[ids], None
         if self._rotations is not None:
@@ -368,7 +372,7 @@ class MiniGPTDecoder:
 
 @dataclass(frozen=True)
 class _Attended:
-    """Whose the new tokens are, and how far back they look."""
+    """The slots of the new tokens, and the positions that they see."""
 
     first: int  # slot
     count: int  # slots
@@ -399,11 +403,11 @@ class _DecoderLayer:
         self._kept = torch.zeros(slots, n_head, kept, 2, head_size, device=weights.device)
 
     def forget(self, slot: int) -> None:
-        """Make room for another sequence: numbers that are not finite would spoil it even where they are masked."""
+        """Clear a slot for another sequence: a number that is not finite would spoil it even if it is masked."""
         self._kept[slot] = 0
 
     def forward(self, x: Tensor, rotation: Tensor | None, places: Tensor, mask: Tensor, attended: _Attended) -> Tensor:
-        """(rows, n_embd) both. Rows behind those of the attended slots are padding."""
+        """Compute (rows, n_embd) -> (rows, n_embd). The rows after those of the attended slots are padding."""
         x = x + self._output(self._attend(self._query_key_value(x), rotation, places, mask, attended))
         return x + self._down(_activate(self._hidden(x), self._kind))
 
@@ -426,8 +430,8 @@ class _DecoderLayer:
         sequences[owners, :, places.view(count, t)] = new[:, :, :, 1:]
         keys, values = sequences[:, :, :length].flatten(0, 1).unbind(2)
         query = new[:, :, :, 0].transpose(1, 2).reshape(count * n_head, t, head_size)
-        found = _weigh(query, keys, values, mask).view(count, n_head, t, head_size)
-        return F.pad(found.transpose(1, 2).reshape(rows, -1), (0, 0, 0, len(projected) - rows))
+        attention = _weigh(query, keys, values, mask).view(count, n_head, t, head_size)
+        return F.pad(attention.transpose(1, 2).reshape(rows, -1), (0, 0, 0, len(projected) - rows))
 
     @torch.inference_mode()
     def has_equal_lengths(self, lengths: Sequence[int]) -> bool:
@@ -458,7 +462,7 @@ class _DecoderLayer:
 
 
 def _weigh(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
-    """Attention of (n, t, head_size) to (n, length, head_size): (n, t, head_size)."""
+    """Compute the attention of queries (n, t, head_size) to (n, length, head_size): (n, t, head_size)."""
     scores = torch.baddbmm(mask, query, keys.mT, alpha=query.shape[-1] ** -0.5)
     return torch.bmm(scores.softmax(-1), values)
 
@@ -482,7 +486,7 @@ class _Linear:
 
 
 class _Projection(_Linear):
-    """A norm and the linear layer after it, which takes over the norm's weights."""
+    """A norm and the linear layer after it; the layer contains the norm's weights."""
 
     def __init__(self, norm: nn.Module, weight: Tensor, bias: Tensor | None) -> None:
         assert isinstance(norm, nn.LayerNorm | nn.RMSNorm)
@@ -499,7 +503,7 @@ class _Projection(_Linear):
 
 
 def _rms_norm(x: Tensor, eps: float) -> Tensor:
-    """As F.rms_norm, in half its time on a CPU."""
+    """Compute F.rms_norm in half its time on a CPU."""
     squares = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_()
     return x * squares.div_(x.shape[-1]).add_(eps).rsqrt_()
 
@@ -512,36 +516,36 @@ def _activate(hidden: Tensor, kind: str) -> Tensor:
 
 
 def hidden_size(config: MiniGPTConfig) -> int:
-    """How wide the feed-forward part is."""
+    """Return the hidden size of the feed-forward part."""
     return 4 * config.n_embd if config.mlp != "swiglu" else -(-8 * config.n_embd // 24) * 8
 
 
 def _rounded_up(length: int) -> int:
-    """To whole vectors: attention over their multiples gives equal bits, over other lengths it does not."""
+    """Round up to a multiple of 32: attention over such lengths gives equal bits, over other lengths it does not."""
     return -(-length // 32) * 32
 
 
 def _lengths(kept: int) -> list[int]:
-    """Lengths of attention to try: short ones, where matrix libraries change their ways, and the longest."""
+    """Return lengths of attention to try: short ones, where matrix libraries change their kernels, and the longest."""
     return [*(length for length in (32, 64, 96, 160, 256) if length < kept), kept]
 
 
 def rotations(positions: Tensor, head_size: int) -> Tensor:
-    """The angles' cosines and sines for rotary positions, float32: (..., t) -> (2, ..., t, head_size / 2)."""
+    """Return cosines and sines of the angles of rotary positions, float32: (..., t) -> (2, ..., t, head_size / 2)."""
     exponents = torch.arange(head_size // 2, device=positions.device, dtype=torch.float32) / (head_size // 2)
     angles = positions.float()[..., None] * ROTARY_BASE**-exponents
     return torch.stack((angles.cos(), angles.sin()))
 
 
 def rotate(x: Tensor, rotation: Tensor) -> Tensor:
-    """Turn each pair (i, i + head_size / 2) of (..., t, head_size) by its angle, so that scores see distances only."""
+    """Turn each pair (i, i + head_size / 2) of (..., t, head_size) by its angle: scores depend on distances only."""
     cosine, sine = rotation
-    first, second = x.float().chunk(2, dim=-1)  # in bf16 far positions would fall together
+    first, second = x.float().chunk(2, dim=-1)  # in bf16 distant positions would be equal
     return torch.cat((first * cosine - second * sine, first * sine + second * cosine), dim=-1).to(x.dtype)
 
 
 def _cross_entropy(logits: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:
-    """Nats; over the mean of all that count, or each by itself (n * t,)."""
+    """Return the loss in nats: the mean over targets that are not `IGNORED`, or each one (n * t,)."""
     return F.cross_entropy(logits.flatten(0, 1).float(), targets.flatten(), ignore_index=IGNORED, reduction=reduction)
 
 

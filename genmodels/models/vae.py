@@ -51,13 +51,13 @@ from genmodels.schema.base import Section
 if TYPE_CHECKING:
     from genmodels.family import Batch, Interpolation
 
-ACTIVE_VARIANCE = 0.01  # a latent counts as used when its mean varies more than this over images (Burda et al. 2016)
+ACTIVE_VARIANCE = 0.01  # a latent counts as active if its mean varies more than this over images (Burda et al. 2016)
 
 EVALUATED, DRAWS = 500, 64  # validation pictures, and draws of the latents for each
 THOROUGH_DRAWS = 256  # for all of them
 AT_ONCE, DRAWS_AT_ONCE = 64, 8
 
-# What the nats of each likelihood are of, for those who compare them.
+# The quantity that the nats of each likelihood measure, for comparisons.
 BINARISATION = {
     "bernoulli": "none: cross-entropy on greys, which is no likelihood of them",
     "bernoulli-binarized": "each pixel drawn once, black or white, with its grey as probability",
@@ -144,7 +144,7 @@ class VAE(DensityFamily[VAEConfig, VAERequest]):
         }
 
     def eval_metrics(self, sums: Mapping[str, Tensor]) -> dict[str, float]:
-        """Means over images.
+        """Return means over images.
 
         `val_loss` is the negative ELBO under `likelihood` (one draw of the latents, beta 1), `val_reconstruction` and
         `val_kl` are its parts, in nats per image; `val_psnr` is of decoded posterior means, in dB.
@@ -161,10 +161,10 @@ class VAE(DensityFamily[VAEConfig, VAERequest]):
         }
 
     def evaluate(self, data: EvaluationData) -> EvaluationResult:
-        """`nll` is the importance-weighted bound on -log p(x), in nats; with one draw it is the negative ELBO.
+        """Compute `nll`, the importance-weighted bound on -log p(x) in nats, and the other `evaluation_names`.
 
-        Beside it stands what a model without latents reaches, in which each pixel has its own mean: a collapsed VAE is
-        no better.
+        With one draw `nll` is the negative ELBO. Its baseline is a model without latents, in which each pixel has its
+        own mean: a collapsed VAE is no better.
         """
         val = data.val["images"]
         shown = evenly_spaced(len(val), len(val) if data.thorough else EVALUATED)
@@ -198,7 +198,7 @@ class VAE(DensityFamily[VAEConfig, VAERequest]):
         return EvaluationResult(metrics=measures, notes=notes)
 
     def fit(self, batches: Iterable[Batch], seed: int) -> None:
-        """A mixture over the aggregate posterior: over draws of the latents, as their means lie closer together."""
+        """Fit a mixture to the aggregate posterior: to draws of the latents, as their means lie closer together."""
         means, log_variances = first_rows(torch.cat(self._posterior(batch["images"]), 1) for batch in batches).chunk(
             2, 1
         )
@@ -210,10 +210,10 @@ class VAE(DensityFamily[VAEConfig, VAERequest]):
         return frozenset({"generate", "encode", "decode", "reconstruct", "interpolate"})
 
     def sample_latents(self, n: int, seed: int, request: VAERequest) -> Tensor:
-        """From N(0, I) or the fitted prior.
+        """Draw latents from N(0, I) or from the fitted prior.
 
         Raises:
-            RequestError: the fitted prior is asked for by name, and `fit` has not been called.
+            RequestError: the request names the fitted prior, and `fit` has not been called.
         """
         if request.prior == "fitted" and self.density is None:
             raise RequestError(
@@ -224,14 +224,17 @@ class VAE(DensityFamily[VAEConfig, VAERequest]):
         return self.density.sample(n, seed, request.temperature)
 
     def encode(self, images: Tensor) -> Tensor:
-        """Posterior means, (n, C, H, W) -> (n, latent_dim)."""
+        """Return posterior means, (n, C, H, W) -> (n, latent_dim)."""
         return self._posterior(images)[0]
 
     def interpolate(self, start: Tensor, end: Tensor, steps: int, method: Interpolation | None = None) -> Tensor:
         return interpolate(start, end, steps, method or "spherical")
 
     def _observed(self, greys: Tensor) -> Tensor:
-        """What the likelihood is of, (n, C, H, W): black and white drawn by each picture's content, or the greys."""
+        """Return the images that the likelihood sees, (n, C, H, W): the greys, or black and white pixels.
+
+        The draw of black and white is keyed by the content of each image.
+        """
         if self.config.likelihood != "bernoulli-binarized":
             return greys
         return (torch.special.ndtr(image_normal(greys, self.data.shape)) < greys).to(greys)
@@ -239,7 +242,7 @@ class VAE(DensityFamily[VAEConfig, VAERequest]):
     def _bounds(
         self, images: Tensor, draws: int, generator: torch.Generator, report_progress: Callable[[], None]
     ) -> Tensor:
-        """Importance-weighted -log p(x), mean reconstruction and KL divergence of each image: (n, 3) float64."""
+        """Compute importance-weighted -log p(x), mean reconstruction and KL divergence of images: (n, 3) float64."""
         with inference(self.network):
             images = placed(images, self.network)
             mean, log_variance = self.network.posterior(images)
@@ -258,7 +261,7 @@ class VAE(DensityFamily[VAEConfig, VAERequest]):
             return torch.stack((bound, torch.cat(reconstructions).mean(0), kl), 1).cpu()
 
     def _without_latents(self, data: EvaluationData, images: Tensor) -> float:
-        """-log p(x) in nats of a model in which each pixel is on its own, fitted to training images."""
+        """Compute -log p(x) in nats by a model with independent pixels, fitted to training images."""
         train = pictures(data.train["images"][evenly_spaced(len(data.train["images"]), MAX_FIT)])
         mean = train.mean(0)
         if self.config.likelihood == "gaussian":
@@ -284,12 +287,12 @@ class VAENetwork(EncoderDecoder):
         self.log_std = nn.Parameter(torch.tensor(-1.0)) if config.likelihood == "gaussian" else None
 
     def posterior(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Means and log-variances of the Gaussian q(z|x): (n, C, H, W) -> (n, latent_dim) twice, float32."""
+        """Return means and log-variances of the Gaussian q(z|x): (n, C, H, W) -> (n, latent_dim) twice, float32."""
         mean, log_variance = self.encoder(images).float().chunk(2, dim=1)
-        return mean, log_variance.clamp(-12, 6)  # exp stays finite, however odd the image
+        return mean, log_variance.clamp(-12, 6)  # keeps exp finite for unusual images
 
     def nll(self, logits: Tensor, images: Tensor) -> Tensor:
-        """-log p(x|z) in nats per image, in float32: (n, C, H, W) twice -> (n,)."""
+        """Compute -log p(x|z) in nats per image, in float32: (n, C, H, W) twice -> (n,)."""
         if self.log_std is None:
             return F.binary_cross_entropy_with_logits(logits.float(), images, reduction="none").sum((1, 2, 3))
         errors = (logits.float().sigmoid() - images) * (-self.log_std).exp()
@@ -318,12 +321,12 @@ class ELBO(nn.Module):
 
 
 def kl_divergence(mean: Tensor, log_variance: Tensor) -> Tensor:
-    """KL(N(mean, exp(log_variance)) || N(0, 1)) of each latent, in nats: (n, d) twice -> (n, d)."""
+    """Compute KL(N(mean, exp(log_variance)) || N(0, 1)) of each latent, in nats: (n, d) twice -> (n, d)."""
     return 0.5 * (mean.square() + log_variance.exp() - 1 - log_variance)
 
 
 def kl_weight(config: VAEConfig, progress: Tensor) -> Tensor:
-    """Rises in a straight line to `beta` over the first `kl_warmup` of training."""
+    """Return the weight of the KL divergence: it rises linearly to `beta` over the first `kl_warmup` of training."""
     if config.kl_warmup == 0:
         return torch.full_like(progress, config.beta)
     return config.beta * (progress / config.kl_warmup).clamp(max=1)

@@ -1,6 +1,6 @@
-"""Latent space: random rows keyed by (seed, i), a density fitted over latents, ways between two points.
+"""Latent space: random rows keyed by (seed, i), a density fitted to latents, paths between two points.
 
-Row i of everything sampled here depends on (seed, i) alone, so that an answer is the same in a batch of any size.
+Row i of each sample depends on (seed, i) alone, so that an answer is the same in a batch of any size.
 """
 
 from __future__ import annotations
@@ -22,25 +22,25 @@ from genmodels.schema.base import Section
 from genmodels.sizing.memory import FLOAT, Footprint, network_bytes
 
 DENSITY_FILE = "density.safetensors"
-MAX_FIT = 4096  # more latents hardly change the density, and the fit has to take seconds
+MAX_FIT = 4096  # latents; more of them hardly change the density, and a fit must take seconds
 
 
 def row_generators(n: int, seed: int) -> Iterator[np.random.Generator]:
-    """One generator per row, keyed by (seed, i): Philox (Salmon et al. 2011), where each key is a stream of its own."""
+    """Yield a generator for each row, keyed by (seed, i): Philox (Salmon et al. 2011) has a stream for each key."""
     for i in range(n):
         yield np.random.Generator(np.random.Philox(key=np.array([seed % 2**64, i], dtype=np.uint64)))
 
 
 def standard_normal(n: int, dim: int, seed: int, temperature: float = 1.0) -> Tensor:
-    """(n, dim) float32 from N(0, temperature^2 I); row i depends on (seed, i) alone."""
+    """Draw (n, dim) float32 from N(0, temperature^2 I); row i depends on (seed, i) alone."""
     rows = [generator.standard_normal(dim) * temperature for generator in row_generators(n, seed)]
     return torch.from_numpy(np.array(rows, dtype=np.float32).reshape(n, dim))
 
 
 def image_normal(images: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """(n, *shape) float32 from N(0, 1); row i depends on image i alone.
+    """Draw (n, *shape) float32 from N(0, 1); row i depends on image i alone.
 
-    For evaluation: each validation image meets the same noise at every step, in a batch of any size, on any worker.
+    For evaluation: a validation image gets the same noise at each step, in a batch of any size, on each worker.
     """
     keys = [zlib.crc32(image.tobytes()) for image in images.cpu().numpy()]
     rows = [np.random.Generator(np.random.Philox(key=key)).standard_normal(shape, dtype=np.float32) for key in keys]
@@ -48,7 +48,7 @@ def image_normal(images: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def first_rows(chunks: Iterable[Tensor], limit: int = MAX_FIT) -> Tensor:
-    """The first `limit` rows of (n, d) chunks, on the CPU; asks for no chunk beyond them."""
+    """Return the first `limit` rows of chunks (n, d), on the CPU; later chunks are not computed."""
     taken: list[Tensor] = []
     for chunk in chunks:
         taken.append(chunk[: limit - sum(map(len, taken))].cpu())
@@ -63,36 +63,36 @@ def first_rows(chunks: Iterable[Tensor], limit: int = MAX_FIT) -> Tensor:
 class GaussianMixture:
     """A density over latents: mixture of k Gaussians with full covariance.
 
-    Fitted after training to where the encoder puts the training data, it turns an autoencoder into a generator, and
-    gives a VAE a better prior (Ghosh et al. 2020, "From Variational to Deterministic Autoencoders").
+    It is fitted after training to the latents of the training data. It turns an autoencoder into a generator, and gives
+    a VAE a better prior (Ghosh et al. 2020, "From Variational to Deterministic Autoencoders").
     """
 
-    weights: Tensor  # (k,) sums to 1
+    weights: Tensor  # (k,), of sum 1
     means: Tensor  # (k, d)
     scales: Tensor  # (k, d, d) lower triangular; the covariance is scale @ scale.T
 
     @classmethod
     def fit(cls, latents: Tensor, n_components: int, seed: int) -> GaussianMixture:
-        """Fit by expectation-maximisation to (n, d) latents, at most the first `MAX_FIT`.
+        """Fit by expectation-maximisation to latents (n, d), at most the first `MAX_FIT`.
 
-        The same latents and seed give the same density. Takes fewer components when there are too few latents for them,
-        and stays proper when latents coincide.
+        The same latents and seed give the same density. With few latents the density has fewer components; with equal
+        latents its covariances are still positive.
 
         Raises:
-            ValueError: no latents, or some are not finite.
+            ValueError: there are no latents, or some are not finite.
         """
-        from sklearn.mixture import GaussianMixture as SklearnMixture  # slow to import; only a fit needs it
+        from sklearn.mixture import GaussianMixture as SklearnMixture  # here, because the import is slow
 
         points = latents[:MAX_FIT].double().cpu().numpy()
         if not len(points) or not np.isfinite(points).all():
             raise ValueError(f"a density needs at least one latent and finite values; got shape {tuple(latents.shape)}")
         centre, spread = points.mean(0), np.maximum(points.std(0), 1e-6)
-        n_components = _most_components(n_components, *points.shape)
+        n_components = _max_components(n_components, *points.shape)
         if len(points) == 1:
-            points = np.repeat(points, 2, axis=0)  # scikit-learn wants two
+            points = np.repeat(points, 2, axis=0)  # scikit-learn needs two
         mixture = SklearnMixture(n_components, reg_covar=1e-3, max_iter=50, tol=1e-2, random_state=seed % 2**32)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # coinciding points and an early stop are both fine here
+            warnings.simplefilter("ignore")  # of equal points and of an early stop: both are allowed here
             mixture.fit((points - centre) / spread)
         return cls(
             weights=torch.from_numpy(mixture.weights_).float(),
@@ -101,7 +101,7 @@ class GaussianMixture:
         )
 
     def sample(self, n: int, seed: int, temperature: float = 1.0) -> Tensor:
-        """(n, d) float32; `temperature` scales the spread within each component, 0 gives component means."""
+        """Draw (n, d) float32; `temperature` scales the spread within each component, 0 gives component means."""
         edges = self.weights.double().cumsum(0).numpy()
         means, scales = self.means.double().numpy(), self.scales.double().numpy()
         rows = np.empty((n, means.shape[1]), dtype=np.float32)
@@ -111,24 +111,24 @@ class GaussianMixture:
         return torch.from_numpy(rows)
 
     def to_bytes(self) -> bytes:
-        """As a safetensors file."""
+        """Return the density as a safetensors file."""
         return safetensors.torch.save({"weights": self.weights, "means": self.means, "scales": self.scales})
 
     @classmethod
     def from_bytes(cls, data: bytes) -> GaussianMixture:
-        """What `to_bytes` gave."""
+        """Load the density from a safetensors file."""
         tensors = safetensors.torch.load(data)
         return cls(tensors["weights"], tensors["means"], tensors["scales"])
 
 
-def _most_components(wanted: int, points: int, dim: int) -> int:
-    """Full rank needs dim + 1 points for each."""
+def _max_components(wanted: int, points: int, dim: int) -> int:
+    """Return the number of components that `points` can have: full rank needs dim + 1 points for each."""
     return max(1, min(wanted, points // (dim + 1)))
 
 
 def density_bytes(n_components: int, dim: int) -> int:
     """Return the size in bytes of a density at its largest."""
-    return FLOAT * _most_components(n_components, MAX_FIT, dim) * (dim**2 + dim + 1)
+    return FLOAT * _max_components(n_components, MAX_FIT, dim) * (dim**2 + dim + 1)
 
 
 class DensityFamily(ImageFamily[ConfigT, RequestT]):
@@ -180,21 +180,21 @@ def _settings(config: Section) -> _DensitySettings:
 
 
 def interpolate(start: Tensor, end: Tensor, steps: int, method: Interpolation) -> Tensor:
-    """From `start` to `end` (d,), both included: (steps, d)."""
+    """Return the path from `start` to `end` (d,), both included: (steps, d)."""
     return slerp(start, end, steps) if method == "spherical" else lerp(start, end, steps)
 
 
 def lerp(start: Tensor, end: Tensor, steps: int) -> Tensor:
-    """The straight way from `start` to `end` (d,), both included: (steps, d)."""
+    """Return the straight path from `start` to `end` (d,), both included: (steps, d)."""
     t = torch.linspace(0, 1, steps, device=start.device, dtype=start.dtype)[:, None]
     return start * (1 - t) + end * t
 
 
 def slerp(start: Tensor, end: Tensor, steps: int) -> Tensor:
-    """The way along the great circle, both ends included: (steps, d) (Shoemake 1985).
+    """Return the path along the great circle, both ends included: (steps, d) (Shoemake 1985).
 
-    Keeps to the shell where a Gaussian of many dimensions has its mass; the straight way cuts through it (White 2016).
-    Where the angle says nothing (a zero vector, parallel or opposite ends) it is the straight way.
+    It stays in the shell where a Gaussian of many dimensions has its mass; the straight path leaves that shell (White
+    2016). Without a useful angle (a zero vector, parallel or opposite ends) the path is straight.
     """
     a, b = start.double(), end.double()
     cosine = (a @ b) / (a.norm() * b.norm()).clamp_min(1e-12)

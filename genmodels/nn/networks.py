@@ -1,10 +1,10 @@
-"""What families share: the convolutional encoder and decoder of images, and inference without side effects.
+"""Shared by families: the convolutional encoder and decoder of images, and inference without side effects.
 
-Encoder and decoder walk the same ladder of sizes: an image is halved (rounding up) as long as its shorter side is at
-least 8, so that 28 x 28 goes 28, 14, 7 and 256 x 256 ends at 4 x 4; non-square and odd sizes work alike. No feature map
-is computed at full size, which is what makes them quick on a CPU. Normalisation is GroupNorm (Wu & He 2018) or none,
-never BatchNorm: no buffers, the same function in training and serving, and a picture's result does not depend on its
-neighbours.
+Encoder and decoder have the same sizes: an image is halved (rounding up) as long as its shorter side is at least 8, so
+that 28 x 28 goes 28, 14, 7 and 256 x 256 ends at 4 x 4; non-square and odd sizes work alike. No feature map is computed
+at full size: this makes the networks quick on a CPU. Normalisation is GroupNorm (Wu & He 2018) or none, never
+BatchNorm: so there are no buffers, training and serving compute the same function, and the result of an image does not
+depend on the other images of its batch.
 """
 
 from __future__ import annotations
@@ -22,15 +22,15 @@ from genmodels.errors import SpecError
 from genmodels.family import ImageInfo, TextInfo
 from genmodels.sizing.memory import FLOAT, SERVED_ROWS
 
-MIN_SIDE = 8  # pixels; what is smaller is not halved
-MAPS_AT_ONCE = 5  # of one size, in a residual block
+MIN_SIDE = 8  # pixels; smaller images are not halved
+MAPS_AT_ONCE = 5  # feature maps of one size that a residual block holds at once
 SSIM_RADIUS, SSIM_SIGMA = 5, 1.5  # pixels
 
 Norm = Literal["group", "none"]
 
 
 def image_sizes(height: int, width: int) -> list[tuple[int, int]]:
-    """Sizes from the whole image down to the coarsest feature map, e.g. [(28, 28), (14, 14), (7, 7)]."""
+    """Return the sizes from the whole image to the coarsest feature map, e.g. [(28, 28), (14, 14), (7, 7)]."""
     sizes = [(height, width)]
     while min(sizes[-1]) >= MIN_SIDE:
         h, w = sizes[-1]
@@ -67,7 +67,7 @@ class ImageEncoder(nn.Module):
         return self.head(self.features(images)[-1])
 
     def features(self, images: Tensor) -> list[Tensor]:
-        """Feature maps from half size down to the coarsest; the last one is what `head` reads."""
+        """Return the feature maps from half size to the coarsest, the input of `head`."""
         maps, x = [], images
         for level in self.levels:
             x = level(x)
@@ -76,10 +76,10 @@ class ImageEncoder(nn.Module):
 
 
 class ImageDecoder(nn.Module):
-    """Vectors (n, in_features) -> unbounded images (n, C, H, W): logits, or greys to be clamped, as the loss has it.
+    """Vectors (n, in_features) -> unbounded images (n, C, H, W): logits, or greys to clamp, depending on the loss.
 
-    The mirror of `ImageEncoder`. With `skips=True` it can also take the encoder's feature maps, added at each size
-    behind a 1 x 1 convolution (symmetric skip connections: Mao et al. 2016, Ronneberger et al. 2015).
+    The mirror of `ImageEncoder`. With `skips=True` it can also take the encoder's feature maps, which it adds at each
+    size after a 1 x 1 convolution (symmetric skip connections: Mao et al. 2016, Ronneberger et al. 2015).
     """
 
     def __init__(
@@ -126,7 +126,7 @@ class EncoderDecoder(nn.Module):
 
 
 def pass_bytes(shape: tuple[int, int, int], width: int) -> int:
-    """Bytes that feature maps take while images are encoded or decoded where models are served, at most."""
+    """Return the maximum number of bytes of feature maps while a served model encodes or decodes images."""
     maps = [channels * math.prod(size) for size, channels in zip(*_ladder(shape, width), strict=True)]
     return FLOAT * SERVED_ROWS * (sum(maps) + MAPS_AT_ONCE * max(maps))
 
@@ -167,7 +167,7 @@ def check_shape(family: str, latent_dim: int, data: ImageInfo | TextInfo) -> Non
 
 @contextmanager
 def inference(network: nn.Module) -> Iterator[None]:
-    """Evaluation mode without gradients; the mode before is put back at the end."""
+    """Switch to evaluation mode without gradients; restore the mode at the end."""
     training = network.training
     network.eval()
     try:

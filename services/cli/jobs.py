@@ -1,4 +1,4 @@
-"""`genmodels submit`, `jobs`, `status`, `logs`, `cancel`, `resume`: the commands that always use the job API."""
+"""Define `genmodels submit`, `jobs`, `status`, `logs`, `cancel`, `resume`: they always use the job API."""
 
 from __future__ import annotations
 

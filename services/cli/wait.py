@@ -1,4 +1,4 @@
-"""What `--wait` shows while a job runs, and the summary when it has ended."""
+"""Show a job while it runs (`--wait`), and print the summary when it has ended."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def conclude(client: Client, job: JobView, gateway: str | None, console: Console
 
 
 def _print_changes(board: Board, run: RunView, printed: dict[str, int]) -> None:
-    """Print the changes that the bar does not keep (why an attempt was lost), or that the lines would leave out."""
+    """Print the changes that the bar does not keep (why an attempt was lost), or that the lines omit."""
     new = run.history[printed[run.model] :]
     for change in new:
         missed = change.state == "queued" if board.console.is_terminal else change is not new[-1]
@@ -97,7 +97,7 @@ def _shown(run: RunView) -> Shown:
 
 
 def _model(client: Client, run: RunView) -> dict[str, object]:
-    """Describe a model as the gateway lists it. Only the job service is asked: the key may go to no other address."""
+    """Describe a model as the gateway lists it. Ask only the job service: the key may go to no other address."""
     name = run.model if run.alias == "production" else f"{run.model}@{run.alias or run.version}"
     if models.load(run.family or "").kind != "text":
         return {"id": name, "verbs": ["generate"]}

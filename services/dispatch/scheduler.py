@@ -1,8 +1,9 @@
-"""Plan which queued runs start, with how many workers, and which running ones make room. A pure function.
+"""Plan which queued runs start, with how many workers, and which running runs make room. `plan` is a pure function.
 
 The order is priority, then first come first served. A run starts when its whole worker group fits. One that does not
-fit is passed by smaller ones a few times; then what it needs is reserved for it. A run of higher priority makes lower
-ones save and stop. An elastic run starts with the fewest workers while others wait, and takes what is left over.
+fit is passed by smaller runs a few times; then the resources that it needs are reserved for it. A run of higher
+priority makes runs of lower priority save and stop. An elastic run starts with the fewest workers while other runs
+wait, and takes the resources that remain.
 """
 
 from __future__ import annotations
@@ -12,28 +13,28 @@ from dataclasses import dataclass, field
 
 from services.dispatch.backends.base import Capacity
 
-MAX_BACKFILLED = 4  # by later runs, until a blocked run's resources are held for it
+MAX_BACKFILLED = 4  # later runs that pass a blocked run before resources are reserved for it
 
 
 @dataclass(frozen=True)
 class Queued:
-    """A run that waits. `key`: its name; `sizes`: numbers of workers it may have, ascending."""
+    """A run that waits. `key`: its name; `sizes`: the numbers of workers that it may have, ascending."""
 
     key: str
     priority: int
     submitted: tuple[str, int]  # time of submission, and the model's place in the job
     sizes: Sequence[int]
     use_gpu: bool = False
-    backfilled: int = 0  # how many later ones have started since it could not
-    hold_reason: str = ""  # why it is not to start now, whatever is free
-    reserves: bool = False  # it starts so soon that what it needs is kept for it
+    backfilled: int = 0  # number of later runs that started while it could not
+    hold_reason: str = ""  # why it must not start now, even if it fits
+    reserves: bool = False  # it starts so soon that its resources are reserved
 
 
 @dataclass(frozen=True)
 class Running:
-    """A run that has workers, or has been given them.
+    """A run that has workers, or to which workers are assigned.
 
-    `growable`: it has run long enough, and has long enough to go, for a restart to pay.
+    `growable`: a restart pays, because the run is neither too young nor too close to its end.
     """
 
     key: str
@@ -44,7 +45,7 @@ class Running:
     use_gpu: bool = False
     stopping: bool = False
     growable: bool = False
-    placed: bool = True  # its group is there
+    placed: bool = True  # its worker group is placed
 
 
 @dataclass
@@ -53,12 +54,12 @@ class Plan:
     preemptions: list[tuple[str, str]] = field(default_factory=list)  # run that makes room, and why
     grows: list[tuple[str, str]] = field(default_factory=list)  # run that could have more workers
     backfilled: list[str] = field(default_factory=list)  # runs that others are started past
-    reasons: list[tuple[str, str]] = field(default_factory=list)  # of those that go on waiting, in their order
+    reasons: list[tuple[str, str]] = field(default_factory=list)  # of the runs that still wait, in their order
 
 
 @dataclass
 class _Free:
-    """What is free; below zero if more is used than there is, as after the loss of a node."""
+    """Free resources; below zero if the runs use more than the cluster has, for example after the loss of a node."""
 
     cpus: int
     gpus: int
@@ -72,9 +73,9 @@ class _Free:
 
 
 def plan(queued: Sequence[Queued], running: Sequence[Running], capacity: Capacity) -> Plan:
-    """What to do now; each worker takes one CPU, and one GPU where the run uses GPUs.
+    """Return what to do now; each worker takes one CPU, and one GPU if the run uses GPUs.
 
-    With unlimited capacity all start at once with the fewest workers, in their order, and none makes room or grows.
+    With unlimited capacity all runs start at once with the fewest workers, in their order; no run makes room or grows.
     """
     result = Plan()
     if capacity.unlimited:
@@ -115,7 +116,7 @@ def plan(queued: Sequence[Queued], running: Sequence[Running], capacity: Capacit
                 stopping |= {other.key for other in makers}
                 result.preemptions += [(other.key, _why(run, other)) for other in makers if not other.stopping]
                 reason = "waits for others to save and stop"
-            if makers or run.backfilled >= MAX_BACKFILLED:  # what comes free is for this one
+            if makers or run.backfilled >= MAX_BACKFILLED:  # resources that become free are for this run
                 able.take(fewest, run.use_gpu)
             else:
                 blocked.append(run)
@@ -132,7 +133,10 @@ def _order(run: Queued) -> tuple[int, tuple[str, int]]:
 
 
 def _stranded(running: Sequence[Running], able: _Free) -> list[Running]:
-    """Runs whose groups would wait in vain for what has gone, the youngest first; the lost ones of a group end it."""
+    """Return the runs whose groups wait in vain for lost resources, the youngest first.
+
+    A placed group is not among them: the loss of its worker ends it.
+    """
     free, stranded = _Free(able.cpus, able.gpus), []
     for run in sorted(running, key=lambda run: (run.stopping, run.since), reverse=True):
         if run.stopping or (not run.placed and not free.fits(0, run.use_gpu)):
@@ -142,7 +146,10 @@ def _stranded(running: Sequence[Running], able: _Free) -> list[Running]:
 
 
 def _make_room(run: Queued, running: Sequence[Running], able: _Free, stopping: set[str]) -> list[Running]:
-    """Runs whose stopping lets this one start, the least important and youngest first; none if that is not enough."""
+    """Return the runs that must stop so that `run` can start, the least important and youngest first.
+
+    The list is empty if `run` could not start even then.
+    """
     free = _Free(able.cpus, able.gpus)
     makers = []
     going = [other for other in running if other.key in stopping]
@@ -157,19 +164,22 @@ def _make_room(run: Queued, running: Sequence[Running], able: _Free, stopping: s
 
 
 def _gives_way(other: Running, run: Queued) -> bool:
-    """A lower priority gives way altogether; an equal one only what it has beyond its fewest workers."""
+    """Tell whether `other` makes room for `run`: with all its workers if its priority is lower.
+
+    With an equal priority it gives only the workers beyond its fewest.
+    """
     return other.priority < run.priority or (other.priority == run.priority and other.workers > other.sizes[0])
 
 
 def _why(run: Queued, other: Running) -> str:
-    """For the other run's history, whose reader may not know this one."""
+    """Return the reason for the history of `other`. It does not name `run`, which a reader may not know."""
     if other.priority < run.priority:
         return f"preempted by a run of priority {run.priority}"
     return "makes room for another run"
 
 
 def _growing(running: Sequence[Running], stopping: set[str], there: _Free, able: _Free) -> list[tuple[str, str]]:
-    """Elastic runs for whom there are more workers now, the most important first."""
+    """Return the elastic runs that can have more workers now, the most important first."""
     grown = []
     for run in sorted(running, key=lambda run: (-run.priority, run.since)):
         if not run.growable or run.key in stopping:
@@ -181,7 +191,7 @@ def _growing(running: Sequence[Running], stopping: set[str], there: _Free, able:
 
 
 def _enlarged(sizes: Sequence[int], taken: int, use_gpu: bool, there: _Free, able: _Free) -> int:
-    """The largest size that what is left over allows, which is taken from it."""
+    """Return the largest size that fits the remaining resources, and take these resources."""
     for size in reversed(sizes):
         more = size - taken
         if more <= 0:

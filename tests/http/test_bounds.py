@@ -1,4 +1,4 @@
-"""Every number that a client may send has a least and a largest value, and what lies outside is told by its name."""
+"""Test that every number of a request has a minimum and a maximum, and that an error names the field outside them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`POST /v1/completions`, in OpenAI's shapes: whole and streamed, by plain HTTP, by OpenAI's client and by curl."""
+"""Test `POST /v1/completions` in OpenAI's format: whole and streamed, by plain HTTP, by OpenAI's client and by curl."""
 
 from __future__ import annotations
 
@@ -120,13 +120,13 @@ def test_echo_puts_the_prompt_before_the_answer(app: Any) -> None:
     assert echoed["usage"] == plain["usage"]
     for with_prompt, without in zip(echoed["choices"], plain["choices"], strict=True):
         assert with_prompt["text"] == "To be" + without["text"]
-        found, expected = with_prompt["logprobs"], without["logprobs"]
-        assert "".join(found["tokens"]) == with_prompt["text"]
-        assert found["text_offset"] == list(range(14))
-        assert found["token_logprobs"][5:] == expected["token_logprobs"]
-        assert found["top_logprobs"][5:] == expected["top_logprobs"]
-        assert (found["token_logprobs"][0], found["top_logprobs"][0]) == (None, None)
-        assert all(logprob < 0 for logprob in found["token_logprobs"][1:])
+        actual, expected = with_prompt["logprobs"], without["logprobs"]
+        assert "".join(actual["tokens"]) == with_prompt["text"]
+        assert actual["text_offset"] == list(range(14))
+        assert actual["token_logprobs"][5:] == expected["token_logprobs"]
+        assert actual["top_logprobs"][5:] == expected["top_logprobs"]
+        assert (actual["token_logprobs"][0], actual["top_logprobs"][0]) == (None, None)
+        assert all(logprob < 0 for logprob in actual["token_logprobs"][1:])
 
 
 def test_a_prompt_can_be_measured_alone(app: Any) -> None:
@@ -253,7 +253,7 @@ def test_a_stream_s_headers(app: Any) -> None:
 
 
 class Pool:
-    """A pool that sends what it is told to."""
+    """Act as a pool that sends the given messages."""
 
     def __init__(self, *items: Any) -> None:
         self.items = items
@@ -398,9 +398,9 @@ def test_openai_s_client_reads_streams(client: openai.OpenAI) -> None:
 
 
 def test_openai_s_client_knows_the_errors(client: openai.OpenAI) -> None:
-    with pytest.raises(openai.BadRequestError) as wrong:
+    with pytest.raises(openai.BadRequestError) as error:
         client.completions.create(model="play", prompt="x", max_tokens=-1)
-    assert (wrong.value.param, wrong.value.code, wrong.value.type) == (
+    assert (error.value.param, error.value.code, error.value.type) == (
         "max_tokens",
         "invalid_value",
         "invalid_request_error",
@@ -421,14 +421,14 @@ def test_openai_s_client_knows_the_errors(client: openai.OpenAI) -> None:
 
 def test_curl_shows_a_stream_as_it_comes(url: str, app: Any) -> None:
     body = json.dumps({**PROMPT, "max_tokens": 600, "stream": True})
-    found = subprocess.run(
+    curl = subprocess.run(
         ["curl", "-sN", f"{url}/v1/completions", "-H", "content-type: application/json", "-d", body],
         capture_output=True,
         text=True,
         timeout=60,
         check=True,
     )
-    *chunks, done = events(found.stdout)
+    *chunks, done = events(curl.stdout)
     assert done == "data: [DONE]"
     assert joined(chunks, 0)["text"] == choice_of(app, max_tokens=600)["text"]
     assert len(chunks) > 1

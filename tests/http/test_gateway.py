@@ -24,7 +24,7 @@ from tests.support.published_models import VOCABULARY, publish
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Storage:
-    """A registry with a text model, a VAE of two versions, and one without the alias production."""
+    """Return a registry with a text model, a VAE of two versions, and a model without the alias production."""
     storage = open_storage(tmp_path_factory.mktemp("models").as_uri())
     publish(storage, "play", "minigpt")
     publish(storage, "shapes", "vae")
@@ -48,9 +48,9 @@ def size_of(b64: str) -> tuple[int, int]:
 def test_models_are_listed_as_openai_does_with_what_they_are(app: Any) -> None:
     listed = ask(app, "GET", "/v1/models").json()
     assert listed["object"] == "list"
-    found = {entry["id"]: entry for entry in listed["data"]}
-    assert set(found) == {"play", "shapes", "clean@1"}
-    shapes = found["shapes"]
+    entries = {entry["id"]: entry for entry in listed["data"]}
+    assert set(entries) == {"play", "shapes", "clean@1"}
+    shapes = entries["shapes"]
     assert shapes["created"] > 1_700_000_000
     del shapes["created"]
     assert shapes == {
@@ -67,7 +67,7 @@ def test_models_are_listed_as_openai_does_with_what_they_are(app: Any) -> None:
         "channels": 1,
         "latent_dim": 4,
     }
-    assert (found["play"]["verbs"], found["play"]["vocab_size"]) == (["complete"], len(VOCABULARY))
+    assert (entries["play"]["verbs"], entries["play"]["vocab_size"]) == (["complete"], len(VOCABULARY))
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The job API over storage, with the dispatcher's and drivers' part played by the test."""
+"""Test the job API over storage; the tests write what the dispatcher and the drivers would write."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""No request breaks the job API: it soon answers 2xx, or 4xx in the form of the API's errors; never 5xx."""
+"""Fuzz the job API: every request soon gets a 2xx, or a 4xx in the format of the API's errors; never a 5xx."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ OPERATIONS = 21
 
 @pytest.fixture(scope="module")
 def service() -> Service:
-    """A service with an open job, an ended one, and a model, whose names the fuzzer knows."""
+    """Return a service with an open job, an ended job and a model; the fuzzer knows their names."""
     service = Service(MemoryStorage(), closing=lambda: True)
     service.app.openapi()  # as the process does when it starts: imports the families
     publish(service.storage, "clothes", "vae")
@@ -135,7 +135,7 @@ def paths(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
 
 @st.composite
 def mutated(draw: st.DrawFn) -> Any:
-    """A sound spec in which one to four places were changed, removed, added to, or moved."""
+    """Return a valid spec after one to four changes: a value replaced, removed, added or moved."""
     document: Any = copy.deepcopy(DOCUMENT)
     for _ in range(draw(st.integers(1, 4))):
         *way, last = draw(st.sampled_from(paths(document)[1:]))

@@ -1,4 +1,4 @@
-"""The job API except jobs themselves: logs, models, datasets, metrics, the documentation page, and its process."""
+"""Test the job API except jobs: logs, models, datasets, metrics, the documentation page, and its process."""
 
 from __future__ import annotations
 
@@ -451,7 +451,7 @@ def test_a_caller_without_keys_may_do_all() -> None:
 
 
 def test_the_process_starts_serves_and_ends_in_order(tmp_path: Path) -> None:
-    """With a cluster that is away: the service is no part of it."""
+    """The cluster is not reachable: the service does not depend on it."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]

@@ -13,7 +13,7 @@ import uvicorn
 
 @contextmanager
 def served(app: Any, port: int = 0, **options: Any) -> Iterator[str]:
-    """The URL of a server that is up; it is gone at the end.
+    """Yield the URL of a server that is up; stop the server at the end.
 
     Args:
         options: uvicorn's.

@@ -1,4 +1,4 @@
-"""Endpoints that expose invented, moving values of every metric, as nodes, Ray and the job service do.
+"""Expose invented, changing values of every metric, as nodes, Ray and the job service do.
 
 python -m tests.support.made_up_metrics NODES_PORT RAY_PORT JOBS_PORT
 """

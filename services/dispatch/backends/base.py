@@ -1,4 +1,4 @@
-"""The interface of backends, which run drivers: processes of this machine, Ray Jobs, or RayJobs on Kubernetes."""
+"""Define the interface of backends. They run drivers: local processes, Ray Jobs, or RayJobs on Kubernetes."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ from services.cluster.environment import python
 def submission_id(job: str, model: str, attempt: int) -> str:
     """Return Ray's id of an attempt: short enough for Kubernetes, and different for each (job, model, attempt).
 
-    Ray refuses an id it has seen, so asking twice starts one driver.
+    Ray refuses an id that it already knows, so two submissions start one driver.
     """
     return f"r-{hashlib.sha256(f'{job}/{model}'.encode()).hexdigest()[:12]}-a{attempt}"
 
 
 def driver_command(storage_url: str, job: str, model: str, attempt: int, workers: int) -> list[str]:
-    what = ("--storage", storage_url, "--job", job, "--model", model)
-    return python("train", *what, "--attempt", str(attempt), "--workers", str(workers))
+    run = ("--storage", storage_url, "--job", job, "--model", model)
+    return python("train", *run, "--attempt", str(attempt), "--workers", str(workers))
 
 
 LOST = -1  # exit code of an unknown driver: its cluster has gone
@@ -35,7 +35,7 @@ Watch = Callable[[Status, Heartbeat | None], None]
 
 @dataclass(frozen=True)
 class Capacity:
-    """What a cluster has for workers, and what it may grow to.
+    """CPUs and GPUs that a cluster has for workers, and the numbers that it may grow to.
 
     `unlimited`: there is always room, or Kueue or an autoscaler of nodes makes room.
     """
@@ -48,25 +48,25 @@ class Capacity:
 
 
 class Driver(Protocol):
-    """A driver that was started.
+    """A driver of one attempt, already started.
 
     Attributes:
-        waiting: what it waits for before it can begin or end; a silence meanwhile is no hang.
-        reason: how it ended, if more is known than the exit code.
+        waiting: what the driver waits for before it can begin or end; silence during this wait is no hang.
+        reason: how the driver ended, if more than the exit code is known.
     """
 
     waiting: str = ""
     reason: str = ""
 
     def poll(self) -> int | None:
-        """Return its exit code, or None while it runs or its state is unknown."""
+        """Return the driver's exit code, or None while it runs or its state is unknown."""
 
     def kill(self) -> None:
-        """End it and everything it started, at once."""
+        """End the driver and all that it started, at once."""
 
 
 class Backend(Protocol):
-    """Where drivers run."""
+    """Start drivers and find them again."""
 
     def start(self, storage_url: str, job: str, model: str, attempt: int, workers: int) -> Driver: ...
 
@@ -74,4 +74,4 @@ class Backend(Protocol):
         """Return a driver that was started earlier, maybe by another process; an unknown driver polls as LOST."""
 
     def capacity(self) -> Capacity | None:
-        """None: the cluster does not answer."""
+        """Return the capacity of the cluster, or None if the cluster does not answer."""

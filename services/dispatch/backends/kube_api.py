@@ -1,7 +1,7 @@
-"""The few requests to Kubernetes that the dispatcher needs, by the official client: RayJobs, and whether pods are left.
+"""Send the dispatcher's few requests to Kubernetes by the official client: RayJobs, and whether pods remain.
 
-They need a Role with create, list and delete for `rayjobs.ray.io` and list for `pods`, in one namespace. None
-raises for an API server that is away or refuses: what cannot be known is None.
+The requests need a Role with create, list and delete for `rayjobs.ray.io` and list for `pods`, in one namespace. No
+request raises if the API server is unreachable or refuses: an unknown value is None.
 """
 
 from __future__ import annotations
@@ -18,10 +18,10 @@ from genmodels.errors import GenmodelsError
 from services.dispatch.backends.rayjob import API_VERSION, MANAGED_BY, POD_LABEL, RayJob
 
 TIMEOUT = (2.0, 5.0)  # seconds to connect, and for an answer
-RETRIES = 2  # after an answer of the server's trouble (RETRIED), as its Retry-After says
+RETRIES = 2  # after an answer with a status in RETRIED; the wait is that of its Retry-After
 RETRIED = (429, 500, 502, 503, 504)
-SILENCE_SECONDS = 2.0  # after a request that was not answered, before the next one is tried
-LIST_SECONDS = 0.8  # for which a list is cached: all runs of a round share one
+SILENCE_SECONDS = 2.0  # from an unanswered request to the next request
+LIST_SECONDS = 0.8  # lifetime of a cached list: all runs of a round share one
 PAGE = 200  # RayJobs in an answer
 NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 RESOURCE = tuple(API_VERSION.split("/"))  # group and version
@@ -48,25 +48,25 @@ class KubeApi:
         self.custom, self.core = client.CustomObjectsApi(api), client.CoreV1Api(api)
         self._listed: tuple[float, dict[str, RayJob] | None] = (-LIST_SECONDS, None)
         self._silent_until = 0.0
-        self._told: set[tuple[str, int]] = set()  # what went wrong and is in the log
+        self._logged: set[tuple[str, int]] = set()  # failures already in the log: (verb and resource, status)
 
     def jobs(self) -> dict[str, RayJob] | None:
-        """All RayJobs of the platform by name, as they were within the last second."""
-        asked, known = self._listed
-        if time.monotonic() - asked >= LIST_SECONDS:
-            known = self._list()
-            self._listed = time.monotonic(), known
-        return known
+        """Return all RayJobs of the platform by name, at most a second old."""
+        listed_at, jobs = self._listed
+        if time.monotonic() - listed_at >= LIST_SECONDS:
+            jobs = self._list()
+            self._listed = time.monotonic(), jobs
+        return jobs
 
     def create(self, job: RayJob) -> tuple[int, str]:
-        """Status of the answer (0: none came), and what it says. 409: it is there already."""
+        """Create a RayJob; return the answer's status (0: no answer, 409: it exists already) and message."""
         self._forget()
         call = self.custom.create_namespaced_custom_object
-        status, said = self._ask("create", "rayjobs", lambda: call(*RESOURCE, self.namespace, "rayjobs", job))
-        return status, said if isinstance(said, str) else ""
+        status, message = self._ask("create", "rayjobs", lambda: call(*RESOURCE, self.namespace, "rayjobs", job))
+        return status, message if isinstance(message, str) else ""
 
     def delete(self, name: str) -> None:
-        """Ask for the end of a RayJob; it is there until its cluster and its pods have gone (foreground)."""
+        """Request the deletion of a RayJob; it exists until its cluster and its pods are gone (foreground)."""
         self._forget()
         call = self.custom.delete_namespaced_custom_object
         self._ask(
@@ -76,8 +76,8 @@ class KubeApi:
         )
 
     def has_pods(self, name: str) -> bool | None:
-        """Whether a pod of this RayJob may still run something."""
-        status, found = self._ask(
+        """Tell whether a pod of this RayJob may still run; None if unknown."""
+        status, pods = self._ask(
             "list",
             "pods",
             lambda: self.core.list_namespaced_pod(
@@ -88,13 +88,13 @@ class KubeApi:
                 _request_timeout=TIMEOUT,
             ),
         )
-        return bool(found.items) if status == 200 else None
+        return bool(pods.items) if status == 200 else None
 
     def _list(self) -> dict[str, RayJob] | None:
-        """Page by page; None where one does not come (410: it took too long, and the next look begins anew)."""
+        """List page by page; None if a page fails (410: the list took too long; the next call starts again)."""
         selector = ",".join(f"{key}={value}" for key, value in MANAGED_BY.items())
-        found: dict[str, RayJob] = {}
-        going_on = ""
+        jobs: dict[str, RayJob] = {}
+        next_page = ""
         while True:
             status, page = self._ask(
                 "list",
@@ -105,23 +105,23 @@ class KubeApi:
                     "rayjobs",
                     label_selector=selector,
                     limit=PAGE,
-                    _continue=going_on,  # noqa: B023 (called at once)
+                    _continue=next_page,  # noqa: B023 (called at once)
                     _request_timeout=TIMEOUT,
                 ),
             )
             if status != 200 or not isinstance(page, dict):
                 return None
-            found |= {job["metadata"]["name"]: job for job in page["items"]}
-            going_on = page["metadata"].get("continue") or ""
-            if not going_on:
-                return found
+            jobs |= {job["metadata"]["name"]: job for job in page["items"]}
+            next_page = page["metadata"].get("continue") or ""
+            if not next_page:
+                return jobs
 
     def _forget(self) -> None:
-        """What was listed is out of date."""
+        """Drop the cached list, which is out of date."""
         self._listed = (-LIST_SECONDS, None)
 
     def _ask(self, verb: str, resource: str, call: Callable[[], Any]) -> tuple[int, Any]:
-        """Status and what came with it, an error's message where it is one; (0, "") without an answer."""
+        """Return the status, and the answer or the error's message; status 0 without an answer."""
         from kubernetes.client.exceptions import ApiException
         from urllib3.exceptions import HTTPError
 
@@ -136,16 +136,16 @@ class KubeApi:
             status, answer = 0, str(error)
         if status == 0:
             self._silent_until = time.monotonic() + SILENCE_SECONDS
-        self._tell(verb, resource, status, answer)
+        self._log_failure(verb, resource, status, answer)
         return status, answer
 
-    def _tell(self, verb: str, resource: str, status: int, answer: Any) -> None:
-        """Say once what went wrong, until it goes well again."""
-        what = f"{verb} {resource}"
+    def _log_failure(self, verb: str, resource: str, status: int, answer: Any) -> None:
+        """Log each failure once, until the request succeeds again."""
+        request = f"{verb} {resource}"
         if status == 200:
-            self._told = {told for told in self._told if told[0] != what}
-        elif (what, status) not in self._told and status not in (404, 409, 410):
-            self._told.add((what, status))
+            self._logged = {failure for failure in self._logged if failure[0] != request}
+        elif (request, status) not in self._logged and status not in (404, 409, 410):
+            self._logged.add((request, status))
             if status in (401, 403):
                 log.error(
                     "Kubernetes answers %d: %s. Its Role in namespace %s needs the verb %r for %r",
@@ -153,13 +153,13 @@ class KubeApi:
                 )
             else:
                 log.warning("Kubernetes does not %s %s: %s", verb, resource, f"{status} {answer}".strip())
-        elif status == 404 and verb in ("list", "create") and (what, status) not in self._told:
-            self._told.add((what, status))
+        elif status == 404 and verb in ("list", "create") and (request, status) not in self._logged:
+            self._logged.add((request, status))
             log.error("Kubernetes knows no RayJobs: is the KubeRay operator installed? (%s)", answer)
 
 
 def _connect() -> tuple[Any, str]:
-    """A client, and the namespace it belongs to: the pod's own, else that of the kubeconfig's context."""
+    """Return a client and its namespace: the pod's own, else that of the kubeconfig's context."""
     from kubernetes import client, config
     from urllib3 import Retry
 
@@ -173,8 +173,8 @@ def _connect() -> tuple[Any, str]:
             config.load_kube_config(path, client_configuration=configuration)
             namespace = config.list_kube_config_contexts(path)[1]["context"].get("namespace") or "default"
     except (config.ConfigException, OSError) as error:
-        raise GenmodelsError(f"--backend kuberay: no Kubernetes to be found: {error}") from None
-    # Only what was answered is asked again at once: who does not answer may not for long, and others are waiting.
+        raise GenmodelsError(f"--backend kuberay: no Kubernetes cluster is configured: {error}") from None
+    # Only an answered request is retried at once: a silent server may stay silent, and other runs wait for this thread.
     configuration.retries = Retry(
         RETRIES,
         connect=0,
@@ -191,7 +191,7 @@ def _connect() -> tuple[Any, str]:
 
 
 def _message(body: Any) -> str:
-    """What an error says, which is a `Status` in JSON where it comes from the API server."""
+    """Return the message of an error; the API server sends a `Status` in JSON."""
     try:
         return str(json.loads(body)["message"])
     except (ValueError, TypeError, KeyError):

@@ -1,18 +1,18 @@
-"""Drivers as RayJobs on Kubernetes: KubeRay makes a cluster for each attempt, or gives it to one that is there.
+"""Run drivers as RayJobs on Kubernetes: KubeRay makes a cluster for each attempt, or uses an existing cluster.
 
-What becomes of a RayJob (KubeRay 1.7, Kueue 0.19), and what the dispatcher makes of it. A driver's own result, where it
-left one, comes first; "counted" are attempts without a new checkpoint, of which three in a row end a run.
+The table lists the states of a RayJob (KubeRay 1.7, Kueue 0.19) and what the dispatcher does in each. A driver's own
+result, if it exists, comes first. A "counted" attempt has no new checkpoint; three such attempts in a row end a run.
 
     RayJob                                    | the run
     ------------------------------------------|-------------------------------------------------------------------------
-    suspended by Kueue, never begun           | starting: waits for Kueue to admit it, however long
-    no status, Initializing, Waiting          | starting: waits for its cluster; for ever where no KubeRay runs
+    suspended by Kueue, never begun           | starting: waits for Kueue to admit it, without limit
+    no status, Initializing, Waiting          | starting: waits for its cluster; for ever if no KubeRay runs
     Running                                   | starting, running, publishing: as the driver's heartbeats say
-    Complete, jobStatus SUCCEEDED             | what the result says; without one: tried again, counted
+    Complete, jobStatus SUCCEEDED             | the result decides; without a result: tried again, counted
     Complete, jobStatus STOPPED               | it was stopped by hand: tried again, counted
-    Failed, AppFailed                         | the driver died: what the result says, else tried again, counted
+    Failed, AppFailed                         | the driver died: the result decides, else tried again, counted
     Failed, PreRunningDeadlineExceeded        | no room for its pods, or no image: tried again, not counted
-    Failed, DeadlineExceeded                  | activeDeadlineSeconds of the template: goes on in a new attempt
+    Failed, DeadlineExceeded                  | activeDeadlineSeconds of the template: continues in a new attempt
     Failed, JobStatusCheckTimeoutExceeded     | the head is lost: tried again, counted once training had begun
     Failed, SubmissionFailed                  | tried again, counted once training had begun
     Failed, ValidationFailed; refused (422)   | the template is wrong: tried again, counted, so the run soon fails
@@ -20,19 +20,20 @@ left one, comes first; "counted" are attempts without a new checkpoint, of which
     Suspending, Suspended, had begun          | preempted: its RayJob is deleted, a new attempt queued; not counted
     deleted by hand                           | tried again, counted once training had begun
     Retrying                                  | cannot be (backoffLimit 0); start.json lets no attempt start twice
-    unreachable API server, 401, 403, 429, 5xx| nothing is known, nothing changes: runs go on, none starts
+    unreachable API server, 401, 403, 429, 5xx| state unknown, nothing changes: runs continue, none starts
 
-The fence: an attempt has ended when its driver has (jobStatus is terminal), or when its RayJob and all its pods are
-gone. KubeRay fails RayJobs whose driver still runs (a deadline): these are deleted first, in the foreground. A
-preempted attempt is not resumed by Kueue but followed by a new one, whose RayJob queues anew with the run's priority.
+The fence: an attempt has ended when its driver has ended (jobStatus is terminal), or when its RayJob and all its pods
+are gone. KubeRay fails RayJobs whose driver still runs (a deadline): the dispatcher first deletes these, in the
+foreground. Kueue does not resume a preempted attempt: a new attempt follows, and its RayJob queues again with the run's
+priority.
 
-Pods that are taken away (preempted, evicted) save nothing on their way: what is lost are the steps since the latest
-checkpoint. With --kube-cluster-selector a driver's pods are the cluster's and stay: there a RayJob that is gone has
-ended, and the store's fence keeps what a late driver still writes out of the run.
+Pods that are preempted or evicted save nothing before they end: the steps since the latest checkpoint are lost. With
+--kube-cluster-selector a driver's pods belong to the cluster and stay: there an attempt has ended when its RayJob is
+gone, and the store's fence keeps the late writes of its driver out of the run.
 
-With --kube-queue, or without --max-cpus, there is always room: runs start at once with the fewest workers they may
-have, and neither grow nor make room; Kueue, or the nodes' autoscaler, decides. With --max-cpus the dispatcher plans
-with that many, as on any cluster. An ended RayJob is deleted KEEP_SECONDS after its end was seen.
+With --kube-queue, or without --max-cpus, there is always room: runs start at once with the fewest workers that they
+may have, and neither grow nor make room; Kueue or the nodes' autoscaler decides. With --max-cpus the dispatcher plans
+with that many CPUs, as on any cluster. An ended RayJob is deleted KEEP_SECONDS after the dispatcher first saw its end.
 """
 
 from __future__ import annotations
@@ -49,11 +50,11 @@ from services.dispatch.backends.kube_api import KubeApi
 from services.dispatch.backends.ray_jobs import ACCEPT_SECONDS
 from services.dispatch.backends.rayjob import KubeOptions, RayJob, Template
 
-KEEP_SECONDS = 300.0  # an ended RayJob stays to be looked at
-GONE_SECONDS = 300.0  # for the pods of a deleted RayJob: those of a node that is lost may never go
-FAILED = 1  # the code of what counts, against LOST, which does not where no training had begun
+KEEP_SECONDS = 300.0  # an ended RayJob stays for inspection
+GONE_SECONDS = 300.0  # for the pods of a deleted RayJob: the pods of a lost node may stay for ever
+FAILED = 1  # exit code that always counts; LOST counts only once training had begun
 MESSAGE = 300  # characters of KubeRay's message in a reason
-LOG = 2000  # characters of it in the log: it ends with the last lines of the driver's
+LOG = 2000  # characters of this message in the log; it ends with the last lines of the driver's log
 DRIVER_ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
 REASONS = {
     "AppFailed": (FAILED, "the driver died"),
@@ -69,10 +70,10 @@ log = logging.getLogger("genmodels.kuberay")
 
 
 class KubeRayBackend:
-    """No call raises for an API server that is away: what cannot be known is None.
+    """Drivers as RayJobs. No call raises for an unreachable API server: an unknown value is None.
 
     Raises:
-        GenmodelsError: no client, no cluster, or a template that cannot be used.
+        GenmodelsError: no client, no cluster, or an unusable template.
     """
 
     def __init__(self, storage: Storage, options: KubeOptions, most: Capacity) -> None:
@@ -82,7 +83,7 @@ class KubeRayBackend:
         self.storage, self.template = storage, Template(options)
         self.api = KubeApi(options.namespace)
         self.most = Capacity(0, 0, unlimited=True) if options.queue or not most.cpus else most
-        self._ended: dict[str, float] = {}  # RayJobs, and when they were first seen ended
+        self._ended: dict[str, float] = {}  # RayJob -> time at which its end was first seen
 
     def start(self, storage_url: str, job: str, model: str, attempt: int, workers: int) -> Driver:
         spec = Jobs(self.storage).spec(job)
@@ -100,7 +101,7 @@ class KubeRayBackend:
         return self.most
 
     def _sweep(self, jobs: dict[str, RayJob]) -> None:
-        """Delete what ended a while ago; its result was read long since."""
+        """Delete the RayJobs that ended KEEP_SECONDS ago; their results were read long before."""
         now = time.monotonic()
         ended = [name for name, job in jobs.items() if _state(job) in ("Complete", "Failed")]
         self._ended = {name: self._ended.get(name, now) for name in ended}
@@ -110,15 +111,15 @@ class KubeRayBackend:
 
 
 class _RayJob(Driver):
-    """The RayJob of one attempt. What was asked for and not answered (to make, to delete) is asked again at each poll.
+    """The RayJob of one attempt. Each poll repeats a request (create, delete) that was not answered.
 
-    `code` and `reason` are what it ends with once that is known for certain; until then `poll` is None.
+    `code` and `reason` describe the end of the attempt; `poll` is None until the end is certain.
     """
 
     def __init__(self, backend: KubeRayBackend, run: Run, attempt: int, body: RayJob | None = None) -> None:
         self.api, self.run, self.attempt = backend.api, run, attempt
         self.name = submission_id(run.job, run.model, attempt)
-        self.body, self.deadline = body, time.monotonic() + ACCEPT_SECONDS  # what to make, as long as it is not there
+        self.body, self.deadline = body, time.monotonic() + ACCEPT_SECONDS  # the RayJob to create; None once it exists
         self.queue = backend.template.options.queue
         self.code, self.ended = LOST, False
         self.deleting = self.seen = False
@@ -130,16 +131,16 @@ class _RayJob(Driver):
     def poll(self) -> int | None:
         if not self.ended and (jobs := self.api.jobs()) is not None:
             job = jobs.get(self.name)
-            self.ended = self._is_missing() if job is None else self._look(job)
+            self.ended = self._is_missing() if job is None else self._check(job)
         return self.code if self.ended else None
 
     def kill(self) -> None:
-        """`poll` tells when it and its pods are gone."""
+        """Delete the RayJob; `poll` tells when the RayJob and its pods are gone."""
         self._end_by_deleting(-signal.SIGKILL, "")
 
-    # Each of these is about to end the attempt for good where it returns True.
+    # Each of these methods returns True if the attempt has ended for good.
 
-    def _look(self, job: RayJob) -> bool:
+    def _check(self, job: RayJob) -> bool:
         self.body, self.seen = None, True
         if _is_going(job):
             if not self.deleting:
@@ -179,7 +180,7 @@ class _RayJob(Driver):
         return False
 
     def _watch_head(self, status: RayJob) -> None:
-        """KubeRay makes a new head pod, and in HTTPMode submits the driver to it once more."""
+        """End the attempt if KubeRay made a new head pod: in HTTPMode it submits the driver to it again."""
         head = ((status.get("rayClusterStatus") or {}).get("head") or {}).get("podName") or ""
         if self.head and head and head != self.head:
             self._end_by_deleting(LOST, "its head pod was lost")
@@ -197,22 +198,22 @@ class _RayJob(Driver):
         self.gone_since = self.gone_since or time.monotonic()
         pods = self.api.has_pods(self.name)
         if pods and time.monotonic() - self.gone_since > GONE_SECONDS:
-            log.warning("RayJob %s is gone, and one of its pods is not: it is waited for no longer", self.name)
+            log.warning("RayJob %s is gone, but one of its pods remains: the wait for this pod ends", self.name)
             return True
         return pods is False
 
     def _create(self) -> bool:
         if self.body is None:
             return False
-        status, said = self.api.create(self.body)
+        status, message = self.api.create(self.body)
         if status in (200, 201, 409):
             self.body = None
         elif status in (400, 404, 413, 422):
-            self.ended, self.code, self.reason = True, FAILED, f"Kubernetes refuses the RayJob: {said}"
+            self.ended, self.code, self.reason = True, FAILED, f"Kubernetes refuses the RayJob: {message}"
         elif status == 403:  # rights, or a quota
-            self.waiting = f"Kubernetes does not take the RayJob: {said}"
+            self.waiting = f"Kubernetes does not take the RayJob: {message}"
         elif time.monotonic() > self.deadline:
-            self._end_by_deleting(LOST, "Kubernetes did not take the RayJob")  # which it may have, and not said
+            self._end_by_deleting(LOST, "Kubernetes did not take the RayJob")  # the answer may be lost
         return self.ended
 
     def _end_by_deleting(self, code: int, reason: str, ask: bool = True) -> None:
@@ -231,12 +232,12 @@ def _is_going(job: RayJob) -> bool:
 
 
 def _end(status: RayJob) -> tuple[int, str]:
-    """The code and the reason of a RayJob that is Complete or Failed."""
+    """Return the code and the reason of a RayJob that is Complete or Failed."""
     match status.get("jobDeploymentStatus"), status.get("jobStatus"):
         case "Complete", "SUCCEEDED":
             return 0, "the driver ended with code 0 and left no result"
         case "Complete", "STOPPED":
             return -signal.SIGTERM, "the driver was stopped"
-    why, said = status.get("reason") or "Failed", (status.get("message") or "").strip().partition("\n")[0]
+    why, message = status.get("reason") or "Failed", (status.get("message") or "").strip().partition("\n")[0]
     code, meaning = REASONS.get(why, (FAILED, "the driver failed"))
-    return code, f"{meaning} ({why}: {said[:MESSAGE]})" if said else f"{meaning} ({why})"
+    return code, f"{meaning} ({why}: {message[:MESSAGE]})" if message else f"{meaning} ({why})"

@@ -20,27 +20,27 @@ SUBMIT_SECONDS = 15.0  # the dashboard waits up to 10 s for its agent
 MESSAGE = 2000  # characters of Ray's own message, which ends with the last lines of the driver's log
 
 
-ACCEPT_SECONDS = 60.0  # of a cluster that answers, for a driver to be accepted
+ACCEPT_SECONDS = 60.0  # for a driver to be accepted, by a cluster that answers
 
 
 class RayJobsBackend:
-    """Drivers as Ray Jobs, by the HTTP API of Ray's dashboard alone.
+    """Run drivers as Ray Jobs, only through the HTTP API of Ray's dashboard.
 
-    So the process that uses it is no part of the cluster, does not import Ray, and outlives any loss of it. No call
-    takes longer than its timeout, and none raises for a cluster that is away: what cannot be known is None.
+    So the calling process is no part of the cluster, does not import Ray, and survives the loss of the cluster. No
+    call takes longer than its timeout, and none raises for an unreachable cluster: an unknown value is None.
     """
 
     def __init__(self, address: str | None = None, max_cpus: int = 0, max_gpus: int = 0) -> None:
         """Args:
         address: of the dashboard; see `Dashboard`.
-        max_cpus: what the cluster may grow to, where it grows.
+        max_cpus: CPUs that the cluster may grow to, if it can grow.
         """
         self.dashboard = Dashboard(address)
         self.max_cpus, self.max_gpus = max_cpus, max_gpus
-        self._head_began = 0  # ms since 1970, as `capacity` last saw it
+        self._head_began = 0  # ms since 1970, at the last `capacity`
 
     def start(self, storage_url: str, job: str, model: str, attempt: int, workers: int) -> Driver:
-        """Ask for a driver. Whether Ray took it, `poll` tells: it asks again where no answer came."""
+        """Submit a driver. If no answer comes, `poll` submits it again."""
         submission = {
             "entrypoint": shlex.join(driver_command(storage_url, job, model, attempt, workers)),
             "submission_id": submission_id(job, model, attempt),
@@ -53,9 +53,9 @@ class RayJobsBackend:
         return _RayJob(self, submission_id(job, model, attempt))
 
     def is_lost(self, job: dict[str, Any]) -> bool:
-        """Whether a Ray Job, as the dashboard shows it, went with its head: drivers run there.
+        """Tell whether a Ray Job was lost with its head, where drivers run. `job`: as the dashboard shows it.
 
-        A head that keeps its state on disk shows the drivers of the one before it as they were.
+        A head that keeps its state on disk still shows the drivers of the previous head as running.
         """
         return bool(job["status"] in ("PENDING", "RUNNING") and (job.get("start_time") or 0) < self._head_began)
 
@@ -71,13 +71,13 @@ class RayJobsBackend:
         except (ValueError, KeyError, TypeError):  # another server answers at this address
             return None
         if not there:
-            return None  # the head has just begun to start
+            return None  # the head is still starting
         cpus, gpus = (int(sum(resources.get(name, 0) for resources in there)) for name in ("CPU", "GPU"))
         return Capacity(cpus, gpus, max_cpus=self.max_cpus, max_gpus=self.max_gpus)
 
 
 class _RayJob(Driver):
-    """One Ray Job. What was asked for and not answered (to start, to stop) is asked again at each poll."""
+    """One Ray Job. Each poll repeats a request (start, stop) that was not answered."""
 
     def __init__(self, backend: RayJobsBackend, name: str, submission: dict[str, Any] | None = None) -> None:
         self.backend, self.dashboard, self.name = backend, backend.dashboard, name
@@ -112,15 +112,15 @@ class _RayJob(Driver):
         return self.code
 
     def kill(self) -> None:
-        """Ray stops its whole process tree: SIGTERM, and after RAY_JOB_STOP_WAIT_TIME_S of the cluster SIGKILL.
+        """Stop the driver's whole process tree: SIGTERM, and after the cluster's RAY_JOB_STOP_WAIT_TIME_S SIGKILL.
 
-        `poll` tells when it has ended.
+        `poll` tells when the driver has ended.
         """
         self.submission = None
         self._stop()
 
     def _missing(self) -> int | None:
-        """A cluster that does not know the job lost it with its head, or never took it."""
+        """Handle a job that the cluster does not know: lost with its head, or never accepted."""
         if self.submission is None or time.monotonic() > self.deadline:
             return LOST
         self._submit()

@@ -1,32 +1,31 @@
-"""The RayJob of one attempt: made from a template of the operator's, and read when it has ended.
+"""Make the RayJob of one attempt from the operator's template.
 
-An engineer writes the template (`--kube-template`, the YAML of one `ray.io/v1` RayJob) and sizes in it what a run gets:
-images, CPUs, memory, volumes, service account, tolerations, `preRunningDeadlineSeconds`. It must have
-`spec.rayClusterSpec` with a head group and a worker group `workers`; it may have a second group `gpu-workers`, which
-then is that of runs with `use_gpu`. Of both only the first container's resources count as the worker's.
+An engineer writes the template (`--kube-template`, the YAML of one `ray.io/v1` RayJob). The template sets the pods of a
+run: images, CPUs, memory, volumes, service account, tolerations, `preRunningDeadlineSeconds`. It must have
+`spec.rayClusterSpec` with a head group and a worker group `workers`. It may have a second group `gpu-workers`, which
+runs with `use_gpu` then use. In both groups only the resources of the first container count as the worker's.
 
-Filled in, whatever the template says:
+These fields are filled in and override the template:
 
-    metadata.name                   r-<12 hex>-a<attempt>, as Ray Jobs are called; the Ray job has the same id
+    metadata.name                   r-<12 hex>-a<attempt>, like the ids of Ray Jobs; the Ray job has the same id
     metadata.labels                 app.kubernetes.io/managed-by: genmodels, genmodels/job, genmodels/model,
                                     genmodels/attempt (a value beyond 63 characters is cut and ends in its hash)
     metadata.annotations            genmodels/run, the readable job/model; genmodels/attempt
-    pod templates                   label genmodels/rayjob: <name>, by which an attempt's pods are found
+    pod templates                   label genmodels/rayjob: <name>, the selector of an attempt's pods
     spec.entrypoint, spec.jobId     the driver's command
     spec.submissionMode             HTTPMode: the operator submits. K8sJobMode would pull the image for one more pod per
-                                    attempt, and try again by itself (submitterConfig) where the dispatcher should
+                                    attempt, and would retry (submitterConfig), which is the dispatcher's task
     spec.backoffLimit               0: the dispatcher alone tries again
-    spec.shutdownAfterJobFinishes   true, and ttlSecondsAfterFinished 0: the cluster goes at once. How it ended stays in
-                                    the RayJob, which the dispatcher deletes KEEP_SECONDS later
+    spec.shutdownAfterJobFinishes   true, and ttlSecondsAfterFinished 0: the cluster is removed at once. The RayJob
+                                    keeps its result; the dispatcher deletes it KEEP_SECONDS later
     one worker group                replicas, minReplicas, maxReplicas: the workers; no other group; no autoscaling
     rayStartParams.num-cpus         head "0", workers "1": one worker of the training per pod, whatever its CPUs
-    nvidia.com/gpu: 1               in the worker's requests and limits where the spec says `use_gpu`, unless the group
-                                    asks for a GPU itself
-    spec.preRunningDeadlineSeconds  1800, where the template has none: nodes that never come end an attempt
-    spec.suspend, kueue.x-k8s.io/*  with --kube-queue: made suspended, for Kueue to admit
+    nvidia.com/gpu: 1               in the worker's requests and limits if the spec sets `use_gpu`, unless the group
+                                    requests a GPU itself
+    spec.preRunningDeadlineSeconds  1800 if the template has none: an attempt ends if its nodes never come
+    spec.suspend, kueue.x-k8s.io/*  with --kube-queue: created suspended; Kueue admits it
 
-With --kube-cluster-selector the Ray job goes to a RayCluster that is there: no cluster is made, and a template is not
-needed.
+With --kube-cluster-selector the Ray job goes to an existing RayCluster: no cluster is made, and no template is needed.
 """
 
 from __future__ import annotations
@@ -63,7 +62,7 @@ LABEL_LENGTH = 63
 
 @dataclass(frozen=True)
 class KubeOptions:
-    """What the `--kube-*` flags say. `priorities`: (WorkloadPriorityClass, lowest priority of a spec that gets it)."""
+    """The `--kube-*` flags. `priorities`: (WorkloadPriorityClass, lowest priority of a spec that gets this class)."""
 
     namespace: str | None = None
     template: Path | None = None
@@ -73,8 +72,10 @@ class KubeOptions:
 
     @classmethod
     def of(cls, options: argparse.Namespace) -> KubeOptions:
-        """Raises:
-        GenmodelsError: flags that do not go together.
+        """Return the options of parsed flags.
+
+        Raises:
+            GenmodelsError: flags that exclude each other, or a flag is missing.
         """
         if options.kube_queue and options.kube_cluster_selector:
             raise GenmodelsError("--kube-queue does not go with --kube-cluster-selector: Kueue admits whole clusters")
@@ -92,7 +93,7 @@ class KubeOptions:
 
 
 def add_kube_arguments(parser: argparse.ArgumentParser) -> None:
-    """The flags of `--backend kuberay`, each also an environment variable."""
+    """Add the flags of `--backend kuberay`, each also an environment variable."""
 
     def add(name: str, help: str, **more: Any) -> None:
         variable = f"GENMODELS_{name.upper().replace('-', '_')}"
@@ -113,11 +114,13 @@ def add_kube_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 class Template:
-    """What RayJobs are made from."""
+    """The template of RayJobs."""
 
     def __init__(self, options: KubeOptions) -> None:
-        """Raises:
-        GenmodelsError: the template cannot be read, or lacks what is filled in.
+        """Read and check the template.
+
+        Raises:
+            GenmodelsError: the template cannot be read, or lacks a field that must be filled in.
         """
         self.options = options
         self.job = {} if options.template is None else _read(options.template)
@@ -125,7 +128,7 @@ class Template:
             _check(self.job, str(options.template))
 
     def fill(self, storage_url: str, job: str, spec: ModelSpec, attempt: int, workers: int, priority: int) -> RayJob:
-        """The RayJob of one attempt."""
+        """Return the RayJob of one attempt."""
         name, model = submission_id(job, spec.name, attempt), spec.name
         filled = copy.deepcopy(self.job)
         body = filled.setdefault("spec", {})
@@ -137,7 +140,7 @@ class Template:
         metadata["annotations"] = {**(metadata.get("annotations") or {}), **readable}
         command = driver_command(storage_url, job, model, attempt, workers)
         body |= {
-            "entrypoint": shlex.join(["python", *command[1:]]),  # the image's own
+            "entrypoint": shlex.join(["python", *command[1:]]),  # the Python of the image
             "jobId": name,
             "submissionMode": "HTTPMode",
             "backoffLimit": 0,
@@ -164,7 +167,7 @@ class Template:
 
 
 def label(text: str) -> str:
-    """`text` as a label's value, which has at most 63 characters."""
+    """Return `text` as a label's value, which has at most 63 characters."""
     if len(text) <= LABEL_LENGTH:
         return text
     return f"{text[:50]}-{hashlib.sha256(text.encode()).hexdigest()[:12]}"
@@ -178,7 +181,7 @@ def _priority(text: str) -> tuple[str, int]:
 
 
 def _size(cluster: dict[str, Any], name: str, workers: int, use_gpu: bool) -> None:
-    """One group of as many pods as there are workers."""
+    """Reduce the cluster to one worker group with one pod per worker."""
     groups = {group["groupName"]: group for group in cluster["workerGroupSpecs"]}
     group = groups.get(GPU_WORKERS, groups[WORKERS]) if use_gpu else groups[WORKERS]
     group |= {"replicas": workers, "minReplicas": workers, "maxReplicas": workers}
@@ -198,17 +201,17 @@ def _size(cluster: dict[str, Any], name: str, workers: int, use_gpu: bool) -> No
 
 def _read(path: Path) -> RayJob:
     try:
-        # as JSON, which has no anchors: what is filled in at one place must not show at another
-        found = json.loads(json.dumps(yaml.safe_load(path.read_text())))
+        # through JSON, which has no anchors: a value filled in at one place must not appear at another
+        template = json.loads(json.dumps(yaml.safe_load(path.read_text())))
     except (OSError, ValueError, TypeError, yaml.YAMLError) as error:
         raise GenmodelsError(f"--kube-template {path} cannot be read: {error}") from None
-    if not isinstance(found, dict) or (found.get("apiVersion"), found.get("kind")) != (API_VERSION, "RayJob"):
+    if not isinstance(template, dict) or (template.get("apiVersion"), template.get("kind")) != (API_VERSION, "RayJob"):
         raise GenmodelsError(f"--kube-template {path} must be one RayJob of {API_VERSION}")
-    return found
+    return template
 
 
 def _check(job: RayJob, path: str) -> None:
-    """Raise GenmodelsError unless everything is there that is filled in."""
+    """Raise GenmodelsError if a field that must be filled in is missing."""
     try:
         cluster = job["spec"]["rayClusterSpec"]
         groups = {group["groupName"]: group for group in cluster["workerGroupSpecs"]}

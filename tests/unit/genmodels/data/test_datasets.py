@@ -1,4 +1,4 @@
-"""Datasets: exact splits, the order of samples, a person's own files, verified sources, pictures."""
+"""Test datasets: exact splits, the order of samples, a person's own files, verified sources, pictures."""
 
 from __future__ import annotations
 
@@ -81,8 +81,8 @@ def test_batches_go_through_every_epoch_exactly_once_wherever_they_begin() -> No
 def test_workers_see_each_sample_of_a_batch_exactly_once(world_size: int) -> None:
     index, epoch = batch_indices(17, 0, 5, 24)
     parts = [shard(index, epoch, rank, world_size) for rank in range(world_size)]
-    seen = sorted((e, i) for part in parts for i, e in zip(*part, strict=True))
-    assert seen == sorted(zip(epoch, index, strict=True))
+    samples = sorted((e, i) for part in parts for i, e in zip(*part, strict=True))
+    assert samples == sorted(zip(epoch, index, strict=True))
     assert {len(part[0]) for part in parts} == {24 // world_size}
 
 
@@ -301,7 +301,7 @@ def test_unreadable_too_few_and_no_pictures_are_named(tmp_path: Path) -> None:
 
 
 def bomb(width: int, height: int) -> bytes:
-    """A small PNG whose header promises a picture of any size."""
+    """Return a small PNG whose header declares a picture of any size."""
     import struct
     import zlib
 
@@ -497,7 +497,7 @@ def test_a_package_that_is_not_installed_is_named() -> None:
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """Answers every request with `code` and `body`, and lists what was asked for in `paths`."""
+    """Answer every request with `code` and `body`, and record the requested paths in `paths`."""
 
     def __init__(self) -> None:
         self.paths: list[str] = []
@@ -549,7 +549,7 @@ def test_a_file_is_downloaded_once_even_by_four_at_the_same_time(tmp_path: Path,
         (200, gzip.compress(b"another file"), "is damaged or another edition of the file"),
         (200, gzip.compress(CONTENT)[:-30], "cannot be read"),
         (200, b"x" * (2**20 + 100_000), "has more than the expected 4,300 bytes"),
-        (404, b"", "404 Not Found"),
+        (404, b"", f"404 {http.HTTPStatus.NOT_FOUND.phrase}"),
     ],
     ids=["another", "cut", "large", "missing"],
 )

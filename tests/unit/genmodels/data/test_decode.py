@@ -1,4 +1,4 @@
-"""Pictures of every mode in every format that Pillow writes: scaled right, or refused by one line; none vanishes."""
+"""Test pictures of every mode in every format that Pillow writes: each is scaled correctly, or refused by one line."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ SUFFIX = {"PNG": ".png", "JPEG": ".jpg", "WEBP": ".webp", "BMP": ".bmp", "GIF": 
 
 
 def ramp(high: int = 255) -> np.ndarray:
-    """From black at the left to `high` at the right: (SIDE, SIDE)."""
+    """Return a ramp from black at the left to `high` at the right: (SIDE, SIDE)."""
     return np.linspace(0, high, SIDE).round().astype(np.int64)[None].repeat(SIDE, axis=0)
 
 
 def of_mode(mode: str) -> Image.Image:
-    """The ramp in a mode, as a person's program would write it: over the mode's whole range."""
+    """Return the ramp in a mode, over the mode's whole range, as a person's program would write it."""
     grey = Image.fromarray(ramp().astype(np.uint8))
     if mode.startswith("I;16"):
         order = ">u2" if mode == "I;16B" else "<u2"
@@ -112,7 +112,7 @@ def test_a_request_means_what_training_means(format: str, mode: str, content: by
 
 
 def tiff(bits: int, samples: np.ndarray, *, order: str = "<", photometric: int = 1, kind: int = 1) -> bytes:
-    """An uncompressed TIFF of one strip, as scientific programs write it: whole numbers (kind 1) or floats (3)."""
+    """Return an uncompressed TIFF of one strip, as scientific programs write it: integers (kind 1) or floats (3)."""
     height, width = samples.shape[:2]
     channels = samples.shape[2] if samples.ndim == 3 else 1
     if bits == 12:

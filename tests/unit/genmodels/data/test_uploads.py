@@ -1,4 +1,4 @@
-"""Datasets in the storage: added once, checked, immutable, and read the same everywhere."""
+"""Test datasets in the storage: added once, checked, immutable, and read the same everywhere."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def play(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
-    """Pictures of two classes, all of another size than they are asked for in."""
+    """Write pictures of two classes, all of another size than the requested one."""
     random = np.random.default_rng(0)
     for number in range(40):
         path = tmp_path / "photos" / ("cats" if number % 4 else "dogs") / f"{number:02}.png"
@@ -63,7 +63,7 @@ def packed(folder: Path, top: str = "") -> bytes:
 
 
 def add_bytes(storage: Storage, content: bytes, image_size: int | None = None) -> tuple[uploads.StoredDataset, bool]:
-    """Add what came over the network, from a file whose name says nothing."""
+    """Add bytes from the network, from a file whose name says nothing."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "upload"
         path.write_bytes(content)
@@ -294,7 +294,7 @@ def test_links_in_a_zip_are_passed_over(tmp_path: Path) -> None:
     ids=lambda name: repr(name[:12]),
 )
 def test_no_name_in_a_zip_breaks_it(tmp_path: Path, name: bytes) -> None:
-    """Each is passed over, unpacked inside, or refused."""
+    """Each name is skipped, unpacked inside the folder, or refused."""
     stand_in = "X" * len(name)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of a name that is there twice

@@ -1,4 +1,4 @@
-"""`genmodels doctor`: what it finds, what it says to do, and that nothing ends it in a traceback."""
+"""Test `genmodels doctor`: its problems, its remedies, and that nothing ends it with a traceback."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ COMMAND = CliRunner()
 
 @pytest.fixture(autouse=True)
 def alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Nothing of this machine's own is looked at."""
+    """Hide this machine's own state from the checks."""
     monkeypatch.setattr(doctor, "PORTS", {})
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     for name in ("AWS_SHARED_CREDENTIALS_FILE", "RAY_AUTH_TOKEN_PATH", "GENMODELS_SECRETS"):
@@ -188,8 +188,8 @@ def test_versions_are_compared_with_the_pins() -> None:
     from packaging.requirements import Requirement
 
     assert doctor._version(Requirement("pydantic>=2")).state == "ok"
-    wrong = doctor._version(Requirement("pydantic<2"))
-    assert (wrong.state, wrong.remedy) == ("problem", 'pip install "pydantic<2"')
+    mismatch = doctor._version(Requirement("pydantic<2"))
+    assert (mismatch.state, mismatch.remedy) == ("problem", 'pip install "pydantic<2"')
     assert doctor._version(Requirement("no-such-package==1")).state == "problem"
 
 

@@ -1,4 +1,4 @@
-"""`train.init_from`: what a name means is settled at submit, and the weights are those of the version or checkpoint."""
+"""Test `train.init_from`: a name is resolved at submit, and the weights are those of the version or checkpoint."""
 
 from __future__ import annotations
 

@@ -45,7 +45,7 @@ Dumper.add_representer(str, represent_text)
 
 
 def written(value: dict[str, Any]) -> bytes:
-    """YAML that `spec_yaml.read` reads back as it was (tuples as lists)."""
+    """Write YAML that `spec_yaml.read` reads back unchanged (tuples as lists)."""
     text: str = yaml.dump(value, Dumper=Dumper, sort_keys=False, allow_unicode=True, default_flow_style=None, width=120)
     return text.encode()
 
@@ -99,7 +99,7 @@ GOOD: dict[str, Any] = {
 
 @pytest.fixture(autouse=True, scope="module")
 def families(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Two families that load in no time, one for pictures and one for text, in addition to the real ones."""
+    """Add two families that load quickly, one for pictures and one for text, to the real families."""
     folder = tmp_path_factory.mktemp("families")
     (folder / "stub_image.py").write_text(FAMILY.format(name="StubImage", base="ImageFamily"))
     (folder / "stub_text.py").write_text(FAMILY.format(name="StubText", base="TextFamily"))
@@ -112,7 +112,7 @@ def families(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 def good(**changes: Any) -> dict[str, Any]:
-    """The good spec with changes at paths, as `models__0__train__seed=1`; ... removes the key."""
+    """Return the valid spec with changes at paths, as `models__0__train__seed=1`; `...` removes the key."""
     tree = copy.deepcopy(GOOD)
     for path, value in changes.items():
         *parents, last = [int(part) if part.isdigit() else part for part in path.split("__")]
@@ -131,7 +131,7 @@ def parse(tree: Any) -> JobSpec:
 
 
 def problems(document: Any) -> list[str]:
-    """What is said of a wrong document, less `job.yaml:<line>: `."""
+    """Return the error messages of an invalid document, without `job.yaml:<line>: `."""
     data = document if isinstance(document, bytes) else json.dumps(document).encode()
     with pytest.raises(SpecError) as caught:
         parse_spec(data, "job.yaml", Path("/jobs"))
@@ -297,7 +297,7 @@ SECTIONS: dict[str, type[Section]] = {  # every section of a model, and where it
 
 
 def known_fields() -> dict[str, set[str]]:
-    """The sections that have a key, by key: also those of the model's family, the stub's."""
+    """Return the sections that have a key, by key; those of the stub family included."""
     fields = {path: [*section.model_fields] for path, section in SECTIONS.items()}
     fields |= {"model": ["width", "heads", "act", "depth"], "model.depth": ["layers"]}
     result: dict[str, set[str]] = {}
@@ -308,7 +308,7 @@ def known_fields() -> dict[str, set[str]]:
 
 
 def test_a_key_in_the_wrong_section_is_sent_to_the_right_one() -> None:
-    """Every key of every section, in every other section and at the top, unless it is near a key there."""
+    """Test every key of every section in every other section and at the top, unless it is similar to a key there."""
     homes, sent = known_fields(), 0
     for key, paths in homes.items():
         for at in ("train", "data", "scaling", "checkpoints", "serve", "serve.gate", "model", ""):
@@ -698,7 +698,7 @@ def test_schema_accepts_good_specs_and_refuses_wrong_ones() -> None:
     assert validator.is_valid(good(models__0__scaling__num_workers={"min": 1, "max": 2}))
     assert validator.is_valid(good(models__0__train__init_from="vae@shapes-0a1b2c3d:step-500"))
     assert validator.is_valid(json.loads(json.dumps(parse(GOOD).model_dump())))
-    for wrong in (
+    for invalid in (
         good(nmae=1),
         good(name="A"),
         good(models__0__model__family="stub"),
@@ -711,7 +711,7 @@ def test_schema_accepts_good_specs_and_refuses_wrong_ones() -> None:
         good(models__0__train__init_from="../x"),
         good(models__0__data__dataset="../x"),
     ):
-        assert not validator.is_valid(wrong)
+        assert not validator.is_valid(invalid)
 
 
 def test_every_field_of_the_schema_is_described() -> None:

@@ -1,4 +1,4 @@
-"""The dispatcher's lease: one holder at a time, also when one is paused, killed, or the store's answers are lost."""
+"""Test the lease: one holder at a time, also when a holder is paused or killed, or the store's responses are lost."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.support.storages import FailingStorage, MemoryStorage, Wrapped, in_th
 
 
 class Clock:
-    """Monotonic time that moves when it is told to."""
+    """Act as a monotonic clock that the test moves."""
 
     def __init__(self) -> None:
         self.now = 50.0
@@ -24,7 +24,7 @@ class Clock:
 
 
 class LostAnswers(Wrapped):
-    """Carries out a put, but its answer is lost, and the store stays away for the reading after it."""
+    """Carry out a put but lose its response; the store stays away for the next read."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -106,7 +106,7 @@ def test_paused_but_nobody_came(clock: Clock) -> None:
 
 
 def test_at_no_moment_do_two_hold_it(clock: Clock) -> None:
-    """A renewal is written at any moment of the watcher's reading, which takes 5 s."""
+    """A renewal is written at any moment of the watcher's read, which takes 5 s."""
     for moment in range(6):
         store = Wrapped()
         a, b = Lease(store.inner), Lease(store)

@@ -1,4 +1,4 @@
-"""One suite for both storages: what holds in a local folder holds on S3."""
+"""Test both storages with one suite: S3 behaves as a local folder does."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from genmodels.storage import folder as folder_module
 
 
 def in_threads(n: int, work: Callable[[int], Any]) -> list[Any]:
-    """Results of work(0), ..., work(n - 1), all started at the same moment."""
+    """Return the results of work(0), ..., work(n - 1), all started at the same moment."""
     barrier = threading.Barrier(n)
 
     def start(i: int) -> Any:
@@ -302,12 +302,12 @@ def test_counter_loses_nothing(storage: Storage) -> None:
     write_document(storage, "counter", {"count": 0})
 
     def count_up(_: int) -> None:
-        left = 6
-        while left:
+        remaining = 6
+        while remaining:
             document, etag = read_document(storage, "counter")
             try:
                 write_document(storage, "counter", {"count": document["count"] + 1}, if_match=etag)
-                left -= 1
+                remaining -= 1
             except Conflict:
                 pass
 

@@ -1,4 +1,4 @@
-"""The driver of one attempt: what class a failure is of, and what is published. No Ray is started."""
+"""The driver of one attempt: classes of failures, and publication. Ray is not started."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ GLOO = RuntimeError(
 
 
 class ranks(Exception):
-    """As Ray's WorkerGroupError: what each rank that failed had raised."""
+    """Ray's WorkerGroupError: the error of each rank that failed."""
 
     def __init__(self, **failures: Exception) -> None:
         super().__init__("Training failed due to worker errors:\n[Rank 0 Error Snippet]:\nTraceback ...")
@@ -67,7 +67,7 @@ class ranks(Exception):
 
 
 def actor_died() -> Exception:
-    """What a killed worker is seen as: wrapped twice."""
+    """Return the error of a killed worker, wrapped twice as Ray does."""
     from ray.exceptions import ActorDiedError
     from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 
@@ -102,7 +102,7 @@ def controller_of_workers() -> Exception:
 
 
 def full(error: Exception, number: int = errno.ENOSPC) -> Exception:
-    """What was made of an error of the disk."""
+    """Return the error that the storage makes of an error of the disk."""
     error.__cause__ = OSError(number, os.strerror(number))
     return error
 
@@ -170,7 +170,7 @@ def test_the_class_of_a_failure(make: Callable[[], Exception], cause: str, messa
 
 
 def test_ray_still_calls_things_so() -> None:
-    """The names that `classify_failure` goes by."""
+    """The names that `classify_failure` uses."""
     from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
     assert WorkerGroupError("said", {1: DIVERGED}).worker_failures == {1: DIVERGED}
@@ -194,9 +194,9 @@ def test_ray_still_calls_things_so() -> None:
 )
 @pytest.mark.parametrize("through", [copy.copy, copy.deepcopy, lambda error: pickle.loads(pickle.dumps(error))])  # noqa: S301
 def test_errors_cross_process_borders(error: GenmodelsError, through: Callable[[Any], Any]) -> None:
-    found = through(error)
-    assert type(found) is type(error)
-    assert (str(found), found.args, vars(found)) == (str(error), error.args, vars(error))
+    result = through(error)
+    assert type(result) is type(error)
+    assert (str(result), result.args, vars(result)) == (str(error), error.args, vars(error))
 
 
 # ---- publishing
@@ -209,7 +209,7 @@ def spec(tmp_path_factory: pytest.TempPathFactory) -> ModelSpec:
 
 
 def save(run: Run, step: int, val_loss: float, seed: int | None = None) -> CheckpointRef:
-    """A whole checkpoint of a real model."""
+    """Save a complete checkpoint of a real model."""
     ref = CheckpointRef(attempt=1, step=step)
     with checkpoint.scratch_folder() as name:
         folder = Path(name)
@@ -294,11 +294,11 @@ def test_seconds_are_of_the_chain_and_of_this_start() -> None:
 
 
 class Ended(Exception):
-    """The process would have ended here."""
+    """Raised where the process would end."""
 
 
 class Logs:
-    """As LogShipper, for a process that is not to be touched."""
+    """A LogShipper that does not touch the output of the process."""
 
     def __init__(self) -> None:
         self.flushed: list[float] = []
@@ -319,9 +319,9 @@ def watch(monkeypatch: pytest.MonkeyPatch) -> DriverWatch:
 
 
 def heartbeat(run: Run) -> Heartbeat:
-    found = run.heartbeat(1)
-    assert found is not None
-    return found
+    result = run.heartbeat(1)
+    assert result is not None
+    return result
 
 
 def test_the_driver_beats_until_rank_0_does(watch: DriverWatch) -> None:
@@ -434,9 +434,9 @@ def test_a_kill_command_ends_a_process_that_has_not_ended_by_then(
         timer.join()
     assert codes == ([] if ended else [KILLED])
     assert watch.killed is not None
-    said = capfd.readouterr().err
-    assert said.startswith("Killed: cancel --now. The stacks of all threads:\n")
-    main = said.partition("Thread MainThread:\n")[2].partition("\nThread ")[0]
+    output = capfd.readouterr().err
+    assert output.startswith("Killed: cancel --now. The stacks of all threads:\n")
+    main = output.partition("Thread MainThread:\n")[2].partition("\nThread ")[0]
     assert "in test_a_kill_command_ends_a_process" in main, "the innermost frames, whatever the number of threads"
     watch.look()
     assert capfd.readouterr().err == "", "it was read once"
@@ -461,7 +461,7 @@ driver.main()
 
 
 def drive(tmp_path: Path, data: Path, body: str, *options: str, signals: int | None = None) -> tuple[Run, int, float]:
-    """The run, the exit code, and how long it took from the signal on."""
+    """Return the run, the exit code, and the seconds from the signal to the end."""
     storage = open_storage(f"file://{tmp_path}")
     name = submit(storage, job("driven", model(data, "minigpt") | {"scaling": {"num_workers": 3}}))
     run = Run(storage, name, "minigpt")

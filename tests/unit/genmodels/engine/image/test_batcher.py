@@ -1,4 +1,4 @@
-"""Dynamic batching of images: a result is the same bits in any company, and large requests do not block small ones."""
+"""Test dynamic batching of images: a result is the same bits in any batch; large requests do not block small ones."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 class Gate:
-    """A function that waits until the gate is open, and keeps its batches."""
+    """Act as a function that waits until the gate is open, and keeps its batches."""
 
     def __init__(self) -> None:
         self.entered, self.open = threading.Event(), threading.Event()
@@ -54,7 +54,7 @@ class Gate:
 
 
 def waiting(batcher: DynamicBatcher, count: int) -> None:
-    """Until so many requests stand in the queue."""
+    """Wait until so many requests are in the queue."""
     for _ in range(10_000):
         if len(batcher._waiting) == count:
             return
@@ -125,13 +125,13 @@ def test_a_row_that_fails_fails_its_own_request(monkeypatch: pytest.MonkeyPatch)
         first = pool.submit(batcher.apply, "gate", gate, rows(0, 1))
         gate.entered.wait(10)
         parts = [torch.full((count, 1), float(value)) for value, count in ((2, 3), (5, 2), (4, CHUNK), (7, 20), (6, 1))]
-        asked = []
+        futures = []
         for part in parts:
-            asked.append(pool.submit(batcher.apply, "k", odd_fail, part))
-            waiting(batcher, len(asked))
+            futures.append(pool.submit(batcher.apply, "k", odd_fail, part))
+            waiting(batcher, len(futures))
         gate.open.set()
         first.result()
-        for part, one in zip(parts, asked, strict=True):
+        for part, one in zip(parts, futures, strict=True):
             if part[0, 0] % 2:
                 with pytest.raises(RequestError, match="odd"):
                     one.result(10)
@@ -154,7 +154,7 @@ def test_an_answer_is_the_same_alone_and_in_company(model: ImageModel) -> None:
 
 
 def odd_requests(model: ImageModel) -> st.SearchStrategy[Any]:
-    """Valid requests whose numbers lie at the edges of what is allowed."""
+    """Generate valid requests whose numbers lie at the bounds."""
     options = {
         name: any_value(field)
         for name, field in model.family.Request.model_json_schema()["properties"].items()

@@ -1,4 +1,4 @@
-"""Continuous batching: every answer equals the plain reference, in any company; it is fair and loses no slot."""
+"""Test continuous batching: every answer equals the plain reference, in any batch; it is fair and loses no slot."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def same_as_reference(family: MiniGPT, result: T, reference: Callable[[MiniGPT],
 
 
 class Client:
-    """A client of the batcher: keeps the tokens and the end of one sequence."""
+    """Act as a client of the batcher: keep the tokens and the end of one sequence."""
 
     def __init__(self, prompt: Iterable[int], seed: int = 0, max_wanted: int | None = None, **options: Any) -> None:
         self.prompt, self.seed = list(prompt), seed
@@ -118,10 +118,10 @@ SETTINGS = st.fixed_dictionaries(
 
 
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=list(FAMILIES))
-@given(asked=st.lists(SETTINGS, min_size=1, max_size=6))
+@given(requests=st.lists(SETTINGS, min_size=1, max_size=6))
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
-def test_the_tokens_equal_the_reference_in_every_setting(family: MiniGPT, asked: list[dict[str, Any]]) -> None:
-    clients = [Client(**one) for one in asked]
+def test_the_tokens_equal_the_reference_in_every_setting(family: MiniGPT, requests: list[dict[str, Any]]) -> None:
+    clients = [Client(**one) for one in requests]
     answers(family, clients, slots=4)
     assert all(client.matches_reference(family) for client in clients)
 

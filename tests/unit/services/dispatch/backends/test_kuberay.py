@@ -1,4 +1,4 @@
-"""Runs as RayJobs: a real dispatcher and the official client, against an API server, KubeRay and Kueue of the tests."""
+"""Test runs as RayJobs: a real dispatcher and the official client against a fake API server, KubeRay and Kueue."""
 
 from __future__ import annotations
 
@@ -76,7 +76,7 @@ class Platform:
         self.restart()
 
     def restart(self) -> None:
-        """A new process, which knows nothing."""
+        """Start a new dispatcher without any state in memory."""
         self.backend = KubeRayBackend(self.storage, self.options, self.most)
         self.dispatcher = Dispatcher(self.storage, self.backend)
         self.lease_term = getattr(self, "lease_term", 0) + 1
@@ -96,7 +96,7 @@ class Platform:
             self.operator.reconcile()
 
     def until(self, model: str, wanted: str, job: str, attempt: int = 1) -> Any:
-        """Tick until the run is in this state, in this attempt or a later one."""
+        """Reconcile until the run is in this state, in this attempt or a later one."""
         for _ in range(100):
             status = state(self.storage, job, model)
             if status.state == wanted and status.attempt >= attempt:
@@ -125,9 +125,9 @@ def test_runs_are_carried_to_their_end(
         submission_id(name, "b", 1),
         submission_id(name, "a", 2),
     ]
-    told = "the driver died (AppFailed: Job entrypoint command failed with exit code 137, last available logs:)"
-    assert f"{told}; continues from step 0" in platform.reasons(name, "a")
-    assert len(api.jobs) == 3, "they stay to be looked at"
+    failure = "the driver died (AppFailed: Job entrypoint command failed with exit code 137, last available logs:)"
+    assert f"{failure}; continues from step 0" in platform.reasons(name, "a")
+    assert len(api.jobs) == 3, "they stay for inspection"
     monkeypatch.setattr(kuberay, "KEEP_SECONDS", 0.0)
     platform.reconcile(3)
     assert not api.jobs
@@ -166,7 +166,7 @@ def test_a_real_attempt_outlives_its_dispatcher(
     assert start.world_size == 2
 
 
-# ---- restarts, and answers that are lost
+# ---- restarts and lost answers
 
 
 def test_a_dispatcher_killed_after_it_made_a_rayjob(api: KubeApi, tmp_path: Path, data: Path) -> None:
@@ -259,19 +259,19 @@ def test_what_becomes_of_a_rayjob(
     platform.operator.clings = True
     api.status(name, **{"jobDeploymentStatus": "Failed"} | status)
     ended = status.get("jobStatus") in ("SUCCEEDED", "STOPPED", "FAILED") or status.get("rayClusterName") == ""
-    found = driver.poll()
-    if not ended:  # its driver may still run: first everything of it goes
-        assert found is None
+    polled = driver.poll()
+    if not ended:  # its driver may still run: first all its pods must go
+        assert polled is None
         platform.operator.reconcile()
         assert api.pods
         assert driver.poll() is None
         platform.operator.clings = False
         platform.operator.reconcile()
-        found = driver.poll()
+        polled = driver.poll()
         assert name not in api.jobs
-    assert found == code
+    assert polled == code
     assert reason in driver.reason
-    assert platform.backend.find(job, "a", 1).poll() == (code if ended else LOST), "and for who comes later"
+    assert platform.backend.find(job, "a", 1).poll() == (code if ended else LOST), "also for a later dispatcher"
 
 
 def test_a_deadline_starts_the_next_attempt_after_the_first_has_gone(api: KubeApi, tmp_path: Path, data: Path) -> None:
@@ -329,7 +329,7 @@ def test_what_kubernetes_refuses_fails_with_its_words(api: KubeApi, tmp_path: Pa
     (tmp_path / "template.yaml").write_text(yaml.safe_dump(template))
     storage = MemoryStorage()
     platform = Platform(api, tmp_path, storage)
-    name = submit(storage, data, "wrong", "a")
+    name = submit(storage, data, "refused", "a")
     reason = platform.until("a", "failed", name).reason
     assert reason.startswith("3 attempts without a new checkpoint; the last: Kubernetes refuses the RayJob: ")
     assert "tll" in reason
@@ -363,7 +363,7 @@ def test_kueue_admits_and_preempts(api: KubeApi, tmp_path: Path, data: Path, mon
 
 
 def test_preempted_while_no_dispatcher_looked(api: KubeApi, tmp_path: Path, data: Path) -> None:
-    """Suspended in the meantime, it is not resumed: whoever comes finds that the attempt had begun."""
+    """The new dispatcher sees that the suspended attempt had begun, and does not resume it."""
     storage = MemoryStorage()
     platform = Platform(api, tmp_path, storage, queue="training", a=[obedient, succeeds])
     name = submit(storage, data, "unseen", "a")
@@ -405,10 +405,10 @@ def test_cancelled_it_saves_first(api: KubeApi, tmp_path: Path, data: Path) -> N
     assert len(platform.operator.started) == 2
 
 
-# ---- what the API server says
+# ---- answers of the API server
 
 
-def test_missing_rights_are_told_once_with_what_is_missing(
+def test_missing_rights_are_logged_once_by_name(
     api: KubeApi, tmp_path: Path, data: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     storage = MemoryStorage()
@@ -419,9 +419,9 @@ def test_missing_rights_are_told_once_with_what_is_missing(
     status = state(storage, name, "a")
     assert (status.state, status.attempt) == ("starting", 1)
     assert status.reason.startswith("Kubernetes does not take the RayJob: ")
-    told = [line for line in caplog.messages if "403" in line]
-    assert len(told) == 1
-    assert "needs the verb 'create' for 'rayjobs'" in told[0]
+    warnings = [line for line in caplog.messages if "403" in line]
+    assert len(warnings) == 1
+    assert "needs the verb 'create' for 'rayjobs'" in warnings[0]
     api.role.add(("rayjobs", "create"))
     platform.until("a", "succeeded", name)
 
@@ -436,11 +436,11 @@ def test_a_token_that_is_not_known(
     assert "another" not in caplog.text
 
 
-def test_an_api_server_that_is_ill_is_asked_again_at_once(api: KubeApi, tmp_path: Path) -> None:
+def test_a_failed_answer_of_the_api_server_is_retried_at_once(api: KubeApi, tmp_path: Path) -> None:
     platform = Platform(api, tmp_path, MemoryStorage())
     api.ill = [429, 503]
     assert platform.backend.capacity() == Capacity(0, 0, unlimited=True)
-    assert len(api.asked) == 3
+    assert len(api.requests) == 3
     api.ill = [500] * 3
     assert platform.backend.capacity() is None
     assert platform.backend.capacity() is not None
@@ -452,14 +452,14 @@ def test_a_list_comes_in_pages(api: KubeApi, tmp_path: Path, data: Path, monkeyp
     platform = Platform(api, tmp_path, storage)
     submit(storage, data, "many", *"abcde")
     platform.dispatcher.dispatch_once(1)
-    found = platform.backend.api.jobs()
-    assert found is not None
-    assert len(found) == 5
+    jobs = platform.backend.api.jobs()
+    assert jobs is not None
+    assert len(jobs) == 5
     api.expired = True
-    assert platform.backend.api.jobs() is None, "410: begun again at the next look"
+    assert platform.backend.api.jobs() is None, "410: the next call starts the list again"
 
 
-def test_all_runs_of_a_tick_share_one_list(
+def test_all_runs_of_a_round_share_one_list(
     api: KubeApi, tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     storage = MemoryStorage()
@@ -468,12 +468,12 @@ def test_all_runs_of_a_tick_share_one_list(
     platform.reconcile(5)
     monkeypatch.setattr(kube_api, "LIST_SECONDS", 60.0)
     platform.backend.api._forget()
-    api.asked.clear()
+    api.requests.clear()
     platform.dispatcher.dispatch_once(1)
-    assert api.asked == ["list rayjobs"]
+    assert api.requests == ["list rayjobs"]
 
 
-# ---- what is made
+# ---- the RayJob made from the template
 
 
 def of(data: Path, use_gpu: bool = False, workers: int = 1) -> JobSpec:
@@ -525,8 +525,8 @@ def test_a_class_for_each_priority(tmp_path: Path) -> None:
     (tmp_path / "t.yaml").write_text(yaml.safe_dump(TEMPLATE))
     classes = [("high", 10), ("low", -5), ("normal", 0)]
     template = Template(KubeOptions(template=tmp_path / "t.yaml", queue="q", priorities=classes))
-    found = [template._queued(priority)["kueue.x-k8s.io/priority-class"] for priority in (-9, -5, -1, 0, 9, 10, 99)]
-    assert found == ["low", "low", "low", "normal", "normal", "high", "high"]
+    classes = [template._queued(priority)["kueue.x-k8s.io/priority-class"] for priority in (-9, -5, -1, 0, 9, 10, 99)]
+    assert classes == ["low", "low", "low", "normal", "normal", "high", "high"]
 
 
 def test_a_cluster_that_is_there_takes_the_drivers(api: KubeApi, tmp_path: Path, data: Path) -> None:
@@ -578,8 +578,8 @@ def test_the_backend_is_a_setting(api: KubeApi, tmp_path: Path, monkeypatch: pyt
 def test_settings_by_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     for name, value in {"NAMESPACE": "n", "TEMPLATE": "t", "QUEUE": "q", "PRIORITY": "low=-5,high=1"}.items():
         monkeypatch.setenv(f"GENMODELS_KUBE_{name}", value)
-    found = KubeOptions.of(options())
-    assert found == KubeOptions("n", Path("t"), None, "q", (("low", -5), ("high", 1)))
+    parsed = KubeOptions.of(options())
+    assert parsed == KubeOptions("n", Path("t"), None, "q", (("low", -5), ("high", 1)))
 
 
 @pytest.mark.parametrize(
@@ -607,7 +607,7 @@ def test_without_the_client_one_line_says_so(monkeypatch: pytest.MonkeyPatch) ->
 def test_without_a_cluster_one_line_says_so(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("KUBECONFIG", str(tmp_path / "none"))
     monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
-    with pytest.raises(GenmodelsError, match="no Kubernetes to be found"):
+    with pytest.raises(GenmodelsError, match="no Kubernetes cluster is configured"):
         kube_api.KubeApi()
 
 

@@ -1,4 +1,4 @@
-"""Drivers as processes of this machine."""
+"""Test drivers that are processes of this machine."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ def test_a_driver_as_a_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     assert backend.log("m", 2).read_text() == "hello\n"
     assert backend.find("j", "m", 2).poll() == 3
     assert backend.capacity() == Capacity(3, 1)
-    nobody = backend.find("j", "m", 3)
-    nobody.kill()
-    assert nobody.poll() == LOST
+    unknown = backend.find("j", "m", 3)
+    unknown.kill()
+    assert unknown.poll() == LOST
 
 
 def test_a_killed_process_takes_its_children_along(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -38,7 +38,7 @@ def test_a_killed_process_takes_its_children_along(tmp_path: Path, monkeypatch: 
     until(lambda: not is_alive(child), "the child is gone", 5)
 
 
-def test_what_a_driver_is_told() -> None:
+def test_arguments_of_a_driver() -> None:
     words = base.driver_command("s3://b/p q", "j-1", "m", 2, 3)
     assert (
         " ".join(words[1:]) == "-P -m services.train --storage s3://b/p q --job j-1 --model m --attempt 2 --workers 3"

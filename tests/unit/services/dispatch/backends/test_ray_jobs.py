@@ -1,4 +1,4 @@
-"""Drivers as Ray Jobs, against a dashboard that answers as a test wants it."""
+"""Test drivers as Ray Jobs against a dashboard whose answers a test sets."""
 
 from __future__ import annotations
 
@@ -37,10 +37,10 @@ def test_a_dashboard_that_hangs_costs_one_timeout(monkeypatch: pytest.MonkeyPatc
 
 
 class Ray:
-    """A dashboard as a test wants it: answers by method and path, None for no answer."""
+    """A dashboard whose answers a test sets, by method and path; None: no answer."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.asked: list[str] = []
+        self.requests: list[str] = []
         self.answers: dict[str, tuple[int, Any] | None] = {}
         monkeypatch.setattr(dashboard, "SILENCE_SECONDS", 0.0)
         self.backend = RayJobsBackend("http://ray")
@@ -48,9 +48,9 @@ class Ray:
         self.path = f"/api/jobs/{submission_id('j', 'm', 1)}"
 
     def answer(self, request: httpx.Request) -> httpx.Response:
-        asked = f"{request.method} {request.url.path}".replace(self.path, "JOB")
-        self.asked.append(asked)
-        answer = self.answers.get(asked)
+        target = f"{request.method} {request.url.path}".replace(self.path, "JOB")
+        self.requests.append(target)
+        answer = self.answers.get(target)
         if answer is None:
             raise httpx.ReadTimeout("no answer")
         return httpx.Response(answer[0], json=answer[1])
@@ -59,32 +59,32 @@ class Ray:
 def test_a_submission_without_an_answer_is_sent_again(monkeypatch: pytest.MonkeyPatch) -> None:
     ray = Ray(monkeypatch)
     driver = ray.backend.start("file:///s", "j", "m", 1, 1)
-    assert driver.poll() is None, "nobody can tell"
+    assert driver.poll() is None, "its state is unknown"
     ray.answers["GET JOB"] = 404, {}
     assert driver.poll() is None, "sent again"
     ray.answers["POST /api/jobs/"] = 200, {"submission_id": "x"}
-    assert driver.poll() is None, "sent again and taken"
+    assert driver.poll() is None, "sent again and accepted"
     ray.answers["GET JOB"] = 200, {"status": "PENDING"}
     assert driver.poll() is None
-    assert ray.asked.count("POST /api/jobs/") == 3
+    assert ray.requests.count("POST /api/jobs/") == 3
     ray.answers["GET JOB"] = 404, {}
-    assert driver.poll() == LOST, "taken, and lost with the head"
+    assert driver.poll() == LOST, "accepted, and lost with the head"
     ray.answers["GET JOB"] = None
-    assert driver.poll() == LOST, "an end stays an end"
-    assert ray.asked.count("POST /api/jobs/") == 3
+    assert driver.poll() == LOST, "an end is final"
+    assert ray.requests.count("POST /api/jobs/") == 3
 
 
-def test_a_submission_that_was_taken_though_the_answer_was_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_submission_is_accepted_although_its_answer_is_lost(monkeypatch: pytest.MonkeyPatch) -> None:
     ray = Ray(monkeypatch)
     driver = ray.backend.start("file:///s", "j", "m", 1, 1)
     ray.answers["GET JOB"] = 200, {"status": "RUNNING"}
     assert driver.poll() is None
     ray.answers["GET JOB"] = 200, {"status": "FAILED", "driver_exit_code": None}
     assert driver.poll() == LOST, "its supervisor died"
-    assert ray.asked.count("POST /api/jobs/") == 1
+    assert ray.requests.count("POST /api/jobs/") == 1
 
 
-def test_a_cluster_that_takes_nothing_is_given_up(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cluster_that_accepts_nothing_counts_as_lost(monkeypatch: pytest.MonkeyPatch) -> None:
     ray = Ray(monkeypatch)
     monkeypatch.setattr(ray_jobs, "ACCEPT_SECONDS", 0.0)
     ray.answers = {"POST /api/jobs/": (500, {}), "GET JOB": (404, {})}
@@ -92,14 +92,14 @@ def test_a_cluster_that_takes_nothing_is_given_up(monkeypatch: pytest.MonkeyPatc
 
 
 @pytest.mark.parametrize("status", [401, 403, 500, 502, 503])
-def test_a_broken_answer_tells_nothing(status: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_after_a_broken_answer_the_state_is_unknown(status: int, monkeypatch: pytest.MonkeyPatch) -> None:
     ray = Ray(monkeypatch)
     ray.answers = {"GET JOB": (status, {}), "GET /api/v0/nodes": (status, {})}
     assert ray.backend.find("j", "m", 1).poll() is None
     assert ray.backend.capacity() is None
 
 
-def test_a_kill_without_an_answer_is_asked_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_kill_without_an_answer_is_sent_again(monkeypatch: pytest.MonkeyPatch) -> None:
     ray = Ray(monkeypatch)
     driver = ray.backend.find("j", "m", 1)
     driver.kill()
@@ -107,18 +107,18 @@ def test_a_kill_without_an_answer_is_asked_again(monkeypatch: pytest.MonkeyPatch
     assert driver.poll() is None
     ray.answers["POST JOB/stop"] = 200, {"stopped": True}
     assert driver.poll() is driver.poll() is None
-    assert ray.asked.count("POST JOB/stop") == 3
+    assert ray.requests.count("POST JOB/stop") == 3
     ray.answers["GET JOB"] = 200, {"status": "STOPPED"}
     assert driver.poll() == -signal.SIGTERM
 
 
-def test_one_that_is_killed_before_it_was_taken_is_not_sent_again(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_driver_killed_before_it_was_accepted_is_not_sent_again(monkeypatch: pytest.MonkeyPatch) -> None:
     ray = Ray(monkeypatch)
     driver = ray.backend.start("file:///s", "j", "m", 1, 1)
     ray.answers = {"POST JOB/stop": (404, {}), "GET JOB": (404, {})}
     driver.kill()
     assert driver.poll() == LOST
-    assert ray.asked.count("POST /api/jobs/") == 1
+    assert ray.requests.count("POST /api/jobs/") == 1
 
 
 def test_no_node_yet_is_no_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -133,12 +133,12 @@ def test_no_node_yet_is_no_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("status", ["PENDING", "RUNNING"])
-def test_a_driver_of_the_head_before_is_lost(status: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A head that keeps its state on disk shows it as it was."""
+def test_a_driver_of_the_previous_head_is_lost(status: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A head that keeps its state on disk still shows the driver as running."""
     ray = Ray(monkeypatch)
     worker = node("ALIVE", began=9_000, head=False)
     ray.answers["GET JOB"] = 200, {"status": status, "start_time": 2_000}
-    assert ray.backend.find("j", "m", 1).poll() is None, "nobody has asked for the nodes yet"
+    assert ray.backend.find("j", "m", 1).poll() is None, "the nodes are not listed yet"
     ray.answers["GET /api/v0/nodes"] = 200, listed(node("ALIVE", began=1_000), worker)
     assert ray.backend.capacity()
     assert ray.backend.find("j", "m", 1).poll() is None
@@ -147,7 +147,7 @@ def test_a_driver_of_the_head_before_is_lost(status: str, monkeypatch: pytest.Mo
     assert ray.backend.find("j", "m", 1).poll() == LOST
 
 
-def test_the_token_is_found_as_ray_finds_it(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_token_is_the_one_that_ray_uses(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("RAY_AUTH_MODE", "token")
     monkeypatch.setenv("RAY_AUTH_TOKEN", "one")
     (tmp_path / "token").write_text("two\n")
@@ -162,10 +162,10 @@ def test_the_token_is_found_as_ray_finds_it(tmp_path: Path, monkeypatch: pytest.
 
 
 def node(state: str, began: int = 1_000, head: bool = True) -> dict[str, Any]:
-    """As the dashboard lists it."""
+    """Return a node as the dashboard lists it."""
     has = {"CPU": 4.0, "GPU": 1.0}
     return {"state": state, "resources_total": has, "start_time_ms": began, "is_head_node": head}
 
 
-def listed(*found: dict[str, Any]) -> dict[str, Any]:
-    return {"data": {"result": {"result": list(found)}}}
+def listed(*nodes: dict[str, Any]) -> dict[str, Any]:
+    return {"data": {"result": {"result": list(nodes)}}}
