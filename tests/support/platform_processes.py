@@ -43,7 +43,7 @@ from tests.support.tiny_jobs import make_data, model
 
 CPUS = 2
 Look = Callable[[], Any]
-# What may follow what. A status that was written between two looks may have been passed over by its successor.
+# The states that may follow each state. A status between two reads may be overwritten by its successor.
 LEGAL: dict[State, tuple[State, ...]] = {
     "queued": ("starting", "cancelled"),
     "starting": ("running", "publishing", "queued", "failed", "cancelled", "succeeded"),
