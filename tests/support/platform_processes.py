@@ -231,7 +231,7 @@ class Stack:
         """Return a run as the API shows it."""
         return next(shown for shown in self.shown_job(run.job)["models"] if shown["model"] == run.model)
 
-    def asked(self, path: str) -> bool:
+    def received_write(self, path: str) -> bool:
         """Return True if the store received a write there."""
         return any(method == "PUT" and path in request_path for method, request_path, _ in self.proxy.requests)
 
