@@ -42,7 +42,7 @@ KEYLESS = ("no key", "unknown", "garbage", "revoked")
 class Rule:
     """Describe what a route needs, and a valid request to it."""
 
-    scopes: tuple[str, ...]  # any of them; none: open to all
+    scopes: tuple[str, ...]  # any of these scopes; empty: open to all
     body: Any = None
     limited: str = "refused"  # what a key that is limited to other models gets: "refused", "nothing" or "all"
     options: dict[str, Any] | None = None
@@ -199,7 +199,7 @@ def test_head_is_answered_as_get_is_without_the_body(place: Place, app: str) -> 
             assert differing <= {"x-request-id", "content-length"}, (
                 route,
                 caller,
-            )  # the length: /metrics counts itself
+            )  # except the length: /metrics counts itself
     for path in ("/docs", "/openapi.json", "/none"):
         head, get = (ask(place.apps[app], method, path) for method in ("HEAD", "GET"))
         assert (head.status_code, head.content) == (get.status_code, b"")

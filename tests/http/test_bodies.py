@@ -34,7 +34,7 @@ def keyed(request: pytest.FixtureRequest, file_storage: Storage) -> Any:
     keys = Keys(file_storage)
     if request.param == "jobs":
         return jobs.create_app(file_storage, keys=keys, hosts=None)
-    return routes.create_app(None, hosts=None, keys=keys)  # no request gets to a model
+    return routes.create_app(None, hosts=None, keys=keys)  # no request reaches a model
 
 
 def with_bodies(app: Any) -> list[tuple[str, str]]:
@@ -56,7 +56,7 @@ def test_a_request_without_a_key_is_answered_before_its_body(keyed: Any) -> None
                     assert client.recv(100).startswith(b"HTTP/1.1 401"), path
 
 
-# What large bodies hold in a proxy
+# Memory of large bodies in a proxy
 
 
 class Proxy:
@@ -120,7 +120,7 @@ class Application:
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         request = Request(scope, receive)
-        for _ in range(20):  # as long as it takes to look a key up
+        for _ in range(20):  # as long as the lookup of a key takes
             await asyncio.sleep(0)
         status, size = 401, 0
         if request.headers["authorization"]:
@@ -149,7 +149,7 @@ def test_bodies_with_a_key_come_whole(size: int, chunked: bool) -> None:
     async def play() -> None:
         proxy = Proxy(app := Application(), BodyMemory(MAX_BODY, MAX_BODY))
         app.may_answer.set()
-        for _ in range(3):  # what they hold is given back
+        for _ in range(3):  # the memory of each body must be released
             client = Client(size, "a", chunked=chunked and size > 0)
             await client.ask(proxy.edge)
             assert (client.status, client.body) == (200, str(size).encode())

@@ -21,7 +21,7 @@ from services.http.query import Strict
 from services.jobs import schemas
 from tests.support.schema_bounds import unbounded
 
-MODULES = (gateway_routes, completions, schemas)  # whose bodies and queries are found below
+MODULES = (gateway_routes, completions, schemas)  # the modules of all request bodies and queries
 
 
 def kinds_of(base: type[BaseModel]) -> Iterator[type[BaseModel]]:

@@ -106,7 +106,7 @@ def test_log_probabilities_are_of_the_model_itself(app: Any) -> None:
         assert top[token] == logprob < 0
         assert len(top) == (5 if logprob >= sorted(top.values())[-5] else 6)
         assert list(top.values())[:5] == sorted(list(top.values())[:5], reverse=True)
-    forced = choice_of(app, max_tokens=1, logprobs=5, logit_bias={"7": 100})  # the bias is not in what is told
+    forced = choice_of(app, max_tokens=1, logprobs=5, logit_bias={"7": 100})  # logprobs are without the bias
     assert forced["text"] == VOCABULARY[7]
     assert forced["logprobs"]["token_logprobs"][0] < math.log(0.5)
     assert choice_of(app, max_tokens=1, logprobs=0)["logprobs"]["top_logprobs"][0].keys() == set(
@@ -150,7 +150,7 @@ def test_the_best_of_many_are_those_of_the_most_probable_tokens(app: Any) -> Non
     best = answer_of(app, max_tokens=15, n=2, best_of=6, temperature=2)
     assert [choice["text"] for choice in best["choices"]] == sorted(means, key=means.__getitem__, reverse=True)[:2]
     assert [choice["index"] for choice in best["choices"]] == [0, 1]
-    assert best["usage"] == many["usage"]  # what was thrown away was written too
+    assert best["usage"] == many["usage"]  # discarded tokens count too
     same = answer_of(app, max_tokens=15, n=6, best_of=6, logprobs=0, temperature=2)
     assert same["choices"] == many["choices"]
 
@@ -249,7 +249,7 @@ def test_a_stream_s_headers(app: Any) -> None:
     assert events(response.text)[0]["id"] == f"cmpl-{response.headers['x-request-id']}"
 
 
-# What a pool may do to the gateway
+# Faults of a pool
 
 
 class Pool:
@@ -302,7 +302,7 @@ def test_a_full_pool_is_429_with_retry_after() -> None:
         assert (refused(response, 429)["type"], response.headers["retry-after"]) == ("rate_limit_error", "1")
 
 
-# Clients that leave
+# Clients that disconnect
 
 
 def test_a_client_that_leaves_frees_its_slot_within_a_step(models: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -343,7 +343,7 @@ def test_a_connection_that_closes_frees_its_slots(
 
     def watched() -> bool:
         steps.append(len(batcher._running()))
-        time.sleep(0.005)  # so that the answer is never over before the client leaves
+        time.sleep(0.005)  # so that the response never ends before the client disconnects
         return step()
 
     monkeypatch.setattr(batcher, "step", watched)

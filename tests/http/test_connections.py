@@ -94,7 +94,7 @@ def healthy(url: str) -> bool:
 
 @pytest.mark.parametrize("sent", [b"", b"GET /healthz HTTP/1.1\r\nx-half: "])
 def test_silent_connections_take_no_place(url: str, monkeypatch: pytest.MonkeyPatch, sent: bytes) -> None:
-    monkeypatch.setattr(Quick, "header_seconds", PATIENCE * 10)  # nothing but the next ones make them go
+    monkeypatch.setattr(Quick, "header_seconds", PATIENCE * 10)  # only the next connections remove them
     with contextlib.ExitStack() as held:
         for _ in range(5 * Quick.max_connections):
             held.enter_context(connect(url)).sendall(sent)

@@ -105,7 +105,7 @@ def test_the_error_says_where_models_are_listed(app: Any) -> None:
     error = refused(ask(app, "POST", "/v1/completions", {"model": "plays", "prompt": "x"}), 404)
     assert (error["param"], error["code"]) == ("model", "model_not_found")
     assert "GET /v1/models lists" in error["message"]
-    assert "shapes" not in error["message"]  # a key may be limited to others
+    assert "shapes" not in error["message"]  # a key may be limited to other models
 
 
 # Completions
@@ -314,7 +314,7 @@ BODIES = st.one_of(VALUES, st.dictionaries(st.sampled_from(NAMES), VALUES, max_s
 @given(body=BODIES, whole=st.booleans())
 def test_no_body_breaks_the_server(app: Any, path: str, body: Any, whole: bool) -> None:
     if isinstance(body, dict):
-        if whole:  # with what is required, so that more gets past the first check
+        if whole:  # with the required fields, so that more requests pass the first check
             required = {"model": "play" if path == "completions" else "shapes", "prompt": "x", "images": [PICTURE]}
             required |= {"latents": [[0.0] * 4], "start": 1, "end": 2}
             known = ask(app, "GET", "/openapi.json").json()["paths"]
@@ -329,7 +329,7 @@ def test_no_body_breaks_the_server(app: Any, path: str, body: Any, whole: bool) 
         refused(response, response.status_code)
 
 
-# Bodies of millions of parts
+# Bodies with millions of parts
 
 
 @pytest.mark.parametrize("part", ["[]", "{}", '{"a":1}', "[[1],[1]]"])

@@ -24,7 +24,7 @@ from tests.support.job_service import YAML, Service, spec
 from tests.support.published_models import publish
 from tests.support.storages import MemoryStorage
 
-SECONDS = 1.0  # of this process's own time, which other processes of the machine do not add to
+SECONDS = 1.0  # CPU time of this process; other processes of the machine do not count
 ROUNDS = [40, pytest.param(1000, marks=pytest.mark.long)]
 OPERATIONS = 21
 
@@ -65,7 +65,7 @@ def fuzz(n: int, strategy: st.SearchStrategy[Any], send: Callable[[Any], httpx.R
     run()
 
 
-# Every route, by what OpenAPI says of it
+# Every route in the OpenAPI document
 
 
 @pytest.mark.parametrize("n", ROUNDS)

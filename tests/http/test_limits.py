@@ -151,7 +151,7 @@ def test_what_is_no_limit(storage: Storage, limit: dict[str, int]) -> None:
         Keys(storage).create("k", ("generate",), **limit)
 
 
-# More than there is room for
+# More requests than fit
 
 
 def test_twenty_times_too_much(host: ModelHost, url: str, monkeypatch: pytest.MonkeyPatch) -> None:

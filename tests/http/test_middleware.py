@@ -23,7 +23,7 @@ class Pool:
 
 @pytest.fixture(scope="module")
 def app() -> Any:
-    return create_app(Pool())  # no request here gets as far as a model
+    return create_app(Pool())  # no request here reaches a model
 
 
 @pytest.mark.parametrize(
@@ -278,7 +278,7 @@ def test_an_application_that_breaks_is_500_without_internals(caplog: pytest.LogC
         assert (client.status, client.error["type"]) == (500, "server_error")
         assert client.headers["x-request-id"] in client.error["message"]
         assert "internal detail" not in client.error["message"]
-    assert "failed: ValueError" in caplog.text  # with its place; its message might quote a request
+    assert "failed: ValueError" in caplog.text  # with its location; its message might quote a request
     assert "test_middleware.py" in caplog.text
     assert "internal detail" not in caplog.text
 

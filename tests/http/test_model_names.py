@@ -33,7 +33,7 @@ class Shared:
 
     apps: dict[str, Any]
     tokens: list[str]
-    jobs: list[str]  # of the key's own, of others, and of both
+    jobs: list[str]  # of the key's own models, of other models, and of both
 
 
 @pytest.fixture(scope="module")

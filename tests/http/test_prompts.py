@@ -172,7 +172,7 @@ def test_one_wrong_prompt_refuses_all_before_any_work(
     error = refused(send(app, **fields), 400)
     assert (error["param"], error["message"].startswith(param)) == (param, True)
     assert says in error["message"]
-    assert error["message"].count("got ") <= 1  # one problem, not one for each form that it might have had
+    assert error["message"].count("got ") <= 1  # one problem, not one for each possible form
 
 
 def test_the_most_that_is_taken_fits_an_engine_with_nothing_else_to_do(app: Any) -> None:
@@ -201,7 +201,7 @@ def test_any_prompts_in_any_company_have_the_answers_that_they_have_alone(
         assert [{**choice, "index": choice["index"] + place * n} for choice in alone] == own
 
 
-# Clients that leave
+# Clients that disconnect
 
 
 def test_a_client_that_leaves_ends_the_texts_of_all_its_prompts(models: Storage) -> None:

@@ -44,7 +44,7 @@ class Page:
             self._note(message)
 
     def open(self, url: str) -> None:
-        self.call("Page.navigate", url="about:blank")  # else another #... of the same page would load nothing
+        self.call("Page.navigate", url="about:blank")  # otherwise another #... of the same page would load nothing
         self.call("Page.navigate", url=url)
 
     def js(self, expression: str) -> Any:
@@ -57,7 +57,7 @@ class Page:
         """Wait until an expression is true; return its value."""
         deadline = time.monotonic() + WAIT_SECONDS
         while time.monotonic() < deadline:
-            with contextlib.suppress(AssertionError):  # the page is just being replaced
+            with contextlib.suppress(AssertionError):  # the page is being replaced
                 value = self.js(expression)
                 if value or value == {}:  # an element
                     return value

@@ -25,7 +25,7 @@ RATE_INTERVAL = "20s"  # Grafana's, for a scrape interval of 5 s
 class Query:
     dashboard: str
     panel: str
-    expr: str  # as Prometheus gets it: all variables are replaced, by all their values
+    expr: str  # as Prometheus receives it: each variable is replaced by all its values
 
     @property
     def needs_gpu(self) -> bool:

@@ -29,7 +29,7 @@ PATH = re.compile(
     rf"/(?:apis/ray\.io/v1|api/v1)/namespaces/{NAMESPACE}/(?P<resource>rayjobs|pods)(?:/(?P<name>[^/]+))?"
 )
 ROLE = {("rayjobs", verb) for verb in ("create", "list", "delete")} | {("pods", "list")}
-FINALIZER = "ray.io/rayjob-finalizer"  # KubeRay's, by which it stops the driver
+FINALIZER = "ray.io/rayjob-finalizer"  # KubeRay's finalizer, by which it stops the driver
 Object = dict[str, Any]
 
 
@@ -67,7 +67,7 @@ class KubeApi:
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
-            wbufsize = -1  # one packet for an answer
+            wbufsize = -1  # one packet for each response
 
             def do(self) -> None:
                 api.handle(self)

@@ -90,7 +90,7 @@ class FaultProxy:
         self._server.server_close()
         self._thread.join()
         with self.lock:
-            for connection in self.connections:  # clients keep theirs open
+            for connection in self.connections:  # clients keep their connections open
                 with contextlib.suppress(OSError):
                     connection.shutdown(socket.SHUT_RDWR)
 

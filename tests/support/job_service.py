@@ -52,7 +52,7 @@ class Service:
         assert response.status_code == 200, response.text
         return response.json()
 
-    # What others write
+    # Objects that other processes write
 
     def move(self, job: str, model: str, state: State, reason: str = "test", **facts: int) -> Status:
         """Change a run's state as the dispatcher does; close the job when its last run has ended."""

@@ -16,7 +16,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, star
 
 from genmodels import metrics
 
-# Of each label what there may be in real life; a metric has series for all combinations.
+# Realistic values of each label; a metric has series for all combinations.
 VALUES = {
     "job": ("shapes-0a1b2c3d", "texts-4e5f6a7b"),
     "model": ("first", "second"),

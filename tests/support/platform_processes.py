@@ -43,7 +43,7 @@ from tests.support.tiny_jobs import make_data, model
 
 CPUS = 2
 Look = Callable[[], Any]
-# What may follow what. A status that was written between two looks may have been passed over by its successor.
+# The states that may follow each state. A status between two reads may be overwritten by its successor.
 LEGAL: dict[State, tuple[State, ...]] = {
     "queued": ("starting", "cancelled"),
     "starting": ("running", "publishing", "queued", "failed", "cancelled", "succeeded"),
@@ -231,7 +231,7 @@ class Stack:
         """Return a run as the API shows it."""
         return next(shown for shown in self.shown_job(run.job)["models"] if shown["model"] == run.model)
 
-    def asked(self, path: str) -> bool:
+    def received_write(self, path: str) -> bool:
         """Return True if the store received a write there."""
         return any(method == "PUT" and path in request_path for method, request_path, _ in self.proxy.requests)
 

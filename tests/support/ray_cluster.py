@@ -14,7 +14,7 @@ import pytest
 from services.cluster.ray_start import local_environment
 from tests.support.paths import ROOT
 
-# Ray reads these when it is imported, whichever test imports it first: conftest imports this module before them all.
+# Ray reads these variables at import, whichever test imports it first: conftest imports this module before all tests.
 os.environ |= {
     **local_environment(),
     "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),

@@ -17,8 +17,8 @@ from services.cluster.reaper import kill_session
 from services.dispatch.backends.ray_jobs import RayJobsBackend
 
 READY_SECONDS = 90.0
-HEAD, OTHER = "127.0.0.3", "127.0.0.2"  # Ray would take 127.0.0.1 for this machine's address to the outside
-# Ray listens on loopback addresses alone unless it is told that other nodes may come.
+HEAD, OTHER = "127.0.0.3", "127.0.0.2"  # Ray would replace 127.0.0.1 by this machine's external address
+# Ray listens only on loopback addresses unless a setting says that other nodes may join.
 ENVIRONMENT = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "1", "OMP_NUM_THREADS": "1"}
 
 

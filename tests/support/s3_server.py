@@ -67,7 +67,7 @@ class S3Server:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                start_new_session=True,  # Ctrl-C is for the tests, which stop the server themselves
+                start_new_session=True,  # Ctrl-C must reach only the tests, which stop the server themselves
             )
         end = time.monotonic() + timeout
         while not self._ready():
@@ -100,7 +100,7 @@ class S3Server:
         self.stop()
 
     def _ready(self) -> bool:
-        try:  # the S3 listener opens last; an assigned file id tells that a volume takes writes
+        try:  # the S3 listener opens last; an assigned file id shows that a volume accepts writes
             with urllib.request.urlopen(f"{self.url}/healthz", timeout=2) as answer:
                 answer.read()
             with urllib.request.urlopen(f"http://127.0.0.1:{self._port + 1}/dir/assign", timeout=2) as answer:

@@ -12,7 +12,7 @@ from services.dispatch.backends import base
 from services.dispatch.backends.base import LOST, Capacity
 from tests.support.storages import save
 
-Script = Callable[[Run, int], Iterator[object]]  # what a driver does; each `yield` is one look at it
+Script = Callable[[Run, int], Iterator[object]]  # the actions of a driver; each `yield` ends one poll
 
 
 class Driver(base.Driver):

@@ -39,7 +39,7 @@ from tests.support.metric_values import series
 from tests.support.published_models import publish, save_checkpoint
 from tests.support.scripted_cluster import Cluster
 
-LIMIT = 40_000  # bytes of a document in these tests, so that a huge one is quickly written
+LIMIT = 40_000  # document size in these tests, in bytes, so that a huge one is written quickly
 
 
 class World:
@@ -158,7 +158,7 @@ def deep_within(sound: bytes) -> bytes:
     return json.dumps({**document, "more": "here"}).replace('"here"', "[" * 500 + "]" * 500).encode()
 
 
-SURE: dict[str, Callable[[bytes], bytes]] = {  # nothing of any kind
+SURE: dict[str, Callable[[bytes], bytes]] = {  # damage for every kind of object
     "empty": lambda sound: b"",
     "zeros": lambda sound: b"\0" * 200,
     "cut": lambda sound: sound[: len(sound) // 2].rpartition(b"\n")[0] or sound[: len(sound) // 2],
@@ -173,7 +173,7 @@ SURE: dict[str, Callable[[bytes], bytes]] = {  # nothing of any kind
     "deep within": deep_within,
     "huge": lambda sound: sound.rstrip() + b" " * LIMIT if sound[:1] == b"{" else b"#" * 2**24,
 }
-MAYBE: dict[str, Callable[[bytes], bytes]] = {  # for some kinds
+MAYBE: dict[str, Callable[[bytes], bytes]] = {  # damage only for some kinds
     "an empty object": lambda sound: b"{}",
     "an unknown word": lambda sound: sound.replace(b'"starting"', b'"dreaming"').replace(b'"submit"', b'"reign"'),
     "other numbers": lambda sound: sound.replace(b": 1", b": -1").replace(b": 3", b": 1e999"),

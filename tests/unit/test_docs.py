@@ -28,7 +28,7 @@ PAGES = [
     *sorted(DOCS.glob("*.md")),
     *(ROOT / name for name in ("k8s/README.md", "docker/prometheus/RUNBOOK.md", "jobs/LOG.md")),
 ]
-DEPLOYED = [  # what names modules to start
+DEPLOYED = [  # files that name modules to start
     ROOT / "compose.yaml",
     *(path for folder in ("docker", "k8s") for path in (ROOT / folder).rglob("*") if path.suffix != ".png"),
 ]

@@ -71,7 +71,7 @@ FAILURES: dict[str, Callable[[], Exception]] = {
 
 @pytest.fixture
 def good_and_bad(file_storage: Storage, monkeypatch: pytest.MonkeyPatch) -> Storage:
-    monkeypatch.setattr(model_host, "WATCH_SECONDS", 3600.0)  # the tests say when to look
+    monkeypatch.setattr(model_host, "WATCH_SECONDS", 3600.0)  # the tests decide when to poll
     for name in ("good", "bad"):
         publish(file_storage, name, "vae", step=1)
     return file_storage
@@ -247,7 +247,7 @@ def test_a_host_whose_rounds_do_not_complete_is_not_well(
     failures = value(THREAD_FAILURES, "alias-watcher")
     host.watch()
     assert "broken" in refused(ask(app, "GET", "/healthz"), 503)["message"]
-    host.check_health()  # a new process would fail as well: this one at least goes on answering
+    host.check_health()  # a new process would fail too: this process still answers
     assert value(THREAD_FAILURES, "alias-watcher") == failures + 1
     assert answered_by(app, "good") == "good@1"
 

@@ -22,7 +22,7 @@ def dashboard(uid: str, title: str, description: str, variables: list[Json], row
         "tags": ["genmodels"],
         "schemaVersion": 41,
         "editable": True,
-        "graphTooltip": 1,  # the crosshair is shared
+        "graphTooltip": 1,  # a shared crosshair
         "refresh": "10s",
         "time": {"from": "now-30m", "to": "now"},
         "timezone": "browser",
@@ -130,7 +130,7 @@ def choice(name: str, label: str, query: str) -> Json:
         "label": label,
         "datasource": PROMETHEUS,
         "query": {"qryType": 1, "query": query, "refId": name},
-        "refresh": 2,  # whenever the time range changes: runs come and go
+        "refresh": 2,  # when the time range changes, because runs come and go
         "sort": 1,
         "multi": True,
         "includeAll": True,

@@ -166,7 +166,7 @@ def test_every_damage_of_a_file_is_found_before_it_is_loaded(recorded: Recorded,
 
 def test_files_that_changed_places_are_found(recorded: Recorded, tmp_path: Path) -> None:
     storage = recorded.copy()
-    one, two = f"{recorded.prefix}/{WEIGHTS}", f"{recorded.prefix}/state/model.safetensors"  # both sound in themselves
+    one, two = f"{recorded.prefix}/{WEIGHTS}", f"{recorded.prefix}/state/model.safetensors"  # each is valid by itself
     storage.objects[one], storage.objects[two] = storage.objects[two], storage.objects[one]
     with pytest.raises(CheckpointError, match="damaged"):
         checkpoint.fetch(storage, recorded.prefix, tmp_path / "swapped")

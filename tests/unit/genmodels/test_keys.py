@@ -79,7 +79,7 @@ def test_wrong_tokens() -> None:
     store.reads.clear()
     malformed = ["", "gm_", token[:-1], token + "x", token + "\n", token.upper(), " " + token, "é" * 55, "x" * 10**6]
     assert [keys.check(text) for text in malformed] == [None] * len(malformed)
-    assert store.reads == []  # nothing is asked for what can be no token
+    assert store.reads == []  # malformed tokens cause no read
     assert keys.check(f"gm_{key.id}_{other[12:]}") is None
     assert keys.check(f"gm_{'0' * 8}_{token[12:]}") is None
     assert keys.check(token) == key
@@ -153,7 +153,7 @@ def test_no_such_key_to_revoke(id: str) -> None:
 
 def test_a_taken_id_is_not_used_again(monkeypatch: pytest.MonkeyPatch) -> None:
     keys = Keys(MemoryStorage())
-    ids = iter(["aaaaaaaa", "0" * 32, "aaaaaaaa", "1" * 32, "bbbbbbbb", "2" * 32])  # each second one is a nonce
+    ids = iter(["aaaaaaaa", "0" * 32, "aaaaaaaa", "1" * 32, "bbbbbbbb", "2" * 32])  # every second value is a nonce
     monkeypatch.setattr(secrets, "token_hex", lambda _: next(ids))
     first, token = keys.create("one", ("submit",))
     second, _ = keys.create("two", ("submit",))
@@ -250,7 +250,7 @@ def test_only_one_waits_for_a_slow_store(clock: Clock) -> None:
     waiter.start()
     assert read_started.wait(30)
     clock.now += FRESH_SECONDS  # however long it takes
-    assert in_threads(8, lambda _: keys.check(token)) == [key] * 8  # they would hang here
+    assert in_threads(8, lambda _: keys.check(token)) == [key] * 8  # otherwise they would hang here
     assert result == []
     answers.set()
     waiter.join(30)

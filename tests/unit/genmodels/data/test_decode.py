@@ -88,7 +88,7 @@ def test_nearly_all_modes_are_tried() -> None:
 def test_every_mode_in_every_format_is_scaled_right_or_refused(format: str, mode: str, content: bytes) -> None:
     with Image.open(io.BytesIO(content), formats=FORMATS) as image:
         kept = image.mode
-    # What Pillow converts while it writes has another mode in the file, and is the writer's to answer for.
+    # A picture that Pillow converts while it writes has another mode in the file; that is the writer's responsibility.
     if kept == "I":
         with pytest.raises(DataError, match="samples of 32 bits, whose value for white is unknown"):
             decoded(content)

@@ -139,7 +139,7 @@ def test_the_same_again_writes_nothing_and_another_content_leaves_pins_alone(pla
     assert resolve_data(pinned, storage) == pinned
     assert resolve_data(config("mine"), storage).sha256 == second.sha256
     play.write_text(PLAY)
-    assert uploads.add(storage, "mine", play, replace=True) == (first, True)  # the name means the first one again
+    assert uploads.add(storage, "mine", play, replace=True) == (first, True)  # the name means the first content
     assert storage.log[-1][0] == "datasets/mine/current.json"
     assert [key for key, _ in storage.log].count(f"datasets/mine/{first.sha256}/text.txt") == 1
     assert uploads.catalog(storage) == [first]
@@ -161,7 +161,7 @@ def test_what_is_in_the_cache_needs_no_storage_and_is_checked(play: Path, cache:
     (cache / dataset.sha256 / "text.txt").write_text(TALE)
     with pytest.raises(DataError, match="is not on this machine"):
         open_dataset(config("mine", dataset.sha256))
-    assert open_dataset(config("mine"), storage).digest == dataset.sha256  # fetched anew
+    assert open_dataset(config("mine"), storage).digest == dataset.sha256  # fetched again
     (cache / dataset.sha256 / "text.txt").unlink()
     storage.objects[dataset.key] = TALE.encode()
     with pytest.raises(DataError, match=f"'mine' is damaged in the storage .*{dataset.key}"):
@@ -297,7 +297,7 @@ def test_no_name_in_a_zip_breaks_it(tmp_path: Path, name: bytes) -> None:
     """Each name is skipped, unpacked inside the folder, or refused."""
     stand_in = "X" * len(name)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of a name that is there twice
+        warnings.simplefilter("ignore")  # a warning about a duplicate name
         data = archive(("a.png", b"x"), (stand_in, b"x")).replace(stand_in.encode(), name)
     path = tmp_path / "odd.zip"
     path.write_bytes(data)

@@ -116,7 +116,7 @@ def test_a_storage_that_cannot_be_used_is_one_line(url: str, monkeypatch: pytest
     code, output = run("--storage", url)
     assert "Traceback" not in output
     if url.startswith("file"):
-        return  # an empty storage; whether it can be written, the disk's line says
+        return  # an empty storage; the check of the disk says whether it is writable
     assert code == 1
     assert sum(line.startswith("problem  storage ") for line in output.splitlines()) == 1
 
@@ -173,7 +173,7 @@ def test_clocks_that_differ(file_storage: Storage, monkeypatch: pytest.MonkeyPat
         (10**12, 5000, 10**7, "warning"),
         (10**12, 3, 10**7, "problem"),
         (10**6, 10**6, 10**7, "problem"),
-        (10**12, 0, 0, "ok"),  # a file system that has no inodes to count
+        (10**12, 0, 0, "ok"),  # a file system without a limit of inodes
     ],
 )
 def test_disks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: int, inodes: int, files: int, state: str) -> None:

@@ -118,7 +118,7 @@ def test_whatever_is_chosen_trains_and_whatever_is_named_is_taken(
         train = {"accumulation_steps": passes} | ({} if size is None else {"batch_size": size})
         try:
             return job(Path("/"), photos(train=train, scaling={"num_workers": number})).models[0]
-        except SpecError:  # it does not divide
+        except SpecError:  # the size is not divisible
             return None
 
     result = entry(given_size)
@@ -195,7 +195,7 @@ def test_what_is_known_of_built_in_data_is_true(name: str) -> None:
     try:
         opened = facts_of(DataConfig(dataset=name), None, open_all=True)
     except DataError:
-        return  # it is not on this machine
+        return  # the file is not on this machine
     assert (facts.info, facts.training, facts.validation) == (opened.info, opened.training, opened.validation)
 
 
@@ -214,7 +214,7 @@ def test_what_is_known_of_stored_data_is_true(tmp_path: Path, classes: int) -> N
     storage.objects[f"datasets/photos/{dataset.sha256}/dataset.json"] = (
         uploads.StoredDataset.model_validate(before).model_dump_json().encode()
     )
-    assert facts_of(config, storage, open_all=False).training > 0  # of a release that noted less
+    assert facts_of(config, storage, open_all=False).training > 0  # stored by a release that recorded less
 
 
 def test_init_from_of_another_shape_is_told_at_submission(file_storage: Storage) -> None:

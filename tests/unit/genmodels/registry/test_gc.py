@@ -94,7 +94,7 @@ def unfinished(run: Run, attempt: int, step: int) -> str:
 def collect(storage: Storage) -> list[tuple[str, str]]:
     """Return the removed objects by reason, in short form."""
     plan = gc(storage)
-    assert gc(storage) == plan  # looking changes nothing
+    assert gc(storage) == plan  # a plan changes nothing
     plan.carry_out()
     assert gc(storage).items == []
     return [(item.key.removeprefix(f"runs/{JOB}/model/"), item.why) for item in plan.items]
@@ -349,7 +349,7 @@ def test_a_version_is_deleted_and_its_files_after_it(storage: Storage, folder: P
     registry.promote("model", "other", 2, "")
     assert registry.aliases("model")["production"].version == 2
     again = publish(storage, folder, 1)
-    assert again.version == 3  # a number is never given twice
+    assert again.version == 3  # a number is never reused
     assert again.files == first.files
 
 
@@ -487,7 +487,7 @@ def test_a_clean_up_that_sleeps_too_long_deletes_no_more(
     for moment in itertools.count(1):
         inner = MemoryStorage()
         orphans(inner, folder)
-        version_without_files(inner, step=7)  # which the clean-up reads after it has seen which versions there are
+        version_without_files(inner, step=7)  # the clean-up reads it after the list of versions
         result: list[Version] = []
         store = Sleeping(inner, moment, lambda inner=inner, result=result: result.append(publish(inner, folder)))
         began = clock.now

@@ -42,7 +42,7 @@ def storage(file_storage: Storage) -> Storage:
 
 def trained(storage: Storage, name: str, entry: dict[str, Any], attempt: int = 1) -> Run:
     name = submit(storage, job(name, entry))
-    torch.manual_seed(1234)  # what came before in this process makes no difference
+    torch.manual_seed(1234)  # earlier work in this process makes no difference
     run_attempt(storage, name, entry["name"], attempt, Group())
     return Run(storage, name, entry["name"])
 
@@ -254,7 +254,7 @@ def test_an_added_dataset_is_pinned_at_submit(
     run = Run(storage, name, "minigpt")
     assert run.manifest(run.checkpoints()[0]).lineage.data_digest == first.sha256
     other = submit(storage, spec)
-    assert other != name  # another content is another job
+    assert other != name  # a different content is a different job
     assert Jobs(storage).model_spec(other, "minigpt").data.sha256 == second.sha256
     assert smoke(spec.models[0], storage).startswith("continued ")
     for key in storage.list("datasets/"):

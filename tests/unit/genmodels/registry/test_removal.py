@@ -229,16 +229,16 @@ def test_killed_at_any_write_the_rest_is_removed_by_the_next(
             return
         assert others(storage, "first") == others(base, "first"), moment
         registry = Registry(storage)
-        for name in registry.aliases("first"):  # whatever an alias still names is whole
+        for name in registry.aliases("first"):  # every version that an alias still names is complete
             version = registry.resolve(f"first@{name}")
             assert all(storage.exists(key) for key in registry.keys(version).values()), moment
         for version in registry.all_versions("first"):
             assert all(storage.exists(key) for key in registry.keys(version).values()), moment
-        for ref in Run(storage, OWN, "first").checkpoints():  # and so is what the runs still show
+        for ref in Run(storage, OWN, "first").checkpoints():  # every checkpoint that the runs still show is complete
             prefix = Run(storage, OWN, "first").checkpoint_prefix(ref)
             files = Run(storage, OWN, "first").manifest(ref).files
             assert all(storage.exists(f"{prefix}/{name}") for name in files), moment
-        with suppress(ModelNotFound):  # it died when all was done
+        with suppress(ModelNotFound):  # not found if the process died after the last write
             delete_model(storage, "first", with_runs=True)
         assert traces(storage, "first") == [], moment
         assert others(storage, "first") == others(base, "first"), moment
@@ -254,7 +254,7 @@ def test_published_and_promoted_at_any_moment(base: MemoryStorage, waits: thread
         if paused.operations < moment:
             assert moment > 20
             return
-        with suppress(ModelNotFound):  # the version was deleted before the alias came to it
+        with suppress(ModelNotFound):  # the version was deleted before the promotion
             publishing.end()
         registry = Registry(storage)
         for alias in registry.aliases("first"):

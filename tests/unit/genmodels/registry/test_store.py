@@ -48,7 +48,7 @@ def folder(family: Family[Any, Any], tmp_path_factory: pytest.TempPathFactory) -
 def publish(storage: Storage, folder: Path, job: str = "job-00000000", step: int = 1, attempt: int = 1) -> Version:
     manifest = manifest_of({"val_loss": 1.5, "odd": math.nan}, step)
     run, ref = Run(storage, job, "model"), CheckpointRef(attempt=attempt, step=step)
-    with checkpoint.scratch_folder() as name:  # each publisher fetches for itself
+    with checkpoint.scratch_folder() as name:  # each publisher has its own copy
         own = shutil.copytree(folder, Path(name, "fetched"))
         return Registry(storage).publish(run, ref, manifest, own, PASSED)
 

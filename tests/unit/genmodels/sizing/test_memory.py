@@ -178,7 +178,7 @@ def test_a_density_is_counted_at_its_largest() -> None:
     for components in (1, 20):
         density = GaussianMixture.fit(latents, components, seed=0)
         assert held(density) == density_bytes(components, 8)
-    fewer = GaussianMixture.fit(latents, 500, seed=0)  # of so few latents
+    fewer = GaussianMixture.fit(latents, 500, seed=0)  # 300 latents allow fewer components
     assert held(fewer) < density_bytes(500, 8)
 
 
@@ -191,7 +191,7 @@ def test_the_largest_models_are_measured_without_memory(name: str) -> None:
             with contextlib.suppress(ValidationError):  # n_head above n_embd
                 config = cls.Config.model_validate(settings)
                 footprint = cls.footprint(config, text if cls.kind == "text" else pictures)
-    assert footprint.total > 5 * HOST_MEMORY  # all of them at their largest
+    assert footprint.total > 5 * HOST_MEMORY  # all settings at their upper bounds
     assert watched.most < 2**20
 
 
@@ -254,7 +254,7 @@ def test_what_is_too_large_or_not_what_its_weights_are_is_refused_before_it_take
     publish(storage, "play", "minigpt")
     host = ModelHost(storage.url, memory=100 * 2**20)
     version_with(storage, "play", 2, **claims)
-    for part in (MiniGPTDecoder, Sampler):  # nothing of it is made
+    for part in (MiniGPTDecoder, Sampler):  # neither is made
         monkeypatch.setattr(part, "__init__", lambda *_, **__: 1 / 0)
     with Peak() as watched:
         host.watch()
@@ -329,7 +329,7 @@ def test_a_spec_is_judged_by_its_data(tmp_path: Path, monkeypatch: pytest.Monkey
     ):
         servable.check(small, ImageInfo(channels=3, height=256, width=256))
     monkeypatch.setattr(models.load("vae"), "__init__", lambda self, config, data: self.check(config, data))
-    with pytest.raises(SpecError, match=r"^model\.width: got 512"):  # not a network of it is built
+    with pytest.raises(SpecError, match=r"^model\.width: got 512"):  # no network is built
         attempt.build(small, type("Data", (), {"info": ImageInfo(channels=3, height=256, width=256)})())
 
 
@@ -340,7 +340,7 @@ def peak(family: Any) -> int:
         model = TextModel("m@1", family, tokenizer)
         fill = {"prompt": "0" * (family.block_size - 1), "n": SERVED_ROWS, "max_tokens": 2, "seed": 0, "top_p": 0.9}
         with Peak(family) as making:
-            batcher = model.batcher  # made when it is first asked for
+            batcher = model.batcher  # made at the first access
         with Peak(family, batcher) as watched:
             list(complete(model, CompletionRequest.model_validate(fill)))
         return max(watched.most, making.most - making.now)

@@ -32,8 +32,8 @@ class Dumper(yaml.SafeDumper):
 
 
 def represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
-    # PyYAML quotes what YAML 1.1 would take for another type; `1e-4` and `0o17` are numbers only since 1.2.
-    # Some line breaks of Unicode it does not escape unless told to, and then folds them when it reads.
+    # PyYAML quotes values that YAML 1.1 reads as another type; `1e-4` and `0o17` are numbers only since 1.2.
+    # PyYAML leaves some Unicode line breaks unescaped by default, and folds them when it reads.
     try:
         plain = isinstance(spec_yaml.scalar(text), str) and text.isprintable()
     except OverflowError:
@@ -146,7 +146,7 @@ def assert_plain(error: SpecError) -> None:
         assert not re.search(r"Input should|[Pp]ydantic|https?://|Traceback|type=", problem), problem
 
 
-# what is read
+# valid specs
 
 
 def test_a_good_spec_is_read_and_its_defaults_filled_in() -> None:
@@ -219,7 +219,7 @@ def test_1e_4_is_a_number_of_the_spec() -> None:
     assert parse_spec(data, "job.yaml").models[0].train.learning_rate == 1e-4
 
 
-# what is refused: bytes and YAML
+# errors: bytes and YAML
 
 
 @pytest.mark.parametrize(
@@ -282,10 +282,10 @@ def test_a_billion_laughs_end_at_the_first_anchor() -> None:
     assert len(result) == spec_yaml.MAX_ERRORS
 
 
-# what is refused: fields
+# errors: fields
 
 
-SECTIONS: dict[str, type[Section]] = {  # every section of a model, and where its keys may stand
+SECTIONS: dict[str, type[Section]] = {  # every section of a model, and the places of its keys
     "data": DataConfig,
     "train": sections.TrainConfig,
     "scaling": sections.ScalingConfig,
@@ -555,7 +555,7 @@ def test_of_very_many_problems_the_first_are_told_quickly() -> None:
     assert time.process_time() - start < 1
 
 
-# workers that come and go, data that people added, what training starts from
+# elastic workers, uploaded datasets, `init_from`
 
 
 def test_an_elastic_run_names_the_sizes_it_may_have() -> None:
@@ -622,7 +622,7 @@ def test_a_wrong_start_is_refused(name: str) -> None:
     assert "init_from: got " in problems(good(models__0__train={"init_from": name}))[0]
 
 
-# what is stored
+# stored specs
 
 
 def test_dump_and_both_readers_round_trip() -> None:
@@ -756,7 +756,7 @@ def test_heads_must_share_the_width_of_a_minigpt() -> None:
     assert "64" in result
 
 
-# anything at all
+# arbitrary input
 
 
 @settings(max_examples=150, deadline=None)
@@ -822,7 +822,7 @@ def test_yaml_written_is_read_back(value: dict[str, Any]) -> None:
         back = spec_yaml.read(written(value), "x").value
     except SpecError as error:
         refusal = str(error)
-    if back is None:  # only for what cannot stand in a spec at all
+    if back is None:  # only for values that no spec can have
         assert re.search(r"finite|too large|surrogate|U\+0000", refusal)
         return
     assert back == value

@@ -53,7 +53,7 @@ def test_one_holds_it(storage: Storage, clock: Clock) -> None:
     assert a.held()
     assert b.try_acquire() is None
     assert not b.held()
-    for _ in range(10):  # while it is renewed no other process gets it
+    for _ in range(10):  # no other process gets the lease while it is renewed
         clock.now += 14
         a.renew()
         assert b.try_acquire() is None
@@ -64,7 +64,7 @@ def test_the_next_waits_a_whole_length_of_its_own_clock(clock: Clock) -> None:
     store = MemoryStorage()
     a, b = Lease(store), Lease(store)
     assert a.try_acquire() == 1
-    clock.now += 1000  # b has not looked before: by its clock nothing is old
+    clock.now += 1000  # b has not read the lease before: no renewal is old by its clock
     assert b.try_acquire() is None
     clock.now += 14.9
     assert b.try_acquire() is None
@@ -78,7 +78,7 @@ def test_one_that_was_paused_knows_it_and_comes_too_late(storage: Storage, clock
     a, b = Lease(storage), Lease(storage)
     assert a.try_acquire() == 1
     assert b.try_acquire() is None
-    clock.now += 15  # a is paused: renews nothing
+    clock.now += 15  # a is paused and does not renew
     assert not a.held()
     assert b.try_acquire() == 2
     assert b.held()
@@ -86,7 +86,7 @@ def test_one_that_was_paused_knows_it_and_comes_too_late(storage: Storage, clock
         a.renew()
     with pytest.raises(LeaseLost):
         a.renew()  # and goes on to say so
-    a.release()  # which takes nothing from b
+    a.release()  # the release takes nothing from b
     assert a.try_acquire() is None
     b.renew()
     assert b.held()
@@ -148,7 +148,7 @@ def test_terms_only_grow(storage: Storage, clock: Clock) -> None:
         terms.append(one.try_acquire())
         one.release()
         terms.append(one.try_acquire())
-        terms.append(one.try_acquire())  # its own: no wait
+        terms.append(one.try_acquire())  # its own lease: no wait
         one.release()
     assert terms == list(range(1, 13))
 

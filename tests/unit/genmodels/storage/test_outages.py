@@ -74,7 +74,7 @@ def test_a_refusal_by_s3_is_final_at_the_start_and_an_outage_later(
         proxy.heal(refused)
         storage.list("")
         refused = proxy.fail(mode)
-        for kind, calls in ((StorageUnavailable, READS), (Refused, WRITES)):  # it has read, and not written yet
+        for kind, calls in ((StorageUnavailable, READS), (Refused, WRITES)):  # the process has read but not written yet
             assert {type(tried(call, storage, path)) for call in calls.values()} == {kind}, mode
         proxy.heal(refused)
         storage.put("k", b"x")
@@ -147,7 +147,7 @@ def test_another_server_at_the_address_of_the_store_is_an_outage(path: Path, mon
         for kind, (status, _, body) in OTHER_SERVERS.items():
             for name, call in ALL.items():
                 if name == "delete" and (status, body) == (200, b""):
-                    continue  # a store may answer so
+                    continue  # a possible response of a store
                 error = tried(call, storage, path)
                 assert isinstance(error, StorageUnavailable), (kind, name)
                 assert error.reason in (SILENT, "another server answers at the address of the storage"), (kind, name)
@@ -189,7 +189,7 @@ DISK = {
 }
 
 
-# Where nothing has been read or written yet.
+# Before the first read or write.
 FINAL_AT_FIRST = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EUCLEAN, errno.EBADMSG, errno.EREMOTEIO, errno.ELOOP)
 
 

@@ -45,7 +45,7 @@ def one_try(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_lost_answer_is_a_conflict_with_oneself(faulty: Storage, proxy: FaultProxy) -> None:
     proxy.fail("drop-answer", times=1, method="PUT")
-    with pytest.raises(Conflict):  # what a plain put cannot know
+    with pytest.raises(Conflict):  # a plain put cannot know that the object is its own
         faulty.put("plain", b"mine", if_absent=True)
     assert faulty.get("plain")[0] == b"mine"
 

@@ -159,7 +159,7 @@ def test_a_folder_that_goes_is_an_outage_and_nothing_is_written_beneath(
     storage = open_storage(root.as_uri(), in_use=first == "nothing")
     tried(ALL.get(first, lambda *_: None), storage, path)
     if first == "nothing" and goes is replaced:
-        return  # which one it was, this process cannot know
+        return  # this process cannot know which storage it was
     goes(root, aside)
     before = content(tmp_path)
     for name, call in ALL.items():

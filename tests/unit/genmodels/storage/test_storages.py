@@ -102,7 +102,7 @@ def test_list_a_part(storage: Storage) -> None:
         storage.put(key, b"x")
     assert storage.list("ended/", limit=7) == keys[:7]
     assert storage.list("ended/", after=keys[6], limit=7) == keys[7:14]
-    assert storage.list("ended/", after="ended/0013-") == keys[7:]  # there is no such key
+    assert storage.list("ended/", after="ended/0013-") == keys[7:]  # the key does not exist
     assert storage.list("ended/", after="ended/", limit=1) == storage.list("ended/", after="a", limit=1) == keys[:1]
     assert storage.list("ended/", after=keys[-1]) == storage.list("ended/", after="z") == []
     assert storage.list("ended/", limit=0) == []
@@ -401,7 +401,7 @@ def test_document_round_trip(storage: Storage) -> None:
     assert stored == {"a": "ü", "b": [1, 2.5, None, {"x": True}], "best": ["inf", "-inf"], "loss": "nan"}
     text = storage.get("doc.json")[0].decode()
     assert list(json.loads(text)) == ["a", "b", "best", "loss", "nonce"]
-    assert write_document(storage, "doc.json", document) != etag  # each writing is its own
+    assert write_document(storage, "doc.json", document) != etag  # each write has its own nonce
 
 
 def test_floats_come_back() -> None:

@@ -137,7 +137,7 @@ def test_a_row_that_fails_fails_its_own_request(monkeypatch: pytest.MonkeyPatch)
                     one.result(10)
             else:
                 assert torch.equal(one.result(10), part * 2)
-    assert set(computed) == {CHUNK}  # also those that were tried alone
+    assert set(computed) == {CHUNK}  # including rows that were retried alone
     assert not batcher._waiting
 
 
@@ -158,7 +158,7 @@ def odd_requests(model: ImageModel) -> st.SearchStrategy[Any]:
     options = {
         name: any_value(field)
         for name, field in model.family.Request.model_json_schema()["properties"].items()
-        if name != "label"  # of classes that this model has not
+        if name != "label"  # this model has no classes
     }
     seeds = st.sampled_from([0, 2**63 - 1]) | st.integers(0, 2**63 - 1)
     number = st.sampled_from([0.0, -0.0, 5e-324, 1e-310, MAX_FLOAT32, -MAX_FLOAT32]) | st.floats(-9, 9)

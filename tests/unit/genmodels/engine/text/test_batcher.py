@@ -40,14 +40,14 @@ def build(**options: Any) -> MiniGPT:
     sizes = {"n_layer": 2, "n_head": 4, "n_embd": 64, "block_size": BLOCK}
     family = MiniGPT(MiniGPTConfig.model_validate({**sizes, **options}), TextInfo(vocab_size=VOCAB))
     for parameter in family.network.parameters():
-        parameter.data *= 3  # as opinionated as a trained one
+        parameter.data *= 3  # with logits as different as a trained model's
     return family
 
 
 FAMILIES = {"rotary": build(), "learned": build(positions="learned", norm="layer", mlp="relu", qk_norm=False)}
 
 
-ROUNDING = 1e-5  # of logits: engine and reference add in another order
+ROUNDING = 1e-5  # tolerance of logits: engine and reference add in a different order
 
 
 def same_as_reference(family: MiniGPT, result: T, reference: Callable[[MiniGPT], T]) -> bool:
