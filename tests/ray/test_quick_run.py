@@ -68,7 +68,7 @@ def test_killed_interrupted_and_run_again(workplace: Path) -> None:
     with Command(workplace) as first:
         until(lambda: run.checkpoints(), first)
         with Command(workplace, "--exit") as second:
-            until(lambda: "under way already" in second.output(), second)
+            until(lambda: "is already running in process" in second.output(), second)
             worker = first.find("RayTrainWorker")[-1]
             os.kill(worker, signal.SIGKILL)
             until(lambda: 2 in run.started() and len(run.checkpoints()) > len_at_takeover(run), first)
