@@ -1,4 +1,4 @@
-"""Writes dashboards/*.json, which Grafana reads, from boards/*.py; tests/unit/test_monitoring.py holds them equal.
+"""Write dashboards/*.json, which Grafana reads, from boards/*.py; tests/unit/test_monitoring.py checks that they match.
 
 python docker/grafana/dashboards.py [--output FOLDER]
 """

@@ -1,4 +1,4 @@
-"""Every route of both APIs, as OpenAPI lists them, times every kind of caller: who may do what, and what HTTP asks."""
+"""Test every route in the OpenAPI documents of both APIs with every kind of caller: permissions and HTTP rules."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ KEYLESS = ("no key", "unknown", "garbage", "revoked")
 
 @dataclass(frozen=True)
 class Rule:
-    """What a route needs, and a request to it that is sound."""
+    """Describe what a route needs, and a valid request to it."""
 
-    scopes: tuple[str, ...]  # any of them; none: open to all
+    scopes: tuple[str, ...]  # any of these scopes; empty: open to all
     body: Any = None
     limited: str = "refused"  # what a key that is limited to other models gets: "refused", "nothing" or "all"
     options: dict[str, Any] | None = None
@@ -101,7 +101,7 @@ class Place:
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Place:
-    """Both applications over a store with a job, a model and all kinds of keys."""
+    """Return both applications over a store with a job, a model and all kinds of keys."""
     storage = open_storage(tmp_path_factory.mktemp("auth").as_uri())
     publish(storage, "clothing", "vae")
     job, _ = Jobs(storage).submit(parse_spec(SPEC, "spec"))
@@ -144,16 +144,16 @@ def test_there_is_a_rule_for_every_route(place: Place, app: str) -> None:
 
 @pytest.mark.parametrize("app", RULES)
 def test_every_route_for_every_caller(place: Place, app: str) -> None:
-    wrong = []
+    mismatches = []
     for route, rule in RULES[app].items():
         for caller in CALLERS:
             response = send(place, app, route, caller)
             code = response.json()["error"]["code"] if response.status_code in (401, 403) else None
-            found = (response.status_code, code) if code else "in"
+            outcome = (response.status_code, code) if code else "in"
             expected = expectation(route, rule, caller)
-            if found != expected or response.status_code >= 500:
-                wrong.append((route, caller, response.status_code, found, expected))
-    assert wrong == []
+            if outcome != expected or response.status_code >= 500:
+                mismatches.append((route, caller, response.status_code, outcome, expected))
+    assert mismatches == []
 
 
 def expectation(route: str, rule: Rule, caller: str) -> Any:
@@ -199,7 +199,7 @@ def test_head_is_answered_as_get_is_without_the_body(place: Place, app: str) -> 
             assert differing <= {"x-request-id", "content-length"}, (
                 route,
                 caller,
-            )  # the length: /metrics counts itself
+            )  # except the length: /metrics counts itself
     for path in ("/docs", "/openapi.json", "/none"):
         head, get = (ask(place.apps[app], method, path) for method in ("HEAD", "GET"))
         assert (head.status_code, head.content) == (get.status_code, b"")
@@ -207,7 +207,7 @@ def test_head_is_answered_as_get_is_without_the_body(place: Place, app: str) -> 
 
 
 def test_head_gives_back_at_once_what_it_takes(place: Place) -> None:
-    """Of a log that has no end, and of a file, of which only so many may be read at the same time."""
+    """HEAD releases a log without an end, and a file; only a limited number of files is read at the same time."""
     headers = {"authorization": f"Bearer {place.tokens['submit']}"}
     for path in (f"/v1/jobs/{place.names['job']}/logs?follow=true", "/v1/models/clothing/versions/1/files/config.json"):
         for _ in range(FOLLOWERS[1] + 10):
@@ -266,9 +266,9 @@ def test_pages_for_browsers_are_open_and_tell_nothing(place: Place) -> None:
     assert "clothing" not in page.text
     for app in place.apps.values():
         for path in ("/docs", "/openapi.json"):
-            found = ask(app, "GET", path)
-            assert found.status_code == 200
-            assert place.names["job"] not in found.text
+            response = ask(app, "GET", path)
+            assert response.status_code == 200
+            assert place.names["job"] not in response.text
 
 
 def test_a_revoked_key_works_no_longer(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -293,7 +293,7 @@ def test_tokens_reach_no_log_and_no_answer(place: Place, caplog: pytest.LogCaptu
 
 
 class Away(FailingStorage):
-    """Counts the keys that are looked up."""
+    """Count the keys that are looked up."""
 
     looked: int = 0
 
@@ -328,7 +328,7 @@ def test_in_an_outage_known_keys_work_and_unknown_keys_get_503(monkeypatch: pyte
 
 
 class Slow:
-    """Keys whose lookups wait; one token is right."""
+    """Make lookups of keys wait; one token is valid."""
 
     def __init__(self) -> None:
         self.go, self.slow = threading.Event(), False
@@ -351,9 +351,9 @@ def test_guessed_keys_do_not_delay_known_keys(monkeypatch: pytest.MonkeyPatch) -
         await asyncio.sleep(0)
         assert await auth_dependency._lookup(keys, "right")
         keys.go.set()
-        found = await asyncio.gather(*guesses, return_exceptions=True)
-        assert found[:6] == [None] * 6
-        assert [error.status for error in found[6:] if isinstance(error, RequestError)] == [429] * 4
+        results = await asyncio.gather(*guesses, return_exceptions=True)
+        assert results[:6] == [None] * 6
+        assert [error.status for error in results[6:] if isinstance(error, RequestError)] == [429] * 4
 
     asyncio.run(flood())
 

@@ -1,4 +1,4 @@
-"""A new family is one file: with that file alone it is specified, trained, published and served."""
+"""Test that a new family is one file: this file is enough to specify, train, publish and serve it."""
 
 from __future__ import annotations
 
@@ -69,8 +69,8 @@ def test_a_family_is_one_file(flow: None, tmp_path: Path) -> None:
         assert first[0] != first[1]
         latents = {"latents": [[0.0] * 256], "steps": 2}
         assert client.post("/v1/models/squares/decode", json=latents).status_code == 200
-        wrong = client.post("/v1/images/generations", json={**body, "steps": 0})
-        assert (wrong.status_code, wrong.json()["error"]["param"]) == (400, "steps")
+        refusal = client.post("/v1/images/generations", json={**body, "steps": 0})
+        assert (refusal.status_code, refusal.json()["error"]["param"]) == (400, "steps")
 
 
 def opened(answer: dict[str, str]) -> Image.Image:

@@ -1,4 +1,4 @@
-"""Bodies of requests: whose are read, how slow they may be, and what they hold together."""
+"""Test request bodies: which are read, how slow they may be, and how much memory all of them may hold."""
 
 from __future__ import annotations
 
@@ -30,21 +30,21 @@ PATIENCE = 20.0  # seconds; for what has to happen at all
 
 @pytest.fixture(params=["jobs", "gateway"])
 def keyed(request: pytest.FixtureRequest, file_storage: Storage) -> Any:
-    """Each of both APIs, asking for keys."""
+    """Return each of the two APIs, with keys required."""
     keys = Keys(file_storage)
     if request.param == "jobs":
         return jobs.create_app(file_storage, keys=keys, hosts=None)
-    return routes.create_app(None, hosts=None, keys=keys)  # no request gets to a model
+    return routes.create_app(None, hosts=None, keys=keys)  # no request reaches a model
 
 
 def with_bodies(app: Any) -> list[tuple[str, str]]:
-    """Method and path of all routes that may have a body."""
-    found = [(method, route.path) for route in app.routes if isinstance(route, APIRoute) for method in route.methods]
-    return [(method, path.replace("{", "").replace("}", "")) for method, path in found if method in ("POST", "PUT")]
+    """Return method and path of all routes that may have a body."""
+    routes = [(method, route.path) for route in app.routes if isinstance(route, APIRoute) for method in route.methods]
+    return [(method, path.replace("{", "").replace("}", "")) for method, path in routes if method in ("POST", "PUT")]
 
 
 def test_a_request_without_a_key_is_answered_before_its_body(keyed: Any) -> None:
-    """Each of these sends a part of a body and then nothing."""
+    """Each client sends a part of a body and then nothing."""
     assert len(with_bodies(keyed)) > 3
     with served(keyed) as url:
         address = httpx.URL(url)
@@ -56,11 +56,11 @@ def test_a_request_without_a_key_is_answered_before_its_body(keyed: Any) -> None
                     assert client.recv(100).startswith(b"HTTP/1.1 401"), path
 
 
-# What large bodies hold in a proxy
+# Memory of large bodies in a proxy
 
 
 class Proxy:
-    """What Serve does before the application: it fetches a body as quickly as it comes."""
+    """Act as Serve does before the application: fetch a body as quickly as it arrives."""
 
     def __init__(self, app: Any, memory: BodyMemory) -> None:
         self.taken = 0
@@ -84,10 +84,10 @@ class Proxy:
 
 
 class Client:
-    """Sends a body in parts of 16 KiB; keeps the status and the body of the answer."""
+    """Send a body in parts of 16 KiB; keep the status and the body of the response."""
 
     def __init__(self, size: int, key: str = "", chunked: bool = False) -> None:
-        self.left, self.status, self.body, self.gone = size, 0, b"", asyncio.Event()
+        self.remaining, self.status, self.body, self.gone = size, 0, b"", asyncio.Event()
         self.more = True
         length = (b"transfer-encoding", b"chunked") if chunked else (b"content-length", str(size).encode())
         self.headers = [length, (b"authorization", key.encode())]
@@ -97,9 +97,9 @@ class Client:
         if not self.more:
             await self.gone.wait()
             return {"type": "http.disconnect"}
-        part = min(self.left, 2**14)
-        self.left -= part
-        self.more = self.left > 0
+        part = min(self.remaining, 2**14)
+        self.remaining -= part
+        self.more = self.remaining > 0
         return {"type": "http.request", "body": b"x" * part, "more_body": self.more}
 
     async def send(self, message: dict[str, Any]) -> None:
@@ -112,7 +112,7 @@ class Client:
 
 
 class Application:
-    """Answers with the size of a body if there is a key, when it may; refuses what has none, as the gateway does."""
+    """Answer with the size of the body once it may; refuse a request without a key, as the gateway does."""
 
     def __init__(self) -> None:
         self.may_answer = asyncio.Event()
@@ -120,7 +120,7 @@ class Application:
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         request = Request(scope, receive)
-        for _ in range(20):  # as long as it takes to look a key up
+        for _ in range(20):  # as long as the lookup of a key takes
             await asyncio.sleep(0)
         status, size = 401, 0
         if request.headers["authorization"]:
@@ -149,7 +149,7 @@ def test_bodies_with_a_key_come_whole(size: int, chunked: bool) -> None:
     async def play() -> None:
         proxy = Proxy(app := Application(), BodyMemory(MAX_BODY, MAX_BODY))
         app.may_answer.set()
-        for _ in range(3):  # what they hold is given back
+        for _ in range(3):  # the memory of each body must be released
             client = Client(size, "a", chunked=chunked and size > 0)
             await client.ask(proxy.edge)
             assert (client.status, client.body) == (200, str(size).encode())
@@ -196,7 +196,7 @@ async def swallow(scope: Any, receive: Any, send: Any) -> None:
 
 
 class Slow(Client):
-    """Sends a byte every so often."""
+    """Send one byte at regular intervals."""
 
     def __init__(self, size: int, seconds: float) -> None:
         super().__init__(size)
@@ -204,19 +204,19 @@ class Slow(Client):
 
     async def receive(self) -> dict[str, Any]:
         await asyncio.sleep(self.seconds)
-        self.left -= 1
-        return {"type": "http.request", "body": b"x", "more_body": self.left > 0}
+        self.remaining -= 1
+        return {"type": "http.request", "body": b"x", "more_body": self.remaining > 0}
 
 
 @pytest.mark.parametrize("limit", [BodyLimit(10**6, 0.1), BodyLimit(10**6, 0.05, rate=1000)])
 def test_a_body_must_come_in_time_as_a_whole(limit: BodyLimit) -> None:
-    """No pause of these is long."""
+    """No single pause between two parts is long."""
 
     async def play() -> None:
         client = Slow(10**6, 0.005)
         await client.ask(IngressMiddleware(swallow, streamed=StreamedRoute("POST", "/", limit)))
         assert client.status == 408
-        assert client.left > 10**6 - 1000
+        assert client.remaining > 10**6 - 1000
 
     asyncio.run(play())
 
@@ -259,9 +259,9 @@ def test_slow_uploads_give_their_places_to_others(file_storage: Storage, monkeyp
         assert until(lambda: add(tokens[2], "later"), 201)
 
 
-def until(asked: Any, status: int) -> httpx.Response:
+def until(send: Any, status: int) -> httpx.Response:
     deadline = time.monotonic() + PATIENCE
-    while (response := asked()).status_code != status:
+    while (response := send()).status_code != status:
         assert time.monotonic() < deadline, response.text
     return response
 

@@ -1,4 +1,4 @@
-"""Every number that a client may send has a least and a largest value, and what lies outside is told by its name."""
+"""Test that every number of a request has a minimum and a maximum, and that an error names the field outside them."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from services.http.query import Strict
 from services.jobs import schemas
 from tests.support.schema_bounds import unbounded
 
-MODULES = (gateway_routes, completions, schemas)  # whose bodies and queries are found below
+MODULES = (gateway_routes, completions, schemas)  # the modules of all request bodies and queries
 
 
 def kinds_of(base: type[BaseModel]) -> Iterator[type[BaseModel]]:

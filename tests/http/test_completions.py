@@ -1,4 +1,4 @@
-"""`POST /v1/completions`, in OpenAI's shapes: whole and streamed, by plain HTTP, by OpenAI's client and by curl."""
+"""Test `POST /v1/completions` in OpenAI's format: whole and streamed, by plain HTTP, by OpenAI's client and by curl."""
 
 from __future__ import annotations
 
@@ -106,7 +106,7 @@ def test_log_probabilities_are_of_the_model_itself(app: Any) -> None:
         assert top[token] == logprob < 0
         assert len(top) == (5 if logprob >= sorted(top.values())[-5] else 6)
         assert list(top.values())[:5] == sorted(list(top.values())[:5], reverse=True)
-    forced = choice_of(app, max_tokens=1, logprobs=5, logit_bias={"7": 100})  # the bias is not in what is told
+    forced = choice_of(app, max_tokens=1, logprobs=5, logit_bias={"7": 100})  # logprobs are without the bias
     assert forced["text"] == VOCABULARY[7]
     assert forced["logprobs"]["token_logprobs"][0] < math.log(0.5)
     assert choice_of(app, max_tokens=1, logprobs=0)["logprobs"]["top_logprobs"][0].keys() == set(
@@ -120,13 +120,13 @@ def test_echo_puts_the_prompt_before_the_answer(app: Any) -> None:
     assert echoed["usage"] == plain["usage"]
     for with_prompt, without in zip(echoed["choices"], plain["choices"], strict=True):
         assert with_prompt["text"] == "To be" + without["text"]
-        found, expected = with_prompt["logprobs"], without["logprobs"]
-        assert "".join(found["tokens"]) == with_prompt["text"]
-        assert found["text_offset"] == list(range(14))
-        assert found["token_logprobs"][5:] == expected["token_logprobs"]
-        assert found["top_logprobs"][5:] == expected["top_logprobs"]
-        assert (found["token_logprobs"][0], found["top_logprobs"][0]) == (None, None)
-        assert all(logprob < 0 for logprob in found["token_logprobs"][1:])
+        actual, expected = with_prompt["logprobs"], without["logprobs"]
+        assert "".join(actual["tokens"]) == with_prompt["text"]
+        assert actual["text_offset"] == list(range(14))
+        assert actual["token_logprobs"][5:] == expected["token_logprobs"]
+        assert actual["top_logprobs"][5:] == expected["top_logprobs"]
+        assert (actual["token_logprobs"][0], actual["top_logprobs"][0]) == (None, None)
+        assert all(logprob < 0 for logprob in actual["token_logprobs"][1:])
 
 
 def test_a_prompt_can_be_measured_alone(app: Any) -> None:
@@ -150,7 +150,7 @@ def test_the_best_of_many_are_those_of_the_most_probable_tokens(app: Any) -> Non
     best = answer_of(app, max_tokens=15, n=2, best_of=6, temperature=2)
     assert [choice["text"] for choice in best["choices"]] == sorted(means, key=means.__getitem__, reverse=True)[:2]
     assert [choice["index"] for choice in best["choices"]] == [0, 1]
-    assert best["usage"] == many["usage"]  # what was thrown away was written too
+    assert best["usage"] == many["usage"]  # discarded tokens count too
     same = answer_of(app, max_tokens=15, n=6, best_of=6, logprobs=0, temperature=2)
     assert same["choices"] == many["choices"]
 
@@ -180,13 +180,13 @@ def test_penalties_and_biases_arrive(app: Any) -> None:
         ({"seed": "1"}, "seed", "a whole number"),
         ({"stream": "yes"}, "stream", "true or false"),
         ({"max_tokens": 10**9}, "max_tokens", "at most"),
-        ({"max_tokens": 0}, "max_tokens", "at least 1; 0 is only for echo"),
+        ({"max_tokens": 0}, "max_tokens", "at least 1; 0 is allowed only with echo"),
         ({"max_tokens": 4096, "n": 64}, "max_tokens", "at most 256 with n = 64"),
         ({"max_tokens": 256, "n": 64, "echo": True}, "max_tokens", "at most 251 with n = 64 and 5 tokens to echo"),
         (
             {"prompt": "x" * 300, "n": 64, "echo": True},
             "echo",
-            "300 tokens of prompts, expected at most 256 to",
+            "prompts of 300 tokens, expected at most 256 to",
         ),
         ({"stop": ["a"] * 17}, "stop", "at most 16"),
         ({"echo": 1}, "echo", "true or false"),
@@ -249,11 +249,11 @@ def test_a_stream_s_headers(app: Any) -> None:
     assert events(response.text)[0]["id"] == f"cmpl-{response.headers['x-request-id']}"
 
 
-# What a pool may do to the gateway
+# Faults of a pool
 
 
 class Pool:
-    """A pool that sends what it is told to."""
+    """Act as a pool that sends the given messages."""
 
     def __init__(self, *items: Any) -> None:
         self.items = items
@@ -302,7 +302,7 @@ def test_a_full_pool_is_429_with_retry_after() -> None:
         assert (refused(response, 429)["type"], response.headers["retry-after"]) == ("rate_limit_error", "1")
 
 
-# Clients that leave
+# Clients that disconnect
 
 
 def test_a_client_that_leaves_frees_its_slot_within_a_step(models: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -343,7 +343,7 @@ def test_a_connection_that_closes_frees_its_slots(
 
     def watched() -> bool:
         steps.append(len(batcher._running()))
-        time.sleep(0.005)  # so that the answer is never over before the client leaves
+        time.sleep(0.005)  # so that the response never ends before the client disconnects
         return step()
 
     monkeypatch.setattr(batcher, "step", watched)
@@ -398,9 +398,9 @@ def test_openai_s_client_reads_streams(client: openai.OpenAI) -> None:
 
 
 def test_openai_s_client_knows_the_errors(client: openai.OpenAI) -> None:
-    with pytest.raises(openai.BadRequestError) as wrong:
+    with pytest.raises(openai.BadRequestError) as error:
         client.completions.create(model="play", prompt="x", max_tokens=-1)
-    assert (wrong.value.param, wrong.value.code, wrong.value.type) == (
+    assert (error.value.param, error.value.code, error.value.type) == (
         "max_tokens",
         "invalid_value",
         "invalid_request_error",
@@ -421,14 +421,14 @@ def test_openai_s_client_knows_the_errors(client: openai.OpenAI) -> None:
 
 def test_curl_shows_a_stream_as_it_comes(url: str, app: Any) -> None:
     body = json.dumps({**PROMPT, "max_tokens": 600, "stream": True})
-    found = subprocess.run(
+    curl = subprocess.run(
         ["curl", "-sN", f"{url}/v1/completions", "-H", "content-type: application/json", "-d", body],
         capture_output=True,
         text=True,
         timeout=60,
         check=True,
     )
-    *chunks, done = events(found.stdout)
+    *chunks, done = events(curl.stdout)
     assert done == "data: [DONE]"
     assert joined(chunks, 0)["text"] == choice_of(app, max_tokens=600)["text"]
     assert len(chunks) > 1

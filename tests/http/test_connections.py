@@ -1,4 +1,4 @@
-"""What clients hold without a request: connections, headers, and answers that they do not read."""
+"""Test what clients hold without a request: connections, headers, and responses that they do not read."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ class Quick(Connection):
 
 
 class Application:
-    """Answers at once under /healthz and elsewhere when it is let; tells how many wait, and sends much under /large."""
+    """Answer at once, but under /wait when `let` is set, and with 1000 MiB under /large; `waiting` counts requests."""
 
     def __init__(self) -> None:
-        self.let, self.waiting, self.left = threading.Event(), 0, threading.Event()
+        self.let, self.waiting, self.disconnected = threading.Event(), 0, threading.Event()
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         self.waiting += 1
@@ -45,7 +45,7 @@ class Application:
                 await send({"type": "http.response.body", "body": b"x" * 2**20, "more_body": True})
                 with contextlib.suppress(TimeoutError):
                     if (await asyncio.wait_for(receive(), 0.001))["type"] == "http.disconnect":
-                        self.left.set()
+                        self.disconnected.set()
                         return
         await send({"type": "http.response.body", "body": b"ok", "more_body": False})
 
@@ -63,7 +63,7 @@ def url(app: Application) -> Iterator[str]:
 
 
 def test_both_servers_use_it(app: Application, monkeypatch: pytest.MonkeyPatch) -> None:
-    """And none counts connections like requests, as uvicorn's own limit does."""
+    """Neither server counts connections as requests, as uvicorn's own limit does."""
     monkeypatch.setattr(uvicorn.config, "HTTP_PROTOCOLS", dict(uvicorn.config.HTTP_PROTOCOLS))
     service = jobs._uvicorn(app, "127.0.0.1", 0)
     proxy_middlewares()
@@ -79,7 +79,7 @@ def connect(url: str) -> socket.socket:
 
 
 def is_closed(connection: socket.socket) -> bool:
-    """Whether the server ends the connection, with whatever it sends before."""
+    """Return True if the server ends the connection, whatever it sends before."""
     with contextlib.suppress(ConnectionError):
         while connection.recv(2**16):
             pass
@@ -94,7 +94,7 @@ def healthy(url: str) -> bool:
 
 @pytest.mark.parametrize("sent", [b"", b"GET /healthz HTTP/1.1\r\nx-half: "])
 def test_silent_connections_take_no_place(url: str, monkeypatch: pytest.MonkeyPatch, sent: bytes) -> None:
-    monkeypatch.setattr(Quick, "header_seconds", PATIENCE * 10)  # nothing but the next ones make them go
+    monkeypatch.setattr(Quick, "header_seconds", PATIENCE * 10)  # only the next connections remove them
     with contextlib.ExitStack() as held:
         for _ in range(5 * Quick.max_connections):
             held.enter_context(connect(url)).sendall(sent)
@@ -157,7 +157,7 @@ def test_a_header_has_a_size(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_an_answer_that_is_not_read_is_given_up(app: Application, url: str) -> None:
     with connect(url) as connection:
         connection.sendall(b"GET /large HTTP/1.1\r\nhost: x\r\n\r\n")
-        assert app.left.wait(PATIENCE)
+        assert app.disconnected.wait(PATIENCE)
         assert is_closed(connection)
 
 

@@ -24,7 +24,7 @@ from tests.support.published_models import VOCABULARY, publish
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Storage:
-    """A registry with a text model, a VAE of two versions, and one without the alias production."""
+    """Return a registry with a text model, a VAE of two versions, and a model without the alias production."""
     storage = open_storage(tmp_path_factory.mktemp("models").as_uri())
     publish(storage, "play", "minigpt")
     publish(storage, "shapes", "vae")
@@ -48,9 +48,9 @@ def size_of(b64: str) -> tuple[int, int]:
 def test_models_are_listed_as_openai_does_with_what_they_are(app: Any) -> None:
     listed = ask(app, "GET", "/v1/models").json()
     assert listed["object"] == "list"
-    found = {entry["id"]: entry for entry in listed["data"]}
-    assert set(found) == {"play", "shapes", "clean@1"}
-    shapes = found["shapes"]
+    entries = {entry["id"]: entry for entry in listed["data"]}
+    assert set(entries) == {"play", "shapes", "clean@1"}
+    shapes = entries["shapes"]
     assert shapes["created"] > 1_700_000_000
     del shapes["created"]
     assert shapes == {
@@ -67,7 +67,7 @@ def test_models_are_listed_as_openai_does_with_what_they_are(app: Any) -> None:
         "channels": 1,
         "latent_dim": 4,
     }
-    assert (found["play"]["verbs"], found["play"]["vocab_size"]) == (["complete"], len(VOCABULARY))
+    assert (entries["play"]["verbs"], entries["play"]["vocab_size"]) == (["complete"], len(VOCABULARY))
 
 
 @pytest.mark.parametrize(
@@ -105,7 +105,7 @@ def test_the_error_says_where_models_are_listed(app: Any) -> None:
     error = refused(ask(app, "POST", "/v1/completions", {"model": "plays", "prompt": "x"}), 404)
     assert (error["param"], error["code"]) == ("model", "model_not_found")
     assert "GET /v1/models lists" in error["message"]
-    assert "shapes" not in error["message"]  # a key may be limited to others
+    assert "shapes" not in error["message"]  # a key may be limited to other models
 
 
 # Completions
@@ -314,7 +314,7 @@ BODIES = st.one_of(VALUES, st.dictionaries(st.sampled_from(NAMES), VALUES, max_s
 @given(body=BODIES, whole=st.booleans())
 def test_no_body_breaks_the_server(app: Any, path: str, body: Any, whole: bool) -> None:
     if isinstance(body, dict):
-        if whole:  # with what is required, so that more gets past the first check
+        if whole:  # with the required fields, so that more requests pass the first check
             required = {"model": "play" if path == "completions" else "shapes", "prompt": "x", "images": [PICTURE]}
             required |= {"latents": [[0.0] * 4], "start": 1, "end": 2}
             known = ask(app, "GET", "/openapi.json").json()["paths"]
@@ -329,7 +329,7 @@ def test_no_body_breaks_the_server(app: Any, path: str, body: Any, whole: bool) 
         refused(response, response.status_code)
 
 
-# Bodies of millions of parts
+# Bodies with millions of parts
 
 
 @pytest.mark.parametrize("part", ["[]", "{}", '{"a":1}', "[[1],[1]]"])

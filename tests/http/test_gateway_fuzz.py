@@ -33,7 +33,7 @@ def app(tmp_path_factory: pytest.TempPathFactory) -> Any:
 @pytest.mark.parametrize("number", range(OPERATIONS))
 def test_every_route(app: Any, number: int, n: int) -> None:
     schema = schemathesis.openapi.from_asgi("/openapi.json", app)
-    operations = [found.ok() for found in schema.get_all_operations()]
+    operations = [result.ok() for result in schema.get_all_operations()]
     assert len(operations) == OPERATIONS
     operation = operations[number]
 

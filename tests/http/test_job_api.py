@@ -1,4 +1,4 @@
-"""The job API over storage, with the dispatcher's and drivers' part played by the test."""
+"""Test the job API over storage; the tests write what the dispatcher and the drivers would write."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ from tests.support.storages import FailingStorage, MemoryStorage, in_threads
 
 @pytest.fixture
 def service(file_storage: Storage, monkeypatch: pytest.MonkeyPatch) -> Service:
-    monkeypatch.setattr(dry_run, "DATASET_SECONDS", 60.0)  # a slow machine is no failure
+    monkeypatch.setattr(dry_run, "DATASET_SECONDS", 60.0)  # a slow machine must not fail the test
     return Service(file_storage)
 
 
@@ -444,7 +444,7 @@ def test_a_command_reads_each_object_once(action: str) -> None:
     assert service("POST", f"/v1/jobs/{job}/{action}").status_code == 200
     read = [f"jobs/{job}/spec.json", f"open/{job}", *(f"runs/{job}/{model}/status.json" for model in "ab")]
     assert {key: storage.gets[key] for key in read} == dict.fromkeys(read, 1) | {
-        f"open/{job}": 2 if action == "resume" else 1  # `reopen` looks again before it writes
+        f"open/{job}": 2 if action == "resume" else 1  # `reopen` reads again before it writes
     }
 
 

@@ -1,4 +1,4 @@
-"""No request breaks the job API: it soon answers 2xx, or 4xx in the form of the API's errors; never 5xx."""
+"""Fuzz the job API: every request soon gets a 2xx, or a 4xx in the format of the API's errors; never a 5xx."""
 
 from __future__ import annotations
 
@@ -24,14 +24,14 @@ from tests.support.job_service import YAML, Service, spec
 from tests.support.published_models import publish
 from tests.support.storages import MemoryStorage
 
-SECONDS = 1.0  # of this process's own time, which other processes of the machine do not add to
+SECONDS = 1.0  # CPU time of this process; other processes of the machine do not count
 ROUNDS = [40, pytest.param(1000, marks=pytest.mark.long)]
 OPERATIONS = 21
 
 
 @pytest.fixture(scope="module")
 def service() -> Service:
-    """A service with an open job, an ended one, and a model, whose names the fuzzer knows."""
+    """Return a service with an open job, an ended job and a model; the fuzzer knows their names."""
     service = Service(MemoryStorage(), closing=lambda: True)
     service.app.openapi()  # as the process does when it starts: imports the families
     publish(service.storage, "clothes", "vae")
@@ -65,7 +65,7 @@ def fuzz(n: int, strategy: st.SearchStrategy[Any], send: Callable[[Any], httpx.R
     run()
 
 
-# Every route, by what OpenAPI says of it
+# Every route in the OpenAPI document
 
 
 @pytest.mark.parametrize("n", ROUNDS)
@@ -135,7 +135,7 @@ def paths(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
 
 @st.composite
 def mutated(draw: st.DrawFn) -> Any:
-    """A sound spec in which one to four places were changed, removed, added to, or moved."""
+    """Return a valid spec after one to four changes: a value replaced, removed, added or moved."""
     document: Any = copy.deepcopy(DOCUMENT)
     for _ in range(draw(st.integers(1, 4))):
         *way, last = draw(st.sampled_from(paths(document)[1:]))

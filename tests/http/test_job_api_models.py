@@ -1,4 +1,4 @@
-"""The job API except jobs themselves: logs, models, datasets, metrics, the documentation page, and its process."""
+"""Test the job API except jobs: logs, models, datasets, metrics, the documentation page, and its process."""
 
 from __future__ import annotations
 
@@ -62,7 +62,7 @@ def test_logs_are_lines_of_all_processes_by_time(service: Service) -> None:
     assert response.text.splitlines() == [
         "2026-01-01T00:00:01 a/driver first",
         "2026-01-01T00:00:02 a/0 second",
-        "2026-01-01T00:00:03 b/driver ?[31mthird? \u00e9\u4e2d ?\t.",  # no control of the reader's terminal
+        "2026-01-01T00:00:03 b/driver ?[31mthird? \u00e9\u4e2d ?\t.",  # no control characters for the reader's terminal
         "2026-01-01T00:00:04 a/driver fourth",
     ]
     assert service("GET", f"/v1/jobs/{job}/logs?model=a&source=0").text == "2026-01-01T00:00:02 a/0 second\n"
@@ -120,7 +120,7 @@ def test_only_so_many_follow(file_storage: Storage, monkeypatch: pytest.MonkeyPa
             assert httpx.get(f"{url}{path}?follow=true", timeout=20).status_code == 429
             assert httpx.get(f"{url}{path}", timeout=20).text == "1 a/0 one\n"
         deadline = time.monotonic() + 20
-        while True:  # it is noticed that the first has left
+        while True:  # until the server notices that the first client has disconnected
             with httpx.stream("GET", f"{url}{path}?follow=true", timeout=20) as stream:
                 if stream.status_code == 200:
                     break
@@ -199,7 +199,7 @@ def test_a_version_is_a_number(service: Service, number: str) -> None:
 def test_a_damaged_file_is_not_sent(service: Service) -> None:
     version = publish(service.storage, "clothes", "vae")
     service.storage.put(f"models/clothes/blobs/{version.files['model.safetensors'].sha256}", b"nonsense")
-    for _ in range(model_routes.DOWNLOADS[0] + 1):  # and none of the places for downloads is lost
+    for _ in range(model_routes.DOWNLOADS[0] + 1):  # each download must release its slot
         response = service("GET", "/v1/models/clothes/versions/1/files/model.safetensors")
         assert (refused(response, 500)["code"], b"nonsense" in response.content) == ("damaged", False)
     assert service("GET", "/v1/models/clothes/versions/1/files/config.json").status_code == 200
@@ -339,7 +339,7 @@ def test_an_upload_has_a_limit_of_its_own(file_storage: Storage, monkeypatch: py
 def test_an_upload_that_breaks_off_is_nothing(service: Service, caplog: pytest.LogCaptureFixture) -> None:
     with served(service.app) as url:
         address = httpx.URL(url)
-        for _ in range(model_routes.UPLOADS_AT_ONCE[0] + 1):  # and none of the places for uploads is lost
+        for _ in range(model_routes.UPLOADS_AT_ONCE[0] + 1):  # each upload must release its slot
             with socket.create_connection((address.host, address.port)) as client:
                 head = "PUT /v1/datasets/lines HTTP/1.1\r\nhost: x\r\ncontent-length: 20000\r\n\r\n"
                 client.sendall(head.encode() + TEXT[:5000])
@@ -380,10 +380,10 @@ def test_counts_for_prometheus(monkeypatch: pytest.MonkeyPatch) -> None:
     assert "genmodels_open_runs{" in with_exporter
     assert "genmodels_attempts_ended_total" not in with_exporter, "each counter is exported once"
     storage.away = True
-    assert "genmodels_storage_up 1.0" in service("GET", "/metrics").text  # believed for a while: scrapes cost nothing
+    assert "genmodels_storage_up 1.0" in service("GET", "/metrics").text  # cached: scrapes cost nothing
     assert storage.refused == 0
     monkeypatch.setattr(metrics, "CACHE_TTL_SECONDS", 0.0)
-    deadline = time.monotonic() + 30  # the values of a slow read are kept longer
+    deadline = time.monotonic() + 30  # values of a slow read are cached longer
     while "genmodels_storage_up 0.0" not in (down := service("GET", "/metrics").text):
         assert time.monotonic() < deadline, down
     assert "genmodels_open_runs{" not in down
@@ -401,7 +401,7 @@ def test_the_page_names_every_route_and_fetches_nothing(service: Service) -> Non
             assert f"<b>{method.upper()}</b> {html.escape(path)}" in response.text
     assert re.findall(r"<(script|link|img|iframe|object)|src=|@import|url\(", response.text) == []
     assert set(re.findall(r'href="([^#"]+)', response.text)) == {"/openapi.json"}
-    assert "Needs a key" not in response.text  # none is asked for here
+    assert "Needs a key" not in response.text  # no key is required here
     assert service("GET", "/").headers["location"] == "/docs"
 
 
@@ -451,7 +451,7 @@ def test_a_caller_without_keys_may_do_all() -> None:
 
 
 def test_the_process_starts_serves_and_ends_in_order(tmp_path: Path) -> None:
-    """With a cluster that is away: the service is no part of it."""
+    """The cluster is not reachable: the service does not depend on it."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -489,7 +489,7 @@ def test_the_process_starts_serves_and_ends_in_order(tmp_path: Path) -> None:
         process.kill()
         process.wait()
     assert "Traceback" not in log.read_text()
-    assert Lease(storage).try_acquire()  # at once: it was given back
+    assert Lease(storage).try_acquire()  # at once: the process released the lease
     assert Jobs(storage).open() == [job]
 
 

@@ -1,4 +1,4 @@
-"""What one key may ask; what happens to the rest when all is full, and to what clients leave behind."""
+"""Test limits: of one key, of a full server, and what is released when clients disconnect."""
 
 from __future__ import annotations
 
@@ -85,8 +85,8 @@ async def until_idle(host: ModelHost) -> None:
 def test_a_rate_is_a_bucket_that_holds_a_minute() -> None:
     clock = Clock()
     limits, mine = Limits(clock), key(rate=3)
-    left = [limits.enter(mine)["x-ratelimit-remaining-requests"] for _ in range(3)]
-    assert left == ["2", "1", "0"]
+    remaining = [limits.enter(mine)["x-ratelimit-remaining-requests"] for _ in range(3)]
+    assert remaining == ["2", "1", "0"]
     with pytest.raises(RequestError) as error:
         limits.enter(mine)
     assert (error.value.status, error.value.code, error.value.retry_after) == (429, "rate_limit_exceeded", 20)
@@ -115,8 +115,8 @@ def test_limits_over_http(storage: Storage, host: ModelHost) -> None:
     headers = {"authorization": f"Bearer {token}"}
     first = ask(app, "POST", "/v1/completions", BODY, headers=headers)
     assert (first.status_code, first.headers["x-ratelimit-remaining-requests"]) == (200, "1")
-    wrong = ask(app, "POST", "/v1/completions", {**BODY, "n": 0}, headers=headers)
-    assert (wrong.status_code, wrong.headers["x-ratelimit-limit-requests"]) == (400, "2")
+    refusal = ask(app, "POST", "/v1/completions", {**BODY, "n": 0}, headers=headers)
+    assert (refusal.status_code, refusal.headers["x-ratelimit-limit-requests"]) == (400, "2")
     over = ask(app, "POST", "/v1/completions", BODY, headers=headers)
     assert refused(over, 429)["type"] == "rate_limit_error"
     assert 25 <= int(over.headers["retry-after"]) <= 30
@@ -151,11 +151,11 @@ def test_what_is_no_limit(storage: Storage, limit: dict[str, int]) -> None:
         Keys(storage).create("k", ("generate",), **limit)
 
 
-# More than there is room for
+# More requests than fit
 
 
 def test_twenty_times_too_much(host: ModelHost, url: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every answer is the right one, or says when to try again; afterwards all is as before."""
+    """Every response is correct or says when to try again; afterwards the server is as before."""
     bodies = [{**BODY, "seed": seed, "max_tokens": 1 + seed % 12} for seed in range(20)]
     right = [httpx.post(f"{url}/v1/completions", json=body).json()["choices"] for body in bodies]
     monkeypatch.setattr(batcher(host), "_max_waiting", 4)
@@ -186,7 +186,7 @@ def test_twenty_times_too_much(host: ModelHost, url: str, monkeypatch: pytest.Mo
 
 @pytest.mark.parametrize("clients", [100, pytest.param(1000, marks=pytest.mark.long)])
 def test_clients_that_leave_hold_nothing(host: ModelHost, url: str, clients: int) -> None:
-    """At any moment of a stream, or before it, by closing or by a reset."""
+    """Clients disconnect before or during a stream, by closing or by a reset."""
     chance = random.Random(clients)
     address = url.removeprefix("http://").split(":")
 
@@ -220,7 +220,7 @@ def test_clients_that_leave_hold_nothing(host: ModelHost, url: str, clients: int
 
 
 def test_a_slow_reader_delays_no_other_client_and_gets_all(host: ModelHost, url: str) -> None:
-    """It reads a little at a time, through a small window; others are answered meanwhile."""
+    """The slow client reads little at a time, through a small window; other clients are answered meanwhile."""
     whole = httpx.post(f"{url}/v1/completions", json={**BODY, "seed": 1, "max_tokens": 3000}, timeout=60).json()
 
     def slow() -> str:
@@ -252,7 +252,7 @@ def test_a_slow_reader_delays_no_other_client_and_gets_all(host: ModelHost, url:
 
 
 def bomb(side: int) -> str:
-    """A PNG file of a few hundred bytes that says it has side x side pixels."""
+    """Return a PNG file of a few hundred bytes whose header declares side x side pixels."""
 
     def chunk(kind: bytes, data: bytes) -> bytes:
         return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
@@ -302,6 +302,6 @@ def test_keys_without_limits_are_read_from_before_there_were_any(tmp_path: Path)
     document = json.loads(storage.get(f"keys/{old.id}.json")[0])
     del document["rate"], document["concurrency"]
     storage.put(f"keys/{old.id}.json", json.dumps(document).encode())
-    found = Keys(storage).check(token)
-    assert found is not None
-    assert (found.rate, found.concurrency) == (None, None)
+    stored = Keys(storage).check(token)
+    assert stored is not None
+    assert (stored.rate, stored.concurrency) == (None, None)

@@ -23,7 +23,7 @@ class Pool:
 
 @pytest.fixture(scope="module")
 def app() -> Any:
-    return create_app(Pool())  # no request here gets as far as a model
+    return create_app(Pool())  # no request here reaches a model
 
 
 @pytest.mark.parametrize(
@@ -66,7 +66,7 @@ def test_nothing_is_opened_to_other_origins(app: Any) -> None:
     ],
 )
 def test_a_form_of_another_site_is_refused(app: Any, origin: str, status: int) -> None:
-    """Such a form needs no leave: it is sent with a type that forms have, or with no body at all."""
+    """A browser sends such a form without asking the server: with a content type of forms, or without a body."""
     headers = {"content-type": "text/plain", **({"origin": origin} if origin else {})}
     error = refused(ask(app, "POST", "/v1/completions", content=b"{}", headers=headers), status)
     assert error["code"] == ("origin_not_allowed" if status == 403 else "not_json")
@@ -115,7 +115,7 @@ def test_an_id_is_a_uuid_whatever_the_client_sends(app: Any) -> None:
 
 
 class Client:
-    """An ASGI client that can misbehave: it sends the messages it is given and keeps what comes back."""
+    """Act as an ASGI client that can misbehave: send the given messages and keep those that come back."""
 
     def __init__(self, *messages: dict[str, Any]) -> None:
         self.messages, self.sent = list(messages), []
@@ -154,7 +154,7 @@ def part(body: bytes, more: bool = False) -> dict[str, Any]:
 
 
 async def echo(scope: Any, receive: Any, send: Any) -> None:
-    """Answers with the body and the names of the headers that it was sent."""
+    """Answer with the body and the names of the headers of the request."""
     body = await Request(scope, receive).body()
     names = b" ".join(name for name, _ in scope["headers"])
     await send(
@@ -196,7 +196,7 @@ UPLOAD = StreamedRoute("POST", "/", BodyLimit(3000, 30.0))
 
 
 async def swallow(scope: Any, receive: Any, send: Any) -> None:
-    """Answers with the size of the body, which it reads as it comes."""
+    """Read the body as it arrives, and answer with its size."""
     size, more = 0, True
     while more:
         message = await receive()
@@ -278,7 +278,7 @@ def test_an_application_that_breaks_is_500_without_internals(caplog: pytest.LogC
         assert (client.status, client.error["type"]) == (500, "server_error")
         assert client.headers["x-request-id"] in client.error["message"]
         assert "internal detail" not in client.error["message"]
-    assert "failed: ValueError" in caplog.text  # with its place; its message might quote a request
+    assert "failed: ValueError" in caplog.text  # with its location; its message might quote a request
     assert "test_middleware.py" in caplog.text
     assert "internal detail" not in caplog.text
 

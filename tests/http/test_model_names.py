@@ -1,4 +1,4 @@
-"""A key that is limited to some models learns the names of no others, from whatever it asks."""
+"""Test that no response to a key that is limited to some models names other models."""
 
 from __future__ import annotations
 
@@ -29,11 +29,11 @@ METHODS = ("GET", "POST", "PUT", "DELETE")
 
 @dataclass(frozen=True)
 class Shared:
-    """A store with models, jobs and versions of two owners, and keys of one of them."""
+    """Hold a store with models, jobs and versions of two owners, and keys of one of them."""
 
     apps: dict[str, Any]
     tokens: list[str]
-    jobs: list[str]  # of the key's own, of others, and of both
+    jobs: list[str]  # of the key's own models, of other models, and of both
 
 
 @pytest.fixture(scope="module")
@@ -65,7 +65,7 @@ def without_canary(response: httpx.Response) -> bool:
 
 
 def paths(app: Any, jobs: list[str]) -> list[tuple[str, str]]:
-    """Every route with each kind of name in each of its places; none of these is a canary."""
+    """Return every route with each kind of name in each of its parameters; none of these names is a canary."""
     models = ["mine-vae", "mine-vae@9", "mine-vae@gone", "mine-gone", "mine-a@live", "mine-b@step-7", "vae"]
     names = {
         "model": models,
@@ -76,7 +76,7 @@ def paths(app: Any, jobs: list[str]) -> list[tuple[str, str]]:
         "step": ["1"],
         "path": ["gone"],
     }
-    found = []
+    pairs = []
     for route in app.routes:
         if not isinstance(route, APIRoute):
             continue
@@ -84,8 +84,8 @@ def paths(app: Any, jobs: list[str]) -> list[tuple[str, str]]:
         template = route.path.replace(":path}", "}")
         for values in itertools.product(*(names[field] for field in fields)):
             path = template.format(**dict(zip(fields, values, strict=True)))
-            found += [(method, path) for method in route.methods & set(METHODS)]
-    return found
+            pairs += [(method, path) for method in route.methods & set(METHODS)]
+    return pairs
 
 
 def bodies(path: str) -> list[Any]:
@@ -104,9 +104,9 @@ def bodies(path: str) -> list[Any]:
 @pytest.mark.parametrize("key", [0, 1], ids=["submit", "admin"])
 def test_no_answer_names_what_is_not_the_keys(shared: Shared, app: str, key: int) -> None:
     headers = {"authorization": f"Bearer {shared.tokens[key]}"}
-    asked = paths(shared.apps[app], shared.jobs)
-    assert len(asked) > 30
-    for method, path in sorted(asked, key=lambda one: one[0] == "DELETE"):
+    requests = paths(shared.apps[app], shared.jobs)
+    assert len(requests) > 30
+    for method, path in sorted(requests, key=lambda one: one[0] == "DELETE"):
         for body in bodies(path) if method in ("POST", "PUT") else [None]:
             response = ask(shared.apps[app], method, path, body, headers=headers)
             assert without_canary(response), f"{method} {path} {body}: {response.text}"
@@ -127,7 +127,7 @@ def test_no_refused_spec_names_what_is_not_the_keys(shared: Shared, reference: s
 
 
 def test_a_wrong_name_is_in_no_other_answer(file_storage: Storage) -> None:
-    """Nor does the error that the library makes name other models, wherever it is shown."""
+    """The error that the library raises does not name other models either."""
     publish(file_storage, f"{CANARY}-vae", "vae")
     app = create_gateway(ModelHost(file_storage.url))
     for path in ("/v1/models/gone", "/v1/models/gone@1", "/v1/models/gone/history"):
@@ -138,7 +138,7 @@ def test_a_wrong_name_is_in_no_other_answer(file_storage: Storage) -> None:
 
 
 def test_cursors_lead_past_others_jobs_without_naming_them(file_storage: Storage) -> None:
-    """Also where many ended in the same millisecond."""
+    """Many of these jobs ended in the same millisecond."""
     service = Service(file_storage)
     mine = []
     for number in range(12):
@@ -155,20 +155,20 @@ def test_cursors_lead_past_others_jobs_without_naming_them(file_storage: Storage
     headers = {"authorization": f"Bearer {keys.create('a', ('submit',), ('mine-',))[1]}"}
     app = create_job_app(file_storage, keys=keys, hosts=None)
     for limit in (1, 2, 5, 100):
-        seen, after = [], ""
+        listed, after = [], ""
         while True:
             page = ask(app, "GET", "/v1/jobs", params={"limit": limit, "after": after}, headers=headers)
             assert without_canary(page), page.text
-            seen += [job["job"] for job in page.json()["data"]]
+            listed += [job["job"] for job in page.json()["data"]]
             after = page.json()["next"]
             if not after:
                 break
-        assert sorted(seen) == sorted(mine)
+        assert sorted(listed) == sorted(mine)
 
 
 def test_why_a_run_makes_room_names_no_other() -> None:
     waiting = Queued(f"{CANARY}/a", 5, ("1", 0), [2], False, 0, "", False)
     running = Running("mine/b", 0, "1", [1, 2], 2, False, stopping=False, growable=False, placed=True)
     for priority in (0, 5):
-        found = plan([waiting], [Running(**{**vars(running), "priority": priority})], Capacity(2, 0))
-        assert CANARY not in json.dumps([reason for _, reason in found.preemptions])
+        result = plan([waiting], [Running(**{**vars(running), "priority": priority})], Capacity(2, 0))
+        assert CANARY not in json.dumps([reason for _, reason in result.preemptions])

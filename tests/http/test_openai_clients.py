@@ -1,4 +1,4 @@
-"""Clients of OpenAI's completions against the gateway on a real socket: openai, LangChain, lm-eval."""
+"""Test clients of OpenAI's completions with the gateway on a real socket: openai, LangChain, lm-eval."""
 
 from __future__ import annotations
 
@@ -50,8 +50,8 @@ def client(url: str, key: str) -> Iterator[openai.OpenAI]:
 
 @pytest.fixture(scope="module")
 def vocabulary(client: openai.OpenAI) -> dict[str, int]:
-    told = client.get("/models/play/vocabulary", cast_to=httpx.Response).json()
-    return {token["text"]: token["id"] for token in told["data"]}
+    response = client.get("/models/play/vocabulary", cast_to=httpx.Response).json()
+    return {token["text"]: token["id"] for token in response["data"]}
 
 
 # OpenAI's own
@@ -69,9 +69,9 @@ def test_openai_s_client_sends_every_form_of_prompt(client: openai.OpenAI, vocab
     for choice in texts.choices:
         parts = [part for chunk in chunks for part in chunk.choices if part.index == choice.index]
         assert "".join(part.text for part in parts) == choice.text
-    with pytest.raises(openai.BadRequestError) as wrong:
+    with pytest.raises(openai.BadRequestError) as error:
         client.completions.create(prompt=[[0], [len(vocabulary)]], **fields)
-    assert wrong.value.param == "prompt[1][0]"
+    assert error.value.param == "prompt[1][0]"
 
 
 # LangChain
@@ -121,9 +121,9 @@ def test_langchain_gets_the_answers_that_each_prompt_has_alone(
 
 def test_langchain_sorts_choices_to_their_prompts(langchain: Callable[..., OpenAI]) -> None:
     many = langchain(max_tokens=12, seed=5, n=2, best_of=4)
-    found = many.generate(PROMPTS, stop=["q"])
-    assert list(map(len, found.generations)) == [2, 2, 2]
-    for prompt, generations in zip(PROMPTS, found.generations, strict=True):
+    result = many.generate(PROMPTS, stop=["q"])
+    assert list(map(len, result.generations)) == [2, 2, 2]
+    for prompt, generations in zip(PROMPTS, result.generations, strict=True):
         assert [one.text for one in many.generate([prompt], stop=["q"]).generations[0]] == [
             one.text for one in generations
         ]
@@ -135,7 +135,7 @@ def test_langchain_sorts_choices_to_their_prompts(langchain: Callable[..., OpenA
 
 @pytest.fixture
 def harness(url: str, key: str, vocabulary: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> Any:
-    """Make its model class, with a tokenizer made of the vocabulary that the endpoint tells."""
+    """Make lm-eval's model, with a tokenizer built from the vocabulary that the endpoint returns."""
     monkeypatch.setenv("OPENAI_API_KEY", key)
     ranks = {text.encode(): token for text, token in vocabulary.items()}
     encoding = tiktoken.Encoding("play", pat_str=r"[\s\S]", mergeable_ranks=ranks, special_tokens={})
@@ -163,10 +163,10 @@ WAYS = [
 
 @pytest.mark.parametrize("way", WAYS, ids=str)
 def test_lm_eval_measures_continuations(harness: Any, client: openai.OpenAI, way: dict[str, Any]) -> None:
-    found = harness(tokenizer_backend="tiktoken", **way).loglikelihood(
+    results = harness(tokenizer_backend="tiktoken", **way).loglikelihood(
         instances("loglikelihood", *LIKELIHOODS), disable_tqdm=True
     )
-    for (context, continuation), (sum_of_logs, greedy) in zip(LIKELIHOODS, found, strict=True):
+    for (context, continuation), (sum_of_logs, greedy) in zip(LIKELIHOODS, results, strict=True):
         (choice,) = client.completions.create(
             model="play", prompt=context + continuation, echo=True, logprobs=0, max_tokens=0
         ).choices
@@ -182,7 +182,7 @@ def test_lm_eval_measures_continuations(harness: Any, client: openai.OpenAI, way
 @pytest.mark.parametrize("way", WAYS, ids=str)
 def test_lm_eval_generates(harness: Any, client: openai.OpenAI, way: dict[str, Any]) -> None:
     arguments = {"until": ["\n\n", "Q:", "</s>", "<|im_end|>", "qu"], "max_gen_toks": 20, "do_sample": False}
-    found = harness(tokenizer_backend="tiktoken", **way).generate_until(
+    texts = harness(tokenizer_backend="tiktoken", **way).generate_until(
         instances("generate_until", *((prompt, arguments) for prompt in PROMPTS)), disable_tqdm=True
     )
     alone = [
@@ -191,18 +191,18 @@ def test_lm_eval_generates(harness: Any, client: openai.OpenAI, way: dict[str, A
         ).choices[0]
         for prompt in PROMPTS
     ]
-    assert found == [choice.text for choice in alone]
+    assert texts == [choice.text for choice in alone]
 
 
 def test_lm_eval_without_a_tokenizer_generates(harness: Any) -> None:
     model = harness(tokenizer_backend=None, batch_size=2)
     arguments = {"until": "\n", "max_gen_toks": 5, "temperature": 0.7}
-    found = model.generate_until(instances("generate_until", *((prompt, arguments) for prompt in PROMPTS)))
-    assert [len(text.partition("\n")[0]) <= 5 for text in found] == [True] * 3
+    texts = model.generate_until(instances("generate_until", *((prompt, arguments) for prompt in PROMPTS)))
+    assert [len(text.partition("\n")[0]) <= 5 for text in texts] == [True] * 3
 
 
 def test_lm_eval_measures_long_texts_in_windows(harness: Any) -> None:
     text = VOCABULARY[1:] * 3
     model = harness(tokenizer_backend="tiktoken", custom_prefix_token_id=0, batch_size=2)
-    (found,) = model.loglikelihood_rolling(instances("loglikelihood_rolling", (text,)))
-    assert -len(text) * 8 < found < 0
+    (log_likelihood,) = model.loglikelihood_rolling(instances("loglikelihood_rolling", (text,)))
+    assert -len(text) * 8 < log_likelihood < 0

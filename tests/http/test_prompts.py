@@ -1,4 +1,4 @@
-"""`prompt` in all forms of OpenAI's API: one text, several, token ids, several lists of these."""
+"""Test `prompt` in all forms of OpenAI's API: one text, several texts, token ids, several lists of token ids."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ SETTINGS: list[dict[str, Any]] = [
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("fields", SETTINGS, ids=str)
 def test_each_prompt_is_answered_as_if_it_were_alone(app: Any, form: str, fields: dict[str, Any]) -> None:
-    """Choice j of prompt i has the index i * n + j; usage is that of all."""
+    """Choice j of prompt i has the index i * n + j; usage counts all of them."""
     alone = [answer_of(app, prompt=prompt, seed=7, **fields) for prompt in PROMPTS]
     together = answer_of(app, prompt=[FORMS[form](prompt) for prompt in PROMPTS], seed=7, **fields)
     assert [choice.pop("index") for choice in together["choices"]] == list(range(len(PROMPTS) * fields.get("n", 1)))
@@ -172,7 +172,7 @@ def test_one_wrong_prompt_refuses_all_before_any_work(
     error = refused(send(app, **fields), 400)
     assert (error["param"], error["message"].startswith(param)) == (param, True)
     assert says in error["message"]
-    assert error["message"].count("got ") <= 1  # one problem, not one for each form that it might have had
+    assert error["message"].count("got ") <= 1  # one problem, not one for each possible form
 
 
 def test_the_most_that_is_taken_fits_an_engine_with_nothing_else_to_do(app: Any) -> None:
@@ -201,7 +201,7 @@ def test_any_prompts_in_any_company_have_the_answers_that_they_have_alone(
         assert [{**choice, "index": choice["index"] + place * n} for choice in alone] == own
 
 
-# Clients that leave
+# Clients that disconnect
 
 
 def test_a_client_that_leaves_ends_the_texts_of_all_its_prompts(models: Storage) -> None:
@@ -247,10 +247,10 @@ def test_a_model_that_has_learnt_carriage_returns_keeps_them() -> None:
 
 def test_the_vocabulary_tells_what_token_ids_mean(app: Any) -> None:
     response = ask(app, "GET", "/v1/models/play/vocabulary")
-    told = response.json()
-    assert (told["object"], told["model"]) == ("vocabulary", response.headers["x-genmodels-version"])
-    ids = {token["text"]: token["id"] for token in told["data"]}
-    assert len(ids) == len(told["data"]) == ask(app, "GET", "/v1/models/play").json()["vocab_size"]
+    listing = response.json()
+    assert (listing["object"], listing["model"]) == ("vocabulary", response.headers["x-genmodels-version"])
+    ids = {token["text"]: token["id"] for token in listing["data"]}
+    assert len(ids) == len(listing["data"]) == ask(app, "GET", "/v1/models/play").json()["vocab_size"]
     prompt = [ids[character] for character in "To be"]
     assert answer_of(app, prompt=prompt, echo=True, max_tokens=0)["choices"][0]["text"] == "To be"
     answer = answer_of(app, prompt="x", logit_bias={ids["Q"]: 100}, max_tokens=3)

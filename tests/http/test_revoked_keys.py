@@ -1,4 +1,4 @@
-"""A key that is revoked while it is answered: long answers end soon, and do not look complete."""
+"""Test keys that are revoked during a response: long responses end soon and do not look complete."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests.support.published_models import publish
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No look at a key is believed for long."""
+    """Make cached keys expire quickly."""
     monkeypatch.setattr(keys_module, "FRESH_SECONDS", 0.0)
     monkeypatch.setattr(auth, "RECHECK_SECONDS", 0.0)
     monkeypatch.setattr(routes, "FOLLOW_SECONDS", 0.02)

@@ -275,7 +275,7 @@ def outage(stack: Stack, seconds: float, save_every: int = 25) -> Run:
         until(lambda: run.checkpoints()[-1].step > step, "training goes on")
 
     stack.reaches(run, "publishing")
-    until(lambda: stack.asked(f"models/{run.model}/blobs/"), "publishing has begun to write")
+    until(lambda: stack.received_write(f"models/{run.model}/blobs/"), "publishing has begun to write")
     stop_storage(stack, seconds)
     stack.proxy.heal(no_versions)
     with stack.timed(f"storage back after {seconds} s in publishing, until it is published"):

@@ -19,7 +19,7 @@ PICTURE = base64.b64encode(png(np.random.default_rng(0).random((1, 16, 16)))).de
 def ask(
     app: Any, method: str, path: str, body: Any = None, *, base: str = "http://127.0.0.1:8000", **options: Any
 ) -> httpx.Response:
-    """One request to an application in this process; a body of bytes is sent as it is."""
+    """Send one request to an application in this process; a body of bytes is sent unchanged."""
     if isinstance(body, bytes):
         options = {"content": body, "headers": {**JSON, **options.pop("headers", {})}, **options}
     elif body is not None:
@@ -33,7 +33,7 @@ def ask(
 
 
 def refused(response: httpx.Response, status: int) -> dict[str, Any]:
-    """The error of a response in OpenAI's form."""
+    """Check the status of a response, and return its error in OpenAI's format."""
     assert response.status_code == status, response.text
     assert response.headers["content-type"] == "application/json"
     assert uuid.UUID(response.headers["x-request-id"])

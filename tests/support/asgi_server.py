@@ -13,7 +13,7 @@ import uvicorn
 
 @contextmanager
 def served(app: Any, port: int = 0, **options: Any) -> Iterator[str]:
-    """The URL of a server that is up; it is gone at the end.
+    """Yield the URL of a server that is up; stop the server at the end.
 
     Args:
         options: uvicorn's.
@@ -21,7 +21,7 @@ def served(app: Any, port: int = 0, **options: Any) -> Iterator[str]:
     listening = socket.socket()
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     listening.bind(("127.0.0.1", port))
-    listening.listen()  # from now on who connects is heard, if not at once
+    listening.listen()  # from now on connections are accepted, if not at once
     config = uvicorn.Config(
         app, log_level="critical", lifespan="off", ws="none", timeout_graceful_shutdown=1, **options
     )

@@ -23,7 +23,7 @@ WAIT_SECONDS = 15.0
 
 
 class Page:
-    """A tab. `complaints` are what its console would show in red, but for answers with an error's status."""
+    """Control a tab. `complaints` lists the errors of its console, without responses that have an error status."""
 
     def __init__(self, socket: ClientConnection) -> None:
         self._socket = socket
@@ -33,7 +33,7 @@ class Page:
             self.call(f"{domain}.enable")
 
     def call(self, method: str, **parameters: Any) -> dict[str, Any]:
-        """A command of the protocol; its result."""
+        """Send a command of the protocol; return its result."""
         self._number += 1
         self._socket.send(json.dumps({"id": self._number, "method": method, "params": parameters}))
         while True:
@@ -44,20 +44,20 @@ class Page:
             self._note(message)
 
     def open(self, url: str) -> None:
-        self.call("Page.navigate", url="about:blank")  # else another #... of the same page would load nothing
+        self.call("Page.navigate", url="about:blank")  # otherwise another #... of the same page would load nothing
         self.call("Page.navigate", url=url)
 
     def js(self, expression: str) -> Any:
-        """What an expression, or its promise, gives."""
+        """Return the value of an expression, or of its promise."""
         answer = self.call("Runtime.evaluate", expression=expression, awaitPromise=True, returnByValue=True)
         assert "exceptionDetails" not in answer, answer["exceptionDetails"]
         return answer["result"].get("value")
 
     def until(self, expression: str) -> Any:
-        """What an expression gives once it is true."""
+        """Wait until an expression is true; return its value."""
         deadline = time.monotonic() + WAIT_SECONDS
         while time.monotonic() < deadline:
-            with contextlib.suppress(AssertionError):  # the page is just being replaced
+            with contextlib.suppress(AssertionError):  # the page is being replaced
                 value = self.js(expression)
                 if value or value == {}:  # an element
                     return value
@@ -68,7 +68,7 @@ class Page:
         self.js(f"document.querySelector({json.dumps(selector)}).click()")
 
     def fill(self, selector: str, value: object, event: str = "input") -> None:
-        """Give a field a value as a person would, with the event that follows."""
+        """Set the value of a field as a person would, with the event that follows."""
         self.js(
             f"{{const field = document.querySelector({json.dumps(selector)}); field.value = {json.dumps(str(value))};"
             f"field.dispatchEvent(new Event('{event}', {{bubbles: true}}))}}"
@@ -110,7 +110,7 @@ class Page:
 
 @contextmanager
 def browser(folder: Path) -> Iterator[Page]:
-    """One tab of a browser of its own, whose profile is in `folder`."""
+    """Yield a tab of a new browser, whose profile is in `folder`."""
     assert CHROMIUM
     command = [CHROMIUM, *FLAGS, f"--user-data-dir={folder}", "about:blank"]
     process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)

@@ -16,7 +16,7 @@ Run = Callable[..., tuple[int, str, list[str]]]
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Run:
-    """Runs the command line in a folder of its own: (exit code, output, lines of errors)."""
+    """Return a function that runs the command line in a new folder: (exit code, output, lines of errors)."""
     monkeypatch.chdir(tmp_path)
 
     def run(*arguments: str) -> tuple[int, str, list[str]]:

@@ -1,4 +1,4 @@
-"""Shared by the tests of commands: a job spec, and a way to run a command."""
+"""Provide a job spec and a way to run a command to the tests of commands."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Every query of the dashboards, and a running Prometheus that is asked for it.
+"""List every query of the dashboards, and send each to a running Prometheus.
 
 python -m tests.support.dashboard_panels http://127.0.0.1:9090 [--gpu]      after a demo job: which panels show nothing?
 """
@@ -25,7 +25,7 @@ RATE_INTERVAL = "20s"  # Grafana's, for a scrape interval of 5 s
 class Query:
     dashboard: str
     panel: str
-    expr: str  # as Prometheus gets it: all variables are replaced, by all their values
+    expr: str  # as Prometheus receives it: each variable is replaced by all its values
 
     @property
     def needs_gpu(self) -> bool:
@@ -36,7 +36,7 @@ class Query:
 
 
 def queries(rate_interval: str = RATE_INTERVAL) -> list[Query]:
-    """Those of all panels, in their order."""
+    """Return the queries of all panels, in their order."""
     collected = []
     for path in DASHBOARDS:
         dashboard = json.loads(path.read_text())
@@ -51,31 +51,31 @@ def queries(rate_interval: str = RATE_INTERVAL) -> list[Query]:
 
 
 def answers(prometheus: httpx.Client, query: Query, seconds: float) -> bool:
-    """Whether Prometheus, the client's base URL, has a finite value for the query somewhere in the last `seconds`.
+    """Return True if Prometheus, the client's base URL, has a finite value for the query in the last `seconds`.
 
     Raises:
-        ValueError: it does not understand the query.
+        ValueError: Prometheus does not understand the query.
     """
     now = time.time()
-    asked = {"query": query.expr, "start": now - seconds, "end": now, "step": max(1.0, seconds / 500)}
-    answer = prometheus.post("/api/v1/query_range", data=asked).json()
+    parameters = {"query": query.expr, "start": now - seconds, "end": now, "step": max(1.0, seconds / 500)}
+    answer = prometheus.post("/api/v1/query_range", data=parameters).json()
     if answer["status"] != "success":
         raise ValueError(f"{query}: {answer['error']}")
     return any(math.isfinite(float(value)) for series in answer["data"]["result"] for _, value in series["values"])
 
 
-def silent(url: str, asked: Iterable[Query], *, history: float, patience: float) -> list[Query]:
-    """The queries that still show nothing of the last `history` seconds after `patience` seconds.
+def silent(url: str, expected: Iterable[Query], *, history: float, patience: float) -> list[Query]:
+    """Return the queries that have no value in the last `history` seconds, after at most `patience` seconds.
 
-    They are asked again and again: of a counter that was scraped once there is no rate.
+    The queries are repeated: a counter that was scraped once has no rate.
     """
-    left = list(asked)
+    unanswered = list(expected)
     end = time.monotonic() + patience
     with httpx.Client(base_url=url, timeout=30, trust_env=False) as prometheus:
         while True:
-            left = [query for query in left if not answers(prometheus, query, history)]
-            if not left or time.monotonic() > end:
-                return left
+            unanswered = [query for query in unanswered if not answers(prometheus, query, history)]
+            if not unanswered or time.monotonic() > end:
+                return unanswered
             time.sleep(0.2)
 
 
@@ -86,11 +86,11 @@ def main() -> None:
     parser.add_argument("--history", type=float, default=1800.0, help="seconds that the job may be ago")
     parser.add_argument("--patience", type=float, default=60.0)
     options = parser.parse_args()
-    asked = [query for query in queries() if options.gpu or not query.needs_gpu]
-    empty = silent(options.url, asked, history=options.history, patience=options.patience)
+    selected = [query for query in queries() if options.gpu or not query.needs_gpu]
+    empty = silent(options.url, selected, history=options.history, patience=options.patience)
     for query in empty:
         print(f"shows nothing: {query}")
-    print(f"{len(asked) - len(empty)} of {len(asked)} queries are answered")
+    print(f"{len(selected) - len(empty)} of {len(selected)} queries are answered")
     sys.exit(bool(empty))
 
 

@@ -17,6 +17,6 @@ def end_of(driver: Driver, seconds: float = 60.0) -> int:
 
 
 def command(monkeypatch: pytest.MonkeyPatch, *words: str) -> None:
-    """Drivers run this instead."""
+    """Make drivers run this command instead."""
     for backend in (local_process, ray_jobs):
         monkeypatch.setattr(backend, "driver_command", lambda *_: list(words))

@@ -1,4 +1,4 @@
-"""Small images of different classes, and the arguments of evaluations."""
+"""Make small images of different classes, and the arguments of evaluations."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ CLASSES = 4
 
 
 def shapes(train: int = 480, val: int = 120, side: int = 16, channels: int = 1, labelled: bool = True) -> ImageData:
-    """Squares, bars and crosses of four classes, at random places, on a dark ground with a little noise."""
+    """Draw squares, bars and crosses of four classes, at random places, on a dark ground with a little noise."""
     random = np.random.default_rng(0)
     images = random.integers(0, 30, (train + val, channels, side, side)).astype(np.uint8)
     labels = random.permutation(np.arange(train + val) % CLASSES)
@@ -37,7 +37,7 @@ def shapes(train: int = 480, val: int = 120, side: int = 16, channels: int = 1, 
 
 @dataclass
 class Bench:
-    """Makes the data for evaluations, and remembers what they did with it."""
+    """Make the data for evaluations, and count the cached results and progress reports."""
 
     kept: dict[str, bytes] = field(default_factory=dict)
     made: list[str] = field(default_factory=list)

@@ -9,7 +9,7 @@ from typing import Any
 
 
 def events(text: str) -> list[Any]:
-    """The data of server-sent events; [DONE] comes last if at all."""
+    """Return the data of server-sent events; if there is a [DONE], it comes last."""
     parts = text.split("\n\n")
     assert parts.pop() == ""
     assert all(part.startswith("data: ") for part in parts)
@@ -18,7 +18,7 @@ def events(text: str) -> list[Any]:
 
 
 def joined(chunks: list[Any], index: int) -> dict[str, Any]:
-    """The choice that the chunks of a stream make up."""
+    """Join the chunks of a stream into one choice."""
     parts = [chunk["choices"][0] for chunk in chunks if chunk["choices"][0]["index"] == index]
     assert all(part["finish_reason"] is None for part in parts[:-1])
     whole = {**parts[-1], "text": "".join(part["text"] for part in parts)}

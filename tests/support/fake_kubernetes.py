@@ -1,8 +1,8 @@
-"""A Kubernetes API server with RayJobs and pods over real HTTP, and the parts of KubeRay and Kueue that tests need.
+"""Serve a Kubernetes API with RayJobs and pods over real HTTP, and the parts of KubeRay and Kueue that tests need.
 
-It holds what is created against the schema of the RayJob CRD (KubeRay 1.7.0), and does what an API server does with
+It checks new objects against the schema of the RayJob CRD (KubeRay 1.7.0), and does what an API server does with
 names, labels, the status subresource, finalizers, foreground deletion, pages of a list, tokens and roles. The operator
-moves status as KubeRay's rayjob_controller.go does in HTTPMode; drivers are whatever a test gives it.
+moves status as KubeRay's rayjob_controller.go does in HTTPMode; a test supplies the drivers.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ PATH = re.compile(
     rf"/(?:apis/ray\.io/v1|api/v1)/namespaces/{NAMESPACE}/(?P<resource>rayjobs|pods)(?:/(?P<name>[^/]+))?"
 )
 ROLE = {("rayjobs", verb) for verb in ("create", "list", "delete")} | {("pods", "list")}
-FINALIZER = "ray.io/rayjob-finalizer"  # KubeRay's, by which it stops the driver
+FINALIZER = "ray.io/rayjob-finalizer"  # KubeRay's finalizer, by which it stops the driver
 Object = dict[str, Any]
 
 
@@ -45,11 +45,11 @@ class KubeApi:
     """Serve from `with` on.
 
     Attributes:
-        jobs, pods: what there is, by name.
-        role: (resource, verb) that the token's account may.
-        ill: statuses that the next requests are answered, in place of what they ask for.
+        jobs, pods: all objects, by name.
+        role: (resource, verb) pairs that the token's account may use.
+        ill: statuses of the next responses, in place of what the requests ask for.
         away: whether connections are closed without an answer.
-        lost: whether the answer to the next request is lost after it was done.
+        lost: whether the response to the next request is lost after the request was carried out.
         requests: "VERB resource" of every request that came.
     """
 
@@ -67,7 +67,7 @@ class KubeApi:
 
         class Handler(BaseHTTPRequestHandler):
             protocol_version = "HTTP/1.1"
-            wbufsize = -1  # one packet for an answer
+            wbufsize = -1  # one packet for each response
 
             def do(self) -> None:
                 api.handle(self)
@@ -89,7 +89,7 @@ class KubeApi:
         self.server.server_close()
 
     def kubeconfig(self, folder: Path, token: str = TOKEN) -> Path:
-        """A file that leads here."""
+        """Write a kubeconfig file for this server; return its path."""
         document = {
             "apiVersion": "v1",
             "kind": "Config",
@@ -198,7 +198,7 @@ class KubeApi:
         self.collect(name)
 
     def collect(self, name: str) -> None:
-        """The garbage collector: what is in the foreground waits for what it owns."""
+        """Collect garbage: an object under foreground deletion waits for the objects that it owns."""
         meta = self.jobs[name]["metadata"]
         finalizers = meta.get("finalizers") or []
         if "foregroundDeletion" in finalizers and not self.pods_of(name):
@@ -217,7 +217,7 @@ class KubeApi:
 
 
 def check_names(job: Object) -> str:
-    """What an API server says of names and labels, and KubeRay of a RayJob (validation.go); "" if all is well."""
+    """Return the API server's error about names and labels, or KubeRay's about a RayJob (validation.go); "" if none."""
     meta, spec = job["metadata"], job["spec"]
     if not re.fullmatch(r"[a-z]([-a-z0-9]*[a-z0-9])?", meta["name"]) or len(meta["name"]) > 47:
         return "metadata.name must be a DNS-1035 label of at most 47 characters"
@@ -245,13 +245,13 @@ def groups_of(spec: Object) -> list[Object]:
 
 
 class Operator:
-    """KubeRay and Kueue: each `reconcile` takes every RayJob one step further.
+    """Act as KubeRay and Kueue: each `reconcile` moves every RayJob one step further.
 
     Args:
-        driver: starts the driver of a RayJob; the object has `poll` and `kill`, as a process has.
+        driver: starts the driver of a RayJob; the result has `poll` and `kill`, as a process has.
 
     Attributes:
-        admits: whether Kueue unsuspends what is in its queue.
+        admits: whether Kueue resumes the jobs in its queue.
         placed: whether there is room for pods.
         clings: whether pods stay when their cluster is deleted, as on a node that is lost.
     """
@@ -274,7 +274,7 @@ class Operator:
             self.api.jobs[name]["spec"]["suspend"] = True
 
     def lose_head(self, name: str) -> None:
-        """The head pod is evicted; KubeRay makes a new one, and submits a driver that it does not know there."""
+        """Evict the head pod; KubeRay makes a new one, which does not know the driver, and submits the driver there."""
         with self.api.lock:
             self._stop(name)
             self._start(name)
@@ -339,7 +339,7 @@ class Operator:
         self._stop(name)
 
     def _stop(self, name: str) -> None:
-        """The cluster's pods end, and with them the driver."""
+        """End the cluster's pods, and with them the driver."""
         if driver := self.drivers.pop(name, None):
             driver.kill()
         for pod in self.api.pods_of(name) if not self.clings else ():

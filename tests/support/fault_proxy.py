@@ -1,4 +1,4 @@
-"""An HTTP proxy that fails on command, in front of one server. It keeps the Host header: signed requests stay valid."""
+"""Run an HTTP proxy that fails on command. It keeps the Host header, so that signed requests stay valid."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class _Fault:
 
 
 class FaultProxy:
-    """with FaultProxy(server.url) as proxy: proxy.fail("drop-answer", times=1, method="PUT"); use proxy.url
+    """Fail on command: with FaultProxy(server.url) as proxy: proxy.fail("reset", times=1, method="PUT"); use proxy.url
 
     Modes:
         ok            forward
@@ -35,7 +35,7 @@ class FaultProxy:
                       the answer of a store that ignores conditions
         reset         reset the connection without forwarding
         drop-answer   forward, then reset the connection instead of answering
-        cut-answer    forward, then break off in the middle of the answer's body
+        cut-answer    forward, then close the connection in the middle of the response's body
         hang          neither forward nor answer until healed
         hang-answer   forward, but do not answer until healed
         slow          forward after `delay` seconds
@@ -44,7 +44,7 @@ class FaultProxy:
     def __init__(self, upstream: str, delay: float = 0.2) -> None:
         self.upstream = urlsplit(upstream).netloc
         self.delay = delay
-        self.seen: list[tuple[str, str, str]] = []  # method, path, mode of each request
+        self.requests: list[tuple[str, str, str]] = []  # method, path, mode of each request
         self.lock = threading.Lock()
         self.connections: set[socket.socket] = set()
         self._faults: list[_Fault] = []
@@ -63,12 +63,12 @@ class FaultProxy:
             return self._faults[-1]
 
     def fail_at_random(self, choose: Callable[[], str]) -> None:
-        """Have each request that nothing else is said about answered in the mode that `choose` gives."""
+        """Handle each request that has no other fault in the mode that `choose` returns."""
         with self.lock:
             self._choose = choose
 
     def heal(self, fault: _Fault | None = None) -> None:
-        """Forward everything again that a fault was about, or any of them, and let go what hangs."""
+        """Remove one fault, or all of them, and release the requests that hang."""
         with self.lock:
             for healed in [fault] if fault else self._faults:
                 healed.healed.set()
@@ -76,9 +76,9 @@ class FaultProxy:
             self._choose = self._choose if fault else None
 
     def count(self, method: str, mode: str | None = None) -> int:
-        """How many requests of this method (and mode) have come."""
+        """Count the requests of this method (and mode) so far."""
         with self.lock:
-            return sum(seen == method and mode in (None, how) for seen, _, how in self.seen)
+            return sum(verb == method and mode in (None, how) for verb, _, how in self.requests)
 
     def __enter__(self) -> FaultProxy:
         self._thread.start()
@@ -90,12 +90,12 @@ class FaultProxy:
         self._server.server_close()
         self._thread.join()
         with self.lock:
-            for connection in self.connections:  # clients keep theirs open
+            for connection in self.connections:  # clients keep their connections open
                 with contextlib.suppress(OSError):
                     connection.shutdown(socket.SHUT_RDWR)
 
     def take(self, method: str, path: str) -> _Fault:
-        """What happens to this request."""
+        """Return the fault for this request."""
         with self.lock:
             for fault in self._faults:
                 if fault.times != 0 and fault.method in ("", method) and fault.path in path:
@@ -104,7 +104,7 @@ class FaultProxy:
                     break
             else:
                 fault = _Fault(self._choose() if self._choose else "ok", None, "", "")
-            self.seen.append((method, path, fault.mode))
+            self.requests.append((method, path, fault.mode))
             return fault
 
 
@@ -113,7 +113,7 @@ class _Server(ThreadingHTTPServer):
     proxy: FaultProxy
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        """A connection that broke is what this proxy is for."""
+        """Ignore the error: broken connections are the purpose of this proxy."""
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -199,4 +199,4 @@ class _Handler(BaseHTTPRequestHandler):
         self.connection.close()
 
     def log_message(self, *_: object) -> None:
-        """Tests read `proxy.seen`."""
+        """Log nothing: tests read `proxy.requests`."""

@@ -1,4 +1,4 @@
-"""A job service in this process, and runs whose objects are written as dispatcher and drivers would write them."""
+"""Run a job service in this process, and write the objects of runs as the dispatcher and drivers would."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ YAML = {"content-type": "application/yaml"}
 
 
 def spec(name: str = "test", *models: str, **fields: Any) -> dict[str, Any]:
-    """A sound spec of VAEs on the built-in digits."""
+    """Return a valid spec of VAEs on the built-in digits."""
     entries = [
         {"name": model, "model": {"family": "vae"}, "data": {"dataset": "digits"}}
         for model in models or ("digits-vae",)
@@ -38,7 +38,7 @@ class Service:
         return ask(self.app, method, path, body, **options)
 
     def post(self, document: dict[str, Any] | bytes, query: str = "", **headers: str) -> httpx.Response:
-        """POST /v1/jobs, in YAML."""
+        """Send POST /v1/jobs, in YAML."""
         body = document if isinstance(document, bytes) else yaml.safe_dump(document).encode()
         return self("POST", f"/v1/jobs{query}", content=body, headers={**YAML, **headers})
 
@@ -52,10 +52,10 @@ class Service:
         assert response.status_code == 200, response.text
         return response.json()
 
-    # What others write
+    # Objects that other processes write
 
     def move(self, job: str, model: str, state: State, reason: str = "test", **facts: int) -> Status:
-        """The dispatcher changes a run's state; when the last one has ended, it closes the job."""
+        """Change a run's state as the dispatcher does; close the job when its last run has ended."""
         run = Run(self.storage, job, model)
         status, etag = run.status()
         run.write_status(status.to(state, reason, **facts), etag)

@@ -13,7 +13,7 @@ def is_alive(pid: int) -> bool:
 
 
 def processes(mark: str) -> list[int]:
-    """Those that have `mark` in their command line."""
+    """Return the processes that have `mark` in their command line."""
     pids = []
     for folder in Path("/proc").iterdir():
         try:

@@ -1,4 +1,4 @@
-"""Endpoints that expose invented, moving values of every metric, as nodes, Ray and the job service do.
+"""Expose invented, changing values of every metric, as nodes, Ray and the job service do.
 
 python -m tests.support.made_up_metrics NODES_PORT RAY_PORT JOBS_PORT
 """
@@ -16,7 +16,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, star
 
 from genmodels import metrics
 
-# Of each label what there may be in real life; a metric has series for all combinations.
+# Realistic values of each label; a metric has series for all combinations.
 VALUES = {
     "job": ("shapes-0a1b2c3d", "texts-4e5f6a7b"),
     "model": ("first", "second"),

@@ -48,7 +48,7 @@ def _built(name: str) -> list[Manifest]:
 
 
 def rayjob(manifests: list[Manifest]) -> Manifest:
-    """The template of runs that the job service is given."""
+    """Return the RayJob template that the job service is given."""
     (config,) = [
         m for m in manifests if m["kind"] == "ConfigMap" and m["metadata"]["name"].startswith("genmodels-rayjob-")
     ]
@@ -63,7 +63,7 @@ def only(manifests: list[Manifest], kind: str, name: str | None = None) -> Manif
 
 
 def problems(manifest: Manifest) -> list[str]:
-    """What a strict API server would refuse, as far as schemas tell."""
+    """Return what a strict API server would refuse, as far as schemas describe it."""
     validator = _validators().get((manifest.get("apiVersion"), manifest.get("kind")))
     if validator is None:
         return [f"no schema of {manifest.get('apiVersion')} {manifest.get('kind')}"]
@@ -106,7 +106,7 @@ class PodTemplate:
 
 
 def pods(manifests: list[Manifest]) -> Iterator[PodTemplate]:
-    """Each once; in Ray's resources as written, before KubeRay adds to it."""
+    """Yield each pod once; in Ray's resources as written, before KubeRay adds to it."""
     for manifest in manifests:
         of, spec = f"{manifest['kind']}/{manifest['metadata']['name']}", manifest.get("spec", {})
         if manifest["kind"] in ("Deployment", "StatefulSet"):
@@ -119,7 +119,7 @@ def pods(manifests: list[Manifest]) -> Iterator[PodTemplate]:
 
 
 def unrestricted(spec: Manifest) -> list[str]:
-    """What breaks Kubernetes' Pod Security Standard `restricted`."""
+    """Return the violations of Kubernetes' Pod Security Standard `restricted`."""
     problems = [f"{key} is set" for key in ("hostNetwork", "hostPID", "hostIPC") if spec.get(key)]
     allowed = {
         "configMap",
@@ -177,7 +177,7 @@ def selects(selector: Manifest, pod: PodTemplate) -> bool:
 
 
 def secrets_of(manifests: list[Manifest]) -> set[str]:
-    """Names of secrets that are referred to."""
+    """Return the names of the secrets that are referred to."""
     written = yaml.safe_dump(manifests)
     return set(re.findall(r"secretName: ([\w-]+)", written)) | set(
         re.findall(r"secretKeyRef:\n +key: \w+\n +name: ([\w-]+)", written)

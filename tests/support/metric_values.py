@@ -6,7 +6,7 @@ from prometheus_client.metrics import MetricWrapperBase
 
 
 def series(metric: MetricWrapperBase) -> dict[tuple[str, ...], float]:
-    """Label values, in order of the labels' names -> value; of histograms how much was observed."""
+    """Return label values, in order of the labels' names -> value; of histograms the number of observations."""
     (family,) = metric.collect()
     return {
         tuple(value for _, value in sorted(sample.labels.items())): sample.value
@@ -16,5 +16,5 @@ def series(metric: MetricWrapperBase) -> dict[tuple[str, ...], float]:
 
 
 def value(metric: MetricWrapperBase, *labels: str) -> float:
-    """0 where nothing was counted yet."""
+    """Return the value of a series; 0 if nothing was counted yet."""
     return series(metric).get(labels, 0.0)

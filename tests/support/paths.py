@@ -1,4 +1,4 @@
-"""The root folder of the repository."""
+"""Locate the root folder of the repository."""
 
 from pathlib import Path
 

@@ -1,4 +1,4 @@
-"""The real driver, `services.train`, with a worker group of plain processes in place of Ray Train's."""
+"""Run the real driver, `services.train`, with a worker group of plain processes in place of Ray Train's."""
 
 from __future__ import annotations
 

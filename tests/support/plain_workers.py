@@ -1,4 +1,4 @@
-"""Worker groups as plain processes with a gloo process group, for tests that are not about Ray.
+"""Run worker groups as plain processes with a gloo process group, for tests that are not about Ray.
 
     python -m tests.support.plain_workers RANK WORLD_SIZE DEVICE STORE_FILE STORAGE_URL FAULT JOB:MODEL:ATTEMPT ...
 
@@ -25,10 +25,10 @@ PROGRAM = "tests.support.plain_workers"
 
 
 class WorkerGroup:
-    """`world_size` processes that carry out attempts; `wait` for them, or kill one.
+    """Start `world_size` processes that carry out attempts; `wait` for them, or kill one.
 
     Args:
-        faults: what goes wrong, by rank.
+        faults: the fault of each rank.
     """
 
     def __init__(
@@ -69,11 +69,11 @@ class WorkerGroup:
         self.folder.cleanup()
 
     def wait(self, timeout: float = 120) -> list[int]:
-        """Exit codes of all processes."""
+        """Wait for all processes; return their exit codes."""
         return [process.wait(timeout) for process in self.processes]
 
     def go_on(self) -> None:
-        """End the waiting of ranks with the fault `wait`."""
+        """Let ranks with the fault `wait` continue."""
         Path(self.folder.name, "go").touch()
 
     def succeed(self, timeout: float = 120) -> None:
@@ -112,7 +112,7 @@ def main() -> None:
 
 
 def go_wrong(how: str, at: str, go: Path) -> None:
-    """Put a fault between two steps: where the next one takes its data."""
+    """Inject a fault between two steps: where the next step takes its data."""
     from genmodels.training import loop
 
     healthy = loop.micro_batches

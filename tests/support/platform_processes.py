@@ -1,6 +1,6 @@
-"""The platform as processes that may be killed: S3 server, a proxy before it that fails on command, Ray, job service.
+"""Run the platform as processes to kill: an S3 server behind a proxy that fails on command, Ray, the job service.
 
-All of them but the tests themselves reach the store through the proxy: what tests read of it is the truth.
+All processes reach the store through the proxy; the tests read the store directly.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from tests.support.tiny_jobs import make_data, model
 
 CPUS = 2
 Look = Callable[[], Any]
-# What may follow what. A status that was written between two looks may have been passed over by its successor.
+# The states that may follow each state. A status between two reads may be overwritten by its successor.
 LEGAL: dict[State, tuple[State, ...]] = {
     "queued": ("starting", "cancelled"),
     "starting": ("running", "publishing", "queued", "failed", "cancelled", "succeeded"),
@@ -56,7 +56,7 @@ LEGAL: dict[State, tuple[State, ...]] = {
 
 
 class JobService:
-    """`python -m services.jobs` with a key, to be killed and started again; an HTTP client of it."""
+    """Run `python -m services.jobs` with a key, to be killed and started again; hold an HTTP client of it."""
 
     def __init__(self, log: Path, storage_url: str, ray_address: str, key: str, environment: dict[str, str]) -> None:
         port = free_ports(1)
@@ -80,12 +80,12 @@ class JobService:
             until(self._answers, "the job service answers")
 
     def kill(self) -> None:
-        """kill -9"""
+        """Kill the service with SIGKILL."""
         self.process.kill()
         self.process.wait()
 
     def ask(self, method: str, path: str, **options: Any) -> Any:
-        """The JSON of an answer, which must be a good one; asked again while the store is away."""
+        """Return the JSON of a successful response; retry while the store is away."""
         deadline = time.monotonic() + 60
         while True:
             answer = self.client.request(method, f"/v1{path}", **options)
@@ -106,11 +106,11 @@ class JobService:
 
 
 class Stack:
-    """With `with`, everything runs; and nothing of it is left afterwards."""
+    """Run everything inside `with`; leave no process behind."""
 
     def __init__(self, folder: Path, **environment: str) -> None:
         """Args:
-        environment: more of it for all processes, e.g. times that are scaled down.
+        environment: more variables for all processes, e.g. times that are scaled down.
         """
         self.folder = folder
         self.settings = {"GENMODELS_TEST": str(uuid.uuid4()), "OMP_NUM_THREADS": "1", **environment}
@@ -156,7 +156,7 @@ class Stack:
 
     @contextlib.contextmanager
     def through_proxy(self) -> Iterator[None]:
-        """For what is started in it: Ray's processes reach the store through the proxy."""
+        """Make Ray's processes that are started inside this context reach the store through the proxy."""
         with pytest.MonkeyPatch.context() as patch:
             patch.setenv("AWS_ENDPOINT_URL", self.proxy.url)
             yield
@@ -164,19 +164,19 @@ class Stack:
     # Jobs
 
     def submit(self, name: str, *models: dict[str, Any], priority: int = 0) -> str:
-        """The id of a new job."""
+        """Submit a job; return its id."""
         spec = yaml.safe_dump({"name": name, "priority": priority, "models": list(models)})
         headers = {"content-type": "application/yaml", "idempotency-key": uuid.uuid4().hex}
         return str(self.service.ask("POST", "/jobs", content=spec, headers=headers)["job"])
 
     def cancel_all(self) -> None:
-        """End what is open, at once."""
+        """Cancel all open jobs, at once."""
         for job in self.jobs.open():
             self.service.ask("POST", f"/jobs/{job}/cancel", json={"now": True})
         until(lambda: not self.jobs.open(), "all jobs have ended")
 
     def submit_one(self, model: dict[str, Any], priority: int = 0) -> Run:
-        """The run of a new job with one model."""
+        """Submit a job with one model; return its run."""
         return self.run(self.submit(model["name"], model, priority=priority), model["name"])
 
     def run(self, job: str, name: str) -> Run:
@@ -186,15 +186,15 @@ class Stack:
         """Wait until an attempt makes steps.
 
         Args:
-            since: when something happened, by the monotonic clock.
-            what: that was, for the figures that pytest -s shows.
+            since: when the event happened, by the monotonic clock.
+            what: the event, for the figures that pytest -s shows.
         """
         self._await(run, lambda: _makes_steps(run.heartbeat(attempt)), f"attempt {attempt} trains")
         if since is not None:
             tell_figure(time.monotonic() - since, f"{what}, until training again")
 
     def trains_with(self, run: Run, workers: int, *, since: float, what: str) -> int:
-        """Wait until the newest attempt makes steps with this number of workers; its number."""
+        """Wait until the newest attempt makes steps with this number of workers; return the attempt's number."""
 
         def is_it() -> bool:
             newest = run.started()[-1]
@@ -206,42 +206,42 @@ class Stack:
         return attempt
 
     def saves(self, run: Run, attempt: int = 1) -> CheckpointRef:
-        """Wait for a checkpoint of an attempt; the newest one."""
+        """Wait for a checkpoint of an attempt; return the newest one."""
         self._await(run, lambda: self.newest_manifest(run, attempt), f"attempt {attempt} saves")
         newest = self.newest_manifest(run, attempt)
         assert newest
         return newest
 
     def newest_manifest(self, run: Run, attempt: int) -> CheckpointRef | None:
-        """Of what an attempt has stored, whether or not it counts."""
+        """Return the newest manifest that an attempt has stored, whether or not it counts."""
         keys = self.storage.list(f"{run.prefix}/attempt-{attempt}/checkpoints/")
         steps = [int(match[1]) for key in keys if (match := re.search(r"/step-(\d+)/manifest.json$", key))]
         return CheckpointRef(attempt=attempt, step=max(steps)) if steps else None
 
     def reaches(self, run: Run, state: State, timeout: float = 300) -> Status:
-        """Wait for a state; the status."""
+        """Wait for a state; return the status."""
         self._await(run, lambda: run.status()[0].state == state, state, timeout, then=state)
         return run.status()[0]
 
     def shown_job(self, job: str) -> dict[str, Any]:
-        """A job as the API shows it."""
+        """Return a job as the API shows it."""
         return dict(self.service.ask("GET", f"/jobs/{job}"))
 
     def shown(self, run: Run) -> dict[str, Any]:
-        """A run as the API shows it."""
+        """Return a run as the API shows it."""
         return next(shown for shown in self.shown_job(run.job)["models"] if shown["model"] == run.model)
 
-    def asked(self, path: str) -> bool:
-        """Whether the store was asked to write there."""
-        return any(method == "PUT" and path in seen for method, seen, _ in self.proxy.seen)
+    def received_write(self, path: str) -> bool:
+        """Return True if the store received a write there."""
+        return any(method == "PUT" and path in request_path for method, request_path, _ in self.proxy.requests)
 
     def capacity(self) -> int:
-        """CPUs that the dispatcher knows of; it believes what Ray said for a moment."""
+        """Return the CPUs that the dispatcher knows of; it caches Ray's answer for a moment."""
         capacity = Jobs(self.storage).queue().capacity
         return capacity["cpus"] if capacity else 0
 
     def tell(self, run: Run) -> str:
-        """What there is to know of a run that did not do what it should."""
+        """Describe a run that did not do what it should."""
         lines = [f"{line.attempt}/{line.source} {line.line}" for line in run.log_lines()]
         return "\n".join(
             [
@@ -260,7 +260,7 @@ class Stack:
     # Processes
 
     def find(self, title: str) -> list[int]:
-        """Living processes of this stack whose command line contains `title`, the oldest first."""
+        """Return living processes of this stack whose command line contains `title`, the oldest first."""
         mark, pids = f"GENMODELS_TEST={self.settings['GENMODELS_TEST']}".encode(), []
         for folder in Path("/proc").glob("[0-9]*"):
             try:
@@ -273,11 +273,11 @@ class Stack:
         return sorted(pids)
 
     def drivers(self, run: Run, attempt: int) -> list[int]:
-        """The driver's process, and the shell that started it."""
+        """Return the driver's process, and the shell that started it."""
         return self.find(f"--job {run.job} --model {run.model} --attempt {attempt} ")
 
     def workers(self, run: Run, attempt: int) -> list[int]:
-        """Processes of the worker group of an attempt."""
+        """Return the processes of the worker group of an attempt."""
         ask = RayJobsBackend(self.head.dashboard).dashboard.ask
         answer = ask("GET", f"/api/jobs/{submission_id(run.job, run.model, attempt)}")
         assert answer is not None
@@ -293,7 +293,7 @@ class Stack:
         )
 
     def kill(self, *pids: int) -> float:
-        """kill -9, and wait until they are gone; when it was."""
+        """Kill processes with SIGKILL, and wait until they are gone; return the time of the kill."""
         when = time.monotonic()
         for pid in pids:
             with contextlib.suppress(ProcessLookupError):
@@ -302,7 +302,7 @@ class Stack:
         return when
 
     def kill_ray(self) -> None:
-        """kill -9 of all that is Ray's: GCS, raylet, agents, drivers, workers."""
+        """Kill all processes of Ray with SIGKILL: GCS, raylet, agents, drivers, workers."""
         self.head.kill()
         self._sweep(self.service.process.pid)
 
@@ -313,17 +313,17 @@ class Stack:
         until(lambda: backend.capacity(), "Ray starts again", 90)
 
     def join(self, cpus: int) -> JoinedNode:
-        """Another node of the cluster."""
+        """Add a node to the cluster."""
         with self.through_proxy():
             return JoinedNode(self.folder / "node.log", self.head, cpus)
 
     # Truth
 
     def check_succeeded(self, run: Run, attempts: int | None = None, exact: bool = True) -> Status:
-        """All that must be true of a run at its end, whatever happened to it.
+        """Check what must be true of a run at its end, whatever happened to it.
 
         Args:
-            attempts: how many it must have taken.
+            attempts: the number of attempts that the run must have had.
             exact: whether the weights are those of an undisturbed run, for an unchanged number of workers.
         """
         (status, _), spec = run.status(), self._spec(run)
@@ -346,7 +346,7 @@ class Stack:
         return status
 
     def undisturbed(self, spec: ModelSpec, workers: int) -> dict[str, str]:
-        """sha256 of the files of the last checkpoint of the same training in plain processes without any fault."""
+        """Return the sha256 of the last checkpoint's files, of the same training in plain processes without faults."""
         spec = spec.model_copy(update={"name": "calm"})
         digest = model_digest(spec), workers
         if digest not in self._references:
@@ -363,7 +363,7 @@ class Stack:
         return next(spec for spec in self.jobs.spec(run.job).models if spec.name == run.model)
 
     def _await(self, run: Run, look: Look, what: str, timeout: float = 300, then: State | None = None) -> None:
-        """Wait for what a run is to do, unless it ends in another way than that."""
+        """Wait for an event of a run; fail if the run ends before it."""
         deadline = time.monotonic() + timeout
         while not look():
             status = run.status()[0]
@@ -374,13 +374,13 @@ class Stack:
             time.sleep(0.1)
 
     def _sweep(self, *spared: int) -> None:
-        """Kill what is left of this stack, but for the S3 server."""
+        """Kill the remaining processes of this stack, except the S3 server."""
         while pids := [pid for pid in self.find("") if pid not in spared and not _is_of_s3(pid)]:
             self.kill(*pids)
 
 
 def tiny_model(name: str, workers: int | dict[str, int] = 1, **train: Any) -> dict[str, Any]:
-    """A model as the API takes it, which logs each step."""
+    """Return a model as the API takes it, which logs each step."""
     settings = {"max_steps": 600, "save_every": 50, "eval_every": 10_000, "log_every": 1, **train}
     entry = model(Path(), "vae", name, **settings)
     return {**entry, "data": {"dataset": "shapes"}, "scaling": {"num_workers": workers}}
@@ -391,7 +391,7 @@ def tell_figure(seconds: float, what: str) -> None:
 
 
 def check_history(status: Status) -> None:
-    """Every change is one that may be, has a reason, and came after the one before."""
+    """Check that every change of state is allowed, has a reason, and comes after the change before."""
     history = status.history
     assert history[0].state == "queued"
     for before, after in itertools.pairwise(history):
@@ -403,7 +403,7 @@ def check_history(status: Status) -> None:
 
 
 def parents(run: Run) -> list[CheckpointRef | None]:
-    """The checkpoints that the attempts of a run went on from."""
+    """Return the checkpoints that the attempts of a run continued from."""
     return [link.parent for link in run.chain()]
 
 

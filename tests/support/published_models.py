@@ -35,7 +35,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
 def build(
     name: str, seed: int = 0, pictures: ImageInfo | None = None, **config: Any
 ) -> tuple[Family[Any, Any], dict[str, bytes]]:
-    """An untrained model and its assets."""
+    """Build an untrained model and its assets."""
     pictures = pictures or IMAGES
     cls = models.load(name)
     tokenizer = CharTokenizer(VOCABULARY)
@@ -57,7 +57,7 @@ def write(folder: Path, family: Family[Any, Any], assets: dict[str, bytes]) -> N
 
 
 def loaded(name: str, folder: Path, **config: Any) -> LoadedModel:
-    """A tiny model as a host has it in memory, without a registry."""
+    """Return a tiny model as a host has it in memory, without a registry."""
     write(folder, *build(name, **config))
     return load_folder(folder, f"{name}@1")
 
@@ -65,7 +65,7 @@ def loaded(name: str, folder: Path, **config: Any) -> LoadedModel:
 def publish(
     storage: Storage, model: str, family: str, *, step: int = 1, alias: str | None = "production", **config: Any
 ) -> Version:
-    """Put a version into the registry; another `step` gives other weights."""
+    """Publish a version to the registry; another `step` gives other weights."""
     registry = Registry(storage)
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
@@ -85,7 +85,7 @@ def publish(
 def save_checkpoint(
     storage: Storage, job: str, model: str, family: str, *, step: int, attempt: int = 1, spoil: bool = False
 ) -> None:
-    """A checkpoint of a run in progress; with `spoil` its weights are not finite."""
+    """Save a checkpoint of a run in progress; with `spoil` its weights are not finite."""
     run = Run(storage, job, model)
     if run.attempt_start(attempt) is None:
         storage.put(f"jobs/{job}/spec.json", b"")

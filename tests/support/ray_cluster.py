@@ -1,4 +1,4 @@
-"""One Ray cluster for all tests that need one: on 127.0.0.1, with its own token, never a cluster that already runs."""
+"""Start one Ray cluster for all tests: on 127.0.0.1, with its own token, never a cluster that already runs."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ import pytest
 from services.cluster.ray_start import local_environment
 from tests.support.paths import ROOT
 
-# Ray reads these when it is imported, whichever test imports it first: conftest imports this module before them all.
+# Ray reads these variables at import, whichever test imports it first: conftest imports this module before all tests.
 os.environ |= {
     **local_environment(),
     "PYTHONPATH": os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")])),
@@ -24,13 +24,13 @@ os.environ.pop("RAY_ADDRESS", None)
 
 @pytest.fixture(scope="session")
 def metrics_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the processes of the cluster write what they count."""
+    """Return the folder where the processes of the cluster write their counters."""
     return tmp_path_factory.mktemp("metrics")
 
 
 @pytest.fixture(scope="session")
 def ray_cluster(metrics_folder: Path) -> Iterator[str]:
-    """The address of a cluster with 4 logical CPUs."""
+    """Yield the address of a cluster with 4 logical CPUs."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # importing Ray defines settings in ways that pydantic warns of
         import ray

@@ -1,4 +1,4 @@
-"""Real Ray nodes as processes that tests kill: a head, and workers that join it under their own addresses."""
+"""Run real Ray nodes as processes that tests kill: a head, and workers that join it under their own addresses."""
 
 from __future__ import annotations
 
@@ -17,13 +17,13 @@ from services.cluster.reaper import kill_session
 from services.dispatch.backends.ray_jobs import RayJobsBackend
 
 READY_SECONDS = 90.0
-HEAD, OTHER = "127.0.0.3", "127.0.0.2"  # Ray would take 127.0.0.1 for this machine's address to the outside
-# Ray listens on loopback addresses alone unless it is told that other nodes may come.
+HEAD, OTHER = "127.0.0.3", "127.0.0.2"  # Ray would replace 127.0.0.1 by this machine's external address
+# Ray listens only on loopback addresses unless a setting says that other nodes may join.
 ENVIRONMENT = {"RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER": "1", "OMP_NUM_THREADS": "1"}
 
 
 class RayNode:
-    """A `ray start --block` under a reaper, in a session of its own. With `with`, nothing of it is left."""
+    """Run `ray start --block` under a reaper, in a new session. Inside `with`; no process stays behind."""
 
     def __init__(self, log: Path, flags: dict[str, Any]) -> None:
         command = [str(Path(sysconfig.get_path("scripts")) / "ray"), "start", "--block"]
@@ -40,7 +40,7 @@ class RayNode:
         self.start()
 
     def start(self) -> None:
-        """Also again after a kill: the same node, at the same ports."""
+        """Start the node; after a kill again at the same ports."""
         with self.log.open("ab") as output:
             self.process = subprocess.Popen(
                 self.command,
@@ -52,7 +52,7 @@ class RayNode:
             )
 
     def kill(self) -> None:
-        """kill -9 of all its processes, workers included."""
+        """Kill all its processes with SIGKILL, workers included."""
         self.process.kill()
         self.process.wait()
         kill_session(self.process.pid)
@@ -65,7 +65,7 @@ class RayNode:
 
 
 class RayHead(RayNode):
-    """The head of a cluster: a loopback address, free ports, the token of this process's environment."""
+    """Run the head of a cluster: a loopback address, free ports, the token of this process's environment."""
 
     def __init__(self, log: Path, num_cpus: int) -> None:
         self.folder = tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True)
@@ -93,7 +93,7 @@ class RayHead(RayNode):
 
 
 class JoinedNode(RayNode):
-    """Another node of a cluster, on this machine under an address of its own."""
+    """Run another node of a cluster, on this machine under its own address."""
 
     def __init__(self, log: Path, head: RayHead, num_cpus: int, address: str = OTHER) -> None:
         self.head, self.cpus = head, num_cpus
@@ -105,7 +105,7 @@ class JoinedNode(RayNode):
 
 
 def until(look: Callable[[], Any], what: str, seconds: float = 150.0, pause: float = 0.1) -> Any:
-    """What `look` returns as soon as that is true."""
+    """Call `look` until its result is true; return the result."""
     deadline = time.monotonic() + seconds
     while not (value := look()):
         assert time.monotonic() < deadline, f"not within {seconds:g} s: {what}"

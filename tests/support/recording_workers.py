@@ -1,7 +1,7 @@
-"""plain_workers whose workers record the samples that they take, and stop at a given step.
+"""Run plain_workers whose workers record the samples that they take, and stop at a given step.
 
 $SEEN names a folder; in it `<job>-<attempt>-<rank>.jsonl`, for each micro-batch a line `[first sample of the step,
-indices, epochs]`. $LEAVE is a JSON object: after which step an attempt (`<job>-<attempt>`) leaves.
+indices, epochs]`. $LEAVE is a JSON object: after which step an attempt (`<job>-<attempt>`) stops.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from tests.support import plain_workers
 
 
 class Recorded:
-    """A split that writes down what is taken of it."""
+    """Record the samples that are taken from a split."""
 
     def __init__(self, split: Any, first: int) -> None:
         self.split, self.first = split, first

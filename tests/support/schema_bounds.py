@@ -12,7 +12,7 @@ LOWER, UPPER = ("minimum", "exclusiveMinimum"), ("maximum", "exclusiveMaximum")
 
 
 def any_value(schema: Mapping[str, Any]) -> st.SearchStrategy[Any]:
-    """Valid values of one field: its edges, and what lies between them."""
+    """Generate valid values of one field: its bounds, and values between them."""
     if "anyOf" in schema:
         return st.one_of(any_value(choice) for choice in schema["anyOf"])
     if "enum" in schema:
@@ -32,7 +32,7 @@ def any_value(schema: Mapping[str, Any]) -> st.SearchStrategy[Any]:
 
 
 def edges(schema: Mapping[str, Any]) -> list[float]:
-    """The least and largest valid floats, and small ones between them."""
+    """Return the minimum and maximum valid floats, and small floats between them."""
     low = float(schema.get("minimum", -math.inf))
     if "exclusiveMinimum" in schema:
         low = math.nextafter(float(schema["exclusiveMinimum"]), math.inf)
@@ -42,7 +42,7 @@ def edges(schema: Mapping[str, Any]) -> list[float]:
 
 
 def unbounded(schema: Any, path: str = "") -> Iterator[str]:
-    """Where a schema has a number without a lower or without an upper bound."""
+    """Yield the places of a schema that have a number without a lower or an upper bound."""
     if isinstance(schema, list):
         for place, part in enumerate(schema):
             yield from unbounded(part, f"{path}[{place}]")

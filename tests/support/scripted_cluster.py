@@ -1,4 +1,4 @@
-"""A backend whose attempts follow scripts, jobs for it, and the checks of their runs at the end."""
+"""Provide a backend whose attempts follow scripts, jobs for it, and checks of their runs at the end."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 class Cluster:
-    """A backend that outlives dispatchers. The n-th attempt of a model follows its n-th script, the last one again."""
+    """Act as a backend that outlives dispatchers. Attempt n of a model follows script n; the last script repeats."""
 
     def __init__(self, storage: Storage, cpus: int = 4, **scripts: list[Script]) -> None:
         self.storage, self.cpus, self.scripts = storage, cpus, scripts
@@ -75,7 +75,7 @@ def submit(storage: Storage, *args: Any, **options: Any) -> str:
 
 
 def play(dispatcher: Dispatcher, lease_term: int, *jobs: str, rounds: int = 100) -> None:
-    """Tick until all these jobs have ended and left the queue."""
+    """Tick until all these jobs have ended and are no longer in the queue."""
     for _ in range(rounds):
         dispatcher.dispatch_once(lease_term)
         if not set(jobs) & set(dispatcher.jobs.open()):
@@ -88,7 +88,7 @@ def state(storage: Storage, job: str, model: str) -> Status:
 
 
 def check_history(status: Status) -> None:
-    """Which states may follow which, and that each has a time and a reason."""
+    """Check that each state may follow the one before, and has a time and a reason."""
     follows = {
         "queued": {"starting", "cancelled"},
         "starting": {"running", "publishing", "queued", "failed", "cancelled", "succeeded"},
@@ -107,7 +107,7 @@ def check_history(status: Status) -> None:
 
 
 def far_from_done(run: Run, attempt: int) -> Iterator[object]:
-    """Trains, with much left to do, until it is asked to leave; then it saves."""
+    """Train until a command to stop comes, long before the end; then save."""
     parent = (run.checkpoints() or [None])[-1]
     run.start_attempt(attempt, parent, 1)
     step = (parent.step if parent else 0) + 10
@@ -127,7 +127,7 @@ def is_killed(run: Run, attempt: int) -> Iterator[object]:
 
 
 def send_command(storage: Storage, job: str, model: str, kind: Any, then: Any) -> None:
-    """What the job service does."""
+    """Send a command as the job service does."""
     run, jobs = Run(storage, job, model), Jobs(storage)
     if kind == "resume":
         jobs.reopen(job)
@@ -136,14 +136,14 @@ def send_command(storage: Storage, job: str, model: str, kind: Any, then: Any) -
 
 
 def eventful(storage: Storage, data: Path) -> tuple[Cluster, list[str]]:
-    """Two jobs in which much happens: a loss, a failure, a cancel, a preemption."""
+    """Submit two jobs with many events: a loss, a failure, a cancel, a preemption."""
     cluster = Cluster(storage, cpus=1, low=[obedient, dies, succeeds], bad=[ends("failed", "user", "wrong")])
     names = [submit(storage, data, "low", "low", "bad"), submit(storage, data, "stop", "stop")]
     return cluster, names
 
 
 def carry_on(dispatcher: Dispatcher, lease_term: int, names: list[str], late: list[str], data: Path) -> None:
-    """Tick to the end; on the way a person cancels one job, and submits one of higher priority."""
+    """Tick to the end; on the way cancel one job, and submit one of higher priority."""
     storage: Any = dispatcher.storage
     people = getattr(storage, "inner", storage)
     for _ in range(100):

@@ -1,4 +1,4 @@
-"""Scripted drivers, for tests of the supervisor: each writes the run's objects as a real driver would."""
+"""Provide scripted drivers for tests of the supervisor: each writes the run's objects as a real driver would."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from services.dispatch.backends import base
 from services.dispatch.backends.base import LOST, Capacity
 from tests.support.storages import save
 
-Script = Callable[[Run, int], Iterator[object]]  # what a driver does; each `yield` is one look at it
+Script = Callable[[Run, int], Iterator[object]]  # the actions of a driver; each `yield` ends one poll
 
 
 class Driver(base.Driver):
@@ -32,7 +32,7 @@ class Driver(base.Driver):
 
 
 class Drivers:
-    """A backend whose n-th driver follows the n-th script; the last one is used again and again."""
+    """Act as a backend whose driver n follows script n; the last script repeats."""
 
     def __init__(self, storage: Storage, *scripts: Script) -> None:
         self.storage, self.scripts = storage, list(scripts)
@@ -56,7 +56,7 @@ class Drivers:
 
 
 def ends(outcome: Any, cause: Any = None, message: str = "", saves: bool = False, **more: Any) -> Script:
-    """A driver that trains, saves a checkpoint if told, and leaves this result."""
+    """Return a driver that trains, saves a checkpoint if `saves`, and writes this result."""
 
     def script(run: Run, attempt: int) -> Iterator[object]:
         run.write_heartbeat(attempt, Heartbeat(phase="starting"))
@@ -86,7 +86,7 @@ def dies(run: Run, attempt: int) -> Iterator[object]:
 
 
 def obedient(run: Run, attempt: int) -> Iterator[object]:
-    """Trains until it is asked to leave, then saves, which takes a while."""
+    """Train until a command to stop comes, then save, which takes a while."""
     run.start_attempt(attempt, None, 1)
     run.write_heartbeat(attempt, Heartbeat(phase="training", step=7))
     while not run.commands(attempt):

@@ -1,4 +1,4 @@
-"""Each operation of a storage as one call, and an S3 storage behind a proxy that fails on command."""
+"""Provide each storage operation as one call, and an S3 storage behind a proxy that fails on command."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ ALL = READS | WRITES
 
 
 def tried(call: Call, storage: Storage, path: Path) -> Exception | None:
-    """Call, and return what it raises; that a key is there or not there is an answer like others."""
+    """Call, and return the error; that a key exists or does not exist is a normal result."""
     try:
         call(storage, path)
     except (KeyNotFound, Conflict):
@@ -66,6 +66,6 @@ def proxy(s3_server: S3Server, s3_storage: Storage, monkeypatch: pytest.MonkeyPa
 
 @pytest.fixture
 def opened(s3_storage: Storage, proxy: FaultProxy) -> Callable[..., Storage]:
-    """Opens the same storage again and again, with one client, which takes a while to make."""
+    """Open the same storage again and again, with one client, which takes a while to make."""
     inner: Any = open_storage(s3_storage.url)
     return lambda **options: MeasuredStorage(inner._storage, **options)

@@ -1,4 +1,4 @@
-"""Storages that tests inspect or make fail, checkpoints to write there, and work in many threads at once."""
+"""Provide storages that tests inspect or make fail, checkpoints to write there, and work in many threads."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ LINEAGE = Lineage(spec_digest="5", data_digest="d", code_version="c", world_size
 
 
 class MemoryStorage(Storage):
-    """Objects in a dict: for what would take too long on a disk."""
+    """Keep objects in a dict: for tests that would take too long on a disk."""
 
     url = "memory:///"
 
@@ -75,10 +75,10 @@ class Wrapped(MemoryStorage):
         self.url = self.inner.url
 
     def before(self, verb: str, key: str) -> None:
-        """Called before each operation; what it raises happens instead."""
+        """Run before each operation; an exception from here replaces the operation."""
 
     def after(self, verb: str, key: str) -> None:
-        """Called after each operation; what it raises is an answer that was lost."""
+        """Run after each operation; an exception from here is a lost response."""
 
     def get(self, key: str) -> tuple[bytes, str]:
         return self._do("get", key)
@@ -115,7 +115,7 @@ class Wrapped(MemoryStorage):
 
 
 class RecordingStorage(Wrapped):
-    """Keeps the log of what changed: (key, bytes put there or None for a deletion)."""
+    """Keep a log of changes: (key, bytes put there or None for a deletion)."""
 
     def __init__(self, inner: Storage | None = None) -> None:
         super().__init__(inner)
@@ -135,7 +135,7 @@ class RecordingStorage(Wrapped):
 
 
 class FailingStorage(Wrapped):
-    """Does not answer while `away`, to any operation or to those whose key contains `only`."""
+    """Fail while `away`: any operation, or those whose key contains `only`."""
 
     def __init__(self, inner: Storage | None = None, only: str = "") -> None:
         super().__init__(inner)
@@ -148,7 +148,7 @@ class FailingStorage(Wrapped):
 
 
 class PausedStorage(Wrapped):
-    """A process is paused before its n-th operation, and `meanwhile` happens."""
+    """Pause a process before its n-th operation, and run `meanwhile`."""
 
     def __init__(self, inner: Storage, moment: int, meanwhile: Callable[[], Any]) -> None:
         super().__init__(inner)
@@ -161,7 +161,7 @@ class PausedStorage(Wrapped):
 
 
 def save(run: Run, attempt: int, step: int, parent: CheckpointRef | None = None, **metrics: float) -> CheckpointRef:
-    """A whole checkpoint of one small file, past the fence."""
+    """Save a complete checkpoint of one small file; the fence is checked."""
     ref = CheckpointRef(attempt=attempt, step=step)
     with checkpoint.scratch_folder() as name:
         folder = Path(name)
@@ -178,7 +178,7 @@ def save(run: Run, attempt: int, step: int, parent: CheckpointRef | None = None,
 
 
 def in_threads(n: int, work: Callable[[int], Any]) -> list[Any]:
-    """What work(0), ..., work(n - 1) return or raise, all started at the same moment."""
+    """Return what work(0), ..., work(n - 1) return or raise, all started at the same moment."""
     barrier = threading.Barrier(n)
 
     def start(i: int) -> Any:

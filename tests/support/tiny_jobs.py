@@ -1,4 +1,4 @@
-"""Tiny models and data, one for each family, that train in a second, with specs as users write them."""
+"""Provide tiny models and data, one for each family, that train in a second, with specs as users write them."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ SETTINGS: dict[str, dict[str, Any]] = {
 
 
 def model(folder: Path, family: str, name: str | None = None, **train: Any) -> dict[str, Any]:
-    """One entry of a job's `models`, on data that `make_data` put into `folder`."""
+    """Return one entry of a job's `models`, on data that `make_data` wrote to `folder`."""
     kind = models.load(family).kind
     data = (
         {"path": str(folder / "play.txt")} if kind == "text" else {"path": str(folder / "pictures"), "image_size": 16}
@@ -49,7 +49,7 @@ def job(name: str, *entries: dict[str, Any]) -> JobSpec:
 
 
 def make_data(folder: Path) -> Path:
-    """A short play, and a folder of small grey pictures with something to learn in them."""
+    """Write a short play, and a folder of small grey pictures with something to learn in them."""
     lines = [
         f"SPEAKER {i % 7}:\nWhat light {'soft ' * (i % 5)}through yonder window {i % 11} breaks?\n\n"
         for i in range(120)

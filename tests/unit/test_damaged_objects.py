@@ -1,6 +1,6 @@
-"""One damaged object affects no other: every kind of stored object, damaged in every way, next to sound ones.
+"""Test that a damaged object affects no other: every kind of stored object, damaged in every way, among intact ones.
 
-What the others get is compared with what they got before. The damaged object itself gives one clear error, or is shown
+Results for the other objects must stay the same. The damaged object itself gives one clear error, or is shown
 as damaged, is counted, and stands in `genmodels doctor`.
 """
 
@@ -39,18 +39,18 @@ from tests.support.metric_values import series
 from tests.support.published_models import publish, save_checkpoint
 from tests.support.scripted_cluster import Cluster
 
-LIMIT = 40_000  # bytes of a document in these tests, so that a huge one is quickly written
+LIMIT = 40_000  # document size in these tests, in bytes, so that a huge one is written quickly
 
 
 class World:
-    """A storage with two of each kind: the one that is damaged, and the others."""
+    """Hold a storage with two objects of each kind: the damaged one, and the other."""
 
     def __init__(self, folder: Path) -> None:
         self.storage: Storage = open_storage(folder.as_uri())
         self.service = Service(self.storage)
 
     def fill(self, data: Path) -> dict[str, str]:
-        """Returns the key of the victim of each kind, by the name of its document's class; and the others' names."""
+        """Return the key of each kind's victim, by its document's class name, and the names of the others."""
         storage, service = self.storage, self.service
         victim, _ = Keys(storage).create("victim", ("submit",))
         _, self_token = Keys(storage).create("other", ("submit",))
@@ -112,7 +112,7 @@ class World:
         return {**keys, "job": jobs["good"], "ended": jobs["good-ended"], "token": self_token}
 
     def others(self, names: dict[str, str]) -> dict[str, Any]:
-        """What those get who have nothing to do with the damaged object."""
+        """Return the results of all requests that do not concern the damaged object."""
         storage, service = self.storage, self.service
         listed = {job["job"]: job for job in self.get("/v1/jobs")["data"]}
         key = require_keys(storage).check(names["token"])
@@ -158,7 +158,7 @@ def deep_within(sound: bytes) -> bytes:
     return json.dumps({**document, "more": "here"}).replace('"here"', "[" * 500 + "]" * 500).encode()
 
 
-SURE: dict[str, Callable[[bytes], bytes]] = {  # nothing of any kind
+SURE: dict[str, Callable[[bytes], bytes]] = {  # damage for every kind of object
     "empty": lambda sound: b"",
     "zeros": lambda sound: b"\0" * 200,
     "cut": lambda sound: sound[: len(sound) // 2].rpartition(b"\n")[0] or sound[: len(sound) // 2],
@@ -173,7 +173,7 @@ SURE: dict[str, Callable[[bytes], bytes]] = {  # nothing of any kind
     "deep within": deep_within,
     "huge": lambda sound: sound.rstrip() + b" " * LIMIT if sound[:1] == b"{" else b"#" * 2**24,
 }
-MAYBE: dict[str, Callable[[bytes], bytes]] = {  # for some kinds
+MAYBE: dict[str, Callable[[bytes], bytes]] = {  # damage only for some kinds
     "an empty object": lambda sound: b"{}",
     "an unknown word": lambda sound: sound.replace(b'"starting"', b'"dreaming"').replace(b'"submit"', b'"reign"'),
     "other numbers": lambda sound: sound.replace(b": 1", b": -1").replace(b": 3", b": 1e999"),
@@ -184,7 +184,7 @@ MAYBE: dict[str, Callable[[bytes], bytes]] = {  # for some kinds
 
 
 def some_long(all_of_them: list[str], *quick: str) -> list[Any]:
-    """All ways, those marked as long that are not among the quick ones."""
+    """Return all ways; those not among the quick ones are marked as long."""
     return [how if how in quick else pytest.param(how, marks=pytest.mark.long) for how in all_of_them]
 
 
@@ -224,7 +224,7 @@ def test_others_get_what_they_got(
 
 
 def read_alone(world: World, names: dict[str, str], kind: str) -> None:
-    """The damaged object itself: a clear answer, and nothing but our own errors."""
+    """Read the damaged object itself: the result is clear, and all errors are our own."""
     bad = names["StoredSpec"].split("/")[1]
     paths = {
         "StoredSpec": f"/v1/jobs/{bad}",
@@ -262,7 +262,7 @@ def test_reading_raises_one_kind_of_error(template: tuple[Path, dict[str, str], 
 
 
 def error_of(work: Callable[[], object]) -> str:
-    """What a DamagedObject says; any other exception passes."""
+    """Return the message of a DamagedObject; let any other exception through."""
     try:
         work()
     except DamagedObject as error:
@@ -277,7 +277,7 @@ QUICK = {("Entry", "models"), ("EndedEntry", "job"), ("LeaseDocument", "term"), 
 
 
 def odd_fields(sound: bytes) -> list[tuple[str, Any]]:
-    """Each field with each odd value of its type; lists and objects also with odd values in them."""
+    """Return each field with each odd value of its type; lists and objects also with odd values inside."""
     odd: list[tuple[str, Any]] = []
     for name, value in json.loads(sound).items():
         odd += [(name, other) for other in ODD if type(other) is type(value) and name != "nonce"]

@@ -1,4 +1,4 @@
-"""The documentation is true: its generated blocks, links, paths, modules, specs and commands."""
+"""Test that the documentation is true: its generated blocks, links, paths, modules, specs and commands."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ PAGES = [
     *sorted(DOCS.glob("*.md")),
     *(ROOT / name for name in ("k8s/README.md", "docker/prometheus/RUNBOOK.md", "jobs/LOG.md")),
 ]
-DEPLOYED = [  # what names modules to start
+DEPLOYED = [  # files that name modules to start
     ROOT / "compose.yaml",
     *(path for folder in ("docker", "k8s") for path in (ROOT / folder).rglob("*") if path.suffix != ".png"),
 ]
@@ -198,15 +198,15 @@ def test_shipped_specs_are_valid_and_say_what_they_take(path: Path) -> None:
 
 
 def test_results_trains_and_measures_every_model_that_needs_no_gpu(tmp_path: Path) -> None:
-    """`make results`, with a stand-in for genmodels that writes down what it is asked for."""
-    program, asked = tmp_path / "bin" / "genmodels", tmp_path / "asked"
+    """Run `make results` with a substitute for genmodels that records its arguments."""
+    program, record = tmp_path / "bin" / "genmodels", tmp_path / "asked"
     program.parent.mkdir()
-    program.write_text(f'#!/bin/sh\necho "$@" >> {asked}\n')
+    program.write_text(f'#!/bin/sh\necho "$@" >> {record}\n')
     program.chmod(0o755)
     for done in (".ready", ".ready-dev"):
         (tmp_path / done).touch()
     subprocess.run(["make", "results", f"VENV={tmp_path}"], cwd=ROOT, check=True, capture_output=True)
-    lines = asked.read_text().splitlines()
+    lines = record.read_text().splitlines()
     specs = {path.name: read_spec(path).models for path in (ROOT / "jobs").glob("*.yaml")}
     wanted = {name: [entry.name for entry in entries if not entry.scaling.use_gpu] for name, entries in specs.items()}
     assert {line.split()[1]: re.findall(r"--only (\S+)", line) for line in lines if line.startswith("run ")} == {

@@ -1,4 +1,4 @@
-"""A fault of one model, round or thread affects no other, is reported, and is retried."""
+"""Test that a fault of one model, round or thread affects no other, is reported, and is retried."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ FAILURES: dict[str, Callable[[], Exception]] = {
 
 @pytest.fixture
 def good_and_bad(file_storage: Storage, monkeypatch: pytest.MonkeyPatch) -> Storage:
-    monkeypatch.setattr(model_host, "WATCH_SECONDS", 3600.0)  # the tests say when to look
+    monkeypatch.setattr(model_host, "WATCH_SECONDS", 3600.0)  # the tests decide when to poll
     for name in ("good", "bad"):
         publish(file_storage, name, "vae", step=1)
     return file_storage
@@ -79,7 +79,7 @@ def good_and_bad(file_storage: Storage, monkeypatch: pytest.MonkeyPatch) -> Stor
 
 @pytest.fixture
 def failing(monkeypatch: pytest.MonkeyPatch) -> dict[str, Exception]:
-    """Loading a version that is named here raises that."""
+    """Return a dict: the load of a version that it names raises the exception given there."""
     raised: dict[str, Exception] = {}
     real = loader.load
 
@@ -119,8 +119,8 @@ def test_whatever_a_load_raises_is_that_models_refusal(
     assert (refusal["alias"], refusal["version"]) == ("production", 2)
     assert refusal["reason"]
     assert "/secret/path" not in refusal["reason"]
-    asked = ask(app, "POST", "/v1/images/generations", {"model": "bad@2", **GENERATE})
-    assert refused(asked, 503)["code"] == "version_damaged"
+    response = ask(app, "POST", "/v1/images/generations", {"model": "bad@2", **GENERATE})
+    assert refused(response, 503)["code"] == "version_damaged"
     assert "refused" not in shown(app)["good"]
     del failing["bad@2"]
     host.watch()
@@ -140,7 +140,7 @@ def test_a_new_replica_starts_whatever_a_model_does(
 
 
 def replace_file(storage: Storage, model: str, number: int, name: str, data: bytes) -> None:
-    """Give a version another file, with the right digest: as a publisher with a bug would."""
+    """Replace a file of a version, with a correct digest, as a publisher with a bug would."""
     key = f"models/{model}/versions/{number:08d}.json"
     document, etag = read_document(storage, key)
     sha256 = hashlib.sha256(data).hexdigest()
@@ -204,7 +204,7 @@ def test_a_disk_without_inodes_at_a_swap_is_told_and_the_swap_comes_after(
 
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
-    """Lets time pass for `threads` alone."""
+    """Return a function that advances the clock of `threads` only."""
     passed = [0.0]
     real = time
 
@@ -247,7 +247,7 @@ def test_a_host_whose_rounds_do_not_complete_is_not_well(
     failures = value(THREAD_FAILURES, "alias-watcher")
     host.watch()
     assert "broken" in refused(ask(app, "GET", "/healthz"), 503)["message"]
-    host.check_health()  # a new process would fail as well: this one at least goes on answering
+    host.check_health()  # a new process would fail too: this process still answers
     assert value(THREAD_FAILURES, "alias-watcher") == failures + 1
     assert answered_by(app, "good") == "good@1"
 

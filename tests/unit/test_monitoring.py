@@ -1,4 +1,4 @@
-"""Alerts fire when they should, and every dashboard panel shows what a real Prometheus scraped."""
+"""Test that alerts fire when they should, and that every dashboard panel shows what a real Prometheus scraped."""
 
 from __future__ import annotations
 
@@ -79,12 +79,12 @@ def test_every_alert_has_its_place_in_the_runbook() -> None:
 
 
 def exposed(metric: MetricWrapperBase) -> set[str]:
-    """Names of a metric's series."""
+    """Return the names of a metric's series."""
     return {f"{metric._name}{suffix}" for suffix in made_up_metrics.SUFFIXES[metric._type]}
 
 
 def named(expr: str) -> set[str]:
-    """Metrics in a query: names, or the pattern of a name."""
+    """Return the metrics in a query: names, or the pattern of a name."""
 
     def walk(node: Any) -> Iterator[str]:
         if isinstance(node, promql_parser.VectorSelector):
@@ -104,8 +104,8 @@ def test_queries_name_only_metrics_that_there_are() -> None:
     of_prometheus = {"up", "ALERTS", "scrape_duration_seconds"}
     recorded = {rule["record"] for rule in rules() if "record" in rule}
     there = ours | of_prometheus | recorded | set(made_up_metrics.RAY)
-    asked = [query.expr for query in dashboard_panels.queries()] + [rule["expr"] for rule in rules()]
-    for expr in asked:
+    expressions = [query.expr for query in dashboard_panels.queries()] + [rule["expr"] for rule in rules()]
+    for expr in expressions:
         names = named(expr)
         assert names, expr
         for name in names:
@@ -147,7 +147,7 @@ def test_dashboards_are_as_their_code_says(tmp_path: Path) -> None:
 
 @pytest.fixture(scope="module")
 def prometheus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    """The address of a real Prometheus, configured as in compose, but for where things are and how often it asks."""
+    """Yield the address of a real Prometheus, configured as in compose, except addresses and scrape interval."""
     folder = tmp_path_factory.mktemp("prometheus")
     own = free_ports(4)
     ports = {name: own + i for i, name in enumerate(("prometheus", "nodes", "ray", "jobs"))}

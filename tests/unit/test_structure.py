@@ -1,4 +1,4 @@
-"""The rooms of the code, as far as import-linter does not check them; hooks before a commit run what CI runs."""
+"""Test the folders of the code, where import-linter does not check them, and that commit hooks run what CI runs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How a panel looks and where it stands, in the JSON that Grafana 12 and 13 provision (schema version 41)."""
+"""Build panels and their layout, in the JSON that Grafana 12 and 13 provision (schema version 41)."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ Json = dict[str, Any]
 PROMETHEUS = {"type": "prometheus", "uid": "prometheus"}  # as provisioning/datasources says
 WIDTH = 24
 RATE = "$__rate_interval"
-ZERO = "or on() vector(0)"  # of events that have not happened yet there is no series
+ZERO = "or on() vector(0)"  # a counter has no series before its first event
 
 
 def dashboard(uid: str, title: str, description: str, variables: list[Json], rows: dict[str, list[Json]]) -> Json:
-    """Panels flow from left to right, and on in the next line where one is full; each row has its title."""
+    """Build a dashboard: panels flow from left to right and continue in the next line; each row has a title."""
     return {
         "uid": f"genmodels-{uid}",
         "title": title,
@@ -22,7 +22,7 @@ def dashboard(uid: str, title: str, description: str, variables: list[Json], row
         "tags": ["genmodels"],
         "schemaVersion": 41,
         "editable": True,
-        "graphTooltip": 1,  # the crosshair is shared
+        "graphTooltip": 1,  # a shared crosshair
         "refresh": "10s",
         "time": {"from": "now-30m", "to": "now"},
         "timezone": "browser",
@@ -44,14 +44,14 @@ def curves(
     stacked: bool = False,
     links: tuple[Json, ...] = (),
 ) -> Json:
-    """A graph over time.
+    """Build a graph over time.
 
     Args:
-        queries: PromQL and legend of each.
-        unit: Grafana's name of it.
-        alarm: a dashed line; what is above it is bad.
+        queries: PromQL and legend of each curve.
+        unit: Grafana's name of the unit.
+        alarm: a dashed line; values above it are bad.
         scale: linear, log, or symlog (logarithmic, but through zero).
-        links: where a click on a point leads.
+        links: targets of a click on a point.
     """
     scales: dict[str, Json] = {
         "linear": {"type": "linear"},
@@ -85,11 +85,11 @@ def number(
     steps: tuple[tuple[float, str], ...] = (),
     words: dict[str, tuple[str, str]] | None = None,
 ) -> Json:
-    """The latest value, large.
+    """Build a panel with the latest value in large digits.
 
     Args:
-        steps: from which value on it has which colour; green below.
-        words: text and colour to show in place of a value.
+        steps: (value, colour) pairs: the colour from this value on; green below the first.
+        words: text and colour to show instead of a value.
     """
     options = {
         "reduceOptions": {"calcs": ["lastNotNull"], "fields": "", "values": False},
@@ -106,7 +106,7 @@ def number(
 
 
 def bars(title: str, description: str, query: tuple[str, str], width: int = 12) -> Json:
-    """The latest value of each series as a bar from 0 to 1."""
+    """Build a panel with the latest value of each series as a bar from 0 to 1."""
     options = {
         "reduceOptions": {"calcs": ["lastNotNull"], "fields": "", "values": False},
         "displayMode": "basic",
@@ -117,20 +117,20 @@ def bars(title: str, description: str, query: tuple[str, str], width: int = 12) 
 
 
 def text(title: str, content: str, width: int = WIDTH) -> Json:
-    """Markdown."""
+    """Build a panel of Markdown."""
     options = {"mode": "markdown", "content": content}
     return {"type": "text", "title": title, "options": options, "gridPos": _position(width, 4)}
 
 
 def choice(name: str, label: str, query: str) -> Json:
-    """A variable of which several values may be chosen at once; at first all."""
+    """Build a variable that can have several values at once; the default is all."""
     return {
         "type": "query",
         "name": name,
         "label": label,
         "datasource": PROMETHEUS,
         "query": {"qryType": 1, "query": query, "refId": name},
-        "refresh": 2,  # whenever the time range changes: runs come and go
+        "refresh": 2,  # when the time range changes, because runs come and go
         "sort": 1,
         "multi": True,
         "includeAll": True,
@@ -140,7 +140,7 @@ def choice(name: str, label: str, query: str) -> Json:
 
 
 def field(name: str, label: str, value: str) -> Json:
-    """A variable that one may type over."""
+    """Build a variable that users can edit as text."""
     current = {"selected": True, "text": value, "value": value}
     return {"type": "textbox", "name": name, "label": label, "query": value, "current": current, "options": [current]}
 
@@ -148,10 +148,10 @@ def field(name: str, label: str, value: str) -> Json:
 def quantiles(
     histogram: str, where: str, shares: tuple[float, ...], *, by: str = "", ever: bool = False
 ) -> list[tuple[str, str]]:
-    """A query and legend for each quantile of a histogram.
+    """Return a query and legend for each quantile of a histogram.
 
     Args:
-        ever: of all that was counted so far; for what happens too seldom to have a rate.
+        ever: use all observations so far; for events that are too rare to have a rate.
     """
     labels = f"{by}, le" if by else "le"
     selected = f"{histogram}_bucket{{{where}}}" if where else f"{histogram}_bucket"

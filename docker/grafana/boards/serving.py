@@ -1,4 +1,4 @@
-"""What is asked of the models, and how they answer."""
+"""Build the dashboard of serving: requests to the models and their responses."""
 
 from __future__ import annotations
 
@@ -15,46 +15,60 @@ def serving() -> Json:
     errors = f"({failed} or vector(0)) / {rate('requests_total')}"
     written = rate("tokens_total", where=', kind="completion"')
     now = [
-        number("Requests", "A second.", (rate("requests_total"), ""), unit="reqps"),
-        number("Errors", "Share of 5xx.", (errors, ""), unit="percentunit", steps=((0.01, "orange"), (0.06, "red"))),
+        number("Requests", "Requests per second.", (rate("requests_total"), ""), unit="reqps"),
+        number(
+            "Errors",
+            "Share of responses with a 5xx status.",
+            (errors, ""),
+            unit="percentunit",
+            steps=((0.01, "orange"), (0.06, "red")),
+        ),
         number(
             "First token",
-            "95th percentile.",
+            "Time to the first token of a text, 95th percentile.",
             *quantiles("genmodels_time_to_first_token_seconds", model, (0.95,)),
             unit="s",
             steps=((1, "red"),),
         ),
-        number("Tokens", "Written, a second.", (written, "")),
-        number("Pictures", "And latents, a second.", (rate("images_total"), "")),
+        number("Tokens", "Generated tokens per second.", (written, "")),
+        number("Images", "Images and latents per second.", (rate("images_total"), "")),
         number(
             "Waiting",
-            "Requests without a slot or a pass.",
+            "Requests that wait for a slot or a batch.",
             (f"sum(genmodels_waiting_requests{{{model}}})", ""),
             steps=((16, "orange"),),
         ),
     ]
     requests = [
         curves(
-            "By status", "Requests a second.", (rate("requests_total", "code"), "{{code}}"), unit="reqps", stacked=True
+            "By status",
+            "Requests per second.",
+            (rate("requests_total", "code"), "{{code}}"),
+            unit="reqps",
+            stacked=True,
         ),
         curves(
-            "By route", "Requests a second.", (rate("requests_total", "route"), "{{route}}"), unit="reqps", stacked=True
+            "By route",
+            "Requests per second.",
+            (rate("requests_total", "route"), "{{route}}"),
+            unit="reqps",
+            stacked=True,
         ),
         curves(
-            "Time of a request",
-            "To the end of its answer; a text is as long as its client asks.",
+            "Duration of a request",
+            "Time to the end of the response; the client sets the length of a text.",
             *quantiles("genmodels_request_seconds", model, (0.5, 0.95, 0.99)),
             unit="s",
         ),
         curves(
-            "Time by route",
-            "95th percentile.",
+            "Duration by route",
+            "Duration of a request by route, 95th percentile.",
             *quantiles("genmodels_request_seconds", model, (0.95,), by="route"),
             unit="s",
         ),
         curves(
             "Errors",
-            "Share of all models' requests that end in a 5xx, over windows; the budget is 1%.",
+            "Share of all models' requests that end in a 5xx, in windows of three lengths; the budget is 1%.",
             ("genmodels:request_errors:ratio_rate5m", "5 minutes"),
             ("genmodels:request_errors:ratio_rate1h", "1 hour"),
             ("genmodels:request_errors:ratio_rate6h", "6 hours"),
@@ -63,8 +77,8 @@ def serving() -> Json:
             limits=(0, None),
         ),
         curves(
-            "Late first tokens",
-            "Share of all texts that begin after more than a second, over windows; the budget is 5%.",
+            "Slow first tokens",
+            "Share of all texts whose first token takes more than 1 s, in windows of three lengths; the budget is 5%.",
             ("genmodels:slow_first_tokens:ratio_rate5m", "5 minutes"),
             ("genmodels:slow_first_tokens:ratio_rate1h", "1 hour"),
             ("genmodels:slow_first_tokens:ratio_rate6h", "6 hours"),
@@ -76,47 +90,47 @@ def serving() -> Json:
     texts = [
         curves(
             "Time to the first token",
-            "From a request at the host.",
+            "Time from the request's arrival at the model host to the first token.",
             *quantiles("genmodels_time_to_first_token_seconds", model, (0.5, 0.95, 0.99)),
             unit="s",
             alarm=1,
         ),
         curves(
-            "Between two tokens",
-            "Of one text.",
+            "Time between tokens",
+            "Time between two tokens of one text.",
             *quantiles("genmodels_time_between_tokens_seconds", model, (0.5, 0.95, 0.99)),
             unit="s",
         ),
         curves(
-            "Tokens a second",
-            "Read (prompt) and written (completion).",
+            "Tokens per second",
+            "Tokens read (prompt) and generated (completion).",
             (rate("tokens_total", "model", "kind"), "{{model}} {{kind}}"),
             width=8,
         ),
         curves(
             "Slots of the key-value cache",
-            "All of them, and those in use.",
+            "Slots, by state.",
             (f"sum by (model, state) (genmodels_kv_slots{{{model}}})", "{{model}} {{state}}"),
             limits=(0, None),
             width=8,
         ),
         curves(
             "Waiting",
-            "Texts without a slot, requests for pictures without a pass.",
+            "Texts that wait for a slot, and image requests that wait for a batch.",
             (f"sum by (model) (genmodels_waiting_requests{{{model}}})", "{{model}}"),
             limits=(0, None),
             width=8,
         ),
     ]
-    pictures = [
+    images = [
         curves(
-            "Pictures a second",
-            "And latents, by verb.",
+            "Images per second",
+            "Images and latents per second, by verb.",
             (rate("images_total", "model", "verb"), "{{model}} {{verb}}"),
         ),
         curves(
-            "Size of a batch",
-            "Mean: texts in a step of decoding, rows in a pass.",
+            "Batch size",
+            "Mean: texts in a decoding step, rows in a batch of images.",
             (f"{rate('batch_size_sum', 'model')} / {rate('batch_size_count', 'model')}", "{{model}}"),
             limits=(0, None),
         ),
@@ -124,40 +138,40 @@ def serving() -> Json:
     versions = [
         curves(
             "Active versions",
-            "Hosts in which an alias means the version.",
+            "Number of model hosts where an alias points to the version.",
             (f"sum by (model, version) (genmodels_version_active{{{model}}})", "{{model}}@{{version}}"),
             limits=(0, None),
         ),
         curves(
             "Memory of versions",
-            "Loaded, over all hosts.",
+            "Memory of loaded versions, sum of all model hosts.",
             (f"sum by (model, version) (genmodels_loaded_bytes{{{model}}})", "{{model}}@{{version}}"),
             unit="bytes",
             stacked=True,
         ),
         curves(
-            "Time of a load",
-            "To fetch, check and warm a version; median and 95th percentile of all so far.",
+            "Duration of a load",
+            "Time to fetch, check and warm up a version; median and 95th percentile of all so far.",
             *quantiles("genmodels_version_load_seconds", "", (0.5, 0.95), by="family", ever=True),
             unit="s",
             width=8,
         ),
         curves(
             "Swaps",
-            "Versions that took over from an older one; all so far.",
+            "Total of versions that replaced an older one.",
             (f"sum by (model) (genmodels_versions_swapped_total{{{model}}}) {ZERO}", "{{model}}"),
             width=8,
         ),
         curves(
             "Refusals",
-            "Versions that were not served, of the last 15 minutes.",
+            "Versions that were refused in the last 15 minutes.",
             (f"genmodels:versions_refused:15m{{{model}}} {ZERO}", "{{model}}@{{version}}"),
             alarm=0.5,
             width=8,
         ),
         curves(
             "Evaluations",
-            "Figures of what is served, each in the unit of its evaluation: choose one in the legend.",
+            "Evaluation metrics of the served versions, each in its own unit: choose one in the legend.",
             (
                 f"max by (model, version, metric) (genmodels_version_evaluation_metric{{{model}}})",
                 "{{model}}@{{version}} {{metric}}",
@@ -165,6 +179,6 @@ def serving() -> Json:
             width=24,
         ),
     ]
-    rows = {"Now": now, "Requests": requests, "Texts": texts, "Pictures": pictures, "Versions": versions}
+    rows = {"Now": now, "Requests": requests, "Texts": texts, "Images": images, "Versions": versions}
     variables = [choice("model", "Model", "label_values(genmodels_requests_total, model)")]
-    return dashboard("serving", "Serving", "What is asked of the models, and how they answer.", variables, rows)
+    return dashboard("serving", "Serving", "Requests to the models and their responses.", variables, rows)

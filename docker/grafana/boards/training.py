@@ -1,4 +1,4 @@
-"""How runs get on."""
+"""Build the dashboard of training: the progress of runs."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ def training() -> Json:
         "targetBlank": True,
     }
     now = [
-        bars("Progress", "Steps done of the steps to do.", (recorded("progress:ratio"), RUN)),
-        number("Time left", "At the pace so far.", (of("eta_seconds"), RUN), unit="s"),
+        bars("Progress", "Share of the steps that are done.", (recorded("progress:ratio"), RUN)),
+        number("Remaining time", "Estimate from the speed so far.", (of("eta_seconds"), RUN), unit="s"),
         number(
-            "Since the last progress",
-            "Any sign of life: a step, a batch of an evaluation, compiling, waiting for storage.",
+            "Time since the last progress",
+            "Any progress counts: a step, a batch of an evaluation, compiling, waiting for storage.",
             (recorded("silence:seconds"), RUN),
             unit="s",
             steps=((60, "orange"), (180, "red")),
@@ -46,7 +46,7 @@ def training() -> Json:
     losses = [
         curves(
             "Loss",
-            "By role: a GAN has two. A click on a point leads to the run's samples by step.",
+            "Loss of each role; a GAN has two roles. A click on a point opens the run's samples by step.",
             (of("loss", "role"), f"{RUN} {{{{role}}}}"),
             scale="symlog",
             width=24,
@@ -54,34 +54,36 @@ def training() -> Json:
         ),
         curves(
             "Validation",
-            "Metrics of the evaluations. A click on a point leads to the run's samples by step.",
+            "Metrics of the evaluations. A click on a point opens the run's samples by step.",
             (of("validation", "metric"), f"{RUN} {{{{metric}}}}"),
             scale="symlog",
             links=(samples,),
         ),
         curves(
-            "Parts of the loss",
-            "Every other value that the loss reports, by name.",
+            "Components of the loss",
+            "All other values that the loss reports, by name.",
             (of("part", "role", "part"), f"{RUN} {{{{part}}}}"),
             scale="symlog",
         ),
         text(
             "Samples",
-            "Pictures and texts that a model made on its way, and its curves by step instead of time: open the "
+            "Images and texts that a model made during training, and its curves by step instead of time: open the "
             "[playground](${gateway}), choose the model, then *Training*. A click on a point of a curve above leads "
             "there for the newest run of that model (`name@live`; a step of any run is `name@<job id>:step-500`). "
             "Programs: `GET /v1/models/{model}/history` and `GET /v1/models/{model}/samples/{step}/{name}`.",
         ),
     ]
     speed = [
-        curves("Learning rate", "Of the latest step.", (of("learning_rate"), RUN)),
-        curves("Gradient norm", "Before clipping.", (of("gradient_norm", "role"), f"{RUN} {{{{role}}}}"), scale="log"),
-        curves("Samples a second", "All workers together.", (of("samples_per_second"), RUN), width=8),
-        curves("Tokens a second", "All workers together; of texts alone.", (of("tokens_per_second"), RUN), width=8),
-        curves("Time of a step", "Of an optimizer step.", (of("step_seconds"), RUN), unit="s", width=8),
+        curves("Learning rate", "Learning rate of the latest step.", (of("learning_rate"), RUN)),
+        curves(
+            "Gradient norm", "Norm before clipping.", (of("gradient_norm", "role"), f"{RUN} {{{{role}}}}"), scale="log"
+        ),
+        curves("Samples per second", "All workers together.", (of("samples_per_second"), RUN), width=8),
+        curves("Tokens per second", "All workers together; only for texts.", (of("tokens_per_second"), RUN), width=8),
+        curves("Step time", "Duration of an optimizer step.", (of("step_seconds"), RUN), unit="s", width=8),
         curves(
             "Waiting for data",
-            "Share of the time that steps wait.",
+            "Share of the training time spent waiting for data.",
             (of("data_wait_ratio"), RUN),
             unit="percentunit",
             limits=(0, 1),
@@ -89,27 +91,31 @@ def training() -> Json:
             width=8,
         ),
         curves(
-            "Use of the device (MFU)",
-            "Operations of both passes over what matrix products alone reach.",
+            "Utilization of the device (MFU)",
+            "Operations of forward and backward passes, divided by the device's speed in matrix products alone.",
             (of("mfu_ratio"), RUN),
             unit="percentunit",
             limits=(0, 1),
             width=8,
         ),
         curves(
-            "Operations a second",
-            "Of forward and backward passes.",
+            "Operations per second",
+            "Operations of forward and backward passes.",
             (of("flops_per_second"), RUN),
             unit="flops",
             width=8,
         ),
-        curves("Workers", "In the group: elastic runs grow and shrink.", (of("workers"), RUN), limits=(0, None)),
-        curves("GPU memory", "Most that rank 0 has had; of runs on GPUs.", (of("gpu_memory_bytes"), RUN), unit="bytes"),
+        curves(
+            "Workers", "Workers in the group; elastic runs grow and shrink.", (of("workers"), RUN), limits=(0, None)
+        ),
+        curves(
+            "GPU memory", "Peak memory of rank 0; only for runs on GPUs.", (of("gpu_memory_bytes"), RUN), unit="bytes"
+        ),
     ]
     health = [
         curves(
             "GAN: accuracy of the discriminator",
-            "At 1 the generator learns little; 1/2 is the equilibrium, or a collapse.",
+            "At 1 the generator learns little; 1/2 means equilibrium, or a collapse.",
             (part("accuracy_(real|fake)"), f"{RUN} {{{{part}}}}"),
             unit="percentunit",
             limits=(0, 1),
@@ -117,19 +123,19 @@ def training() -> Json:
         ),
         curves(
             "GAN: distance to the data",
-            "Frechet distance in random features; the floor is of real data against real.",
+            "Frechet distance in random features; the floor is the distance between real data and real data.",
             (metric("val_frechet.*"), f"{RUN} {{{{metric}}}}"),
             scale="log",
         ),
         curves(
             "VAE: KL divergence",
-            "Nats that the latents carry; near 0 they have collapsed.",
+            "Information in the latents, in nats; near 0 the latents have collapsed.",
             (part("kl"), f"{RUN} training"),
             (metric("val_kl"), f"{RUN} validation"),
         ),
         curves(
             "VAE: active units",
-            "Latents whose mean varies over images.",
+            "Number of latents whose mean varies between images.",
             (metric("val_active_units"), RUN),
             limits=(0, None),
         ),
@@ -137,34 +143,34 @@ def training() -> Json:
     saving = [
         curves(
             "Steps since the last checkpoint",
-            "What a lost worker costs now.",
+            "Steps that the loss of a worker would cost now.",
             (f"{of('step')} - {of('checkpoint_step')}", RUN),
             width=8,
             limits=(0, None),
         ),
         curves(
-            "Time of a checkpoint",
-            "From a snapshot to its manifest in storage; 95th percentile of all so far.",
+            "Duration of a checkpoint",
+            "Time from a snapshot to its manifest in storage; 95th percentile of all so far.",
             *quantiles("genmodels_checkpoint_seconds", "", (0.95,), by="family", ever=True),
             unit="s",
             width=8,
         ),
         curves(
-            "Steps held up",
-            "By a save; 95th percentile of all so far.",
+            "Training stalled by a save",
+            "Time that a save stops the steps; 95th percentile of all so far.",
             *quantiles("genmodels_checkpoint_stall_seconds", "", (0.95,), by="family", ever=True),
             unit="s",
             width=8,
         ),
         curves(
-            "Checkpoints brought to storage",
-            "Bytes, all so far.",
+            "Checkpoint bytes uploaded",
+            "Total bytes of uploaded checkpoints.",
             ("sum by (family) (genmodels_checkpoint_bytes_total)", "{{family}}"),
             unit="bytes",
         ),
         curves(
             "Uploads that failed",
-            "Of the last 15 minutes; each is tried again.",
+            "Failed uploads in the last 15 minutes; each is retried.",
             (f"genmodels:checkpoint_failures:15m {ZERO}", "{{family}}"),
             alarm=3,
         ),

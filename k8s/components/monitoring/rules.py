@@ -1,4 +1,4 @@
-"""Writes the PrometheusRules from docker/prometheus/rules: the rules are the same everywhere, and written there.
+"""Write the PrometheusRules from docker/prometheus/rules, where the rules of all platforms are.
 
 python k8s/components/monitoring/rules.py
 """
@@ -22,7 +22,7 @@ spec:
 
 
 def manifest(rules: Path) -> str:
-    """A file of rules as a PrometheusRule, with its comments."""
+    """Return a file of rules as a PrometheusRule, with its comments."""
     lines = rules.read_text().splitlines()
     return HEAD.format(name=rules.stem) + "".join(f"  {line}".rstrip() + "\n" for line in lines)
 

@@ -1,4 +1,4 @@
-"""Flow matching: a learned velocity carries noise to images.
+"""Implement flow matching: a learned velocity moves noise to images.
 
 Lipman et al. 2023, "Flow Matching for Generative Modeling", https://arxiv.org/abs/2210.02747
 """
@@ -24,19 +24,19 @@ if TYPE_CHECKING:
 
 
 class FlowConfig(Section):
-    """The `model` section."""
+    """Describe the `model` section."""
 
     width: int = Field(256, ge=1, le=4096, description="units of each hidden layer")
 
 
 class FlowRequest(Section):
-    """Options of a generation request."""
+    """Describe the options of a generation request."""
 
     steps: int = Field(20, ge=1, le=200, description="steps from noise to image; more steps are slower and more exact")
 
 
 class Flow(ImageFamily[FlowConfig, FlowRequest]):
-    """A flow from N(0, I) at time 0 to images at time 1. A latent is the noise of all pixels."""
+    """Train and sample a flow from N(0, I) at time 0 to images at time 1. A latent is the noise of all pixels."""
 
     Config = FlowConfig
     Request = FlowRequest
@@ -60,7 +60,7 @@ class Flow(ImageFamily[FlowConfig, FlowRequest]):
         return {"error": errors.double().sum(), "images": errors.new_tensor(len(images)).double()}
 
     def eval_metrics(self, sums: Mapping[str, Tensor]) -> dict[str, float]:
-        """`val_loss` is the mean squared error of the velocity of a pixel."""
+        """Return `val_loss`: the mean squared error of the velocity of a pixel."""
         return {"val_loss": float(sums["error"] / sums["images"])}
 
     @property
@@ -88,7 +88,7 @@ class Flow(ImageFamily[FlowConfig, FlowRequest]):
 
 
 class Velocity(nn.Module):
-    """Points (n, d) and times (n, 1) -> velocities (n, d)."""
+    """Map points (n, d) and times (n, 1) to velocities (n, d)."""
 
     def __init__(self, width: int, dim: int) -> None:
         super().__init__()
@@ -101,7 +101,7 @@ class Velocity(nn.Module):
 
 
 class FlowLoss(nn.Module):
-    """The squared error of the velocity of a pixel, at a random time for each image."""
+    """Compute the squared error of the velocity of a pixel, at a random time for each image."""
 
     def __init__(self, network: Velocity) -> None:
         super().__init__()

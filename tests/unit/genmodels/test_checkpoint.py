@@ -1,4 +1,4 @@
-"""A checkpoint is whole or invisible: every damage is found before anything is loaded, and nothing is unpickled."""
+"""Test that a checkpoint is complete or invisible: all damage is detected before a load, and nothing is unpickled."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ JOB, MODEL = "tiny-00000000", "vae"
 
 
 class Recorded:
-    """A run of six steps, each with a save and a clean-up, in two attempts; the log of what it did to storage."""
+    """Hold a run of six steps in two attempts, with a save and a clean-up per step, and its log of changes."""
 
     def __init__(self, data: Path) -> None:
         self.storage = RecordingStorage()
@@ -47,7 +47,7 @@ class Recorded:
         self.prefix = self.run.checkpoint_prefix(CheckpointRef(attempt=2, step=6))
 
     def attempt(self, number: int, steps: int) -> None:
-        """Attempt 1 is killed, as far as storage can tell, in the middle of what follows the manifest of `steps`."""
+        """Run an attempt, and cut the log soon after the manifest of step `steps`, as if it was killed there."""
         attempt.run_attempt(self.storage, JOB, MODEL, number, Group())
         last = f"{self.run.checkpoint_prefix(CheckpointRef(attempt=number, step=steps))}/{MANIFEST}"
         ends = next(i for i, (key, _) in enumerate(self.storage.log) if key == last) + 3
@@ -58,7 +58,7 @@ class Recorded:
         self.storage.inner = objects
 
     def copy(self) -> MemoryStorage:
-        """The storage as it was at the end, to be damaged."""
+        """Return a copy of the final storage, to be damaged."""
         storage = MemoryStorage()
         storage.objects = dict(self.storage.inner.objects)  # type: ignore[attr-defined]
         return storage
@@ -96,17 +96,17 @@ def test_after_every_operation_recovery_finds_the_newest_complete_checkpoint(
             )
         deleted += data is None
         (tmp_path / f"{i}").mkdir()
-        found = attempt._newest_complete(run, tmp_path / f"{i}")
-        assert (found.checkpoint if found else None) == committed, f"after operation {i}, {key}"
-        if found:
-            assert found.manifest.step == found.checkpoint.step
-            assert checkpoint.describe_files(found.folder) == found.manifest.files
+        recovered = attempt._newest_complete(run, tmp_path / f"{i}")
+        assert (recovered.checkpoint if recovered else None) == committed, f"after operation {i}, {key}"
+        if recovered:
+            assert recovered.manifest.step == recovered.checkpoint.step
+            assert checkpoint.describe_files(recovered.folder) == recovered.manifest.files
     assert committed == CheckpointRef(attempt=2, step=6)
     assert deleted >= 10, "the log has no clean-up in it"
 
 
 def test_the_manifest_comes_last_and_goes_first(recorded: Recorded) -> None:
-    """In the log itself: nothing is put into a directory that has its manifest, no file goes while it is there."""
+    """In the log, nothing is put into a directory after its manifest, and no file is deleted before its manifest."""
     whole: set[str] = set()
     for key, data in recorded.storage.log:
         folder, _, name = key.partition("/step-")
@@ -166,14 +166,14 @@ def test_every_damage_of_a_file_is_found_before_it_is_loaded(recorded: Recorded,
 
 def test_files_that_changed_places_are_found(recorded: Recorded, tmp_path: Path) -> None:
     storage = recorded.copy()
-    one, two = f"{recorded.prefix}/{WEIGHTS}", f"{recorded.prefix}/state/model.safetensors"  # both sound in themselves
+    one, two = f"{recorded.prefix}/{WEIGHTS}", f"{recorded.prefix}/state/model.safetensors"  # each is valid by itself
     storage.objects[one], storage.objects[two] = storage.objects[two], storage.objects[one]
     with pytest.raises(CheckpointError, match="damaged"):
         checkpoint.fetch(storage, recorded.prefix, tmp_path / "swapped")
 
 
 def test_every_flipped_bit_of_a_manifest_is_found_or_says_nothing(recorded: Recorded) -> None:
-    """The only bits that may flip unseen are those of the writer's nonce, which is no part of what a manifest says."""
+    """Only flipped bits of the writer's nonce stay undetected; the nonce is no part of the manifest's content."""
     storage, key = recorded.copy(), f"{recorded.prefix}/{MANIFEST}"
     data, unseen = storage.objects[key], 0
     sound = checkpoint.read_manifest(storage, recorded.prefix)
@@ -201,7 +201,7 @@ def test_no_manifest_no_checkpoint(tmp_path: Path) -> None:
 
 
 def test_a_store_that_refuses_is_no_damage() -> None:
-    """Or a run whose credentials ran out would begin again from nothing."""
+    """Otherwise a run whose credentials have expired would restart from step 0."""
 
     class Refusing(MemoryStorage):
         def get(self, key: str) -> tuple[bytes, str]:
@@ -217,9 +217,9 @@ def test_recovery_passes_over_damage_to_the_checkpoint_before(recorded: Recorded
     refs = run.checkpoints()
     assert len(refs) >= 2
     storage.objects[f"{recorded.prefix}/{WEIGHTS}"] = b"spoiled"
-    found = attempt._newest_complete(run, tmp_path)
-    assert found is not None
-    assert found.checkpoint == refs[-2]
+    recovered = attempt._newest_complete(run, tmp_path)
+    assert recovered is not None
+    assert recovered.checkpoint == refs[-2]
     for ref in refs[:-1]:
         storage.delete(f"{run.checkpoint_prefix(ref)}/{WEIGHTS}")
     (tmp_path / "again").mkdir()
@@ -238,7 +238,7 @@ def test_an_older_process_reads_a_newer_manifest(recorded: Recorded) -> None:
 
 
 def forge(storage: Storage, prefix: str, document: dict[str, Any]) -> None:
-    """A manifest with any content, and the digest that belongs to it."""
+    """Write a manifest with any content, and the matching digest."""
     document = {name: value for name, value in document.items() if name != "digest"}
     write_document(storage, f"{prefix}/{MANIFEST}", document | {"digest": checkpoint._digest(document)})
 

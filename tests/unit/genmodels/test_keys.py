@@ -1,4 +1,4 @@
-"""Keys: who may do what, from the token to the store and back, also while the store is away."""
+"""Test keys: permissions, from the token to the store and back, also while the store is away."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from tests.support.storages import FailingStorage, MemoryStorage, Wrapped, in_th
 
 
 class Clock:
-    """Monotonic time that moves when it is told to."""
+    """Act as a monotonic clock that the test moves."""
 
     def __init__(self) -> None:
         self.now = 1000.0
@@ -78,8 +78,8 @@ def test_wrong_tokens() -> None:
     _, other = keys.create("other", ("generate",))
     store.reads.clear()
     malformed = ["", "gm_", token[:-1], token + "x", token + "\n", token.upper(), " " + token, "é" * 55, "x" * 10**6]
-    assert [keys.check(wrong) for wrong in malformed] == [None] * len(malformed)
-    assert store.reads == []  # nothing is asked for what can be no token
+    assert [keys.check(text) for text in malformed] == [None] * len(malformed)
+    assert store.reads == []  # malformed tokens cause no read
     assert keys.check(f"gm_{key.id}_{other[12:]}") is None
     assert keys.check(f"gm_{'0' * 8}_{token[12:]}") is None
     assert keys.check(token) == key
@@ -96,8 +96,8 @@ def test_secrets_are_compared_in_constant_time(monkeypatch: pytest.MonkeyPatch) 
     monkeypatch.setattr(hmac, "compare_digest", compare)
     keys = Keys(MemoryStorage())
     key, token = keys.create("ci", ("generate",))
-    for wrong in (token, token[:-1] + ("A" if token[-1] != "A" else "B"), f"gm_{'0' * 8}_{token[12:]}"):
-        keys.check(wrong)
+    for guess in (token, token[:-1] + ("A" if token[-1] != "A" else "B"), f"gm_{'0' * 8}_{token[12:]}"):
+        keys.check(guess)
     assert [len(digest) for pair in compared for digest in pair] == [64] * 6  # once for each, known or not
     assert compared[0] == (key.sha256, key.sha256)
     assert compared[2][1] == "0" * 64
@@ -153,7 +153,7 @@ def test_no_such_key_to_revoke(id: str) -> None:
 
 def test_a_taken_id_is_not_used_again(monkeypatch: pytest.MonkeyPatch) -> None:
     keys = Keys(MemoryStorage())
-    ids = iter(["aaaaaaaa", "0" * 32, "aaaaaaaa", "1" * 32, "bbbbbbbb", "2" * 32])  # each second one is a nonce
+    ids = iter(["aaaaaaaa", "0" * 32, "aaaaaaaa", "1" * 32, "bbbbbbbb", "2" * 32])  # every second value is a nonce
     monkeypatch.setattr(secrets, "token_hex", lambda _: next(ids))
     first, token = keys.create("one", ("submit",))
     second, _ = keys.create("two", ("submit",))
@@ -228,14 +228,14 @@ def test_the_store_is_away(clock: Clock) -> None:
 
 
 def test_only_one_waits_for_a_slow_store(clock: Clock) -> None:
-    answers, asked = threading.Event(), threading.Event()
+    answers, read_started = threading.Event(), threading.Event()
 
     class Slow(MemoryStorage):
         waiting = False
 
         def get(self, key: str) -> tuple[bytes, str]:
             if self.waiting:
-                asked.set()
+                read_started.set()
                 assert answers.wait(30)
             return super().get(key)
 
@@ -248,9 +248,9 @@ def test_only_one_waits_for_a_slow_store(clock: Clock) -> None:
     result: list[Key | None] = []
     waiter = threading.Thread(target=lambda: result.append(keys.check(token)))
     waiter.start()
-    assert asked.wait(30)
+    assert read_started.wait(30)
     clock.now += FRESH_SECONDS  # however long it takes
-    assert in_threads(8, lambda _: keys.check(token)) == [key] * 8  # they would hang here
+    assert in_threads(8, lambda _: keys.check(token)) == [key] * 8  # otherwise they would hang here
     assert result == []
     answers.set()
     waiter.join(30)

@@ -1,4 +1,4 @@
-"""Datasets: exact splits, the order of samples, a person's own files, verified sources, pictures."""
+"""Test datasets: exact splits, the order of samples, a person's own files, verified sources, pictures."""
 
 from __future__ import annotations
 
@@ -81,8 +81,8 @@ def test_batches_go_through_every_epoch_exactly_once_wherever_they_begin() -> No
 def test_workers_see_each_sample_of_a_batch_exactly_once(world_size: int) -> None:
     index, epoch = batch_indices(17, 0, 5, 24)
     parts = [shard(index, epoch, rank, world_size) for rank in range(world_size)]
-    seen = sorted((e, i) for part in parts for i, e in zip(*part, strict=True))
-    assert seen == sorted(zip(epoch, index, strict=True))
+    samples = sorted((e, i) for part in parts for i, e in zip(*part, strict=True))
+    assert samples == sorted(zip(epoch, index, strict=True))
     assert {len(part[0]) for part in parts} == {24 // world_size}
 
 
@@ -99,7 +99,7 @@ def test_a_text_is_split_by_position_and_every_character_is_in_one_part() -> Non
 
 @pytest.mark.parametrize("block_size", [1, 7, 64, 99, 100, 499, 500, 1000])
 def test_validation_predicts_every_character_but_the_first_exactly_once(block_size: int) -> None:
-    data = TextData("".join(chr(33 + place % 90) for place in range(5000)))  # each character names its place, nearly
+    data = TextData("".join(chr(33 + place % 90) for place in range(5000)))  # each character nearly names its place
     batch = everything(data.split("val", block_size))
     assert batch["tokens"].shape == batch["targets"].shape == (math.ceil(499 / block_size), block_size)
     kept = batch["targets"] >= 0
@@ -116,7 +116,7 @@ def test_training_windows_do_not_overlap_and_move_from_epoch_to_epoch() -> None:
         batch = split.take(index, np.full_like(index, epoch))
         assert np.array_equal(batch["tokens"][:, 1:], batch["targets"][:, :-1])
         flat = batch["tokens"].ravel()
-        assert np.array_equal(flat, flat[0] + np.arange(len(flat)))  # one window after the other
+        assert np.array_equal(flat, flat[0] + np.arange(len(flat)))  # consecutive windows
         assert batch["targets"].max() < len(data.train)
         starts.append(int(flat[0]))
     assert len(split) == (1800 - 64) // 64
@@ -231,7 +231,7 @@ def test_a_folder_of_pictures_just_works(tmp_path: Path) -> None:
     assert train["images"].min() >= 0
     assert train["images"].max() <= 1
     together = np.concatenate([train["images"], val["images"]]).reshape(43, -1)
-    assert len(np.unique(together, axis=0)) == 43  # no picture in both
+    assert len(np.unique(together, axis=0)) == 43  # no picture is in both splits
     assert data.notes == [
         "photos: 43 pictures as RGB 32 x 32, 42 of them scaled and centre-cropped",
         "12 smaller than that, enlarged; a lower data.image_size keeps them sharp",
@@ -301,7 +301,7 @@ def test_unreadable_too_few_and_no_pictures_are_named(tmp_path: Path) -> None:
 
 
 def bomb(width: int, height: int) -> bytes:
-    """A small PNG whose header promises a picture of any size."""
+    """Return a small PNG whose header declares a picture of any size."""
     import struct
     import zlib
 
@@ -453,7 +453,7 @@ def test_a_file_that_is_another_or_damaged_says_so(tmp_path: Path, monkeypatch: 
     path = tmp_path / "toy" / "play.txt.gz"
     path.parent.mkdir()
     wanted = source().files[0].sha256
-    for other in (b"x" + CONTENT[1:], CONTENT + b"more", b"\0" * 10_000_000):  # the last one unpacks no further
+    for other in (b"x" + CONTENT[1:], CONTENT + b"more", b"\0" * 10_000_000):  # the last one is not unpacked to its end
         path.write_bytes(gzip.compress(other))
         with pytest.raises(DataError, match=rf"{path} is damaged or another edition .*expected {wanted}.*delete it"):
             read(source())
@@ -497,7 +497,7 @@ def test_a_package_that_is_not_installed_is_named() -> None:
 
 
 class Server(http.server.ThreadingHTTPServer):
-    """Answers every request with `code` and `body`, and lists what was asked for in `paths`."""
+    """Answer every request with `code` and `body`, and record the requested paths in `paths`."""
 
     def __init__(self) -> None:
         self.paths: list[str] = []
@@ -549,7 +549,7 @@ def test_a_file_is_downloaded_once_even_by_four_at_the_same_time(tmp_path: Path,
         (200, gzip.compress(b"another file"), "is damaged or another edition of the file"),
         (200, gzip.compress(CONTENT)[:-30], "cannot be read"),
         (200, b"x" * (2**20 + 100_000), "has more than the expected 4,300 bytes"),
-        (404, b"", "404 Not Found"),
+        (404, b"", f"404 {http.HTTPStatus.NOT_FOUND.phrase}"),
     ],
     ids=["another", "cut", "large", "missing"],
 )

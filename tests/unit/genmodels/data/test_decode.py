@@ -1,4 +1,4 @@
-"""Pictures of every mode in every format that Pillow writes: scaled right, or refused by one line; none vanishes."""
+"""Test pictures of every mode in every format that Pillow writes: each is scaled correctly, or refused by one line."""
 
 from __future__ import annotations
 
@@ -32,12 +32,12 @@ SUFFIX = {"PNG": ".png", "JPEG": ".jpg", "WEBP": ".webp", "BMP": ".bmp", "GIF": 
 
 
 def ramp(high: int = 255) -> np.ndarray:
-    """From black at the left to `high` at the right: (SIDE, SIDE)."""
+    """Return a ramp from black at the left to `high` at the right: (SIDE, SIDE)."""
     return np.linspace(0, high, SIDE).round().astype(np.int64)[None].repeat(SIDE, axis=0)
 
 
 def of_mode(mode: str) -> Image.Image:
-    """The ramp in a mode, as a person's program would write it: over the mode's whole range."""
+    """Return the ramp in a mode, over the mode's whole range, as a person's program would write it."""
     grey = Image.fromarray(ramp().astype(np.uint8))
     if mode.startswith("I;16"):
         order = ">u2" if mode == "I;16B" else "<u2"
@@ -88,9 +88,9 @@ def test_nearly_all_modes_are_tried() -> None:
 def test_every_mode_in_every_format_is_scaled_right_or_refused(format: str, mode: str, content: bytes) -> None:
     with Image.open(io.BytesIO(content), formats=FORMATS) as image:
         kept = image.mode
-    # What Pillow converts while it writes has another mode in the file, and is the writer's to answer for.
+    # A picture that Pillow converts while it writes has another mode in the file; that is the writer's responsibility.
     if kept == "I":
-        with pytest.raises(DataError, match="whole numbers of 32 bits, whose value for white is unknown"):
+        with pytest.raises(DataError, match="samples of 32 bits, whose value for white is unknown"):
             decoded(content)
         return
     result = decoded(content)
@@ -112,7 +112,7 @@ def test_a_request_means_what_training_means(format: str, mode: str, content: by
 
 
 def tiff(bits: int, samples: np.ndarray, *, order: str = "<", photometric: int = 1, kind: int = 1) -> bytes:
-    """An uncompressed TIFF of one strip, as scientific programs write it: whole numbers (kind 1) or floats (3)."""
+    """Return an uncompressed TIFF of one strip, as scientific programs write it: integers (kind 1) or floats (3)."""
     height, width = samples.shape[:2]
     channels = samples.shape[2] if samples.ndim == 3 else 1
     if bits == 12:
@@ -163,7 +163,7 @@ REFUSED = {
     "12 bits in 16, big-endian": (tiff(16, ramp(4095), order=">"), "uses 12 or fewer"),
     "10 bits in 16": (tiff(16, ramp(1023)), "uses 12 or fewer"),
     "12 bits in 16, RGB": (tiff(16, ramp(4095)[..., None].repeat(3, 2), photometric=2), "uses 12 or fewer"),
-    "32 bits": (tiff(32, ramp(255)), "whole numbers of 32 bits, whose value for white is unknown"),
+    "32 bits": (tiff(32, ramp(255)), "samples of 32 bits, whose value for white is unknown"),
     "floats to 255": (tiff(32, ramp(255), kind=3), "must be from 0 to 1, got 0 to 255; scale them"),
     "negative floats": (tiff(32, ramp(1) - 0.5, kind=3), "must be from 0 to 1, got -0.5 to 0.5"),
     "not a number": (tiff(32, ramp(1) + np.nan, kind=3), "must be from 0 to 1, some are not finite"),

@@ -1,4 +1,4 @@
-"""Files that are no text in UTF-8: what they are is told where it is sure, with the command that mends it."""
+"""Test files that are not UTF-8 text: the error names the encoding where it is sure, and the command to convert it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Datasets in the storage: added once, checked, immutable, and read the same everywhere."""
+"""Test datasets in the storage: added once, checked, immutable, and read the same everywhere."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def play(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def photos(tmp_path: Path) -> Path:
-    """Pictures of two classes, all of another size than they are asked for in."""
+    """Write pictures of two classes, all of another size than the requested one."""
     random = np.random.default_rng(0)
     for number in range(40):
         path = tmp_path / "photos" / ("cats" if number % 4 else "dogs") / f"{number:02}.png"
@@ -63,7 +63,7 @@ def packed(folder: Path, top: str = "") -> bytes:
 
 
 def add_bytes(storage: Storage, content: bytes, image_size: int | None = None) -> tuple[uploads.StoredDataset, bool]:
-    """Add what came over the network, from a file whose name says nothing."""
+    """Add bytes from the network, from a file whose name says nothing."""
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "upload"
         path.write_bytes(content)
@@ -139,7 +139,7 @@ def test_the_same_again_writes_nothing_and_another_content_leaves_pins_alone(pla
     assert resolve_data(pinned, storage) == pinned
     assert resolve_data(config("mine"), storage).sha256 == second.sha256
     play.write_text(PLAY)
-    assert uploads.add(storage, "mine", play, replace=True) == (first, True)  # the name means the first one again
+    assert uploads.add(storage, "mine", play, replace=True) == (first, True)  # the name means the first content
     assert storage.log[-1][0] == "datasets/mine/current.json"
     assert [key for key, _ in storage.log].count(f"datasets/mine/{first.sha256}/text.txt") == 1
     assert uploads.catalog(storage) == [first]
@@ -161,7 +161,7 @@ def test_what_is_in_the_cache_needs_no_storage_and_is_checked(play: Path, cache:
     (cache / dataset.sha256 / "text.txt").write_text(TALE)
     with pytest.raises(DataError, match="is not on this machine"):
         open_dataset(config("mine", dataset.sha256))
-    assert open_dataset(config("mine"), storage).digest == dataset.sha256  # fetched anew
+    assert open_dataset(config("mine"), storage).digest == dataset.sha256  # fetched again
     (cache / dataset.sha256 / "text.txt").unlink()
     storage.objects[dataset.key] = TALE.encode()
     with pytest.raises(DataError, match=f"'mine' is damaged in the storage .*{dataset.key}"):
@@ -248,11 +248,11 @@ def archive(*entries: tuple[str, bytes]) -> bytes:
 
 @pytest.mark.parametrize("name", ["../out.png", "a/../../out.png", "/out.png", "..\\out.png", "C:\\out.png"])
 def test_nothing_in_a_zip_leads_out_of_its_folder(tmp_path: Path, name: str) -> None:
-    with pytest.raises(DataError, match="leads out of its folder"):
+    with pytest.raises(DataError, match="would be outside its folder"):
         add_bytes(MemoryStorage(), archive(("a.png", b"x"), (name, b"x")))
     path = tmp_path / "hostile.zip"
     path.write_bytes(archive((name, b"x")))
-    with pytest.raises(DataError, match="leads out of its folder"):
+    with pytest.raises(DataError, match="would be outside its folder"):
         unpack.unpack(path, tmp_path / "inside")
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["hostile.zip", "inside"]
     assert list((tmp_path / "inside").iterdir()) == []
@@ -294,10 +294,10 @@ def test_links_in_a_zip_are_passed_over(tmp_path: Path) -> None:
     ids=lambda name: repr(name[:12]),
 )
 def test_no_name_in_a_zip_breaks_it(tmp_path: Path, name: bytes) -> None:
-    """Each is passed over, unpacked inside, or refused."""
+    """Each name is skipped, unpacked inside the folder, or refused."""
     stand_in = "X" * len(name)
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of a name that is there twice
+        warnings.simplefilter("ignore")  # a warning about a duplicate name
         data = archive(("a.png", b"x"), (stand_in, b"x")).replace(stand_in.encode(), name)
     path = tmp_path / "odd.zip"
     path.write_bytes(data)

@@ -1,4 +1,4 @@
-"""`genmodels doctor`: what it finds, what it says to do, and that nothing ends it in a traceback."""
+"""Test `genmodels doctor`: its problems, its remedies, and that nothing ends it with a traceback."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ COMMAND = CliRunner()
 
 @pytest.fixture(autouse=True)
 def alone(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """Nothing of this machine's own is looked at."""
+    """Hide this machine's own state from the checks."""
     monkeypatch.setattr(doctor, "PORTS", {})
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     for name in ("AWS_SHARED_CREDENTIALS_FILE", "RAY_AUTH_TOKEN_PATH", "GENMODELS_SECRETS"):
@@ -116,7 +116,7 @@ def test_a_storage_that_cannot_be_used_is_one_line(url: str, monkeypatch: pytest
     code, output = run("--storage", url)
     assert "Traceback" not in output
     if url.startswith("file"):
-        return  # an empty storage; whether it can be written, the disk's line says
+        return  # an empty storage; the check of the disk says whether it is writable
     assert code == 1
     assert sum(line.startswith("problem  storage ") for line in output.splitlines()) == 1
 
@@ -173,7 +173,7 @@ def test_clocks_that_differ(file_storage: Storage, monkeypatch: pytest.MonkeyPat
         (10**12, 5000, 10**7, "warning"),
         (10**12, 3, 10**7, "problem"),
         (10**6, 10**6, 10**7, "problem"),
-        (10**12, 0, 0, "ok"),  # a file system that has no inodes to count
+        (10**12, 0, 0, "ok"),  # a file system without a limit of inodes
     ],
 )
 def test_disks(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: int, inodes: int, files: int, state: str) -> None:
@@ -188,8 +188,8 @@ def test_versions_are_compared_with_the_pins() -> None:
     from packaging.requirements import Requirement
 
     assert doctor._version(Requirement("pydantic>=2")).state == "ok"
-    wrong = doctor._version(Requirement("pydantic<2"))
-    assert (wrong.state, wrong.remedy) == ("problem", 'pip install "pydantic<2"')
+    mismatch = doctor._version(Requirement("pydantic<2"))
+    assert (mismatch.state, mismatch.remedy) == ("problem", 'pip install "pydantic<2"')
     assert doctor._version(Requirement("no-such-package==1")).state == "problem"
 
 

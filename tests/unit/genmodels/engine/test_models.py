@@ -52,7 +52,7 @@ Make = Callable[..., Any]
 
 @pytest.fixture(scope="session")
 def make(tmp_path_factory: pytest.TempPathFactory) -> Make:
-    """A tiny untrained model of a family, made once."""
+    """Make a tiny untrained model of a family, once."""
     made: dict[str, LoadedModel] = {}
 
     def make(name: str) -> LoadedModel:
@@ -64,7 +64,7 @@ def make(tmp_path_factory: pytest.TempPathFactory) -> Make:
 
 
 class Scripted:
-    """A text family that repeats a given text, after a prompt of one token."""
+    """Act as a text family that repeats a given text, after a prompt of one token."""
 
     Request = SamplingOptions
     verbs = frozenset({"complete"})
@@ -91,7 +91,7 @@ def scripted(says: str) -> TextModel:
 
 
 def choices(deltas: Iterator[TextDelta], n: int = 1) -> list[tuple[str, str | None, int]]:
-    """Text, finish_reason and tokens of each choice."""
+    """Return text, finish_reason and tokens of each choice."""
     listed = list(deltas)
     result = []
     for index in range(n):
@@ -167,7 +167,7 @@ def test_a_completion_without_a_seed_tells_the_one_it_took(make: Make) -> None:
 
 @pytest.mark.parametrize("length", [1, 2, 9, 16, 17, 40])
 def test_an_echoed_prompt_is_measured_where_the_model_reads_it(make: Make, length: int) -> None:
-    """Its tokens' log-probabilities are what the network says of the window; block_size is 16."""
+    """The log-probabilities of the prompt are those of the network for the window; block_size is 16."""
     model, prompt = make("minigpt"), (VOCABULARY * 2)[:length]
     request = CompletionRequest(prompt=prompt, echo=True, logprobs=2, max_tokens=0)
     (delta,) = complete(model, request)
@@ -446,7 +446,7 @@ def test_a_text_model_needs_its_tokenizer(tmp_path: Path, tokenizer: bytes | Non
 
 
 def pictures(n: int) -> np.ndarray:
-    """float32 (n, C, H, W) in [0, 1]"""
+    """Return float32 (n, C, H, W) in [0, 1]."""
     return np.random.default_rng(0).random((n, *IMAGES.shape), dtype=np.float32)
 
 

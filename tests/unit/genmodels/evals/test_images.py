@@ -1,4 +1,4 @@
-"""The arithmetic of evaluations, each against another implementation, and what the judge sees."""
+"""The arithmetic of evaluations against other implementations, and the feature classifier."""
 
 from __future__ import annotations
 
@@ -34,8 +34,8 @@ def test_frechet_distance_is_that_of_scipy_s_root() -> None:
     covariances = [np.cov(x, rowvar=False, bias=True) for x in (a, b)]
     cross = np.real(np.trace(sqrtm(covariances[0] @ covariances[1])))
     expected = ((a.mean(0) - b.mean(0)) ** 2).sum() + sum(map(np.trace, covariances)) - 2 * cross
-    found = frechet_distance(moments(torch.from_numpy(a)), moments(torch.from_numpy(b)))
-    assert found == pytest.approx(expected, rel=1e-9)
+    result = frechet_distance(moments(torch.from_numpy(a)), moments(torch.from_numpy(b)))
+    assert result == pytest.approx(expected, rel=1e-9)
     assert frechet_distance(moments(torch.from_numpy(a)), moments(torch.from_numpy(a))) == pytest.approx(0, abs=1e-9)
 
 
@@ -56,12 +56,12 @@ def test_neighbours_are_those_of_a_plain_matrix_of_distances(k: int) -> None:
 
     between = euclidean_distances(real, fake)
     within = between < reach(real)[:, None]
-    found = neighbours(torch.from_numpy(real), torch.from_numpy(fake), k)
-    assert found.precision == pytest.approx(within.any(0).mean())
-    assert found.recall == pytest.approx((between < reach(fake)).any(1).mean())
-    assert found.density == pytest.approx(within.sum(0).mean() / k)
-    assert found.coverage == pytest.approx((between.min(1) < reach(real)).mean())
-    assert 0 < found.recall < 1, "else nothing is compared"
+    result = neighbours(torch.from_numpy(real), torch.from_numpy(fake), k)
+    assert result.precision == pytest.approx(within.any(0).mean())
+    assert result.recall == pytest.approx((between < reach(fake)).any(1).mean())
+    assert result.density == pytest.approx(within.sum(0).mean() / k)
+    assert result.coverage == pytest.approx((between.min(1) < reach(real)).mean())
+    assert 0 < result.recall < 1, "else nothing is compared"
     assert nearest(torch.from_numpy(real), torch.from_numpy(fake)).numpy() == pytest.approx(between.min(1), rel=1e-4)
 
 
@@ -72,9 +72,9 @@ def test_components_are_those_of_the_singular_vectors() -> None:
     axes = np.linalg.svd(train - train.mean(0))[2][:6]
     through = (val - train.mean(0)) @ axes.T @ axes + train.mean(0)
     through = torch.from_numpy(through.clip(0, 1)).view(20, 1, 16, 16)
-    found, similar = components(BENCH.evaluation_data(SHAPES), 6, shown)
+    result, similar = components(BENCH.evaluation_data(SHAPES), 6, shown)
     targets = torch.from_numpy(val).view(20, 1, 16, 16)
-    assert found == pytest.approx(float(psnr(through, targets).mean()), abs=1e-3)
+    assert result == pytest.approx(float(psnr(through, targets).mean()), abs=1e-3)
     assert similar == pytest.approx(mean_ssim(through.float(), targets.float()), abs=1e-4)
 
 
@@ -120,23 +120,23 @@ def test_a_judge_is_kept_and_learns_only_what_it_may() -> None:
 
 def test_without_classes_a_judge_learns_which_way_round_a_picture_is() -> None:
     data = shapes(train=120, val=40, labelled=False, channels=3)
-    found = classifier.load_or_train(BENCH.evaluation_data(data), np.arange(0, 120, 2))
-    assert not found.knows_classes
-    assert found.features(pictures(data.split("val").images)).shape == (40, classifier.FEATURES)
+    result = classifier.load_or_train(BENCH.evaluation_data(data), np.arange(0, 120, 2))
+    assert not result.knows_classes
+    assert result.features(pictures(data.split("val").images)).shape == (40, classifier.FEATURES)
 
 
 # ---- sets of pictures
 
 
 def drawn(images: Tensor, labels: np.ndarray | None = None):
-    """A generator that draws these pictures."""
+    """Return a generator that draws these images."""
     return lambda n: (images[:n], None if labels is None else torch.from_numpy(labels[:n]))
 
 
 def measured(images: Tensor, labels: np.ndarray | None = None) -> dict[str, float]:
-    found = generative.evaluate(BENCH.evaluation_data(SHAPES), drawn(images, labels))
-    assert set(found.metrics) <= set(generative.NAMES)
-    return {name: metric.value for name, metric in found.metrics.items()}
+    result = generative.evaluate(BENCH.evaluation_data(SHAPES), drawn(images, labels))
+    assert set(result.metrics) <= set(generative.NAMES)
+    return {name: metric.value for name, metric in result.metrics.items()}
 
 
 def test_real_pictures_pass_for_real_and_copies_are_seen() -> None:
@@ -173,16 +173,16 @@ def test_noise_is_seen() -> None:
 
 
 def test_real_against_real_stands_beside() -> None:
-    found = generative.evaluate(BENCH.evaluation_data(SHAPES), drawn(torch.zeros(200, 1, 16, 16)))
-    assert found.notes["pictures"] == 120
-    assert found.notes["classes"]
-    assert sum(found.notes["classes"]) == 120
+    result = generative.evaluate(BENCH.evaluation_data(SHAPES), drawn(torch.zeros(200, 1, 16, 16)))
+    assert result.notes["pictures"] == 120
+    assert result.notes["classes"]
+    assert sum(result.notes["classes"]) == 120
     for name in ("frechet", "kid", "precision", "recall", "density", "coverage", "class_ratio"):
-        (reference,) = found.metrics[name].baselines.values()
+        (reference,) = result.metrics[name].baselines.values()
         assert np.isfinite(reference)
-    assert found.metrics["coverage"].baselines[generative.REAL] > 0.9
-    assert found.metrics["frechet_ratio"].value == pytest.approx(
-        found.metrics["frechet"].value / found.metrics["frechet"].baselines[generative.REAL]
+    assert result.metrics["coverage"].baselines[generative.REAL] > 0.9
+    assert result.metrics["frechet_ratio"].value == pytest.approx(
+        result.metrics["frechet"].value / result.metrics["frechet"].baselines[generative.REAL]
     )
 
 
@@ -198,23 +198,23 @@ def test_two_pictures_can_be_compared_and_one_cannot() -> None:
 
 @pytest.mark.parametrize("channels", [1, 3])
 def test_every_filter_does_better_than_nothing(channels: int) -> None:
-    """Some read other layouts of a picture wrong, and then do worse."""
+    """Some filters misread other memory layouts of an image, and then do worse."""
     targets = pictures(shapes(train=6, val=2, channels=channels).split("train").images)
     noise = mean_psnr(filters.noisy(targets, 0.3).clamp(0, 1), targets)
     best: dict[str, float] = {}
     for name, function in filters._candidates(0.3):
-        found = max(filters._score(function, targets, 0.3, clamped) for clamped in (False, True))
-        best[name] = max(found, best.get(name, 0.0))
+        result = max(filters._score(function, targets, 0.3, clamped) for clamped in (False, True))
+        best[name] = max(result, best.get(name, 0.0))
     assert set(best) == {"gaussian", "median", "total variation", "non-local means", "bilateral", "wavelet"}
-    assert {name for name, found in best.items() if found <= noise} == set()
+    assert {name for name, result in best.items() if result <= noise} == set()
 
 
 def test_the_best_filter_is_found_on_training_pictures_and_kept() -> None:
     bench, shown = Bench(), evenly_spaced(120, 8)
     data = bench.evaluation_data(SHAPES)
-    name, found = filters.best_filter(data, 0.3, shown)
+    name, result = filters.best_filter(data, 0.3, shown)
     targets = pictures(SHAPES.split("val").images[shown])
-    assert found > mean_psnr(filters.noisy(targets, 0.3).clamp(0, 1), targets)
-    assert filters.best_filter(data, 0.3, shown) == (name, found)
+    assert result > mean_psnr(filters.noisy(targets, 0.3).clamp(0, 1), targets)
+    assert filters.best_filter(data, 0.3, shown) == (name, result)
     assert len(bench.made) == 1
     assert bench.reports > 10

@@ -56,30 +56,30 @@ def trained(data: TextData, steps: int) -> MiniGPT:
 def test_a_model_stands_beside_tables_and_people() -> None:
     data = TextData(story(6000, 0))
     family, bench = trained(data, 150), Bench()
-    found = family.evaluate(bench.evaluation_data(data))
-    assert set(found.metrics) == set(MiniGPT.evaluation_names)
-    loss = found.metrics["loss"]
+    result = family.evaluate(bench.evaluation_data(data))
+    assert set(result.metrics) == set(MiniGPT.evaluation_names)
+    loss = result.metrics["loss"]
     exact = evaluate(family, data.split("val", 16), Group())
     assert loss.value == pytest.approx(exact["val_loss"])
-    assert found.metrics["bits_per_token"].value == pytest.approx(exact["val_bits_per_char"])
+    assert result.metrics["bits_per_token"].value == pytest.approx(exact["val_bits_per_char"])
     assert loss.baselines["table of 4-grams"] == pytest.approx(
         ngram_losses(data.train, data.val, 4, data.info.vocab_size).mean()
     )
-    below = found.metrics["nats_below_bigrams"].value
+    below = result.metrics["nats_below_bigrams"].value
     assert below == pytest.approx(loss.baselines["table of bigrams"] - loss.value)
     assert below > 0.1
-    assert found.metrics["longest_copied"].baselines["val"] >= 10
-    assert 0 < found.metrics["repetition"].value < 1
-    assert found.notes["samples"] == 16
+    assert result.metrics["longest_copied"].baselines["val"] >= 10
+    assert 0 < result.metrics["repetition"].value < 1
+    assert result.notes["samples"] == 16
     assert bench.reports > 400
-    assert family.evaluate(bench.evaluation_data(data)) == found
+    assert family.evaluate(bench.evaluation_data(data)) == result
     assert len(bench.made) == 3  # count tables, once
 
 
 def test_the_second_half_is_by_position() -> None:
     easy = TextData(story(3000, 0) + " king" * 80)  # the end of val is one word again and again
-    found = trained(easy, 40).evaluate(Bench().evaluation_data(easy))
-    metrics = found.metrics
+    result = trained(easy, 40).evaluate(Bench().evaluation_data(easy))
+    metrics = result.metrics
     assert metrics["second_half_loss"].baselines["table of 4-grams"] < metrics["loss"].baselines["table of 4-grams"]
 
 
@@ -90,7 +90,7 @@ def test_a_model_that_learned_nothing_is_above_every_table() -> None:
 
 
 def test_what_is_copied_is_found() -> None:
-    """A model that has one passage by heart writes it."""
+    """A model that has memorised one passage writes it."""
     data = TextData("ring around the rosy, pockets full of posies. " * 120)
     metrics = trained(data, 150).evaluate(Bench().evaluation_data(data)).metrics
     assert metrics["longest_copied"].value == 400

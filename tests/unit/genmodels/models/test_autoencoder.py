@@ -26,7 +26,7 @@ def tiny(shape=(1, 12, 8), **settings) -> Autoencoder:
 
 
 def blobs(n: int, shape=(1, 12, 8)) -> torch.Tensor:
-    """Smooth pictures, (n, C, H, W) in [0, 1]."""
+    """Return smooth images, (n, C, H, W) in [0, 1]."""
     coarse = torch.rand(n, shape[0], 3, 2, generator=torch.Generator().manual_seed(n))
     return F.interpolate(coarse, shape[1:], mode="bilinear")
 
@@ -93,10 +93,10 @@ def test_psnr_of_known_errors() -> None:
 def test_ssim_is_that_of_scikit_image_and_has_gradients(shape) -> None:
     targets = torch.rand(5, *shape, generator=torch.Generator().manual_seed(0))
     images = (targets + 0.1 * torch.randn(targets.shape, generator=torch.Generator().manual_seed(1))).clamp(0, 1)
-    found = ssim(images.requires_grad_(), targets)
-    assert found.shape == (5,)
-    assert float(found.detach().mean()) == pytest.approx(mean_ssim(images.detach(), targets), abs=1e-5)
-    (gradient,) = torch.autograd.grad(found.sum(), images)
+    result = ssim(images.requires_grad_(), targets)
+    assert result.shape == (5,)
+    assert float(result.detach().mean()) == pytest.approx(mean_ssim(images.detach(), targets), abs=1e-5)
+    (gradient,) = torch.autograd.grad(result.sum(), images)
     assert gradient.isfinite().all()
     assert gradient.abs().sum() > 0
     assert float(ssim(targets, targets).min()) == pytest.approx(1)
@@ -178,16 +178,16 @@ def test_loss_gives_every_parameter_a_gradient_and_detaches_the_rest() -> None:
 def test_loss_is_float32_under_autocast_and_repeatable() -> None:
     model = tiny(noise_std=0.2)
     (role,) = model.roles(OptimizerConfig())
-    found = []
+    result = []
     for _ in range(2):
         torch.manual_seed(3)
         with torch.autocast("cpu", torch.bfloat16):
             loss = role.loss({"images": blobs(4)}, torch.tensor(0.5))["loss"]
         model.network.zero_grad()
         loss.backward()
-        found.append([loss.detach().clone(), *(p.grad.clone() for p in model.network.parameters())])
-    assert found[0][0].dtype == torch.float32
-    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+        result.append([loss.detach().clone(), *(p.grad.clone() for p in model.network.parameters())])
+    assert result[0][0].dtype == torch.float32
+    assert all(torch.equal(a, b) for a, b in zip(*result, strict=True))
 
 
 def test_denoiser_learns_to_remove_noise() -> None:
@@ -249,7 +249,7 @@ def test_state_dict_and_assets_rebuild_the_same_answers() -> None:
 @pytest.mark.parametrize(
     ("config", "data", "message"),
     [
-        ({}, TextInfo(vocab_size=9), "data: autoencoder learns from images, this dataset has texts"),
+        ({}, TextInfo(vocab_size=9), "data: autoencoder learns from images, but this dataset has texts"),
         ({}, ImageInfo(channels=1, height=7, width=40), "at least 8 x 8, but they are 7 x 40"),
         (
             {"latent_dim": 65},

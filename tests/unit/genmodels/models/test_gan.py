@@ -1,4 +1,4 @@
-"""The adversarial game: who trains what, its penalties and reports, classes, and the measure by which it is judged."""
+"""The GAN: its roles, penalties and logged values, classes, and its metrics."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def tiny(shape=(1, 16, 12), num_classes: int | None = 3, **settings) -> GAN:
 
 
 def blobs(n: int, shape=(1, 16, 12), seed: int = 0) -> dict[str, torch.Tensor]:
-    """Smooth pictures with classes."""
+    """Return smooth images with classes."""
     generator = torch.Generator().manual_seed(seed)
     coarse = torch.rand(n, shape[0], 3, 2, generator=generator)
     return {"images": F.interpolate(coarse, shape[1:], mode="bilinear"), "labels": torch.arange(n) % 3}
@@ -221,11 +221,11 @@ def test_training_tells_the_classes_to_both_networks() -> None:
     batch = blobs(6)
     others = batch | {"labels": (batch["labels"] + 1) % 3}
     for loss in (judging, drawing):
-        found = []
+        result = []
         for one in (batch, others):
             torch.manual_seed(0)
-            found.append(loss(one, NOW)["loss"].item())
-        assert found[0] != found[1]
+            result.append(loss(one, NOW)["loss"].item())
+        assert result[0] != result[1]
 
 
 def test_what_it_cannot_learn_is_refused() -> None:
@@ -283,7 +283,7 @@ def test_the_measure_ranks_real_before_blurred_before_noise() -> None:
         "noise": torch.rand(real.shape, generator=torch.Generator().manual_seed(2)),
     }
     sums = {name: moments(model.features(images)) for name, images in fakes.items()}
-    scores = {name: frechet_distance(moments(model.features(real)), found) for name, found in sums.items()}
+    scores = {name: frechet_distance(moments(model.features(real)), result) for name, result in sums.items()}
     assert 2 * scores["real"] < scores["blurred"] < scores["noise"]
     assert 2 * scores["real"] < scores["collapsed"]
     halves = [moments(model.features(half)) for half in real.split(150)]

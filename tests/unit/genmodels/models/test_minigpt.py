@@ -43,7 +43,7 @@ def build(vocab_size: int = VOCAB, **settings: Any) -> MiniGPT:
 
 
 def lively(**settings: Any) -> MiniGPT:
-    """A model whose predictions differ from token to token, as after training."""
+    """Return a model whose predictions differ from token to token, as after training."""
     family = build(**settings)
     with torch.no_grad():
         for parameter in family.network.parameters():
@@ -52,7 +52,7 @@ def lively(**settings: Any) -> MiniGPT:
 
 
 def corpus(n: int = 16, length: int = 8) -> dict[str, Tensor]:
-    """Windows of one repeated passage: the next token follows from the last two."""
+    """Return windows of one repeated passage: the next token follows from the last two."""
     passage = torch.tensor([0, 1, 2, 3, 1, 4, 5, 6, 4, 7, 8, 9, 10, 8, 2]).repeat(4)
     windows = torch.stack([passage[start : start + length + 1] for start in range(n)])
     return {"tokens": windows[:, :-1], "targets": windows[:, 1:]}
@@ -91,8 +91,8 @@ def test_parameters_of_the_study_are_those_of_the_lecture() -> None:
 
 def test_the_study_is_as_published() -> None:
     names = ("n_embd", "n_layer", "n_head", "block_size", "batch_size", "learning_rate", "dropout", "max_steps")
-    found = [{**test.model.model_dump(), **test.train.model_dump()} for test in STUDY]
-    assert [tuple(test[name] for name in names) for test in found] == [
+    result = [{**test.model.model_dump(), **test.train.model_dump()} for test in STUDY]
+    assert [tuple(test[name] for name in names) for test in result] == [
         (64, 4, 4, 32, 16, 1e-3, 0, 5_000),
         (64, 4, 4, 32, 16, 1e-3, 0, 15_000),
         (128, 6, 4, 64, 32, 2e-3, 0.1, 5_000),
@@ -100,7 +100,7 @@ def test_the_study_is_as_published() -> None:
         (128, 8, 8, 256, 64, 4e-3, 0.2, 7_000),
     ]
     plain = {**PLAIN, "optimizer": "adamw", "betas": (0.9, 0.999), "schedule": "constant", "ema": None}
-    assert all(test | plain == test for test in found)
+    assert all(test | plain == test for test in result)
 
 
 def test_the_improved_study_has_no_larger_budget() -> None:
@@ -113,13 +113,13 @@ def test_the_improved_study_has_no_larger_budget() -> None:
 
 def test_seeds_of_the_improved_study_differ_in_nothing_else() -> None:
     wanted = [(test, seed) for test in IMPROVED[:2] for seed in (1, 2)]
-    for found, (test, seed) in zip(SEEDS, wanted, strict=True):
+    for result, (test, seed) in zip(SEEDS, wanted, strict=True):
         named = {"name": f"{test.name}-seed-{seed}", "train": {**test.train.model_dump(), "seed": seed}}
-        assert found.model_dump() == {**test.model_dump(), **named}
+        assert result.model_dump() == {**test.model_dump(), **named}
 
 
 def budget(spec: ModelSpec) -> tuple[int, int]:
-    """Tokens that training sees, and parameters."""
+    """Return the number of training tokens and of parameters."""
     config = cast(MiniGPTConfig, spec.model)
     network = MiniGPT(config, TextInfo(vocab_size=65)).network
     tokens = spec.train.max_steps * spec.train.batch_size * config.block_size
@@ -146,7 +146,7 @@ def test_later_tokens_change_no_earlier_logits(switches: dict[str, Any]) -> None
 
 
 def test_positions_count() -> None:
-    """Without positions one block sees a set: swapping two early tokens would not change what the last one sees."""
+    """Without positions a block sees a set: a swap of two early tokens would not change the last output."""
     for positions in ("learned", "rotary"):
         family = lively(positions=positions, n_layer=1)
         one, other = family.logits(torch.tensor([[1, 2, 3, 4], [2, 1, 3, 4]]))[:, -1]

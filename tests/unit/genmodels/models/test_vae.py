@@ -28,7 +28,7 @@ def tiny(shape=(1, 12, 8), **settings) -> VAE:
 
 
 def blobs(n: int, shape=(1, 12, 8)) -> torch.Tensor:
-    """Smooth pictures, (n, C, H, W) in [0, 1]."""
+    """Return smooth images, (n, C, H, W) in [0, 1]."""
     coarse = torch.rand(n, shape[0], 3, 2, generator=torch.Generator().manual_seed(n))
     return F.interpolate(coarse, shape[1:], mode="bilinear")
 
@@ -140,16 +140,16 @@ def test_loss_falls_and_every_parameter_learns(likelihood) -> None:
 def test_loss_is_float32_under_autocast_and_repeatable(likelihood) -> None:
     model = tiny(likelihood=likelihood)
     (role,) = model.roles(OptimizerConfig())
-    found = []
+    result = []
     for _ in range(2):
         torch.manual_seed(3)
         with torch.autocast("cpu", torch.bfloat16):
             losses = role.loss({"images": blobs(4)}, torch.tensor(0.5))
         model.network.zero_grad()
         losses["loss"].backward()
-        found.append([losses["loss"].detach().clone(), *(p.grad.clone() for p in model.network.parameters())])
+        result.append([losses["loss"].detach().clone(), *(p.grad.clone() for p in model.network.parameters())])
     assert all(value.dtype == torch.float32 for value in losses.values())
-    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+    assert all(torch.equal(a, b) for a, b in zip(*result, strict=True))
 
 
 @pytest.mark.parametrize("likelihood", LIKELIHOODS)
@@ -221,7 +221,7 @@ def test_fitted_prior_covers_draws_not_only_means() -> None:
 @pytest.mark.parametrize(
     ("config", "data", "message"),
     [
-        ({}, TextInfo(vocab_size=9), "data: vae learns from images, this dataset has texts"),
+        ({}, TextInfo(vocab_size=9), "data: vae learns from images, but this dataset has texts"),
         (
             {"latent_dim": 65},
             ImageInfo(channels=1, height=8, width=8),

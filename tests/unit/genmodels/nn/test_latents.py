@@ -1,4 +1,4 @@
-"""Random rows, the fitted density, and ways between latents."""
+"""Random rows, the fitted density, and interpolation."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from genmodels.nn.latents import MAX_FIT, GaussianMixture, first_rows, lerp, sle
 
 @pytest.fixture(scope="module")
 def two_clouds() -> torch.Tensor:
-    """Three quarters around (5, 0, 0) with spread 0.5, a quarter around (-5, 0, 0) with spread 0.1."""
+    """Return points: three quarters around (5, 0, 0) with spread 0.5, a quarter around (-5, 0, 0) with spread 0.1."""
     noise = torch.randn(2000, 3, generator=torch.Generator().manual_seed(0))
     centres = torch.tensor([[5.0, 0, 0]]).repeat(2000, 1)
     centres[::4] *= -1

@@ -1,4 +1,4 @@
-"""How tokens are chosen."""
+"""The choice of tokens."""
 
 from __future__ import annotations
 

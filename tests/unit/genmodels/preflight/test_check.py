@@ -1,4 +1,4 @@
-"""A job is checked whole before anything of it trains: data, shapes, batches, workers and devices."""
+"""Test that a whole job is checked before training: data, shapes, batches, workers and devices."""
 
 from __future__ import annotations
 
@@ -111,14 +111,14 @@ workers = st.one_of(st.integers(1, 8), st.tuples(st.integers(1, 4), st.integers(
 def test_whatever_is_chosen_trains_and_whatever_is_named_is_taken(
     examples: int, workers: int | tuple[int, int], passes: int, given_size: int | None
 ) -> None:
-    """The choice obeys the spec's own rules; the largest that an error names is accepted, and no larger one."""
+    """The chosen values obey the spec's rules; the largest value that an error names is accepted, and no larger one."""
     number: Any = workers if isinstance(workers, int) else {"min": workers[0], "max": workers[1]}
 
     def entry(size: int | None) -> ModelSpec | None:
         train = {"accumulation_steps": passes} | ({} if size is None else {"batch_size": size})
         try:
             return job(Path("/"), photos(train=train, scaling={"num_workers": number})).models[0]
-        except SpecError:  # it does not divide
+        except SpecError:  # the size is not divisible
             return None
 
     result = entry(given_size)
@@ -154,7 +154,7 @@ def test_windows_are_counted_as_they_are_taken(length: int, block_size: int) -> 
 
 
 def test_all_that_is_wrong_is_told_at_once(folder: Path) -> None:
-    wrong = job(
+    bad_job = job(
         folder,
         photos("a", data={"path": "nowhere"}),
         novel("b", model={"family": "minigpt", "block_size": 4000}),
@@ -162,7 +162,7 @@ def test_all_that_is_wrong_is_told_at_once(folder: Path) -> None:
         photos("d", scaling={"num_workers": 8}, train={"batch_size": 8}),
         photos("e"),
     )
-    message = problems(wrong)
+    message = problems(bad_job)
     assert [line.partition(": ")[0] for line in message] == [
         "models[0].data.path",
         "models[1].model.block_size",
@@ -171,7 +171,7 @@ def test_all_that_is_wrong_is_told_at_once(folder: Path) -> None:
     ]
     assert "vae learns from images, but this dataset has texts" in message[2]
     assert "8 workers need at least 8 validation examples, but there are only 5" in message[3]
-    assert check_job(wrong, MemoryStorage(), only=["e"]).job.models[4].train.batch_size == 32
+    assert check_job(bad_job, MemoryStorage(), only=["e"]).job.models[4].train.batch_size == 32
 
 
 def test_each_dataset_is_opened_once(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -195,7 +195,7 @@ def test_what_is_known_of_built_in_data_is_true(name: str) -> None:
     try:
         opened = facts_of(DataConfig(dataset=name), None, open_all=True)
     except DataError:
-        return  # it is not on this machine
+        return  # the file is not on this machine
     assert (facts.info, facts.training, facts.validation) == (opened.info, opened.training, opened.validation)
 
 
@@ -214,7 +214,7 @@ def test_what_is_known_of_stored_data_is_true(tmp_path: Path, classes: int) -> N
     storage.objects[f"datasets/photos/{dataset.sha256}/dataset.json"] = (
         uploads.StoredDataset.model_validate(before).model_dump_json().encode()
     )
-    assert facts_of(config, storage, open_all=False).training > 0  # of a release that noted less
+    assert facts_of(config, storage, open_all=False).training > 0  # stored by a release that recorded less
 
 
 def test_init_from_of_another_shape_is_told_at_submission(file_storage: Storage) -> None:
@@ -229,7 +229,7 @@ def test_init_from_of_another_shape_is_told_at_submission(file_storage: Storage)
         assert error["param"] == "models[1].train.init_from"
     document["models"][1]["model"] = {"family": "gan"}
     error = refused(service.post(document), 400)
-    assert error["message"] == "models[1].train.init_from: small@1 is of family vae, this model of gan"
+    assert error["message"] == "models[1].train.init_from: small@1 is of family vae, but this model is of family gan"
     assert service.storage.list("jobs/") == service.storage.list("open/") == []
 
 

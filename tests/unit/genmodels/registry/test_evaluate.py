@@ -1,4 +1,4 @@
-"""What each family measures of a model; how it is kept, judged by a gate, and shown."""
+"""Test the evaluation metrics of each family; how they are stored, checked by a gate, and shown."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ SHAPES = shapes()
 
 
 def learned(family: Family[Any, Any], data: ImageData, steps: int, **settings: Any) -> Family[Any, Any]:
-    """Trained for a moment, by every role in turn."""
+    """Return a model after a few steps of every role in turn."""
     split, random = data.split("train"), np.random.default_rng(0)
     roles = family.roles(OptimizerConfig(**{"learning_rate": 3e-3, **settings}))
     for step in range(steps):
@@ -204,13 +204,13 @@ def gan(data: ImageData = SHAPES, **settings: Any) -> GAN:
 
 
 def saturated() -> GAN:
-    """Driven to where its gradient is gone."""
+    """Return a model whose gradient is gone."""
     family = gan(loss="non-saturating", gradient_penalty=0.0)
     return learned(family, SHAPES, 10, learning_rate=0.3)
 
 
 def one_picture() -> GAN:
-    """Deaf to its noise."""
+    """Return a model that ignores its noise."""
     family = learned(gan(), SHAPES, 10)
     assert isinstance(family, GAN)
     family.network.stem.weight.data.zero_()
@@ -218,7 +218,7 @@ def one_picture() -> GAN:
 
 
 class Honest(GAN):
-    """Draws training pictures: what a perfect generator would be."""
+    """Draw training pictures, as a perfect generator would."""
 
     def decode(self, latents: Tensor, request: Any) -> Tensor:
         index = (latents[:, 0].sigmoid() * 480).long()
@@ -295,7 +295,7 @@ def gated(spec: ModelSpec, **gate: Any) -> ModelSpec:
 
 
 def saved(spec: ModelSpec, steps: int = 2) -> Run:
-    """A run with checkpoints of a real model on real data."""
+    """Return a run with checkpoints of a real model on real data."""
     storage = MemoryStorage()
     dataset = open_dataset(spec.data)
     run = Run(storage, "tiny-00000000", spec.name)
@@ -353,7 +353,7 @@ def test_where_the_data_has_gone_only_a_gate_that_needs_it_stands_in_the_way(tin
     run = saved(tiny_spec)
     pictures = Path(tiny_spec.data.path or "")
     next(pictures.glob("*.png")).unlink()
-    with pytest.raises(DataError, match="vae was trained on other content than the data has now"):
+    with pytest.raises(DataError, match="the content has changed since vae was trained on it"):
         publish_run(run, tiny_spec, 1)
     pictures.rename(pictures.with_name("elsewhere"))
     with pytest.raises(DataError, match="does not exist"):

@@ -38,7 +38,7 @@ JOB = "shapes-00000000"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The files of a verified checkpoint."""
+    """Write the files of a verified checkpoint."""
     folder = tmp_path_factory.mktemp("checkpoint")
     write(folder, *build("minigpt"))
     return folder
@@ -92,9 +92,9 @@ def unfinished(run: Run, attempt: int, step: int) -> str:
 
 
 def collect(storage: Storage) -> list[tuple[str, str]]:
-    """What goes, by what, in short."""
+    """Return the removed objects by reason, in short form."""
     plan = gc(storage)
-    assert gc(storage) == plan  # looking changes nothing
+    assert gc(storage) == plan  # a plan changes nothing
     plan.carry_out()
     assert gc(storage).items == []
     return [(item.key.removeprefix(f"runs/{JOB}/model/"), item.why) for item in plan.items]
@@ -349,7 +349,7 @@ def test_a_version_is_deleted_and_its_files_after_it(storage: Storage, folder: P
     registry.promote("model", "other", 2, "")
     assert registry.aliases("model")["production"].version == 2
     again = publish(storage, folder, 1)
-    assert again.version == 3  # a number is never given twice
+    assert again.version == 3  # a number is never reused
     assert again.files == first.files
 
 
@@ -394,7 +394,7 @@ def waiting(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
 
 
 class Concurrent:
-    """Does work in a thread, until it is done or waits for the lease."""
+    """Do work in a thread, until it is done or waits for the lease."""
 
     def __init__(self, work: Callable[[], Any], waiting: threading.Event) -> None:
         self.work, self.quiet, self.result = work, waiting, None
@@ -422,7 +422,7 @@ class Concurrent:
 
 
 def orphans(storage: Storage, folder: Path) -> None:
-    """The files of a version, as a publisher leaves them that died before he wrote it."""
+    """Write the files of a version whose publisher died before it wrote the version."""
     publish(storage, folder)
     storage.delete("models/model/versions/00000001.json")
 
@@ -455,7 +455,7 @@ def test_cleaned_up_at_any_moment_of_publishing(folder: Path, tmp_path: Path) ->
 
 
 def test_one_who_died_publishing_is_followed_by_another(folder: Path, tmp_path: Path) -> None:
-    """His version is there, but a file went before it came."""
+    """The version exists, but one of its files was deleted before the version was written."""
     storage = MemoryStorage()
     version = publish(storage, folder)
     for key in Registry(storage).keys(version).values():
@@ -467,7 +467,7 @@ def test_one_who_died_publishing_is_followed_by_another(folder: Path, tmp_path: 
 def test_a_clean_up_that_sleeps_too_long_deletes_no_more(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two minutes at any moment but within the deletion's own request, which times out before."""
+    """It sleeps two minutes at any moment, except in the deletion's own request, which times out before."""
     clock = SimpleNamespace(now=0.0, time=time.time)
     clock.monotonic = lambda: clock.now
 
@@ -487,7 +487,7 @@ def test_a_clean_up_that_sleeps_too_long_deletes_no_more(
     for moment in itertools.count(1):
         inner = MemoryStorage()
         orphans(inner, folder)
-        version_without_files(inner, step=7)  # which the clean-up reads after it has seen which versions there are
+        version_without_files(inner, step=7)  # the clean-up reads it after the list of versions
         result: list[Version] = []
         store = Sleeping(inner, moment, lambda inner=inner, result=result: result.append(publish(inner, folder)))
         began = clock.now
@@ -510,7 +510,7 @@ def test_a_run_that_publishes_keeps_what_it_has_sent(folder: Path) -> None:
 
 
 def promoted(storage: Storage) -> bool:
-    """Whether the alias names the version; it must not name one that is gone."""
+    """Return True if the alias names the version; it must not name a deleted version."""
     registry = Registry(storage)
     if "production" not in registry.aliases("model"):
         return False

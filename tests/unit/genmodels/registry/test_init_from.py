@@ -1,4 +1,4 @@
-"""`train.init_from`: what a name means is settled at submit, and the weights are those of the version or checkpoint."""
+"""Test `train.init_from`: a name is resolved at submit, and the weights are those of the version or checkpoint."""
 
 from __future__ import annotations
 
@@ -42,7 +42,7 @@ def storage(file_storage: Storage) -> Storage:
 
 def trained(storage: Storage, name: str, entry: dict[str, Any], attempt: int = 1) -> Run:
     name = submit(storage, job(name, entry))
-    torch.manual_seed(1234)  # what came before in this process makes no difference
+    torch.manual_seed(1234)  # earlier work in this process makes no difference
     run_attempt(storage, name, entry["name"], attempt, Group())
     return Run(storage, name, entry["name"])
 
@@ -200,7 +200,7 @@ def test_what_is_not_there_is_said_at_submit(data: Path, storage: Storage, refer
 def test_what_does_not_fit_is_said_by_field(data: Path, storage: Storage) -> None:
     source = trained(storage, "source", model(data, "vae"))
     published(storage, source, CheckpointRef(attempt=1, step=6))
-    with pytest.raises(SpecError, match=r"train.init_from: vae@1 is of family vae, this model of gan"):
+    with pytest.raises(SpecError, match=r"train.init_from: vae@1 is of family vae, but this model is of family gan"):
         check_job(job("a", model(data, "gan", init_from="vae")), storage, open_data=True)
     wider = model(data, "vae", init_from="vae")
     wider["model"]["latent_dim"] = 6
@@ -254,7 +254,7 @@ def test_an_added_dataset_is_pinned_at_submit(
     run = Run(storage, name, "minigpt")
     assert run.manifest(run.checkpoints()[0]).lineage.data_digest == first.sha256
     other = submit(storage, spec)
-    assert other != name  # another content is another job
+    assert other != name  # a different content is a different job
     assert Jobs(storage).model_spec(other, "minigpt").data.sha256 == second.sha256
     assert smoke(spec.models[0], storage).startswith("continued ")
     for key in storage.list("datasets/"):

@@ -1,4 +1,4 @@
-"""What is deleted is gone: an alias, a model, a dataset; also when the process dies at any write of it."""
+"""Test that an alias, a model or a dataset is deleted completely, also when the process dies at any write."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def spec(*models: str, dataset: str = "digits", **train: Any) -> JobSpec:
 
 
 def trained(storage: Storage, job: str, model: str, state: State = "succeeded") -> Run:
-    """A run that left checkpoints, samples and logs of two attempts."""
+    """Write a run with checkpoints, samples and logs of two attempts."""
     run = Run(storage, job, model)
     run.start_attempt(1, None, 1)
     parent = save(run, 1, 1)
@@ -80,7 +80,7 @@ def evaluated(storage: Storage, version: Version) -> None:
 
 @pytest.fixture(scope="module")
 def base() -> MemoryStorage:
-    """Two models from one job, each with two versions that were evaluated, and aliases."""
+    """Return two models from one job, each with two evaluated versions, and aliases."""
     storage = MemoryStorage()
     own_job(storage, "first", "second")
     for model in ("first", "second"):
@@ -101,7 +101,7 @@ class Died(Exception):
 
 
 class Dying(Wrapped):
-    """A process that is killed before or after its n-th write or deletion."""
+    """Act as a process that is killed before or after its n-th write or deletion."""
 
     def __init__(self, inner: Storage, moment: int, after: bool) -> None:
         super().__init__(inner)
@@ -122,7 +122,7 @@ class Dying(Wrapped):
 
 @pytest.fixture
 def short_leases(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Leases of the dead end at once."""
+    """Make the leases of dead processes end at once."""
     monkeypatch.setattr("genmodels.registry.store.GC_SECONDS", 0.0)
     monkeypatch.setattr(uploads, "GC_SECONDS", 0.0)
 
@@ -142,7 +142,7 @@ def waits(monkeypatch: pytest.MonkeyPatch) -> threading.Event:
 
 
 class Concurrent:
-    """Work in a thread, which `begin` has go on until it is done or waits for a lease."""
+    """Run work in a thread; `begin` lets it continue until it is done or waits for a lease."""
 
     def __init__(self, work: Callable[[], Any], waits: threading.Event) -> None:
         self.work, self.waits, self.waited = work, waits, False
@@ -161,12 +161,12 @@ class Concurrent:
 
 
 def others(storage: MemoryStorage, what: str) -> dict[str, bytes]:
-    """All objects but those of a model or a dataset."""
+    """Return all objects except those of a model or a dataset."""
     return {key: data for key, data in storage.objects.items() if f"/{what}/" not in key}
 
 
 def traces(storage: MemoryStorage, what: str) -> list[str]:
-    """Objects that are left of it, but for leases and the numbers that are not given again."""
+    """Return the remaining objects of it, except leases and the numbers that are not reused."""
     result = [key for key in storage.objects if f"/{what}/" in key]
     return [key for key in result if "/deleted/" not in key and not key.endswith(("gc-lease.json", "status.json"))]
 
@@ -181,13 +181,13 @@ def test_a_model_is_removed_whole_and_no_other_is_touched(base: MemoryStorage, w
     assert (contents.versions, contents.aliases, contents.jobs) == ([1, 2], {"production": 2, "staging": 1}, [OWN])
     assert contents.bytes > 1000
     assert others(storage, "first") == others(base, "first")
-    left = traces(storage, "first")
+    keys = traces(storage, "first")
     if with_runs:
-        assert left == []
+        assert keys == []
         assert Run(storage, OWN, "first").status()[0].state == "succeeded"
     else:
-        assert {key.split("/")[0] for key in left} == {"runs", "models"}
-        assert all(key.startswith(("runs/", "models/first/runs/")) for key in left)
+        assert {key.split("/")[0] for key in keys} == {"runs", "models"}
+        assert all(key.startswith(("runs/", "models/first/runs/")) for key in keys)
     registry = Registry(storage)
     for name in ("first", "first@staging", "first@1", "first@2", "first@latest"):
         with pytest.raises(ModelNotFound):
@@ -229,23 +229,23 @@ def test_killed_at_any_write_the_rest_is_removed_by_the_next(
             return
         assert others(storage, "first") == others(base, "first"), moment
         registry = Registry(storage)
-        for name in registry.aliases("first"):  # whatever an alias still names is whole
+        for name in registry.aliases("first"):  # every version that an alias still names is complete
             version = registry.resolve(f"first@{name}")
             assert all(storage.exists(key) for key in registry.keys(version).values()), moment
         for version in registry.all_versions("first"):
             assert all(storage.exists(key) for key in registry.keys(version).values()), moment
-        for ref in Run(storage, OWN, "first").checkpoints():  # and so is what the runs still show
+        for ref in Run(storage, OWN, "first").checkpoints():  # every checkpoint that the runs still show is complete
             prefix = Run(storage, OWN, "first").checkpoint_prefix(ref)
             files = Run(storage, OWN, "first").manifest(ref).files
             assert all(storage.exists(f"{prefix}/{name}") for name in files), moment
-        with suppress(ModelNotFound):  # it died when all was done
+        with suppress(ModelNotFound):  # not found if the process died after the last write
             delete_model(storage, "first", with_runs=True)
         assert traces(storage, "first") == [], moment
         assert others(storage, "first") == others(base, "first"), moment
 
 
 def test_published_and_promoted_at_any_moment(base: MemoryStorage, waits: threading.Event) -> None:
-    """A new version is whole and served, or it is gone; an alias never names what is not there."""
+    """A new version is complete and served, or it is gone; an alias never names a missing version."""
     for moment in itertools.count(1):
         storage = copy(base)
         publishing = Concurrent(lambda storage=storage: publish(storage, "first", "vae", step=9), waits)
@@ -254,7 +254,7 @@ def test_published_and_promoted_at_any_moment(base: MemoryStorage, waits: thread
         if paused.operations < moment:
             assert moment > 20
             return
-        with suppress(ModelNotFound):  # the version was deleted before the alias came to it
+        with suppress(ModelNotFound):  # the version was deleted before the promotion
             publishing.end()
         registry = Registry(storage)
         for alias in registry.aliases("first"):
@@ -387,7 +387,7 @@ def text(folder: Path, content: str = LINES) -> Path:
 
 
 def photos(storage: Storage, folder: Path) -> uploads.StoredDataset:
-    """Two contents under one name, one of them trained on, and what evaluations kept of it."""
+    """Write two contents under one name, one of them used in training, and the data that evaluations cached of it."""
     first, _ = uploads.add(storage, "photos", text(folder))
     second, _ = uploads.add(storage, "photos", text(folder, LINES.upper()), replace=True)
     for dataset in (first, second):
@@ -445,7 +445,7 @@ def test_a_dataset_killed_at_any_write(tmp_path: Path, after: bool, short_leases
 
 @pytest.mark.parametrize("content", [LINES, LINES.upper(), LINES.lower()])
 def test_added_at_any_moment_of_its_deletion(tmp_path: Path, content: str, waits: threading.Event) -> None:
-    """Added before the deletion, and gone with it; or after it, and whole."""
+    """Either it is added before the deletion and is deleted too, or it is added after the deletion and is complete."""
     outcomes = set()
     for moment in itertools.count(1):
         storage = MemoryStorage()

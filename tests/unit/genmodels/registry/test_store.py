@@ -1,4 +1,4 @@
-"""The registry: numbers and aliases under contention, what names mean, and what no host would serve."""
+"""Test the registry: numbers and aliases under contention, names, and versions that no host would serve."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def family() -> Family[Any, Any]:
 
 @pytest.fixture(scope="module")
 def folder(family: Family[Any, Any], tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The files of a verified checkpoint, optimizer state and all."""
+    """Write the files of a verified checkpoint, with its optimizer state."""
     folder = tmp_path_factory.mktemp("checkpoint")
     write(folder, family, {"tokenizer.json": b"{}"})
     (folder / "state").mkdir()
@@ -48,7 +48,7 @@ def folder(family: Family[Any, Any], tmp_path_factory: pytest.TempPathFactory) -
 def publish(storage: Storage, folder: Path, job: str = "job-00000000", step: int = 1, attempt: int = 1) -> Version:
     manifest = manifest_of({"val_loss": 1.5, "odd": math.nan}, step)
     run, ref = Run(storage, job, "model"), CheckpointRef(attempt=attempt, step=step)
-    with checkpoint.scratch_folder() as name:  # each publisher fetches for itself
+    with checkpoint.scratch_folder() as name:  # each publisher has its own copy
         own = shutil.copytree(folder, Path(name, "fetched"))
         return Registry(storage).publish(run, ref, manifest, own, PASSED)
 
@@ -58,7 +58,7 @@ def manifest_of(metrics: dict[str, float], step: int = 1) -> Manifest:
 
 
 def fill(storage: Storage, numbers: int, model: str = "model", **more: Any) -> None:
-    """Versions 1 to `numbers`, by hand."""
+    """Write versions 1 to `numbers` directly."""
     for number in range(1, numbers + 1):
         version = {
             "model": model,
@@ -121,7 +121,7 @@ def test_eight_publishers_of_one_checkpoint_get_one_number(storage: Storage, fol
 
 
 def test_a_publisher_that_was_paused_does_not_publish_twice(folder: Path) -> None:
-    """The other one, of the same run and step, publishes between its look and its put."""
+    """Another publisher of the same run and step publishes between its read and its put."""
 
     class Paused(Wrapped):
         def before(self, verb: str, key: str) -> None:

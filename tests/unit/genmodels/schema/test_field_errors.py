@@ -1,4 +1,4 @@
-"""Errors in words: what they advise would be accepted."""
+"""Test error messages: the value that a message advises is accepted."""
 
 from __future__ import annotations
 
@@ -139,7 +139,7 @@ MANY = 50_000
 def test_of_a_list_of_wrong_entries_the_first_is_told_and_no_other_judged(
     root: type[BaseModel], name: str, value: Any
 ) -> None:
-    """An error for each took 12 s and 2 GB of the gateway for one body of 8 MiB."""
+    """One error for each entry took 12 s and 2 GB in the gateway for one body of 8 MiB."""
     needed = {key: REQUIRED[key] for key, field in root.model_fields.items() if field.is_required()}
     with pytest.raises(ValidationError) as caught:
         root.model_validate({**needed, name: value})

@@ -1,4 +1,4 @@
-"""The memory that a model takes where it is served is known before anything is built, and is what it then takes."""
+"""Test that the memory of a served model is known before anything is built, and is the memory that it then takes."""
 
 from __future__ import annotations
 
@@ -86,22 +86,22 @@ def built(name: str, config: dict[str, Any], data: Any) -> tuple[Family[Any, Any
     return cls(settings, data), cls.footprint(settings, data)
 
 
-def storages(thing: Any, seen: set[int] | None = None) -> Iterator[tuple[int, int]]:
-    """(address, bytes) of all tensors that something has."""
-    seen = set() if seen is None else seen
-    if id(thing) in seen:
+def storages(thing: Any, visited: set[int] | None = None) -> Iterator[tuple[int, int]]:
+    """Yield (address, bytes) of all tensors inside an object."""
+    visited = set() if visited is None else visited
+    if id(thing) in visited:
         return
-    seen.add(id(thing))
+    visited.add(id(thing))
     if isinstance(thing, Tensor):
         yield thing.untyped_storage().data_ptr(), thing.untyped_storage().nbytes()
     elif isinstance(thing, dict):
         for part in thing.values():
-            yield from storages(part, seen)
+            yield from storages(part, visited)
     elif isinstance(thing, list | tuple):
         for part in thing:
-            yield from storages(part, seen)
+            yield from storages(part, visited)
     elif hasattr(thing, "__dict__") and type(thing).__module__.startswith(("genmodels", "torch.nn")):
-        yield from storages(vars(thing), seen)
+        yield from storages(vars(thing), visited)
 
 
 def held(*things: Any) -> int:
@@ -109,7 +109,7 @@ def held(*things: Any) -> int:
 
 
 class Peak(TorchDispatchMode):
-    """The most bytes of tensors that were made here and stood at the same time, without those of some things."""
+    """Measure the peak bytes of tensors that were made here, without those of given objects."""
 
     def __init__(self, *things: Any) -> None:
         super().__init__()
@@ -139,7 +139,7 @@ class Peak(TorchDispatchMode):
 
 
 def largest(name: str) -> dict[str, Any]:
-    """Settings at their upper bounds, each by itself."""
+    """Return the upper bound of each integer setting."""
     schema = models.load(name).Config.model_json_schema()["properties"]
     return {field: rules["maximum"] for field, rules in schema.items() if rules.get("type") == "integer"}
 
@@ -178,7 +178,7 @@ def test_a_density_is_counted_at_its_largest() -> None:
     for components in (1, 20):
         density = GaussianMixture.fit(latents, components, seed=0)
         assert held(density) == density_bytes(components, 8)
-    fewer = GaussianMixture.fit(latents, 500, seed=0)  # of so few latents
+    fewer = GaussianMixture.fit(latents, 500, seed=0)  # 300 latents allow fewer components
     assert held(fewer) < density_bytes(500, 8)
 
 
@@ -191,13 +191,13 @@ def test_the_largest_models_are_measured_without_memory(name: str) -> None:
             with contextlib.suppress(ValidationError):  # n_head above n_embd
                 config = cls.Config.model_validate(settings)
                 footprint = cls.footprint(config, text if cls.kind == "text" else pictures)
-    assert footprint.total > 5 * HOST_MEMORY  # all of them at their largest
+    assert footprint.total > 5 * HOST_MEMORY  # all settings at their upper bounds
     assert watched.most < 2**20
 
 
 @pytest.mark.parametrize("positions", ["rotary", "learned"])
 def test_no_square_of_a_window_stands_in_memory(positions: str) -> None:
-    """Neither in serving nor in training: the most that is taken grows with the window, not with its square."""
+    """In serving and in training, the peak memory grows with the window, not with its square."""
     taken = []
     for block in (1024, 4096):
         settings = {"n_layer": 1, "n_head": 1, "n_embd": 8, "block_size": block, "positions": positions}
@@ -216,7 +216,7 @@ def test_no_square_of_a_window_stands_in_memory(positions: str) -> None:
 
 
 def version_with(storage: Storage, model: str, step: int, **claims: Any) -> None:
-    """Publish a version, and then have its `config.json` claim something else."""
+    """Publish a version, and then change its `config.json`."""
     version = publish(storage, model, "minigpt", step=step, alias=None)
     key = f"models/{model}/versions/{version.version:08d}.json"
     document = json.loads(storage.get(key)[0])
@@ -254,7 +254,7 @@ def test_what_is_too_large_or_not_what_its_weights_are_is_refused_before_it_take
     publish(storage, "play", "minigpt")
     host = ModelHost(storage.url, memory=100 * 2**20)
     version_with(storage, "play", 2, **claims)
-    for part in (MiniGPTDecoder, Sampler):  # nothing of it is made
+    for part in (MiniGPTDecoder, Sampler):  # neither is made
         monkeypatch.setattr(part, "__init__", lambda *_, **__: 1 / 0)
     with Peak() as watched:
         host.watch()
@@ -268,7 +268,7 @@ def test_what_is_too_large_or_not_what_its_weights_are_is_refused_before_it_take
 
 
 def test_room_is_made_before_a_model_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """What has to go to make room has gone when the next one's files are fetched."""
+    """Models that are evicted to make room are gone when the next model's files are fetched."""
     monkeypatch.setattr(model_host, "_watch", lambda _: None)
     storage = open_storage(tmp_path.as_uri())
     for name in ("a", "b"):
@@ -329,18 +329,18 @@ def test_a_spec_is_judged_by_its_data(tmp_path: Path, monkeypatch: pytest.Monkey
     ):
         servable.check(small, ImageInfo(channels=3, height=256, width=256))
     monkeypatch.setattr(models.load("vae"), "__init__", lambda self, config, data: self.check(config, data))
-    with pytest.raises(SpecError, match=r"^model\.width: got 512"):  # not a network of it is built
+    with pytest.raises(SpecError, match=r"^model\.width: got 512"):  # no network is built
         attempt.build(small, type("Data", (), {"info": ImageInfo(channels=3, height=256, width=256)})())
 
 
 def peak(family: Any) -> int:
-    """Bytes that the largest requests take for their time."""
+    """Return the peak bytes that the largest requests take."""
     if family.kind == "text":
         tokenizer = CharTokenizer("".join(map(chr, range(48, 48 + family.data.vocab_size))))
         model = TextModel("m@1", family, tokenizer)
         fill = {"prompt": "0" * (family.block_size - 1), "n": SERVED_ROWS, "max_tokens": 2, "seed": 0, "top_p": 0.9}
         with Peak(family) as making:
-            batcher = model.batcher  # made when it is first asked for
+            batcher = model.batcher  # made at the first access
         with Peak(family, batcher) as watched:
             list(complete(model, CompletionRequest.model_validate(fill)))
         return max(watched.most, making.most - making.now)

@@ -32,8 +32,8 @@ class Dumper(yaml.SafeDumper):
 
 
 def represent_text(dumper: yaml.SafeDumper, text: str) -> yaml.ScalarNode:
-    # PyYAML quotes what YAML 1.1 would take for another type; `1e-4` and `0o17` are numbers only since 1.2.
-    # Some line breaks of Unicode it does not escape unless told to, and then folds them when it reads.
+    # PyYAML quotes values that YAML 1.1 reads as another type; `1e-4` and `0o17` are numbers only since 1.2.
+    # PyYAML leaves some Unicode line breaks unescaped by default, and folds them when it reads.
     try:
         plain = isinstance(spec_yaml.scalar(text), str) and text.isprintable()
     except OverflowError:
@@ -45,7 +45,7 @@ Dumper.add_representer(str, represent_text)
 
 
 def written(value: dict[str, Any]) -> bytes:
-    """YAML that `spec_yaml.read` reads back as it was (tuples as lists)."""
+    """Write YAML that `spec_yaml.read` reads back unchanged (tuples as lists)."""
     text: str = yaml.dump(value, Dumper=Dumper, sort_keys=False, allow_unicode=True, default_flow_style=None, width=120)
     return text.encode()
 
@@ -99,7 +99,7 @@ GOOD: dict[str, Any] = {
 
 @pytest.fixture(autouse=True, scope="module")
 def families(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    """Two families that load in no time, one for pictures and one for text, in addition to the real ones."""
+    """Add two families that load quickly, one for pictures and one for text, to the real families."""
     folder = tmp_path_factory.mktemp("families")
     (folder / "stub_image.py").write_text(FAMILY.format(name="StubImage", base="ImageFamily"))
     (folder / "stub_text.py").write_text(FAMILY.format(name="StubText", base="TextFamily"))
@@ -112,7 +112,7 @@ def families(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
 
 
 def good(**changes: Any) -> dict[str, Any]:
-    """The good spec with changes at paths, as `models__0__train__seed=1`; ... removes the key."""
+    """Return the valid spec with changes at paths, as `models__0__train__seed=1`; `...` removes the key."""
     tree = copy.deepcopy(GOOD)
     for path, value in changes.items():
         *parents, last = [int(part) if part.isdigit() else part for part in path.split("__")]
@@ -131,7 +131,7 @@ def parse(tree: Any) -> JobSpec:
 
 
 def problems(document: Any) -> list[str]:
-    """What is said of a wrong document, less `job.yaml:<line>: `."""
+    """Return the error messages of an invalid document, without `job.yaml:<line>: `."""
     data = document if isinstance(document, bytes) else json.dumps(document).encode()
     with pytest.raises(SpecError) as caught:
         parse_spec(data, "job.yaml", Path("/jobs"))
@@ -146,7 +146,7 @@ def assert_plain(error: SpecError) -> None:
         assert not re.search(r"Input should|[Pp]ydantic|https?://|Traceback|type=", problem), problem
 
 
-# what is read
+# valid specs
 
 
 def test_a_good_spec_is_read_and_its_defaults_filled_in() -> None:
@@ -219,7 +219,7 @@ def test_1e_4_is_a_number_of_the_spec() -> None:
     assert parse_spec(data, "job.yaml").models[0].train.learning_rate == 1e-4
 
 
-# what is refused: bytes and YAML
+# errors: bytes and YAML
 
 
 @pytest.mark.parametrize(
@@ -282,10 +282,10 @@ def test_a_billion_laughs_end_at_the_first_anchor() -> None:
     assert len(result) == spec_yaml.MAX_ERRORS
 
 
-# what is refused: fields
+# errors: fields
 
 
-SECTIONS: dict[str, type[Section]] = {  # every section of a model, and where its keys may stand
+SECTIONS: dict[str, type[Section]] = {  # every section of a model, and the places of its keys
     "data": DataConfig,
     "train": sections.TrainConfig,
     "scaling": sections.ScalingConfig,
@@ -297,7 +297,7 @@ SECTIONS: dict[str, type[Section]] = {  # every section of a model, and where it
 
 
 def known_fields() -> dict[str, set[str]]:
-    """The sections that have a key, by key: also those of the model's family, the stub's."""
+    """Return the sections that have a key, by key; those of the stub family included."""
     fields = {path: [*section.model_fields] for path, section in SECTIONS.items()}
     fields |= {"model": ["width", "heads", "act", "depth"], "model.depth": ["layers"]}
     result: dict[str, set[str]] = {}
@@ -308,7 +308,7 @@ def known_fields() -> dict[str, set[str]]:
 
 
 def test_a_key_in_the_wrong_section_is_sent_to_the_right_one() -> None:
-    """Every key of every section, in every other section and at the top, unless it is near a key there."""
+    """Test every key of every section in every other section and at the top, unless it is similar to a key there."""
     homes, sent = known_fields(), 0
     for key, paths in homes.items():
         for at in ("train", "data", "scaling", "checkpoints", "serve", "serve.gate", "model", ""):
@@ -483,10 +483,10 @@ def test_choices_that_are_numbers_are_listed(value: object) -> None:
             {"models__0__serve__gate__metric": "val_los"},
             "got 'val_los', expected one of val_loss, val_error; did you mean 'val_lo",
         ),
-        ({"models__0__serve__alias": "latest"}, "models[0].serve.alias: got 'latest', which names"),
-        ({"models__0__serve__alias": "live"}, "models[0].serve.alias: got 'live', which names"),
-        ({"models__0__serve__alias": "7"}, "models[0].serve.alias: got '7', which names"),
-        ({"models__0__serve__alias": "step-5"}, "models[0].serve.alias: got 'step-5', which names"),
+        ({"models__0__serve__alias": "latest"}, "models[0].serve.alias: got 'latest', which is reserved"),
+        ({"models__0__serve__alias": "live"}, "models[0].serve.alias: got 'live', which is reserved"),
+        ({"models__0__serve__alias": "7"}, "models[0].serve.alias: got '7', which is reserved"),
+        ({"models__0__serve__alias": "step-5"}, "models[0].serve.alias: got 'step-5', which is reserved"),
         ({"models__0__serve__pool": "a b"}, "models[0].serve.pool: got 'a b', expected at most 63"),
     ],
 )
@@ -555,7 +555,7 @@ def test_of_very_many_problems_the_first_are_told_quickly() -> None:
     assert time.process_time() - start < 1
 
 
-# workers that come and go, data that people added, what training starts from
+# elastic workers, uploaded datasets, `init_from`
 
 
 def test_an_elastic_run_names_the_sizes_it_may_have() -> None:
@@ -622,7 +622,7 @@ def test_a_wrong_start_is_refused(name: str) -> None:
     assert "init_from: got " in problems(good(models__0__train={"init_from": name}))[0]
 
 
-# what is stored
+# stored specs
 
 
 def test_dump_and_both_readers_round_trip() -> None:
@@ -698,7 +698,7 @@ def test_schema_accepts_good_specs_and_refuses_wrong_ones() -> None:
     assert validator.is_valid(good(models__0__scaling__num_workers={"min": 1, "max": 2}))
     assert validator.is_valid(good(models__0__train__init_from="vae@shapes-0a1b2c3d:step-500"))
     assert validator.is_valid(json.loads(json.dumps(parse(GOOD).model_dump())))
-    for wrong in (
+    for invalid in (
         good(nmae=1),
         good(name="A"),
         good(models__0__model__family="stub"),
@@ -711,7 +711,7 @@ def test_schema_accepts_good_specs_and_refuses_wrong_ones() -> None:
         good(models__0__train__init_from="../x"),
         good(models__0__data__dataset="../x"),
     ):
-        assert not validator.is_valid(wrong)
+        assert not validator.is_valid(invalid)
 
 
 def test_every_field_of_the_schema_is_described() -> None:
@@ -756,7 +756,7 @@ def test_heads_must_share_the_width_of_a_minigpt() -> None:
     assert "64" in result
 
 
-# anything at all
+# arbitrary input
 
 
 @settings(max_examples=150, deadline=None)
@@ -822,7 +822,7 @@ def test_yaml_written_is_read_back(value: dict[str, Any]) -> None:
         back = spec_yaml.read(written(value), "x").value
     except SpecError as error:
         refusal = str(error)
-    if back is None:  # only for what cannot stand in a spec at all
+    if back is None:  # only for values that no spec can have
         assert re.search(r"finite|too large|surrogate|U\+0000", refusal)
         return
     assert back == value

@@ -1,4 +1,4 @@
-"""The dispatcher's lease: one holder at a time, also when one is paused, killed, or the store's answers are lost."""
+"""Test the lease: one holder at a time, also when a holder is paused or killed, or the store's responses are lost."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from tests.support.storages import FailingStorage, MemoryStorage, Wrapped, in_th
 
 
 class Clock:
-    """Monotonic time that moves when it is told to."""
+    """Act as a monotonic clock that the test moves."""
 
     def __init__(self) -> None:
         self.now = 50.0
@@ -24,7 +24,7 @@ class Clock:
 
 
 class LostAnswers(Wrapped):
-    """Carries out a put, but its answer is lost, and the store stays away for the reading after it."""
+    """Carry out a put but lose its response; the store stays away for the next read."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -53,7 +53,7 @@ def test_one_holds_it(storage: Storage, clock: Clock) -> None:
     assert a.held()
     assert b.try_acquire() is None
     assert not b.held()
-    for _ in range(10):  # while it is renewed no other process gets it
+    for _ in range(10):  # no other process gets the lease while it is renewed
         clock.now += 14
         a.renew()
         assert b.try_acquire() is None
@@ -64,7 +64,7 @@ def test_the_next_waits_a_whole_length_of_its_own_clock(clock: Clock) -> None:
     store = MemoryStorage()
     a, b = Lease(store), Lease(store)
     assert a.try_acquire() == 1
-    clock.now += 1000  # b has not looked before: by its clock nothing is old
+    clock.now += 1000  # b has not read the lease before: no renewal is old by its clock
     assert b.try_acquire() is None
     clock.now += 14.9
     assert b.try_acquire() is None
@@ -78,7 +78,7 @@ def test_one_that_was_paused_knows_it_and_comes_too_late(storage: Storage, clock
     a, b = Lease(storage), Lease(storage)
     assert a.try_acquire() == 1
     assert b.try_acquire() is None
-    clock.now += 15  # a is paused: renews nothing
+    clock.now += 15  # a is paused and does not renew
     assert not a.held()
     assert b.try_acquire() == 2
     assert b.held()
@@ -86,7 +86,7 @@ def test_one_that_was_paused_knows_it_and_comes_too_late(storage: Storage, clock
         a.renew()
     with pytest.raises(LeaseLost):
         a.renew()  # and goes on to say so
-    a.release()  # which takes nothing from b
+    a.release()  # the release takes nothing from b
     assert a.try_acquire() is None
     b.renew()
     assert b.held()
@@ -106,7 +106,7 @@ def test_paused_but_nobody_came(clock: Clock) -> None:
 
 
 def test_at_no_moment_do_two_hold_it(clock: Clock) -> None:
-    """A renewal is written at any moment of the watcher's reading, which takes 5 s."""
+    """A renewal is written at any moment of the watcher's read, which takes 5 s."""
     for moment in range(6):
         store = Wrapped()
         a, b = Lease(store.inner), Lease(store)
@@ -148,7 +148,7 @@ def test_terms_only_grow(storage: Storage, clock: Clock) -> None:
         terms.append(one.try_acquire())
         one.release()
         terms.append(one.try_acquire())
-        terms.append(one.try_acquire())  # its own: no wait
+        terms.append(one.try_acquire())  # its own lease: no wait
         one.release()
     assert terms == list(range(1, 13))
 

@@ -1,6 +1,6 @@
-"""What was allowed and is refused now is an outage that passes: each refusal, at each operation, on S3 and in a folder.
+"""Test that a refusal after a success is a temporary outage: each refusal, at each operation, on S3 and in a folder.
 
-At the start of a command the same refusal is one clear error.
+At the start of a command, the same refusal is one clear error.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def test_a_refusal_by_s3_is_final_at_the_start_and_an_outage_later(
         proxy.heal(refused)
         storage.list("")
         refused = proxy.fail(mode)
-        for kind, calls in ((StorageUnavailable, READS), (Refused, WRITES)):  # it has read, and not written yet
+        for kind, calls in ((StorageUnavailable, READS), (Refused, WRITES)):  # the process has read but not written yet
             assert {type(tried(call, storage, path)) for call in calls.values()} == {kind}, mode
         proxy.heal(refused)
         storage.put("k", b"x")
@@ -147,7 +147,7 @@ def test_another_server_at_the_address_of_the_store_is_an_outage(path: Path, mon
         for kind, (status, _, body) in OTHER_SERVERS.items():
             for name, call in ALL.items():
                 if name == "delete" and (status, body) == (200, b""):
-                    continue  # a store may answer so
+                    continue  # a possible response of a store
                 error = tried(call, storage, path)
                 assert isinstance(error, StorageUnavailable), (kind, name)
                 assert error.reason in (SILENT, "another server answers at the address of the storage"), (kind, name)
@@ -189,7 +189,7 @@ DISK = {
 }
 
 
-# Where nothing has been read or written yet.
+# Before the first read or write.
 FINAL_AT_FIRST = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EUCLEAN, errno.EBADMSG, errno.EREMOTEIO, errno.ELOOP)
 
 
@@ -262,7 +262,7 @@ def test_a_write_that_the_disk_does_not_take_changes_nothing(
 
 
 class Refusing(Wrapped):
-    """From operation `at` on, refuses so many operations."""
+    """Refuse so many operations, from operation `at` on."""
 
     def __init__(self, inner: Storage, at: int, times: int) -> None:
         super().__init__(inner)
@@ -292,7 +292,7 @@ def test_a_refusal_at_any_moment_fails_no_job_and_stops_no_dispatcher(data: Path
 
 def test_genmodels_run_shows_what_it_waits_for(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(single_run, "POLL_SECONDS", 0.0)
-    seen: list[tuple[str, str]] = []
+    states: list[tuple[str, str]] = []
     inner = MemoryStorage()
     refusing = Refusing(inner, 16, times=4)
     storage = MeasuredStorage(refusing)
@@ -300,16 +300,16 @@ def test_genmodels_run_shows_what_it_waits_for(monkeypatch: pytest.MonkeyPatch) 
 
     class Backend(Drivers):
         def start(self, *arguments: Any) -> Any:
-            if not self.drivers and not seen.count(("starting", "the disk of this machine is full")):
+            if not self.drivers and not states.count(("starting", "the disk of this machine is full")):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
             return super().start(*arguments)
 
     def watch(status: Any, heartbeat: Any) -> None:
-        seen.append((status.state, heartbeat.waiting if heartbeat else ""))
+        states.append((status.state, heartbeat.waiting if heartbeat else ""))
 
     status, _ = run_to_completion(storage, Backend(inner, succeeds), "job-00000000", "model", 1, watch)
     assert (status.state, status.attempt, refusing.refused) == ("succeeded", 1, 4)
-    assert DENIED in {waiting for _, waiting in seen}
+    assert DENIED in {waiting for _, waiting in states}
 
 
 TROUBLES: list[Callable[[], Exception]] = [
@@ -327,7 +327,7 @@ TROUBLES: list[Callable[[], Exception]] = [
 def test_the_dispatcher_outlives_whatever_happens(
     data: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, trouble: Any, where: str
 ) -> None:
-    storage, left = MemoryStorage(), Counter({where: 3})
+    storage, remaining = MemoryStorage(), Counter({where: 3})
     name = submit(storage, data, "one", "a")
     cluster, lease = Cluster(storage), Lease(storage)
     dispatcher = Dispatcher(storage, cluster, lease)
@@ -336,8 +336,8 @@ def test_the_dispatcher_outlives_whatever_happens(
         works = getattr(target, method)
 
         def call(*arguments: Any, **options: Any) -> Any:
-            if left[place]:
-                left[place] -= 1
+            if remaining[place]:
+                remaining[place] -= 1
                 raise trouble()
             return works(*arguments, **options)
 
@@ -362,12 +362,12 @@ def test_the_dispatcher_outlives_whatever_happens(
             stop.set()
             thread.join(20)
     assert state(storage, name, "a").state == "succeeded"
-    assert left[where] == 0
-    assert len([record for record in caplog.records if "the next is tried" in record.message]) == 1
+    assert remaining[where] == 0
+    assert len([record for record in caplog.records if "the next round follows" in record.message]) == 1
 
 
 class PlainDrivers(SubprocessBackend):
-    """Real drivers and workers without Ray."""
+    """Run real drivers and workers without Ray."""
 
     def start(self, storage_url: str, job: str, model: str, attempt: int, workers: int) -> Any:
         with pytest.MonkeyPatch.context() as patch:
@@ -385,22 +385,22 @@ def _plain_command(storage_url: str, job: str, model: str, attempt: int, workers
 def test_a_real_run_outlasts_refusals_at_the_start_in_training_and_in_publishing(
     s3_storage: Storage, proxy: FaultProxy, tmp_path: Path
 ) -> None:
-    """Supervisor, driver and worker are processes of their own, and all of them are refused."""
+    """Supervisor, driver and worker are separate processes, and the store refuses all of them."""
     entry = model(make_data(tmp_path), "minigpt", max_steps=400, save_every=200, eval_every=200)
     name = submit_here(s3_storage, job("refused", entry))
     storage = open_storage(s3_storage.url)
     begin_writing(storage)
-    left, shown, modes = Counter[str](), set(), itertools.cycle(mode for mode, _ in REFUSALS)
+    counts, shown, modes = Counter[str](), set(), itertools.cycle(mode for mode, _ in REFUSALS)
 
     def choose() -> str:
-        left["to refuse"] -= 1
-        return next(modes) if left["to refuse"] >= 0 else "ok"
+        counts["to refuse"] -= 1
+        return next(modes) if counts["to refuse"] >= 0 else "ok"
 
     def watch(status: Any, heartbeat: Any) -> None:
         shown.add(heartbeat.waiting if heartbeat else "")
         phase = heartbeat.phase if heartbeat else status.state
-        if phase in ("starting", "training", "publishing") and not left[phase]:
-            left[phase], left["to refuse"] = 1, 5
+        if phase in ("starting", "training", "publishing") and not counts[phase]:
+            counts[phase], counts["to refuse"] = 1, 5
 
     proxy.fail_at_random(choose)
     backend = PlainDrivers(tmp_path / "logs", {"PYTHONPATH": str(ROOT)})
@@ -408,7 +408,7 @@ def test_a_real_run_outlasts_refusals_at_the_start_in_training_and_in_publishing
     proxy.heal()
     assert (status.state, status.attempt) == ("succeeded", 1), status.history
     assert result is not None
-    assert (result.step, left["starting"], left["training"], left["publishing"]) == (400, 1, 1, 1)
+    assert (result.step, counts["starting"], counts["training"], counts["publishing"]) == (400, 1, 1, 1)
     assert [row["step"] for row in Run(s3_storage, name, "minigpt").metrics() if "loss" in row] == [*range(1, 401)]
     assert DENIED in shown
 

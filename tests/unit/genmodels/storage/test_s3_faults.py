@@ -1,4 +1,4 @@
-"""S3 that fails: answers lost, servers down or killed, wrong credentials. Through a proxy before the real server."""
+"""Test S3 faults through a proxy before the real server: lost responses, servers down or killed, wrong credentials."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def proxy(s3_server: S3Server, s3_storage: Storage, monkeypatch: pytest.MonkeyPa
 
 @pytest.fixture
 def faulty(proxy: FaultProxy, s3_storage: Storage) -> Storage:
-    """As `s3_storage`, behind `proxy`; boto makes two tries."""
+    """Return a storage like `s3_storage`, behind `proxy`; boto makes two attempts."""
     return open_storage(s3_storage.url)
 
 
@@ -45,7 +45,7 @@ def one_try(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def test_lost_answer_is_a_conflict_with_oneself(faulty: Storage, proxy: FaultProxy) -> None:
     proxy.fail("drop-answer", times=1, method="PUT")
-    with pytest.raises(Conflict):  # what a plain put cannot know
+    with pytest.raises(Conflict):  # a plain put cannot know that the object is its own
         faulty.put("plain", b"mine", if_absent=True)
     assert faulty.get("plain")[0] == b"mine"
 
@@ -101,7 +101,7 @@ def test_after_an_outage_a_writer_that_kept_its_nonce_goes_on(
 
 
 def test_counter_is_exact_under_faults(faulty: Storage, s3_storage: Storage, proxy: FaultProxy, one_try: None) -> None:
-    """One writer, so that each write is either its own or not there."""
+    """There is one writer, so each write is either its own or absent."""
     etag = write_document(s3_storage, "counter", {"count": 0})
     for i in range(12):
         proxy.fail(random.Random(i).choice(["drop-answer", "503", "reset", "ok"]), times=1, method="PUT")
@@ -237,11 +237,11 @@ WRONG: dict[str, dict[str, str | None]] = {
 }
 
 
-@pytest.mark.parametrize("wrong", WRONG)
+@pytest.mark.parametrize("fault", WRONG)
 def test_wrong_credentials(
-    s3_storage: Storage, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, wrong: str, one_try: None
+    s3_storage: Storage, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, fault: str, one_try: None
 ) -> None:
-    for name, value in WRONG[wrong].items():
+    for name, value in WRONG[fault].items():
         monkeypatch.delenv(name, raising=False)
         if value is not None:
             monkeypatch.setenv(name, value)

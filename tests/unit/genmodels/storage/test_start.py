@@ -1,4 +1,4 @@
-"""What a process makes sure of before it relies on a storage: conditional puts, format, and that it is still there."""
+"""Test what a process checks before it uses a storage: conditional puts, format, and that the storage still exists."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ __all__ = ["opened", "path", "proxy", "run"]
 
 
 class Careless(Wrapped):
-    """A store that ignores conditions of some kinds."""
+    """Ignore some kinds of conditions, as a careless store does."""
 
     def __init__(self, *ignored: str) -> None:
         super().__init__()
@@ -75,9 +75,9 @@ def test_what_a_start_costs_and_that_nothing_costs_more_later(
     storage = opened()
 
     def cost(work: Callable[[], Any]) -> list[str]:
-        proxy.seen.clear()
+        proxy.requests.clear()
         work()
-        return [method for method, _, _ in proxy.seen]
+        return [method for method, _, _ in proxy.requests]
 
     assert cost(lambda: begin_writing(storage)) == ["PUT", "PUT", "PUT", "DELETE", "GET", "PUT", "GET"]
     assert cost(lambda: begin_writing(opened())) == ["PUT", "PUT", "PUT", "DELETE", "GET"]
@@ -135,7 +135,7 @@ def gone(root: Path, aside: Path) -> None:
 
 
 def emptied(root: Path, aside: Path) -> None:
-    """What an unmounted folder looks like: the mount point is there."""
+    """Make a folder look unmounted: only the mount point exists."""
     root.rename(aside)
     root.mkdir()
 
@@ -159,7 +159,7 @@ def test_a_folder_that_goes_is_an_outage_and_nothing_is_written_beneath(
     storage = open_storage(root.as_uri(), in_use=first == "nothing")
     tried(ALL.get(first, lambda *_: None), storage, path)
     if first == "nothing" and goes is replaced:
-        return  # which one it was, this process cannot know
+        return  # this process cannot know which storage it was
     goes(root, aside)
     before = content(tmp_path)
     for name, call in ALL.items():
@@ -179,7 +179,7 @@ def test_a_folder_that_goes_is_an_outage_and_nothing_is_written_beneath(
 def test_a_folder_that_goes_in_the_middle_of_an_operation(
     tmp_path: Path, path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """An answer that nothing is there counts only if the folder was there."""
+    """ "Nothing there" counts only if the folder itself existed."""
     root, aside = tmp_path / "storage", tmp_path / "aside"
     for name, call in READS.items():
         storage: Any = open_storage(root.as_uri())

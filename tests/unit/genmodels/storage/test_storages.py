@@ -1,4 +1,4 @@
-"""One suite for both storages: what holds in a local folder holds on S3."""
+"""Test both storages with one suite: S3 behaves as a local folder does."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from genmodels.storage import folder as folder_module
 
 
 def in_threads(n: int, work: Callable[[int], Any]) -> list[Any]:
-    """Results of work(0), ..., work(n - 1), all started at the same moment."""
+    """Return the results of work(0), ..., work(n - 1), all started at the same moment."""
     barrier = threading.Barrier(n)
 
     def start(i: int) -> Any:
@@ -102,7 +102,7 @@ def test_list_a_part(storage: Storage) -> None:
         storage.put(key, b"x")
     assert storage.list("ended/", limit=7) == keys[:7]
     assert storage.list("ended/", after=keys[6], limit=7) == keys[7:14]
-    assert storage.list("ended/", after="ended/0013-") == keys[7:]  # there is no such key
+    assert storage.list("ended/", after="ended/0013-") == keys[7:]  # the key does not exist
     assert storage.list("ended/", after="ended/", limit=1) == storage.list("ended/", after="a", limit=1) == keys[:1]
     assert storage.list("ended/", after=keys[-1]) == storage.list("ended/", after="z") == []
     assert storage.list("ended/", limit=0) == []
@@ -302,12 +302,12 @@ def test_counter_loses_nothing(storage: Storage) -> None:
     write_document(storage, "counter", {"count": 0})
 
     def count_up(_: int) -> None:
-        left = 6
-        while left:
+        remaining = 6
+        while remaining:
             document, etag = read_document(storage, "counter")
             try:
                 write_document(storage, "counter", {"count": document["count"] + 1}, if_match=etag)
-                left -= 1
+                remaining -= 1
             except Conflict:
                 pass
 
@@ -401,7 +401,7 @@ def test_document_round_trip(storage: Storage) -> None:
     assert stored == {"a": "ü", "b": [1, 2.5, None, {"x": True}], "best": ["inf", "-inf"], "loss": "nan"}
     text = storage.get("doc.json")[0].decode()
     assert list(json.loads(text)) == ["a", "b", "best", "loss", "nonce"]
-    assert write_document(storage, "doc.json", document) != etag  # each writing is its own
+    assert write_document(storage, "doc.json", document) != etag  # each write has its own nonce
 
 
 def test_floats_come_back() -> None:

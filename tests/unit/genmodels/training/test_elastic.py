@@ -1,4 +1,4 @@
-"""A run that goes from 1 worker to 2 and back: no step is lost, and every sample is seen once in every epoch."""
+"""A run that changes from 1 worker to 2 and back loses no step and sees each sample once in each epoch."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_from_one_worker_to_two_and_back(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def assert_seen_once(spec: ModelSpec, seen: Path, name: str, sizes: dict[int, int]) -> None:
-    """Each attempt takes up where the last one left, and all of them see what one alone would have."""
+    """Each attempt continues after the last one; together they see the samples that a single attempt would see."""
     dataset = open_dataset(spec.data)
     n = len(dataset.split("train", 16))
     taken: list[tuple[int, int]] = []

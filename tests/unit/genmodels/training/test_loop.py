@@ -1,4 +1,4 @@
-"""The loop, for every family, alone and in plain processes."""
+"""The loop: each family, in one process and in several plain processes."""
 
 from __future__ import annotations
 
@@ -99,8 +99,8 @@ def test_an_attempt_on_either_storage(data: Path, storage: Storage) -> None:
 
 
 def test_evaluation_does_not_depend_on_the_number_of_workers(data: Path, tmp_path: Path) -> None:
-    """The sums are over the whole validation set, each example once, however many share the work."""
-    found: dict[int, list[dict[str, float]]] = {}
+    """The sums cover the whole validation set, each example once, with any number of workers."""
+    result: dict[int, list[dict[str, float]]] = {}
     for world_size in (1, 3):
         storage = open_storage(f"file://{tmp_path}/{world_size}")
         settings = {"max_steps": 1, "learning_rate": 1e-12, "schedule": "constant"}
@@ -109,8 +109,8 @@ def test_evaluation_does_not_depend_on_the_number_of_workers(data: Path, tmp_pat
         with WorkerGroup(world_size, storage.url, [(name, family, 1) for family in FAMILIES]) as group:
             group.succeed()
         runs = [Run(storage, name, family) for family in FAMILIES]
-        found[world_size] = [run.manifest(run.checkpoints()[0]).metrics for run in runs]
-    for family, one, three in zip(FAMILIES, found[1], found[3], strict=True):
+        result[world_size] = [run.manifest(run.checkpoints()[0]).metrics for run in runs]
+    for family, one, three in zip(FAMILIES, result[1], result[3], strict=True):
         assert one == pytest.approx(three, rel=1e-4), family
 
 
@@ -223,13 +223,13 @@ def test_the_log_says_how_it_goes(data: Path, folder: Storage, caplog: pytest.Lo
     with caplog.at_level(logging.INFO):
         assert run_attempt(folder, name, "minigpt", 1, Group())
         assert run_attempt(folder, name, "minigpt", 2, Group())
-    said = [record.message for record in caplog.records if record.name.startswith("genmodels")]
+    output = [record.message for record in caplog.records if record.name.startswith("genmodels")]
     (three, six) = (row for row in Run(folder, name, "minigpt").metrics() if row["step"] in (3, 6))
-    assert said[0] == "attempt 1, rank 0 of 1: begins"
-    for line, row in zip(said[1:3], (three, six), strict=True):
+    assert output[0] == "attempt 1, rank 0 of 1: begins"
+    for line, row in zip(output[1:3], (three, six), strict=True):
         shown = (f"{name} {row[name]:.4g}" for name in ("val_loss", "val_bits_per_char", "loss"))
         assert line == f"step {row['step']} of 6: {', '.join(shown)}"
-    assert said[3:] == ["attempt 2, rank 0 of 1: continues from step 6 of attempt 1"]
+    assert output[3:] == ["attempt 2, rank 0 of 1: continues from step 6 of attempt 1"]
 
 
 def test_data_that_does_not_fit_is_said(data: Path, folder: Storage, tmp_path: Path) -> None:

@@ -44,7 +44,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_every_metric_is_listed_once_and_has_no_other_labels() -> None:
-    named = [found for found in vars(metrics).values() if isinstance(found, MetricWrapperBase)]
+    named = [result for result in vars(metrics).values() if isinstance(result, MetricWrapperBase)]
     assert named == metrics.ALL
     names = [metric.describe()[0].name for metric in metrics.ALL]
     assert len(set(names)) == len(names)
@@ -70,9 +70,9 @@ def test_gauges_say_what_storage_says(family: str, data: Path, monkeypatch: pyte
     run = Run(storage, name, family)
 
     def shown(metric: Any) -> dict[tuple[str, ...], float]:
-        """Beside the run's own labels; sorted by label: family, job, metric, model, part, role."""
-        found = {labels: number for labels, number in series(metric).items() if name in labels}
-        return {tuple(word for word in labels if word not in (name, family)): n for labels, n in found.items()}
+        """Labels in addition to those of the run, in the order family, job, metric, model, part, role."""
+        result = {labels: number for labels, number in series(metric).items() if name in labels}
+        return {tuple(word for word in labels if word not in (name, family)): n for labels, n in result.items()}
 
     heartbeat, row = run.heartbeat(1), run.metrics()[-1]
     assert heartbeat
@@ -134,17 +134,17 @@ def test_counting_changes_no_bit_of_training(data: Path, monkeypatch: pytest.Mon
 
 @pytest.mark.parametrize("family", models.names())
 def test_operations_grow_with_the_batch_and_are_those_of_the_matrices(family: str) -> None:
-    found, _ = build(family)
+    result, _ = build(family)
     config = TrainConfig(max_steps=1, batch_size=8)
 
     def step(rows: int, accumulation: int = 1) -> float:
         batch = {"images": torch.rand(rows, 1, 16, 16)}
-        if isinstance(found, TextFamily):
-            tokens = torch.zeros(rows, found.block_size, dtype=torch.long)
+        if isinstance(result, TextFamily):
+            tokens = torch.zeros(rows, result.block_size, dtype=torch.long)
             batch = {"tokens": tokens, "targets": tokens}
         settings = config.model_copy(update={"accumulation_steps": accumulation})
         state = torch.get_rng_state()
-        effort = flops.estimate(found, batch, settings, torch.device("cpu"))
+        effort = flops.estimate(result, batch, settings, torch.device("cpu"))
         assert torch.equal(state, torch.get_rng_state())
         assert effort
         assert effort.peak > 1e6
@@ -153,14 +153,14 @@ def test_operations_grow_with_the_batch_and_are_those_of_the_matrices(family: st
     assert step(16) == pytest.approx(2 * step(8), rel=0.01)
     assert step(8, accumulation=3) == 3 * step(8)
     if family == "minigpt":  # 2 for each weight forward, 4 backward; attention and the untrained inputs aside
-        matrices = sum(p.numel() for p in found.network.parameters() if p.dim() == 2)
+        matrices = sum(p.numel() for p in result.network.parameters() if p.dim() == 2)
         assert 0.5 < step(8) / (6 * matrices * 8 * 16) < 2
 
 
 def test_what_cannot_be_told_stops_no_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    found, _ = build("vae")
+    result, _ = build("vae")
     batch = {"wrong": torch.zeros(1)}
-    assert flops.estimate(found, batch, TrainConfig(max_steps=1, batch_size=8), torch.device("cpu")) is None
+    assert flops.estimate(result, batch, TrainConfig(max_steps=1, batch_size=8), torch.device("cpu")) is None
 
 
 # ---- jobs, registry, storage
@@ -199,7 +199,7 @@ def test_versions_and_moves_count_once(tmp_path: Path) -> None:
 
 
 class OfThisThread:
-    """A metric of storage that counts this thread alone: hosts of other tests follow theirs meanwhile."""
+    """Return a metric of storage that counts this thread alone: other tests may use the storage meanwhile."""
 
     def __init__(self, metric: MetricWrapperBase) -> None:
         self.shared, self.thread = metric, threading.current_thread()

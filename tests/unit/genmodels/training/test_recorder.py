@@ -64,7 +64,7 @@ def make(spec: ModelSpec) -> Callable[[Storage, int], RunRecorder]:
 
 
 def snapshot(step: int, val_loss: float | None = None) -> Snapshot:
-    """The weights differ from step to step, and the loss falls unless it is given."""
+    """Return a snapshot: weights differ from step to step, and the loss falls unless it is given."""
     family, _ = build("vae", seed=step, density_components=1)
     weights = family.network.state_dict()
     return Snapshot(
@@ -101,8 +101,8 @@ def test_everything_arrives(make: Any) -> None:
         rank0.report_progress("saving", 2)
         rank0.save(snapshot(2, 1.25))
     run = Run(storage, "job", "vae")
-    (found,) = run.manifests()
-    ref, manifest = found
+    (result,) = run.manifests()
+    ref, manifest = result
     assert ref == CheckpointRef(attempt=1, step=2)
     assert (manifest.step, manifest.samples, manifest.metrics, manifest.lineage) == (2, 24, {"val_loss": 1.25}, LINEAGE)
     assert sorted(manifest.files) == [
@@ -141,7 +141,7 @@ def test_a_heartbeat_says_how_long_it_will_take(make: Any, monkeypatch: pytest.M
 
 
 def test_a_heartbeat_has_the_median_of_the_latest_steps(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each step from the report of progress before it, of any phase; evaluations and waits between steps are none."""
+    """A step lasts from the progress report before it, of any phase; evaluations and waits are not steps."""
     monkeypatch.setattr(recorder, "MEDIAN_OF", 5)
     storage = MemoryStorage()
     rank0, run = make(storage), Run(storage, "job", "vae")
@@ -169,7 +169,7 @@ def test_a_heartbeat_has_the_median_of_the_latest_steps(make: Any, monkeypatch: 
 
 
 def test_what_a_manifest_commits_has_its_metrics(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Killed right after the manifest, long before metrics are due: the rows of its steps are there."""
+    """After a kill right after the manifest, long before metrics are due, the rows of its steps are in storage."""
     monkeypatch.setattr(recorder, "METRICS_SECONDS", 1e9)
     storage = RecordingStorage()
     with make(storage) as rank0:
@@ -296,7 +296,7 @@ def test_checkpoints_are_counted_and_tries_that_the_store_did_not_take(make: Any
 
 
 def test_saves_wait_once_two_are_on_their_way(make: Any) -> None:
-    """One is being uploaded, one waits in the queue; a third waits with its caller, whose heart goes on beating."""
+    """One snapshot is uploaded, one waits in the queue; a third makes its caller wait, and heartbeats continue."""
     storage = FailingStorage(only="/checkpoints/")
     with make(storage) as rank0:
         storage.away = True
@@ -394,7 +394,7 @@ def test_an_overtaken_attempt_is_not_left_waiting_for_room(make: Any) -> None:
 
 
 def test_an_overtaken_attempt_deletes_nothing(make: Any) -> None:
-    """Overtaken after its manifest and before its clean-up."""
+    """The attempt is superseded after its manifest and before its clean-up."""
 
     class Overtaken(RecordingStorage):
         def after(self, verb: str, key: str) -> None:
@@ -512,13 +512,13 @@ def test_clean_up_keeps_what_others_start_from(make: Any) -> None:
 
 
 def idle(rank0: RunRecorder, step: int) -> bool:
-    """Whether the upload thread has dealt with everything up to a step: it sleeps on its empty queue."""
+    """Return True if the upload thread has finished a step and waits at its empty queue."""
     done = any(ref.step == step for ref in rank0.run.checkpoints())
     return done and rank0.snapshots.empty() and len(rank0.snapshots.not_empty._waiters) > 0  # type: ignore[attr-defined]
 
 
 def test_an_outage_in_a_clean_up_does_not_hurry_it(make: Any) -> None:
-    """The store goes away after the first manifest is deleted: its files still get their save of grace."""
+    """The store fails after the first manifest is deleted: its files are still kept until the next save."""
 
     class Breaking(RecordingStorage):
         refusals = 0
@@ -562,7 +562,7 @@ def test_without_a_gate_the_newest_are_kept(make: Any) -> None:
 
 @pytest.mark.parametrize("family", [name for name in models.names() if models.load(name).kind == "image"])
 def test_fitting_beside_the_steps_draws_no_global_random_number(family: str) -> None:
-    """The upload thread fits densities while steps are computed, which take theirs from the global generator."""
+    """The upload thread fits densities while steps draw from the global generator."""
     built, _ = build(family)
     torch.manual_seed(5)
     np.random.seed(5)

@@ -1,4 +1,4 @@
-"""Resume is exact, for every family: the same bits as without interruption, at world sizes 2 and 3."""
+"""A resumed run of each family has the same bits as an uninterrupted run, at world sizes 2 and 3."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def test_leaving_saves_at_the_step_where_it_leaves(data: Path, tmp_path: Path) -
 
 
 def final_files(run: Run, ref: CheckpointRef) -> dict[str, str]:
-    """sha256 of every file of a checkpoint: weights, averaged weights, optimizers, assets."""
+    """Return the sha256 of each file of a checkpoint: weights, averaged weights, optimizers, assets."""
     return {name: file.sha256 for name, file in run.manifest(ref).files.items()}
 
 

@@ -319,9 +319,9 @@ def watch(monkeypatch: pytest.MonkeyPatch) -> DriverWatch:
 
 
 def heartbeat(run: Run) -> Heartbeat:
-    heartbeat = run.heartbeat(1)
-    assert heartbeat is not None
-    return heartbeat
+    result = run.heartbeat(1)
+    assert result is not None
+    return result
 
 
 def test_the_driver_writes_heartbeats_until_rank_0_does(watch: DriverWatch) -> None:

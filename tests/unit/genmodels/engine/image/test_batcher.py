@@ -1,4 +1,4 @@
-"""Dynamic batching of images: a result is the same bits in any company, and large requests do not block small ones."""
+"""Test dynamic batching of images: a result is the same bits in any batch; large requests do not block small ones."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def model(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFacto
 
 
 class Gate:
-    """A function that waits until the gate is open, and keeps its batches."""
+    """Act as a function that waits until the gate is open, and keeps its batches."""
 
     def __init__(self) -> None:
         self.entered, self.open = threading.Event(), threading.Event()
@@ -54,7 +54,7 @@ class Gate:
 
 
 def waiting(batcher: DynamicBatcher, count: int) -> None:
-    """Until so many requests stand in the queue."""
+    """Wait until so many requests are in the queue."""
     for _ in range(10_000):
         if len(batcher._waiting) == count:
             return
@@ -125,19 +125,19 @@ def test_a_row_that_fails_fails_its_own_request(monkeypatch: pytest.MonkeyPatch)
         first = pool.submit(batcher.apply, "gate", gate, rows(0, 1))
         gate.entered.wait(10)
         parts = [torch.full((count, 1), float(value)) for value, count in ((2, 3), (5, 2), (4, CHUNK), (7, 20), (6, 1))]
-        asked = []
+        futures = []
         for part in parts:
-            asked.append(pool.submit(batcher.apply, "k", odd_fail, part))
-            waiting(batcher, len(asked))
+            futures.append(pool.submit(batcher.apply, "k", odd_fail, part))
+            waiting(batcher, len(futures))
         gate.open.set()
         first.result()
-        for part, one in zip(parts, asked, strict=True):
+        for part, one in zip(parts, futures, strict=True):
             if part[0, 0] % 2:
                 with pytest.raises(RequestError, match="odd"):
                     one.result(10)
             else:
                 assert torch.equal(one.result(10), part * 2)
-    assert set(computed) == {CHUNK}  # also those that were tried alone
+    assert set(computed) == {CHUNK}  # including rows that were retried alone
     assert not batcher._waiting
 
 
@@ -154,11 +154,11 @@ def test_an_answer_is_the_same_alone_and_in_company(model: ImageModel) -> None:
 
 
 def odd_requests(model: ImageModel) -> st.SearchStrategy[Any]:
-    """Valid requests whose numbers lie at the edges of what is allowed."""
+    """Generate valid requests whose numbers lie at the bounds."""
     options = {
         name: any_value(field)
         for name, field in model.family.Request.model_json_schema()["properties"].items()
-        if name != "label"  # of classes that this model has not
+        if name != "label"  # this model has no classes
     }
     seeds = st.sampled_from([0, 2**63 - 1]) | st.integers(0, 2**63 - 1)
     number = st.sampled_from([0.0, -0.0, 5e-324, 1e-310, MAX_FLOAT32, -MAX_FLOAT32]) | st.floats(-9, 9)
@@ -236,7 +236,7 @@ def test_more_pixels_than_an_answer_holds_are_refused_before_they_are_made(
 ) -> None:
     monkeypatch.setattr(answers, "MAX_PIXELS", 16 * 16 * 4)
     monkeypatch.setattr(model.batcher, "apply", lambda *_: 1 / 0)
-    with pytest.raises(RequestError, match=r"n: 5 images .* ask for at most 4"):
+    with pytest.raises(RequestError, match=r"n: got 5 images, expected at most 4 "):
         answers.answer(model, GenerateRequest(n=5))
 
 

@@ -1,4 +1,4 @@
-"""Continuous batching: every answer equals the plain reference, in any company; it is fair and loses no slot."""
+"""Test continuous batching: every answer equals the plain reference, in any batch; it is fair and loses no slot."""
 
 from __future__ import annotations
 
@@ -40,14 +40,14 @@ def build(**options: Any) -> MiniGPT:
     sizes = {"n_layer": 2, "n_head": 4, "n_embd": 64, "block_size": BLOCK}
     family = MiniGPT(MiniGPTConfig.model_validate({**sizes, **options}), TextInfo(vocab_size=VOCAB))
     for parameter in family.network.parameters():
-        parameter.data *= 3  # as opinionated as a trained one
+        parameter.data *= 3  # with logits as different as a trained model's
     return family
 
 
 FAMILIES = {"rotary": build(), "learned": build(positions="learned", norm="layer", mlp="relu", qk_norm=False)}
 
 
-ROUNDING = 1e-5  # of logits: engine and reference add in another order
+ROUNDING = 1e-5  # tolerance of logits: engine and reference add in a different order
 
 
 def same_as_reference(family: MiniGPT, result: T, reference: Callable[[MiniGPT], T]) -> bool:
@@ -68,7 +68,7 @@ def same_as_reference(family: MiniGPT, result: T, reference: Callable[[MiniGPT],
 
 
 class Client:
-    """A client of the batcher: keeps the tokens and the end of one sequence."""
+    """Act as a client of the batcher: keep the tokens and the end of one sequence."""
 
     def __init__(self, prompt: Iterable[int], seed: int = 0, max_wanted: int | None = None, **options: Any) -> None:
         self.prompt, self.seed = list(prompt), seed
@@ -118,10 +118,10 @@ SETTINGS = st.fixed_dictionaries(
 
 
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=list(FAMILIES))
-@given(asked=st.lists(SETTINGS, min_size=1, max_size=6))
+@given(requests=st.lists(SETTINGS, min_size=1, max_size=6))
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
-def test_the_tokens_equal_the_reference_in_every_setting(family: MiniGPT, asked: list[dict[str, Any]]) -> None:
-    clients = [Client(**one) for one in asked]
+def test_the_tokens_equal_the_reference_in_every_setting(family: MiniGPT, requests: list[dict[str, Any]]) -> None:
+    clients = [Client(**one) for one in requests]
     answers(family, clients, slots=4)
     assert all(client.matches_reference(family) for client in clients)
 
