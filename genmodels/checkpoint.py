@@ -161,7 +161,7 @@ def sha256_of(path: Path) -> str:
 
 
 def upload(storage: Storage, prefix: str, folder: Path, manifest: Manifest, fence: Callable[[], None]) -> None:
-    """Upload the files of a checkpoint, check the fence, then write the manifest, from when the checkpoint exists."""
+    """Upload the files of a checkpoint, check the fence, then write the manifest, which completes the checkpoint."""
     for name in manifest.files:
         storage.upload(folder / name, f"{prefix}/{name}")
     fence()
@@ -202,7 +202,7 @@ def download(storage: Storage, keys: Mapping[str, str], files: Mapping[str, File
         folder: an empty folder to fill.
 
     Raises:
-        CheckpointError: a file is missing or differs.
+        CheckpointError: a file is missing, or its size or sha256 differs.
     """
     for name, expected in files.items():
         try:
@@ -342,7 +342,7 @@ def scratch_folder() -> Iterator[str]:
     """Make a folder for the files of one checkpoint; remove it at the end.
 
     Raises:
-        StorageUnavailable: the disk of this machine is full or fails, whatever error the work in the folder raised.
+        StorageUnavailable: the disk of this machine is full or fails; raised instead of the original error.
     """
     with disk_outages(), tempfile.TemporaryDirectory(prefix="genmodels-", ignore_cleanup_errors=True) as name:
         yield name

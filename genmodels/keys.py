@@ -59,7 +59,7 @@ class Key(Document):
 
 @dataclass
 class _CachedKey:
-    """Hold a key and when it was read, on the monotonic clock of this process."""
+    """Hold a key and the time of its last read, on the monotonic clock of this process."""
 
     key: Key
     read: float
@@ -67,7 +67,7 @@ class _CachedKey:
 
 
 class Keys:
-    """Manage the keys in a storage; safe between threads. A key that was read is used for FRESH_SECONDS."""
+    """Manage the keys in a storage; thread-safe. A key is read again after FRESH_SECONDS."""
 
     def __init__(self, storage: Storage) -> None:
         self.storage = storage

@@ -69,6 +69,6 @@ class Rounds:
         if message != self._last_error:  # one message each second would fill the log
             trace = None if isinstance(error, GenmodelsError) else error
             self._log.error(
-                "a round of the thread %r failed, the next is tried: %s", self._thread, message, exc_info=trace
+                "a round of the thread %r failed, the next round follows: %s", self._thread, message, exc_info=trace
             )
         self._last_error = message

@@ -154,7 +154,7 @@ def open_dataset(config: DataConfig, storage: Storage | None = None) -> ImageDat
 
 
 def resolve_data(config: DataConfig, storage: Storage) -> DataConfig:
-    """Return the section with the sha256 that an added dataset has now, so that a later content does not change it.
+    """Return the section with the sha256 that an added dataset has now, so that content added later does not change it.
 
     Raises:
         DataError: the dataset or this content of it does not exist.

@@ -1,12 +1,12 @@
 """Decode a picture file, with the same rules for each mode of Pillow in training, in uploads and in requests.
 
     1, L, LA, La                 grey
-    P, PA                        grey where every colour of the palette is, else RGB
-    RGB, RGBA, RGBa, RGBX        RGB; of 16 bits a sample the upper 8
+    P, PA                        grey if every colour of the palette is grey, else RGB
+    RGB, RGBA, RGBa, RGBX        RGB; samples of 16 bits keep the upper 8 bits
     CMYK, YCbCr, LAB, HSV        converted to RGB
-    I;16, I;16B, I;16L, I;16N    grey, white is 65,535; white is 4,095 where the file says 12 bits a sample
+    I;16, I;16B, I;16L, I;16N    grey, white is 65,535, or 4,095 if the file has 12 bits a sample
     F                            grey, black is 0 and white is 1; other values are refused
-    I                            refused: nothing says which of 4 billion values is white
+    I                            refused: which of the 4 billion values is white is unknown
 
 Transparent pixels become white, and EXIF's orientation is applied. A file of 16 bits a sample that uses 12 of them or
 fewer is refused: it would be black, and a dark picture looks the same as one that was never scaled.
@@ -59,7 +59,7 @@ def decode(image: Image.Image) -> Image.Image:
         key = image.info.get("transparency")
         upright = ImageOps.exif_transpose(image)
         if image.mode == "I":
-            raise DataError("whole numbers of 32 bits, whose value for white is unknown; save it with 8 or 16 bits")
+            raise DataError("has samples of 32 bits, whose value for white is unknown; save it with 8 or 16 bits")
         if image.mode == "F":
             return _grey(_unit_floats(np.asarray(upright)), 1, is_negative)
         if image.mode.startswith("I;16"):

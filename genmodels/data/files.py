@@ -64,7 +64,7 @@ def skipped_note(skipped: Mapping[str, int]) -> str:
 
 
 def shown(path: str | PurePath) -> str:
-    """Return a name as text of one line: bytes that are not UTF-8, and control characters, as `%E9`."""
+    """Return a name as one line of text; bytes that are not UTF-8, and control characters, are written as `%E9`."""
     return re.sub(r"[\x00-\x1f\x7f\udc80-\udcff]", lambda match: f"%{ord(match[0]) & 0xFF:02X}", str(path))
 
 

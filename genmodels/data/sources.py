@@ -231,7 +231,7 @@ def _find(source: Source, file: File) -> Path:
 
 
 def _download(url: str, path: Path, file: File) -> Path:
-    """Download to `path`, complete and verified or not at all; one process downloads, others wait."""
+    """Download to `path`, which appears only complete and verified; one process downloads, others wait."""
     import httpx
 
     path.parent.mkdir(parents=True, exist_ok=True)

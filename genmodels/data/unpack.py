@@ -32,7 +32,7 @@ def unpack(path: Path, folder: Path) -> tuple[Path, Counter[str]]:
         The folder, or the only folder inside it; and how many files of each kind were skipped.
 
     Raises:
-        DataError: the zip is damaged, encrypted or too large, or a name in it leads out of the folder.
+        DataError: the zip is damaged, encrypted or too large, or a file name in it is outside the folder.
     """
     folder.mkdir()
     damaged = (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, RuntimeError, ValueError)
@@ -60,7 +60,7 @@ def _extract(archive: zipfile.ZipFile, path: Path, folder: Path) -> Counter[str]
     for entry in entries:
         name = PurePosixPath(entry.filename.replace("\\", "/"))
         if name.is_absolute() or ".." in name.parts or ":" in name.as_posix().partition("/")[0]:
-            raise DataError(f"{path}: the name {entry.filename[:100]!r} in it leads out of its folder; pack it again")
+            raise DataError(f"{path}: the file {entry.filename[:100]!r} would be outside its folder; pack it again")
         if entry.filename.endswith("/"):  # is_dir() fails on the empty name that results from a name beginning with NUL
             continue
         if kind := _kind_to_skip(entry, name):

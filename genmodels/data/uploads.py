@@ -289,7 +289,7 @@ def _read_pictures(path: Path, name: str) -> Pictures:
 
 
 def _fetch(storage: Storage, dataset: StoredDataset, folder: Path) -> Path:
-    """Download to the cache, complete and verified or not at all; one process downloads, others wait."""
+    """Download to the cache, where only complete and verified files appear; one process downloads, others wait."""
     path = folder / FILES[dataset.kind]
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -141,7 +141,7 @@ def _identity(key: str, kind: type[Document]) -> dict[str, object]:
 
 
 def _missing(storage: Storage, key: str, document: Document, keys: Iterable[str]) -> Iterator[Damage]:
-    """Yield a damage for each object that a document names and the storage does not have."""
+    """Yield one entry for each object that a document names but the storage does not have."""
     if isinstance(document, Version):
         for name, blob in Registry(storage).keys(document).items():
             if blob not in keys:

@@ -37,7 +37,7 @@ class Refused:
 
 
 class AliasWatcher:
-    """Keep the models in memory that mutable names stand for. Safe between threads; `refresh` is for one at a time.
+    """Keep in memory the models that mutable names refer to. Thread-safe, but only one thread may call `refresh`.
 
     Names are independent: an error of one name becomes its entry in `refused`, its previous version keeps serving, and
     the next `refresh` tries again.

@@ -14,7 +14,7 @@ REFRESH_SECONDS = 60.0  # a version's evaluations are read again after so long
 
 
 class EvaluationMetrics:
-    """Set the gauges of evaluations. Not safe between threads."""
+    """Set the gauges of evaluations. Not thread-safe."""
 
     def __init__(self, registry: Registry) -> None:
         self._registry = registry

@@ -1,7 +1,7 @@
-"""Prometheus helpers of loaded models: a share in a gauge, and many observations at the cost of one.
+"""Prometheus helpers of loaded models: gauges that several models share, and many observations at the cost of one.
 
-The series of a model are looked up once, and a step adds its counts for all sequences at once: a decoding step may take
-one millisecond, and an update that other processes can read takes a thousandth of it.
+A decoding step may take only a millisecond, and each update of a metric takes a microsecond. So the series of a model
+are looked up once, and a step adds its counts for all sequences in one update.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from prometheus_client import Gauge, Histogram
 class GaugeShare:
     """The part of a gauge that belongs to one loaded model; all checkpoints of a model share one gauge.
 
-    Not safe between threads.
+    Not thread-safe.
     """
 
     def __init__(self, gauge: Gauge) -> None:

@@ -15,7 +15,7 @@ from genmodels.schema.base import Section
 
 @dataclass(frozen=True)
 class Contract:
-    """What a client may request from a model: the verbs, and the options of its family."""
+    """The requests that a model accepts: the verbs, and the options of its family."""
 
     name: str  # exact, e.g. `shapes@3`
     family: str

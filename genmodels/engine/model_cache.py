@@ -36,7 +36,7 @@ class _CacheEntry:
 
 
 class ModelCache:
-    """Loaded models by their exact names; safe between threads.
+    """Loaded models by their exact names; thread-safe.
 
     Args:
         budget: bytes.

@@ -1,4 +1,4 @@
-"""Answer small requests before the first client: they find errors, and they take the extra time of first requests."""
+"""Answer small requests before the first client: they find errors and do one-time work."""
 
 from __future__ import annotations
 

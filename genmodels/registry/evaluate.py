@@ -32,7 +32,7 @@ def evaluate(
     thorough: bool = False,
     report_progress: Callable[[], None] = lambda: None,
 ) -> EvaluationResult:
-    """Return what the family of a model measures, on the CPU in float32, and facts of its training.
+    """Evaluate a model by the metrics of its family, on the CPU in float32; add facts of its training.
 
     Args:
         ref: the checkpoint.
@@ -50,7 +50,7 @@ def evaluate(
     dataset = open_dataset(spec.data, run.storage)
     if dataset.digest != lineage.data_digest:
         raise DataError(
-            f"data: {spec.name} was trained on other content than the data has now, so it cannot be evaluated; "
+            f"data: the content has changed since {spec.name} was trained on it, so the model cannot be evaluated; "
             "restore that content, or train the model again"
         )
     init_from.adopt_tokenizer(dataset, folder)
@@ -71,7 +71,7 @@ def evaluate(
 
 
 def training(family: Family[Any, Any], run: Run, ref: CheckpointRef, lineage: Lineage) -> dict[str, Note]:
-    """Return the cost of a checkpoint, and each metric that its family tracks as at most `MAX_COURSE` means over time.
+    """Return the cost of a checkpoint, and the course of each tracked metric: at most `MAX_COURSE` means.
 
     `training_loss` is the mean over the steps of the last logged row, for models with one loss.
     """

@@ -2,8 +2,8 @@
 
 `removal.py` deletes whole models and datasets.
 
-Kept are: everything of open jobs, everything of a run that ended less than SPARED_SECONDS ago, ended jobs themselves,
-and everything that a damaged object may name.
+`gc` keeps everything of open jobs, everything of a run that ended less than SPARED_SECONDS ago, the records of
+ended jobs, and everything that a damaged object may name.
 Other processes publish, resume and pin at the same time. Where they may need an object that is about to be deleted, a
 comment at the deletion says why neither process loses anything.
 """
@@ -261,7 +261,7 @@ def _has_long_ended(run: Run) -> bool:
 
 
 def _unneeded(run: Run, gate: Gate | None, named: set[CheckpointRef]) -> list[Item]:
-    """Return all checkpoints except the newest, the best, those pinned and those `named`."""
+    """Return all checkpoints except the newest, the best, the pinned ones and the ones in `named`."""
     chain, readable = run.checkpoints(), list(run.manifests())
     newest = (
         1 if run.status()[0].state == "succeeded" else 2

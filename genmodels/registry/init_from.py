@@ -88,7 +88,8 @@ def check(
 
 def _check_family(source: ResolvedModel, spec: ModelSpec) -> None:
     if source.family != spec.family:
-        raise SpecError(f"train.init_from: {source.name} is of family {source.family}, this model of {spec.family}")
+        message = f"{source.name} is of family {source.family}, but this model is of family {spec.family}"
+        raise SpecError(f"train.init_from: {message}")
 
 
 @lru_cache(maxsize=256)

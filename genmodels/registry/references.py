@@ -40,7 +40,7 @@ from genmodels.storage import Storage, list_names, load_document, write_document
 
 @dataclass(frozen=True)
 class ResolvedModel:
-    """Hold a version or a checkpoint whose files can be loaded. Two with the same `name` are the same."""
+    """Hold a version or a checkpoint whose files can be loaded. Two models with the same `name` are equal."""
 
     name: str  # exact, as in `shapes@3` or `shapes@study-0123abcd:step-500`
     model: str
@@ -166,7 +166,7 @@ def find_checkpoint(reference: str, storage: Storage) -> tuple[Run, CheckpointRe
 
 
 class Pin(CheckpointRef):
-    """Mark a checkpoint that clean-up keeps, since a spec refers to it."""
+    """Pin a checkpoint: clean-up keeps it, because a spec refers to it."""
 
     object_kind = "pin"
     remedy = "all checkpoints of that step are kept; delete it if no job starts from that checkpoint"
@@ -231,7 +231,7 @@ def resolve_reference(reference: str, storage: Storage, *, pin: bool = True) -> 
 def pinned_checkpoints(run: Run) -> list[CheckpointRef]:
     """Return the checkpoints of a run that specs refer to: clean-up keeps them.
 
-    A damaged pin no longer tells its attempt, so it keeps the checkpoints of its step of all attempts.
+    A damaged pin has lost its attempt number, so it keeps the checkpoints at its step of every attempt.
     """
     pinned: list[CheckpointRef] = []
     for name in list_names(run.storage, f"{run.prefix}/pins/", r"step-\d{8,9}\.json"):

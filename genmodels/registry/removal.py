@@ -1,8 +1,8 @@
 """Remove a whole model, or a dataset with everything that belongs only to it.
 
-Of a model remain: `models/<model>/deleted/`, so that no version number is used twice, and, unless the caller asks for
-them too, the files of its runs (checkpoints, samples, logs). Of a dataset remain: the models that were trained on it,
-with its digest in their lineage, and copies in the caches of machines that trained on it.
+The removal of a model leaves `models/<model>/deleted/`, so that no version number is used twice. It also leaves the
+files of its runs (checkpoints, samples, logs), unless the caller asks to remove them. The removal of a dataset leaves
+the models that were trained on it, with its digest in their lineage, and the copies in the caches of other machines.
 
 The process may end at any moment. An object is removed after the objects that name it, so no half-removed object is
 served or trained on, and a second call removes the rest.
@@ -193,7 +193,7 @@ def _refuse_while_open(storage: Storage, model: str, jobs: Iterable[str]) -> Non
 
 
 def _is_open(run: Run, open_jobs: set[str]) -> bool:
-    """Return whether a run continues by itself, or runs in a `genmodels run`, which has no dispatcher."""
+    """Return whether a run has not ended; without a dispatcher (`genmodels run`), whether it is active."""
     state = run.status()[0].state
     return state not in ENDED if run.job in open_jobs else state in ACTIVE
 

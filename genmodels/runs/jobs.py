@@ -5,8 +5,8 @@ open/<job>                                      index: put before the spec, gone
 ended/<time>-<job>                              index; the time counts down, so a listing begins with the newest
 models/<model>/runs/<time>-<job>                which jobs train a model, likewise
 jobs/<job>/spec.json                            put-if-absent, last: from then on the job exists
-jobs/<job>/index.json                           from its first end on: its place in the index; compare-and-swap
-dispatcher/notifications/<job>/<model>/<random>  a run has new commands: one listing, not one for each run
+jobs/<job>/index.json                           its place in the index, from its first end on; compare-and-swap
+dispatcher/notifications/<job>/<model>/<random>  a run has new commands; one listing finds all such runs
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ class Submission(Document):
 
 
 class Index(Document):
-    """The index that a job which has ended once belongs to; the entries in the indexes follow from it."""
+    """The index (open or ended) of a job that has ended at least once; the entries of both follow from it."""
 
     object_kind = "index"
     remedy = "restore it from a backup, or delete it: the job's end is then written anew"
@@ -107,7 +107,7 @@ class QueuedRun(Document):
 
 
 class Queue(Document):
-    """The queued runs in their order, and what the cluster has. The dispatcher writes it for the job API."""
+    """The queued runs in their order, and the capacity of the cluster. The dispatcher writes it for the job API."""
 
     object_kind = "queue"
     remedy = "nothing: the dispatcher writes it again within a minute"
@@ -457,4 +457,4 @@ def _checked(job: str) -> str:
 
 
 def _not_found(job: str) -> JobNotFound:
-    return JobNotFound(f"no job {job!r}; `genmodels jobs` lists what there is")
+    return JobNotFound(f"no job {job!r}; `genmodels jobs` lists all jobs")

@@ -82,7 +82,7 @@ class Status(Document):
 
 
 class Heartbeat(Document):
-    """How far an attempt is; `progress_count` changes with each sign of progress."""
+    """The progress of an attempt; `progress_count` changes with each sign of progress."""
 
     object_kind = "heartbeat"
     remedy = "a living driver writes it again within seconds; delete it otherwise"
@@ -105,7 +105,7 @@ class GateResult(Document):
 
 
 class Result(Document):
-    """How an attempt ended. From `cause`, the class of failure, the dispatcher decides what follows."""
+    """The end of an attempt. `cause` is the class of the failure, from which the dispatcher decides what to do."""
 
     object_kind = "result"
     remedy = "the next attempt continues from the last checkpoint; delete it"

@@ -153,7 +153,7 @@ class Run:
             yield from (line for line, _ in self._lines(link, after))
 
     def training_seconds(self) -> float:
-        """Return the seconds of training steps and evaluation in the attempts of the chain, as far as they count."""
+        """Return the seconds that steps and evaluations took in the chain; steps that were trained again count once."""
         times = ([row.get("seconds") for row in self._rows(link)] for link in self.chain())
         return sum(max((s for s in seconds if isinstance(s, (int, float))), default=0.0) for seconds in times)
 

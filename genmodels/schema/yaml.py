@@ -35,7 +35,7 @@ class Document:
 
 
 def read_file(path: pathlib.Path) -> bytes:
-    """Return the bytes of a person's file, at most one more than `MAX_BYTES`.
+    """Return the bytes of a file of the user; read at most MAX_BYTES + 1 of them.
 
     Raises:
         SpecError: the file cannot be read.
@@ -73,7 +73,7 @@ def read(data: bytes, source: str, max_bytes: int = MAX_BYTES) -> Document:
         value = reader.document(yaml.parse(text, Loader=_Loader))  # never the C loader: 200 KB of "[" crash it
     except yaml.reader.ReaderError as error:
         line = text.count("\n", 0, error.position) + 1
-        _fail(source, line, f"the character U+{error.character:04X} cannot stand in YAML; remove it")
+        _fail(source, line, f"the character U+{error.character:04X} is not allowed in YAML; remove it")
     except yaml.MarkedYAMLError as error:
         mark = error.problem_mark or error.context_mark
         where = " ".join(filter(None, [error.context, error.problem]))

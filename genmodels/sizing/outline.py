@@ -17,7 +17,7 @@ QUOTIENTS = ("div", "__truediv__")
 def shapes_only() -> Iterator[None]:
     """Make tensors on the meta device, and draw no initial weights.
 
-    For random draws and quotients on that device torch would load all its shape rules: 70 MB, and seconds.
+    Random draws and quotients on that device would make torch load all its shape rules: 70 MB, and seconds.
     """
     with torch.device("meta"), _NoDraws():
         yield

@@ -33,7 +33,7 @@ def _label(name: str) -> str:
 def _alias(name: str) -> str:
     if name.isdigit() or name in ("latest", "live") or name.startswith("step-"):
         raise field_error(
-            f"got {show(name)}, which names versions, steps or the newest; write another name, e.g. production"
+            f"got {show(name)}, which is reserved for versions and steps; write another name, e.g. production"
         )
     return name
 

@@ -4,7 +4,7 @@
 lenient, for specs in storage: it ignores unknown keys, so that an older process can read newer specs.
 
 The sections do not depend on each other, and the settings of a family (`model`) are in the file of the family; this
-module combines them and checks across them. It imports families, and torch with them, only after a valid outline.
+module combines them and checks across them. It imports families, and torch with them, only for a valid outline.
 """
 
 from __future__ import annotations

@@ -22,7 +22,7 @@ UNPRINTABLE = re.compile("[\x00-\x1f\x7f\ud800-\udfff]")
 
 
 class Storage(ABC):
-    """Store objects under a root. Cheap to make, safe between threads; `open_storage(self.url)` is the same storage.
+    """Store objects under a root. Cheap to make, thread-safe; `open_storage(self.url)` is the same storage.
 
     Every method raises StorageError if the key, the credentials or the bucket are wrong, and StorageUnavailable if the
     store does not answer: a put may then have happened or not. An operation that was allowed before and is refused now

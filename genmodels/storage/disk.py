@@ -33,7 +33,7 @@ def disk_failure(error: BaseException) -> str:
 
 
 def outage_of_disk(error: BaseException) -> StorageUnavailable | None:
-    """Return the outage of the disk of this machine that is an error or its cause; None if there is none."""
+    """Return the disk outage that an error reports, itself or by its cause; None if it reports none."""
     if isinstance(error, StorageUnavailable):
         return error
     link: BaseException | None = error

@@ -76,7 +76,7 @@ class FolderStorage(Storage):
                 if if_absent and path.is_file():
                     raise Conflict(f"{self.url}/{key}: exists already")
                 if if_match is not None and self._etag(key) != if_match:
-                    raise Conflict(f"{self.url}/{key}: is not the object that was read")
+                    raise Conflict(f"{self.url}/{key}: the object has changed since it was read")
                 _move(temporary, path)
         return _sha256(data)
 
@@ -147,7 +147,7 @@ class FolderStorage(Storage):
         return self._root / check_key(key)
 
     def _open(self, key: str) -> BinaryIO:
-        """Open an object. Anything else of its name (a pipe, a device, a link to itself) is not an object."""
+        """Open an object. Anything else with that name (a pipe, a device, a link to itself) is not an object."""
         try:
             file = os.fdopen(
                 os.open(self._path(key), os.O_RDONLY | os.O_NONBLOCK), "rb"
@@ -185,10 +185,10 @@ class FolderStorage(Storage):
             path.unlink(missing_ok=True)
 
     def _look(self) -> None:
-        """Raise StorageUnavailable if another folder is here than before, or its marker can no longer be read.
+        """Raise StorageUnavailable if the folder was replaced by another one, or its marker cannot be read any more.
 
         Raises:
-            StorageError: the same in a folder that this process has not used yet.
+            StorageError: the same, if this process has not used the folder yet.
         """
         try:
             self._compare()
@@ -217,7 +217,7 @@ class FolderStorage(Storage):
                 raise _gone(f"{self.url}: the folder is gone or its {MARKER} is missing; mount it again") from None
             return
         if known and known[0].id != marker.id:
-            raise _gone(f"{self.url}: this is another storage than before; mount the earlier one again")
+            raise _gone(f"{self.url}: the storage was replaced by another one; mount the earlier one again")
         self._marker = marker, file
 
     @contextmanager

@@ -7,7 +7,7 @@ are refused.
 
 A damaged lease has an unknown holder. It is taken over like the lease of a holder that is gone: by compare-and-swap on
 its etag, after it has not changed for the length of the lease. A live holder writes it again before that. A damaged or
-deleted lease loses its term. Terms must only grow, since states with a higher term could not be written any more: so
+deleted lease loses its term. Terms must only grow: a holder with a lower term could not write states any more. So
 `try_acquire` asks the caller for the highest term that is stored elsewhere (the dispatcher reads the statuses of open
 runs), and `outgrow` records a higher term that is read later (in the status of an ended run that is resumed).
 """

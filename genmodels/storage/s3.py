@@ -180,7 +180,7 @@ class S3Storage(Storage):
             status, code = error.response["ResponseMetadata"]["HTTPStatusCode"], error.response["Error"].get("Code", "")
             raise _answer_error(where, status, code) from None
         except (_OtherServerError, RecursionError) as error:  # RecursionError: boto follows redirects without end
-            what = f"{where}: another server than an S3 store answers ({str(error)[:100]}); check AWS_ENDPOINT_URL"
+            what = f"{where}: a server that is not an S3 store answers ({str(error)[:100]}); check AWS_ENDPOINT_URL"
             raise Refused(what, "another server answers at the address of the storage") from None
         except (boto.NoCredentialsError, boto.PartialCredentialsError):
             raise Refused(f"{where}: no credentials; {_CREDENTIALS}", _DENIED) from None
@@ -215,7 +215,7 @@ def _answer_error(where: str, status: int, code: str) -> StorageError:
     if status == 404:
         return KeyNotFound(f"{where}: no such object")
     if status == 412:
-        return Conflict(f"{where}: exists already, or is not the object that was read")
+        return Conflict(f"{where}: the object exists already, or has changed since it was read")
     if status == 409:
         return PassingFailure(f"{where}: another process writes this object ({status} {code})")
     if status == 501:
@@ -236,7 +236,7 @@ class _OtherServerError(Exception):
 
 
 def _check_answer(operation_model: Any, response_dict: dict[str, Any], **_: Any) -> None:
-    """Refuse an answer of another server, before boto reads it: of a proxy, a login page, a service at an old address.
+    """Refuse the answer of a server that is not S3 (a proxy, a login page, another service), before boto reads it.
 
     A bare 404 would look like a missing object, and a page of HTML like an empty listing or a stored object: all that
     is stored would seem to be gone, and what is written would be lost.
@@ -262,7 +262,7 @@ def _check_answer(operation_model: Any, response_dict: dict[str, Any], **_: Any)
     if not known:
         if hasattr(body, "close"):  # it was not read: a connection
             body.close()
-        raise _OtherServerError(f"status {status}, without what S3 sends")
+        raise _OtherServerError(f"status {status}, without the parts of an S3 answer")
 
 
 def _make_client() -> Any:

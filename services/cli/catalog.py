@@ -1,4 +1,4 @@
-"""What is stored (models, datasets, ended jobs), for the commands: read from a storage, or through a job service.
+"""The stored models, datasets and ended jobs, for the commands: read from a storage, or through a job service.
 
 A command is given a Catalog, and does the same with either of its two implementations.
 """
@@ -38,7 +38,7 @@ class Garbage:
 
 
 class Catalog(Protocol):
-    """What is stored, and what can be done with it. The JSON objects are those of the job API."""
+    """The stored objects, and the operations on them. The JSON objects are those of the job API."""
 
     def models(self) -> list[Json]:
         """Return the published models, as GET /v1/models lists them."""

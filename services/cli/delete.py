@@ -107,7 +107,7 @@ def _plan(catalog: Catalog, name: str, model: bool, with_runs: bool) -> _Deletio
         return _Deletion(question, lambda: catalog.delete_job(name), f"job {name} is deleted")
     if not contents:
         lists = "`genmodels models` lists" if model else "`genmodels models` and `genmodels jobs` list"
-        raise GenmodelsError(f"no {'model' if model else 'job or model'} {name!r}; {lists} what there is")
+        raise GenmodelsError(f"no {'model' if model else 'job or model'} {name!r}; {lists} all of them")
     runs = _runs(contents["jobs"], with_runs)
     return _Deletion(
         f"Delete model {name} ({_summary(contents)})? {runs}",

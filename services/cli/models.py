@@ -126,7 +126,7 @@ def evaluate(
 
 @contextmanager
 def _new_folder(folder: Path | None, version: Version) -> Iterator[tuple[Path, Path]]:
-    """Yield the new folder's path, and a folder to fill, which then becomes it: so no partial folder appears."""
+    """Yield the path of the new folder, and a folder to fill, which is moved there when it is complete."""
     path = folder or Path(f"{version.model}-{version.version}")
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         raise GenmodelsError(f"{path} exists and is not empty; name a new folder")

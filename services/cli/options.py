@@ -84,7 +84,7 @@ def client(api: str) -> Client:
 
 
 def service(context: typer.Context, api: str | None) -> Client | None:
-    """Return a client of the job service, or None to open the storage: a typed --storage goes before GENMODELS_API."""
+    """Return a client of the job service, or None to open the storage: a typed --storage overrides GENMODELS_API."""
     typed = context.get_parameter_source("storage_url")
     if api is None or (typed is not None and typed.name == "COMMANDLINE" and _from_environment(context)):
         return None
@@ -92,7 +92,7 @@ def service(context: typer.Context, api: str | None) -> Client | None:
 
 
 def storage(url: str | None) -> Storage:
-    """Open a storage, which the command may only read; refuse one of another format at once."""
+    """Open a storage that the command may only read; refuse a storage of another format at once."""
     from genmodels.storage import open_storage, read_marker
 
     opened = open_storage(storage_url(url))

@@ -121,7 +121,7 @@ class ManagedProcess:
 
 
 def _how_it_ended(code: int) -> str:
-    """Word an exit code: a negative one is a signal that ended the reaper, one above 128 ended the command."""
+    """Describe an exit code: a negative one is a signal that ended the reaper, one above 128 ended the command."""
     number = -code if code < 0 else code - 128
     with contextlib.suppress(ValueError):
         return f"was ended by {signal.Signals(number).name}"

@@ -1,4 +1,4 @@
-"""How Ray is started: the flags of `ray start` and the environment of everything that Ray starts."""
+"""Start Ray: the flags of `ray start` and the environment of everything that Ray starts."""
 
 from __future__ import annotations
 

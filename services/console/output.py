@@ -1,4 +1,4 @@
-"""How commands print: the console, notes for the reader on standard error, and JSON."""
+"""The output of commands: the console, notes for the reader on standard error, and JSON."""
 
 from __future__ import annotations
 

@@ -32,14 +32,14 @@ class AttemptMonitor:
         self._looked = self._next_kill = time.monotonic()
 
     def request_stop(self, command: Command) -> None:
-        """Take over a command to end: a kill replaces a stop."""
+        """Remember a command to end: a kill replaces a stop."""
         if command.action == "kill" and self.ending != "kill":
             self.ending, self._ending_seconds = "kill", 0.0
         elif command.action == "stop" and not self.ending:
             self.ending = "stop"
 
     def observe(self, heartbeat: Heartbeat | None) -> float:
-        """Take over the latest heartbeat; return the seconds without progress, as far as progress could be seen."""
+        """Compare with the latest heartbeat; return the seconds without progress; an outage adds few."""
         now = time.monotonic()
         elapsed = min(now - self._looked, MAX_SILENCE_SECONDS)
         self._looked = now
@@ -64,7 +64,7 @@ class AttemptMonitor:
 
 
 def hang_timeout(heartbeat: Heartbeat) -> float:
-    """Return the seconds without progress after which an attempt hangs."""
+    """Return the seconds without progress after which an attempt counts as hanging."""
     limits = settings()
     seconds = limits.slow_seconds if heartbeat.phase in SLOW_PHASES else limits.hang_seconds
     return max(seconds, HANG_STEPS * (heartbeat.step_seconds or 0.0))

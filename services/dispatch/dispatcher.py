@@ -1,4 +1,4 @@
-"""From the queue in storage to drivers: one leased dispatcher starts, watches, preempts and ends all runs.
+"""Dispatch the queue in storage: the dispatcher with the lease starts, watches, preempts and ends all runs.
 
 The dispatcher holds no state that is not in storage. A new one reads the open jobs, stamps its lease term into the
 status of each run, so that the old one can no longer write a state, and continues. People send commands, drivers write
@@ -44,7 +44,7 @@ log = logging.getLogger("genmodels.dispatch")
 
 
 class Dispatcher:
-    """`run` it in a thread; any number may run against one store, one of them works."""
+    """Call `run` in a thread. Several dispatchers may use one storage: only the holder of the lease dispatches."""
 
     def __init__(self, storage: Storage, backend: Backend, lease: Lease | None = None) -> None:
         self.storage, self.backend, self.lease = storage, backend, lease or Lease(storage)
@@ -235,7 +235,10 @@ class Dispatcher:
             self._log_error(name, error)
 
     def _close_jobs(self) -> None:
-        """Close the jobs whose runs have all ended. A job with an unreadable run stays open: the run may not have."""
+        """Close the jobs whose runs have all ended.
+
+        A job with an unreadable run stays open, because that run may not have ended.
+        """
         jobs: dict[str, list[Supervisor]] = {}
         for run in self._runs.values():
             jobs.setdefault(run.job, []).append(run.supervisor)
@@ -270,7 +273,7 @@ class Dispatcher:
         message = str(contained(error))
         if self._logged_errors.get(name) != message:
             trace = None if isinstance(error, GenmodelsError) else error
-            log.error("%s is left alone for now: %s", name, message, exc_info=trace)
+            log.error("%s is skipped for now: %s", name, message, exc_info=trace)
         self._logged_errors[name] = message
 
     def _count_silence(self, name: str, error: StorageUnavailable) -> None:
@@ -278,7 +281,7 @@ class Dispatcher:
         self._silences[name] += 1
         if self._silences[name] < MAX_SILENCES:
             raise error
-        log.warning("%s: passed over: %s", name, error)
+        log.warning("%s is skipped: %s", name, error)
 
     def _log_outage(self, error: StorageUnavailable) -> None:
         """Log once for each kind of outage why nothing is dispatched."""

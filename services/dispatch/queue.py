@@ -66,7 +66,7 @@ class ManagedRun:
         )
 
     def has_had_room(self, seconds: float) -> bool:
-        """Return True once in `seconds` in which the run could grow: each growth costs a restart."""
+        """Return True once the run could have grown for `seconds`; each growth costs a restart."""
         now = time.monotonic()
         if self.room_since is None:
             self.room_since = now

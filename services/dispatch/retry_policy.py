@@ -47,7 +47,7 @@ def decide(
         status: of the run, while the attempt is its newest one.
         commands: that were sent to this attempt, oldest first.
         checkpoints: complete ones of the run, by step.
-        failures: of the decision before.
+        failures: `failures` of the previous decision.
         has_begun: False if the attempt was lost before a worker ran.
     """
     progress = f"continues from step {max((ref.step for ref in checkpoints), default=0)}"

@@ -104,8 +104,8 @@ class KeyAuth:
 
     Args:
         keys: None for `--no-auth`: every caller may do everything.
-        limits: requests of each key, as the key states them; None: no limit.
-        slots: requests of one key at once; None: no limit.
+        limits: enforces the rate and concurrency that a key states; None: no limit.
+        slots: bounds the concurrent requests, in all and of each key; None: no limit.
     """
 
     def __init__(self, keys: Keys | None, limits: Limits | None = None, slots: Slots | None = None) -> None:

@@ -73,7 +73,7 @@ class Limits:
 
 
 class Slots:
-    """Slots for a costly operation, with a maximum for each key; safe between threads.
+    """Slots for a costly operation, with a maximum for each key; thread-safe.
 
     Args:
         operations: name of the operation in error messages, in the plural: "uploads".

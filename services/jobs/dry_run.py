@@ -24,7 +24,7 @@ BYTES_PER_VALUE = 4  # weights and optimizer states are kept in float32
 
 
 class DatasetFacts(BaseModel):
-    """What a dry run needs to know of a dataset."""
+    """The facts of a dataset that a dry run needs."""
 
     info: DataInfo
     examples: int  # of the training data: pictures, or characters

@@ -1,6 +1,6 @@
 """The metrics of the job service: only counts, without names of jobs or models, so reading them needs no key.
 
-They include the counters of this process, unless an exporter reads those: else each would be counted twice.
+They include the counters of this process, unless an exporter reads these counters too: else they would count twice.
 """
 
 from __future__ import annotations

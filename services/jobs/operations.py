@@ -33,7 +33,7 @@ ReadNew = Callable[[], tuple[Iterator[bytes], bool]]
 
 @dataclass(frozen=True)
 class _Chosen:
-    """A job as one request reads it, and those of its runs that the request names, each with its status."""
+    """A job as one request reads it, with the runs that the request names and their statuses."""
 
     entry: Entry
     spec: JobSpec
@@ -41,7 +41,7 @@ class _Chosen:
 
 
 class JobOperations:
-    """One method for each route; safe between threads."""
+    """One method for each route; thread-safe."""
 
     def __init__(self, storage: Storage, endpoint: str | None = None) -> None:
         self.storage, self.jobs = storage, Jobs(storage)
@@ -73,7 +73,7 @@ class JobOperations:
         return self.views.submitted(self.jobs.entry(job), spec, notes), True
 
     def cancel(self, job: str, body: CancelBody, caller: Caller) -> JobView:
-        """Leave a command to stop at each open run; the view shows the states before the dispatcher acts on it."""
+        """Write a stop command for each open run; the view shows the states before the dispatcher acts on it."""
         action: Literal["stop", "kill"] = "kill" if body.now else "stop"
         chosen = self._choose_runs(job, body.models, caller)
         for run, status in chosen.runs:
@@ -86,7 +86,7 @@ class JobOperations:
         return self._view(chosen)
 
     def resume(self, job: str, body: ResumeBody, caller: Caller) -> JobView:
-        """Leave a command to resume at each failed or cancelled run.
+        """Write a resume command for each failed or cancelled run.
 
         Raises:
             RequestError: there is no such run.
@@ -123,7 +123,7 @@ class JobOperations:
         return json_document(model, rows if query.points is None else thinned_rows(rows, query.points))
 
     def logs(self, job: str, query: LogQuery, caller: Caller) -> ReadNew:
-        """Return a function that reads the lines since its last call, and whether more lines can follow no more."""
+        """Return a function that reads the lines since its last call, and tells whether these are the last lines."""
         models = self._spec(job, caller).models
         chosen = _choose_names([model.name for model in models], query.model or None)
         _check_source(query.source, max(m.scaling.max_workers for m in models if m.name in chosen))
@@ -147,7 +147,7 @@ class JobOperations:
         return check_job(spec, self.storage, capacity=capacity, planned=dry_run), capacity
 
     def _choose_runs(self, job: str, models: list[str] | None, caller: Caller) -> _Chosen:
-        """Read a job, and the status of the named runs, by default all. This is all that a request reads of them."""
+        """Read a job, and the status of the named runs, by default all. A request reads nothing else of the job."""
         spec = self._spec(job, caller)
         entry = self.jobs.entry(job)  # raises JobNotFound for a job of `genmodels run`, which is not dispatched
         runs = [Run(self.storage, job, name) for name in _choose_names([model.name for model in spec.models], models)]

@@ -52,7 +52,7 @@ class JobView(BaseModel):
 
 
 class ModelDryRun(BaseModel):
-    """What one model's training would run. Unknown values are null, and a note says why."""
+    """The plan of one model's training. Unknown values are null, and a note says why."""
 
     model: str
     family: str

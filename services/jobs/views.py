@@ -24,7 +24,7 @@ T = TypeVar("T")
 
 
 class Views:
-    """Reads jobs, in parallel; safe between threads.
+    """Reads jobs, in parallel; thread-safe.
 
     Args:
         endpoint: URL of the gateway that serves what the jobs publish.

@@ -6,7 +6,7 @@ python -m services.node.exporter [--host 127.0.0.1] [--port 9400]
     folded/<generation>/counter_0.db, histogram_0.db              the sums of processes that have ended
     folded/<generation>/names                                     files that are in the sums, and are deleted
 
-A generation is written under another name and renamed. In that one step, the files of dead processes stop to count and
+A generation is written under another name and renamed. In that one step, the files of dead processes stop counting and
 their sums begin to count. So an exporter may be killed at any moment; the next one deletes the summed files.
 """
 
@@ -40,7 +40,7 @@ log = logging.getLogger("genmodels.exporter")
 
 
 class NodeCollector:
-    """Collects the node's series; safe between threads. Only one exporter works on a folder at a time."""
+    """Collects the node's series; thread-safe. Only one exporter works on a folder at a time."""
 
     def __init__(self, folder: Path) -> None:
         self._folder, self._sums = folder, folder / "folded"

@@ -2,8 +2,8 @@
 
     python -m services.node head|worker --head NAME --storage URL [--num-cpus N]
 
-It ends when Ray ends, so that the container is restarted, empty. On SIGTERM it first has attempts save and stop that
-would be lost: on the head, where drivers run, all attempts; on a worker the attempts that train there.
+It ends when Ray ends, so that the container is restarted, empty. On SIGTERM it first lets those attempts save and
+stop that would be lost: on the head, where drivers run, all attempts; on a worker, the attempts that train there.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ TRAIN_WORKER = "RayTrainWorker"  # class of the actors in which Ray Train's work
 
 
 def run(role: str, head: str, storage_url: str, num_cpus: int | None) -> int:
-    """Run the node until SIGTERM (0) or until Ray ends (1).
+    """Run the node; return the exit code: 0 after SIGTERM, 1 after Ray has ended.
 
     Args:
         head: the head's name in the network that Ray is to use.

@@ -1,4 +1,4 @@
-"""Watch a driver while Ray has its main thread: commands, SIGTERM, a newer attempt, the first heartbeats."""
+"""Watch a driver while Ray occupies its main thread: commands, SIGTERM, a newer attempt, the first heartbeats."""
 
 from __future__ import annotations
 

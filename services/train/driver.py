@@ -49,7 +49,7 @@ COLLECTIVE_SECONDS = 24 * 3600
 def drive(storage_url: str, job: str, model: str, attempt: int, workers: int | None = None) -> Result:
     """Train, check the gate and publish. Each end is a `Result`, in storage before this returns.
 
-    An attempt that was taken over writes no result, for the newer attempt reports on the run. Call this in the main
+    An attempt that was taken over writes no result, because the newer attempt reports on the run. Call this in the main
     thread of a process of its own: the output of the process goes to storage as well.
 
     Args:

@@ -94,7 +94,7 @@ def _refused(facts: dict[str, Any]) -> Result:
 
 
 def _progress_reporter(run: Run, attempt: int, spec: ModelSpec) -> Callable[[], None]:
-    """Shows now, and whenever it is called, that publishing gets on."""
+    """Report progress of the publication, and return a function that reports more progress."""
     steps = spec.train.max_steps
     last = Heartbeat(phase="publishing", step=steps, max_steps=steps)
     run.write_heartbeat(attempt, last)

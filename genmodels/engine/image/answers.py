@@ -178,7 +178,7 @@ def _outline(value: Any) -> tuple[tuple[int, ...], Any]:
 def _numbers(value: Any, param: str, shape: tuple[int, ...], expected: str, limit: str) -> np.ndarray:
     """Convert nested lists to float32 of a shape; every number must be finite, and lists at one depth equally long.
 
-    Lists of another shape are refused unread: converting millions of numbers holds up every other request.
+    Lists of another shape are refused before the conversion: millions of numbers would delay all other requests.
     """
     lengths, first = _outline(value)
     if lengths != shape:
@@ -213,7 +213,7 @@ def _check_pixels(model: ImageModel, n: int, param: str) -> None:
     pixels = n * math.prod(model.family.data.shape)
     if pixels > MAX_PIXELS:
         limit = MAX_PIXELS // math.prod(model.family.data.shape)
-        raise _field_error(param, f"{n} images of this model are more than one answer holds; ask for at most {limit}")
+        raise _field_error(param, f"got {n} images, expected at most {limit} of this model in one answer")
 
 
 def _field_error(param: str, text: str) -> RequestError:

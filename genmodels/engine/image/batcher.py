@@ -33,7 +33,7 @@ class _Call:
 
 
 class DynamicBatcher:
-    """Run batches through one model's networks; safe between threads.
+    """Run batches through one model's networks; thread-safe.
 
     Every batch has `CHUNK` rows, padded at the end. Matrix products of different heights round differently; with one
     height a row's result depends neither on the number of rows of its request nor on the other rows in the batch.
@@ -94,7 +94,7 @@ class DynamicBatcher:
             self._update_metrics()
 
     def _schedule(self) -> list[tuple[_Call, int, int]]:
-        """Choose the next batch: (call, first row, last row + 1), the longest waiting call and what fits with it."""
+        """Return the next batch as (call, first row, last row + 1): the longest waiting call and others of its key."""
         free, parts, skipped = CHUNK, [], deque[_Call]()
         unfinished = []
         with self._changed:

@@ -86,7 +86,7 @@ class Choices:
 
 
 def choice_seed(seed: int, number: int) -> int:
-    """Derive a candidate's seed: the first has the prompt's seed, the others seeds that counting up does not reach."""
+    """Derive a candidate's seed: the first has the prompt's seed, the others hashes, unlike seeds that count up."""
     if number == 0:
         return seed
     return int.from_bytes(hashlib.blake2b(f"{seed} choice {number}".encode(), digest_size=8).digest(), "big") >> 1
@@ -149,7 +149,7 @@ class _Candidate:
         return token_logprobs(logits, tokens, self._listed_length, self._num_logprobs or 0, self._tokenizer)
 
     def _list_without_logits(self, end: int) -> None:
-        """List the prompt's tokens up to `end` that the network predicts from no token before them."""
+        """List the prompt's tokens up to `end` without log-probabilities: the network sees no token before them."""
         for token in self._prompt[self._num_listed : end]:
             self._list([TokenLogprob(self._tokenizer.decode([token]), self._listed_length)])
         self._num_listed = max(self._num_listed, end)

@@ -99,7 +99,7 @@ class Completion:
 
 
 def complete(model: LoadedModel, request: CompletionRequest) -> Completion:
-    """Check a request completely and return its completion, which generates nothing before it is iterated or started.
+    """Check a request and return its completion; nothing is generated until it is iterated or started.
 
     Raises:
         RequestError: the model cannot complete, or the request does not fit it; names the field.
@@ -151,11 +151,11 @@ def _check_sizes(request: CompletionRequest, max_tokens: int, prompts: list[list
         limit = MAX_CANDIDATES // request.candidates
         raise _field_error("prompt", f"got {len(prompts)} prompts, expected at most {limit} with {of_each}")
     if max_tokens == 0 and not request.echo:
-        raise _field_error("max_tokens", "got 0, expected a whole number at least 1; 0 is only for echo")
+        raise _field_error("max_tokens", "got 0, expected a whole number at least 1; 0 is allowed only with echo")
     echoed = request.candidates * sum(map(len, prompts)) if request.echo else 0
     if echoed > MAX_TOKENS:
         tokens, limit = echoed // request.candidates, MAX_TOKENS // request.candidates
-        raise _field_error("echo", f"got {tokens} tokens of prompts, expected at most {limit} to echo with {with_all}")
+        raise _field_error("echo", f"got prompts of {tokens} tokens, expected at most {limit} to echo with {with_all}")
     limit = (MAX_TOKENS - echoed) // texts
     if max_tokens > limit:
         also = f" and {echoed // request.candidates} tokens to echo" if echoed else ""

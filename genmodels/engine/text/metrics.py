@@ -53,6 +53,6 @@ class TextMetrics:
         self._used.set(running)
 
     def close(self) -> None:
-        """Set all gauges to 0 when the version is unloaded: a series itself ends only with its process."""
+        """Set all gauges to 0 when the version is unloaded: a series ends only when its process ends."""
         self.set_load(0, 0)
         self._total.set(0)

@@ -19,9 +19,9 @@ class Sequence:
         on_token: called with each new token and the logits (vocab_size,) that it was drawn from; returns False to
             finish the sequence.
         on_finish: called once, at the end; its argument is the error if there was one.
-        on_prompt_logits: called for each part of the prompt with the position of a token in the prompt and the logits
-            (n, vocab_size) after this token and after the tokens that follow it. All tokens of the prompt that fit
-            into the network's window are covered, possibly except the last token.
+        on_prompt_logits: called for each part of the prompt with the position of its first token in the prompt, and
+            the logits (n, vocab_size) after each of its tokens. The parts cover all tokens of the prompt that fit into
+            the network's window, possibly except the last token.
     """
 
     def __init__(

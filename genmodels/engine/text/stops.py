@@ -8,7 +8,7 @@ from collections.abc import Sequence
 class StopStrings:
     """Pass text on up to the first stop string, and hold back text that may become a stop string.
 
-    The stop string that is complete first counts, so the result does not depend on where the parts were cut.
+    The stop string that is completed first ends the text, so the result does not depend on how the text was cut.
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
@@ -33,5 +33,5 @@ class StopStrings:
 
 
 def _overlap(text: str, stop: str) -> int:
-    """Return the length of the longest end of `text` that is a beginning of `stop`, but not all of it."""
+    """Return the length of the longest suffix of `text` that is a proper prefix of `stop`."""
     return next((size for size in range(min(len(text), len(stop) - 1), 0, -1) if text.endswith(stop[:size])), 0)

@@ -90,7 +90,7 @@ def test_every_mode_in_every_format_is_scaled_right_or_refused(format: str, mode
         kept = image.mode
     # A picture that Pillow converts while it writes has another mode in the file; that is the writer's responsibility.
     if kept == "I":
-        with pytest.raises(DataError, match="whole numbers of 32 bits, whose value for white is unknown"):
+        with pytest.raises(DataError, match="samples of 32 bits, whose value for white is unknown"):
             decoded(content)
         return
     result = decoded(content)
@@ -163,7 +163,7 @@ REFUSED = {
     "12 bits in 16, big-endian": (tiff(16, ramp(4095), order=">"), "uses 12 or fewer"),
     "10 bits in 16": (tiff(16, ramp(1023)), "uses 12 or fewer"),
     "12 bits in 16, RGB": (tiff(16, ramp(4095)[..., None].repeat(3, 2), photometric=2), "uses 12 or fewer"),
-    "32 bits": (tiff(32, ramp(255)), "whole numbers of 32 bits, whose value for white is unknown"),
+    "32 bits": (tiff(32, ramp(255)), "samples of 32 bits, whose value for white is unknown"),
     "floats to 255": (tiff(32, ramp(255), kind=3), "must be from 0 to 1, got 0 to 255; scale them"),
     "negative floats": (tiff(32, ramp(1) - 0.5, kind=3), "must be from 0 to 1, got -0.5 to 0.5"),
     "not a number": (tiff(32, ramp(1) + np.nan, kind=3), "must be from 0 to 1, some are not finite"),

@@ -229,7 +229,7 @@ def test_init_from_of_another_shape_is_told_at_submission(file_storage: Storage)
         assert error["param"] == "models[1].train.init_from"
     document["models"][1]["model"] = {"family": "gan"}
     error = refused(service.post(document), 400)
-    assert error["message"] == "models[1].train.init_from: small@1 is of family vae, this model of gan"
+    assert error["message"] == "models[1].train.init_from: small@1 is of family vae, but this model is of family gan"
     assert service.storage.list("jobs/") == service.storage.list("open/") == []
 
 

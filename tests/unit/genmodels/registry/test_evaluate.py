@@ -353,7 +353,7 @@ def test_where_the_data_has_gone_only_a_gate_that_needs_it_stands_in_the_way(tin
     run = saved(tiny_spec)
     pictures = Path(tiny_spec.data.path or "")
     next(pictures.glob("*.png")).unlink()
-    with pytest.raises(DataError, match="vae was trained on other content than the data has now"):
+    with pytest.raises(DataError, match="the content has changed since vae was trained on it"):
         publish_run(run, tiny_spec, 1)
     pictures.rename(pictures.with_name("elsewhere"))
     with pytest.raises(DataError, match="does not exist"):

@@ -200,7 +200,7 @@ def test_what_is_not_there_is_said_at_submit(data: Path, storage: Storage, refer
 def test_what_does_not_fit_is_said_by_field(data: Path, storage: Storage) -> None:
     source = trained(storage, "source", model(data, "vae"))
     published(storage, source, CheckpointRef(attempt=1, step=6))
-    with pytest.raises(SpecError, match=r"train.init_from: vae@1 is of family vae, this model of gan"):
+    with pytest.raises(SpecError, match=r"train.init_from: vae@1 is of family vae, but this model is of family gan"):
         check_job(job("a", model(data, "gan", init_from="vae")), storage, open_data=True)
     wider = model(data, "vae", init_from="vae")
     wider["model"]["latent_dim"] = 6

@@ -363,7 +363,7 @@ def test_the_dispatcher_outlives_whatever_happens(
             thread.join(20)
     assert state(storage, name, "a").state == "succeeded"
     assert remaining[where] == 0
-    assert len([record for record in caplog.records if "the next is tried" in record.message]) == 1
+    assert len([record for record in caplog.records if "the next round follows" in record.message]) == 1
 
 
 class PlainDrivers(SubprocessBackend):

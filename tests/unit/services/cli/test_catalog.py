@@ -242,7 +242,7 @@ def test_the_same_without_a_service(command: Command, tmp_path: Path) -> None:
     code, _, err = command("delete", "vae@1", "--yes")
     assert code == 1
     code, _, err = command("delete", "shapes-01234567", "--yes")
-    listed = "`genmodels models` and `genmodels jobs` list what there is"
+    listed = "`genmodels models` and `genmodels jobs` list all of them"
     assert err == f"error: no job or model 'shapes-01234567'; {listed}\n"
 
 

@@ -324,7 +324,7 @@ def test_logs(api: str, command: Command, store: Storage, monkeypatch: pytest.Mo
 def test_a_job_that_is_not_there(api: str, command: Command, arguments: tuple[str, ...]) -> None:
     code, out, err = command(*arguments)
     assert (code, out) == (1, "")
-    assert err == "error: no job 'x-01234567'; `genmodels jobs` lists what there is\n"
+    assert err == "error: no job 'x-01234567'; `genmodels jobs` lists all jobs\n"
 
 
 def test_no_service_at_that_address(command: Command) -> None:
