@@ -202,7 +202,7 @@ def download(storage: Storage, keys: Mapping[str, str], files: Mapping[str, File
         folder: an empty folder to fill.
 
     Raises:
-        CheckpointError: a file is missing or differs.
+        CheckpointError: a file is missing, or its size or sha256 differs.
     """
     for name, expected in files.items():
         try:

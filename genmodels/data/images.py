@@ -117,7 +117,7 @@ def read_folder(
     `channels` None: 1 if every picture is stored in grey, else 3.
 
     Args:
-        skipped: kinds of files that were skipped before, each with its number, for the notes.
+        skipped: how many files of each kind were skipped before, for the notes.
 
     Raises:
         DataError: no or too few pictures, or pictures that cannot be read (the message names them).

@@ -35,7 +35,7 @@ class Document:
 
 
 def read_file(path: pathlib.Path) -> bytes:
-    """Return the bytes of a person's file, at most one more than `MAX_BYTES`.
+    """Return the bytes of a file of the user; read at most MAX_BYTES + 1 of them.
 
     Raises:
         SpecError: the file cannot be read.

@@ -76,7 +76,7 @@ class FolderStorage(Storage):
                 if if_absent and path.is_file():
                     raise Conflict(f"{self.url}/{key}: exists already")
                 if if_match is not None and self._etag(key) != if_match:
-                    raise Conflict(f"{self.url}/{key}: is not the object that was read")
+                    raise Conflict(f"{self.url}/{key}: the object has changed since it was read")
                 _move(temporary, path)
         return _sha256(data)
 

@@ -215,7 +215,7 @@ def _answer_error(where: str, status: int, code: str) -> StorageError:
     if status == 404:
         return KeyNotFound(f"{where}: no such object")
     if status == 412:
-        return Conflict(f"{where}: exists already, or is not the object that was read")
+        return Conflict(f"{where}: the object exists already, or has changed since it was read")
     if status == 409:
         return PassingFailure(f"{where}: another process writes this object ({status} {code})")
     if status == 501:

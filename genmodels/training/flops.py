@@ -33,7 +33,7 @@ def estimate(family: Family[Any, Any], batch: Batch, config: TrainConfig, device
     """Return the operations of a step, or None if they cannot be counted: training does not need them.
 
     Args:
-        family: the model; it does not change, for a copy without data is counted.
+        family: the model; it does not change, because the count uses a copy without data.
         batch: the examples of one micro-batch of all workers, on the CPU.
         device: the device of the training.
     """

@@ -281,7 +281,7 @@ class RunRecorder:
         return result
 
     def _waits(self, thread: str, reason: str = "") -> None:
-        """Note in the next heartbeat why a thread waits; without a reason, that it no longer waits."""
+        """Put the reason why a thread waits into the next heartbeat; without a reason, remove it."""
         if reason or self.reasons.get(thread):
             self.reasons[thread] = reason
             self._show()

@@ -103,7 +103,7 @@ class HandlePool:
         self._problem: str | None = None
 
     async def health(self) -> str | None:
-        """Return why a host is unhealthy, or None. Ask at most once in HEALTH_SECONDS: the route needs no key.
+        """Return why a host is unhealthy, or None. Ask at most once in HEALTH_SECONDS: anyone may call it.
 
         A host that is busy or gone counts as healthy: requests get an error of their own for that.
         """

@@ -230,13 +230,13 @@ def test_a_streamed_body_that_stops_coming_is_not_waited_for(caplog: pytest.LogC
 
 def test_headers_that_steer_serve_do_not_get_through() -> None:
     client = Client(part(b""))
-    steering = [
+    internal = [
         "X-Request-Timeout-Seconds",
         "x-request-disconnect-disabled",
         "serve_multiplexed_model_id",
         "X_Session_Id",
     ]
-    client.call(IngressMiddleware(echo), *((name.encode(), b"0") for name in [*steering, "accept"]))
+    client.call(IngressMiddleware(echo), *((name.encode(), b"0") for name in [*internal, "accept"]))
     assert client.sent[1]["body"] == b"|accept x-request-id"
 
 

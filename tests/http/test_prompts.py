@@ -153,7 +153,7 @@ WRONG: list[tuple[dict[str, Any], str, str]] = [
     ({"prompt": ["x"] * 3, "best_of": 64}, "prompt", "got 3 prompts, expected at most 2 with best_of = 64"),
     ({"prompt": ["x"] * 64, "max_tokens": 300}, "max_tokens", "at most 256 with n = 1 and 64 prompts"),
     ({"prompt": ["xy"] * 64, "max_tokens": 255, "echo": True}, "max_tokens", "at most 254 with n = 1 and 64 prompts"),
-    ({"prompt": ["x" * 300] * 64, "echo": True}, "echo", "19200 tokens of prompts, expected at most 16384 to echo"),
+    ({"prompt": ["x" * 300] * 64, "echo": True}, "echo", "prompts of 19200 tokens, expected at most 16384 to echo"),
     ({"prompt": ["x"] * 3, "seed": [1, 2]}, "seed", "got 2 seeds, expected one, or one for each prompt: 3"),
     ({"prompt": "x", "seed": [1, 2]}, "seed", "one for each prompt: 1"),
     ({"prompt": ["x"], "seed": []}, "seed", "0 entries, expected at least 1"),

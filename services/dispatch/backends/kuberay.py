@@ -122,7 +122,7 @@ class _RayJob(Driver):
         self.body, self.deadline = body, time.monotonic() + ACCEPT_SECONDS  # the RayJob to create; None once it exists
         self.queue = backend.template.options.queue
         self.code, self.ended = LOST, False
-        self.deleting = self.seen = False
+        self.deleting = self.existed = False
         self.gone_since: float | None = None
         self.never_began = False  # known for certain while it is suspended
         self.head = ""
@@ -141,7 +141,7 @@ class _RayJob(Driver):
     # Each of these methods returns True if the attempt has ended for good.
 
     def _check(self, job: RayJob) -> bool:
-        self.body, self.seen = None, True
+        self.body, self.existed = None, True
         if _is_going(job):
             if not self.deleting:
                 self._end_by_deleting(LOST, "its RayJob was deleted", ask=False)
@@ -194,7 +194,7 @@ class _RayJob(Driver):
         if self.body is not None:
             return self._create()
         if not self.deleting:
-            self._end_by_deleting(LOST, "its RayJob was deleted" if self.seen else "its RayJob is gone", ask=False)
+            self._end_by_deleting(LOST, "its RayJob was deleted" if self.existed else "its RayJob is gone", ask=False)
         self.gone_since = self.gone_since or time.monotonic()
         pods = self.api.has_pods(self.name)
         if pods and time.monotonic() - self.gone_since > GONE_SECONDS:

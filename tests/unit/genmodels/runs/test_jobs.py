@@ -1,4 +1,4 @@
-"""Jobs in storage: made once, listed, ended, resumed and deleted, whoever dies in between."""
+"""Test jobs in storage: created once, listed, ended, resumed and deleted, also when a process dies in between."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ BAD_IDS = ["", ".", "..", "../x", "a/b", "A", "a_b", "-a", "a-", "a\n", "a" * 73
 
 
 class Died(BaseException):
-    """What a killed process does next."""
+    """Stands for the death of a process."""
 
 
 class CountingStorage(Wrapped):
@@ -41,7 +41,7 @@ class CountingStorage(Wrapped):
 
 
 class LosingStorage(Wrapped):
-    """Carries out the n-th put, but its answer is lost."""
+    """Execute the n-th put, but lose its answer."""
 
     def __init__(self, lost: int) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ class LosingStorage(Wrapped):
 
 
 class DyingStorage(Wrapped):
-    """The process dies right before or right after the n-th change."""
+    """Let the process die right before or right after the n-th change."""
 
     def __init__(self, inner: Storage, change: int, before: bool) -> None:
         super().__init__(inner)
@@ -86,7 +86,7 @@ def end(storage: Storage, job: str, ended: str = ENDED) -> None:
 
 
 def each_death(make: Callable[[], Storage], work: Callable[[Storage], Any]) -> Iterator[Storage]:
-    """Stores as a process leaves them that dies before or after each of its changes."""
+    """Yield the store that remains when a process dies before or after each of its changes."""
     for moment in itertools.count():
         store = make()
         try:
@@ -94,7 +94,7 @@ def each_death(make: Callable[[], Storage], work: Callable[[Storage], Any]) -> I
         except Died:
             yield store
         else:
-            assert moment > 5  # it did die
+            assert moment > 5  # the process did die
             return
 
 
@@ -130,7 +130,7 @@ def test_the_spec_comes_last_and_the_index_before_it() -> None:
     assert store.log[-1] == (f"jobs/{job}/spec.json", dump(spec("shapes", "a", "b")))
 
 
-def test_a_key_gives_one_job(storage: Storage) -> None:
+def test_an_idempotency_key_gives_one_job(storage: Storage) -> None:
     jobs = Jobs(storage)
     job, new = jobs.submit(SPEC, caller="me", idempotency_key="k", body_digest="d")
     assert new
@@ -155,7 +155,7 @@ def test_without_a_digest_the_spec_counts() -> None:
         jobs.submit(spec(priority=1), idempotency_key="k")
 
 
-def test_callers_and_keys_are_not_run_together() -> None:
+def test_callers_and_keys_are_not_mixed_up() -> None:
     jobs = Jobs(MemoryStorage())
     ids = {jobs.submit(SPEC, caller=a, idempotency_key=b)[0] for a, b in [("a", "bc"), ("ab", "c"), ('a","b', "c")]}
     assert len(ids) == 3
@@ -187,22 +187,22 @@ def test_a_hundred_at_once_and_an_answer_is_lost(lost: int) -> None:
 
 
 @pytest.mark.parametrize("lost", range(1, 5))
-def test_one_alone_whose_answer_is_lost(lost: int) -> None:
+def test_a_single_submission_whose_answer_is_lost(lost: int) -> None:
     store = LosingStorage(lost)
     try:
         job, new = Jobs(store).submit(SPEC, idempotency_key="k", body_digest="d")
         assert new
-    except StorageUnavailable:  # then he asks again
+    except StorageUnavailable:  # the client tries again
         job, _ = Jobs(store).submit(SPEC, idempotency_key="k", body_digest="d")
     assert Jobs(store).submit(SPEC, idempotency_key="k", body_digest="d") == (job, False)
     assert store.list("jobs/") == [f"jobs/{job}/spec.json"]
 
 
-def test_a_submitter_dies_and_another_brings_it_to_its_end() -> None:
+def test_a_second_submission_completes_one_that_died() -> None:
     def submit(store: Storage) -> tuple[str, bool]:
         return Jobs(store).submit(SPEC, idempotency_key="k", body_digest="d")
 
-    found = 0
+    deaths = 0
     for store in each_death(MemoryStorage, submit):
         begun = store.list("idempotency/") != []
         existed = store.list("jobs/") != []
@@ -215,8 +215,8 @@ def test_a_submitter_dies_and_another_brings_it_to_its_end() -> None:
         if existed:
             assert store.list("jobs/") == [f"jobs/{job}/spec.json"]
         assert submit(store) == (job, False)
-        found += 1
-    assert found == 8  # before and after each of four writes
+        deaths += 1
+    assert deaths == 8  # before and after each of four writes
 
 
 def test_a_submission_that_never_ended_is_no_job() -> None:
@@ -279,7 +279,7 @@ def test_the_store_is_away() -> None:
 
 
 @pytest.mark.parametrize("job", BAD_IDS)
-def test_what_is_no_id_never_reaches_the_store(job: str) -> None:
+def test_an_invalid_id_never_reaches_the_store(job: str) -> None:
     store = CountingStorage()
     jobs = Jobs(store)
     assert not jobs.exists(job)
@@ -311,14 +311,14 @@ def test_a_job_ends_and_is_resumed(storage: Storage) -> None:
         assert jobs.open() == []
         entry = jobs.entry(job)
         assert entry == EndedEntry(**before.model_dump(), ended=ENDED, states={"vae-a": "succeeded", "vae-b": "failed"})
-        assert [found for _, found in jobs.ended()] == [entry]
+        assert [ended for _, ended in jobs.ended()] == [entry]
     for _ in range(2):
         jobs.reopen(job)
         assert jobs.open() == [job]
         assert jobs.entry(job) == before
         assert jobs.ended() == []
     jobs.close(job, LATER, {"vae-a": "succeeded", "vae-b": "succeeded"})
-    assert [(found.ended, found.states["vae-b"]) for _, found in jobs.ended()] == [(LATER, "succeeded")]
+    assert [(entry.ended, entry.states["vae-b"]) for _, entry in jobs.ended()] == [(LATER, "succeeded")]
     assert jobs.spec(job).models[1].name == "vae-b"
 
 
@@ -327,13 +327,13 @@ def test_pages_of_ended_jobs(storage: Storage) -> None:
     made = [jobs.submit(SPEC)[0] for _ in range(7)]
     for i, job in enumerate(made):
         end(storage, job, f"2026-03-0{i + 1}T12:00:00.000+00:00")
-    seen: list[str] = []
+    listed: list[str] = []
     cursor, pages = "", []
     while page := jobs.ended(cursor, limit=3):
         cursor = page[-1][0]
         pages.append(len(page))
-        seen += [entry.job for _, entry in page]
-    assert seen == made[::-1]
+        listed += [entry.job for _, entry in page]
+    assert listed == made[::-1]
     assert pages == [3, 3, 1]
 
 
@@ -345,7 +345,7 @@ def test_cursors_are_checked(cursor: str) -> None:
     assert store.count == {}
 
 
-def test_one_goes_while_a_page_is_read() -> None:
+def test_an_entry_is_deleted_while_a_page_is_read() -> None:
     store = Wrapped()
     jobs = Jobs(store)
     made = [jobs.submit(SPEC)[0] for _ in range(3)]
@@ -362,7 +362,7 @@ def test_one_goes_while_a_page_is_read() -> None:
 
 
 def each_state() -> list[tuple[str, Callable[[Storage], Any], Callable[[Storage], Any]]]:
-    """Name, what was before, and what a dispatcher or a person does then."""
+    """Return (name, function that prepares the store, what a dispatcher or a person does then)."""
     job = "shapes-00000000"
 
     def made(store: Storage) -> None:
@@ -389,7 +389,7 @@ def each_state() -> list[tuple[str, Callable[[Storage], Any], Callable[[Storage]
 def test_death_in_the_index_loses_no_job(
     what: str, before: Callable[[Storage], Any], work: Callable[[Storage], Any]
 ) -> None:
-    """Whoever dies where, the job is in an index; and after the same is done again it is in the right one, once."""
+    """After a death at any point the job is in an index; a second try leaves it in the right index, once."""
 
     def make() -> Storage:
         store = MemoryStorage()
@@ -406,7 +406,7 @@ def test_death_in_the_index_loses_no_job(
             assert (is_open, is_ended) == ([job], [])
         else:
             assert (is_open, is_ended) == ([], [LATER if what == "close again" else ENDED])
-        # and whatever comes after that leaves no second entry behind
+        # a later resume and end leave no second entry
         jobs.reopen(job)
         end(store, job, "2026-03-02T00:00:00.000+00:00")
         assert len(store.list("ended/")) == 1
@@ -414,8 +414,8 @@ def test_death_in_the_index_loses_no_job(
 
 
 def test_a_stale_dispatcher_never_hides_a_running_job() -> None:
-    """Paused at any point of closing a job, it wakes after another has closed the job and somebody has resumed it."""
-    for moment in itertools.count(2):  # before the first it has seen nothing yet: there the lease must protect
+    """A dispatcher is paused while it closes a job, and wakes after another has closed it and a user has resumed it."""
+    for moment in itertools.count(2):  # before point 2 it has read nothing: there the lease must protect
         inner = MemoryStorage()
         job, _ = Jobs(inner).submit(SPEC)
 
@@ -433,7 +433,7 @@ def test_a_stale_dispatcher_never_hides_a_running_job() -> None:
 
 
 def test_closed_while_it_is_reopened() -> None:
-    """The dispatcher finds no command yet and closes the job again, while he who resumes it is paused at any point."""
+    """A resume is paused at any point; the dispatcher finds no command and closes the job again."""
     outcomes = []
     for moment in itertools.count(1):
         inner = MemoryStorage()
@@ -487,7 +487,7 @@ def test_delete(storage: Storage) -> None:
     assert jobs.open() == [kept]
 
 
-def test_one_who_dies_deleting_is_followed_by_another() -> None:
+def test_a_second_delete_completes_one_that_died() -> None:
     job = ""
 
     def make() -> Storage:
@@ -499,7 +499,7 @@ def test_one_who_dies_deleting_is_followed_by_another() -> None:
         return store
 
     for store in each_death(make, lambda store: Jobs(store).delete(job)):
-        if store.list(f"jobs/{job}/"):  # but for its last moment
+        if store.list(f"jobs/{job}/"):  # except after the last change
             Jobs(store).delete(job)
         assert [key for key in store.list("") if not key.startswith("idempotency/")] == []
 
@@ -547,7 +547,7 @@ def test_the_newest_run_of_a_model(storage: Storage) -> None:
         index_runs(storage, job, ["vae-digits", "gan"], f"2026-03-01T12:00:00.{i:03}+00:00")
         if i < 2:
             storage.put(f"jobs/{job}/spec.json", dump(SPEC))
-    assert newest_run(storage, "vae-digits") == newest_run(storage, "gan") == "shapes-00000001"  # others came not to be
+    assert newest_run(storage, "vae-digits") == newest_run(storage, "gan") == "shapes-00000001"  # other jobs failed
     assert newest_run(storage, "vae") is None
 
 
@@ -589,16 +589,16 @@ def test_ten_thousand_ended_jobs_slow_nothing() -> None:
 
 
 def test_a_page_of_ten_thousand_is_one_request(s3_storage: Storage) -> None:
-    """Also to the real server: the first page of many is one listing of so many keys."""
+    """Check the requests to the real server: the first page is one listing with that number of keys."""
     for i in range(40):
         s3_storage.put(f"ended/{i:013}-j", b"{}")
     requests: list[dict[str, Any]] = []
 
-    def seen(params: dict[str, Any], **_: Any) -> None:
+    def record(params: dict[str, Any], **_: Any) -> None:
         requests.append(dict(params))
 
     client = s3_storage._storage._client  # type: ignore[attr-defined]
-    client.meta.events.register("before-parameter-build.s3.ListObjectsV2", seen)
+    client.meta.events.register("before-parameter-build.s3.ListObjectsV2", record)
     assert len(s3_storage.list("ended/", after=f"ended/{4:013}-j", limit=20)) == 20
     assert [params["MaxKeys"] for params in requests] == [20]
 

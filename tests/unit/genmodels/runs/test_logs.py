@@ -1,4 +1,4 @@
-"""What processes print reaches storage while they run, whole and bounded, and what a killed one was doing as well."""
+"""Test that the output of processes reaches storage while they run: complete, bounded, also of a killed process."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_a_long_line_is_cut_not_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     storage = MemoryStorage()
     output = spool(storage)
     output.add(b"abcdefghij\nxyz")
-    output.add(b"1")  # as long as a line may be, and it has not ended
+    output.add(b"1")  # the line has the maximal length and has not ended
     output.add(b"2\n")
     assert output.ship()
     assert lines(storage) == ["abcd", "efgh", "ij", "xyz1", "2"]
@@ -87,7 +87,7 @@ def test_a_part_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     assert max(len(storage.get(key)[0]) for key in parts(storage)) < 600
 
 
-def test_what_waits_for_the_store_is_bounded_and_the_gap_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_output_that_waits_for_the_store_is_bounded_and_the_gap_is_logged(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(logs, "MAX_BYTES", 10_000)
     storage = FailingStorage()
     output = spool(storage)
@@ -95,24 +95,24 @@ def test_what_waits_for_the_store_is_bounded_and_the_gap_is_said(monkeypatch: py
     assert output.ship()
     storage.away = True
     output.add(b"held\n")
-    assert not output.ship()  # these bytes will be tried again under the same key
+    assert not output.ship()  # the next attempt ships these bytes under the same key
     for i in range(1000):
         output.add(b"line %d\n" % i)
         assert output.size <= 10_000
     assert not output.ship()
     storage.away = False
     assert output.ship()
-    found = lines(storage)
-    kept = [line for line in found if line.startswith("line ")]
+    shipped = lines(storage)
+    kept = [line for line in shipped if line.startswith("line ")]
     missing = 1000 - len(kept)
     assert kept == [f"line {i}" for i in range(missing, 1000)]
     assert 100 < len(kept) < 250
-    said = f"[{missing} lines are missing here: storage did not take them in time]"
-    assert found[:3] == ["before", "held", said]
+    gap = f"[{missing} lines are missing here: storage did not take them in time]"
+    assert shipped[:3] == ["before", "held", gap]
 
 
 @pytest.mark.parametrize("error", [StorageUnavailable, StorageError])
-def test_a_part_whose_answer_was_lost_is_there_once(error: type[StorageError]) -> None:
+def test_a_part_whose_answer_was_lost_is_stored_once(error: type[StorageError]) -> None:
     class Lossy(Wrapped):
         lost = 0
 
@@ -133,7 +133,7 @@ def test_a_part_whose_answer_was_lost_is_there_once(error: type[StorageError]) -
 
 
 def test_no_part_is_written_twice() -> None:
-    """Two processes had the same attempt and rank: the later one's parts come after."""
+    """Two processes have the same attempt and rank: the parts of the later process follow."""
     storage = MemoryStorage()
     first, second = spool(storage), spool(storage)
     first.add(b"one\n")
@@ -146,7 +146,7 @@ def test_no_part_is_written_twice() -> None:
 
 
 def test_several_threads_print_and_ship() -> None:
-    """No line is lost or doubled between those who add and those who ship."""
+    """No line is lost or doubled between threads that add and threads that ship."""
     storage = MemoryStorage()
     output, ended = spool(storage), threading.Event()
 
@@ -191,7 +191,7 @@ def script(storage: Storage, body: str) -> subprocess.Popen[str]:
     )
 
 
-def test_everything_a_process_prints_is_shipped_and_still_goes_where_it_went(file_storage: Storage) -> None:
+def test_output_of_a_process_is_shipped_and_still_goes_to_its_streams(file_storage: Storage) -> None:
     body = """
 logs.FILE_BYTES = 3000
 with shipper:
@@ -221,7 +221,7 @@ def test_an_error_that_ends_a_process_is_in_its_log(file_storage: Storage) -> No
     assert "ValueError: the last word" in out
 
 
-def test_a_crash_leaves_its_stack_where_output_went_before(file_storage: Storage) -> None:
+def test_a_crash_leaves_its_stack_on_the_original_stream(file_storage: Storage) -> None:
     process = script(file_storage, "with shipper:\n    print('hello')\n    time.sleep(1)\n    os.abort()\n")
     out, err = process.communicate(timeout=60)
     assert process.returncode == -signal.SIGABRT
@@ -230,7 +230,7 @@ def test_a_crash_leaves_its_stack_where_output_went_before(file_storage: Storage
 
 
 @pytest.mark.parametrize("away", ["refuses", "hangs"])
-def test_a_store_that_is_away_holds_the_end_up_for_a_bounded_time(file_storage: Storage, away: str) -> None:
+def test_an_unreachable_store_delays_the_end_for_a_bounded_time(file_storage: Storage, away: str) -> None:
     body = f"""
 logs.CLOSE_SECONDS, logs.SHIP_SECONDS = 1.0, 0.1
 def hang(verb, key):
@@ -258,7 +258,7 @@ print(time.monotonic() - began)
 
 
 def test_logs_of_a_killed_rank_and_of_its_peer(data: Path, file_storage: Storage) -> None:
-    """kill -9: what the rank had printed up to 2 s before is there, without a hole; its peer's log is there whole."""
+    """kill -9: the rank's output up to 2 s before is stored without a gap; its peer's log is complete."""
     name = submit(
         file_storage, job("logs", model(data, "minigpt", max_steps=10**6, eval_every=10**6, save_every=10**6))
     )
@@ -270,9 +270,9 @@ def test_logs_of_a_killed_rank_and_of_its_peer(data: Path, file_storage: Storage
         codes = group.wait()
         printed = group.logs[0].read_text().splitlines()
     assert codes[0] != 0
-    found = [line.line for line in run.log_lines("1")]
-    assert found[0] == "INFO:genmodels.training.attempt:attempt 1, rank 1 of 2: begins"
-    steps = [line.split() for line in found if line.startswith("rank 1 step")]
+    log = [line.line for line in run.log_lines("1")]
+    assert log[0] == "INFO:genmodels.training.attempt:attempt 1, rank 1 of 2: begins"
+    steps = [line.split() for line in log if line.startswith("rank 1 step")]
     assert [int(words[3]) for words in steps] == list(range(1, len(steps) + 1))
     assert float(steps[-1][5]) > killed_at - logs.SHIP_SECONDS - logs.COPY_SECONDS - 2.0  # the last for slow machines
     of_peer = [line.line for line in run.log_lines("0")]
@@ -286,7 +286,7 @@ def test_logs_of_a_killed_rank_and_of_its_peer(data: Path, file_storage: Storage
 
 
 def test_a_kill_command_leaves_the_stacks_of_ranks_that_hang(data: Path, file_storage: Storage) -> None:
-    """Rank 0 waits in a collective, rank 1 sleeps in Python, rank 2 is stopped: the first two can still speak."""
+    """Rank 0 waits in a collective, rank 1 sleeps in Python, rank 2 is stopped: ranks 0 and 1 can still print."""
     name = submit(file_storage, job("hang", model(data, "minigpt", max_steps=100, eval_every=100, save_every=100)))
     run = Run(file_storage, name, "minigpt")
     with WorkerGroup(3, file_storage.url, [(name, "minigpt", 1)], faults={1: "sleep@5", 2: "stop@5"}) as group:
@@ -308,14 +308,14 @@ def test_a_kill_command_leaves_the_stacks_of_ranks_that_hang(data: Path, file_st
     assert heartbeat.step_seconds is not None
 
 
-def test_what_a_paused_attempt_does_when_it_wakes_is_not_read(data: Path, file_storage: Storage) -> None:
-    """SIGSTOP after its checkpoint at step 4, another attempt runs to the end, SIGCONT."""
+def test_output_of_an_attempt_that_wakes_after_a_pause_is_not_read(data: Path, file_storage: Storage) -> None:
+    """SIGSTOP after the checkpoint at step 4; another attempt runs to the end; SIGCONT."""
     settings = {"max_steps": 12, "save_every": 4, "eval_every": 4}
     name = submit(file_storage, job("paused", model(data, "minigpt", **settings)))
     run = Run(file_storage, name, "minigpt")
     with WorkerGroup(1, file_storage.url, [(name, "minigpt", 1)], faults={0: "wait@7"}) as paused:
         until(lambda: run.checkpoints() and len(run.metrics()) == 6)
-        until(lambda: any("step 4 of 12" in line.line for line in run.log_lines()))  # else it comes when it wakes
+        until(lambda: any("step 4 of 12" in line.line for line in run.log_lines()))  # before SIGCONT
         os.kill(paused.processes[0].pid, signal.SIGSTOP)
         with WorkerGroup(1, file_storage.url, [(name, "minigpt", 2)]) as group:
             group.succeed()
@@ -337,8 +337,8 @@ def test_what_a_paused_attempt_does_when_it_wakes_is_not_read(data: Path, file_s
     assert [ref.attempt for ref in run.checkpoints()] == [1, 2, 2]
     assert [row["step"] for row in run.metrics()] == list(range(1, 13))
     assert not file_storage.exists(f"{folder}/checkpoints/step-00000008/manifest.json")
-    said = [(line.attempt, line.line.rpartition(":")[2]) for line in run.log_lines() if "rank 0 of 1" in line.line]
-    assert said == [(1, " begins"), (2, " continues from step 4 of attempt 1")]
+    messages = [(line.attempt, line.line.rpartition(":")[2]) for line in run.log_lines() if "rank 0 of 1" in line.line]
+    assert messages == [(1, " begins"), (2, " continues from step 4 of attempt 1")]
 
 
 def until(condition: Callable[[], object], timeout: float = 60) -> None:

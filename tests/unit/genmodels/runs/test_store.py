@@ -1,4 +1,4 @@
-"""A run's objects in storage: one history whatever overtaken attempts still write, and one winner of each contest."""
+"""Test a run's objects in storage: one history despite late writes of overtaken attempts, one winner per contest."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_what_an_overtaken_attempt_writes_later_is_no_part_of_the_history(storag
     rows(run, 2, 7, 9)
     save(run, 2, 9)
     run.write_sample(2, 9, "a.png", b"nine")
-    # attempt 1 was paused, and goes on as if nothing had happened; its last check of the fence was before the pause
+    # attempt 1 was paused before its next check of the fence, and continues as before
     run.fence = lambda attempt: None
     for step in (9, 12):
         save(run, 1, step)
@@ -72,7 +72,7 @@ def test_what_an_overtaken_attempt_writes_later_is_no_part_of_the_history(storag
 
 
 def test_an_attempt_that_did_not_go_on_from_the_one_before_leaves_it_out() -> None:
-    """Attempt 2 saved nothing; 3 found the newest checkpoint of 1 damaged and took the one before."""
+    """Attempt 2 saved nothing; attempt 3 skipped the newest checkpoint of attempt 1, which is damaged."""
     run = Run(MemoryStorage(), "j", "m")
     run.start_attempt(1, None, 1)
     for step in (3, 6):
@@ -102,14 +102,14 @@ def test_numbers_of_two_digits_are_not_mistaken(storage: Storage) -> None:
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 3), st.integers(0, 3)), min_size=1, max_size=5))
 def test_history_is_what_its_own_attempts_did(attempts: list[tuple[int, int, int]]) -> None:
-    """Against a model: each attempt saves some steps, is overtaken, and then still writes some more."""
+    """Compare with a model: each attempt saves some steps, is overtaken, and then still writes more."""
     run = Run(MemoryStorage(), "j", "m")
     unfenced = Run(run.storage, "j", "m")
     unfenced.fence = lambda attempt: None
     expected: list[tuple[int, int]] = []  # (attempt, step) of the checkpoints that count
     late: list[tuple[int, int]] = []
     for number, (saves, lost, more) in enumerate(attempts, 1):
-        expected = expected[: max(0, len(expected) - lost)]  # the newest `lost` ones are found damaged
+        expected = expected[: max(0, len(expected) - lost)]  # the newest `lost` checkpoints are damaged
         parent = CheckpointRef(attempt=expected[-1][0], step=expected[-1][1]) if expected else None
         run.start_attempt(number, parent, 1)
         for attempt, step in late:
@@ -132,7 +132,7 @@ def test_history_is_what_its_own_attempts_did(attempts: list[tuple[int, int, int
 
 
 @pytest.mark.parametrize("parent", [1, 2])
-def test_a_damaged_start_does_not_send_readers_in_circles(parent: int) -> None:
+def test_a_damaged_start_causes_no_endless_loop(parent: int) -> None:
     run = Run(MemoryStorage(), "j", "m")
     start = AttemptStart(
         attempt=1, parent=CheckpointRef(attempt=parent, step=3), world_size=1, time="2026-01-01T00:00Z"
@@ -158,7 +158,7 @@ def write_log(run: Run, attempt: int, source: str, number: int, *rows: tuple[str
 
 
 def started(run: Run, attempt: int, time: str) -> None:
-    """As `Run.start`, at a given time."""
+    """Start an attempt at a given time."""
     start = AttemptStart(attempt=attempt, parent=None, world_size=1, time=time)
     write_document(run.storage, f"{run.prefix}/attempt-{attempt}/start.json", start.model_dump(mode="json"))
 
@@ -178,7 +178,7 @@ def test_logs_are_merged_by_time_and_cut_where_a_later_attempt_took_over(storage
     write_log(run, 1, "0", 1, ("2026-01-01T10:03Z", "rank 0"), ("2026-01-01T10:04Z", "rank 0 again"))
     write_log(run, 1, "0", 2, ("2026-01-01T10:06Z", "rank 0 at last"))
     write_log(run, 1, "1", 1, ("2026-01-01T10:03Z", "rank 1"), ("2026-01-01T10:05Z", "rank 1 at last"))
-    write_log(run, 2, "driver", 1, ("2026-01-01T10:10Z", "driver 2: no workers"))  # it never started: it cuts nothing
+    write_log(run, 2, "driver", 1, ("2026-01-01T10:10Z", "driver 2: no workers"))  # it never started: no cut
     write_log(run, 1, "1", 2, ("2026-01-01T10:12Z", "paused until now; attempt 2 has not started"))
     write_log(run, 3, "driver", 1, ("2026-01-01T10:19Z", "driver 3 begins"))
     started(run, 3, "2026-01-01T10:20Z")
@@ -230,7 +230,7 @@ def test_a_log_is_followed_with_a_cursor(storage: Storage) -> None:
     assert new() == ["a", "b", "c"]
     assert new() == []
     write_log(run, 1, "0", 2, ("2026-01-01T10:03Z", "d"))
-    write_log(run, 1, "1", 1, ("2026-01-01T10:01Z", "e"))  # shipped later than what has been read
+    write_log(run, 1, "1", 1, ("2026-01-01T10:01Z", "e"))  # shipped after the cursor
     assert new() == ["e", "d"]
     started(run, 2, "2026-01-01T10:05Z")
     write_log(run, 1, "0", 3, ("2026-01-01T10:04Z", "f"), ("2026-01-01T10:05Z", "late"))
@@ -240,8 +240,8 @@ def test_a_log_is_followed_with_a_cursor(storage: Storage) -> None:
     assert [line.line for line in run.log_lines("driver", {})] == ["a"]
 
 
-def test_many_parts_of_logs_and_metrics_slow_the_fence_not_down() -> None:
-    """It looks at the attempts, not at what is in them."""
+def test_many_parts_of_logs_and_metrics_do_not_slow_the_fence() -> None:
+    """The fence lists the attempts, not their objects."""
 
     class Counting(Wrapped):
         looked = 0
@@ -290,12 +290,12 @@ def test_one_of_eight_contenders_starts(storage: Storage) -> None:
     assert all(isinstance(answer, Superseded) for answer in answers if answer is not winners[0])
 
 
-def test_the_fence_lets_the_highest_start_pass_alone() -> None:
+def test_the_fence_passes_only_the_highest_start() -> None:
     run = Run(MemoryStorage(), "j", "m")
     run.fence(1)
     run.start_attempt(2, None, 1)
     run.fence(2)
-    run.write_heartbeat(3, Heartbeat(phase="starting"))  # an attempt that has not started overtakes nobody
+    run.write_heartbeat(3, Heartbeat(phase="starting"))  # an attempt that has not started overtakes no other
     run.fence(2)
     for attempt in (0, 1):
         with pytest.raises(Superseded, match=f"attempt 2 of j/m has taken over from attempt {attempt}"):
@@ -310,7 +310,7 @@ def test_the_fence_lets_the_highest_start_pass_alone() -> None:
 
 @pytest.mark.parametrize("error", [StorageUnavailable, Conflict])
 def test_a_start_whose_answer_was_lost_is_a_win(error: type[Exception]) -> None:
-    """Conflict is what the client sees that tries again after a lost answer."""
+    """A client that tries again after a lost answer gets a Conflict."""
 
     class Lossy(Wrapped):
         lost = 0
@@ -360,7 +360,7 @@ def test_no_command_of_eight_is_lost(storage: Storage) -> None:
     assert sorted(command.reason for command in run.commands(1)) == [f"reason {i}" for i in range(8)]
 
 
-def test_status_is_swapped_by_whoever_read_it_last(storage: Storage) -> None:
+def test_status_is_swapped_by_the_process_that_read_it_last(storage: Storage) -> None:
     run = Run(storage, "j", "m")
     status, etag = run.status()
     assert (status, etag, status.reason) == (Status(state="queued"), None, "")
@@ -370,9 +370,9 @@ def test_status_is_swapped_by_whoever_read_it_last(storage: Storage) -> None:
     run.write_status(run.status()[0].to("running", "training"), mine)
     with pytest.raises(Conflict):
         run.write_status(status.to("failed", "late"), mine)
-    found, _ = run.status()
-    assert (found.state, found.attempt, found.reason) == ("running", 1, "training")
-    history = [(change.state, change.reason) for change in found.history]
+    stored, _ = run.status()
+    assert (stored.state, stored.attempt, stored.reason) == ("running", 1, "training")
+    history = [(change.state, change.reason) for change in stored.history]
     assert history == [("starting", "attempt 1"), ("running", "training")]
 
 
@@ -395,9 +395,9 @@ def test_figures_that_are_not_finite_survive(storage: Storage) -> None:
     run.write_metrics(1, [row])
     for line in storage.get("runs/j/m/attempt-1/metrics/00000001.jsonl")[0].decode().splitlines():
         json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
-    (found,) = run.metrics()
-    assert math.isnan(found.pop("loss"))
-    assert found == {key: value for key, value in row.items() if key != "loss"}
+    (stored,) = run.metrics()
+    assert math.isnan(stored.pop("loss"))
+    assert stored == {key: value for key, value in row.items() if key != "loss"}
 
     save(run, 1, 1, val_loss=math.nan, val_psnr=math.inf)
     metrics = run.manifest(CheckpointRef(attempt=1, step=1)).metrics
@@ -414,7 +414,7 @@ def test_figures_that_are_not_finite_survive(storage: Storage) -> None:
     assert math.isnan(result.gate.value)
 
 
-def test_what_has_not_been_written_is_none() -> None:
+def test_an_object_not_yet_written_is_none() -> None:
     run = Run(MemoryStorage(), "j", "m")
     assert (run.heartbeat(1), run.result(1), run.attempt_start(1)) == (None, None, None)
 
@@ -452,7 +452,7 @@ def test_an_older_process_reads_what_a_newer_one_wrote() -> None:
 
 
 def test_training_seconds_are_those_of_the_steps_that_count() -> None:
-    """Attempt 1 is cut at step 2 of 4; attempt 2 begins its count anew, at more seconds than attempt 1 ended with."""
+    """Attempt 1 is cut at step 2 of 4; attempt 2 counts its own seconds, more than attempt 1 ended with."""
     run = Run(MemoryStorage(), "j", "m")
     assert run.training_seconds() == 0
     run.start_attempt(1, None, 1)
@@ -484,7 +484,7 @@ def test_leftovers_are_directories_without_a_manifest_below_a_step(storage: Stor
     assert run.leftovers(before_step=10) == [three, nine, five]
 
 
-def test_manifests_pass_over_what_is_damaged() -> None:
+def test_manifests_skips_damaged_objects() -> None:
     run = Run(MemoryStorage(), "j", "m")
     run.start_attempt(1, None, 1)
     for step in (1, 2, 3):
@@ -493,10 +493,10 @@ def test_manifests_pass_over_what_is_damaged() -> None:
     assert [ref.step for ref, _ in run.manifests()] == [1, 3]
 
 
-# ---- patience
+# ---- retries
 
 
-def test_patience_outlasts_the_store(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_retries_outlast_an_outage_of_the_store(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("genmodels.storage.retry.MAX_WAIT_SECONDS", 0.001)
     storage = FailingStorage()
     storage.away = True

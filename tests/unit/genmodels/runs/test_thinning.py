@@ -1,4 +1,4 @@
-"""Long histories: what is kept of them, and how much of them is in memory at a time."""
+"""Test long histories: which rows remain, and how many are in memory at a time."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_a_long_series_is_not_held() -> None:
 
 @pytest.fixture
 def long(file_storage: Storage) -> tuple[Service, str, Run]:
-    """A run of two attempts: steps 1 to 30,000 in as many parts, the last 10,000 by the second attempt."""
+    """Return a run of two attempts: steps 1 to 30,000; the second attempt wrote the last 10,000."""
     service = Service(file_storage)
     job = service.submit("long")
     run = Run(file_storage, job, "long")
@@ -91,13 +91,13 @@ def test_readers_choose_how_many_rows(long: tuple[Service, str, Run], points: in
 
 
 @pytest.mark.parametrize("points", [0, 9, 10_001, -1, "x"])
-def test_their_number_is_bounded(long: tuple[Service, str, Run], points: int) -> None:
+def test_the_number_of_rows_is_bounded(long: tuple[Service, str, Run], points: int) -> None:
     service, job, _ = long
     assert service("GET", f"/v1/jobs/{job}/metrics?points={points}").status_code == 400
 
 
 def test_metrics_are_read_as_they_are_sent(long: tuple[Service, str, Run], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing is read before it is asked for, and parts before the first step asked for are not read at all."""
+    """A part is read only when a row of it is needed; parts before the first requested step are never read."""
     _, _, run = long
     read = []
     get = run.storage.get
@@ -109,10 +109,10 @@ def test_metrics_are_read_as_they_are_sent(long: tuple[Service, str, Run], monke
     assert len(parts) == 1
     read.clear()
     assert len(list(run.metric_lines(29_500))) == 500
-    assert len([key for key in read if key.endswith(".jsonl")]) <= 3  # one of them the overtaken attempt's last
+    assert len([key for key in read if key.endswith(".jsonl")]) <= 3  # one is the last part of attempt 1
 
 
-def test_the_gateway_thins_as_much_as_is_asked(file_storage: Storage) -> None:
+def test_the_gateway_returns_the_requested_number_of_rows(file_storage: Storage) -> None:
     version = publish(file_storage, "long", "vae")
     run = Run(file_storage, version.job, "long")
     run.start_attempt(1, None, 1)
@@ -121,5 +121,5 @@ def test_the_gateway_thins_as_much_as_is_asked(file_storage: Storage) -> None:
     for query, count in (("", 1000), ("?points=10", 10), ("?points=250", 250)):
         rows = ask(app, "GET", f"/v1/models/long/history{query}").json()["data"]
         assert (len(rows), rows[0], rows[-1]["step"]) == (count, {"step": 1, "loss": "nan"}, 5000)
-    for wrong in (9, 1001):
-        assert ask(app, "GET", f"/v1/models/long/history?points={wrong}").status_code == 400
+    for points in (9, 1001):
+        assert ask(app, "GET", f"/v1/models/long/history?points={points}").status_code == 400

@@ -1,4 +1,4 @@
-"""Fixtures of the commands' tests: the command line in this process, a storage, and a job service that serves it."""
+"""Define the fixtures of the commands' tests: the command line in this process, a storage, and its job service."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from tests.support.cli_service import SPEC, Command
 
 @pytest.fixture
 def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Command:
-    """Runs the command line in a folder of its own, without a terminal: (exit code, output, errors)."""
+    """Run the command line in a folder of its own, without a terminal: (exit code, output, errors)."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(wait, "POLL_SECONDS", 0.01)
     monkeypatch.setattr(client_module, "RECONNECT_SECONDS", 0.01)
@@ -41,13 +41,13 @@ def command(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str],
 
 @pytest.fixture
 def store(tmp_path: Path) -> Storage:
-    """The storage of the service; commands without options open another folder."""
+    """Return the storage of the service; commands without options open another folder."""
     return open_storage((tmp_path / "of-the-service").as_uri())
 
 
 @pytest.fixture
 def api(store: Storage, command: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[str]:
-    """A job service without keys, which GENMODELS_API names."""
+    """Start a job service without keys; GENMODELS_API names it."""
     with served(create_app(store, keys=None, hosts=LOOPBACK)) as url:
         monkeypatch.setenv("GENMODELS_API", url)
         (tmp_path / "shapes.yaml").write_text(SPEC)

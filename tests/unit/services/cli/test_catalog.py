@@ -28,7 +28,7 @@ from tests.support.published_models import publish
 
 @pytest.fixture(params=["service", "storage"])
 def where(api: str, store: Storage, request: pytest.FixtureRequest) -> tuple[str, ...]:
-    """Options with which a command uses the service (named by GENMODELS_API) or opens its storage."""
+    """Return options with which a command uses the service (named by GENMODELS_API) or opens its storage."""
     return () if request.param == "service" else ("--storage", store.url)
 
 
@@ -191,7 +191,7 @@ def test_what_is_wrong_with_a_text_names_the_file(api: str, command: Command, tm
 
 @dataclass
 class Garbage:
-    """What `genmodels.registry.gc.gc` gives, with two things to remove."""
+    """The result of `genmodels.registry.gc.gc`, with two items to remove."""
 
     storage: Storage
     items: list[SimpleNamespace]
@@ -224,14 +224,14 @@ def test_gc_says_first_what_it_would_free(
     assert command("gc", "--dry-run", "--yes", *where)[0] == 0
     assert len(store.list("junk/")) == 3
     monkeypatch.setattr(sys.stdin, "isatty", lambda: True, raising=False)
-    for answer, code, left in (("n\n", 0, 3), ("y\n", 0, 0)):
+    for answer, code, remaining in (("n\n", 0, 3), ("y\n", 0, 0)):
         monkeypatch.setattr("typer.confirm", lambda question, err, answer=answer: answer == "y\n")
         assert command("gc", *where)[0] == code
-        assert len(store.list("junk/")) == left
+        assert len(store.list("junk/")) == remaining
 
 
 def test_the_same_without_a_service(command: Command, tmp_path: Path) -> None:
-    """No --api: commands on what is stored open the storage, here the folder .genmodels."""
+    """Without --api the commands on stored objects open the storage, here the folder .genmodels."""
     store = open_storage((tmp_path / ".genmodels").as_uri())
     publish(store, "vae", "vae")
     (tmp_path / "novel.txt").write_text("It was a dark and stormy night. " * 200)

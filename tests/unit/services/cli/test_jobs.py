@@ -1,4 +1,4 @@
-"""The commands that go through the job API, as a person types them, against the service's own application.
+"""Test the commands that use the job API, as a user types them, against the application of the service.
 
 The runs' states and heartbeats, which a dispatcher and drivers would leave in storage, are written by the tests.
 """
@@ -34,13 +34,13 @@ from tests.support.cli_service import SPEC, Command, submitted
 
 
 def to(run: Run, state: State, reason: str, **facts: int) -> None:
-    """What the dispatcher does."""
+    """Set the state of a run, as the dispatcher does."""
     status, etag = run.status()
     run.write_status(status.to(state, reason, **facts), etag)
 
 
 def in_steps(*steps: Callable[[], Any]) -> SimpleNamespace:
-    """A `time` for `follow`: one step at each pause, then none."""
+    """Return a `time` for `follow`: one step at each pause, then none."""
     waiting = list(steps)
 
     def sleep(seconds: float) -> None:
@@ -86,16 +86,16 @@ def test_a_dry_run_submits_nothing(api: str, command: Command, store: Storage) -
     assert Jobs(store).open() == []
 
 
-def test_refused_specs_are_told_line_by_line(api: str, command: Command, tmp_path: Path) -> None:
-    wrong = SPEC.replace("max_steps: 100", "max_stps: 100").replace("dataset: digits", "path: /etc/passwd", 1)
-    (tmp_path / "wrong.yaml").write_text(wrong)
-    code, out, err = command("submit", "wrong.yaml")
+def test_errors_of_a_refused_spec_name_their_lines(api: str, command: Command, tmp_path: Path) -> None:
+    invalid = SPEC.replace("max_steps: 100", "max_stps: 100").replace("dataset: digits", "path: /etc/passwd", 1)
+    (tmp_path / "invalid.yaml").write_text(invalid)
+    code, out, err = command("submit", "invalid.yaml")
     assert (code, out) == (2, "")
     lines = err.splitlines()
     assert len(lines) == 2
-    assert lines[0].startswith("error: wrong.yaml:5: models[0].data.path: ")
+    assert lines[0].startswith("error: invalid.yaml:5: models[0].data.path: ")
     assert "genmodels data add" in lines[0]
-    assert lines[1].startswith("error: wrong.yaml:6: models[0].train.max_stps: ")
+    assert lines[1].startswith("error: invalid.yaml:6: models[0].train.max_stps: ")
     code, out, err = command("submit", "nowhere.yaml")
     assert (code, err) == (
         2,
@@ -106,7 +106,7 @@ def test_refused_specs_are_told_line_by_line(api: str, command: Command, tmp_pat
 def test_wait_follows_to_the_end_and_says_how_to_use_it(
     api: str, command: Command, store: Storage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Two models at once: queued, an attempt that is lost, training, publishing; an end for the endpoint's users."""
+    """Follow two models: queued, a lost attempt, training, publishing; then the curl lines of the endpoint."""
 
     def runs() -> tuple[Run, Run]:
         (job,) = Jobs(store).open()
@@ -194,7 +194,7 @@ def test_ctrl_c_leaves_the_job_alone(
 def test_wait_outlives_the_service(
     command: Command, store: Storage, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    """It is away, longer than a request is tried for, and comes back at the same address."""
+    """The service is down longer than the retries of a request, and returns at the same address."""
     monkeypatch.setattr(http, "PATIENCE_SECONDS", 0.1)
     (tmp_path / "shapes.yaml").write_text(SPEC)
     with socket.socket() as probe:
@@ -339,7 +339,7 @@ def test_no_service_at_that_address(command: Command) -> None:
 
 
 def test_keys(store: Storage, command: Command, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    """A key's whole life; the service takes it while it lives, for what it is for."""
+    """A key from creation to revocation: the service accepts it only in between, and only for its scopes."""
     (tmp_path / "shapes.yaml").write_text(SPEC)
     storage = ("--storage", store.url)
     assert command("keys", "list", *storage)[1] == "no keys yet; `genmodels keys create NAME` creates one\n"
@@ -375,7 +375,7 @@ def test_keys(store: Storage, command: Command, monkeypatch: pytest.MonkeyPatch,
 
 
 def test_bars_on_a_terminal(api: str, command: Command, store: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Two models at once; what an attempt was lost by stays above the bars."""
+    """Two models at once; the reason of a lost attempt stays above the bars."""
     monkeypatch.setenv("FORCE_COLOR", "1")
     monkeypatch.setenv("COLUMNS", "100")
     job = submitted(command)
@@ -409,11 +409,11 @@ def test_the_key_goes_to_the_job_service_alone(
     _, key = Keys(store).create("ann", ("submit",))
     monkeypatch.setenv("GENMODELS_KEY", key)
     (tmp_path / "shapes.yaml").write_text(SPEC)
-    asked: list[str] = []
+    addresses: list[str] = []
     send = httpx.Client.send
 
     def recorded(client: httpx.Client, request: httpx.Request, **options: Any) -> httpx.Response:
-        asked.append(f"{request.url.host}:{request.url.port}")
+        addresses.append(f"{request.url.host}:{request.url.port}")
         return send(client, request, **options)
 
     monkeypatch.setattr(httpx.Client, "send", recorded)
@@ -425,7 +425,7 @@ def test_the_key_goes_to_the_job_service_alone(
             to(Run(store, job, model), "succeeded", "published")
         code, out, err = command("status", job, "--wait")
     assert code == 0, err
-    assert {f"http://{address}" for address in asked} == {url}
+    assert {f"http://{address}" for address in addresses} == {url}
     assert out.count(f"curl -s {endpoint or '$GENMODELS_GATEWAY'}/v1/images/generations") == 2
     assert key not in out
     assert ("where GENMODELS_GATEWAY is the URL" in out) == (not has_endpoint)

@@ -1,4 +1,4 @@
-"""The commands that need no Ray, as a person types them."""
+"""Test the commands that need no Ray, as a user types them."""
 
 from __future__ import annotations
 
@@ -98,11 +98,11 @@ def test_the_version_is_the_packages(tmp_path: Path) -> None:
     ("typed", "completed"), [("val", "validate"), ("validate --smo", "--smoke"), ("keys cr", "create")]
 )
 def test_shells_complete_commands_and_options(tmp_path: Path, typed: str, completed: str) -> None:
-    """As the script of `genmodels --install-completion` asks."""
+    """Call the program as the script of `genmodels --install-completion` does."""
     words = f"genmodels {typed}"
-    asked = {"_GENMODELS_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
+    request = {"_GENMODELS_COMPLETE": "complete_bash", "COMP_WORDS": words, "COMP_CWORD": str(words.count(" "))}
     command = [Path(sysconfig.get_path("scripts")) / "genmodels"]
-    done = subprocess.run(command, cwd=tmp_path, env=os.environ | asked, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(command, cwd=tmp_path, env=os.environ | request, capture_output=True, text=True, timeout=120)
     assert done.stdout.split() == [completed]
 
 
@@ -132,7 +132,7 @@ def _commands(app: typer.Typer) -> Iterator[tuple[str, Any]]:
 
 
 def test_commands_of_the_job_api_need_neither_torch_nor_ray(tmp_path: Path) -> None:
-    """They answer at once: a service that is not there is reported within seconds, patience included."""
+    """The commands answer at once: an unreachable service is reported within seconds, retries included."""
     program = """
         import sys
         from services.cli import main

@@ -34,7 +34,7 @@ def test_a_sound_spec_is_summed_up(run: Run, tmp_path: Path) -> None:
 
 
 def test_a_dash_reads_the_spec_from_standard_input(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Errors name it, and paths in it are relative to the working folder."""
+    """Errors name the standard input, and paths in the spec are relative to the working folder."""
     (tmp_path / "my.txt").write_text("Call me Ishmael.\n" * 1000)
     type_in(monkeypatch, GOOD)
     code, out, errors = run("validate", "-")
@@ -174,8 +174,8 @@ def test_schema_is_json_with_a_choice_of_families(run: Run) -> None:
     assert families == sorted(families)
 
 
-def test_what_the_outline_shows_is_told_within_a_second_and_without_torch(tmp_path: Path) -> None:
-    """In a fresh process: bytes, YAML, keys, names, an unknown family or dataset, and sections that disagree."""
+def test_errors_that_the_outline_shows_are_reported_within_a_second_and_without_torch(tmp_path: Path) -> None:
+    """Check in a fresh process: bytes, YAML, keys, names, an unknown family or dataset, and contradicting sections."""
     mistakes = {
         "bytes": GOOD.encode("utf-16"),
         "yaml": b"a: [",

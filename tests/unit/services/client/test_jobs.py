@@ -1,4 +1,4 @@
-"""The client of the job API against services that misbehave."""
+"""Test the client of the job API against services that misbehave."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ JOB = {
 
 
 class Scripted:
-    """Answers one request after the other with what stands in its script; keeps what it was asked.
+    """Answer each request with the next answer of a script, and record the requests.
 
-    An answer is (status, body), where a body is sent as JSON, bytes as they are; or "break": half of an answer; or a
-    list of lines, sent as a stream which breaks off if the last is None.
+    An answer is (status, body), with the body sent as JSON or as raw bytes; or "break": half of an answer; or a
+    list of lines, sent as a stream that breaks off if the last line is None.
     """
 
     def __init__(self, *script: Any) -> None:
-        self.script, self.asked = list(script), []
+        self.script, self.requests = list(script), []
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         body, more = b"", True
@@ -46,7 +46,7 @@ class Scripted:
             message = await receive()
             body, more = body + message.get("body", b""), message.get("more_body", False)
         headers = {name.decode(): value.decode() for name, value in scope["headers"]}
-        self.asked.append((scope["method"], scope["path"], scope["query_string"].decode(), headers, body))
+        self.requests.append((scope["method"], scope["path"], scope["query_string"].decode(), headers, body))
         answer = self.script.pop(0)
         if isinstance(answer, list):
             await send({"type": "http.response.start", "status": 200, "headers": [(b"content-type", b"text/plain")]})
@@ -68,7 +68,7 @@ Connect = Callable[..., tuple[Client, Scripted]]
 
 @pytest.fixture
 def connect(monkeypatch: pytest.MonkeyPatch) -> Iterator[Connect]:
-    """A client of a service that answers as scripted."""
+    """Return a client of a service that answers as scripted."""
     monkeypatch.setattr(client_module, "RECONNECT_SECONDS", 0.01)
     monkeypatch.setattr(http, "FIRST_PATIENCE_SECONDS", 5.0)
     running: list[Any] = []
@@ -94,13 +94,13 @@ def test_a_submission_is_tried_again_under_one_idempotency_key(connect: Connect)
     client, app = connect((503, error("not ready")), "break", (502, b"<html>"), (201, JOB), (201, JOB), key="gm_1_2")
     job = client.submit(b"name: shapes", "job.yaml")
     assert (job.job, job.models[0].model) == ("shapes-01234567", "vae")
-    assert len(app.asked) == 4
-    assert {(method, path, body) for method, path, _, _, body in app.asked} == {("POST", "/v1/jobs", b"name: shapes")}
-    (first,) = {headers["idempotency-key"] for *_, headers, _ in app.asked}
-    assert {headers["content-type"] for *_, headers, _ in app.asked} == {"application/yaml"}
-    assert {headers["authorization"] for *_, headers, _ in app.asked} == {"Bearer gm_1_2"}
+    assert len(app.requests) == 4
+    assert {(verb, path, body) for verb, path, _, _, body in app.requests} == {("POST", "/v1/jobs", b"name: shapes")}
+    (first,) = {headers["idempotency-key"] for *_, headers, _ in app.requests}
+    assert {headers["content-type"] for *_, headers, _ in app.requests} == {"application/yaml"}
+    assert {headers["authorization"] for *_, headers, _ in app.requests} == {"Bearer gm_1_2"}
     client.submit(b"{}", "job.json")
-    *_, headers, _ = app.asked[-1]
+    *_, headers, _ = app.requests[-1]
     assert headers["idempotency-key"] != first
     assert headers["content-type"] == "application/json"
 
@@ -118,7 +118,7 @@ def test_problems_of_a_spec_are_told_of_the_file(connect: Connect) -> None:
     )
     with pytest.raises(SpecError, match=r"^jobs/a.yaml: too large$"):
         client.dry_run(b"x", "jobs/a.yaml")
-    assert app.asked[-1][2] == "dry_run=true"
+    assert app.requests[-1][2] == "dry_run=true"
 
 
 def test_no_service_there(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -162,7 +162,7 @@ def test_keys(connect: Connect) -> None:
         Client("http://127.0.0.1:1", "gm_ö\r\nx: y")
 
 
-def test_what_the_service_says_is_the_message(connect: Connect) -> None:
+def test_the_message_of_the_service_is_the_error(connect: Connect) -> None:
     client, app = connect((404, error("no job 'x'", "job_not_found")), (409, error("not ended")))
     with pytest.raises(JobNotFound, match=r"^no job 'x'$"):
         client.job("x")
@@ -171,11 +171,11 @@ def test_what_the_service_says_is_the_message(connect: Connect) -> None:
     for name in ("", "..", "a/b", "A", "x?y"):
         with pytest.raises(GenmodelsError, match="lower-case letters"):
             client.job(name)
-    assert len(app.asked) == 2  # nothing was sent for a name that cannot be
+    assert len(app.requests) == 2  # no request was sent for an invalid name
 
 
 def test_a_followed_log_goes_on_over_breaks_and_repeats_nothing(connect: Connect) -> None:
-    """A break in the middle, a service that is away, one that ends cleanly before the job: each line comes once."""
+    """The stream breaks, the service is down, or the stream ends before the job: each line comes once."""
     ended = JOB | {"state": "succeeded"}
     client, app = connect(
         ["a", "b", "b", None],
@@ -190,7 +190,7 @@ def test_a_followed_log_goes_on_over_breaks_and_repeats_nothing(connect: Connect
     assert lines == ["a", "b", "b", "c", "b", "d"]
     assert len(waited) == 1
     assert "closed the connection (RemoteProtocolError)" in waited[0]
-    assert app.asked[0][:3] == ("GET", "/v1/jobs/x/logs", "model=vae&source=driver&follow=true")
+    assert app.requests[0][:3] == ("GET", "/v1/jobs/x/logs", "model=vae&source=driver&follow=true")
     assert not app.script
 
 
@@ -199,10 +199,10 @@ def test_a_log_that_is_not_followed_is_read_once(connect: Connect) -> None:
     assert list(client.logs("x", [])) == ["a", "b"]
     with pytest.raises(Unreachable, match="closed the connection"):
         list(client.logs("x", []))
-    assert app.asked[0][2] == ""
+    assert app.requests[0][2] == ""
 
 
-def test_a_silent_log_is_asked_for_anew(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_silent_log_is_requested_again(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(http, "SILENCE_SECONDS", 0.2)
     monkeypatch.setattr(client_module, "RECONNECT_SECONDS", 0.01)
     app = Scripted((200, JOB), ["first", "a"], (200, JOB | {"state": "failed"}))
@@ -214,7 +214,7 @@ def test_a_silent_log_is_asked_for_anew(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 class _Silent:
-    """Sends one line and then nothing, the first time."""
+    """Send one line and then nothing, the first time."""
 
     def __init__(self, then: Scripted) -> None:
         self.then, self.first = then, True
@@ -264,12 +264,12 @@ def test_files_of_a_version_are_verified(connect: Connect, tmp_path: Path) -> No
     client, app = connect((503, error("busy")), (200, b"weights"), (200, b"spoiled"))
     client.fetch(_version(model=b"weights"), tmp_path)
     assert (tmp_path / "model").read_bytes() == b"weights"
-    assert app.asked[-1][1] == "/v1/models/vae/versions/3/files/model"
+    assert app.requests[-1][1] == "/v1/models/vae/versions/3/files/model"
     with pytest.raises(CheckpointError, match="vae@3: model arrived damaged"):
         client.fetch(_version(model=b"weights"), tmp_path)
     with pytest.raises(StorageError, match=r"none of them '.' or '..'"):
         client.fetch(_version(**{"../outside": b"x"}), tmp_path)
-    assert len(app.asked) == 3
+    assert len(app.requests) == 3
 
 
 def test_a_dataset_is_sent_whole_at_each_try(connect: Connect, tmp_path: Path) -> None:
@@ -277,5 +277,5 @@ def test_a_dataset_is_sent_whole_at_each_try(connect: Connect, tmp_path: Path) -
     client, app = connect((503, error("busy")), (201, {"name": "mine", "notes": []}))
     with (tmp_path / "text").open("rb") as file:
         assert client.add_dataset("mine", file, image_size=16, channels=None)["name"] == "mine"
-    assert [len(body) for *_, body in app.asked] == [3_000_000, 3_000_000]
-    assert app.asked[0][:3] == ("PUT", "/v1/datasets/mine", "image_size=16")
+    assert [len(body) for *_, body in app.requests] == [3_000_000, 3_000_000]
+    assert app.requests[0][:3] == ("PUT", "/v1/datasets/mine", "image_size=16")

@@ -1,4 +1,4 @@
-"""Where too few files may be open, everything that would start Ray says so and ends."""
+"""Test that each command that would start Ray reports a too low limit of open files, and ends."""
 
 from __future__ import annotations
 

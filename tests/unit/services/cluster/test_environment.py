@@ -1,4 +1,4 @@
-"""No command and no child process depends on the user's folder, proxies, locale, terminal or temporary folder."""
+"""Test that commands and child processes do not depend on the user's folder, proxies, locale, terminal or TMPDIR."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SCRIPT = "import sys; sys.argv[0] = 'genmodels'; from services.cli.main import m
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Path:
-    """A user's folder: modules with names that children import, and a clone of this project."""
+    """Return a user's folder: modules with names that children import, and a clone of this project."""
     folder = tmp_path / "my [red]plays & pictures# 100%"
     folder.mkdir()
     for name in SHADOWS:
@@ -64,7 +64,7 @@ def test_one_place_starts_every_python() -> None:
 
 
 def test_what_children_start_imports_nothing_of_it_either(folder: Path) -> None:
-    """Ray starts its own processes, which know only the environment; their cleanest stand-in is a plain Python."""
+    """Ray's own processes know only the environment; a plain Python stands for them."""
     variables = {**os.environ, **isolated_environment(os.environ)}
     program = [sys.executable, "-c", "import logging, random, genmodels.errors, services.cluster.reaper"]
     done = subprocess.run(program, cwd=folder, env=variables, capture_output=True, text=True)
@@ -98,7 +98,7 @@ def test_everything_at_once(folder: Path) -> None:
 
 @pytest.mark.parametrize("closed", [">&-", "<&- >&- 2>&-"])
 def test_commands_work_with_closed_streams(closed: str, tmp_path: Path) -> None:
-    """Nothing that is opened takes the number of a stream, so what is printed goes into no file of ours."""
+    """No opened file gets the descriptor of a stream, so the output goes into no other file."""
     program = "keys create ann --storage " + (tmp_path / "s").as_uri()
     words = ["bash", "-c", f'exec "{sys.executable}" -P -c "$0" {program} {closed}', SCRIPT]
     done = subprocess.run(words, cwd=tmp_path, capture_output=True, timeout=60)
@@ -193,7 +193,7 @@ def test_proxies_are_for_other_machines() -> None:
 
 
 def test_grpc_of_this_machine_knows_no_proxy() -> None:
-    """As Serve's proxy and replicas connect."""
+    """Connect as Serve's proxy and replicas do."""
     program = """
     import os
     from concurrent.futures import ThreadPoolExecutor
@@ -255,7 +255,7 @@ def killed_folder(tmp_path: Path) -> Path:
 
 
 def test_the_folder_of_a_killed_process_goes(killed_folder: Path, tmp_path: Path) -> None:
-    """Its token with it. As long as the process lives, the folder outlives the command."""
+    """The token goes with the folder. While the process lives, the folder outlives the command."""
     program = f"""
     import os, time
     from pathlib import Path

@@ -1,4 +1,4 @@
-"""Managed processes are kept running, and nothing of them stays, whichever process is killed."""
+"""Test that managed processes are restarted, and that no process remains, whichever process is killed."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def test_a_process_that_dies_is_restarted_and_leaves_nothing(place: Path) -> Non
     first = pids(place)
     until(lambda: process.poll(lines.append) or process.is_ready, "it is ready")
     os.kill(first[0], signal.SIGKILL)
-    until(lambda: process.poll(lines.append) or len(lines) == 2, "its end is seen")
+    until(lambda: process.poll(lines.append) or len(lines) == 2, "the log reports its end")
     assert not any(map(is_alive, first))
     until(lambda: process.poll(lines.append) or len(lines) == 3, "it is ready again")
     second = pids(place)
@@ -61,7 +61,7 @@ def test_a_process_that_dies_is_restarted_and_leaves_nothing(place: Path) -> Non
 
     assert process.process
     os.kill(process.process.pid, signal.SIGKILL)  # the reaper itself
-    until(lambda: process.poll(lines.append) or len(lines) == 4, "its end is seen")
+    until(lambda: process.poll(lines.append) or len(lines) == 4, "the log reports its end")
     assert not any(map(is_alive, second))
 
     until(lambda: process.poll(lines.append) or process.is_running, "it is started again")

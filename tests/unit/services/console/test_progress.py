@@ -1,4 +1,4 @@
-"""What a person sees of a run that waits: for what, with a terminal and without one."""
+"""Test what a user sees of a waiting run: the reason of the wait, with a terminal and without one."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def plain() -> tuple[Board, io.StringIO]:
 
 
 def drawn(run: Shown) -> str:
-    """The bar of a run on a terminal."""
+    """Return the bar of a run on a terminal."""
     console = Console(file=io.StringIO(), width=120, force_terminal=True, color_system=None)
     board = Board(console)
     board.show(run)
@@ -71,7 +71,7 @@ def test_a_bar_says_what_a_run_waits_for_and_no_time_left() -> None:
 
 
 def test_a_run_without_a_step_for_a_while_is_not_shown_as_progress(clock: Clock) -> None:
-    """Its heartbeats do not arrive either where nothing can be written."""
+    """If storage accepts no writes, the heartbeats do not arrive either."""
     board, output = plain()
     for _ in range(60):
         board.show(TRAINING)

@@ -1,4 +1,4 @@
-"""The queue from submission to the end of every run: restarts at any point, two dispatchers, people's commands."""
+"""Test the queue from submission to the end of every run: restarts at any point, two dispatchers, users' commands."""
 
 from __future__ import annotations
 
@@ -61,15 +61,15 @@ def test_jobs_of_different_priorities_run_in_order_and_end(storage: Storage, dat
     }
 
 
-def test_a_model_that_fails_takes_no_other_with_it(data: Path) -> None:
+def test_a_model_that_fails_does_not_affect_others(data: Path) -> None:
     storage = MemoryStorage()
     cluster = Cluster(storage, bad=[ends("failed", "user", "ValueError: shapes differ")], lost=[dies, succeeds])
     name = submit(storage, data, "mixed", "bad", "good", "lost")
     play(Dispatcher(storage, cluster), 1, name)
-    found = {
+    ends_of_runs = {
         each: (state(storage, name, each).state, state(storage, name, each).attempt) for each in ("bad", "good", "lost")
     }
-    assert found == {"bad": ("failed", 1), "good": ("succeeded", 1), "lost": ("succeeded", 2)}
+    assert ends_of_runs == {"bad": ("failed", 1), "good": ("succeeded", 1), "lost": ("succeeded", 2)}
     assert state(storage, name, "bad").reason == "ValueError: shapes differ"
 
 
@@ -177,7 +177,7 @@ def test_a_resume_is_not_lost_when_the_job_is_closed_again_before_the_command_is
     dispatcher = Dispatcher(storage, cluster)
     play(dispatcher, 1, name)
     Jobs(storage).reopen(name)
-    play(dispatcher, 1, name)  # there is no command yet: it is put away again
+    play(dispatcher, 1, name)  # there is no command yet: the job is closed again
     Run(storage, name, "a").send_command("resume", 1, "by key 1234", "queued")
     Jobs(storage).notify(name, "a")
     dispatcher.dispatch_once(1)
@@ -207,23 +207,23 @@ def test_a_restart_reads_open_jobs_only(data: Path) -> None:
         name, _ = jobs.submit(one)
         jobs.close(name, f"2026-01-01T00:00:{i:02}.000+00:00", {"a": "succeeded"})
     name = submit(storage, data, "new", "a")
-    seen: list[str] = []
+    touched: list[str] = []
 
     class Watched(Wrapped):
         def before(self, verb: str, key: str) -> None:
-            seen.append(key)
+            touched.append(key)
 
     Dispatcher(Watched(storage), Cluster(storage)).dispatch_once(1)
-    assert not [key for key in seen if "old-" in key or key.startswith("ended")]
-    assert [key for key in seen if name in key]
+    assert not [key for key in touched if "old-" in key or key.startswith("ended")]
+    assert [key for key in touched if name in key]
 
 
 class Killed(BaseException):
-    """What a kill -9 looks like from inside."""
+    """Stands for a kill -9 of the process."""
 
 
 class Deadly(Wrapped):
-    """Kills its user before or after its n-th write."""
+    """Kill the calling process before or after its n-th write."""
 
     def __init__(self, inner: Storage, at: int, when: str) -> None:
         super().__init__(inner)
@@ -241,7 +241,7 @@ class Deadly(Wrapped):
 
 
 @pytest.mark.parametrize("when", ["before", "after"])
-def test_killed_at_every_write_the_next_one_brings_all_to_the_right_end(data: Path, when: str) -> None:
+def test_after_a_kill_at_any_write_the_next_dispatcher_completes_all_runs(data: Path, when: str) -> None:
     at = 0
     while True:
         at += 1

@@ -1,4 +1,4 @@
-"""What must not stop the queue, or leave a run in a wrong state for ever: damaged objects, restarts, odd moments."""
+"""Test that damaged objects, restarts and rare moments neither stop the queue nor leave a run in a wrong state."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def cancel(storage: Any, job: str, now: bool = False) -> None:
 
 
 class Clock:
-    """Time that goes by when it is told to."""
+    """A clock that advances only when a test sets it."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 1000.0
@@ -139,7 +139,7 @@ def test_a_restart_remembers_that_an_attempt_is_to_end(
     first = Dispatcher(storage, cluster)
     clock.run(first, 3)
     cancel(storage, name, now)
-    with pytest.MonkeyPatch.context() as patch:  # it is killed right after it has heard
+    with pytest.MonkeyPatch.context() as patch:  # killed right after it has read the command
         patch.setattr(AttemptMonitor, "kill_if_overdue", lambda *_: None)
         clock.run(first, 1)
     clock.run(Dispatcher(storage, cluster), 200, lease_term=2)

@@ -1,4 +1,4 @@
-"""The dispatcher reads specs and writes states: it starts fast and needs little memory, without torch and Ray."""
+"""Test that the dispatcher starts fast and needs little memory: it imports neither torch nor Ray."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Many open jobs of many models: what the dispatcher and the job service's figures ask of storage."""
+"""Test the storage operations of the dispatcher and of the job metrics, with many open jobs of many models."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ JOBS, MODELS = 12, 20
 
 
 class CountingStorage(Wrapped):
-    """Counts operations by verb and kind of object, and how many are under way at once; may be held."""
+    """Count operations by verb and kind of object, and the most at once; a test may hold them."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -102,8 +102,8 @@ def test_commands_left_before_a_dispatcher_starts_are_applied() -> None:
 
 
 def figures(text: bytes) -> dict[str, float]:
-    found = re.findall(rb"^(genmodels_(?:open_runs|queue_length|queue_oldest|job|storage_up)\S*) (\S+)$", text, re.M)
-    return {name.decode(): float(value) for name, value in found}
+    samples = re.findall(rb"^(genmodels_(?:open_runs|queue_length|queue_oldest|job|storage_up)\S*) (\S+)$", text, re.M)
+    return {name.decode(): float(value) for name, value in samples}
 
 
 def test_figures_cost_one_object_of_each_run() -> None:
@@ -111,16 +111,16 @@ def test_figures_cost_one_object_of_each_run() -> None:
     submit(storage)
     metrics = JobMetrics(Views(storage))
     storage.forget()
-    told = until(metrics, 'genmodels_open_runs{state="queued"}')
-    assert told['genmodels_open_runs{state="queued"}'] == JOBS * MODELS
+    first = until(metrics, 'genmodels_open_runs{state="queued"}')
+    assert first['genmodels_open_runs{state="queued"}'] == JOBS * MODELS
     assert sum(storage.counts.values()) <= JOBS * MODELS + 3 * JOBS + 3
     for _ in range(20):
         metrics.text()
-    assert storage.counts["get runs"] == JOBS * MODELS  # believed for a while
+    assert storage.counts["get runs"] == JOBS * MODELS  # cached for a while
 
 
 def test_a_scrape_does_not_wait_for_storage(monkeypatch: pytest.MonkeyPatch) -> None:
-    """It tells what was known, and how old that is; as many scrapes as there are cost one look."""
+    """A scrape returns the last known values and their age; many scrapes cost one read."""
     monkeypatch.setattr(jobmetrics, "WAIT_SECONDS", 0.0)
     monkeypatch.setattr(jobmetrics, "CACHE_TTL_SECONDS", 0.0)
     storage = CountingStorage()
@@ -136,10 +136,10 @@ def test_a_scrape_does_not_wait_for_storage(monkeypatch: pytest.MonkeyPatch) -> 
     ages = []
     deadline = time.monotonic() + 20
     while len(ages) < 3 and time.monotonic() < deadline:
-        told = figures(metrics.text())
-        assert told['genmodels_open_runs{state="queued"}'] == 0.0
-        if not ages or told["genmodels_job_metrics_age_seconds"] > ages[-1]:
-            ages.append(told["genmodels_job_metrics_age_seconds"])
+        scraped = figures(metrics.text())
+        assert scraped['genmodels_open_runs{state="queued"}'] == 0.0
+        if not ages or scraped["genmodels_job_metrics_age_seconds"] > ages[-1]:
+            ages.append(scraped["genmodels_job_metrics_age_seconds"])
     assert len(ages) == 3
     storage.held.set()
     submitting.join()
@@ -151,7 +151,7 @@ def test_a_scrape_does_not_wait_for_storage(monkeypatch: pytest.MonkeyPatch) -> 
 
 def until(metrics: JobMetrics, name: str) -> dict[str, float]:
     deadline = time.monotonic() + 20
-    while name not in (told := figures(metrics.text())):
+    while name not in (scraped := figures(metrics.text())):
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    return told
+    return scraped

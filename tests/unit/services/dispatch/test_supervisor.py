@@ -1,4 +1,4 @@
-"""From a queued run to its end: what is tried again, what is not, and who may say so. Drivers are scripts."""
+"""Test a run from the queue to its end: which failures are retried, and which process decides. Drivers are scripts."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def in_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("genmodels.storage.retry.MAX_WAIT_SECONDS", 0.001)
 
 
-class Seen(list[tuple[str, str | None]]):
-    """A watcher: the states and phases it was shown, without repetitions."""
+class WatchedStates(list[tuple[str, str | None]]):
+    """Record the states and phases that a watcher gets, without repetitions."""
 
     def __call__(self, status: Status, heartbeat: Heartbeat | None) -> None:
         shown = (status.state, heartbeat.phase if heartbeat else None)
@@ -41,7 +41,7 @@ class Seen(list[tuple[str, str | None]]):
 
 def complete(storage: Storage, *scripts: Script, watch: Any = None) -> tuple[Status, Result | None, Drivers]:
     backend = Drivers(storage, *scripts)
-    status, result = run_to_completion(storage, backend, JOB, MODEL, 2, Seen() if watch is None else watch)
+    status, result = run_to_completion(storage, backend, JOB, MODEL, 2, WatchedStates() if watch is None else watch)
     stored, _ = Run(storage, JOB, MODEL).status()
     assert stored == status
     return status, result, backend
@@ -55,8 +55,8 @@ def states(status: Status) -> list[tuple[str, str]]:
 
 
 def test_success(storage: Storage) -> None:
-    seen = Seen()
-    status, result, backend = complete(storage, succeeds, watch=seen)
+    watched = WatchedStates()
+    status, result, backend = complete(storage, succeeds, watch=watched)
     assert result is not None
     assert (status.state, status.attempt, result.version, backend.attempts) == ("succeeded", 1, 3, [1])
     assert states(status) == [
@@ -66,7 +66,7 @@ def test_success(storage: Storage) -> None:
         ("succeeded", "published as model@3"),
     ]
     assert all(change.time for change in status.history)
-    assert seen == [
+    assert watched == [
         ("starting", None),
         ("starting", "starting"),
         ("running", None),
@@ -164,7 +164,7 @@ def test_a_result_counts_whatever_the_exit_code() -> None:
 
 
 class Clock:
-    """Time that goes by in sleep alone."""
+    """A clock that advances only in `sleep`."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.now = 1000.0
@@ -196,7 +196,7 @@ def test_a_new_checkpoint_resets_the_count() -> None:
 
 
 def test_a_new_checkpoint_is_progress_also_below_one_that_was_damaged() -> None:
-    """Attempt 1 saved step 50, which was found damaged: 2 and 3 save 20 and 30, and are not no_progress_attempts."""
+    """Attempt 1 saved step 50, now damaged: attempts 2 and 3 save 20 and 30, and are not no_progress_attempts."""
 
     def far(run: Run, attempt: int) -> Iterator[object]:
         run.start_attempt(attempt, None, 1)
@@ -222,7 +222,7 @@ def test_memory_is_short_twice_at_most() -> None:
 
 
 def test_attempts_are_numbered_on_after_whatever_happened() -> None:
-    """The process that carried the run was killed in mid-run: the next one neither waits nor uses a number twice."""
+    """The supervising process was killed during the run: the next process neither waits nor uses a number twice."""
     storage = MemoryStorage()
     run = Run(storage, JOB, MODEL)
     run.write_status(Status(state="queued").to("running", "by one that was killed", attempt=4), None)
@@ -246,11 +246,11 @@ def test_of_two_dispatchers_one_stops_at_its_next_write() -> None:
 
     backend = Drivers(storage, script)
     with pytest.raises(GenmodelsError, match="another dispatcher works on run job-00000000/model; this one stops"):
-        run_to_completion(storage, backend, JOB, MODEL, 2, Seen())
+        run_to_completion(storage, backend, JOB, MODEL, 2, WatchedStates())
     status, _ = Run(storage, JOB, MODEL).status()
     assert (status.state, status.reason, status.attempt) == ("starting", "attempt 2 of another", 2)
     assert backend.attempts == [1]
-    assert backend.drivers[0].code == 0, "its driver was asked to leave, and did"
+    assert backend.drivers[0].code == 0, "its driver got a stop command and stopped"
 
 
 def test_a_dispatcher_that_comes_second_starts_nothing() -> None:
@@ -262,7 +262,7 @@ def test_a_dispatcher_that_comes_second_starts_nothing() -> None:
     storage = Contested()
     backend = Drivers(storage, succeeds)
     with pytest.raises(GenmodelsError, match="another dispatcher works on run"):
-        run_to_completion(storage, backend, JOB, MODEL, 2, Seen())
+        run_to_completion(storage, backend, JOB, MODEL, 2, WatchedStates())
     assert backend.attempts == []
 
 
@@ -270,7 +270,7 @@ def test_a_dispatcher_that_comes_second_starts_nothing() -> None:
 
 
 class Interrupting:
-    """A watcher that is interrupted at a state and phase, `times` times."""
+    """Raise an interrupt at a state and phase, `times` times."""
 
     def __init__(self, state: str, phase: str | None, times: int = 1) -> None:
         self.at, self.times = (state, phase), times
@@ -368,7 +368,7 @@ def test_what_goes_wrong_here_lets_the_attempt_leave_too() -> None:
 
 
 def test_an_outage_neither_fails_a_run_nor_counts() -> None:
-    """The store goes away at every point of a run in turn, for a while."""
+    """The store is unreachable for a while, at each point of a run in turn."""
 
     class Blinking(Wrapped):
         operations, refused, at = 0, 0, 0
@@ -384,7 +384,7 @@ def test_an_outage_neither_fails_a_run_nor_counts() -> None:
     def sheltered(run: Run, attempt: int) -> Iterator[object]:
         nonlocal driving
         steps = succeeds(run, attempt)
-        while True:  # the driver has its own ways with an outage
+        while True:  # the driver handles an outage itself
             driving = True
             try:
                 next(steps)
@@ -400,7 +400,7 @@ def test_an_outage_neither_fails_a_run_nor_counts() -> None:
         storage = Blinking()
         storage.at = at
         backend = Drivers(storage, sheltered)
-        status, _ = run_to_completion(storage, backend, JOB, MODEL, 2, Seen())
+        status, _ = run_to_completion(storage, backend, JOB, MODEL, 2, WatchedStates())
         assert (status.state, backend.attempts) == ("succeeded", [1])
         assert {state for state, _ in states(status)} <= {"starting", "running", "publishing", "succeeded"}
         if not storage.refused:
@@ -409,7 +409,7 @@ def test_an_outage_neither_fails_a_run_nor_counts() -> None:
 
 
 def test_a_lost_answer_is_not_taken_for_another_dispatcher() -> None:
-    """The status is written, the answer is lost, and the store stays away for a while."""
+    """The status is written, the answer is lost, and the store stays unreachable for a while."""
 
     class Lossy(FailingStorage):
         def after(self, verb: str, key: str) -> None:
@@ -446,7 +446,7 @@ def test_ctrl_c_in_an_outage_does_not_hang() -> None:
 
 
 def supervised(storage: Storage, *scripts: Script) -> tuple[Supervisor, Drivers]:
-    """A run under a lease, as the dispatcher has it."""
+    """Return the supervisor of a run under a lease, as in the dispatcher."""
     backend = Drivers(storage, *scripts)
     run = Run(storage, JOB, MODEL)
     supervisor = Supervisor(run, backend, *run.status())
@@ -455,7 +455,7 @@ def supervised(storage: Storage, *scripts: Script) -> tuple[Supervisor, Drivers]
 
 
 def play(supervisor: Supervisor, state: str, workers: int = 1) -> None:
-    """Step, starting what is queued, until the run is in a state."""
+    """Step until the run is in a state; start the run when it is queued."""
     for _ in range(50):
         supervisor.step()
         if supervisor.status.state == state:
@@ -578,7 +578,7 @@ def test_preempted_attempts_do_not_count() -> None:
 
 
 def test_the_reason_of_an_end_is_the_first_that_asked_for_it() -> None:
-    """A driver that is ended while its group starts adds that it got a SIGTERM."""
+    """A driver that is ended while its group starts also reports a SIGTERM."""
     supervisor, _ = supervised(MemoryStorage(), obedient)
     play(supervisor, "running")
     supervisor.request_stop("preempted by job/model")
@@ -712,7 +712,7 @@ def test_a_driver_that_nobody_knows_any_more_is_lost_and_counts_only_if_it_had_b
 
 
 def test_a_late_write_of_the_old_holder_does_not_stop_the_new_one() -> None:
-    """It comes between the new one's look at the status and its stamp."""
+    """The late write comes after the new holder read the status and before it writes its stamp."""
     storage = MemoryStorage()
     first, _ = supervised(storage, stubborn)
     run = Run(storage, JOB, MODEL)

@@ -1,4 +1,4 @@
-"""The gateway checks verbs and options of requests itself: a wrong request does not reach a model host."""
+"""Test that the gateway checks verbs and options of requests: an invalid request does not reach a model host."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ CONTRACTS = {
 
 
 class Pool:
-    """A pool that keeps the names of the calls that reach it."""
+    """Record the names of the calls that reach the pool."""
 
     def __init__(self) -> None:
         self.calls: list[str] = []

@@ -1,4 +1,4 @@
-"""The model host watches the registry: swaps without failed requests, refused versions, names, a budget of memory."""
+"""Test how the model host follows the registry: swaps without failed requests, refused versions, names, memory."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ GENERATE = {"prompt": "", "seed": 3}
 
 @pytest.fixture
 def storage(tmp_path: Path) -> Storage:
-    """A VAE and a text model, one version each."""
+    """Return a storage with a VAE and a text model, one version each."""
     storage = open_storage(tmp_path.as_uri())
     publish(storage, "shapes", "vae")
     publish(storage, "play", "minigpt")
@@ -46,7 +46,7 @@ def storage(tmp_path: Path) -> Storage:
 
 @pytest.fixture(autouse=True)
 def by_hand(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Hosts read the registry only when a test says so."""
+    """Make hosts read the registry only when a test calls `watch`."""
     monkeypatch.setattr(model_host, "_watch", lambda _: None)
     monkeypatch.setattr(catalog, "LIST_TTL_SECONDS", 0.0)
     monkeypatch.setattr("genmodels.engine.alias_watcher.CACHE_TTL_SECONDS", 0.0)
@@ -135,7 +135,7 @@ def test_a_stream_ends_with_the_version_that_began_it(storage: Storage) -> None:
 
 
 def test_twenty_swaps_under_load_fail_no_request_and_cut_no_stream(storage: Storage) -> None:
-    """Requests arrive whether or not earlier ones were answered; each answer is that of the version it names."""
+    """Requests arrive without a wait for earlier answers; each answer is that of the version it names."""
     pictures = GenerateRequest(seed=7)
     writing = CompletionRequest.model_validate({"prompt": "To be", "max_tokens": 30, "seed": 4})
     for step in range(2, 6):
@@ -168,12 +168,12 @@ def test_twenty_swaps_under_load_fail_no_request_and_cut_no_stream(storage: Stor
             await asyncio.to_thread(host.watch)
 
     async def all_of_it() -> list[tuple[str, object]]:
-        swapping, asked = asyncio.create_task(swaps()), []
+        swapping, requests = asyncio.create_task(swaps()), []
         while not swapping.done():
-            asked += [asyncio.create_task(draw()), asyncio.create_task(write())]
+            requests += [asyncio.create_task(draw()), asyncio.create_task(write())]
             await asyncio.sleep(0.02)
         await swapping
-        return await asyncio.gather(*asked)
+        return await asyncio.gather(*requests)
 
     answers = asyncio.run(all_of_it())
     assert all(oracle[name] == result for name, result in answers)
@@ -313,7 +313,7 @@ def test_the_least_recently_used_goes_first_and_never_one_in_use(storage: Storag
 
 
 def test_a_host_of_two_threads_answers_the_same_text_many_times(storage: Storage) -> None:
-    """In a process of its own: a process that was forked from one with two threads of torch would wait for ever."""
+    """It runs in a process of its own: a fork of a process with two threads of torch would wait for ever."""
     program = """
         import asyncio, sys
         from genmodels.engine.text.choices import TextDelta

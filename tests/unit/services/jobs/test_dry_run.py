@@ -1,4 +1,4 @@
-"""What a dry run costs, and whom it keeps waiting."""
+"""Test what a dry run costs, and which requests wait for it."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from tests.support.job_service import YAML, Service, spec
 
 
 def giants(depths: range) -> bytes:
-    """A spec of as many deep language models."""
+    """Return a spec with one deep language model per entry."""
     document = spec("giants", *(f"m{depth}" for depth in depths))
     for model, depth in zip(document["models"], depths, strict=True):
         model |= {"model": {"family": "minigpt", "n_layer": depth}, "data": {"dataset": "shakespeare"}}
@@ -34,7 +34,7 @@ def giants(depths: range) -> bytes:
 
 
 def random_config(cls: Any, chance: random.Random) -> Any:
-    """A configuration with other values in whatever fields make another model."""
+    """Return a configuration with random values in the fields that change the model."""
     fields: dict[str, Any] = {"width": chance.choice([1, 3, 8, 20]), "latent_dim": chance.randint(1, 60)}
     fields |= {"blocks": chance.randint(0, 8), "norm": chance.choice(["group", "none"])}
     fields |= {"conditional": chance.random() < 0.5, "noise_std": chance.choice([0.0, 0.5])}
@@ -49,7 +49,7 @@ def random_config(cls: Any, chance: random.Random) -> Any:
 
 @pytest.mark.parametrize("family", models.names())
 def test_parameters_are_counted_as_they_are_built(family: str) -> None:
-    """For any configuration and data of any family, with either optimizer."""
+    """The count is exact for any configuration and data of any family, with either optimizer."""
     import torch
     from torch.optim import Muon
 
@@ -86,7 +86,7 @@ def test_depth_costs_a_dry_run_nothing(file_storage: Storage) -> None:
 
 
 class Counting:
-    """Takes the place of what counts a model's parameters; waits to be let."""
+    """Replace the function that counts a model's parameters; each call waits for `let`."""
 
     def __init__(self) -> None:
         self.begun, self.let = 0, threading.Event()
@@ -139,20 +139,20 @@ def test_dry_runs_of_one_key_are_bounded_and_keep_nobody_waiting(file_storage: S
 
 
 def test_a_dry_run_ends_with_its_client(file_storage: Storage, counting: Counting) -> None:
-    """Those that are worked on stop at the next model; those that wait never begin."""
+    """Active dry runs stop at the next model; waiting dry runs never begin."""
     with served(create_app(file_storage, keys=None, hosts=None)) as url:
 
         async def play() -> None:
             async with httpx.AsyncClient(base_url=url, timeout=30) as client:
                 body = giants(range(1, 101))
-                asked = [
+                requests = [
                     asyncio.create_task(client.post("/v1/jobs?dry_run=true", content=body, headers=YAML))
                     for _ in range(DRY_RUNS[1])
                 ]
                 await asyncio.to_thread(counting.until_begun, 2)
-                for one in asked:
-                    one.cancel()
-                await asyncio.gather(*asked, return_exceptions=True)
+                for request in requests:
+                    request.cancel()
+                await asyncio.gather(*requests, return_exceptions=True)
             async with httpx.AsyncClient(base_url=url, timeout=30) as client:  # the places are free again
                 waiting = asyncio.create_task(
                     client.post("/v1/jobs?dry_run=true", content=giants(range(1, 2)), headers=YAML)

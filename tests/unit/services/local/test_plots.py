@@ -1,4 +1,4 @@
-"""The picture of a run's course."""
+"""Test the plots of a run."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ def spec(family: str) -> ModelSpec:
 
 
 def drawn(monkeypatch: pytest.MonkeyPatch, family: str, rows: list[dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """What each panel was given: title -> name of a line -> steps and values."""
+    """Return the data of each panel: title -> name of a line -> steps and values."""
     panels = {}
     draw_panel = plots._draw_panel
 

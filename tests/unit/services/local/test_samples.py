@@ -1,4 +1,4 @@
-"""What a run shows of its models comes from the models' own data, and ends nothing where it cannot be shown."""
+"""Test that a run's samples come from the models' own data, and that a failure to show them ends nothing."""
 
 from __future__ import annotations
 
@@ -98,7 +98,7 @@ def test_what_cannot_be_shown_costs_a_line(broken: str, family: str, file_storag
 
 
 def test_a_passage_begins_with_a_prompt_that_the_model_knows(tmp_path: Path) -> None:
-    """Also where the text has no newline and lacks the characters of an English one."""
+    """This holds also if the text has no newline and lacks the characters of an English text."""
     data = TextData("马到成功" * 1000)
     sent: list[Any] = []
 

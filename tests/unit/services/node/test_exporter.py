@@ -1,4 +1,4 @@
-"""A node's metrics: what its processes wrote, each once, and nothing of a run that has ended."""
+"""Test a node's metrics: each value of its processes once, and no gauge of a run that has ended."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ for line in sys.stdin:
     print("counted", flush=True)
 """
 
-# Collects, killed before the first thing that it does to a file, then before the second, ...; says what was left.
+# Collect, killed before the first operation on a file, then before the second, ...; print the exit codes.
 KILLED = """
 import os, pathlib, shutil, signal, sys
 from services.node.exporter import NodeCollector
@@ -138,7 +138,7 @@ COUNT, SLOTS = "attempts_ended_total{stopped}", "kv_slots{minigpt,m,used,1}"
 
 
 def of(count: int) -> dict[str, float]:
-    """What is to be seen after so many counts, but for sums of seconds."""
+    """Return the expected samples after `count` counts, without the sums of seconds."""
     buckets = {bound: count if float(bound) >= 0.002 else 0 for bound in ("0.001", "0.0025", "60.0", "+Inf")}
     return {COUNT: count, "storage_seconds_count{get}": count} | {
         f"storage_seconds_bucket{{{bound},get}}": value for bound, value in buckets.items()
@@ -173,10 +173,10 @@ def test_processes_die_while_many_scrape(url: str, start: Start) -> None:
         stop = False
 
         def go_on(_: int) -> list[float]:
-            seen = []
+            counts = []
             while not stop:
-                seen.append(scrape(url).get(COUNT, 0.0))
-            return seen
+                counts.append(scrape(url).get(COUNT, 0.0))
+            return counts
 
         scrapes = threads.map(go_on, range(4))
         try:
@@ -188,9 +188,9 @@ def test_processes_die_while_many_scrape(url: str, start: Start) -> None:
                     writer.kill()
         finally:
             stop = True
-        for seen in scrapes:
-            assert seen == sorted(seen), "no count ever falls"
-            assert seen[-1] <= counted
+        for counts in scrapes:
+            assert counts == sorted(counts), "no count ever falls"
+            assert counts[-1] <= counted
     assert of(counted).items() <= scrape(url).items()
 
 
@@ -198,7 +198,7 @@ def test_the_exporter_is_killed_at_every_moment_of_folding(tmp_path: Path, start
     alive = start()
     alive.count(1)
     counted = 1
-    for count in (10, 100, 1000):  # two are in the sum already, one after the other; the last ones are to be folded
+    for count in (10, 100, 1000):  # the first two are already folded, one after the other; the last two are not
         for _ in range(2 if count == 1000 else 1):
             dead = start()
             dead.count(count)
@@ -211,15 +211,15 @@ def test_the_exporter_is_killed_at_every_moment_of_folding(tmp_path: Path, start
     assert last[1] == "0"
     assert {code for _, code in killed} == {"-9"}
     assert len(killed) > 20
-    left = set()
+    leftovers = set()
     for name, _ in [*killed, last]:
         work = tmp_path / name
-        left.add(tuple(sorted(str(path.relative_to(work)) for path in work.rglob("*"))))
+        leftovers.add(tuple(sorted(str(path.relative_to(work)) for path in work.rglob("*"))))
         for _ in range(2):
             scraped = collected(work)
             assert of(counted).items() <= scraped.items(), name
             assert scraped[SLOTS] == 2, name
-    assert len(left) > 10, "moments differ"
+    assert len(leftovers) > 10, "moments differ"
 
 
 def test_a_pid_that_another_process_has_now(tmp_path: Path, start: Start) -> None:

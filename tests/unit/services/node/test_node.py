@@ -1,4 +1,4 @@
-"""The node of a container, with Ray and the exporter; here a head and a worker on loopback addresses."""
+"""Test the node of a container, with Ray and the exporter: a head and a worker on loopback addresses."""
 
 from __future__ import annotations
 

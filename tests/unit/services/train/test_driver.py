@@ -1,4 +1,4 @@
-"""The driver of one attempt: classes of failures, and publication. Ray is not started."""
+"""Test the driver of one attempt: the class of a failure, and the published version. No Ray is started."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ GLOO = RuntimeError(
 
 
 class ranks(Exception):
-    """Ray's WorkerGroupError: the error of each rank that failed."""
+    """Stands for Ray's WorkerGroupError, with the error of each failed rank."""
 
     def __init__(self, **failures: Exception) -> None:
         super().__init__("Training failed due to worker errors:\n[Rank 0 Error Snippet]:\nTraceback ...")
@@ -67,7 +67,7 @@ class ranks(Exception):
 
 
 def actor_died() -> Exception:
-    """Return the error of a killed worker, wrapped twice as Ray does."""
+    """Return the error of a killed worker, wrapped twice as by Ray."""
     from ray.exceptions import ActorDiedError
     from ray.train.v2._internal.exceptions import WorkerHealthCheckFailedError
 
@@ -102,7 +102,7 @@ def controller_of_workers() -> Exception:
 
 
 def full(error: Exception, number: int = errno.ENOSPC) -> Exception:
-    """Return the error that the storage makes of an error of the disk."""
+    """Return `error`, caused by an error of the disk."""
     error.__cause__ = OSError(number, os.strerror(number))
     return error
 
@@ -169,14 +169,14 @@ def test_the_class_of_a_failure(make: Callable[[], Exception], cause: str, messa
     assert Result.model_validate(result.model_dump(mode="json")) == result
 
 
-def test_ray_still_calls_things_so() -> None:
-    """The names that `classify_failure` uses."""
+def test_ray_still_has_the_names_that_failures_are_classified_by() -> None:
+    """`classify_failure` depends on these names."""
     from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
-    assert WorkerGroupError("said", {1: DIVERGED}).worker_failures == {1: DIVERGED}
+    assert WorkerGroupError("failed", {1: DIVERGED}).worker_failures == {1: DIVERGED}
     assert ControllerError(DIVERGED).controller_failure is DIVERGED
     assert actor_died().health_check_failure.__class__.__module__ == "ray.exceptions"  # type: ignore[attr-defined]
-    assert classify_failure(WorkerGroupError("said", {0: GLOO, 1: DIVERGED})).cause == "diverged"
+    assert classify_failure(WorkerGroupError("failed", {0: GLOO, 1: DIVERGED})).cause == "diverged"
 
 
 @pytest.mark.parametrize(
@@ -194,9 +194,9 @@ def test_ray_still_calls_things_so() -> None:
 )
 @pytest.mark.parametrize("through", [copy.copy, copy.deepcopy, lambda error: pickle.loads(pickle.dumps(error))])  # noqa: S301
 def test_errors_cross_process_borders(error: GenmodelsError, through: Callable[[Any], Any]) -> None:
-    result = through(error)
-    assert type(result) is type(error)
-    assert (str(result), result.args, vars(result)) == (str(error), error.args, vars(error))
+    copied = through(error)
+    assert type(copied) is type(error)
+    assert (str(copied), copied.args, vars(copied)) == (str(error), error.args, vars(error))
 
 
 # ---- publishing
@@ -290,15 +290,15 @@ def test_seconds_are_of_the_chain_and_of_this_start() -> None:
     assert _seconds(run, 2, began)["startup_seconds"] == 0.0
 
 
-# ---- what the driver looks after while Ray has its main thread
+# ---- the watch of the driver while Ray has the main thread
 
 
 class Ended(Exception):
-    """Raised where the process would end."""
+    """Stands for the end of the process."""
 
 
 class Logs:
-    """A LogShipper that does not touch the output of the process."""
+    """Stands for LogShipper, without a change to this process's streams."""
 
     def __init__(self) -> None:
         self.flushed: list[float] = []
@@ -324,7 +324,7 @@ def heartbeat(run: Run) -> Heartbeat:
     return result
 
 
-def test_the_driver_beats_until_rank_0_does(watch: DriverWatch) -> None:
+def test_the_driver_writes_heartbeats_until_rank_0_does(watch: DriverWatch) -> None:
     run = watch.run
     watch.look()
     assert run.heartbeat(1) is None
@@ -428,21 +428,21 @@ def test_a_kill_command_ends_a_process_that_has_not_ended_by_then(
     watch.look()
     timers = [thread for thread in threading.enumerate() if isinstance(thread, threading.Timer)]
     if ended:
-        watch.trained()  # is not held up: a failure of the ranks, which end first, can be told
+        watch.trained()  # does not wait: the ranks end first, and their failure can be reported
         watch.__exit__()
     for timer in timers:
         timer.join()
     assert codes == ([] if ended else [KILLED])
     assert watch.killed is not None
-    output = capfd.readouterr().err
-    assert output.startswith("Killed: cancel --now. The stacks of all threads:\n")
-    main = output.partition("Thread MainThread:\n")[2].partition("\nThread ")[0]
+    stderr = capfd.readouterr().err
+    assert stderr.startswith("Killed: cancel --now. The stacks of all threads:\n")
+    main = stderr.partition("Thread MainThread:\n")[2].partition("\nThread ")[0]
     assert "in test_a_kill_command_ends_a_process" in main, "the innermost frames, whatever the number of threads"
     watch.look()
-    assert capfd.readouterr().err == "", "it was read once"
+    assert capfd.readouterr().err == "", "the command was read once"
 
 
-# ---- a driver process; in the place of Ray something that waits
+# ---- a driver process; a function that waits replaces Ray
 
 DRIVER = """
 import os, sys, time
@@ -461,7 +461,7 @@ driver.main()
 
 
 def drive(tmp_path: Path, data: Path, body: str, *options: str, signals: int | None = None) -> tuple[Run, int, float]:
-    """Return the run, the exit code, and the seconds from the signal to the end."""
+    """Run a driver; return the run, the exit code, and the seconds from the signal to the end."""
     storage = open_storage(f"file://{tmp_path}")
     name = submit(storage, job("driven", model(data, "minigpt") | {"scaling": {"num_workers": 3}}))
     run = Run(storage, name, "minigpt")
@@ -485,7 +485,7 @@ def log(run: Run) -> list[str]:
     return [line.line for line in run.log_lines("driver")]
 
 
-def test_a_driver_that_is_told_to_end_leaves_a_result_and_its_log(tmp_path: Path) -> None:
+def test_a_driver_ended_by_sigterm_leaves_a_result_and_its_log(tmp_path: Path) -> None:
     run, code, seconds = drive(tmp_path, make_data(tmp_path), "wait", "--workers", "2", signals=signal.SIGTERM)
     assert code == 0
     assert seconds < 10
