@@ -80,8 +80,8 @@ def test_workers_killed_and_hung(stack: Stack) -> None:
     lines = stack.service.text(f"/jobs/{run.job}/logs").splitlines()
     living = [line for line in lines if re.search(r" worker/[01] ", line)]
     assert any("Killed: no progress for" in line for line in living)
-    assert any("Current thread" in line or "Thread 0x" in line for line in living)
-    assert any(re.search(r"genmodels/training/loop\.py.* in train$", line) for line in living)
+    assert any(line.endswith("Thread MainThread:") for line in living)
+    assert any(re.search(r"in train \(.*genmodels/training/loop\.py:\d+\)$", line) for line in living)
 
     status = stack.reaches(run, "succeeded")
     stack.check_succeeded(run, attempts=5)
