@@ -13,7 +13,7 @@ from __future__ import annotations
 import re
 import shutil
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -77,11 +77,14 @@ def model_contents(storage: Storage, model: str) -> ModelContents:
     return ModelContents(model, versions, targets, sum(sizes.values()), jobs)
 
 
-def delete_model(storage: Storage, model: str, *, with_runs: bool = False) -> ModelContents:
+def delete_model(
+    storage: Storage, model: str, *, with_runs: bool = False, may_name: Callable[[str], bool] = lambda _: True
+) -> ModelContents:
     """Remove all aliases, versions, evaluations and files of a model; its next version gets the next number.
 
     Args:
         with_runs: remove checkpoints, samples and logs of its runs too. The specs and states of the jobs stay.
+        may_name: return whether an error may name a job that trains this model.
 
     Returns:
         The contents before the deletion.
@@ -96,7 +99,7 @@ def delete_model(storage: Storage, model: str, *, with_runs: bool = False) -> Mo
         raise ModelNotFound(
             f"model {model!r} has no version, only the files of its runs in jobs {left}; add --with-runs to delete them"
         )
-    _refuse_while_open(storage, model, contents.jobs)
+    _refuse_while_open(storage, model, contents.jobs, may_name)
     for alias in contents.aliases:
         registry.remove_alias(model, alias)
     while numbers := registry.versions(model):
@@ -125,9 +128,7 @@ def dataset_contents(storage: Storage, name: str) -> DatasetContents:
     Raises:
         DataError: nothing is stored of the dataset.
     """
-    sizes = uploads.sizes(storage, name)
-    if not sizes:
-        raise DataError(f"no dataset {name!r}; `genmodels data list` lists all datasets")
+    sizes = _dataset_sizes(storage, name)
     users = _users(storage, name)
     registry, versions = Registry(storage), []
     for model in sorted({spec.name for _, spec in users}):
@@ -144,8 +145,11 @@ def dataset_contents(storage: Storage, name: str) -> DatasetContents:
     )
 
 
-def delete_dataset(storage: Storage, name: str) -> DatasetContents:
+def delete_dataset(storage: Storage, name: str, *, may_name: Callable[[str], bool] = lambda _: True) -> DatasetContents:
     """Remove all contents of a dataset, the results that evaluations share, and its copies on this machine.
+
+    Args:
+        may_name: return whether an error may name a job that trains this model.
 
     Returns:
         The contents before the deletion, and what was trained on the dataset, which stays.
@@ -158,9 +162,10 @@ def delete_dataset(storage: Storage, name: str) -> DatasetContents:
     open_jobs = set(Jobs(storage).open())
     for job, model in (run.split("/") for run in contents.runs):
         if _is_open(Run(storage, job, model), open_jobs):
-            raise GenmodelsError(f"job {job} needs dataset {name!r} and has not ended; cancel it first")
+            subject = _subject(job, model, may_name)
+            raise GenmodelsError(f"{subject} needs dataset {name!r} and has not ended; cancel it first")
     with alone(uploads.gc_lease(storage, name)) as until:
-        meaning, *rest = uploads.sizes(storage, name)
+        meaning, *rest = _dataset_sizes(storage, name)  # another process may have removed it in the meantime
         kept = [
             key for key in storage.list("evaluation-cache/") if any(digest[:16] in key for digest in contents.digests)
         ]
@@ -175,7 +180,14 @@ def delete_dataset(storage: Storage, name: str) -> DatasetContents:
     return contents
 
 
-def _refuse_while_open(storage: Storage, model: str, jobs: Iterable[str]) -> None:
+def _dataset_sizes(storage: Storage, name: str) -> dict[str, int]:
+    """Return the size of each object of a dataset; raise DataError if there is none."""
+    if sizes := uploads.sizes(storage, name):
+        return sizes
+    raise DataError(f"no dataset {name!r}; `genmodels data list` lists all datasets")
+
+
+def _refuse_while_open(storage: Storage, model: str, jobs: Iterable[str], may_name: Callable[[str], bool]) -> None:
     open_jobs = Jobs(storage).open()
     for job in dict.fromkeys([*jobs, *open_jobs]):
         try:
@@ -189,7 +201,12 @@ def _refuse_while_open(storage: Storage, model: str, jobs: Iterable[str]) -> Non
             if model in (entry.name, source) and _is_open(Run(storage, job, entry.name), set(open_jobs)):
                 does = "trains it" if entry.name == model else "starts from it"
                 remedy = "cancel it first" if job in open_jobs else "end its `genmodels run` first"
-                raise GenmodelsError(f"model {model!r}: job {job} {does} and has not ended; {remedy}")
+                subject = _subject(job, entry.name, may_name)
+                raise GenmodelsError(f"model {model!r}: {subject} {does} and has not ended; {remedy}")
+
+
+def _subject(job: str, model: str, may_name: Callable[[str], bool]) -> str:
+    return f"job {job}" if may_name(model) else "a job of models that this key may not use"
 
 
 def _is_open(run: Run, open_jobs: set[str]) -> bool:

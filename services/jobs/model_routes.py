@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path as FilePath
 from typing import Annotated, Any
 
@@ -107,7 +108,8 @@ def add_model_routes(app: FastAPI, guard: KeyAuth, storage: Storage) -> None:
         _need(caller, model)
         if query.dry_run:
             return Json(asdict(removal.model_contents(storage, model)))
-        return Json(asdict(removal.delete_model(storage, model, with_runs=query.with_runs)))
+        may_name = partial(_may_use, caller)
+        return Json(asdict(removal.delete_model(storage, model, with_runs=query.with_runs, may_name=may_name)))
 
     @app.post("/v1/gc")
     def collect_garbage(query: Annotated[DryRunQuery, Query()], caller: Caller = admin) -> Response:
@@ -159,7 +161,10 @@ def add_model_routes(app: FastAPI, guard: KeyAuth, storage: Storage) -> None:
         """
         caller.require([name])
         try:
-            found = (removal.dataset_contents if query.dry_run else removal.delete_dataset)(storage, name)
+            if query.dry_run:
+                found = removal.dataset_contents(storage, name)
+            else:
+                found = removal.delete_dataset(storage, name, may_name=partial(_may_use, caller))
         except DataError as error:
             raise RequestError(str(error), status=404, param="name", code="dataset_not_found") from None
         shown = asdict(found)
@@ -196,6 +201,10 @@ def _add(storage: Storage, name: str, path: FilePath, query: DatasetQuery) -> tu
 def _version(registry: Registry, model: str, number: int, caller: Caller) -> Version:
     _need(caller, model)
     return registry.version(model, number)
+
+
+def _may_use(caller: Caller, model: str) -> bool:
+    return caller.may_use([model])
 
 
 def _need(caller: Caller, model: str) -> None:

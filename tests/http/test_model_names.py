@@ -12,7 +12,10 @@ import pytest
 import yaml
 from fastapi.routing import APIRoute
 
+from genmodels.data import uploads
 from genmodels.keys import Keys
+from genmodels.runs.jobs import Jobs
+from genmodels.spec.parse import parse_spec
 from genmodels.storage import Storage, open_storage
 from services.dispatch.backends.base import Capacity
 from services.dispatch.scheduler import Queued, Running, plan
@@ -124,6 +127,27 @@ def test_no_refused_spec_names_what_is_not_the_keys(shared: Shared, reference: s
     response = ask(shared.apps["jobs"], "POST", f"/v1/jobs{dry}", content=yaml.safe_dump(document), headers=headers)
     assert response.status_code in (400, 403)
     assert without_canary(response)
+
+
+def test_a_deletion_that_is_refused_names_no_others_job(file_storage: Storage) -> None:
+    publish(file_storage, "mine-vae", "vae")
+    service = Service(file_storage)
+    put = ask(service.app, "PUT", "/v1/datasets/mine-text", content=b"All that is mine.\n" * 500)
+    assert put.status_code == 201, put.text
+    document = spec(CANARY, f"{CANARY}-text", f"{CANARY}-vae")
+    text, pictures = document["models"]
+    text |= {"model": {"family": "minigpt"}, "data": {"dataset": "mine-text"}}
+    pictures["train"] = {"init_from": "mine-vae@1"}
+    kinds = uploads.kinds(file_storage)
+    Jobs(file_storage).submit(parse_spec(yaml.safe_dump(document).encode(), "spec", datasets=kinds))
+    keys = Keys(file_storage)
+    headers = {"authorization": f"Bearer {keys.create('a', ('admin',), ('mine-',))[1]}"}
+    app = create_job_app(file_storage, keys=keys, hosts=None)
+    for path in ("/v1/models/mine-vae", "/v1/models/mine-vae?with_runs=true", "/v1/datasets/mine-text"):
+        response = ask(app, "DELETE", path, headers=headers)
+        assert response.status_code == 409, response.text
+        assert "has not ended" in response.text
+        assert without_canary(response), response.text
 
 
 def test_a_wrong_name_is_in_no_other_answer(file_storage: Storage) -> None:

@@ -423,6 +423,23 @@ def test_a_dataset_is_removed_whole_and_says_what_was_trained_on_it(storage: Sto
     assert uploads.load("photos", None, storage).digest == added.digest
 
 
+def test_of_two_deletions_of_a_dataset_at_once_the_second_finds_none(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage = MemoryStorage()
+    photos(storage, tmp_path)
+
+    def overtaken(*names: Any) -> Any:
+        contents = dataset_contents(*names)
+        monkeypatch.setattr("genmodels.registry.removal.dataset_contents", dataset_contents)
+        delete_dataset(storage, "photos")
+        return contents
+
+    monkeypatch.setattr("genmodels.registry.removal.dataset_contents", overtaken)
+    with pytest.raises(DataError, match="no dataset 'photos'"):
+        delete_dataset(storage, "photos")
+
+
 @pytest.mark.parametrize("after", [False, True])
 def test_a_dataset_killed_at_any_write(tmp_path: Path, after: bool, short_leases: None) -> None:
     for moment in itertools.count(1):
