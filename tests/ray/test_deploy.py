@@ -48,7 +48,7 @@ class Serve:
 
 @pytest.fixture(autouse=True)
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(deploy, "LOOK_SECONDS", 0.0)
+    monkeypatch.setattr(deploy, "CHECK_SECONDS", 0.0)
     monkeypatch.setattr(deploy, "RETRY_SECONDS", 0.0)
     monkeypatch.setattr(dashboard, "SILENCE_SECONDS", 0.0)
 
