@@ -15,7 +15,7 @@ from typer.core import TyperGroup
 from genmodels import __version__
 from genmodels.errors import GenmodelsError, SpecError
 from services.cli import admin, delete, jobs, models
-from services.cli.options import SpecFile, StorageUrl, read_document, storage
+from services.cli.options import SpecFile, StorageUrl, read_job
 from services.cluster.environment import isolate_process
 
 PANEL = "On this machine alone"
@@ -123,12 +123,7 @@ def run(
     ),
 ) -> None:
     """Train, publish and serve all models of a job on this machine."""
-    from genmodels.data import uploads
-    from genmodels.spec.parse import parse_spec
-
-    data, source = read_document(spec)
-    store = storage(storage_url)
-    job = parse_spec(data, source, spec.absolute().parent, uploads.kinds(store))
+    job, _, store = read_job(spec, storage_url)
     from services.local.run import quick_run
 
     sys.exit(quick_run(job, only or [], store, port, exit, no_auth, pictures))
@@ -143,12 +138,7 @@ def validate(
     storage_url: StorageUrl = None,
 ) -> None:
     """Check a job spec."""
-    from genmodels.data import uploads
-    from genmodels.spec.parse import parse_spec
-
-    data, source = read_document(spec)
-    store = storage(storage_url)
-    job = parse_spec(data, source, spec.absolute().parent, uploads.kinds(store))
+    job, source, store = read_job(spec, storage_url)
     from genmodels.preflight.check import check_job
 
     try:

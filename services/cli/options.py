@@ -11,6 +11,7 @@ import typer
 from genmodels.errors import SpecError
 
 if TYPE_CHECKING:
+    from genmodels.spec.sections import JobSpec
     from genmodels.storage import Storage
     from services.client.jobs import Client
 
@@ -73,6 +74,20 @@ def read_document(spec: Path) -> tuple[bytes, str]:
         data, source = yaml.read_file(spec), str(spec)
     yaml.check_size(data, source)
     return data, source
+
+
+def read_job(spec: Path, url: str | None) -> tuple[JobSpec, str, Storage]:
+    """Read a job spec; return it, the name that errors give it, and the storage, whose datasets it may name.
+
+    Raises:
+        SpecError: the file cannot be read, or is not a valid spec.
+    """
+    from genmodels.data import uploads
+    from genmodels.spec.parse import parse_spec
+
+    data, source = read_document(spec)
+    opened = storage(url)
+    return parse_spec(data, source, spec.absolute().parent, uploads.kinds(opened)), source, opened
 
 
 def client(api: str) -> Client:

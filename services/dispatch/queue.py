@@ -49,8 +49,12 @@ class ManagedRun:
             reserves=0 < back_off <= RESERVE_SECONDS,  # otherwise another run would start, only to be preempted
         )
 
-    def as_running(self, key: str) -> Running:
-        """Return the run as the scheduler sees it while it has workers."""
+    def as_running(self, key: str, grow_worth_seconds: float) -> Running:
+        """Return the run as the scheduler sees it while it has workers.
+
+        Args:
+            grow_worth_seconds: of training that must be left for a growth.
+        """
         status, heartbeat = self.supervisor.status, self.supervisor.heartbeat
         seconds_left = (heartbeat.seconds_left if heartbeat else None) or 0.0
         return Running(
@@ -61,7 +65,7 @@ class ManagedRun:
             workers=status.workers,
             use_gpu=self.spec.scaling.use_gpu,
             stopping=self.supervisor.stopping,
-            growable=status.state == "running" and seconds_left > settings().grow_worth_seconds,
+            growable=status.state == "running" and seconds_left > grow_worth_seconds,
             placed=status.state != "starting",
         )
 
@@ -97,8 +101,9 @@ class RunQueue:
             runs: by their names, job/model.
             start: start a run with so many workers.
         """
+        limits = settings()
         queued = [run.as_queued(key) for key, run in runs.items() if run.supervisor.waits]
-        active = [run.as_running(key) for key, run in runs.items() if run.supervisor.active]
+        active = [run.as_running(key, limits.grow_worth_seconds) for key, run in runs.items() if run.supervisor.active]
         capacity = self._current_capacity()
         if capacity is None:
             in_order = sorted(queued, key=lambda run: (-run.priority, run.submitted))
@@ -116,7 +121,7 @@ class RunQueue:
         for key, run in runs.items():
             if key not in grows:
                 run.room_since = None
-            elif run.has_had_room(settings().grow_seconds):
+            elif run.has_had_room(limits.grow_seconds):
                 run.supervisor.request_stop(grows[key])
         self._write(capacity, todo.reasons, holds_lease)
 
