@@ -8,18 +8,16 @@ import math
 import subprocess
 import threading
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import httpx
 import openai
 import pytest
 
-from genmodels.engine.model import Contract
 from genmodels.engine.text.choices import TextDelta
 from genmodels.engine.text.request import CompletionRequest
 from genmodels.errors import RequestError
-from genmodels.nn.sampling import SamplingOptions
 from genmodels.storage import Storage, open_storage
 from services.gateway.model_host import CompletionStarted, ModelHost
 from services.gateway.routes import create_app
@@ -27,6 +25,7 @@ from tests.support.asgi_client import ask, refused
 from tests.support.asgi_server import served
 from tests.support.event_streams import events, joined, until
 from tests.support.published_models import VOCABULARY, publish
+from tests.support.scripted_pool import ScriptedPool
 
 PROMPT = {"model": "play", "prompt": "To be", "seed": 3}
 
@@ -252,22 +251,6 @@ def test_a_stream_s_headers(app: Any) -> None:
 # Faults of a pool
 
 
-class Pool:
-    """Act as a pool that sends the given messages."""
-
-    def __init__(self, *items: Any) -> None:
-        self.items = items
-
-    async def contract(self, name: str) -> Contract:
-        return Contract("m@1", "minigpt", frozenset({"complete"}), SamplingOptions)
-
-    async def complete(self, name: str, request: CompletionRequest) -> AsyncIterator[Any]:
-        for item in self.items:
-            if isinstance(item, Exception) and not isinstance(item, RequestError):
-                raise item
-            yield item
-
-
 OPENED, PIECE = CompletionStarted("m@1", "minigpt", 1, 1), TextDelta(0, "abc", 3)
 BODY = {"model": "m", "prompt": "x"}
 
@@ -281,7 +264,7 @@ BODY = {"model": "m", "prompt": "x"}
     ],
 )
 def test_an_answer_cut_off_never_looks_whole(ending: list[Any], code: str | None) -> None:
-    app = create_app(Pool(OPENED, PIECE, *ending))
+    app = create_app(ScriptedPool(OPENED, PIECE, *ending))
     first, last = events(ask(app, "POST", "/v1/completions", {**BODY, "stream": True}).text)
     assert first["choices"] == [{"index": 0, "text": "abc", "logprobs": None, "finish_reason": None}]
     assert (last["error"]["type"], last["error"]["code"]) == ("server_error", code)
@@ -290,13 +273,13 @@ def test_an_answer_cut_off_never_looks_whole(ending: list[Any], code: str | None
 
 
 def test_a_second_choice_that_never_comes_is_missed() -> None:
-    app = create_app(Pool(OPENED, TextDelta(0, "abc", 3, "length")))
+    app = create_app(ScriptedPool(OPENED, TextDelta(0, "abc", 3, "length")))
     assert refused(ask(app, "POST", "/v1/completions", {**BODY, "n": 2}), 503)
     assert "error" in events(ask(app, "POST", "/v1/completions", {**BODY, "n": 2, "stream": True}).text)[-1]
 
 
 def test_a_full_pool_is_429_with_retry_after() -> None:
-    app = create_app(Pool(RequestError("full", status=429, code="too_many_requests")))
+    app = create_app(ScriptedPool(RequestError("full", status=429, code="too_many_requests")))
     for stream in (False, True):
         response = ask(app, "POST", "/v1/completions", {**BODY, "stream": stream})
         assert (refused(response, 429)["type"], response.headers["retry-after"]) == ("rate_limit_error", "1")
@@ -409,8 +392,8 @@ def test_openai_s_client_knows_the_errors(client: openai.OpenAI) -> None:
         client.completions.create(model="none", prompt="x", stream=True)
     assert (missing.value.param, missing.value.code) == ("model", "model_not_found")
     full = RequestError("full", status=429, code="queue_full")
-    cut = Pool(OPENED, PIECE, RequestError("gone", status=503, code="host_lost"))
-    with served(create_app(Pool(full))) as url, pytest.raises(openai.RateLimitError):
+    cut = ScriptedPool(OPENED, PIECE, RequestError("gone", status=503, code="host_lost"))
+    with served(create_app(ScriptedPool(full))) as url, pytest.raises(openai.RateLimitError):
         client.with_options(base_url=f"{url}/v1").completions.create(model="play", prompt="x")
     with served(create_app(cut)) as url:
         chunks = client.with_options(base_url=f"{url}/v1").completions.create(model="m", prompt="x", stream=True)

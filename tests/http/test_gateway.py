@@ -13,24 +13,19 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from genmodels.engine.image.requests import VERB_REQUESTS
-from genmodels.storage import Storage, open_storage
+from genmodels.storage import Storage
 from services.gateway.completions import CompletionBody, StreamOptions
 from services.gateway.model_host import ModelHost
 from services.gateway.routes import GenerationBody, create_app
 from services.jobs.schemas import AliasBody, CancelBody, ResumeBody
 from tests.support.asgi_client import PICTURE, ask, refused
-from tests.support.published_models import VOCABULARY, publish
+from tests.support.published_models import VOCABULARY, publish_examples
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Storage:
     """Return a registry with a text model, a VAE of two versions, and a model without the alias production."""
-    storage = open_storage(tmp_path_factory.mktemp("models").as_uri())
-    publish(storage, "play", "minigpt")
-    publish(storage, "shapes", "vae")
-    publish(storage, "shapes", "vae", step=2, alias="next")
-    publish(storage, "clean", "autoencoder", alias=None)
-    return storage
+    return publish_examples(tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture(scope="module")

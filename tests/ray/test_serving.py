@@ -20,12 +20,12 @@ import openai
 import pytest
 
 from genmodels.keys import Keys
-from genmodels.storage import Storage, open_storage
+from genmodels.storage import Storage
 from services.gateway.model_host import ModelHost
 from services.gateway.routes import create_app
 from services.http.middleware import MAX_BODY
 from tests.support.asgi_client import JSON, PICTURE, ask, refused
-from tests.support.published_models import publish
+from tests.support.published_models import publish_examples
 
 BODY = {"model": "m", "prompt": "x"}
 
@@ -33,12 +33,7 @@ BODY = {"model": "m", "prompt": "x"}
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Storage:
     """A registry with a text model, a VAE of two versions, and one without the alias production."""
-    storage = open_storage(tmp_path_factory.mktemp("models").as_uri())
-    publish(storage, "play", "minigpt")
-    publish(storage, "shapes", "vae")
-    publish(storage, "shapes", "vae", step=2, alias="next")
-    publish(storage, "clean", "autoencoder", alias=None)
-    return storage
+    return publish_examples(tmp_path_factory.mktemp("models"))
 
 
 @pytest.fixture(scope="module")

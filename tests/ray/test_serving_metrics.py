@@ -15,7 +15,7 @@ import threading
 import time
 import uuid
 from collections import Counter
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, TypeAlias
@@ -27,13 +27,10 @@ from prometheus_client.parser import text_string_to_metric_families
 
 from genmodels import metrics
 from genmodels.engine import metrics as engine_metrics
-from genmodels.engine.model import Contract
 from genmodels.engine.text.choices import TextDelta
-from genmodels.engine.text.request import CompletionRequest
 from genmodels.errors import RequestError
 from genmodels.keys import Keys
 from genmodels.metrics import version_labels
-from genmodels.nn.sampling import SamplingOptions
 from genmodels.registry.store import Registry
 from genmodels.storage import Storage, open_storage
 from services.cluster.ports import free_ports
@@ -46,6 +43,7 @@ from services.http.request_metrics import OTHER, ROUTES, RequestMetrics, route_o
 from tests.support.asgi_client import PICTURE, ask
 from tests.support.asgi_server import served
 from tests.support.published_models import publish, save_checkpoint
+from tests.support.scripted_pool import ScriptedPool
 
 CANARY = "canaryqzx"
 LONG = {"prompt": "To be", "max_tokens": 4000, "stream": True}
@@ -248,22 +246,6 @@ def test_a_key_that_asks_too_much_is_counted(models: Storage, host: ModelHost, b
 # Streams
 
 
-class Pool:
-    """A pool that sends what it is told to."""
-
-    def __init__(self, *items: Any) -> None:
-        self.items = items
-
-    async def contract(self, name: str) -> Contract:
-        return Contract("m@1", "minigpt", frozenset({"complete"}), SamplingOptions)
-
-    async def complete(self, name: str, request: CompletionRequest) -> AsyncIterator[Any]:
-        for item in self.items:
-            if isinstance(item, Exception) and not isinstance(item, RequestError):
-                raise item
-            yield item
-
-
 @pytest.mark.parametrize(
     ("ending", "code"),
     [
@@ -274,7 +256,7 @@ class Pool:
     ],
 )
 def test_a_stream_is_counted_by_how_it_ended(before: Series, ending: list[Any], code: str) -> None:
-    app = create_app(Pool(CompletionStarted("m@1", "minigpt", 1, 1), TextDelta(0, "abc", 3), *ending))
+    app = create_app(ScriptedPool(CompletionStarted("m@1", "minigpt", 1, 1), TextDelta(0, "abc", 3), *ending))
     for stream in (True, False):
         ask(app, "POST", "/v1/completions", {"model": "m", "prompt": "x", "stream": stream})
     expected: Requests = Counter({("/v1/completions", code, "m@1"): 2})

@@ -18,7 +18,7 @@ from genmodels.family import Family, ImageInfo, TextInfo
 from genmodels.registry.store import Registry, Version
 from genmodels.runs.jobs import index_runs
 from genmodels.runs.store import Run
-from genmodels.storage import Storage
+from genmodels.storage import Storage, open_storage
 from genmodels.storage.documents import now
 
 VOCABULARY = "\n !,.?ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
@@ -80,6 +80,16 @@ def publish(
     if alias:
         registry.promote(model, alias, version.version, "test")
     return version
+
+
+def publish_examples(folder: Path) -> Storage:
+    """Make a registry with a text model, a VAE of two versions, and a model without the alias production."""
+    storage = open_storage(folder.as_uri())
+    publish(storage, "play", "minigpt")
+    publish(storage, "shapes", "vae")
+    publish(storage, "shapes", "vae", step=2, alias="next")
+    publish(storage, "clean", "autoencoder", alias=None)
+    return storage
 
 
 def save_checkpoint(

@@ -13,6 +13,7 @@ from genmodels.evals.images import mean_ssim
 from genmodels.family import ImageInfo, OptimizerConfig, TextInfo
 from genmodels.models.autoencoder import Autoencoder, AutoencoderConfig, AutoencoderRequest
 from genmodels.nn.networks import ImageDecoder, ImageEncoder, image_sizes, inference, psnr, ssim
+from tests.support.image_training import blobs, train
 
 SHAPES = [(1, 28, 28), (3, 32, 32), (3, 40, 24), (1, 8, 9), (2, 33, 17)]
 REQUEST = AutoencoderRequest()
@@ -23,27 +24,6 @@ def tiny(shape=(1, 12, 8), **settings) -> Autoencoder:
     channels, height, width = shape
     config = AutoencoderConfig(**{"latent_dim": 5, "width": 4, **settings})
     return Autoencoder(config, ImageInfo(channels=channels, height=height, width=width))
-
-
-def blobs(n: int, shape=(1, 12, 8)) -> torch.Tensor:
-    """Return smooth images, (n, C, H, W) in [0, 1]."""
-    coarse = torch.rand(n, shape[0], 3, 2, generator=torch.Generator().manual_seed(n))
-    return F.interpolate(coarse, shape[1:], mode="bilinear")
-
-
-def train(model, steps: int, learning_rate: float = 1e-2, size: int = 32) -> list[dict[str, float]]:
-    (role,) = model.roles(OptimizerConfig(learning_rate=learning_rate))
-    batch, rows = {"images": blobs(size, model.data.shape)}, []
-    for step in range(steps):
-        torch.manual_seed(step)
-        losses = role.loss(batch, torch.tensor(step / steps))
-        for optimizer in role.optimizers:
-            optimizer.zero_grad()
-        losses["loss"].backward()
-        for optimizer in role.optimizers:
-            optimizer.step()
-        rows.append({name: float(value.detach()) for name, value in losses.items()})
-    return rows
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from genmodels.errors import RequestError, SpecError
 from genmodels.family import ImageInfo, OptimizerConfig, TextInfo
 from genmodels.models.vae import VAE, VAEConfig, VAERequest, kl_divergence, kl_weight
 from genmodels.nn.networks import psnr
+from tests.support.image_training import blobs, train
 
 SHAPES = [(1, 28, 28), (3, 32, 32), (3, 40, 24)]
 LIKELIHOODS = ["bernoulli", "bernoulli-binarized", "gaussian"]
@@ -25,27 +26,6 @@ def tiny(shape=(1, 12, 8), **settings) -> VAE:
     return VAE(
         VAEConfig(**{"latent_dim": 5, "width": 4, **settings}), ImageInfo(channels=channels, height=height, width=width)
     )
-
-
-def blobs(n: int, shape=(1, 12, 8)) -> torch.Tensor:
-    """Return smooth images, (n, C, H, W) in [0, 1]."""
-    coarse = torch.rand(n, shape[0], 3, 2, generator=torch.Generator().manual_seed(n))
-    return F.interpolate(coarse, shape[1:], mode="bilinear")
-
-
-def train(model: VAE, steps: int) -> list[dict[str, float]]:
-    (role,) = model.roles(OptimizerConfig(learning_rate=1e-2))
-    batch, rows = {"images": blobs(32, model.data.shape)}, []
-    for step in range(steps):
-        torch.manual_seed(step)
-        losses = role.loss(batch, torch.tensor(step / steps))
-        for optimizer in role.optimizers:
-            optimizer.zero_grad()
-        losses["loss"].backward()
-        for optimizer in role.optimizers:
-            optimizer.step()
-        rows.append({name: float(value.detach()) for name, value in losses.items()})
-    return rows
 
 
 @pytest.mark.parametrize("shape", SHAPES)
