@@ -162,14 +162,14 @@ def add_model_routes(app: FastAPI, guard: KeyAuth, storage: Storage) -> None:
         caller.require([name])
         try:
             if query.dry_run:
-                found = removal.dataset_contents(storage, name)
+                contents = removal.dataset_contents(storage, name)
             else:
-                found = removal.delete_dataset(storage, name, may_name=partial(_may_use, caller))
+                contents = removal.delete_dataset(storage, name, may_name=partial(_may_use, caller))
         except DataError as error:
             raise RequestError(str(error), status=404, param="name", code="dataset_not_found") from None
-        shown = asdict(found)
-        shown["runs"] = [run for run in found.runs if caller.may_use([run.partition("/")[2]])]
-        shown["versions"] = [version for version in found.versions if caller.may_use([version])]
+        shown = asdict(contents)
+        shown["runs"] = [run for run in contents.runs if caller.may_use([run.partition("/")[2]])]
+        shown["versions"] = [version for version in contents.versions if caller.may_use([version])]
         return Json(shown)
 
 
