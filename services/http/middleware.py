@@ -177,7 +177,7 @@ class _Answer:
 
     @property
     def is_cut_off(self) -> bool:
-        """Return whether the application began an answer, and did not end it; nothing can be added to such an answer."""
+        """Return whether the application began an answer without ending it, and the middleware cannot end it either."""
         return self.started and not (self._finished or self._replaced or self._is_event_stream)
 
     async def send(self, message: Message) -> None:
