@@ -33,10 +33,9 @@ from services.http.rate_limits import Slots
 from services.http.responses import Json
 from services.jobs.model_views import dataset_views, model_view
 from services.jobs.schemas import AliasBody, DatasetQuery, DeleteModelQuery, DryRunQuery
+from services.jobs.upload_slots import UploadSlots
 
 UPLOADS = StreamedRoute("PUT", "/v1/datasets/", BodyLimit(stored.MAX_STREAM_BYTES, seconds=30.0, rate=64 * 2**10))
-
-UPLOADS_AT_ONCE = (4, 1)  # of all, of one key: each takes disk, and memory while it is checked
 DOWNLOADS = (8, 4)
 
 
@@ -44,7 +43,7 @@ def add_model_routes(app: FastAPI, guard: KeyAuth, storage: Storage) -> None:
     registry, admin, submit = Registry(storage), guard("admin"), guard("submit")
     reader = guard("submit", "generate")
     threads = ThreadPoolExecutor(8, "models")
-    downloads, uploads = Slots("downloads", *DOWNLOADS), Slots("uploads", *UPLOADS_AT_ONCE)
+    downloads, uploads = Slots("downloads", *DOWNLOADS), UploadSlots()
 
     @app.get("/v1/models")
     def list_models(caller: Caller = reader) -> Response:
@@ -141,11 +140,10 @@ def add_model_routes(app: FastAPI, guard: KeyAuth, storage: Storage) -> None:
         caller.require([name])  # else a key limited to some models could change the meaning of other specs
         if name in DATASETS:
             raise RequestError(f"{name!r} is a built-in dataset; choose another name", status=409, param="name")
-        with uploads.take(caller.id), scratch_folder() as folder:
+        with uploads.take(caller.id) as upload, scratch_folder() as folder:
             path = FilePath(folder) / name
             with path.open("wb") as file:
-                async for part in request.stream():
-                    await run_in_threadpool(file.write, part)
+                await upload.receive(request.stream(), file)
             dataset, new = await run_in_threadpool(_add, storage, name, path, query)
         return Json(dataset.model_dump(mode="json"), 201 if new else 200)
 
