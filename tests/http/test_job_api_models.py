@@ -326,6 +326,12 @@ def test_data_that_does_not_fit_is_refused(
     assert service.storage.list("") == []
 
 
+def test_a_built_in_dataset_cannot_be_deleted(service: Service) -> None:
+    for query in ("", "?dry_run=true"):
+        error = refused(service("DELETE", f"/v1/datasets/digits{query}"), 409)
+        assert error["message"] == "'digits' is a built-in dataset; only added datasets can be deleted"
+
+
 def test_an_upload_has_a_limit_of_its_own(file_storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(app, "UPLOADS", StreamedRoute("PUT", "/v1/datasets/", BodyLimit(20_000, 30.0)))
     service = Service(file_storage)
