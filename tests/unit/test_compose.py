@@ -82,5 +82,6 @@ def tmpfs_sizes(service: dict[str, Any]) -> list[str]:
 
 def bytes_of(written: str) -> int:
     """Return the number of a size, or of the default of a variable."""
-    number, unit = re.fullmatch(r"(?:\$\{\w+:-)?(\d+)([gm])b?\}?", written).groups()  # type: ignore[union-attr]
-    return int(number) * (GIB if unit == "g" else 2**20)
+    match = re.fullmatch(r"(?:\$\{\w+:-)?(\d+)([gm])b?\}?", written)
+    assert match, written
+    return int(match[1]) * (GIB if match[2] == "g" else 2**20)
