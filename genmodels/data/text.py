@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import stat
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -12,13 +13,14 @@ from typing import Literal, Protocol
 
 import numpy as np
 
-from genmodels.data.encoding import in_another_encoding, other_than_text
+from genmodels.data.encoding import not_utf8, other_than_text
 from genmodels.data.files import shown
 from genmodels.errors import DataError, RequestError
 from genmodels.family import TextInfo
 
 MAX_BYTES = 2**30
-MIN_CHARACTERS = 2_000
+MIN_CHARACTERS, MIN_DIFFERENT = 2_000, 2
+BYTE_ORDER_MARK = "\ufeff"  # at the start of a file, and inside a file that was joined from several
 EXAMPLE = "The "  # a prompt whose characters occur in most texts
 
 
@@ -66,6 +68,8 @@ class CharTokenizer:
     def __init__(self, vocab: str) -> None:
         if len(set(vocab)) != len(vocab) or not vocab:
             raise ValueError("the vocabulary of a character tokenizer must have different characters, at least one")
+        if half := re.search("[\ud800-\udfff]", vocab):
+            raise ValueError(f"the vocabulary has half a character, {half[0]!r}, which no text in UTF-8 has")
         self.vocab = vocab
         self._ids = {character: token for token, character in enumerate(vocab)}
 
@@ -76,7 +80,10 @@ class CharTokenizer:
 
     @classmethod
     def from_json(cls, content: bytes) -> CharTokenizer:
-        return cls(json.loads(content)["vocab"])
+        vocab = json.loads(content)["vocab"]
+        if not isinstance(vocab, str):
+            raise TypeError(f"vocab: got {type(vocab).__name__}, expected a string")
+        return cls(vocab)
 
     @property
     def vocab_size(self) -> int:
@@ -190,18 +197,23 @@ def read_text(path: Path) -> TextData:
     if other := other_than_text(content, path):
         raise DataError(f"data.path: {shown(path)} {other}")
     try:
-        text = content.decode().removeprefix("\ufeff")
+        text = content.decode().replace(BYTE_ORDER_MARK, "")
     except UnicodeDecodeError as error:
-        raise DataError(f"data.path: {shown(path)} {in_another_encoding(content, error.start, path)}") from None
+        raise DataError(f"data.path: {shown(path)} {not_utf8(error, path)}") from None
     text = unix_line_ends(text)
     if len(text) < MIN_CHARACTERS:
         raise DataError(
-            f"data.path: {shown(path)} has {len(text):,} characters, too few to train on; add text, at least "
+            f"data.path: {shown(path)} has {_characters(len(text))}, too few to train on; add text, at least "
             f"{MIN_CHARACTERS:,} are needed"
         )
     data = TextData(text)
+    if data.info.vocab_size < MIN_DIFFERENT:
+        raise DataError(
+            f"data.path: {shown(path)} repeats one character ({text[0]!r}), so there is nothing to learn; a text needs "
+            f"at least {MIN_DIFFERENT} different characters"
+        )
     data.notes.append(
-        f"{shown(path.name)}: {len(text):,} characters, {data.info.vocab_size} different ones; "
+        f"{shown(path.name)}: {_characters(len(text))}, {data.info.vocab_size} different ones; "
         f"the last {len(data.val):,} are for validation"
     )
     return data
@@ -228,9 +240,13 @@ def check_block_size(characters: int, block_size: int) -> None:
     """Raise DataError if a training text is too short for one window."""
     if characters < 2 * block_size:
         raise DataError(
-            f"the training text has {characters:,} characters, block_size {block_size} needs at least "
+            f"the training text has {_characters(characters)}, block_size {block_size} needs at least "
             f"{2 * block_size:,}: set model.block_size to {characters // 2} or less, or add more text"
         )
+
+
+def _characters(count: int) -> str:
+    return "1 character" if count == 1 else f"{count:,} characters"
 
 
 @dataclass(frozen=True)

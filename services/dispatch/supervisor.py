@@ -63,17 +63,17 @@ class Supervisor:
 
     @property
     def stopping(self) -> bool:
-        """True if the attempt was told to end."""
+        """True if a stop or kill of the attempt was requested."""
         return self.active and self._monitor is not None and self._monitor.ending is not None
 
     @property
     def driver(self) -> Driver | None:
-        """The driver of the attempt, None if no attempt was started or found yet."""
+        """Return the driver of the attempt, None before an attempt is started or re-attached."""
         return self._monitor.driver if self._monitor else None
 
     @property
     def seconds_to_wait(self) -> float:
-        """Seconds that remain of the back-off after a failure."""
+        """Return the seconds that remain of the back-off after a failure."""
         return max(0.0, self._ready_at - time.monotonic())
 
     def stamp(self, lease_term: int) -> None:

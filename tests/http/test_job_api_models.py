@@ -36,6 +36,7 @@ from services.http.bodies import BodyLimit
 from services.http.middleware import StreamedRoute
 from services.jobs import app, metrics, model_routes, routes
 from services.jobs.metrics import JobMetrics
+from services.jobs.upload_slots import UPLOADS_AT_ONCE
 from services.jobs.views import Views
 from tests.support.asgi_client import ask, refused
 from tests.support.asgi_server import served
@@ -321,6 +322,12 @@ def test_data_that_does_not_fit_is_refused(
     assert service.storage.list("") == []
 
 
+def test_a_built_in_dataset_cannot_be_deleted(service: Service) -> None:
+    for query in ("", "?dry_run=true"):
+        error = refused(service("DELETE", f"/v1/datasets/digits{query}"), 409)
+        assert error["message"] == "'digits' is a built-in dataset; only added datasets can be deleted"
+
+
 def test_an_upload_has_a_limit_of_its_own(file_storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(app, "UPLOADS", StreamedRoute("PUT", "/v1/datasets/", BodyLimit(20_000, 30.0)))
     service = Service(file_storage)
@@ -339,7 +346,7 @@ def test_an_upload_has_a_limit_of_its_own(file_storage: Storage, monkeypatch: py
 def test_an_upload_that_breaks_off_is_nothing(service: Service, caplog: pytest.LogCaptureFixture) -> None:
     with served(service.app) as url:
         address = httpx.URL(url)
-        for _ in range(model_routes.UPLOADS_AT_ONCE[0] + 1):  # each upload must release its slot
+        for _ in range(UPLOADS_AT_ONCE + 1):  # each upload must release its slot
             with socket.create_connection((address.host, address.port)) as client:
                 head = "PUT /v1/datasets/lines HTTP/1.1\r\nhost: x\r\ncontent-length: 20000\r\n\r\n"
                 client.sendall(head.encode() + TEXT[:5000])

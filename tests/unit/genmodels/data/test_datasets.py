@@ -193,7 +193,19 @@ def test_a_tokenizer_comes_back_from_its_file_and_names_unknown_characters() -> 
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"[]", b"{}", b'{"type": "char"}', b'{"type": "char", "vocab": "aa"}', b'{"type": "bpe"}', b"\xff"]
+    "content",
+    [
+        b"",
+        b"[]",
+        b"{}",
+        b'{"type": "char"}',
+        b'{"type": "char", "vocab": "aa"}',
+        b'{"type": "char", "vocab": ["ab", "c"]}',
+        b'{"type": "char", "vocab": "ab\\ud83d"}',
+        b'{"type": "char", "vocab": "\\udc00"}',
+        b'{"type": "bpe"}',
+        b"\xff",
+    ],
 )
 def test_a_damaged_tokenizer_is_a_data_error(content: bytes) -> None:
     with pytest.raises(DataError, match=r"tokenizer\.json"):

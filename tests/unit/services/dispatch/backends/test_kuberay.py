@@ -137,6 +137,7 @@ def test_runs_are_carried_to_their_end(
     assert not api.jobs
 
 
+@pytest.mark.slow
 def test_a_real_attempt_outlives_its_dispatcher(
     api: KubeApi, tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
