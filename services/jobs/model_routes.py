@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import re
 from collections.abc import Callable
@@ -44,6 +45,7 @@ def add_model_routes(app: FastAPI, guard: KeyAuth, storage: Storage) -> None:
     reader = guard("submit", "generate")
     threads = ThreadPoolExecutor(8, "models")
     downloads, uploads = Slots("downloads", *DOWNLOADS), UploadSlots()
+    one_conversion = asyncio.Lock()  # each may take gibibytes of memory
 
     @app.get("/v1/models")
     def list_models(caller: Caller = reader) -> Response:
@@ -123,7 +125,8 @@ def add_model_routes(app: FastAPI, guard: KeyAuth, storage: Storage) -> None:
     @app.get("/v1/datasets")
     def list_datasets(caller: Caller = submit) -> Response:
         """List the datasets that a spec's `data.dataset` may name."""
-        return Json({"object": "list", "data": dataset_views(storage)})
+        views = dataset_views(storage)
+        return Json({"object": "list", "data": [view for view in views if caller.may_use_dataset(view["name"])]})
 
     @app.put("/v1/datasets/{name}", openapi_extra=_DATASET_BODY, status_code=201)
     async def add_dataset(
@@ -138,13 +141,13 @@ def add_model_routes(app: FastAPI, guard: KeyAuth, storage: Storage) -> None:
         `replace` is true. Submitted jobs keep the content they had.
         """
         caller.require([name])  # else a key limited to some models could change the meaning of other specs
-        if name in DATASETS:
-            raise RequestError(f"{name!r} is a built-in dataset; choose another name", status=409, param="name")
+        _refuse_built_in(name, "choose another name")
         with uploads.take(caller.id) as upload, scratch_folder() as folder:
             path = FilePath(folder) / name
             with path.open("wb") as file:
                 await upload.receive(request.stream(), file)
-            dataset, new = await run_in_threadpool(_add, storage, name, path, query)
+            async with one_conversion:
+                dataset, new = await run_in_threadpool(_add, storage, name, path, query)
         return Json(dataset.model_dump(mode="json"), 201 if new else 200)
 
     @app.delete("/v1/datasets/{name}")
@@ -157,6 +160,7 @@ def add_model_routes(app: FastAPI, guard: KeyAuth, storage: Storage) -> None:
 
         The answer lists what was deleted, and the runs and versions that were trained on it; these stay.
         """
+        _refuse_built_in(name, "only added datasets can be deleted")
         caller.require([name])
         try:
             if query.dry_run:
@@ -166,7 +170,7 @@ def add_model_routes(app: FastAPI, guard: KeyAuth, storage: Storage) -> None:
         except DataError as error:
             raise RequestError(str(error), status=404, param="name", code="dataset_not_found") from None
         shown = asdict(contents)
-        shown["runs"] = [run for run in contents.runs if caller.may_use([run.partition("/")[2]])]
+        shown["runs"] = [run for run in contents.runs if caller.may_see_run(run)]
         shown["versions"] = [version for version in contents.versions if caller.may_use([version])]
         return Json(shown)
 
@@ -194,6 +198,11 @@ def _add(storage: Storage, name: str, path: FilePath, query: DatasetQuery) -> tu
         raise RequestError(message, status=409, param="name", code="dataset_exists") from None
     except DataError as error:
         raise RequestError(str(error).replace(str(path), "FILE"), code="invalid_data") from None
+
+
+def _refuse_built_in(name: str, remedy: str) -> None:
+    if name in DATASETS:
+        raise RequestError(f"{name!r} is a built-in dataset; {remedy}", status=409, param="name", code="built_in")
 
 
 def _version(registry: Registry, model: str, number: int, caller: Caller) -> Version:
