@@ -28,7 +28,7 @@ SCHEMA = ROOT / "tests/k8s/schemas" / "ray.io_v1_RayJob.json"
 PATH = re.compile(
     rf"/(?:apis/ray\.io/v1|api/v1)/namespaces/{NAMESPACE}/(?P<resource>rayjobs|pods)(?:/(?P<name>[^/]+))?"
 )
-ROLE = {("rayjobs", verb) for verb in ("create", "list", "delete")} | {("pods", "list")}
+ROLE = {("rayjobs", verb) for verb in ("get", "create", "list", "delete")} | {("pods", "list")}
 FINALIZER = "ray.io/rayjob-finalizer"  # KubeRay's finalizer, by which it stops the driver
 Object = dict[str, Any]
 
@@ -222,7 +222,7 @@ def check_names(job: Object) -> str:
     if not re.fullmatch(r"[a-z]([-a-z0-9]*[a-z0-9])?", meta["name"]) or len(meta["name"]) > 47:
         return "metadata.name must be a DNS-1035 label of at most 47 characters"
     templates = [group["template"] for group in groups_of(spec)]
-    for each in (meta, *(template["metadata"] for template in templates)):
+    for each in (meta, *(template.get("metadata", {}) for template in templates)):
         for key, value in each.get("labels", {}).items():
             if not re.fullmatch(r"([a-z0-9.-]+/)?[A-Za-z0-9][-A-Za-z0-9_.]{0,62}", key):
                 return f"label {key!r} is no label"
@@ -295,7 +295,9 @@ class Operator:
             case "":
                 job["metadata"].setdefault("finalizers", []).append(FINALIZER)
                 cluster = f"{name}-abcde"
-                self.api.status(name, jobDeploymentStatus="Initializing", jobId=spec["jobId"], rayClusterName=cluster)
+                self.api.status(
+                    name, jobDeploymentStatus="Initializing", jobId=spec.get("jobId", cluster), rayClusterName=cluster
+                )
             case "Initializing" | "Running" if spec.get("suspend"):
                 self.api.status(name, jobDeploymentStatus="Suspending")
             case "Initializing" if self.placed:
