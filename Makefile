@@ -45,9 +45,9 @@ demo: setup
 # Two processes with one thread each: with two threads each, the threads mostly wait for one another.
 check test test-long: export OMP_NUM_THREADS := 1
 
-# Before each commit: what needs no Ray, S3 server or browser, within 3 minutes.
+# Before each commit: quick tests that need no Ray, S3 server or browser, within 3 minutes.
 check: setup-dev lint
-	$(BIN)/python -m pytest tests/unit -m "not (long or ray or s3 or browser)" -n 2 --dist loadfile
+	$(BIN)/python -m pytest tests/unit -m "not (long or slow or ray or s3 or browser)" -n 2 --dist loadfile
 
 test: setup-dev lint
 	$(BIN)/python -m pytest -m "not long" -n 2 --dist loadfile --no-loadscope-reorder

@@ -45,7 +45,7 @@ class ImageInfo(Section):
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """(channels, height, width)"""
+        """Return (channels, height, width)."""
         return self.channels, self.height, self.width
 
 
@@ -189,7 +189,7 @@ class Family(ABC, Generic[ConfigT, RequestT]):
 
     @property
     def sequence_length(self) -> int | None:
-        """Tokens in one training example; None where an example is one image."""
+        """Return the number of tokens in one training example; None if an example is one image."""
         return None
 
     @classmethod
@@ -274,7 +274,7 @@ class ImageFamily(Family[ConfigT, RequestT]):
 
     @property
     def num_classes(self) -> int:
-        """Number of classes of which a request may name one, as `label`; 0: requests have no label."""
+        """Return the number of classes that a request may name as `label`; 0: requests have no label."""
         return 0
 
     @property

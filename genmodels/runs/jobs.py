@@ -211,18 +211,18 @@ class Jobs:
         if after and not re.fullmatch(CURSOR, after):
             raise SpecError(f"after: got {after[:100]!r}, expected the `next` of the page before")
         time, _, count = after.partition("-")
-        start, skipped, seen = f"{time}-" if time else "", int(count or 0), Counter({time: int(count or 0)})
+        start, skipped, in_millisecond = f"{time}-" if time else "", int(count or 0), Counter({time: int(count or 0)})
         entries: list[tuple[str, EndedEntry]] = []
         with ThreadPoolExecutor(AT_ONCE) as threads:
             while len(entries) < limit:
-                asked = limit - len(entries) + skipped
-                names = list_names(self.storage, "ended/", ENDED_NAME, after=start, limit=asked)
+                page_size = limit - len(entries) + skipped
+                names = list_names(self.storage, "ended/", ENDED_NAME, after=start, limit=page_size)
                 for name, entry in zip(names[skipped:], threads.map(self._read_ended, names[skipped:]), strict=True):
                     time = name.partition("-")[0]
-                    seen[time] += 1
+                    in_millisecond[time] += 1
                     if entry:
-                        entries.append((f"{time}-{seen[time]}", entry))
-                if len(names) < asked:
+                        entries.append((f"{time}-{in_millisecond[time]}", entry))
+                if len(names) < page_size:
                     break
                 start, skipped = names[-1], 0
         return entries

@@ -85,7 +85,7 @@ class RunQueue:
 
     def __init__(self, jobs: Jobs, backend: Backend) -> None:
         self.jobs, self.backend = jobs, backend
-        self._capacity: tuple[float, Capacity | None] = (-CAPACITY_SECONDS, None)  # when it was asked, and the answer
+        self._capacity: tuple[float, Capacity | None] = (-CAPACITY_SECONDS, None)  # time of the request, and the answer
         self._written: tuple[float, Any] = (-REWRITE_SECONDS, None)  # when, and what
 
     def reset(self) -> None:
@@ -126,8 +126,8 @@ class RunQueue:
         self._write(capacity, todo.reasons, holds_lease)
 
     def _current_capacity(self) -> Capacity | None:
-        asked, capacity = self._capacity
-        if time.monotonic() - asked >= CAPACITY_SECONDS:
+        requested_at, capacity = self._capacity
+        if time.monotonic() - requested_at >= CAPACITY_SECONDS:
             capacity = self.backend.capacity()
             self._capacity = time.monotonic(), capacity
         return capacity

@@ -139,7 +139,9 @@ class JobOperations:
 
     def _check(self, body: bytes, caller: Caller, *, dry_run: bool) -> tuple[Checked, dict[str, int] | None]:
         """Parse and check a spec; return it with the cluster's capacity, which may be unknown."""
-        spec = parse_spec(body, "spec", datasets=uploads.kinds(self.storage), paths=False)
+        kinds = uploads.kinds(self.storage).items()
+        datasets = {name: kind for name, kind in kinds if caller.may_use_dataset(name)}
+        spec = parse_spec(body, "spec", datasets=datasets, paths=False)
         caller.require(model.name for model in spec.models)
         caller.require(filter(None, (model.train.init_from for model in spec.models)))
         capacity = self.views.queue().capacity

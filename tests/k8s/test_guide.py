@@ -1,4 +1,4 @@
-"""Paths, names and numbers in k8s/README.md are right."""
+"""Test that paths, names and numbers in k8s/README.md are right."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_the_guide_names_what_there_is() -> None:
 
 
 def test_the_guide_counts_right() -> None:
-    """Requests of pods, and how many of them a node has room for."""
+    """Compare the requests of pods, and the number of pods that fit on a node."""
     size = {
         f"{name} {pod.of}": _size(pod.spec)
         for name in ("base", "overlays/dev", "overlays/gpu")
@@ -61,7 +61,7 @@ def _sidecars(spec: Manifest) -> list[Manifest]:
 
 
 def _requests(container: Manifest) -> tuple[float, float]:
-    """CPUs and GiB."""
+    """Return a container's requests: CPUs and GiB."""
     cpu, memory = container["resources"]["requests"]["cpu"], container["resources"]["requests"]["memory"]
     cpus = int(cpu[:-1]) / 1000 if cpu.endswith("m") else float(cpu)
     return cpus, int(memory[:-2]) / (1024 if memory.endswith("Mi") else 1)

@@ -1,4 +1,4 @@
-"""Commands, settings, ports, versions, rights and queues in the manifests match the code."""
+"""Test that commands, settings, ports, versions, rights and queues in the manifests match the code."""
 
 from __future__ import annotations
 
@@ -54,8 +54,8 @@ every_build = pytest.mark.parametrize("name", BUILDS)
 
 @every_build
 def test_every_command_is_one_of_the_code(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The modules are there, and take the arguments."""
-    manifests, seen = build(name), set()
+    """Check that the modules exist and accept the arguments."""
+    manifests, modules = build(name), set()
     platform = settings(manifests, "genmodels-platform")
     for pod in pods(manifests):
         for container in pod.containers:
@@ -70,8 +70,8 @@ def test_every_command_is_one_of_the_code(name: str, monkeypatch: pytest.MonkeyP
             if "host" in options:
                 assert options.host == "0.0.0.0"
                 assert [port["containerPort"] for port in container["ports"]] == [options.port]
-            seen.add(module)
-    assert seen == {"services.jobs", "services.node.bootstrap", "services.node.exporter"}
+            modules.add(module)
+    assert modules == {"services.jobs", "services.node.bootstrap", "services.node.exporter"}
 
 
 @every_build
@@ -79,7 +79,11 @@ def test_every_setting_is_one_that_is_read(name: str, monkeypatch: pytest.Monkey
     manifests = build(name)
     code = "".join(path.read_text() for folder in ("genmodels", "services") for path in (ROOT / folder).rglob("*.py"))
     ours = local_environment()
-    for theirs in ("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "RAY_AUTH_TOKEN", "RAY_AUTH_MODE"):  # one machine's; KubeRay's
+    for theirs in (
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER",
+        "RAY_AUTH_TOKEN",
+        "RAY_AUTH_MODE",
+    ):  # settings of one machine; KubeRay sets the others
         del ours[theirs]
     of_ray = settings(manifests, "genmodels-ray")
     assert of_ray == ours | {
@@ -142,7 +146,7 @@ def test_the_serve_config_is_the_one_of_the_code(name: str, monkeypatch: pytest.
     assert min(needed) > 0
     assert sum(needed) <= cpus
     assert head_of(service)["rayStartParams"]["num-cpus"] == "0"
-    # A request ends, then its replica, then the wait before its pod's end, then the pod, then its cluster.
+    # The limits must grow: request, replica, wait before the pod's end, pod, cluster.
     sleep = int(re.findall(r"^sleep (\d+)", _drain(hosts["template"]["spec"]), re.MULTILINE)[0])
     replica = {override["graceful_shutdown_timeout_s"] for override in overrides}
     grace = hosts["template"]["spec"]["terminationGracePeriodSeconds"]
@@ -171,7 +175,7 @@ def test_drain_uses_options_that_ray_has() -> None:
 @pytest.mark.ray
 @pytest.mark.long
 def test_a_serving_pod_that_is_deleted_drains(tmp_path: Path) -> None:
-    """The preStop of the manifest, against a real Ray, without its wait."""
+    """Run the manifest's preStop command on a real Ray cluster, without its wait."""
     script = _drain(pod_of("RayService/genmodels/hosts").spec).replace("sleep 340", "echo waits")
     with RayHead(tmp_path / "head.log", 0) as head, JoinedNode(tmp_path / "worker.log", head, 2):
         until(lambda: (there := head.backend.capacity()) and there.cpus == 2, "the worker joins")
@@ -267,15 +271,15 @@ def test_queues_and_classes_are_there(name: str) -> None:
     assert template == rayjob(manifests)["metadata"]["name"]
     assert rayjob(manifests)["spec"]["suspend"] is True, "the operator makes a cluster of it"
     queue = next((m for m in manifests if m["kind"] == "ClusterQueue"), None)
-    if queue:  # Kueue admits nothing that asks for a resource it has no quota of
+    if queue:  # Kueue admits no workload that requests a resource without a quota
         (group,) = queue["spec"]["resourceGroups"]
-        asked = {
+        requested = {
             resource
             for pod in pods([rayjob(manifests)])
             for c in pod.containers
             for resource in c["resources"]["requests"]
         }
-        assert asked <= set(group["coveredResources"])
+        assert requested <= set(group["coveredResources"])
         assert group["coveredResources"] == [quota["name"] for quota in quotas_of(queue)]
 
 
@@ -291,7 +295,7 @@ def test_ports_are_those_of_the_code() -> None:
 
 
 def _parsed(module: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> argparse.Namespace:
-    """What a module's `main` makes of its command line."""
+    """Return the arguments that a module's `main` parses from a command line."""
 
     class Parsed(Exception):
         pass

@@ -54,6 +54,7 @@ def test_configuration_and_rules_are_valid() -> None:
     promtool("check", "rules", "--lint-fatal", *RULES)
 
 
+@pytest.mark.slow
 @needs_prometheus
 @pytest.mark.parametrize("path", UNIT_TESTS, ids=lambda path: path.name)
 def test_alerts_fire_where_they_should_and_nowhere_else(path: Path) -> None:
@@ -181,6 +182,7 @@ def _ready(url: str) -> bool:
         return False
 
 
+@pytest.mark.slow
 @needs_prometheus
 def test_every_panel_shows_something(prometheus: str) -> None:
     queries = dashboard_panels.queries(RATE_INTERVAL)

@@ -22,7 +22,9 @@ These fields are filled in and override the template:
     spec.shutdownAfterJobFinishes   true, and ttlSecondsAfterFinished 0: the cluster is removed at once. The RayJob
                                     keeps its result; the dispatcher deletes it KEEP_SECONDS later
     one worker group                replicas, minReplicas, maxReplicas: the workers; no other group; no autoscaling
-    rayStartParams.num-cpus         head "0", workers "1": one worker of the training per pod, whatever its CPUs
+    rayStartParams.num-cpus         head "0", workers "1": one worker of the training per pod, whatever its CPUs. In a
+                                    group with `resources`, which KubeRay does not take together with it: resources.CPU,
+                                    unless it is there
     nvidia.com/gpu: 1               in the worker's requests and limits if the spec sets `use_gpu`, unless the group
                                     requests a GPU itself
     spec.preRunningDeadlineSeconds  1800 if the template has none: an attempt ends if its nodes never come
@@ -213,7 +215,12 @@ def _size(cluster: dict[str, Any], name: str, workers: int, use_gpu: bool) -> No
     cluster["workerGroupSpecs"] = [group]
     cluster.pop("enableInTreeAutoscaling", None)
     for pods, cpus in ((cluster["headGroupSpec"], "0"), (group, "1")):
-        pods["rayStartParams"] = {**(pods.get("rayStartParams") or {}), "num-cpus": cpus}
+        parameters = pods["rayStartParams"] = dict(pods.get("rayStartParams") or {})
+        if resources := pods.get("resources"):  # KubeRay refuses both; the CPUs are then in `resources`
+            if not any(name.casefold() == "cpu" for name in resources):
+                resources["CPU"] = cpus
+        else:
+            parameters["num-cpus"] = cpus
         metadata = pods["template"].setdefault("metadata", {})
         metadata["labels"] = {**(metadata.get("labels") or {}), POD_LABEL: name}
     if use_gpu:

@@ -30,6 +30,7 @@ def genmodels(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120)
 
 
+@pytest.mark.slow
 def test_smoke_goes_the_whole_way_for_every_family(tmp_path: Path) -> None:
     make_data(tmp_path)
     entries = [model(tmp_path, family) for family in models.names()]
@@ -47,6 +48,7 @@ def test_smoke_goes_the_whole_way_for_every_family(tmp_path: Path) -> None:
     assert not (tmp_path / ".genmodels").exists()
 
 
+@pytest.mark.slow
 def test_smoke_says_what_does_not_fit(tmp_path: Path) -> None:
     make_data(tmp_path)
     entry = model(tmp_path, "vae") | {"data": {"path": str(tmp_path / "play.txt")}}
@@ -59,6 +61,7 @@ def test_smoke_says_what_does_not_fit(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_models_and_promote(tmp_path: Path) -> None:
     storage = open_storage((tmp_path / ".genmodels").as_uri())
     publish(storage, "shapes", "vae")

@@ -107,6 +107,7 @@ def test_commands_work_with_closed_streams(closed: str, tmp_path: Path) -> None:
     assert key.read_bytes().startswith(b"{")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("program", "line"),
     [

@@ -240,6 +240,7 @@ class Deadly(Wrapped):
             raise Killed
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("when", ["before", "after"])
 def test_after_a_kill_at_any_write_the_next_dispatcher_completes_all_runs(data: Path, when: str) -> None:
     at = 0
@@ -258,6 +259,7 @@ def test_after_a_kill_at_any_write_the_next_dispatcher_completes_all_runs(data: 
     assert at > 30
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("stride", [5, pytest.param(1, marks=pytest.mark.long)])
 def test_the_store_is_away_at_every_point(data: Path, stride: int) -> None:
     class Blinking(Wrapped):
@@ -308,6 +310,7 @@ def test_one_that_was_paused_beyond_its_lease_changes_nothing(data: Path) -> Non
     assert len(cluster.drivers) == 2, "none was started twice"
 
 
+@pytest.mark.slow
 def test_the_second_takes_over_when_the_first_is_gone(data: Path) -> None:
     storage = MemoryStorage()
     cluster = Cluster(storage, a=[obedient, succeeds])

@@ -47,6 +47,7 @@ def random_config(cls: Any, chance: random.Random) -> Any:
     return cls.Config(**{name: value for name, value in fields.items() if name in cls.Config.model_fields})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", models.names())
 def test_parameters_are_counted_as_they_are_built(family: str) -> None:
     """The count is exact for any configuration and data of any family, with either optimizer."""
