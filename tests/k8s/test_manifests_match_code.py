@@ -21,7 +21,6 @@ import yaml
 import genmodels
 from genmodels.errors import GenmodelsError
 from genmodels.metrics import DIRECTORY
-from genmodels.spec.parse import read_spec
 from services.cluster.ray_start import local_environment
 from services.dispatch.backends.base import submission_id
 from services.gateway import deploy
@@ -45,6 +44,7 @@ from tests.support.manifests import (
 )
 from tests.support.paths import ROOT
 from tests.support.ray_node import OTHER, JoinedNode, RayHead, until
+from tests.support.spec_files import read_spec
 
 MODEL = read_spec(ROOT / "jobs" / "quickstart.yaml").models[0]
 IMAGE = f"genmodels:{ray.__version__}-{genmodels.__version__}"
