@@ -25,7 +25,7 @@ from genmodels.metrics import DIRECTORY
 from genmodels.storage import Storage, begin_writing
 from services.cluster import dashboard
 from services.cluster.descriptors import raise_file_limit
-from services.cluster.environment import private_folder, python
+from services.cluster.environment import private_folder, python, short_tmpdir
 from services.cluster.ports import HOST, check_port, free_ports, is_free
 from services.cluster.processes import ManagedProcess, PrintLine
 from services.cluster.ray_start import local_environment, ray_start_command
@@ -166,10 +166,14 @@ def _environment(folder: Path, ports: RayPorts) -> dict[str, str]:
     token = folder / "token"
     with open(os.open(token, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o400), "w") as file:
         file.write(secrets.token_hex(32))
-    environment = local_environment() | {
-        "RAY_AUTH_TOKEN_PATH": str(token),
-        dashboard.ADDRESS: f"http://{HOST}:{ports.dashboard}",
-    }
+    environment = (
+        local_environment()
+        | short_tmpdir(folder)
+        | {
+            "RAY_AUTH_TOKEN_PATH": str(token),
+            dashboard.ADDRESS: f"http://{HOST}:{ports.dashboard}",
+        }
+    )
     del environment["RAY_AUTH_TOKEN"]
     return environment
 
