@@ -30,6 +30,9 @@ LOST = -1  # exit code of an unknown driver: its cluster has gone
 PREEMPTED = -1000  # exit code of a driver whose pods were preempted; no signal has this number
 
 
+REFUSED = -1001  # exit code of a driver that no attempt can start: the template of its RayJob, or its image, is wrong
+
+
 Watch = Callable[[Status, Heartbeat | None], None]
 
 
@@ -52,10 +55,12 @@ class Driver(Protocol):
 
     Attributes:
         waiting: what the driver waits for before it can begin or end; silence during this wait is no hang.
+        problem: what is wrong with a driver that has not ended; silence meanwhile is a hang as always.
         reason: how the driver ended, if more than the exit code is known.
     """
 
     waiting: str = ""
+    problem: str = ""
     reason: str = ""
 
     def poll(self) -> int | None:
