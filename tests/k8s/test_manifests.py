@@ -24,6 +24,7 @@ from tests.support.manifests import (
     Manifest,
     build,
     cluster_of,
+    config_map_of,
     head_of,
     only,
     pod_of,
@@ -32,6 +33,7 @@ from tests.support.manifests import (
     quotas_of,
     secrets_of,
     selects,
+    settings,
     unrestricted,
 )
 from tests.support.paths import ROOT
@@ -168,7 +170,13 @@ def test_what_is_scraped_is_there_and_may_be_reached() -> None:
                 assert [port["containerPort"] in reachable for port in ports] == [True], (pod.of, endpoint)
                 scraped.setdefault(job, set()).add(pod.of)
     rays = {pod.of for pod in pods(manifests) if pod.of.startswith("Ray")}
-    assert scraped == {"nodes": rays, "ray": rays, "jobs": {"Deployment/genmodels-jobs"}}
+    assert scraped == {
+        "genmodels-nodes": rays,
+        "genmodels-ray": rays,
+        "genmodels-jobs": {"Deployment/genmodels-jobs"},
+    }
+    compose = yaml.safe_load((RULES.parent / "prometheus.yml").read_text())["scrape_configs"]
+    assert {job["job_name"] for job in compose} - {"prometheus"} == set(scraped), "alerts name these jobs"
 
 
 def test_exporters_see_the_processes_whose_metrics_they_read() -> None:
@@ -180,7 +188,7 @@ def test_exporters_see_the_processes_whose_metrics_they_read() -> None:
         assert sidecar["restartPolicy"] == "Always"
         for container in (sidecar, pod.spec["containers"][0]):
             assert {"name": "metrics", "mountPath": "/run/metrics"} in container["volumeMounts"]
-            assert {"configMapRef": {"name": "genmodels-ray"}} in container["envFrom"]
+            assert config_map_of(container, "genmodels-ray")
 
 
 @pytest.mark.parametrize(("status", "body", "ready"), [(200, b"success", True), (503, b"not yet", False)])
@@ -194,7 +202,7 @@ def test_the_probe_of_serving_pods_finds_its_wget(tmp_path: Path, status: int, b
             self.end_headers()
             self.wfile.write(body)
 
-    (tmp_path / "wget").write_text(only(build("base"), "ConfigMap", "genmodels-wget")["data"]["wget"])
+    (tmp_path / "wget").write_text(settings(build("base"), "genmodels-wget")["wget"])
     (tmp_path / "wget").chmod(0o555)
     (mount,) = [m for m in pod_of("RayService/genmodels/hosts").spec["containers"][0]["volumeMounts"] if "subPath" in m]
     assert (mount["name"], mount["mountPath"]) == ("wget", "/usr/local/bin/wget")
