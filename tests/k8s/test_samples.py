@@ -141,34 +141,20 @@ def test_ray_logs_are_read_where_pods_write_them(tmp_path: Path) -> None:
     assert platform["GENMODELS_STORAGE"].startswith(f"s3://{settings['BUCKET']}/")
 
 
-FIRING: dict[str, tuple[dict[str, str], str]] = {
-    "KubeRayAway": ({"up": "1x60"}, "15m"),
-    "ServingClusterNotReady": (
-        {'kuberay_service_condition_ready{namespace="genmodels", name="genmodels", condition="false"}': "1x60"},
-        "15m",
-    ),
+SERVING = 'namespace="genmodels", name="genmodels"'
+QUEUE = 'cluster_queue="genmodels"'
+FIRING = {  # a series, its values of each minute, and when the alert fires
+    "KubeRayAway": ("up", "1x60", "15m"),
+    "ServingClusterNotReady": (f'kuberay_service_condition_ready{{{SERVING}, condition="false"}}', "1x60", "15m"),
     "ServingUpgradeStuck": (
-        {
-            'kuberay_service_condition_upgrade_in_progress{namespace="genmodels", name="genmodels", condition="true"}': "1x60"
-        },
+        f'kuberay_service_condition_upgrade_in_progress{{{SERVING}, condition="true"}}',
+        "1x60",
         "50m",
     ),
-    "ClusterQueueInactive": (
-        {'kueue_cluster_queue_status{cluster_queue="genmodels", status="active", replica_role="leader"}': "0x60"},
-        "15m",
-    ),
-    "RunsInadmissible": (
-        {'kueue_pending_workloads{cluster_queue="genmodels", status="inadmissible", replica_role="leader"}': "2x90"},
-        "70m",
-    ),
-    "RunsEvictedUnready": (
-        {
-            'kueue_evicted_workloads_total{cluster_queue="genmodels", reason="PodsReadyTimeout", priority_class="x"}': "0+1x60"
-        },
-        "30m",
-    ),
+    "ClusterQueueInactive": (f'kueue_cluster_queue_status{{{QUEUE}, status="active"}}', "0x60", "15m"),
+    "RunsInadmissible": (f'kueue_pending_workloads{{{QUEUE}, status="inadmissible"}}', "2x90", "70m"),
+    "RunsEvictedUnready": (f'kueue_evicted_workloads_total{{{QUEUE}, reason="PodsReadyTimeout"}}', "0+1x60", "30m"),
 }
-INFO = 'kuberay_service_info{namespace="genmodels", name="genmodels"}'
 
 
 @pytest.mark.skipif(not shutil.which("promtool"), reason="no promtool: Debian's package prometheus has it")
@@ -187,28 +173,19 @@ def test_alerts_of_the_operators_fire_and_stay_silent(tmp_path: Path) -> None:
     assert all(f"| `{alert}` |" in page for alert in alerts)
 
 
-def _cases(alert: str, series: dict[str, str], when: str) -> list[dict[str, Any]]:
-    """Return a test in which the alert fires, and one with the same series of another platform, in which it does not."""
-    lines = [{"series": name, "values": values} for name, values in series.items()]
-    others = [
-        {
-            "series": re.sub("(namespace|cluster_queue)=.genmodels.", r'\1="others"', line["series"]),
-            "values": line["values"],
-        }
-        for line in lines
-    ]
-    here = [{"series": INFO, "values": "1x90"}]
-    fires = lines if alert == "KubeRayAway" else [*here, *lines]
-    return [
-        {"interval": "1m", "input_series": fires, "promql_expr_test": [_count(alert, when, 1)]},
-        {"interval": "1m", "input_series": [*here, *others], "promql_expr_test": [_count(alert, when, 0)]},
-    ]
+def _cases(alert: str, series: str, values: str, when: str) -> list[dict[str, Any]]:
+    """Return a test in which the alert fires, and one with the series of another platform, in which it does not."""
+    known = [] if alert == "KubeRayAway" else [(f"kuberay_service_info{{{SERVING}}}", "1x90")]
+    other = series.replace(SERVING, 'namespace="others", name="genmodels"').replace(QUEUE, 'cluster_queue="others"')
+    firing = {"labels": "{}", "value": 1}
+    here = _case(alert, when, [*known, (series, values)], [firing])
+    return [here, _case(alert, when, [(f"kuberay_service_info{{{SERVING}}}", "1x90"), (other, values)], [])]
 
 
-def _count(alert: str, when: str, number: int) -> dict[str, Any]:
-    samples = [{"labels": "{}", "value": number}] if number else []
+def _case(alert: str, when: str, series: list[tuple[str, str]], expected: list[Any]) -> dict[str, Any]:
+    fired = f'count(ALERTS{{alertname="{alert}", alertstate="firing"}})'
     return {
-        "expr": f'count(ALERTS{{alertname="{alert}", alertstate="firing"}})',
-        "eval_time": when,
-        "exp_samples": samples,
+        "interval": "1m",
+        "input_series": [{"series": name, "values": values} for name, values in series],
+        "promql_expr_test": [{"expr": fired, "eval_time": when, "exp_samples": expected}],
     }
