@@ -24,5 +24,13 @@ if ! { [ -s "$folder/s3_credentials" ] && [ -s "$folder/s3.json" ]; }; then
     printf '{"identities": [{"name": "genmodels", "credentials": [{"accessKey": "%s", "secretKey": "%s"}], "actions": ["Admin", "Read", "Write", "List", "Tagging"]}]}\n' \
         "$access" "$secret" | keep s3.json
 fi
+
+# SELinux lets containers read only files with this label; a secret's mount cannot ask for it, as `:z` of a volume can.
+if selinuxenabled 2> /dev/null; then chcon -R -t container_file_t "$folder"; fi
+# None, e.g. for Kubernetes, is no reason to warn. Which versions read compose.yaml: docs/compose.md.
+case $(docker compose version --short 2> /dev/null | sed 's/^v//') in
+    2.1[0-6].* | 2.[0-9].* | 2.30.[01])
+        echo "This docker compose cannot read compose.yaml: install 2.17 or newer, but not 2.30.0 or 2.30.1" >&2 ;;
+esac
 [ $# -gt 0 ] || grep -qs '^GENMODELS_SECRETS=' .env || echo "GENMODELS_SECRETS=./$folder" >> .env
 echo "Secrets are in $folder; the first key: export GENMODELS_KEY=\$(cat $folder/api_key)"

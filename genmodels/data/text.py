@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 import stat
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
@@ -19,6 +19,7 @@ from genmodels.errors import DataError, RequestError
 from genmodels.family import TextInfo
 
 MAX_BYTES = 2**30
+PART = 2**20  # characters that are converted at once
 MIN_CHARACTERS, MIN_DIFFERENT = 2_000, 2
 BYTE_ORDER_MARK = "\ufeff"  # at the start of a file, and inside a file that was joined from several
 EXAMPLE = "The "  # a prompt whose characters occur in most texts
@@ -119,9 +120,10 @@ class CharTokenizer:
         codes = np.array([ord(character) for character in self.vocab])
         ids = np.zeros(codes.max() + 1, np.min_scalar_type(self.vocab_size - 1))
         ids[codes] = np.arange(self.vocab_size)
-        starts = range(0, len(text), 2**24)  # four bytes per character, so not for all of 1 GiB at once
-        parts = (text[start : start + 2**24].encode("utf-32-le") for start in starts)
-        return np.concatenate([ids[np.frombuffer(part, "<u4")] for part in parts])
+        tokens = np.empty(len(text), ids.dtype)
+        for part in _parts(text):
+            tokens[part] = ids[np.frombuffer(text[part].encode("utf-32-le"), "<u4")]
+        return tokens
 
     def decode(self, tokens: Iterable[int]) -> str:
         return "".join(self.vocab[token] for token in tokens)
@@ -136,7 +138,7 @@ class TextData:
     def __init__(self, text: str, notes: list[str] | None = None) -> None:
         self.tokenizer = CharTokenizer.from_text(text)
         self.info = TextInfo(vocab_size=self.tokenizer.vocab_size)
-        self.digest = hashlib.sha256(text.encode()).hexdigest()
+        self.digest = _digest(text)
         self.notes = notes or []
         tokens = self.tokenizer.encode_array(text)
         border = len(tokens) * 9 // 10
@@ -200,6 +202,7 @@ def read_text(path: Path) -> TextData:
         text = content.decode().replace(BYTE_ORDER_MARK, "")
     except UnicodeDecodeError as error:
         raise DataError(f"data.path: {shown(path)} {not_utf8(error, path)}") from None
+    del content  # the limit is 1 GiB, so each copy counts
     text = unix_line_ends(text)
     if len(text) < MIN_CHARACTERS:
         raise DataError(
@@ -288,6 +291,18 @@ class ValWindows:
             "tokens": np.where(inside, window, 0)[:, :-1].copy(),
             "targets": np.where(inside, window, -1)[:, 1:].copy(),
         }
+
+
+def _parts(text: str) -> Iterator[slice]:
+    """Yield the parts of a text in which it is converted: UTF-32 takes four bytes per character, so not all at once."""
+    return (slice(start, start + PART) for start in range(0, len(text), PART))
+
+
+def _digest(text: str) -> str:
+    digest = hashlib.sha256()
+    for part in _parts(text):
+        digest.update(text[part].encode())
+    return digest.hexdigest()
 
 
 def _mix(number: np.ndarray) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import re
 from collections.abc import Callable
@@ -44,6 +45,7 @@ def add_model_routes(app: FastAPI, guard: KeyAuth, storage: Storage) -> None:
     reader = guard("submit", "generate")
     threads = ThreadPoolExecutor(8, "models")
     downloads, uploads = Slots("downloads", *DOWNLOADS), UploadSlots()
+    one_conversion = asyncio.Lock()  # each may take gibibytes of memory
 
     @app.get("/v1/models")
     def list_models(caller: Caller = reader) -> Response:
@@ -144,7 +146,8 @@ def add_model_routes(app: FastAPI, guard: KeyAuth, storage: Storage) -> None:
             path = FilePath(folder) / name
             with path.open("wb") as file:
                 await upload.receive(request.stream(), file)
-            dataset, new = await run_in_threadpool(_add, storage, name, path, query)
+            async with one_conversion:
+                dataset, new = await run_in_threadpool(_add, storage, name, path, query)
         return Json(dataset.model_dump(mode="json"), 201 if new else 200)
 
     @app.delete("/v1/datasets/{name}")

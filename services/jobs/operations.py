@@ -23,7 +23,7 @@ from genmodels.spec.parse import parse_spec
 from genmodels.spec.sections import JobSpec
 from genmodels.storage import Storage
 from services.http.auth import Caller
-from services.jobs.dry_run import DryRunner
+from services.jobs import dry_run
 from services.jobs.lines import json_document, log_lines, pack
 from services.jobs.schemas import CancelBody, JobDryRun, JobView, LogQuery, MetricsQuery, ResumeBody
 from services.jobs.views import Views
@@ -45,7 +45,7 @@ class JobOperations:
 
     def __init__(self, storage: Storage, endpoint: str | None = None) -> None:
         self.storage, self.jobs = storage, Jobs(storage)
-        self.views, self.dry_runner = Views(storage, endpoint), DryRunner(storage)
+        self.views = Views(storage, endpoint)
 
     def dry_run(self, body: bytes, caller: Caller, gone: Callable[[], bool]) -> JobDryRun:
         """Report what a spec would run.
@@ -55,7 +55,7 @@ class JobOperations:
         """
         with _spec_errors():
             checked, capacity = self._check(body, caller, dry_run=True)
-            report = self.dry_runner.report(checked.job, capacity, gone)
+            report = dry_run.report(checked.job, self.storage, capacity, gone)
         for model in report.models:
             model.notes += checked.notes[model.model]
         return report

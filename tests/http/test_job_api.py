@@ -19,7 +19,7 @@ from genmodels.runs.records import State
 from genmodels.runs.store import Run
 from genmodels.spec.parse import parse_spec
 from genmodels.storage import Storage
-from services.jobs import dry_run, operations
+from services.jobs import operations
 from services.jobs.views import job_state
 from tests.support.asgi_client import refused
 from tests.support.asgi_server import served
@@ -28,8 +28,7 @@ from tests.support.storages import FailingStorage, MemoryStorage, in_threads
 
 
 @pytest.fixture
-def service(file_storage: Storage, monkeypatch: pytest.MonkeyPatch) -> Service:
-    monkeypatch.setattr(dry_run, "DATASET_SECONDS", 60.0)  # a slow machine must not fail the test
+def service(file_storage: Storage) -> Service:
     return Service(file_storage)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import html
 import io
 import os
@@ -13,6 +14,7 @@ import sys
 import threading
 import time
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +23,11 @@ import numpy as np
 import pytest
 
 from genmodels.checkpoint import sha256_of
+from genmodels.data import uploads
 from genmodels.data.images import png
 from genmodels.errors import GenmodelsError
 from genmodels.family import EvaluationMetric, EvaluationResult
+from genmodels.keys import Keys
 from genmodels.metrics import ATTEMPTS, DIRECTORY
 from genmodels.registry import evaluations
 from genmodels.registry.store import Registry
@@ -355,6 +359,29 @@ def test_an_upload_that_breaks_off_is_nothing(service: Service, caplog: pytest.L
             assert time.monotonic() < deadline
     assert [key for key in service.storage.list("datasets/") if "lines" in key] == []
     assert "Traceback" not in caplog.text
+
+
+def test_uploads_are_checked_one_at_a_time(file_storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    keys, add = Keys(file_storage), uploads.add
+    tokens = [keys.create(name, ("submit",))[1] for name in ("one", "two")]
+    at_once = threading.Barrier(2)
+    together: list[bool] = []
+
+    def counted(*given: Any, **options: Any) -> Any:
+        with contextlib.suppress(threading.BrokenBarrierError):
+            at_once.wait(0.5)
+        together.append(not at_once.broken)
+        return add(*given, **options)
+
+    monkeypatch.setattr(uploads, "add", counted)
+    with served(Service(file_storage, keys).app) as url, ThreadPoolExecutor(2) as pool:
+
+        def put(token: str) -> int:
+            headers = {"authorization": f"Bearer {token}"}
+            return httpx.put(f"{url}/v1/datasets/{token[3:11]}", content=TEXT, headers=headers).status_code
+
+        assert list(pool.map(put, tokens)) == [201, 201]
+    assert together == [False, False]
 
 
 # Counts

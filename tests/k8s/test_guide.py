@@ -38,9 +38,9 @@ def test_the_guide_counts_right() -> None:
         "platform, at rest (2 hosts)": _sum([*rest, *[host] * hosts["minReplicas"]]),
         "platform, at most (6 hosts); twice": _sum([*rest, *[host] * hosts["maxReplicas"]]),
         "platform, overlay dev": _sum(dev),
-        "a run: its head": size["base RayJob/r-000000000000-a1/head"],
-        "a run: each worker": size["base RayJob/r-000000000000-a1/workers"],
-        "a run on GPUs: each worker": size["overlays/gpu RayJob/r-000000000000-a1/gpu-workers"],
+        "a run: its head": size["base RayJob/genmodels-template/head"],
+        "a run: each worker": size["base RayJob/genmodels-template/workers"],
+        "a run on GPUs: each worker": size["overlays/gpu RayJob/genmodels-template/gpu-workers"],
     }
     guide = (K8S / "README.md").read_text()
     for row, (cpu, memory) in rows.items():

@@ -24,6 +24,7 @@ from tests.support.manifests import (
     Manifest,
     build,
     cluster_of,
+    config_map_of,
     head_of,
     only,
     pod_of,
@@ -32,6 +33,7 @@ from tests.support.manifests import (
     quotas_of,
     secrets_of,
     selects,
+    settings,
     unrestricted,
 )
 from tests.support.paths import ROOT
@@ -180,7 +182,7 @@ def test_exporters_see_the_processes_whose_metrics_they_read() -> None:
         assert sidecar["restartPolicy"] == "Always"
         for container in (sidecar, pod.spec["containers"][0]):
             assert {"name": "metrics", "mountPath": "/run/metrics"} in container["volumeMounts"]
-            assert {"configMapRef": {"name": "genmodels-ray"}} in container["envFrom"]
+            assert config_map_of(container, "genmodels-ray")
 
 
 @pytest.mark.parametrize(("status", "body", "ready"), [(200, b"success", True), (503, b"not yet", False)])
@@ -194,7 +196,7 @@ def test_the_probe_of_serving_pods_finds_its_wget(tmp_path: Path, status: int, b
             self.end_headers()
             self.wfile.write(body)
 
-    (tmp_path / "wget").write_text(only(build("base"), "ConfigMap", "genmodels-wget")["data"]["wget"])
+    (tmp_path / "wget").write_text(settings(build("base"), "genmodels-wget")["wget"])
     (tmp_path / "wget").chmod(0o555)
     (mount,) = [m for m in pod_of("RayService/genmodels/hosts").spec["containers"][0]["volumeMounts"] if "subPath" in m]
     assert (mount["name"], mount["mountPath"]) == ("wget", "/usr/local/bin/wget")

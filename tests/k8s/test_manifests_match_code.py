@@ -19,8 +19,8 @@ import ray
 import yaml
 
 import genmodels
+from genmodels.errors import GenmodelsError
 from genmodels.metrics import DIRECTORY
-from genmodels.spec.parse import read_spec
 from services.cluster.ray_start import local_environment
 from services.dispatch.backends.base import submission_id
 from services.gateway import deploy
@@ -28,10 +28,10 @@ from services.jobs import app
 from services.node import exporter
 from tests.support.manifests import (
     BUILDS,
-    K8S,
     Manifest,
     build,
     cluster_of,
+    config_map_of,
     head_of,
     only,
     pod_of,
@@ -39,10 +39,12 @@ from tests.support.manifests import (
     problems,
     quotas_of,
     rayjob,
+    settings,
     unrestricted,
 )
 from tests.support.paths import ROOT
 from tests.support.ray_node import OTHER, JoinedNode, RayHead, until
+from tests.support.spec_files import read_spec
 
 MODEL = read_spec(ROOT / "jobs" / "quickstart.yaml").models[0]
 IMAGE = f"genmodels:{ray.__version__}-{genmodels.__version__}"
@@ -54,17 +56,17 @@ every_build = pytest.mark.parametrize("name", BUILDS)
 def test_every_command_is_one_of_the_code(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Check that the modules exist and accept the arguments."""
     manifests, modules = build(name), set()
-    settings = only(manifests, "ConfigMap", "genmodels-platform")["data"]
+    platform = settings(manifests, "genmodels-platform")
     for pod in pods(manifests):
         for container in pod.containers:
             if not container["image"].startswith("genmodels:") or "command" not in container:
                 continue
             python, flag, module = container["command"]
             assert (python, flag) == ("python", "-m")
-            values = [re.sub(r"\$\((\w+)\)", lambda match: settings[match[1]], arg) for arg in container["args"]]
+            values = [re.sub(r"\$\((\w+)\)", lambda match: platform[match[1]], arg) for arg in container["args"]]
             options = _parsed(module, values, monkeypatch)
             if "storage" in options:
-                assert options.storage == settings["GENMODELS_STORAGE"]
+                assert options.storage == platform["GENMODELS_STORAGE"]
             if "host" in options:
                 assert options.host == "0.0.0.0"
                 assert [port["containerPort"] for port in container["ports"]] == [options.port]
@@ -83,12 +85,12 @@ def test_every_setting_is_one_that_is_read(name: str, monkeypatch: pytest.Monkey
         "RAY_AUTH_MODE",
     ):  # settings of one machine; KubeRay sets the others
         del ours[theirs]
-    of_ray = only(manifests, "ConfigMap", "genmodels-ray")["data"]
+    of_ray = settings(manifests, "genmodels-ray")
     assert of_ray == ours | {
         DIRECTORY: "/run/metrics",
         "GENMODELS_START_TIMEOUT_S": of_ray["GENMODELS_START_TIMEOUT_S"],
     }
-    platform = only(manifests, "ConfigMap", "genmodels-platform")["data"]
+    platform = settings(manifests, "genmodels-platform")
     mentioned = {name for name in [*of_ray, *platform] if name.startswith("GENMODELS_")}
     arguments = [arg for pod in pods(manifests) for c in pod.containers for arg in c.get("args", ())]
     for name in mentioned:
@@ -98,17 +100,17 @@ def test_every_setting_is_one_that_is_read(name: str, monkeypatch: pytest.Monkey
     for name in [name for name in platform if name.startswith("AWS_")]:
         monkeypatch.setenv(name, platform[name])
     client = boto3.session.Session(aws_access_key_id="a", aws_secret_access_key="b").client("s3")
-    assert client.meta.endpoint_url == platform["AWS_ENDPOINT_URL"]
+    assert client.meta.endpoint_url == platform.get("AWS_ENDPOINT_URL", "https://s3.amazonaws.com")
     assert client.meta.region_name == platform["AWS_DEFAULT_REGION"]
     for pod in pods(manifests):
         for container in pod.containers:
-            if {"configMapRef": {"name": "genmodels-platform"}} in container.get("envFrom", ()):
+            if config_map_of(container, "genmodels-platform"):
                 (mount,) = [m["mountPath"] for m in container["volumeMounts"] if m["name"] == "s3"]
                 assert platform["AWS_SHARED_CREDENTIALS_FILE"] == f"{mount}/credentials"
 
 
 @every_build
-def test_the_serve_config_is_the_one_of_the_code(name: str) -> None:
+def test_the_serve_config_is_the_one_of_the_code(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # importing Ray Serve defines settings in ways that pydantic warns of
         from ray.serve import Application
@@ -118,19 +120,23 @@ def test_the_serve_config_is_the_one_of_the_code(name: str) -> None:
 
     manifests = build(name)
     service = only(manifests, "RayService")
+    monkeypatch.setenv("GENMODELS_STORAGE", storage := settings(manifests, "genmodels-platform")["GENMODELS_STORAGE"])
     config = yaml.safe_load(service["spec"]["serveConfigV2"])
     schema = ServeDeploySchema.model_validate(config)
-    storage = only(manifests, "ConfigMap", "genmodels-platform")["data"]["GENMODELS_STORAGE"]
     values = {"storage_url": storage, "host": "0.0.0.0", "port": 8000, "auth": True}
     declared = deploy.declaration(**{key: values[key] for key in inspect.signature(deploy.declaration).parameters})
     (application,), (expected,) = config["applications"], declared["applications"]
     overrides = application.pop("deployments")
+    assert expected["args"].pop("storage_url") == storage, "the pods' environment says it"
     assert application == expected
     assert config["logging_config"] == declared["logging_config"]
     assert config["http_options"] == declared["http_options"] | {"host": "0.0.0.0"}
     module, _, function = application["import_path"].partition(":")
-    built = getattr(importlib.import_module(module), function)(application["args"])
-    assert isinstance(built, Application)
+    build_application = getattr(importlib.import_module(module), function)
+    assert isinstance(build_application(application["args"]), Application)
+    monkeypatch.delenv("GENMODELS_STORAGE")
+    with pytest.raises(GenmodelsError, match="GENMODELS_STORAGE is not set"):
+        build_application(application["args"])
     gateway: Any = app.Gateway  # a Serve deployment; mypy sees the class
     assert [override["name"] for override in overrides] == [gateway.name, deploy.POOL]
     # One gateway and one host fit a worker, and neither fits the head.
@@ -187,14 +193,13 @@ def test_versions_images_and_names(name: str) -> None:
         if pod.of.startswith("StatefulSet/"):
             assert all(re.fullmatch(r"[a-z/]+:[\w.-]*\d[\w.-]*", image) for image in images)
         else:
-            cuda = {f"{IMAGE}-cuda"} if pod.of.endswith("/gpu-workers") else {IMAGE}
-            assert images == cuda, pod.of
+            name = "genmodels-cuda:" if pod.of.endswith("/gpu-workers") else "genmodels:"
+            assert images == {IMAGE.replace("genmodels:", name)}, pod.of
     run = rayjob(manifests)
     for manifest in (only(manifests, "RayService"), run):
         assert cluster_of(manifest)["rayVersion"] == ray.__version__
         assert cluster_of(manifest)["authOptions"]["mode"] == "token"
         assert len(manifest["metadata"]["name"]) <= 47
-    assert re.fullmatch(r"r-[0-9a-f]{12}-a1", run["metadata"]["name"])
     assert len(submission_id("a", "b", 999_999)) <= 47
     assert run["spec"]["backoffLimit"] == 0
     assert run["spec"]["submissionMode"] == "HTTPMode"
@@ -219,10 +224,11 @@ def test_the_gpu_template_is_the_other_with_a_group_more() -> None:
 def test_what_the_dispatcher_makes_of_the_template_fits_the_schema(use_gpu: bool) -> None:
     from services.dispatch.backends.rayjob import KubeOptions, Template
 
-    template = K8S / "components" / "gpu" / "rayjob.template.yaml"
-    options = KubeOptions(template=template, queue="genmodels", priorities=[("genmodels-normal", 0)])
+    options = KubeOptions(template_object="t", queue="genmodels", priorities=[("genmodels-normal", 0)])
+    template = Template(options)
+    template.use(rayjob(build("overlays/gpu")))
     spec = MODEL.model_copy(update={"scaling": MODEL.scaling.model_copy(update={"use_gpu": use_gpu})})
-    made = Template(options).fill("s3://bucket/a", "job-1", spec, 2, 3, 0)
+    made = template.fill("s3://bucket/a", "job-1", spec, 2, 3, 0)
     assert not problems(made)
     (group,) = cluster_of(made)["workerGroupSpecs"]
     assert group["groupName"] == ("gpu-workers" if use_gpu else "workers")
@@ -261,10 +267,9 @@ def test_queues_and_classes_are_there(name: str) -> None:
     assert queues == [m["metadata"]["name"] for m in manifests if m["kind"] == "LocalQueue"]
     values = {m["metadata"]["name"]: m["value"] for m in manifests if m["kind"] == "WorkloadPriorityClass"}
     assert classes == sorted(values, key=lambda name: values[name])
-    (path,) = [value for flag, value, *_ in given if flag == "kube-template"]
-    (mount,) = [m["mountPath"] for m in container["volumeMounts"] if m["name"] == "rayjob"]
-    (config,) = [m for m in manifests if m["metadata"]["name"].startswith("genmodels-rayjob-")]
-    assert [f"{mount}/{key}" for key in config["data"]] == [path]
+    (template,) = [value for flag, value, *_ in given if flag == "kube-template-object"]
+    assert template == rayjob(manifests)["metadata"]["name"]
+    assert rayjob(manifests)["spec"]["suspend"] is True, "the operator makes a cluster of it"
     queue = next((m for m in manifests if m["kind"] == "ClusterQueue"), None)
     if queue:  # Kueue admits no workload that requests a resource without a quota
         (group,) = queue["spec"]["resourceGroups"]

@@ -20,11 +20,12 @@ import yaml
 from genmodels.checkpoint import CheckpointRef
 from genmodels.registry.store import Registry
 from genmodels.runs.store import Run
-from genmodels.spec.parse import job_id, read_spec
+from genmodels.spec.parse import job_id
 from genmodels.storage import open_storage
 from services.cluster.environment import python
 from services.local.platform import submit
 from tests.support.plain_workers import WorkerGroup
+from tests.support.spec_files import read_spec
 from tests.support.tiny_jobs import make_data, model
 
 pytestmark = pytest.mark.timeout(900)  # on a busy machine a worker group may need half a minute to start

@@ -76,7 +76,9 @@ class Operator:
             case "":
                 job["metadata"].setdefault("finalizers", []).append(FINALIZER)
                 cluster = f"{name}-abcde"
-                self.api.status(name, jobDeploymentStatus="Initializing", jobId=spec["jobId"], rayClusterName=cluster)
+                self.api.status(
+                    name, jobDeploymentStatus="Initializing", jobId=spec.get("jobId", name), rayClusterName=cluster
+                )
             case "Initializing" | "Running" if spec.get("suspend"):
                 self.api.status(name, jobDeploymentStatus="Suspending")
             case "Initializing":

@@ -26,7 +26,7 @@ SCHEMA = ROOT / "tests/k8s/schemas" / "ray.io_v1_RayJob.json"
 PATH = re.compile(
     rf"/(?:apis/ray\.io/v1|api/v1)/namespaces/{NAMESPACE}/(?P<resource>rayjobs|pods)(?:/(?P<name>[^/]+))?"
 )
-ROLE = {("rayjobs", verb) for verb in ("create", "list", "delete")} | {("pods", "list")}
+ROLE = {("rayjobs", verb) for verb in ("get", "create", "list", "delete")} | {("pods", "list")}
 Object = dict[str, Any]
 
 
@@ -221,7 +221,7 @@ def _has_label(each: Object, key: str, value: str | None) -> bool:
 def check_labels(job: Object) -> str:
     """Return the API server's error about names and labels; "" if none."""
     templates = [group["template"] for group in groups_of(job["spec"])]
-    for each in (job["metadata"], *(template["metadata"] for template in templates)):
+    for each in (job["metadata"], *(template.get("metadata", {}) for template in templates)):
         for key, value in each.get("labels", {}).items():
             if not re.fullmatch(r"([a-z0-9.-]+/)?[A-Za-z0-9][-A-Za-z0-9_.]{0,62}", key):
                 return f"label {key!r} is no label"

@@ -1,7 +1,7 @@
 """Send the dispatcher's few requests to Kubernetes by the official client: RayJobs, and whether pods remain.
 
-The requests need a Role with create, list and delete for `rayjobs.ray.io` and list for `pods`, in one namespace. No
-request raises if the API server is unreachable or refuses: an unknown value is None.
+The requests need a Role with get, create, list and delete for `rayjobs.ray.io` and list for `pods`, in one namespace.
+No request raises if the API server is unreachable or refuses: an unknown value is None.
 """
 
 from __future__ import annotations
@@ -60,6 +60,13 @@ class KubeApi:
             jobs = self._list()
             self._listed = time.monotonic(), jobs
         return jobs
+
+    def get(self, name: str) -> tuple[int, Any]:
+        """Return the answer's status, and the RayJob or the error's message."""
+        call = self.custom.get_namespaced_custom_object
+        return self._ask(
+            "get", "rayjobs", lambda: call(*RESOURCE, self.namespace, "rayjobs", name, _request_timeout=TIMEOUT)
+        )
 
     def create(self, job: RayJob) -> tuple[int, str]:
         """Create a RayJob; return the answer's status (0: no answer, 409: it exists already) and message."""

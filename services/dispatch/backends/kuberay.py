@@ -44,7 +44,10 @@ from __future__ import annotations
 import logging
 import signal
 import time
+from collections.abc import Callable
+from functools import partial
 
+from genmodels.errors import GenmodelsError
 from genmodels.runs.jobs import Jobs
 from genmodels.runs.store import Run
 from genmodels.storage import Storage
@@ -92,11 +95,23 @@ class KubeRayBackend:
 
     def start(self, storage_url: str, job: str, model: str, attempt: int, workers: int) -> Driver:
         spec = Jobs(self.storage).spec(job)
-        body = self.template.fill(storage_url, job, spec.model(model), attempt, workers, spec.priority)
-        return _RayJob(self, Run(self.storage, job, model), attempt, body)
+        fill = partial(self.template.fill, storage_url, job, spec.model(model), attempt, workers, spec.priority)
+        return _RayJob(self, Run(self.storage, job, model), attempt, fill)
 
     def find(self, job: str, model: str, attempt: int) -> Driver:
         return _RayJob(self, Run(self.storage, job, model), attempt)
+
+    def create(self, fill: Callable[[], RayJob]) -> tuple[int, str]:
+        """Create a RayJob from the current template; return the answer's status and message, as of the API server."""
+        if name := self.template.options.template_object:
+            status, answer = self.api.get(name)
+            if status != 200:
+                return status, answer
+            try:
+                self.template.use(answer)
+            except GenmodelsError as error:
+                return 422, str(error)
+        return self.api.create(fill())
 
     def capacity(self) -> Capacity | None:
         jobs = self.api.jobs()
@@ -121,10 +136,13 @@ class _RayJob(Driver):
     `code` and `reason` describe the end of the attempt; `poll` is None until the end is certain.
     """
 
-    def __init__(self, backend: KubeRayBackend, run: Run, attempt: int, body: RayJob | None = None) -> None:
-        self.api, self.run, self.attempt = backend.api, run, attempt
+    def __init__(
+        self, backend: KubeRayBackend, run: Run, attempt: int, fill: Callable[[], RayJob] | None = None
+    ) -> None:
+        self.backend, self.api, self.run, self.attempt = backend, backend.api, run, attempt
         self.name = submission_id(run.job, run.model, attempt)
-        self.body, self.deadline = body, time.monotonic() + ACCEPT_SECONDS  # the RayJob to create; None once it exists
+        self.fill = fill  # makes the RayJob to create; None once it exists
+        self.deadline = time.monotonic() + ACCEPT_SECONDS
         self.queue = backend.template.options.queue
         self.code, self.ended = LOST, False
         self.deleting = self.existed = False
@@ -146,7 +164,7 @@ class _RayJob(Driver):
     # Each of these methods returns True if the attempt has ended for good.
 
     def _check(self, job: RayJob) -> bool:
-        self.body, self.existed = None, True
+        self.fill, self.existed = None, True
         if _is_going(job):
             if not self.deleting:
                 self._end_by_deleting(LOST, "its RayJob was deleted", ask=False)
@@ -210,7 +228,7 @@ class _RayJob(Driver):
         return not self.never_began
 
     def _is_missing(self) -> bool:
-        if self.body is not None:
+        if self.fill is not None:
             return self._create()
         if not self.deleting:
             self._end_by_deleting(LOST, "its RayJob was deleted" if self.existed else "its RayJob is gone", ask=False)
@@ -222,12 +240,12 @@ class _RayJob(Driver):
         return pods is False
 
     def _create(self) -> bool:
-        if self.body is None:
+        if self.fill is None:
             return False
-        status, message = self.api.create(self.body)
+        status, message = self.backend.create(self.fill)
         if status in (200, 201, 409):
-            self.body = None
-        elif status in (400, 404, 413, 422):  # 404: the operator's CRD is missing, maybe for a while
+            self.fill = None
+        elif status in (400, 404, 413, 422):  # 404: the operator's CRD or the template is missing, maybe for a while
             self.ended, self.code = True, FAILED if status == 404 else REFUSED
             self.reason = f"Kubernetes refuses the RayJob: {message}"
         elif status == 403:  # rights, or a quota
@@ -237,7 +255,7 @@ class _RayJob(Driver):
         return self.ended
 
     def _end_by_deleting(self, code: int, reason: str, ask: bool = True) -> None:
-        self.body, self.deleting = None, True
+        self.fill, self.deleting = None, True
         self.code, self.reason, self.waiting = code, reason, "its pods end"
         if ask:
             self.api.delete(self.name)

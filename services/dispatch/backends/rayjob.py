@@ -1,16 +1,19 @@
 """Make the RayJob of one attempt from the operator's template.
 
-An engineer writes the template (`--kube-template`, the YAML of one `ray.io/v1` RayJob). The template sets the pods of a
-run: images, CPUs, memory, volumes, service account, tolerations, `preRunningDeadlineSeconds`. It must have
-`spec.rayClusterSpec` with a head group and a worker group `workers`. It may have a second group `gpu-workers`, which
-runs with `use_gpu` then use. In both groups only the resources of the first container count as the worker's.
+An engineer writes the template, one `ray.io/v1` RayJob: an object in the cluster (`--kube-template-object`; it is
+suspended, so that the operator makes no cluster of it, and is read again at each start) or a file (`--kube-template`).
+The template sets the pods of a run: images, CPUs, memory, volumes, service account, tolerations,
+`preRunningDeadlineSeconds`. It must have `spec.rayClusterSpec` with a head group and a worker group `workers`. It may
+have a second group `gpu-workers`, which runs with `use_gpu` then use. In both groups only the resources of the first
+container count as the worker's.
 
 These fields are filled in and override the template:
 
     metadata.name                   r-<12 hex>-a<attempt>, like the ids of Ray Jobs; the Ray job has the same id
     metadata.labels                 app.kubernetes.io/managed-by: genmodels, genmodels/job, genmodels/model,
                                     genmodels/attempt (a value beyond 63 characters is cut and ends in its hash)
-    metadata.annotations            genmodels/run, the readable job/model; genmodels/attempt
+    metadata.annotations            genmodels/run, the readable job/model; genmodels/attempt. Of a template that is an
+                                    object, no label and no annotation: they belong to the tool that applied it
     pod templates                   label genmodels/rayjob: <name>, the selector of an attempt's pods
     spec.entrypoint, spec.jobId     the driver's command
     spec.submissionMode             HTTPMode: the operator submits. K8sJobMode would pull the image for one more pod per
@@ -28,7 +31,7 @@ These fields are filled in and override the template:
                                     run saves before the pod ends. terminationGracePeriodSeconds: 120 if the template
                                     has none; the run may take 20 seconds less to save
     spec.preRunningDeadlineSeconds  1800 if the template has none: an attempt ends if its nodes never come
-    spec.suspend, kueue.x-k8s.io/*  with --kube-queue: created suspended; Kueue admits it
+    spec.suspend, kueue.x-k8s.io/*  with --kube-queue: created suspended; Kueue admits it. Else not suspended
 
 With --kube-cluster-selector the Ray job goes to an existing RayCluster: no cluster is made, and no template is needed.
 """
@@ -56,6 +59,7 @@ from services.dispatch.backends.base import driver_command, pre_stop_command, su
 RayJob = dict[str, Any]  # the custom resource, as the API has it
 
 API_VERSION = "ray.io/v1"
+PART_OF = {"app.kubernetes.io/part-of": "genmodels"}
 MANAGED_BY = {"app.kubernetes.io/managed-by": "genmodels"}
 POD_LABEL = "genmodels/rayjob"
 QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
@@ -76,6 +80,7 @@ class KubeOptions:
     cluster: str | None = None
     queue: str | None = None
     priorities: Sequence[tuple[str, int]] = field(default=())
+    template_object: str | None = None
 
     @classmethod
     def of(cls, options: argparse.Namespace) -> KubeOptions:
@@ -90,13 +95,24 @@ class KubeOptions:
             raise GenmodelsError("--max-cpus and --max-gpus do not go with --kube-queue: Kueue alone admits")
         if options.max_gpus and not options.max_cpus:
             raise GenmodelsError("--max-gpus needs --max-cpus with --backend kuberay: each worker has a CPU, too")
-        if not options.kube_template and not options.kube_cluster_selector:
-            raise GenmodelsError("--backend kuberay needs --kube-template, or --kube-cluster-selector")
+        if options.kube_template and options.kube_template_object:
+            raise GenmodelsError("--kube-template does not go with --kube-template-object: there is one template")
+        if not (options.kube_template or options.kube_template_object or options.kube_cluster_selector):
+            raise GenmodelsError(
+                "--backend kuberay needs --kube-template-object, --kube-template or --kube-cluster-selector"
+            )
         template = Path(options.kube_template) if options.kube_template else None
         priorities = tuple(_priority(text) for text in options.kube_priority)
         if priorities and not options.kube_queue:
             raise GenmodelsError("--kube-priority needs --kube-queue: Kueue's classes mean nothing without it")
-        return cls(options.kube_namespace, template, options.kube_cluster_selector, options.kube_queue, priorities)
+        return cls(
+            options.kube_namespace,
+            template,
+            options.kube_cluster_selector,
+            options.kube_queue,
+            priorities,
+            options.kube_template_object,
+        )
 
 
 def add_kube_arguments(parser: argparse.ArgumentParser) -> None:
@@ -107,6 +123,7 @@ def add_kube_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(f"--{name}", default=os.environ.get(variable) or None, help=f"{help} ({variable})", **more)
 
     add("kube-namespace", "where RayJobs are made; default: the service account's own", metavar="NAME")
+    add("kube-template-object", "a suspended RayJob of the namespace, to fill in at each start", metavar="NAME")
     add("kube-template", "YAML of a RayJob to fill in; see services/dispatch/backends/rayjob.py", metavar="FILE")
     add("kube-cluster-selector", "have this RayCluster run all drivers, in place of a cluster per run", metavar="NAME")
     add("kube-queue", "LocalQueue of Kueue, which then alone admits", metavar="NAME")
@@ -131,8 +148,17 @@ class Template:
         """
         self.options = options
         self.job = {} if options.template is None else _read(options.template)
-        if options.cluster is None:
-            _check(self.job, str(options.template))
+        if options.template:
+            _check(self.job, f"--kube-template {options.template}")
+
+    def use(self, job: RayJob) -> None:
+        """Fill in this object of the cluster from now on.
+
+        Raises:
+            GenmodelsError: it lacks a field that must be filled in.
+        """
+        _check(job, f"the RayJob {self.options.template_object}")
+        self.job = {"metadata": {"labels": dict(PART_OF)}, "spec": job["spec"]}
 
     def fill(self, storage_url: str, job: str, spec: ModelSpec, attempt: int, workers: int, priority: int) -> RayJob:
         """Return the RayJob of one attempt."""
@@ -161,8 +187,7 @@ class Template:
             _size(body["rayClusterSpec"], name, workers, spec.scaling.use_gpu)
             _save_first(body["rayClusterSpec"], pre_stop_command(storage_url, job, model, attempt))
         body.setdefault("preRunningDeadlineSeconds", PLACED_SECONDS)
-        if self.options.queue:
-            body["suspend"] = True
+        body["suspend"] = bool(self.options.queue)
         return {**filled, "apiVersion": API_VERSION, "kind": "RayJob"}
 
     def _queued(self, priority: int) -> dict[str, str]:
@@ -237,7 +262,7 @@ def _read(path: Path) -> RayJob:
     return template
 
 
-def _check(job: RayJob, path: str) -> None:
+def _check(job: RayJob, source: str) -> None:
     """Raise GenmodelsError if a field that must be filled in is missing."""
     try:
         cluster = job["spec"]["rayClusterSpec"]
@@ -246,6 +271,6 @@ def _check(job: RayJob, path: str) -> None:
             _ = pods["template"]["spec"]["containers"][0]["image"]
     except (KeyError, IndexError, TypeError) as error:
         raise GenmodelsError(
-            f"--kube-template {path} lacks {error}: it needs spec.rayClusterSpec with a headGroupSpec, and a worker"
+            f"{source} lacks {error}: it needs spec.rayClusterSpec with a headGroupSpec, and a worker"
             f" group {WORKERS!r}, each with a pod template and an image"
         ) from None

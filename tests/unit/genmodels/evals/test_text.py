@@ -16,7 +16,6 @@ from genmodels.family import OptimizerConfig, TextInfo
 from genmodels.models.minigpt import MiniGPT, MiniGPTConfig
 from genmodels.registry.store import Registry
 from genmodels.runs.store import Run
-from genmodels.spec.parse import read_spec
 from genmodels.storage import open_storage
 from genmodels.training.attempt import run_attempt
 from genmodels.training.group import Group
@@ -25,6 +24,7 @@ from services.local.platform import submit
 from services.train.publish import publish_run
 from tests.support.evaluation_data import Bench
 from tests.support.paths import ROOT
+from tests.support.spec_files import read_spec
 from tests.support.tiny_jobs import job, make_data, model
 
 WORDS = ("the", "king", "of", "storm", "and", "night", "my", "lord", "sleeps", "no", "more")

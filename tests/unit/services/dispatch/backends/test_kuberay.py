@@ -73,9 +73,17 @@ def api(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[KubeApi]:
 class Platform:
     """A dispatcher on Kubernetes; the n-th attempt of a model follows its n-th script, the last one again."""
 
-    def __init__(self, api: KubeApi, folder: Path, storage: Storage, queue: str | None = None, **scripts: list[Script]):
+    def __init__(
+        self, api: KubeApi, template: Path | str, storage: Storage, queue: str | None = None, **scripts: list[Script]
+    ) -> None:
+        """Args:
+        template: the folder of its file, or the name of its object.
+        """
         self.api, self.storage, self.scripts = api, storage, scripts
-        self.options = KubeOptions(template=folder / "template.yaml", queue=queue)
+        source = (
+            {"template_object": template} if isinstance(template, str) else {"template": template / "template.yaml"}
+        )
+        self.options = KubeOptions(**source, queue=queue)
         self.operator = Operator(api, self.driver)
         self.most = Capacity(0, 0)
         self.restart()
@@ -582,6 +590,85 @@ def test_all_runs_of_a_round_share_one_list(
     assert api.requests == ["list rayjobs"]
 
 
+# ---- the template that is an object of the cluster
+
+GROUP = {"replicas": 1, "minReplicas": 1, "maxReplicas": 1, "template": POD}
+CLUSTER = {
+    "headGroupSpec": {"rayStartParams": {}, "template": POD},
+    "workerGroupSpecs": [{"groupName": "workers", "rayStartParams": {}, **GROUP}],
+}
+OBJECT: dict[str, Any] = {
+    **TEMPLATE,
+    "metadata": {
+        "name": "genmodels-template",
+        "labels": {"app.kubernetes.io/part-of": "genmodels", "app.kubernetes.io/instance": "argo"},
+        "annotations": {"kubectl.kubernetes.io/last-applied-configuration": "{}"},
+    },
+    "spec": {"suspend": True, "shutdownAfterJobFinishes": True, "rayClusterSpec": CLUSTER},
+}
+
+
+def with_image(image: str) -> dict[str, Any]:
+    changed = copy.deepcopy(OBJECT)
+    changed["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]["containers"][0]["image"] = image
+    return changed
+
+
+def image_of(rayjob: dict[str, Any]) -> str:
+    head = rayjob["spec"]["rayClusterSpec"]["headGroupSpec"]
+    return str(head["template"]["spec"]["containers"][0]["image"])
+
+
+@pytest.mark.parametrize("queue", [None, "q"])
+def test_each_start_reads_the_template_that_is_an_object(api: KubeApi, data: Path, queue: str | None) -> None:
+    """An applied change is in the next attempt; the template itself neither runs nor is swept away."""
+    api._create(OBJECT)
+    storage = MemoryStorage()
+    platform = Platform(api, "genmodels-template", storage, queue, m=[obedient])
+    first = submit(storage, data, "n", "m")
+    platform.until("m", "running", first)
+    (before,) = [job for name, job in api.jobs.items() if name != "genmodels-template"]
+    assert image_of(before) == "genmodels:test"
+    assert before["metadata"]["labels"].items() >= {"app.kubernetes.io/part-of": "genmodels"}.items()
+    assert "app.kubernetes.io/instance" not in before["metadata"]["labels"], "Argo CD would delete it as not its own"
+    assert "kubectl.kubernetes.io/last-applied-configuration" not in before["metadata"]["annotations"]
+    api.jobs["genmodels-template"]["spec"] = with_image("genmodels:next")["spec"]
+    second = submit(storage, data, "other", "m")
+    platform.until("m", "running", second)
+    others = {name: image_of(job) for name, job in api.jobs.items() if name != before["metadata"]["name"]}
+    del others["genmodels-template"]
+    assert set(others.values()) == {"genmodels:next"}
+    assert image_of(before) == "genmodels:test"
+    assert not [name for name, _ in platform.operator.started if name == "genmodels-template"]
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"), [(None, "not found"), ({"suspend": True, "rayClusterSpec": {}}, "lacks 'workerGroupSpecs'")]
+)
+def test_a_template_object_that_cannot_be_used_ends_the_run(
+    api: KubeApi, data: Path, template: dict[str, Any] | None, reason: str
+) -> None:
+    if template is not None:
+        api._create(OBJECT)
+        api.jobs["genmodels-template"]["spec"] = template
+    storage = MemoryStorage()
+    platform = Platform(api, "genmodels-template", storage)
+    job = submit(storage, data, "n", "m")
+    assert reason in platform.until("m", "failed", job).reason
+
+
+def test_a_start_waits_for_an_api_server_that_does_not_answer(api: KubeApi, data: Path) -> None:
+    api._create(OBJECT)
+    storage = MemoryStorage()
+    platform = Platform(api, "genmodels-template", storage, m=[obedient])
+    job = submit(storage, data, "n", "m")
+    api.ill = [500] * 40
+    platform.reconcile(3)
+    assert state(storage, job, "m").state != "failed"
+    api.ill = []
+    platform.until("m", "running", job)
+
+
 # ---- the RayJob made from the template
 
 
@@ -693,7 +780,8 @@ def options(*words: str) -> argparse.Namespace:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "needs --kube-template"),
+        ([], "needs --kube-template-object, --kube-template or"),
+        (["--kube-template=t", "--kube-template-object=o"], "there is one template"),
         (["--kube-template=t", "--kube-queue=q", "--kube-cluster-selector=c"], "whole clusters"),
         (["--kube-template=t", "--kube-queue=q", "--max-cpus=3"], "Kueue alone admits"),
         (["--kube-template=t", "--max-gpus=3"], "needs --max-cpus"),
