@@ -31,8 +31,8 @@ foreground. Kueue does not resume a preempted attempt: a new attempt follows, an
 priority.
 
 Before a pod is preempted, evicted, drained or deleted, its hook (services.train.pre_stop) has the run save, within the
-pod's grace period. With --kube-cluster-selector a driver's pods belong to the cluster and stay: there an attempt has ended when its RayJob is
-gone, and the store's fence keeps the late writes of its driver out of the run.
+pod's grace period. With --kube-cluster-selector a driver's pods belong to the cluster and stay: there an attempt has
+ended when its RayJob is gone, and the store's fence keeps the late writes of its driver out of the run.
 
 With --kube-queue, or without --max-cpus, there is always room: runs start at once with the fewest workers that they
 may have, and neither grow nor make room; Kueue or the nodes' autoscaler decides. With --max-cpus the dispatcher plans
