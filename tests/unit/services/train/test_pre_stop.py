@@ -124,7 +124,7 @@ def test_an_outage_of_the_storage_is_waited_for(quiet: Run, monkeypatch: pytest.
         if outage := next(outages, None):
             raise outage
         run.write_result(1, Result(outcome="stopped"))
-        return send(run, *arguments)  # type: ignore[arg-type]
+        return send(run, *arguments)
 
     monkeypatch.setattr(Run, "send_command", stop)
     assert save_first(training(quiet), 1, 60.0, "the pod ends")
