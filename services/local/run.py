@@ -27,6 +27,7 @@ from genmodels.storage import Storage, begin_writing
 from genmodels.storage.documents import now
 from services.cluster.descriptors import raise_file_limit
 from services.cluster.environment import ignore_output_errors
+from services.cluster.logs import log_folder
 from services.cluster.ports import check_port
 from services.console.curl import curl
 from services.console.output import console
@@ -106,7 +107,7 @@ def _run(
     name, names = submit(storage, job), [spec.name for spec in chosen]
     screen.print(Text(f"Job {name}", "bold"), Text(f": {', '.join(names)}, storage {storage.url}"), sep="")
     workers = max(model.world_sizes[0] for model in chosen)
-    with LocalPlatform(storage, Path(".genmodels") / "logs" / name, max(os.cpu_count() or 1, workers)) as platform:
+    with LocalPlatform(storage, log_folder() / name, max(os.cpu_count() or 1, workers)) as platform:
         with screen.status("Starting Ray"):
             platform.start()
         signal.signal(signal.SIGTERM, _interrupt)

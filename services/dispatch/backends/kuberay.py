@@ -30,9 +30,9 @@ are gone. KubeRay fails RayJobs whose driver still runs (a deadline): the dispat
 foreground. Kueue does not resume a preempted attempt: a new attempt follows, and its RayJob queues again with the run's
 priority.
 
-Pods that are preempted or evicted save nothing before they end: the steps since the latest checkpoint are lost. With
---kube-cluster-selector a driver's pods belong to the cluster and stay: there an attempt has ended when its RayJob is
-gone, and the store's fence keeps the late writes of its driver out of the run.
+Before a pod is preempted, evicted, drained or deleted, its hook (services.train.pre_stop) has the run save, within the
+pod's grace period. With --kube-cluster-selector a driver's pods belong to the cluster and stay: there an attempt has
+ended when its RayJob is gone, and the store's fence keeps the late writes of its driver out of the run.
 
 With --kube-queue, or without --max-cpus, there is always room: runs start at once with the fewest workers that they
 may have, and neither grow nor make room; Kueue or the nodes' autoscaler decides. With --max-cpus the dispatcher plans

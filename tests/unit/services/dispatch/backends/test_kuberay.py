@@ -28,6 +28,7 @@ from services.dispatch.dispatcher import Dispatcher
 from services.jobs import app as jobs_service
 from tests.support.fake_kuberay import Operator, refusal
 from tests.support.fake_kubernetes import KubeApi
+from tests.support.kuberay_pods import build_pods
 from tests.support.paths import ROOT
 from tests.support.ray_node import until
 from tests.support.scripted_cluster import data, in_no_time, send_command, spec, state, submit
@@ -713,6 +714,12 @@ def test_every_rayjob_is_valid_and_sized(
     assert made["rayClusterSpec"]["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
     limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
     assert limits.get("nvidia.com/gpu") in ((1, "1") if use_gpu else (None,))  # Kubernetes takes text and numbers
+    for pod in build_pods(body):
+        (hook,) = (each["lifecycle"]["preStop"]["exec"]["command"] for each in pod["spec"]["containers"])
+        assert hook[:4] == ["python", "-P", "-m", "services.train.pre_stop"]
+        assert hook[4:-2] == command[4:-2], "storage, job, model and attempt, as the driver"
+        assert int(hook[-1]) == pod["spec"]["terminationGracePeriodSeconds"] - 20
+        assert pod["metadata"]["labels"]["genmodels/rayjob"] == name
     if template is None:
         assert group["groupName"] == ("gpu-workers" if use_gpu else "workers")
 
@@ -728,6 +735,18 @@ def test_a_group_with_resources_of_ray_has_no_num_cpus(
     (group,) = body["spec"]["rayClusterSpec"]["workerGroupSpecs"]
     assert group["rayStartParams"] == {}
     assert group["resources"] == {"CPU": "1", **resources}, "one worker for each pod, unless the template says more"
+
+
+def test_a_hook_of_the_template_stays(tmp_path: Path, data: Path) -> None:
+    own = {"preStop": {"sleep": {"seconds": 5}}}
+    container = {"name": "ray", "image": "genmodels:test", "lifecycle": own}
+    pod = {"spec": {"containers": [container], "terminationGracePeriodSeconds": 10}}
+    change_template(tmp_path, group={"template": pod})
+    body = Template(KubeOptions(template=tmp_path / "template.yaml")).fill("s3://b", "j", of(data).models[0], 1, 2, 0)
+    head, worker, _ = build_pods(body)
+    assert worker["spec"]["containers"][0]["lifecycle"] == own
+    assert worker["spec"]["terminationGracePeriodSeconds"] == 10
+    assert head["spec"]["terminationGracePeriodSeconds"] == 120
 
 
 def test_a_class_for_each_priority(tmp_path: Path) -> None:
