@@ -12,7 +12,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.support.manifests import K8S, Manifest, build, cluster_of, only, pods, problems, secrets_of
+from tests.support.manifests import K8S, Manifest, build, cluster_of, only, pods, problems, secrets_of, settings
 from tests.support.paths import ROOT
 
 SAMPLES = sorted((K8S / "samples").glob("*.yaml"))
@@ -134,11 +134,11 @@ def test_ray_logs_are_read_where_pods_write_them(tmp_path: Path) -> None:
         assert {mount["name"]} == volumes
         assert any(volume["name"] == mount["name"] and "emptyDir" in volume for volume in pod.spec["volumes"])
     daemon = only(manifests, "DaemonSet")["spec"]["template"]["spec"]
-    settings = {env["name"]: env.get("value") for env in daemon["containers"][0]["env"]}
+    environment = {env["name"]: env.get("value") for env in daemon["containers"][0]["env"]}
     used = set(re.findall(r"\$\{(\w+)\}", config["data"]["fluent-bit.yaml"]))
-    assert used <= settings.keys()
-    platform = only(manifests, "ConfigMap", "genmodels-platform")["data"]
-    assert platform["GENMODELS_STORAGE"].startswith(f"s3://{settings['BUCKET']}/")
+    assert used <= environment.keys()
+    storage = settings(manifests, "genmodels-platform")["GENMODELS_STORAGE"]
+    assert storage.startswith(f"s3://{environment['BUCKET']}/")
 
 
 SERVING = 'namespace="genmodels", name="genmodels"'
