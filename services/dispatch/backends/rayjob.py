@@ -22,7 +22,7 @@ These fields are filled in and override the template:
     spec.shutdownAfterJobFinishes   true, and ttlSecondsAfterFinished 0: the cluster is removed at once. The RayJob
                                     keeps its result; the dispatcher deletes it KEEP_SECONDS later
     one worker group                replicas, minReplicas, maxReplicas: the pods; no other group; no autoscaling
-    rayStartParams.num-cpus         head "0", workers: the training workers of a pod (1 without GPUs), whatever its CPUs.
+    rayStartParams.num-cpus         head "0", workers: the workers of a pod (1 without GPUs), whatever its CPUs.
                                     In a group with `resources`, which KubeRay does not take together with it:
                                     resources.CPU, unless it is there
     nvidia.com/gpu                  of the worker's requests and limits if the spec sets `use_gpu`. A group that
