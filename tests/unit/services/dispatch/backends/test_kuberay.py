@@ -344,7 +344,7 @@ def test_deleted_by_hand_it_goes_on_when_its_pods_have_gone(
 def change_template(folder: Path, **changes: Any) -> None:
     """Write the template with a changed spec, or a changed group of workers."""
     template = copy.deepcopy(TEMPLATE)
-    group = template["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]
+    group = template["spec"]["rayClusterSpec"]["workerGroupSpecs"][changes.pop("at", 0)]
     group |= changes.pop("group", {})
     template["spec"] |= changes
     (folder / "template.yaml").write_text(yaml.safe_dump(template))
@@ -719,6 +719,7 @@ def test_every_rayjob_is_valid_and_sized(
         assert hook[:4] == ["python", "-P", "-m", "services.train.pre_stop"]
         assert hook[4:-2] == command[4:-2], "storage, job, model and attempt, as the driver"
         assert int(hook[-1]) == pod["spec"]["terminationGracePeriodSeconds"] - 20
+        assert {"name": "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S", "value": "0"} in pod["spec"]["containers"][0]["env"]
         assert pod["metadata"]["labels"]["genmodels/rayjob"] == name
     if template is None:
         assert group["groupName"] == ("gpu-workers" if use_gpu else "workers")
@@ -735,6 +736,32 @@ def test_a_group_with_resources_of_ray_has_no_num_cpus(
     (group,) = body["spec"]["rayClusterSpec"]["workerGroupSpecs"]
     assert group["rayStartParams"] == {}
     assert group["resources"] == {"CPU": "1", **resources}, "one worker for each pod, unless the template says more"
+
+
+@pytest.mark.parametrize(
+    ("gpus", "workers", "pods"),
+    [("8", 8, [8]), (8, 16, [8, 8]), ("8", 3, [3]), ("4", 6, [3, 3]), ("4", 5, [3, 3]), ("1", 2, [1, 1])],
+)
+def test_a_pod_of_several_gpus_has_a_worker_for_each(
+    api: KubeApi, tmp_path: Path, data: Path, gpus: Any, workers: int, pods: list[int]
+) -> None:
+    amounts = {"cpu": "16", "example.com/gpu": gpus}
+    container = {"name": "ray", "image": "genmodels:test", "resources": {"requests": dict(amounts), "limits": amounts}}
+    change_template(
+        tmp_path, group={"groupName": "gpu-workers", "template": {"spec": {"containers": [container]}}}, at=1
+    )
+    template = Template(KubeOptions(template=tmp_path / "template.yaml"))
+    body = template.fill("s3://b", "j", of(data, use_gpu=True).models[0], 1, workers, 0)
+    api._create(body)
+    _, *made = build_pods(body)
+    resources = [pod["spec"]["containers"][0]["resources"] for pod in made]
+    assert [each["limits"]["example.com/gpu"] for each in resources] == pods
+    assert [each["requests"]["example.com/gpu"] for each in resources] == pods
+    starts = [pod["spec"]["containers"][0]["args"][0] for pod in made]
+    assert all(
+        f"--num-cpus={count} " in start and f"--num-gpus={count} " in start
+        for count, start in zip(pods, starts, strict=True)
+    )
 
 
 def test_a_hook_of_the_template_stays(tmp_path: Path, data: Path) -> None:
