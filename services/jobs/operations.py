@@ -15,6 +15,7 @@ from genmodels.errors import DamagedObject, RequestError, SpecError
 from genmodels.preflight.check import Checked, check_job
 from genmodels.registry.references import resolve_references
 from genmodels.runs.jobs import Entry, Jobs
+from genmodels.runs.queue import notify
 from genmodels.runs.records import ENDED, Status
 from genmodels.runs.store import Run
 from genmodels.runs.thinning import thinned_rows
@@ -82,7 +83,7 @@ class JobOperations:
                 continue
             if (action, "cancelled") not in waiting:  # a repeated request changes nothing
                 run.send_command(action, status.attempt, f"cancelled {caller.reason}", then="cancelled")
-            self.jobs.notify(job, run.model)
+            notify(self.storage, job, run.model)
         return self._view(chosen)
 
     def resume(self, job: str, body: ResumeBody, caller: Caller) -> JobView:
@@ -102,7 +103,7 @@ class JobOperations:
             waiting = run.commands(status.attempt, after=status.last_command)
             if not any(command.action == "resume" for command in waiting):
                 run.send_command("resume", status.attempt, f"resumed {caller.reason}")
-            self.jobs.notify(job, run.model)
+            notify(self.storage, job, run.model)
         return self._view(chosen)
 
     def view(self, job: str, caller: Caller) -> JobView:

@@ -171,7 +171,7 @@ class Proof:
     def comes_up(self) -> None:
         self.stack.up()
         self.stack.connect()
-        until(lambda: self.stack.sum('up{job="nodes"}') == 3, "three nodes are scraped")
+        until(lambda: self.stack.sum('up{job="genmodels-nodes"}') == 3, "three nodes are scraped")
         assert self.stack.http.get("/v1/models").json()["data"] == []
 
     def no_way_in(self) -> str:

@@ -170,7 +170,13 @@ def test_what_is_scraped_is_there_and_may_be_reached() -> None:
                 assert [port["containerPort"] in reachable for port in ports] == [True], (pod.of, endpoint)
                 scraped.setdefault(job, set()).add(pod.of)
     rays = {pod.of for pod in pods(manifests) if pod.of.startswith("Ray")}
-    assert scraped == {"nodes": rays, "ray": rays, "jobs": {"Deployment/genmodels-jobs"}}
+    assert scraped == {
+        "genmodels-nodes": rays,
+        "genmodels-ray": rays,
+        "genmodels-jobs": {"Deployment/genmodels-jobs"},
+    }
+    compose = yaml.safe_load((RULES.parent / "prometheus.yml").read_text())["scrape_configs"]
+    assert {job["job_name"] for job in compose} - {"prometheus"} == set(scraped), "alerts name these jobs"
 
 
 def test_exporters_see_the_processes_whose_metrics_they_read() -> None:

@@ -151,7 +151,9 @@ def prometheus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Yield the address of a real Prometheus, configured as in compose, except addresses and scrape interval."""
     folder = tmp_path_factory.mktemp("prometheus")
     own = free_ports(4)
-    ports = {name: own + i for i, name in enumerate(("prometheus", "nodes", "ray", "jobs"))}
+    ports = {
+        name: own + i for i, name in enumerate(("prometheus", "genmodels-nodes", "genmodels-ray", "genmodels-jobs"))
+    }
     config = yaml.safe_load((PROMETHEUS / "prometheus.yml").read_text())
     config["global"] = {"scrape_interval": "1s", "scrape_timeout": "1s", "evaluation_interval": "1s"}
     config["rule_files"] = [str(path) for path in RULES]
