@@ -45,7 +45,7 @@ class ImageInfo(Section):
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        """(channels, height, width)"""
+        """Return (channels, height, width)."""
         return self.channels, self.height, self.width
 
 
@@ -146,6 +146,7 @@ class Family(ABC, Generic[ConfigT, RequestT]):
     evaluation_names: ClassVar[tuple[str, ...]] = ()  # the metrics of `evaluate`; a gate may name each of them
     tracked_metrics: ClassVar[tuple[str, ...]] = ()  # columns of training rows whose course an evaluation notes
     kind: ClassVar[str]  # "image" or "text": the datasets that it learns from
+    sample_verb: ClassVar[str]  # the request for a sample, which each model of the kind answers
     unit: ClassVar[str]  # "images" or "tokens": what training counts
     repeated: ClassVar[str | None] = (
         None  # field of Config with a number of equal blocks: see `genmodels.preflight.parameters`
@@ -189,7 +190,7 @@ class Family(ABC, Generic[ConfigT, RequestT]):
 
     @property
     def sequence_length(self) -> int | None:
-        """Tokens in one training example; None where an example is one image."""
+        """Return the number of tokens in one training example; None if an example is one image."""
         return None
 
     @classmethod
@@ -269,12 +270,13 @@ class ImageFamily(Family[ConfigT, RequestT]):
     """A family of image models. Images are float32 (n, C, H, W) in [0, 1]; latents are (n, latent_dim)."""
 
     kind = "image"
+    sample_verb = "generate"
     unit = "images"
     data: ImageInfo
 
     @property
     def num_classes(self) -> int:
-        """Number of classes of which a request may name one, as `label`; 0: requests have no label."""
+        """Return the number of classes that a request may name as `label`; 0: requests have no label."""
         return 0
 
     @property
@@ -357,6 +359,7 @@ class TextFamily(Family[ConfigT, RequestT]):
     """A family that continues sequences of token ids. The engine turns text into tokens and back."""
 
     kind = "text"
+    sample_verb = "complete"
     unit = "tokens"
     data: TextInfo
 

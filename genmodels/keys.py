@@ -63,7 +63,7 @@ class _CachedKey:
 
     key: Key
     read: float
-    asked: float = -math.inf  # when the store last failed to answer; infinity while a thread waits for the store
+    failed_at: float = -math.inf  # when the store last failed to answer; infinity while a thread waits for the store
 
 
 class Keys:
@@ -198,10 +198,10 @@ class Keys:
                 return None
             cached = self._cached.get(id)
             usable = cached if cached and now - cached.read < STALE_SECONDS else None
-            if usable and now - max(usable.read, usable.asked) < FRESH_SECONDS:
+            if usable and now - max(usable.read, usable.failed_at) < FRESH_SECONDS:
                 return usable.key
             if cached:
-                cached.asked = math.inf
+                cached.failed_at = math.inf
         try:
             key = self._read(id)
         except StorageUnavailable:
@@ -210,7 +210,7 @@ class Keys:
             raise
         finally:
             if cached:
-                cached.asked = time.monotonic()
+                cached.failed_at = time.monotonic()
         self._remember(id, key, now)
         return key
 

@@ -41,6 +41,7 @@ _ASIAN = (
     ("GB18030", "[的一是不了在人有我他这个们中来上大为和国地到以说时要就出会]", 0.1),
     ("BIG5", "[的一是不了在人有我他這個們中來上大為和國地到以說時要就出會]", 0.1),
 )
+_CUT_OFF = "unexpected end of data"  # Python's reason if a character lacks its last bytes
 _WESTERN_SHARE = 0.3  # no western European language has a larger share of bytes beyond ASCII
 
 
@@ -61,8 +62,13 @@ def other_than_text(content: bytes, path: Path) -> str | None:
     return None
 
 
-def in_another_encoding(content: bytes, at: int, path: Path) -> str:
-    """Return what to do with a text whose byte `at` is not UTF-8."""
+def not_utf8(error: UnicodeDecodeError, path: Path) -> str:
+    """Return what to do with a text that is not UTF-8: it is cut off, or in another encoding."""
+    content, at = error.object, error.start
+    left = len(content) - at
+    if error.reason == _CUT_OFF and (left > 1 or not content[:at].isascii()):
+        remains = "byte" if left == 1 else f"{left} bytes"
+        return f"is cut off inside its last character, at byte {at:,}; copy it again, or remove the last {remains}"
     problem, file = f"is not UTF-8 text: byte {at:,} is 0x{content[at]:02x}", _for_a_shell(path)
     sample = content[:SAMPLE_BYTES]
     if encoding := next((name for name, own, share in _ASIAN if _share(sample, name, own) >= share), None):

@@ -4,21 +4,24 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import stat
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal, Protocol
 
 import numpy as np
 
-from genmodels.data.encoding import in_another_encoding, other_than_text
+from genmodels.data.encoding import not_utf8, other_than_text
 from genmodels.data.files import shown
 from genmodels.errors import DataError, RequestError
 from genmodels.family import TextInfo
 
 MAX_BYTES = 2**30
-MIN_CHARACTERS = 2_000
+PART = 2**20  # characters that are converted at once
+MIN_CHARACTERS, MIN_DIFFERENT = 2_000, 2
+BYTE_ORDER_MARK = "\ufeff"  # at the start of a file, and inside a file that was joined from several
 EXAMPLE = "The "  # a prompt whose characters occur in most texts
 
 
@@ -66,6 +69,8 @@ class CharTokenizer:
     def __init__(self, vocab: str) -> None:
         if len(set(vocab)) != len(vocab) or not vocab:
             raise ValueError("the vocabulary of a character tokenizer must have different characters, at least one")
+        if half := re.search("[\ud800-\udfff]", vocab):
+            raise ValueError(f"the vocabulary has half a character, {half[0]!r}, which no text in UTF-8 has")
         self.vocab = vocab
         self._ids = {character: token for token, character in enumerate(vocab)}
 
@@ -76,7 +81,10 @@ class CharTokenizer:
 
     @classmethod
     def from_json(cls, content: bytes) -> CharTokenizer:
-        return cls(json.loads(content)["vocab"])
+        vocab = json.loads(content)["vocab"]
+        if not isinstance(vocab, str):
+            raise TypeError(f"vocab: got {type(vocab).__name__}, expected a string")
+        return cls(vocab)
 
     @property
     def vocab_size(self) -> int:
@@ -112,9 +120,10 @@ class CharTokenizer:
         codes = np.array([ord(character) for character in self.vocab])
         ids = np.zeros(codes.max() + 1, np.min_scalar_type(self.vocab_size - 1))
         ids[codes] = np.arange(self.vocab_size)
-        starts = range(0, len(text), 2**24)  # four bytes per character, so not for all of 1 GiB at once
-        parts = (text[start : start + 2**24].encode("utf-32-le") for start in starts)
-        return np.concatenate([ids[np.frombuffer(part, "<u4")] for part in parts])
+        tokens = np.empty(len(text), ids.dtype)
+        for part in _parts(text):
+            tokens[part] = ids[np.frombuffer(text[part].encode("utf-32-le"), "<u4")]
+        return tokens
 
     def decode(self, tokens: Iterable[int]) -> str:
         return "".join(self.vocab[token] for token in tokens)
@@ -129,7 +138,7 @@ class TextData:
     def __init__(self, text: str, notes: list[str] | None = None) -> None:
         self.tokenizer = CharTokenizer.from_text(text)
         self.info = TextInfo(vocab_size=self.tokenizer.vocab_size)
-        self.digest = hashlib.sha256(text.encode()).hexdigest()
+        self.digest = _digest(text)
         self.notes = notes or []
         tokens = self.tokenizer.encode_array(text)
         border = len(tokens) * 9 // 10
@@ -190,18 +199,24 @@ def read_text(path: Path) -> TextData:
     if other := other_than_text(content, path):
         raise DataError(f"data.path: {shown(path)} {other}")
     try:
-        text = content.decode().removeprefix("\ufeff")
+        text = content.decode().replace(BYTE_ORDER_MARK, "")
     except UnicodeDecodeError as error:
-        raise DataError(f"data.path: {shown(path)} {in_another_encoding(content, error.start, path)}") from None
+        raise DataError(f"data.path: {shown(path)} {not_utf8(error, path)}") from None
+    del content  # the limit is 1 GiB, so each copy counts
     text = unix_line_ends(text)
     if len(text) < MIN_CHARACTERS:
         raise DataError(
-            f"data.path: {shown(path)} has {len(text):,} characters, too few to train on; add text, at least "
+            f"data.path: {shown(path)} has {_characters(len(text))}, too few to train on; add text, at least "
             f"{MIN_CHARACTERS:,} are needed"
         )
     data = TextData(text)
+    if data.info.vocab_size < MIN_DIFFERENT:
+        raise DataError(
+            f"data.path: {shown(path)} repeats one character ({text[0]!r}), so there is nothing to learn; a text needs "
+            f"at least {MIN_DIFFERENT} different characters"
+        )
     data.notes.append(
-        f"{shown(path.name)}: {len(text):,} characters, {data.info.vocab_size} different ones; "
+        f"{shown(path.name)}: {_characters(len(text))}, {data.info.vocab_size} different ones; "
         f"the last {len(data.val):,} are for validation"
     )
     return data
@@ -228,9 +243,13 @@ def check_block_size(characters: int, block_size: int) -> None:
     """Raise DataError if a training text is too short for one window."""
     if characters < 2 * block_size:
         raise DataError(
-            f"the training text has {characters:,} characters, block_size {block_size} needs at least "
+            f"the training text has {_characters(characters)}, block_size {block_size} needs at least "
             f"{2 * block_size:,}: set model.block_size to {characters // 2} or less, or add more text"
         )
+
+
+def _characters(count: int) -> str:
+    return "1 character" if count == 1 else f"{count:,} characters"
 
 
 @dataclass(frozen=True)
@@ -272,6 +291,18 @@ class ValWindows:
             "tokens": np.where(inside, window, 0)[:, :-1].copy(),
             "targets": np.where(inside, window, -1)[:, 1:].copy(),
         }
+
+
+def _parts(text: str) -> Iterator[slice]:
+    """Yield the parts of a text in which it is converted: UTF-32 takes four bytes per character, so not all at once."""
+    return (slice(start, start + PART) for start in range(0, len(text), PART))
+
+
+def _digest(text: str) -> str:
+    digest = hashlib.sha256()
+    for part in _parts(text):
+        digest.update(text[part].encode())
+    return digest.hexdigest()
 
 
 def _mix(number: np.ndarray) -> np.ndarray:

@@ -102,7 +102,7 @@ def add(
         DatasetExists: the name has another content, and `replace` is False.
         DataError: the name is invalid, the data is unsuitable, or the name belongs to a dataset of another kind.
     """
-    _check_free(name)
+    _check_name(name, "choose another name")
     if image_size is not None and not MIN_SIZE <= image_size <= MAX_SIZE:
         raise DataError(f"image_size: got {image_size}, expected {MIN_SIZE} to {MAX_SIZE} pixels")
     with disk_outages(), tempfile.TemporaryDirectory(prefix="genmodels-add-") as scratch:
@@ -154,7 +154,7 @@ def sizes(storage: Storage, name: str) -> dict[str, int]:
     Raises:
         DataError: the name is invalid.
     """
-    _check_free(name)
+    _check_name(name, "only added datasets can be deleted")
     objects = storage.sizes(f"datasets/{name}/")
     order = {"current.json": 0, "dataset.json": 1}
     keys = sorted(objects, key=lambda key: (order.get(key.rpartition("/")[2], 2), key))
@@ -334,13 +334,14 @@ def _described(storage: Storage, name: str, sha256: str) -> StoredDataset | None
         return None
 
 
-def _check_free(name: str) -> None:
+def _check_name(name: str, remedy: str) -> None:
+    """Raise DataError unless an added dataset may have this name; `remedy` is for the name of a built-in dataset."""
     if not re.fullmatch(NAME, name):
         rule = "expected at most 63 lower-case letters, digits and '-', with no '-' at the ends"
         near = as_label(name)
         raise DataError(f"dataset name: got {name[:70]!r}, {rule}" + (f"; write e.g. {near}" if near else ""))
     if name in DATASETS:
-        raise DataError(f"dataset name: {name!r} is a built-in dataset; choose another")
+        raise DataError(f"dataset name: {name!r} is a built-in dataset; {remedy}")
 
 
 def _sha256(path: Path) -> str:

@@ -6,7 +6,7 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from genmodels.engine.image.answers import answer
+from genmodels.engine.image import answers
 from genmodels.engine.image.model import ImageModel
 from genmodels.engine.image.requests import DecodeRequest, GenerateRequest
 from genmodels.engine.model import LoadedModel
@@ -19,30 +19,34 @@ from genmodels.family import ImageFamily, TextFamily
 MAX_SECONDS = 30.0  # that the small requests may take
 
 
-def warm_up(model: LoadedModel, max_seconds: float = MAX_SECONDS) -> None:
-    """Let a model answer small requests; no other request may use it yet.
+def warm_up(model: LoadedModel, max_seconds: float = MAX_SECONDS) -> str:
+    """Let a model answer small requests; return its answer in words. No other request may use it yet.
 
     Raises:
         CheckpointError: the model cannot answer, or is too slow.
     """
     started = time.monotonic()
     try:
-        _SMALL_REQUESTS[model.family.kind](model)
+        answer = _SMALL_REQUESTS[model.family.kind](model)
     except RequestError as error:
         raise CheckpointError(f"it cannot answer a small request: {error}") from error
     seconds = time.monotonic() - started
     if seconds > max_seconds:
         raise CheckpointError(f"it is too slow: a small request took {seconds:.1f} s, the maximum is {max_seconds:g} s")
+    return answer
 
 
-def _generate(model: ImageModel) -> None:
-    answer(model, GenerateRequest(seed=0))
-    answer(model, DecodeRequest(latents=[[0.0] * model.family.latent_dim]))
+def _generate(model: ImageModel) -> str:
+    (image,) = answers.answer(model, GenerateRequest(seed=0)).images
+    answers.answer(model, DecodeRequest(latents=[[0.0] * model.family.latent_dim]))
+    _, height, width = model.family.data.shape
+    return f"made a PNG of {width}x{height}, {len(image)} bytes"
 
 
-def _complete(model: TextModel) -> None:
+def _complete(model: TextModel) -> str:
     prompt = model.tokenizer.decode([0])
-    list(complete(model, CompletionRequest.model_validate({"prompt": prompt, "max_tokens": 2, "seed": 0})))
+    deltas = complete(model, CompletionRequest.model_validate({"prompt": prompt, "max_tokens": 2, "seed": 0}))
+    return f"continued {prompt!r} with {''.join(delta.text for delta in deltas)!r}"
 
 
-_SMALL_REQUESTS: dict[str, Callable[[Any], None]] = {ImageFamily.kind: _generate, TextFamily.kind: _complete}
+_SMALL_REQUESTS: dict[str, Callable[[Any], str]] = {ImageFamily.kind: _generate, TextFamily.kind: _complete}

@@ -34,7 +34,7 @@ LEARNING_RATE = 3e-3
 SEED = 0
 ORIENTATIONS = 4
 REPORT_EVERY = 50  # steps
-SEEN = 10_000  # images that give the features their mean and scale
+STATISTICS_IMAGES = 10_000  # images from which the features' mean and scale are computed
 
 
 @dataclass(frozen=True)
@@ -127,9 +127,9 @@ def _train(data: EvaluationData, learn_from: np.ndarray, shape: tuple[int, int, 
         schedule.step()
         if step % REPORT_EVERY == 0:
             data.report_progress()
-    seen = pictures(images[learn_from[evenly_spaced(len(learn_from), SEEN)]])
+    examples = pictures(images[learn_from[evenly_spaced(len(learn_from), STATISTICS_IMAGES)]])
     with inference(network):
-        features = torch.cat([network.features(part) for part in seen.split(BATCH)])
+        features = torch.cat([network.features(part) for part in examples.split(BATCH)])
     network.mean.copy_(features.mean(0))
     network.scale.copy_(features.std(0).clamp_min(1e-6))
     return safetensors.torch.save(network.state_dict())

@@ -103,7 +103,7 @@ def _classes(
     images of the requested class.
     """
     count, labels = _num_classes(data), torch.from_numpy(data.train["labels"])
-    seen, truth = classifier.classes(fakes), _histogram(labels, count) + 0.5
+    predicted, truth = classifier.classes(fakes), _histogram(labels, count) + 0.5
     held = classifier.classes(pictures(data.train["images"][aside]))
 
     def ratio(classes: Tensor) -> float:
@@ -111,9 +111,9 @@ def _classes(
         quotient = (share / share.sum()) / (truth / truth.sum())
         return float(torch.maximum(quotient, 1 / quotient).max())
 
-    metrics = {"class_ratio": EvaluationMetric(value=ratio(seen), baselines={REAL: ratio(held)})}
+    metrics = {"class_ratio": EvaluationMetric(value=ratio(predicted), baselines={REAL: ratio(held)})}
     if requested is not None:
-        right = float((seen == requested).double().mean())
+        right = float((predicted == requested).double().mean())
         metrics["label_accuracy"] = EvaluationMetric(
             value=right, baselines={"real pictures": classifier.accuracy(data)}
         )

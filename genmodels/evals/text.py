@@ -87,7 +87,7 @@ def ngram_losses(train_tokens: np.ndarray, val_tokens: np.ndarray, n: int, vocab
     """Compute the loss in nats of each of `val_tokens[1:]` by a table of n-gram counts: (len - 1,).
 
     Interpolated Kneser-Ney smoothing with one discount per order: the highest order counts n-grams, the lower ones in
-    how many contexts a token was seen, the lowest mixes with the uniform distribution.
+    how many contexts a token occurred, the lowest mixes with the uniform distribution.
 
     Args:
         train_tokens, val_tokens: token ids, (length,) each; val_tokens longer than n.
@@ -106,10 +106,10 @@ def ngram_losses(train_tokens: np.ndarray, val_tokens: np.ndarray, n: int, vocab
         totals = np.add.reduceat(counts, start)
         ones, twos = np.sum(counts == 1), np.sum(counts == 2)
         discount = ones / (ones + 2 * twos) if ones else 0.5
-        seen = _codes(val_tokens, order, vocab_size)[1 if order == 1 else 0 :]
-        total = _lookup(contexts, totals, seen // vocab_size)
-        mass = np.maximum(_lookup(grams, counts, seen) - discount, 0)
-        lower = discount * _lookup(contexts, kinds, seen // vocab_size) * probability[first:]
+        targets = _codes(val_tokens, order, vocab_size)[1 if order == 1 else 0 :]
+        total = _lookup(contexts, totals, targets // vocab_size)
+        mass = np.maximum(_lookup(grams, counts, targets) - discount, 0)
+        lower = discount * _lookup(contexts, kinds, targets // vocab_size) * probability[first:]
         probability[first:] = np.where(total > 0, (mass + lower) / np.maximum(total, 1), probability[first:])
     return -np.log(probability)
 

@@ -219,15 +219,15 @@ class Autoencoder(DensityFamily[AutoencoderConfig, AutoencoderRequest]):
     def _denoising(
         self, data: EvaluationData, images: Tensor, shown: np.ndarray, name: str, std: float
     ) -> dict[str, EvaluationMetric]:
-        seen = noisy(images, std)
+        noisy_images = noisy(images, std)
         parts = []
-        for part in seen.split(EVALUATED_AT_ONCE):
+        for part in noisy_images.split(EVALUATED_AT_ONCE):
             parts.append(self.denoise(part).cpu())
             data.report_progress()
-        denoised, clamped = torch.cat(parts), seen.clamp(0, 1)
+        denoised, clamped = torch.cat(parts), noisy_images.clamp(0, 1)
         filtered, filter_psnr = best_filter(data, std, shown)
         quality = mean_psnr(denoised, images)
-        baselines = {"noisy": mean_psnr(seen, images), "noisy, clamped": mean_psnr(clamped, images)}
+        baselines = {"noisy": mean_psnr(noisy_images, images), "noisy, clamped": mean_psnr(clamped, images)}
         metrics = {
             name: EvaluationMetric(
                 value=quality, unit="dB", baselines={**baselines, f"best filter: {filtered}": filter_psnr}

@@ -233,7 +233,7 @@ class Attention(nn.Module):
         return F.dropout(y, self.dropout, self.training)
 
     def _heads(self, x: Tensor) -> Tensor:
-        """(n, t, n_embd) -> (n, n_head, t, head_size)"""
+        """Split the heads: (n, t, n_embd) -> (n, n_head, t, head_size)."""
         return x.unflatten(-1, (self.n_head, -1)).transpose(1, 2)
 
 
@@ -340,7 +340,7 @@ class MiniGPTDecoder:
         return F.pad(logits, (0, 0, 0, self._slots - height))
 
     def _equal_heights(self, slots: int) -> list[int]:
-        """How many rows a step may have, ascending: tried, as it is the matrix library's affair."""
+        """Return the numbers of rows of a step that keep its bits, ascending; tried, as the matrix library decides."""
         tokens = [token % len(self._embedding) for token in range(slots)]
 
         def logits(height: int) -> Tensor:
@@ -444,19 +444,19 @@ class _DecoderLayer:
         fill = torch.arange(head_size * lengths[-1] * 2, device=self._kept.device, dtype=torch.float32)
         self._kept[:] = fill.mul_(0.7).sin_().view(lengths[-1], 2, head_size)
 
-        def attend(count: int, length: int, seen: int) -> Tensor:
-            places = torch.full((count,), seen - 1, device=self._kept.device)
+        def attend(count: int, length: int, visible: int) -> Tensor:
+            places = torch.full((count,), visible - 1, device=self._kept.device)
             mask = _mask(places, _Attended(0, count, 1, length), n_head)
             keys, values = self._kept[:count, :, :length].flatten(0, 1).unbind(2)
             query = self._kept[:count, :, 0, 0].reshape(count * n_head, 1, head_size)
             return _weigh(query, keys, values, mask).view(count, n_head, head_size)
 
-        def is_equal(shortest: int, seen: int) -> bool:
-            alone, counts = attend(1, shortest, seen), sorted({1, min(2, slots), min(3, slots), slots})
+        def is_equal(shortest: int, visible: int) -> bool:
+            alone, counts = attend(1, shortest, visible), sorted({1, min(2, slots), min(3, slots), slots})
             shapes = [(count, length) for count in counts for length in lengths if length >= shortest]
-            return all(torch.equal(attend(*shape, seen), alone.expand(shape[0], -1, -1)) for shape in shapes)
+            return all(torch.equal(attend(*shape, visible), alone.expand(shape[0], -1, -1)) for shape in shapes)
 
-        equal = all(is_equal(shortest, seen) for shortest in lengths for seen in {1, shortest - 1, shortest})
+        equal = all(is_equal(shortest, visible) for shortest in lengths for visible in {1, shortest - 1, shortest})
         self._kept.zero_()
         return equal
 
@@ -468,7 +468,7 @@ def _weigh(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
 
 
 def _mask(places: Tensor, attended: _Attended, n_head: int) -> Tensor:
-    """What is added to scores, (count * n_head, t, length): a token sees its own position and those before."""
+    """Return what is added to scores, (count * n_head, t, length): a token sees its own and earlier positions."""
     later = torch.arange(attended.length, device=places.device) > places[:, None]
     mask = torch.zeros(later.shape, device=places.device).masked_fill_(later, -torch.inf)
     mask = mask.view(attended.count, 1, attended.t, attended.length).expand(-1, n_head, -1, -1)

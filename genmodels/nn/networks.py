@@ -178,12 +178,12 @@ def inference(network: nn.Module) -> Iterator[None]:
 
 
 def placed(tensor: Tensor, network: nn.Module) -> Tensor:
-    """The tensor on the device and in the dtype of the network's weights."""
+    """Return the tensor on the device and in the dtype of the network's weights."""
     return tensor.to(next(network.parameters()))
 
 
 def ssim(images: Tensor, targets: Tensor) -> Tensor:
-    """Structural similarity of each image with values in [0, 1], 1 for equal ones: (n, C, H, W) twice -> (n,).
+    """Compute the structural similarity of images with values in [0, 1], 1 for equal ones: (n, C, H, W) twice -> (n,).
 
     Wang et al. 2004, with their Gaussian window of 11 pixels (or what fits) and where it lies wholly inside. It has
     gradients, and takes the window as two products with a matrix, which on a CPU are quicker than a convolution.
@@ -202,13 +202,13 @@ def ssim(images: Tensor, targets: Tensor) -> Tensor:
 
 
 def psnr(images: Tensor, targets: Tensor) -> Tensor:
-    """Peak signal-to-noise ratio of each image with values in [0, 1], in dB: (n, C, H, W) twice -> (n,)."""
+    """Compute the peak signal-to-noise ratio of each image with values in [0, 1], in dB: (n, C, H, W) twice -> (n,)."""
     errors = (images.float() - targets.float()).square().flatten(1).mean(1)
     return -10 * errors.clamp_min(1e-10).log10()  # equal images count as 100 dB, not as infinity
 
 
 def _window(side: int, device: torch.device) -> Tensor:
-    """Every place of SSIM's window along one side: (places, side), each row sums to 1."""
+    """Return SSIM's window at each place along one side: (places, side); each row sums to 1."""
     radius = min(SSIM_RADIUS, (side - 1) // 2)
     pixels = torch.arange(side, device=device)
     distances = pixels - pixels[radius : side - radius, None]

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from genmodels import models
 from genmodels.errors import SpecError
-from genmodels.family import DataInfo
-from genmodels.sizing.memory import HOST_MEMORY, too_large
+from genmodels.family import DataInfo, TextInfo
+from genmodels.sizing.memory import HOST_MEMORY, gibibytes, too_large
 from genmodels.spec.sections import ModelSpec
 
 
@@ -24,6 +24,21 @@ def refusal(spec: ModelSpec, data: DataInfo, budget: int = HOST_MEMORY) -> str |
     family = models.load(spec.family)
     try:
         excess = too_large(spec.model, lambda config: family.footprint(config, data), budget)
+        if excess and isinstance(data, TextInfo) and (problem := _large_vocabulary(spec, data, budget)):
+            return problem
     except Exception:  # it cannot be built for such data: the code that builds it reports why
         return None
     return f"model.{excess[0]}: {excess[1]}" if excess else None
+
+
+def _large_vocabulary(spec: ModelSpec, data: TextInfo, budget: int) -> str | None:
+    """Return why the vocabulary makes a model too large; None if it takes less than half of the memory."""
+    family = models.load(spec.family)
+    size = family.footprint(spec.model, data).total
+    share = size - family.footprint(spec.model, TextInfo(vocab_size=1)).total
+    if share < size / 2:
+        return None
+    return (
+        f"data: the text has {data.vocab_size:,} different characters (vocab_size), which take {gibibytes(share)} of "
+        f"memory to serve, and a model host has {gibibytes(budget)}; replace rare characters, or lower model.n_embd"
+    )

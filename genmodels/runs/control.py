@@ -36,7 +36,7 @@ class CommandWatcher:
         self.run, self.attempt, self.logs, self.kill_seconds = run, attempt, logs, kill_seconds
         self.should_stop = threading.Event()
         self.killed: Command | None = None
-        self.seen = 0  # number of the last command that was read
+        self.last_seq = 0  # number of the last command that was read
         self.closing = threading.Event()
         self._rounds = Rounds("commands", log)
         self.thread = threading.Thread(target=self._watch, name="commands", daemon=True)
@@ -50,8 +50,8 @@ class CommandWatcher:
 
     def look(self) -> None:
         """Read the new commands once."""
-        for command in self.run.commands(after=self.seen):
-            self.seen = command.seq
+        for command in self.run.commands(after=self.last_seq):
+            self.last_seq = command.seq
             if command.attempt != self.attempt:
                 continue
             if command.action == "kill":

@@ -33,9 +33,10 @@ Action = Literal["stop", "kill", "resume"]
 State = Literal["queued", "starting", "running", "publishing", "succeeded", "failed", "cancelled"]
 Phase = Literal["starting", "compiling", "training", "evaluating", "saving", "waiting for storage", "publishing"]
 Cause = Literal[
-    "user",  # the spec or the data is at fault, and another attempt would fail too; also the next two
+    "user",  # the spec or the data is at fault, and another attempt would fail too; also the next three
     "diverged",
     "gate",
+    "template",  # the cluster refuses what its operator configured for all runs
     "out of memory",
     "infrastructure",
     "no workers",  # the group was never placed

@@ -21,15 +21,6 @@ from genmodels.spec.sections import JobSpec, ModelSpec, sections_with_key
 from genmodels.storage.documents import parse_object
 
 
-def read_spec(path: Path) -> JobSpec:
-    """Read the spec in a file of the user; a relative `data.path` is relative to the folder of the file.
-
-    Raises:
-        SpecError: the file cannot be read, or is not a valid spec.
-    """
-    return parse_spec(yaml.read_file(path), str(path), path.absolute().parent)
-
-
 def parse_spec(
     data: bytes,
     source: str,

@@ -4,14 +4,15 @@
 lenient, for specs in storage: it ignores unknown keys, so that an older process can read newer specs.
 
 The sections do not depend on each other, and the settings of a family (`model`) are in the file of the family; this
-module combines them and checks across them. It imports families, and torch with them, only for a valid outline.
+module combines them, and `errors` words the problems that need more than one of them. It imports families, and torch
+with them, only for a valid outline.
 """
 
 from __future__ import annotations
 
 import os
 import re
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import (
     Field,
@@ -34,11 +35,32 @@ from genmodels.schema.field_errors import (
     field_error,
     field_errors,
     format_errors,
-    nearest,
     sections_of,
     show,
 )
+from genmodels.spec import errors
 from genmodels.spec.names import Alias, Label, Reference
+
+SectionT = TypeVar("SectionT", bound=Section)
+
+
+def _is_outline(info: ValidationInfo) -> bool:
+    return bool((info.context or {}).get("outline"))
+
+
+def _is_stored(info: ValidationInfo) -> bool:
+    return bool((info.context or {}).get("stored"))
+
+
+def _added(info: ValidationInfo) -> dict[str, uploads.Kind]:
+    return dict((info.context or {}).get("datasets", {}))
+
+
+def _raised(section: SectionT, problems: list[FieldError]) -> SectionT:
+    """Return the section if it has no problems, else raise them."""
+    if problems:
+        raise field_errors(problems)
+    return section
 
 
 class TrainConfig(OptimizerConfig):
@@ -75,13 +97,10 @@ class TrainConfig(OptimizerConfig):
 
     @model_validator(mode="after")
     def _warms_up_in_time(self, info: ValidationInfo) -> Self:
-        if self.warmup_steps < self.max_steps or _is_stored(info):
-            return self
-        need = f"less than max_steps ({self.max_steps}); write e.g. {self.max_steps // 10}"
-        raise field_errors([FieldError(("warmup_steps",), f"got {self.warmup_steps}, expected {need}")])
+        return self if _is_stored(info) else _raised(self, errors.warmup_steps(self.warmup_steps, self.max_steps))
 
 
-Workers = Annotated[int, Field(ge=1, le=1024)]
+Workers = Annotated[int, Field(ge=1, le=errors.MAX_WORKERS)]
 
 
 class WorkerRange(Section):
@@ -92,9 +111,7 @@ class WorkerRange(Section):
 
     @model_validator(mode="after")
     def _in_order(self) -> Self:
-        if self.min <= self.max:
-            return self
-        raise field_errors([FieldError(("max",), f"got {self.max}, expected at least min ({self.min}); swap the two")])
+        return _raised(self, errors.worker_range(self.min, self.max))
 
 
 class ScalingConfig(Section):
@@ -163,10 +180,9 @@ class Gate(Section):
 
     @model_validator(mode="after")
     def _one_bound(self) -> Self:
-        if (self.max is None) != (self.min is None):
-            return self
-        given = "neither max nor min" if self.max is None else "both max and min"
-        raise field_error(f"got {given}; write one: max if smaller is better, min if larger is better")
+        if error := errors.gate_bound(self.max, self.min):
+            raise field_error(error)
+        return self
 
 
 class ServeConfig(Section):
@@ -251,52 +267,15 @@ class ModelSpec(Section):
     def _sections_agree(self, info: ValidationInfo) -> Self:
         if _is_stored(info):
             return self
-        problems = self._wrong_batch_size()
+        train, workers, gate = self.train, self.scaling.num_workers, self.serve.gate
+        bounds = workers if isinstance(workers, int) else (workers.min, workers.max)
+        problems = errors.batch_size(train.batch_size, train.accumulation_steps, bounds)
         if not _is_outline(info):
-            problems += self._wrong_kind(_added(info)) + self._wrong_metric()
-        if problems:
-            raise field_errors(problems)
-        return self
-
-    def _wrong_batch_size(self) -> list[FieldError]:
-        size, workers, passes = self.train.batch_size, self.scaling.num_workers, self.train.accumulation_steps
-        fixed = workers if isinstance(workers, int) else 1
-        parts = fixed * passes
-        if size % parts:
-            near = [n for n in (size // parts * parts, (size // parts + 1) * parts) if n]
-            named = f"accumulation_steps {passes}"
-            if isinstance(workers, int):
-                named = f"scaling.num_workers {workers} x {named}"
-            need = f"a multiple of {parts} ({named}); write {' or '.join(map(str, near))}"
-            return [FieldError(("train", "batch_size"), f"got {size}, expected {need}")]
-        if isinstance(workers, int):
-            return []
-        share, named = size // passes, f"batch_size {size}" + (f" / accumulation_steps {passes}" if passes > 1 else "")
-        return [
-            FieldError(
-                ("scaling", "num_workers", bound),
-                f"got {number}, expected a divisor of {share} ({named}); write {_nearest_divisors(share, number)}",
-            )
-            for bound, number in (("min", workers.min), ("max", workers.max))
-            if share % number
-        ]
-
-    def _wrong_kind(self, added: dict[str, uploads.Kind]) -> list[FieldError]:
-        kinds = {name: source.kind for name, source in DATASETS.items()} | added
-        name, kind = self.data.dataset or "", models.load(self.family).kind
-        if kinds.get(name, kind) == kind:  # the kind of a path is checked when it is loaded
-            return []
-        fitting = ", ".join(other for other in kinds if kinds[other] == kind)
-        problem = f"got {name!r}, a dataset of {kinds[name]}s, but {self.family} learns from {kind}s"
-        return [FieldError(("data", "dataset"), f"{problem}; write one of {fitting}")]
-
-    def _wrong_metric(self) -> list[FieldError]:
-        gate, family = self.serve.gate, models.load(self.family)
-        metrics = family.metric_names + family.evaluation_names
-        if gate is None or gate.metric in metrics:
-            return []
-        text = f"got {show(gate.metric)}, expected one of {', '.join(metrics)}{nearest(gate.metric, metrics)}"
-        return [FieldError(("serve", "gate", "metric"), text)]
+            family = models.load(self.family)
+            kinds = {name: source.kind for name, source in DATASETS.items()} | _added(info)
+            problems += errors.dataset_kind(self.data.dataset, family, kinds)
+            problems += errors.gate_metric(gate.metric, family) if gate else []
+        return _raised(self, problems)
 
 
 class JobSpec(Section):
@@ -314,37 +293,7 @@ class JobSpec(Section):
 
     @model_validator(mode="after")
     def _names_differ(self) -> Self:
-        first: dict[str, int] = {}
-        problems = [
-            FieldError(
-                ("models", i, "name"),
-                f"got {model.name!r}, which models[{first[model.name]}] has already; write another name",
-            )
-            for i, model in enumerate(self.models)
-            if first.setdefault(model.name, i) != i
-        ]
-        if problems:
-            raise field_errors(problems)
-        return self
-
-
-def _nearest_divisors(number: int, near: int) -> str:
-    """Return the nearest divisors below and above a number of workers."""
-    below = next(n for n in range(near, 0, -1) if number % n == 0)
-    above = next((n for n in range(near, min(number, 1024) + 1) if number % n == 0), None)
-    return f"{below} or {above}" if above else f"{below}"
-
-
-def _is_outline(info: ValidationInfo) -> bool:
-    return bool((info.context or {}).get("outline"))
-
-
-def _is_stored(info: ValidationInfo) -> bool:
-    return bool((info.context or {}).get("stored"))
-
-
-def _added(info: ValidationInfo) -> dict[str, uploads.Kind]:
-    return dict((info.context or {}).get("datasets", {}))
+        return _raised(self, errors.repeated_names([model.name for model in self.models]))
 
 
 def sections_with_key(loc: Loc, document: dict[str, Any] | None = None) -> list[str]:

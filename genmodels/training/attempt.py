@@ -78,7 +78,7 @@ def run_attempt(
         if source:
             init_from.adopt_tokenizer(dataset, source)
         torch.manual_seed(spec.train.seed)
-        family, served, scratch = (build(spec, dataset) for _ in range(3))
+        family, averaged, scratch = (build(spec, dataset) for _ in range(3))
         if source and not parent:
             init_from.load(family, source)
         begins = (
@@ -88,7 +88,7 @@ def run_attempt(
         )
         log.info("attempt %d, rank %d of %d: %s", attempt, group.rank, group.world_size, begins)
         if group.rank > 0:
-            return train(spec, family, served, dataset, group, None, resume)
+            return train(spec, family, averaged, dataset, group, None, resume)
         lineage = Lineage(
             spec_digest=model_digest(spec),
             data_digest=dataset.digest,
@@ -108,7 +108,7 @@ def run_attempt(
             stop_event,
             step_flops,
         ) as recorder:
-            return train(spec, family, served, dataset, group, recorder, resume)
+            return train(spec, family, averaged, dataset, group, recorder, resume)
 
 
 def build(spec: ModelSpec, dataset: Dataset) -> Family[Any, Any]:

@@ -52,7 +52,7 @@ class Recorder(Protocol):
 def train(
     spec: ModelSpec,
     family: Family[Any, Any],
-    served: Family[Any, Any],
+    averaged: Family[Any, Any],
     dataset: Dataset,
     group: Group,
     recorder: Recorder | None,
@@ -62,8 +62,8 @@ def train(
 
     Args:
         family: the model to train, freshly built.
-        served: another instance of the same config; it takes the weights that are evaluated, shown and saved to be
-            served (the EMA where the spec asks for one).
+        averaged: another instance of the same config, for the moving average (EMA) of the trained weights: these are
+            evaluated, shown and saved for serving. Without `train.ema` it has the trained weights.
         recorder: on rank 0; None elsewhere.
         resume: a verified checkpoint's folder and manifest.
 
@@ -77,17 +77,17 @@ def train(
     warnings.filterwarnings("ignore", message="find_unused_parameters=True was specified")
     config = spec.train
     family.to(group.device)
-    served.to(group.device)
-    served.network.requires_grad_(False)
+    averaged.to(group.device)
+    averaged.network.requires_grad_(False)
     trainers = [RoleTrainer(role, config, group) for role in family.roles(config)]
     split, validation = (dataset.split(name, family.sequence_length) for name in ("train", "val"))
     _check_enough(split, validation, config, group)
 
     step = samples = 0
-    served.network.load_state_dict(family.network.state_dict())
+    averaged.network.load_state_dict(family.network.state_dict())
     if resume:
         folder, manifest = resume
-        _restore(folder, trainers, served)
+        _restore(folder, trainers, averaged)
         step, samples = manifest.step, manifest.samples
 
     total, window, started = config.max_steps * config.batch_size, MetricWindow(), time.perf_counter()
@@ -110,7 +110,7 @@ def train(
             _check_finite(step, trainer.name, values)
             trainer.update()
             window.add(values if len(trainers) == 1 else {f"{trainer.name}_{name}": values[name] for name in values})
-        _update_served(served.network, family.network, config.ema, step)
+        _update_average(averaged.network, family.network, config.ema, step)
         # ------------------------------------------------------------------------------------------------
 
         samples += config.batch_size
@@ -124,9 +124,9 @@ def train(
         evaluating = last or (not stopping and (saving or step % config.eval_every == 0))
         row: dict[str, Any] = {}
         if evaluating:
-            row |= evaluate(served, validation, group, recorder, step)
+            row |= evaluate(averaged, validation, group, recorder, step)
             if recorder:
-                _save_previews(served, dataset, validation, recorder, step, config.seed)
+                _save_previews(averaged, dataset, validation, recorder, step, config.seed)
         if evaluating or saving or step % config.log_every == 0:
             row |= window.row() | {"learning_rate": lr_scale * config.learning_rate, "samples": samples}
             row |= {"epoch": samples / len(split), "seconds": time.perf_counter() - started}
@@ -136,14 +136,14 @@ def train(
                 log.info("step %d of %d: %s", step, config.max_steps, _log_text(row))
             window = MetricWindow()
         if saving and recorder:
-            metrics = {name: value for name, value in row.items() if name in served.metric_names}
+            metrics = {name: value for name, value in row.items() if name in averaged.metric_names}
             recorder.report_progress("saving", step, loss)
-            recorder.save(_snapshot(step, samples, metrics, trainers, served))
+            recorder.save(_snapshot(step, samples, metrics, trainers, averaged))
     return step == config.max_steps
 
 
 def evaluate(
-    served: Family[Any, Any], validation: Split, group: Group, recorder: Recorder | None = None, step: int = 0
+    averaged: Family[Any, Any], validation: Split, group: Group, recorder: Recorder | None = None, step: int = 0
 ) -> dict[str, float]:
     """Return the family's metrics over the whole validation set, each example once; ranks share every batch."""
     sums: dict[str, Tensor] = {}
@@ -155,9 +155,9 @@ def evaluate(
         if recorder:
             recorder.report_progress("evaluating", step)
         with torch.no_grad():
-            batch_sums = served.eval_step(examples(validation, index, group.device))
+            batch_sums = averaged.eval_step(examples(validation, index, group.device))
         sums = {name: sums[name] + value if sums else value for name, value in batch_sums.items()}
-    return served.eval_metrics({name: group.sum(sums[name]) for name in sorted(sums)})
+    return averaged.eval_metrics({name: group.sum(sums[name]) for name in sorted(sums)})
 
 
 def schedule(config: TrainConfig, step: int) -> float:
@@ -240,25 +240,25 @@ def _log_text(row: Mapping[str, float]) -> str:
 
 
 @torch.no_grad()
-def _update_served(served: nn.Module, trained: nn.Module, decay: float | None, step: int) -> None:
-    """Move the served weights towards the trained weights; without `decay`, copy them.
+def _update_average(averaged: nn.Module, trained: nn.Module, decay: float | None, step: int) -> None:
+    """Move the averaged weights towards the trained weights; without `decay`, copy the trained weights.
 
     The decay rises from 2/11 to `decay`, so that the average forgets the initial weights.
     """
     weight = 1.0 if decay is None else 1 - min(decay, (1 + step) / (10 + step))
-    torch._foreach_lerp_(list(served.parameters()), list(trained.parameters()), weight)
-    for mine, theirs in zip(served.buffers(), trained.buffers(), strict=True):
+    torch._foreach_lerp_(list(averaged.parameters()), list(trained.parameters()), weight)
+    for mine, theirs in zip(averaged.buffers(), trained.buffers(), strict=True):
         mine.copy_(theirs)
 
 
 def _snapshot(
-    step: int, samples: int, metrics: dict[str, float], trainers: list[RoleTrainer], served: Family[Any, Any]
+    step: int, samples: int, metrics: dict[str, float], trainers: list[RoleTrainer], averaged: Family[Any, Any]
 ) -> Snapshot:
     return Snapshot(
         step=step,
         samples=samples,
         metrics=metrics,
-        serving_weights=_copy(served.network.state_dict()),
+        serving_weights=_copy(averaged.network.state_dict()),
         roles={trainer.name: _copy(trainer.loss.state_dict()) for trainer in trainers},
         optimizers={
             trainer.name: [optimizer_tensors(o.state_dict()) for o in trainer.optimizers] for trainer in trainers
@@ -272,8 +272,8 @@ def _copy(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
     }
 
 
-def _restore(folder: Path, trainers: list[RoleTrainer], served: Family[Any, Any]) -> None:
-    served.network.load_state_dict(load_tensors(folder / WEIGHTS))
+def _restore(folder: Path, trainers: list[RoleTrainer], averaged: Family[Any, Any]) -> None:
+    averaged.network.load_state_dict(load_tensors(folder / WEIGHTS))
     for trainer in trainers:
         trainer.loss.load_state_dict(load_tensors(folder / "state" / f"{trainer.name}.safetensors"))
         for i, optimizer in enumerate(trainer.optimizers):
@@ -281,12 +281,12 @@ def _restore(folder: Path, trainers: list[RoleTrainer], served: Family[Any, Any]
 
 
 def _save_previews(
-    served: Family[Any, Any], dataset: Dataset, validation: Split, recorder: Recorder, step: int, seed: int
+    averaged: Family[Any, Any], dataset: Dataset, validation: Split, recorder: Recorder, step: int, seed: int
 ) -> None:
     """Save images or text that show what the model has learnt so far."""
-    device = next(served.network.parameters()).device
+    device = next(averaged.network.parameters()).device
     shown = examples(validation, evenly_spaced(len(validation), PREVIEW_EXAMPLES), device)
-    for name, outputs in served.preview(shown, seed).items():
+    for name, outputs in averaged.preview(shown, seed).items():
         recorder.sample(step, *dataset.preview_file(name, outputs.cpu().numpy()))
 
 

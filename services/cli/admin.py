@@ -32,7 +32,10 @@ def up(
         int | None, typer.Option(help="CPUs for workers; default: all CPUs.", min=1, show_default=False)
     ] = None,
     no_auth: Annotated[bool, typer.Option("--no-auth", help="Require no key; serve only this machine.")] = False,
-    logs: Annotated[Path, typer.Option(help="Folder for the platform's own logs.")] = Path(".genmodels/logs"),
+    logs: Annotated[
+        Path | None,
+        typer.Option(help="Folder for the platform's own logs; default: .genmodels/logs.", show_default=False),
+    ] = None,
 ) -> None:
     """Run the whole platform on this machine until Ctrl-C. It serves only this machine."""
     from services.local.up import Options

@@ -29,7 +29,7 @@ def keys_create(
         list[str] | None,
         typer.Option(
             metavar="PREFIX",
-            help="Only models whose names begin with this; may be repeated. Default: all models.",
+            help="Only models and datasets whose names begin with this; may be repeated. Default: all models.",
             show_default=False,
         ),
     ] = None,

@@ -99,10 +99,13 @@ def _shown(run: RunView) -> Shown:
 def _model(client: Client, run: RunView) -> dict[str, object]:
     """Describe a model as the gateway lists it. Ask only the job service: the key may go to no other address."""
     name = run.model if run.alias == "production" else f"{run.model}@{run.alias or run.version}"
-    if models.load(run.family or "").kind != "text":
-        return {"id": name, "verbs": ["generate"]}
+    verb = models.load(run.family or "").sample_verb
+    prompt = {"example_prompt": _example_prompt(client, run)} if verb == "complete" else {}
+    return {"id": name, "verbs": [verb], **prompt}
+
+
+def _example_prompt(client: Client, run: RunView) -> str:
     try:
-        prompt = client.example_prompt(run.model, run.version or 0)
+        return client.example_prompt(run.model, run.version or 0)
     except GenmodelsError:  # the version may be gone
-        prompt = EXAMPLE
-    return {"id": name, "verbs": ["complete"], "example_prompt": prompt}
+        return EXAMPLE

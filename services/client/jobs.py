@@ -106,17 +106,17 @@ class Client:
         query: list[tuple[str, Any]] = [("model", model) for model in models]
         query += [("source", source)] if source else []
         query += [("follow", "true")] if follow else []
-        seen: Counter[int] = Counter()  # hashes of the lines yielded so far: a new stream repeats those lines
+        yielded: Counter[int] = Counter()  # hashes of the lines yielded so far: a new stream repeats those lines
         away = False
         while True:
-            repeated = Counter(seen)
+            repeated = Counter(yielded)
             try:
                 for line in self._http.lines(f"/v1/jobs/{_name(job)}/logs", query, follow):
                     away, mark = False, hash(line)
                     if repeated[mark]:
                         repeated[mark] -= 1
                         continue
-                    seen[mark] += 1
+                    yielded[mark] += 1
                     yield line
                 if not follow or self.job(job).state in (*ENDED, "damaged"):
                     return

@@ -32,6 +32,7 @@ FOLDERS = (  # variables whose relative paths are made absolute, because childre
     "XDG_CACHE_HOME",
 )
 SOCKET_BYTES = 107  # the longest path of a Unix socket
+PYTHON_SOCKET = "/pymp-00000000/listener-00000000"  # of multiprocessing, in TMPDIR: Ray's dashboard uses it
 RAY_SOCKET = "ray/session_2026-01-01_00-00-00_000000_4194304/sockets/plasma_store"  # the longest that Ray makes
 
 
@@ -124,6 +125,18 @@ def private_folder() -> Iterator[Path]:
     """
     with _temporary_folder() as folder:
         yield Path(folder)
+
+
+def short_tmpdir(folder: Path) -> dict[str, str]:
+    """Return a TMPDIR for child processes if the user's is too long for their sockets: a link to it, in `folder`.
+
+    The data stays where the user wants it, which may be the only disk with enough space.
+    """
+    if len(os.fsencode(tempfile.gettempdir())) + len(PYTHON_SOCKET) <= SOCKET_BYTES:
+        return {}
+    link = folder / "tmp"
+    link.symlink_to(tempfile.gettempdir())
+    return {"TMPDIR": str(link)}
 
 
 def _temporary_folder() -> tempfile.TemporaryDirectory[str]:

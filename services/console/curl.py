@@ -7,6 +7,7 @@ import shlex
 from collections.abc import Mapping
 from typing import Any
 
+SAMPLE_ROUTES = {"complete": "/v1/completions", "generate": "/v1/images/generations"}  # by verb
 _KEY = '-H "Authorization: Bearer $GENMODELS_KEY"'
 _JSON = "-H 'content-type: application/json'"
 _SAVE = (
@@ -30,10 +31,10 @@ def curl(model: Mapping[str, Any], base_url: str, *, key: bool = False) -> list[
 
     if "complete" in verbs:
         body = {"model": name, "prompt": model["example_prompt"], "max_tokens": 200, "stream": True}
-        lines.append(command("/v1/completions", body, "-sN"))
+        lines.append(command(SAMPLE_ROUTES["complete"], body, "-sN"))
     if "generate" in verbs:
         body = {"model": name, "prompt": "", "n": 16, "grid": True}
-        lines.append(f"{command('/v1/images/generations', body)} | {_SAVE} > {name}.png")
+        lines.append(f"{command(SAMPLE_ROUTES['generate'], body)} | {_SAVE} > {name}.png")
     if "interpolate" in verbs:
         body = {"start": 1, "end": 2, "steps": 8, "grid": True}
         lines.append(f"{command(f'/v1/models/{name}/interpolate', body)} | {_SAVE} > {name}-way.png")

@@ -18,6 +18,7 @@ from rich.text import Text
 from genmodels import models
 from genmodels.runs.records import ACTIVE, Heartbeat, Phase, Result, Status
 from genmodels.spec.sections import ModelSpec
+from services.console.curl import SAMPLE_ROUTES
 from services.dispatch.backends.base import Watch
 from services.jobs.schemas import ShownState
 
@@ -192,7 +193,7 @@ def summary(
         table.add_column(heading, overflow="fold")
     for spec, status, result in rows:
         published = status.state == "succeeded" and result is not None
-        route = "/v1/completions" if models.load(spec.family).kind == "text" else "/v1/images/generations"
+        route = SAMPLE_ROUTES[models.load(spec.family).sample_verb]
         table.add_row(
             spec.name,
             spec.family,

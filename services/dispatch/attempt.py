@@ -51,7 +51,7 @@ class AttemptMonitor:
         return self._silence
 
     def kill_if_overdue(self, heartbeat: Heartbeat) -> None:
-        """Kill an attempt that was told to end and did not. Before training begins there is nothing to save."""
+        """Kill an attempt that did not stop on request. Before training begins there is nothing to save."""
         is_closing = heartbeat.phase in ("saving", "publishing") and self._silence <= hang_timeout(heartbeat)
         if self.ending == "stop" and is_closing:
             return  # it ends by itself soon

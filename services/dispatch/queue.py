@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from genmodels.runs.jobs import Jobs, Queue, QueuedRun
+from genmodels.runs.jobs import Jobs
+from genmodels.runs.queue import Queue, QueuedRun, write_queue
 from genmodels.spec.sections import ModelSpec
 from genmodels.storage.documents import now
 from services.cluster.settings import settings
@@ -85,7 +86,7 @@ class RunQueue:
 
     def __init__(self, jobs: Jobs, backend: Backend) -> None:
         self.jobs, self.backend = jobs, backend
-        self._capacity: tuple[float, Capacity | None] = (-CAPACITY_SECONDS, None)  # when it was asked, and the answer
+        self._capacity: tuple[float, Capacity | None] = (-CAPACITY_SECONDS, None)  # time of the request, and the answer
         self._written: tuple[float, Any] = (-REWRITE_SECONDS, None)  # when, and what
 
     def reset(self) -> None:
@@ -126,8 +127,8 @@ class RunQueue:
         self._write(capacity, todo.reasons, holds_lease)
 
     def _current_capacity(self) -> Capacity | None:
-        asked, capacity = self._capacity
-        if time.monotonic() - asked >= CAPACITY_SECONDS:
+        requested_at, capacity = self._capacity
+        if time.monotonic() - requested_at >= CAPACITY_SECONDS:
             capacity = self.backend.capacity()
             self._capacity = time.monotonic(), capacity
         return capacity
@@ -144,5 +145,5 @@ class RunQueue:
         written, content = self._written
         is_due = content != (total, queue) or time.monotonic() - written >= REWRITE_SECONDS
         if is_due and holds_lease():
-            self.jobs.write_queue(Queue(time=now(), capacity=total, queue=queue))
+            write_queue(self.jobs.storage, Queue(time=now(), capacity=total, queue=queue))
             self._written = time.monotonic(), (total, queue)

@@ -13,10 +13,10 @@ from datetime import datetime
 
 from genmodels.errors import Conflict, LeaseLost, StorageUnavailable
 from genmodels.metrics import ATTEMPTS, QUEUE_WAIT_SECONDS, RUNS_ENDED
-from genmodels.runs.records import ACTIVE, ENDED, Command, Heartbeat, Result, State, Status
+from genmodels.runs.records import ACTIVE, ENDED, Cause, Command, Heartbeat, Result, State, Status
 from genmodels.runs.store import Run
 from services.dispatch.attempt import AttemptMonitor, hang_timeout
-from services.dispatch.backends.base import LOST, PREEMPTED, Backend, Driver, Watch
+from services.dispatch.backends.base import LOST, PREEMPTED, REFUSED, Backend, Driver, Watch
 from services.dispatch.retry_policy import decide
 
 log = logging.getLogger("genmodels.supervise")
@@ -63,17 +63,17 @@ class Supervisor:
 
     @property
     def stopping(self) -> bool:
-        """True if the attempt was told to end."""
+        """True if a stop or kill of the attempt was requested."""
         return self.active and self._monitor is not None and self._monitor.ending is not None
 
     @property
     def driver(self) -> Driver | None:
-        """The driver of the attempt, None if no attempt was started or found yet."""
+        """Return the driver of the attempt, None before an attempt is started or re-attached."""
         return self._monitor.driver if self._monitor else None
 
     @property
     def seconds_to_wait(self) -> float:
-        """Seconds that remain of the back-off after a failure."""
+        """Return the seconds that remain of the back-off after a failure."""
         return max(0.0, self._ready_at - time.monotonic())
 
     def stamp(self, lease_term: int) -> None:
@@ -177,14 +177,16 @@ class Supervisor:
             result = self.run.result(attempt) or self._missing_result(code, monitor.driver.reason)
             self._finish_attempt(result, has_begun=code != LOST or self.run.attempt_start(attempt) is not None)
             return
-        if monitor.driver.waiting not in ("", self.status.reason) and self.status.state == "starting":
-            self.to("starting", monitor.driver.waiting)
+        obstacle = monitor.driver.waiting or monitor.driver.problem
+        if obstacle not in ("", self.status.reason) and self.status.state == "starting":
+            self.to("starting", obstacle)
         silence = monitor.observe(self.heartbeat)
         heartbeat = self.heartbeat or Heartbeat(phase="starting")
         if monitor.ending:
             monitor.kill_if_overdue(heartbeat)
         elif silence > hang_timeout(heartbeat):
             reason = f"no progress for {silence:.0f} s in phase {heartbeat.phase!r} at step {heartbeat.step}"
+            reason += f"; {monitor.driver.problem}" if monitor.driver.problem else ""
             monitor.request_stop(self.run.send_command("kill", self.status.attempt, reason))
 
     def _apply_heartbeat(self, heartbeat: Heartbeat | None) -> None:
@@ -203,7 +205,8 @@ class Supervisor:
         message = reason or f"the driver ended with code {code} and left no result"
         if code == PREEMPTED or any(command.action == "stop" for command in self.run.commands(self.status.attempt)):
             return Result(outcome="stopped", message=message)
-        return Result(outcome="failed", cause="infrastructure", message=message)
+        cause: Cause = "template" if code == REFUSED else "infrastructure"
+        return Result(outcome="failed", cause=cause, message=message)
 
     def _finish_attempt(self, result: Result, has_begun: bool) -> None:
         """Write the state that follows an attempt."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import os
 import time
 from collections.abc import AsyncGenerator
 from typing import Any
@@ -28,7 +29,7 @@ from genmodels.engine.model import Contract
 from genmodels.engine.text.choices import TextDelta
 from genmodels.engine.text.completion import Vocabulary
 from genmodels.engine.text.request import CompletionRequest
-from genmodels.errors import RequestError
+from genmodels.errors import GenmodelsError, RequestError
 from genmodels.keys import Keys
 from genmodels.sizing.memory import HOST_MEMORY
 from genmodels.storage import open_storage
@@ -70,8 +71,18 @@ def build(
 
 
 def application(arguments: dict[str, Any]) -> Application:
-    """Build the application, called by Serve on the cluster; `arguments` are those of `build`."""
-    return build(**arguments)
+    """Build the application, called by Serve on the cluster.
+
+    Args:
+        arguments: those of `build`. The default of `storage_url` is GENMODELS_STORAGE of the cluster's nodes.
+
+    Raises:
+        GenmodelsError: there is neither.
+    """
+    storage_url = arguments.get("storage_url") or os.environ.get("GENMODELS_STORAGE")
+    if not storage_url:
+        raise GenmodelsError("GENMODELS_STORAGE is not set on the cluster's nodes, and `storage_url` is not given")
+    return build(**{**arguments, "storage_url": storage_url})
 
 
 @serve.deployment(name=POOL, max_ongoing_requests=32, max_queued_requests=64, **_COMMON)

@@ -15,6 +15,7 @@ from typing import Annotated, Any
 from fastapi import Depends, Request, Security
 from fastapi.security import HTTPAuthorizationCredentials, HTTPBearer
 
+from genmodels.data import DATASETS
 from genmodels.errors import GenmodelsError, RequestError, StorageUnavailable
 from genmodels.keys import Key, Keys, Scope
 from genmodels.storage import Storage
@@ -31,7 +32,12 @@ _BEARER = HTTPBearer(auto_error=False, scheme_name="key", description="gm_..., m
 
 @dataclass
 class Caller:
-    """The sender of a request. Without keys (`--no-auth`), every caller may do everything."""
+    """The sender of a request. Without keys (`--no-auth`), every caller may do everything.
+
+    A key that is limited to prefixes sees and uses the models and the datasets whose names begin with one of them, the
+    built-in datasets, and the jobs that train only such models. Of a job that also trains other models it sees only the
+    id, where the job has trained one of the key's models: the id is a part of the names of that model's checkpoints.
+    """
 
     key: Key | None = None
     check: Callable[[], Awaitable[Key | None]] | None = None  # reads the key again
@@ -58,6 +64,14 @@ class Caller:
     def may_use(self, models: Iterable[str]) -> bool:
         """Return True if the key may use all of these models; names may end with `@version`."""
         return self.key is None or all(self.key.may_use(model.partition("@")[0]) for model in models)
+
+    def may_see_run(self, run: str) -> bool:
+        """Return True if the key may use the model of a run `job/model`."""
+        return self.may_use([run.partition("/")[2]])
+
+    def may_use_dataset(self, name: str) -> bool:
+        """Return True if the key may train on this dataset."""
+        return name in DATASETS or self.may_use([name])
 
     def require(self, models: Iterable[str]) -> None:
         """Raise RequestError (403) unless the key may use all of these models."""

@@ -15,6 +15,7 @@ import uvicorn.config
 from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from services.cluster.descriptors import file_limit
+from services.http.middleware import ABORT
 
 HEADER_SECONDS = 10.0  # for the header of a request, from its first byte or from the start of the connection
 HEADER_BYTES = 64 * 1024
@@ -78,6 +79,7 @@ class Connection(HttpToolsProtocol):
     def on_headers_complete(self) -> None:
         self._in_body = True
         super().on_headers_complete()
+        self.scope[ABORT] = self.transport.abort  # type: ignore[literal-required]
 
     def on_message_complete(self) -> None:
         self._in_body = False

@@ -32,6 +32,7 @@ BODIES, BODIES_OF_ONE = 128 * 2**20, 64 * 2**20  # bytes of large bodies in Serv
 PROXY_REQUESTS = 480  # at once; fewer than the gateway accepts, so that health checks are always accepted
 HEALTH = "/healthz"
 REQUEST_ID = "x-request-id"
+ABORT = "genmodels.abort"  # in the ASGI scope: a function that closes the connection; ASGI itself has none
 ANSWER_HEADERS = "genmodels.answer_headers"  # in the ASGI scope: headers to add to the answer, also to an error
 INTERNAL_HEADERS = frozenset(  # between Serve's own parts and its proxy; - and _ count as equal
     {
@@ -96,7 +97,7 @@ class IngressMiddleware:
         if scope["type"] != "http":
             await send({"type": "websocket.close", "code": 1008})
             return
-        headers = Headers(scope=scope)
+        headers, abort = Headers(scope=scope), scope.pop(ABORT, None)
         answer = _Answer(send, _request_id(headers.get(REQUEST_ID)), scope.get(COUNT) or Count())
         try:
             self._check(scope, headers)
@@ -112,12 +113,21 @@ class IngressMiddleware:
             if body.error is None:
                 return
         except Exception as error:
-            logger.error("request %s failed: %s", answer.request_id, _where(error))
-            answer.count.error = 500
+            if answer.started and isinstance(error.__cause__, RequestError):  # too late for an error response
+                logger.warning("request %s ends: %s", answer.request_id, error.__cause__.message)
+                answer.count.error = error.__cause__.status
+            else:
+                logger.error("request %s failed: %s", answer.request_id, _where(error))
+                answer.count.error = 500
         finally:
             self._running -= 1
             body.release()
-        await answer.finish()
+        if not answer.is_cut_off:
+            await answer.finish()
+        elif abort:  # so that the client sees that the answer is incomplete
+            abort()
+            while (await receive())["type"] != "http.disconnect":
+                pass
 
     def _check(self, scope: Scope, headers: Headers) -> None:
         name = re.sub(r":\d*$", "", headers.get("host", "")).lower()
@@ -164,6 +174,11 @@ class _Answer:
         self.headers: dict[str, str] = {}  # added by the application, also to an error
         self.started = self._finished = self._replaced = False
         self._is_event_stream = False
+
+    @property
+    def is_cut_off(self) -> bool:
+        """Return True if an answer has begun that neither the application nor the middleware has ended."""
+        return self.started and not (self._finished or self._replaced or self._is_event_stream)
 
     async def send(self, message: Message) -> None:
         if message["type"] == WANTED:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import re
 from collections.abc import Callable
@@ -33,10 +34,9 @@ from services.http.rate_limits import Slots
 from services.http.responses import Json
 from services.jobs.model_views import dataset_views, model_view
 from services.jobs.schemas import AliasBody, DatasetQuery, DeleteModelQuery, DryRunQuery
+from services.jobs.upload_slots import UploadSlots
 
 UPLOADS = StreamedRoute("PUT", "/v1/datasets/", BodyLimit(stored.MAX_STREAM_BYTES, seconds=30.0, rate=64 * 2**10))
-
-UPLOADS_AT_ONCE = (4, 1)  # of all, of one key: each takes disk, and memory while it is checked
 DOWNLOADS = (8, 4)
 
 
@@ -44,7 +44,8 @@ def add_model_routes(app: FastAPI, guard: KeyAuth, storage: Storage) -> None:
     registry, admin, submit = Registry(storage), guard("admin"), guard("submit")
     reader = guard("submit", "generate")
     threads = ThreadPoolExecutor(8, "models")
-    downloads, uploads = Slots("downloads", *DOWNLOADS), Slots("uploads", *UPLOADS_AT_ONCE)
+    downloads, uploads = Slots("downloads", *DOWNLOADS), UploadSlots()
+    one_conversion = asyncio.Lock()  # each may take gibibytes of memory
 
     @app.get("/v1/models")
     def list_models(caller: Caller = reader) -> Response:
@@ -124,7 +125,8 @@ def add_model_routes(app: FastAPI, guard: KeyAuth, storage: Storage) -> None:
     @app.get("/v1/datasets")
     def list_datasets(caller: Caller = submit) -> Response:
         """List the datasets that a spec's `data.dataset` may name."""
-        return Json({"object": "list", "data": dataset_views(storage)})
+        views = dataset_views(storage)
+        return Json({"object": "list", "data": [view for view in views if caller.may_use_dataset(view["name"])]})
 
     @app.put("/v1/datasets/{name}", openapi_extra=_DATASET_BODY, status_code=201)
     async def add_dataset(
@@ -139,14 +141,13 @@ def add_model_routes(app: FastAPI, guard: KeyAuth, storage: Storage) -> None:
         `replace` is true. Submitted jobs keep the content they had.
         """
         caller.require([name])  # else a key limited to some models could change the meaning of other specs
-        if name in DATASETS:
-            raise RequestError(f"{name!r} is a built-in dataset; choose another name", status=409, param="name")
-        with uploads.take(caller.id), scratch_folder() as folder:
+        _refuse_built_in(name, "choose another name")
+        with uploads.take(caller.id) as upload, scratch_folder() as folder:
             path = FilePath(folder) / name
             with path.open("wb") as file:
-                async for part in request.stream():
-                    await run_in_threadpool(file.write, part)
-            dataset, new = await run_in_threadpool(_add, storage, name, path, query)
+                await upload.receive(request.stream(), file)
+            async with one_conversion:
+                dataset, new = await run_in_threadpool(_add, storage, name, path, query)
         return Json(dataset.model_dump(mode="json"), 201 if new else 200)
 
     @app.delete("/v1/datasets/{name}")
@@ -159,17 +160,18 @@ def add_model_routes(app: FastAPI, guard: KeyAuth, storage: Storage) -> None:
 
         The answer lists what was deleted, and the runs and versions that were trained on it; these stay.
         """
+        _refuse_built_in(name, "only added datasets can be deleted")
         caller.require([name])
         try:
             if query.dry_run:
-                found = removal.dataset_contents(storage, name)
+                contents = removal.dataset_contents(storage, name)
             else:
-                found = removal.delete_dataset(storage, name, may_name=partial(_may_use, caller))
+                contents = removal.delete_dataset(storage, name, may_name=partial(_may_use, caller))
         except DataError as error:
             raise RequestError(str(error), status=404, param="name", code="dataset_not_found") from None
-        shown = asdict(found)
-        shown["runs"] = [run for run in found.runs if caller.may_use([run.partition("/")[2]])]
-        shown["versions"] = [version for version in found.versions if caller.may_use([version])]
+        shown = asdict(contents)
+        shown["runs"] = [run for run in contents.runs if caller.may_see_run(run)]
+        shown["versions"] = [version for version in contents.versions if caller.may_use([version])]
         return Json(shown)
 
 
@@ -196,6 +198,11 @@ def _add(storage: Storage, name: str, path: FilePath, query: DatasetQuery) -> tu
         raise RequestError(message, status=409, param="name", code="dataset_exists") from None
     except DataError as error:
         raise RequestError(str(error).replace(str(path), "FILE"), code="invalid_data") from None
+
+
+def _refuse_built_in(name: str, remedy: str) -> None:
+    if name in DATASETS:
+        raise RequestError(f"{name!r} is a built-in dataset; {remedy}", status=409, param="name", code="built_in")
 
 
 def _version(registry: Registry, model: str, number: int, caller: Caller) -> Version:

@@ -15,6 +15,7 @@ from genmodels.errors import DamagedObject, RequestError, SpecError
 from genmodels.preflight.check import Checked, check_job
 from genmodels.registry.references import resolve_references
 from genmodels.runs.jobs import Entry, Jobs
+from genmodels.runs.queue import notify
 from genmodels.runs.records import ENDED, Status
 from genmodels.runs.store import Run
 from genmodels.runs.thinning import ThinnedHistories
@@ -23,7 +24,7 @@ from genmodels.spec.parse import parse_spec
 from genmodels.spec.sections import JobSpec
 from genmodels.storage import Storage
 from services.http.auth import Caller
-from services.jobs.dry_run import DryRunner
+from services.jobs import dry_run
 from services.jobs.lines import json_document, log_lines, pack
 from services.jobs.schemas import CancelBody, JobDryRun, JobView, LogQuery, MetricsQuery, ResumeBody
 from services.jobs.views import Views
@@ -45,7 +46,7 @@ class JobOperations:
 
     def __init__(self, storage: Storage, endpoint: str | None = None) -> None:
         self.storage, self.jobs = storage, Jobs(storage)
-        self.views, self.dry_runner = Views(storage, endpoint), DryRunner(storage)
+        self.views = Views(storage, endpoint)
         self._histories = ThinnedHistories()
 
     def dry_run(self, body: bytes, caller: Caller, gone: Callable[[], bool]) -> JobDryRun:
@@ -56,7 +57,7 @@ class JobOperations:
         """
         with _spec_errors():
             checked, capacity = self._check(body, caller, dry_run=True)
-            report = self.dry_runner.report(checked.job, capacity, gone)
+            report = dry_run.report(checked.job, self.storage, capacity, gone)
         for model in report.models:
             model.notes += checked.notes[model.model]
         return report
@@ -83,7 +84,7 @@ class JobOperations:
                 continue
             if (action, "cancelled") not in waiting:  # a repeated request changes nothing
                 run.send_command(action, status.attempt, f"cancelled {caller.reason}", then="cancelled")
-            self.jobs.notify(job, run.model)
+            notify(self.storage, job, run.model)
         return self._view(chosen)
 
     def resume(self, job: str, body: ResumeBody, caller: Caller) -> JobView:
@@ -103,7 +104,7 @@ class JobOperations:
             waiting = run.commands(status.attempt, after=status.last_command)
             if not any(command.action == "resume" for command in waiting):
                 run.send_command("resume", status.attempt, f"resumed {caller.reason}")
-            self.jobs.notify(job, run.model)
+            notify(self.storage, job, run.model)
         return self._view(chosen)
 
     def view(self, job: str, caller: Caller) -> JobView:
@@ -146,7 +147,9 @@ class JobOperations:
 
     def _check(self, body: bytes, caller: Caller, *, dry_run: bool) -> tuple[Checked, dict[str, int] | None]:
         """Parse and check a spec; return it with the cluster's capacity, which may be unknown."""
-        spec = parse_spec(body, "spec", datasets=uploads.kinds(self.storage), paths=False)
+        kinds = uploads.kinds(self.storage).items()
+        datasets = {name: kind for name, kind in kinds if caller.may_use_dataset(name)}
+        spec = parse_spec(body, "spec", datasets=datasets, paths=False)
         caller.require(model.name for model in spec.models)
         caller.require(filter(None, (model.train.init_from for model in spec.models)))
         capacity = self.views.queue().capacity

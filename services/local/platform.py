@@ -16,7 +16,7 @@ from genmodels.spec.parse import dump, job_id
 from genmodels.spec.sections import JobSpec
 from genmodels.storage import Storage
 from genmodels.storage.documents import now
-from services.cluster.environment import private_folder
+from services.cluster.environment import private_folder, short_tmpdir
 from services.cluster.ports import HOST
 from services.cluster.ray_start import local_environment, serve_http_options
 from services.dispatch.backends.base import Capacity
@@ -44,6 +44,7 @@ class LocalPlatform:
         import ray
 
         self.folder = self._end.enter_context(private_folder())
+        os.environ |= short_tmpdir(self.folder)
         with contextlib.chdir(self.folder):
             ray.init(
                 address="local",

@@ -27,6 +27,7 @@ from genmodels.storage import Storage, begin_writing
 from genmodels.storage.documents import now
 from services.cluster.descriptors import raise_file_limit
 from services.cluster.environment import ignore_output_errors
+from services.cluster.logs import log_folder
 from services.cluster.ports import check_port
 from services.console.curl import curl
 from services.console.output import console
@@ -106,7 +107,7 @@ def _run(
     name, names = submit(storage, job), [spec.name for spec in chosen]
     screen.print(Text(f"Job {name}", "bold"), Text(f": {', '.join(names)}, storage {storage.url}"), sep="")
     workers = max(model.world_sizes[0] for model in chosen)
-    with LocalPlatform(storage, Path(".genmodels") / "logs" / name, max(os.cpu_count() or 1, workers)) as platform:
+    with LocalPlatform(storage, log_folder() / name, max(os.cpu_count() or 1, workers)) as platform:
         with screen.status("Starting Ray"):
             platform.start()
         signal.signal(signal.SIGTERM, _interrupt)
@@ -217,7 +218,8 @@ def _costs(rows: list[Row], ray: float, serve: float) -> str:
     """Describe the time that starting Ray took, apart from training; `rows` are the runs of this command."""
     results = [result for _, _, result in rows if result]
     starts, training = sum(r.startup_seconds for r in results), sum(r.training_seconds for r in results)
-    parts = [f"cluster {ray:.0f} s", f"worker groups {starts:.0f} s ({len(results)} runs)", f"endpoint {serve:.0f} s"]
+    count = "1 run" if len(results) == 1 else f"{len(results)} runs"
+    parts = [f"cluster {ray:.0f} s", f"worker groups {starts:.0f} s ({count})", f"endpoint {serve:.0f} s"]
     return f"Training took {clock(training)} in all. Starting Ray took: {', '.join(parts)}."
 
 

@@ -6,12 +6,9 @@ import tempfile
 from pathlib import Path
 
 from genmodels import checkpoint
-from genmodels.data import Dataset, TextData, open_dataset, resolve_data
-from genmodels.engine import loader, model
-from genmodels.engine.image import answers
-from genmodels.engine.image.requests import GenerateRequest
-from genmodels.engine.text import completion
-from genmodels.engine.text.request import CompletionRequest
+from genmodels.data import open_dataset, resolve_data
+from genmodels.engine import loader
+from genmodels.engine.warmup import warm_up
 from genmodels.registry.references import of_version
 from genmodels.registry.store import Registry
 from genmodels.runs.store import Run
@@ -35,7 +32,7 @@ def smoke(spec: ModelSpec, storage: Storage | None = None) -> str:
     """
     short = {"max_steps": STEPS, "warmup_steps": 0, "eval_every": STEPS, "save_every": STEPS, "log_every": 1}
     data = resolve_data(spec.data, storage) if storage else spec.data
-    dataset = open_dataset(data, storage)  # an added dataset is in the cache from now on
+    open_dataset(data, storage)  # an added dataset is in the cache from now on
     train = spec.train.model_copy(update={**short, "init_from": None})
     small = spec.model_copy(update={"train": train, "data": data})
     with tempfile.TemporaryDirectory(prefix="genmodels-smoke-") as folder:
@@ -48,14 +45,4 @@ def smoke(spec: ModelSpec, storage: Storage | None = None) -> str:
         with checkpoint.scratch_folder() as scratch:
             manifest = checkpoint.fetch(scratch_storage, run.checkpoint_prefix(ref), Path(scratch))
             version = registry.publish(run, ref, manifest, Path(scratch), None)
-        return _answer(loader.load(scratch_storage, of_version(registry, version)), dataset)
-
-
-def _answer(model: model.LoadedModel, dataset: Dataset) -> str:
-    if isinstance(dataset, TextData):
-        prompt = dataset.tokenizer.decode(dataset.val[:1].tolist())
-        request = CompletionRequest.model_validate({"prompt": prompt, "max_tokens": 8, "seed": 0})
-        return f"continued {prompt!r} with {''.join(delta.text for delta in completion.complete(model, request))!r}"
-    answer = answers.answer(model, GenerateRequest(n=1, seed=0))
-    height, width = dataset.info.height, dataset.info.width
-    return f"made a PNG of {width}x{height}, {len(answer.images[0])} bytes"
+        return warm_up(loader.load(scratch_storage, of_version(registry, version)))

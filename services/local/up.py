@@ -21,11 +21,13 @@ from typing import NamedTuple
 
 import httpx
 
+from genmodels.errors import GenmodelsError
 from genmodels.metrics import DIRECTORY
 from genmodels.storage import Storage, begin_writing
 from services.cluster import dashboard
 from services.cluster.descriptors import raise_file_limit
-from services.cluster.environment import private_folder, python
+from services.cluster.environment import private_folder, python, short_tmpdir
+from services.cluster.logs import log_folder
 from services.cluster.ports import HOST, check_port, free_ports, is_free
 from services.cluster.processes import ManagedProcess, PrintLine
 from services.cluster.ray_start import local_environment, ray_start_command
@@ -50,7 +52,7 @@ class Options:
     metrics_port: int = exporter.PORT
     auth: bool = True
     num_cpus: int | None = None
-    logs: Path = Path(".genmodels") / "logs"
+    logs: Path | None = None
 
 
 class RayPorts(NamedTuple):
@@ -72,18 +74,18 @@ def up(storage: Storage, options: Options, print_line: PrintLine | None = None) 
     raise_file_limit()
     check_access(storage, HOST, not options.auth)
     begin_writing(storage)
-    for name in ("port", "api_port", "metrics_port"):
-        check_port(getattr(options, name), f"--{name.replace('_', '-')}")
+    _check_ports({"--port": options.port, "--api-port": options.api_port, "--metrics-port": options.metrics_port})
+    logs = log_folder(options.logs)
     with private_folder() as folder:
         first = free_ports(4)
         ports = RayPorts(first, first + 1, first + 2, DASHBOARD_PORT if is_free(DASHBOARD_PORT) else first + 3)
         os.environ |= _environment(folder, ports)
         for name in ("RAY_ADDRESS", "RAY_AUTH_TOKEN"):
             os.environ.pop(name, None)
-        ray, jobs, gateway, metrics = processes = _processes(storage, options, folder, ports)
+        ray, jobs, gateway, metrics = processes = _processes(storage, options, folder, ports, logs)
         with count_signals() as signals:
             try:
-                print_line(f"Starting. Storage: {storage.url}. Logs: {options.logs}")
+                print_line(f"Starting. Storage: {storage.url}. Logs: {logs}")
                 _keep_running(processes, options, print_line, signals)
             finally:
                 print_line("Stopping: runs save their state (Ctrl-C again: stop at once)")
@@ -97,6 +99,14 @@ def up(storage: Storage, options: Options, print_line: PrintLine | None = None) 
                 )
                 for process in (gateway, metrics, ray):
                     process.stop(0)
+
+
+def _check_ports(ports: dict[str, int]) -> None:
+    """Raise GenmodelsError if two options name the same port, or if another process listens on one."""
+    for option, port in ports.items():
+        if (other := next(name for name in ports if ports[name] == port)) != option:
+            raise GenmodelsError(f"{other} and {option} are both {port}; choose different ports")
+        check_port(port, option)
 
 
 def _keep_running(
@@ -114,7 +124,7 @@ def _keep_running(
         time.sleep(POLL_SECONDS)
 
 
-def _processes(storage: Storage, options: Options, folder: Path, ports: RayPorts) -> list[ManagedProcess]:
+def _processes(storage: Storage, options: Options, folder: Path, ports: RayPorts, logs: Path) -> list[ManagedProcess]:
     with_auth = [] if options.auth else ["--no-auth"]
     backend = RayJobsBackend()
     plain = dict(os.environ)
@@ -124,7 +134,7 @@ def _processes(storage: Storage, options: Options, folder: Path, ports: RayPorts
         name: str, command: list[str], url: str, ready: Callable[[], bool], env: dict[str, str]
     ) -> ManagedProcess:
         return ManagedProcess(
-            name, command, options.logs / f"{name}.log", ready, url, env, folder, folder if name == "ray" else None
+            name, command, logs / f"{name}.log", ready, url, env, folder, folder if name == "ray" else None
         )
 
     def service(name: str, module: str, port: int, path: str, env: dict[str, str], *arguments: str) -> ManagedProcess:
@@ -166,10 +176,14 @@ def _environment(folder: Path, ports: RayPorts) -> dict[str, str]:
     token = folder / "token"
     with open(os.open(token, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o400), "w") as file:
         file.write(secrets.token_hex(32))
-    environment = local_environment() | {
-        "RAY_AUTH_TOKEN_PATH": str(token),
-        dashboard.ADDRESS: f"http://{HOST}:{ports.dashboard}",
-    }
+    environment = (
+        local_environment()
+        | short_tmpdir(folder)
+        | {
+            "RAY_AUTH_TOKEN_PATH": str(token),
+            dashboard.ADDRESS: f"http://{HOST}:{ports.dashboard}",
+        }
+    )
     del environment["RAY_AUTH_TOKEN"]
     return environment
 

@@ -55,7 +55,7 @@ class DriverWatch(CommandWatcher):
         with self.busy:
             super().look()
             if self.in_training and self.terminated.is_set() and not (self.stop_sent or self.should_stop.is_set()):
-                self.run.send_command("stop", self.attempt, "the driver was told to end (SIGTERM)")
+                self.run.send_command("stop", self.attempt, "the driver received SIGTERM")
                 self.stop_sent = True
                 super().look()
             if not self.in_training:

@@ -82,7 +82,7 @@ def drive(storage_url: str, job: str, model: str, attempt: int, workers: int | N
             if watch.killed:
                 result = Result(outcome="failed", cause="infrastructure", message=f"killed: {watch.killed.reason}")
         facts = retry_until_available(
-            lambda: {"step": result.step or _saved_step(run), **_seconds(run, attempt, began)}
+            lambda: {"step": result.step or _reached_step(run, attempt), **_seconds(run, attempt, began)}
         )
         result = result.model_copy(update=facts)
         if result.cause != "superseded":
@@ -140,6 +140,12 @@ def _complete(run: Run, spec: ModelSpec) -> bool:
 
 def _saved_step(run: Run) -> int:
     return max((ref.step for ref in run.checkpoints()), default=0)
+
+
+def _reached_step(run: Run, attempt: int) -> int:
+    """Return the last step that a failed attempt is known to have made, saved or not."""
+    heartbeat = run.heartbeat(attempt)
+    return max(_saved_step(run), heartbeat.step if heartbeat else 0)
 
 
 def _stopped(run: Run) -> Result:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 from genmodels.errors import (
     CheckpointError,
     DamagedObject,
@@ -13,22 +15,52 @@ from genmodels.errors import (
 from genmodels.runs.records import Result
 from genmodels.storage.disk import outage_of_disk
 
-NEVER_PLACED = (
-    "WorkerGroupStartupTimeoutError",
-    "InsufficientClusterResourcesError",
-)  # private classes of Ray, so by name
+# Ray's own errors, by name: most are of private modules, and this module does not import Ray.
+NEVER_PLACED = {"WorkerGroupStartupTimeoutError", "InsufficientClusterResourcesError"}
+LOST_PROCESS = {
+    "WorkerCrashedError",
+    "RayActorError",
+    "LocalRayletDiedError",
+    "NodeDiedError",
+    "ObjectLostError",
+    "RaySystemError",
+    "RpcError",
+    "GetTimeoutError",
+    "TaskCancelledError",
+    "TaskPlacementGroupRemoved",
+    "ActorPlacementGroupRemoved",
+    "ObjectStoreFullError",
+    "OutOfDiskError",
+    "RuntimeEnvSetupError",
+    "WorkerHealthCheckTimeoutError",
+    "WorkerGroupStartupFailedError",
+    "CollectiveTimeoutError",
+    "NCCLHangError",
+    "PreemptionError",
+}
 
-
-# Errors of the other ranks when one rank is killed; they are not the user's fault.
-LOST_PEER = (
-    "Connection closed by peer",
-    "Connection reset by peer",
-    "Broken pipe",
-    "Connect timeout",
-    "Timed out waiting",
-    "Connection was likely closed",  # DistNetworkError, of the store of the process group
-    "remote process exit",  # NCCL
-)
+# What gloo, NCCL and the store of the process group write about the network, and what it means. The error is of the
+# ranks that live: it is not the user's fault.
+NETWORK = {
+    "connection closed by peer": "a worker was lost",
+    "connection reset by peer": "a worker was lost",
+    "connection was likely closed": "a worker was lost",
+    "socket closed": "a worker was lost",
+    "broken pipe": "a worker was lost",
+    "remote process exit": "a worker was lost",  # NCCL
+    "connection refused": "a worker refused the connection of another worker",
+    "failed to connect": "a worker could not be reached by another worker",
+    "no route to host": "a worker could not be reached by another worker",
+    "network is unreachable": "a worker could not be reached by another worker",
+    "address already in use": "a port of a worker was taken",
+    "timed out": "a connection between workers timed out",
+    "connect timeout": "a connection between workers timed out",
+    "wait timeout": "a connection between workers timed out",  # the store of the process group
+    "operation timeout": "a connection between workers timed out",  # NCCL
+}
+WRAPPERS = ("cause", "health_check_failure", "controller_failure", "_base_exc")  # attributes of Ray's errors
+COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+SOURCE_LINE = re.compile(r"\[/\S+:\d+\] ?")  # of PyTorch, before the message
 
 
 def classify_failure(error: BaseException) -> Result:
@@ -52,13 +84,16 @@ def classify_failure(error: BaseException) -> Result:
     if any(map(_is_out_of_memory, causes)):
         message = "out of memory; lower train.batch_size or the size of the model"
         return Result(outcome="failed", cause="out of memory", message=message)
-    if type(error).__name__ in NEVER_PLACED:
+    if _is_rays(error, NEVER_PLACED):
         reason = _one_line(error).partition(". ")[0]
         return Result(outcome="failed", cause="no workers", message=f"the workers were not placed ({reason})")
-    bug = next((cause for cause in causes if not _is_loss(cause)), None)
-    if bug is None:
-        return Result(outcome="failed", cause="infrastructure", message=f"a worker was lost ({_one_line(causes[0])})")
-    return Result(outcome="failed", cause="user", message=_one_line(bug))
+    losses = [(cause, _loss(cause)) for cause in causes]
+    bug = next((cause for cause, loss in losses if not loss), None)
+    if bug is not None:
+        return Result(outcome="failed", cause="user", message=_one_line(bug))
+    # what Ray knows of a process that died comes before what its peers saw
+    cause, loss = min(losses, key=lambda each: not _is_rays(each[0], LOST_PROCESS))
+    return Result(outcome="failed", cause="infrastructure", message=f"{loss} ({_one_line(cause)})")
 
 
 def _is_out_of_memory(error: BaseException) -> bool:
@@ -67,18 +102,33 @@ def _is_out_of_memory(error: BaseException) -> bool:
     return named or "can't allocate memory" in str(error)
 
 
-def _is_loss(error: BaseException) -> bool:
-    """Return True if a process, or the connection to it, was lost."""
-    if isinstance(error, ConnectionError | TimeoutError) or type(error).__module__.startswith("ray."):
-        return True
-    return any(sign in str(error) for sign in LOST_PEER)
+def _loss(error: BaseException) -> str:
+    """Return what was lost if a process, or the connection to it, was lost; "" otherwise."""
+    if isinstance(error, RuntimeError | OSError):  # `DistError` of PyTorch is a RuntimeError
+        text = str(error).casefold()
+        for sign, meaning in NETWORK.items():
+            if sign in text:
+                return meaning
+    if isinstance(error, ConnectionError | TimeoutError) or _is_rays(error, LOST_PROCESS):
+        return "a worker was lost"
+    return ""
+
+
+def _is_rays(error: BaseException, names: set[str]) -> bool:
+    """Tell whether the error is of one of these classes of Ray, or of a class derived from it."""
+    classes = type(error).__mro__
+    return any(cls.__name__ in names for cls in classes if cls.__module__.partition(".")[0] == "ray")
 
 
 def _one_line(error: BaseException) -> str:
-    return f"{type(error).__name__}: {str(error).strip()}".splitlines()[0]
+    message = SOURCE_LINE.sub("", COLOUR.sub("", str(error))).strip()
+    return f"{type(error).__name__}: {message}".splitlines()[0]
 
 
 def _original(error: BaseException) -> BaseException:
-    """Return the error that Ray wrapped."""
-    inner = getattr(error, "health_check_failure", None) or getattr(error, "controller_failure", None)
-    return _original(inner) if isinstance(inner, BaseException) else error
+    """Return the error that Ray wrapped, maybe several times."""
+    if type(error).__module__.partition(".")[0] != "ray":
+        return error
+    inner = (getattr(error, name, None) for name in WRAPPERS)
+    wrapped = next((each for each in inner if isinstance(each, BaseException)), None)
+    return error if wrapped is None else _original(wrapped)

@@ -1,9 +1,9 @@
 """Measure the speed of the endpoints and of other implementations in one run on one machine: `make bench-serving`.
 
-Text: the engine alone and over HTTP, against the uncached reference, nanoGPT's way of generating (the whole window anew
+Text: the engine alone and over HTTP, against the uncached reference, nanoGPT's method (it reads the whole window again
 for each token, https://github.com/karpathy/nanoGPT, model.py) and transformers' `generate` on a GPT-2 with the same
-weights, whose logits are first shown to be equal. Images: the engine and HTTP against the bare decoder.
-Every figure is the median of ROUNDS; within a round all take turns, so that a slow moment hits all alike.
+weights, after a check that the logits are equal. Images: the engine and HTTP against the bare decoder.
+Each figure is the median of ROUNDS; all take turns within a round, so that a slow moment affects all of them.
 """
 
 from __future__ import annotations
@@ -52,9 +52,9 @@ from tests.support.ray_cluster import ray_cluster  # sets up Ray's environment b
 THREADS = 1
 ROUNDS = 5
 STREAMS = (1, 4, 16, 64)
-PROMPT, TOKENS = 16, 100  # characters; beyond block_size transformers' GPT-2 could not go on
-LONG = 1500  # tokens of a text so long that the request itself costs little in comparison
-TEXT: dict[str, Any] = {  # GPT-2's own architecture, at the size of jobs/quickstart.yaml's
+PROMPT, TOKENS = 16, 100  # characters; transformers' GPT-2 cannot continue beyond block_size
+LONG = 1500  # tokens: so many that the cost of the request itself is small
+TEXT: dict[str, Any] = {  # GPT-2's architecture, as large as the model of jobs/quickstart.yaml
     "n_embd": 128,
     "n_layer": 4,
     "n_head": 4,
@@ -103,14 +103,14 @@ def report(play: TextModel, shapes: ImageModel, url: str, storage: Storage) -> N
         "nanoGPT's generate": lambda n: nanogpt(play.family, n),
         "reference, one at a time": lambda n: reference(play.family, n),
     }
-    cells = {(way, n): [] for way in ways for n in STREAMS}
+    cells: dict[tuple[str, int], list[float]] = {(way, n): [] for way in ways for n in STREAMS}
     with Progress(console=console, transient=True) as bar:
         task = bar.add_task("tokens per second", total=(ROUNDS + 1) * len(cells))
-        for round in range(ROUNDS + 1):  # the first one only warms up
-            for (way, n), seen in cells.items():
+        for round in range(ROUNDS + 1):  # the first round is a warm-up
+            for (way, n), samples in cells.items():
                 rate = ways[way](n)
                 if round:
-                    seen.append(rate)
+                    samples.append(rate)
                 bar.advance(task)
     table = Table("tokens/s, all streams together", *(f"{n} stream{'s' * (n > 1)}" for n in STREAMS))
     for way in ways:
@@ -155,20 +155,20 @@ def report(play: TextModel, shapes: ImageModel, url: str, storage: Storage) -> N
     for round in range(ROUNDS + 1):
         results = bare(shapes), engine_images(shapes), asyncio.run(http_images(url))
         if round:
-            for rate, seen in zip(results, rates.values(), strict=True):
-                seen.append(rate)
+            for rate, measured in zip(results, rates.values(), strict=True):
+                measured.append(rate)
     table = Table(f"images of 28 x 28, {PICTURES} a request", "images/s", "of the bare decoder")
     best = statistics.median(rates["bare decoder"])
-    for name, seen in rates.items():
-        table.add_row(name, f"{statistics.median(seen):,.0f}", f"{statistics.median(seen) / best:.0%}")
+    for name, measured in rates.items():
+        table.add_row(name, f"{statistics.median(measured):,.0f}", f"{statistics.median(measured) / best:.0%}")
     console.print(table)
 
 
 def equal_gpt2(family: MiniGPT) -> Any:
-    """transformers' GPT-2 with this model's weights.
+    """Build transformers' GPT-2 with this model's weights.
 
     Raises:
-        AssertionError: its logits are others.
+        AssertionError: its logits differ.
     """
     config = transformers.GPT2Config(
         vocab_size=family.data.vocab_size,
@@ -224,7 +224,7 @@ def engine(model: TextModel, n: int, tokens: int = TOKENS) -> float:
 
 
 def reference(family: MiniGPT, n: int) -> float:
-    """One sequence after the other: as fast for any n, so one is enough."""
+    """Generate one sequence: one after the other is as fast for any n, so one is enough."""
     options = family.Request(max_tokens=TOKENS)
     started = time.perf_counter()
     assert len(list(family.generate(prompt_of(family), 1, options))) == TOKENS
@@ -252,9 +252,9 @@ def huggingface(gpt2: Any, n: int) -> float:
 async def http_text(
     url: str, n: int, *, tokens: int = TOKENS, repeat: int = 1
 ) -> tuple[float, list[float], list[float]]:
-    """Tokens a second of n clients that stream, seconds to their first characters, and between the later pieces.
+    """Return tokens per second of n streaming clients, seconds to their first characters, and between later characters.
 
-    The clients share the machine with what they measure, so they are as plain as can be: sockets, and no parsing.
+    The clients share the machine with the server that they measure, so they are simple: sockets, and no parsing.
     """
     body = {"model": "play", "prompt": SIXTEEN, "max_tokens": tokens, "seed": 1, "stream": True}
     first: list[float] = []
@@ -266,17 +266,17 @@ async def http_text(
     sent = f"{head}Connection: close\r\nContent-Length: {len(content)}\r\n\r\n".encode() + content
 
     async def one() -> None:
-        before, seen, is_first = time.perf_counter(), b"", True
+        before, received, is_first = time.perf_counter(), b"", True
         reader, writer = await asyncio.open_connection(host, int(port))
         writer.write(sent)
         while part := await reader.read(65536):
-            seen += part
+            received += part
             if b'"text":' in part:
                 now = time.perf_counter()
                 (first if is_first else gaps).append(now - before)
                 before, is_first = now, False
         writer.close()
-        assert b"[DONE]" in seen, seen[:500]
+        assert b"[DONE]" in received, received[:500]
 
     started = time.perf_counter()
     for _ in range(repeat):
@@ -295,7 +295,7 @@ async def http_empty(url: str, times: int = 200) -> list[float]:
 
 
 async def http_swaps(url: str, storage: Storage, *, swaps: int, seconds: float = 25.0) -> list[float]:
-    """Seconds that requests take while the alias they name moves, as often as `swaps`; none may fail."""
+    """Measure the seconds of requests while their alias moves `swaps` times; none may fail."""
     body = {"model": "shapes", "prompt": "", "n": 8, "seed": 1}
     taken: list[float] = []
     until = time.perf_counter() + seconds
@@ -317,7 +317,7 @@ async def http_swaps(url: str, storage: Storage, *, swaps: int, seconds: float =
 
 
 async def http_full(url: str) -> list[float]:
-    """Seconds to a refusal when as many texts are under way or wait as the engine takes."""
+    """Measure the seconds to a refusal while all slots and all places in the queue are taken."""
     body = {"model": "play", "prompt": SIXTEEN, "max_tokens": 256, "n": 64, "seed": 1}
     seconds: list[float] = []
     async with httpx.AsyncClient(timeout=120) as client:
@@ -343,7 +343,7 @@ def bare(model: ImageModel, times: int = 10) -> float:
 
 
 def engine_images(model: ImageModel, times: int = 10) -> float:
-    """With latents drawn and PNG files made."""
+    """Measure the engine, which also draws latents and makes PNG files."""
     request = GenerateRequest(n=PICTURES, seed=1)
     started = time.perf_counter()
     for _ in range(times):
@@ -367,7 +367,7 @@ def prompt_of(family: MiniGPT) -> Sequence[int]:
 
 @contextmanager
 def endpoint(storage_url: str) -> Iterator[str]:
-    """The application on a Ray of its own, without keys."""
+    """Serve the application on its own Ray cluster, without keys."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         from ray import serve

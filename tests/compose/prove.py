@@ -1,6 +1,6 @@
 """make test-compose: build the platform's containers, start them, break them, send requests, and stop them.
 
-Prints each check, and at the end "N passed, M failed". Where no container engine can be had it says why, and ends well.
+Prints each check, and at the end "N passed, M failed". Without a container engine it prints the reason and returns 0.
 """
 
 from __future__ import annotations
@@ -31,18 +31,18 @@ ROOT = HERE.parents[1]
 WORK = ROOT / ".compose-test"
 PROJECT = "genmodels-test"
 UP_SECONDS = 420
-STEP_SECONDS = 420.0  # for anything that is waited for: a noisy machine is no failure
+STEP_SECONDS = 420.0  # for each condition: a slow machine is not a failure
 COMPLETION = {"model": "proof-text", "prompt": "HAMLET:", "max_tokens": 40, "seed": 7}
 
 Check = Callable[[], object]
 
 
 class TooLate(AssertionError):
-    """What was waited for did not come."""
+    """Report a condition that did not become true in time."""
 
 
 class Stack:
-    """compose.yaml with images of our own, on free ports, with secrets of its own."""
+    """Run compose.yaml with local images, on free ports, with new secrets."""
 
     def __init__(self, program: str, secrets: Path) -> None:
         first = free_ports(2)
@@ -66,7 +66,7 @@ class Stack:
         return self("up", "-d", "--no-build", "--scale", "worker=2", *wait, seconds=UP_SECONDS + 60)
 
     def connect(self) -> None:
-        """To what is up: the way in, a client, and Prometheus."""
+        """Connect to the running services: the edge, the job API, and Prometheus."""
         self.key = (self.secrets / "api_key").read_text().strip()
         headers = {"authorization": f"Bearer {self.key}"}
         self.http = httpx.Client(base_url=self.edge, headers=headers, timeout=120, trust_env=False)
@@ -74,7 +74,7 @@ class Stack:
         self.prometheus = "http://" + self("port", "prometheus", "9090").strip()
 
     def kill(self, service: str, index: int = 1) -> None:
-        """SIGKILL to the first process of a container, from outside: the container ends with it."""
+        """Kill the first process of a container with SIGKILL, from outside: the container ends with it."""
         pid = int(run("docker", "inspect", "-f", "{{.State.Pid}}", self.container(service, index)))
         assert pid > 1, f"{service} is not running"
         os.kill(pid, signal.SIGKILL)
@@ -85,21 +85,21 @@ class Stack:
         return run("docker", "ps", "-q", *filters).strip()
 
     def sum(self, query: str) -> float:
-        """What Prometheus says of a sum; 0 where there is nothing to add."""
+        """Return a sum from Prometheus, 0 if it has no such series."""
         answer = httpx.get(f"{self.prometheus}/api/v1/query", params={"query": f"sum({query})"}, trust_env=False).json()
         assert answer["status"] == "success", answer
         return float(answer["data"]["result"][0]["value"][1]) if answer["data"]["result"] else 0.0
 
 
 class Counted:
-    """What this client was answered, to be held against Prometheus."""
+    """Count the answers that this client received, to compare the numbers with Prometheus."""
 
     def __init__(self, stack: Stack) -> None:
         self.stack = stack
         self.completions = self.tokens = self.pictures = self.requests = 0
 
     def complete(self) -> str:
-        """One text, which is the same for the same seed."""
+        """Request one text, which is the same for the same seed."""
         answer = self.stack.http.post("/v1/completions", json=COMPLETION).raise_for_status()
         self.completions += 1
         self.tokens += answer.json()["usage"]["completion_tokens"]
@@ -107,7 +107,7 @@ class Counted:
         return text
 
     def stream(self) -> tuple[str, int]:
-        """The text, and in how many events it came."""
+        """Stream a text; return it, and the number of events."""
         body = COMPLETION | {"stream": True, "stream_options": {"include_usage": True}, "max_tokens": 200}
         texts: list[str] = []
         with self.stack.http.stream("POST", "/v1/completions", json=body) as answer:
@@ -131,7 +131,7 @@ class Counted:
 
 
 class Proof:
-    """The checks, in their order. Each needs those before it, so the first failure is the last check."""
+    """Run the checks in order. Each needs those before it, so the first failure is the last check."""
 
     def __init__(self, stack: Stack) -> None:
         self.stack = stack
@@ -171,7 +171,7 @@ class Proof:
     def comes_up(self) -> None:
         self.stack.up()
         self.stack.connect()
-        until(lambda: self.stack.sum('up{job="nodes"}') == 3, "three nodes are scraped")
+        until(lambda: self.stack.sum('up{job="genmodels-nodes"}') == 3, "three nodes are scraped")
         assert self.stack.http.get("/v1/models").json()["data"] == []
 
     def no_way_in(self) -> str:
@@ -186,7 +186,7 @@ class Proof:
         ids = self.stack("ps", "-q").split()
         ports = run("docker", "inspect", "-f", "{{json .HostConfig.PortBindings}}", *ids)
         bound = re.findall(r'"HostIp":"([^"]*)"', ports)
-        assert len(bound) == 3, ports  # and Prometheus', for this test
+        assert len(bound) == 3, ports  # the third one is Prometheus' port, for this test
         assert set(bound) == {"127.0.0.1"}, ports
         return "edge and job API alone are published"
 
@@ -195,8 +195,8 @@ class Proof:
             assert self.stack("exec", "-T", service, "id", "-u").strip() == "10001"
             refused(lambda name=service: self.stack("exec", "-T", name, "touch", "/genmodels/x"), "Read-only")
         ids = self.stack("ps", "-q").split()
-        seen = run("docker", "inspect", "-f", "{{.HostConfig.ReadonlyRootfs}} {{.HostConfig.CapDrop}}", *ids)
-        assert set(seen.split("\n")) <= {"true [ALL]", ""}, seen
+        settings = run("docker", "inspect", "-f", "{{.HostConfig.ReadonlyRootfs}} {{.HostConfig.CapDrop}}", *ids)
+        assert set(settings.split("\n")) <= {"true [ALL]", ""}, settings
 
     # In use
 
@@ -238,10 +238,10 @@ class Proof:
         return f"{mine.completions} texts of {mine.tokens} tokens, {mine.pictures} pictures"
 
     def panels_have_data(self) -> str:
-        asked = [query for query in dashboard_panels.queries() if not query.needs_gpu]
-        empty = dashboard_panels.silent(self.stack.prometheus, asked, history=3600, patience=120)
+        queries = [query for query in dashboard_panels.queries() if not query.needs_gpu]
+        empty = dashboard_panels.silent(self.stack.prometheus, queries, history=3600, patience=120)
         assert not empty, "these show nothing:\n" + "\n".join(map(str, empty))
-        return f"{len(asked)} queries"
+        return f"{len(queries)} queries"
 
     def edge_limits(self) -> None:
         body = b'{"prompt": "' + b"x" * (9 * 2**20) + b'"}'
@@ -297,26 +297,26 @@ class Proof:
         until(lambda: self.counted.complete() == self.answer, "the same answer as before")
 
     def reaches(self, query: str, expected: float) -> None:
-        """A count lags its answer by a scrape or two, and never passes it."""
-        seen = 0.0
+        """Wait until a count is right: it lags its answer by a scrape or two, and must never exceed it."""
+        counted = 0.0
 
         def look() -> bool:
-            nonlocal seen
-            seen = self.stack.sum(query)
-            return seen >= expected
+            nonlocal counted
+            counted = self.stack.sum(query)
+            return counted >= expected
 
         with contextlib.suppress(TooLate):
             until(look, "all is counted", 120)
-        assert seen == expected, f"{query}: Prometheus says {seen:g}, this client {expected:g}"
+        assert counted == expected, f"{query}: Prometheus says {counted:g}, this client {expected:g}"
 
     def run_of(self, job: str) -> Any:
-        """The job's first run."""
+        """Return the job's first run."""
         view = self.stack.jobs.job(job).models[0]
         assert view.state not in ("failed", "cancelled"), view
         return view
 
     def ends(self, job: str) -> Any:
-        """The job, once all of it has succeeded."""
+        """Wait until all runs of a job have succeeded; return the job."""
 
         def ended() -> Any:
             view = self.stack.jobs.job(job)
@@ -331,7 +331,7 @@ def spec(name: str, *models: dict[str, Any]) -> bytes:
 
 
 def text(steps: int, name: str = "proof-text") -> dict[str, Any]:
-    """Long enough to be killed in the middle, on 2 workers of one CPU each."""
+    """Return a text model that trains on 2 workers of one CPU each, long enough to be killed on the way."""
     return {
         "name": name,
         "model": {"family": "minigpt", "n_layer": 2, "n_head": 2, "n_embd": 32, "block_size": 32},
@@ -343,7 +343,7 @@ def text(steps: int, name: str = "proof-text") -> dict[str, Any]:
 
 
 def digits(steps: int, name: str = "proof-digits") -> dict[str, Any]:
-    """Judged often, and where curves are asked for trained long enough, to be scraped: they end with the training."""
+    """Return an image model that is evaluated often: its series end with the training and must be scraped before."""
     return {
         "name": name,
         "model": {"family": "vae", "latent_dim": 8, "width": 8},
@@ -368,7 +368,7 @@ def refused(command: Check, why: str) -> None:
 
 
 def until(look: Callable[[], Any], what: str, seconds: float = STEP_SECONDS) -> Any:
-    """What `look` returns as soon as that is true; the way there may be broken meanwhile, as for any user."""
+    """Call `look` until its result is true; return the result. Requests may fail meanwhile, as for any user."""
     deadline = time.monotonic() + seconds
     while True:
         broken: Exception | None = None
@@ -405,7 +405,7 @@ def prove(stack: Stack) -> bool:
 
 @contextlib.contextmanager
 def cleared(stack: Stack) -> Iterator[None]:
-    """Nothing of it is there before, and nothing after."""
+    """Remove all containers and volumes of the stack before and after."""
     settings = {"GENMODELS_SECRETS": str(stack.secrets)}
     stack("down", "-v", "--remove-orphans", "-t", "5", **settings)
     try:

@@ -44,7 +44,7 @@ class Rule:
 
     scopes: tuple[str, ...]  # any of these scopes; empty: open to all
     body: Any = None
-    limited: str = "refused"  # what a key that is limited to other models gets: "refused", "nothing" or "all"
+    limited: str = "refused"  # what a key that is limited to other models gets: "refused", "nothing" or "built-in"
     options: dict[str, Any] | None = None
 
 
@@ -85,7 +85,7 @@ RULES: dict[str, dict[str, Rule]] = {
         "PUT /v1/models/{model}/aliases/{alias}": Rule(("submit",), {"version": 1}),
         "DELETE /v1/models/{model}/aliases/{alias}": Rule(("admin",)),
         "POST /v1/gc": Rule(("admin",)),
-        "GET /v1/datasets": Rule(("submit",), limited="all"),
+        "GET /v1/datasets": Rule(("submit",), limited="built-in"),
         "PUT /v1/datasets/{name}": Rule(("submit",), options={"content": b"too little"}),
         "DELETE /v1/datasets/{name}": Rule(("admin",)),
     },

@@ -19,7 +19,7 @@ from services.gateway import routes
 from services.http.bodies import SMALL_BYTES, BodyLimit, BodyMemory
 from services.http.middleware import MAX_BODY, IngressMiddleware, StreamedRoute
 from services.jobs import app as jobs
-from services.jobs import model_routes
+from services.jobs import upload_slots
 from tests.support.asgi_server import served
 
 PATIENCE = 20.0  # seconds; for what has to happen at all
@@ -235,7 +235,7 @@ def test_what_the_application_takes_is_not_the_clients_time() -> None:
 
 def test_slow_uploads_give_their_places_to_others(file_storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(jobs, "UPLOADS", StreamedRoute("PUT", "/v1/datasets/", BodyLimit(10**6, 1.5, rate=1e6)))
-    monkeypatch.setattr(model_routes, "UPLOADS_AT_ONCE", (2, 1))
+    monkeypatch.setattr(upload_slots, "UPLOADS_AT_ONCE", 2)
     keys = Keys(file_storage)
     tokens = [keys.create(name, ("submit",))[1] for name in ("one", "two", "three")]
     with served(jobs.create_app(file_storage, keys=keys, hosts=None)) as url:
@@ -257,6 +257,28 @@ def test_slow_uploads_give_their_places_to_others(file_storage: Storage, monkeyp
             assert add(tokens[0]).json()["error"]["code"] == "too_many_at_once"
             assert {client.recv(100)[9:12] for client in (first, second)} == {b"408"}
         assert until(lambda: add(tokens[2], "later"), 201)
+
+
+def test_a_slow_upload_gives_its_place_to_another_key(file_storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(upload_slots, "UPLOADS_AT_ONCE", 1)
+    monkeypatch.setattr(upload_slots, "MIN_SECONDS", 0.0)
+    keys = Keys(file_storage)
+    slow, other = (keys.create(name, ("submit",))[1] for name in ("slow", "other"))
+    with served(jobs.create_app(file_storage, keys=keys, hosts=None)) as url:
+        address = httpx.URL(url)
+        with socket.create_connection((address.host, address.port), timeout=PATIENCE) as client:
+            head = f"PUT /v1/datasets/slow HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {slow}\r\n"
+            client.sendall(f"{head}content-length: 20000\r\n\r\nx".encode())
+            same_key = {"content": b"x", "headers": {"authorization": f"Bearer {slow}"}}
+            until(lambda: httpx.put(f"{url}/v1/datasets/again", **same_key), 429)  # the slow upload has begun
+            headers = {"authorization": f"Bearer {other}"}
+            content = b"To be or not\n" * 400
+            assert httpx.put(f"{url}/v1/datasets/whole", content=content, headers=headers).status_code == 201
+            answer = client.recv(2000).decode()
+    assert answer.startswith("HTTP/1.1 429")
+    assert "retry-after: 30" in answer
+    assert '"upload_too_slow"' in answer
+    assert file_storage.list("datasets/slow/") == []
 
 
 def until(send: Any, status: int) -> httpx.Response:

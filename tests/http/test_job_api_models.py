@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import html
 import io
 import os
@@ -13,6 +14,7 @@ import sys
 import threading
 import time
 import zipfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +23,11 @@ import numpy as np
 import pytest
 
 from genmodels.checkpoint import sha256_of
+from genmodels.data import uploads
 from genmodels.data.images import png
 from genmodels.errors import GenmodelsError
 from genmodels.family import EvaluationMetric, EvaluationResult
+from genmodels.keys import Keys
 from genmodels.metrics import ATTEMPTS, DIRECTORY
 from genmodels.registry import evaluations
 from genmodels.registry.store import Registry
@@ -36,6 +40,7 @@ from services.http.bodies import BodyLimit
 from services.http.middleware import StreamedRoute
 from services.jobs import app, metrics, model_routes, routes
 from services.jobs.metrics import JobMetrics
+from services.jobs.upload_slots import UPLOADS_AT_ONCE
 from services.jobs.views import Views
 from tests.support.asgi_client import ask, refused
 from tests.support.asgi_server import served
@@ -321,6 +326,12 @@ def test_data_that_does_not_fit_is_refused(
     assert service.storage.list("") == []
 
 
+def test_a_built_in_dataset_cannot_be_deleted(service: Service) -> None:
+    for query in ("", "?dry_run=true"):
+        error = refused(service("DELETE", f"/v1/datasets/digits{query}"), 409)
+        assert error["message"] == "'digits' is a built-in dataset; only added datasets can be deleted"
+
+
 def test_an_upload_has_a_limit_of_its_own(file_storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(app, "UPLOADS", StreamedRoute("PUT", "/v1/datasets/", BodyLimit(20_000, 30.0)))
     service = Service(file_storage)
@@ -339,7 +350,7 @@ def test_an_upload_has_a_limit_of_its_own(file_storage: Storage, monkeypatch: py
 def test_an_upload_that_breaks_off_is_nothing(service: Service, caplog: pytest.LogCaptureFixture) -> None:
     with served(service.app) as url:
         address = httpx.URL(url)
-        for _ in range(model_routes.UPLOADS_AT_ONCE[0] + 1):  # each upload must release its slot
+        for _ in range(UPLOADS_AT_ONCE + 1):  # each upload must release its slot
             with socket.create_connection((address.host, address.port)) as client:
                 head = "PUT /v1/datasets/lines HTTP/1.1\r\nhost: x\r\ncontent-length: 20000\r\n\r\n"
                 client.sendall(head.encode() + TEXT[:5000])
@@ -348,6 +359,29 @@ def test_an_upload_that_breaks_off_is_nothing(service: Service, caplog: pytest.L
             assert time.monotonic() < deadline
     assert [key for key in service.storage.list("datasets/") if "lines" in key] == []
     assert "Traceback" not in caplog.text
+
+
+def test_uploads_are_checked_one_at_a_time(file_storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    keys, add = Keys(file_storage), uploads.add
+    tokens = [keys.create(name, ("submit",))[1] for name in ("one", "two")]
+    at_once = threading.Barrier(2)
+    together: list[bool] = []
+
+    def counted(*given: Any, **options: Any) -> Any:
+        with contextlib.suppress(threading.BrokenBarrierError):
+            at_once.wait(0.5)
+        together.append(not at_once.broken)
+        return add(*given, **options)
+
+    monkeypatch.setattr(uploads, "add", counted)
+    with served(Service(file_storage, keys).app) as url, ThreadPoolExecutor(2) as pool:
+
+        def put(token: str) -> int:
+            headers = {"authorization": f"Bearer {token}"}
+            return httpx.put(f"{url}/v1/datasets/{token[3:11]}", content=TEXT, headers=headers).status_code
+
+        assert list(pool.map(put, tokens)) == [201, 201]
+    assert together == [False, False]
 
 
 # Counts

@@ -12,7 +12,7 @@ import pytest
 import yaml
 from fastapi.routing import APIRoute
 
-from genmodels.data import uploads
+from genmodels.data import DATASETS, uploads
 from genmodels.keys import Keys
 from genmodels.runs.jobs import Jobs
 from genmodels.spec.parse import parse_spec
@@ -127,6 +127,56 @@ def test_no_refused_spec_names_what_is_not_the_keys(shared: Shared, reference: s
     response = ask(shared.apps["jobs"], "POST", f"/v1/jobs{dry}", content=yaml.safe_dump(document), headers=headers)
     assert response.status_code in (400, 403)
     assert without_canary(response)
+
+
+def test_a_key_sees_uses_and_is_advised_only_its_own_and_built_in_datasets(file_storage: Storage) -> None:
+    keys = Keys(file_storage)
+    everyone = {"authorization": f"Bearer {keys.create('all', ('submit',))[1]}"}
+    limited = {"authorization": f"Bearer {keys.create('a', ('submit',), ('mine-',))[1]}"}
+    app = create_job_app(file_storage, keys=keys, hosts=None)
+    for name in ("mine-text", f"{CANARY}-text"):
+        put = ask(app, "PUT", f"/v1/datasets/{name}", content=b"All that is known.\n" * 500, headers=everyone)
+        assert put.status_code == 201, put.text
+
+    def names(headers: dict[str, str]) -> set[str]:
+        return {view["name"] for view in ask(app, "GET", "/v1/datasets", headers=headers).json()["data"]}
+
+    assert names(everyone) == {*DATASETS, "mine-text", f"{CANARY}-text"}
+    assert names(limited) == {*DATASETS, "mine-text"}
+
+    def submit(dataset: str, family: str = "minigpt", query: str = "") -> httpx.Response:
+        document = spec("work", "mine-a")
+        document["models"][0] |= {"model": {"family": family}, "data": {"dataset": dataset}}
+        content = yaml.safe_dump(document)
+        return ask(app, "POST", f"/v1/jobs{query}", content=content, headers={**YAML, **limited})
+
+    assert submit("mine-text").status_code == 201
+    others, missing = submit(f"{CANARY}-text"), submit("absent-text")
+    assert others.text == missing.text.replace("absent-text", f"{CANARY}-text")
+    for query in ("", "?dry_run=true"):
+        for response in (submit(f"{CANARY[1:]}-texts", query=query), submit("mine-text", "vae", query)):
+            assert response.status_code == 400
+            assert without_canary(response), response.text
+
+
+def test_of_a_job_that_also_trains_others_only_the_id_is_shown(file_storage: Storage) -> None:
+    service = Service(file_storage)
+    job = service.submit("mine-a", f"{CANARY}-a", name="work")
+    for model in ("mine-a", f"{CANARY}-a"):
+        service.move(job, model, "cancelled")
+    keys = Keys(file_storage)
+    headers = {"authorization": f"Bearer {keys.create('a', ('admin',), ('mine-',))[1]}"}
+    app = create_job_app(file_storage, keys=keys, hosts=None)
+    document = spec("more", "mine-b")
+    document["models"][0]["train"] = {"init_from": "mine-a@live"}
+    error = ask(app, "POST", "/v1/jobs", content=yaml.safe_dump(document), headers={**YAML, **headers})
+    assert f"steps of mine-a in job {job} with one: none yet" in error.text
+    contents = ask(app, "DELETE", "/v1/models/mine-a?dry_run=true", headers=headers)
+    assert contents.json()["jobs"] == [job]
+    assert ask(app, "GET", "/v1/jobs", headers=headers).json()["data"] == []
+    view = ask(app, "GET", f"/v1/jobs/{job}", headers=headers)
+    assert view.status_code == 403
+    assert all(map(without_canary, (error, contents, view)))
 
 
 def test_a_deletion_that_is_refused_names_no_others_job(file_storage: Storage) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 from typing import Any
 
 import httpx
@@ -17,6 +18,7 @@ from genmodels.storage import Storage
 from services.gateway.model_host import ModelHost
 from services.gateway.routes import create_app
 from services.http import auth
+from services.http.connections import Connection
 from services.jobs import lines, routes
 from services.jobs.app import create_app as create_job_app
 from tests.support.asgi_server import served
@@ -38,18 +40,28 @@ def key(file_storage: Storage) -> tuple[Key, dict[str, str]]:
     return made, {"authorization": f"Bearer {token}"}
 
 
-def test_logs_are_followed_no_further(file_storage: Storage, key: tuple[Key, dict[str, str]]) -> None:
+def test_logs_are_followed_no_further(
+    file_storage: Storage, key: tuple[Key, dict[str, str]], caplog: pytest.LogCaptureFixture
+) -> None:
+    """The stream is cut off, and the log has one line about it."""
     service = Service(file_storage)
     job = service.submit("a")
     service.log(job, "a", 1, "0", 1, ("1", "one"))
     app = create_job_app(file_storage, keys=Keys(file_storage), hosts=None)
     path = f"/v1/jobs/{job}/logs?follow=true"
-    with served(app) as url, httpx.stream("GET", f"{url}{path}", headers=key[1], timeout=20) as stream:
+    with (
+        served(app, http=Connection, log_level="info") as url,
+        httpx.stream("GET", f"{url}{path}", headers=key[1], timeout=20) as stream,
+    ):
         lines = stream.iter_lines()
         assert next(lines) == "1 a/0 one"
+        caplog.clear()
         Keys(file_storage).revoke(key[0].id)
         with pytest.raises(httpx.RemoteProtocolError):
             list(lines)
+    (line,) = (record for record in caplog.records if record.levelno > logging.INFO)
+    assert line.getMessage().endswith("ends: this key was revoked during the answer")
+    assert line.exc_info is None
 
 
 def test_metrics_are_sent_no_further(

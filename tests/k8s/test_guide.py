@@ -1,4 +1,4 @@
-"""Paths, names and numbers in k8s/README.md are right."""
+"""Test that paths, names and numbers in k8s/README.md are right."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def test_the_guide_names_what_there_is() -> None:
 
 
 def test_the_guide_counts_right() -> None:
-    """Requests of pods, and how many of them a node has room for."""
+    """Compare the requests of pods, and the number of pods that fit on a node."""
     size = {
         f"{name} {pod.of}": _size(pod.spec)
         for name in ("base", "overlays/dev", "overlays/gpu")
@@ -38,9 +38,9 @@ def test_the_guide_counts_right() -> None:
         "platform, at rest (2 hosts)": _sum([*rest, *[host] * hosts["minReplicas"]]),
         "platform, at most (6 hosts); twice": _sum([*rest, *[host] * hosts["maxReplicas"]]),
         "platform, overlay dev": _sum(dev),
-        "a run: its head": size["base RayJob/r-000000000000-a1/head"],
-        "a run: each worker": size["base RayJob/r-000000000000-a1/workers"],
-        "a run on GPUs: each worker": size["overlays/gpu RayJob/r-000000000000-a1/gpu-workers"],
+        "a run: its head": size["base RayJob/genmodels-template/head"],
+        "a run: each worker": size["base RayJob/genmodels-template/workers"],
+        "a run on GPUs: each worker": size["overlays/gpu RayJob/genmodels-template/gpu-workers"],
     }
     guide = (K8S / "README.md").read_text()
     for row, (cpu, memory) in rows.items():
@@ -61,7 +61,7 @@ def _sidecars(spec: Manifest) -> list[Manifest]:
 
 
 def _requests(container: Manifest) -> tuple[float, float]:
-    """CPUs and GiB."""
+    """Return a container's requests: CPUs and GiB."""
     cpu, memory = container["resources"]["requests"]["cpu"], container["resources"]["requests"]["memory"]
     cpus = int(cpu[:-1]) / 1000 if cpu.endswith("m") else float(cpu)
     return cpus, int(memory[:-2]) / (1024 if memory.endswith("Mi") else 1)

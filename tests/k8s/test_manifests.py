@@ -1,4 +1,4 @@
-"""The manifests build, and Kubernetes, its operators, a security linter and Prometheus accept them."""
+"""Test that the manifests build, and that Kubernetes, its operators, a security linter and Prometheus accept them."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ from tests.support.manifests import (
     Manifest,
     build,
     cluster_of,
+    config_map_of,
     head_of,
     only,
     pod_of,
@@ -32,6 +33,7 @@ from tests.support.manifests import (
     quotas_of,
     secrets_of,
     selects,
+    settings,
     unrestricted,
 )
 from tests.support.paths import ROOT
@@ -149,7 +151,7 @@ def test_only_the_gateway_is_open(name: str) -> None:
     gate = policies["gateway"]
     assert gate["ingress"] == [{"ports": [{"protocol": "TCP", "port": 8000}]}]
     assert [pod.of for pod in pods(manifests) if selects(gate["podSelector"], pod)] == ["RayService/genmodels/hosts"]
-    for spec in policies.values():  # none is for pods that there are not
+    for spec in policies.values():  # each selects pods that exist
         assert _is_for_ray(spec) or any(selects(spec["podSelector"], pod) for pod in pods(manifests))
 
 
@@ -168,7 +170,13 @@ def test_what_is_scraped_is_there_and_may_be_reached() -> None:
                 assert [port["containerPort"] in reachable for port in ports] == [True], (pod.of, endpoint)
                 scraped.setdefault(job, set()).add(pod.of)
     rays = {pod.of for pod in pods(manifests) if pod.of.startswith("Ray")}
-    assert scraped == {"nodes": rays, "ray": rays, "jobs": {"Deployment/genmodels-jobs"}}
+    assert scraped == {
+        "genmodels-nodes": rays,
+        "genmodels-ray": rays,
+        "genmodels-jobs": {"Deployment/genmodels-jobs"},
+    }
+    compose = yaml.safe_load((RULES.parent / "prometheus.yml").read_text())["scrape_configs"]
+    assert {job["job_name"] for job in compose} - {"prometheus"} == set(scraped), "alerts name these jobs"
 
 
 def test_exporters_see_the_processes_whose_metrics_they_read() -> None:
@@ -180,12 +188,12 @@ def test_exporters_see_the_processes_whose_metrics_they_read() -> None:
         assert sidecar["restartPolicy"] == "Always"
         for container in (sidecar, pod.spec["containers"][0]):
             assert {"name": "metrics", "mountPath": "/run/metrics"} in container["volumeMounts"]
-            assert {"configMapRef": {"name": "genmodels-ray"}} in container["envFrom"]
+            assert config_map_of(container, "genmodels-ray")
 
 
 @pytest.mark.parametrize(("status", "body", "ready"), [(200, b"success", True), (503, b"not yet", False)])
 def test_the_probe_of_serving_pods_finds_its_wget(tmp_path: Path, status: int, body: bytes, ready: bool) -> None:
-    """As KubeRay writes it, against a real HTTP server."""
+    """Run the probe as KubeRay writes it, against a real HTTP server."""
 
     class Health(BaseHTTPRequestHandler):
         def do_GET(self) -> None:
@@ -194,7 +202,7 @@ def test_the_probe_of_serving_pods_finds_its_wget(tmp_path: Path, status: int, b
             self.end_headers()
             self.wfile.write(body)
 
-    (tmp_path / "wget").write_text(only(build("base"), "ConfigMap", "genmodels-wget")["data"]["wget"])
+    (tmp_path / "wget").write_text(settings(build("base"), "genmodels-wget")["wget"])
     (tmp_path / "wget").chmod(0o555)
     (mount,) = [m for m in pod_of("RayService/genmodels/hosts").spec["containers"][0]["volumeMounts"] if "subPath" in m]
     assert (mount["name"], mount["mountPath"]) == ("wget", "/usr/local/bin/wget")
@@ -202,9 +210,9 @@ def test_the_probe_of_serving_pods_finds_its_wget(tmp_path: Path, status: int, b
     with HTTPServer(("127.0.0.1", 0), Health) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         probe = f"wget --tries 1 -T 10 -q -O- http://localhost:{server.server_port}/-/healthz | grep success"
-        asked = subprocess.run(["bash", "-c", probe], env={**os.environ, **path}, capture_output=True, timeout=30)
+        result = subprocess.run(["bash", "-c", probe], env={**os.environ, **path}, capture_output=True, timeout=30)
         server.shutdown()
-    assert (asked.returncode == 0) is ready, asked.stderr
+    assert (result.returncode == 0) is ready, result.stderr
     gone = subprocess.run(["bash", "-c", probe], env={**os.environ, **path}, capture_output=True, timeout=30)
     assert gone.returncode != 0
 
@@ -227,7 +235,7 @@ def test_promtool_takes_the_rules(tmp_path: Path) -> None:
 
 @pytest.mark.skipif(not (TOOLS / "checkov").exists(), reason="no checkov: `make test-k8s` sets it up")
 def test_the_security_linter_passes(tmp_path: Path) -> None:
-    """With pods of Ray's resources written out as such: it knows none of their kinds."""
+    """Write Ray's pods as plain pods first: the linter does not know Ray's kinds."""
     manifests = build("overlays/production") + [
         m for m in build("overlays/dev") if m["metadata"]["name"] == "genmodels-store"
     ]
@@ -254,7 +262,7 @@ def test_the_security_linter_passes(tmp_path: Path) -> None:
 )
 @every_build
 def test_the_strict_validator_passes(name: str, tmp_path: Path) -> None:
-    """All that an API server and the operators refuse in code, and references between documents."""
+    """Check the rules that an API server and the operators have in code, and references between documents."""
     (tmp_path / "all.yaml").write_text(yaml.safe_dump_all(build(name)))
     external = [f"Secret/{secret}" for secret in secrets_of(build(name))] + ["ConfigMap/kube-root-ca.crt"]
     command = [str(TOOLS / "python"), str(STRICT / "validate_manifests.py"), str(tmp_path / "all.yaml")]

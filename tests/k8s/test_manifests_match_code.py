@@ -1,4 +1,4 @@
-"""Commands, settings, ports, versions, rights and queues in the manifests match the code."""
+"""Test that commands, settings, ports, versions, rights and queues in the manifests match the code."""
 
 from __future__ import annotations
 
@@ -19,8 +19,8 @@ import ray
 import yaml
 
 import genmodels
+from genmodels.errors import GenmodelsError
 from genmodels.metrics import DIRECTORY
-from genmodels.spec.parse import read_spec
 from services.cluster.ray_start import local_environment
 from services.dispatch.backends.base import submission_id
 from services.gateway import deploy
@@ -28,10 +28,10 @@ from services.jobs import app
 from services.node import exporter
 from tests.support.manifests import (
     BUILDS,
-    K8S,
     Manifest,
     build,
     cluster_of,
+    config_map_of,
     head_of,
     only,
     pod_of,
@@ -39,10 +39,12 @@ from tests.support.manifests import (
     problems,
     quotas_of,
     rayjob,
+    settings,
     unrestricted,
 )
 from tests.support.paths import ROOT
 from tests.support.ray_node import OTHER, JoinedNode, RayHead, until
+from tests.support.spec_files import read_spec
 
 MODEL = read_spec(ROOT / "jobs" / "quickstart.yaml").models[0]
 IMAGE = f"genmodels:{ray.__version__}-{genmodels.__version__}"
@@ -52,24 +54,24 @@ every_build = pytest.mark.parametrize("name", BUILDS)
 
 @every_build
 def test_every_command_is_one_of_the_code(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The modules are there, and take the arguments."""
-    manifests, seen = build(name), set()
-    settings = only(manifests, "ConfigMap", "genmodels-platform")["data"]
+    """Check that the modules exist and accept the arguments."""
+    manifests, modules = build(name), set()
+    platform = settings(manifests, "genmodels-platform")
     for pod in pods(manifests):
         for container in pod.containers:
             if not container["image"].startswith("genmodels:") or "command" not in container:
                 continue
             python, flag, module = container["command"]
             assert (python, flag) == ("python", "-m")
-            values = [re.sub(r"\$\((\w+)\)", lambda match: settings[match[1]], arg) for arg in container["args"]]
+            values = [re.sub(r"\$\((\w+)\)", lambda match: platform[match[1]], arg) for arg in container["args"]]
             options = _parsed(module, values, monkeypatch)
             if "storage" in options:
-                assert options.storage == settings["GENMODELS_STORAGE"]
+                assert options.storage == platform["GENMODELS_STORAGE"]
             if "host" in options:
                 assert options.host == "0.0.0.0"
                 assert [port["containerPort"] for port in container["ports"]] == [options.port]
-            seen.add(module)
-    assert seen == {"services.jobs", "services.node.bootstrap", "services.node.exporter"}
+            modules.add(module)
+    assert modules == {"services.jobs", "services.node.bootstrap", "services.node.exporter"}
 
 
 @every_build
@@ -77,14 +79,18 @@ def test_every_setting_is_one_that_is_read(name: str, monkeypatch: pytest.Monkey
     manifests = build(name)
     code = "".join(path.read_text() for folder in ("genmodels", "services") for path in (ROOT / folder).rglob("*.py"))
     ours = local_environment()
-    for theirs in ("RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER", "RAY_AUTH_TOKEN", "RAY_AUTH_MODE"):  # one machine's; KubeRay's
+    for theirs in (
+        "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER",
+        "RAY_AUTH_TOKEN",
+        "RAY_AUTH_MODE",
+    ):  # settings of one machine; KubeRay sets the others
         del ours[theirs]
-    of_ray = only(manifests, "ConfigMap", "genmodels-ray")["data"]
+    of_ray = settings(manifests, "genmodels-ray")
     assert of_ray == ours | {
         DIRECTORY: "/run/metrics",
         "GENMODELS_START_TIMEOUT_S": of_ray["GENMODELS_START_TIMEOUT_S"],
     }
-    platform = only(manifests, "ConfigMap", "genmodels-platform")["data"]
+    platform = settings(manifests, "genmodels-platform")
     mentioned = {name for name in [*of_ray, *platform] if name.startswith("GENMODELS_")}
     arguments = [arg for pod in pods(manifests) for c in pod.containers for arg in c.get("args", ())]
     for name in mentioned:
@@ -94,17 +100,18 @@ def test_every_setting_is_one_that_is_read(name: str, monkeypatch: pytest.Monkey
     for name in [name for name in platform if name.startswith("AWS_")]:
         monkeypatch.setenv(name, platform[name])
     client = boto3.session.Session(aws_access_key_id="a", aws_secret_access_key="b").client("s3")
-    assert client.meta.endpoint_url == platform["AWS_ENDPOINT_URL"]
+    assert client.meta.endpoint_url == platform.get("AWS_ENDPOINT_URL", client.meta.endpoint_url)
+    assert ".amazonaws.com" in client.meta.endpoint_url or "AWS_ENDPOINT_URL" in platform
     assert client.meta.region_name == platform["AWS_DEFAULT_REGION"]
     for pod in pods(manifests):
         for container in pod.containers:
-            if {"configMapRef": {"name": "genmodels-platform"}} in container.get("envFrom", ()):
+            if config_map_of(container, "genmodels-platform"):
                 (mount,) = [m["mountPath"] for m in container["volumeMounts"] if m["name"] == "s3"]
                 assert platform["AWS_SHARED_CREDENTIALS_FILE"] == f"{mount}/credentials"
 
 
 @every_build
-def test_the_serve_config_is_the_one_of_the_code(name: str) -> None:
+def test_the_serve_config_is_the_one_of_the_code(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # importing Ray Serve defines settings in ways that pydantic warns of
         from ray.serve import Application
@@ -114,19 +121,23 @@ def test_the_serve_config_is_the_one_of_the_code(name: str) -> None:
 
     manifests = build(name)
     service = only(manifests, "RayService")
+    monkeypatch.setenv("GENMODELS_STORAGE", storage := settings(manifests, "genmodels-platform")["GENMODELS_STORAGE"])
     config = yaml.safe_load(service["spec"]["serveConfigV2"])
     schema = ServeDeploySchema.model_validate(config)
-    storage = only(manifests, "ConfigMap", "genmodels-platform")["data"]["GENMODELS_STORAGE"]
     values = {"storage_url": storage, "host": "0.0.0.0", "port": 8000, "auth": True}
     declared = deploy.declaration(**{key: values[key] for key in inspect.signature(deploy.declaration).parameters})
     (application,), (expected,) = config["applications"], declared["applications"]
     overrides = application.pop("deployments")
+    assert expected["args"].pop("storage_url") == storage, "the pods' environment says it"
     assert application == expected
     assert config["logging_config"] == declared["logging_config"]
     assert config["http_options"] == declared["http_options"] | {"host": "0.0.0.0"}
     module, _, function = application["import_path"].partition(":")
-    built = getattr(importlib.import_module(module), function)(application["args"])
-    assert isinstance(built, Application)
+    build_application = getattr(importlib.import_module(module), function)
+    assert isinstance(build_application(application["args"]), Application)
+    monkeypatch.delenv("GENMODELS_STORAGE")
+    with pytest.raises(GenmodelsError, match="GENMODELS_STORAGE is not set"):
+        build_application(application["args"])
     gateway: Any = app.Gateway  # a Serve deployment; mypy sees the class
     assert [override["name"] for override in overrides] == [gateway.name, deploy.POOL]
     # One gateway and one host fit a worker, and neither fits the head.
@@ -136,7 +147,7 @@ def test_the_serve_config_is_the_one_of_the_code(name: str) -> None:
     assert min(needed) > 0
     assert sum(needed) <= cpus
     assert head_of(service)["rayStartParams"]["num-cpus"] == "0"
-    # A request ends, then its replica, then the wait before its pod's end, then the pod, then its cluster.
+    # The limits must grow: request, replica, wait before the pod's end, pod, cluster.
     sleep = int(re.findall(r"^sleep (\d+)", _drain(hosts["template"]["spec"]), re.MULTILINE)[0])
     replica = {override["graceful_shutdown_timeout_s"] for override in overrides}
     grace = hosts["template"]["spec"]["terminationGracePeriodSeconds"]
@@ -165,7 +176,7 @@ def test_drain_uses_options_that_ray_has() -> None:
 @pytest.mark.ray
 @pytest.mark.long
 def test_a_serving_pod_that_is_deleted_drains(tmp_path: Path) -> None:
-    """The preStop of the manifest, against a real Ray, without its wait."""
+    """Run the manifest's preStop command on a real Ray cluster, without its wait."""
     script = _drain(pod_of("RayService/genmodels/hosts").spec).replace("sleep 340", "echo waits")
     with RayHead(tmp_path / "head.log", 0) as head, JoinedNode(tmp_path / "worker.log", head, 2):
         until(lambda: (there := head.backend.capacity()) and there.cpus == 2, "the worker joins")
@@ -183,14 +194,13 @@ def test_versions_images_and_names(name: str) -> None:
         if pod.of.startswith("StatefulSet/"):
             assert all(re.fullmatch(r"[a-z/]+:[\w.-]*\d[\w.-]*", image) for image in images)
         else:
-            cuda = {f"{IMAGE}-cuda"} if pod.of.endswith("/gpu-workers") else {IMAGE}
-            assert images == cuda, pod.of
+            name = "genmodels-cuda:" if pod.of.endswith("/gpu-workers") else "genmodels:"
+            assert images == {IMAGE.replace("genmodels:", name)}, pod.of
     run = rayjob(manifests)
     for manifest in (only(manifests, "RayService"), run):
         assert cluster_of(manifest)["rayVersion"] == ray.__version__
         assert cluster_of(manifest)["authOptions"]["mode"] == "token"
         assert len(manifest["metadata"]["name"]) <= 47
-    assert re.fullmatch(r"r-[0-9a-f]{12}-a1", run["metadata"]["name"])
     assert len(submission_id("a", "b", 999_999)) <= 47
     assert run["spec"]["backoffLimit"] == 0
     assert run["spec"]["submissionMode"] == "HTTPMode"
@@ -215,10 +225,11 @@ def test_the_gpu_template_is_the_other_with_a_group_more() -> None:
 def test_what_the_dispatcher_makes_of_the_template_fits_the_schema(use_gpu: bool) -> None:
     from services.dispatch.backends.rayjob import KubeOptions, Template
 
-    template = K8S / "components" / "gpu" / "rayjob.template.yaml"
-    options = KubeOptions(template=template, queue="genmodels", priorities=[("genmodels-normal", 0)])
+    options = KubeOptions(template_object="t", queue="genmodels", priorities=[("genmodels-normal", 0)])
+    template = Template(options)
+    template.use(rayjob(build("overlays/gpu")))
     spec = MODEL.model_copy(update={"scaling": MODEL.scaling.model_copy(update={"use_gpu": use_gpu})})
-    made = Template(options).fill("s3://bucket/a", "job-1", spec, 2, 3, 0)
+    made = template.fill("s3://bucket/a", "job-1", spec, 2, 3, 0)
     assert not problems(made)
     (group,) = cluster_of(made)["workerGroupSpecs"]
     assert group["groupName"] == ("gpu-workers" if use_gpu else "workers")
@@ -257,20 +268,19 @@ def test_queues_and_classes_are_there(name: str) -> None:
     assert queues == [m["metadata"]["name"] for m in manifests if m["kind"] == "LocalQueue"]
     values = {m["metadata"]["name"]: m["value"] for m in manifests if m["kind"] == "WorkloadPriorityClass"}
     assert classes == sorted(values, key=lambda name: values[name])
-    (path,) = [value for flag, value, *_ in given if flag == "kube-template"]
-    (mount,) = [m["mountPath"] for m in container["volumeMounts"] if m["name"] == "rayjob"]
-    (config,) = [m for m in manifests if m["metadata"]["name"].startswith("genmodels-rayjob-")]
-    assert [f"{mount}/{key}" for key in config["data"]] == [path]
+    (template,) = [value for flag, value, *_ in given if flag == "kube-template-object"]
+    assert template == rayjob(manifests)["metadata"]["name"]
+    assert rayjob(manifests)["spec"]["suspend"] is True, "the operator makes a cluster of it"
     queue = next((m for m in manifests if m["kind"] == "ClusterQueue"), None)
-    if queue:  # Kueue admits nothing that asks for a resource it has no quota of
+    if queue:  # Kueue admits no workload that requests a resource without a quota
         (group,) = queue["spec"]["resourceGroups"]
-        asked = {
+        requested = {
             resource
             for pod in pods([rayjob(manifests)])
             for c in pod.containers
             for resource in c["resources"]["requests"]
         }
-        assert asked <= set(group["coveredResources"])
+        assert requested <= set(group["coveredResources"])
         assert group["coveredResources"] == [quota["name"] for quota in quotas_of(queue)]
 
 
@@ -286,7 +296,7 @@ def test_ports_are_those_of_the_code() -> None:
 
 
 def _parsed(module: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch) -> argparse.Namespace:
-    """What a module's `main` makes of its command line."""
+    """Return the arguments that a module's `main` parses from a command line."""
 
     class Parsed(Exception):
         pass

@@ -1,4 +1,4 @@
-"""The deployer declares the Serve application if it is missing, and leaves a running one alone."""
+"""Test that the deployer declares the Serve application if it is missing, and leaves a running one alone."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from services.gateway import deploy
 
 
 class Serve:
-    """Serve's REST API: `states` are what it says of the application, one at each look; then the test is over."""
+    """Act as Serve's REST API: each request returns the next of `states`; the test ends after the last one."""
 
     class Over(BaseException):
         pass
@@ -79,7 +79,7 @@ def test_a_declaration_that_is_not_taken_is_repeated() -> None:
 
 
 def test_ray_takes_the_declaration(ray_cluster: str) -> None:
-    """The words are Serve's own."""
+    """Validate the declaration with Serve's own schema."""
     from ray.serve.schema import ServeDeploySchema
 
     schema = ServeDeploySchema.model_validate(deploy.declaration("s3://bucket/a", "127.0.0.1", 8123, True))

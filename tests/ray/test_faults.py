@@ -1,4 +1,4 @@
-"""Each job runs once, to its end, with the weights of an undisturbed run, whichever process dies. Real Ray and S3."""
+"""Test that each job runs once, to its end, with the weights of an undisturbed run, whichever process dies."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from genmodels.runs.store import Run
 from tests.support.platform_processes import CPUS, Stack, check_history, parents, tiny_model
 from tests.support.ray_node import until
 
-pytestmark = pytest.mark.timeout(900)  # on a busy machine each start of a group may take half a minute
+pytestmark = pytest.mark.timeout(900)  # on a busy machine a worker group may need half a minute to start
 
 HANG_SECONDS = 10
 OUTAGE_SECONDS = 8
@@ -33,21 +33,21 @@ def stack(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Stack]:
         GENMODELS_HANG_SECONDS=str(HANG_SECONDS),
         GENMODELS_GROW_SECONDS="2",
         GENMODELS_GROW_WORTH_SECONDS="1",
-        RAY_health_check_period_ms="1000",  # five silent ones make a lost node; 3000 by default
+        RAY_health_check_period_ms="1000",  # a node is lost after five missed checks; 3000 by default
     ) as stack:
         yield stack
 
 
 @pytest.fixture(autouse=True)
 def own_faults_alone(stack: Stack) -> Iterator[None]:
-    """What one test breaks or leaves undone is none of the next one's."""
+    """Heal the proxy and cancel all jobs after each test, so that no test affects the next one."""
     yield
     stack.proxy.heal()
     stack.cancel_all()
 
 
 def test_workers_killed_and_hung(stack: Stack) -> None:
-    """In a step, in an upload, between a manifest and whatever follows it; then one stands still."""
+    """Kill workers in a step, in an upload, and between a manifest and the action after it; then stop one."""
     run = stack.submit_one(tiny_model("worker", 2, **LONG))
 
     stack.saves(run, 1)
@@ -92,9 +92,9 @@ def test_workers_killed_and_hung(stack: Stack) -> None:
 
 
 def test_driver_job_service_and_the_whole_of_ray_killed(stack: Stack) -> None:
-    """While a run trains and another one waits for its workers."""
+    """Kill them while a run trains and another one waits for its workers."""
     active = stack.submit_one(tiny_model("active", CPUS, **LONG))
-    slow = stack.proxy.fail("slow", method="PUT", path=f"{active.name}/attempt-")  # it is not to end now
+    slow = stack.proxy.fail("slow", method="PUT", path=f"{active.name}/attempt-")  # so that it does not end yet
     waiting = stack.submit_one(tiny_model("waiting", **SHORT))
     stack.saves(active, 1)
     shown = stack.shown(waiting)
@@ -109,7 +109,9 @@ def test_driver_job_service_and_the_whole_of_ray_killed(stack: Stack) -> None:
     before = stack.saves(active, 2)
     until(lambda: stack.saves(active, 2).step > before.step, "the run goes on without a job service")
     stack.proxy.heal(slow)
-    stack.proxy.fail("hang", method="PUT", path=f"{active.name}/attempt-2/checkpoints/")  # nor while the services start
+    stack.proxy.fail(
+        "hang", method="PUT", path=f"{active.name}/attempt-2/checkpoints/"
+    )  # nor while the job service starts
     with stack.timed("job service killed, until another one has taken its runs over"):
         stack.service.start()
         until(lambda: all(run.status()[0].lease_term > lease_term for run in runs), "a new dispatcher takes over", 40)
@@ -135,20 +137,20 @@ def test_driver_job_service_and_the_whole_of_ray_killed(stack: Stack) -> None:
 
 
 def test_storage_that_fails_now_and_then_and_is_away_for_a_while(stack: Stack) -> None:
-    """Every fifth request fails, for a whole run; in training and in publishing the server is killed."""
+    """Let every fifth request of a run fail, and kill the server during training and publishing."""
     faults = random.Random(0)
     stack.proxy.fail_at_random(lambda: faults.choice(STORE_FAULTS) if faults.random() < 0.2 else "ok")
     run = outage(stack, OUTAGE_SECONDS, save_every=100)
-    seen = {mode: sum(stack.proxy.count(verb, mode) for verb in ("GET", "PUT", "DELETE")) for mode in STORE_FAULTS}
-    assert min(seen.values()) > 0, seen
-    print(f"{sum(seen.values())} requests failed: {seen}")
+    failed = {mode: sum(stack.proxy.count(verb, mode) for verb in ("GET", "PUT", "DELETE")) for mode in STORE_FAULTS}
+    assert min(failed.values()) > 0, failed
+    print(f"{sum(failed.values())} requests failed: {failed}")
     assert len(parents(run)) == 1
 
 
 def test_preemption_cancel_and_resume(stack: Stack) -> None:
     job = stack.submit("low", tiny_model("one", **SHORT), tiny_model("two", **SHORT))
     both = [stack.run(job, "one"), stack.run(job, "two")]
-    stack.proxy.fail("slow", method="PUT", path=f"/runs/{job}/")  # these two take as long as they have to
+    stack.proxy.fail("slow", method="PUT", path=f"/runs/{job}/")  # so that these two do not end too early
     for run in both:
         stack.saves(run)
 
@@ -174,7 +176,7 @@ def test_preemption_cancel_and_resume(stack: Stack) -> None:
     with stack.timed("cancel --now"):
         stack.service.ask("POST", f"/jobs/{job}/cancel", json={"models": [preempted.model], "now": True})
         stack.reaches(preempted, "cancelled")
-    newest = preempted.checkpoints()[-1]  # asked for now: a run that has ended keeps few of them
+    newest = preempted.checkpoints()[-1]  # read now: a run that has ended keeps few of them
     assert "Killed: cancelled by key" in stack.service.text(f"/jobs/{job}/logs", model=preempted.model)
     stack.service.ask("POST", f"/jobs/{job}/resume")
     stack.proxy.heal()
@@ -188,9 +190,9 @@ def test_preemption_cancel_and_resume(stack: Stack) -> None:
 
 
 def test_an_elastic_run_loses_a_node_and_gets_one_back(stack: Stack) -> None:
-    """Ray knows only after a while that a node is lost: an attempt that waits for it then gives up by itself.
+    """Kill a node: Ray notices it only after a while; an attempt that waits for the node then gives up by itself.
 
-    The run has far more steps than it makes here, so that it cannot end before it grows; at last it is cancelled.
+    The run has far more steps than it makes here, so that it cannot end before it grows; it is cancelled at the end.
     """
     most = CPUS + 1
     with stack.join(cpus=1) as node:
@@ -232,12 +234,12 @@ def test_storage_away_for_a_minute(stack: Stack) -> None:
 @pytest.mark.long
 @pytest.mark.timeout(3000)
 def test_kills_at_random_times(stack: Stack) -> None:
-    """n=30 kills: of a worker, the driver, or the job service, at any moment of a run's life."""
+    """Kill a worker, the driver or the job service 30 times, at random moments of a run."""
     chance, kills, number = random.Random(1), 0, 0
     while kills < 30:
         number += 1
         run = stack.submit_one(tiny_model(f"sweep-{number}", 2, **LONG))
-        for _ in range(2):  # a third attempt without a checkpoint would end it, rightly
+        for _ in range(2):  # a third attempt without a checkpoint would fail the run
             pause = chance.uniform(0, 25)
             victim = chance.choice(("worker", "driver", "service"))
             deadline = time.monotonic() + pause
@@ -260,7 +262,7 @@ def test_kills_at_random_times(stack: Stack) -> None:
 
 
 def outage(stack: Stack, seconds: float, save_every: int = 25) -> Run:
-    """The store is away for a while, in training and in publishing: the same attempt goes on."""
+    """Stop the store for a while in training and in publishing: the same attempt continues."""
     run = stack.submit_one(tiny_model(f"outage-{seconds}", max_steps=500, save_every=save_every))
     stack.saves(run)
     attempt = run.status()[0].attempt
@@ -294,7 +296,7 @@ def stop_storage(stack: Stack, seconds: float) -> None:
 
 
 def took_over(stack: Stack, run: Run, attempt: int) -> CheckpointRef:
-    """Nothing was lost: an attempt continues from the newest manifest there was when the one before it had ended."""
+    """Check that an attempt continues from the newest manifest of the attempt before it; return that checkpoint."""
     parent = run.attempt_start(attempt).parent
     whole = [ref for ref in run.checkpoints() if ref.attempt < attempt]
     assert parent == (stack.newest_manifest(run, attempt - 1) or whole[-1])

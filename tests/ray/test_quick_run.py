@@ -1,6 +1,6 @@
-"""`genmodels run` on a real Ray: a worker is killed, the command is given once more, Ctrl-C is pressed.
+"""Test `genmodels run` on a real Ray: a worker is killed, the command is started a second time, Ctrl-C is pressed.
 
-All of it in the folder and the environment of a user who has everything that children could stumble over.
+Folder and environment have everything that could break child processes: odd names, proxies, modules like `torch.py`.
 """
 
 from __future__ import annotations
@@ -20,14 +20,15 @@ import yaml
 from genmodels.checkpoint import CheckpointRef
 from genmodels.registry.store import Registry
 from genmodels.runs.store import Run
-from genmodels.spec.parse import job_id, read_spec
+from genmodels.spec.parse import job_id
 from genmodels.storage import open_storage
 from services.cluster.environment import python
 from services.local.platform import submit
 from tests.support.plain_workers import WorkerGroup
+from tests.support.spec_files import read_spec
 from tests.support.tiny_jobs import make_data, model
 
-pytestmark = pytest.mark.timeout(900)  # on a busy machine each start of a group may take half a minute
+pytestmark = pytest.mark.timeout(900)  # on a busy machine a worker group may need half a minute to start
 
 STEPS = 600
 HOSTILE = dict.fromkeys(
@@ -41,9 +42,9 @@ HOSTILE = dict.fromkeys(
 
 @pytest.fixture
 def workplace(tmp_path: Path) -> Path:
-    """A folder with data and a job of two models: one that takes a while, and one whose gate it cannot pass.
+    """Make a folder with data and a job of two models: a long one, and one that cannot pass its gate.
 
-    In it lie modules with names that children import, and a clone of this project.
+    The folder also has modules whose names child processes import, and a folder like a clone of this project.
     """
     tmp_path = tmp_path / "my [red]plays# 100%25 ä"
     (tmp_path / "genmodels" / "genmodels").mkdir(parents=True)
@@ -72,7 +73,7 @@ def test_killed_interrupted_and_run_again(workplace: Path) -> None:
             worker = first.find("RayTrainWorker")[-1]
             os.kill(worker, signal.SIGKILL)
             until(lambda: 2 in run.started() and len(run.checkpoints()) > len_at_takeover(run), first)
-            assert not second.find("raylet")  # it follows
+            assert not second.find("raylet")  # the second command only follows the job
             first.interrupt()
             assert first.process.wait(90) == 130, first.output()
             until(lambda: not first.find(""), first, timeout=20)
@@ -109,7 +110,7 @@ def test_killed_interrupted_and_run_again(workplace: Path) -> None:
 
 
 class Command:
-    """`genmodels run job.yaml` in a session of its own, as in a terminal."""
+    """Run `genmodels run job.yaml` in its own session, as a terminal does."""
 
     def __init__(self, folder: Path, *options: str) -> None:
         with socket.socket() as probe:
@@ -140,11 +141,11 @@ class Command:
         self.process.wait()
 
     def interrupt(self) -> None:
-        """What the terminal does on Ctrl-C: SIGINT to every process of the foreground group."""
+        """Send SIGINT to every process of the foreground group, as a terminal does on Ctrl-C."""
         os.killpg(self.process.pid, signal.SIGINT)
 
     def find(self, title: str) -> list[int]:
-        """Living processes that this command started, directly or not, whose command line contains `title`."""
+        """Return living processes that this command started, directly or not, whose command line contains `title`."""
         pids = []
         for folder in Path("/proc").glob("[0-9]*"):
             try:
@@ -160,7 +161,7 @@ class Command:
 
 
 def len_at_takeover(run: Run) -> int:
-    """How many checkpoints of the first attempt the second went on from."""
+    """Return the number of checkpoints of the first attempt."""
     return sum(ref.attempt == 1 for ref in run.checkpoints())
 
 

@@ -1,4 +1,4 @@
-"""Drivers as Ray Jobs of a real cluster, controlled only over HTTP."""
+"""Test drivers as Ray Jobs of a real cluster, controlled only over HTTP."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def test_codes_of_ray_jobs(head: RayHead, monkeypatch: pytest.MonkeyPatch) -> No
     assert end_of(head.backend.start("file:///s", "j", "m", 1, 1)) == 3
     until(lambda: processes(mark), "the sleeper runs")
     assert sleeper.poll() is None
-    attempt = RayJobsBackend(head.dashboard).find("j", "sleeper", 1)  # as a dispatcher that was started again
+    attempt = RayJobsBackend(head.dashboard).find("j", "sleeper", 1)  # as a restarted dispatcher does
     assert attempt.poll() is None
     attempt.kill()
     assert end_of(attempt) == end_of(sleeper) == -signal.SIGTERM

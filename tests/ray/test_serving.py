@@ -1,4 +1,4 @@
-"""Gateway and model host as Ray Serve runs them, with requests over HTTP."""
+"""Test gateway and model host as Ray Serve runs them, with requests over HTTP."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ BODY = {"model": "m", "prompt": "x"}
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Storage:
-    """A registry with a text model, a VAE of two versions, and one without the alias production."""
+    """Make a registry with a text model, a VAE of two versions, and a model without the alias production."""
     return publish_examples(tmp_path_factory.mktemp("models"))
 
 
@@ -48,7 +48,7 @@ def token(models: Storage) -> str:
 
 @pytest.fixture(scope="module")
 def endpoint(ray_cluster: str, models: Storage) -> Iterator[str]:
-    """The application as `genmodels run` starts it, asking for keys; its address."""
+    """Serve the application as `genmodels run` does, with keys required; return its address."""
     from ray import serve
 
     from services.cluster.ports import HOST
@@ -146,7 +146,7 @@ def test_what_serve_says_of_a_pool_becomes_an_answer(ray_cluster: str, error: st
     }[error]()
 
     class Handle:
-        """A handle whose every method fails."""
+        """Act as a handle whose methods all fail."""
 
         def options(self, stream: bool) -> Handle:
             return self
@@ -177,7 +177,7 @@ def test_verbs_over_serve(endpoint: str, token: str) -> None:
 def test_the_vocabulary_and_head_over_serve(endpoint: str, token: str, app: Any) -> None:
     path, headers = "/v1/models/play/vocabulary", {"authorization": f"Bearer {token}"}
     with httpx.Client(base_url=endpoint, headers=headers) as client:
-        for _ in range(3):  # over one connection
+        for _ in range(3):  # on one connection
             got, head = client.get(path), client.head(path)
             assert got.json() == ask(app, "GET", path).json()
             assert (head.status_code, head.content) == (200, b"")
@@ -198,7 +198,7 @@ def test_errors_over_serve_have_one_form(endpoint: str, token: str) -> None:
 
 
 def test_a_large_body_is_refused_at_the_door(endpoint: str, token: str) -> None:
-    """The answer is there before the body has been sent: Serve's proxy itself refuses it."""
+    """Expect the answer before the body is sent: Serve's proxy itself refuses it."""
     host, port = endpoint.removeprefix("http://").split(":")
     with socket.create_connection((host, int(port)), timeout=20) as connection:
         head = f"POST /v1/completions HTTP/1.1\r\nHost: {host}:{port}\r\nContent-Length: {MAX_BODY + 1}\r\n\r\n"
@@ -212,7 +212,7 @@ def test_a_large_body_is_refused_at_the_door(endpoint: str, token: str) -> None:
 
 
 def test_a_large_body_waits_for_its_key_in_serves_proxy(endpoint: str, token: str) -> None:
-    """Without a key only its beginning is read; with one all of it reaches the gateway."""
+    """Check that without a key only the first part of a body is read; with a key all of it reaches the gateway."""
     host, port = endpoint.removeprefix("http://").split(":")
     head = f"POST /v1/models/shapes/decode HTTP/1.1\r\nHost: {host}\r\nContent-Length: {MAX_BODY}\r\n"
     with socket.create_connection((host, int(port)), timeout=20) as connection:
@@ -220,7 +220,7 @@ def test_a_large_body_waits_for_its_key_in_serves_proxy(endpoint: str, token: st
         assert connection.recv(100).startswith(b"HTTP/1.1 401")
     body = json.dumps({"images": [PICTURE] * 64}).encode() + b" " * 2**22
     with httpx.Client(base_url=endpoint, headers={**JSON, "authorization": f"Bearer {token}"}, timeout=60) as client:
-        for _ in range(20):  # and none of what it holds is lost
+        for _ in range(20):  # no body may lose data
             assert len(client.post("/v1/models/shapes/reconstruct", content=body).json()["data"]) == 64
 
 
@@ -236,7 +236,7 @@ LONG = {"model": "play", "prompt": "To be", "max_tokens": 4000, "seed": 1, "stre
 
 
 def replica(deployment: str) -> int:
-    """The process of this cluster's replica of a deployment."""
+    """Return the process of a deployment's replica in this cluster."""
     title = f"ray::ServeReplica:genmodels:{deployment}".encode()
 
     def running() -> int | None:
@@ -255,11 +255,11 @@ def test_replicas_listen_on_this_machine_alone(endpoint: str) -> None:
     for deployment in ("default", "gateway"):
         addresses = listening(replica(deployment))
         assert addresses
-        assert all(address.endswith("0100007F") for address in addresses)  # 127.0.0.1, or that within IPv6
+        assert all(address.endswith("0100007F") for address in addresses)  # 127.0.0.1, also as an IPv6 address
 
 
 def listening(pid: int) -> list[str]:
-    """Addresses that a process listens on, as the kernel writes them."""
+    """Return the addresses that a process listens on, as the kernel writes them."""
     process = Path(f"/proc/{pid}")
     mine = {os.readlink(file) for file in (process / "fd").iterdir() if file.is_symlink()}
     tables = ((process / "net" / name).read_text().splitlines()[1:] for name in ("tcp", "tcp6"))
@@ -285,7 +285,7 @@ def data(lines: Iterator[str]) -> Iterator[str]:
 
 
 def test_clients_that_leave_free_their_slots_over_serve(endpoint: str, token: str) -> None:
-    """More streams than there are slots, one after the other, none read to its end."""
+    """Open more streams than there are slots, one after the other, and read none to its end."""
     with httpx.Client(base_url=endpoint, headers={"authorization": f"Bearer {token}"}, timeout=60) as client:
         for _ in range(20):
             with client.stream("POST", "/v1/completions", json={**LONG, "n": 4}) as stream:
@@ -322,7 +322,7 @@ def test_a_stream_whose_host_dies_ends_in_an_error_and_a_new_host_answers(endpoi
 
 
 def test_a_replica_that_has_to_go_finishes_what_is_in_flight(endpoint: str, token: str, models: Storage) -> None:
-    """A new configuration replaces both replicas in the middle of a stream."""
+    """Replace both replicas by a new configuration during a stream."""
     from ray import serve
 
     from services.gateway.app import build

@@ -1,4 +1,4 @@
-"""Gateway and hosts count what their clients count, each once: requests, tokens, images, disconnected clients."""
+"""Test that gateway and hosts count requests, tokens, images and disconnected clients exactly once."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ Requests: TypeAlias = Counter[tuple[str, str, str]]  # (route, code, version as 
 
 
 def series(metrics: Any) -> Series:
-    """What is not 0, without buckets and without when a thing was created."""
+    """Return the series that are not 0, without buckets and times of creation."""
     samples = [sample for metric in metrics for sample in metric.samples]
     return {
         (sample.name.removeprefix("genmodels_"), *(value for _, value in sorted(sample.labels.items()))): sample.value
@@ -72,7 +72,7 @@ def scraped(url: str) -> list[Metric]:
 
 
 def grown(before: Series, now: Series) -> Series:
-    """What has changed, and by how much."""
+    """Return the series that changed, with their differences."""
     changes = {key: now.get(key, 0) - before.get(key, 0) for key in {*before, *now}}
     return {key: change for key, change in changes.items() if change}
 
@@ -82,7 +82,7 @@ def only(samples: Series, *names: str) -> Series:
 
 
 def stays(read: Callable[[], Any], expected: Any, seconds: float = 30) -> None:
-    """A count becomes this in time (a client may have its answer before the server has noted the end), and stays."""
+    """Check that a count reaches a value and stays there: a client may have its answer before the server counts it."""
     deadline = time.monotonic() + seconds
     while (value := read()) != expected:
         assert time.monotonic() < deadline, grown(expected, value) if isinstance(expected, dict) else value
@@ -92,10 +92,10 @@ def stays(read: Callable[[], Any], expected: Any, seconds: float = 30) -> None:
         assert read() == expected
 
 
-def requests_total(asked: Requests) -> Series:
-    """As the series of these requests are."""
+def requests_total(requests: Requests) -> Series:
+    """Return the series that these requests must give."""
     counted: Counter[tuple[str, ...]] = Counter()
-    for (route, code, name), count in asked.items():
+    for (route, code, name), count in requests.items():
         model, family, version = version_labels(name, FAMILIES[name.partition("@")[0]]) if name else ("", "", "")
         counted["requests_total", code, family, model, route, version] += count
     return dict(counted)
@@ -195,10 +195,10 @@ def test_pictures_and_latents_are_counted_by_verb(app: Any, before: Series) -> N
 
 
 def test_requests_are_counted_by_route_code_and_version(app: Any, before: Series) -> None:
-    asked: Requests = Counter()
+    requests: Requests = Counter()
 
     def send(route: str, path: str, body: Any = None, by: str = "", method: str = "POST", **options: Any) -> None:
-        asked[route, str(ask(app, method, path, body, **options).status_code), by] += 1
+        requests[route, str(ask(app, method, path, body, **options).status_code), by] += 1
 
     for _ in range(3):
         send("/v1/completions", "/v1/completions", {"model": "play", "prompt": CANARY, "max_tokens": 1}, "play@1")
@@ -217,10 +217,10 @@ def test_requests_are_counted_by_route_code_and_version(app: Any, before: Series
     send("/v1/models/{model}/history", "/v1/models/shapes/history", by="shapes@1", method="GET")
     send("/playground/{name}", f"/playground/{CANARY}", method="GET")
     send("/", "/", method="GET")
-    assert {code for _, code, _ in asked} == {"200", "400", "403", "404", "405", "413"}
-    stays(lambda: only(grown(before, here()), "requests_total"), requests_total(asked))
+    assert {code for _, code, _ in requests} == {"200", "400", "403", "404", "405", "413"}
+    stays(lambda: only(grown(before, here()), "requests_total"), requests_total(requests))
     timed = {key: value for key, value in grown(before, here()).items() if key[0] == "request_seconds_count"}
-    assert sum(timed.values()) == sum(asked.values())
+    assert sum(timed.values()) == sum(requests.values())
     assert CANARY not in str(here())
 
 
@@ -312,7 +312,7 @@ def test_versions_come_and_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert grown(start, here())["version_load_seconds_count", "minigpt"] == 1
     publish(storage, "come", "minigpt", step=2)
     host.watch()
-    stays(gauges, of("2"))  # the engine of the one before has to end first
+    stays(gauges, of("2"))  # the engine of the version before ends first
     assert here()["versions_swapped_total", "minigpt", "come", "2"] == 1
     Registry(storage).promote("come", "production", 1, "back")
     host.watch()
@@ -348,11 +348,11 @@ def test_all_checkpoints_of_a_model_are_one(tmp_path: Path, monkeypatch: pytest.
 @pytest.mark.parametrize(
     ("status", "content_type", "counts"),
     [
-        (503, "text/plain", True),  # Serve's own
+        (503, "text/plain", True),  # an answer of Serve itself
         (500, "text/plain", True),
-        (408, "text/plain", False),  # the gateway sees its client leave, and counts that
+        (408, "text/plain", False),  # the gateway counts the disconnected client
         (200, "text/plain", False),
-        (429, "application/json", False),  # the gateway's
+        (429, "application/json", False),  # an answer of the gateway
     ],
 )
 def test_the_proxy_counts_what_does_not_reach_the_gateway(
@@ -377,7 +377,7 @@ def test_the_proxy_counts_what_does_not_reach_the_gateway(
 
 @pytest.fixture(scope="module")
 def endpoint(ray_cluster: str, models: Storage) -> Iterator[str]:
-    """Two gateways before two hosts; their address."""
+    """Serve two gateways with two hosts; return their address."""
     from ray import serve
 
     from services.cluster.ports import HOST
@@ -396,7 +396,7 @@ def endpoint(ray_cluster: str, models: Storage) -> Iterator[str]:
 
 @pytest.fixture(scope="module")
 def exporter(metrics_folder: Path) -> Iterator[str]:
-    """What reads the files of all processes; the address."""
+    """Run the exporter, which reads the files of all processes; return its address."""
     url = f"http://127.0.0.1:{(port := free_ports(1))}/metrics"
     environment = {**os.environ, "PROMETHEUS_MULTIPROC_DIR": str(metrics_folder)}
     with subprocess.Popen(
@@ -417,12 +417,12 @@ BODY = {"model": "play", "prompt": CANARY, "max_tokens": 20}
 
 
 class Client:
-    """Asks, and counts what it asked and what came back."""
+    """Send requests, and count them and their answers."""
 
     def __init__(self, http: httpx.Client) -> None:
         self.http = http
         self.lock = threading.Lock()
-        self.asked: Requests = Counter()
+        self.requests: Requests = Counter()
         self.tokens: Counter[str] = Counter()
         self.pictures: Counter[str] = Counter()
 
@@ -436,7 +436,7 @@ class Client:
             self.tokens += Counter(prompt=usage["prompt_tokens"], completion=usage["completion_tokens"])
 
     def refused(self) -> None:
-        """By the host: the gateway does not know what a model takes."""
+        """Send a request that the host refuses: the gateway does not know the bounds of this field."""
         assert self._send("/v1/completions", "/v1/completions", {**BODY, "top_p": 9}, by="play@1").status_code == 400
 
     def picture(self, verb: str, **body: Any) -> None:
@@ -454,14 +454,14 @@ class Client:
         with self.http.stream("POST", "/v1/completions", json={**LONG, "model": "left", **fields}) as stream:
             assert next(texts(stream)) is not None
         with self.lock:
-            self.asked["/v1/completions", "499", "left@1"] += 1
+            self.requests["/v1/completions", "499", "left@1"] += 1
 
     def _send(
         self, route: str, path: str, body: Any = None, *, by: str = "", method: str = "POST", **options: Any
     ) -> httpx.Response:
         answer = self.http.request(method, path, json=body, **options)
         with self.lock:
-            self.asked[route, str(answer.status_code), answer.headers.get("x-genmodels-version", by)] += 1
+            self.requests[route, str(answer.status_code), answer.headers.get("x-genmodels-version", by)] += 1
         return answer
 
 
@@ -475,7 +475,7 @@ def client(endpoint: str, models: Storage) -> Iterator[Client]:
 def test_all_processes_together_count_what_their_clients_count(
     client: Client, endpoint: str, exporter: str, models: Storage, metrics_folder: Path
 ) -> None:
-    """Two gateways, two hosts and Serve's proxy; then one of the hosts is killed."""
+    """Compare the counts of two gateways, two hosts and Serve's proxy; then kill one of the hosts."""
     _, narrow = Keys(models).create("narrow", ("generate",), rate=1)
     before = series(scraped(exporter))
 
@@ -504,7 +504,7 @@ def test_all_processes_together_count_what_their_clients_count(
                 done.result()
 
     def check() -> None:
-        stays(lambda: counted("requests_total"), requests_total(client.asked))
+        stays(lambda: counted("requests_total"), requests_total(client.requests))
         expected: Series = {("tokens_total", "minigpt", kind, "play", "1"): n for kind, n in client.tokens.items()}
         expected |= {("images_total", "vae", "shapes", verb, "1"): count for verb, count in client.pictures.items()}
         stays(lambda: of_known(counted("tokens_total", "images_total")), expected)
@@ -515,9 +515,9 @@ def test_all_processes_together_count_what_their_clients_count(
         head = f"POST /v1/completions HTTP/1.1\r\nHost: x\r\nContent-Length: {MAX_BODY + 1}\r\n\r\n"
         large.sendall(head.encode())
         assert large.recv(100).startswith(b"HTTP/1.1 413")
-    client.asked["/v1/completions", "413", ""] += 1
+    client.requests["/v1/completions", "413", ""] += 1
     check()
-    assert {code for _, code, _ in client.asked} == {"200", "400", "401", "404", "413", "429", "499"}
+    assert {code for _, code, _ in client.requests} == {"200", "400", "401", "404", "413", "429", "499"}
     gauges: Series = {("version_active", FAMILIES[name], name, "1"): 2 for name in ("play", "left", "shapes")}
     gauges |= {("kv_slots", "minigpt", name, "total", "1"): 2 * 16 for name in ("play", "left")}
 
@@ -527,7 +527,7 @@ def test_all_processes_together_count_what_their_clients_count(
     stays(levels, gauges)
     host = next(hosts_of(metrics_folder))
     os.kill(host, signal.SIGKILL)
-    check()  # what it has counted stays
+    check()  # its counts stay
     stays(lambda: scraped(exporter) and host in hosts_of(metrics_folder), False)
     stays(levels, gauges, 60)
     work()

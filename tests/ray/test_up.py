@@ -1,4 +1,4 @@
-"""`genmodels up` with all real processes: each is killed in turn, then the platform is ended in two ways."""
+"""Test `genmodels up` with its real processes: kill each in turn, then end the platform in two ways."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def test_everything_is_killed_in_turn(tmp_path: Path) -> None:
         assert platform.find("ServeReplica") == replicas
         assert run.started() == [1]
 
-        # The head takes all of it along, and another one finds its work in storage.
+        # Everything in Ray ends with the head; the next head finds the work in the storage.
         steps = len(run.checkpoints())
         os.kill(platform.find("gcs_server")[0], signal.SIGKILL)
         platform.comes_back("ray")
@@ -61,7 +61,7 @@ def test_everything_is_killed_in_turn(tmp_path: Path) -> None:
         assert len(run.checkpoints()) >= min(steps, 3)
         assert (platform.metric("checkpoint_seconds_count", "vae") or 0) > saved, "what dead workers counted stays"
 
-        # Ctrl-C: attempts save and leave, nothing stays.
+        # Ctrl-C: attempts save and stop; no process stays.
         before = platform.processes()
         platform.process.send_signal(signal.SIGINT)
         assert platform.process.wait(90) == 0, platform.output()
@@ -71,7 +71,7 @@ def test_everything_is_killed_in_turn(tmp_path: Path) -> None:
     assert (result.outcome, result.step) == ("stopped", run.checkpoints()[-1].step)
     assert not token.exists()
 
-    # The same ports at once, and kill -9 of the whole: nothing stays.
+    # The same ports can be used at once; after kill -9 no process stays.
     with Platform(tmp_path, storage, platform) as again:
         until(lambda: run.started()[-1] == 3, "the run goes on", 120)
         before = again.processes()
@@ -97,7 +97,7 @@ def test_a_port_that_is_taken_is_named(option: str, file_storage: Storage) -> No
 
 
 class Platform:
-    """`genmodels up` as a process, on ports of its own or those of another one."""
+    """Run `genmodels up` as a process, on new ports or on those of another platform."""
 
     def __init__(self, folder: Path, storage: Storage, like: Platform | None = None) -> None:
         first: int = like.first if like else free_ports(3)
@@ -137,10 +137,10 @@ class Platform:
             self.process.wait()
             until(lambda: not alive(before), "every process is gone", 15)
         for folder in re.findall(r"RAY_AUTH_TOKEN_PATH=(\S+)/token", self.output()):
-            shutil.rmtree(folder, ignore_errors=True)  # after a kill -9 no other process does it
+            shutil.rmtree(folder, ignore_errors=True)  # after kill -9 no other process removes it
 
     def metric(self, name: str, label: str) -> float | None:
-        """A series of the exporter's, by the value of a label."""
+        """Return the value of a series of the exporter that has this label value."""
         text = httpx.get(f"http://127.0.0.1:{self.first + 2}/metrics", trust_env=False).text
         match = re.search(rf'^genmodels_{name}{{[^}}]*"{label}"[^}}]*}} (\S+)$', text, re.M)
         return float(match[1]) if match else None
@@ -165,7 +165,7 @@ class Platform:
         until(logged, pattern, seconds)
 
     def processes(self) -> dict[tuple[int, str], str]:
-        """(pid, when it began) -> command line, of all that it started."""
+        """Return (pid, time of its start) -> command line, for all processes that the command started."""
         processes = {pid: fields for pid, fields in _table().items() if fields[0] != "Z"}
         tree = {self.process.pid}
         while more := {pid for pid, (_, parent, _, _) in processes.items() if parent in tree and pid not in tree}:
@@ -189,7 +189,7 @@ def answers(url: str) -> bool:
 
 
 def _table() -> dict[int, tuple[str, int, str, str]]:
-    """pid -> state, parent, when it began, command line."""
+    """Return pid -> (state, parent, time of its start, command line)."""
     table = {}
     for folder in Path("/proc").iterdir():
         try:

@@ -22,9 +22,8 @@ def served(app: Any, port: int = 0, **options: Any) -> Iterator[str]:
     listening.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
     listening.bind(("127.0.0.1", port))
     listening.listen()  # from now on connections are accepted, if not at once
-    config = uvicorn.Config(
-        app, log_level="critical", lifespan="off", ws="none", timeout_graceful_shutdown=1, **options
-    )
+    quiet: dict[str, Any] = {"log_config": None, "log_level": "critical"}
+    config = uvicorn.Config(app, lifespan="off", ws="none", timeout_graceful_shutdown=1, **(quiet | options))
     server = uvicorn.Server(config)
     thread = threading.Thread(target=server.run, args=([listening],))
     thread.start()

@@ -1,8 +1,7 @@
-"""Serve a Kubernetes API with RayJobs and pods over real HTTP, and the parts of KubeRay and Kueue that tests need.
+"""Serve a Kubernetes API with RayJobs and pods over real HTTP.
 
 It checks new objects against the schema of the RayJob CRD (KubeRay 1.7.0), and does what an API server does with
-names, labels, the status subresource, finalizers, foreground deletion, pages of a list, tokens and roles. The operator
-moves status as KubeRay's rayjob_controller.go does in HTTPMode; a test supplies the drivers.
+names, labels, the status subresource, finalizers, foreground deletion, pages of a list, tokens and roles.
 """
 
 from __future__ import annotations
@@ -12,7 +11,6 @@ import json
 import re
 import threading
 import uuid
-from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -28,8 +26,7 @@ SCHEMA = ROOT / "tests/k8s/schemas" / "ray.io_v1_RayJob.json"
 PATH = re.compile(
     rf"/(?:apis/ray\.io/v1|api/v1)/namespaces/{NAMESPACE}/(?P<resource>rayjobs|pods)(?:/(?P<name>[^/]+))?"
 )
-ROLE = {("rayjobs", verb) for verb in ("create", "list", "delete")} | {("pods", "list")}
-FINALIZER = "ray.io/rayjob-finalizer"  # KubeRay's finalizer, by which it stops the driver
+ROLE = {("rayjobs", verb) for verb in ("get", "create", "list", "delete")} | {("pods", "list")}
 Object = dict[str, Any]
 
 
@@ -155,7 +152,7 @@ class KubeApi:
     def _create(self, body: Object) -> Object:
         job = copy.deepcopy(body)
         errors = list(self.valid.iter_errors(job))
-        problem = errors[0].message if errors else check_names(job)
+        problem = errors[0].message if errors else check_labels(job)
         if problem:
             raise Refused(422, "Invalid", f"RayJob.ray.io is invalid: {problem}")
         meta = job["metadata"]
@@ -169,13 +166,13 @@ class KubeApi:
         return job
 
     def _list(self, objects: dict[str, Object], query: dict[str, str]) -> Object:
-        wanted = dict(each.split("=", 1) for each in query.get("labelSelector", "").split(",") if each)
-        phases = re.findall(r"status\.phase!=(\w+)", query.get("fieldSelector", ""))
+        labels = [each.partition("=") for each in query.get("labelSelector", "").split(",") if each]
+        phases = re.findall(r"status\.phase(!?=)(\w+)", query.get("fieldSelector", ""))
         items = [
             each
             for _, each in sorted(objects.items())
-            if wanted.items() <= each["metadata"].get("labels", {}).items()
-            and each.get("status", {}).get("phase") not in (phases or ["none"])
+            if all(_has_label(each, key, value if sign else None) for key, sign, value in labels)
+            and all((each["status"]["phase"] == phase) == (sign == "=") for sign, phase in phases)
         ]
         begin, limit = int(query.get("continue") or 0), int(query.get("limit") or len(items) or 1)
         if begin and self.expired:
@@ -216,131 +213,23 @@ class KubeApi:
         self.touch(job)
 
 
-def check_names(job: Object) -> str:
-    """Return the API server's error about names and labels, or KubeRay's about a RayJob (validation.go); "" if none."""
-    meta, spec = job["metadata"], job["spec"]
-    if not re.fullmatch(r"[a-z]([-a-z0-9]*[a-z0-9])?", meta["name"]) or len(meta["name"]) > 47:
-        return "metadata.name must be a DNS-1035 label of at most 47 characters"
-    templates = [group["template"] for group in groups_of(spec)]
-    for each in (meta, *(template["metadata"] for template in templates)):
+def _has_label(each: Object, key: str, value: str | None) -> bool:
+    labels = each["metadata"].get("labels", {})
+    return key in labels and value in (None, labels[key])
+
+
+def check_labels(job: Object) -> str:
+    """Return the API server's error about names and labels; "" if none."""
+    templates = [group["template"] for group in groups_of(job["spec"])]
+    for each in (job["metadata"], *(template.get("metadata", {}) for template in templates)):
         for key, value in each.get("labels", {}).items():
             if not re.fullmatch(r"([a-z0-9.-]+/)?[A-Za-z0-9][-A-Za-z0-9_.]{0,62}", key):
                 return f"label {key!r} is no label"
             if len(value) > 63 or not re.fullmatch(r"([A-Za-z0-9]([-A-Za-z0-9_.]*[A-Za-z0-9])?)?", value):
                 return f"the value of label {key!r} must be at most 63 characters"
-    if bool(spec.get("rayClusterSpec")) == bool(spec.get("clusterSelector")):
-        return "one of rayClusterSpec and clusterSelector"
-    if spec.get("suspend") and not spec.get("shutdownAfterJobFinishes"):
-        return "suspend needs shutdownAfterJobFinishes"
-    if spec.get("ttlSecondsAfterFinished") and not spec.get("shutdownAfterJobFinishes"):
-        return "ttlSecondsAfterFinished needs shutdownAfterJobFinishes"
-    if spec.get("clusterSelector") and (spec.get("suspend") or spec.get("backoffLimit")):
-        return "clusterSelector goes neither with suspend nor with backoffLimit"
     return ""
 
 
 def groups_of(spec: Object) -> list[Object]:
     cluster = spec.get("rayClusterSpec") or {}
     return [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]] if cluster else []
-
-
-class Operator:
-    """Act as KubeRay and Kueue: each `reconcile` moves every RayJob one step further.
-
-    Args:
-        driver: starts the driver of a RayJob; the result has `poll` and `kill`, as a process has.
-
-    Attributes:
-        admits: whether Kueue resumes the jobs in its queue.
-        placed: whether there is room for pods.
-        clings: whether pods stay when their cluster is deleted, as on a node that is lost.
-    """
-
-    def __init__(self, api: KubeApi, driver: Callable[[Object], Any]) -> None:
-        self.api, self.driver = api, driver
-        self.drivers: dict[str, Any] = {}
-        self.started: list[tuple[str, str]] = []  # name of the RayJob and of the head pod, of each start of a driver
-        self.admits = self.placed = True
-        self.clings = False
-        self.heads = 0
-
-    def reconcile(self) -> None:
-        with self.api.lock:
-            for name in list(self.api.jobs):
-                self._step(name, self.api.jobs[name])
-
-    def preempt(self, name: str) -> None:
-        with self.api.lock:
-            self.api.jobs[name]["spec"]["suspend"] = True
-
-    def lose_head(self, name: str) -> None:
-        """Evict the head pod; KubeRay makes a new one, which does not know the driver, and submits the driver there."""
-        with self.api.lock:
-            self._stop(name)
-            self._start(name)
-
-    def close(self) -> None:
-        for name in list(self.drivers):
-            self._stop(name)
-
-    def _step(self, name: str, job: Object) -> None:
-        spec, status = job["spec"], job.get("status") or {}
-        if "deletionTimestamp" in job["metadata"]:
-            self._stop(name)
-            finalizers = job["metadata"].get("finalizers") or []
-            job["metadata"]["finalizers"] = [each for each in finalizers if each != FINALIZER]
-            self.api.collect(name)
-            return
-        match status.get("jobDeploymentStatus", ""):
-            case "":
-                job["metadata"].setdefault("finalizers", []).append(FINALIZER)
-                cluster = f"{name}-abcde"
-                self.api.status(name, jobDeploymentStatus="Initializing", jobId=spec["jobId"], rayClusterName=cluster)
-            case "Initializing" | "Running" if spec.get("suspend"):
-                self.api.status(name, jobDeploymentStatus="Suspending")
-            case "Initializing" if self.placed:
-                self._start(name)
-            case "Running":
-                self._watch(name)
-            case "Suspending":
-                self._stop(name)
-                if not self.api.pods_of(name):
-                    job["status"] = {"jobDeploymentStatus": "Suspended"}
-                    self.api.touch(job)
-            case "Suspended":
-                if self.admits and "kueue.x-k8s.io/queue-name" in job["metadata"]["labels"]:
-                    spec["suspend"] = False
-                if not spec["suspend"]:
-                    self.api.status(name, jobDeploymentStatus="")
-
-    def _start(self, name: str) -> None:
-        self.heads += 1
-        head = f"{name}-head-{self.heads}"
-        spec = self.api.jobs[name]["spec"]
-        for i, group in enumerate(groups_of(spec)):
-            for j in range(group.get("replicas", 1)):
-                labels = group["template"]["metadata"]["labels"]
-                pod = head if i == 0 else f"{name}-worker-{self.heads}-{j}"
-                self.api.pods[pod] = {"metadata": {"name": pod, "labels": labels}, "status": {"phase": "Running"}}
-        self.drivers[name] = self.driver(self.api.jobs[name])
-        self.started.append((name, head))
-        cluster = {"head": {"podName": head}}
-        self.api.status(name, jobDeploymentStatus="Running", jobStatus="RUNNING", rayClusterStatus=cluster)
-
-    def _watch(self, name: str) -> None:
-        code = self.drivers[name].poll()
-        if code is None:
-            return
-        if code == 0:
-            self.api.status(name, jobDeploymentStatus="Complete", jobStatus="SUCCEEDED")
-        else:
-            message = f"Job entrypoint command failed with exit code {code}, last available logs:\nTraceback ..."
-            self.api.status(name, jobDeploymentStatus="Failed", jobStatus="FAILED", reason="AppFailed", message=message)
-        self._stop(name)
-
-    def _stop(self, name: str) -> None:
-        """End the cluster's pods, and with them the driver."""
-        if driver := self.drivers.pop(name, None):
-            driver.kill()
-        for pod in self.api.pods_of(name) if not self.clings else ():
-            del self.api.pods[pod]

@@ -43,18 +43,28 @@ def _built(name: str) -> list[Manifest]:
     done = subprocess.run([kubectl(), "kustomize", str(K8S / name)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert not done.stderr
-    manifests = list(yaml.safe_load_all(done.stdout))
-    return [*manifests, rayjob(manifests)]
+    return list(yaml.safe_load_all(done.stdout))
 
 
 def rayjob(manifests: list[Manifest]) -> Manifest:
-    """Return the RayJob template that the job service is given."""
-    (config,) = [
-        m for m in manifests if m["kind"] == "ConfigMap" and m["metadata"]["name"].startswith("genmodels-rayjob-")
+    """Return the template of runs."""
+    return only(manifests, "RayJob")
+
+
+def settings(manifests: list[Manifest], name: str) -> dict[str, str]:
+    """Return the data of a generated ConfigMap, whose name ends in a digest."""
+    (data,) = [
+        m["data"]
+        for m in manifests
+        if m["kind"] == "ConfigMap" and re.fullmatch(rf"{name}-[a-z0-9]{{10}}", m["metadata"]["name"])
     ]
-    template: Manifest = yaml.safe_load(config["data"]["rayjob.template.yaml"])
-    template["metadata"]["namespace"] = config["metadata"]["namespace"]
-    return template
+    return dict(data)
+
+
+def config_map_of(container: Manifest, name: str) -> bool:
+    """Tell whether a container's environment has this generated ConfigMap."""
+    references = [source["configMapRef"]["name"] for source in container.get("envFrom", ())]
+    return any(re.fullmatch(rf"{name}-[a-z0-9]{{10}}", reference) for reference in references)
 
 
 def only(manifests: list[Manifest], kind: str, name: str | None = None) -> Manifest:

@@ -26,6 +26,7 @@ from genmodels.registry import references
 from genmodels.registry.evaluations import record
 from genmodels.registry.store import Registry
 from genmodels.runs.jobs import Jobs, StoredSpec
+from genmodels.runs.queue import read_queue
 from genmodels.runs.records import Heartbeat, Result, State
 from genmodels.runs.store import Run
 from genmodels.storage import Storage, documents, load_document, open_storage
@@ -346,7 +347,7 @@ def test_dispatching_goes_on(template: tuple[Path, dict[str, str], Any], world: 
             break
     states = {model: Run(world.storage, names["job"], model).status()[0].state for model in ("m", "n")}
     assert states == {"m": "succeeded", "n": "succeeded"}
-    assert Jobs(world.storage).queue().capacity == {"cpus": 4, "gpus": 0}
+    assert read_queue(world.storage).capacity == {"cpus": 4, "gpus": 0}
     if kind == "Status" and how != "an empty object":
         bad = names["StoredSpec"].split("/")[1]
         assert Run(world.storage, bad, "n").status()[0].state == "succeeded", "the other model of the same job goes on"

@@ -54,6 +54,7 @@ def test_configuration_and_rules_are_valid() -> None:
     promtool("check", "rules", "--lint-fatal", *RULES)
 
 
+@pytest.mark.slow
 @needs_prometheus
 @pytest.mark.parametrize("path", UNIT_TESTS, ids=lambda path: path.name)
 def test_alerts_fire_where_they_should_and_nowhere_else(path: Path) -> None:
@@ -150,7 +151,9 @@ def prometheus(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
     """Yield the address of a real Prometheus, configured as in compose, except addresses and scrape interval."""
     folder = tmp_path_factory.mktemp("prometheus")
     own = free_ports(4)
-    ports = {name: own + i for i, name in enumerate(("prometheus", "nodes", "ray", "jobs"))}
+    ports = {
+        name: own + i for i, name in enumerate(("prometheus", "genmodels-nodes", "genmodels-ray", "genmodels-jobs"))
+    }
     config = yaml.safe_load((PROMETHEUS / "prometheus.yml").read_text())
     config["global"] = {"scrape_interval": "1s", "scrape_timeout": "1s", "evaluation_interval": "1s"}
     config["rule_files"] = [str(path) for path in RULES]
@@ -181,6 +184,7 @@ def _ready(url: str) -> bool:
         return False
 
 
+@pytest.mark.slow
 @needs_prometheus
 def test_every_panel_shows_something(prometheus: str) -> None:
     queries = dashboard_panels.queries(RATE_INTERVAL)

@@ -45,7 +45,7 @@ def platform() -> Json:
         number(
             "Targets down",
             "Targets that do not answer Prometheus.",
-            ("count(up == 0) or vector(0)", ""),
+            ('count(up{job=~"genmodels-.+"} == 0) or vector(0)', ""),
             steps=((1, "red"),),
         ),
     ]
@@ -121,7 +121,10 @@ def platform() -> Json:
     ]
     nodes = [
         curves(
-            "Scrapes", "1: the target answers.", ("max by (job, instance) (up)", "{{job}} {{instance}}"), limits=(0, 1)
+            "Scrapes",
+            "1: the target answers.",
+            ('max by (job, instance) (up{job=~"genmodels-.+"})', "{{job}} {{instance}}"),
+            limits=(0, 1),
         ),
         curves(
             "Duration of a scrape",

@@ -20,14 +20,25 @@ def submission_id(job: str, model: str, attempt: int) -> str:
 
 
 def driver_command(storage_url: str, job: str, model: str, attempt: int, workers: int) -> list[str]:
-    run = ("--storage", storage_url, "--job", job, "--model", model)
-    return python("train", *run, "--attempt", str(attempt), "--workers", str(workers))
+    return python("train", *_attempt(storage_url, job, model, attempt), "--workers", str(workers))
+
+
+def pre_stop_command(storage_url: str, job: str, model: str, attempt: int) -> list[str]:
+    """Return the command with which an attempt saves before its pod ends, without its `--seconds`."""
+    return python("train.pre_stop", *_attempt(storage_url, job, model, attempt))
+
+
+def _attempt(storage_url: str, job: str, model: str, attempt: int) -> tuple[str, ...]:
+    return "--storage", storage_url, "--job", job, "--model", model, "--attempt", str(attempt)
 
 
 LOST = -1  # exit code of an unknown driver: its cluster has gone
 
 
 PREEMPTED = -1000  # exit code of a driver whose pods were preempted; no signal has this number
+
+
+REFUSED = -1001  # exit code of a driver that no attempt can start: the template of its RayJob, or its image, is wrong
 
 
 Watch = Callable[[Status, Heartbeat | None], None]
@@ -52,10 +63,12 @@ class Driver(Protocol):
 
     Attributes:
         waiting: what the driver waits for before it can begin or end; silence during this wait is no hang.
+        problem: what is wrong with a driver that has not ended; silence meanwhile is a hang as always.
         reason: how the driver ended, if more than the exit code is known.
     """
 
     waiting: str = ""
+    problem: str = ""
     reason: str = ""
 
     def poll(self) -> int | None:

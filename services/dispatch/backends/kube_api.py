@@ -1,7 +1,7 @@
 """Send the dispatcher's few requests to Kubernetes by the official client: RayJobs, and whether pods remain.
 
-The requests need a Role with create, list and delete for `rayjobs.ray.io` and list for `pods`, in one namespace. No
-request raises if the API server is unreachable or refuses: an unknown value is None.
+The requests need a Role with get, create, list and delete for `rayjobs.ray.io` and list for `pods`, in one namespace.
+No request raises if the API server is unreachable or refuses: an unknown value is None.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from genmodels.errors import GenmodelsError
+from services.dispatch.backends.pods import Pod
 from services.dispatch.backends.rayjob import API_VERSION, MANAGED_BY, POD_LABEL, RayJob
 
 TIMEOUT = (2.0, 5.0)  # seconds to connect, and for an answer
@@ -22,7 +23,8 @@ RETRIES = 2  # after an answer with a status in RETRIED; the wait is that of its
 RETRIED = (429, 500, 502, 503, 504)
 SILENCE_SECONDS = 2.0  # from an unanswered request to the next request
 LIST_SECONDS = 0.8  # lifetime of a cached list: all runs of a round share one
-PAGE = 200  # RayJobs in an answer
+PODS_SECONDS = 5.0  # the same, of the pods that have not started
+PAGE = 200  # objects in an answer
 NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 RESOURCE = tuple(API_VERSION.split("/"))  # group and version
 
@@ -47,6 +49,7 @@ class KubeApi:
         self.namespace = namespace or own
         self.custom, self.core = client.CustomObjectsApi(api), client.CoreV1Api(api)
         self._listed: tuple[float, dict[str, RayJob] | None] = (-LIST_SECONDS, None)
+        self._pending: tuple[float, dict[str, list[Pod]]] = (-PODS_SECONDS, {})
         self._silent_until = 0.0
         self._logged: set[tuple[str, int]] = set()  # failures already in the log: (verb and resource, status)
 
@@ -57,6 +60,13 @@ class KubeApi:
             jobs = self._list()
             self._listed = time.monotonic(), jobs
         return jobs
+
+    def get(self, name: str) -> tuple[int, Any]:
+        """Return the answer's status, and the RayJob or the error's message."""
+        call = self.custom.get_namespaced_custom_object
+        return self._ask(
+            "get", "rayjobs", lambda: call(*RESOURCE, self.namespace, "rayjobs", name, _request_timeout=TIMEOUT)
+        )
 
     def create(self, job: RayJob) -> tuple[int, str]:
         """Create a RayJob; return the answer's status (0: no answer, 409: it exists already) and message."""
@@ -77,18 +87,31 @@ class KubeApi:
 
     def has_pods(self, name: str) -> bool | None:
         """Tell whether a pod of this RayJob may still run; None if unknown."""
-        status, pods = self._ask(
-            "list",
-            "pods",
-            lambda: self.core.list_namespaced_pod(
-                self.namespace,
-                label_selector=f"{POD_LABEL}={name}",
-                field_selector="status.phase!=Succeeded,status.phase!=Failed",
-                limit=1,
-                _request_timeout=TIMEOUT,
-            ),
-        )
-        return bool(pods.items) if status == 200 else None
+        pods = self._list_pods(f"{POD_LABEL}={name}", "status.phase!=Succeeded,status.phase!=Failed", 1)
+        return None if pods is None else bool(pods)
+
+    def pending_pods(self, name: str) -> list[Pod]:
+        """Return the pods of this RayJob that have not started, a few seconds old; empty if unknown.
+
+        One request serves all runs. It lists PAGE pods at most: with more, the pods of some runs are missing.
+        """
+        listed_at, pods = self._pending
+        if time.monotonic() - listed_at >= PODS_SECONDS:
+            pods = {}
+            for pod in self._list_pods(POD_LABEL, "status.phase=Pending", PAGE) or ():
+                pods.setdefault(pod["metadata"]["labels"][POD_LABEL], []).append(pod)
+            self._pending = time.monotonic(), pods
+        return pods.get(name, [])
+
+    def _list_pods(self, labels: str, fields: str, limit: int) -> list[Pod] | None:
+        call = self.core.list_namespaced_pod
+        query = {"label_selector": labels, "field_selector": fields, "limit": limit}
+        as_sent = {"_request_timeout": TIMEOUT, "_preload_content": False}  # JSON; the client's models check much
+        status, answer = self._ask("list", "pods", lambda: call(self.namespace, **query, **as_sent))
+        if status != 200:
+            return None
+        pods: list[Pod] = json.loads(answer.data)["items"]
+        return pods
 
     def _list(self) -> dict[str, RayJob] | None:
         """List page by page; None if a page fails (410: the list took too long; the next call starts again)."""

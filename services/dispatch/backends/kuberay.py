@@ -6,7 +6,11 @@ result, if it exists, comes first. A "counted" attempt has no new checkpoint; th
     RayJob                                    | the run
     ------------------------------------------|-------------------------------------------------------------------------
     suspended by Kueue, never begun           | starting: waits for Kueue to admit it, without limit
-    no status, Initializing, Waiting          | starting: waits for its cluster; for ever if no KubeRay runs
+    no status                                 | starting: waits for KubeRay, without limit: nothing is taken meanwhile
+    Initializing                              | starting: waits for its cluster, and says what its pods wait for
+    Initializing, with nodes for a part of its| without Kueue: after --kube-give-way-seconds its RayJob is deleted and a
+    pods, like an earlier run                 | new attempt queued; not counted
+    Initializing, an image that does not exist| fails with the kubelet's words
     Running                                   | starting, running, publishing: as the driver's heartbeats say
     Complete, jobStatus SUCCEEDED             | the result decides; without a result: tried again, counted
     Complete, jobStatus STOPPED               | it was stopped by hand: tried again, counted
@@ -15,11 +19,12 @@ result, if it exists, comes first. A "counted" attempt has no new checkpoint; th
     Failed, DeadlineExceeded                  | activeDeadlineSeconds of the template: continues in a new attempt
     Failed, JobStatusCheckTimeoutExceeded     | the head is lost: tried again, counted once training had begun
     Failed, SubmissionFailed                  | tried again, counted once training had begun
-    Failed, ValidationFailed; refused (422)   | the template is wrong: tried again, counted, so the run soon fails
+    ValidationFailed; refused (400, 413, 422) | the template is wrong: fails with KubeRay's or Kubernetes's words
     the head pod is replaced                  | the head is lost (HTTPMode would submit the driver again): as above
     Suspending, Suspended, had begun          | preempted: its RayJob is deleted, a new attempt queued; not counted
     deleted by hand                           | tried again, counted once training had begun
-    Retrying                                  | cannot be (backoffLimit 0); start.json lets no attempt start twice
+    Retrying (cannot be: backoffLimit 0)      | its RayJob is deleted: the dispatcher tries again; start.json fences
+    any other state                           | the reason names the state; the hang detection ends it
     unreachable API server, 401, 403, 429, 5xx| state unknown, nothing changes: runs continue, none starts
 
 The fence: an attempt has ended when its driver has ended (jobStatus is terminal), or when its RayJob and all its pods
@@ -27,9 +32,9 @@ are gone. KubeRay fails RayJobs whose driver still runs (a deadline): the dispat
 foreground. Kueue does not resume a preempted attempt: a new attempt follows, and its RayJob queues again with the run's
 priority.
 
-Pods that are preempted or evicted save nothing before they end: the steps since the latest checkpoint are lost. With
---kube-cluster-selector a driver's pods belong to the cluster and stay: there an attempt has ended when its RayJob is
-gone, and the store's fence keeps the late writes of its driver out of the run.
+Before a pod is preempted, evicted, drained or deleted, its hook (services.train.pre_stop) has the run save, within the
+pod's grace period. With --kube-cluster-selector a driver's pods belong to the cluster and stay: there an attempt has
+ended when its RayJob is gone, and the store's fence keeps the late writes of its driver out of the run.
 
 With --kube-queue, or without --max-cpus, there is always room: runs start at once with the fewest workers that they
 may have, and neither grow nor make room; Kueue or the nodes' autoscaler decides. With --max-cpus the dispatcher plans
@@ -41,31 +46,31 @@ from __future__ import annotations
 import logging
 import signal
 import time
+from collections.abc import Callable
+from functools import partial
 
+from genmodels.errors import GenmodelsError
 from genmodels.runs.jobs import Jobs
 from genmodels.runs.store import Run
 from genmodels.storage import Storage
-from services.dispatch.backends.base import LOST, PREEMPTED, Capacity, Driver, submission_id
+from services.dispatch.backends.base import LOST, PREEMPTED, REFUSED, Capacity, Driver, submission_id
 from services.dispatch.backends.kube_api import KubeApi
+from services.dispatch.backends.pods import find_obstacle, is_partly_placed
 from services.dispatch.backends.ray_jobs import ACCEPT_SECONDS
 from services.dispatch.backends.rayjob import KubeOptions, RayJob, Template
+from services.dispatch.backends.rayjob_status import (
+    DRIVER_ENDED,
+    ENDED_STATES,
+    FAILED,
+    created,
+    end_of,
+    is_going,
+    state_of,
+)
 
 KEEP_SECONDS = 300.0  # an ended RayJob stays for inspection
 GONE_SECONDS = 300.0  # for the pods of a deleted RayJob: the pods of a lost node may stay for ever
-FAILED = 1  # exit code that always counts; LOST counts only once training had begun
-MESSAGE = 300  # characters of KubeRay's message in a reason
 LOG = 2000  # characters of this message in the log; it ends with the last lines of the driver's log
-DRIVER_ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
-REASONS = {
-    "AppFailed": (FAILED, "the driver died"),
-    "ValidationFailed": (FAILED, "KubeRay refuses the RayJob"),
-    "SubmissionFailed": (LOST, "the driver could not be submitted"),
-    "DeadlineExceeded": (LOST, "it took longer than the template's activeDeadlineSeconds"),
-    "PreRunningDeadlineExceeded": (LOST, "its cluster was not there in time: no room for its pods, or no image"),
-    "JobStatusCheckTimeoutExceeded": (LOST, "its head pod was lost"),
-    "JobDeploymentStatusTransitionGracePeriodExceeded": (LOST, "KubeRay lost sight of the driver"),
-}
-
 log = logging.getLogger("genmodels.kuberay")
 
 
@@ -83,15 +88,28 @@ class KubeRayBackend:
         self.storage, self.template = storage, Template(options)
         self.api = KubeApi(options.namespace)
         self.most = Capacity(0, 0, unlimited=True) if options.queue or not most.cpus else most
+        self.give_way_seconds = options.give_way_seconds
         self._ended: dict[str, float] = {}  # RayJob -> time at which its end was first seen
 
     def start(self, storage_url: str, job: str, model: str, attempt: int, workers: int) -> Driver:
         spec = Jobs(self.storage).spec(job)
-        body = self.template.fill(storage_url, job, spec.model(model), attempt, workers, spec.priority)
-        return _RayJob(self, Run(self.storage, job, model), attempt, body)
+        fill = partial(self.template.fill, storage_url, job, spec.model(model), attempt, workers, spec.priority)
+        return _RayJob(self, Run(self.storage, job, model), attempt, fill)
 
     def find(self, job: str, model: str, attempt: int) -> Driver:
         return _RayJob(self, Run(self.storage, job, model), attempt)
+
+    def create(self, fill: Callable[[], RayJob]) -> tuple[int, str]:
+        """Create a RayJob from the current template; return the answer's status and message, as of the API server."""
+        if name := self.template.options.template_object:
+            status, answer = self.api.get(name)
+            if status != 200:
+                return status, answer
+            try:
+                self.template.use(answer)
+            except GenmodelsError as error:
+                return 422, str(error)
+        return self.api.create(fill())
 
     def capacity(self) -> Capacity | None:
         jobs = self.api.jobs()
@@ -100,13 +118,26 @@ class KubeRayBackend:
         self._sweep(jobs)
         return self.most
 
+    def is_partly_placed(self, job: RayJob) -> bool:
+        """Tell whether some pods of a RayJob have nodes and others have none."""
+        cluster = (job.get("status") or {}).get("rayClusterStatus") or {}
+        groups = (job["spec"].get("rayClusterSpec") or {}).get("workerGroupSpecs") or ()
+        total = 1 + sum(group["replicas"] for group in groups)
+        return is_partly_placed(self.api.pending_pods(job["metadata"]["name"]), cluster, total)
+
+    def has_earlier(self, job: RayJob) -> bool:
+        """Tell whether a RayJob that is older than this one is partly placed as well."""
+        jobs = (self.api.jobs() or {}).values()
+        earlier = (each for each in jobs if created(each) < created(job) and state_of(each) == "Initializing")
+        return any(map(self.is_partly_placed, earlier))
+
     def _sweep(self, jobs: dict[str, RayJob]) -> None:
         """Delete the RayJobs that ended KEEP_SECONDS ago; their results were read long before."""
         now = time.monotonic()
-        ended = [name for name, job in jobs.items() if _state(job) in ("Complete", "Failed")]
+        ended = [name for name, job in jobs.items() if state_of(job) in ENDED_STATES]
         self._ended = {name: self._ended.get(name, now) for name in ended}
         for name, since in self._ended.items():
-            if now - since >= KEEP_SECONDS and not _is_going(jobs[name]):
+            if now - since >= KEEP_SECONDS and not is_going(jobs[name]):
                 self.api.delete(name)
 
 
@@ -116,14 +147,18 @@ class _RayJob(Driver):
     `code` and `reason` describe the end of the attempt; `poll` is None until the end is certain.
     """
 
-    def __init__(self, backend: KubeRayBackend, run: Run, attempt: int, body: RayJob | None = None) -> None:
-        self.api, self.run, self.attempt = backend.api, run, attempt
+    def __init__(
+        self, backend: KubeRayBackend, run: Run, attempt: int, fill: Callable[[], RayJob] | None = None
+    ) -> None:
+        self.backend, self.api, self.run, self.attempt = backend, backend.api, run, attempt
         self.name = submission_id(run.job, run.model, attempt)
-        self.body, self.deadline = body, time.monotonic() + ACCEPT_SECONDS  # the RayJob to create; None once it exists
+        self.fill = fill  # makes the RayJob to create; None once it exists
+        self.deadline = time.monotonic() + ACCEPT_SECONDS
         self.queue = backend.template.options.queue
         self.code, self.ended = LOST, False
         self.deleting = self.existed = False
         self.gone_since: float | None = None
+        self.partly_placed_since: float | None = None
         self.never_began = False  # known for certain while it is suspended
         self.head = ""
         self._create()
@@ -141,36 +176,64 @@ class _RayJob(Driver):
     # Each of these methods returns True if the attempt has ended for good.
 
     def _check(self, job: RayJob) -> bool:
-        self.body, self.existed = None, True
-        if _is_going(job):
+        self.fill, self.existed = None, True
+        if is_going(job):
             if not self.deleting:
                 self._end_by_deleting(LOST, "its RayJob was deleted", ask=False)
             return False
         if self.deleting:
             self.api.delete(self.name)
             return False
-        status, queued = job.get("status") or {}, bool(self.queue and job["spec"].get("suspend"))
-        match _state(job):
-            case "Complete" | "Failed":
+        state, status = state_of(job), job.get("status") or {}
+        self.waiting = self.problem = ""
+        match state:
+            case _ if state in ENDED_STATES:
                 return self._has_ended(status)
             case "Running":
-                self.waiting, self.never_began = "", False
+                self.never_began = False
                 self._watch_head(status)
+            case "Retrying":
+                self._end_by_deleting(LOST, "KubeRay was about to start it again")
             case "Suspending" | "Suspended" if self._had_begun():
                 self.waiting = "is suspended: its pods end"
-                if _state(job) == "Suspended":
+                if state == "Suspended":
                     why = "preempted: Kueue suspended it" if self.queue else "it was suspended"
                     self._end_by_deleting(PREEMPTED, why)
-            case _ if queued:
+            case "" | "Initializing" | "Suspending" | "Suspended" if self.queue and job["spec"].get("suspend"):
                 self.waiting = f"waits for Kueue to admit it to queue {self.queue}"
-            case "Suspended":
+            case "Suspending" | "Suspended":
                 self.waiting = "is suspended"
+            case "":
+                self.waiting, self.never_began = "waits for KubeRay to take its RayJob", False
+            case "Initializing":
+                self.never_began = False
+                self._wait_for_pods(job, status)
             case _:
-                self.waiting, self.never_began = "waits for KubeRay to make its cluster", False
+                self.problem = f"KubeRay reports a state that is not known here: {state}"
         return False
 
+    def _wait_for_pods(self, job: RayJob, status: RayJob) -> None:
+        obstacle = find_obstacle(self.api.pending_pods(self.name), status.get("rayClusterStatus") or {})
+        self.waiting = obstacle.reason if obstacle else "waits for KubeRay to make its cluster"
+        if obstacle and obstacle.final:
+            self._end_by_deleting(REFUSED, obstacle.reason)
+        elif self._gives_way(job):
+            self._end_by_deleting(LOST, f"gave its nodes to an earlier run; {self.waiting}")
+
+    def _gives_way(self, job: RayJob) -> bool:
+        """Tell whether this run and an earlier one have held a part of their nodes for too long: each blocks the other.
+
+        Without Kueue each pod gets a node by itself.
+        """
+        if self.queue or not self.backend.is_partly_placed(job):
+            self.partly_placed_since = None
+            return False
+        now = time.monotonic()
+        self.partly_placed_since = self.partly_placed_since or now
+        return now - self.partly_placed_since >= self.backend.give_way_seconds and self.backend.has_earlier(job)
+
     def _has_ended(self, status: RayJob) -> bool:
-        code, reason = _end(status)
+        code, reason = end_of(status)
         if code:
             log.warning("RayJob %s: %s\n%s", self.name, reason, (status.get("message") or "")[-LOG:])
         if status.get("jobStatus") in DRIVER_ENDED or not status.get("rayClusterName"):
@@ -191,7 +254,7 @@ class _RayJob(Driver):
         return not self.never_began
 
     def _is_missing(self) -> bool:
-        if self.body is not None:
+        if self.fill is not None:
             return self._create()
         if not self.deleting:
             self._end_by_deleting(LOST, "its RayJob was deleted" if self.existed else "its RayJob is gone", ask=False)
@@ -203,13 +266,14 @@ class _RayJob(Driver):
         return pods is False
 
     def _create(self) -> bool:
-        if self.body is None:
+        if self.fill is None:
             return False
-        status, message = self.api.create(self.body)
+        status, message = self.backend.create(self.fill)
         if status in (200, 201, 409):
-            self.body = None
-        elif status in (400, 404, 413, 422):
-            self.ended, self.code, self.reason = True, FAILED, f"Kubernetes refuses the RayJob: {message}"
+            self.fill = None
+        elif status in (400, 404, 413, 422):  # 404: the operator's CRD or the template is missing, maybe for a while
+            self.ended, self.code = True, FAILED if status == 404 else REFUSED
+            self.reason = f"Kubernetes refuses the RayJob: {message}"
         elif status == 403:  # rights, or a quota
             self.waiting = f"Kubernetes does not take the RayJob: {message}"
         elif time.monotonic() > self.deadline:
@@ -217,27 +281,7 @@ class _RayJob(Driver):
         return self.ended
 
     def _end_by_deleting(self, code: int, reason: str, ask: bool = True) -> None:
-        self.body, self.deleting = None, True
+        self.fill, self.deleting = None, True
         self.code, self.reason, self.waiting = code, reason, "its pods end"
         if ask:
             self.api.delete(self.name)
-
-
-def _state(job: RayJob) -> str:
-    return (job.get("status") or {}).get("jobDeploymentStatus") or ""
-
-
-def _is_going(job: RayJob) -> bool:
-    return "deletionTimestamp" in job["metadata"]
-
-
-def _end(status: RayJob) -> tuple[int, str]:
-    """Return the code and the reason of a RayJob that is Complete or Failed."""
-    match status.get("jobDeploymentStatus"), status.get("jobStatus"):
-        case "Complete", "SUCCEEDED":
-            return 0, "the driver ended with code 0 and left no result"
-        case "Complete", "STOPPED":
-            return -signal.SIGTERM, "the driver was stopped"
-    why, message = status.get("reason") or "Failed", (status.get("message") or "").strip().partition("\n")[0]
-    code, meaning = REASONS.get(why, (FAILED, "the driver failed"))
-    return code, f"{meaning} ({why}: {message[:MESSAGE]})" if message else f"{meaning} ({why})"

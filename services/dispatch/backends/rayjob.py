@@ -1,16 +1,19 @@
 """Make the RayJob of one attempt from the operator's template.
 
-An engineer writes the template (`--kube-template`, the YAML of one `ray.io/v1` RayJob). The template sets the pods of a
-run: images, CPUs, memory, volumes, service account, tolerations, `preRunningDeadlineSeconds`. It must have
-`spec.rayClusterSpec` with a head group and a worker group `workers`. It may have a second group `gpu-workers`, which
-runs with `use_gpu` then use. In both groups only the resources of the first container count as the worker's.
+An engineer writes the template, one `ray.io/v1` RayJob: an object in the cluster (`--kube-template-object`; it is
+suspended, so that the operator makes no cluster of it, and is read again at each start) or a file (`--kube-template`).
+The template sets the pods of a run: images, CPUs, memory, volumes, service account, tolerations,
+`preRunningDeadlineSeconds`. It must have `spec.rayClusterSpec` with a head group and a worker group `workers`. It may
+have a second group `gpu-workers`, which runs with `use_gpu` then use. In both groups only the resources of the first
+container count as the worker's.
 
 These fields are filled in and override the template:
 
     metadata.name                   r-<12 hex>-a<attempt>, like the ids of Ray Jobs; the Ray job has the same id
     metadata.labels                 app.kubernetes.io/managed-by: genmodels, genmodels/job, genmodels/model,
                                     genmodels/attempt (a value beyond 63 characters is cut and ends in its hash)
-    metadata.annotations            genmodels/run, the readable job/model; genmodels/attempt
+    metadata.annotations            genmodels/run, the readable job/model; genmodels/attempt. Of a template that is an
+                                    object, no label and no annotation: they belong to the tool that applied it
     pod templates                   label genmodels/rayjob: <name>, the selector of an attempt's pods
     spec.entrypoint, spec.jobId     the driver's command
     spec.submissionMode             HTTPMode: the operator submits. K8sJobMode would pull the image for one more pod per
@@ -18,12 +21,20 @@ These fields are filled in and override the template:
     spec.backoffLimit               0: the dispatcher alone tries again
     spec.shutdownAfterJobFinishes   true, and ttlSecondsAfterFinished 0: the cluster is removed at once. The RayJob
                                     keeps its result; the dispatcher deletes it KEEP_SECONDS later
-    one worker group                replicas, minReplicas, maxReplicas: the workers; no other group; no autoscaling
-    rayStartParams.num-cpus         head "0", workers "1": one worker of the training per pod, whatever its CPUs
-    nvidia.com/gpu: 1               in the worker's requests and limits if the spec sets `use_gpu`, unless the group
-                                    requests a GPU itself
+    one worker group                replicas, minReplicas, maxReplicas: the pods; no other group; no autoscaling
+    rayStartParams.num-cpus         head "0", workers: the workers of a pod (1 without GPUs), whatever its CPUs.
+                                    In a group with `resources`, which KubeRay does not take together with it:
+                                    resources.CPU, unless it is there
+    nvidia.com/gpu                  of the worker's requests and limits if the spec sets `use_gpu`. A group that
+                                    requests none gets 1. A group that requests more, e.g. 8 with NVLink, gets a worker
+                                    for each, on as few pods as that takes; a pod requests as many GPUs as it has
+                                    workers. Another resource that ends in /gpu counts as well
+    lifecycle.preStop               of the first container, unless it has one: services.train.pre_stop, with which the
+                                    run saves before the pod ends. terminationGracePeriodSeconds: 120 if the template
+                                    has none; the run may take 20 seconds less to save. Ray's own wait after SIGTERM
+                                    (RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S) is then 0
     spec.preRunningDeadlineSeconds  1800 if the template has none: an attempt ends if its nodes never come
-    spec.suspend, kueue.x-k8s.io/*  with --kube-queue: created suspended; Kueue admits it
+    spec.suspend, kueue.x-k8s.io/*  with --kube-queue: created suspended; Kueue admits it. Else not suspended
 
 With --kube-cluster-selector the Ray job goes to an existing RayCluster: no cluster is made, and no template is needed.
 """
@@ -46,11 +57,12 @@ import yaml
 
 from genmodels.errors import GenmodelsError
 from genmodels.spec.sections import ModelSpec
-from services.dispatch.backends.base import driver_command, submission_id
+from services.dispatch.backends.base import driver_command, pre_stop_command, submission_id
 
 RayJob = dict[str, Any]  # the custom resource, as the API has it
 
 API_VERSION = "ray.io/v1"
+PART_OF = {"app.kubernetes.io/part-of": "genmodels"}
 MANAGED_BY = {"app.kubernetes.io/managed-by": "genmodels"}
 POD_LABEL = "genmodels/rayjob"
 QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
@@ -58,6 +70,9 @@ PRIORITY_LABEL = "kueue.x-k8s.io/priority-class"
 WORKERS, GPU_WORKERS = "workers", "gpu-workers"
 PLACED_SECONDS = 1800
 LABEL_LENGTH = 63
+GRACE_SECONDS = 120  # for a pod to end; it saves first
+RAYS_WAIT = "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"
+SIGTERM_SECONDS = 20  # of the grace period, for Ray's processes to end after the run has saved
 
 
 @dataclass(frozen=True)
@@ -69,6 +84,8 @@ class KubeOptions:
     cluster: str | None = None
     queue: str | None = None
     priorities: Sequence[tuple[str, int]] = field(default=())
+    template_object: str | None = None
+    give_way_seconds: float = 300.0
 
     @classmethod
     def of(cls, options: argparse.Namespace) -> KubeOptions:
@@ -83,13 +100,25 @@ class KubeOptions:
             raise GenmodelsError("--max-cpus and --max-gpus do not go with --kube-queue: Kueue alone admits")
         if options.max_gpus and not options.max_cpus:
             raise GenmodelsError("--max-gpus needs --max-cpus with --backend kuberay: each worker has a CPU, too")
-        if not options.kube_template and not options.kube_cluster_selector:
-            raise GenmodelsError("--backend kuberay needs --kube-template, or --kube-cluster-selector")
+        if options.kube_template and options.kube_template_object:
+            raise GenmodelsError("--kube-template does not go with --kube-template-object: there is one template")
+        if not (options.kube_template or options.kube_template_object or options.kube_cluster_selector):
+            raise GenmodelsError(
+                "--backend kuberay needs --kube-template-object, --kube-template or --kube-cluster-selector"
+            )
         template = Path(options.kube_template) if options.kube_template else None
         priorities = tuple(_priority(text) for text in options.kube_priority)
         if priorities and not options.kube_queue:
             raise GenmodelsError("--kube-priority needs --kube-queue: Kueue's classes mean nothing without it")
-        return cls(options.kube_namespace, template, options.kube_cluster_selector, options.kube_queue, priorities)
+        return cls(
+            options.kube_namespace,
+            template,
+            options.kube_cluster_selector,
+            options.kube_queue,
+            priorities,
+            options.kube_template_object,
+            options.kube_give_way_seconds,
+        )
 
 
 def add_kube_arguments(parser: argparse.ArgumentParser) -> None:
@@ -100,9 +129,18 @@ def add_kube_arguments(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(f"--{name}", default=os.environ.get(variable) or None, help=f"{help} ({variable})", **more)
 
     add("kube-namespace", "where RayJobs are made; default: the service account's own", metavar="NAME")
+    add("kube-template-object", "a suspended RayJob of the namespace, to fill in at each start", metavar="NAME")
     add("kube-template", "YAML of a RayJob to fill in; see services/dispatch/backends/rayjob.py", metavar="FILE")
     add("kube-cluster-selector", "have this RayCluster run all drivers, in place of a cluster per run", metavar="NAME")
     add("kube-queue", "LocalQueue of Kueue, which then alone admits", metavar="NAME")
+    parser.add_argument(
+        "--kube-give-way-seconds",
+        type=float,
+        default=float(os.environ.get("GENMODELS_KUBE_GIVE_WAY_SECONDS") or KubeOptions.give_way_seconds),
+        metavar="SECONDS",
+        help="after which a run that has nodes for only a part of its pods gives them to an earlier run in the same"
+        " state, without --kube-queue (GENMODELS_KUBE_GIVE_WAY_SECONDS; default: %(default)s)",
+    )
     parser.add_argument(
         "--kube-priority",
         action="append",
@@ -124,8 +162,17 @@ class Template:
         """
         self.options = options
         self.job = {} if options.template is None else _read(options.template)
-        if options.cluster is None:
-            _check(self.job, str(options.template))
+        if options.template:
+            _check(self.job, f"--kube-template {options.template}")
+
+    def use(self, job: RayJob) -> None:
+        """Fill in this object of the cluster from now on.
+
+        Raises:
+            GenmodelsError: it lacks a field that must be filled in.
+        """
+        _check(job, f"the RayJob {self.options.template_object}")
+        self.job = {"metadata": {"labels": dict(PART_OF)}, "spec": job["spec"]}
 
     def fill(self, storage_url: str, job: str, spec: ModelSpec, attempt: int, workers: int, priority: int) -> RayJob:
         """Return the RayJob of one attempt."""
@@ -140,7 +187,7 @@ class Template:
         metadata["annotations"] = {**(metadata.get("annotations") or {}), **readable}
         command = driver_command(storage_url, job, model, attempt, workers)
         body |= {
-            "entrypoint": shlex.join(["python", *command[1:]]),  # the Python of the image
+            "entrypoint": shlex.join(_in_image(command)),
             "jobId": name,
             "submissionMode": "HTTPMode",
             "backoffLimit": 0,
@@ -152,9 +199,9 @@ class Template:
         else:
             body |= {"shutdownAfterJobFinishes": True, "ttlSecondsAfterFinished": 0}
             _size(body["rayClusterSpec"], name, workers, spec.scaling.use_gpu)
+            _save_first(body["rayClusterSpec"], pre_stop_command(storage_url, job, model, attempt))
         body.setdefault("preRunningDeadlineSeconds", PLACED_SECONDS)
-        if self.options.queue:
-            body["suspend"] = True
+        body["suspend"] = bool(self.options.queue)
         return {**filled, "apiVersion": API_VERSION, "kind": "RayJob"}
 
     def _queued(self, priority: int) -> dict[str, str]:
@@ -181,22 +228,50 @@ def _priority(text: str) -> tuple[str, int]:
 
 
 def _size(cluster: dict[str, Any], name: str, workers: int, use_gpu: bool) -> None:
-    """Reduce the cluster to one worker group with one pod per worker."""
+    """Reduce the cluster to one worker group, with as many pods as the workers need."""
     groups = {group["groupName"]: group for group in cluster["workerGroupSpecs"]}
     group = groups.get(GPU_WORKERS, groups[WORKERS]) if use_gpu else groups[WORKERS]
-    group |= {"replicas": workers, "minReplicas": workers, "maxReplicas": workers}
+    count, workers_of_pod = _share_gpus(group, workers) if use_gpu else (workers, 1)
+    group |= {"replicas": count, "minReplicas": count, "maxReplicas": count}
     cluster["workerGroupSpecs"] = [group]
     cluster.pop("enableInTreeAutoscaling", None)
-    for pods, cpus in ((cluster["headGroupSpec"], "0"), (group, "1")):
-        pods["rayStartParams"] = {**(pods.get("rayStartParams") or {}), "num-cpus": cpus}
+    for pods, cpus in ((cluster["headGroupSpec"], "0"), (group, str(workers_of_pod))):
+        parameters = pods["rayStartParams"] = dict(pods.get("rayStartParams") or {})
+        if resources := pods.get("resources"):  # KubeRay refuses both; the CPUs are then in `resources`
+            if not any(name.casefold() == "cpu" for name in resources):
+                resources["CPU"] = cpus
+        else:
+            parameters["num-cpus"] = cpus
         metadata = pods["template"].setdefault("metadata", {})
         metadata["labels"] = {**(metadata.get("labels") or {}), POD_LABEL: name}
-    if use_gpu:
-        resources = group["template"]["spec"]["containers"][0].setdefault("resources", {})
-        for kind in ("requests", "limits"):
-            amounts = resources.setdefault(kind, {})
-            if not any(resource.endswith("/gpu") for resource in amounts):
-                amounts["nvidia.com/gpu"] = 1
+
+
+def _share_gpus(group: dict[str, Any], workers: int) -> tuple[int, int]:
+    """Return the number of pods and of workers in a pod, one for each GPU; request no more GPUs than these need."""
+    resources = group["template"]["spec"]["containers"][0].setdefault("resources", {})
+    limits, requests = resources.setdefault("limits", {}), resources.setdefault("requests", {})
+    gpu = next((name for name in (*limits, *requests) if name.endswith("/gpu")), "nvidia.com/gpu")
+    gpus_of_pod = int(limits.get(gpu) or requests.get(gpu) or 1)
+    count = -(-workers // gpus_of_pod)
+    limits[gpu] = requests[gpu] = workers_of_pod = -(-workers // count)
+    return count, workers_of_pod
+
+
+def _save_first(cluster: dict[str, Any], command: list[str]) -> None:
+    """Add the hook to each pod: whichever of them ends, the run saves before. Ray then ends without a further wait."""
+    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+        pod = group["template"]["spec"]
+        grace = pod.setdefault("terminationGracePeriodSeconds", GRACE_SECONDS)
+        seconds = str(max(0, grace - SIGTERM_SECONDS))
+        hooks = pod["containers"][0].setdefault("lifecycle", {})
+        hooks.setdefault("preStop", {"exec": {"command": [*_in_image(command), "--seconds", seconds]}})
+        env = pod["containers"][0].setdefault("env", [])
+        if not any(variable["name"] == RAYS_WAIT for variable in env):
+            env.append({"name": RAYS_WAIT, "value": "0"})
+
+
+def _in_image(command: list[str]) -> list[str]:
+    return ["python", *command[1:]]  # the Python of the image, not this process's
 
 
 def _read(path: Path) -> RayJob:
@@ -210,7 +285,7 @@ def _read(path: Path) -> RayJob:
     return template
 
 
-def _check(job: RayJob, path: str) -> None:
+def _check(job: RayJob, source: str) -> None:
     """Raise GenmodelsError if a field that must be filled in is missing."""
     try:
         cluster = job["spec"]["rayClusterSpec"]
@@ -219,6 +294,6 @@ def _check(job: RayJob, path: str) -> None:
             _ = pods["template"]["spec"]["containers"][0]["image"]
     except (KeyError, IndexError, TypeError) as error:
         raise GenmodelsError(
-            f"--kube-template {path} lacks {error}: it needs spec.rayClusterSpec with a headGroupSpec, and a worker"
+            f"{source} lacks {error}: it needs spec.rayClusterSpec with a headGroupSpec, and a worker"
             f" group {WORKERS!r}, each with a pod template and an image"
         ) from None

@@ -14,6 +14,7 @@ import random
 import subprocess
 import sys
 import threading
+import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -39,6 +40,7 @@ from genmodels.data import (
     shard,
 )
 from genmodels.data.sources import File, Source, plays, read
+from genmodels.data.text import PART, read_text
 from genmodels.errors import DataError, RequestError
 from genmodels.family import ImageInfo, TextInfo
 from tests.support.paths import ROOT
@@ -179,6 +181,18 @@ def test_paths_that_are_not_there_or_not_files(tmp_path: Path, monkeypatch: pyte
         open_dataset(DataConfig(path=str(tmp_path / "large.txt")))
 
 
+def test_a_large_text_is_held_at_most_twice(tmp_path: Path) -> None:
+    (tmp_path / "large.txt").write_bytes(b"To be, or not to be.\n" * 400_000)
+    size = (tmp_path / "large.txt").stat().st_size
+    tracemalloc.start()
+    try:
+        read_text(tmp_path / "large.txt")
+        _, peak = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert peak < 2.2 * size + 9 * PART  # and one part as UTF-32 and as an index
+
+
 def test_a_tokenizer_comes_back_from_its_file_and_names_unknown_characters() -> None:
     tokenizer = CharTokenizer.from_text("héllo\n😀'")
     again = load_tokenizer(tokenizer.to_json())
@@ -193,7 +207,19 @@ def test_a_tokenizer_comes_back_from_its_file_and_names_unknown_characters() -> 
 
 
 @pytest.mark.parametrize(
-    "content", [b"", b"[]", b"{}", b'{"type": "char"}', b'{"type": "char", "vocab": "aa"}', b'{"type": "bpe"}', b"\xff"]
+    "content",
+    [
+        b"",
+        b"[]",
+        b"{}",
+        b'{"type": "char"}',
+        b'{"type": "char", "vocab": "aa"}',
+        b'{"type": "char", "vocab": ["ab", "c"]}',
+        b'{"type": "char", "vocab": "ab\\ud83d"}',
+        b'{"type": "char", "vocab": "\\udc00"}',
+        b'{"type": "bpe"}',
+        b"\xff",
+    ],
 )
 def test_a_damaged_tokenizer_is_a_data_error(content: bytes) -> None:
     with pytest.raises(DataError, match=r"tokenizer\.json"):

@@ -22,7 +22,7 @@ from genmodels.data.files import find_pictures, shown, skipped_note
 from genmodels.data.images import REQUEST_FORMATS, read_folder
 from genmodels.errors import DataError, RequestError, SpecError
 from genmodels.family import ImageInfo
-from genmodels.spec.parse import read_spec
+from tests.support.spec_files import read_spec
 from tests.support.storages import MemoryStorage
 
 MODES = ("1", "L", "LA", "La", "P", "PA", "RGB", "RGBA", "RGBa", "RGBX", "CMYK", "YCbCr", "LAB", "HSV")

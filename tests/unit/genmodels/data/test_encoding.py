@@ -80,11 +80,36 @@ def test_where_it_cannot_be_told_none_is_invented(tmp_path: Path, encoding: str)
         (bytes(range(256)) * 20, "is not a text file: it has NUL bytes"),
         (LATIN.encode() + b"\0", "is not a text file: it has NUL bytes"),
         (b"", "has 0 characters, too few to train on"),
+        (b"x", "has 1 character, too few to train on"),
+        (b"z" * 5000, "repeats one character ('z'), so there is nothing to learn; a text needs at least 2 different"),
+        ("é".encode() * 5000, "repeats one character ('é')"),
+        (b"\r\n" * 5000, "repeats one character ('\\n')"),
         (b"\0", "is not a text file: it has NUL bytes"),
     ],
 )
 def test_other_files_are_told_for_what_they_are(tmp_path: Path, content: bytes, report: str) -> None:
     assert report in refusal(tmp_path / "a book.txt", content)
+
+
+@pytest.mark.parametrize("text", [LATIN, CHINESE, KOREAN, "x" * 3000 + "€", LATIN + "😀"])
+def test_a_text_that_is_cut_off_inside_a_character_is_told_so(tmp_path: Path, text: str) -> None:
+    last = next(character for character in reversed(text) if not character.isascii())
+    whole = text[: text.rindex(last)].encode()
+    for remains in range(2 if whole.isascii() else 1, len(last.encode())):
+        message = refusal(tmp_path / "book.txt", whole + last.encode()[:remains])
+        count = "byte" if remains == 1 else f"{remains} bytes"
+        place = f"inside its last character, at byte {len(whole):,}"
+        assert message.endswith(f"is cut off {place}; copy it again, or remove the last {count}")
+
+
+@pytest.mark.parametrize("marks", [1, 2, 3])
+def test_byte_order_marks_are_no_characters(tmp_path: Path, marks: int) -> None:
+    """A file that was joined from several also has them inside."""
+    path = tmp_path / "book.txt"
+    path.write_bytes((b"\xef\xbb\xbf" * marks + LATIN.encode()) * 2)
+    data = read_text(path)
+    assert data.tokenizer.vocab == "".join(sorted(set(LATIN)))
+    assert len(data.train) + len(data.val) == 2 * len(LATIN)
 
 
 @pytest.mark.parametrize("mark", [b"", b"\xef\xbb\xbf"])

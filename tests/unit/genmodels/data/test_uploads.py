@@ -199,7 +199,7 @@ def test_hostile_names_are_refused_before_anything_is_touched(name: str, play: P
 
 def test_names_that_mean_something_else_are_refused(play: Path, photos: Path) -> None:
     storage = MemoryStorage()
-    with pytest.raises(DataError, match="'digits' is a built-in dataset; choose another"):
+    with pytest.raises(DataError, match="'digits' is a built-in dataset; choose another name"):
         uploads.add(storage, "digits", play)
     uploads.add(storage, "mine", play)
     with pytest.raises(DataError, match="'mine' is a dataset of texts, but this one has images: choose another name"):

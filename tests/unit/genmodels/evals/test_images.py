@@ -93,6 +93,7 @@ def appointed(data=SHAPES) -> classifier.FeatureClassifier:
     return classifier.load_or_train(BENCH.evaluation_data(data), np.arange(0, len(data.split("train")), 2))
 
 
+@pytest.mark.slow
 def test_a_judge_learns_the_classes_and_is_the_same_each_time() -> None:
     first = appointed()
     assert first.knows_classes

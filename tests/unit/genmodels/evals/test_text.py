@@ -16,7 +16,6 @@ from genmodels.family import OptimizerConfig, TextInfo
 from genmodels.models.minigpt import MiniGPT, MiniGPTConfig
 from genmodels.registry.store import Registry
 from genmodels.runs.store import Run
-from genmodels.spec.parse import read_spec
 from genmodels.storage import open_storage
 from genmodels.training.attempt import run_attempt
 from genmodels.training.group import Group
@@ -25,6 +24,7 @@ from services.local.platform import submit
 from services.train.publish import publish_run
 from tests.support.evaluation_data import Bench
 from tests.support.paths import ROOT
+from tests.support.spec_files import read_spec
 from tests.support.tiny_jobs import job, make_data, model
 
 WORDS = ("the", "king", "of", "storm", "and", "night", "my", "lord", "sleeps", "no", "more")
@@ -53,6 +53,7 @@ def trained(data: TextData, steps: int) -> MiniGPT:
 # the whole evaluation
 
 
+@pytest.mark.slow
 def test_a_model_stands_beside_tables_and_people() -> None:
     data = TextData(story(6000, 0))
     family, bench = trained(data, 150), Bench()
@@ -89,6 +90,7 @@ def test_a_model_that_learned_nothing_is_above_every_table() -> None:
     assert metrics["nats_below_4grams"].value < metrics["nats_below_bigrams"].value < 0
 
 
+@pytest.mark.slow
 def test_what_is_copied_is_found() -> None:
     """A model that has memorised one passage writes it."""
     data = TextData("ring around the rosy, pockets full of posies. " * 120)
@@ -181,6 +183,7 @@ def test_repetition_is_what_it_is_by_hand() -> None:
 # gates
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("shipped", "name", "metric"),
     [

@@ -14,9 +14,9 @@ from genmodels.family import ImageInfo, OptimizerConfig, TextInfo
 from genmodels.models.minigpt import MiniGPT, MiniGPTConfig, rotate, rotations
 from genmodels.nn.optim import make_optimizers
 from genmodels.nn.sampling import SamplingOptions
-from genmodels.spec.parse import read_spec
 from genmodels.spec.sections import ModelSpec
 from tests.support.paths import ROOT
+from tests.support.spec_files import read_spec
 
 VOCAB = 11
 PLAIN: dict[str, Any] = {

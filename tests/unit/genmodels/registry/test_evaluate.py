@@ -77,6 +77,7 @@ def passed(metric: str, actual: dict[str, float], **bound: float) -> bool:
 # ---- every family
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("shape", [(1, 16, True), (3, 12, False)])
 @pytest.mark.parametrize("name", [name for name in models.names() if models.load(name).kind == "image"])
 def test_an_image_family_measures_what_it_says(name: str, shape: tuple[int, int, bool]) -> None:
@@ -144,6 +145,7 @@ def test_a_vae_without_latents_has_a_bound_that_is_exact() -> None:
     assert actual["nll"] == pytest.approx(actual["negative_elbo"], rel=1e-6)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("likelihood", "says"),
     [("bernoulli", "no likelihood"), ("bernoulli-binarized", "black or white"), ("gaussian", "density")],
@@ -174,6 +176,7 @@ def test_a_pixel_on_its_own_has_the_likelihood_of_its_mean() -> None:
 # ---- autoencoder
 
 
+@pytest.mark.slow
 def test_a_gate_refuses_an_autoencoder_that_lost_to_what_needs_no_training() -> None:
     torch.manual_seed(0)
     config = AutoencoderConfig(latent_dim=8, width=8, noise_std=0.3)
@@ -399,6 +402,7 @@ def test_a_gate_may_name_a_measure(tmp_path: Path) -> None:
 # ---- asked for, and shown
 
 
+@pytest.mark.slow
 def test_evaluate_on_the_command_line(tiny_spec: ModelSpec, tmp_path: Path) -> None:
     from services.local.platform import submit
 

@@ -71,6 +71,7 @@ def assert_same_weights(result: dict[str, torch.Tensor], expected: dict[str, tor
         )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", models.names())
 def test_it_begins_with_the_served_weights_of_a_version_and_of_a_step(
     data: Path, storage: Storage, family: str
@@ -88,6 +89,7 @@ def test_it_begins_with_the_served_weights_of_a_version_and_of_a_step(
     assert references.pinned_checkpoints(source) == [CheckpointRef(attempt=1, step=3)]
 
 
+@pytest.mark.slow
 def test_the_step_the_schedule_and_the_optimizer_begin_anew(data: Path, storage: Storage) -> None:
     source = trained(storage, "source", model(data, "minigpt", max_steps=20, learning_rate=1e-2))
     published(storage, source, CheckpointRef(attempt=1, step=20))
@@ -136,6 +138,7 @@ def test_live_and_a_step_are_of_the_run_that_was_submitted_last(data: Path, stor
         references.resolve_reference("gan@live", storage)
 
 
+@pytest.mark.slow
 def test_a_run_that_resumes_needs_its_source_no_more(data: Path, storage: Storage) -> None:
     source = trained(storage, "source", model(data, "minigpt"))
     published(storage, source, CheckpointRef(attempt=1, step=6))
@@ -151,6 +154,7 @@ def test_a_run_that_resumes_needs_its_source_no_more(data: Path, storage: Storag
     assert run.manifest(CheckpointRef(attempt=2, step=6)).files == expected
 
 
+@pytest.mark.slow
 def test_a_text_is_read_with_the_tokenizer_of_the_model_it_continues(
     data: Path, storage: Storage, tmp_path: Path
 ) -> None:

@@ -315,6 +315,12 @@ def test_names_of_nothing_are_told(name: str) -> None:
     assert list(storage.objects) == ["keys/1.json"]
 
 
+def test_a_built_in_dataset_cannot_be_deleted() -> None:
+    for look in (dataset_contents, delete_dataset):
+        with pytest.raises(DataError, match="'digits' is a built-in dataset; only added datasets can be deleted"):
+            look(MemoryStorage(), "digits")
+
+
 def test_a_served_model_that_is_deleted_is_gone_at_the_next_look(base: MemoryStorage) -> None:
     storage = copy(base)
     watcher = AliasWatcher(

@@ -229,6 +229,7 @@ def test_a_crash_leaves_its_stack_on_the_original_stream(file_storage: Storage) 
     assert "Fatal Python error: Aborted" in err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("away", ["refuses", "hangs"])
 def test_an_unreachable_store_delays_the_end_for_a_bounded_time(file_storage: Storage, away: str) -> None:
     body = f"""
@@ -257,6 +258,7 @@ print(time.monotonic() - began)
 # ---- groups
 
 
+@pytest.mark.slow
 def test_logs_of_a_killed_rank_and_of_its_peer(data: Path, file_storage: Storage) -> None:
     """kill -9: the rank's output up to 2 s before is stored without a gap; its peer's log is complete."""
     name = submit(
@@ -285,6 +287,7 @@ def test_logs_of_a_killed_rank_and_of_its_peer(data: Path, file_storage: Storage
     assert [line.time for line in merged] == sorted(line.time for line in merged)
 
 
+@pytest.mark.slow
 def test_a_kill_command_leaves_the_stacks_of_ranks_that_hang(data: Path, file_storage: Storage) -> None:
     """Rank 0 waits in a collective, rank 1 sleeps in Python, rank 2 is stopped: ranks 0 and 1 can still print."""
     name = submit(file_storage, job("hang", model(data, "minigpt", max_steps=100, eval_every=100, save_every=100)))
@@ -308,6 +311,7 @@ def test_a_kill_command_leaves_the_stacks_of_ranks_that_hang(data: Path, file_st
     assert heartbeat.step_seconds is not None
 
 
+@pytest.mark.slow
 def test_output_of_an_attempt_that_wakes_after_a_pause_is_not_read(data: Path, file_storage: Storage) -> None:
     """SIGSTOP after the checkpoint at step 4; another attempt runs to the end; SIGCONT."""
     settings = {"max_steps": 12, "save_every": 4, "eval_every": 4}

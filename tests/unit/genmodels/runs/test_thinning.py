@@ -48,6 +48,7 @@ def test_rows_are_spread_evenly(most: int, count: int, share: float) -> None:
         assert max((b - a for a, b in pairwise(steps)), default=0) <= 4 * count / most + 1
 
 
+@pytest.mark.slow
 def test_a_long_series_is_not_held() -> None:
     tracemalloc.start()
     try:

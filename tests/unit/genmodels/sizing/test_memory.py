@@ -317,6 +317,21 @@ def test_the_setting_at_fault_is_named_with_what_would_be_right() -> None:
     assert re.search("; lower it, and n_\\w+ and n_\\w+$", message)
 
 
+@pytest.mark.parametrize("vocab_size", [200_000, 1_000_000, 2**21])
+def test_a_vocabulary_at_fault_is_named(tmp_path: Path, vocab_size: int) -> None:
+    make_data(tmp_path)
+    entry = model(tmp_path, "minigpt")
+    entry["model"] |= {"n_embd": 1024, "n_head": 8}
+    (spec,) = job("x", entry).models
+    with pytest.raises(SpecError, match=rf"^data: the text has {vocab_size:,} different .* \(vocab_size\), which take"):
+        servable.check(spec, TextInfo(vocab_size=vocab_size))
+    servable.check(spec, TextInfo(vocab_size=65))
+    entry["model"] |= {"n_layer": 128, "n_embd": 2048}
+    (spec,) = job("x", entry).models
+    with pytest.raises(SpecError, match=r"^model\.n_layer"):
+        servable.check(spec, TextInfo(vocab_size=65))
+
+
 def test_a_spec_is_judged_by_its_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     make_data(tmp_path)
     entry = model(tmp_path, "vae")

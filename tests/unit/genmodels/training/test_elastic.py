@@ -23,6 +23,7 @@ STEPS, BATCH = 50, 48
 BORDERS = [0, 13, 31, STEPS]  # where the attempts begin and end; an epoch is 9.4 steps
 
 
+@pytest.mark.slow
 def test_from_one_worker_to_two_and_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     seen = tmp_path / "seen"
     seen.mkdir()

@@ -98,6 +98,7 @@ def test_an_attempt_on_either_storage(data: Path, storage: Storage) -> None:
     assert heartbeat.step == 9
 
 
+@pytest.mark.slow
 def test_evaluation_does_not_depend_on_the_number_of_workers(data: Path, tmp_path: Path) -> None:
     """The sums cover the whole validation set, each example once, with any number of workers."""
     result: dict[int, list[dict[str, float]]] = {}

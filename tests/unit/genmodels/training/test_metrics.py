@@ -132,6 +132,7 @@ def test_counting_changes_no_bit_of_training(data: Path, monkeypatch: pytest.Mon
         assert digests[-1] == digests[-2]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", models.names())
 def test_operations_grow_with_the_batch_and_are_those_of_the_matrices(family: str) -> None:
     result, _ = build(family)

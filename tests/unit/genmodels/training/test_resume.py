@@ -24,6 +24,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_data(tmp_path_factory.mktemp("data"))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("world_size", [2, pytest.param(3, marks=pytest.mark.long)])
 def test_a_resumed_run_ends_with_the_same_bits(data: Path, tmp_path: Path, world_size: int) -> None:
     storage = open_storage(f"file://{tmp_path}")
@@ -46,6 +47,7 @@ def test_a_resumed_run_ends_with_the_same_bits(data: Path, tmp_path: Path, world
         assert [row["step"] for row in run.metrics()] == [1, 2, 3, 4, 5, 6]
 
 
+@pytest.mark.slow
 def test_killed_workers_change_no_bit(data: Path, tmp_path: Path) -> None:
     kill_and_resume(data, tmp_path, "minigpt", 2, max_steps=200)
 
@@ -85,6 +87,7 @@ def kill_and_resume(data: Path, folder: Path, family: str, checkpoints: int, max
     assert final_files(run, last) == final_files(Run(storage, calm, family), undisturbed)
 
 
+@pytest.mark.slow
 def test_leaving_saves_at_the_step_where_it_leaves(data: Path, tmp_path: Path) -> None:
     storage = open_storage(f"file://{tmp_path}")
     name = submit(storage, job("stop", model(data, "autoencoder", max_steps=5000, save_every=5000, eval_every=5000)))

@@ -30,6 +30,7 @@ def genmodels(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]
     return subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=120)
 
 
+@pytest.mark.slow
 def test_smoke_goes_the_whole_way_for_every_family(tmp_path: Path) -> None:
     make_data(tmp_path)
     entries = [model(tmp_path, family) for family in models.names()]
@@ -47,6 +48,7 @@ def test_smoke_goes_the_whole_way_for_every_family(tmp_path: Path) -> None:
     assert not (tmp_path / ".genmodels").exists()
 
 
+@pytest.mark.slow
 def test_smoke_says_what_does_not_fit(tmp_path: Path) -> None:
     make_data(tmp_path)
     entry = model(tmp_path, "vae") | {"data": {"path": str(tmp_path / "play.txt")}}
@@ -59,6 +61,7 @@ def test_smoke_says_what_does_not_fit(tmp_path: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_models_and_promote(tmp_path: Path) -> None:
     storage = open_storage((tmp_path / ".genmodels").as_uri())
     publish(storage, "shapes", "vae")
@@ -166,3 +169,22 @@ def test_up_hands_its_options_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert not ended.value.code
     expected = Options(port=8001, api_port=8081, metrics_port=9, auth=False, num_cpus=3, logs=Path("here"))
     assert given == [tmp_path.as_uri(), expected]
+
+
+@pytest.mark.parametrize(
+    "module", ["typer", "genmodels.errors", "services.cli.options", "services.cluster.environment"]
+)
+def test_ctrl_c_while_the_program_is_loaded_is_no_traceback(module: str) -> None:
+    program = f"""
+import sys
+
+class Interrupt:
+    def find_spec(self, name, *_):
+        if name == {module!r}:
+            raise KeyboardInterrupt
+
+sys.meta_path.insert(0, Interrupt())
+from services.cli.main import main
+"""
+    process = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (process.returncode, process.stdout, process.stderr) == (130, "", "")

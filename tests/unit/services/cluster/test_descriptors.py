@@ -17,6 +17,7 @@ GENMODELS = str(Path(sys.executable).parent / "genmodels")
 SERVICE = [sys.executable, "-m"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "command",
     [

@@ -12,7 +12,15 @@ from pathlib import Path
 import pytest
 
 from genmodels.errors import GenmodelsError
-from services.cluster.environment import RAY_SOCKET, ROOT, SOCKET_BYTES, isolated_environment, private_folder, python
+from services.cluster.environment import (
+    RAY_SOCKET,
+    ROOT,
+    SOCKET_BYTES,
+    isolated_environment,
+    private_folder,
+    python,
+    short_tmpdir,
+)
 from tests.support.live_processes import is_alive
 from tests.support.ray_node import until
 
@@ -107,6 +115,7 @@ def test_commands_work_with_closed_streams(closed: str, tmp_path: Path) -> None:
     assert key.read_bytes().startswith(b"{")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("program", "line"),
     [
@@ -234,6 +243,29 @@ def test_rays_sockets_fit_whatever_the_temporary_folder(
         assert len(os.fsencode(folder / RAY_SOCKET)) <= SOCKET_BYTES
         assert folder.stat().st_mode & 0o777 == 0o700
     assert not folder.exists()
+
+
+@pytest.mark.parametrize("length", [75, 76, 104, 200])
+def test_children_can_make_sockets_in_a_long_temporary_folder(
+    length: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Python's forkserver, which Ray's dashboard uses, listens in TMPDIR."""
+    program = tmp_path / "program.py"
+    program.write_text(
+        "import multiprocessing\n"
+        "if __name__ == '__main__':\n"
+        "    process = multiprocessing.get_context('forkserver').Process(target=print, args=('made',))\n"
+        "    process.start(), process.join()\n"
+    )
+    with tempfile.TemporaryDirectory(dir="/tmp") as base, private_folder() as folder:
+        long = Path(base) / ("x" * (length - len(base) - 1))
+        long.mkdir()
+        monkeypatch.setattr(tempfile, "tempdir", str(long))
+        environment = {**os.environ, "TMPDIR": str(long)} | short_tmpdir(folder)
+        output = subprocess.run([sys.executable, program], env=environment, capture_output=True, text=True)
+        assert (output.stdout, output.stderr) == ("made\n", "")
+        assert os.path.samefile(environment["TMPDIR"], long)
+        assert (environment["TMPDIR"] == str(long)) is (length == 75)
 
 
 def test_no_folder_for_sockets_is_one_line(monkeypatch: pytest.MonkeyPatch) -> None:

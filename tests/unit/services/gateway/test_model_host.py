@@ -134,6 +134,7 @@ def test_a_stream_ends_with_the_version_that_began_it(storage: Storage) -> None:
     assert asyncio.run(whole("play@1")) == expected
 
 
+@pytest.mark.slow
 def test_twenty_swaps_under_load_fail_no_request_and_cut_no_stream(storage: Storage) -> None:
     """Requests arrive without a wait for earlier answers; each answer is that of the version it names."""
     pictures = GenerateRequest(seed=7)
@@ -312,6 +313,7 @@ def test_the_least_recently_used_goes_first_and_never_one_in_use(storage: Storag
     assert version_of(app, "shapes") == "shapes@1"
 
 
+@pytest.mark.slow
 def test_a_host_of_two_threads_answers_the_same_text_many_times(storage: Storage) -> None:
     """It runs in a process of its own: a fork of a process with two threads of torch would wait for ever."""
     program = """

@@ -7,13 +7,17 @@ import random
 import threading
 import time
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import httpx
+import numpy as np
 import pytest
 import yaml
+from PIL import Image
 
 from genmodels import models
+from genmodels.data import DataConfig, open_dataset, uploads
 from genmodels.family import ImageInfo, OptimizerConfig, TextInfo
 from genmodels.keys import Keys
 from genmodels.preflight import parameters
@@ -47,6 +51,7 @@ def random_config(cls: Any, chance: random.Random) -> Any:
     return cls.Config(**{name: value for name, value in fields.items() if name in cls.Config.model_fields})
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", models.names())
 def test_parameters_are_counted_as_they_are_built(family: str) -> None:
     """The count is exact for any configuration and data of any family, with either optimizer."""
@@ -83,6 +88,25 @@ def test_depth_costs_a_dry_run_nothing(file_storage: Storage) -> None:
     sizes = [model["parameters"] for model in response.json()["models"]]
     assert len({deeper - shallower for shallower, deeper in pairwise(sizes)}) == 1
     assert parameters._built.cache_info().misses == 2
+
+
+def test_samples_are_those_of_training_and_no_data_is_read(
+    file_storage: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The validation part has a tenth of each class, so that its size is not a tenth of the whole."""
+    for number in range(49):
+        folder = tmp_path / "pictures" / ("few" if number < 9 else "many")
+        folder.mkdir(parents=True, exist_ok=True)
+        pixels = np.random.default_rng(number).integers(0, 256, (8, 8), np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number}.png")
+    uploads.add(file_storage, "pictures", tmp_path / "pictures", 8)
+    training = len(open_dataset(DataConfig(path=str(tmp_path / "pictures"), image_size=8)).split("train"))
+    monkeypatch.setenv("GENMODELS_DATA", str(tmp_path / "empty"))
+    document = spec("x", "own", "built-in")
+    document["models"][0]["data"] = {"dataset": "pictures"}
+    own, built_in = Service(file_storage).post(document, "?dry_run=true").json()["models"]
+    assert (own["samples"], built_in["samples"]) == (training, 4500)
+    assert not (tmp_path / "empty").exists()
 
 
 class Counting:

@@ -167,6 +167,7 @@ def test_counts_outlive_their_process_and_gauges_do_not(url: str, tmp_path: Path
     assert not [*tmp_path.glob(f"*_{a.process.pid}-*"), *tmp_path.glob(f"*_{b.process.pid}-*")]
 
 
+@pytest.mark.slow
 def test_processes_die_while_many_scrape(url: str, start: Start) -> None:
     counted = 0
     with ThreadPoolExecutor(4) as threads:
@@ -194,6 +195,7 @@ def test_processes_die_while_many_scrape(url: str, start: Start) -> None:
     assert of(counted).items() <= scrape(url).items()
 
 
+@pytest.mark.slow
 def test_the_exporter_is_killed_at_every_moment_of_folding(tmp_path: Path, start: Start) -> None:
     alive = start()
     alive.count(1)

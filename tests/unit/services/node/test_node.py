@@ -58,6 +58,7 @@ def test_what_ray_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> No
         node.environment("worker", "http://ray-head:8265")
 
 
+@pytest.mark.slow
 def test_the_node_ends_with_its_ray_and_leaves_nothing(tmp_path: Path) -> None:
     """Ray is a stand-in that ignores SIGTERM; the real one runs in tests/compose."""
     script = """

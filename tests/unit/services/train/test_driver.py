@@ -42,7 +42,7 @@ from genmodels.runs.store import Run
 from genmodels.spec.sections import ModelSpec
 from genmodels.storage import open_storage
 from services.local.platform import submit
-from services.train import control
+from services.train import control, failures
 from services.train.control import DriverWatch
 from services.train.driver import _seconds
 from services.train.failures import classify_failure
@@ -95,6 +95,13 @@ def ray_out_of_memory() -> Exception:
     return WorkerHealthCheckFailedError("A worker health check failed.", failure=OutOfMemoryError("the node's memory"))
 
 
+def ray_error(name: str, message: str) -> Exception:
+    from ray import exceptions
+
+    error: Exception = getattr(exceptions, name)(message)
+    return error
+
+
 def controller_of_workers() -> Exception:
     from ray.train.v2.api.exceptions import ControllerError
 
@@ -107,6 +114,25 @@ def full(error: Exception, number: int = errno.ENOSPC) -> Exception:
     return error
 
 
+def task_error(cause: Exception) -> Exception:
+    """Return the error that Ray raises for a failed call of an actor; its text has colours."""
+    from ray.exceptions import RayTaskError
+
+    text = f"Traceback (most recent call last):\n  File x\n{cause!r}"
+    return RayTaskError("execute", text, cause, proctitle="ray::execute", pid=1, ip="10.0.0.4").as_instanceof_cause()
+
+
+def wrapped(cause: Exception) -> Exception:
+    """Return an error of a rank as Ray hands it on: in a user exception, in a task's error, in the controller's."""
+    from ray.train.v2._internal.exceptions import UserExceptionWithTraceback
+    from ray.train.v2.api.exceptions import ControllerError
+
+    return ControllerError(task_error(UserExceptionWithTraceback(cause, "Traceback ...")))
+
+
+REFUSED = RuntimeError(
+    "[/pytorch/third_party/gloo/gloo/transport/tcp/device.cc:93] connect [10.0.0.4]:4711: \x1b[36mConnection refused"
+)
 RUST = "Error while serializing: I/O error: No space left on device (os error 28)"
 ALLOCATOR = RuntimeError("[enforce fail at alloc_cpu.cpp:121] DefaultCPUAllocator: can't allocate memory: 4000 bytes")
 DIVERGED = TrainingDiverged(8, "model: loss = nan")
@@ -143,8 +169,25 @@ LOST = "a worker was lost "
         (lambda: StorageError("s3: refused (400 BadDigest)"), "infrastructure", "s3: refused (400 BadDigest)"),
         (lambda: ranks(rank0=GLOO, rank1=CheckpointError("a: missing")), "infrastructure", "a: missing"),
         (lambda: ranks(rank1=actor_died()), "infrastructure", LOST + "(ActorDiedError: "),
-        (lambda: ranks(rank0=GLOO, rank1=actor_died()), "infrastructure", LOST + "(RuntimeError: "),
-        (lambda: ranks(rank0=GLOO), "infrastructure", LOST + "(RuntimeError: [/pytorch"),
+        (lambda: ranks(rank0=GLOO, rank1=actor_died()), "infrastructure", LOST + "(ActorDiedError: "),
+        (lambda: ranks(rank0=GLOO), "infrastructure", LOST + "(RuntimeError: Connection closed by peer [127."),
+        (lambda: task_error(ValueError("shapes differ")), "user", "ValueError: shapes differ"),
+        (lambda: wrapped(ValueError("\x1b[31mshapes\x1b[0m differ")), "user", "ValueError: shapes differ"),
+        (lambda: wrapped(SHORT), "user", "data.path: too short"),
+        (lambda: wrapped(torch.OutOfMemoryError("CUDA")), "out of memory", "out of memory; lower"),
+        (lambda: ranks(rank0=GLOO, rank1=wrapped(KeyError("h"))), "user", "KeyError: 'h'"),
+        (
+            lambda: wrapped(REFUSED),
+            "infrastructure",
+            "a worker refused the connection of another worker (RuntimeError: connect [10.0.0.4]:4711: Connection ref",
+        ),
+        (
+            lambda: torch.distributed.DistNetworkError("The client socket has timed out after 60000ms"),
+            "infrastructure",
+            "a connection between workers timed out (DistNetworkError: The client socket",
+        ),
+        (lambda: ValueError("Connection refused"), "user", "ValueError: Connection refused"),
+        (lambda: ray_error("UserCodeException", "odd"), "user", "UserCodeException: odd"),
         (startup_timeout, "no workers", "the workers were not placed (WorkerGroupStartupTimeoutError: "),
         (never_enough, "no workers", "the workers were not placed (InsufficientClusterResourcesError: Insufficient"),
         (lambda: ConnectionError("no Ray there"), "infrastructure", LOST + "(ConnectionError: no Ray there)"),
@@ -171,11 +214,17 @@ def test_the_class_of_a_failure(make: Callable[[], Exception], cause: str, messa
 
 def test_ray_still_has_the_names_that_failures_are_classified_by() -> None:
     """`classify_failure` depends on these names."""
+    import ray.exceptions
+    import ray.train.v2._internal.exceptions
+    import ray.train.v2.api.exceptions
     from ray.train.v2.api.exceptions import ControllerError, WorkerGroupError
 
     assert WorkerGroupError("failed", {1: DIVERGED}).worker_failures == {1: DIVERGED}
     assert ControllerError(DIVERGED).controller_failure is DIVERGED
     assert actor_died().health_check_failure.__class__.__module__ == "ray.exceptions"  # type: ignore[attr-defined]
+    modules = ray.exceptions, ray.train.v2._internal.exceptions, ray.train.v2.api.exceptions
+    known = {name for module in modules for name in vars(module)}
+    assert known >= failures.LOST_PROCESS | failures.NEVER_PLACED
     assert classify_failure(WorkerGroupError("failed", {0: GLOO, 1: DIVERGED})).cause == "diverged"
 
 
@@ -446,11 +495,13 @@ def test_a_kill_command_ends_a_process_that_has_not_ended_by_then(
 
 DRIVER = """
 import os, sys, time
+from genmodels.runs.records import Heartbeat
 from services.train import control, driver
 control.FENCE_SECONDS = 0.1
 def _train(storage_url, job, spec, attempt, workers, watch):
     print("workers:", workers)
     if {body!r} == "lost":
+        watch.run.write_heartbeat(attempt, Heartbeat(phase="training", step=812, max_steps=900))
         raise ConnectionError("a peer")
     if {body!r} == "overtaken":
         watch.run.start_attempt(attempt + 1, None, 1)
@@ -509,7 +560,7 @@ def test_a_failure_is_in_result_and_log(tmp_path: Path) -> None:
     assert code == 0
     result = run.result(1)
     assert result is not None
-    assert (result.outcome, result.cause) == ("failed", "infrastructure")
+    assert (result.outcome, result.cause, result.step) == ("failed", "infrastructure", 812)
     assert log(run)[0] == "workers: 3"
     assert "ConnectionError: a peer" in log(run)
     assert log(run)[-1].endswith("failed. a worker was lost (ConnectionError: a peer)")

@@ -117,6 +117,7 @@ SETTINGS = st.fixed_dictionaries(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=list(FAMILIES))
 @given(requests=st.lists(SETTINGS, min_size=1, max_size=6))
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
@@ -147,6 +148,7 @@ REQUESTS = st.fixed_dictionaries(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=list(FAMILIES))
 @given(fields=st.lists(REQUESTS, min_size=1, max_size=8))
 @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])
@@ -236,6 +238,7 @@ def test_an_answer_is_the_same_alone_in_any_company_and_in_any_slot(family: Mini
     assert torch.equal(only_fifth[5], rows[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("threads", "positions", "head_size"),
     [(1, "rotary", 32), (2, "rotary", 32), (1, "learned", 32), (2, "learned", 32), (1, "rotary", 8), (1, "learned", 5)],
@@ -369,6 +372,7 @@ ODD = st.fixed_dictionaries(
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", FAMILIES.values(), ids=list(FAMILIES))
 @given(odd=st.lists(ODD, min_size=1, max_size=5), rng=st.randoms(use_true_random=False))
 @settings(max_examples=20, deadline=None, suppress_health_check=[HealthCheck.too_slow, HealthCheck.data_too_large])

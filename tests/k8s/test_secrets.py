@@ -1,0 +1,53 @@
+"""`make secrets` creates what is missing, keeps what is there, and says which."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from tests.support.paths import ROOT
+
+NAMES = {"ray_token", "grafana_password", "api_key", "s3_credentials", "s3.json"}
+
+
+def make(folder: Path) -> str:
+    command = ["sh", str(ROOT / "docker" / "secrets.sh"), str(folder)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+    assert done.returncode == 0, done.stderr
+    return done.stdout + done.stderr
+
+
+def test_all_are_created_once(tmp_path: Path) -> None:
+    first = make(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == NAMES
+    before = {name: (tmp_path / name).read_bytes() for name in NAMES}
+    assert all(f"created  {tmp_path / name}" in first for name in NAMES)
+    (identity,) = json.loads(before["s3.json"])["identities"]
+    assert identity["credentials"][0]["secretKey"] in before["s3_credentials"].decode()
+    again = make(tmp_path)
+    assert all(f"kept     {tmp_path / name} (was there)" in again for name in NAMES)
+    assert {name: (tmp_path / name).read_bytes() for name in NAMES} == before
+
+
+@pytest.mark.parametrize("content", ["[default]\naws_access_key_id = mine\n", ""])
+@pytest.mark.parametrize("name", sorted(NAMES))
+def test_a_file_that_is_there_stays_as_it_is(tmp_path: Path, name: str, content: str) -> None:
+    """Also an empty one. The other half of the pair of S3 keys is not invented."""
+    (tmp_path / name).write_text(content)
+    output = make(tmp_path)
+    assert (tmp_path / name).read_text() == content
+    assert f"kept     {tmp_path / name} (was there)" in output
+    other = {"s3_credentials": "s3.json", "s3.json": "s3_credentials"}.get(name)
+    assert {path.name for path in tmp_path.iterdir()} == NAMES - {other}
+    if other is None and not content:
+        assert "it is empty: delete it" in output
+
+
+def test_a_link_to_nothing_is_not_overwritten(tmp_path: Path) -> None:
+    """An operator for secrets may write its target later."""
+    (tmp_path / "api_key").symlink_to(tmp_path / "later" / "api_key")
+    make(tmp_path)
+    assert (tmp_path / "api_key").is_symlink()
