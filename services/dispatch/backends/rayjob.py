@@ -85,6 +85,7 @@ class KubeOptions:
     queue: str | None = None
     priorities: Sequence[tuple[str, int]] = field(default=())
     template_object: str | None = None
+    give_way_seconds: float = 300.0
 
     @classmethod
     def of(cls, options: argparse.Namespace) -> KubeOptions:
@@ -116,6 +117,7 @@ class KubeOptions:
             options.kube_queue,
             priorities,
             options.kube_template_object,
+            options.kube_give_way_seconds,
         )
 
 
@@ -131,6 +133,14 @@ def add_kube_arguments(parser: argparse.ArgumentParser) -> None:
     add("kube-template", "YAML of a RayJob to fill in; see services/dispatch/backends/rayjob.py", metavar="FILE")
     add("kube-cluster-selector", "have this RayCluster run all drivers, in place of a cluster per run", metavar="NAME")
     add("kube-queue", "LocalQueue of Kueue, which then alone admits", metavar="NAME")
+    parser.add_argument(
+        "--kube-give-way-seconds",
+        type=float,
+        default=float(os.environ.get("GENMODELS_KUBE_GIVE_WAY_SECONDS") or KubeOptions.give_way_seconds),
+        metavar="SECONDS",
+        help="after which a run that has nodes for only a part of its pods gives them to an earlier run in the same"
+        " state, without --kube-queue (GENMODELS_KUBE_GIVE_WAY_SECONDS; default: %(default)s)",
+    )
     parser.add_argument(
         "--kube-priority",
         action="append",

@@ -126,7 +126,7 @@ def test_the_newest_and_the_best_stay(storage: Storage) -> None:
     assert [ref.step for ref in run.checkpoints()] == [2, 4]
     assert len(storage.list(f"{run.prefix}/attempt-1/checkpoints/")) == 4
     assert not storage.exists(late)
-    assert len(run.metrics()) == 1
+    assert len(list(run.metrics())) == 1
 
 
 @pytest.mark.parametrize(("state", "kept"), [("succeeded", [3]), ("failed", [2, 3]), ("cancelled", [2, 3])])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import dataclasses
 import os
 import shlex
 import subprocess
@@ -436,6 +437,25 @@ def test_what_pods_wait_for_is_the_reason(api: KubeApi, tmp_path: Path, data: Pa
     assert platform.until("a", "succeeded", name).attempt == 1
 
 
+def test_of_two_partly_placed_runs_the_later_gives_way(api: KubeApi, tmp_path: Path, data: Path) -> None:
+    """Four nodes for two runs of three pods: each run gets two, and neither can start."""
+    storage = MemoryStorage()
+    platform = Platform(api, tmp_path, storage)
+    platform.operator.nodes, platform.operator.pending = 4, STATUSES["no GPU"]
+    name = submit(storage, data, "blocked", "a", "b", workers=2)
+    platform.reconcile(8)
+    assert [state(storage, name, model).attempt for model in "ab"] == [1, 1], "each may wait for nodes that come"
+    assert not platform.operator.started
+    platform.options = dataclasses.replace(platform.options, give_way_seconds=0.0)
+    platform.restart()
+    attempts = {model: platform.until(model, "succeeded", name).attempt for model in "ab"}
+    assert sorted(attempts.values())[0] == 1, "the earlier run keeps its pods"
+    later = max(attempts, key=lambda model: attempts[model])
+    reason = "gave its nodes to an earlier run; waits for nodes with room (Unschedulable: Insufficient nvidia.com/gpu"
+    assert any(each.startswith(reason) for each in platform.reasons(name, later))
+    assert state(storage, name, later).no_progress_attempts == 0
+
+
 def test_one_list_of_pods_serves_all_runs(
     api: KubeApi, tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -836,6 +856,8 @@ def test_settings_by_environment(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(f"GENMODELS_KUBE_{name}", value)
     parsed = KubeOptions.of(options())
     assert parsed == KubeOptions("n", Path("t"), None, "q", (("low", -5), ("high", 1)))
+    monkeypatch.setenv("GENMODELS_KUBE_GIVE_WAY_SECONDS", "60")
+    assert KubeOptions.of(options()).give_way_seconds == 60
 
 
 @pytest.mark.parametrize(
