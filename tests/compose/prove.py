@@ -203,14 +203,14 @@ class Proof:
     def survives_a_worker(self) -> str:
         job = self.stack.jobs.submit(spec("proof", text(600), digits(1200), gan(600))).job
         self.first_job = job
-        until(lambda: (self.run_of(job).step or 0) > 120, "training is under way")
+        until(lambda: (self.run_of(job).step or 0) > 120, "training has made steps")
         self.stack.kill("worker")
         view = self.ends(job)
         history = next(run.history for run in view.models if run.model == "proof-text")
         resumed = [re.search(r"continues from step (\d+)", change.reason) for change in history]
         steps = [int(match[1]) for match in resumed if match]
-        assert steps, f"it was not killed in the middle: {history}"
-        assert steps[0] > 0, "it began anew"
+        assert steps, f"it was not killed during training: {history}"
+        assert steps[0] > 0, "it started from step 0"
         return f"went on from step {steps[0]}"
 
     def generates(self) -> str:
@@ -260,7 +260,7 @@ class Proof:
     def survives_the_head(self) -> str:
         running = self.stack.jobs.submit(spec("second", text(300, "second-text"))).job
         waiting = self.stack.jobs.submit(spec("third", digits(50, "third-digits"))).job
-        until(lambda: (self.run_of(running).step or 0) > 60, "training is under way")
+        until(lambda: (self.run_of(running).step or 0) > 60, "training has made steps")
         self.stack.kill("head")
         began = time.monotonic()
         until(lambda: self.stack.http.get("/healthz").status_code == 503, "it is gone")
@@ -274,7 +274,7 @@ class Proof:
 
     def leaves_in_peace(self) -> str:
         job = self.stack.jobs.submit(spec("fourth", text(400, "fourth-text"))).job
-        until(lambda: (self.run_of(job).step or 0) > 60, "training is under way")
+        until(lambda: (self.run_of(job).step or 0) > 60, "training has made steps")
         name = self.stack.container("worker", 2)
         run("docker", "stop", "-t", "90", name)
         until(lambda: self.run_of(job).state in ("queued", "starting"), "the attempt has left")
