@@ -1,4 +1,4 @@
-"""Read and write a job's objects: its spec, the index of open and ended jobs, and notifications to the dispatcher.
+"""Read and write a job's objects: its spec, and the index of open and ended jobs.
 
 idempotency/<sha256 of caller and key>.json     job id and digest of the body; put-if-absent, first
 open/<job>                                      index: put before the spec, gone when every run has ended
@@ -6,7 +6,6 @@ ended/<time>-<job>                              index; the time counts down, so 
 models/<model>/runs/<time>-<job>                which jobs train a model, likewise
 jobs/<job>/spec.json                            put-if-absent, last: from then on the job exists
 jobs/<job>/index.json                           its place in the index, from its first end on; compare-and-swap
-dispatcher/notifications/<job>/<model>/<random>  a run has new commands; one listing finds all such runs
 """
 
 from __future__ import annotations
@@ -47,7 +46,6 @@ ModelName = Annotated[str, Field(pattern=LABEL)]
 ENDED_NAME = rf"\d{{13}}-{JOB_ID}"
 CURSOR = r"\d{13}-\d{1,6}"
 END_OF_TIME = 10**13  # milliseconds; times count down from here
-NOTIFICATIONS, QUEUE = "dispatcher/notifications/", "dispatcher/queue.json"
 AT_ONCE = 8  # requests to the store
 
 
@@ -98,23 +96,6 @@ class Index(Document):
 
     entry: EndedEntry
     state: Literal["ended", "open", "deleted"]
-
-
-class QueuedRun(Document):
-    job: str
-    model: str
-    reason: str  # why it waits
-
-
-class Queue(Document):
-    """The queued runs in their order, and the capacity of the cluster. The dispatcher writes it for the job API."""
-
-    object_kind = "queue"
-    remedy = "nothing: the dispatcher writes it again within a minute"
-
-    time: str = ""
-    capacity: dict[str, int] | None = None  # cpus and gpus; None: unknown or unlimited
-    queue: list[QueuedRun] = Field(default_factory=list)
 
 
 class Jobs:
@@ -322,30 +303,6 @@ class Jobs:
             own = [key for key in listed if key.partition("/runs/")[2].partition("-")[2] == job]
             list(threads.map(self.storage.delete, [*own, *self.storage.list(f"runs/{job}/")]))
         self.storage.delete(_spec_key(job))  # last, so that a second call can complete the deletion
-
-    # The dispatcher's notifications and queue
-
-    def notify(self, job: str, model: str) -> None:
-        """Have the dispatcher read a run's new commands. Send the command first."""
-        # Each notification has its own key: a dispatcher that deletes one late deletes no newer one.
-        self.storage.put(f"{NOTIFICATIONS}{job}/{model}/{secrets.token_hex(4)}", b"")
-
-    def notifications(self) -> list[tuple[str, str, str]]:
-        """Return (job, model, id) of each notification that is not deleted yet."""
-        names = (key.removeprefix(NOTIFICATIONS).split("/") for key in self.storage.list(NOTIFICATIONS))
-        return [(name[0], name[1], name[2]) for name in names if len(name) == 3]
-
-    def write_queue(self, queue: Queue) -> None:
-        write_document(self.storage, QUEUE, queue.model_dump(mode="json"))
-
-    def queue(self) -> Queue:
-        """Return the queue as the dispatcher has written it last; empty if it is missing or damaged."""
-        with contextlib.suppress(KeyNotFound, DamagedObject):
-            return load_document(self.storage, QUEUE, Queue)[0]
-        return Queue()
-
-    def delete_notification(self, job: str, model: str, notification: str) -> None:
-        self.storage.delete(f"{NOTIFICATIONS}{job}/{model}/{notification}")
 
     def _new_id(self, name: str) -> str:
         while True:

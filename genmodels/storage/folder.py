@@ -6,9 +6,7 @@ import errno
 import hashlib
 import os
 import secrets
-import shutil
 import stat
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from itertools import islice
@@ -30,12 +28,12 @@ from genmodels.storage.base import (
     check_size,
 )
 from genmodels.storage.disk import AWAY, disk_failure
+from genmodels.storage.durable_files import copy, move, remove, remove_stale, sync
 from genmodels.storage.marker import MARKER, Marker, mark, parse_marker
 
 LOCK_TIMEOUT = 30.0  # seconds after which a lock that another process holds counts as an outage
 # Errors of opening a name that is not a regular file; ENXIO: a socket, ELOOP: a link to itself.
 NO_FILE = (errno.ENOENT, errno.ENOTDIR, errno.EISDIR, errno.ENXIO, errno.ELOOP)
-STALE_TEMPORARY = 86_400.0  # seconds after which a temporary file must come from a killed process
 
 # Errors of a key that can never be written: too long, or with another object in the place of a folder of it.
 OF_THE_KEY = (errno.ENAMETOOLONG, errno.ENOTDIR, errno.EISDIR, errno.EINVAL)
@@ -67,17 +65,22 @@ class FolderStorage(Storage):
             data = file.read()
         return data, _sha256(data)
 
+    def get_range(self, key: str, start: int, size: int) -> bytes:
+        with self._errors("get", key), self._open(key) as file:
+            file.seek(start)
+            return file.read(size)
+
     def put(self, key: str, data: bytes, *, if_absent: bool = False, if_match: str | None = None) -> str:
         path = self._path(key)
         with self._errors("put", key), self._temporary(key) as temporary:
             temporary.write_bytes(data)
-            _sync(temporary)
+            sync(temporary)
             with self._lock:
                 if if_absent and path.is_file():
                     raise Conflict(f"{self.url}/{key}: exists already")
                 if if_match is not None and self._etag(key) != if_match:
                     raise Conflict(f"{self.url}/{key}: the object has changed since it was read")
-                _move(temporary, path)
+                move(temporary, path)
         return _sha256(data)
 
     def folders(self, prefix: str) -> list[str]:
@@ -107,7 +110,7 @@ class FolderStorage(Storage):
             self._hidden.mkdir(exist_ok=True)
             with self._lock:
                 if path.is_file():
-                    _remove(path, self._root)
+                    remove(path, self._root)
 
     def exists(self, key: str) -> bool:
         path = self._path(key)
@@ -117,14 +120,14 @@ class FolderStorage(Storage):
     def upload(self, path: Path, key: str) -> None:
         target = self._path(key)
         with open(path, "rb") as source, self._errors("upload", key), self._temporary(key) as temporary:
-            _copy(source, temporary)
-            _sync(temporary)
+            copy(source, temporary)
+            sync(temporary)
             with self._lock:
-                _move(temporary, target)
+                move(temporary, target)
 
     def download(self, key: str, path: Path) -> None:
         with self._errors("download", key), self._open(key) as source, appears_whole(path) as temporary:
-            _copy(source, temporary)
+            copy(source, temporary)
 
     def clock(self) -> float | None:
         if not self._root.is_dir():
@@ -177,7 +180,7 @@ class FolderStorage(Storage):
                 mark(self)
         if not self._has_cleaned:
             self._has_cleaned = True
-            _remove_stale(self._hidden)
+            remove_stale(self._hidden)
         path = self._hidden / f"{secrets.token_hex(16)}.tmp"
         try:
             yield path
@@ -275,49 +278,6 @@ def _names(folder: Path, path: str) -> list[str]:
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
     return entry.is_dir(follow_symlinks=False)
-
-
-def _copy(source: BinaryIO, path: Path) -> None:
-    with open(path, "xb") as target:
-        shutil.copyfileobj(source, target, 1 << 20)
-
-
-def _move(temporary: Path, path: Path) -> None:
-    """Rename a file durably; make its folders."""
-    new = [folder for folder in path.parents if not folder.exists()]
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary.replace(path)
-    except (FileExistsError, NotADirectoryError, IsADirectoryError) as error:
-        raise StorageError(f"{path}: a key cannot be an object and the folder of others: {error.strerror}") from error
-    for folder in (path.parent, *(folder.parent for folder in new)):
-        _sync(folder)
-
-
-def _remove(path: Path, root: Path) -> None:
-    """Remove a file durably, with its empty folders: a later object may need one of their names."""
-    path.unlink()
-    folder = path.parent
-    while folder != root and not any(folder.iterdir()):
-        folder.rmdir()
-        folder = folder.parent
-    _sync(folder)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _remove_stale(hidden: Path) -> None:
-    """Remove temporary files that are so old that they come from a killed process."""
-    for path in hidden.glob("*.tmp"):
-        with suppress(FileNotFoundError):
-            if time.time() - path.stat().st_mtime > STALE_TEMPORARY:
-                path.unlink()
 
 
 def _file_etag(file: BinaryIO) -> str:

@@ -25,6 +25,7 @@ from genmodels.errors import (
     contained,
 )
 from genmodels.runs.jobs import Jobs
+from genmodels.runs.queue import delete_notification, notifications
 from genmodels.runs.records import ENDED
 from genmodels.runs.store import Run
 from genmodels.storage import Storage
@@ -201,7 +202,7 @@ class Dispatcher:
 
     def _read_notifications(self, lease_term: int) -> None:
         """Note which runs have new commands."""
-        for job, model, notification in self.jobs.notifications():
+        for job, model, notification in notifications(self.storage):
             try:
                 if f"{job}/{model}" not in self._runs and self.jobs.exists(job):
                     with contextlib.suppress(JobNotFound):  # a job of `genmodels run`, or deleted just now
@@ -210,7 +211,7 @@ class Dispatcher:
             except DamagedObject as error:  # the command is applied when the job can be read again
                 self._mark_unreadable(job, job, error)
             # First: a command that is sent meanwhile has a notification of its own.
-            self.jobs.delete_notification(job, model, notification)
+            delete_notification(self.storage, job, model, notification)
             if run := self._runs.get(f"{job}/{model}"):
                 run.supervisor.commands_pending = True
 

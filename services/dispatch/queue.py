@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from genmodels.runs.jobs import Jobs, Queue, QueuedRun
+from genmodels.runs.jobs import Jobs
+from genmodels.runs.queue import Queue, QueuedRun, write_queue
 from genmodels.spec.sections import ModelSpec
 from genmodels.storage.documents import now
 from services.cluster.settings import settings
@@ -144,5 +145,5 @@ class RunQueue:
         written, content = self._written
         is_due = content != (total, queue) or time.monotonic() - written >= REWRITE_SECONDS
         if is_due and holds_lease():
-            self.jobs.write_queue(Queue(time=now(), capacity=total, queue=queue))
+            write_queue(self.jobs.storage, Queue(time=now(), capacity=total, queue=queue))
             self._written = time.monotonic(), (total, queue)

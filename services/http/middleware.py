@@ -177,7 +177,7 @@ class _Answer:
 
     @property
     def is_cut_off(self) -> bool:
-        """Return whether the application began an answer without ending it, and the middleware cannot end it either."""
+        """Return True if an answer has begun that neither the application nor the middleware has ended."""
         return self.started and not (self._finished or self._replaced or self._is_event_stream)
 
     async def send(self, message: Message) -> None:

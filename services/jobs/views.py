@@ -9,7 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, TypeVar
 
 from genmodels.errors import DamagedObject, JobNotFound, KeyNotFound
-from genmodels.runs.jobs import EndedEntry, Entry, Jobs, Queue
+from genmodels.runs.jobs import EndedEntry, Entry, Jobs
+from genmodels.runs.queue import Queue, read_queue
 from genmodels.runs.records import ENDED, Status
 from genmodels.runs.store import Run
 from genmodels.spec.sections import JobSpec, ModelSpec
@@ -100,7 +101,7 @@ class Views:
 
     def queue(self) -> Queue:
         """Read the queue that the dispatcher wrote last."""
-        return self.jobs.queue()
+        return read_queue(self.storage)
 
     def _open(self) -> list[Entry]:
         """Read the index entries of the open jobs, newest first."""

@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 from genmodels.keys import Keys
+from genmodels.runs.queue import notifications
 from genmodels.runs.records import State
 from genmodels.runs.store import Run
 from genmodels.spec.parse import parse_spec
@@ -414,7 +415,7 @@ def test_cancelling_leaves_one_command_for_each_run(service: Service) -> None:
         [("stop", 0, "cancelled", "cancelled by hand")],
         [],
     ]
-    assert {notification[:2] for notification in service.jobs.notifications()} == {(job, "a"), (job, "b")}
+    assert {notification[:2] for notification in notifications(service.jobs.storage)} == {(job, "a"), (job, "b")}
 
     service("POST", f"/v1/jobs/{job}/cancel", {"now": True, "models": ["a"]})
     assert [command.action for command in Run(service.storage, job, "a").commands()] == ["stop", "kill"]
@@ -490,7 +491,7 @@ def test_resuming_reopens_what_failed_or_was_cancelled(service: Service) -> None
         "b": [("resume", 1)],
         "c": [],
     }
-    assert {notification[:2] for notification in service.jobs.notifications()} == {(job, "a"), (job, "b")}
+    assert {notification[:2] for notification in notifications(service.jobs.storage)} == {(job, "a"), (job, "b")}
 
 
 def test_an_open_job_is_not_deleted(service: Service) -> None:

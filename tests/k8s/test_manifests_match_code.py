@@ -103,7 +103,8 @@ def test_every_setting_is_one_that_is_read(name: str, monkeypatch: pytest.Monkey
     for name in [name for name in platform if name.startswith("AWS_")]:
         monkeypatch.setenv(name, platform[name])
     client = boto3.session.Session(aws_access_key_id="a", aws_secret_access_key="b").client("s3")
-    assert client.meta.endpoint_url == platform.get("AWS_ENDPOINT_URL", "https://s3.amazonaws.com")
+    assert client.meta.endpoint_url == platform.get("AWS_ENDPOINT_URL", client.meta.endpoint_url)
+    assert ".amazonaws.com" in client.meta.endpoint_url or "AWS_ENDPOINT_URL" in platform
     assert client.meta.region_name == platform["AWS_DEFAULT_REGION"]
     for pod in pods(manifests):
         for container in pod.containers:

@@ -25,6 +25,7 @@ class Operator:
     Attributes:
         admits: whether Kueue resumes the jobs in its queue.
         placed: whether pods start.
+        nodes: pods that have room; None: all. In each round each run gets a node for one pod more.
         pending: status of pods that do not start.
         conditions: of a RayCluster whose pods do not start.
         clings: whether pods stay when their cluster is deleted: in their grace period, or on a node that is lost.
@@ -39,6 +40,7 @@ class Operator:
         self.pending: Object = {"phase": "Pending"}
         self.conditions: list[Object] = []
         self.clings = False
+        self.nodes: int | None = None
         self.heads = 0
 
     def reconcile(self) -> None:
@@ -101,10 +103,18 @@ class Operator:
     def _initialize(self, name: str) -> None:
         if name not in self.clusters:
             self._make_pods(name)
-        if self.placed:
+        if self.placed and (self.nodes is None or self._schedule(name)):
             self._start(name)
         else:
             self.api.status(name, rayClusterStatus={"conditions": self.conditions})
+
+    def _schedule(self, name: str) -> bool:
+        """Give one pod a node, if there is room; return True if all pods of this RayJob have nodes."""
+        mine = [self.api.pods[pod] for pod in self.api.pods_of(name)]
+        waiting = [pod for pod in mine if pod["status"] is self.pending]
+        if waiting and sum(pod["status"] is not self.pending for pod in self.api.pods.values()) < (self.nodes or 0):
+            waiting.pop()["status"] = {"phase": "Pending", "conditions": [{"type": "PodScheduled", "status": "True"}]}
+        return not waiting
 
     def _make_pods(self, name: str) -> None:
         self.clusters.add(name)

@@ -10,7 +10,8 @@ import yaml
 
 from genmodels.checkpoint import Metrics
 from genmodels.keys import Keys
-from genmodels.runs.jobs import Jobs, Queue, QueuedRun
+from genmodels.runs.jobs import Jobs
+from genmodels.runs.queue import Queue, QueuedRun, write_queue
 from genmodels.runs.records import ENDED, Heartbeat, Result, State, Status
 from genmodels.runs.store import Run
 from genmodels.storage import Storage
@@ -74,7 +75,7 @@ class Service:
 
     def queue(self, capacity: dict[str, int] | None, *waiting: tuple[str, str, str]) -> None:
         entries = [QueuedRun(job=job, model=model, reason=reason) for job, model, reason in waiting]
-        self.jobs.write_queue(Queue(capacity=capacity, queue=entries))
+        write_queue(self.jobs.storage, Queue(capacity=capacity, queue=entries))
 
     def log(self, job: str, model: str, attempt: int, source: str, number: int, *rows: tuple[str, str]) -> None:
         lines = [{"time": time, "line": line} for time, line in rows]

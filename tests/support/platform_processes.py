@@ -27,6 +27,7 @@ from genmodels.data import uploads
 from genmodels.keys import Keys
 from genmodels.registry.store import Registry
 from genmodels.runs.jobs import Jobs
+from genmodels.runs.queue import read_queue
 from genmodels.runs.records import ENDED, Heartbeat, State, Status
 from genmodels.runs.store import Run
 from genmodels.spec.parse import dump, model_digest
@@ -237,7 +238,7 @@ class Stack:
 
     def capacity(self) -> int:
         """Return the CPUs that the dispatcher knows of; it caches Ray's answer for a moment."""
-        capacity = Jobs(self.storage).queue().capacity
+        capacity = read_queue(self.storage).capacity
         return capacity["cpus"] if capacity else 0
 
     def tell(self, run: Run) -> str:

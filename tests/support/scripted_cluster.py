@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from genmodels.runs.jobs import Jobs
+from genmodels.runs.queue import notify
 from genmodels.runs.records import Heartbeat, Result, Status
 from genmodels.runs.store import Run
 from genmodels.spec.sections import JobSpec
@@ -132,7 +133,7 @@ def send_command(storage: Storage, job: str, model: str, kind: Any, then: Any) -
     if kind == "resume":
         jobs.reopen(job)
     run.send_command(kind, run.status()[0].attempt, f"{kind} by key 1234", then)
-    jobs.notify(job, model)
+    notify(jobs.storage, job, model)
 
 
 def eventful(storage: Storage, data: Path) -> tuple[Cluster, list[str]]:

@@ -26,6 +26,7 @@ from genmodels.registry import references
 from genmodels.registry.evaluations import record
 from genmodels.registry.store import Registry
 from genmodels.runs.jobs import Jobs, StoredSpec
+from genmodels.runs.queue import read_queue
 from genmodels.runs.records import Heartbeat, Result, State
 from genmodels.runs.store import Run
 from genmodels.storage import Storage, documents, load_document, open_storage
@@ -346,7 +347,7 @@ def test_dispatching_goes_on(template: tuple[Path, dict[str, str], Any], world: 
             break
     states = {model: Run(world.storage, names["job"], model).status()[0].state for model in ("m", "n")}
     assert states == {"m": "succeeded", "n": "succeeded"}
-    assert Jobs(world.storage).queue().capacity == {"cpus": 4, "gpus": 0}
+    assert read_queue(world.storage).capacity == {"cpus": 4, "gpus": 0}
     if kind == "Status" and how != "an empty object":
         bad = names["StoredSpec"].split("/")[1]
         assert Run(world.storage, bad, "n").status()[0].state == "succeeded", "the other model of the same job goes on"
@@ -526,13 +527,13 @@ def test_a_damaged_pin_keeps_the_checkpoints_of_its_step(
 def test_nothing_is_deleted_that_a_damaged_object_may_name(
     template: tuple[Path, dict[str, str], Any], world: World, kind: str
 ) -> None:
-    from genmodels.registry import gc
+    from genmodels.registry import removal
 
     _, names, _ = template
     world.storage.delete("models/bad/gc-lease.json")
     world.storage.put(names[kind], b"?")
     with pytest.raises(GenmodelsError):
-        gc.delete_version(Registry(world.storage), "bad", 1)
+        removal.delete_version(Registry(world.storage), "bad", 1)
     assert world.storage.exists("models/bad/versions/00000001.json")
 
 

@@ -27,7 +27,7 @@ DOCS = ROOT / "docs"
 PAGES = [
     *sorted(ROOT.glob("*.md")),
     *sorted(DOCS.glob("*.md")),
-    *(ROOT / name for name in ("k8s/README.md", "docker/prometheus/RUNBOOK.md", "jobs/LOG.md")),
+    *(ROOT / name for name in ("k8s/README.md", "k8s/PLATFORMS.md", "docker/prometheus/RUNBOOK.md", "jobs/LOG.md")),
 ]
 DEPLOYED = [  # files that name modules to start
     ROOT / "compose.yaml",

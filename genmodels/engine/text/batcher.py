@@ -209,7 +209,7 @@ class ContinuousBatcher:
         _notify_finished(sequence, error)
 
     def _fail_all(self, error: Exception) -> None:
-        """End all sequences, also the waiting ones: an error that no sequence causes would occur again."""
+        """End all sequences, also those that wait: the error comes from no single sequence, so it would occur again."""
         for slot, sequence in self._running():
             self._finish(slot, sequence, error)
         with self._changed:

@@ -20,8 +20,16 @@ def submission_id(job: str, model: str, attempt: int) -> str:
 
 
 def driver_command(storage_url: str, job: str, model: str, attempt: int, workers: int) -> list[str]:
-    run = ("--storage", storage_url, "--job", job, "--model", model)
-    return python("train", *run, "--attempt", str(attempt), "--workers", str(workers))
+    return python("train", *_attempt(storage_url, job, model, attempt), "--workers", str(workers))
+
+
+def pre_stop_command(storage_url: str, job: str, model: str, attempt: int) -> list[str]:
+    """Return the command with which an attempt saves before its pod ends, without its `--seconds`."""
+    return python("train.pre_stop", *_attempt(storage_url, job, model, attempt))
+
+
+def _attempt(storage_url: str, job: str, model: str, attempt: int) -> tuple[str, ...]:
+    return "--storage", storage_url, "--job", job, "--model", model, "--attempt", str(attempt)
 
 
 LOST = -1  # exit code of an unknown driver: its cluster has gone

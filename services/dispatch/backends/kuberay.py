@@ -8,6 +8,8 @@ result, if it exists, comes first. A "counted" attempt has no new checkpoint; th
     suspended by Kueue, never begun           | starting: waits for Kueue to admit it, without limit
     no status                                 | starting: waits for KubeRay, without limit: nothing is taken meanwhile
     Initializing                              | starting: waits for its cluster, and says what its pods wait for
+    Initializing, with nodes for a part of its| without Kueue: after --kube-give-way-seconds its RayJob is deleted and a
+    pods, like an earlier run                 | new attempt queued; not counted
     Initializing, an image that does not exist| fails with the kubelet's words
     Running                                   | starting, running, publishing: as the driver's heartbeats say
     Complete, jobStatus SUCCEEDED             | the result decides; without a result: tried again, counted
@@ -30,9 +32,9 @@ are gone. KubeRay fails RayJobs whose driver still runs (a deadline): the dispat
 foreground. Kueue does not resume a preempted attempt: a new attempt follows, and its RayJob queues again with the run's
 priority.
 
-Pods that are preempted or evicted save nothing before they end: the steps since the latest checkpoint are lost. With
---kube-cluster-selector a driver's pods belong to the cluster and stay: there an attempt has ended when its RayJob is
-gone, and the store's fence keeps the late writes of its driver out of the run.
+Before a pod is preempted, evicted, drained or deleted, its hook (services.train.pre_stop) has the run save, within the
+pod's grace period. With --kube-cluster-selector a driver's pods belong to the cluster and stay: there an attempt has
+ended when its RayJob is gone, and the store's fence keeps the late writes of its driver out of the run.
 
 With --kube-queue, or without --max-cpus, there is always room: runs start at once with the fewest workers that they
 may have, and neither grow nor make room; Kueue or the nodes' autoscaler decides. With --max-cpus the dispatcher plans
@@ -53,27 +55,22 @@ from genmodels.runs.store import Run
 from genmodels.storage import Storage
 from services.dispatch.backends.base import LOST, PREEMPTED, REFUSED, Capacity, Driver, submission_id
 from services.dispatch.backends.kube_api import KubeApi
-from services.dispatch.backends.pods import find_obstacle
+from services.dispatch.backends.pods import find_obstacle, is_partly_placed
 from services.dispatch.backends.ray_jobs import ACCEPT_SECONDS
 from services.dispatch.backends.rayjob import KubeOptions, RayJob, Template
+from services.dispatch.backends.rayjob_status import (
+    DRIVER_ENDED,
+    ENDED_STATES,
+    FAILED,
+    created,
+    end_of,
+    is_going,
+    state_of,
+)
 
 KEEP_SECONDS = 300.0  # an ended RayJob stays for inspection
 GONE_SECONDS = 300.0  # for the pods of a deleted RayJob: the pods of a lost node may stay for ever
-FAILED = 1  # exit code that always counts; LOST counts only once training had begun
-MESSAGE = 300  # characters of KubeRay's message in a reason
 LOG = 2000  # characters of this message in the log; it ends with the last lines of the driver's log
-ENDED_STATES = ("Complete", "Failed", "ValidationFailed")
-DRIVER_ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
-REASONS = {
-    "AppFailed": (FAILED, "the driver died"),
-    "ValidationFailed": (REFUSED, "KubeRay refuses the RayJob"),
-    "SubmissionFailed": (LOST, "the driver could not be submitted"),
-    "DeadlineExceeded": (LOST, "it took longer than the template's activeDeadlineSeconds"),
-    "PreRunningDeadlineExceeded": (LOST, "its cluster was not there in time: no room for its pods, or no image"),
-    "JobStatusCheckTimeoutExceeded": (LOST, "its head pod was lost"),
-    "JobDeploymentStatusTransitionGracePeriodExceeded": (LOST, "KubeRay lost sight of the driver"),
-}
-
 log = logging.getLogger("genmodels.kuberay")
 
 
@@ -91,6 +88,7 @@ class KubeRayBackend:
         self.storage, self.template = storage, Template(options)
         self.api = KubeApi(options.namespace)
         self.most = Capacity(0, 0, unlimited=True) if options.queue or not most.cpus else most
+        self.give_way_seconds = options.give_way_seconds
         self._ended: dict[str, float] = {}  # RayJob -> time at which its end was first seen
 
     def start(self, storage_url: str, job: str, model: str, attempt: int, workers: int) -> Driver:
@@ -120,13 +118,26 @@ class KubeRayBackend:
         self._sweep(jobs)
         return self.most
 
+    def is_partly_placed(self, job: RayJob) -> bool:
+        """Tell whether some pods of a RayJob have nodes and others have none."""
+        cluster = (job.get("status") or {}).get("rayClusterStatus") or {}
+        groups = (job["spec"].get("rayClusterSpec") or {}).get("workerGroupSpecs") or ()
+        total = 1 + sum(group["replicas"] for group in groups)
+        return is_partly_placed(self.api.pending_pods(job["metadata"]["name"]), cluster, total)
+
+    def has_earlier(self, job: RayJob) -> bool:
+        """Tell whether a RayJob that is older than this one is partly placed as well."""
+        jobs = (self.api.jobs() or {}).values()
+        earlier = (each for each in jobs if created(each) < created(job) and state_of(each) == "Initializing")
+        return any(map(self.is_partly_placed, earlier))
+
     def _sweep(self, jobs: dict[str, RayJob]) -> None:
         """Delete the RayJobs that ended KEEP_SECONDS ago; their results were read long before."""
         now = time.monotonic()
-        ended = [name for name, job in jobs.items() if _state(job) in ENDED_STATES]
+        ended = [name for name, job in jobs.items() if state_of(job) in ENDED_STATES]
         self._ended = {name: self._ended.get(name, now) for name in ended}
         for name, since in self._ended.items():
-            if now - since >= KEEP_SECONDS and not _is_going(jobs[name]):
+            if now - since >= KEEP_SECONDS and not is_going(jobs[name]):
                 self.api.delete(name)
 
 
@@ -147,6 +158,7 @@ class _RayJob(Driver):
         self.code, self.ended = LOST, False
         self.deleting = self.existed = False
         self.gone_since: float | None = None
+        self.partly_placed_since: float | None = None
         self.never_began = False  # known for certain while it is suspended
         self.head = ""
         self._create()
@@ -165,14 +177,14 @@ class _RayJob(Driver):
 
     def _check(self, job: RayJob) -> bool:
         self.fill, self.existed = None, True
-        if _is_going(job):
+        if is_going(job):
             if not self.deleting:
                 self._end_by_deleting(LOST, "its RayJob was deleted", ask=False)
             return False
         if self.deleting:
             self.api.delete(self.name)
             return False
-        state, status = _state(job), job.get("status") or {}
+        state, status = state_of(job), job.get("status") or {}
         self.waiting = self.problem = ""
         match state:
             case _ if state in ENDED_STATES:
@@ -195,19 +207,33 @@ class _RayJob(Driver):
                 self.waiting, self.never_began = "waits for KubeRay to take its RayJob", False
             case "Initializing":
                 self.never_began = False
-                self._wait_for_pods(status)
+                self._wait_for_pods(job, status)
             case _:
                 self.problem = f"KubeRay reports a state that is not known here: {state}"
         return False
 
-    def _wait_for_pods(self, status: RayJob) -> None:
+    def _wait_for_pods(self, job: RayJob, status: RayJob) -> None:
         obstacle = find_obstacle(self.api.pending_pods(self.name), status.get("rayClusterStatus") or {})
         self.waiting = obstacle.reason if obstacle else "waits for KubeRay to make its cluster"
         if obstacle and obstacle.final:
             self._end_by_deleting(REFUSED, obstacle.reason)
+        elif self._gives_way(job):
+            self._end_by_deleting(LOST, f"gave its nodes to an earlier run; {self.waiting}")
+
+    def _gives_way(self, job: RayJob) -> bool:
+        """Tell whether this run and an earlier one have held a part of their nodes for too long: each blocks the other.
+
+        Without Kueue each pod gets a node by itself.
+        """
+        if self.queue or not self.backend.is_partly_placed(job):
+            self.partly_placed_since = None
+            return False
+        now = time.monotonic()
+        self.partly_placed_since = self.partly_placed_since or now
+        return now - self.partly_placed_since >= self.backend.give_way_seconds and self.backend.has_earlier(job)
 
     def _has_ended(self, status: RayJob) -> bool:
-        code, reason = _end(status)
+        code, reason = end_of(status)
         if code:
             log.warning("RayJob %s: %s\n%s", self.name, reason, (status.get("message") or "")[-LOG:])
         if status.get("jobStatus") in DRIVER_ENDED or not status.get("rayClusterName"):
@@ -259,23 +285,3 @@ class _RayJob(Driver):
         self.code, self.reason, self.waiting = code, reason, "its pods end"
         if ask:
             self.api.delete(self.name)
-
-
-def _state(job: RayJob) -> str:
-    return (job.get("status") or {}).get("jobDeploymentStatus") or ""
-
-
-def _is_going(job: RayJob) -> bool:
-    return "deletionTimestamp" in job["metadata"]
-
-
-def _end(status: RayJob) -> tuple[int, str]:
-    """Return the code and the reason of a RayJob that is Complete or Failed."""
-    match status.get("jobDeploymentStatus"), status.get("jobStatus"):
-        case "Complete", "SUCCEEDED":
-            return 0, "the driver ended with code 0 and left no result"
-        case "Complete", "STOPPED":
-            return -signal.SIGTERM, "the driver was stopped"
-    why, message = status.get("reason") or "Failed", (status.get("message") or "").strip().partition("\n")[0]
-    code, meaning = REASONS.get(why, (FAILED, "the driver failed"))
-    return code, f"{meaning} ({why}: {message[:MESSAGE]})" if message else f"{meaning} ({why})"

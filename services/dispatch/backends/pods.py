@@ -46,6 +46,17 @@ def find_obstacle(pods: Sequence[Pod], cluster: dict[str, Any]) -> Obstacle | No
     return max(obstacles, key=lambda obstacle: obstacle.final, default=None)
 
 
+def is_partly_placed(pods: Sequence[Pod], cluster: dict[str, Any], total: int) -> bool:
+    """Tell whether some pods of a run have nodes and others wait for nodes, or for a quota.
+
+    Args:
+        pods, cluster: as `find_obstacle` takes them.
+        total: number of the run's pods.
+    """
+    waiting = sum(_unscheduled_condition(pod) is not None for pod in pods) + bool(_refused_pod(cluster))
+    return 0 < waiting < total
+
+
 def _obstacle(pod: Pod) -> Obstacle | None:
     status = pod.get("status") or {}
     for container in (*(status.get("initContainerStatuses") or ()), *(status.get("containerStatuses") or ())):
@@ -58,10 +69,14 @@ def _obstacle(pod: Pod) -> Obstacle | None:
             return Obstacle(image)
         if reason in NO_CONTAINER:
             return Obstacle(f"the container {container['name']} does not start ({reason}: {message})")
-    for condition in status.get("conditions") or ():
-        if condition.get("type") == "PodScheduled" and condition.get("status") == "False":
-            return Obstacle(_unscheduled(condition))
-    return None
+    condition = _unscheduled_condition(pod)
+    return Obstacle(_unscheduled(condition)) if condition else None
+
+
+def _unscheduled_condition(pod: Pod) -> dict[str, Any] | None:
+    conditions: list[dict[str, Any]] = (pod.get("status") or {}).get("conditions") or []
+    unscheduled = (each for each in conditions if (each.get("type"), each.get("status")) == ("PodScheduled", "False"))
+    return next(unscheduled, None)
 
 
 def _unscheduled(condition: dict[str, Any]) -> str:

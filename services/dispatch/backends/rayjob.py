@@ -21,12 +21,18 @@ These fields are filled in and override the template:
     spec.backoffLimit               0: the dispatcher alone tries again
     spec.shutdownAfterJobFinishes   true, and ttlSecondsAfterFinished 0: the cluster is removed at once. The RayJob
                                     keeps its result; the dispatcher deletes it KEEP_SECONDS later
-    one worker group                replicas, minReplicas, maxReplicas: the workers; no other group; no autoscaling
-    rayStartParams.num-cpus         head "0", workers "1": one worker of the training per pod, whatever its CPUs. In a
-                                    group with `resources`, which KubeRay does not take together with it: resources.CPU,
-                                    unless it is there
-    nvidia.com/gpu: 1               in the worker's requests and limits if the spec sets `use_gpu`, unless the group
-                                    requests a GPU itself
+    one worker group                replicas, minReplicas, maxReplicas: the pods; no other group; no autoscaling
+    rayStartParams.num-cpus         head "0", workers: the workers of a pod (1 without GPUs), whatever its CPUs.
+                                    In a group with `resources`, which KubeRay does not take together with it:
+                                    resources.CPU, unless it is there
+    nvidia.com/gpu                  of the worker's requests and limits if the spec sets `use_gpu`. A group that
+                                    requests none gets 1. A group that requests more, e.g. 8 with NVLink, gets a worker
+                                    for each, on as few pods as that takes; a pod requests as many GPUs as it has
+                                    workers. Another resource that ends in /gpu counts as well
+    lifecycle.preStop               of the first container, unless it has one: services.train.pre_stop, with which the
+                                    run saves before the pod ends. terminationGracePeriodSeconds: 120 if the template
+                                    has none; the run may take 20 seconds less to save. Ray's own wait after SIGTERM
+                                    (RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S) is then 0
     spec.preRunningDeadlineSeconds  1800 if the template has none: an attempt ends if its nodes never come
     spec.suspend, kueue.x-k8s.io/*  with --kube-queue: created suspended; Kueue admits it. Else not suspended
 
@@ -51,7 +57,7 @@ import yaml
 
 from genmodels.errors import GenmodelsError
 from genmodels.spec.sections import ModelSpec
-from services.dispatch.backends.base import driver_command, submission_id
+from services.dispatch.backends.base import driver_command, pre_stop_command, submission_id
 
 RayJob = dict[str, Any]  # the custom resource, as the API has it
 
@@ -64,6 +70,9 @@ PRIORITY_LABEL = "kueue.x-k8s.io/priority-class"
 WORKERS, GPU_WORKERS = "workers", "gpu-workers"
 PLACED_SECONDS = 1800
 LABEL_LENGTH = 63
+GRACE_SECONDS = 120  # for a pod to end; it saves first
+RAYS_WAIT = "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"
+SIGTERM_SECONDS = 20  # of the grace period, for Ray's processes to end after the run has saved
 
 
 @dataclass(frozen=True)
@@ -76,6 +85,7 @@ class KubeOptions:
     queue: str | None = None
     priorities: Sequence[tuple[str, int]] = field(default=())
     template_object: str | None = None
+    give_way_seconds: float = 300.0
 
     @classmethod
     def of(cls, options: argparse.Namespace) -> KubeOptions:
@@ -107,6 +117,7 @@ class KubeOptions:
             options.kube_queue,
             priorities,
             options.kube_template_object,
+            options.kube_give_way_seconds,
         )
 
 
@@ -122,6 +133,14 @@ def add_kube_arguments(parser: argparse.ArgumentParser) -> None:
     add("kube-template", "YAML of a RayJob to fill in; see services/dispatch/backends/rayjob.py", metavar="FILE")
     add("kube-cluster-selector", "have this RayCluster run all drivers, in place of a cluster per run", metavar="NAME")
     add("kube-queue", "LocalQueue of Kueue, which then alone admits", metavar="NAME")
+    parser.add_argument(
+        "--kube-give-way-seconds",
+        type=float,
+        default=float(os.environ.get("GENMODELS_KUBE_GIVE_WAY_SECONDS") or KubeOptions.give_way_seconds),
+        metavar="SECONDS",
+        help="after which a run that has nodes for only a part of its pods gives them to an earlier run in the same"
+        " state, without --kube-queue (GENMODELS_KUBE_GIVE_WAY_SECONDS; default: %(default)s)",
+    )
     parser.add_argument(
         "--kube-priority",
         action="append",
@@ -168,7 +187,7 @@ class Template:
         metadata["annotations"] = {**(metadata.get("annotations") or {}), **readable}
         command = driver_command(storage_url, job, model, attempt, workers)
         body |= {
-            "entrypoint": shlex.join(["python", *command[1:]]),  # the Python of the image
+            "entrypoint": shlex.join(_in_image(command)),
             "jobId": name,
             "submissionMode": "HTTPMode",
             "backoffLimit": 0,
@@ -180,6 +199,7 @@ class Template:
         else:
             body |= {"shutdownAfterJobFinishes": True, "ttlSecondsAfterFinished": 0}
             _size(body["rayClusterSpec"], name, workers, spec.scaling.use_gpu)
+            _save_first(body["rayClusterSpec"], pre_stop_command(storage_url, job, model, attempt))
         body.setdefault("preRunningDeadlineSeconds", PLACED_SECONDS)
         body["suspend"] = bool(self.options.queue)
         return {**filled, "apiVersion": API_VERSION, "kind": "RayJob"}
@@ -208,13 +228,14 @@ def _priority(text: str) -> tuple[str, int]:
 
 
 def _size(cluster: dict[str, Any], name: str, workers: int, use_gpu: bool) -> None:
-    """Reduce the cluster to one worker group with one pod per worker."""
+    """Reduce the cluster to one worker group, with as many pods as the workers need."""
     groups = {group["groupName"]: group for group in cluster["workerGroupSpecs"]}
     group = groups.get(GPU_WORKERS, groups[WORKERS]) if use_gpu else groups[WORKERS]
-    group |= {"replicas": workers, "minReplicas": workers, "maxReplicas": workers}
+    count, workers_of_pod = _share_gpus(group, workers) if use_gpu else (workers, 1)
+    group |= {"replicas": count, "minReplicas": count, "maxReplicas": count}
     cluster["workerGroupSpecs"] = [group]
     cluster.pop("enableInTreeAutoscaling", None)
-    for pods, cpus in ((cluster["headGroupSpec"], "0"), (group, "1")):
+    for pods, cpus in ((cluster["headGroupSpec"], "0"), (group, str(workers_of_pod))):
         parameters = pods["rayStartParams"] = dict(pods.get("rayStartParams") or {})
         if resources := pods.get("resources"):  # KubeRay refuses both; the CPUs are then in `resources`
             if not any(name.casefold() == "cpu" for name in resources):
@@ -223,12 +244,34 @@ def _size(cluster: dict[str, Any], name: str, workers: int, use_gpu: bool) -> No
             parameters["num-cpus"] = cpus
         metadata = pods["template"].setdefault("metadata", {})
         metadata["labels"] = {**(metadata.get("labels") or {}), POD_LABEL: name}
-    if use_gpu:
-        resources = group["template"]["spec"]["containers"][0].setdefault("resources", {})
-        for kind in ("requests", "limits"):
-            amounts = resources.setdefault(kind, {})
-            if not any(resource.endswith("/gpu") for resource in amounts):
-                amounts["nvidia.com/gpu"] = 1
+
+
+def _share_gpus(group: dict[str, Any], workers: int) -> tuple[int, int]:
+    """Return the number of pods and of workers in a pod, one for each GPU; request no more GPUs than these need."""
+    resources = group["template"]["spec"]["containers"][0].setdefault("resources", {})
+    limits, requests = resources.setdefault("limits", {}), resources.setdefault("requests", {})
+    gpu = next((name for name in (*limits, *requests) if name.endswith("/gpu")), "nvidia.com/gpu")
+    gpus_of_pod = int(limits.get(gpu) or requests.get(gpu) or 1)
+    count = -(-workers // gpus_of_pod)
+    limits[gpu] = requests[gpu] = workers_of_pod = -(-workers // count)
+    return count, workers_of_pod
+
+
+def _save_first(cluster: dict[str, Any], command: list[str]) -> None:
+    """Add the hook to each pod: whichever of them ends, the run saves before. Ray then ends without a further wait."""
+    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+        pod = group["template"]["spec"]
+        grace = pod.setdefault("terminationGracePeriodSeconds", GRACE_SECONDS)
+        seconds = str(max(0, grace - SIGTERM_SECONDS))
+        hooks = pod["containers"][0].setdefault("lifecycle", {})
+        hooks.setdefault("preStop", {"exec": {"command": [*_in_image(command), "--seconds", seconds]}})
+        env = pod["containers"][0].setdefault("env", [])
+        if not any(variable["name"] == RAYS_WAIT for variable in env):
+            env.append({"name": RAYS_WAIT, "value": "0"})
+
+
+def _in_image(command: list[str]) -> list[str]:
+    return ["python", *command[1:]]  # the Python of the image, not this process's
 
 
 def _read(path: Path) -> RayJob:

@@ -15,6 +15,7 @@ import pytest
 
 from genmodels.errors import GenmodelsError, IdempotencyConflict, JobNotFound, SpecError, StorageUnavailable
 from genmodels.runs.jobs import EndedEntry, Entry, Jobs, index_runs, newest_run
+from genmodels.runs.queue import delete_notification, notifications, notify
 from genmodels.runs.store import Run
 from genmodels.spec.parse import digest, dump, parse_spec
 from genmodels.spec.sections import JobSpec
@@ -266,7 +267,7 @@ def test_the_store_is_away() -> None:
         lambda: jobs.exists(job),
         jobs.open,
         jobs.ended,
-        jobs.notifications,
+        lambda: notifications(jobs.storage),
         lambda: jobs.reopen(job),
         lambda: jobs.close(job, ENDED, {"vae-digits": "failed"}),
         lambda: jobs.delete(job),
@@ -526,17 +527,17 @@ def test_a_job_that_is_resumed_is_not_deleted() -> None:
 
 def test_notifications(storage: Storage) -> None:
     jobs = Jobs(storage)
-    assert jobs.notifications() == []
+    assert notifications(jobs.storage) == []
     for job, model in [("b-1", "m"), ("a-1", "m2"), ("a-1", "m")]:
-        jobs.notify(job, model)
-    first = sorted(jobs.notifications())
+        notify(jobs.storage, job, model)
+    first = sorted(notifications(jobs.storage))
     assert [notification[:2] for notification in first] == [("a-1", "m"), ("a-1", "m2"), ("b-1", "m")]
-    jobs.delete_notification(*first[0])
-    jobs.delete_notification(*first[0])
-    assert sorted(jobs.notifications()) == first[1:]
-    jobs.notify("b-1", "m")
-    jobs.delete_notification(*first[2])
-    (later,) = [notification for notification in jobs.notifications() if notification[0] == "b-1"]
+    delete_notification(jobs.storage, *first[0])
+    delete_notification(jobs.storage, *first[0])
+    assert sorted(notifications(jobs.storage)) == first[1:]
+    notify(jobs.storage, "b-1", "m")
+    delete_notification(jobs.storage, *first[2])
+    (later,) = [notification for notification in notifications(jobs.storage) if notification[0] == "b-1"]
     assert later != first[2], "who takes one late takes no later one with it"
 
 

@@ -26,6 +26,7 @@ from genmodels.storage.base import Refused
 from genmodels.storage.instrumented import MeasuredStorage
 from genmodels.storage.lease import Lease
 from genmodels.storage.marker import MARKER
+from services.dispatch import dispatcher as dispatcher_module
 from services.dispatch import single_run
 from services.dispatch.backends.local_process import SubprocessBackend
 from services.dispatch.dispatcher import Dispatcher
@@ -345,7 +346,7 @@ def test_the_dispatcher_outlives_whatever_happens(
 
     troubled(lease, "try_acquire", "lease")
     troubled(dispatcher.jobs, "open", "jobs")
-    troubled(dispatcher.jobs, "notifications", "notifications")
+    troubled(dispatcher_module, "notifications", "notifications")
     troubled(cluster, "capacity", "capacity")
     monkeypatch.setattr("services.dispatch.dispatcher.POLL_SECONDS", 0.001)
     stop = threading.Event()

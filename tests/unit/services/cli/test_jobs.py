@@ -19,7 +19,8 @@ import httpx
 import pytest
 
 from genmodels.keys import Keys
-from genmodels.runs.jobs import Jobs, Queue, QueuedRun
+from genmodels.runs.jobs import Jobs
+from genmodels.runs.queue import Queue, QueuedRun, write_queue
 from genmodels.runs.records import Heartbeat, Result, State, Status
 from genmodels.runs.store import Run
 from genmodels.storage import Storage
@@ -75,7 +76,7 @@ def test_a_dash_submits_the_spec_on_standard_input(
 
 
 def test_a_dry_run_submits_nothing(api: str, command: Command, store: Storage) -> None:
-    Jobs(store).write_queue(Queue(time=now(), capacity={"cpus": 2, "gpus": 0}))
+    write_queue(store, Queue(time=now(), capacity={"cpus": 2, "gpus": 0}))
     code, out, _ = command("submit", "shapes.yaml", "--dry-run")
     assert code == 0
     vae, gan = (line.split("│") for line in out.splitlines() if "digits" in line)
@@ -117,7 +118,7 @@ def test_wait_follows_to_the_end_and_says_how_to_use_it(
         to(vae, "starting", "attempt 1 with 1 worker", attempt=1, workers=1)
         to(gan, "queued", "submitted")
         waiting = QueuedRun(job=gan.job, model=gan.model, reason="needs 1 CPU, free: 0 CPUs")
-        Jobs(store).write_queue(Queue(time=now(), queue=[waiting]))
+        write_queue(store, Queue(time=now(), queue=[waiting]))
 
     def lose() -> None:  # two changes between two looks
         vae, _ = runs()

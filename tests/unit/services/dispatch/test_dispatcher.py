@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from genmodels.errors import LeaseLost, StorageUnavailable
-from genmodels.runs.jobs import QUEUE, Jobs
+from genmodels.runs.jobs import Jobs
+from genmodels.runs.queue import QUEUE, notifications, notify
 from genmodels.runs.records import ENDED
 from genmodels.runs.store import Run
 from genmodels.storage import Storage
@@ -179,7 +180,7 @@ def test_a_resume_is_not_lost_when_the_job_is_closed_again_before_the_command_is
     Jobs(storage).reopen(name)
     play(dispatcher, 1, name)  # there is no command yet: the job is closed again
     Run(storage, name, "a").send_command("resume", 1, "by key 1234", "queued")
-    Jobs(storage).notify(name, "a")
+    notify(storage, name, "a")
     dispatcher.dispatch_once(1)
     play(dispatcher, 1, name)
     assert state(storage, name, "a").state == "succeeded"
@@ -189,11 +190,11 @@ def test_a_resume_is_not_lost_when_the_job_is_closed_again_before_the_command_is
 def test_a_notification_for_nothing_does_no_harm(data: Path) -> None:
     storage = MemoryStorage()
     name = submit(storage, data, "calm", "a")
-    Jobs(storage).notify("gone-00000000", "a")
-    Jobs(storage).notify(name, "no-such-model")
+    notify(storage, "gone-00000000", "a")
+    notify(storage, name, "no-such-model")
     dispatcher = Dispatcher(storage, Cluster(storage))
     play(dispatcher, 1, name)
-    assert (state(storage, name, "a").state, Jobs(storage).notifications()) == ("succeeded", [])
+    assert (state(storage, name, "a").state, notifications(storage)) == ("succeeded", [])
 
 
 # ---- restarts

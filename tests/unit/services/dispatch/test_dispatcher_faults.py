@@ -12,7 +12,7 @@ import httpx
 import pytest
 
 from genmodels.errors import GenmodelsError, LeaseLost
-from genmodels.runs.jobs import QUEUE, Jobs
+from genmodels.runs.queue import QUEUE, notifications, notify
 from genmodels.runs.records import Heartbeat, Result
 from genmodels.runs.store import Run
 from services.dispatch import single_run
@@ -58,9 +58,9 @@ def test_a_job_of_genmodels_run_is_not_the_services(data: Path) -> None:
     with pytest.raises(GenmodelsError, match="no job"):
         cancel(storage, mine)
     assert storage.list(f"runs/{mine}/") == []
-    Jobs(storage).notify(mine, "a")
+    notify(storage, mine, "a")
     play(Dispatcher(storage, Cluster(storage)), 1, other)
-    assert (state(storage, other, "b").state, Jobs(storage).notifications()) == ("succeeded", [])
+    assert (state(storage, other, "b").state, notifications(storage)) == ("succeeded", [])
 
 
 def test_a_damaged_index_stops_no_other_job(data: Path) -> None:
@@ -201,7 +201,7 @@ def test_who_wakes_late_takes_no_newer_notification(data: Path) -> None:
     storage = Paused(inner)
     old = Dispatcher(storage, cluster)
     old.dispatch_once(1)
-    Jobs(inner).notify(name, "a")
+    notify(inner, name, "a")
     storage.armed = True
     with pytest.raises(LeaseLost):
         old.dispatch_once(1)

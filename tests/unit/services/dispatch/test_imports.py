@@ -19,6 +19,7 @@ HEAVY = ("torch", "ray", "kubernetes", "fastapi")
         "services.dispatch.backends.local_process",
         "services.dispatch.backends.ray_jobs",
         "services.client.jobs",
+        "services.train.pre_stop",
     ],
 )
 def test_the_dispatcher_imports_no_heavy_package(module: str) -> None:

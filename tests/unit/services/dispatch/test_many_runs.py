@@ -12,6 +12,7 @@ import pytest
 import yaml
 
 from genmodels.runs.jobs import Jobs
+from genmodels.runs.queue import delete_notification, notifications
 from genmodels.spec.parse import parse_spec
 from genmodels.storage import Storage
 from services.dispatch.backends.base import Capacity
@@ -95,8 +96,8 @@ def test_commands_left_before_a_dispatcher_starts_are_applied() -> None:
     service = Service(storage)
     job = service.submit("a", "b")
     assert service("POST", f"/v1/jobs/{job}/cancel", {"models": ["b"]}).status_code == 200
-    for _, _, notification in service.jobs.notifications():  # the dispatcher before took it, and died
-        service.jobs.delete_notification(job, "b", notification)
+    for _, _, notification in notifications(service.jobs.storage):  # the dispatcher before took it, and died
+        delete_notification(service.jobs.storage, job, "b", notification)
     Dispatcher(storage, Full()).dispatch_once(1)
     assert [run["state"] for run in service.show(job)["models"]] == ["queued", "cancelled"]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+import dataclasses
 import os
 import shlex
 import subprocess
@@ -28,6 +29,7 @@ from services.dispatch.dispatcher import Dispatcher
 from services.jobs import app as jobs_service
 from tests.support.fake_kuberay import Operator, refusal
 from tests.support.fake_kubernetes import KubeApi
+from tests.support.kuberay_pods import build_pods
 from tests.support.paths import ROOT
 from tests.support.ray_node import until
 from tests.support.scripted_cluster import data, in_no_time, send_command, spec, state, submit
@@ -343,7 +345,7 @@ def test_deleted_by_hand_it_goes_on_when_its_pods_have_gone(
 def change_template(folder: Path, **changes: Any) -> None:
     """Write the template with a changed spec, or a changed group of workers."""
     template = copy.deepcopy(TEMPLATE)
-    group = template["spec"]["rayClusterSpec"]["workerGroupSpecs"][0]
+    group = template["spec"]["rayClusterSpec"]["workerGroupSpecs"][changes.pop("at", 0)]
     group |= changes.pop("group", {})
     template["spec"] |= changes
     (folder / "template.yaml").write_text(yaml.safe_dump(template))
@@ -433,6 +435,25 @@ def test_what_pods_wait_for_is_the_reason(api: KubeApi, tmp_path: Path, data: Pa
     assert state(storage, name, "a").reason.startswith("a pod is refused (exceeded quota: compute, requested: cpu=1")
     platform.operator.placed = True
     assert platform.until("a", "succeeded", name).attempt == 1
+
+
+def test_of_two_partly_placed_runs_the_later_gives_way(api: KubeApi, tmp_path: Path, data: Path) -> None:
+    """Four nodes for two runs of three pods: each run gets two, and neither can start."""
+    storage = MemoryStorage()
+    platform = Platform(api, tmp_path, storage)
+    platform.operator.nodes, platform.operator.pending = 4, STATUSES["no GPU"]
+    name = submit(storage, data, "blocked", "a", "b", workers=2)
+    platform.reconcile(8)
+    assert [state(storage, name, model).attempt for model in "ab"] == [1, 1], "each may wait for nodes that come"
+    assert not platform.operator.started
+    platform.options = dataclasses.replace(platform.options, give_way_seconds=0.0)
+    platform.restart()
+    attempts = {model: platform.until(model, "succeeded", name).attempt for model in "ab"}
+    assert sorted(attempts.values())[0] == 1, "the earlier run keeps its pods"
+    later = max(attempts, key=lambda model: attempts[model])
+    reason = "gave its nodes to an earlier run; waits for nodes with room (Unschedulable: Insufficient nvidia.com/gpu"
+    assert any(each.startswith(reason) for each in platform.reasons(name, later))
+    assert state(storage, name, later).no_progress_attempts == 0
 
 
 def test_one_list_of_pods_serves_all_runs(
@@ -713,6 +734,13 @@ def test_every_rayjob_is_valid_and_sized(
     assert made["rayClusterSpec"]["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
     limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
     assert limits.get("nvidia.com/gpu") in ((1, "1") if use_gpu else (None,))  # Kubernetes takes text and numbers
+    for pod in build_pods(body):
+        (hook,) = (each["lifecycle"]["preStop"]["exec"]["command"] for each in pod["spec"]["containers"])
+        assert hook[:4] == ["python", "-P", "-m", "services.train.pre_stop"]
+        assert hook[4:-2] == command[4:-2], "storage, job, model and attempt, as the driver"
+        assert int(hook[-1]) == pod["spec"]["terminationGracePeriodSeconds"] - 20
+        assert {"name": "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S", "value": "0"} in pod["spec"]["containers"][0]["env"]
+        assert pod["metadata"]["labels"]["genmodels/rayjob"] == name
     if template is None:
         assert group["groupName"] == ("gpu-workers" if use_gpu else "workers")
 
@@ -728,6 +756,44 @@ def test_a_group_with_resources_of_ray_has_no_num_cpus(
     (group,) = body["spec"]["rayClusterSpec"]["workerGroupSpecs"]
     assert group["rayStartParams"] == {}
     assert group["resources"] == {"CPU": "1", **resources}, "one worker for each pod, unless the template says more"
+
+
+@pytest.mark.parametrize(
+    ("gpus", "workers", "pods"),
+    [("8", 8, [8]), (8, 16, [8, 8]), ("8", 3, [3]), ("4", 6, [3, 3]), ("4", 5, [3, 3]), ("1", 2, [1, 1])],
+)
+def test_a_pod_of_several_gpus_has_a_worker_for_each(
+    api: KubeApi, tmp_path: Path, data: Path, gpus: Any, workers: int, pods: list[int]
+) -> None:
+    amounts = {"cpu": "16", "example.com/gpu": gpus}
+    container = {"name": "ray", "image": "genmodels:test", "resources": {"requests": dict(amounts), "limits": amounts}}
+    change_template(
+        tmp_path, group={"groupName": "gpu-workers", "template": {"spec": {"containers": [container]}}}, at=1
+    )
+    template = Template(KubeOptions(template=tmp_path / "template.yaml"))
+    body = template.fill("s3://b", "j", of(data, use_gpu=True).models[0], 1, workers, 0)
+    api._create(body)
+    _, *made = build_pods(body)
+    resources = [pod["spec"]["containers"][0]["resources"] for pod in made]
+    assert [each["limits"]["example.com/gpu"] for each in resources] == pods
+    assert [each["requests"]["example.com/gpu"] for each in resources] == pods
+    starts = [pod["spec"]["containers"][0]["args"][0] for pod in made]
+    assert all(
+        f"--num-cpus={count} " in start and f"--num-gpus={count} " in start
+        for count, start in zip(pods, starts, strict=True)
+    )
+
+
+def test_a_hook_of_the_template_stays(tmp_path: Path, data: Path) -> None:
+    own = {"preStop": {"sleep": {"seconds": 5}}}
+    container = {"name": "ray", "image": "genmodels:test", "lifecycle": own}
+    pod = {"spec": {"containers": [container], "terminationGracePeriodSeconds": 10}}
+    change_template(tmp_path, group={"template": pod})
+    body = Template(KubeOptions(template=tmp_path / "template.yaml")).fill("s3://b", "j", of(data).models[0], 1, 2, 0)
+    head, worker, _ = build_pods(body)
+    assert worker["spec"]["containers"][0]["lifecycle"] == own
+    assert worker["spec"]["terminationGracePeriodSeconds"] == 10
+    assert head["spec"]["terminationGracePeriodSeconds"] == 120
 
 
 def test_a_class_for_each_priority(tmp_path: Path) -> None:
@@ -790,6 +856,8 @@ def test_settings_by_environment(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setenv(f"GENMODELS_KUBE_{name}", value)
     parsed = KubeOptions.of(options())
     assert parsed == KubeOptions("n", Path("t"), None, "q", (("low", -5), ("high", 1)))
+    monkeypatch.setenv("GENMODELS_KUBE_GIVE_WAY_SECONDS", "60")
+    assert KubeOptions.of(options()).give_way_seconds == 60
 
 
 @pytest.mark.parametrize(
