@@ -20,7 +20,8 @@ from genmodels.checkpoint import MANIFEST, CheckpointRef, Manifest
 from genmodels.errors import GenmodelsError, ModelNotFound, SpecError, StorageUnavailable
 from genmodels.registry import gc as gc_module
 from genmodels.registry import references
-from genmodels.registry.gc import delete_version, gc
+from genmodels.registry.gc import gc
+from genmodels.registry.removal import delete_version
 from genmodels.registry.store import Registry, Version
 from genmodels.runs.jobs import Entry, Jobs
 from genmodels.runs.records import Change, State, Status
