@@ -13,8 +13,7 @@ import signal
 import socket
 import sys
 import time
-import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,20 +24,14 @@ from services.cluster.ports import free_ports
 from tests.compose import images
 from tests.compose.engine import Failed, Skipped, compose_program, engine, run
 from tests.support import dashboard_panels
+from tests.support.proof import STEP_SECONDS, Check, TooLate, run_checks, until
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 WORK = ROOT / ".compose-test"
 PROJECT = "genmodels-test"
 UP_SECONDS = 420
-STEP_SECONDS = 420.0  # for each condition: a slow machine is not a failure
 COMPLETION = {"model": "proof-text", "prompt": "HAMLET:", "max_tokens": 40, "seed": 7}
-
-Check = Callable[[], object]
-
-
-class TooLate(AssertionError):
-    """Report a condition that did not become true in time."""
 
 
 class Stack:
@@ -367,40 +360,8 @@ def refused(command: Check, why: str) -> None:
     assert why in output, f"expected a refusal ({why}), got {output}"
 
 
-def until(look: Callable[[], Any], what: str, seconds: float = STEP_SECONDS) -> Any:
-    """Call `look` until its result is true; return the result. Requests may fail meanwhile, as for any user."""
-    deadline = time.monotonic() + seconds
-    while True:
-        broken: Exception | None = None
-        try:
-            if value := look():
-                return value
-        except (httpx.HTTPError, json.JSONDecodeError, KeyError) as error:
-            broken = error
-        if time.monotonic() > deadline:
-            raise TooLate(f"not within {seconds:g} s: {what}") from broken
-        time.sleep(0.5)
-
-
-def prove(stack: Stack) -> bool:
-    began, passed = time.monotonic(), 0
-    checks = Proof(stack).checks()
-    for name, check in checks:
-        since = time.monotonic()
-        try:
-            detail = check()
-        except Exception:
-            print(f"FAIL {name}", flush=True)
-            traceback.print_exc(file=sys.stdout)
-            with contextlib.suppress(Exception):
-                print(stack("ps", "-a"), stack("logs", "--no-color", "--tail", "40"), flush=True)
-            break
-        passed += 1
-        line = f"ok   {name}" + (f": {detail}" if detail else "")
-        print(f"{line} ({time.monotonic() - since:.0f} s)", flush=True)
-    print(f"after {time.monotonic() - began:.0f} s")
-    print(f"{passed} passed, {int(passed < len(checks))} failed", flush=True)
-    return passed == len(checks)
+def state(stack: Stack) -> str:
+    return stack("ps", "-a") + stack("logs", "--no-color", "--tail", "40")
 
 
 @contextlib.contextmanager
@@ -421,7 +382,7 @@ def main() -> int:
         with engine(WORK):
             stack = Stack(compose_program(WORK), WORK / "secrets")
             with cleared(stack):
-                return 0 if prove(stack) else 1
+                return 0 if run_checks(Proof(stack).checks(), lambda: state(stack)) else 1
     except Skipped as reason:
         print(f"skipped: {reason}")
         return 0
