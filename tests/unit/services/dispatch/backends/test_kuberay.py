@@ -433,8 +433,10 @@ def test_what_pods_wait_for_is_the_reason(api: KubeApi, tmp_path: Path, data: Pa
     api.pods.clear()
     platform.reconcile(5)
     assert state(storage, name, "a").reason.startswith("a pod is refused (exceeded quota: compute, requested: cpu=1")
+    api.status(submission_id(name, "a", 1), jobDeploymentStatus="Failed", reason="PreRunningDeadlineExceeded")
     platform.operator.placed = True
-    assert platform.until("a", "succeeded", name).attempt == 1
+    assert platform.until("a", "succeeded", name).attempt == 2
+    assert any("not there in time" in each and "exceeded quota" in each for each in platform.reasons(name, "a"))
 
 
 def test_of_two_partly_placed_runs_the_later_gives_way(api: KubeApi, tmp_path: Path, data: Path) -> None:
