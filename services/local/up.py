@@ -21,6 +21,7 @@ from typing import NamedTuple
 
 import httpx
 
+from genmodels.errors import GenmodelsError
 from genmodels.metrics import DIRECTORY
 from genmodels.storage import Storage, begin_writing
 from services.cluster import dashboard
@@ -73,8 +74,7 @@ def up(storage: Storage, options: Options, print_line: PrintLine | None = None) 
     raise_file_limit()
     check_access(storage, HOST, not options.auth)
     begin_writing(storage)
-    for name in ("port", "api_port", "metrics_port"):
-        check_port(getattr(options, name), f"--{name.replace('_', '-')}")
+    _check_ports({"--port": options.port, "--api-port": options.api_port, "--metrics-port": options.metrics_port})
     logs = log_folder(options.logs)
     with private_folder() as folder:
         first = free_ports(4)
@@ -99,6 +99,14 @@ def up(storage: Storage, options: Options, print_line: PrintLine | None = None) 
                 )
                 for process in (gateway, metrics, ray):
                     process.stop(0)
+
+
+def _check_ports(ports: dict[str, int]) -> None:
+    """Raise GenmodelsError if two options name the same port, or if another process listens on one."""
+    for option, port in ports.items():
+        if (other := next(name for name in ports if ports[name] == port)) != option:
+            raise GenmodelsError(f"{other} and {option} are both {port}; choose different ports")
+        check_port(port, option)
 
 
 def _keep_running(

@@ -141,7 +141,7 @@ def test_ray_logs_are_read_where_pods_write_them(tmp_path: Path) -> None:
     assert storage.startswith(f"s3://{environment['BUCKET']}/")
 
 
-SERVING = 'namespace="genmodels", name="genmodels"'
+SERVING = 'name="genmodels"'
 QUEUE = 'cluster_queue="genmodels"'
 FIRING = {  # a series, its values of each minute, and when the alert fires
     "KubeRayAway": ("up", "1x60", "15m"),
@@ -176,7 +176,7 @@ def test_alerts_of_the_operators_fire_and_stay_silent(tmp_path: Path) -> None:
 def _cases(alert: str, series: str, values: str, when: str) -> list[dict[str, Any]]:
     """Return a test in which the alert fires, and one with the series of another platform, in which it does not."""
     known = [] if alert == "KubeRayAway" else [(f"kuberay_service_info{{{SERVING}}}", "1x90")]
-    other = series.replace(SERVING, 'namespace="others", name="genmodels"').replace(QUEUE, 'cluster_queue="others"')
+    other = series.replace(SERVING, 'name="others"').replace(QUEUE, 'cluster_queue="others"')
     firing = {"labels": "{}", "value": 1}
     here = _case(alert, when, [*known, (series, values)], [firing])
     return [here, _case(alert, when, [(f"kuberay_service_info{{{SERVING}}}", "1x90"), (other, values)], [])]

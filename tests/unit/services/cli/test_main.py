@@ -169,3 +169,22 @@ def test_up_hands_its_options_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     assert not ended.value.code
     expected = Options(port=8001, api_port=8081, metrics_port=9, auth=False, num_cpus=3, logs=Path("here"))
     assert given == [tmp_path.as_uri(), expected]
+
+
+@pytest.mark.parametrize(
+    "module", ["typer", "genmodels.errors", "services.cli.options", "services.cluster.environment"]
+)
+def test_ctrl_c_while_the_program_is_loaded_is_no_traceback(module: str) -> None:
+    program = f"""
+import sys
+
+class Interrupt:
+    def find_spec(self, name, *_):
+        if name == {module!r}:
+            raise KeyboardInterrupt
+
+sys.meta_path.insert(0, Interrupt())
+from services.cli.main import main
+"""
+    process = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert (process.returncode, process.stdout, process.stderr) == (130, "", "")

@@ -1,0 +1,146 @@
+"""Test that the Helm chart renders what kustomize builds, object by object."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import yaml
+
+from tests.support.manifests import K8S, Manifest, build, kubectl, problems
+
+TOOLS = Path(sys.prefix) / "k8s-tools" / "bin"
+HELM = shutil.which("helm", path=os.pathsep.join([os.environ["PATH"], str(TOOLS)]))
+
+needs_helm = pytest.mark.skipif(not HELM, reason="no helm, so the chart is not rendered: `make test-k8s` brings it")
+
+CLUSTER_WIDE = {"ClusterQueue", "ResourceFlavor", "WorkloadPriorityClass"}
+VALUES = {  # every value that an overlay can set in one place, too
+    "image": {
+        "repository": "registry.example/team/genmodels",
+        "cudaRepository": "registry.example/cuda",
+        "tag": "1.2.3",
+    },
+    "platform": {"GENMODELS_STORAGE": "s3://other/place", "AWS_ENDPOINT_URL": "https://s3.example.com/?a&b"},
+    "serviceAccounts": {"annotations": {"cloud/role": "r"}, "imagePullSecrets": [{"name": "registry"}]},
+    "jobs": {"replicas": 3},
+    "redis": {"volume": {"storageClassName": "gp3"}},
+    "gpu": True,
+    "kueue": True,
+    "monitoring": True,
+}
+OVERLAY = """
+resources: [../production]
+namespace: elsewhere
+images:
+  - {name: genmodels, newName: registry.example/team/genmodels, newTag: 1.2.3}
+  - {name: genmodels-cuda, newName: registry.example/cuda, newTag: 1.2.3}
+replicas:
+  - {name: genmodels-jobs, count: 3}
+configMapGenerator:
+  - name: genmodels-platform
+    behavior: merge
+    literals: [GENMODELS_STORAGE=s3://other/place, "AWS_ENDPOINT_URL=https://s3.example.com/?a&b"]
+patches:
+  - target: {kind: ServiceAccount}
+    patch: |
+      - {op: add, path: /metadata/annotations, value: {cloud/role: r}}
+      - {op: add, path: /imagePullSecrets, value: [{name: registry}]}
+  - target: {kind: StatefulSet}
+    patch: |
+      - {op: add, path: /spec/volumeClaimTemplates/0/spec/storageClassName, value: gp3}
+"""
+
+
+@pytest.fixture(scope="module")
+def generator() -> ModuleType:
+    spec = importlib.util.spec_from_file_location("chart", K8S / "chart" / "generate.py")
+    assert spec
+    assert spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture(scope="module")
+def chart(generator: ModuleType, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("chart") / "genmodels"
+    shutil.copytree(K8S / "chart", folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("PATH", os.pathsep.join([str(Path(kubectl()).parent), os.environ["PATH"]]))
+        generator.write(folder)
+    return folder
+
+
+def rendered(chart: Path, values: dict[str, Any], namespace: str = "genmodels") -> list[Manifest]:
+    assert HELM
+    (chart.parent / "values.yaml").write_text(yaml.safe_dump({"createNamespace": True, **values}))
+    command = [HELM, "template", "any", str(chart), "-n", namespace, "-f", str(chart.parent / "values.yaml")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return [manifest for manifest in yaml.safe_load_all(done.stdout) if manifest]
+
+
+def by_name(manifests: list[Manifest]) -> dict[tuple[str, str], Manifest]:
+    return {(manifest["kind"], manifest["metadata"]["name"]): manifest for manifest in manifests}
+
+
+@needs_helm
+@pytest.mark.parametrize(
+    "name", ["base", "overlays/gpu", "overlays/kueue", "overlays/monitoring", "overlays/production"]
+)
+def test_it_renders_what_kustomize_builds(chart: Path, name: str) -> None:
+    parts = ["gpu", "kueue", "monitoring"] if name.endswith("production") else [name.rpartition("/")[2]]
+    values = {part: True for part in parts if part != "base"}
+    assert by_name(rendered(chart, values)) == by_name(build(name))
+
+
+@needs_helm
+def test_its_values_say_what_an_overlay_says(chart: Path, tmp_path: Path) -> None:
+    shutil.copytree(K8S, tmp_path / "k8s", ignore=shutil.ignore_patterns("chart"))
+    (tmp_path / "k8s" / "overlays" / "mine").mkdir()
+    (tmp_path / "k8s" / "overlays" / "mine" / "kustomization.yaml").write_text(OVERLAY)
+    overlay = by_name(build(str(tmp_path / "k8s" / "overlays" / "mine")))
+    for (kind, _), manifest in overlay.items():
+        if kind in CLUSTER_WIDE:  # kustomize does not know that of kinds of CRDs; the API server drops it
+            manifest["metadata"].pop("namespace", None)
+    assert by_name(rendered(chart, VALUES, "elsewhere")) == overlay
+
+
+@needs_helm
+def test_sizes_and_numbers_of_hosts_reach_their_places(chart: Path) -> None:
+    small = {"requests": {"cpu": "1", "memory": "2Gi"}, "limits": {"cpu": "1", "memory": "2Gi"}}
+    names = ("servingHead", "host", "trainingHead", "trainingWorker", "gpuWorker")
+    values = {"sizes": dict.fromkeys(names, small), "hosts": {"min": 4, "max": 9}, "gpu": True}
+    manifests = by_name(rendered(chart, values))
+    assert [problem for manifest in manifests.values() for problem in problems(manifest)] == []
+    service = manifests["RayService", "genmodels"]["spec"]
+    (hosts,) = service["rayClusterConfig"]["workerGroupSpecs"]
+    assert (hosts["replicas"], hosts["minReplicas"], hosts["maxReplicas"]) == (4, 4, 9)
+    for deployment in yaml.safe_load(service["serveConfigV2"])["applications"][0]["deployments"]:
+        scaling = deployment["autoscaling_config"]
+        assert (scaling["min_replicas"], scaling["max_replicas"]) == (4, 9)
+    job = manifests["RayJob", "genmodels-template"]["spec"]["rayClusterSpec"]
+    for cluster in (service["rayClusterConfig"], job):
+        for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
+            resources = group["template"]["spec"]["containers"][0]["resources"]
+            assert resources["limits"].items() >= small["limits"].items()
+
+
+def test_changes_that_a_chart_cannot_add_up_are_refused(generator: ModuleType) -> None:
+    same = {"": "plain\n", "gpu": "plain\n"}
+    assert generator.chosen("RayJob/x", same) == "plain\n"
+    assert generator.chosen("RayJob/x", {**same, "kueue": "queued\n"}) == (
+        "{{- if .Values.kueue }}\nqueued\n{{- else }}\nplain\n{{- end }}\n"
+    )
+    with pytest.raises(SystemExit, match="gpu and kueue both change it"):
+        generator.chosen("RayJob/x", {"": "plain\n", "gpu": "other\n", "kueue": "queued\n"})
+    with pytest.raises(SystemExit, match="gpu and kueue both add it"):
+        generator.chosen("RayJob/x", {"gpu": "other\n", "kueue": "other\n"})
