@@ -433,8 +433,10 @@ def test_what_pods_wait_for_is_the_reason(api: KubeApi, tmp_path: Path, data: Pa
     api.pods.clear()
     platform.reconcile(5)
     assert state(storage, name, "a").reason.startswith("a pod is refused (exceeded quota: compute, requested: cpu=1")
+    api.status(submission_id(name, "a", 1), jobDeploymentStatus="Failed", reason="PreRunningDeadlineExceeded")
     platform.operator.placed = True
-    assert platform.until("a", "succeeded", name).attempt == 1
+    assert platform.until("a", "succeeded", name).attempt == 2
+    assert any("not there in time" in each and "exceeded quota" in each for each in platform.reasons(name, "a"))
 
 
 def test_of_two_partly_placed_runs_the_later_gives_way(api: KubeApi, tmp_path: Path, data: Path) -> None:
@@ -727,7 +729,7 @@ def test_every_rayjob_is_valid_and_sized(
     assert meta["annotations"]["genmodels/run"] == f"{'j' * 72}/{'m' * 63}"
     command = shlex.split(made["entrypoint"])
     assert command[:6] == ["python", "-P", "-m", "services.train", "--storage", "s3://bucket/a b"]
-    assert command[-4:] == ["--attempt", "2", "--workers", "3"]
+    assert command[-5:] == ["--attempt", "2", "--workers", "3", "--publish-on-worker"]
     (group,) = made["rayClusterSpec"]["workerGroupSpecs"]
     assert (group["replicas"], group["minReplicas"], group["maxReplicas"]) == (3, 3, 3)
     assert group["rayStartParams"]["num-cpus"] == "1"
@@ -737,7 +739,7 @@ def test_every_rayjob_is_valid_and_sized(
     for pod in build_pods(body):
         (hook,) = (each["lifecycle"]["preStop"]["exec"]["command"] for each in pod["spec"]["containers"])
         assert hook[:4] == ["python", "-P", "-m", "services.train.pre_stop"]
-        assert hook[4:-2] == command[4:-2], "storage, job, model and attempt, as the driver"
+        assert hook[4:-2] == command[4:-3], "storage, job, model and attempt, as the driver"
         assert int(hook[-1]) == pod["spec"]["terminationGracePeriodSeconds"] - 20
         assert {"name": "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S", "value": "0"} in pod["spec"]["containers"][0]["env"]
         assert pod["metadata"]["labels"]["genmodels/rayjob"] == name
@@ -808,6 +810,7 @@ def test_a_cluster_that_is_there_takes_the_drivers(api: KubeApi, tmp_path: Path,
     body = Template(KubeOptions(cluster="shared")).fill("s3://b", "j", of(data).models[0], 1, 2, 0)
     api._create(body)
     assert body["spec"]["clusterSelector"] == {"ray.io/cluster": "shared"}
+    assert "--publish-on-worker" not in body["spec"]["entrypoint"], "its nodes are not known here"
     assert "rayClusterSpec" not in body["spec"]
 
 
