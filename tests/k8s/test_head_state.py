@@ -1,4 +1,4 @@
-"""The state of the serving cluster's head may be in a managed Redis or on a volume of the head, not in the pod of base."""
+"""The state of the serving cluster's head may be in a managed Redis or on the head's volume, not in base's pod."""
 
 from __future__ import annotations
 
