@@ -492,6 +492,7 @@ def test_kueue_admits_and_preempts(api: KubeApi, tmp_path: Path, data: Path, mon
     platform.until("a", "running", name)
     platform.operator.clings = True
     platform.operator.preempt(submission_id(name, "a", 1))
+    Run(storage, name, "a").send_command("stop", 1, "pod r-1-head is ending")  # by the hook
     platform.reconcile(6)
     assert state(storage, name, "a").attempt == 1, "its pods have not gone"
     platform.operator.clings = False
