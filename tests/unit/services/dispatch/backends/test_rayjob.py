@@ -159,7 +159,9 @@ def test_every_rayjob_is_valid_and_sized(
         assert hook[:4] == ["python", "-P", "-m", "services.train.pre_stop"]
         assert hook[4:-2] == command[4:-3], "storage, job, model and attempt, as the driver"
         assert int(hook[-1]) == pod["spec"]["terminationGracePeriodSeconds"] - 20
-        assert {"name": "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S", "value": "0"} in pod["spec"]["containers"][0]["env"]
+        waits = {"RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S": "0", "RAY_JOB_STOP_WAIT_TIME_S": hook[-1]}
+        env = {each["name"]: each.get("value") for each in pod["spec"]["containers"][0]["env"]}
+        assert env.items() >= waits.items()
         assert pod["metadata"]["labels"]["genmodels/rayjob"] == name
     if template is None:
         assert group["groupName"] == ("gpu-workers" if use_gpu else "workers")
