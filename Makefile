@@ -13,7 +13,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check install --progress-bar on -c constraints.txt
 
 .PHONY: setup setup-dev demo check test test-long test-k8s results bench-serving lint format docs chart \
-        secrets image sbom test-compose clean
+        secrets image sbom test-compose test-cluster clean
 
 setup: $(VENV)/.ready
 setup-dev: $(VENV)/.ready-dev
@@ -107,6 +107,11 @@ sbom:
 
 test-compose: setup
 	$(BIN)/python -m tests.compose.prove
+
+# On the cluster of KUBECONFIG; OVERLAY says which manifests.
+OVERLAY ?= k8s/overlays/kind
+test-cluster: setup-dev
+	$(BIN)/python -m tests.cluster.prove $(OVERLAY)
 
 clean:
 	rm -rf $(VENV) .genmodels .compose-test samples

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import json
 import re
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import PurePosixPath
 from typing import Any
@@ -11,8 +11,8 @@ from typing import Any
 from genmodels.errors import CheckpointError, KeyNotFound, RequestError
 from genmodels.registry.references import ResolvedModel
 from genmodels.runs.store import Run
-from genmodels.runs.thinning import thinned, thinned_rows
-from genmodels.storage import Storage, decode_floats
+from genmodels.runs.thinning import ThinnedHistories, decoded, thinned
+from genmodels.storage import Storage
 
 MIN_ROWS, MAX_ROWS = 10, 1000
 MAX_STEPS = 200  # that have samples
@@ -31,17 +31,32 @@ class History:
     samples: dict[int, list[str]]  # file names by step
 
 
-def read(storage: Storage, model: ResolvedModel, points: int = MAX_ROWS) -> History:
-    """Read the history of the run behind a version: at most `points` rows, and samples of at most MAX_STEPS steps.
+def reader(
+    storage: Storage, histories: ThinnedHistories, model: ResolvedModel, points: int = MAX_ROWS
+) -> Callable[[], History | None]:
+    """Return a function that reads the history of the run behind a version.
 
-    Raises:
-        RequestError: the run's records are damaged, or are being deleted.
+    It reads at most `points` rows, and samples of at most MAX_STEPS steps. It returns None if it has to be called
+    again, since a long history takes long. It raises RequestError if the run's records are damaged, or are being
+    deleted.
+
+    Args:
+        histories: what was read before.
     """
     run = Run(storage, model.job, model.model)
-    try:
-        rows, samples = thinned_rows(run.metric_lines(), points), run.samples()
-    except (CheckpointError, KeyNotFound):
-        raise _gone(model) from None
+    read_rows = histories.reader(run, points)
+
+    def read() -> History | None:
+        try:
+            rows = read_rows()
+            return None if rows is None else _history(model, rows, run.samples())
+        except (CheckpointError, KeyNotFound):
+            raise _gone(model) from None
+
+    return read
+
+
+def _history(model: ResolvedModel, rows: list[bytes], samples: list[tuple[int, str]]) -> History:
     files: dict[int, list[str]] = {}
     for step, key in samples:
         name = PurePosixPath(key).name
@@ -53,7 +68,7 @@ def read(storage: Storage, model: ResolvedModel, points: int = MAX_ROWS) -> Hist
         model.family,
         model.job,
         model.checkpoint.step,
-        [decode_floats(json.loads(row)) for row in rows],
+        decoded(rows),
         {step: files[step] for step in steps},
     )
 

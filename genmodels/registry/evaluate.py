@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from array import array
+from collections.abc import Callable, Mapping
 from functools import partial
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -75,22 +77,22 @@ def training(family: Family[Any, Any], run: Run, ref: CheckpointRef, lineage: Li
 
     `training_loss` is the mean over the steps of the last logged row, for models with one loss.
     """
-    rows = [row for row in run.metrics() if row["step"] <= ref.step]
+    last: Mapping[str, Any] = {}
+    courses = {name: array("d") for name in family.tracked_metrics}
+    for row in takewhile(lambda row: row["step"] <= ref.step, run.metrics()):
+        last = row if "samples" in row else last
+        for name in courses.keys() & row.keys():
+            courses[name].append(row[name])
     notes: dict[str, Note] = {"parameters": sum(weight.numel() for weight in family.network.parameters())}
     notes |= {"steps": ref.step, "workers": lineage.world_size}
-    if logged := [row for row in rows if "samples" in row]:
-        last = logged[-1]
+    if last:
         notes[f"{family.unit}_seen"] = last["samples"] * (family.sequence_length or 1)
         notes["training_seconds"] = round(run.training_seconds(), 1)
         if "loss" in last:
             notes["training_loss"] = round(last["loss"], 4)
-    for name in family.tracked_metrics:
-        if course := _course(rows, name):
-            notes[f"{name}_over_time"] = course
-    return notes
+    return notes | {f"{name}_over_time": _course(values) for name, values in courses.items() if values}
 
 
-def _course(rows: Sequence[Mapping[str, Any]], name: str) -> list[float]:
-    values = [row[name] for row in rows if name in row]
-    parts = np.array_split(values, min(MAX_COURSE, len(values))) if values else []
+def _course(values: array[float]) -> list[float]:
+    parts = np.array_split(values, min(MAX_COURSE, len(values)))
     return [round(float(part.mean()), 4) for part in parts]

@@ -1,6 +1,6 @@
-"""List stored objects that are no longer needed (`gc`), remove them (`Plan.carry_out`), and delete versions.
+"""List stored objects that are no longer needed (`gc`), and remove them (`Plan.carry_out`).
 
-`removal.py` deletes whole models and datasets.
+`removal.py` deletes what a user names: versions, models and datasets.
 
 `gc` keeps everything of open jobs, everything of a run that ended less than SPARED_SECONDS ago, the records of
 ended jobs, and everything that a damaged object may name.
@@ -106,32 +106,6 @@ def gc(storage: Storage) -> Plan:
             *threads.map(lambda job: _checkpoints(jobs, job, published, spared), ended),
         ]
     return Plan(storage, [item for group in items for item in group])
-
-
-def delete_version(registry: Registry, model: str, number: int) -> None:
-    """Delete a version that no alias names. Its number is not used again; `gc` removes its files.
-
-    Raises:
-        ModelNotFound: the version does not exist.
-        GenmodelsError: an alias names the version, or a damaged alias may name it.
-    """
-    version = registry.version(model, number)
-    with alone(registry.gc_lease(model)):
-        # A process that promotes it now has either moved its alias, which is read here, or reads the version after
-        # the lease is released, and sees that it is deleted.
-        for alias in registry.alias_names(model):
-            if registry.alias(model, alias).version == number:  # a damaged alias may name it, and raises
-                remedy = f"point it at another version first: genmodels promote {model}@VERSION {alias}"
-                raise GenmodelsError(f"alias {alias!r} names {version.name}; {remedy}")
-        registry.delete_record(model, number)
-
-
-def delete_versions(registry: Registry, model: str, numbers: list[int]) -> None:
-    """Delete versions even if aliases name them, as many as the time of the lease allows."""
-    with alone(registry.gc_lease(model)) as until:
-        for number in numbers:
-            if time.monotonic() < until:
-                registry.delete_record(model, number)
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Remove a whole model, or a dataset with everything that belongs only to it.
+"""Remove a version, a whole model, or a dataset with everything that belongs only to it.
 
 The removal of a model leaves `models/<model>/deleted/`, so that no version number is used twice. It also leaves the
 files of its runs (checkpoints, samples, logs), unless the caller asks to remove them. The removal of a dataset leaves
@@ -21,7 +21,7 @@ from genmodels.checkpoint import MANIFEST
 from genmodels.data import uploads
 from genmodels.data.sources import cache_folder
 from genmodels.errors import DataError, GenmodelsError, ModelNotFound, StorageError
-from genmodels.registry.gc import AT_ONCE, BATCH, alone, delete_versions, remove_blobs
+from genmodels.registry.gc import AT_ONCE, BATCH, alone, remove_blobs
 from genmodels.registry.store import Registry
 from genmodels.runs.jobs import Jobs, run_jobs
 from genmodels.runs.records import ACTIVE, ENDED
@@ -57,6 +57,24 @@ class DatasetContents:
     digests: list[str]  # of the data, as in lineages
     runs: list[str]  # `job/model`, trained on it or to be trained on it
     versions: list[str]  # versions published from these runs that still exist
+
+
+def delete_version(registry: Registry, model: str, number: int) -> None:
+    """Delete a version that no alias names. Its number is not used again; `gc` removes its files.
+
+    Raises:
+        ModelNotFound: the version does not exist.
+        GenmodelsError: an alias names the version, or a damaged alias may name it.
+    """
+    version = registry.version(model, number)
+    with alone(registry.gc_lease(model)):
+        # A process that promotes it now has either moved its alias, which is read here, or reads the version after
+        # the lease is released, and sees that it is deleted.
+        for alias in registry.alias_names(model):
+            if registry.alias(model, alias).version == number:  # a damaged alias may name it, and raises
+                remedy = f"point it at another version first: genmodels promote {model}@VERSION {alias}"
+                raise GenmodelsError(f"alias {alias!r} names {version.name}; {remedy}")
+        registry.delete_record(model, number)
 
 
 def model_contents(storage: Storage, model: str) -> ModelContents:
@@ -103,7 +121,7 @@ def delete_model(
     for alias in contents.aliases:
         registry.remove_alias(model, alias)
     while numbers := registry.versions(model):
-        delete_versions(registry, model, numbers[:BATCH])
+        _delete_versions(registry, model, numbers[:BATCH])
     while keys := storage.list(f"models/{model}/blobs/", limit=BATCH):
         remove_blobs(registry, model, keys)
         if registry.versions(model):  # published in the meantime: it is a new model
@@ -178,6 +196,14 @@ def delete_dataset(storage: Storage, name: str, *, may_name: Callable[[str], boo
     for sha256 in contents.contents:
         shutil.rmtree(cache_folder() / "datasets" / sha256, ignore_errors=True)
     return contents
+
+
+def _delete_versions(registry: Registry, model: str, numbers: list[int]) -> None:
+    """Delete versions even if aliases name them, as many as the time of the lease allows."""
+    with alone(registry.gc_lease(model)) as until:
+        for number in numbers:
+            if time.monotonic() < until:
+                registry.delete_record(model, number)
 
 
 def _dataset_sizes(storage: Storage, name: str) -> dict[str, int]:

@@ -241,7 +241,7 @@ class Registry:
     def delete_record(self, model: str, number: int) -> None:
         """Remove the document and the evaluations of a version.
 
-        `gc.delete_version` calls it after it has checked that no alias names the version.
+        `removal.delete_version` calls it after it has checked that no alias names the version.
         """
         # The mark that reserves the number comes first: a process that publishes reads the versions before the marks.
         self.storage.put(_deleted_key(model, number), b"")

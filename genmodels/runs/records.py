@@ -161,6 +161,19 @@ class ChainLink:
     def holds(self, step: int) -> bool:
         return self.until is None or step <= self.until
 
+    def goes_beyond(self, step: int) -> bool:
+        return self.until is None or step < self.until
+
+
+@dataclass(frozen=True)
+class MetricPart:
+    """Some rows of one attempt. The object never changes, except that a put which is tried again may have more rows."""
+
+    link: ChainLink
+    key: str
+    first: int  # step of the first row
+    size: int  # in bytes
+
 
 @dataclass(frozen=True)
 class LogLine:

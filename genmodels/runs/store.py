@@ -6,6 +6,7 @@ import contextlib
 import heapq
 import json
 import logging
+import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,7 +15,17 @@ from typing import Any, Literal
 from genmodels import checkpoint
 from genmodels.checkpoint import CheckpointRef, Manifest
 from genmodels.errors import CheckpointError, Conflict, DamagedObject, KeyNotFound, Superseded
-from genmodels.runs.records import Action, AttemptStart, ChainLink, Command, Heartbeat, LogLine, Result, Status
+from genmodels.runs.records import (
+    Action,
+    AttemptStart,
+    ChainLink,
+    Command,
+    Heartbeat,
+    LogLine,
+    MetricPart,
+    Result,
+    Status,
+)
 from genmodels.storage import (
     Document,
     Storage,
@@ -26,7 +37,7 @@ from genmodels.storage import (
 )
 from genmodels.storage.documents import DocumentT, now, read_lines
 
-PART = r"\d{8}\.jsonl"  # of logs and of metrics
+PART = r"(\d{8})\.jsonl"  # of logs and of metrics
 
 
 log = logging.getLogger(__name__)
@@ -139,9 +150,10 @@ class Run:
         key = self._key(attempt, f"metrics/{rows[0]['step']:08d}.jsonl")
         self.storage.put(key, "".join(json.dumps(encode_floats(row)) + "\n" for row in rows).encode())
 
-    def metrics(self) -> list[dict[str, Any]]:
-        """Return the rows of the whole chain; each attempt's rows end at the step where the next attempt began."""
-        return [row for link in self.chain() for row in self._rows(link)]
+    def metrics(self) -> Iterator[dict[str, Any]]:
+        """Yield the rows of the whole chain; each attempt's rows end at the step where the next attempt began."""
+        for part in self.metric_parts():
+            yield from (decode_floats(row) for _, row in self.read_part(part))
 
     def metric_lines(self, after: int = 0) -> Iterator[bytes]:
         """Yield the same rows as they are stored, each a JSON object.
@@ -149,13 +161,41 @@ class Run:
         Args:
             after: only rows of later steps.
         """
+        for part in self.metric_parts(after):
+            yield from (line for line, _ in self.read_part(part, after))
+
+    def metric_parts(self, after: int = -1) -> Iterator[MetricPart]:
+        """Yield the parts of the chain that can have rows of steps above `after`, in order.
+
+        A part is named by its first step, so the name of the next part bounds its last step.
+        """
         for link in self.chain():
-            yield from (line for line, _ in self._lines(link, after))
+            if not link.goes_beyond(after):
+                continue
+            parts = self._metric_parts(link)
+            ends = [*(part.first for part in parts[1:]), math.inf]
+            for part, end in zip(parts, ends, strict=False):
+                if link.holds(part.first) and end > after + 1:
+                    yield part
+
+    def read_part(self, part: MetricPart, after: int = -1) -> Iterator[tuple[bytes, dict[str, Any]]]:
+        """Yield the rows of a part that are of the chain and of steps above `after`, each as stored and parsed."""
+        for line, row in read_lines(self.storage, part.key, "metrics", {"step": int}):
+            if row["step"] > after and part.link.holds(row["step"]):
+                yield line, row
 
     def training_seconds(self) -> float:
-        """Return the seconds that steps and evaluations took in the chain; steps that were trained again count once."""
-        times = ([row.get("seconds") for row in self._rows(link)] for link in self.chain())
-        return sum(max((s for s in seconds if isinstance(s, (int, float))), default=0.0) for seconds in times)
+        """Return the seconds that steps and evaluations took in the chain; steps that were trained again count once.
+
+        The seconds of an attempt only grow, so its last part is enough.
+        """
+        seconds: dict[int, float] = {}  # by attempt
+        for part in reversed(list(self.metric_parts())):
+            if part.link.attempt not in seconds:
+                times = (row.get("seconds") for _, row in self.read_part(part))
+                last = max((time for time in times if isinstance(time, (int, float))), default=None)
+                seconds |= {} if last is None else {part.link.attempt: last}
+        return sum(seconds.values())
 
     def write_sample(self, attempt: int, step: int, name: str, data: bytes) -> None:
         self.storage.put(self._key(attempt, f"samples/{step:08d}/{name}"), data)
@@ -307,20 +347,11 @@ class Run:
         matches = map(pattern.fullmatch, self._names(f"attempt-{attempt}/checkpoints/"))
         return sorted(int(match[1]) for match in matches if match)
 
-    def _rows(self, link: ChainLink) -> Iterator[dict[str, Any]]:
-        return (decode_floats(row) for _, row in self._lines(link))
-
-    def _lines(self, link: ChainLink, after: int = -1) -> Iterator[tuple[bytes, dict[str, Any]]]:
-        """Yield rows of steps above `after`, each as stored and parsed. Parts are named by their first step."""
+    def _metric_parts(self, link: ChainLink) -> list[MetricPart]:
         folder = self._key(link.attempt, "metrics/")
-        parts = list_names(self.storage, folder, PART)
-        following = [int(Path(part).stem) for part in parts[1:]]
-        for part, next_step in zip(parts, [*following, None], strict=False):
-            if next_step is not None and next_step <= after + 1:
-                continue
-            for line, row in read_lines(self.storage, folder + part, "metrics", {"step": int}):
-                if row["step"] > after and link.holds(row["step"]):
-                    yield line, row
+        sizes = self.storage.sizes(folder).items()
+        named = ((re.fullmatch(PART, key.removeprefix(folder)), key, size) for key, size in sizes)
+        return [MetricPart(link, key, int(name[1]), size) for name, key, size in named if name]
 
     def _key(self, attempt: int, name: str) -> str:
         return f"{self.prefix}/attempt-{attempt}/{name}"

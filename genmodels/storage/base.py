@@ -43,6 +43,16 @@ class Storage(ABC):
         """
 
     @abstractmethod
+    def get_range(self, key: str, start: int, size: int) -> bytes:
+        """Return at most `size` bytes of an object, from the byte `start` on; fewer only at the end of the object.
+
+        An object may be replaced between two ranges. So read objects by ranges only if they never change, or only grow.
+
+        Raises:
+            KeyNotFound: no object has this key.
+        """
+
+    @abstractmethod
     def put(self, key: str, data: bytes, *, if_absent: bool = False, if_match: str | None = None) -> str:
         """Store an object durably and return its etag.
 

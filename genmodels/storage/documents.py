@@ -20,6 +20,7 @@ from datetime import UTC, datetime
 from typing import Annotated, Any, ClassVar, TypeVar
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError
+from pydantic_core import from_json
 
 from genmodels.errors import Conflict, DamagedObject, KeyNotFound, StorageUnavailable
 from genmodels.metrics import DAMAGED
@@ -28,6 +29,8 @@ from genmodels.storage.retry import PassingFailure, retry_passing
 
 MAX_DOCUMENT_BYTES = 32 * 2**20  # larger objects are not documents of genmodels
 MAX_DEPTH = 32  # of nested lists and objects
+CHUNK_BYTES = 2**20  # of lines that are read at once
+_FLAT = frozenset((int, float, str, bool, type(None)))  # types of values in a line
 _LOGGED = 1024  # damaged objects that were logged, remembered so that each is logged once
 
 logger = logging.getLogger("genmodels.storage")
@@ -137,29 +140,46 @@ def read_lines(
 ) -> Iterator[tuple[bytes, dict[str, Any]]]:
     """Yield lines of flat JSON objects, each as stored bytes and parsed; skip and count damaged lines.
 
+    Memory is bounded by CHUNK_BYTES, whatever the size of the object.
+
     Args:
         kind: kind of object, for metrics.
         fields: fields of each row, with their types.
     """
-    try:
-        data, etag = storage.get(key)
-    except DamagedObject as error:
-        _report(key, kind, error.etag, f"{error}; the object is skipped")
-        return
     spoiled = 0
-    for line in data.splitlines():
-        try:
-            row = parse_object(line)
-        except ValueError:
-            spoiled += 1
-            continue
-        flat = not any(isinstance(value, (dict, list)) for value in row.values())
-        if flat and all(type(row.get(name)) is of for name, of in fields.items()):
+    for line in _read_by_line(storage, key):
+        row = _parse_row(line)
+        if row is not None and all(type(row.get(name)) is of for name, of in fields.items()):
             yield line, row
         else:
             spoiled += 1
     if spoiled:
-        _report(key, kind, etag, f"{key}: damaged ({spoiled} lines are not valid rows); these lines are skipped")
+        _report(key, kind, "", f"{key}: damaged ({spoiled} lines are not valid rows); these lines are skipped")
+
+
+def _read_by_line(storage: Storage, key: str) -> Iterator[bytes]:
+    """Yield the lines of an object; a line that is longer than CHUNK_BYTES is cut."""
+    start, rest = 0, b""
+    while chunk := storage.get_range(key, start, CHUNK_BYTES):
+        start += len(chunk)
+        whole, newline, rest = (rest + chunk).rpartition(b"\n")
+        if len(rest) >= CHUNK_BYTES:
+            whole, rest = whole + newline + rest, b""
+        yield from whole.splitlines()
+        if len(chunk) < CHUNK_BYTES:
+            break
+    yield from rest.splitlines()
+
+
+def _parse_row(line: bytes) -> dict[str, Any] | None:
+    """Return a flat JSON object, None for anything else. A history has many rows, so they are not parsed in Python."""
+    try:
+        row = from_json(line, allow_inf_nan=False)
+    except ValueError:
+        return None
+    if type(row) is not dict or not _FLAT.issuperset(map(type, row.values())):
+        return None
+    return row if all(_fits(value) for value in row.values() if type(value) is int) else None
 
 
 def _read(storage: Storage, key: str, kind: type[Document]) -> tuple[bytes, str]:
@@ -262,9 +282,13 @@ def _first_error(error: ValidationError) -> str:
 
 
 def _int(digits: str) -> int:
-    if len(digits) > 20 or not -(2**63) <= (number := int(digits)) < 2**63:
+    if len(digits) > 20 or not _fits(number := int(digits)):
         raise ValueError("it has a number of more than 64 bits")
     return number
+
+
+def _fits(number: int) -> bool:
+    return -(2**63) <= number < 2**63
 
 
 def _is_deep(document: dict[str, Any]) -> bool:

@@ -65,6 +65,11 @@ class FolderStorage(Storage):
             data = file.read()
         return data, _sha256(data)
 
+    def get_range(self, key: str, start: int, size: int) -> bytes:
+        with self._errors("get", key), self._open(key) as file:
+            file.seek(start)
+            return file.read(size)
+
     def put(self, key: str, data: bytes, *, if_absent: bool = False, if_match: str | None = None) -> str:
         path = self._path(key)
         with self._errors("put", key), self._temporary(key) as temporary:

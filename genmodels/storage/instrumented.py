@@ -32,6 +32,10 @@ class MeasuredStorage(Storage):
         with self._operation("get"):
             return self._storage.get(key)
 
+    def get_range(self, key: str, start: int, size: int) -> bytes:
+        with self._operation("get"):
+            return self._storage.get_range(key, start, size)
+
     def put(self, key: str, data: bytes, *, if_absent: bool = False, if_match: str | None = None) -> str:
         with self._operation("put"):
             return self._storage.put(key, data, if_absent=if_absent, if_match=if_match)

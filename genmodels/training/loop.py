@@ -40,7 +40,7 @@ PREVIEW_EXAMPLES = 64
 
 
 class Recorder(Protocol):
-    """Where the loop writes, and the source of stop requests. Only rank 0 has one."""
+    """The destination of the loop's output, and the source of stop requests. Only rank 0 has one."""
 
     def report_progress(self, phase: Phase, step: int, loss: float | None = None) -> None: ...
     def log(self, row: dict[str, Any]) -> None: ...

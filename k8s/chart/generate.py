@@ -161,7 +161,7 @@ def _named(node: Any, token: Any, key: str = "") -> Any:
     if key == "image" and (repository := IMAGES.get(node.partition(":")[0])):
         return f"{token(f'.Values.image.{repository}')}:{token('.Values.image.tag')}"
     if isinstance(node, str) and DIGEST.fullmatch(node):
-        return token('include "genmodels.platform" .')
+        return token('include "platform-name" .')
     return node
 
 

@@ -133,7 +133,7 @@ class StorageCatalog:
         self.registry.fetch(version, folder)
 
     def delete_version(self, model: str, number: int) -> None:
-        from genmodels.registry.gc import delete_version
+        from genmodels.registry.removal import delete_version
 
         delete_version(self.registry, model, number)
 

@@ -11,12 +11,16 @@ from pydantic import Field
 from genmodels.engine.history import MAX_ROWS, MIN_ROWS, SAMPLE
 from genmodels.storage import encode_floats
 from services.gateway.pool import Pool, unwrap
+from services.http.app import cancel_on_disconnect
 from services.http.auth import Caller
 from services.http.query import Strict
+from services.http.rate_limits import Slots
 from services.http.request_metrics import tag_version
 from services.http.responses import Json
 
 TYPES = {".png": "image/png", ".txt": "text/plain; charset=utf-8"}
+
+HISTORIES = (16, 8)  # read at the same time: of all keys, of one key; a model host answers 32 requests at once
 
 Step = Annotated[int, Path(ge=0, le=99_999_999)]
 File = Annotated[str, Path(pattern=SAMPLE)]
@@ -35,13 +39,17 @@ def add_history_routes(app: FastAPI, pool: Pool, generate: Any) -> None:
         generate: the dependency that returns a Caller.
     """
 
+    histories = Slots("histories", *HISTORIES)
+
     @app.get("/v1/models/{model}/history", summary="Read a training history")
     async def read_history(
         model: str, request: Request, query: Annotated[HistoryQuery, Query()], caller: Caller = generate
     ) -> Response:
         """Read the logged metrics of the run that trained a version, and the names of its samples."""
         caller.require([model])
-        history = unwrap(await pool.history(model, query.points))
+        await request.body()  # after it comes only the client's disconnect
+        with histories.take(caller.id):
+            history = unwrap(await cancel_on_disconnect(request, pool.history(model, query.points)))
         tag_version(request, history.version, history.family)
         return Json(
             {

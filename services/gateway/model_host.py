@@ -31,6 +31,7 @@ from genmodels.engine.text.completion import Vocabulary
 from genmodels.engine.text.request import CompletionRequest
 from genmodels.errors import GenmodelsError, RequestError, StorageUnavailable
 from genmodels.registry.store import Registry
+from genmodels.runs.thinning import ThinnedHistories
 from genmodels.sizing.memory import HOST_MEMORY
 from genmodels.storage import open_storage
 from genmodels.threads import Rounds
@@ -77,6 +78,7 @@ class ModelHost:
             for count, name in ((workers, "model"), (4, "registry"))
         )
         self._history_readers = ThreadPoolExecutor(2, "history")  # the history of a long run takes long to read
+        self._histories = ThinnedHistories()
         self._models = Models(self._watcher, self._cache, self._lookups)
         self._catalog = Catalog(self._registry, self._watcher, self._models, self._lookups)
         self.watch()  # before a new replica gets requests, the models of all aliases are in memory
@@ -136,7 +138,10 @@ class ModelHost:
     async def history(self, name: str, points: int = history.MAX_ROWS) -> History | RequestError:
         try:
             resolved = await self._models.resolve(name)
-            return await in_thread(self._history_readers, history.read, self._registry.storage, resolved, points)
+            read = history.reader(self._registry.storage, self._histories, resolved, points)
+            while (answer := await in_thread(self._history_readers, read)) is None:
+                continue
+            return answer
         except GenmodelsError as error:
             return as_request_error(error)
 

@@ -79,7 +79,7 @@ def add_model_routes(app: FastAPI, guard: KeyAuth, storage: Storage) -> None:
     def delete_version(model: str, number: Number, caller: Caller = admin) -> Response:
         """Delete a version that no alias names."""
         _version(registry, model, number, caller)
-        gc.delete_version(registry, model, number)
+        removal.delete_version(registry, model, number)
         return Response(status_code=204)
 
     @app.put("/v1/models/{model}/aliases/{alias}", openapi_extra=documented(AliasBody))

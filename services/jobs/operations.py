@@ -18,7 +18,7 @@ from genmodels.runs.jobs import Entry, Jobs
 from genmodels.runs.queue import notify
 from genmodels.runs.records import ENDED, Status
 from genmodels.runs.store import Run
-from genmodels.runs.thinning import thinned_rows
+from genmodels.runs.thinning import ThinnedHistories
 from genmodels.schema.field_errors import nearest, show
 from genmodels.spec.parse import parse_spec
 from genmodels.spec.sections import JobSpec
@@ -47,6 +47,7 @@ class JobOperations:
     def __init__(self, storage: Storage, endpoint: str | None = None) -> None:
         self.storage, self.jobs = storage, Jobs(storage)
         self.views = Views(storage, endpoint)
+        self._histories = ThinnedHistories()
 
     def dry_run(self, body: bytes, caller: Caller, gone: Callable[[], bool]) -> JobDryRun:
         """Report what a spec would run.
@@ -114,14 +115,20 @@ class JobOperations:
         self._spec(job, caller)
         self.jobs.delete(job)
 
-    def metrics(self, job: str, query: MetricsQuery, caller: Caller) -> Iterator[bytes]:
-        """Return a model's metrics as parts of one JSON document; few rows are in memory at a time."""
+    def metrics(self, job: str, query: MetricsQuery, caller: Caller) -> Callable[[], Iterator[bytes] | None]:
+        """Return a function that returns a model's metrics as parts of one JSON document, or None: call it again.
+
+        Few rows are in memory at a time.
+        """
         names = [model.name for model in self._spec(job, caller).models]
         if query.model is None and len(names) > 1:
             raise RequestError(f"missing; name one of {', '.join(names)}", param="model", code="missing")
         (model,) = _choose_names(names, None if query.model is None else [query.model])
-        rows: Iterable[bytes] = Run(self.storage, job, model).metric_lines(query.after)
-        return json_document(model, rows if query.points is None else thinned_rows(rows, query.points))
+        run = Run(self.storage, job, model)
+        if query.points is None:
+            return lambda: json_document(model, run.metric_lines(query.after))
+        read_rows = self._histories.reader(run, query.points, query.after)
+        return lambda: None if (rows := read_rows()) is None else json_document(model, rows)
 
     def logs(self, job: str, query: LogQuery, caller: Caller) -> ReadNew:
         """Return a function that reads the lines since its last call, and tells whether these are the last lines."""

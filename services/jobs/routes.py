@@ -39,6 +39,8 @@ FOLLOW_SECONDS = 1.0  # between two reads of new lines
 FOLLOWERS = (64, 16)  # followed logs at the same time: of all keys, of one key
 DRY_RUNS = (64, 4)  # dry runs that wait or run: of all keys, of one key
 DRY_RUN_THREADS = 2
+HISTORIES = (64, 16)  # metrics that are read at the same time: of all keys, of one key
+HISTORY_THREADS = 4
 
 
 def add_job_routes(
@@ -52,6 +54,7 @@ def add_job_routes(
     """
     operations, submit, admin = JobOperations(storage, endpoint), guard("submit"), guard("admin")
     log_threads, followers = ThreadPoolExecutor(8, "logs"), Slots("followed logs", *FOLLOWERS)
+    history_threads, histories = ThreadPoolExecutor(HISTORY_THREADS, "histories"), Slots("histories", *HISTORIES)
     dry_run_threads, dry_runs = ThreadPoolExecutor(DRY_RUN_THREADS, "dry-runs"), Slots("dry runs", *DRY_RUNS)
 
     async def dry_run(body: bytes, caller: Caller) -> JobDryRun:
@@ -126,20 +129,29 @@ def add_job_routes(
             return _ClosingStream(text(read_new, parts, ended, first), "text/plain", held.pop_all().close)
 
     @app.get("/v1/jobs/{job}/metrics")
-    async def read_metrics(job: str, query: Annotated[MetricsQuery, Query()], caller: Caller = submit) -> Response:
+    async def read_metrics(
+        job: str, request: Request, query: Annotated[MetricsQuery, Query()], caller: Caller = submit
+    ) -> Response:
         """Read a model's metrics: one row for each logged step of the run's whole history."""
         in_thread = asyncio.get_running_loop().run_in_executor
-        parts = await in_thread(log_threads, operations.metrics, job, query, caller)
-        first = await in_thread(log_threads, next, parts, b"")  # an error here still becomes an error response
 
-        async def document() -> AsyncIterator[bytes]:
-            part = first
+        async def begin() -> tuple[Iterator[bytes], bytes]:
+            read = await in_thread(history_threads, operations.metrics, job, query, caller)
+            while (parts := await in_thread(history_threads, read)) is None:
+                continue
+            return parts, await in_thread(history_threads, next, parts, b"")
+
+        async def document(parts: Iterator[bytes], part: bytes) -> AsyncIterator[bytes]:
             while part:
                 yield part
                 await caller.recheck()
-                part = await in_thread(log_threads, next, parts, b"")
+                part = await in_thread(history_threads, next, parts, b"")
 
-        return StreamingResponse(document(), media_type="application/json")
+        await request.body()  # after it comes only the client's disconnect
+        with contextlib.ExitStack() as held:
+            held.enter_context(histories.take(caller.id))
+            begun = await cancel_on_disconnect(request, begin())  # an error here still becomes an error response
+            return _ClosingStream(document(*begun), "application/json", held.pop_all().close)
 
     @app.post("/v1/jobs/{job}/cancel", response_model=JobView, openapi_extra=documented(CancelBody, optional=True))
     async def cancel_job(job: str, request: Request, caller: Caller = submit) -> Response:

@@ -19,11 +19,13 @@ from genmodels.errors import GenmodelsError
 from genmodels.evals.images import evenly_spaced
 from genmodels.family import ImageInfo
 from genmodels.runs.store import Run
+from genmodels.runs.thinning import decoded, thinned_rows
 from genmodels.spec.sections import ModelSpec
 from services.local.plots import draw
 
 SAMPLES, COLUMNS, ROWS = 64, 10, 8
 PASSAGE_TOKENS = 600
+CURVE_ROWS = 2000  # of metrics that training curves show
 PROMPT = 80  # largest number of characters of a passage's prompt
 
 
@@ -40,7 +42,7 @@ class SampleWriter:
             name: the model's name at the endpoint.
         """
         with warned(self.console, "curves"):
-            if curves := draw(spec, run.metrics()):
+            if curves := draw(spec, decoded(thinned_rows(run.metric_lines(), CURVE_ROWS))):
                 self._keep(spec, "curves", curves)
         with warned(self.console, "samples"):
             model = self._get(f"/v1/models/{name}")

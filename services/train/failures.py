@@ -39,7 +39,7 @@ LOST_PROCESS = {
     "PreemptionError",
 }
 
-# What gloo, NCCL and the store of the process group write about the network, and what it means. The error is of the
+# Messages of gloo, NCCL and the store of the process group about the network, and their meaning. The error is of the
 # ranks that live: it is not the user's fault.
 NETWORK = {
     "connection closed by peer": "a worker was lost",

@@ -18,13 +18,13 @@ from PIL import Image
 
 from genmodels.checkpoint import CheckpointRef
 from genmodels.data.images import png
-from genmodels.engine.history import MAX_ROWS, MAX_STEPS, read
+from genmodels.engine.history import MAX_ROWS, MAX_STEPS, reader
 from genmodels.family import EvaluationMetric, EvaluationResult
 from genmodels.keys import Keys
 from genmodels.registry import evaluations
 from genmodels.registry.store import Registry
 from genmodels.runs.store import Run
-from genmodels.runs.thinning import thinned
+from genmodels.runs.thinning import ThinnedHistories, thinned
 from genmodels.storage import Storage, open_storage
 from services.gateway.model_host import ModelHost
 from services.gateway.playground import FOLDER, TYPES
@@ -169,7 +169,7 @@ def test_a_history_follows_the_chain_and_is_bounded(file_storage: Storage) -> No
         run.write_sample(1, step, "samples.png", b"first")
     run.start_attempt(2, CheckpointRef(attempt=1, step=4000), 1)
     run.write_metrics(2, [{"step": 4001, "loss": 7.0}])
-    history = read(file_storage, version)
+    history = reader(file_storage, ThinnedHistories(), version)()
     assert len(history.rows) == MAX_ROWS
     assert [row["step"] for row in history.rows if "val_loss" in row] == list(range(100, 4001, 100))
     assert (history.rows[0]["step"], history.rows[-1]) == (1, {"step": 4001, "loss": 7.0})

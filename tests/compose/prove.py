@@ -13,8 +13,7 @@ import signal
 import socket
 import sys
 import time
-import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -25,20 +24,14 @@ from services.cluster.ports import free_ports
 from tests.compose import images
 from tests.compose.engine import Failed, Skipped, compose_program, engine, run
 from tests.support import dashboard_panels
+from tests.support.proof import STEP_SECONDS, Check, TooLate, run_checks, until
 
 HERE = Path(__file__).parent
 ROOT = HERE.parents[1]
 WORK = ROOT / ".compose-test"
 PROJECT = "genmodels-test"
 UP_SECONDS = 420
-STEP_SECONDS = 420.0  # for each condition: a slow machine is not a failure
 COMPLETION = {"model": "proof-text", "prompt": "HAMLET:", "max_tokens": 40, "seed": 7}
-
-Check = Callable[[], object]
-
-
-class TooLate(AssertionError):
-    """Report a condition that did not become true in time."""
 
 
 class Stack:
@@ -203,14 +196,14 @@ class Proof:
     def survives_a_worker(self) -> str:
         job = self.stack.jobs.submit(spec("proof", text(600), digits(1200), gan(600))).job
         self.first_job = job
-        until(lambda: (self.run_of(job).step or 0) > 120, "training is under way")
+        until(lambda: (self.run_of(job).step or 0) > 120, "training has made steps")
         self.stack.kill("worker")
         view = self.ends(job)
         history = next(run.history for run in view.models if run.model == "proof-text")
         resumed = [re.search(r"continues from step (\d+)", change.reason) for change in history]
         steps = [int(match[1]) for match in resumed if match]
-        assert steps, f"it was not killed in the middle: {history}"
-        assert steps[0] > 0, "it began anew"
+        assert steps, f"it was not killed during training: {history}"
+        assert steps[0] > 0, "it started from step 0"
         return f"went on from step {steps[0]}"
 
     def generates(self) -> str:
@@ -260,7 +253,7 @@ class Proof:
     def survives_the_head(self) -> str:
         running = self.stack.jobs.submit(spec("second", text(300, "second-text"))).job
         waiting = self.stack.jobs.submit(spec("third", digits(50, "third-digits"))).job
-        until(lambda: (self.run_of(running).step or 0) > 60, "training is under way")
+        until(lambda: (self.run_of(running).step or 0) > 60, "training has made steps")
         self.stack.kill("head")
         began = time.monotonic()
         until(lambda: self.stack.http.get("/healthz").status_code == 503, "it is gone")
@@ -274,7 +267,7 @@ class Proof:
 
     def leaves_in_peace(self) -> str:
         job = self.stack.jobs.submit(spec("fourth", text(400, "fourth-text"))).job
-        until(lambda: (self.run_of(job).step or 0) > 60, "training is under way")
+        until(lambda: (self.run_of(job).step or 0) > 60, "training has made steps")
         name = self.stack.container("worker", 2)
         run("docker", "stop", "-t", "90", name)
         until(lambda: self.run_of(job).state in ("queued", "starting"), "the attempt has left")
@@ -367,40 +360,8 @@ def refused(command: Check, why: str) -> None:
     assert why in output, f"expected a refusal ({why}), got {output}"
 
 
-def until(look: Callable[[], Any], what: str, seconds: float = STEP_SECONDS) -> Any:
-    """Call `look` until its result is true; return the result. Requests may fail meanwhile, as for any user."""
-    deadline = time.monotonic() + seconds
-    while True:
-        broken: Exception | None = None
-        try:
-            if value := look():
-                return value
-        except (httpx.HTTPError, json.JSONDecodeError, KeyError) as error:
-            broken = error
-        if time.monotonic() > deadline:
-            raise TooLate(f"not within {seconds:g} s: {what}") from broken
-        time.sleep(0.5)
-
-
-def prove(stack: Stack) -> bool:
-    began, passed = time.monotonic(), 0
-    checks = Proof(stack).checks()
-    for name, check in checks:
-        since = time.monotonic()
-        try:
-            detail = check()
-        except Exception:
-            print(f"FAIL {name}", flush=True)
-            traceback.print_exc(file=sys.stdout)
-            with contextlib.suppress(Exception):
-                print(stack("ps", "-a"), stack("logs", "--no-color", "--tail", "40"), flush=True)
-            break
-        passed += 1
-        line = f"ok   {name}" + (f": {detail}" if detail else "")
-        print(f"{line} ({time.monotonic() - since:.0f} s)", flush=True)
-    print(f"after {time.monotonic() - began:.0f} s")
-    print(f"{passed} passed, {int(passed < len(checks))} failed", flush=True)
-    return passed == len(checks)
+def state(stack: Stack) -> str:
+    return stack("ps", "-a") + stack("logs", "--no-color", "--tail", "40")
 
 
 @contextlib.contextmanager
@@ -421,7 +382,7 @@ def main() -> int:
         with engine(WORK):
             stack = Stack(compose_program(WORK), WORK / "secrets")
             with cleared(stack):
-                return 0 if prove(stack) else 1
+                return 0 if run_checks(Proof(stack).checks(), lambda: state(stack)) else 1
     except Skipped as reason:
         print(f"skipped: {reason}")
         return 0

@@ -19,6 +19,7 @@ def test_the_guide_names_what_there_is() -> None:
     for secret in set().union(*(secrets_of(build(name)) for name in BUILDS)):
         assert f"kubectl -n genmodels create secret generic {secret} " in guide
     assert IMAGE in guide
+    assert IMAGE in (ROOT / ".github" / "workflows" / "kind.yaml").read_text()
 
 
 def test_the_guide_counts_right() -> None:

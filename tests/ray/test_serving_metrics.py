@@ -128,7 +128,7 @@ def before(host: ModelHost) -> Series:
     return here()
 
 
-# What is counted
+# Counts
 
 
 COMPLETIONS: list[dict[str, Any]] = [

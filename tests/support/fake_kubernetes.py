@@ -181,7 +181,7 @@ class KubeApi:
         meta = {"resourceVersion": str(self.version), "continue": more}
         return {"kind": "List", "apiVersion": "v1", "metadata": meta, "items": items[begin : begin + limit]}
 
-    # What a controller does
+    # The actions of a controller
 
     def touch(self, job: Object) -> None:
         self.version += 1

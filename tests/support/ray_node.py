@@ -62,6 +62,8 @@ class RayNode:
     def __exit__(self, *_: object) -> None:
         if self.process.returncode is None:
             self.kill()
+        elif self.process.stdin:
+            self.process.stdin.close()
 
 
 class RayHead(RayNode):

@@ -34,6 +34,9 @@ class MemoryStorage(Storage):
             raise KeyNotFound(key) from None
         return data, _etag(data)
 
+    def get_range(self, key: str, start: int, size: int) -> bytes:
+        return self.get(key)[0][start : start + size]
+
     def put(self, key: str, data: bytes, *, if_absent: bool = False, if_match: str | None = None) -> str:
         with self.lock:
             etag = _etag(self.objects[key]) if key in self.objects else None
@@ -82,6 +85,12 @@ class Wrapped(MemoryStorage):
 
     def get(self, key: str) -> tuple[bytes, str]:
         return self._do("get", key)
+
+    def get_range(self, key: str, start: int, size: int) -> bytes:
+        self.before("get", key)
+        data = self.inner.get_range(key, start, size)
+        self.after("get", key)
+        return data
 
     def put(self, key: str, data: bytes, *, if_absent: bool = False, if_match: str | None = None) -> str:
         return self._do("put", key, data, if_absent=if_absent, if_match=if_match)

@@ -527,13 +527,13 @@ def test_a_damaged_pin_keeps_the_checkpoints_of_its_step(
 def test_nothing_is_deleted_that_a_damaged_object_may_name(
     template: tuple[Path, dict[str, str], Any], world: World, kind: str
 ) -> None:
-    from genmodels.registry import gc
+    from genmodels.registry import removal
 
     _, names, _ = template
     world.storage.delete("models/bad/gc-lease.json")
     world.storage.put(names[kind], b"?")
     with pytest.raises(GenmodelsError):
-        gc.delete_version(Registry(world.storage), "bad", 1)
+        removal.delete_version(Registry(world.storage), "bad", 1)
     assert world.storage.exists("models/bad/versions/00000001.json")
 
 

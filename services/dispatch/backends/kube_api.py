@@ -1,4 +1,4 @@
-"""Send the dispatcher's few requests to Kubernetes by the official client: RayJobs, and whether pods remain.
+"""Send the dispatcher's few requests to Kubernetes by the official client: RayJobs, and their pods.
 
 The requests need a Role with get, create, list and delete for `rayjobs.ray.io` and list for `pods`, in one namespace.
 No request raises if the API server is unreachable or refuses: an unknown value is None.

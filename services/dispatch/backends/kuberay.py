@@ -185,10 +185,10 @@ class _RayJob(Driver):
             self.api.delete(self.name)
             return False
         state, status = state_of(job), job.get("status") or {}
-        self.waiting = self.problem = ""
+        waited_for, self.waiting, self.problem = self.waiting, "", ""
         match state:
             case _ if state in ENDED_STATES:
-                return self._has_ended(status)
+                return self._has_ended(status, waited_for)
             case "Running":
                 self.never_began = False
                 self._watch_head(status)
@@ -232,8 +232,10 @@ class _RayJob(Driver):
         self.partly_placed_since = self.partly_placed_since or now
         return now - self.partly_placed_since >= self.backend.give_way_seconds and self.backend.has_earlier(job)
 
-    def _has_ended(self, status: RayJob) -> bool:
+    def _has_ended(self, status: RayJob, waited_for: str) -> bool:
         code, reason = end_of(status)
+        if status.get("reason") == "PreRunningDeadlineExceeded" and waited_for:
+            reason += f"; before that: {waited_for}"
         if code:
             log.warning("RayJob %s: %s\n%s", self.name, reason, (status.get("message") or "")[-LOG:])
         if status.get("jobStatus") in DRIVER_ENDED or not status.get("rayClusterName"):

@@ -28,7 +28,7 @@ LENGTH = 300  # characters of a message
 
 @dataclass(frozen=True)
 class Obstacle:
-    """What keeps pods from starting. `final`: each further attempt would meet it, too."""
+    """A reason why pods do not start. `final`: each further attempt would have the same reason."""
 
     reason: str
     final: bool = False

@@ -15,7 +15,7 @@ These fields are filled in and override the template:
     metadata.annotations            genmodels/run, the readable job/model; genmodels/attempt. Of a template that is an
                                     object, no label and no annotation: they belong to the tool that applied it
     pod templates                   label genmodels/rayjob: <name>, the selector of an attempt's pods
-    spec.entrypoint, spec.jobId     the driver's command
+    spec.entrypoint, spec.jobId     the driver's command; it publishes in a worker's pod, as the head's is small
     spec.submissionMode             HTTPMode: the operator submits. K8sJobMode would pull the image for one more pod per
                                     attempt, and would retry (submitterConfig), which is the dispatcher's task
     spec.backoffLimit               0: the dispatcher alone tries again
@@ -198,6 +198,7 @@ class Template:
                 body.pop(field_of_clusters, None)
         else:
             body |= {"shutdownAfterJobFinishes": True, "ttlSecondsAfterFinished": 0}
+            body["entrypoint"] += " --publish-on-worker"  # the head has no CPU of Ray, and little memory
             _size(body["rayClusterSpec"], name, workers, spec.scaling.use_gpu)
             _save_first(body["rayClusterSpec"], pre_stop_command(storage_url, job, model, attempt))
         body.setdefault("preRunningDeadlineSeconds", PLACED_SECONDS)

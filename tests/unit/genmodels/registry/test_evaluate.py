@@ -29,7 +29,7 @@ from genmodels.models.vae import VAE, VAEConfig
 from genmodels.registry import evaluations
 from genmodels.registry.evaluate import evaluate, training
 from genmodels.registry.gate import check_gate
-from genmodels.registry.gc import delete_version
+from genmodels.registry.removal import delete_version
 from genmodels.registry.store import Registry
 from genmodels.runs.store import Run
 from genmodels.spec.sections import Gate, ModelSpec

@@ -20,7 +20,8 @@ from genmodels.checkpoint import MANIFEST, CheckpointRef, Manifest
 from genmodels.errors import GenmodelsError, ModelNotFound, SpecError, StorageUnavailable
 from genmodels.registry import gc as gc_module
 from genmodels.registry import references
-from genmodels.registry.gc import delete_version, gc
+from genmodels.registry.gc import gc
+from genmodels.registry.removal import delete_version
 from genmodels.registry.store import Registry, Version
 from genmodels.runs.jobs import Entry, Jobs
 from genmodels.runs.records import Change, State, Status
@@ -125,7 +126,7 @@ def test_the_newest_and_the_best_stay(storage: Storage) -> None:
     assert [ref.step for ref in run.checkpoints()] == [2, 4]
     assert len(storage.list(f"{run.prefix}/attempt-1/checkpoints/")) == 4
     assert not storage.exists(late)
-    assert len(run.metrics()) == 1
+    assert len(list(run.metrics())) == 1
 
 
 @pytest.mark.parametrize(("state", "kept"), [("succeeded", [3]), ("failed", [2, 3]), ("cancelled", [2, 3])])

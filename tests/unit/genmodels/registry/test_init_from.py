@@ -94,7 +94,7 @@ def test_the_step_the_schedule_and_the_optimizer_begin_anew(data: Path, storage:
     source = trained(storage, "source", model(data, "minigpt", max_steps=20, learning_rate=1e-2))
     published(storage, source, CheckpointRef(attempt=1, step=20))
     run = trained(storage, "more", model(data, "minigpt", "more", init_from="minigpt@1"))
-    rows, before = run.metrics(), source.metrics()
+    rows, before = list(run.metrics()), list(source.metrics())
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
     assert rows[0]["samples"] == 12
     assert rows[0]["learning_rate"] == before[0]["learning_rate"] / 10

@@ -318,14 +318,14 @@ def test_output_of_an_attempt_that_wakes_after_a_pause_is_not_read(data: Path, f
     name = submit(file_storage, job("paused", model(data, "minigpt", **settings)))
     run = Run(file_storage, name, "minigpt")
     with WorkerGroup(1, file_storage.url, [(name, "minigpt", 1)], faults={0: "wait@7"}) as paused:
-        until(lambda: run.checkpoints() and len(run.metrics()) == 6)
+        until(lambda: run.checkpoints() and len(list(run.metrics())) == 6)
         until(lambda: any("step 4 of 12" in line.line for line in run.log_lines()))  # before SIGCONT
         os.kill(paused.processes[0].pid, signal.SIGSTOP)
         with WorkerGroup(1, file_storage.url, [(name, "minigpt", 2)]) as group:
             group.succeed()
 
         def read() -> object:
-            return run.metrics(), run.checkpoints(), run.samples(), list(run.log_lines()), run.training_seconds()
+            return list(run.metrics()), run.checkpoints(), run.samples(), list(run.log_lines()), run.training_seconds()
 
         before = read()
         paused.go_on()

@@ -28,7 +28,7 @@ def rows(run: Run, attempt: int, first: int, last: int) -> None:
 
 def test_what_an_overtaken_attempt_writes_later_is_no_part_of_the_history(storage: Storage) -> None:
     run = Run(storage, "job-00000000", "model")
-    assert (run.checkpoints(), run.metrics(), run.samples(), run.chain()) == ([], [], [], [])
+    assert (run.checkpoints(), list(run.metrics()), run.samples(), run.chain()) == ([], [], [], [])
     run.start_attempt(1, None, 2)
     for step in (3, 6):
         save(run, 1, step)

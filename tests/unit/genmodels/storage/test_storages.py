@@ -146,6 +146,18 @@ def test_sizes(storage: Storage) -> None:
     assert storage.sizes("c/") == {}
 
 
+def test_ranges(storage: Storage) -> None:
+    data = bytes(range(100))
+    storage.put("k", data)
+    storage.put("empty", b"")
+    for start, size in [(0, 1), (0, 100), (0, 1000), (37, 20), (99, 1), (99, 10), (100, 5), (1000, 5)]:
+        assert storage.get_range("k", start, size) == data[start : start + size]
+    assert storage.get_range("empty", 0, 10) == b""
+    for key in ("gone", "k/x"):
+        with pytest.raises(KeyNotFound):
+            storage.get_range(key, 0, 10)
+
+
 def test_list_of_many_pages(s3_storage: Storage) -> None:
     pages: list[int] = []
 

@@ -93,7 +93,7 @@ def assert_seen_once(spec: ModelSpec, seen: Path, name: str, sizes: dict[int, in
 
 
 def assert_rows_go_on(spec: ModelSpec, run: Run) -> None:
-    rows, train = run.metrics(), spec.train
+    rows, train = list(run.metrics()), spec.train
     assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
     assert [row["samples"] for row in rows] == [step * BATCH for step in range(1, STEPS + 1)]
     rates = [schedule(train, step) * train.learning_rate for step in range(1, STEPS + 1)]

@@ -51,7 +51,7 @@ def test_every_family_learns_and_leaves_a_checkpoint_that_answers(
     assert run_attempt(folder, name, family, 1, Group())
     run = Run(folder, name, family)
     (ref,) = run.checkpoints()
-    rows = run.metrics()
+    rows = list(run.metrics())
     assert ref.step == 60
     assert [row["step"] for row in rows] == list(range(1, 61))
     metric = models.load(family).metric_names[0]

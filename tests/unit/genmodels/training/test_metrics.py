@@ -74,7 +74,7 @@ def test_gauges_say_what_storage_says(family: str, data: Path, monkeypatch: pyte
         result = {labels: number for labels, number in series(metric).items() if name in labels}
         return {tuple(word for word in labels if word not in (name, family)): n for labels, n in result.items()}
 
-    heartbeat, row = run.heartbeat(1), run.metrics()[-1]
+    heartbeat, row = run.heartbeat(1), list(run.metrics())[-1]
     assert heartbeat
     assert shown(metrics.TRAINING_STEP) == {(): heartbeat.step} == {(): 6}
     assert shown(metrics.TRAINING_MAX_STEPS) == {(): heartbeat.max_steps}
@@ -230,13 +230,14 @@ def test_operations_on_storage(storage: Storage, tmp_path: Path, storage_seconds
     storage.put("a/b", b"data")
     storage.upload(path, "a/c")
     storage.get("a/b")
+    storage.get_range("a/b", 1, 2)
     storage.download("a/c", tmp_path / "copy")
     storage.list("a/")
     storage.sizes("a/")
     storage.folders("")
     storage.exists("a/b")
     storage.delete("a/b")
-    counts = {"put": 1, "upload": 1, "get": 1, "download": 1, "list": 3, "exists": 1, "delete": 1}
+    counts = {"put": 1, "upload": 1, "get": 2, "download": 1, "list": 3, "exists": 1, "delete": 1}
     assert series(storage_seconds) == {(operation,): count for operation, count in counts.items()}
 
 

@@ -431,7 +431,7 @@ def test_what_was_saved_arrives_when_training_fails(make: Any) -> None:
         train()
     run = Run(storage, "job", "vae")
     assert [ref.step for ref in run.checkpoints()] == [7]
-    assert run.metrics() == [{"step": 7, "loss": 1e30}]
+    assert list(run.metrics()) == [{"step": 7, "loss": 1e30}]
 
 
 def test_a_store_that_refuses_ends_the_attempt(make: Any) -> None:

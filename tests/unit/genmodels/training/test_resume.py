@@ -98,7 +98,7 @@ def test_leaving_saves_at_the_step_where_it_leaves(data: Path, tmp_path: Path) -
         group.succeed()
     (ref,) = run.checkpoints()
     assert 0 < ref.step < 5000
-    assert run.metrics()[-1]["step"] == ref.step
+    assert list(run.metrics())[-1]["step"] == ref.step
 
 
 def final_files(run: Run, ref: CheckpointRef) -> dict[str, str]:

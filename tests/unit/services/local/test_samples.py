@@ -88,7 +88,7 @@ def test_what_cannot_be_shown_costs_a_line(broken: str, family: str, file_storag
 
     run = Run(file_storage, "test", "m")
     rows = [{"step": step, "loss": 1.0 / step} for step in (1, 2, 3)]
-    run.metrics = lambda: 1 / 0 if broken == "metrics" else rows
+    run.metric_lines = lambda: 1 / 0 if broken == "metrics" else [json.dumps(row).encode() for row in rows]
     console = screen()
     with httpx.Client(base_url="http://127.0.0.1:1", transport=httpx.MockTransport(answer)) as client:
         SampleWriter(client, console, tmp_path / "samples").write(spec, "m", run)

@@ -439,7 +439,7 @@ def test_sigterm_in_training_is_a_command_to_leave(watch: DriverWatch) -> None:
     finally:
         signal.signal(signal.SIGTERM, before)
     (command,) = watch.run.commands(1)
-    assert (command.action, command.then, command.reason) == ("stop", "queued", "the driver was told to end (SIGTERM)")
+    assert (command.action, command.then, command.reason) == ("stop", "queued", "the driver received SIGTERM")
     assert watch.should_stop.is_set()
 
 
@@ -543,7 +543,7 @@ def test_a_driver_ended_by_sigterm_leaves_a_result_and_its_log(tmp_path: Path) -
     result = run.result(1)
     assert result is not None
     assert (result.outcome, result.step) == ("stopped", 0)
-    assert [command.reason for command in run.commands(1)] == ["the driver was told to end (SIGTERM)"]
+    assert [command.reason for command in run.commands(1)] == ["the driver received SIGTERM"]
     assert log(run)[0] == "workers: 2"
     assert log(run)[-1].endswith("stopped before its workers started; continues from step 0")
 
