@@ -203,7 +203,8 @@ class Supervisor:
 
     def _missing_result(self, code: int, reason: str) -> Result:
         """Build the result of an attempt whose driver wrote none."""
-        message = reason or f"the driver ended with code {code} and left no result"
+        ended = "is gone" if code == LOST else f"ended with code {code}"
+        message = reason or f"the driver {ended} and left no result"
         if code == PREEMPTED or any(command.action == "stop" for command in self.run.commands(self.status.attempt)):
             return Result(outcome="stopped", message=message)
         cause: Cause = "template" if code == REFUSED else "infrastructure"
