@@ -36,6 +36,7 @@ from tests.support.paths import ROOT
 
 TOOLS = Path(sys.prefix) / "k8s-tools" / "bin"  # `make test-k8s` makes it
 STRICT = ROOT.parent / "shared" / "k8s"
+OWN_PROBE = "readinessProbe: replaces KubeRay's own"  # on purpose: test_placement.py
 RULES = ROOT / "docker" / "prometheus" / "rules"
 
 every_build = pytest.mark.parametrize("name", BUILDS)
@@ -236,10 +237,13 @@ def test_the_strict_validator_passes(name: str, tmp_path: Path) -> None:
     (tmp_path / "all.yaml").write_text(yaml.safe_dump_all(build(name)))
     external = [f"Secret/{secret}" for secret in secrets_of(build(name))] + ["ConfigMap/kube-root-ca.crt"]
     command = [str(TOOLS / "python"), str(STRICT / "validate_manifests.py"), str(tmp_path / "all.yaml")]
-    options = ["--schemas", str(STRICT / "schemas"), "--k8s", "1.33", "--strict-refs", "--warnings-as-errors"]
+    options = ["--schemas", str(STRICT / "schemas"), "--k8s", "1.33", "--strict-refs"]
     known = [part for reference in external for part in ("--external", reference)]
     done = subprocess.run([*command, *options, *known], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+    output = done.stdout + done.stderr
+    assert done.returncode == 0, output
+    warnings = [line for line in output.splitlines() if line.startswith("WARN") and OWN_PROBE not in line]
+    assert not warnings, output
 
 
 def _is_for_ray(policy: Manifest) -> bool:
