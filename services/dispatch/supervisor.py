@@ -1,7 +1,7 @@
 """Bring one run from queued to its end: start attempts, watch them, and write each change of state.
 
 A `Supervisor` alone writes the state of its run. Each write is a compare-and-swap: if two supervisors work on one run,
-one of them stops at its next write. What an overtaken driver still writes stays outside the run's chain.
+one of them stops at its next write. What a superseded driver still writes stays outside the run's chain.
 """
 
 from __future__ import annotations
@@ -58,12 +58,12 @@ class Supervisor:
 
     @property
     def waits(self) -> bool:
-        """True if the run is certainly queued: the store has answered the last write."""
+        """Return True if the run is certainly queued: the store has answered the last write."""
         return self.status.state == "queued" and self._unsettled is None
 
     @property
     def stopping(self) -> bool:
-        """True if a stop or kill of the attempt was requested."""
+        """Return True if a stop or kill of the attempt was requested."""
         return self.active and self._monitor is not None and self._monitor.ending is not None
 
     @property

@@ -92,13 +92,13 @@ class KubeOptions:
             GenmodelsError: flags that exclude each other, or a flag is missing.
         """
         if options.kube_queue and options.kube_cluster_selector:
-            raise GenmodelsError("--kube-queue does not go with --kube-cluster-selector: Kueue admits whole clusters")
+            raise GenmodelsError("--kube-queue excludes --kube-cluster-selector: Kueue admits whole clusters")
         if options.kube_queue and (options.max_cpus or options.max_gpus):
-            raise GenmodelsError("--max-cpus and --max-gpus do not go with --kube-queue: Kueue alone admits")
+            raise GenmodelsError("--kube-queue excludes --max-cpus and --max-gpus: only Kueue admits runs")
         if options.max_gpus and not options.max_cpus:
             raise GenmodelsError("--max-gpus needs --max-cpus with --backend kuberay: each worker has a CPU, too")
         if options.kube_template and options.kube_template_object:
-            raise GenmodelsError("--kube-template does not go with --kube-template-object: there is one template")
+            raise GenmodelsError("--kube-template excludes --kube-template-object: a run has one template")
         if not (options.kube_template or options.kube_template_object or options.kube_cluster_selector):
             raise GenmodelsError(
                 "--backend kuberay needs --kube-template-object, --kube-template or --kube-cluster-selector"
@@ -125,11 +125,11 @@ def add_kube_arguments(parser: argparse.ArgumentParser) -> None:
         variable = f"GENMODELS_{name.upper().replace('-', '_')}"
         parser.add_argument(f"--{name}", default=os.environ.get(variable) or None, help=f"{help} ({variable})", **more)
 
-    add("kube-namespace", "where RayJobs are made; default: the service account's own", metavar="NAME")
+    add("kube-namespace", "namespace of the RayJobs; default: that of the service account", metavar="NAME")
     add("kube-template-object", "a suspended RayJob of the namespace, to fill in at each start", metavar="NAME")
     add("kube-template", "YAML of a RayJob to fill in; see services/dispatch/backends/rayjob.py", metavar="FILE")
     add("kube-cluster-selector", "have this RayCluster run all drivers, in place of a cluster per run", metavar="NAME")
-    add("kube-queue", "LocalQueue of Kueue, which then alone admits", metavar="NAME")
+    add("kube-queue", "LocalQueue of Kueue; then only Kueue admits runs", metavar="NAME")
     parser.add_argument(
         "--kube-give-way-seconds",
         type=float,
@@ -166,7 +166,7 @@ class Template:
         """Fill in this object of the cluster from now on.
 
         Raises:
-            GenmodelsError: it lacks a field that must be filled in.
+            GenmodelsError: the object lacks a field that must be filled in.
         """
         _check(job, f"the RayJob {self.options.template_object}")
         self.job = {"metadata": {"labels": dict(PART_OF)}, "spec": job["spec"]}

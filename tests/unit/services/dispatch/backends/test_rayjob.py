@@ -251,9 +251,9 @@ def options(*words: str) -> argparse.Namespace:
     ("words", "message"),
     [
         ([], "needs --kube-template-object, --kube-template or"),
-        (["--kube-template=t", "--kube-template-object=o"], "there is one template"),
+        (["--kube-template=t", "--kube-template-object=o"], "a run has one template"),
         (["--kube-template=t", "--kube-queue=q", "--kube-cluster-selector=c"], "whole clusters"),
-        (["--kube-template=t", "--kube-queue=q", "--max-cpus=3"], "Kueue alone admits"),
+        (["--kube-template=t", "--kube-queue=q", "--max-cpus=3"], "only Kueue admits runs"),
         (["--kube-template=t", "--max-gpus=3"], "needs --max-cpus"),
         (["--kube-template=t", "--kube-priority=a=1"], "needs --kube-queue"),
         (["--kube-template=t", "--kube-queue=q", "--kube-priority=high"], "CLASS=NUMBER"),
