@@ -113,7 +113,7 @@ class Run:
         return self._key(ref.attempt, f"checkpoints/step-{ref.step:08d}")
 
     def checkpoints(self) -> list[CheckpointRef]:
-        """Return the complete checkpoints of the chain, by step, without those an overtaken attempt wrote later."""
+        """Return the complete checkpoints of the chain, by step; what a superseded attempt wrote later is left out."""
         return [
             CheckpointRef(attempt=link.attempt, step=step)
             for link in self.chain()

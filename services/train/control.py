@@ -23,7 +23,7 @@ SUPERSEDED = 76  # exit code of a driver whose attempt was taken over
 
 
 class DriverWatch(CommandWatcher):
-    """Between `training` and `trained`, end the attempt when it has to end. While rank 0 works, look rarely.
+    """End the attempt when it has to end, between `training` and `trained`. While rank 0 works, look rarely.
 
     SIGTERM becomes a stop command, so that there is one way to end gracefully. A driver whose workers have not started
     stops by itself. A driver whose attempt was taken over ends and writes no result.

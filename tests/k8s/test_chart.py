@@ -21,7 +21,7 @@ HELM = shutil.which("helm", path=os.pathsep.join([os.environ["PATH"], str(TOOLS)
 
 needs_helm = pytest.mark.skipif(not HELM, reason="no helm, so the chart is not rendered: `make test-k8s` brings it")
 
-CLUSTER_WIDE = {"ClusterQueue", "ResourceFlavor", "WorkloadPriorityClass"}
+CLUSTER_WIDE = {"ClusterQueue", "ResourceFlavor", "WorkloadPriorityClass", "PriorityClass"}
 VALUES = {  # every value that an overlay can set in one place, too
     "image": {
         "repository": "registry.example/team/genmodels",

@@ -39,4 +39,4 @@ def test_the_guide_says_what_the_loss_of_redis_costs() -> None:
     """GCS exits after seconds, and the workers after KubeRay's default of 600 s."""
     guide = (K8S / "README.md").read_text()
     assert "While it is unavailable the serving cluster continues" not in guide
-    assert "600 s" in guide[guide.index("**Redis.**") :]
+    assert "600 s" in guide[guide.index("### Redis") :]

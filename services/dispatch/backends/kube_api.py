@@ -16,7 +16,8 @@ from typing import Any
 
 from genmodels.errors import GenmodelsError
 from services.dispatch.backends.pods import Pod
-from services.dispatch.backends.rayjob import API_VERSION, MANAGED_BY, POD_LABEL, RayJob
+from services.dispatch.backends.rayjob import API_VERSION, MANAGED_BY, RayJob
+from services.dispatch.backends.rayjob_pods import POD_LABEL
 
 TIMEOUT = (2.0, 5.0)  # seconds to connect, and for an answer
 RETRIES = 2  # after an answer with a status in RETRIED; the wait is that of its Retry-After

@@ -6,7 +6,7 @@ result, if it exists, comes first. A "counted" attempt has no new checkpoint; th
     RayJob                                    | the run
     ------------------------------------------|-------------------------------------------------------------------------
     suspended by Kueue, never begun           | starting: waits for Kueue to admit it, without limit
-    no status                                 | starting: waits for KubeRay, without limit: nothing is taken meanwhile
+    no status                                 | starting: waits for KubeRay, without limit: it takes no nodes
     Initializing                              | starting: waits for its cluster, and says what its pods wait for
     Initializing, with nodes for a part of its| without Kueue: after --kube-give-way-seconds its RayJob is deleted and a
     pods, like an earlier run                 | new attempt queued; not counted
@@ -17,15 +17,15 @@ result, if it exists, comes first. A "counted" attempt has no new checkpoint; th
     Failed, AppFailed                         | the driver died: the result decides, else tried again, counted
     Failed, PreRunningDeadlineExceeded        | no room for its pods, or no image: tried again, not counted
     Failed, DeadlineExceeded                  | activeDeadlineSeconds of the template: continues in a new attempt
-    Failed, JobStatusCheckTimeoutExceeded     | the head is lost: tried again, counted once training had begun
-    Failed, SubmissionFailed                  | tried again, counted once training had begun
+    Failed, JobStatusCheckTimeoutExceeded     | the head is lost: tried again, counted if training had begun
+    Failed, SubmissionFailed                  | tried again, counted if training had begun
     ValidationFailed; refused (400, 413, 422) | the template is wrong: fails with KubeRay's or Kubernetes's words
     the head pod is replaced                  | the head is lost (HTTPMode would submit the driver again): as above
     Suspending, Suspended, had begun          | preempted: its RayJob is deleted, a new attempt queued; not counted
-    deleted by hand                           | tried again, counted once training had begun
-    Retrying (cannot be: backoffLimit 0)      | its RayJob is deleted: the dispatcher tries again; start.json fences
+    deleted by hand                           | tried again, counted if training had begun
+    Retrying (cannot be: backoffLimit 0)      | its RayJob is deleted: tried again, counted if training had begun
     any other state                           | the reason names the state; the hang detection ends it
-    unreachable API server, 401, 403, 429, 5xx| state unknown, nothing changes: runs continue, none starts
+    unreachable API server, 401, 403, 429, 5xx| state unknown, nothing changes: runs continue, no run starts
 
 The fence: an attempt has ended when its driver has ended (jobStatus is terminal), or when its RayJob and all its pods
 are gone. KubeRay fails RayJobs whose driver still runs (a deadline): the dispatcher first deletes these, in the

@@ -59,7 +59,7 @@ GLOO = RuntimeError(
 
 
 class ranks(Exception):
-    """Stands for Ray's WorkerGroupError, with the error of each failed rank."""
+    """Stand in for Ray's WorkerGroupError, with the error of each failed rank."""
 
     def __init__(self, **failures: Exception) -> None:
         super().__init__("Training failed due to worker errors:\n[Rank 0 Error Snippet]:\nTraceback ...")
@@ -343,11 +343,11 @@ def test_seconds_are_of_the_chain_and_of_this_start() -> None:
 
 
 class Ended(Exception):
-    """Stands for the end of the process."""
+    """Stand in for the end of the process."""
 
 
 class Logs:
-    """Stands for LogShipper, without a change to this process's streams."""
+    """Stand in for LogShipper, without a change to this process's streams."""
 
     def __init__(self) -> None:
         self.flushed: list[float] = []
@@ -567,7 +567,7 @@ def test_a_driver_ended_by_sigterm_leaves_a_result_and_its_log(tmp_path: Path) -
     assert log(run)[-1].endswith("stopped before its workers started; continues from step 0")
 
 
-def test_a_driver_ends_when_it_is_overtaken(tmp_path: Path) -> None:
+def test_a_driver_ends_when_it_is_superseded(tmp_path: Path) -> None:
     run, code, _ = drive(tmp_path, make_data(tmp_path), "overtaken")
     assert code == control.SUPERSEDED
     assert run.result(1) is None
