@@ -76,9 +76,7 @@ def drive(
                 GATES.labels(spec.family, str(result.gate.passed).lower()).inc()
         except Exception as error:  # the dispatcher has to learn of each failure
             traceback.print_exc()
-            result = classify_failure(error)
-            if watch.killed:
-                result = Result(outcome="failed", cause="infrastructure", message=f"killed: {watch.killed.reason}")
+            result = retry_until_available(lambda: _killed(run, attempt)) or classify_failure(error)
         facts = retry_until_available(
             lambda: {"step": result.step or _reached_step(run, attempt), **_seconds(run, attempt, began)}
         )
@@ -144,6 +142,12 @@ def _reached_step(run: Run, attempt: int) -> int:
     """Return the last step that a failed attempt is known to have made, saved or not."""
     heartbeat = run.heartbeat(attempt)
     return max(_saved_step(run), heartbeat.step if heartbeat else 0)
+
+
+def _killed(run: Run, attempt: int) -> Result | None:
+    """Return the result of a failed attempt that was killed: rank 0 reads the command, and the driver sees it end."""
+    kill = next((command for command in run.commands(attempt) if command.action == "kill"), None)
+    return Result(outcome="failed", cause="infrastructure", message=f"killed: {kill.reason}") if kill else None
 
 
 def _stopped(run: Run) -> Result:

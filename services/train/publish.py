@@ -30,7 +30,7 @@ from genmodels.storage.retry import retry_until_available
 
 log = logging.getLogger("genmodels")
 
-HEARTBEAT_SECONDS = 1.0  # minimum time between two heartbeats during an evaluation
+HEARTBEAT_SECONDS = 2.0  # minimum time between two heartbeats during an evaluation
 
 
 def publish_when_available(run: Run, spec: ModelSpec, attempt: int) -> Result:
