@@ -119,7 +119,7 @@ class Keys:
         """Accept a token that was made elsewhere. A known token does not change, even if it is revoked.
 
         Raises:
-            SpecError: it is not a token, or another key has its id.
+            SpecError: the token is malformed, or another key has its id.
         """
         match = re.fullmatch(TOKEN, token)
         if match is None:

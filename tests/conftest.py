@@ -52,14 +52,14 @@ def own_environment(monkeypatch: pytest.MonkeyPatch) -> None:
 
 @pytest.fixture(scope="session")
 def s3_server() -> Iterator[S3Server]:
-    """One real S3 server for the whole session."""
+    """Yield one real S3 server for the whole session."""
     with S3Server() as server:
         yield server
 
 
 @pytest.fixture
 def s3_storage(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> Storage:
-    """An empty storage on the S3 server, whose endpoint and credentials are in the environment."""
+    """Yield an empty storage on the S3 server, whose endpoint and credentials are in the environment."""
     for name in [name for name in os.environ if name.startswith("AWS_")]:
         monkeypatch.delenv(name)
     for name, value in s3_server.environment.items():
@@ -69,12 +69,12 @@ def s3_storage(s3_server: S3Server, monkeypatch: pytest.MonkeyPatch) -> Storage:
 
 @pytest.fixture
 def file_storage(tmp_path: Path) -> Storage:
-    """An empty storage in a local folder."""
+    """Return an empty storage in a local folder."""
     return open_storage((tmp_path / "storage").as_uri())
 
 
 @pytest.fixture(params=["file", "s3"])
 def storage(request: pytest.FixtureRequest) -> Storage:
-    """Each test that uses this runs on a local folder and on S3."""
+    """Run each test that uses this on a local folder and on S3."""
     storage: Storage = request.getfixturevalue(f"{request.param}_storage")
     return storage

@@ -189,7 +189,7 @@ def find(storage: Storage, name: str, sha256: str | None = None) -> StoredDatase
     """Return a content of an added dataset; without `sha256` the current one.
 
     Raises:
-        DataError: it does not exist.
+        DataError: the dataset or the content does not exist.
     """
     if not re.fullmatch(NAME, name) or (sha256 and not re.fullmatch("[0-9a-f]{64}", sha256)):
         raise DataError(f"no dataset {name!r}: a name has lower-case letters, digits and dashes")

@@ -48,7 +48,7 @@ Seeds: TypeAlias = Annotated[
 
 
 class Body(Section):
-    """A JSON object of a client. null stands for the default: clients with typed fields send it."""
+    """A JSON object of a client. A null stands for the default: clients with typed fields send null."""
 
     @model_validator(mode="before")
     @classmethod

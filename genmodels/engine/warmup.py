@@ -20,7 +20,7 @@ MAX_SECONDS = 30.0  # that the small requests may take
 
 
 def warm_up(model: LoadedModel, max_seconds: float = MAX_SECONDS) -> str:
-    """Let a model answer small requests; return its answer in words. No other request may use it yet.
+    """Let a model answer small requests; return its answer in words. No other request may use the model yet.
 
     Raises:
         CheckpointError: the model cannot answer, or is too slow.

@@ -28,7 +28,7 @@ def noisy(images: Tensor, std: float) -> Tensor:
 def best_filter(data: EvaluationData, std: float, shown: np.ndarray) -> tuple[str, float]:
     """Return the filter with the best PSNR on training images, and its PSNR in dB on validation images.
 
-    Each filter is tried on noisy images as they are, and clamped to [0, 1] as a model sees them.
+    Each filter is tried on the noisy images as they are, and on the images clamped to [0, 1], which a model sees.
 
     Args:
         std: standard deviation of the noise.

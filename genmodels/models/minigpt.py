@@ -340,7 +340,10 @@ class MiniGPTDecoder:
         return F.pad(logits, (0, 0, 0, self._slots - height))
 
     def _equal_heights(self, slots: int) -> list[int]:
-        """Return the numbers of rows of a step that keep its bits, ascending; tried, as the matrix library decides."""
+        """Return, ascending, the numbers of rows with which a step gives the same bits as with all rows.
+
+        They are found by trial, because they depend on the matrix library.
+        """
         tokens = [token % len(self._embedding) for token in range(slots)]
 
         def logits(height: int) -> Tensor:

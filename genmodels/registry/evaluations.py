@@ -48,7 +48,7 @@ def record(
     seconds: float,
     publication: bool = False,
 ) -> Evaluation:
-    """Store the result of an evaluation of a version on its own data; the one at publication is stored only once.
+    """Store the result of an evaluation of a version on its own data. The first result at publication stays.
 
     Raises:
         ModelNotFound: the version was deleted during the evaluation.

@@ -27,7 +27,7 @@ def fetch(spec: ModelSpec, storage: Storage, folder: Path) -> Path | None:
     """Download what `train.init_from` names into a new folder and verify it; None if the spec has no `init_from`.
 
     Raises:
-        SpecError: it is deleted, damaged, or of another family; only another `init_from` helps.
+        SpecError: the checkpoint is deleted, damaged, or of another family; only another `init_from` helps.
     """
     if spec.train.init_from is None:
         return None

@@ -91,7 +91,7 @@ def resolve_model(storage: Storage, reference: str) -> ResolvedModel:
     """Look up the files of a version or a checkpoint.
 
     Raises:
-        ModelNotFound: it does not exist; the message lists what exists.
+        ModelNotFound: no such version or checkpoint; the message lists what exists.
     """
     if not is_checkpoint_reference(reference):
         registry = Registry(storage)
@@ -143,7 +143,7 @@ def find_checkpoint(reference: str, storage: Storage) -> tuple[Run, CheckpointRe
     """Return the complete checkpoint that a reference names; without a job, one of the model's newest run.
 
     Raises:
-        ModelNotFound: it does not exist; the message lists the checkpoints that exist.
+        ModelNotFound: no such checkpoint; the message lists the checkpoints that exist.
     """
     model, _, rest = reference.partition("@")
     job, _, position = rest.rpartition(":")

@@ -103,8 +103,8 @@ class Registry:
         """Read a version.
 
         Raises:
-            ModelNotFound: it does not exist.
-            DamagedObject: its document is damaged.
+            ModelNotFound: the version does not exist.
+            DamagedObject: the document of the version is damaged.
         """
         try:
             return load_document(self.storage, _version_key(model, number), Version, model=model, version=number)[0]
@@ -119,8 +119,8 @@ class Registry:
         """Read an alias.
 
         Raises:
-            ModelNotFound: it does not exist.
-            DamagedObject: its document is damaged.
+            ModelNotFound: the alias does not exist.
+            DamagedObject: the document of the alias is damaged.
         """
         try:
             return load_document(self.storage, _alias_key(model, name), Alias)[0]
@@ -139,7 +139,7 @@ class Registry:
         """Return the version that a reference names: `m` (its alias production), `m@alias`, `m@3`, or `m@latest`.
 
         Raises:
-            ModelNotFound: it does not exist; the message lists what exists.
+            ModelNotFound: no such model, alias or version; the message lists what exists.
             DamagedObject: the alias or the version is damaged.
         """
         model, _, reference = name.partition("@")

@@ -113,7 +113,7 @@ class Run:
         return self._key(ref.attempt, f"checkpoints/step-{ref.step:08d}")
 
     def checkpoints(self) -> list[CheckpointRef]:
-        """Return the complete checkpoints of the chain, by step, without those an overtaken attempt wrote later."""
+        """Return the complete checkpoints of the chain, by step; what a superseded attempt wrote later is left out."""
         return [
             CheckpointRef(attempt=link.attempt, step=step)
             for link in self.chain()
@@ -276,7 +276,7 @@ class Run:
         reason: str,
         then: Literal["queued", "cancelled"] = "queued",
     ) -> Command:
-        """Send a command to a run under the next free number.
+        """Send a command to a run under the next free number, so that numbers have no gaps.
 
         Args:
             then: state of the run after its attempt has ended.
@@ -303,6 +303,10 @@ class Run:
                 command, _ = load_document(self.storage, self._command_key(seq), Command)
                 commands.append(command.model_copy(update={"seq": seq}))
         return [command for command in commands if attempt in (None, command.attempt)]
+
+    def has_command(self, seq: int) -> bool:
+        """Return True if a command with this number was sent."""
+        return self.storage.exists(self._command_key(seq))
 
     def status(self) -> tuple[Status, str | None]:
         """Return the status and the etag to swap it by; a new run is queued and has no etag.

@@ -17,7 +17,8 @@ QUOTIENTS = ("div", "__truediv__")
 def shapes_only() -> Iterator[None]:
     """Make tensors on the meta device, and draw no initial weights.
 
-    Random draws and quotients on that device would make torch load all its shape rules: 70 MB, and seconds.
+    Random draws and quotients on the meta device would make torch load all its shape rules, which takes seconds and
+    70 MB.
     """
     with torch.device("meta"), _NoDraws():
         yield

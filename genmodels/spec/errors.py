@@ -83,7 +83,7 @@ def repeated_names(names: Sequence[str]) -> list[FieldError]:
     """Return an error for each model that has the name of an earlier one."""
     first: dict[str, int] = {}
     return [
-        FieldError(("models", i, "name"), f"got {name!r}, which models[{first[name]}] has already; write another name")
+        FieldError(("models", i, "name"), f"got {name!r}, which models[{first[name]}] already has; write another name")
         for i, name in enumerate(names)
         if first.setdefault(name, i) != i
     ]

@@ -51,7 +51,7 @@ def load_stored(data: bytes) -> JobSpec:
     """Parse a spec from `dump`, possibly of another release: ignore unknown keys, do not check sections again.
 
     Raises:
-        SpecError: it is not a spec, or has values that this release does not know.
+        SpecError: the data is not a spec, or has values that this release does not know.
     """
     return _validate(_stored(data), "stored spec", {"stored": True})
 

@@ -263,7 +263,7 @@ def _check_answer(operation_model: Any, response_dict: dict[str, Any], **_: Any)
     is stored would seem to be gone, and what is written would be lost.
 
     Raises:
-        _OtherServerError: it lacks what every S3 store sends.
+        _OtherServerError: the answer lacks what every S3 store sends.
     """
     status, body = response_dict["status_code"], response_dict["body"]
     headers = {name.lower() for name in response_dict["headers"]}

@@ -24,7 +24,7 @@ from genmodels.evals.images import evenly_spaced
 from genmodels.family import Batch, Family
 from genmodels.preflight import servable
 from genmodels.registry import init_from
-from genmodels.runs.control import CommandWatcher
+from genmodels.runs.control import CommandWatcher, KillListener, Watcher
 from genmodels.runs.jobs import Jobs
 from genmodels.runs.logs import LogShipper
 from genmodels.runs.records import Heartbeat
@@ -47,8 +47,20 @@ def work(storage: Storage, job: str, model: str, attempt: int, group: Group) -> 
     """Call `run_attempt` in a worker process: ship its output to storage, and obey commands."""
     run = Run(storage, job, model)
     # `disk_outages` is here because Ray passes on an error without its causes
-    with LogShipper(run, attempt, str(group.rank)) as logs, CommandWatcher(run, attempt, logs) as watch, disk_outages():
+    with (
+        LogShipper(run, attempt, str(group.rank)) as logs,
+        _watcher(run, attempt, group, logs) as watch,
+        disk_outages(),
+    ):
         return run_attempt(storage, job, model, attempt, group, watch.should_stop)
+
+
+def _watcher(run: Run, attempt: int, group: Group, logs: LogShipper) -> Watcher:
+    """Return what makes this rank obey commands. Only rank 0 reads storage, whatever the size of the group."""
+    topic = f"{run.name} attempt {attempt}: killed"
+    if group.rank > 0:
+        return KillListener(lambda: group.announced(topic), logs)
+    return CommandWatcher(run, attempt, logs, pass_on=lambda reason: group.announce(topic, reason))
 
 
 def run_attempt(

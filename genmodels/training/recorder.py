@@ -32,6 +32,8 @@ from genmodels.training.flops import StepFlops
 from genmodels.training.gauges import TrainingGauges
 
 HEARTBEAT_SECONDS = 1.0
+MAX_HEARTBEAT_SECONDS = 5.0  # of an attempt that has gone on for AGE_RATIO times as long; a new phase is told at once
+AGE_RATIO = 60
 METRICS_SECONDS = 5.0
 MEDIAN_OF = 101  # steps
 MAX_ROWS, MAX_PICTURES = 10_000, 64  # that wait for the store
@@ -177,10 +179,14 @@ class RunRecorder:
     def _write_heartbeats(self) -> None:
         """Write heartbeats that changed, and every few seconds metrics and previews."""
         written, flushed = None, time.monotonic()
+        began = due = flushed
         while not self.closing.wait(HEARTBEAT_SECONDS):
             try:
-                if self.heartbeat is not written:
+                latest, now = self.heartbeat, time.monotonic()
+                is_news = written is None or latest.phase != written.phase
+                if latest is not written and (is_news or now >= due):
                     written = self._write_heartbeat()
+                    due = now + min(MAX_HEARTBEAT_SECONDS, (now - began) / AGE_RATIO)
                 if time.monotonic() - flushed >= METRICS_SECONDS:
                     self._flush()
                     flushed = time.monotonic()

@@ -25,7 +25,7 @@ PANEL = "On this machine alone"
 
 
 class Grouped(TyperGroup):
-    """Lists commands in the help under the headings of their panels, which typer's plain help leaves out."""
+    """List commands in the help under the headings of their panels, which typer's plain help leaves out."""
 
     def format_commands(self, ctx: Any, formatter: Any) -> None:
         panels: dict[str, list[tuple[str, str]]] = {}
@@ -43,7 +43,7 @@ class Grouped(TyperGroup):
 app = typer.Typer(
     name="genmodels",
     cls=Grouped,
-    help="Generative models from one YAML to a live endpoint.",
+    help="Train generative models from one YAML, and serve them at a live endpoint.",
     no_args_is_help=True,
     add_completion=True,
     pretty_exceptions_enable=False,
@@ -105,7 +105,7 @@ def _options(
         bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
     ] = False,
 ) -> None:
-    """Generative models from one YAML to a live endpoint."""
+    """Train generative models from one YAML, and serve them at a live endpoint."""
 
 
 @app.command(rich_help_panel=PANEL)

@@ -53,7 +53,7 @@ def promote(
     storage_url: StorageUrl = None,
     api: MaybeApi = None,
 ) -> None:
-    """Point an alias at a version, newer or older. Serving follows within seconds."""
+    """Point an alias at a version, also at an older one. Serving follows within seconds."""
     with open_catalog(context, api, storage_url) as catalog:
         target = catalog.resolve(version)
         catalog.promote(target, alias)

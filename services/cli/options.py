@@ -125,7 +125,7 @@ def storage_url(url: str | None) -> str:
 
 
 def confirm(question: str, yes: bool, option: str = "--yes") -> bool:
-    """Ask whether to do what cannot be undone.
+    """Ask for a confirmation before an action that cannot be undone.
 
     Args:
         yes: agree without asking.

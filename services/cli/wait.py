@@ -73,7 +73,7 @@ def conclude(client: Client, job: JobView, gateway: str | None, console: Console
 
 
 def _print_changes(board: Board, run: RunView, printed: dict[str, int]) -> None:
-    """Print the changes that the bar does not keep (why an attempt was lost), or that the lines omit."""
+    """Print the changes of state that the board does not show, e.g. why an attempt was lost."""
     new = run.history[printed[run.model] :]
     for change in new:
         missed = change.state == "queued" if board.console.is_terminal else change is not new[-1]

@@ -34,7 +34,7 @@ class Unauthorized(GenmodelsError):
 
 
 class Transport:
-    """Sends requests, and retries them while the service does not answer: so each must be safe to repeat.
+    """Send requests, and retry them while the service does not answer: so each must be safe to repeat.
 
     Every method raises Unreachable, Unauthorized, or GenmodelsError with the service's message.
     """

@@ -131,7 +131,7 @@ class Client:
     # Models
 
     def models(self) -> list[Json]:
-        """Published models, each with `name`, `family`, `versions`, `aliases` and the newest version's `metrics`."""
+        """List the published models: `name`, `family`, `versions`, `aliases` and the newest version's `metrics`."""
         return list(self._http.json("GET", "/v1/models")["data"])
 
     def resolve(self, name: str) -> tuple[str, int]:

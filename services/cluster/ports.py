@@ -35,7 +35,7 @@ def free_ports(count: int) -> int:
     """Return the first of `count` free ports in a row, below those that the system gives to outgoing connections.
 
     Raises:
-        GenmodelsError: there is no such row.
+        GenmodelsError: no such ports are free.
     """
     for _ in range(100):
         first = random.SystemRandom().randrange(20_000, 32_000)

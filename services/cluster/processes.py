@@ -1,12 +1,16 @@
-"""Child processes that are kept running: restarted when they end, and ended when this process ends."""
+"""Child processes that are kept running: restarted when they end, and ended when this process ends.
+
+What this process cannot do if it is killed is done by a reaper (`services.cluster.reaper`).
+"""
 
 from __future__ import annotations
 
 import contextlib
+import os
 import signal
 import subprocess
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import BinaryIO
@@ -118,6 +122,24 @@ class ManagedProcess:
         if self.process.stdin:
             self.process.stdin.close()
         self.process = None
+
+
+@contextlib.contextmanager
+def removed_if_killed(folder: Path) -> Iterator[None]:
+    """Let a reaper remove a folder if this process is killed in this context."""
+    reaper = subprocess.Popen(
+        python("cluster.reaper", f"{REMOVE}{folder}", "tail", "-f", os.devnull),
+        stdin=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    try:
+        yield
+    finally:
+        reaper.kill()
+        kill_session(reaper.pid)
+        reaper.communicate()
 
 
 def _how_it_ended(code: int) -> str:

@@ -56,6 +56,7 @@ def cluster_environment() -> dict[str, str]:
         # Every process shares one secret. Without it, anyone who reaches one of Ray's ports could run code here.
         "RAY_AUTH_MODE": "token",
         "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_ENABLE_UV_RUN_RUNTIME_ENV": "0",  # else `uv run genmodels` makes each worker run uv in a copy of a folder
         "TORCH_CPP_LOG_LEVEL": "ERROR",  # else DistributedDataParallel warns of a setting that is intended
         "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
         "RAY_JOB_STOP_WAIT_TIME_S": settings().job_stop_seconds,

@@ -59,7 +59,7 @@ class Shown:
 
 
 class Board:
-    """Shows any number of runs while the context is open.
+    """Show any number of runs while the context is open.
 
     On a terminal, each run has a bar. Elsewhere, each change of a run's state or note prints a line, and training
     prints one every LINE_SECONDS.
@@ -132,7 +132,7 @@ def current(state: ShownState, phase: str | None) -> str:
 
 
 class TrainingView:
-    """Shows runs that this process supervises, one after the other."""
+    """Show runs that this process supervises, one after the other."""
 
     def __init__(self, console: Console) -> None:
         self.console = console

@@ -1,8 +1,8 @@
 """Dispatch the queue in storage: the dispatcher with the lease starts, watches, preempts and ends all runs.
 
-The dispatcher holds no state that is not in storage. A new one reads the open jobs, stamps its lease term into the
-status of each run, so that the old one can no longer write a state, and continues. People send commands, drivers write
-heartbeats and results; only the dispatcher writes states.
+The dispatcher holds no state that is not in storage. A new dispatcher reads the open jobs, stamps its lease term
+into the status of each run, so that the old dispatcher can no longer write a state, and continues. People send
+commands, drivers write heartbeats and results; only the dispatcher writes states.
 """
 
 from __future__ import annotations

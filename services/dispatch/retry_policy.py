@@ -40,6 +40,7 @@ def decide(
     *,
     failures: int = 0,
     has_begun: bool = True,
+    preempted: str = "",
 ) -> Decision:
     """Return what follows an attempt that has ended and did not succeed.
 
@@ -49,6 +50,7 @@ def decide(
         checkpoints: complete ones of the run, by step.
         failures: `failures` of the previous decision.
         has_begun: False if the attempt was lost before a worker ran.
+        preempted: by what its pods were preempted. It comes before the commands, which are of the pods' hooks.
     """
     progress = f"continues from step {max((ref.step for ref in checkpoints), default=0)}"
     commands = [command for command in commands if command.action != "resume"]
@@ -61,7 +63,8 @@ def decide(
     no_progress = 0 if saved else status.no_progress_attempts + counts
     out_of_memory = status.out_of_memory_attempts + (result.cause == "out of memory")
     facts = {"no_progress_attempts": no_progress, "out_of_memory_attempts": out_of_memory}
-    reason = commands[0].reason if commands else result.message  # later commands repeat the first one's request
+    # later commands repeat the first one's request
+    reason = preempted or (commands[0].reason if commands else result.message)
     if not (stopped or result.cause in RETRIED) or out_of_memory >= MAX_OUT_OF_MEMORY_ATTEMPTS:
         return Decision("failed", result.message, facts)
     if counts and no_progress >= MAX_NO_PROGRESS_ATTEMPTS:

@@ -1,7 +1,7 @@
 """Bring one run from queued to its end: start attempts, watch them, and write each change of state.
 
 A `Supervisor` alone writes the state of its run. Each write is a compare-and-swap: if two supervisors work on one run,
-one of them stops at its next write. What an overtaken driver still writes stays outside the run's chain.
+one of them stops at its next write. What a superseded driver still writes stays outside the run's chain.
 """
 
 from __future__ import annotations
@@ -58,12 +58,12 @@ class Supervisor:
 
     @property
     def waits(self) -> bool:
-        """True if the run is certainly queued: the store has answered the last write."""
+        """Return True if the run is certainly queued: the store has answered the last write."""
         return self.status.state == "queued" and self._unsettled is None
 
     @property
     def stopping(self) -> bool:
-        """True if a stop or kill of the attempt was requested."""
+        """Return True if a stop or kill of the attempt was requested."""
         return self.active and self._monitor is not None and self._monitor.ending is not None
 
     @property
@@ -175,7 +175,8 @@ class Supervisor:
         if code is not None:
             attempt = self.status.attempt
             result = self.run.result(attempt) or self._missing_result(code, monitor.driver.reason)
-            self._finish_attempt(result, has_begun=code != LOST or self.run.attempt_start(attempt) is not None)
+            has_begun = code != LOST or self.run.attempt_start(attempt) is not None
+            self._finish_attempt(result, has_begun, preempted=monitor.driver.reason if code == PREEMPTED else "")
             return
         obstacle = monitor.driver.waiting or monitor.driver.problem
         if obstacle not in ("", self.status.reason) and self.status.state == "starting":
@@ -202,20 +203,26 @@ class Supervisor:
 
     def _missing_result(self, code: int, reason: str) -> Result:
         """Build the result of an attempt whose driver wrote none."""
-        message = reason or f"the driver ended with code {code} and left no result"
+        ended = "is gone" if code == LOST else f"ended with code {code}"
+        message = reason or f"the driver {ended} and left no result"
         if code == PREEMPTED or any(command.action == "stop" for command in self.run.commands(self.status.attempt)):
             return Result(outcome="stopped", message=message)
         cause: Cause = "template" if code == REFUSED else "infrastructure"
         return Result(outcome="failed", cause=cause, message=message)
 
-    def _finish_attempt(self, result: Result, has_begun: bool) -> None:
+    def _finish_attempt(self, result: Result, has_begun: bool, preempted: str) -> None:
         """Write the state that follows an attempt."""
         self._outcome = result.cause or result.outcome
         if result.outcome == "succeeded":
             self.to("succeeded", result.message)
             return
         commands, checkpoints = self.run.commands(self.status.attempt), self.run.checkpoints()
-        decision = decide(self.status, result, commands, checkpoints, failures=self._failures, has_begun=has_begun)
+        decision = decide(
+            *(self.status, result, commands, checkpoints),
+            failures=self._failures,
+            has_begun=has_begun,
+            preempted=preempted,
+        )
         if decision.state == "cancelled":
             self._outcome = "cancelled"  # also if the attempt was killed: it did not fail
         if decision.state == "queued":

@@ -114,8 +114,9 @@ class HandlePool:
         self._problem: str | None = None
 
     async def health(self) -> str | None:
-        """Return why a host is unhealthy, or None. Ask at most once in HEALTH_SECONDS: anyone may call it.
+        """Return why a host is unhealthy, or None.
 
+        The host is asked at most once in HEALTH_SECONDS, because the route needs no key.
         A host that is busy or gone counts as healthy: requests get an error of their own for that.
         """
         if time.monotonic() - self._checked >= HEALTH_SECONDS:

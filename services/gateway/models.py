@@ -44,7 +44,7 @@ class Models:
 
         Raises:
             GenmodelsError: there is no such model.
-            RequestError: it cannot be served; `refused_by` names its version.
+            RequestError: the model cannot be served; `refused_by` names its version.
         """
         resolved = await self.resolve(name)
         try:

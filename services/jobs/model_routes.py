@@ -84,7 +84,7 @@ def add_model_routes(app: FastAPI, guard: KeyAuth, storage: Storage) -> None:
 
     @app.put("/v1/models/{model}/aliases/{alias}", openapi_extra=documented(AliasBody))
     async def promote(model: str, alias: str, request: Request, caller: Caller = submit) -> Response:
-        """Point an alias at a version, newer or older."""
+        """Point an alias at a version, also at an older one."""
         body = await read_body(AliasBody, request)
 
         def work() -> dict[str, Any]:

@@ -126,7 +126,7 @@ class ResumeBody(Body):
 
 
 class AliasBody(Body):
-    version: int = Field(ge=1, le=99_999_999, description="number of the version, newer or older")
+    version: int = Field(ge=1, le=99_999_999, description="number of the version; it may be older than the current one")
 
 
 class DryRunQuery(Strict):

@@ -25,7 +25,7 @@ T = TypeVar("T")
 
 
 class Views:
-    """Reads jobs, in parallel; thread-safe.
+    """Read jobs, in parallel; thread-safe.
 
     Args:
         endpoint: URL of the gateway that serves what the jobs publish.

@@ -18,6 +18,7 @@ from genmodels.storage import Storage
 from genmodels.storage.documents import now
 from services.cluster.environment import private_folder, short_tmpdir
 from services.cluster.ports import HOST
+from services.cluster.processes import removed_if_killed
 from services.cluster.ray_start import local_environment, serve_http_options
 from services.dispatch.backends.base import Capacity
 from services.dispatch.backends.local_process import SubprocessBackend
@@ -44,6 +45,7 @@ class LocalPlatform:
         import ray
 
         self.folder = self._end.enter_context(private_folder())
+        self._end.enter_context(removed_if_killed(self.folder))
         os.environ |= short_tmpdir(self.folder)
         with contextlib.chdir(self.folder):
             ray.init(

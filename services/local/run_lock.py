@@ -1,7 +1,7 @@
-"""One `genmodels run` of a job at a time on this machine. A second one follows the first instead of ending it.
+"""One `genmodels run` of a job at a time on this machine. A second command shows the first one's progress.
 
-The first one holds a file lock, which the system releases however the process ends. A second file describes the holder:
-its models, and its endpoint. Only this user can read the two files.
+The first command holds a file lock, which the system releases however the process ends. A second file names the models
+and the endpoint of the first command. Only this user can read the two files.
 """
 
 from __future__ import annotations

@@ -40,7 +40,7 @@ log = logging.getLogger("genmodels.exporter")
 
 
 class NodeCollector:
-    """Collects the node's series; thread-safe. Only one exporter works on a folder at a time."""
+    """Collect the node's series; thread-safe. Only one exporter works on a folder at a time."""
 
     def __init__(self, folder: Path) -> None:
         self._folder, self._sums = folder, folder / "folded"

@@ -17,12 +17,13 @@ from genmodels.runs.store import Run
 log = logging.getLogger("genmodels")
 
 FENCE_SECONDS = 5.0  # between two looks for a newer attempt, and between two heartbeats while the group starts
+RANK_0_SECONDS = 30.0  # between two looks while rank 0 reads the commands and looks for a newer attempt at each save
 FLUSH_SECONDS = 3.0
 SUPERSEDED = 76  # exit code of a driver whose attempt was taken over
 
 
 class DriverWatch(CommandWatcher):
-    """Between `training` and `trained`, end the attempt when it has to end.
+    """End the attempt when it has to end, between `training` and `trained`. While rank 0 works, look rarely.
 
     SIGTERM becomes a stop command, so that there is one way to end gracefully. A driver whose workers have not started
     stops by itself. A driver whose attempt was taken over ends and writes no result.
@@ -35,7 +36,7 @@ class DriverWatch(CommandWatcher):
         self.busy = threading.Lock()  # held during a look, so that none continues after `trained`
         self.in_training = self.stop_sent = False
         self.own_heartbeat: tuple[Heartbeat, str] | None = None  # the latest and its etag, until rank 0 writes them
-        self.fenced = time.monotonic()
+        self.looked = self.fenced = time.monotonic()
 
     def catch_sigterm(self) -> None:
         """Handle SIGTERM. Call this again after `ray.init`, which sets its own handler."""
@@ -51,21 +52,35 @@ class DriverWatch(CommandWatcher):
         with self.busy:
             self.in_training, self.own_heartbeat = False, None
 
-    def look(self) -> None:
+    def look(self) -> bool:
         with self.busy:
-            super().look()
-            if self.in_training and self.terminated.is_set() and not (self.stop_sent or self.should_stop.is_set()):
+            if self._may_rest():
+                return False
+            self.looked = time.monotonic()
+            is_new = super().look()
+            if self._must_send_stop():
                 self.run.send_command("stop", self.attempt, "the driver received SIGTERM")
                 self.stop_sent = True
-                super().look()
-            if not self.in_training:
-                return
-            if self.should_stop.is_set() and self._group_has_not_started():
-                self._stop()
-            if time.monotonic() - self.fenced >= FENCE_SECONDS:
-                self._fence()
-                self._group_has_not_started()
-                self.fenced = time.monotonic()
+                is_new = super().look()
+            if self.in_training:
+                self._look_after_group()
+            return is_new
+
+    def _may_rest(self) -> bool:
+        rank_0_looks = self.in_training and self.own_heartbeat is None
+        return rank_0_looks and not self._must_send_stop() and time.monotonic() - self.looked < RANK_0_SECONDS
+
+    def _must_send_stop(self) -> bool:
+        asked = self.stop_sent or self.should_stop.is_set()
+        return self.in_training and self.terminated.is_set() and not asked
+
+    def _look_after_group(self) -> None:
+        if self.should_stop.is_set() and self._group_has_not_started():
+            self._stop()
+        if time.monotonic() - self.fenced >= FENCE_SECONDS:
+            self._fence()
+            self._group_has_not_started()
+            self.fenced = time.monotonic()
 
     def _group_has_not_started(self) -> bool:
         """Write a heartbeat for workers that have not started. After rank 0's first heartbeat this write is refused."""

@@ -9,25 +9,18 @@ Its results go to storage (`heartbeat.json`, `result.json`); the dispatcher deci
 from __future__ import annotations
 
 import argparse
-import contextlib
-import itertools
 import logging
 import os
 import tempfile
 import time
 import traceback
-from collections.abc import Callable
 from datetime import datetime
 from typing import Any
 
-from genmodels.errors import (
-    StorageError,
-    StorageUnavailable,
-)
 from genmodels.metrics import GATES
 from genmodels.runs.jobs import Jobs
 from genmodels.runs.logs import LogShipper
-from genmodels.runs.records import Heartbeat, Result
+from genmodels.runs.records import Result
 from genmodels.runs.store import Run
 from genmodels.spec.sections import ModelSpec
 from genmodels.storage import begin_writing, open_storage
@@ -36,9 +29,10 @@ from genmodels.training.attempt import work
 from genmodels.training.group import Group
 from services.cluster.logs import log_to_stderr
 from services.cluster.settings import settings
+from services.train import remote_publish
 from services.train.control import DriverWatch
 from services.train.failures import classify_failure
-from services.train.publish import publish_run
+from services.train.publish import publish_when_available
 
 log = logging.getLogger("genmodels")
 
@@ -46,7 +40,9 @@ log = logging.getLogger("genmodels")
 COLLECTIVE_SECONDS = 24 * 3600
 
 
-def drive(storage_url: str, job: str, model: str, attempt: int, workers: int | None = None) -> Result:
+def drive(
+    storage_url: str, job: str, model: str, attempt: int, workers: int | None = None, on_worker: bool = False
+) -> Result:
     """Train, check the gate and publish. Each end is a `Result`, in storage before this returns.
 
     An attempt that was taken over writes no result, because the newer attempt reports on the run. Call this in the main
@@ -54,6 +50,7 @@ def drive(storage_url: str, job: str, model: str, attempt: int, workers: int | N
 
     Args:
         workers: size of the group; default: the smallest that the spec allows.
+        on_worker: publish on a node of the workers, not in this process.
     """
     began = time.time()
     storage = open_storage(storage_url, in_use=True)
@@ -69,18 +66,17 @@ def drive(storage_url: str, job: str, model: str, attempt: int, workers: int | N
                     _train(storage_url, job, spec, attempt, workers or spec.world_sizes[0], watch)
                 finally:
                     watch.trained()
-            # Retry until an outage of the store or of the disk ends: a second call changes nothing.
-            report_outage = _outage_reporter(run, attempt, spec)
-            result = retry_until_available(
-                lambda: publish_run(run, spec, attempt) if _complete(run, spec) else _stopped(run), report_outage
-            )
+            if not retry_until_available(lambda: _complete(run, spec)):
+                result = retry_until_available(lambda: _stopped(run))
+            elif on_worker:
+                result = remote_publish.publish_on_worker(storage_url, job, model, attempt, watch.catch_sigterm)
+            else:
+                result = publish_when_available(run, spec, attempt)
             if result.gate:
                 GATES.labels(spec.family, str(result.gate.passed).lower()).inc()
         except Exception as error:  # the dispatcher has to learn of each failure
             traceback.print_exc()
-            result = classify_failure(error)
-            if watch.killed:
-                result = Result(outcome="failed", cause="infrastructure", message=f"killed: {watch.killed.reason}")
+            result = retry_until_available(lambda: _killed(run, attempt)) or classify_failure(error)
         facts = retry_until_available(
             lambda: {"step": result.step or _reached_step(run, attempt), **_seconds(run, attempt, began)}
         )
@@ -148,23 +144,15 @@ def _reached_step(run: Run, attempt: int) -> int:
     return max(_saved_step(run), heartbeat.step if heartbeat else 0)
 
 
+def _killed(run: Run, attempt: int) -> Result | None:
+    """Return the result of a failed attempt that was killed: rank 0 reads the command, and the driver sees it end."""
+    kill = next((command for command in run.commands(attempt) if command.action == "kill"), None)
+    return Result(outcome="failed", cause="infrastructure", message=f"killed: {kill.reason}") if kill else None
+
+
 def _stopped(run: Run) -> Result:
     step = _saved_step(run)
     return Result(outcome="stopped", message=f"saved at step {step} and stopped", step=step)
-
-
-def _outage_reporter(run: Run, attempt: int, spec: ModelSpec) -> Callable[[StorageUnavailable], None]:
-    """Return a callback that writes the reason of an outage into the heartbeat, if the storage takes it."""
-    steps, count = spec.train.max_steps, itertools.count(1)
-
-    def report_outage(outage: StorageUnavailable) -> None:
-        heartbeat = Heartbeat(
-            phase="publishing", step=steps, max_steps=steps, progress_count=-next(count), waiting=outage.reason
-        )
-        with contextlib.suppress(StorageError):
-            run.write_heartbeat(attempt, heartbeat)
-
-    return report_outage
 
 
 def _seconds(run: Run, attempt: int, began: float) -> dict[str, float]:
@@ -182,8 +170,9 @@ def main() -> None:
         parser.add_argument(f"--{name}", required=True)
     parser.add_argument("--attempt", type=int, required=True)
     parser.add_argument("--workers", type=int, help="size of the group; default: the smallest that the spec allows")
+    parser.add_argument("--publish-on-worker", action="store_true", help="publish on a node where a worker ran")
     options = parser.parse_args()
-    drive(options.storage, options.job, options.model, options.attempt, options.workers)
+    drive(options.storage, options.job, options.model, options.attempt, options.workers, options.publish_on_worker)
 
 
 if __name__ == "__main__":

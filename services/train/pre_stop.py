@@ -56,7 +56,7 @@ def main() -> int:
     options = parser.parse_args()
     try:
         run = Run(open_storage(options.storage, in_use=True), options.job, options.model)
-        reason = f"pod {os.environ.get('HOSTNAME', '')} was told to end"
+        reason = f"pod {os.environ.get('HOSTNAME', '')} is ending"
         if save_first(run, options.attempt, options.seconds, reason):
             return 0
         print(f"error: the attempt has not ended after {options.seconds:.0f} s", file=sys.stderr)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
 import logging
 import time
 from collections.abc import Callable
@@ -13,6 +15,8 @@ from genmodels.checkpoint import CheckpointRef, Manifest
 from genmodels.errors import (
     CheckpointError,
     DataError,
+    StorageError,
+    StorageUnavailable,
 )
 from genmodels.family import EvaluationResult
 from genmodels.registry import evaluations, probe
@@ -22,10 +26,16 @@ from genmodels.registry.store import Registry
 from genmodels.runs.records import Heartbeat, Result
 from genmodels.runs.store import Run
 from genmodels.spec.sections import ModelSpec
+from genmodels.storage.retry import retry_until_available
 
 log = logging.getLogger("genmodels")
 
-HEARTBEAT_SECONDS = 1.0  # minimum time between two heartbeats during an evaluation
+HEARTBEAT_SECONDS = 2.0  # minimum time between two heartbeats during an evaluation
+
+
+def publish_when_available(run: Run, spec: ModelSpec, attempt: int) -> Result:
+    """Call `publish_run` until no outage of the store or of the disk prevents it: a second call changes nothing."""
+    return retry_until_available(lambda: publish_run(run, spec, attempt), _outage_reporter(run, attempt, spec))
 
 
 def publish_run(run: Run, spec: ModelSpec, attempt: int) -> Result:
@@ -108,3 +118,17 @@ def _progress_reporter(run: Run, attempt: int, spec: ModelSpec) -> Callable[[], 
             written = time.monotonic()
 
     return report_progress
+
+
+def _outage_reporter(run: Run, attempt: int, spec: ModelSpec) -> Callable[[StorageUnavailable], None]:
+    """Return a callback that writes the reason of an outage into the heartbeat, if the storage takes it."""
+    steps, count = spec.train.max_steps, itertools.count(1)
+
+    def report_outage(outage: StorageUnavailable) -> None:
+        heartbeat = Heartbeat(
+            phase="publishing", step=steps, max_steps=steps, progress_count=-next(count), waiting=outage.reason
+        )
+        with contextlib.suppress(StorageError):
+            run.write_heartbeat(attempt, heartbeat)
+
+    return report_outage

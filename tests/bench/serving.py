@@ -168,7 +168,7 @@ def equal_gpt2(family: MiniGPT) -> Any:
     """Build transformers' GPT-2 with this model's weights.
 
     Raises:
-        AssertionError: its logits differ.
+        AssertionError: the logits of the two models differ.
     """
     config = transformers.GPT2Config(
         vocab_size=family.data.vocab_size,

@@ -3,15 +3,12 @@
 from __future__ import annotations
 
 import copy
-import os
 import re
 import runpy
 import shutil
 import subprocess
 import sys
-import threading
 from collections.abc import Callable
-from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +30,13 @@ from tests.support.manifests import (
     quotas_of,
     secrets_of,
     selects,
-    settings,
     unrestricted,
 )
 from tests.support.paths import ROOT
 
 TOOLS = Path(sys.prefix) / "k8s-tools" / "bin"  # `make test-k8s` makes it
 STRICT = ROOT.parent / "shared" / "k8s"
+OWN_PROBE = "readinessProbe: replaces KubeRay's own"  # on purpose: test_placement.py
 RULES = ROOT / "docker" / "prometheus" / "rules"
 
 every_build = pytest.mark.parametrize("name", BUILDS)
@@ -51,7 +48,7 @@ def test_it_builds_and_fits_the_schemas(name: str) -> None:
     assert {problem for manifest in manifests for problem in problems(manifest)} == set()
     ids = [(m["apiVersion"], m["kind"], m["metadata"]["name"]) for m in manifests]
     assert len(ids) == len(set(ids))
-    cluster_wide = {"Namespace", "ClusterQueue", "ResourceFlavor", "WorkloadPriorityClass"}
+    cluster_wide = {"Namespace", "ClusterQueue", "ResourceFlavor", "WorkloadPriorityClass", "PriorityClass"}
     namespaces = {m["metadata"].get("namespace") for m in manifests if m["kind"] not in cluster_wide}
     assert namespaces == {"genmodels"}
     assert not [m for m in manifests if m["kind"] == "Secret"]
@@ -191,32 +188,6 @@ def test_exporters_see_the_processes_whose_metrics_they_read() -> None:
             assert config_map_of(container, "genmodels-ray")
 
 
-@pytest.mark.parametrize(("status", "body", "ready"), [(200, b"success", True), (503, b"not yet", False)])
-def test_the_probe_of_serving_pods_finds_its_wget(tmp_path: Path, status: int, body: bytes, ready: bool) -> None:
-    """Run the probe as KubeRay writes it, against a real HTTP server."""
-
-    class Health(BaseHTTPRequestHandler):
-        def do_GET(self) -> None:
-            assert self.path == "/-/healthz"
-            self.send_response(status)
-            self.end_headers()
-            self.wfile.write(body)
-
-    (tmp_path / "wget").write_text(settings(build("base"), "genmodels-wget")["wget"])
-    (tmp_path / "wget").chmod(0o555)
-    (mount,) = [m for m in pod_of("RayService/genmodels/hosts").spec["containers"][0]["volumeMounts"] if "subPath" in m]
-    assert (mount["name"], mount["mountPath"]) == ("wget", "/usr/local/bin/wget")
-    path = {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"}
-    with HTTPServer(("127.0.0.1", 0), Health) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        probe = f"wget --tries 1 -T 10 -q -O- http://localhost:{server.server_port}/-/healthz | grep success"
-        result = subprocess.run(["bash", "-c", probe], env={**os.environ, **path}, capture_output=True, timeout=30)
-        server.shutdown()
-    assert (result.returncode == 0) is ready, result.stderr
-    gone = subprocess.run(["bash", "-c", probe], env={**os.environ, **path}, capture_output=True, timeout=30)
-    assert gone.returncode != 0
-
-
 def test_rules_are_those_of_compose() -> None:
     folder = K8S / "components" / "monitoring"
     manifest = runpy.run_path(str(folder / "rules.py"))["manifest"]
@@ -266,10 +237,13 @@ def test_the_strict_validator_passes(name: str, tmp_path: Path) -> None:
     (tmp_path / "all.yaml").write_text(yaml.safe_dump_all(build(name)))
     external = [f"Secret/{secret}" for secret in secrets_of(build(name))] + ["ConfigMap/kube-root-ca.crt"]
     command = [str(TOOLS / "python"), str(STRICT / "validate_manifests.py"), str(tmp_path / "all.yaml")]
-    options = ["--schemas", str(STRICT / "schemas"), "--k8s", "1.33", "--strict-refs", "--warnings-as-errors"]
+    options = ["--schemas", str(STRICT / "schemas"), "--k8s", "1.33", "--strict-refs"]
     known = [part for reference in external for part in ("--external", reference)]
     done = subprocess.run([*command, *options, *known], capture_output=True, text=True)
-    assert done.returncode == 0, done.stdout + done.stderr
+    output = done.stdout + done.stderr
+    assert done.returncode == 0, output
+    warnings = [line for line in output.splitlines() if line.startswith("WARN") and OWN_PROBE not in line]
+    assert not warnings, output
 
 
 def _is_for_ray(policy: Manifest) -> bool:

@@ -9,14 +9,15 @@ from pathlib import Path
 import pytest
 import yaml
 
-from tests.support.manifests import K8S, Manifest, build, config_map_of, only, pods, settings
+from tests.support.manifests import K8S, Manifest, build, config_map_of, only, pods, problems, settings
 
 GUIDE = (K8S / "README.md").read_text()
 OVERLAY = re.findall(r"```yaml\n(apiVersion: kustomize.*?)```", GUIDE, re.DOTALL)[0].replace(
     "namespace: genmodels", "namespace: elsewhere"
 )
+PATCHES = re.findall(r"```yaml\n(patches:.*?)```", GUIDE, re.DOTALL)
 MERGE = """\
-resources: [../production]
+resources: [../k8s/overlays/production]
 configMapGenerator:
   - {{name: {setting}, behavior: merge, literals: [NEW=1]}}
 """
@@ -26,7 +27,7 @@ configMapGenerator:
 def manifests(tmp_path_factory: pytest.TempPathFactory) -> list[Manifest]:
     folder = tmp_path_factory.mktemp("overlay")
     shutil.copytree(K8S, folder / "k8s")
-    return _built(folder / "k8s" / "overlays" / "mine", OVERLAY)
+    return _built(folder / "platform", OVERLAY)
 
 
 def test_no_object_keeps_an_old_value(manifests: list[Manifest]) -> None:
@@ -48,12 +49,11 @@ def test_every_pod_has_the_image_and_the_storage(manifests: list[Manifest]) -> N
     assert "storage" not in only(manifests, "RayService")["spec"]["serveConfigV2"]
 
 
-def test_every_account_has_the_pull_secret(manifests: list[Manifest]) -> None:
+def test_every_pod_has_an_account_with_the_pull_secret(manifests: list[Manifest]) -> None:
     accounts = {m["metadata"]["name"]: m for m in manifests if m["kind"] == "ServiceAccount"}
     assert {account["imagePullSecrets"][0]["name"] for account in accounts.values()} == {"registry"}
-    assert {
-        pod.spec.get("serviceAccountName") for pod in pods(manifests) if "genmodels" in str(pod.containers[0]["image"])
-    } == set(accounts)
+    assert {pod.spec.get("serviceAccountName") for pod in pods(manifests)} == set(accounts)
+    assert all(pod.spec.get("serviceAccountName") for pod in pods(build("overlays/dev"))), "also of its store"
 
 
 def test_every_object_is_in_the_namespace_and_its_queue_admits_it(manifests: list[Manifest]) -> None:
@@ -66,12 +66,21 @@ def test_every_object_is_in_the_namespace_and_its_queue_admits_it(manifests: lis
     assert selector.items() <= namespace["labels"].items()
 
 
+@pytest.mark.parametrize("patches", PATCHES)
+def test_each_patch_of_the_guide_fits(tmp_path: Path, patches: str) -> None:
+    """Kustomize ignores a target that is not there, and refuses a path that is not there."""
+    shutil.copytree(K8S, tmp_path / "k8s")
+    patched = _built(tmp_path / "platform", f"resources: [../k8s/overlays/production]\n{patches}")
+    assert patched != build("overlays/production")
+    assert not [problem for manifest in patched for problem in problems(manifest)]
+
+
 @pytest.mark.parametrize("setting", ["genmodels-platform", "genmodels-ray"])
 def test_a_changed_setting_rolls_out(tmp_path: Path, setting: str) -> None:
     """Every pod with the setting gets a new template, and no other pod."""
     shutil.copytree(K8S, tmp_path / "k8s")
     changed = MERGE.format(setting=setting)
-    after = {pod.of: pod.template for pod in pods(_built(tmp_path / "k8s" / "overlays" / "after", changed))}
+    after = {pod.of: pod.template for pod in pods(_built(tmp_path / "platform", changed))}
     for pod in pods(build("overlays/production")):
         has_it = any(config_map_of(container, setting) for container in pod.containers)
         assert (pod.template != after[pod.of]) is has_it, pod.of

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 import subprocess
@@ -12,26 +11,28 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.support.manifests import K8S, Manifest, build, cluster_of, only, pods, problems, secrets_of, settings
+from tests.support.manifests import (
+    K8S,
+    Manifest,
+    build,
+    build_with,
+    cluster_of,
+    only,
+    pods,
+    problems,
+    secrets_of,
+    settings,
+)
 from tests.support.paths import ROOT
 
 SAMPLES = sorted((K8S / "samples").glob("*.yaml"))
 COMPONENTS = sorted(path.name for path in (K8S / "components").iterdir())
 EDGE = (ROOT / "docker" / "edge.conf").read_text()
 SERVICE, PORT = "genmodels-serve-svc", 8000  # KubeRay makes the service
-GATEWAY_API = "gateway.networking.k8s.io/v1"
 
 
 def sample(name: str) -> list[Manifest]:
     return list(yaml.safe_load_all((K8S / "samples" / name).read_text()))
-
-
-def with_component(folder: Path, *names: str) -> list[Manifest]:
-    """Build base with components."""
-    to = os.path.relpath(K8S, folder)
-    components = [f"{to}/components/{name}" for name in names]
-    (folder / "kustomization.yaml").write_text(yaml.safe_dump({"resources": [f"{to}/base"], "components": components}))
-    return build(str(folder))
 
 
 @pytest.mark.parametrize("path", SAMPLES, ids=lambda path: path.name)
@@ -43,7 +44,7 @@ def test_a_sample_fits_the_schemas(path: Path) -> None:
 
 @pytest.mark.parametrize("name", COMPONENTS)
 def test_a_component_builds_alone_and_fits_the_schemas(name: str, tmp_path: Path) -> None:
-    manifests = with_component(tmp_path, name)
+    manifests = build_with(name)
     assert {problem for manifest in manifests for problem in problems(manifest)} == set()
 
 
@@ -112,7 +113,7 @@ def test_the_quota_has_room_for_the_platform_at_its_largest() -> None:
 
 def test_kuberay_accepts_the_incremental_upgrade(tmp_path: Path) -> None:
     """ValidateClusterUpgradeOptions of KubeRay's validation.go."""
-    service = only(with_component(tmp_path, "incremental-upgrade"), "RayService")
+    service = only(build_with("incremental-upgrade"), "RayService")
     strategy = service["spec"]["upgradeStrategy"]
     options = strategy["clusterUpgradeOptions"]
     assert strategy["type"] == "NewClusterWithIncrementalUpgrade"
@@ -123,7 +124,7 @@ def test_kuberay_accepts_the_incremental_upgrade(tmp_path: Path) -> None:
 
 
 def test_ray_logs_are_read_where_pods_write_them(tmp_path: Path) -> None:
-    manifests = with_component(tmp_path, "ray-logs")
+    manifests = build_with("ray-logs")
     config = next(m for m in manifests if m["kind"] == "ConfigMap" and m["metadata"]["name"].startswith("ray-logs-"))
     (tail,) = yaml.safe_load(config["data"]["fluent-bit.yaml"])["pipeline"]["inputs"]
     volumes = set(re.findall(r"kubernetes\.io~empty-dir/(\w+)/ray/session_", tail["path"]))

@@ -133,7 +133,7 @@ def test_driver_job_service_and_the_whole_of_ray_killed(stack: Stack) -> None:
         stack.reaches(run, "succeeded")
         stack.check_succeeded(run, attempts)
     assert parents(active) == [None, first, second]
-    assert any("driver ended with code" in change.reason for change in active.status()[0].history)
+    assert any("and left no result" in change.reason for change in active.status()[0].history)
 
 
 def test_storage_that_fails_now_and_then_and_is_away_for_a_while(stack: Stack) -> None:

@@ -14,11 +14,12 @@ import pytest
 from genmodels.runs.jobs import Jobs
 from genmodels.runs.store import Run
 from genmodels.storage import open_storage
-from services.dispatch.backends.base import LOST, Capacity, submission_id
+from services.dispatch.backends import ray_jobs
+from services.dispatch.backends.base import LOST, Capacity, driver_command, submission_id
 from services.dispatch.backends.ray_jobs import RayJobsBackend
 from tests.support.driver_commands import command, end_of
 from tests.support.live_processes import processes
-from tests.support.ray_node import RayHead, until
+from tests.support.ray_node import HEAD, RayHead, until
 from tests.support.tiny_jobs import job, make_data, model
 
 
@@ -28,7 +29,9 @@ def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayHead]:
         yield head
 
 
-def test_a_real_attempt(head: RayHead, tmp_path: Path) -> None:
+def test_a_real_attempt(head: RayHead, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Train and publish; the publication is a task of Ray, as on Kubernetes."""
+    monkeypatch.setattr(ray_jobs, "driver_command", lambda *run: [*driver_command(*run), "--publish-on-worker"])
     storage = open_storage((tmp_path / "storage").as_uri())
     spec = job("tiny", model(make_data(tmp_path), "minigpt", max_steps=3, save_every=3, eval_every=3))
     name, _ = Jobs(storage).submit(spec)
@@ -37,6 +40,8 @@ def test_a_real_attempt(head: RayHead, tmp_path: Path) -> None:
     result = Run(storage, name, "minigpt").result(1)
     assert result is not None
     assert (result.outcome, result.step, result.version) == ("succeeded", 3, 1), result.message
+    lines = [line.line for line in Run(storage, name, "minigpt").log_lines("driver")]
+    assert any(line.endswith(f"publishes on node {HEAD}") for line in lines)
     shown = head.backend.dashboard.ask("GET", f"/api/jobs/{submission_id(name, 'minigpt', 1)}")
     assert shown is not None
     assert shown.json()["metadata"] == {"job": name, "model": "minigpt", "attempt": "1"}

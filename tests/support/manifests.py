@@ -10,6 +10,7 @@ import re
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -36,6 +37,17 @@ def kubectl() -> str:
 
 def build(name: str) -> list[Manifest]:
     return copy.deepcopy(_built(name))
+
+
+def build_with(*components: str) -> list[Manifest]:
+    """Build base with components."""
+    with tempfile.TemporaryDirectory() as folder:
+        to = os.path.relpath(K8S, Path(folder).resolve())
+        added = [f"{to}/components/{name}" for name in components]
+        (Path(folder) / "kustomization.yaml").write_text(
+            yaml.safe_dump({"resources": [f"{to}/base"], "components": added})
+        )
+        return build(folder)
 
 
 @functools.cache

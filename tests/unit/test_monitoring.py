@@ -104,7 +104,8 @@ def test_queries_name_only_metrics_that_there_are() -> None:
     ours = set().union(*map(exposed, metrics.ALL))
     of_prometheus = {"up", "ALERTS", "scrape_duration_seconds"}
     recorded = {rule["record"] for rule in rules() if "record" in rule}
-    there = ours | of_prometheus | recorded | set(made_up_metrics.RAY)
+    of_kubernetes = {"kube_statefulset_status_replicas_ready"}  # kube-state-metrics
+    there = ours | of_prometheus | of_kubernetes | recorded | set(made_up_metrics.RAY)
     expressions = [query.expr for query in dashboard_panels.queries()] + [rule["expr"] for rule in rules()]
     for expr in expressions:
         names = named(expr)

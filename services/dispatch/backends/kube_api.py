@@ -1,4 +1,4 @@
-"""Send the dispatcher's few requests to Kubernetes by the official client: RayJobs, and whether pods remain.
+"""Send the dispatcher's few requests to Kubernetes by the official client: RayJobs, and their pods.
 
 The requests need a Role with get, create, list and delete for `rayjobs.ray.io` and list for `pods`, in one namespace.
 No request raises if the API server is unreachable or refuses: an unknown value is None.
@@ -16,7 +16,8 @@ from typing import Any
 
 from genmodels.errors import GenmodelsError
 from services.dispatch.backends.pods import Pod
-from services.dispatch.backends.rayjob import API_VERSION, MANAGED_BY, POD_LABEL, RayJob
+from services.dispatch.backends.rayjob import API_VERSION, MANAGED_BY, RayJob
+from services.dispatch.backends.rayjob_pods import POD_LABEL
 
 TIMEOUT = (2.0, 5.0)  # seconds to connect, and for an answer
 RETRIES = 2  # after an answer with a status in RETRIED; the wait is that of its Retry-After
@@ -175,7 +176,7 @@ class KubeApi:
                     *(status, answer, self.namespace, verb, resource),
                 )
             else:
-                log.warning("Kubernetes does not %s %s: %s", verb, resource, f"{status} {answer}".strip())
+                log.warning("Kubernetes did not %s %s: %s", verb, resource, f"{status} {answer}".strip())
         elif status == 404 and verb in ("list", "create") and (request, status) not in self._logged:
             self._logged.add((request, status))
             log.error("Kubernetes knows no RayJobs: is the KubeRay operator installed? (%s)", answer)

@@ -6,7 +6,7 @@ result, if it exists, comes first. A "counted" attempt has no new checkpoint; th
     RayJob                                    | the run
     ------------------------------------------|-------------------------------------------------------------------------
     suspended by Kueue, never begun           | starting: waits for Kueue to admit it, without limit
-    no status                                 | starting: waits for KubeRay, without limit: nothing is taken meanwhile
+    no status                                 | starting: waits for KubeRay, without limit: it takes no nodes
     Initializing                              | starting: waits for its cluster, and says what its pods wait for
     Initializing, with nodes for a part of its| without Kueue: after --kube-give-way-seconds its RayJob is deleted and a
     pods, like an earlier run                 | new attempt queued; not counted
@@ -17,15 +17,15 @@ result, if it exists, comes first. A "counted" attempt has no new checkpoint; th
     Failed, AppFailed                         | the driver died: the result decides, else tried again, counted
     Failed, PreRunningDeadlineExceeded        | no room for its pods, or no image: tried again, not counted
     Failed, DeadlineExceeded                  | activeDeadlineSeconds of the template: continues in a new attempt
-    Failed, JobStatusCheckTimeoutExceeded     | the head is lost: tried again, counted once training had begun
-    Failed, SubmissionFailed                  | tried again, counted once training had begun
+    Failed, JobStatusCheckTimeoutExceeded     | the head is lost: tried again, counted if training had begun
+    Failed, SubmissionFailed                  | tried again, counted if training had begun
     ValidationFailed; refused (400, 413, 422) | the template is wrong: fails with KubeRay's or Kubernetes's words
     the head pod is replaced                  | the head is lost (HTTPMode would submit the driver again): as above
     Suspending, Suspended, had begun          | preempted: its RayJob is deleted, a new attempt queued; not counted
-    deleted by hand                           | tried again, counted once training had begun
-    Retrying (cannot be: backoffLimit 0)      | its RayJob is deleted: the dispatcher tries again; start.json fences
+    deleted by hand                           | tried again, counted if training had begun
+    Retrying (cannot be: backoffLimit 0)      | its RayJob is deleted: tried again, counted if training had begun
     any other state                           | the reason names the state; the hang detection ends it
-    unreachable API server, 401, 403, 429, 5xx| state unknown, nothing changes: runs continue, none starts
+    unreachable API server, 401, 403, 429, 5xx| state unknown, nothing changes: runs continue, no run starts
 
 The fence: an attempt has ended when its driver has ended (jobStatus is terminal), or when its RayJob and all its pods
 are gone. KubeRay fails RayJobs whose driver still runs (a deadline): the dispatcher first deletes these, in the
@@ -185,10 +185,10 @@ class _RayJob(Driver):
             self.api.delete(self.name)
             return False
         state, status = state_of(job), job.get("status") or {}
-        self.waiting = self.problem = ""
+        waited_for, self.waiting, self.problem = self.waiting, "", ""
         match state:
             case _ if state in ENDED_STATES:
-                return self._has_ended(status)
+                return self._has_ended(status, waited_for)
             case "Running":
                 self.never_began = False
                 self._watch_head(status)
@@ -232,8 +232,10 @@ class _RayJob(Driver):
         self.partly_placed_since = self.partly_placed_since or now
         return now - self.partly_placed_since >= self.backend.give_way_seconds and self.backend.has_earlier(job)
 
-    def _has_ended(self, status: RayJob) -> bool:
+    def _has_ended(self, status: RayJob, waited_for: str) -> bool:
         code, reason = end_of(status)
+        if status.get("reason") == "PreRunningDeadlineExceeded" and waited_for:
+            reason += f"; before that: {waited_for}"
         if code:
             log.warning("RayJob %s: %s\n%s", self.name, reason, (status.get("message") or "")[-LOG:])
         if status.get("jobStatus") in DRIVER_ENDED or not status.get("rayClusterName"):
@@ -275,7 +277,7 @@ class _RayJob(Driver):
             self.ended, self.code = True, FAILED if status == 404 else REFUSED
             self.reason = f"Kubernetes refuses the RayJob: {message}"
         elif status == 403:  # rights, or a quota
-            self.waiting = f"Kubernetes does not take the RayJob: {message}"
+            self.waiting = f"Kubernetes refuses the RayJob: {message}"
         elif time.monotonic() > self.deadline:
             self._end_by_deleting(LOST, "Kubernetes did not take the RayJob")  # the answer may be lost
         return self.ended

@@ -8,11 +8,15 @@ import signal
 import subprocess
 from pathlib import Path
 
+from services.cluster.environment import python
 from services.dispatch.backends.base import LOST, Capacity, Driver, driver_command
 
 
 class SubprocessBackend:
-    """Drivers as processes of this machine, in sessions of their own: a Ctrl-C in the terminal is not theirs."""
+    """Drivers as processes of this machine, in sessions of their own: a Ctrl-C in the terminal is not theirs.
+
+    Each has a reaper, so that no driver outlives this process.
+    """
 
     def __init__(
         self, logs: Path, environment: dict[str, str], capacity: Capacity | None = None, folder: Path | None = None
@@ -29,8 +33,8 @@ class SubprocessBackend:
         self.logs.mkdir(parents=True, exist_ok=True)
         with self.log(model, attempt).open("ab") as output:
             process = subprocess.Popen(
-                driver_command(storage_url, job, model, attempt, workers),
-                stdin=subprocess.DEVNULL,
+                python("cluster.reaper", *driver_command(storage_url, job, model, attempt, workers)),
+                stdin=subprocess.PIPE,  # never written to; its end shows the reaper that this process is gone
                 stdout=output,
                 stderr=subprocess.STDOUT,
                 env={**os.environ, **self.environment},
@@ -55,12 +59,16 @@ class _Process(Driver):
         self.process = process
 
     def poll(self) -> int | None:
-        return self.process.poll()
+        code = self.process.poll()
+        if code is not None and self.process.stdin:
+            self.process.stdin.close()
+        return code
 
     def kill(self) -> None:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
+        self.poll()
 
 
 class _Gone(Driver):

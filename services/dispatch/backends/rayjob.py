@@ -15,7 +15,7 @@ These fields are filled in and override the template:
     metadata.annotations            genmodels/run, the readable job/model; genmodels/attempt. Of a template that is an
                                     object, no label and no annotation: they belong to the tool that applied it
     pod templates                   label genmodels/rayjob: <name>, the selector of an attempt's pods
-    spec.entrypoint, spec.jobId     the driver's command
+    spec.entrypoint, spec.jobId     the driver's command; it publishes in a worker's pod, as the head's is small
     spec.submissionMode             HTTPMode: the operator submits. K8sJobMode would pull the image for one more pod per
                                     attempt, and would retry (submitterConfig), which is the dispatcher's task
     spec.backoffLimit               0: the dispatcher alone tries again
@@ -23,16 +23,17 @@ These fields are filled in and override the template:
                                     keeps its result; the dispatcher deletes it KEEP_SECONDS later
     one worker group                replicas, minReplicas, maxReplicas: the pods; no other group; no autoscaling
     rayStartParams.num-cpus         head "0", workers: the workers of a pod (1 without GPUs), whatever its CPUs.
-                                    In a group with `resources`, which KubeRay does not take together with it:
-                                    resources.CPU, unless it is there
+                                    In a group with `resources`, KubeRay refuses num-cpus: there resources.CPU has this
+                                    value, unless the template sets it
     nvidia.com/gpu                  of the worker's requests and limits if the spec sets `use_gpu`. A group that
                                     requests none gets 1. A group that requests more, e.g. 8 with NVLink, gets a worker
                                     for each, on as few pods as that takes; a pod requests as many GPUs as it has
                                     workers. Another resource that ends in /gpu counts as well
     lifecycle.preStop               of the first container, unless it has one: services.train.pre_stop, with which the
                                     run saves before the pod ends. terminationGracePeriodSeconds: 120 if the template
-                                    has none; the run may take 20 seconds less to save. Ray's own wait after SIGTERM
-                                    (RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S) is then 0
+                                    has none; the run may take 20 seconds less to save, and so may the driver of a
+                                    deleted RayJob (RAY_JOB_STOP_WAIT_TIME_S). Ray's own wait after the hook
+                                    (RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S) is 0
     spec.preRunningDeadlineSeconds  1800 if the template has none: an attempt ends if its nodes never come
     spec.suspend, kueue.x-k8s.io/*  with --kube-queue: created suspended; Kueue admits it. Else not suspended
 
@@ -58,21 +59,17 @@ import yaml
 from genmodels.errors import GenmodelsError
 from genmodels.spec.sections import ModelSpec
 from services.dispatch.backends.base import driver_command, pre_stop_command, submission_id
+from services.dispatch.backends.rayjob_pods import WORKERS, in_image, save_first, size_cluster
 
 RayJob = dict[str, Any]  # the custom resource, as the API has it
 
 API_VERSION = "ray.io/v1"
 PART_OF = {"app.kubernetes.io/part-of": "genmodels"}
 MANAGED_BY = {"app.kubernetes.io/managed-by": "genmodels"}
-POD_LABEL = "genmodels/rayjob"
 QUEUE_LABEL = "kueue.x-k8s.io/queue-name"
 PRIORITY_LABEL = "kueue.x-k8s.io/priority-class"
-WORKERS, GPU_WORKERS = "workers", "gpu-workers"
 PLACED_SECONDS = 1800
 LABEL_LENGTH = 63
-GRACE_SECONDS = 120  # for a pod to end; it saves first
-RAYS_WAIT = "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"
-SIGTERM_SECONDS = 20  # of the grace period, for Ray's processes to end after the run has saved
 
 
 @dataclass(frozen=True)
@@ -95,13 +92,13 @@ class KubeOptions:
             GenmodelsError: flags that exclude each other, or a flag is missing.
         """
         if options.kube_queue and options.kube_cluster_selector:
-            raise GenmodelsError("--kube-queue does not go with --kube-cluster-selector: Kueue admits whole clusters")
+            raise GenmodelsError("--kube-queue excludes --kube-cluster-selector: Kueue admits whole clusters")
         if options.kube_queue and (options.max_cpus or options.max_gpus):
-            raise GenmodelsError("--max-cpus and --max-gpus do not go with --kube-queue: Kueue alone admits")
+            raise GenmodelsError("--kube-queue excludes --max-cpus and --max-gpus: only Kueue admits runs")
         if options.max_gpus and not options.max_cpus:
             raise GenmodelsError("--max-gpus needs --max-cpus with --backend kuberay: each worker has a CPU, too")
         if options.kube_template and options.kube_template_object:
-            raise GenmodelsError("--kube-template does not go with --kube-template-object: there is one template")
+            raise GenmodelsError("--kube-template excludes --kube-template-object: a run has one template")
         if not (options.kube_template or options.kube_template_object or options.kube_cluster_selector):
             raise GenmodelsError(
                 "--backend kuberay needs --kube-template-object, --kube-template or --kube-cluster-selector"
@@ -128,11 +125,11 @@ def add_kube_arguments(parser: argparse.ArgumentParser) -> None:
         variable = f"GENMODELS_{name.upper().replace('-', '_')}"
         parser.add_argument(f"--{name}", default=os.environ.get(variable) or None, help=f"{help} ({variable})", **more)
 
-    add("kube-namespace", "where RayJobs are made; default: the service account's own", metavar="NAME")
+    add("kube-namespace", "namespace of the RayJobs; default: that of the service account", metavar="NAME")
     add("kube-template-object", "a suspended RayJob of the namespace, to fill in at each start", metavar="NAME")
     add("kube-template", "YAML of a RayJob to fill in; see services/dispatch/backends/rayjob.py", metavar="FILE")
     add("kube-cluster-selector", "have this RayCluster run all drivers, in place of a cluster per run", metavar="NAME")
-    add("kube-queue", "LocalQueue of Kueue, which then alone admits", metavar="NAME")
+    add("kube-queue", "LocalQueue of Kueue; then only Kueue admits runs", metavar="NAME")
     parser.add_argument(
         "--kube-give-way-seconds",
         type=float,
@@ -169,7 +166,7 @@ class Template:
         """Fill in this object of the cluster from now on.
 
         Raises:
-            GenmodelsError: it lacks a field that must be filled in.
+            GenmodelsError: the object lacks a field that must be filled in.
         """
         _check(job, f"the RayJob {self.options.template_object}")
         self.job = {"metadata": {"labels": dict(PART_OF)}, "spec": job["spec"]}
@@ -187,7 +184,7 @@ class Template:
         metadata["annotations"] = {**(metadata.get("annotations") or {}), **readable}
         command = driver_command(storage_url, job, model, attempt, workers)
         body |= {
-            "entrypoint": shlex.join(_in_image(command)),
+            "entrypoint": shlex.join(in_image(command)),
             "jobId": name,
             "submissionMode": "HTTPMode",
             "backoffLimit": 0,
@@ -198,8 +195,9 @@ class Template:
                 body.pop(field_of_clusters, None)
         else:
             body |= {"shutdownAfterJobFinishes": True, "ttlSecondsAfterFinished": 0}
-            _size(body["rayClusterSpec"], name, workers, spec.scaling.use_gpu)
-            _save_first(body["rayClusterSpec"], pre_stop_command(storage_url, job, model, attempt))
+            body["entrypoint"] += " --publish-on-worker"  # the head has no CPU of Ray, and little memory
+            size_cluster(body["rayClusterSpec"], name, workers, spec.scaling.use_gpu)
+            save_first(body["rayClusterSpec"], pre_stop_command(storage_url, job, model, attempt))
         body.setdefault("preRunningDeadlineSeconds", PLACED_SECONDS)
         body["suspend"] = bool(self.options.queue)
         return {**filled, "apiVersion": API_VERSION, "kind": "RayJob"}
@@ -225,53 +223,6 @@ def _priority(text: str) -> tuple[str, int]:
     if not (name and sign and re.fullmatch(r"-?\d+", number)):
         raise GenmodelsError(f"--kube-priority must be CLASS=NUMBER, e.g. genmodels-high=10, not {text!r}")
     return name, int(number)
-
-
-def _size(cluster: dict[str, Any], name: str, workers: int, use_gpu: bool) -> None:
-    """Reduce the cluster to one worker group, with as many pods as the workers need."""
-    groups = {group["groupName"]: group for group in cluster["workerGroupSpecs"]}
-    group = groups.get(GPU_WORKERS, groups[WORKERS]) if use_gpu else groups[WORKERS]
-    count, workers_of_pod = _share_gpus(group, workers) if use_gpu else (workers, 1)
-    group |= {"replicas": count, "minReplicas": count, "maxReplicas": count}
-    cluster["workerGroupSpecs"] = [group]
-    cluster.pop("enableInTreeAutoscaling", None)
-    for pods, cpus in ((cluster["headGroupSpec"], "0"), (group, str(workers_of_pod))):
-        parameters = pods["rayStartParams"] = dict(pods.get("rayStartParams") or {})
-        if resources := pods.get("resources"):  # KubeRay refuses both; the CPUs are then in `resources`
-            if not any(name.casefold() == "cpu" for name in resources):
-                resources["CPU"] = cpus
-        else:
-            parameters["num-cpus"] = cpus
-        metadata = pods["template"].setdefault("metadata", {})
-        metadata["labels"] = {**(metadata.get("labels") or {}), POD_LABEL: name}
-
-
-def _share_gpus(group: dict[str, Any], workers: int) -> tuple[int, int]:
-    """Return the number of pods and of workers in a pod, one for each GPU; request no more GPUs than these need."""
-    resources = group["template"]["spec"]["containers"][0].setdefault("resources", {})
-    limits, requests = resources.setdefault("limits", {}), resources.setdefault("requests", {})
-    gpu = next((name for name in (*limits, *requests) if name.endswith("/gpu")), "nvidia.com/gpu")
-    gpus_of_pod = int(limits.get(gpu) or requests.get(gpu) or 1)
-    count = -(-workers // gpus_of_pod)
-    limits[gpu] = requests[gpu] = workers_of_pod = -(-workers // count)
-    return count, workers_of_pod
-
-
-def _save_first(cluster: dict[str, Any], command: list[str]) -> None:
-    """Add the hook to each pod: whichever of them ends, the run saves before. Ray then ends without a further wait."""
-    for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
-        pod = group["template"]["spec"]
-        grace = pod.setdefault("terminationGracePeriodSeconds", GRACE_SECONDS)
-        seconds = str(max(0, grace - SIGTERM_SECONDS))
-        hooks = pod["containers"][0].setdefault("lifecycle", {})
-        hooks.setdefault("preStop", {"exec": {"command": [*_in_image(command), "--seconds", seconds]}})
-        env = pod["containers"][0].setdefault("env", [])
-        if not any(variable["name"] == RAYS_WAIT for variable in env):
-            env.append({"name": RAYS_WAIT, "value": "0"})
-
-
-def _in_image(command: list[str]) -> list[str]:
-    return ["python", *command[1:]]  # the Python of the image, not this process's
 
 
 def _read(path: Path) -> RayJob:

@@ -7,7 +7,7 @@ import signal
 from services.dispatch.backends.base import LOST, REFUSED
 from services.dispatch.backends.rayjob import RayJob
 
-FAILED = 1  # exit code that always counts; LOST counts only once training had begun
+FAILED = 1  # exit code that always counts; LOST counts only if training had begun
 MESSAGE = 300  # characters of KubeRay's message in a reason
 ENDED_STATES = ("Complete", "Failed", "ValidationFailed")
 DRIVER_ENDED = ("SUCCEEDED", "FAILED", "STOPPED")

@@ -153,7 +153,7 @@ def test_what_is_named_stays() -> None:
     assert [ref.step for ref in run.checkpoints()] == [2, 4, 6]
 
 
-def test_what_overtaken_attempts_wrote_goes() -> None:
+def test_what_superseded_attempts_wrote_goes() -> None:
     run = run_of(MemoryStorage())
     run.start_attempt(1, None, 1)
     save(run, 1, 3)

@@ -29,7 +29,7 @@ BAD_IDS = ["", ".", "..", "../x", "a/b", "A", "a_b", "-a", "a-", "a\n", "a" * 73
 
 
 class Died(BaseException):
-    """Stands for the death of a process."""
+    """Stand in for the death of a process."""
 
 
 class CountingStorage(Wrapped):

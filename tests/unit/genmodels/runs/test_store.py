@@ -1,4 +1,4 @@
-"""Test a run's objects in storage: one history despite late writes of overtaken attempts, one winner per contest."""
+"""Test a run's objects in storage: one history despite late writes of superseded attempts, one winner per contest."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def rows(run: Run, attempt: int, first: int, last: int) -> None:
 # ---- the chain
 
 
-def test_what_an_overtaken_attempt_writes_later_is_no_part_of_the_history(storage: Storage) -> None:
+def test_what_a_superseded_attempt_writes_later_is_no_part_of_the_history(storage: Storage) -> None:
     run = Run(storage, "job-00000000", "model")
     assert (run.checkpoints(), list(run.metrics()), run.samples(), run.chain()) == ([], [], [], [])
     run.start_attempt(1, None, 2)
@@ -102,7 +102,7 @@ def test_numbers_of_two_digits_are_not_mistaken(storage: Storage) -> None:
 @settings(max_examples=60, deadline=None)
 @given(st.lists(st.tuples(st.integers(0, 4), st.integers(0, 3), st.integers(0, 3)), min_size=1, max_size=5))
 def test_history_is_what_its_own_attempts_did(attempts: list[tuple[int, int, int]]) -> None:
-    """Compare with a model: each attempt saves some steps, is overtaken, and then still writes more."""
+    """Compare with a model: each attempt saves some steps, is superseded, and then still writes more."""
     run = Run(MemoryStorage(), "j", "m")
     unfenced = Run(run.storage, "j", "m")
     unfenced.fence = lambda attempt: None

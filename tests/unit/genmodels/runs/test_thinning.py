@@ -69,7 +69,7 @@ def long(file_storage: Storage) -> tuple[Service, str, Run]:
     for first in range(1, PARTS * size, size):
         attempt = 1 if first <= 20 * size else 2
         if first == 20 * size + 1:
-            run.write_metrics(1, [{"step": step, "loss": 9.0} for step in range(first, first + 10)])  # overtaken
+            run.write_metrics(1, [{"step": step, "loss": 9.0} for step in range(first, first + 10)])  # superseded
             run.start_attempt(2, CheckpointRef(attempt=1, step=20 * size), 1)
         run.write_metrics(attempt, [{"step": step, "loss": float(attempt)} for step in range(first, first + size)])
     return service, job, run

@@ -473,7 +473,7 @@ def test_choices_that_are_numbers_are_listed(value: object) -> None:
             {"models__1__data__dataset": "mnist"},
             "got 'mnist', a dataset of images, but stub_text learns from texts; write one of ",
         ),
-        ({"models__1__name": "pictures"}, "models[1].name: got 'pictures', which models[0] has already"),
+        ({"models__1__name": "pictures"}, "models[1].name: got 'pictures', which models[0] already has"),
         (
             {"models__0__serve__gate": {"metric": "val_loss"}},
             "models[0].serve.gate: got neither max nor min; write one",

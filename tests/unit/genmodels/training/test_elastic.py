@@ -73,7 +73,7 @@ def test_from_one_worker_to_two_and_back(tmp_path: Path, monkeypatch: pytest.Mon
 
 
 def assert_seen_once(spec: ModelSpec, seen: Path, name: str, sizes: dict[int, int]) -> None:
-    """Each attempt continues after the last one; together they see the samples that a single attempt would see."""
+    """Check that the attempts follow each other, and together see the samples that a single attempt would see."""
     dataset = open_dataset(spec.data)
     n = len(dataset.split("train", 16))
     taken: list[tuple[int, int]] = []

@@ -70,7 +70,7 @@ def test_gauges_say_what_storage_says(family: str, data: Path, monkeypatch: pyte
     run = Run(storage, name, family)
 
     def shown(metric: Any) -> dict[tuple[str, ...], float]:
-        """Labels in addition to those of the run, in the order family, job, metric, model, part, role."""
+        """Return values by their further labels, in the order family, job, metric, model, part, role."""
         result = {labels: number for labels, number in series(metric).items() if name in labels}
         return {tuple(word for word in labels if word not in (name, family)): n for labels, n in result.items()}
 

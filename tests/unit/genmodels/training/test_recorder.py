@@ -339,10 +339,10 @@ def test_what_waits_for_the_store_is_bounded(make: Any, monkeypatch: pytest.Monk
     assert [row["step"] for row in run.metrics()] + [step for step, _ in run.samples()] == list(range(1, 21))
 
 
-# ---- overtaken, failed, asked to leave
+# ---- superseded, failed, asked to leave
 
 
-def test_an_overtaken_attempt_writes_no_manifest_and_hears_of_it(make: Any) -> None:
+def test_a_superseded_attempt_writes_no_manifest_and_hears_of_it(make: Any) -> None:
     storage = MemoryStorage()
 
     def train() -> None:
@@ -360,7 +360,7 @@ def test_an_overtaken_attempt_writes_no_manifest_and_hears_of_it(make: Any) -> N
     assert manifests(storage) == ["runs/job/vae/attempt-1/checkpoints/step-00000001/manifest.json"]
 
 
-def test_an_overtaken_attempt_hears_of_it_at_the_latest_when_it_ends(make: Any) -> None:
+def test_a_superseded_attempt_hears_of_it_at_the_latest_when_it_ends(make: Any) -> None:
     storage = MemoryStorage()
 
     def train() -> None:
@@ -373,7 +373,7 @@ def test_an_overtaken_attempt_hears_of_it_at_the_latest_when_it_ends(make: Any) 
     assert manifests(storage) == []
 
 
-def test_an_overtaken_attempt_is_not_left_waiting_for_room(make: Any) -> None:
+def test_a_superseded_attempt_is_not_left_waiting_for_room(make: Any) -> None:
     storage = FailingStorage(only="/checkpoints/")
 
     def train() -> None:
@@ -393,7 +393,7 @@ def test_an_overtaken_attempt_is_not_left_waiting_for_room(make: Any) -> None:
     assert manifests(storage) == []
 
 
-def test_an_overtaken_attempt_deletes_nothing(make: Any) -> None:
+def test_a_superseded_attempt_deletes_nothing(make: Any) -> None:
     """The attempt is superseded after its manifest and before its clean-up."""
 
     class Overtaken(RecordingStorage):

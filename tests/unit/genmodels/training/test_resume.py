@@ -62,7 +62,7 @@ def test_killed_workers_of_every_family_change_no_bit(
 
 
 def kill_and_resume(data: Path, folder: Path, family: str, checkpoints: int, max_steps: int) -> None:
-    """kill -9 of one worker after some checkpoints: the group ends, the next one continues from the last manifest."""
+    """Kill one worker after some checkpoints: the group ends, the next group continues from the last manifest."""
     storage = open_storage(f"file://{folder}")
     train = {"max_steps": max_steps, "save_every": 20, "eval_every": max_steps, "batch_size": 12}
     calm, killed = (submit(storage, job(name, model(data, family, **train))) for name in ("calm", "killed"))

@@ -21,6 +21,8 @@ from services.cluster.environment import (
     python,
     short_tmpdir,
 )
+from services.cluster.processes import removed_if_killed
+from services.cluster.ray_start import cluster_environment
 from tests.support.live_processes import is_alive
 from tests.support.ray_node import until
 
@@ -310,3 +312,34 @@ def test_the_folder_of_a_killed_process_goes(killed_folder: Path, tmp_path: Path
     process.wait()
     until(lambda: not killed_folder.exists(), "the folder is gone", 15)
     assert not any(is_alive(int(pid)) for pid in pids)
+
+
+def test_a_folder_that_no_command_uses_goes_with_its_process_too(killed_folder: Path, tmp_path: Path) -> None:
+    program = f"""
+    import time
+    from pathlib import Path
+    from services.cluster.processes import removed_if_killed
+    with removed_if_killed(Path({str(killed_folder)!r})):
+        Path("ready").touch()
+        time.sleep(1000)
+    """
+    process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(program)], cwd=tmp_path)
+    until((tmp_path / "ready").exists, "the process is ready", 30)
+    assert (killed_folder / "token").exists()
+    process.kill()
+    process.wait()
+    until(lambda: not killed_folder.exists(), "the folder is gone", 15)
+
+
+def test_a_folder_stays_while_its_process_decides(killed_folder: Path) -> None:
+    with removed_if_killed(killed_folder):
+        pass
+    assert (killed_folder / "token").exists()
+
+
+def test_uv_changes_nothing_in_workers() -> None:
+    """Without this, Ray starts each worker of a command under `uv run` with uv, in a copy of the working directory."""
+    program = "from ray._private import ray_constants; print(ray_constants.RAY_ENABLE_UV_RUN_RUNTIME_ENV)"
+    environment = {**os.environ, **cluster_environment()}
+    output = subprocess.run([sys.executable, "-c", program], env=environment, capture_output=True, text=True)
+    assert output.stdout == "False\n"

@@ -220,7 +220,7 @@ def test_a_restart_reads_open_jobs_only(data: Path) -> None:
 
 
 class Killed(BaseException):
-    """Stands for a kill -9 of the process."""
+    """Stand in for a kill -9 of the process."""
 
 
 class Deadly(Wrapped):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 import threading
 import time
-from collections import Counter
 from typing import Any
 
 import pytest
@@ -20,39 +19,10 @@ from services.dispatch.dispatcher import MAX_READERS, Dispatcher
 from services.jobs import metrics as jobmetrics
 from services.jobs.metrics import JobMetrics
 from services.jobs.views import Views
+from tests.support.counting_storage import CountingStorage
 from tests.support.job_service import Service, spec
-from tests.support.storages import Wrapped
 
 JOBS, MODELS = 12, 20
-
-
-class CountingStorage(Wrapped):
-    """Count operations by verb and kind of object, and the most at once; a test may hold them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.counts: Counter[str] = Counter()
-        self.held, self.at_once, self.most = threading.Event(), 0, 0
-        self.slow = 0.0
-        self.held.set()
-        self._mutex = threading.Lock()
-
-    def _do(self, verb: str, key: str, *arguments: Any, **options: Any) -> Any:
-        with self._mutex:
-            self.counts[f"{verb} {key.partition('/')[0]}"] += 1
-            self.at_once += 1
-            self.most = max(self.most, self.at_once)
-        try:
-            assert self.held.wait(30)
-            time.sleep(self.slow)
-            return super()._do(verb, key, *arguments, **options)
-        finally:
-            with self._mutex:
-                self.at_once -= 1
-
-    def forget(self) -> None:
-        self.counts.clear()
-        self.most = 0
 
 
 class Full:

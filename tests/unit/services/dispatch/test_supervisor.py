@@ -15,6 +15,7 @@ from genmodels.runs.records import GateResult, Heartbeat, Result, Status
 from genmodels.runs.store import Run
 from genmodels.storage import Storage
 from services.dispatch import retry_policy, single_run
+from services.dispatch.backends.base import LOST
 from services.dispatch.single_run import run_to_completion
 from services.dispatch.supervisor import Supervisor
 from tests.support.scripted_drivers import Driver, Drivers, Script, dies, ends, obedient, stubborn, succeeds
@@ -153,6 +154,16 @@ def test_a_driver_that_dies_without_a_word_is_tried_again() -> None:
         "queued",
         "the driver ended with code 137 and left no result; continues from step 0",
     )
+
+
+def test_a_driver_that_is_gone_has_no_exit_code() -> None:
+    def is_gone(run: Run, attempt: int) -> Iterator[object]:
+        run.start_attempt(attempt, None, 1)
+        yield from ()
+        return LOST
+
+    status, _, _ = complete(MemoryStorage(), is_gone, succeeds)
+    assert states(status)[1] == ("queued", "the driver is gone and left no result; continues from step 0")
 
 
 def test_a_result_counts_whatever_the_exit_code() -> None:

@@ -59,7 +59,7 @@ GLOO = RuntimeError(
 
 
 class ranks(Exception):
-    """Stands for Ray's WorkerGroupError, with the error of each failed rank."""
+    """Stand in for Ray's WorkerGroupError, with the error of each failed rank."""
 
     def __init__(self, **failures: Exception) -> None:
         super().__init__("Training failed due to worker errors:\n[Rank 0 Error Snippet]:\nTraceback ...")
@@ -343,11 +343,11 @@ def test_seconds_are_of_the_chain_and_of_this_start() -> None:
 
 
 class Ended(Exception):
-    """Stands for the end of the process."""
+    """Stand in for the end of the process."""
 
 
 class Logs:
-    """Stands for LogShipper, without a change to this process's streams."""
+    """Stand in for LogShipper, without a change to this process's streams."""
 
     def __init__(self) -> None:
         self.flushed: list[float] = []
@@ -364,6 +364,7 @@ def watch(monkeypatch: pytest.MonkeyPatch) -> DriverWatch:
 
     monkeypatch.setattr(os, "_exit", end)
     monkeypatch.setattr(control, "FENCE_SECONDS", 0.0)
+    monkeypatch.setattr(control, "RANK_0_SECONDS", 0.0)
     return DriverWatch(Run(MemoryStorage(), "j", "m"), 1, Logs())
 
 
@@ -425,6 +426,20 @@ def test_a_group_that_has_begun_leaves_by_itself(watch: DriverWatch) -> None:
     assert watch.run.result(1) is None
 
 
+def test_while_rank_0_works_the_driver_rests_unless_it_was_told_to_end(
+    watch: DriverWatch, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(control, "RANK_0_SECONDS", 1000.0)
+    watch.training(max_steps=9)
+    watch.run.write_heartbeat(1, Heartbeat(phase="training", step=3))
+    watch.look()  # and learn that rank 0 works
+    watch.run.send_command("stop", 2, "for another")
+    assert not watch.look()
+    watch.terminated.set()
+    assert watch.look()
+    assert [command.reason for command in watch.run.commands(1)] == ["the driver received SIGTERM"]
+
+
 def test_sigterm_in_training_is_a_command_to_leave(watch: DriverWatch) -> None:
     before = signal.getsignal(signal.SIGTERM)
     try:
@@ -439,7 +454,7 @@ def test_sigterm_in_training_is_a_command_to_leave(watch: DriverWatch) -> None:
     finally:
         signal.signal(signal.SIGTERM, before)
     (command,) = watch.run.commands(1)
-    assert (command.action, command.then, command.reason) == ("stop", "queued", "the driver was told to end (SIGTERM)")
+    assert (command.action, command.then, command.reason) == ("stop", "queued", "the driver received SIGTERM")
     assert watch.should_stop.is_set()
 
 
@@ -482,7 +497,7 @@ def test_a_kill_command_ends_a_process_that_has_not_ended_by_then(
     for timer in timers:
         timer.join()
     assert codes == ([] if ended else [KILLED])
-    assert watch.killed is not None
+    assert watch.killed.is_set()
     stderr = capfd.readouterr().err
     assert stderr.startswith("Killed: cancel --now. The stacks of all threads:\n")
     main = stderr.partition("Thread MainThread:\n")[2].partition("\nThread ")[0]
@@ -502,6 +517,10 @@ def _train(storage_url, job, spec, attempt, workers, watch):
     print("workers:", workers)
     if {body!r} == "lost":
         watch.run.write_heartbeat(attempt, Heartbeat(phase="training", step=812, max_steps=900))
+        raise ConnectionError("a peer")
+    if {body!r} == "killed":
+        watch.look = lambda: False  # rank 0 reads the command and ends
+        watch.run.send_command("kill", attempt, "no progress for 120 s")
         raise ConnectionError("a peer")
     if {body!r} == "overtaken":
         watch.run.start_attempt(attempt + 1, None, 1)
@@ -543,12 +562,12 @@ def test_a_driver_ended_by_sigterm_leaves_a_result_and_its_log(tmp_path: Path) -
     result = run.result(1)
     assert result is not None
     assert (result.outcome, result.step) == ("stopped", 0)
-    assert [command.reason for command in run.commands(1)] == ["the driver was told to end (SIGTERM)"]
+    assert [command.reason for command in run.commands(1)] == ["the driver received SIGTERM"]
     assert log(run)[0] == "workers: 2"
     assert log(run)[-1].endswith("stopped before its workers started; continues from step 0")
 
 
-def test_a_driver_ends_when_it_is_overtaken(tmp_path: Path) -> None:
+def test_a_driver_ends_when_it_is_superseded(tmp_path: Path) -> None:
     run, code, _ = drive(tmp_path, make_data(tmp_path), "overtaken")
     assert code == control.SUPERSEDED
     assert run.result(1) is None
@@ -564,3 +583,11 @@ def test_a_failure_is_in_result_and_log(tmp_path: Path) -> None:
     assert log(run)[0] == "workers: 3"
     assert "ConnectionError: a peer" in log(run)
     assert log(run)[-1].endswith("failed. a worker was lost (ConnectionError: a peer)")
+
+
+def test_the_result_of_a_killed_attempt_names_the_kill_that_rank_0_read(tmp_path: Path) -> None:
+    run, _, _ = drive(tmp_path, make_data(tmp_path), "killed")
+    result = run.result(1)
+    assert result is not None
+    assert (result.outcome, result.cause) == ("failed", "infrastructure")
+    assert result.message == "killed: no progress for 120 s"

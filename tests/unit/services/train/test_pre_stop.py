@@ -30,7 +30,7 @@ GRACE_SECONDS = 90
 
 @pytest.fixture
 def run(tmp_path: Path) -> Iterator[Run]:
-    """A run that would train for long, and saves nothing by itself."""
+    """Start a run that would train for long, and saves nothing by itself."""
     storage = open_storage(f"file://{tmp_path}/storage")
     train = {"max_steps": 10**6, "save_every": 10**6, "eval_every": 10**6}
     entry = model(make_data(tmp_path), "minigpt", **train) | {"scaling": {"num_workers": 2}}

@@ -2,125 +2,30 @@
 
 from __future__ import annotations
 
-import argparse
-import copy
-import dataclasses
 import os
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
-import yaml
 
 from genmodels.errors import GenmodelsError
 from genmodels.runs.store import Run
-from genmodels.spec.sections import JobSpec
-from genmodels.storage import Storage, open_storage
+from genmodels.storage import open_storage
 from services.dispatch import attempt
 from services.dispatch.backends import kube_api, kuberay
 from services.dispatch.backends.base import LOST, PREEMPTED, REFUSED, Capacity, submission_id
-from services.dispatch.backends.kuberay import KubeRayBackend
-from services.dispatch.backends.rayjob import KubeOptions, Template, label
-from services.dispatch.dispatcher import Dispatcher
-from services.jobs import app as jobs_service
-from tests.support.fake_kuberay import Operator, refusal
 from tests.support.fake_kubernetes import KubeApi
-from tests.support.kuberay_pods import build_pods
+from tests.support.kubernetes_platform import Platform, api, change_template
 from tests.support.paths import ROOT
 from tests.support.ray_node import until
-from tests.support.scripted_cluster import data, in_no_time, send_command, spec, state, submit
-from tests.support.scripted_drivers import Driver, Script, dies, ends, obedient, succeeds
+from tests.support.scripted_cluster import data, in_no_time, send_command, state, submit
+from tests.support.scripted_drivers import dies, ends, obedient, succeeds
 from tests.support.storages import MemoryStorage
 
-__all__ = ["data", "in_no_time"]
-
-POD = {"spec": {"containers": [{"name": "ray", "image": "genmodels:test", "resources": {"limits": {"cpu": "2"}}}]}}
-TEMPLATE: dict[str, Any] = {
-    "apiVersion": "ray.io/v1",
-    "kind": "RayJob",
-    "metadata": {"name": "any", "labels": {"app.kubernetes.io/part-of": "genmodels"}},
-    "spec": {
-        "rayClusterSpec": {
-            "rayVersion": "2.60.0",
-            "headGroupSpec": {"template": POD},
-            "workerGroupSpecs": [
-                {"groupName": "workers", "template": POD},
-                {"groupName": "gpu-workers", "template": POD},
-            ],
-        }
-    },
-}
-STATUSES: dict[str, Any] = yaml.safe_load((ROOT / "tests/k8s/fixtures/pod_statuses.yaml").read_text())
-SHIPPED = sorted((ROOT / "k8s").rglob("rayjob.template.yaml"))
-
-
-@pytest.fixture
-def api(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[KubeApi]:
-    monkeypatch.setattr(kube_api, "LIST_SECONDS", 0.0)
-    monkeypatch.setattr(kube_api, "SILENCE_SECONDS", 0.0)
-    monkeypatch.setattr(kube_api, "PODS_SECONDS", 0.0)
-    monkeypatch.setattr(kube_api, "TIMEOUT", (2.0, 20.0))
-    (tmp_path / "template.yaml").write_text(yaml.safe_dump(TEMPLATE))
-    with KubeApi() as api:
-        monkeypatch.setenv("KUBECONFIG", str(api.kubeconfig(tmp_path)))
-        monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
-        yield api
-
-
-class Platform:
-    """A dispatcher on Kubernetes; the n-th attempt of a model follows its n-th script, the last one again."""
-
-    def __init__(
-        self, api: KubeApi, template: Path | str, storage: Storage, queue: str | None = None, **scripts: list[Script]
-    ) -> None:
-        """Args:
-        template: the folder of its file, or the name of its object.
-        """
-        self.api, self.storage, self.scripts = api, storage, scripts
-        source = (
-            {"template_object": template} if isinstance(template, str) else {"template": template / "template.yaml"}
-        )
-        self.options = KubeOptions(**source, queue=queue)
-        self.operator = Operator(api, self.driver)
-        self.most = Capacity(0, 0)
-        self.restart()
-
-    def restart(self) -> None:
-        """Start a new dispatcher without any state in memory."""
-        self.backend = KubeRayBackend(self.storage, self.options, self.most)
-        self.dispatcher = Dispatcher(self.storage, self.backend)
-        self.lease_term = getattr(self, "lease_term", 0) + 1
-
-    def driver(self, job: dict[str, Any]) -> Any:
-        name, attempt = (
-            job["metadata"]["annotations"]["genmodels/run"],
-            int(job["metadata"]["labels"]["genmodels/attempt"]),
-        )
-        run = Run(self.storage, *name.split("/"))
-        scripts = self.scripts.get(run.model, [succeeds])
-        return Driver(scripts[min(attempt, len(scripts)) - 1](run, attempt))
-
-    def reconcile(self, rounds: int = 1) -> None:
-        for _ in range(rounds):
-            self.dispatcher.dispatch_once(self.lease_term)
-            self.operator.reconcile()
-
-    def until(self, model: str, wanted: str, job: str, attempt: int = 1) -> Any:
-        """Reconcile until the run is in this state, in this attempt or a later one."""
-        for _ in range(100):
-            status = state(self.storage, job, model)
-            if status.state == wanted and status.attempt >= attempt:
-                return status
-            self.reconcile()
-        pytest.fail(f"{model}: {status.state} ({status.reason}), attempt {status.attempt}")
-
-    def reasons(self, job: str, model: str) -> list[str]:
-        return [change.reason for change in state(self.storage, job, model).history]
-
+__all__ = ["api", "data", "in_no_time"]
 
 # ---- from the queue to the end
 
@@ -342,15 +247,6 @@ def test_deleted_by_hand_it_goes_on_when_its_pods_have_gone(
     assert "its RayJob was deleted; continues from step 0" in platform.reasons(name, "a")
 
 
-def change_template(folder: Path, **changes: Any) -> None:
-    """Write the template with a changed spec, or a changed group of workers."""
-    template = copy.deepcopy(TEMPLATE)
-    group = template["spec"]["rayClusterSpec"]["workerGroupSpecs"][changes.pop("at", 0)]
-    group |= changes.pop("group", {})
-    template["spec"] |= changes
-    (folder / "template.yaml").write_text(yaml.safe_dump(template))
-
-
 @pytest.mark.parametrize(
     ("changes", "reason"),
     [
@@ -394,84 +290,6 @@ def test_a_state_that_is_not_known_is_reported_and_bounded(
     assert any("no progress for" in reason and problem in reason for reason in platform.reasons(name, "a"))
 
 
-# ---- pods that do not start
-
-
-def obstruct(platform: Platform, status: str) -> None:
-    platform.operator.placed, platform.operator.pending = False, STATUSES[status]
-
-
-def test_an_image_that_does_not_exist_ends_the_run(api: KubeApi, tmp_path: Path, data: Path) -> None:
-    storage = MemoryStorage()
-    platform = Platform(api, tmp_path, storage)
-    obstruct(platform, "no such tag")
-    name = submit(storage, data, "image", "a")
-    status = platform.until("a", "failed", name)
-    assert status.reason.startswith("the image registry.example/genmodels:2.60.0-0.1.O cannot be pulled (ErrImagePull")
-    assert status.attempt == 1
-    assert not api.jobs
-    assert not api.pods
-    send_command(storage, name, "a", "resume", "queued")
-    platform.operator.placed = True
-    assert platform.until("a", "succeeded", name).attempt == 2
-
-
-def test_what_pods_wait_for_is_the_reason(api: KubeApi, tmp_path: Path, data: Path) -> None:
-    storage = MemoryStorage()
-    platform = Platform(api, tmp_path, storage)
-    obstruct(platform, "no GPU")
-    name = submit(storage, data, "room", "a")
-    platform.reconcile(5)
-    reason = "waits for nodes with room (Unschedulable: Insufficient nvidia.com/gpu, node(s) had untolerated taint(s))"
-    assert (state(storage, name, "a").state, state(storage, name, "a").reason) == ("starting", reason)
-    obstruct(platform, "no GPU, later")
-    changes = len(platform.reasons(name, "a"))
-    platform.reconcile(5)
-    assert len(platform.reasons(name, "a")) == changes
-    message = 'FailedCreateHeadPod\npods "r" is forbidden: exceeded quota: compute, requested: cpu=1, used: 8'
-    platform.operator.conditions = [{"type": "ReplicaFailure", "status": "True", "message": message}]
-    api.pods.clear()
-    platform.reconcile(5)
-    assert state(storage, name, "a").reason.startswith("a pod is refused (exceeded quota: compute, requested: cpu=1")
-    platform.operator.placed = True
-    assert platform.until("a", "succeeded", name).attempt == 1
-
-
-def test_of_two_partly_placed_runs_the_later_gives_way(api: KubeApi, tmp_path: Path, data: Path) -> None:
-    """Four nodes for two runs of three pods: each run gets two, and neither can start."""
-    storage = MemoryStorage()
-    platform = Platform(api, tmp_path, storage)
-    platform.operator.nodes, platform.operator.pending = 4, STATUSES["no GPU"]
-    name = submit(storage, data, "blocked", "a", "b", workers=2)
-    platform.reconcile(8)
-    assert [state(storage, name, model).attempt for model in "ab"] == [1, 1], "each may wait for nodes that come"
-    assert not platform.operator.started
-    platform.options = dataclasses.replace(platform.options, give_way_seconds=0.0)
-    platform.restart()
-    attempts = {model: platform.until(model, "succeeded", name).attempt for model in "ab"}
-    assert sorted(attempts.values())[0] == 1, "the earlier run keeps its pods"
-    later = max(attempts, key=lambda model: attempts[model])
-    reason = "gave its nodes to an earlier run; waits for nodes with room (Unschedulable: Insufficient nvidia.com/gpu"
-    assert any(each.startswith(reason) for each in platform.reasons(name, later))
-    assert state(storage, name, later).no_progress_attempts == 0
-
-
-def test_one_list_of_pods_serves_all_runs(
-    api: KubeApi, tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(kube_api, "PODS_SECONDS", 60.0)
-    storage = MemoryStorage()
-    platform = Platform(api, tmp_path, storage)
-    obstruct(platform, "no GPU")
-    name = submit(storage, data, "many", *"abcde")
-    platform.reconcile(6)
-    assert api.requests.count("list pods") == 1
-    api.role.remove(("pods", "list"))
-    monkeypatch.setattr(kube_api, "PODS_SECONDS", 0.0)
-    platform.reconcile(3)
-    assert state(storage, name, "a").reason == "waits for KubeRay to make its cluster"
-
-
 # ---- Kueue
 
 
@@ -490,6 +308,7 @@ def test_kueue_admits_and_preempts(api: KubeApi, tmp_path: Path, data: Path, mon
     platform.until("a", "running", name)
     platform.operator.clings = True
     platform.operator.preempt(submission_id(name, "a", 1))
+    Run(storage, name, "a").send_command("stop", 1, "pod r-1-head is ending")  # by the hook
     platform.reconcile(6)
     assert state(storage, name, "a").attempt == 1, "its pods have not gone"
     platform.operator.clings = False
@@ -555,7 +374,7 @@ def test_missing_rights_are_logged_once_by_name(
     platform.reconcile(5)
     status = state(storage, name, "a")
     assert (status.state, status.attempt) == ("starting", 1)
-    assert status.reason.startswith("Kubernetes does not take the RayJob: ")
+    assert status.reason.startswith("Kubernetes refuses the RayJob: ")
     warnings = [line for line in caplog.messages if "403" in line]
     assert len(warnings) == 1
     assert "needs the verb 'create' for 'rayjobs'" in warnings[0]
@@ -608,272 +427,6 @@ def test_all_runs_of_a_round_share_one_list(
     api.requests.clear()
     platform.dispatcher.dispatch_once(1)
     assert api.requests == ["list rayjobs"]
-
-
-# ---- the template that is an object of the cluster
-
-GROUP = {"replicas": 1, "minReplicas": 1, "maxReplicas": 1, "template": POD}
-CLUSTER = {
-    "headGroupSpec": {"rayStartParams": {}, "template": POD},
-    "workerGroupSpecs": [{"groupName": "workers", "rayStartParams": {}, **GROUP}],
-}
-OBJECT: dict[str, Any] = {
-    **TEMPLATE,
-    "metadata": {
-        "name": "genmodels-template",
-        "labels": {"app.kubernetes.io/part-of": "genmodels", "app.kubernetes.io/instance": "argo"},
-        "annotations": {"kubectl.kubernetes.io/last-applied-configuration": "{}"},
-    },
-    "spec": {"suspend": True, "shutdownAfterJobFinishes": True, "rayClusterSpec": CLUSTER},
-}
-
-
-def with_image(image: str) -> dict[str, Any]:
-    changed = copy.deepcopy(OBJECT)
-    changed["spec"]["rayClusterSpec"]["headGroupSpec"]["template"]["spec"]["containers"][0]["image"] = image
-    return changed
-
-
-def image_of(rayjob: dict[str, Any]) -> str:
-    head = rayjob["spec"]["rayClusterSpec"]["headGroupSpec"]
-    return str(head["template"]["spec"]["containers"][0]["image"])
-
-
-@pytest.mark.parametrize("queue", [None, "q"])
-def test_each_start_reads_the_template_that_is_an_object(api: KubeApi, data: Path, queue: str | None) -> None:
-    """An applied change is in the next attempt; the template itself neither runs nor is swept away."""
-    api._create(OBJECT)
-    storage = MemoryStorage()
-    platform = Platform(api, "genmodels-template", storage, queue, m=[obedient])
-    first = submit(storage, data, "n", "m")
-    platform.until("m", "running", first)
-    (before,) = [job for name, job in api.jobs.items() if name != "genmodels-template"]
-    assert image_of(before) == "genmodels:test"
-    assert before["metadata"]["labels"].items() >= {"app.kubernetes.io/part-of": "genmodels"}.items()
-    assert "app.kubernetes.io/instance" not in before["metadata"]["labels"], "Argo CD would delete it as not its own"
-    assert "kubectl.kubernetes.io/last-applied-configuration" not in before["metadata"]["annotations"]
-    api.jobs["genmodels-template"]["spec"] = with_image("genmodels:next")["spec"]
-    second = submit(storage, data, "other", "m")
-    platform.until("m", "running", second)
-    others = {name: image_of(job) for name, job in api.jobs.items() if name != before["metadata"]["name"]}
-    del others["genmodels-template"]
-    assert set(others.values()) == {"genmodels:next"}
-    assert image_of(before) == "genmodels:test"
-    assert not [name for name, _ in platform.operator.started if name == "genmodels-template"]
-
-
-@pytest.mark.parametrize(
-    ("template", "reason"), [(None, "not found"), ({"suspend": True, "rayClusterSpec": {}}, "lacks 'workerGroupSpecs'")]
-)
-def test_a_template_object_that_cannot_be_used_ends_the_run(
-    api: KubeApi, data: Path, template: dict[str, Any] | None, reason: str
-) -> None:
-    if template is not None:
-        api._create(OBJECT)
-        api.jobs["genmodels-template"]["spec"] = template
-    storage = MemoryStorage()
-    platform = Platform(api, "genmodels-template", storage)
-    job = submit(storage, data, "n", "m")
-    assert reason in platform.until("m", "failed", job).reason
-
-
-def test_a_start_waits_for_an_api_server_that_does_not_answer(api: KubeApi, data: Path) -> None:
-    api._create(OBJECT)
-    storage = MemoryStorage()
-    platform = Platform(api, "genmodels-template", storage, m=[obedient])
-    job = submit(storage, data, "n", "m")
-    api.ill = [500] * 40
-    platform.reconcile(3)
-    assert state(storage, job, "m").state != "failed"
-    api.ill = []
-    platform.until("m", "running", job)
-
-
-# ---- the RayJob made from the template
-
-
-def of(data: Path, use_gpu: bool = False, workers: int = 1) -> JobSpec:
-    one = spec(data, "n", "m", workers=workers)
-    scaling = one.models[0].scaling.model_copy(update={"use_gpu": use_gpu})
-    return one.model_copy(update={"models": [one.models[0].model_copy(update={"scaling": scaling})]})
-
-
-@pytest.mark.parametrize("template", [None, *SHIPPED], ids=lambda path: path.parent.name if path else "minimal")
-@pytest.mark.parametrize("use_gpu", [False, True])
-def test_every_rayjob_is_valid_and_sized(
-    api: KubeApi, tmp_path: Path, data: Path, template: Path | None, use_gpu: bool
-) -> None:
-    options = KubeOptions(
-        template=template or tmp_path / "template.yaml", queue="q", priorities=[("low", -9), ("high", 5)]
-    )
-    model = of(data, use_gpu, 3).models[0].model_copy(update={"name": "m" * 63})
-    body = Template(options).fill("s3://bucket/a b", "j" * 72, model, 2, 3, 5)
-    api._create(body)
-    assert refusal(body) == ""
-    name, meta, made = submission_id("j" * 72, "m" * 63, 2), body["metadata"], body["spec"]
-    assert (meta["name"], made["jobId"], made["backoffLimit"], made["suspend"]) == (name, name, 0, True)
-    assert (made["submissionMode"], made["shutdownAfterJobFinishes"]) == ("HTTPMode", True)
-    assert (
-        meta["labels"]
-        | {
-            "genmodels/job": label("j" * 72),
-            "genmodels/model": "m" * 63,
-            "genmodels/attempt": "2",
-            "kueue.x-k8s.io/queue-name": "q",
-            "kueue.x-k8s.io/priority-class": "high",
-        }
-        == meta["labels"]
-    )
-    assert meta["annotations"]["genmodels/run"] == f"{'j' * 72}/{'m' * 63}"
-    command = shlex.split(made["entrypoint"])
-    assert command[:6] == ["python", "-P", "-m", "services.train", "--storage", "s3://bucket/a b"]
-    assert command[-4:] == ["--attempt", "2", "--workers", "3"]
-    (group,) = made["rayClusterSpec"]["workerGroupSpecs"]
-    assert (group["replicas"], group["minReplicas"], group["maxReplicas"]) == (3, 3, 3)
-    assert group["rayStartParams"]["num-cpus"] == "1"
-    assert made["rayClusterSpec"]["headGroupSpec"]["rayStartParams"]["num-cpus"] == "0"
-    limits = group["template"]["spec"]["containers"][0]["resources"]["limits"]
-    assert limits.get("nvidia.com/gpu") in ((1, "1") if use_gpu else (None,))  # Kubernetes takes text and numbers
-    for pod in build_pods(body):
-        (hook,) = (each["lifecycle"]["preStop"]["exec"]["command"] for each in pod["spec"]["containers"])
-        assert hook[:4] == ["python", "-P", "-m", "services.train.pre_stop"]
-        assert hook[4:-2] == command[4:-2], "storage, job, model and attempt, as the driver"
-        assert int(hook[-1]) == pod["spec"]["terminationGracePeriodSeconds"] - 20
-        assert {"name": "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S", "value": "0"} in pod["spec"]["containers"][0]["env"]
-        assert pod["metadata"]["labels"]["genmodels/rayjob"] == name
-    if template is None:
-        assert group["groupName"] == ("gpu-workers" if use_gpu else "workers")
-
-
-@pytest.mark.parametrize("resources", [{"CPU": "4", "node": "1"}, {"node": "1"}])
-def test_a_group_with_resources_of_ray_has_no_num_cpus(
-    api: KubeApi, tmp_path: Path, data: Path, resources: dict[str, str]
-) -> None:
-    """KubeRay refuses a group that has both."""
-    change_template(tmp_path, group={"resources": resources})
-    body = Template(KubeOptions(template=tmp_path / "template.yaml")).fill("s3://b", "j", of(data).models[0], 1, 2, 0)
-    assert refusal(body) == ""
-    (group,) = body["spec"]["rayClusterSpec"]["workerGroupSpecs"]
-    assert group["rayStartParams"] == {}
-    assert group["resources"] == {"CPU": "1", **resources}, "one worker for each pod, unless the template says more"
-
-
-@pytest.mark.parametrize(
-    ("gpus", "workers", "pods"),
-    [("8", 8, [8]), (8, 16, [8, 8]), ("8", 3, [3]), ("4", 6, [3, 3]), ("4", 5, [3, 3]), ("1", 2, [1, 1])],
-)
-def test_a_pod_of_several_gpus_has_a_worker_for_each(
-    api: KubeApi, tmp_path: Path, data: Path, gpus: Any, workers: int, pods: list[int]
-) -> None:
-    amounts = {"cpu": "16", "example.com/gpu": gpus}
-    container = {"name": "ray", "image": "genmodels:test", "resources": {"requests": dict(amounts), "limits": amounts}}
-    change_template(
-        tmp_path, group={"groupName": "gpu-workers", "template": {"spec": {"containers": [container]}}}, at=1
-    )
-    template = Template(KubeOptions(template=tmp_path / "template.yaml"))
-    body = template.fill("s3://b", "j", of(data, use_gpu=True).models[0], 1, workers, 0)
-    api._create(body)
-    _, *made = build_pods(body)
-    resources = [pod["spec"]["containers"][0]["resources"] for pod in made]
-    assert [each["limits"]["example.com/gpu"] for each in resources] == pods
-    assert [each["requests"]["example.com/gpu"] for each in resources] == pods
-    starts = [pod["spec"]["containers"][0]["args"][0] for pod in made]
-    assert all(
-        f"--num-cpus={count} " in start and f"--num-gpus={count} " in start
-        for count, start in zip(pods, starts, strict=True)
-    )
-
-
-def test_a_hook_of_the_template_stays(tmp_path: Path, data: Path) -> None:
-    own = {"preStop": {"sleep": {"seconds": 5}}}
-    container = {"name": "ray", "image": "genmodels:test", "lifecycle": own}
-    pod = {"spec": {"containers": [container], "terminationGracePeriodSeconds": 10}}
-    change_template(tmp_path, group={"template": pod})
-    body = Template(KubeOptions(template=tmp_path / "template.yaml")).fill("s3://b", "j", of(data).models[0], 1, 2, 0)
-    head, worker, _ = build_pods(body)
-    assert worker["spec"]["containers"][0]["lifecycle"] == own
-    assert worker["spec"]["terminationGracePeriodSeconds"] == 10
-    assert head["spec"]["terminationGracePeriodSeconds"] == 120
-
-
-def test_a_class_for_each_priority(tmp_path: Path) -> None:
-    (tmp_path / "t.yaml").write_text(yaml.safe_dump(TEMPLATE))
-    classes = [("high", 10), ("low", -5), ("normal", 0)]
-    template = Template(KubeOptions(template=tmp_path / "t.yaml", queue="q", priorities=classes))
-    classes = [template._queued(priority)["kueue.x-k8s.io/priority-class"] for priority in (-9, -5, -1, 0, 9, 10, 99)]
-    assert classes == ["low", "low", "low", "normal", "normal", "high", "high"]
-
-
-def test_a_cluster_that_is_there_takes_the_drivers(api: KubeApi, tmp_path: Path, data: Path) -> None:
-    body = Template(KubeOptions(cluster="shared")).fill("s3://b", "j", of(data).models[0], 1, 2, 0)
-    api._create(body)
-    assert body["spec"]["clusterSelector"] == {"ray.io/cluster": "shared"}
-    assert "rayClusterSpec" not in body["spec"]
-
-
-def test_names_and_labels_hold_however_long() -> None:
-    assert label("m" * 63) == "m" * 63
-    assert label("m" * 64) != label("m" * 65)
-    assert len(label("m" * 65)) == 63
-
-
-# ---- settings
-
-
-def options(*words: str) -> argparse.Namespace:
-    return jobs_service._parser().parse_args(["--storage", "memory://", "--backend", "kuberay", *words])
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        ([], "needs --kube-template-object, --kube-template or"),
-        (["--kube-template=t", "--kube-template-object=o"], "there is one template"),
-        (["--kube-template=t", "--kube-queue=q", "--kube-cluster-selector=c"], "whole clusters"),
-        (["--kube-template=t", "--kube-queue=q", "--max-cpus=3"], "Kueue alone admits"),
-        (["--kube-template=t", "--max-gpus=3"], "needs --max-cpus"),
-        (["--kube-template=t", "--kube-priority=a=1"], "needs --kube-queue"),
-        (["--kube-template=t", "--kube-queue=q", "--kube-priority=high"], "CLASS=NUMBER"),
-    ],
-)
-def test_settings_that_do_not_go_together(words: list[str], message: str) -> None:
-    with pytest.raises(GenmodelsError, match=message):
-        KubeOptions.of(options(*words))
-
-
-def test_the_backend_is_a_setting(api: KubeApi, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    words = [f"--kube-template={tmp_path / 'template.yaml'}", "--max-cpus=8", "--max-gpus=2"]
-    backend = jobs_service._backend(options(*words), MemoryStorage())
-    assert isinstance(backend, KubeRayBackend)
-    assert backend.capacity() == Capacity(8, 2)
-    monkeypatch.setenv("GENMODELS_BACKEND", "docker")
-    with pytest.raises(GenmodelsError, match="GENMODELS_BACKEND must be ray-jobs or kuberay"):
-        jobs_service._backend(jobs_service._parser().parse_args(["--storage", "memory://"]), MemoryStorage())
-
-
-def test_settings_by_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in {"NAMESPACE": "n", "TEMPLATE": "t", "QUEUE": "q", "PRIORITY": "low=-5,high=1"}.items():
-        monkeypatch.setenv(f"GENMODELS_KUBE_{name}", value)
-    parsed = KubeOptions.of(options())
-    assert parsed == KubeOptions("n", Path("t"), None, "q", (("low", -5), ("high", 1)))
-    monkeypatch.setenv("GENMODELS_KUBE_GIVE_WAY_SECONDS", "60")
-    assert KubeOptions.of(options()).give_way_seconds == 60
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [
-        ("a: [", "cannot be read"),
-        ("kind: Job", "must be one RayJob of ray.io/v1"),
-        (yaml.safe_dump(TEMPLATE | {"spec": {}}), "lacks 'rayClusterSpec'"),
-        (yaml.safe_dump(TEMPLATE).replace("workers", "hands"), "lacks 'workers'"),
-        (yaml.safe_dump(TEMPLATE).replace("image:", "imagePullPolicy:"), "lacks 'image'"),
-    ],
-)
-def test_a_template_that_cannot_be_used(tmp_path: Path, text: str, message: str) -> None:
-    (tmp_path / "t.yaml").write_text(text)
-    with pytest.raises(GenmodelsError, match=message):
-        Template(KubeOptions(template=tmp_path / "t.yaml"))
 
 
 def test_without_the_client_one_line_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

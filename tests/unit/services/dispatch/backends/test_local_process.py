@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import signal
+import subprocess
+import sys
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -36,6 +39,25 @@ def test_a_killed_process_takes_its_children_along(tmp_path: Path, monkeypatch: 
     driver.kill()
     assert driver.poll() == -signal.SIGKILL
     until(lambda: not is_alive(child), "the child is gone", 5)
+
+
+def test_no_driver_outlives_a_command_that_is_killed(tmp_path: Path) -> None:
+    program = """
+    import time
+    from pathlib import Path
+    from services.dispatch.backends import local_process
+    local_process.driver_command = lambda *_: ["bash", "-c", "echo $$; exec sleep 1000"]
+    backend = local_process.SubprocessBackend(Path(), {})
+    backend.start("file:///s", "j", "m", 1, 1)
+    time.sleep(1000)
+    """
+    process = subprocess.Popen([sys.executable, "-c", textwrap.dedent(program)], cwd=tmp_path)
+    log = SubprocessBackend(tmp_path, {}).log("m", 1)
+    driver = int(until(lambda: log.exists() and log.read_text(), "the driver starts", 30))
+    assert is_alive(driver)
+    process.kill()
+    process.wait()
+    until(lambda: not is_alive(driver), "the driver is gone", 15)
 
 
 def test_arguments_of_a_driver() -> None:

@@ -1,0 +1,94 @@
+"""Test runs whose pods do not start."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from services.dispatch.backends import kube_api
+from services.dispatch.backends.base import submission_id
+from tests.support.fake_kubernetes import KubeApi
+from tests.support.kubernetes_platform import STATUSES, Platform, api
+from tests.support.scripted_cluster import data, in_no_time, send_command, state, submit
+from tests.support.storages import MemoryStorage
+
+__all__ = ["api", "data", "in_no_time"]
+
+
+def obstruct(platform: Platform, status: str) -> None:
+    platform.operator.placed, platform.operator.pending = False, STATUSES[status]
+
+
+def test_an_image_that_does_not_exist_ends_the_run(api: KubeApi, tmp_path: Path, data: Path) -> None:
+    storage = MemoryStorage()
+    platform = Platform(api, tmp_path, storage)
+    obstruct(platform, "no such tag")
+    name = submit(storage, data, "image", "a")
+    status = platform.until("a", "failed", name)
+    assert status.reason.startswith("the image registry.example/genmodels:2.60.0-0.1.O cannot be pulled (ErrImagePull")
+    assert status.attempt == 1
+    assert not api.jobs
+    assert not api.pods
+    send_command(storage, name, "a", "resume", "queued")
+    platform.operator.placed = True
+    assert platform.until("a", "succeeded", name).attempt == 2
+
+
+def test_what_pods_wait_for_is_the_reason(api: KubeApi, tmp_path: Path, data: Path) -> None:
+    storage = MemoryStorage()
+    platform = Platform(api, tmp_path, storage)
+    obstruct(platform, "no GPU")
+    name = submit(storage, data, "room", "a")
+    platform.reconcile(5)
+    reason = "waits for nodes with room (Unschedulable: Insufficient nvidia.com/gpu, node(s) had untolerated taint(s))"
+    assert (state(storage, name, "a").state, state(storage, name, "a").reason) == ("starting", reason)
+    obstruct(platform, "no GPU, later")
+    changes = len(platform.reasons(name, "a"))
+    platform.reconcile(5)
+    assert len(platform.reasons(name, "a")) == changes
+    message = 'FailedCreateHeadPod\npods "r" is forbidden: exceeded quota: compute, requested: cpu=1, used: 8'
+    platform.operator.conditions = [{"type": "ReplicaFailure", "status": "True", "message": message}]
+    api.pods.clear()
+    platform.reconcile(5)
+    assert state(storage, name, "a").reason.startswith("a pod is refused (exceeded quota: compute, requested: cpu=1")
+    api.status(submission_id(name, "a", 1), jobDeploymentStatus="Failed", reason="PreRunningDeadlineExceeded")
+    platform.operator.placed = True
+    assert platform.until("a", "succeeded", name).attempt == 2
+    assert any("not there in time" in each and "exceeded quota" in each for each in platform.reasons(name, "a"))
+
+
+def test_of_two_partly_placed_runs_the_later_gives_way(api: KubeApi, tmp_path: Path, data: Path) -> None:
+    """Four nodes for two runs of three pods: each run gets two, and neither can start."""
+    storage = MemoryStorage()
+    platform = Platform(api, tmp_path, storage)
+    platform.operator.nodes, platform.operator.pending = 4, STATUSES["no GPU"]
+    name = submit(storage, data, "blocked", "a", "b", workers=2)
+    platform.reconcile(8)
+    assert [state(storage, name, model).attempt for model in "ab"] == [1, 1], "each may wait for nodes that come"
+    assert not platform.operator.started
+    platform.options = dataclasses.replace(platform.options, give_way_seconds=0.0)
+    platform.restart()
+    attempts = {model: platform.until(model, "succeeded", name).attempt for model in "ab"}
+    assert sorted(attempts.values())[0] == 1, "the earlier run keeps its pods"
+    later = max(attempts, key=lambda model: attempts[model])
+    reason = "gave its nodes to an earlier run; waits for nodes with room (Unschedulable: Insufficient nvidia.com/gpu"
+    assert any(each.startswith(reason) for each in platform.reasons(name, later))
+    assert state(storage, name, later).no_progress_attempts == 0
+
+
+def test_one_list_of_pods_serves_all_runs(
+    api: KubeApi, tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(kube_api, "PODS_SECONDS", 60.0)
+    storage = MemoryStorage()
+    platform = Platform(api, tmp_path, storage)
+    obstruct(platform, "no GPU")
+    name = submit(storage, data, "many", *"abcde")
+    platform.reconcile(6)
+    assert api.requests.count("list pods") == 1
+    api.role.remove(("pods", "list"))
+    monkeypatch.setattr(kube_api, "PODS_SECONDS", 0.0)
+    platform.reconcile(3)
+    assert state(storage, name, "a").reason == "waits for KubeRay to make its cluster"
