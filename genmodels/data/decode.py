@@ -8,8 +8,9 @@
     F                            grey, black is 0 and white is 1; other values are refused
     I                            refused: which of the 4 billion values is white is unknown
 
-Transparent pixels become white, and EXIF's orientation is applied. A file of 16 bits a sample that uses 12 of them or
-fewer is refused: it would be black, and a dark picture looks the same as one that was never scaled.
+Transparent pixels become white, and EXIF's orientation is applied. A file with 16 bits a sample is refused if all its
+values fit in 12 bits: read as it is, the picture would be almost black, and such a file can be either a dark picture
+or a picture of 12 bits that was never scaled.
 """
 
 from __future__ import annotations

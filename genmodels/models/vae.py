@@ -59,7 +59,7 @@ AT_ONCE, DRAWS_AT_ONCE = 64, 8
 
 # The quantity that the nats of each likelihood measure, for comparisons.
 BINARISATION = {
-    "bernoulli": "none: cross-entropy on greys, which is no likelihood of them",
+    "bernoulli": "none: cross-entropy on greys, which is not a likelihood",
     "bernoulli-binarized": "each pixel drawn once, black or white, with its grey as probability",
     "gaussian": "none: density of greys from 0 to 1, not dequantised, one standard deviation for all pixels",
 }

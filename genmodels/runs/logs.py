@@ -220,7 +220,7 @@ class LogShipper:
 class _LocalFile:
     """A file without a name, which ends with the process; written to by file descriptors, read from the front.
 
-    It is in memory: on a full disk every print would fail.
+    The file is in memory, because a full disk would make every print fail.
     """
 
     def __init__(self) -> None:

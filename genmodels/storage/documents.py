@@ -1,9 +1,9 @@
 """Write and read JSON objects in storage.
 
 An object may be damaged: empty, cut off, or written by another tool or a newer release. Reading it then raises
-DamagedObject, which names the key and the remedy. It is counted by kind of object and logged once. Code that lists
-objects skips damaged ones (`contextlib.suppress(DamagedObject)`) if that loses nothing, so that they do not affect the
-others. `list_names` leaves out files of other programs (`.DS_Store`, `x.json.swp`).
+DamagedObject, which names the key and the remedy. The error is counted by kind of object and logged once. Code that
+lists objects skips damaged ones (`contextlib.suppress(DamagedObject)`) if that loses nothing, so that they do not
+affect the others. `list_names` leaves out files of other programs (`.DS_Store`, `x.json.swp`).
 """
 
 from __future__ import annotations

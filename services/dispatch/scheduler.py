@@ -135,7 +135,7 @@ def _order(run: Queued) -> tuple[int, tuple[str, int]]:
 def _stranded(running: Sequence[Running], able: _Free) -> list[Running]:
     """Return the runs whose groups wait in vain for lost resources, the youngest first.
 
-    A placed group is not among them: the loss of its worker ends it.
+    Runs whose group is placed are left out: the loss of a worker ends their attempt.
     """
     free, stranded = _Free(able.cpus, able.gpus), []
     for run in sorted(running, key=lambda run: (run.stopping, run.since), reverse=True):

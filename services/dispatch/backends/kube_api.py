@@ -176,7 +176,7 @@ class KubeApi:
                     *(status, answer, self.namespace, verb, resource),
                 )
             else:
-                log.warning("Kubernetes does not %s %s: %s", verb, resource, f"{status} {answer}".strip())
+                log.warning("Kubernetes did not %s %s: %s", verb, resource, f"{status} {answer}".strip())
         elif status == 404 and verb in ("list", "create") and (request, status) not in self._logged:
             self._logged.add((request, status))
             log.error("Kubernetes knows no RayJobs: is the KubeRay operator installed? (%s)", answer)

@@ -277,7 +277,7 @@ class _RayJob(Driver):
             self.ended, self.code = True, FAILED if status == 404 else REFUSED
             self.reason = f"Kubernetes refuses the RayJob: {message}"
         elif status == 403:  # rights, or a quota
-            self.waiting = f"Kubernetes does not take the RayJob: {message}"
+            self.waiting = f"Kubernetes refuses the RayJob: {message}"
         elif time.monotonic() > self.deadline:
             self._end_by_deleting(LOST, "Kubernetes did not take the RayJob")  # the answer may be lost
         return self.ended

@@ -23,8 +23,8 @@ These fields are filled in and override the template:
                                     keeps its result; the dispatcher deletes it KEEP_SECONDS later
     one worker group                replicas, minReplicas, maxReplicas: the pods; no other group; no autoscaling
     rayStartParams.num-cpus         head "0", workers: the workers of a pod (1 without GPUs), whatever its CPUs.
-                                    In a group with `resources`, which KubeRay does not take together with it:
-                                    resources.CPU, unless it is there
+                                    In a group with `resources`, KubeRay refuses num-cpus: there resources.CPU has this
+                                    value, unless the template sets it
     nvidia.com/gpu                  of the worker's requests and limits if the spec sets `use_gpu`. A group that
                                     requests none gets 1. A group that requests more, e.g. 8 with NVLink, gets a worker
                                     for each, on as few pods as that takes; a pod requests as many GPUs as it has

@@ -374,7 +374,7 @@ def test_missing_rights_are_logged_once_by_name(
     platform.reconcile(5)
     status = state(storage, name, "a")
     assert (status.state, status.attempt) == ("starting", 1)
-    assert status.reason.startswith("Kubernetes does not take the RayJob: ")
+    assert status.reason.startswith("Kubernetes refuses the RayJob: ")
     warnings = [line for line in caplog.messages if "403" in line]
     assert len(warnings) == 1
     assert "needs the verb 'create' for 'rayjobs'" in warnings[0]
