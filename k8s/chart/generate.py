@@ -21,7 +21,7 @@ from typing import Any
 import yaml
 
 K8S = Path(__file__).resolve().parents[1]
-COMPONENTS = ("gpu", "kueue", "monitoring")  # each is a value that turns it on
+COMPONENTS = tuple(yaml.safe_load((K8S / "chart" / "values.yaml").read_text())["components"])
 NAMESPACE = "genmodels"
 DIGEST = re.compile(r"(genmodels-platform)-[a-z0-9]{10}")
 
@@ -95,17 +95,15 @@ def chosen(name: str, forms: Forms) -> str:
     """Return the text that renders the form for the components that are on."""
     plain = forms.get("")
     own = {component: text for component, text in forms.items() if component and text != plain}
-    if plain is None:
-        if len(forms) > 1:
-            raise SystemExit(f"{name}: {' and '.join(forms)} both add it; a chart cannot tell which")
-        (component,) = forms
-        return f"{{{{- if .Values.{component} }}}}\n{forms[component]}{{{{- end }}}}\n"
-    if not own:
-        return plain
     if len(own) > 1:
-        raise SystemExit(f"{name}: {' and '.join(own)} both change it; a chart cannot add up their changes")
+        raise SystemExit(f"{name}: {' and '.join(own)} both change it, and a chart cannot add up their changes")
+    if plain is not None and len(forms) <= len(COMPONENTS):
+        raise SystemExit(f"{name}: {' and '.join({*COMPONENTS} - {*forms})} removes it, which a chart cannot")
+    if not own:
+        return forms[""]
     ((component, changed),) = own.items()
-    return f"{{{{- if .Values.{component} }}}}\n{changed}{{{{- else }}}}\n{plain}{{{{- end }}}}\n"
+    otherwise = "" if plain is None else f"{{{{- else }}}}\n{plain}"
+    return f'{{{{- if index .Values.components "{component}" }}}}\n{changed}{otherwise}{{{{- end }}}}\n'
 
 
 def template(name: str, built: Object) -> str:

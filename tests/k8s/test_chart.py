@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 import yaml
 
-from tests.support.manifests import K8S, Manifest, build, kubectl, problems
+from tests.support.manifests import K8S, Manifest, build, build_with, kubectl, problems
 
 TOOLS = Path(sys.prefix) / "k8s-tools" / "bin"
 HELM = shutil.which("helm", path=os.pathsep.join([os.environ["PATH"], str(TOOLS)]))
@@ -32,9 +32,7 @@ VALUES = {  # every value that an overlay can set in one place, too
     "serviceAccounts": {"annotations": {"cloud/role": "r"}, "imagePullSecrets": [{"name": "registry"}]},
     "jobs": {"replicas": 3},
     "redis": {"volume": {"storageClassName": "gp3"}},
-    "gpu": True,
-    "kueue": True,
-    "monitoring": True,
+    "components": {"gpu": True, "kueue": True, "monitoring": True},
 }
 OVERLAY = """
 resources: [../production]
@@ -93,13 +91,17 @@ def by_name(manifests: list[Manifest]) -> dict[tuple[str, str], Manifest]:
 
 
 @needs_helm
-@pytest.mark.parametrize(
-    "name", ["base", "overlays/gpu", "overlays/kueue", "overlays/monitoring", "overlays/production"]
-)
-def test_it_renders_what_kustomize_builds(chart: Path, name: str) -> None:
-    parts = ["gpu", "kueue", "monitoring"] if name.endswith("production") else [name.rpartition("/")[2]]
-    values = {part: True for part in parts if part != "base"}
-    assert by_name(rendered(chart, values)) == by_name(build(name))
+@pytest.mark.parametrize("names", [(), ("gpu",), ("kueue",), ("monitoring",), ("gpu", "kueue", "monitoring")])
+def test_it_renders_what_kustomize_builds(chart: Path, names: tuple[str, ...]) -> None:
+    manifests = rendered(chart, {"components": dict.fromkeys(names, True)})
+    assert by_name(manifests) == by_name(build_with(*names))
+
+
+@needs_helm
+def test_it_renders_all_components_together(chart: Path) -> None:
+    names = list(yaml.safe_load((K8S / "chart" / "values.yaml").read_text())["components"])
+    manifests = rendered(chart, {"components": dict.fromkeys(names, True)})
+    assert by_name(manifests) == by_name(build_with(*names))
 
 
 @needs_helm
@@ -118,7 +120,7 @@ def test_its_values_say_what_an_overlay_says(chart: Path, tmp_path: Path) -> Non
 def test_sizes_and_numbers_of_hosts_reach_their_places(chart: Path) -> None:
     small = {"requests": {"cpu": "1", "memory": "2Gi"}, "limits": {"cpu": "1", "memory": "2Gi"}}
     names = ("servingHead", "host", "trainingHead", "trainingWorker", "gpuWorker")
-    values = {"sizes": dict.fromkeys(names, small), "hosts": {"min": 4, "max": 9}, "gpu": True}
+    values = {"sizes": dict.fromkeys(names, small), "hosts": {"min": 4, "max": 9}, "components": {"gpu": True}}
     manifests = by_name(rendered(chart, values))
     assert [problem for manifest in manifests.values() for problem in problems(manifest)] == []
     service = manifests["RayService", "genmodels"]["spec"]
@@ -134,13 +136,16 @@ def test_sizes_and_numbers_of_hosts_reach_their_places(chart: Path) -> None:
             assert resources["limits"].items() >= small["limits"].items()
 
 
-def test_changes_that_a_chart_cannot_add_up_are_refused(generator: ModuleType) -> None:
-    same = {"": "plain\n", "gpu": "plain\n"}
+def test_changes_that_a_chart_cannot_express_are_refused(generator: ModuleType) -> None:
+    same = dict.fromkeys(["", *generator.COMPONENTS], "plain\n")
     assert generator.chosen("RayJob/x", same) == "plain\n"
     assert generator.chosen("RayJob/x", {**same, "kueue": "queued\n"}) == (
-        "{{- if .Values.kueue }}\nqueued\n{{- else }}\nplain\n{{- end }}\n"
+        '{{- if index .Values.components "kueue" }}\nqueued\n{{- else }}\nplain\n{{- end }}\n'
     )
     with pytest.raises(SystemExit, match="gpu and kueue both change it"):
-        generator.chosen("RayJob/x", {"": "plain\n", "gpu": "other\n", "kueue": "queued\n"})
-    with pytest.raises(SystemExit, match="gpu and kueue both add it"):
+        generator.chosen("RayJob/x", {**same, "gpu": "other\n", "kueue": "queued\n"})
+    with pytest.raises(SystemExit, match="gpu and kueue both change it"):
         generator.chosen("RayJob/x", {"gpu": "other\n", "kueue": "other\n"})
+    del same["gpu"]
+    with pytest.raises(SystemExit, match="gpu removes it"):
+        generator.chosen("RayJob/x", same)

@@ -29,7 +29,6 @@ SAMPLES = sorted((K8S / "samples").glob("*.yaml"))
 COMPONENTS = sorted(path.name for path in (K8S / "components").iterdir())
 EDGE = (ROOT / "docker" / "edge.conf").read_text()
 SERVICE, PORT = "genmodels-serve-svc", 8000  # KubeRay makes the service
-GATEWAY_API = "gateway.networking.k8s.io/v1"
 
 
 def sample(name: str) -> list[Manifest]:

@@ -84,7 +84,9 @@ def test_what_a_start_costs_and_that_nothing_costs_more_later(
     assert cost(lambda: read_marker(opened())) == ["GET"]
     assert cost(lambda: storage.put("k", b"x")) == ["PUT"]
     assert cost(lambda: storage.get("k")) == ["GET"]
-    assert cost(lambda: storage.exists("no")) == ["GET"]
+    for key in ("k", "no"):
+        assert cost(lambda key=key: storage.exists(key)) == ["GET"]
+        assert proxy.requests[0][1].partition("?")[0].endswith(f"/{key}"), "a read, not a listing of the bucket"
     assert cost(lambda: storage.list("")) == ["GET"]
     assert cost(lambda: storage.delete("k")) == ["DELETE"]
 
