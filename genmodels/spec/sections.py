@@ -38,7 +38,7 @@ from genmodels.schema.field_errors import (
     sections_of,
     show,
 )
-from genmodels.spec import errors
+from genmodels.spec import cross_field_errors
 from genmodels.spec.names import Alias, Label, Reference
 
 SectionT = TypeVar("SectionT", bound=Section)
@@ -97,10 +97,14 @@ class TrainConfig(OptimizerConfig):
 
     @model_validator(mode="after")
     def _warms_up_in_time(self, info: ValidationInfo) -> Self:
-        return self if _is_stored(info) else _raised(self, errors.warmup_steps(self.warmup_steps, self.max_steps))
+        return (
+            self
+            if _is_stored(info)
+            else _raised(self, cross_field_errors.warmup_steps(self.warmup_steps, self.max_steps))
+        )
 
 
-Workers = Annotated[int, Field(ge=1, le=errors.MAX_WORKERS)]
+Workers = Annotated[int, Field(ge=1, le=cross_field_errors.MAX_WORKERS)]
 
 
 class WorkerRange(Section):
@@ -111,7 +115,7 @@ class WorkerRange(Section):
 
     @model_validator(mode="after")
     def _in_order(self) -> Self:
-        return _raised(self, errors.worker_range(self.min, self.max))
+        return _raised(self, cross_field_errors.worker_range(self.min, self.max))
 
 
 class ScalingConfig(Section):
@@ -180,7 +184,7 @@ class Gate(Section):
 
     @model_validator(mode="after")
     def _one_bound(self) -> Self:
-        if error := errors.gate_bound(self.max, self.min):
+        if error := cross_field_errors.gate_bound(self.max, self.min):
             raise field_error(error)
         return self
 
@@ -269,12 +273,12 @@ class ModelSpec(Section):
             return self
         train, workers, gate = self.train, self.scaling.num_workers, self.serve.gate
         bounds = workers if isinstance(workers, int) else (workers.min, workers.max)
-        problems = errors.batch_size(train.batch_size, train.accumulation_steps, bounds)
+        problems = cross_field_errors.batch_size(train.batch_size, train.accumulation_steps, bounds)
         if not _is_outline(info):
             family = models.load(self.family)
             kinds = {name: source.kind for name, source in DATASETS.items()} | _added(info)
-            problems += errors.dataset_kind(self.data.dataset, family, kinds)
-            problems += errors.gate_metric(gate.metric, family) if gate else []
+            problems += cross_field_errors.dataset_kind(self.data.dataset, family, kinds)
+            problems += cross_field_errors.gate_metric(gate.metric, family) if gate else []
         return _raised(self, problems)
 
 
@@ -293,7 +297,7 @@ class JobSpec(Section):
 
     @model_validator(mode="after")
     def _names_differ(self) -> Self:
-        return _raised(self, errors.repeated_names([model.name for model in self.models]))
+        return _raised(self, cross_field_errors.repeated_names([model.name for model in self.models]))
 
 
 def sections_with_key(loc: Loc, document: dict[str, Any] | None = None) -> list[str]:

@@ -234,7 +234,8 @@ def test_the_security_linter_passes(tmp_path: Path) -> None:
 @every_build
 def test_the_strict_validator_passes(name: str, tmp_path: Path) -> None:
     """Check the rules that an API server and the operators have in code, and references between documents."""
-    (tmp_path / "all.yaml").write_text(yaml.safe_dump_all(build(name)))
+    known_there = [m for m in build(name) if not m["apiVersion"].startswith("cilium.io/")]
+    (tmp_path / "all.yaml").write_text(yaml.safe_dump_all(known_there))
     external = [f"Secret/{secret}" for secret in secrets_of(build(name))] + ["ConfigMap/kube-root-ca.crt"]
     command = [str(TOOLS / "python"), str(STRICT / "validate_manifests.py"), str(tmp_path / "all.yaml")]
     options = ["--schemas", str(STRICT / "schemas"), "--k8s", "1.33", "--strict-refs"]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 from pathlib import Path
 
@@ -51,3 +52,9 @@ def test_a_link_to_nothing_is_not_overwritten(tmp_path: Path) -> None:
     (tmp_path / "api_key").symlink_to(tmp_path / "later" / "api_key")
     make(tmp_path)
     assert (tmp_path / "api_key").is_symlink()
+
+
+def test_the_guide_names_only_files_that_it_makes(tmp_path: Path) -> None:
+    make(tmp_path)
+    guide = (ROOT / "k8s" / "README.md").read_text()
+    assert {path.name for path in tmp_path.iterdir()} >= set(re.findall(r"=\.secrets/(\S+)", guide)) != set()

@@ -345,7 +345,7 @@ def test_output_of_an_attempt_that_wakes_after_a_pause_is_not_read(data: Path, f
     assert messages == [(1, " begins"), (2, " continues from step 4 of attempt 1")]
 
 
-def until(condition: Callable[[], object], timeout: float = 60) -> None:
+def until(condition: Callable[[], object], timeout: float = 150) -> None:
     deadline = time.monotonic() + timeout
     while not condition():
         assert time.monotonic() < deadline, "it did not come true"
