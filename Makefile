@@ -59,7 +59,7 @@ test-k8s: setup-dev $(K8S_TOOLS)/.ready
 
 # The Helm chart: its templates come from the manifests.
 chart: setup-dev
-	$(BIN)/python k8s/chart/generate.py
+	PATH="$(BIN):$$PATH" $(BIN)/python k8s/chart/generate.py
 
 test-long: setup-dev
 	$(BIN)/python -m pytest -m long

@@ -37,7 +37,8 @@ from services.dispatch.queue import ManagedRun, RunQueue
 from services.dispatch.supervisor import Supervisor
 
 POLL_SECONDS = 1.0
-MAX_READERS = 16  # jobs that are read at once
+REST_SECONDS = 4.0  # between two reads of the heartbeat of a run that simply trains
+MAX_READERS = 16  # jobs or runs that are read at once
 MAX_SILENCES = 5  # looks at a run for which the store does not answer; then the other runs continue without it
 RETRY_SECONDS = 15.0  # between two looks at a job that could not be read
 
@@ -83,6 +84,7 @@ class Dispatcher:
         try:
             self._adopt_jobs(lease_term)
             self._read_notifications(lease_term)
+            self._look()
             for run in list(self._runs.values()):
                 self._step(run)
             self._close_jobs()
@@ -189,10 +191,10 @@ class Dispatcher:
     def _adopt_run(self, run: Run, lease_term: int) -> Supervisor | None:
         """Return the supervisor of a run; None if its status cannot be read: then its job stays open."""
         try:
-            supervisor = Supervisor(run, self.backend, *run.status())
+            supervisor = Supervisor(run, self.backend, *run.status(), rest_seconds=REST_SECONDS)
             supervisor.stamp(lease_term)
             # Read here, where jobs are read in parallel; later commands come with a notification.
-            supervisor.commands_pending = bool(run.commands(after=supervisor.status.last_command))
+            supervisor.commands_pending = run.has_command(supervisor.status.last_command + 1)
             return supervisor
         except (LeaseLost, StorageUnavailable):
             raise
@@ -214,6 +216,27 @@ class Dispatcher:
             delete_notification(self.storage, job, model, notification)
             if run := self._runs.get(f"{job}/{model}"):
                 run.supervisor.commands_pending = True
+
+    def _look(self) -> None:
+        """Read what the steps of all runs decide by, many at once: only the writes are made one after the other.
+
+        A run that cannot be read is read again in its step, which handles the error.
+        """
+        no_answer = threading.Event()
+
+        def look(supervisor: Supervisor) -> None:
+            if no_answer.is_set():
+                return
+            try:
+                supervisor.look()
+            except StorageUnavailable:
+                no_answer.set()  # each of the other runs would wait as long
+            except Exception as error:
+                log.debug("%s cannot be read: %s", supervisor.run.name, error)
+
+        active = [run.supervisor for run in self._runs.values() if run.supervisor.active]
+        with ThreadPoolExecutor(MAX_READERS) as threads:
+            list(threads.map(look, active))
 
     def _step(self, run: ManagedRun, start_with: int = 0) -> None:
         """Do one step of a run.

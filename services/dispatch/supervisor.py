@@ -7,6 +7,7 @@ one of them stops at its next write. What a superseded driver still writes stays
 from __future__ import annotations
 
 import logging
+import random
 import secrets
 import time
 from datetime import datetime
@@ -18,6 +19,8 @@ from genmodels.runs.store import Run
 from services.dispatch.attempt import AttemptMonitor, hang_timeout
 from services.dispatch.backends.base import LOST, PREEMPTED, REFUSED, Backend, Driver, Watch
 from services.dispatch.retry_policy import decide
+
+HEARTBEATS = 20  # that are read at least before a silence counts as a hang
 
 log = logging.getLogger("genmodels.supervise")
 
@@ -41,12 +44,19 @@ class Supervisor:
         status: Status,
         etag: str | None,
         watch: Watch = lambda status, heartbeat: None,
+        rest_seconds: float = 0.0,
     ) -> None:
+        """Args:
+        rest_seconds: between two reads of the heartbeat of a run that simply trains; 0: each step reads it.
+        """
+        self.rest_seconds = rest_seconds
         self.run, self.backend, self.status, self.etag, self.watch = run, backend, status, etag, watch
         self.heartbeat: Heartbeat | None = None
         self.commands_pending = False
         self._unsettled: tuple[Status, str] | None = None  # a write that may or may not have happened, and its nonce
         self._monitor: AttemptMonitor | None = None
+        self._ahead: list[Heartbeat | None] = []  # the heartbeat that `look` has read for the next step
+        self._next_read = 0.0  # when the heartbeat is due
         self._own_attempt = 0  # number of the attempt that this supervisor starts; it finds other attempts started
         self._outcome: str | None = None  # of an attempt whose end is not in storage yet
         self._ready_at = 0.0
@@ -94,7 +104,7 @@ class Supervisor:
     def start(self, workers: int) -> None:
         """Begin the next attempt of a queued run."""
         attempt = max([self.status.attempt, *self.run.started()]) + 1
-        self._own_attempt, self._monitor, self.heartbeat = attempt, None, None
+        self._own_attempt, self._monitor, self.heartbeat, self._ahead = attempt, None, None, []
         with_workers = f"with {workers} worker{'s' if workers > 1 else ''}"
         self.to("starting", f"attempt {attempt} {with_workers}", attempt=attempt, workers=workers)
 
@@ -108,6 +118,15 @@ class Supervisor:
         if self.status.state in ("failed", "cancelled"):
             self._ready_at = 0.0
             self.to("queued", reason, no_progress_attempts=0, out_of_memory_attempts=0, **facts)
+
+    def look(self) -> None:
+        """Read what the next step decides by. It changes nothing, so that many runs can be read at once."""
+        self._ahead = []
+        is_started = self._monitor is not None or self.status.attempt != self._own_attempt
+        if self.active and is_started:
+            self._active_attempt().driver.look()
+            if self._is_due():
+                self._ahead = [self.run.heartbeat(self.status.attempt)]
 
     def step(self) -> None:
         """Look at the commands and the attempt once, and do what is due."""
@@ -163,15 +182,17 @@ class Supervisor:
                 monitor = AttemptMonitor(self.backend.start(run.storage.url, run.job, run.model, attempt, workers))
             else:
                 monitor = AttemptMonitor(self.backend.find(run.job, run.model, attempt))
-                for command in run.commands(attempt):  # the supervisor before may have applied them
-                    monitor.request_stop(command)
+                for command in run.commands(attempt) if self.status.last_command else ():
+                    monitor.request_stop(command)  # the supervisor before has applied it
             self._monitor = monitor
         return self._monitor
 
     def _poll_attempt(self) -> None:
         monitor = self._active_attempt()
         code = monitor.driver.poll()
-        self._apply_heartbeat(self.run.heartbeat(self.status.attempt))
+        if code is None and not self._ahead and not self._is_due():
+            return
+        self._apply_heartbeat(self._ahead.pop() if self._ahead else self.run.heartbeat(self.status.attempt))
         if code is not None:
             attempt = self.status.attempt
             result = self.run.result(attempt) or self._missing_result(code, monitor.driver.reason)
@@ -190,11 +211,18 @@ class Supervisor:
             reason += f"; {monitor.driver.problem}" if monitor.driver.problem else ""
             monitor.request_stop(self.run.send_command("kill", self.status.attempt, reason))
 
+    def _is_due(self) -> bool:
+        """Return True if the heartbeat must be read now: of a run that simply trains it may be some seconds old."""
+        rests = self.status.state == "running" and self.heartbeat is not None and not self.stopping
+        return not rests or time.monotonic() >= self._next_read
+
     def _apply_heartbeat(self, heartbeat: Heartbeat | None) -> None:
         """Change the state to what the heartbeat shows."""
         if heartbeat is None:
             return
         self.heartbeat = heartbeat
+        rest = min(self.rest_seconds, hang_timeout(heartbeat) / HEARTBEATS)
+        self._next_read = time.monotonic() + rest * random.uniform(0.5, 1.0)  # not all runs in one round
         if heartbeat.phase == "publishing" and self.status.state != "publishing":
             self.to("publishing", "training has ended")
         elif heartbeat.phase not in ("starting", "publishing") and self.status.state == "starting":

@@ -53,6 +53,13 @@ def test_the_guide_counts_right() -> None:
         assert [int(number) for number in fit] == room, node
 
 
+def test_the_overlay_for_kind_fits_a_public_ci() -> None:
+    """On 4 CPUs and 16 GB: the platform and a run of one worker, next to Kubernetes and the operator."""
+    cpus, memory = _sum([_size(pod.spec) for pod in pods(build("overlays/kind"))])
+    assert cpus <= 3.0
+    assert memory <= 12.5
+
+
 def _size(spec: Manifest) -> tuple[float, float]:
     return _sum([_requests(container) for container in [*_sidecars(spec), *spec["containers"]]])
 

@@ -66,6 +66,12 @@ def test_every_object_is_in_the_namespace_and_its_queue_admits_it(manifests: lis
     assert selector.items() <= namespace["labels"].items()
 
 
+def test_the_label_by_which_the_guide_applies_the_namespace_first_is_on_nothing_else(manifests: list[Manifest]) -> None:
+    (label,) = re.findall(r"apply -k platform -l (\S+)", GUIDE)
+    key, _, value = label.partition("=")
+    assert [m["kind"] for m in manifests if m["metadata"].get("labels", {}).get(key) == value] == ["Namespace"]
+
+
 @pytest.mark.parametrize("patches", PATCHES)
 def test_each_patch_of_the_guide_fits(tmp_path: Path, patches: str) -> None:
     """Kustomize ignores a target that is not there, and refuses a path that is not there."""

@@ -74,6 +74,15 @@ def test_hosts_get_traffic_soon_and_keep_it_while_they_compute() -> None:
     assert not [mount for mount in container["volumeMounts"] if "wget" in mount["mountPath"]]
 
 
+def test_a_host_that_hangs_is_not_drained_first() -> None:
+    """The pod's grace is a drain's; a probe may have a shorter one of its own."""
+    pod = pod_of(HOSTS).spec
+    probe = pod["containers"][0]["livenessProbe"]
+    assert probe["httpGet"] == {"path": "/api/healthz", "port": 52365}, "KubeRay's, for Ray 2.53 and newer"
+    assert probe["periodSeconds"] * probe["failureThreshold"] >= 600, "as long as KubeRay's"
+    assert probe["terminationGracePeriodSeconds"] < 60 < pod["terminationGracePeriodSeconds"]
+
+
 @pytest.mark.parametrize(
     "text",
     [

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import subprocess
 from pathlib import Path
 
@@ -84,3 +85,9 @@ def test_the_lock_of_another_is_an_error_and_stays(tmp_path: Path) -> None:
 def test_the_folder_is_one_of_the_caller(tmp_path: Path) -> None:
     make("mine", cwd=tmp_path)
     assert {path.name for path in (tmp_path / "mine").iterdir()} == NAMES
+
+
+def test_the_guide_names_only_files_that_it_makes(tmp_path: Path) -> None:
+    make(tmp_path)
+    guide = (ROOT / "k8s" / "README.md").read_text()
+    assert {path.name for path in tmp_path.iterdir()} >= set(re.findall(r"=\.secrets/(\S+)", guide)) != set()

@@ -71,6 +71,10 @@ class Driver(Protocol):
     problem: str = ""
     reason: str = ""
 
+    def look(self) -> None:
+        """Ask for what the next `poll` returns, where that takes a request for each driver; many threads may look."""
+        return  # most backends ask once for all drivers
+
     def poll(self) -> int | None:
         """Return the driver's exit code, or None while it runs or its state is unknown."""
 

@@ -8,6 +8,8 @@ import signal
 import time
 from typing import Any
 
+import httpx
+
 from services.cluster.dashboard import Dashboard
 from services.dispatch.backends.base import LOST, Capacity, Driver, driver_command, submission_id
 
@@ -83,13 +85,18 @@ class _RayJob(Driver):
         self.backend, self.dashboard, self.name = backend, backend.dashboard, name
         self.submission, self.deadline = submission, time.monotonic() + ACCEPT_SECONDS
         self.code: int | None = None
+        self.answer: httpx.Response | None = None  # that `look` got for the next `poll`
         self.stopping = False
         self._submit()
+
+    def look(self) -> None:
+        if self.code is None:
+            self.answer = self._ask()
 
     def poll(self) -> int | None:
         if self.code is not None:
             return self.code
-        answer = self.dashboard.ask("GET", f"/api/jobs/{self.name}")
+        answer, self.answer = self.answer or self._ask(), None
         if answer is None or answer.status_code not in (200, 404):
             return None
         if answer.status_code == 404:
@@ -118,6 +125,9 @@ class _RayJob(Driver):
         """
         self.submission = None
         self._stop()
+
+    def _ask(self) -> httpx.Response | None:
+        return self.dashboard.ask("GET", f"/api/jobs/{self.name}")
 
     def _missing(self) -> int | None:
         """Handle a job that the cluster does not know: lost with its head, or never accepted."""

@@ -10,12 +10,15 @@ from typing import Any
 import pytest
 import yaml
 
+from genmodels.errors import StorageUnavailable
 from genmodels.runs.jobs import Jobs
 from genmodels.runs.queue import delete_notification, notifications
+from genmodels.runs.records import Heartbeat, Result, Status
+from genmodels.runs.store import Run
 from genmodels.spec.parse import parse_spec
 from genmodels.storage import Storage
-from services.dispatch.backends.base import Capacity
-from services.dispatch.dispatcher import MAX_READERS, Dispatcher
+from services.dispatch.backends.base import Capacity, Driver
+from services.dispatch.dispatcher import MAX_READERS, REST_SECONDS, Dispatcher
 from services.jobs import metrics as jobmetrics
 from services.jobs.metrics import JobMetrics
 from services.jobs.views import Views
@@ -53,12 +56,104 @@ def test_the_first_tick_asks_a_few_things_of_each_run_many_at_once() -> None:
     dispatcher.dispatch_once(1)
     runs = JOBS * MODELS
     of_runs = {what: count for what, count in storage.counts.items() if what.endswith(" runs")}
-    assert of_runs == {"get runs": runs, "put runs": runs, "list runs": runs}
+    assert of_runs == {"get runs": runs, "put runs": runs, "exists runs": runs}
     assert sum(storage.counts.values()) <= 3 * runs + 3 * JOBS + 10
     assert 2 <= storage.most <= MAX_READERS
     storage.forget()
     dispatcher.dispatch_once(1)
     assert sum(storage.counts.values()) <= 3  # the open jobs, the inbox: nothing of each run
+
+
+class Busy:
+    """A cluster whose drivers all run, until their names are in `ended`."""
+
+    def __init__(self) -> None:
+        self.ended: set[str] = set()
+
+    def find(self, job: str, model: str, attempt: int) -> Any:
+        return Running(self, f"{job}/{model}")
+
+    def capacity(self) -> Capacity:
+        return Capacity(10**6, 0)
+
+
+class Running(Driver):
+    def __init__(self, cluster: Busy, name: str) -> None:
+        self.cluster, self.name = cluster, name
+
+    def poll(self) -> int | None:
+        return 0 if self.name in self.cluster.ended else None
+
+    def kill(self) -> None:
+        raise AssertionError
+
+
+def train(storage: Storage) -> list[Run]:
+    """Have all submitted runs train their first attempt."""
+    runs = [Run(storage, job, f"m{i}") for job in Jobs(storage).open() for i in range(MODELS)]
+    for run in runs:
+        starting = Status(state="queued").to("queued", "submitted").to("starting", "attempt 1", attempt=1, workers=1)
+        run.write_status(starting.to("running", "the workers train"), None)
+        run.write_heartbeat(1, Heartbeat(phase="training", step=1, max_steps=9))
+    return runs
+
+
+@pytest.mark.parametrize("jobs", [1, 10])
+def test_a_take_over_of_running_runs_costs_four_operations_each_many_at_once(jobs: int) -> None:
+    storage = CountingStorage()
+    submit(storage, jobs)
+    runs = train(storage)
+    storage.forget()
+    storage.slow = 0.0005
+    dispatcher = Dispatcher(storage, Busy())
+    dispatcher.dispatch_once(1)
+    of_runs = {what: count for what, count in storage.counts.items() if what.endswith(" runs")}
+    # the status and the heartbeat; the stamp; no further command
+    assert of_runs == {"get runs": 2 * len(runs), "put runs": len(runs), "exists runs": len(runs)}
+    assert 2 <= storage.most <= MAX_READERS
+
+
+@pytest.mark.parametrize("jobs", [1, 10])
+def test_runs_that_simply_train_are_read_each_few_seconds_many_at_once(
+    jobs: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    storage, cluster = CountingStorage(), Busy()
+    submit(storage, jobs)
+    runs = train(storage)
+    dispatcher = Dispatcher(storage, cluster)
+    began = time.monotonic()
+    monkeypatch.setattr(time, "monotonic", lambda: began)
+    dispatcher.dispatch_once(1)
+    storage.forget()
+    dispatcher.dispatch_once(1)
+    assert sum(storage.counts.values()) <= 3, "the open jobs, the inbox: nothing of each run"
+    storage.slow = 0.0005
+    monkeypatch.setattr(time, "monotonic", lambda: began + REST_SECONDS)
+    dispatcher.dispatch_once(1)
+    assert storage.counts["get runs"] == len(runs), "a heartbeat each"
+    assert 2 <= storage.most <= MAX_READERS
+    runs[3].write_result(1, Result(outcome="succeeded", message="published"))
+    cluster.ended.add(runs[3].name)
+    dispatcher.dispatch_once(1)
+    assert runs[3].status()[0].state == "succeeded", "an end is seen at once"
+
+
+def test_a_store_that_is_away_is_not_asked_for_each_run(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("services.dispatch.dispatcher.REST_SECONDS", 0.0)
+    storage = CountingStorage()
+    submit(storage, 10)
+    train(storage)
+    dispatcher = Dispatcher(storage, Busy())
+    dispatcher.dispatch_once(1)
+    storage.forget()
+
+    def away(verb: str, key: str) -> None:
+        if key.endswith("heartbeat.json"):
+            raise StorageUnavailable(key)
+
+    storage.before = away
+    dispatcher.dispatch_once(1)
+    assert 0 < storage.counts["get runs"] <= MAX_READERS + 1
 
 
 def test_commands_left_before_a_dispatcher_starts_are_applied() -> None:

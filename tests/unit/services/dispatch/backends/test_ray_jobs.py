@@ -169,3 +169,14 @@ def node(state: str, began: int = 1_000, head: bool = True) -> dict[str, Any]:
 
 def listed(*nodes: dict[str, Any]) -> dict[str, Any]:
     return {"data": {"result": {"result": list(nodes)}}}
+
+
+def test_a_poll_takes_the_answer_that_a_look_got(monkeypatch: pytest.MonkeyPatch) -> None:
+    ray = Ray(monkeypatch)
+    ray.answers["GET JOB"] = 200, {"status": "SUCCEEDED"}
+    driver = ray.backend.find("j", "m", 1)
+    driver.look()
+    ray.answers["GET JOB"] = None
+    assert driver.poll() == 0
+    driver.look()
+    assert ray.requests == ["GET JOB"], "an end is final"
