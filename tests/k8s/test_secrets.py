@@ -71,14 +71,16 @@ def test_two_at_once_make_one_pair_of_keys(tmp_path: Path) -> None:
 def test_a_file_that_cannot_be_written_is_an_error(tmp_path: Path) -> None:
     (tmp_path / ".new").mkdir()
     done = subprocess.run(["sh", str(SCRIPT), str(tmp_path)], capture_output=True, text=True, timeout=60)
-    assert done.returncode and "created" not in done.stdout
+    assert done.returncode
+    assert "created" not in done.stdout
 
 
 def test_the_lock_of_another_is_an_error_and_stays(tmp_path: Path) -> None:
     (tmp_path / ".lock").mkdir()
     script = f'sleep() {{ :; }}; set -- "{tmp_path}"; . "{SCRIPT}"'  # without the waits
     done = subprocess.run(["sh", "-c", script, str(SCRIPT)], capture_output=True, text=True, timeout=60)
-    assert done.returncode and f"rmdir '{tmp_path / '.lock'}'" in done.stderr
+    assert done.returncode
+    assert f"rmdir '{tmp_path / '.lock'}'" in done.stderr
     assert [path.name for path in tmp_path.iterdir()] == [".lock"]
 
 
