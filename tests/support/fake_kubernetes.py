@@ -46,6 +46,7 @@ class KubeApi:
         role: (resource, verb) pairs that the token's account may use.
         ill: statuses of the next responses, in place of what the requests ask for.
         away: whether connections are closed without an answer.
+        damaged: the body of all responses, in place of the answer.
         lost: whether the response to the next request is lost after the request was carried out.
         requests: "VERB resource" of every request that came.
     """
@@ -56,6 +57,7 @@ class KubeApi:
         self.role = set(ROLE)
         self.ill: list[int] = []
         self.away = self.lost = self.expired = False
+        self.damaged: bytes | None = None
         self.requests: list[str] = []
         self.version = 0
         self.lock = threading.RLock()
@@ -114,7 +116,7 @@ class KubeApi:
             if self.lost:
                 self.lost, request.close_connection = False, True
                 return
-        data = json.dumps(answer).encode()
+        data = json.dumps(answer).encode() if self.damaged is None else self.damaged
         request.send_response(code)
         request.send_header("content-type", "application/json")
         request.send_header("content-length", str(len(data)))

@@ -39,6 +39,8 @@ def _pod(job: Object, group: Object, name: str, is_head: bool) -> Object:
         "app.kubernetes.io/created-by": "kuberay-operator",
     }
     metadata["labels"] = more | (metadata.get("labels") or {}) | own
+    owner = {"apiVersion": "ray.io/v1", "kind": "RayCluster", "name": cluster, "controller": True}
+    metadata["ownerReferences"] = [owner]
     metadata["generateName"] = f"{cluster}-head-" if is_head else f"{cluster}-{name}-worker-"
     ray = spec["containers"][0]
     if not is_head:

@@ -11,6 +11,7 @@ import logging
 import os
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +49,7 @@ class KubeApi:
             ) from None
         api, own = _connect()
         self.namespace = namespace or own
+        self._rayjobs = (*RESOURCE, self.namespace, "rayjobs")
         self.custom, self.core = client.CustomObjectsApi(api), client.CoreV1Api(api)
         self._listed: tuple[float, dict[str, RayJob] | None] = (-LIST_SECONDS, None)
         self._pending: tuple[float, dict[str, list[Pod]]] = (-PODS_SECONDS, {})
@@ -58,94 +60,81 @@ class KubeApi:
         """Return all RayJobs of the platform by name, at most a second old."""
         listed_at, jobs = self._listed
         if time.monotonic() - listed_at >= LIST_SECONDS:
-            jobs = self._list()
+            jobs = self._list_jobs()
             self._listed = time.monotonic(), jobs
         return jobs
 
     def get(self, name: str) -> tuple[int, Any]:
         """Return the answer's status, and the RayJob or the error's message."""
-        call = self.custom.get_namespaced_custom_object
-        return self._ask(
-            "get", "rayjobs", lambda: call(*RESOURCE, self.namespace, "rayjobs", name, _request_timeout=TIMEOUT)
-        )
+        return self._ask("get", "rayjobs", self.custom.get_namespaced_custom_object, *self._rayjobs, name)
 
     def create(self, job: RayJob) -> tuple[int, str]:
         """Create a RayJob; return the answer's status (0: no answer, 409: it exists already) and message."""
         self._forget()
         call = self.custom.create_namespaced_custom_object
-        status, message = self._ask("create", "rayjobs", lambda: call(*RESOURCE, self.namespace, "rayjobs", job))
+        status, message = self._ask("create", "rayjobs", call, *self._rayjobs, job)
         return status, message if isinstance(message, str) else ""
 
     def delete(self, name: str) -> None:
         """Request the deletion of a RayJob; it exists until its cluster and its pods are gone (foreground)."""
         self._forget()
         call = self.custom.delete_namespaced_custom_object
-        self._ask(
-            "delete",
-            "rayjobs",
-            lambda: call(*RESOURCE, self.namespace, "rayjobs", name, propagation_policy="Foreground"),
-        )
+        self._ask("delete", "rayjobs", call, *self._rayjobs, name, propagation_policy="Foreground")
 
     def has_pods(self, name: str) -> bool | None:
         """Tell whether a pod of this RayJob may still run; None if unknown."""
-        pods = self._list_pods(f"{POD_LABEL}={name}", "status.phase!=Succeeded,status.phase!=Failed", 1)
+        pods = self._list_pods(f"{POD_LABEL}={name}", "status.phase!=Succeeded,status.phase!=Failed")
         return None if pods is None else bool(pods)
 
     def pending_pods(self, name: str) -> list[Pod]:
         """Return the pods of this RayJob that have not started, a few seconds old; empty if unknown.
 
-        One request serves all runs. It lists PAGE pods at most: with more, the pods of some runs are missing.
+        One list serves all runs.
         """
         listed_at, pods = self._pending
         if time.monotonic() - listed_at >= PODS_SECONDS:
             pods = {}
-            for pod in self._list_pods(POD_LABEL, "status.phase=Pending", PAGE) or ():
+            for pod in self._list_pods(POD_LABEL, "status.phase=Pending") or ():
                 pods.setdefault(pod["metadata"]["labels"][POD_LABEL], []).append(pod)
             self._pending = time.monotonic(), pods
         return pods.get(name, [])
 
-    def _list_pods(self, labels: str, fields: str, limit: int) -> list[Pod] | None:
+    def _list_pods(self, labels: str, fields: str) -> list[Pod] | None:
+        """List the pods that KubeRay made; another pod may have the label, e.g. a copy for debugging."""
         call = self.core.list_namespaced_pod
-        query = {"label_selector": labels, "field_selector": fields, "limit": limit}
-        as_sent = {"_request_timeout": TIMEOUT, "_preload_content": False}  # JSON; the client's models check much
-        status, answer = self._ask("list", "pods", lambda: call(self.namespace, **query, **as_sent))
-        if status != 200:
-            return None
-        pods: list[Pod] = json.loads(answer.data)["items"]
-        return pods
+        query = {"label_selector": labels, "field_selector": fields}
+        as_sent = {"_preload_content": False}  # JSON; the client's models check much
+        pods = self._list("pods", lambda **page: _json(call(self.namespace, **query, **as_sent, **page)))
+        return None if pods is None else [pod for pod in pods if _is_of_kuberay(pod)]
 
-    def _list(self) -> dict[str, RayJob] | None:
-        """List page by page; None if a page fails (410: the list took too long; the next call starts again)."""
+    def _list_jobs(self) -> dict[str, RayJob] | None:
         selector = ",".join(f"{key}={value}" for key, value in MANAGED_BY.items())
-        jobs: dict[str, RayJob] = {}
+        call = self.custom.list_namespaced_custom_object
+        jobs = self._list("rayjobs", partial(call, *self._rayjobs, label_selector=selector))
+        return None if jobs is None else {job["metadata"]["name"]: job for job in jobs}
+
+    def _list(self, resource: str, call: Callable[..., Any]) -> list[Any] | None:
+        """List page by page; None if a page fails (410: the list took too long; the next call starts again)."""
+        items: list[Any] = []
         next_page = ""
         while True:
-            status, page = self._ask(
-                "list",
-                "rayjobs",
-                lambda: self.custom.list_namespaced_custom_object(
-                    *RESOURCE,
-                    self.namespace,
-                    "rayjobs",
-                    label_selector=selector,
-                    limit=PAGE,
-                    _continue=next_page,  # noqa: B023 (called at once)
-                    _request_timeout=TIMEOUT,
-                ),
-            )
-            if status != 200 or not isinstance(page, dict):
+            status, page = self._ask("list", resource, call, limit=PAGE, _continue=next_page)
+            if status != 200 or not isinstance(page.get("items"), list):
                 return None
-            jobs |= {job["metadata"]["name"]: job for job in page["items"]}
-            next_page = page["metadata"].get("continue") or ""
+            items += page["items"]
+            next_page = (page.get("metadata") or {}).get("continue") or ""
             if not next_page:
-                return jobs
+                return items
 
     def _forget(self) -> None:
         """Drop the cached list, which is out of date."""
         self._listed = (-LIST_SECONDS, None)
 
-    def _ask(self, verb: str, resource: str, call: Callable[[], Any]) -> tuple[int, Any]:
-        """Return the status, and the answer or the error's message; status 0 without an answer."""
+    def _ask(self, verb: str, resource: str, call: Callable[..., Any], *what: Any, **query: Any) -> tuple[int, Any]:
+        """Return the status, and the answer or the error's message; status 0 without an answer.
+
+        An answer that is no JSON object, e.g. one that a proxy made or cut off, is none.
+        """
         from kubernetes.client.exceptions import ApiException
         from urllib3.exceptions import HTTPError
 
@@ -153,10 +142,12 @@ class KubeApi:
             return 0, ""
         status, answer = 200, None
         try:
-            answer = call()
+            answer = call(*what, **query, _request_timeout=TIMEOUT)
+            if not isinstance(answer, dict):
+                status, answer = 0, "the answer is no JSON object"
         except ApiException as error:
             status, answer = error.status or 0, _message(error.body) or error.reason or ""
-        except (HTTPError, OSError) as error:
+        except (HTTPError, OSError, ValueError) as error:
             status, answer = 0, str(error)
         if status == 0:
             self._silent_until = time.monotonic() + SILENCE_SECONDS
@@ -212,6 +203,15 @@ def _connect() -> tuple[Any, str]:
     )
     logging.getLogger("urllib3").setLevel(logging.ERROR)  # else each retry leaves a line in the log
     return client.ApiClient(configuration), namespace
+
+
+def _json(response: Any) -> Any:
+    return json.loads(response.data)
+
+
+def _is_of_kuberay(pod: Pod) -> bool:
+    owners = pod["metadata"].get("ownerReferences") or ()
+    return any(owner["kind"] == "RayCluster" for owner in owners)
 
 
 def _message(body: Any) -> str:

@@ -55,6 +55,7 @@ from genmodels.runs.store import Run
 from genmodels.storage import Storage
 from services.dispatch.backends.base import LOST, PREEMPTED, REFUSED, Capacity, Driver, submission_id
 from services.dispatch.backends.kube_api import KubeApi
+from services.dispatch.backends.messages import short
 from services.dispatch.backends.pods import find_obstacle, is_partly_placed
 from services.dispatch.backends.ray_jobs import ACCEPT_SECONDS
 from services.dispatch.backends.rayjob import KubeOptions, RayJob, Template
@@ -70,6 +71,7 @@ from services.dispatch.backends.rayjob_status import (
 
 KEEP_SECONDS = 300.0  # an ended RayJob stays for inspection
 GONE_SECONDS = 300.0  # for the pods of a deleted RayJob: the pods of a lost node may stay for ever
+REFUSAL = 1000  # characters of the API server's message in a reason: it names each wrong field
 LOG = 2000  # characters of this message in the log; it ends with the last lines of the driver's log
 log = logging.getLogger("genmodels.kuberay")
 
@@ -122,7 +124,7 @@ class KubeRayBackend:
         """Tell whether some pods of a RayJob have nodes and others have none."""
         cluster = (job.get("status") or {}).get("rayClusterStatus") or {}
         groups = (job["spec"].get("rayClusterSpec") or {}).get("workerGroupSpecs") or ()
-        total = 1 + sum(group["replicas"] for group in groups)
+        total = 1 + sum(group.get("replicas", 1) for group in groups)
         return is_partly_placed(self.api.pending_pods(job["metadata"]["name"]), cluster, total)
 
     def has_earlier(self, job: RayJob) -> bool:
@@ -275,9 +277,9 @@ class _RayJob(Driver):
             self.fill = None
         elif status in (400, 404, 413, 422):  # 404: the operator's CRD or the template is missing, maybe for a while
             self.ended, self.code = True, FAILED if status == 404 else REFUSED
-            self.reason = f"Kubernetes refuses the RayJob: {message}"
+            self.reason = f"Kubernetes refuses the RayJob: {short(message, REFUSAL)}"
         elif status == 403:  # rights, or a quota
-            self.waiting = f"Kubernetes refuses the RayJob: {message}"
+            self.waiting = f"Kubernetes refuses the RayJob: {short(message, REFUSAL)}"
         elif time.monotonic() > self.deadline:
             self._end_by_deleting(LOST, "Kubernetes did not take the RayJob")  # the answer may be lost
         return self.ended

@@ -7,6 +7,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from services.dispatch.backends.messages import short
+
 Pod = dict[str, Any]  # as the API has it
 
 # Reasons for which a container waits; the kubelet's names
@@ -23,7 +25,6 @@ FINAL_ANSWERS = re.compile(
 COUNT = re.compile(r"^\d+ ")  # nodes
 REFUSED_POD = re.compile(r'^pods "[^"]*" is forbidden: ')
 USED = re.compile(r", used: .*?(?=, limited: )")
-LENGTH = 300  # characters of a message
 
 
 @dataclass(frozen=True)
@@ -61,14 +62,14 @@ def _obstacle(pod: Pod) -> Obstacle | None:
     status = pod.get("status") or {}
     for container in (*(status.get("initContainerStatuses") or ()), *(status.get("containerStatuses") or ())):
         waiting = (container.get("state") or {}).get("waiting") or {}
-        reason, message = waiting.get("reason") or "", _short(waiting.get("message") or "")
+        reason, message = waiting.get("reason") or "", short(waiting.get("message") or "")
         image = f"the image {container.get('image')} cannot be pulled ({reason}: {message})"
         if reason in WRONG_IMAGE or (reason in NO_IMAGE and FINAL_ANSWERS.search(message)):
             return Obstacle(image, final=True)
         if reason in NO_IMAGE:
             return Obstacle(image)
         if reason in NO_CONTAINER:
-            return Obstacle(f"the container {container['name']} does not start ({reason}: {message})")
+            return Obstacle(f"the container {container.get('name')} does not start ({reason}: {message})")
     condition = _unscheduled_condition(pod)
     return Obstacle(_unscheduled(condition)) if condition else None
 
@@ -87,10 +88,10 @@ def _unscheduled(condition: dict[str, Any]) -> str:
     """
     reason, message = condition.get("reason") or "", condition.get("message") or ""
     if reason != "Unschedulable":  # SchedulingGated
-        return f"waits to be scheduled ({reason}: {_short(message)})"
+        return f"waits to be scheduled ({reason}: {short(message)})"
     lacks = message.partition("available: ")[2].partition(". ")[0].rstrip(".")
     parts = {COUNT.sub("", part) for part in re.split(r", (?=\d+ )", lacks)}
-    return f"waits for nodes with room (Unschedulable: {', '.join(sorted(parts)) if lacks else _short(message)})"
+    return f"waits for nodes with room (Unschedulable: {', '.join(sorted(parts)) if lacks else short(message)})"
 
 
 def _refused_pod(cluster: dict[str, Any]) -> str:
@@ -101,9 +102,5 @@ def _refused_pod(cluster: dict[str, Any]) -> str:
     for condition in cluster.get("conditions") or ():
         if condition.get("type") == "ReplicaFailure" and condition.get("status") == "True":
             message = (condition.get("message") or "").strip().rpartition("\n")[2]
-            return f"a pod is refused ({_short(USED.sub('', REFUSED_POD.sub('', message)))})"
+            return f"a pod is refused ({short(USED.sub('', REFUSED_POD.sub('', message)))})"
     return ""
-
-
-def _short(message: str) -> str:
-    return message.strip().partition("\n")[0][:LENGTH]

@@ -158,7 +158,7 @@ class Template:
             GenmodelsError: the template cannot be read, or lacks a field that must be filled in.
         """
         self.options = options
-        self.job = {} if options.template is None else _read(options.template)
+        self.job = {} if options.template is None else _without_nulls(_read(options.template))
         if options.template:
             _check(self.job, f"--kube-template {options.template}")
 
@@ -168,6 +168,7 @@ class Template:
         Raises:
             GenmodelsError: the object lacks a field that must be filled in.
         """
+        job = _without_nulls(job)
         _check(job, f"the RayJob {self.options.template_object}")
         self.job = {"metadata": {"labels": dict(PART_OF)}, "spec": job["spec"]}
 
@@ -234,6 +235,13 @@ def _read(path: Path) -> RayJob:
     if not isinstance(template, dict) or (template.get("apiVersion"), template.get("kind")) != (API_VERSION, "RayJob"):
         raise GenmodelsError(f"--kube-template {path} must be one RayJob of {API_VERSION}")
     return template
+
+
+def _without_nulls(node: Any) -> Any:
+    """Return a copy without the fields that are null, e.g. `env:` with all lines below it as comments: they are not set."""
+    if isinstance(node, dict):
+        return {name: _without_nulls(value) for name, value in node.items() if value is not None}
+    return [_without_nulls(each) for each in node] if isinstance(node, list) else node
 
 
 def _check(job: RayJob, source: str) -> None:

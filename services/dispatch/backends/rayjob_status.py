@@ -5,10 +5,10 @@ from __future__ import annotations
 import signal
 
 from services.dispatch.backends.base import LOST, REFUSED
+from services.dispatch.backends.messages import short
 from services.dispatch.backends.rayjob import RayJob
 
 FAILED = 1  # exit code that always counts; LOST counts only if training had begun
-MESSAGE = 300  # characters of KubeRay's message in a reason
 ENDED_STATES = ("Complete", "Failed", "ValidationFailed")
 DRIVER_ENDED = ("SUCCEEDED", "FAILED", "STOPPED")
 REASONS = {
@@ -41,6 +41,6 @@ def end_of(status: RayJob) -> tuple[int, str]:
             return 0, "the driver ended with code 0 and left no result"
         case "Complete", "STOPPED":
             return -signal.SIGTERM, "the driver was stopped"
-    why, message = status.get("reason") or "Failed", (status.get("message") or "").strip().partition("\n")[0]
+    why, message = status.get("reason") or "Failed", short(status.get("message") or "")
     code, meaning = REASONS.get(why, (FAILED, "the driver failed"))
-    return code, f"{meaning} ({why}: {message[:MESSAGE]})" if message else f"{meaning} ({why})"
+    return code, f"{meaning} ({why}: {message})" if message else f"{meaning} ({why})"

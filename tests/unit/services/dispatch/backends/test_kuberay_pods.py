@@ -92,3 +92,67 @@ def test_one_list_of_pods_serves_all_runs(
     monkeypatch.setattr(kube_api, "PODS_SECONDS", 0.0)
     platform.reconcile(3)
     assert state(storage, name, "a").reason == "waits for KubeRay to make its cluster"
+
+
+def test_a_pod_of_another_owner_is_not_the_runs(api: KubeApi, tmp_path: Path, data: Path) -> None:
+    """A pod for debugging with copied labels, and an image that does not exist."""
+    storage = MemoryStorage()
+    platform = Platform(api, tmp_path, storage)
+    name = submit(storage, data, "copied", "a")
+    labels = {"genmodels/rayjob": submission_id(name, "a", 1)}
+    api.pods["debug"] = {"metadata": {"name": "debug", "labels": labels}, "status": STATUSES["no such tag"]}
+    obstruct(platform, "no GPU")
+    platform.reconcile(5)
+    assert state(storage, name, "a").reason.startswith("waits for nodes")
+    platform.operator.placed = True
+    assert platform.until("a", "succeeded", name).attempt == 1
+
+
+def test_the_pods_of_other_runs_hide_none(api: KubeApi, tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kube_api, "PAGE", 2)
+    storage = MemoryStorage()
+    platform = Platform(api, tmp_path, storage)
+    for i in range(9):
+        api.pods[f"a{i}"] = {"metadata": {"name": f"a{i}", "labels": {"genmodels/rayjob": "r-0"}}, "status": STATUSES["no GPU"]}
+    obstruct(platform, "no such tag")
+    assert "cannot be pulled" in platform.until("a", "failed", submit(storage, data, "last", "a")).reason
+
+
+@pytest.mark.parametrize("answer", ["<html>", '{"items": [', '{"items": null}', "[]", '"\xff"'])
+def test_an_answer_that_is_no_list_changes_nothing(api: KubeApi, tmp_path: Path, data: Path, answer: str) -> None:
+    storage = MemoryStorage()
+    platform = Platform(api, tmp_path, storage)
+    name = submit(storage, data, "damaged", "a")
+    obstruct(platform, "no GPU")
+    platform.reconcile(5)
+    before = platform.reasons(name, "a")
+    api.damaged = answer.encode("latin-1")
+    assert platform.backend.api.jobs() is None
+    assert platform.backend.api.has_pods("r-0") is None
+    assert platform.backend.api.pending_pods("r-0") == []
+    platform.dispatcher.dispatch_once(platform.lease_term)
+    assert platform.reasons(name, "a") == before
+    api.damaged, platform.operator.placed = None, True
+    assert platform.until("a", "succeeded", name).attempt == 1
+
+
+def test_each_request_has_a_timeout(api: KubeApi, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(kube_api, "TIMEOUT", (2.0, 0.2))
+    client = kube_api.KubeApi()
+    with api.lock:  # the server takes requests, and does not answer
+        assert client.create({"metadata": {"name": "a"}})[0] == 0
+        client.delete("a")
+
+
+def test_a_rayjob_without_numbers_harms_no_other(api: KubeApi, tmp_path: Path) -> None:
+    """One that was made by hand with the platform's label."""
+    backend = Platform(api, tmp_path, MemoryStorage()).backend
+    created = {"creationTimestamp": "2026-01-01T00:00:00Z"}
+    spec = {"rayClusterSpec": {"workerGroupSpecs": [{"groupName": "workers"}]}}
+    labels = {"app.kubernetes.io/managed-by": "genmodels"}
+    api.jobs["by-hand"] = {
+        "metadata": {**created, "name": "by-hand", "labels": labels},
+        "spec": spec,
+        "status": {"jobDeploymentStatus": "Initializing"},
+    }
+    assert not backend.has_earlier({"metadata": {**created, "name": "z"}, "spec": spec})

@@ -72,3 +72,16 @@ def test_a_quota_names_itself_and_only_what_stays_the_same() -> None:
     reason = "a pod is refused (exceeded quota: compute, requested: limits.cpu=1, limited: limits.cpu=8)"
     assert find_obstacle([], quota(8, "r-1-worker-abcde")) == Obstacle(reason)
     assert find_obstacle([], quota(7, "r-1-worker-fghij")) == Obstacle(reason)
+
+
+def test_a_message_is_shown_short_and_without_secrets() -> None:
+    """Also of a container without state or name."""
+    message = "\x1b[2Jpull of https://me:pass@registry.example/v2?token=abc&n=1: Bearer xyz\x07 is denied " + "é" * 10**6
+    waiting = {"waiting": {"reason": "ErrImagePull", "message": message}}
+    pod = {"status": {"containerStatuses": [{"name": "a", "state": None}, {"state": waiting}], "conditions": None}}
+    obstacle = find_obstacle([{"metadata": {}, "status": None}, pod], {"conditions": None})
+    assert obstacle is not None
+    assert obstacle.final
+    assert "https://registry.example/v2?token=***&n=1: Bearer *** is denied" in obstacle.reason.replace("***?", "***")
+    assert len(obstacle.reason) < 500
+    assert obstacle.reason.isprintable()

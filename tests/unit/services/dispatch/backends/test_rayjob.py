@@ -218,6 +218,19 @@ def test_a_hook_of_the_template_stays(tmp_path: Path, data: Path) -> None:
     assert head["spec"]["terminationGracePeriodSeconds"] == 120
 
 
+def test_a_field_without_a_value_is_not_set(tmp_path: Path, data: Path) -> None:
+    """YAML reads `env:` with all its lines as comments so."""
+    container = {"name": "ray", "image": "genmodels:test", "env": None, "lifecycle": None, "resources": None}
+    pod = {"metadata": None, "spec": {"containers": [container], "terminationGracePeriodSeconds": None}}
+    change_template(tmp_path, at=1, group={"template": pod, "rayStartParams": None})
+    template = Template(KubeOptions(template=tmp_path / "template.yaml"))
+    for use_gpu in (False, True):
+        body = template.fill("s3://b", "j", of(data, use_gpu).models[0], 1, 2, 0)
+        for each in build_pods(body):
+            assert each["spec"]["terminationGracePeriodSeconds"] == 120
+            assert each["spec"]["containers"][0]["lifecycle"]["preStop"]
+
+
 def test_a_class_for_each_priority(tmp_path: Path) -> None:
     (tmp_path / "t.yaml").write_text(yaml.safe_dump(TEMPLATE))
     classes = [("high", 10), ("low", -5), ("normal", 0)]
