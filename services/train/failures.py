@@ -60,11 +60,18 @@ NETWORK = {
 }
 WRAPPERS = ("cause", "health_check_failure", "controller_failure", "_base_exc")  # attributes of Ray's errors
 COLOUR = re.compile(r"\x1b\[[0-9;]*m")
+UNPRINTABLE = re.compile(r"[^\t\n\x20-\x7e\xa0-\ud7ff\ue000-\U0010ffff]")  # also halves of surrogate pairs
+LENGTH = 2000  # characters of a message
 SOURCE_LINE = re.compile(r"\[/\S+:\d+\] ?")  # of PyTorch, before the message
 
 
 def classify_failure(error: BaseException) -> Result:
     """Return the result of a failed attempt. The error of the rank that failed comes before the errors of its peers."""
+    result = _classify(error)
+    return result.model_copy(update={"message": _readable(result.message)})
+
+
+def _classify(error: BaseException) -> Result:
     error = _original(error)
     causes = [_original(cause) for cause in getattr(error, "worker_failures", {}).values()] or [error]
     for cause in causes:
@@ -125,10 +132,20 @@ def _one_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {message}".splitlines()[0]
 
 
+def _readable(message: str) -> str:
+    """Return the message as a terminal, a JSON document and a reader can take it."""
+    printable = UNPRINTABLE.sub("?", COLOUR.sub("", message))
+    return printable if len(printable) <= LENGTH else f"{printable[:LENGTH]}..."
+
+
 def _original(error: BaseException) -> BaseException:
     """Return the error that Ray wrapped, maybe several times."""
-    if type(error).__module__.partition(".")[0] != "ray":
-        return error
-    inner = (getattr(error, name, None) for name in WRAPPERS)
-    wrapped = next((each for each in inner if isinstance(each, BaseException)), None)
-    return error if wrapped is None else _original(wrapped)
+    seen = {id(error)}
+    while type(error).__module__.partition(".")[0] == "ray":
+        inner = (getattr(error, name, None) for name in WRAPPERS)
+        wrapped = next((each for each in inner if isinstance(each, BaseException) and id(each) not in seen), None)
+        if wrapped is None:
+            break
+        error = wrapped
+        seen.add(id(error))
+    return error

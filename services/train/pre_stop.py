@@ -13,14 +13,17 @@ import argparse
 import logging
 import os
 import sys
+import threading
 import time
 
-from genmodels.errors import GenmodelsError, StorageUnavailable
+from genmodels.errors import DamagedObject, GenmodelsError, StorageUnavailable
+from genmodels.runs.records import ACTIVE
 from genmodels.runs.store import Run
 from genmodels.storage import open_storage
 from services.cluster.logs import log_to_stderr
 
 LOOK_SECONDS = 0.5
+LAST_LOOK_SECONDS = 2.0  # for a look that began in time
 
 log = logging.getLogger("genmodels")
 
@@ -31,7 +34,7 @@ def save_first(run: Run, attempt: int, seconds: float, reason: str) -> bool:
     while time.monotonic() < deadline:
         try:
             sent = {command.action for command in run.commands(attempt)}
-            if "kill" in sent or run.result(attempt) or not _has_begun(run, attempt):
+            if "kill" in sent or run.result(attempt) or not _has_begun(run, attempt) or _is_over(run, attempt):
                 return True
             if "stop" not in sent:  # one for all hooks of the run; a stop of the dispatcher does as well
                 run.send_command("stop", attempt, reason)
@@ -46,6 +49,27 @@ def _has_begun(run: Run, attempt: int) -> bool:
     return heartbeat is not None and heartbeat.phase != "starting"
 
 
+def _is_over(run: Run, attempt: int) -> bool:
+    """Tell whether the dispatcher has seen the attempt's end: a driver that died leaves no result."""
+    try:
+        status, _ = run.status()
+    except DamagedObject:
+        return False  # not known
+    return status.attempt > attempt or (status.attempt == attempt and status.state not in ACTIVE)
+
+
+def end_after(seconds: float) -> None:
+    """End this process then, whatever it waits for: a request to the storage has its own, longer timeouts."""
+
+    def end() -> None:
+        print("error: the storage has not answered in time", file=sys.stderr, flush=True)
+        os._exit(1)
+
+    timer = threading.Timer(seconds, end)
+    timer.daemon = True
+    timer.start()
+
+
 def main() -> int:
     log_to_stderr()
     parser = argparse.ArgumentParser(description="Have an attempt save before its pod ends.")
@@ -54,6 +78,7 @@ def main() -> int:
     parser.add_argument("--attempt", type=int, required=True)
     parser.add_argument("--seconds", type=float, required=True, help="that the attempt may take to save and end")
     options = parser.parse_args()
+    end_after(options.seconds + LAST_LOOK_SECONDS)
     try:
         run = Run(open_storage(options.storage, in_use=True), options.job, options.model)
         reason = f"pod {os.environ.get('HOSTNAME', '')} is ending"

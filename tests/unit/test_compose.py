@@ -58,6 +58,12 @@ def test_make_secrets_needs_no_docker(tmp_path: Path) -> None:
     assert (done.returncode, done.stderr) == (0, "")
 
 
+def test_make_secrets_adds_a_line_of_its_own_to_the_settings(tmp_path: Path) -> None:
+    (tmp_path / ".env").write_text("GENMODELS_VERSION=7")  # an editor left its end out
+    run_secrets(tmp_path, "exit 1")
+    assert (tmp_path / ".env").read_text().splitlines() == ["GENMODELS_VERSION=7", "GENMODELS_SECRETS=./.secrets"]
+
+
 def test_every_service_has_limits_that_fit_what_it_holds() -> None:
     limits = {name: bytes_of(service["mem_limit"]) for name, service in SERVICES.items()}
     for node in ("head", "worker", "gpu-worker"):  # Ray and a driver or training, next to a full model host

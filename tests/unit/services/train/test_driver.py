@@ -228,6 +228,31 @@ def test_ray_still_has_the_names_that_failures_are_classified_by() -> None:
     assert classify_failure(WorkerGroupError("failed", {0: GLOO, 1: DIVERGED})).cause == "diverged"
 
 
+def test_errors_that_ray_wrapped_in_each_other() -> None:
+    from ray.exceptions import RayTaskError
+
+    def wrap(cause: Exception) -> Exception:
+        return RayTaskError("f", "traceback", cause)
+
+    error: Exception = ValueError("the ünïcode 数 is wrong")
+    for _ in range(5):
+        error = wrap(error)
+    result = classify_failure(error)
+    assert (result.cause, result.message) == ("user", "ValueError: the ünïcode 数 is wrong")
+    inner = wrap(ValueError())
+    outer = wrap(inner)
+    inner.cause = outer  # type: ignore[attr-defined]
+    assert classify_failure(outer).message.startswith("RayTaskError")
+
+
+def test_a_message_can_be_shown_and_stored() -> None:
+    for error in (RuntimeError("\x1b]0;title\x07 \udce9 \x9b"), DataError("\x1b[2J\udce9"), RuntimeError("x" * 10**6)):
+        message = classify_failure(error).message
+        assert all(letter.isprintable() for letter in message)
+        assert 0 < len(message) < 3000
+        message.encode()
+
+
 @pytest.mark.parametrize(
     "error",
     [

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from genmodels.errors import StorageUnavailable
-from genmodels.runs.records import Heartbeat, Result
+from genmodels.runs.records import Heartbeat, Result, State, Status
 from genmodels.runs.store import Run
 from genmodels.storage import open_storage
 from services.local.platform import submit
@@ -109,6 +110,32 @@ def test_an_attempt_that_has_made_no_step_ends_the_hook(quiet: Run, phase: str |
 def test_an_attempt_that_is_killed_ends_the_hook(quiet: Run) -> None:
     training(quiet).send_command("kill", 1, "no progress")
     assert save_first(quiet, 1, 60.0, "the pod ends")
+
+
+@pytest.mark.parametrize(("state", "attempt"), [("queued", 1), ("failed", 1), ("starting", 2)])
+def test_a_driver_that_died_ends_the_hook(quiet: Run, state: State, attempt: int) -> None:
+    training(quiet).write_status(Status(state="running", attempt=1).to(state, "it died", attempt=attempt), None)
+    assert save_first(quiet, 1, 60.0, "the pod ends")
+    assert not quiet.commands()
+
+
+def test_a_damaged_status_does_not_keep_an_attempt_from_saving(quiet: Run) -> None:
+    training(quiet).storage.put(f"{quiet.prefix}/status.json", b"{")
+    assert not save_first(quiet, 1, 0.05, "the pod ends")
+    assert [command.action for command in quiet.commands(1)] == ["stop"]
+
+
+def test_a_storage_that_is_silent_does_not_hold_the_pod(quiet: Run) -> None:
+    """The listener takes connections, and never answers."""
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        url = f"http://127.0.0.1:{silent.getsockname()[1]}"
+        keys = {"AWS_ACCESS_KEY_ID": "a", "AWS_SECRET_ACCESS_KEY": "b", "AWS_DEFAULT_REGION": "r"}
+        command = [sys.executable, "-m", "services.train.pre_stop", "--storage", "s3://bucket/p", "--job", "j"]
+        command += ["--model", "m", "--attempt", "1", "--seconds", "1"]
+        environment = {**os.environ, **keys, "AWS_ENDPOINT_URL": url}
+        done = subprocess.run(command, cwd=ROOT, env=environment, timeout=30, capture_output=True, text=True)
+    assert done.returncode == 1
+    assert "the storage has not answered in time" in done.stderr
 
 
 def test_an_attempt_that_does_not_end_is_given_up(quiet: Run) -> None:
