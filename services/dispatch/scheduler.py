@@ -88,10 +88,10 @@ def plan(queued: Sequence[Queued], running: Sequence[Running], capacity: Capacit
     for other in running:
         there.take(other.workers, other.use_gpu)
         able.take(other.workers, other.use_gpu)
-    blocked: list[Queued] = []
+    blocked: list[tuple[Queued, int]] = []  # and how many started before it was blocked
     starting: list[Queued] = []
     stranded = _stranded(running, able)
-    stopping = {other.key for other in running if other.stopping} | {other.key for other in stranded}
+    room = _Room(running, {other.key for other in running if other.stopping} | {other.key for other in stranded})
     result.preemptions += [(other.key, "the cluster has shrunk") for other in stranded]
     waiting_for_room = False
     for run in sorted(queued, key=_order):
@@ -107,24 +107,24 @@ def plan(queued: Sequence[Queued], running: Sequence[Running], capacity: Capacit
             there.take(fewest, run.use_gpu)
             able.take(fewest, run.use_gpu)
             starting.append(run)
-            result.backfilled += [waiting.key for waiting in blocked]
         else:
             waiting_for_room = True
             reason = f"needs {_amount(fewest, run.use_gpu)}, free: {_has(able)}"
-            makers = _make_room(run, running, able, stopping)
-            if makers:
-                stopping |= {other.key for other in makers}
-                result.preemptions += [(other.key, _why(run, other)) for other in makers if not other.stopping]
+            makers = room.make(run, able)
+            if makers is not None:
+                result.preemptions += [(other.key, _why(run, other)) for other in makers]
                 reason = "waits for others to save and stop"
-            if makers or run.backfilled >= MAX_BACKFILLED:  # resources that become free are for this run
+            if makers is not None or run.backfilled >= MAX_BACKFILLED:  # resources that become free are for this run
                 able.take(fewest, run.use_gpu)
             else:
-                blocked.append(run)
+                blocked.append((run, len(starting)))
             result.reasons.append((run.key, reason))
     for run in starting:
         result.starts.append((run.key, _enlarged(run.sizes, run.sizes[0], run.use_gpu, there, able)))
+    for run, started in blocked:
+        result.backfilled += [run.key] * min(len(starting) - started, MAX_BACKFILLED)
     if not waiting_for_room:
-        result.grows = _growing(running, stopping, there, able)
+        result.grows = _growing(running, room.stopping, there, able)
     return result
 
 
@@ -145,22 +145,68 @@ def _stranded(running: Sequence[Running], able: _Free) -> list[Running]:
     return stranded
 
 
-def _make_room(run: Queued, running: Sequence[Running], able: _Free, stopping: set[str]) -> list[Running]:
-    """Return the runs that must stop so that `run` can start, the least important and youngest first.
+class _Room:
+    """The running runs that can make room for queued runs, which ask in their order: by priority, highest first.
 
-    The list is empty if `run` could not start even then.
+    No queued run looks at all running runs again: what the stopping runs set free is summed up, and after a run for
+    which the room did not suffice, no later run that needs as much is tried.
     """
-    free = _Free(able.cpus, able.gpus)
-    makers = []
-    going = [other for other in running if other.key in stopping]
-    fitting = [other for other in running if other.key not in stopping and _gives_way(other, run)]
-    for other in [*going, *sorted(fitting, key=lambda other: (-other.priority, other.since), reverse=True)]:
-        gain = other.workers - (other.sizes[0] if other.priority >= run.priority and not other.stopping else 0)
-        free.take(-gain, other.use_gpu)
-        makers.append(other)
-        if free.fits(run.sizes[0], run.use_gpu):
-            return makers
-    return []
+
+    def __init__(self, running: Sequence[Running], stopping: set[str]) -> None:
+        """Args:
+        stopping: keys of runs that stop anyway.
+        """
+        self.stopping = stopping
+        self._going = [run for run in running if run.key in stopping]
+        staying = (run for run in running if run.key not in stopping)
+        # the least important and youngest first
+        self._staying = sorted(staying, key=lambda run: (-run.priority, run.since), reverse=True)
+        self._freed: dict[int, _Free] = {}  # by the priority of the run that asks: what the stopping runs set free
+        self._too_large: dict[bool, int] = {}  # by `use_gpu`: the fewest workers for which the room did not suffice
+
+    def make(self, run: Queued, able: _Free) -> list[Running] | None:
+        """Return the runs that must stop as well so that `run` can start; None if it could not start even then."""
+        fewest = run.sizes[0]
+        if fewest >= self._too_large.get(run.use_gpu, fewest + 1):
+            return None
+        freed = self._freed_for(run.priority)
+        free = _Free(able.cpus + freed.cpus, able.gpus + freed.gpus)
+        makers: list[Running] = []
+        for other in self._staying:
+            if free.fits(fewest, run.use_gpu) or other.priority > run.priority:
+                break
+            if _gives_way(other, run):
+                free.take(-_gain(other, run.priority), other.use_gpu)
+                makers.append(other)
+        if not free.fits(fewest, run.use_gpu):
+            self._too_large[run.use_gpu] = fewest
+            return None
+        self._stop(makers, freed, run.priority)
+        return makers
+
+    def _freed_for(self, priority: int) -> _Free:
+        if priority not in self._freed:
+            self._freed = {priority: _Free(0, 0)}  # no run of a higher priority asks any more
+            for other in self._going:
+                self._freed[priority].take(-_gain(other, priority), other.use_gpu)
+        return self._freed[priority]
+
+    def _stop(self, makers: list[Running], freed: _Free, priority: int) -> None:
+        if not makers:
+            return
+        for other in makers:
+            freed.take(-_gain(other, priority), other.use_gpu)
+        self.stopping |= {other.key for other in makers}
+        self._going += makers
+        self._staying = [other for other in self._staying if other.key not in self.stopping]
+
+
+def _gain(other: Running, priority: int) -> int:
+    """Return the workers that `other` sets free for a run of this priority.
+
+    A run that is no less important starts again at once, with its fewest.
+    """
+    return other.workers - (other.sizes[0] if other.priority >= priority and not other.stopping else 0)
 
 
 def _gives_way(other: Running, run: Queued) -> bool:

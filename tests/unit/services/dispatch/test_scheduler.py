@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from services.dispatch import scheduler
 from services.dispatch.backends.base import Capacity
 from services.dispatch.scheduler import MAX_BACKFILLED, Plan, Queued, Running, plan
 
@@ -231,3 +232,41 @@ def test_a_group_that_waits_for_lost_nodes_stops_and_starts_with_fewer_workers()
     stopping = runs("elastic", 3, since="1", placed=False, stopping=True)
     planned = decide([waits("next", 1)], [stopping, older], cpus=2)
     assert (planned.preemptions, planned.starts) == ([], [])
+
+
+@pytest.mark.parametrize("priority", [0, 1], ids=["none makes room", "each makes room"])
+@pytest.mark.parametrize("size", [1, 50])
+def test_the_work_of_a_plan_grows_with_the_runs_not_with_their_square(
+    monkeypatch: pytest.MonkeyPatch, priority: int, size: int
+) -> None:
+    looks = 0
+
+    def counted(work: Any) -> Any:
+        def count(*arguments: Any) -> Any:
+            nonlocal looks
+            looks += 1
+            return work(*arguments)
+
+        return count
+
+    for name in ("_gain", "_gives_way"):
+        monkeypatch.setattr(scheduler, name, counted(getattr(scheduler, name)))
+
+    def cost(number: int) -> int:
+        nonlocal looks
+        looks = 0
+        queue = [waits(f"q{i}", size, priority, f"{i:05}") for i in range(number)]
+        running = [runs(f"r{i}", 1, since=f"{i:05}") for i in range(number)]
+        planned = decide(queue, running, cpus=number)
+        assert bool(planned.preemptions) == bool(priority)
+        assert len(planned.reasons) == number
+        return looks
+
+    assert cost(2000) <= 11 * cost(200)
+
+
+def test_each_passed_run_is_named_once_for_each_run_that_passes_it_up_to_the_bound() -> None:
+    small = [waits(f"small{i}", at=str(i)) for i in range(1, 8)]
+    planned = decide([waits("large", 9, at="0"), *small], [runs("first", 2)], cpus=10)
+    assert len(planned.starts) == 7
+    assert planned.backfilled == ["large"] * MAX_BACKFILLED
