@@ -238,7 +238,7 @@ def _read(path: Path) -> RayJob:
 
 
 def _without_nulls(node: Any) -> Any:
-    """Return a copy without the fields that are null, e.g. `env:` with all lines below it as comments: they are not set."""
+    """Return a copy without the fields that are null, which are not set: e.g. `env:` whose lines are comments."""
     if isinstance(node, dict):
         return {name: _without_nulls(value) for name, value in node.items() if value is not None}
     return [_without_nulls(each) for each in node] if isinstance(node, list) else node

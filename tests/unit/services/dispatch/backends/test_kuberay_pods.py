@@ -108,12 +108,17 @@ def test_a_pod_of_another_owner_is_not_the_runs(api: KubeApi, tmp_path: Path, da
     assert platform.until("a", "succeeded", name).attempt == 1
 
 
-def test_the_pods_of_other_runs_hide_none(api: KubeApi, tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_pods_of_other_runs_hide_none(
+    api: KubeApi, tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setattr(kube_api, "PAGE", 2)
     storage = MemoryStorage()
     platform = Platform(api, tmp_path, storage)
     for i in range(9):
-        api.pods[f"a{i}"] = {"metadata": {"name": f"a{i}", "labels": {"genmodels/rayjob": "r-0"}}, "status": STATUSES["no GPU"]}
+        api.pods[f"a{i}"] = {
+            "metadata": {"name": f"a{i}", "labels": {"genmodels/rayjob": "r-0"}},
+            "status": STATUSES["no GPU"],
+        }
     obstruct(platform, "no such tag")
     assert "cannot be pulled" in platform.until("a", "failed", submit(storage, data, "last", "a")).reason
 

@@ -76,7 +76,9 @@ def test_a_quota_names_itself_and_only_what_stays_the_same() -> None:
 
 def test_a_message_is_shown_short_and_without_secrets() -> None:
     """Also of a container without state or name."""
-    message = "\x1b[2Jpull of https://me:pass@registry.example/v2?token=abc&n=1: Bearer xyz\x07 is denied " + "é" * 10**6
+    message = (
+        "\x1b[2Jpull of https://me:pass@registry.example/v2?token=abc&n=1: Bearer xyz\x07 is denied " + "é" * 10**6
+    )
     waiting = {"waiting": {"reason": "ErrImagePull", "message": message}}
     pod = {"status": {"containerStatuses": [{"name": "a", "state": None}, {"state": waiting}], "conditions": None}}
     obstacle = find_obstacle([{"metadata": {}, "status": None}, pod], {"conditions": None})
