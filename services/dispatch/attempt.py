@@ -38,10 +38,14 @@ class AttemptMonitor:
         elif command.action == "stop" and not self.ending:
             self.ending = "stop"
 
-    def observe(self, heartbeat: Heartbeat | None) -> float:
-        """Compare with the latest heartbeat; return the seconds without progress; an outage adds few."""
+    def observe(self, heartbeat: Heartbeat | None, rest: float = 0.0) -> float:
+        """Compare with the latest heartbeat; return the seconds without progress; an outage adds few.
+
+        Args:
+            rest: seconds since the last look that were meant to pass without one.
+        """
         now = time.monotonic()
-        elapsed = min(now - self._looked, MAX_SILENCE_SECONDS)
+        elapsed = min(now - self._looked, rest + MAX_SILENCE_SECONDS)
         self._looked = now
         is_silent = heartbeat == self._last_heartbeat and not self.driver.waiting
         self._silence = self._silence + elapsed if is_silent else 0.0

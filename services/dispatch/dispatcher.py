@@ -37,7 +37,7 @@ from services.dispatch.queue import ManagedRun, RunQueue
 from services.dispatch.supervisor import Supervisor
 
 POLL_SECONDS = 1.0
-REST_SECONDS = 4.0  # between two reads of the heartbeat of a run that simply trains
+READS_A_SECOND = 100  # of heartbeats: with more runs, a run that simply trains is read less often
 MAX_READERS = 16  # jobs or runs that are read at once
 MAX_SILENCES = 5  # looks at a run for which the store does not answer; then the other runs continue without it
 RETRY_SECONDS = 15.0  # between two looks at a job that could not be read
@@ -191,7 +191,7 @@ class Dispatcher:
     def _adopt_run(self, run: Run, lease_term: int) -> Supervisor | None:
         """Return the supervisor of a run; None if its status cannot be read: then its job stays open."""
         try:
-            supervisor = Supervisor(run, self.backend, *run.status(), rest_seconds=REST_SECONDS)
+            supervisor = Supervisor(run, self.backend, *run.status())
             supervisor.stamp(lease_term)
             # Read here, where jobs are read in parallel; later commands come with a notification.
             supervisor.commands_pending = run.has_command(supervisor.status.last_command + 1)
@@ -235,6 +235,9 @@ class Dispatcher:
                 log.debug("%s cannot be read: %s", supervisor.run.name, error)
 
         active = [run.supervisor for run in self._runs.values() if run.supervisor.active]
+        rest = len(active) / READS_A_SECOND
+        for supervisor in active:
+            supervisor.rest_seconds = rest if rest > POLL_SECONDS else 0.0
         with ThreadPoolExecutor(MAX_READERS) as threads:
             list(threads.map(look, active))
 

@@ -20,7 +20,7 @@ from services.dispatch.attempt import AttemptMonitor, hang_timeout
 from services.dispatch.backends.base import LOST, PREEMPTED, REFUSED, Backend, Driver, Watch
 from services.dispatch.retry_policy import decide
 
-HEARTBEATS = 20  # that are read at least before a silence counts as a hang
+HEARTBEATS = 4  # that are read at least before a silence counts as a hang
 
 log = logging.getLogger("genmodels.supervise")
 
@@ -35,6 +35,7 @@ class Supervisor:
         status: as it is in storage.
         heartbeat: the latest of the attempt.
         commands_pending: True if the next step is to read new commands.
+        rest_seconds: between two reads of the heartbeat of a run that simply trains; 0: each step reads it.
     """
 
     def __init__(
@@ -44,19 +45,14 @@ class Supervisor:
         status: Status,
         etag: str | None,
         watch: Watch = lambda status, heartbeat: None,
-        rest_seconds: float = 0.0,
     ) -> None:
-        """Args:
-        rest_seconds: between two reads of the heartbeat of a run that simply trains; 0: each step reads it.
-        """
-        self.rest_seconds = rest_seconds
         self.run, self.backend, self.status, self.etag, self.watch = run, backend, status, etag, watch
         self.heartbeat: Heartbeat | None = None
-        self.commands_pending = False
+        self.commands_pending, self.rest_seconds = False, 0.0
         self._unsettled: tuple[Status, str] | None = None  # a write that may or may not have happened, and its nonce
         self._monitor: AttemptMonitor | None = None
         self._ahead: list[Heartbeat | None] = []  # the heartbeat that `look` has read for the next step
-        self._next_read = 0.0  # when the heartbeat is due
+        self._next_read = self._rest = 0.0  # when the heartbeat is due, and the seconds from the read before until then
         self._own_attempt = 0  # number of the attempt that this supervisor starts; it finds other attempts started
         self._outcome: str | None = None  # of an attempt whose end is not in storage yet
         self._ready_at = 0.0
@@ -202,7 +198,7 @@ class Supervisor:
         obstacle = monitor.driver.waiting or monitor.driver.problem
         if obstacle not in ("", self.status.reason) and self.status.state == "starting":
             self.to("starting", obstacle)
-        silence = monitor.observe(self.heartbeat)
+        silence = monitor.observe(self.heartbeat, self._rest)
         heartbeat = self.heartbeat or Heartbeat(phase="starting")
         if monitor.ending:
             monitor.kill_if_overdue(heartbeat)
@@ -221,8 +217,8 @@ class Supervisor:
         if heartbeat is None:
             return
         self.heartbeat = heartbeat
-        rest = min(self.rest_seconds, hang_timeout(heartbeat) / HEARTBEATS)
-        self._next_read = time.monotonic() + rest * random.uniform(0.5, 1.0)  # not all runs in one round
+        self._rest = min(self.rest_seconds, hang_timeout(heartbeat) / HEARTBEATS) * random.uniform(0.5, 1.0)
+        self._next_read = time.monotonic() + self._rest  # at random, so that not all runs are due in one round
         if heartbeat.phase == "publishing" and self.status.state != "publishing":
             self.to("publishing", "training has ended")
         elif heartbeat.phase not in ("starting", "publishing") and self.status.state == "starting":

@@ -15,7 +15,7 @@ from genmodels.runs.records import Heartbeat, Result, Status
 from genmodels.runs.store import Run
 from genmodels.spec.sections import JobSpec
 from genmodels.storage import Storage
-from services.dispatch import dispatcher, queue, retry_policy
+from services.dispatch import queue, retry_policy
 from services.dispatch.backends.base import LOST, Capacity
 from services.dispatch.dispatcher import Dispatcher
 from tests.support.scripted_drivers import Driver, Script, dies, ends, obedient, succeeds
@@ -27,7 +27,6 @@ from tests.support.tiny_jobs import job, make_data, model
 def in_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(retry_policy, "BACK_OFF_SECONDS", (0.0, 0.0, 0.0))
     monkeypatch.setattr(queue, "CAPACITY_SECONDS", 0.0)
-    monkeypatch.setattr(dispatcher, "REST_SECONDS", 0.0)
     monkeypatch.setenv("GENMODELS_GROW_SECONDS", "0")
     monkeypatch.setattr("genmodels.storage.retry.MAX_WAIT_SECONDS", 0.001)
 

@@ -17,8 +17,9 @@ from genmodels.runs.records import Heartbeat, Result, Status
 from genmodels.runs.store import Run
 from genmodels.spec.parse import parse_spec
 from genmodels.storage import Storage
+from services.dispatch.attempt import AttemptMonitor
 from services.dispatch.backends.base import Capacity, Driver
-from services.dispatch.dispatcher import MAX_READERS, REST_SECONDS, Dispatcher
+from services.dispatch.dispatcher import MAX_READERS, POLL_SECONDS, READS_A_SECOND, Dispatcher
 from services.jobs import metrics as jobmetrics
 from services.jobs.metrics import JobMetrics
 from services.jobs.views import Views
@@ -114,32 +115,44 @@ def test_a_take_over_of_running_runs_costs_four_operations_each_many_at_once(job
 
 
 @pytest.mark.parametrize("jobs", [1, 10])
-def test_runs_that_simply_train_are_read_each_few_seconds_many_at_once(
+def test_heartbeats_of_runs_that_simply_train_cost_a_bounded_number_of_reads(
     jobs: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     storage, cluster = CountingStorage(), Busy()
     submit(storage, jobs)
     runs = train(storage)
     dispatcher = Dispatcher(storage, cluster)
-    began = time.monotonic()
-    monkeypatch.setattr(time, "monotonic", lambda: began)
+    clock = time.monotonic()
+    monkeypatch.setattr(time, "monotonic", lambda: clock)
     dispatcher.dispatch_once(1)
     storage.forget()
-    dispatcher.dispatch_once(1)
-    assert sum(storage.counts.values()) <= 3, "the open jobs, the inbox: nothing of each run"
-    storage.slow = 0.0005
-    monkeypatch.setattr(time, "monotonic", lambda: began + REST_SECONDS)
-    dispatcher.dispatch_once(1)
-    assert storage.counts["get runs"] == len(runs), "a heartbeat each"
-    assert 2 <= storage.most <= MAX_READERS
+    for _ in range(60):
+        clock += POLL_SECONDS
+        dispatcher.dispatch_once(1)
+    assert 60 * min(len(runs), READS_A_SECOND) <= storage.counts["get runs"] <= 60 * 1.5 * READS_A_SECOND
+    others = sum(count for what, count in storage.counts.items() if what != "get runs")
+    assert others <= 60 * 3, "the open jobs, the inbox, now and then the queue"
     runs[3].write_result(1, Result(outcome="succeeded", message="published"))
     cluster.ended.add(runs[3].name)
     dispatcher.dispatch_once(1)
     assert runs[3].status()[0].state == "succeeded", "an end is seen at once"
 
 
+def test_a_run_that_is_read_rarely_hangs_no_longer_than_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    clock = time.monotonic()
+    monkeypatch.setattr(time, "monotonic", lambda: clock)
+    monitor, heartbeat = AttemptMonitor(Running(Busy(), "j/m")), Heartbeat(phase="training", step=1)
+    monitor.observe(heartbeat)
+    for _ in range(4):
+        clock += 30
+        silence = monitor.observe(heartbeat, rest=30)
+    assert silence == pytest.approx(120)
+    clock += 1000
+    assert monitor.observe(heartbeat, rest=30) < 160, "of an outage little counts"
+
+
 def test_a_store_that_is_away_is_not_asked_for_each_run(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("services.dispatch.dispatcher.REST_SECONDS", 0.0)
+    monkeypatch.setattr("services.dispatch.dispatcher.READS_A_SECOND", 10**6)
     storage = CountingStorage()
     submit(storage, 10)
     train(storage)
