@@ -66,6 +66,18 @@ def test_every_object_is_in_the_namespace_and_its_queue_admits_it(manifests: lis
     assert selector.items() <= namespace["labels"].items()
 
 
+@pytest.mark.parametrize("component", sorted(path.name for path in (K8S / "components").iterdir()))
+def test_each_component_follows_the_namespace(tmp_path: Path, component: str) -> None:
+    """Also its texts: the label of Kueue's queue, the rules of alerts."""
+    shutil.copytree(K8S, tmp_path / "k8s")
+    base = "resources: [../k8s/base]\nnamespace: elsewhere\n"
+    objects = _built(tmp_path / "platform", f"{base}components: [../k8s/components/{component}]\n")
+    assert len([m for m in objects if m["kind"] == "Namespace"]) == 1
+    others = [m for m in objects if m["kind"] not in ("Namespace", "PriorityClass")]
+    assert {m["metadata"]["namespace"] for m in others} == {"elsewhere"}
+    assert {problem for m in others if m["kind"] in ("DaemonSet", "NetworkPolicy") for problem in problems(m)} == set()
+
+
 def test_the_label_by_which_the_guide_applies_the_namespace_first_is_on_nothing_else(manifests: list[Manifest]) -> None:
     (label,) = re.findall(r"apply -k platform -l (\S+)", GUIDE)
     key, _, value = label.partition("=")

@@ -17,6 +17,7 @@ from tests.support.manifests import (
     build,
     build_with,
     cluster_of,
+    config_map_of,
     only,
     pods,
     problems,
@@ -123,10 +124,11 @@ def test_kuberay_accepts_the_incremental_upgrade(tmp_path: Path) -> None:
     assert options["gatewayClassName"]
 
 
-def test_ray_logs_are_read_where_pods_write_them(tmp_path: Path) -> None:
-    manifests = build_with("ray-logs")
-    config = next(m for m in manifests if m["kind"] == "ConfigMap" and m["metadata"]["name"].startswith("ray-logs-"))
-    (tail,) = yaml.safe_load(config["data"]["fluent-bit.yaml"])["pipeline"]["inputs"]
+def test_ray_logs_are_read_where_pods_write_them() -> None:
+    manifests = [*build("base"), *build("ray-logs")]
+    assert {problem for manifest in build("ray-logs") for problem in problems(manifest)} == set()
+    config = settings(manifests, "ray-logs")["fluent-bit.yaml"]
+    (tail,) = yaml.safe_load(config)["pipeline"]["inputs"]
     volumes = set(re.findall(r"kubernetes\.io~empty-dir/(\w+)/ray/session_", tail["path"]))
     for pod in pods(manifests):
         if not pod.of.startswith("Ray"):
@@ -135,11 +137,25 @@ def test_ray_logs_are_read_where_pods_write_them(tmp_path: Path) -> None:
         assert {mount["name"]} == volumes
         assert any(volume["name"] == mount["name"] and "emptyDir" in volume for volume in pod.spec["volumes"])
     daemon = only(manifests, "DaemonSet")["spec"]["template"]["spec"]
-    environment = {env["name"]: env.get("value") for env in daemon["containers"][0]["env"]}
-    used = set(re.findall(r"\$\{(\w+)\}", config["data"]["fluent-bit.yaml"]))
-    assert used <= environment.keys()
+    store = settings(manifests, "ray-logs-store")
+    used = set(re.findall(r"\$\{(\w+)\}", config))
+    assert used <= {*store, *(env["name"] for env in daemon["containers"][0]["env"])}
+    assert config_map_of(daemon["containers"][0], "ray-logs-store")
     storage = settings(manifests, "genmodels-platform")["GENMODELS_STORAGE"]
-    assert storage.startswith(f"s3://{environment['BUCKET']}/")
+    assert storage.startswith(f"s3://{store['BUCKET']}/")
+
+
+def test_ray_logs_are_set_by_an_overlay(tmp_path: Path) -> None:
+    """The guide's, with another namespace."""
+    page = (K8S / "PLATFORMS.md").read_text()
+    (overlay,) = re.findall(r"```yaml\n(apiVersion: kustomize[^`]*k8s/ray-logs[^`]*)```", page)
+    shutil.copytree(K8S, tmp_path / "k8s")
+    (tmp_path / "ray-logs").mkdir()
+    (tmp_path / "ray-logs" / "kustomization.yaml").write_text(f"{overlay}namespace: elsewhere\n")
+    manifests = build(str(tmp_path / "ray-logs"))
+    assert settings(manifests, "ray-logs-store")["AWS_ENDPOINT_URL"] == "https://S3.EXAMPLE.COM"
+    assert {m["metadata"].get("namespace") for m in manifests if m["kind"] != "Namespace"} == {"elsewhere"}
+    assert not re.search("genmodels-logs|amazonaws", yaml.safe_dump_all(manifests))
 
 
 SERVING = 'name="genmodels"'
