@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import os
 import shutil
 import subprocess
@@ -13,6 +14,7 @@ from typing import Any
 
 import pytest
 import yaml
+from jsonschema import Draft7Validator
 
 from tests.support.manifests import K8S, Manifest, build, build_with, kubectl, problems
 
@@ -88,6 +90,72 @@ def rendered(chart: Path, values: dict[str, Any], namespace: str = "genmodels") 
 
 def by_name(manifests: list[Manifest]) -> dict[tuple[str, str], Manifest]:
     return {(manifest["kind"], manifest["metadata"]["name"]): manifest for manifest in manifests}
+
+
+SCHEMA = json.loads((K8S / "chart" / "values.schema.json").read_text())
+DEFAULTS = yaml.safe_load((K8S / "chart" / "values.yaml").read_text())
+
+
+def test_the_schema_knows_each_value() -> None:
+    """Helm checks values by it at each command."""
+    Draft7Validator.check_schema(SCHEMA)
+    Draft7Validator(SCHEMA).validate(DEFAULTS)
+    assert SCHEMA["properties"].keys() == {*DEFAULTS, "global"}  # Helm adds the last
+    for name in DEFAULTS.keys() - {"createNamespace", "platform"}:
+        assert SCHEMA["properties"][name]["properties"].keys() == DEFAULTS[name].keys(), name
+
+
+def with_value(place: str, value: object) -> dict[str, Any]:
+    section, name = place.split(".")
+    return {**DEFAULTS, section: {**DEFAULTS[section], name: value}}
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        ("image.repository", ""),
+        ("image.tag", 2.6),  # --set reads 2.60 as a number
+        ("image.repo", "registry.example/genmodels"),
+        ("components.ray-logs", True),
+        ("components.gpu", "false"),
+        ("platform.GENMODELS_STORAGE", ""),
+        ("platform.GENMODELS_STORAGE", "file:///tmp"),
+        ("platform.AWS_EC2_METADATA_DISABLED", True),
+        ("platform.a b", "c"),
+        ("hosts.min", "2"),
+        ("hosts.max", 0),
+        ("jobs.replicas", None),
+        ("sizes.host", {"requests": {"cpu": 4, "memory": "8Gi"}}),
+        ("serviceAccounts.imagePullSecrets", ["registry"]),
+    ],
+)
+def test_a_value_that_cannot_be_is_refused(place: str, value: object) -> None:
+    assert not Draft7Validator(SCHEMA).is_valid(with_value(place, value))
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [
+        ("image.repository", "registry.example:5000/team/genmodels"),
+        ("image.tag", "2.60.0-0.1.0@sha256:" + "a" * 64),
+        ("platform.AWS_ENDPOINT_URL", "https://s3.example.com/?a&b"),
+    ],
+)
+def test_a_value_of_the_guide_is_taken(place: str, value: object) -> None:
+    Draft7Validator(SCHEMA).validate(with_value(place, value))
+
+
+@needs_helm
+@pytest.mark.parametrize(
+    ("values", "problem"),
+    [({"image": {"repository": ""}}, "repository"), ({"hosts": {"min": 7}}, "hosts.min is above hosts.max")],
+)
+def test_helm_says_which_value_is_wrong(chart: Path, values: dict[str, Any], problem: str) -> None:
+    (chart.parent / "wrong.yaml").write_text(yaml.safe_dump(values))
+    command = [str(HELM), "template", "any", str(chart), "-f", str(chart.parent / "wrong.yaml")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode
+    assert problem in done.stderr
 
 
 @needs_helm
