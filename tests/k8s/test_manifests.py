@@ -54,6 +54,24 @@ def test_it_builds_and_fits_the_schemas(name: str) -> None:
     assert not [m for m in manifests if m["kind"] == "Secret"]
 
 
+class Strict(yaml.SafeLoader):
+    """Refuse a key that a mapping has twice: the tools take one of both in silence."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        keys = [self.construct_object(key, deep=True) for key, _ in node.value if key.tag != "tag:yaml.org,2002:merge"]
+        twice = {key for key in keys if keys.count(key) > 1}
+        assert not twice, f"{node.start_mark}: {twice}"
+        return super().construct_mapping(node, deep)
+
+
+@pytest.mark.parametrize("path", sorted(K8S.rglob("*.yaml")), ids=lambda path: str(path.relative_to(K8S)))
+def test_no_file_has_a_key_twice(path: Path) -> None:
+    if path.parent == K8S / "chart" / "templates":
+        return  # made, and no YAML until it is rendered
+    for _ in yaml.load_all(path.read_text(), Strict):
+        pass
+
+
 BROKEN: dict[str, tuple[str, Callable[[Manifest], Any]]] = {
     "a misspelt field": ("Deployment", lambda m: m["spec"].update(replica=2)),
     "a field in the wrong place": ("Deployment", lambda m: m["spec"].update(containers=[])),
