@@ -31,9 +31,9 @@ These fields are filled in and override the template:
                                     workers. Another resource that ends in /gpu counts as well
     lifecycle.preStop               of the first container, unless it has one: services.train.pre_stop, with which the
                                     run saves before the pod ends. terminationGracePeriodSeconds: 120 if the template
-                                    has none; the run may take 20 seconds less to save, and so may the driver of a
-                                    deleted RayJob (RAY_JOB_STOP_WAIT_TIME_S). Ray's own wait after the hook
-                                    (RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S) is 0
+                                    has none; the run may take 20 seconds less (half, if it is below 40) to save, and so
+                                    may the driver of a deleted RayJob (RAY_JOB_STOP_WAIT_TIME_S). Ray's own wait after
+                                    the hook (RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S) is 0
     spec.preRunningDeadlineSeconds  1800 if the template has none: an attempt ends if its nodes never come
     spec.suspend, kueue.x-k8s.io/*  with --kube-queue: created suspended; Kueue admits it. Else not suspended
 

@@ -9,7 +9,7 @@ WORKERS, GPU_WORKERS = "workers", "gpu-workers"
 GRACE_SECONDS = 120  # for a pod to end; it saves first
 RAYS_WAIT = "RAY_GRACEFUL_SHUTDOWN_DRAIN_TIMEOUT_S"
 DRIVERS_WAIT = "RAY_JOB_STOP_WAIT_TIME_S"  # from SIGTERM to SIGKILL, when KubeRay stops the driver of a deleted RayJob
-SIGTERM_SECONDS = 20  # of the grace period, for Ray's processes to end after the run has saved
+SIGTERM_SECONDS = 20  # of the grace period (half of one below 40), for Ray's processes to end after the run has saved
 
 
 def size_cluster(cluster: dict[str, Any], name: str, workers: int, use_gpu: bool) -> None:
@@ -47,7 +47,7 @@ def save_first(cluster: dict[str, Any], command: list[str]) -> None:
     for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):
         pod = group["template"]["spec"]
         grace = pod.setdefault("terminationGracePeriodSeconds", GRACE_SECONDS)
-        seconds = str(max(0, grace - SIGTERM_SECONDS))
+        seconds = str(max(grace - SIGTERM_SECONDS, grace // 2))
         hooks = pod["containers"][0].setdefault("lifecycle", {})
         hooks.setdefault("preStop", {"exec": {"command": [*in_image(command), "--seconds", seconds]}})
         env = pod["containers"][0].setdefault("env", [])

@@ -218,6 +218,17 @@ def test_a_hook_of_the_template_stays(tmp_path: Path, data: Path) -> None:
     assert head["spec"]["terminationGracePeriodSeconds"] == 120
 
 
+@pytest.mark.parametrize(("grace", "seconds"), [(0, "0"), (10, "5"), (30, "15"), (600, "580")])
+def test_a_run_saves_also_in_a_short_grace_period(tmp_path: Path, data: Path, grace: int, seconds: str) -> None:
+    container = {"name": "ray", "image": "genmodels:test"}
+    pod = {"spec": {"containers": [container], "terminationGracePeriodSeconds": grace}}
+    change_template(tmp_path, group={"template": pod})
+    body = Template(KubeOptions(template=tmp_path / "template.yaml")).fill("s3://b", "j", of(data).models[0], 1, 2, 0)
+    _, worker, _ = build_pods(body)
+    ray = worker["spec"]["containers"][0]
+    assert ray["lifecycle"]["preStop"]["exec"]["command"][-2:] == ["--seconds", seconds]
+
+
 def test_a_field_without_a_value_is_not_set(tmp_path: Path, data: Path) -> None:
     """YAML reads `env:` with all its lines as comments so."""
     container = {"name": "ray", "image": "genmodels:test", "env": None, "lifecycle": None, "resources": None}
