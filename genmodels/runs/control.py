@@ -1,7 +1,7 @@
 """Obey the commands to an attempt in its processes, while the main thread trains, waits or hangs.
 
-One process of an attempt reads commands in storage: looks of all ranks would cost as much as the group is large. The
-other ranks learn of a stop in a collective of the training loop, and of a kill from rank 0, without storage.
+Rank 0 reads the commands: looks of all ranks would cost as much as the group is large. The other ranks learn of a stop
+in a collective of the training loop. They read a kill themselves, once training stands still.
 """
 
 from __future__ import annotations
@@ -12,10 +12,10 @@ import logging
 import os
 import sys
 import threading
+import time
 import traceback
-from abc import ABC, abstractmethod
 from collections.abc import Callable
-from typing import Any, Self
+from typing import Self
 
 from genmodels.errors import StorageUnavailable
 from genmodels.runs.logs import LogShipper
@@ -27,32 +27,25 @@ log = logging.getLogger("genmodels")
 LOOK_SECONDS = 1.0  # between two looks; with each look that finds nothing a little more
 MAX_LOOK_SECONDS = 2.0  # within which a command is read
 BACK_OFF = 1.1
-KILL_SECONDS = 3.0  # from the command to the end of a process: other ranks have to learn of it and ship their stacks
+STILL_SECONDS = 5.0  # without an exchange between ranks; shorter than each time limit of a hang
+LOOKS_A_SECOND = 16  # of all ranks that stand still
+KILL_SECONDS = 3.0  # from the command to the end of a process: the other ranks have to read it and ship their stacks
 MAX_FRAMES = 50  # of each thread
 KILLED = 75  # exit code of a process that was killed by a command
 
 
-class Watcher(ABC):
-    """Look for what this process has to obey, in a thread of its own. Use as a context manager.
+class CommandWatcher:
+    """Read the commands to an attempt in a thread of its own: on rank 0, and in the driver while there is no rank 0.
 
-    A killed process writes the stacks of all its threads into its log, ships the log, and ends after `kill_seconds` at
-    the latest, whatever its main thread does.
-
-    Attributes:
-        should_stop: set when the attempt is to save and end.
+    `should_stop` is set by a stop command. After a kill command the process writes the stacks of all its threads into
+    its log, ships the log, and ends after `kill_seconds` at the latest, whatever its main thread does. Use as a context
+    manager. Commands are numbered without gaps, so that a look costs one small read, not a listing.
     """
 
-    def __init__(
-        self,
-        logs: LogShipper,
-        kill_seconds: float = KILL_SECONDS,
-        pass_on: Callable[[str], None] = lambda reason: None,
-    ) -> None:
-        """Args:
-        pass_on: tell other processes why this one is killed.
-        """
-        self.logs, self.kill_seconds, self.pass_on = logs, kill_seconds, pass_on
+    def __init__(self, run: Run, attempt: int, logs: LogShipper, kill_seconds: float = KILL_SECONDS) -> None:
+        self.run, self.attempt, self.logs, self.kill_seconds = run, attempt, logs, kill_seconds
         self.should_stop, self.killed, self.closing = threading.Event(), threading.Event(), threading.Event()
+        self.last_seq: int | None = None  # number of the last command that was read; None before the first look
         self._rounds = Rounds("commands", log)
         self.thread = threading.Thread(target=self._watch, name="commands", daemon=True)
 
@@ -63,46 +56,8 @@ class Watcher(ABC):
     def __exit__(self, *_: object) -> None:
         self.closing.set()  # do not join the thread: it may wait for a store that is away
 
-    @abstractmethod
     def look(self) -> bool:
-        """Look once and obey; return True if there was something new."""
-
-    def kill(self, reason: str) -> None:
-        """End this process with its stacks in its log."""
-        self.killed.set()
-        last = threading.Timer(self.kill_seconds, self._end)
-        last.daemon = True
-        last.start()
-        os.write(2, f"Killed: {reason}. The stacks of all threads:\n{thread_stacks()}\n".encode())
-        self.pass_on(reason)
-        self.logs.flush(self.kill_seconds)
-
-    def _watch(self) -> None:
-        pause = LOOK_SECONDS
-        while not self.closing.wait(pause) and not self.killed.is_set():
-            pause = min(pause * BACK_OFF, MAX_LOOK_SECONDS)
-            with self._rounds.round(), contextlib.suppress(StorageUnavailable):  # the next look reads it
-                if self.look():
-                    pause = LOOK_SECONDS
-
-    def _end(self) -> None:
-        if not self.closing.is_set():
-            os._exit(KILLED)  # does not wait for threads that hang
-
-
-class CommandWatcher(Watcher):
-    """Read the commands to an attempt: on rank 0, and in the driver while there is no rank 0.
-
-    Commands are numbered without gaps, so that a look costs one small read, not a listing.
-    """
-
-    def __init__(self, run: Run, attempt: int, logs: LogShipper, **options: Any) -> None:
-        super().__init__(logs, **options)
-        self.run, self.attempt = run, attempt
-        self.last_seq: int | None = None  # number of the last command that was read; None before the first look
-
-    def look(self) -> bool:
-        """Read the new commands once."""
+        """Read the new commands once and obey them; return True if there were any."""
         if self.last_seq is not None and not self.run.has_command(self.last_seq + 1):
             return False
         commands = self.run.commands(after=self.last_seq or 0)
@@ -112,28 +67,55 @@ class CommandWatcher(Watcher):
             if command.attempt != self.attempt:
                 continue
             if command.action == "kill":
-                self.kill(command.reason)
+                self._kill(command.reason)
             elif command.action == "stop":
                 self.should_stop.set()
         return bool(commands)
 
+    def _watch(self) -> None:
+        pause = LOOK_SECONDS
+        while not self.closing.wait(pause) and not self.killed.is_set():
+            pause = min(pause * BACK_OFF, MAX_LOOK_SECONDS)
+            with self._rounds.round(), contextlib.suppress(StorageUnavailable):  # the next look reads it
+                if self.look():
+                    pause = LOOK_SECONDS
 
-class KillListener(Watcher):
-    """Learn from rank 0 that the attempt is killed: on the other ranks.
+    def _kill(self, reason: str) -> None:
+        self.killed.set()
+        last = threading.Timer(self.kill_seconds, self._end)
+        last.daemon = True
+        last.start()
+        os.write(2, f"Killed: {reason}. The stacks of all threads:\n{thread_stacks()}\n".encode())
+        self.logs.flush(self.kill_seconds)
 
-    Args:
-        killed_for: return why rank 0 was killed, None if it was not.
+    def _end(self) -> None:
+        if not self.closing.is_set():
+            os._exit(KILLED)  # does not wait for threads that hang
+
+
+class HangWatcher(CommandWatcher):
+    """Read the commands on a rank other than 0, but only while the group stands still: rank 0 may be what hangs.
+
+    While training goes on, rank 0 obeys for all, and a look of this class costs nothing. `world_size` ranks that stand
+    still look at most `LOOKS_A_SECOND` times a second together.
     """
 
-    def __init__(self, killed_for: Callable[[], str | None], logs: LogShipper) -> None:
-        super().__init__(logs)
-        self.killed_for = killed_for
+    def __init__(
+        self, run: Run, attempt: int, logs: LogShipper, still_seconds: Callable[[], float], world_size: int
+    ) -> None:
+        """Args:
+        still_seconds: return for how long the ranks have exchanged nothing, beyond what is usual.
+        """
+        super().__init__(run, attempt, logs)
+        self.still_seconds, self.pause = still_seconds, world_size / LOOKS_A_SECOND
+        self._next_look = 0.0
 
     def look(self) -> bool:
-        reason = self.killed_for()
-        if reason is not None:
-            self.kill(reason)
-        return reason is not None
+        now = time.monotonic()
+        if self.still_seconds() < STILL_SECONDS or now < self._next_look:
+            return False
+        self._next_look = now + self.pause
+        return super().look()
 
 
 def thread_stacks() -> str:

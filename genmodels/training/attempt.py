@@ -24,7 +24,7 @@ from genmodels.evals.images import evenly_spaced
 from genmodels.family import Batch, Family
 from genmodels.preflight import servable
 from genmodels.registry import init_from
-from genmodels.runs.control import CommandWatcher, KillListener, Watcher
+from genmodels.runs.control import CommandWatcher, HangWatcher
 from genmodels.runs.jobs import Jobs
 from genmodels.runs.logs import LogShipper
 from genmodels.runs.records import Heartbeat
@@ -55,12 +55,11 @@ def work(storage: Storage, job: str, model: str, attempt: int, group: Group) -> 
         return run_attempt(storage, job, model, attempt, group, watch.should_stop)
 
 
-def _watcher(run: Run, attempt: int, group: Group, logs: LogShipper) -> Watcher:
-    """Return what makes this rank obey commands. Only rank 0 reads storage, whatever the size of the group."""
-    topic = f"{run.name} attempt {attempt}: killed"
+def _watcher(run: Run, attempt: int, group: Group, logs: LogShipper) -> CommandWatcher:
+    """Return what makes this rank obey commands. While training goes on, only rank 0 reads them."""
     if group.rank > 0:
-        return KillListener(lambda: group.announced(topic), logs)
-    return CommandWatcher(run, attempt, logs, pass_on=lambda reason: group.announce(topic, reason))
+        return HangWatcher(run, attempt, logs, group.still_seconds, group.world_size)
+    return CommandWatcher(run, attempt, logs)
 
 
 def run_attempt(

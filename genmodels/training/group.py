@@ -2,27 +2,29 @@
 
 from __future__ import annotations
 
-import contextlib
+import time
 from dataclasses import dataclass, field
-from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 
-@dataclass(frozen=True)
+@dataclass
 class Group:
     """One worker of `world_size`. With one worker there is no process group, and a collective does nothing."""
 
     rank: int = 0
     world_size: int = 1
     device: torch.device = field(default_factory=lambda: torch.device("cpu"))
+    _exchanged: float = field(default_factory=time.monotonic, init=False)  # when a collective last ended
+    _usual: float = field(default=0.0, init=False)  # seconds between the last two
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Add up a tensor over all ranks, in place."""
         if dist.is_initialized():
             dist.all_reduce(tensor)
+            self._note_exchange()
         return tensor
 
     def from_rank_0(self, flag: bool) -> bool:
@@ -31,24 +33,14 @@ class Group:
             return flag
         shared = torch.tensor([flag], dtype=torch.uint8, device=self.device)
         dist.broadcast(shared, src=0)
-        return bool(shared.item())
+        result = bool(shared.item())
+        self._note_exchange()
+        return result
 
-    def announce(self, topic: str, text: str) -> None:
-        """Leave a text for the other ranks where they meet, outside of collectives, which may hang."""
-        if dist.is_initialized():
-            _meeting_place().set(topic, text)
+    def still_seconds(self) -> float:
+        """Return for how long there was no collective, less the time between the two before. Other threads may ask."""
+        return time.monotonic() - self._exchanged - self._usual
 
-    def announced(self, topic: str) -> str | None:
-        """Return the text that was announced, None if there is none, or no longer a process that could tell."""
-        if not dist.is_initialized():
-            return None
-        place = _meeting_place()
-        with contextlib.suppress(dist.DistError):  # rank 0, which holds the texts, has ended
-            if place.check([topic]):
-                return str(place.get(topic).decode())
-        return None
-
-
-def _meeting_place() -> Any:
-    """Return the key-value store through which the ranks have found each other; rank 0 serves it in C++."""
-    return dist.distributed_c10d._get_default_store()
+    def _note_exchange(self) -> None:
+        now = time.monotonic()
+        self._usual, self._exchanged = now - self._exchanged, now

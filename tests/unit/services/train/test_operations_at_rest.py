@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 
+from genmodels.runs.control import LOOKS_A_SECOND
 from genmodels.runs.records import Heartbeat
 from genmodels.runs.store import Run
 from genmodels.training.attempt import _watcher
@@ -83,11 +84,44 @@ def test_a_run_at_rest_costs_one_operation_a_second_whatever_its_world_size(
     driver = DriverWatch(run, 1, None)
     driver.training(max_steps=10**6)
     run.write_heartbeat(1, Heartbeat(phase="training", step=1, progress_count=1))
-    ranks = [_watcher(run, 1, Group(rank, world_size), None) for rank in range(world_size)]
+    groups = [Group(rank, world_size) for rank in range(world_size)]
+    ranks = [(_watcher(run, 1, group, None), group._note_exchange) for group in groups]
     operations = at_rest(driver, driver._watch) + at_rest(recorder, recorder._write_heartbeats, step)
-    operations += sum(at_rest(rank, rank._watch) for rank in ranks)
+    operations += sum(at_rest(rank, rank._watch, exchange) for rank, exchange in ranks)
     assert operations <= REST
     assert run.heartbeat(1).step > BEGINNING, "it trained"
+
+
+@pytest.mark.parametrize("world_size", [2, 64])
+def test_ranks_that_stand_still_look_at_a_bounded_rate(run: Run, at_rest: Callable[..., int], world_size: int) -> None:
+    """Each rank is asked alone, so the operations of one are to be multiplied."""
+    group = Group(1, world_size)
+    for _ in range(2):
+        group._note_exchange()
+    watch = _watcher(run, 1, group, None)
+    assert 0 < at_rest(watch, watch._watch) * world_size <= LOOKS_A_SECOND * REST
+
+
+def test_another_rank_reads_a_kill_only_while_training_stands_still(
+    run: Run, storage: CountingStorage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = 100.0
+    monkeypatch.setattr(time, "monotonic", lambda: now)
+    group = Group(1, 2)
+    watch = _watcher(run, 1, group, None)
+    reasons: list[str] = []
+    monkeypatch.setattr(watch, "_kill", reasons.append)
+    for _ in range(2):  # two exchanges in 4 s: this is what a step takes
+        now += 4
+        group._note_exchange()
+    run.send_command("kill", 1, "no progress for 120 s")
+    storage.forget()
+    now += 8
+    assert not watch.look()
+    assert not storage.counts
+    now += 1.5
+    assert watch.look()
+    assert reasons == ["no progress for 120 s"]
 
 
 def test_rank_0_reads_a_command_within_two_seconds_and_lists_none_before(
