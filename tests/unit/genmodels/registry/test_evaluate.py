@@ -148,7 +148,7 @@ def test_a_vae_without_latents_has_a_bound_that_is_exact() -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     ("likelihood", "says"),
-    [("bernoulli", "no likelihood"), ("bernoulli-binarized", "black or white"), ("gaussian", "density")],
+    [("bernoulli", "not a likelihood"), ("bernoulli-binarized", "black or white"), ("gaussian", "density")],
 )
 def test_a_gate_refuses_a_collapsed_vae(likelihood: str, says: str) -> None:
     sound = learned(vae(likelihood=likelihood), SHAPES, 100, learning_rate=1e-2)
