@@ -207,7 +207,11 @@ def test_rules_evaluate_and_a_run_keeps_its_own_label_job(prometheus: str) -> No
 
     until(evaluated, "every rule is evaluated")
     assert not [rule["lastError"] for group in groups() for rule in group["rules"] if rule["health"] != "ok"]
-    jobs = httpx.get(
-        f"{prometheus}/api/v1/label/job/values", params={"match[]": "genmodels_training_step"}, trust_env=False
-    )
-    assert jobs.json()["data"] == list(made_up_metrics.VALUES["job"])
+
+    def jobs() -> list[str]:
+        query = {"match[]": "genmodels_training_step"}
+        answer = httpx.get(f"{prometheus}/api/v1/label/job/values", params=query, trust_env=False)
+        return answer.json()["data"]
+
+    until(jobs, "a run is scraped")
+    assert jobs() == list(made_up_metrics.VALUES["job"])

@@ -276,6 +276,7 @@ class Refusing(Wrapped):
             raise Refused(f"{key}: not allowed (403 InvalidAccessKeyId)", DENIED)
 
 
+@pytest.mark.slow
 def test_a_refusal_at_any_moment_fails_no_job_and_stops_no_dispatcher(data: Path) -> None:
     for at in itertools.count(1, 4):
         inner = MemoryStorage()

@@ -580,6 +580,7 @@ def log(run: Run) -> list[str]:
     return [line.line for line in run.log_lines("driver")]
 
 
+@pytest.mark.slow
 def test_a_driver_ended_by_sigterm_leaves_a_result_and_its_log(tmp_path: Path) -> None:
     run, code, seconds = drive(tmp_path, make_data(tmp_path), "wait", "--workers", "2", signals=signal.SIGTERM)
     assert code == 0
@@ -592,6 +593,7 @@ def test_a_driver_ended_by_sigterm_leaves_a_result_and_its_log(tmp_path: Path) -
     assert log(run)[-1].endswith("stopped before its workers started; continues from step 0")
 
 
+@pytest.mark.slow
 def test_a_driver_ends_when_it_is_superseded(tmp_path: Path) -> None:
     run, code, _ = drive(tmp_path, make_data(tmp_path), "overtaken")
     assert code == control.SUPERSEDED

@@ -62,6 +62,7 @@ def step(run: Run) -> int:
     return heartbeat.step if heartbeat and heartbeat.phase == "training" else 0
 
 
+@pytest.mark.slow
 def test_pods_that_all_end_at_once_lose_no_step(run: Run) -> None:
     until(lambda: step(run) > 2, "it trains", 120)
     pids = processes(run.storage.url)
@@ -125,6 +126,7 @@ def test_a_damaged_status_does_not_keep_an_attempt_from_saving(quiet: Run) -> No
     assert [command.action for command in quiet.commands(1)] == ["stop"]
 
 
+@pytest.mark.slow
 def test_a_storage_that_is_silent_does_not_hold_the_pod(quiet: Run) -> None:
     """The listener takes connections, and never answers."""
     with socket.create_server(("127.0.0.1", 0)) as silent:
