@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 import time
 from collections.abc import Iterator
 from typing import Any
@@ -175,12 +176,13 @@ def test_a_result_counts_whatever_the_exit_code() -> None:
 
 
 class Clock:
-    """A clock that advances only in `sleep`."""
+    """A clock that advances only in `sleep` of this thread. Threads that another test has left keep the real clock."""
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
-        self.now = 1000.0
-        monkeypatch.setattr(time, "monotonic", lambda: self.now)
-        monkeypatch.setattr(time, "sleep", self.sleep)
+        self.now, own = 1000.0, threading.get_ident()
+        monotonic, sleep = time.monotonic, time.sleep
+        monkeypatch.setattr(time, "monotonic", lambda: self.now if threading.get_ident() == own else monotonic())
+        monkeypatch.setattr(time, "sleep", lambda s: self.sleep(s) if threading.get_ident() == own else sleep(s))
 
     def sleep(self, seconds: float) -> None:
         self.now += seconds
