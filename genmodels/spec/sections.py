@@ -4,8 +4,8 @@
 lenient, for specs in storage: it ignores unknown keys, so that an older process can read newer specs.
 
 The sections do not depend on each other, and the settings of a family (`model`) are in the file of the family; this
-module combines them, and `errors` words the problems that need more than one of them. It imports families, and torch
-with them, only for a valid outline.
+module combines them, and `cross_field_errors` words the problems that need more than one of them. It imports families,
+and torch with them, only for a valid outline.
 """
 
 from __future__ import annotations
@@ -97,11 +97,9 @@ class TrainConfig(OptimizerConfig):
 
     @model_validator(mode="after")
     def _warms_up_in_time(self, info: ValidationInfo) -> Self:
-        return (
-            self
-            if _is_stored(info)
-            else _raised(self, cross_field_errors.warmup_steps(self.warmup_steps, self.max_steps))
-        )
+        if _is_stored(info):
+            return self
+        return _raised(self, cross_field_errors.warmup_steps(self.warmup_steps, self.max_steps))
 
 
 Workers = Annotated[int, Field(ge=1, le=cross_field_errors.MAX_WORKERS)]
