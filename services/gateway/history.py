@@ -47,7 +47,6 @@ def add_history_routes(app: FastAPI, pool: Pool, generate: Any) -> None:
     ) -> Response:
         """Read the logged metrics of the run that trained a version, and the names of its samples."""
         caller.require([model])
-        await request.body()  # after it comes only the client's disconnect
         with histories.take(caller.id):
             history = unwrap(await cancel_on_disconnect(request, pool.history(model, query.points)))
         tag_version(request, history.version, history.family)

@@ -139,7 +139,7 @@ def _check_nested(body: bytes) -> None:
 
 async def cancel_on_disconnect(request: Request, work: Coroutine[Any, Any, T]) -> T:
     """Return the result of `work`; cancel `work` when the client disconnects, because no other code notices that."""
-    task, disconnect = asyncio.ensure_future(work), asyncio.ensure_future(request.receive())
+    task, disconnect = asyncio.ensure_future(work), asyncio.ensure_future(_disconnected(request))
     try:
         await asyncio.wait((task, disconnect), return_when=asyncio.FIRST_COMPLETED)
         if not task.done():
@@ -149,6 +149,12 @@ async def cancel_on_disconnect(request: Request, work: Coroutine[Any, Any, T]) -
         task.cancel()
         disconnect.cancel()
         await asyncio.gather(task, disconnect, return_exceptions=True)
+
+
+async def _disconnected(request: Request) -> None:
+    """Wait until the client disconnects."""
+    await request.body()  # after it comes only the client's disconnect
+    await request.receive()
 
 
 def check_content_type(request: Request, accepted: Collection[str]) -> None:

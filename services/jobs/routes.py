@@ -147,7 +147,6 @@ def add_job_routes(
                 await caller.recheck()
                 part = await in_thread(history_threads, next, parts, b"")
 
-        await request.body()  # after it comes only the client's disconnect
         with contextlib.ExitStack() as held:
             held.enter_context(histories.take(caller.id))
             begun = await cancel_on_disconnect(request, begin())  # an error here still becomes an error response
