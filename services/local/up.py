@@ -176,14 +176,8 @@ def _environment(folder: Path, ports: RayPorts) -> dict[str, str]:
     token = folder / "token"
     with open(os.open(token, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o400), "w") as file:
         file.write(secrets.token_hex(32))
-    environment = (
-        local_environment()
-        | short_tmpdir(folder)
-        | {
-            "RAY_AUTH_TOKEN_PATH": str(token),
-            dashboard.ADDRESS: f"http://{HOST}:{ports.dashboard}",
-        }
-    )
+    environment = local_environment() | short_tmpdir(folder)
+    environment |= {"RAY_AUTH_TOKEN_PATH": str(token), dashboard.ADDRESS: f"http://{HOST}:{ports.dashboard}"}
     del environment["RAY_AUTH_TOKEN"]
     return environment
 
