@@ -62,11 +62,15 @@ class Connection(HttpToolsProtocol):
         self._used = time.monotonic()
         if self.is_idle:
             self._header.start(self.header_seconds)
+        is_rest = self._in_body  # of a body after its answer: it is discarded, until the deadline
         super().data_received(data)
         if not self.is_idle:
             self._header_bytes = 0
             self._header.stop()
-        elif not self._in_body:  # the rest of a body after its answer is discarded, until the deadline
+        elif is_rest and not self._in_body:  # the next header has the whole time; uvicorn has stopped its own timer
+            self._header.stop()
+            self._header.start(self.header_seconds)
+        elif not is_rest:
             self._header_bytes += len(data)
             if self._header_bytes > HEADER_BYTES:
                 self.transport.abort()

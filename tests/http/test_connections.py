@@ -154,6 +154,21 @@ def test_a_header_has_a_size(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
         pytest.fail("64 MiB of a header were taken")
 
 
+def test_the_rest_of_a_body_is_no_header(url: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Check that a connection stays after an early answer, also if the end of the body comes in one large part."""
+    monkeypatch.setattr(Quick, "header_seconds", PATIENCE * 10)
+    rest = 3 * HEADER_BYTES
+    with connect(url) as connection:
+        for _ in range(3):
+            connection.sendall(f"POST /healthz HTTP/1.1\r\nhost: x\r\ncontent-length: {rest}\r\n\r\n".encode())
+            received = b""
+            while b"ok" not in received:
+                received += connection.recv(1000)
+            connection.sendall(b"x" * rest)
+        connection.sendall(b"GET /healthz HTTP/1.1\r\nhost: x\r\n\r\n")
+        assert connection.recv(100).startswith(b"HTTP/1.1 200")
+
+
 def test_an_answer_that_is_not_read_is_given_up(app: Application, url: str) -> None:
     with connect(url) as connection:
         connection.sendall(b"GET /large HTTP/1.1\r\nhost: x\r\n\r\n")
