@@ -87,7 +87,7 @@ def application(arguments: dict[str, Any]) -> Application:
 
 @serve.deployment(name=POOL, max_ongoing_requests=32, max_queued_requests=64, **_COMMON)
 class Host(ModelHost):
-    def __init__(self, storage_url: str, **options: int) -> None:
+    def __init__(self, storage_url: str, **options: Any) -> None:
         _stay_on_this_machine()
         super().__init__(storage_url, **options)
 
