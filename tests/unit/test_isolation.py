@@ -83,10 +83,10 @@ def failing(monkeypatch: pytest.MonkeyPatch) -> dict[str, Exception]:
     raised: dict[str, Exception] = {}
     real = loader.load
 
-    def load(storage: Storage, ref: Any) -> Any:
+    def load(storage: Storage, ref: Any, *rest: Any) -> Any:
         if ref.name in raised:
             raise raised[ref.name]
-        return real(storage, ref)
+        return real(storage, ref, *rest)
 
     monkeypatch.setattr(model_cache, "load", load)
     monkeypatch.setattr(model_cache, "RETRY_SECONDS", 0.0)
