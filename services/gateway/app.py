@@ -18,6 +18,7 @@ from ray._common.tls_utils import add_port_to_grpc_server
 from ray.exceptions import RayError, RayTaskError
 from ray.serve import Application
 from ray.serve._private import replica
+from ray.serve.config import RequestRouterConfig
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 from ray.util import get_node_ip_address
@@ -36,6 +37,7 @@ from genmodels.storage import open_storage
 from services.gateway.catalog import CatalogEntry
 from services.gateway.deploy import POOL
 from services.gateway.model_host import CompletionStarted, ModelHost
+from services.gateway.router import PlacementRouter
 from services.gateway.routes import create_app
 from services.http.middleware import LOOPBACK, PROXY_REQUESTS
 
@@ -85,9 +87,15 @@ def application(arguments: dict[str, Any]) -> Application:
     return build(**{**arguments, "storage_url": storage_url})
 
 
-@serve.deployment(name=POOL, max_ongoing_requests=32, max_queued_requests=64, **_COMMON)
+@serve.deployment(
+    name=POOL,
+    max_ongoing_requests=32,
+    max_queued_requests=64,
+    request_router_config=RequestRouterConfig(request_router_class=PlacementRouter),  # type: ignore[arg-type]
+    **_COMMON,
+)
 class Host(ModelHost):
-    def __init__(self, storage_url: str, **options: int) -> None:
+    def __init__(self, storage_url: str, **options: Any) -> None:
         _stay_on_this_machine()
         super().__init__(storage_url, **options)
 
@@ -126,31 +134,31 @@ class HandlePool:
         return self._problem
 
     async def models(self) -> list[CatalogEntry] | RequestError:
-        return await self._ask("models")
+        return await _answer(self._handle, "models")
 
     async def model(self, name: str) -> CatalogEntry | RequestError:
-        return await self._ask("model", name)
+        return await self._ask_about("model", name)
 
     async def contract(self, name: str) -> Contract | RequestError:
-        return await self._ask("contract", name)
+        return await self._ask_about("contract", name)
 
     async def answer(self, name: str, request: ImageRequest) -> ImageAnswer | RequestError:
-        return await self._ask("answer", name, request)
+        return await self._ask_about("answer", name, request)
 
     async def vocabulary(self, name: str) -> Vocabulary | RequestError:
-        return await self._ask("vocabulary", name)
+        return await self._ask_about("vocabulary", name)
 
     async def history(self, name: str, points: int) -> History | RequestError:
-        return await self._ask("history", name, points)
+        return await self._ask_about("history", name, points)
 
     async def sample(self, name: str, step: int, file: str) -> bytes | RequestError:
-        return await self._ask("sample", name, step, file)
+        return await self._ask_about("sample", name, step, file)
 
     async def complete(
         self, name: str, request: CompletionRequest
     ) -> AsyncGenerator[CompletionStarted | TextDelta | RequestError, None]:
         try:
-            items: Any = self._stream.complete.remote(name, request)
+            items: Any = _placed(self._stream, name).complete.remote(name, request)
             async for item in items:
                 yield item
         except GeneratorExit:  # the client has disconnected between two items; Serve cancels nothing in this case
@@ -159,11 +167,20 @@ class HandlePool:
         except (RayError, BackPressureError, DeploymentUnavailableError) as error:
             yield _request_error(error)
 
-    async def _ask(self, method: str, *arguments: Any) -> Any:
-        try:
-            return await getattr(self._handle, method).remote(*arguments)
-        except (RayError, BackPressureError, DeploymentUnavailableError) as error:
-            return _request_error(error)
+    async def _ask_about(self, method: str, name: str, *arguments: Any) -> Any:
+        return await _answer(_placed(self._handle, name), method, name, *arguments)
+
+
+def _placed(handle: DeploymentHandle[Any], name: str) -> DeploymentHandle[Any]:
+    """Return a handle whose calls go to the replica for a model; all versions of a model have the same one."""
+    return handle.options(multiplexed_model_id=name.partition("@")[0])
+
+
+async def _answer(handle: DeploymentHandle[Any], method: str, *arguments: Any) -> Any:
+    try:
+        return await getattr(handle, method).remote(*arguments)
+    except (RayError, BackPressureError, DeploymentUnavailableError) as error:
+        return _request_error(error)
 
 
 def _stay_on_this_machine() -> None:

@@ -25,6 +25,7 @@ from genmodels.schema.field_errors import nearest, show
 from genmodels.spec.parse import parse_spec
 from genmodels.spec.sections import JobSpec
 from genmodels.storage import Storage
+from services.gateway.pool_config import WatchedPools
 from services.http.auth import Caller
 from services.jobs import dry_run
 from services.jobs.lines import json_document, pack, shown_lines
@@ -49,6 +50,7 @@ class JobOperations:
     def __init__(self, storage: Storage, endpoint: str | None = None) -> None:
         self.storage, self.jobs = storage, Jobs(storage)
         self.views = Views(storage, endpoint)
+        self._pools = WatchedPools()
         self._histories = ThinnedHistories()
 
     def dry_run(self, body: bytes, caller: Caller, gone: Callable[[], bool]) -> JobDryRun:
@@ -59,7 +61,7 @@ class JobOperations:
         """
         with _spec_errors():
             checked, capacity = self._check(body, caller, dry_run=True)
-            report = dry_run.report(checked.job, self.storage, capacity, gone)
+            report = dry_run.report(checked.job, self.storage, capacity, self._pools.read().memory, gone)
         for model in report.models:
             model.notes += checked.notes[model.model]
         return report
@@ -156,7 +158,8 @@ class JobOperations:
         caller.require(filter(None, (model.train.init_from for model in spec.models)))
         capacity = self.views.queue().capacity
         spec = resolve_references(spec, self.storage, pin=False)
-        return check_job(spec, self.storage, capacity=capacity, planned=dry_run), capacity
+        pools = self._pools.read().memory
+        return check_job(spec, self.storage, capacity=capacity, pools=pools, planned=dry_run), capacity
 
     def _choose_runs(self, job: str, models: list[str] | None, caller: Caller) -> _Chosen:
         """Read a job, and the status of the named runs, by default all. A request reads nothing else of the job."""

@@ -132,6 +132,23 @@ def test_a_hundred_submissions_with_one_key_are_one_job(file_storage: Storage) -
     assert service.jobs.open() == [answers[0][1]]
 
 
+def test_a_pool_that_does_not_exist_is_refused(
+    service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Expect that a changed file of the pools counts at once, and that a dry run says the same."""
+    (tmp_path / "pools.yaml").write_text("pools: [{name: default}]")
+    monkeypatch.setenv("GENMODELS_POOLS", str(tmp_path / "pools.yaml"))
+    body = spec()
+    body["models"][0]["serve"] = {"pool": "gpu"}
+    for query in ("", "?dry_run=true"):
+        error = refused(service.post(body, query), 400)
+        assert (error["param"], error["code"]) == ("models[0].serve.pool", "invalid_spec")
+        assert error["message"] == "models[0].serve.pool: got 'gpu', expected one of default"
+    assert service.jobs.open() == []
+    (tmp_path / "pools.yaml").write_text("pools: [{name: default}, {name: gpu, gpus: 1}]")
+    assert service.post(body).status_code == 201
+
+
 @pytest.mark.parametrize(
     ("change", "param", "says"),
     [

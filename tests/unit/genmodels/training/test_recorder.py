@@ -216,12 +216,12 @@ DISK_FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 @pytest.mark.parametrize(
     ("where", "error"),
     [
-        ("genmodels.checkpoint.tempfile.TemporaryDirectory", DISK_FULL),
+        ("genmodels.checkpoint.files.tempfile.TemporaryDirectory", DISK_FULL),
         ("genmodels.checkpoint.write_files", DISK_FULL),
         ("safetensors.torch.save_file", SafetensorError("I/O error: No space left on device (os error 28)")),
-        ("genmodels.checkpoint.write_config", OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))),
+        ("genmodels.checkpoint.files.write_config", OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))),
         ("genmodels.checkpoint.write_assets", OSError(errno.EIO, os.strerror(errno.EIO))),
-        ("genmodels.checkpoint.sha256_of", OSError(errno.EMFILE, os.strerror(errno.EMFILE))),
+        ("genmodels.checkpoint.files.sha256_of", OSError(errno.EMFILE, os.strerror(errno.EMFILE))),
     ],
 )
 def test_a_full_scratch_disk_is_waited_for_and_said(
