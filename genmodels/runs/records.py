@@ -166,16 +166,6 @@ class ChainLink:
 
 
 @dataclass(frozen=True)
-class MetricPart:
-    """Some rows of one attempt. The object never changes, except that a put which is tried again may have more rows."""
-
-    link: ChainLink
-    key: str
-    first: int  # step of the first row
-    size: int  # in bytes
-
-
-@dataclass(frozen=True)
 class LogLine:
     """A line that a process printed."""
 

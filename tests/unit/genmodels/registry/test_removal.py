@@ -34,6 +34,7 @@ from genmodels.storage import Storage, lease, write_document
 from genmodels.storage.documents import now
 from genmodels.threads import Rounds
 from tests.support.published_models import publish
+from tests.support.run_parts import write_log
 from tests.support.storages import LINEAGE, MemoryStorage, PausedStorage, Wrapped, save
 
 LONG_AGO = "2020-01-01T00:00:00.000+00:00"
@@ -62,7 +63,7 @@ def trained(storage: Storage, job: str, model: str, state: State = "succeeded") 
     run.start_attempt(2, parent, 1)
     save(run, 2, 2, parent)
     run.write_sample(2, 2, "samples.png", b"private")
-    storage.put(run.log_key(2, "driver", 1), b"")
+    write_log(run, 2, "driver", 1, b"")
     change = Change(state=state, time=LONG_AGO, reason="")
     run.write_status(Status(state=state, attempt=2, history=[change]), run.status()[1])
     return run
