@@ -67,7 +67,7 @@ def build(storage_url: str, *, auth: bool, pools: Pools | None = None) -> Applic
     """
     pools = pools or read_pools()
     pooled = {pool.name: pool_hosts(storage_url, pool) for pool in pools.pools}
-    return Gateway.options(user_config=pools.model_dump(mode="json")).bind(storage_url, auth, pooled)  # type: ignore[attr-defined, no-any-return]
+    return Gateway.options(user_config=pools.model_dump(mode="json")).bind(storage_url, auth, pooled)  # type: ignore[attr-defined]
 
 
 def application(arguments: dict[str, Any]) -> Application:
@@ -87,7 +87,7 @@ def application(arguments: dict[str, Any]) -> Application:
 
 def gateway(arguments: dict[str, Any]) -> Application:
     """Build the gateway alone, called by Serve; the pools are applications of their own and come as `user_config`."""
-    return Gateway.bind(arguments["storage_url"], arguments["auth"], {})  # type: ignore[attr-defined, no-any-return]
+    return Gateway.bind(arguments["storage_url"], arguments["auth"], {})  # type: ignore[attr-defined]
 
 
 def hosts(arguments: dict[str, Any]) -> Application:
@@ -98,7 +98,7 @@ def hosts(arguments: dict[str, Any]) -> Application:
 def pool_hosts(storage_url: str, pool: Pool) -> Application:
     """Build the deployment of the hosts of one pool."""
     deployment = Host.options(**_serve_options(pool))  # type: ignore[attr-defined]
-    return deployment.bind(  # type: ignore[no-any-return]
+    return deployment.bind(
         storage_url, memory=pool.memory, workers=pool.workers, torch_threads=pool.torch_threads
     )
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 from genmodels.engine.history import History
 from genmodels.engine.image.answers import ImageAnswer
@@ -23,18 +23,11 @@ from services.gateway.pool import Pool
 from services.gateway.pool_config import DEFAULT
 
 
-class Hosts(Pool):
+class Hosts(Pool, Protocol):
     """A pool whose hosts may all have stopped."""
 
-    def is_running(self) -> bool:
-        """Return whether a host runs."""
-
-    async def wake(self) -> None:
-        """Return when a host answers.
-
-        Raises:
-            RequestError: the hosts cannot be reached.
-        """
+    def is_running(self) -> bool: ...
+    async def wake(self) -> None: ...  # return when a host answers
 
 
 @dataclass(frozen=True)
