@@ -22,6 +22,7 @@ from ray._common.tls_utils import add_port_to_grpc_server
 from ray.exceptions import RayError, RayTaskError
 from ray.serve import Application
 from ray.serve._private import replica
+from ray.serve.config import RequestRouterConfig
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 from ray.util import get_node_ip_address
@@ -41,6 +42,7 @@ from services.gateway.deploy import pool_application
 from services.gateway.model_host import CompletionStarted, ModelHost
 from services.gateway.pool_config import DEFAULT, RESERVED, Pool, Pools, read_pools
 from services.gateway.pool_routing import PoolRouting
+from services.gateway.router import PlacementRouter
 from services.gateway.routes import create_app
 from services.http.middleware import LOOPBACK, PROXY_REQUESTS
 
@@ -98,9 +100,7 @@ def hosts(arguments: dict[str, Any]) -> Application:
 def pool_hosts(storage_url: str, pool: Pool) -> Application:
     """Build the deployment of the hosts of one pool."""
     deployment = Host.options(**_serve_options(pool))  # type: ignore[attr-defined]
-    return deployment.bind(
-        storage_url, memory=pool.memory, workers=pool.workers, torch_threads=pool.torch_threads
-    )
+    return deployment.bind(storage_url, memory=pool.memory, workers=pool.workers, torch_threads=pool.torch_threads)
 
 
 def _serve_options(pool: Pool) -> dict[str, Any]:
@@ -131,7 +131,11 @@ def _serve_options(pool: Pool) -> dict[str, Any]:
     }
 
 
-@serve.deployment(name=DEFAULT, max_ongoing_requests=32, max_queued_requests=64, **_COMMON)
+@serve.deployment(
+    name=DEFAULT,
+    request_router_config=RequestRouterConfig(request_router_class=PlacementRouter),  # type: ignore[arg-type]
+    **_COMMON,
+)
 class Host(ModelHost):
     def __init__(self, storage_url: str, **options: int) -> None:
         _stay_on_this_machine()
@@ -197,35 +201,35 @@ class HandlePool:
         Raises:
             RequestError: the hosts cannot be reached.
         """
-        if isinstance(answer := await self._ask("health"), RequestError):
+        if isinstance(answer := await _answer(self._handle, "health"), RequestError):
             raise answer
 
     async def models(self) -> list[CatalogEntry] | RequestError:
-        return await self._ask("models")
+        return await _answer(self._handle, "models")
 
     async def model(self, name: str) -> CatalogEntry | RequestError:
-        return await self._ask("model", name)
+        return await self._ask_about("model", name)
 
     async def contract(self, name: str) -> Contract | RequestError:
-        return await self._ask("contract", name)
+        return await self._ask_about("contract", name)
 
     async def answer(self, name: str, request: ImageRequest) -> ImageAnswer | RequestError:
-        return await self._ask("answer", name, request)
+        return await self._ask_about("answer", name, request)
 
     async def vocabulary(self, name: str) -> Vocabulary | RequestError:
-        return await self._ask("vocabulary", name)
+        return await self._ask_about("vocabulary", name)
 
     async def history(self, name: str, points: int) -> History | RequestError:
-        return await self._ask("history", name, points)
+        return await self._ask_about("history", name, points)
 
     async def sample(self, name: str, step: int, file: str) -> bytes | RequestError:
-        return await self._ask("sample", name, step, file)
+        return await self._ask_about("sample", name, step, file)
 
     async def complete(
         self, name: str, request: CompletionRequest
     ) -> AsyncGenerator[CompletionStarted | TextDelta | RequestError, None]:
         try:
-            items: Any = self._stream.complete.remote(name, request)
+            items: Any = _placed(self._stream, name).complete.remote(name, request)
             async for item in items:
                 yield item
         except GeneratorExit:  # the client has disconnected between two items; Serve cancels nothing in this case
@@ -234,11 +238,20 @@ class HandlePool:
         except (RayError, BackPressureError, DeploymentUnavailableError) as error:
             yield _request_error(error)
 
-    async def _ask(self, method: str, *arguments: Any) -> Any:
-        try:
-            return await getattr(self._handle, method).remote(*arguments)
-        except (RayError, BackPressureError, DeploymentUnavailableError) as error:
-            return _request_error(error)
+    async def _ask_about(self, method: str, name: str, *arguments: Any) -> Any:
+        return await _answer(_placed(self._handle, name), method, name, *arguments)
+
+
+def _placed(handle: DeploymentHandle[Any], name: str) -> DeploymentHandle[Any]:
+    """Return a handle whose calls go to the replica for a model; all versions of a model have the same one."""
+    return handle.options(multiplexed_model_id=name.partition("@")[0])
+
+
+async def _answer(handle: DeploymentHandle[Any], method: str, *arguments: Any) -> Any:
+    try:
+        return await getattr(handle, method).remote(*arguments)
+    except (RayError, BackPressureError, DeploymentUnavailableError) as error:
+        return _request_error(error)
 
 
 def _stay_on_this_machine() -> None:

@@ -149,7 +149,7 @@ def test_what_serve_says_of_a_pool_becomes_an_answer(ray_cluster: str, error: st
     class Handle:
         """Act as a handle whose methods all fail."""
 
-        def options(self, stream: bool) -> Handle:
+        def options(self, **_: Any) -> Handle:
             return self
 
         def __getattr__(self, name: str) -> Any:
