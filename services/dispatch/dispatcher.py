@@ -75,6 +75,10 @@ class Dispatcher:
         except GenmodelsError as error:
             log.warning("the lease was not released, so the next dispatcher waits until it expires: %s", error)
 
+    def stalled(self) -> str | None:
+        """Return why nothing is dispatched, or nothing is known of the runs, for long; None if all is well."""
+        return self.rounds.stalled() or self.backend.stalled()
+
     def dispatch_once(self, lease_term: int) -> None:
         """Look at everything once.
 

@@ -137,7 +137,7 @@ def _serve_options(pool: Pool) -> dict[str, Any]:
     **_COMMON,
 )
 class Host(ModelHost):
-    def __init__(self, storage_url: str, **options: int) -> None:
+    def __init__(self, storage_url: str, **options: Any) -> None:
         _stay_on_this_machine()
         super().__init__(storage_url, **options)
 

@@ -32,7 +32,6 @@ from rich.table import Table
 from torch import Tensor
 
 from genmodels.engine.image import answers
-from genmodels.engine.image.batcher import CHUNK
 from genmodels.engine.image.model import ImageModel
 from genmodels.engine.image.requests import GenerateRequest
 from genmodels.engine.loader import load
@@ -44,6 +43,7 @@ from genmodels.family import ImageInfo
 from genmodels.models.minigpt import MiniGPT
 from genmodels.registry.references import resolve_model
 from genmodels.registry.store import Registry
+from genmodels.sizing.memory import SERVED_ROWS
 from genmodels.storage import Storage, open_storage
 from services.cluster.ports import free_ports
 from tests.support.published_models import publish
@@ -337,7 +337,7 @@ def bare(model: ImageModel, times: int = 10) -> float:
     latents = family.sample_latents(PICTURES, 1, options)
     started = time.perf_counter()
     for _ in range(times):
-        for rows in latents.split(CHUNK):
+        for rows in latents.split(SERVED_ROWS):
             family.decode(rows, options)
     return times * PICTURES / (time.perf_counter() - started)
 
