@@ -100,7 +100,8 @@ def hosts(arguments: dict[str, Any]) -> Application:
 def pool_hosts(storage_url: str, pool: Pool) -> Application:
     """Build the deployment of the hosts of one pool."""
     deployment = Host.options(**_serve_options(pool))  # type: ignore[attr-defined]
-    return deployment.bind(storage_url, memory=pool.memory, workers=pool.workers, torch_threads=pool.torch_threads)
+    names = ("memory", "workers", "torch_threads", "device", "dtype", "slots")
+    return deployment.bind(storage_url, **{name: getattr(pool, name) for name in names})
 
 
 def _serve_options(pool: Pool) -> dict[str, Any]:

@@ -115,7 +115,7 @@ def test_a_pool_that_is_no_longer_configured_is_named() -> None:
         error = await endpoint.refused(endpoint.routing.vocabulary("old"))
         assert (error.status, error.code) == (503, "pool_missing")
         assert "the pool 'gone'" in error.message
-        (item,) = [item async for item in endpoint.routing.complete("old", None)]  # type: ignore[arg-type]
+        (item,) = [item async for item in endpoint.routing.complete("old", None)]
         assert isinstance(item, RequestError)
 
     run(test)
@@ -163,7 +163,7 @@ def test_a_client_that_leaves_makes_room() -> None:
 
 def test_a_stream_that_a_client_leaves_is_closed_at_once() -> None:
     async def test(endpoint: Endpoint) -> None:
-        stream = endpoint.routing.complete("small", None)  # type: ignore[arg-type]
+        stream = endpoint.routing.complete("small", None)
         await anext(stream)
         await stream.aclose()
         assert endpoint.hosts["default"].closed == 1
