@@ -11,7 +11,7 @@ from types import TracebackType
 
 from genmodels.errors import Conflict
 from genmodels.registry.references import resolve_datasets, resolve_init_from
-from genmodels.runs.jobs import index_runs
+from genmodels.runs.job_index import index_job
 from genmodels.spec.parse import dump, job_id
 from genmodels.spec.sections import JobSpec
 from genmodels.storage import Storage
@@ -115,7 +115,7 @@ def submit(storage: Storage, spec: JobSpec) -> str:
     key = f"jobs/{job}/spec.json"
     if not storage.exists(key):
         data = dump(resolve_init_from(spec, storage))
-        index_runs(storage, job, [model.name for model in spec.models], now())
+        index_job(storage, job, spec, now())
         with contextlib.suppress(Conflict):  # another process has stored the same job
             storage.put(key, data, if_absent=True)
     return job

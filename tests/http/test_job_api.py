@@ -25,6 +25,7 @@ from services.jobs.views import job_state
 from tests.support.asgi_client import refused
 from tests.support.asgi_server import served
 from tests.support.job_service import YAML, Service, spec
+from tests.support.run_parts import write_metrics
 from tests.support.storages import FailingStorage, MemoryStorage, in_threads
 
 
@@ -536,7 +537,7 @@ def test_metrics_are_rows_of_the_chain(service: Service) -> None:
     job = service.submit("a", "b")
     run = Run(service.storage, job, "a")
     run.start_attempt(1, None, 1)
-    run.write_metrics(1, [{"step": 10, "loss": 2.0}, {"step": 20, "loss": math.nan}])
+    write_metrics(run, 1, [{"step": 10, "loss": 2.0}, {"step": 20, "loss": math.nan}])
     body = service("GET", f"/v1/jobs/{job}/metrics?model=a").json()
     assert body == {"model": "a", "data": [{"step": 10, "loss": 2.0}, {"step": 20, "loss": "nan"}]}
     later = service("GET", f"/v1/jobs/{job}/metrics?model=a&after=10").json()
