@@ -118,7 +118,7 @@ def add(
             raise DataError(f"{shown(error.filename or path)} cannot be read: {error.strerror}") from error
         before = None
         with contextlib.suppress(DamagedObject):  # adding it again repairs it
-            before = _current(storage, name)
+            before = current(storage, name)
         if before and before.kind != dataset.kind:
             raise DataError(
                 f"{name!r} is a dataset of {before.kind}s, but this one has {dataset.kind}s: choose another name"
@@ -131,7 +131,7 @@ def add(
         while True:
             write_document(storage, f"datasets/{name}/current.json", {"sha256": dataset.sha256, "time": _now()})
             gc_lease(storage, name).wait_until_free()
-            if _current(storage, name) and storage.exists(dataset.key):
+            if current(storage, name) and storage.exists(dataset.key):
                 return find(storage, name, dataset.sha256), True
             _put(storage, dataset, file)  # it was deleted in the meantime, completely or partly
 
@@ -170,24 +170,6 @@ def contents(storage: Storage, name: str) -> list[StoredDataset]:
     return [dataset for dataset in described if dataset]
 
 
-def catalog(storage: Storage) -> list[StoredDataset]:
-    """Return the current content of each added dataset, by name, without damaged ones."""
-    datasets = []
-    for name in sorted(kinds(storage)):
-        with contextlib.suppress(DamagedObject):
-            datasets.append(_current(storage, name))
-    return [dataset for dataset in datasets if dataset]
-
-
-def kinds(storage: Storage) -> dict[str, Kind]:
-    """Return the kind of each added dataset by name, with one listing: enough to check a spec."""
-    keys = storage.list("datasets/")
-    files = (re.fullmatch(r"datasets/([^/]+)/[0-9a-f]{64}/([^/]+)", key) for key in keys)
-    by_file = {file: kind for kind, file in FILES.items()}
-    by_name = {match[1]: by_file[match[2]] for match in files if match and match[2] in by_file}
-    return {name: kind for name, kind in by_name.items() if f"datasets/{name}/current.json" in keys}
-
-
 def find(storage: Storage, name: str, sha256: str | None = None) -> StoredDataset:
     """Return a content of an added dataset; without `sha256` the current one.
 
@@ -196,7 +178,7 @@ def find(storage: Storage, name: str, sha256: str | None = None) -> StoredDatase
     """
     if not re.fullmatch(NAME, name) or (sha256 and not re.fullmatch("[0-9a-f]{64}", sha256)):
         raise DataError(f"no dataset {name!r}: a name has lower-case letters, digits and dashes")
-    dataset = _described(storage, name, sha256) if sha256 else _current(storage, name)
+    dataset = _described(storage, name, sha256) if sha256 else current(storage, name)
     if dataset:
         return dataset
     what = f"dataset {name!r}" + (f" has no content {sha256[:12]}..." if sha256 else " is not in the storage")
@@ -331,12 +313,13 @@ def _cached(folder: Path, sha256: str) -> Path | None:
     return next((path for path in paths if path.is_file() and _sha256(path) == sha256), None)
 
 
-def _current(storage: Storage, name: str) -> StoredDataset | None:
+def current(storage: Storage, name: str) -> StoredDataset | None:
+    """Return the current content of a dataset. Raises DamagedObject."""
     try:
-        current, _ = load_document(storage, f"datasets/{name}/current.json", Current)
+        meaning, _ = load_document(storage, f"datasets/{name}/current.json", Current)
     except KeyNotFound:
         return None
-    return _described(storage, name, current.sha256)
+    return _described(storage, name, meaning.sha256)
 
 
 def _described(storage: Storage, name: str, sha256: str) -> StoredDataset | None:

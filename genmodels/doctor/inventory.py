@@ -18,7 +18,8 @@ from genmodels.keys import Key
 from genmodels.registry.evaluations import EVALUATED, Evaluation
 from genmodels.registry.references import Pin
 from genmodels.registry.store import Alias, Registry, Version
-from genmodels.runs.jobs import ENDED_NAME, JOB_ID, EndedEntry, Entry, Index, Jobs, StoredSpec, Submission
+from genmodels.runs.job_index import JOB_ID, TIMED_NAME
+from genmodels.runs.jobs import EndedEntry, Entry, Index, Jobs, StoredSpec, Submission
 from genmodels.runs.parts import PART
 from genmodels.runs.queue import Queue
 from genmodels.runs.records import AttemptStart, Command, Heartbeat, Result, Status
@@ -56,12 +57,13 @@ DOCUMENTS: tuple[tuple[str, type[Document]], ...] = (
     (rf"datasets/(?P<name>{_LABEL})/(?P<sha256>[0-9a-f]{{64}})/dataset\.json", StoredDataset),
 )
 _OTHERS = (
-    rf"models/{_LABEL}/(blobs/[0-9a-f]{{64}}|deleted/\d{{8}}|runs/{ENDED_NAME})",
+    rf"models/{_LABEL}/(blobs/[0-9a-f]{{64}}|deleted/\d{{8}}|runs/{TIMED_NAME})",
     rf"runs/{JOB_ID}/{_LABEL}/attempt-\d+/(checkpoints|samples)/.+",
     rf"runs/{JOB_ID}/{_LABEL}/attempt-\d+/(metrics|logs/[^/]+(/\d{{13}}-[0-9a-f]{{8}})?)/{PART}",
     rf"dispatcher/notifications/{JOB_ID}/{_LABEL}/[0-9a-f]+",
     rf"datasets/{_LABEL}/[0-9a-f]{{64}}/[^/]+",
     r"evaluation-cache/.+",
+    rf"dataset-users/({_LABEL}/{JOB_ID}|\.complete)",
 )
 FOLDERS = (
     "keys",
@@ -73,6 +75,7 @@ FOLDERS = (
     "runs",
     "models",
     "datasets",
+    "dataset-users",
     "evaluation-cache",
 )
 

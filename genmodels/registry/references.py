@@ -31,7 +31,7 @@ from genmodels.errors import (
     SpecError,
 )
 from genmodels.registry.store import Registry, Version
-from genmodels.runs.jobs import newest_run
+from genmodels.runs.job_index import newest_run
 from genmodels.runs.store import Run
 from genmodels.spec.names import CHECKPOINT_REFERENCE
 from genmodels.spec.sections import JobSpec, ModelSpec

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from heapq import merge
 from typing import Literal
 
-from genmodels.data import uploads
+from genmodels.data import added
 from genmodels.errors import DamagedObject, RequestError, SpecError
 from genmodels.preflight.check import Checked, check_job
 from genmodels.registry.references import resolve_references
@@ -151,8 +151,7 @@ class JobOperations:
 
     def _check(self, body: bytes, caller: Caller, *, dry_run: bool) -> tuple[Checked, dict[str, int] | None]:
         """Parse and check a spec; return it with the cluster's capacity, which may be unknown."""
-        kinds = uploads.kinds(self.storage).items()
-        datasets = {name: kind for name, kind in kinds if caller.may_use_dataset(name)}
+        datasets = added.Kinds(self.storage, caller.may_use_dataset)
         spec = parse_spec(body, "spec", datasets=datasets, paths=False)
         caller.require(model.name for model in spec.models)
         caller.require(filter(None, (model.train.init_from for model in spec.models)))

@@ -12,7 +12,7 @@ import yaml
 
 from genmodels import checkpoint, models
 from genmodels.checkpoint import CheckpointRef, load_tensors
-from genmodels.data import uploads
+from genmodels.data import added, uploads
 from genmodels.errors import SpecError
 from genmodels.preflight.check import check_job
 from genmodels.registry import references
@@ -248,9 +248,9 @@ def test_an_added_dataset_is_pinned_at_submit(
     entry = model(data, "minigpt") | {"data": {"dataset": "mine"}}
     body = yaml.safe_dump({"name": "mine", "models": [entry]}).encode()
     with pytest.raises(SpecError, match="unknown dataset 'mine'"):
-        parse_spec(body, "job.yaml", datasets=uploads.kinds(storage))
+        parse_spec(body, "job.yaml", datasets=added.Kinds(storage))
     first, _ = uploads.add(storage, "mine", data / "play.txt")
-    spec = parse_spec(body, "job.yaml", datasets=uploads.kinds(storage))
+    spec = parse_spec(body, "job.yaml", datasets=added.Kinds(storage))
     name = submit(storage, spec)
     (tmp_path / "tale.txt").write_text("Once upon a time there was a mouse.\n" * 100)
     second, _ = uploads.add(storage, "mine", tmp_path / "tale.txt", replace=True)

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from genmodels.data import uploads
+from genmodels.data import added, uploads
 from genmodels.data.sources import cache_folder
 from genmodels.engine.alias_watcher import AliasWatcher
 from genmodels.engine.model_cache import ModelCache
@@ -25,7 +25,8 @@ from genmodels.family import EvaluationResult
 from genmodels.registry import evaluations, references
 from genmodels.registry.removal import dataset_contents, delete_dataset, delete_model, model_contents
 from genmodels.registry.store import Registry, Version
-from genmodels.runs.jobs import Jobs, index_runs
+from genmodels.runs.job_index import index_runs
+from genmodels.runs.jobs import Jobs
 from genmodels.runs.records import Change, State, Status
 from genmodels.runs.store import Run
 from genmodels.spec.parse import dump, parse_spec
@@ -421,13 +422,13 @@ def test_a_dataset_is_removed_whole_and_says_what_was_trained_on_it(storage: Sto
     assert storage.list("datasets/photos/") == ["datasets/photos/gc-lease.json"]
     assert storage.list("evaluation-cache/") == ["evaluation-cache/ngrams-3-ffffffffffffffff"]
     assert list((cache_folder() / "datasets").glob("[0-9a-f]*")) == []
-    assert [dataset.name for dataset in uploads.catalog(storage)] == ["others"]
+    assert [dataset.name for dataset in added.catalog(storage)] == ["others"]
     assert Registry(storage).resolve("first").lineage == LINEAGE
     with pytest.raises(DataError, match="no dataset 'photos'"):
         delete_dataset(storage, "photos")
-    added, new = uploads.add(storage, "photos", text(tmp_path))
+    again, new = uploads.add(storage, "photos", text(tmp_path))
     assert new
-    assert uploads.load("photos", None, storage).digest == added.digest
+    assert uploads.load("photos", None, storage).digest == again.digest
 
 
 def test_of_two_deletions_of_a_dataset_at_once_the_second_finds_none(

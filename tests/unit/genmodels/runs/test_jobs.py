@@ -14,7 +14,8 @@ from typing import Any
 import pytest
 
 from genmodels.errors import GenmodelsError, IdempotencyConflict, JobNotFound, SpecError, StorageUnavailable
-from genmodels.runs.jobs import EndedEntry, Entry, Jobs, index_runs, newest_run
+from genmodels.runs.job_index import index_runs, newest_run
+from genmodels.runs.jobs import EndedEntry, Entry, Jobs
 from genmodels.runs.queue import delete_notification, notifications, notify
 from genmodels.runs.store import Run
 from genmodels.spec.parse import digest, dump, parse_spec
