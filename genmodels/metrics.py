@@ -185,6 +185,14 @@ REQUESTS = _counter(
 REQUEST_SECONDS = _histogram(
     "request_seconds", "Time from the request to the end of its answer, in seconds.", (*VERSION_LABELS, "route")
 )
+# Pools that were scaled to zero: counted by the gateway, which lets few requests wait for the first host.
+POOL_WAITING = _gauge("pool_waiting_requests", "Requests that wait for the first host of a pool.", ("pool",), "livesum")
+POOL_WAIT_SECONDS = _histogram(
+    "pool_wait_seconds",
+    "Time that a request has waited for the first host of a pool, in seconds.",
+    ("pool",),
+    _LONG_SECONDS,
+)
 
 # Model hosts.
 FIRST_TOKEN_SECONDS = _histogram(

@@ -22,7 +22,8 @@ from services.cluster.processes import removed_if_killed
 from services.cluster.ray_start import local_environment, serve_http_options
 from services.dispatch.backends.base import Capacity
 from services.dispatch.backends.local_process import SubprocessBackend
-from services.gateway.deploy import APPLICATION, POOL
+from services.gateway.deploy import APPLICATION
+from services.gateway.pool_config import RESERVED
 
 
 class LocalPlatform:
@@ -97,7 +98,8 @@ def _end_serving() -> None:
 
     with contextlib.suppress(Exception):  # a broken Ray ends all its processes at once
         for actor in ray.util.list_named_actors(all_namespaces=True):
-            if actor["name"].startswith(f"SERVE_REPLICA::{APPLICATION}#{POOL}#"):
+            replica, _, name = actor["name"].partition(f"SERVE_REPLICA::{APPLICATION}#")
+            if not replica and name and not name.startswith(f"{RESERVED}#"):
                 ray.kill(ray.get_actor(actor["name"], namespace=actor["namespace"]))
         serve.delete(APPLICATION)
 

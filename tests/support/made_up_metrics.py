@@ -34,6 +34,7 @@ VALUES = {
     "code": ("200", "429", "503"),
     "verb": ("generate", "encode"),
     "state": ("running", "queued", "succeeded"),
+    "pool": ("default", "gpu"),
     "Name": ("CPU", "memory"),
     "State": ("USED", "AVAILABLE"),
     "GpuIndex": ("0",),
