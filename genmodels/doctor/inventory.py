@@ -17,7 +17,8 @@ from genmodels.errors import CheckpointError, DamagedObject, JobNotFound, KeyNot
 from genmodels.keys import Key
 from genmodels.registry.evaluations import EVALUATED, Evaluation
 from genmodels.registry.references import Pin
-from genmodels.registry.store import Alias, Registry, Version
+from genmodels.registry.store import Registry
+from genmodels.registry.versions import Alias, Version
 from genmodels.runs.jobs import ENDED_NAME, JOB_ID, EndedEntry, Entry, Index, Jobs, StoredSpec, Submission
 from genmodels.runs.queue import Queue
 from genmodels.runs.records import AttemptStart, Command, Heartbeat, Result, Status

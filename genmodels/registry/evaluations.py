@@ -15,7 +15,8 @@ from pydantic import Field
 from genmodels import __version__
 from genmodels.errors import Conflict, DamagedObject, KeyNotFound, ModelNotFound
 from genmodels.family import EvaluationMetric, EvaluationResult, Note
-from genmodels.registry.store import Registry, Version
+from genmodels.registry.store import Registry
+from genmodels.registry.versions import Version
 from genmodels.storage import Document, Storage, Time, list_names, load_document, write_document
 from genmodels.storage.documents import now
 

@@ -30,7 +30,8 @@ from genmodels.errors import (
 )
 from genmodels.registry import references
 from genmodels.registry.gate import best
-from genmodels.registry.store import Registry, Version
+from genmodels.registry.store import Registry
+from genmodels.registry.versions import Version
 from genmodels.runs.jobs import JOB_ID, Jobs
 from genmodels.runs.records import ENDED
 from genmodels.runs.store import Run

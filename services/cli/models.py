@@ -18,7 +18,7 @@ from services.cli.options import AsJson, MaybeApi, StorageUrl, storage
 from services.console.output import console, print_json
 
 if TYPE_CHECKING:
-    from genmodels.registry.store import Version
+    from genmodels.registry.versions import Version
 
 app = typer.Typer()
 PANEL = "What is stored"

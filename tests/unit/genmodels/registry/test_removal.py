@@ -24,7 +24,8 @@ from genmodels.errors import DataError, GenmodelsError, JobNotFound, ModelNotFou
 from genmodels.family import EvaluationResult
 from genmodels.registry import evaluations, references
 from genmodels.registry.removal import dataset_contents, delete_dataset, delete_model, model_contents
-from genmodels.registry.store import Registry, Version
+from genmodels.registry.store import Registry
+from genmodels.registry.versions import Version
 from genmodels.runs.jobs import Jobs, index_runs
 from genmodels.runs.records import Change, State, Status
 from genmodels.runs.store import Run

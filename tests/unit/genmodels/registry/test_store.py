@@ -19,7 +19,8 @@ from genmodels.errors import CheckpointError, ModelNotFound, SpecError
 from genmodels.family import Family
 from genmodels.registry.gate import best, check_gate
 from genmodels.registry.probe import PROBE, verify_probe, write_probe
-from genmodels.registry.store import Alias, Registry, Version, check_alias
+from genmodels.registry.store import Registry, check_alias
+from genmodels.registry.versions import Alias, Version
 from genmodels.runs.records import GateResult
 from genmodels.runs.store import Run
 from genmodels.spec.sections import Gate
