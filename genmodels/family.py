@@ -290,8 +290,8 @@ class ImageFamily(Family[ConfigT, RequestT]):
 
     @property
     def sizes(self) -> dict[str, int | str]:
-        info = self.data
-        sizes = {"size": f"{info.width}x{info.height}", "channels": info.channels, "latent_dim": self.latent_dim}
+        size = f"{self.data.width}x{self.data.height}"
+        sizes: dict[str, int | str] = {"size": size, "channels": self.data.channels, "latent_dim": self.latent_dim}
         return {**sizes, "num_classes": self.num_classes} if self.num_classes else sizes
 
     @abstractmethod

@@ -15,7 +15,9 @@ from genmodels.checkpoint import MANIFEST, Manifest, read_manifest
 from genmodels.data.uploads import Current, StoredDataset
 from genmodels.errors import CheckpointError, DamagedObject, JobNotFound, KeyNotFound, StorageError, contained
 from genmodels.keys import Key
+from genmodels.registry.catalogue import Head, Shard
 from genmodels.registry.evaluations import EVALUATED, Evaluation
+from genmodels.registry.publications import Published
 from genmodels.registry.references import Pin
 from genmodels.registry.store import Registry
 from genmodels.registry.versions import Alias, Version
@@ -52,15 +54,19 @@ DOCUMENTS: tuple[tuple[str, type[Document]], ...] = (
     (rf"runs/{JOB_ID}/{_LABEL}/attempt-\d+/checkpoints/step-\d+/{re.escape(MANIFEST)}", Manifest),
     (rf"models/{_MODEL}/versions/(?P<version>\d{{8}})\.json", Version),
     (rf"models/{_LABEL}/aliases/{_LABEL}\.json", Alias),
+    (rf"models/{_LABEL}/published/{JOB_ID}\.attempt-\d+\.step-\d+\.json", Published),
+    (r"catalogue/\d\d\.json", Shard),
+    (r"catalogue/head\.json", Head),
     (rf"models/{_MODEL}/evaluations/(?P<version>\d{{8}})/{EVALUATED}", Evaluation),
     (rf"datasets/{_LABEL}/current\.json", Current),
     (rf"datasets/(?P<name>{_LABEL})/(?P<sha256>[0-9a-f]{{64}})/dataset\.json", StoredDataset),
 )
 _OTHERS = (
-    rf"models/{_LABEL}/(blobs/[0-9a-f]{{64}}|deleted/\d{{8}}|runs/{ENDED_NAME})",
+    rf"models/{_LABEL}/(blobs/[0-9a-f]{{64}}|deleted/\d{{8}}|published/complete|runs/{ENDED_NAME})",
     rf"runs/{JOB_ID}/{_LABEL}/attempt-\d+/(checkpoints|samples)/.+",
     rf"runs/{JOB_ID}/{_LABEL}/attempt-\d+/(metrics|logs/[^/]+)/{PART}",
     rf"dispatcher/notifications/{JOB_ID}/{_LABEL}/[0-9a-f]+",
+    rf"catalogue/pending/({_LABEL}-[0-9a-f]{{16}}|head|\d\d)",
     rf"datasets/{_LABEL}/[0-9a-f]{{64}}/[^/]+",
     r"evaluation-cache/.+",
 )
@@ -73,6 +79,7 @@ FOLDERS = (
     "dispatcher",
     "runs",
     "models",
+    "catalogue",
     "datasets",
     "evaluation-cache",
 )

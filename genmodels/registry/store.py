@@ -1,6 +1,7 @@
 """Publish versions, move aliases, and resolve both: the registry of models.
 
     models/<model>/blobs/<sha256>               files of versions, each stored once
+    models/<model>/published/                   which number a run's checkpoint takes (`publications.py`)
     models/<model>/versions/00000003.json       put-if-absent; at most one for each run and step
     models/<model>/aliases/<alias>.json         target and history; compare-and-swap
     models/<model>/evaluations/00000003/        evaluations of a version (`evaluations.py`); deleted with it
@@ -27,8 +28,13 @@ from pydantic import TypeAdapter, ValidationError
 from genmodels import checkpoint
 from genmodels.checkpoint import CheckpointRef, File, Manifest
 from genmodels.errors import CheckpointError, Conflict, DamagedObject, KeyNotFound, ModelNotFound, SpecError
+from genmodels.family import EvaluationResult
 from genmodels.metrics import PROMOTED, PUBLISHED
+from genmodels.registry.catalogue import Catalogue
+from genmodels.registry.evaluations import Evaluation, new_evaluation
 from genmodels.registry.probe import PROBE, write_probe
+from genmodels.registry.publications import Claim
+from genmodels.registry.serving import describe_serving
 from genmodels.registry.versions import (
     Alias,
     Move,
@@ -42,7 +48,7 @@ from genmodels.registry.versions import (
 from genmodels.runs.records import GateResult
 from genmodels.runs.store import Run
 from genmodels.spec.names import Alias as AliasName
-from genmodels.storage import list_names, load_document, write_document
+from genmodels.storage import Storage, list_names, load_document, write_document
 from genmodels.storage.documents import now
 from genmodels.storage.lease import Lease
 
@@ -50,7 +56,11 @@ GC_SECONDS = 120.0  # after which a process that deletes counts as dead
 
 
 class Registry(VersionReader):
-    """Read and change versions and aliases."""
+    """Read and change versions and aliases; the catalogue follows each change."""
+
+    def __init__(self, storage: Storage) -> None:
+        super().__init__(storage)
+        self.catalogue = Catalogue(storage)
 
     def publish(
         self, run: Run, ref: CheckpointRef, manifest: Manifest, folder: Path, gate: GateResult | None
@@ -81,6 +91,127 @@ class Registry(VersionReader):
         """
         check_alias(alias)
         version = self.version(model, number)
+        with self.catalogue.following(model):
+            return self._promote(version, alias, reason, forward_only)
+
+    def remove_alias(self, model: str, alias: str) -> None:
+        """Remove an alias with its history. The version that it names stays.
+
+        Raises:
+            ModelNotFound: the alias does not exist.
+        """
+        check_alias(alias)
+        if not self.storage.exists(alias_key(model, alias)):
+            raise ModelNotFound(self._describe_missing(model, f"alias {alias!r}"))
+        with self.catalogue.following(model):
+            self.storage.delete(alias_key(model, alias))
+
+    def record_evaluation(
+        self,
+        version: Version,
+        result: EvaluationResult,
+        *,
+        thorough: bool,
+        seconds: float,
+        publication: bool = False,
+    ) -> Evaluation:
+        """Store the result of an evaluation of a version on its own data. The first result at publication stays.
+
+        Raises:
+            ModelNotFound: the version was deleted during the evaluation.
+        """
+        evaluation = new_evaluation(version, result, thorough=thorough, seconds=seconds, publication=publication)
+        key = f"{self.evaluations_prefix(version.model, version.version)}{evaluation.id}.json"
+        with self.catalogue.following(version.model):
+            with contextlib.suppress(Conflict):
+                write_document(self.storage, key, evaluation.model_dump(mode="json"), if_absent=True)
+            try:
+                self.version(version.model, version.version)
+            except ModelNotFound:  # the process that deleted it may have listed evaluations before this write
+                self.storage.delete(key)
+                raise
+        return evaluation
+
+    def gc_lease(self, model: str) -> Lease:
+        """Return the lease for deleting versions or blobs of a model."""
+        return Lease(self.storage, GC_SECONDS, f"models/{model}/gc-lease.json")
+
+    def fetch(self, version: Version, folder: Path) -> None:
+        """Download the files of a version into an empty folder and verify every byte."""
+        checkpoint.download(self.storage, self.keys(version), version.files, folder)
+
+    def delete_record(self, model: str, number: int) -> None:
+        """Remove the document and the evaluations of a version.
+
+        `removal.delete_version` calls it after it has checked that no alias names the version.
+        """
+        # The mark that reserves the number comes first: a process that publishes reads the versions before the marks.
+        with self.catalogue.following(model, removed=True):
+            self.storage.put(deleted_key(model, number), b"")
+            self.storage.delete(version_key(model, number))
+            for key in self.storage.list(self.evaluations_prefix(model, number)):
+                self.storage.delete(key)
+
+    def _publish(
+        self, run: Run, ref: CheckpointRef, manifest: Manifest, folder: Path, gate: GateResult | None
+    ) -> Version:
+        """Upload the files and write the version, unless the checkpoint is already published."""
+        claim = Claim(self, run.model, run.job, ref)
+        if known := claim.version():
+            return known
+        family = checkpoint.load_family(folder)
+        write_probe(family, folder)
+        files = checkpoint.serving_files(checkpoint.describe_files(folder))
+        for name, file in files.items():
+            key = blob_key(run.model, file.sha256)
+            if not self.storage.exists(key):
+                self.storage.upload(folder / name, key)
+        unnumbered = Version(
+            model=run.model,
+            version=0,
+            family=family.family_name(),
+            job=run.job,
+            checkpoint=ref,
+            metrics=manifest.metrics,
+            gate=gate,
+            lineage=manifest.lineage,
+            created=now(),
+            files=files,
+            serving=describe_serving(family, folder),
+        )
+        while True:
+            number = claim.take(lambda: self._free_number(run.model))
+            if isinstance(number, Version):
+                return number
+            version = unnumbered.model_copy(update={"version": number})
+            with self.catalogue.following(run.model):
+                if self._write(version):
+                    PUBLISHED.labels(version.family).inc()
+                    return version
+
+    def _write(self, version: Version) -> bool:
+        """Write the document of a version; return False if another version has or had this number."""
+        key = version_key(version.model, version.version)
+        try:
+            write_document(self.storage, key, version.model_dump(mode="json"), if_absent=True)
+        except Conflict:
+            return False  # another process took the number, maybe to publish the same checkpoint
+        if not self.storage.exists(deleted_key(version.model, version.version)):
+            return True
+        self.storage.delete(key)  # another version had this number, and was deleted in the meantime
+        return False
+
+    def _free_number(self, model: str) -> int:
+        """Return a number that no version has had."""
+        latest = self.catalogue.latest(model)
+        numbers = self.versions(model, after=latest)  # including damaged ones: their numbers are taken
+        # Read the marks after the versions: a mark is written before its version is deleted.
+        after = f"{latest:08d}" if latest else ""
+        marks = list_names(self.storage, f"models/{model}/deleted/", r"\d{8}", after=after)
+        return max([latest, *numbers, *map(int, marks)]) + 1
+
+    def _promote(self, version: Version, alias: str, reason: str, forward_only: bool) -> Alias:
+        model, number = version.model, version.version
         while True:
             current: Alias | None = None
             etag: str | None = None
@@ -110,87 +241,6 @@ class Registry(VersionReader):
                 raise
             PROMOTED.labels(version.family).inc()
             return moved
-
-    def remove_alias(self, model: str, alias: str) -> None:
-        """Remove an alias with its history. The version that it names stays.
-
-        Raises:
-            ModelNotFound: the alias does not exist.
-        """
-        check_alias(alias)
-        if not self.storage.exists(alias_key(model, alias)):
-            raise ModelNotFound(self._describe_missing(model, f"alias {alias!r}"))
-        self.storage.delete(alias_key(model, alias))
-
-    def gc_lease(self, model: str) -> Lease:
-        """Return the lease for deleting versions or blobs of a model."""
-        return Lease(self.storage, GC_SECONDS, f"models/{model}/gc-lease.json")
-
-    def fetch(self, version: Version, folder: Path) -> None:
-        """Download the files of a version into an empty folder and verify every byte."""
-        checkpoint.download(self.storage, self.keys(version), version.files, folder)
-
-    def delete_record(self, model: str, number: int) -> None:
-        """Remove the document and the evaluations of a version.
-
-        `removal.delete_version` calls it after it has checked that no alias names the version.
-        """
-        # The mark that reserves the number comes first: a process that publishes reads the versions before the marks.
-        self.storage.put(deleted_key(model, number), b"")
-        self.storage.delete(version_key(model, number))
-        for key in self.storage.list(self.evaluations_prefix(model, number)):
-            self.storage.delete(key)
-
-    def _publish(
-        self, run: Run, ref: CheckpointRef, manifest: Manifest, folder: Path, gate: GateResult | None
-    ) -> Version:
-        """Upload the files and write the version, unless the checkpoint is already published."""
-        model = run.model
-        known, number = self._find_published(run, ref)
-        if known:
-            return known
-        family = checkpoint.load_family(folder)
-        write_probe(family, folder)
-        files = checkpoint.serving_files(checkpoint.describe_files(folder))
-        for name, file in files.items():
-            key = blob_key(model, file.sha256)
-            if not self.storage.exists(key):
-                self.storage.upload(folder / name, key)
-        while True:
-            version = Version(
-                model=model,
-                version=number,
-                family=family.family_name(),
-                job=run.job,
-                checkpoint=ref,
-                metrics=manifest.metrics,
-                gate=gate,
-                lineage=manifest.lineage,
-                created=now(),
-                files=files,
-            )
-            document = version.model_dump(mode="json")
-            try:
-                write_document(self.storage, version_key(model, number), document, if_absent=True)
-                if not self.storage.exists(deleted_key(model, number)):
-                    PUBLISHED.labels(version.family).inc()
-                    return version
-                # Another version had this number, and was deleted in the meantime.
-                self.storage.delete(version_key(model, number))
-            except Conflict:
-                pass  # another process took the number, maybe to publish the same checkpoint
-            known, number = self._find_published(run, ref)
-            if known:
-                return known
-
-    def _find_published(self, run: Run, ref: CheckpointRef) -> tuple[Version | None, int]:
-        """Return the version published from a checkpoint, None if there is none, and the next free number."""
-        versions = self.all_versions(run.model)
-        known = next((version for version in versions if (version.job, version.checkpoint) == (run.job, ref)), None)
-        numbers = self.versions(run.model)  # including damaged ones: their numbers are taken
-        # Read the marks after the versions: a mark is written before its version is deleted.
-        numbers += map(int, list_names(self.storage, f"models/{run.model}/deleted/", r"\d{8}"))
-        return known, max(numbers, default=0) + 1
 
     def _restore(self, folder: Path, name: str, file: File, key: str) -> None:
         if name == PROBE and not (folder / PROBE).exists():
