@@ -21,10 +21,11 @@ from genmodels.registry.publications import Published
 from genmodels.registry.references import Pin
 from genmodels.registry.store import Registry
 from genmodels.registry.versions import Alias, Version
-from genmodels.runs.jobs import ENDED_NAME, JOB_ID, EndedEntry, Entry, Index, Jobs, StoredSpec, Submission
+from genmodels.runs.job_index import JOB_ID, TIMED_NAME
+from genmodels.runs.jobs import EndedEntry, Entry, Index, Jobs, StoredSpec, Submission
+from genmodels.runs.parts import PART
 from genmodels.runs.queue import Queue
 from genmodels.runs.records import AttemptStart, Command, Heartbeat, Result, Status
-from genmodels.runs.store import PART
 from genmodels.spec.names import LABEL
 from genmodels.storage import Document, Storage, load_document
 from genmodels.storage.lease import LeaseDocument
@@ -62,13 +63,14 @@ DOCUMENTS: tuple[tuple[str, type[Document]], ...] = (
     (rf"datasets/(?P<name>{_LABEL})/(?P<sha256>[0-9a-f]{{64}})/dataset\.json", StoredDataset),
 )
 _OTHERS = (
-    rf"models/{_LABEL}/(blobs/[0-9a-f]{{64}}|deleted/\d{{8}}|published/complete|runs/{ENDED_NAME})",
+    rf"models/{_LABEL}/(blobs/[0-9a-f]{{64}}|deleted/\d{{8}}|published/complete|runs/{TIMED_NAME})",
     rf"runs/{JOB_ID}/{_LABEL}/attempt-\d+/(checkpoints|samples)/.+",
-    rf"runs/{JOB_ID}/{_LABEL}/attempt-\d+/(metrics|logs/[^/]+)/{PART}",
+    rf"runs/{JOB_ID}/{_LABEL}/attempt-\d+/(metrics|logs/[^/]+(/\d{{13}}-[0-9a-f]{{8}})?)/{PART}",
     rf"dispatcher/notifications/{JOB_ID}/{_LABEL}/[0-9a-f]+",
     rf"catalogue/pending/({_LABEL}-[0-9a-f]{{16}}|head|\d\d)",
     rf"datasets/{_LABEL}/[0-9a-f]{{64}}/[^/]+",
     r"evaluation-cache/.+",
+    rf"dataset-users/({_LABEL}/{JOB_ID}|\.complete)",
 )
 FOLDERS = (
     "keys",
@@ -81,6 +83,7 @@ FOLDERS = (
     "models",
     "catalogue",
     "datasets",
+    "dataset-users",
     "evaluation-cache",
 )
 

@@ -32,7 +32,7 @@ from genmodels.errors import (
 )
 from genmodels.registry.store import Registry
 from genmodels.registry.versions import Version
-from genmodels.runs.jobs import newest_run
+from genmodels.runs.job_index import newest_run
 from genmodels.runs.store import Run
 from genmodels.spec.names import CHECKPOINT_REFERENCE
 from genmodels.spec.sections import JobSpec, ModelSpec

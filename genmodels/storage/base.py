@@ -114,6 +114,25 @@ class Storage(ABC):
         """Store a file of any size, durably and whole."""
 
     @abstractmethod
+    def upload_memory(self, key: str, data: memoryview) -> None:
+        """Store bytes of any size that lie in memory, durably and whole, without a second copy of them.
+
+        Args:
+            data: bytes (format "B") that do not change during the upload. Large data is sent in parts, in parallel.
+        """
+
+    @abstractmethod
+    def read_into(self, key: str, start: int, target: memoryview) -> int:
+        """Fill memory with the bytes of an object, from the byte `start` on, as `get_range` does.
+
+        Returns:
+            The number of bytes read; fewer than `target` has only at the end of the object.
+
+        Raises:
+            KeyNotFound: no object has this key.
+        """
+
+    @abstractmethod
     def download(self, key: str, path: Path) -> None:
         """Download an object of any size to a file, which appears only when complete. Raises KeyNotFound."""
 

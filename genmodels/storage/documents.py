@@ -142,7 +142,7 @@ def read_document(storage: Storage, key: str) -> tuple[dict[str, Any], str]:
 
 
 def read_lines(
-    storage: Storage, key: str, kind: str, fields: Mapping[str, type]
+    storage: Storage, key: str, kind: str, fields: Mapping[str, type], start: int = 0
 ) -> Iterator[tuple[bytes, dict[str, Any]]]:
     """Yield lines of flat JSON objects, each as stored bytes and parsed; skip and count damaged lines.
 
@@ -151,9 +151,10 @@ def read_lines(
     Args:
         kind: kind of object, for metrics.
         fields: fields of each row, with their types.
+        start: begin with this byte.
     """
     spoiled = 0
-    for line in _read_by_line(storage, key):
+    for line in _read_by_line(storage, key, start):
         row = _parse_row(line)
         if row is not None and all(type(row.get(name)) is of for name, of in fields.items()):
             yield line, row
@@ -163,9 +164,9 @@ def read_lines(
         _report(key, kind, "", f"{key}: damaged ({spoiled} lines are not valid rows); these lines are skipped")
 
 
-def _read_by_line(storage: Storage, key: str) -> Iterator[bytes]:
+def _read_by_line(storage: Storage, key: str, start: int) -> Iterator[bytes]:
     """Yield the lines of an object; a line that is longer than CHUNK_BYTES is cut."""
-    start, rest = 0, b""
+    rest = b""
     while chunk := storage.get_range(key, start, CHUNK_BYTES):
         start += len(chunk)
         whole, newline, rest = (rest + chunk).rpartition(b"\n")

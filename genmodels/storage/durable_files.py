@@ -11,12 +11,19 @@ from typing import BinaryIO
 
 from genmodels.errors import StorageError
 
+WRITTEN_BYTES = 16 * 2**20  # at once
 STALE_TEMPORARY = 86_400.0  # seconds after which a temporary file must come from a killed process
 
 
 def copy(source: BinaryIO, path: Path) -> None:
     with open(path, "xb") as target:
         shutil.copyfileobj(source, target, 1 << 20)
+
+
+def write(data: memoryview, path: Path) -> None:
+    with open(path, "xb") as target:
+        for first in range(0, len(data), WRITTEN_BYTES):
+            target.write(data[first : first + WRITTEN_BYTES])
 
 
 def move(temporary: Path, path: Path) -> None:

@@ -9,6 +9,7 @@ import secrets
 import stat
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from io import BufferedReader
 from itertools import islice
 from pathlib import Path
 from typing import BinaryIO
@@ -28,7 +29,7 @@ from genmodels.storage.base import (
     check_size,
 )
 from genmodels.storage.disk import AWAY, disk_failure
-from genmodels.storage.durable_files import copy, move, remove, remove_stale, sync
+from genmodels.storage.durable_files import copy, move, remove, remove_stale, sync, write
 from genmodels.storage.marker import MARKER, Marker, mark, parse_marker
 
 LOCK_TIMEOUT = 30.0  # seconds after which a lock that another process holds counts as an outage
@@ -125,6 +126,19 @@ class FolderStorage(Storage):
             with self._lock:
                 move(temporary, target)
 
+    def upload_memory(self, key: str, data: memoryview) -> None:
+        target = self._path(key)
+        with self._errors("upload", key), self._temporary(key) as temporary:
+            write(data, temporary)
+            sync(temporary)
+            with self._lock:
+                move(temporary, target)
+
+    def read_into(self, key: str, start: int, target: memoryview) -> int:
+        with self._errors("get", key), self._open(key) as file:
+            file.seek(start)
+            return file.readinto(target)
+
     def download(self, key: str, path: Path) -> None:
         with self._errors("download", key), self._open(key) as source, appears_whole(path) as temporary:
             copy(source, temporary)
@@ -149,7 +163,7 @@ class FolderStorage(Storage):
     def _path(self, key: str) -> Path:
         return self._root / check_key(key)
 
-    def _open(self, key: str) -> BinaryIO:
+    def _open(self, key: str) -> BufferedReader:
         """Open an object. Anything else with that name (a pipe, a device, a link to itself) is not an object."""
         try:
             file = os.fdopen(

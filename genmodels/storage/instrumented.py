@@ -68,6 +68,14 @@ class MeasuredStorage(Storage):
         with self._operation("upload"):
             self._storage.upload(path, key)
 
+    def upload_memory(self, key: str, data: memoryview) -> None:
+        with self._operation("upload"):
+            self._storage.upload_memory(key, data)
+
+    def read_into(self, key: str, start: int, target: memoryview) -> int:
+        with self._operation("get"):
+            return self._storage.read_into(key, start, target)
+
     def download(self, key: str, path: Path) -> None:
         with self._operation("download"):
             self._storage.download(key, path)

@@ -34,6 +34,7 @@ from services.cluster.ray_start import local_environment, ray_start_command
 from services.cluster.signals import count_signals
 from services.dispatch.backends.ray_jobs import RayJobsBackend
 from services.dispatch.drain import drain
+from services.gateway.pool_config import read_pools
 from services.jobs.app import check_access
 from services.node import exporter
 
@@ -68,10 +69,12 @@ def up(storage: Storage, options: Options, print_line: PrintLine | None = None) 
     """Run the platform until SIGINT or SIGTERM. Running attempts save first, and continue at the next `up`.
 
     Raises:
-        GenmodelsError: there is no valid key, a port is taken, or the limit of open files is too low.
+        GenmodelsError: the file of the pools is damaged, there is no valid key, a port is taken, or the limit of open
+            files is too low.
     """
     print_line = print_line or _print
     raise_file_limit()
+    read_pools()
     check_access(storage, HOST, not options.auth)
     begin_writing(storage)
     _check_ports({"--port": options.port, "--api-port": options.api_port, "--metrics-port": options.metrics_port})

@@ -33,6 +33,7 @@ from tests.support.asgi_client import ask, refused
 from tests.support.asgi_server import served
 from tests.support.browser import CHROMIUM, Page, browser
 from tests.support.published_models import IMAGES, publish
+from tests.support.run_parts import write_metrics
 
 JOB = "test-00000000"
 STEPS = range(10, 210, 10)
@@ -49,7 +50,7 @@ def train(storage: Storage, model: str, text: bool = False) -> None:
     for row in rows[4::5]:
         row |= {"val_loss": row["loss"] + 0.2, "val_psnr": 12 + row["step"] / 40}
     rows[2]["grad_norm"] = float("nan")
-    run.write_metrics(1, rows)
+    write_metrics(run, 1, rows)
     for step in STEPS[4::5]:
         if text:
             run.write_sample(1, step, "sample.txt", f"What is learnt at step {step}.\n".encode())
@@ -163,11 +164,11 @@ def test_a_history_follows_the_chain_and_is_bounded(file_storage: Storage) -> No
     run = Run(file_storage, JOB, "long")
     run.start_attempt(1, None, 1)
     rows = [{"step": step, "loss": 1.0} | ({"val_loss": 2.0} if step % 100 == 0 else {}) for step in range(1, 5001)]
-    run.write_metrics(1, rows)
+    write_metrics(run, 1, rows)
     for step in range(1, 301):
         run.write_sample(1, step, "samples.png", b"first")
     run.start_attempt(2, CheckpointRef(attempt=1, step=4000), 1)
-    run.write_metrics(2, [{"step": 4001, "loss": 7.0}])
+    write_metrics(run, 2, [{"step": 4001, "loss": 7.0}])
     history = reader(file_storage, ThinnedHistories(), version)()
     assert len(history.rows) == MAX_ROWS
     assert [row["step"] for row in history.rows if "val_loss" in row] == list(range(100, 4001, 100))

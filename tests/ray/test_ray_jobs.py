@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from genmodels.runs.jobs import Jobs
+from genmodels.runs.log_lines import log_lines
 from genmodels.runs.store import Run
 from genmodels.storage import open_storage
 from services.dispatch.backends import ray_jobs
@@ -40,7 +41,7 @@ def test_a_real_attempt(head: RayHead, tmp_path: Path, monkeypatch: pytest.Monke
     result = Run(storage, name, "minigpt").result(1)
     assert result is not None
     assert (result.outcome, result.step, result.version) == ("succeeded", 3, 1), result.message
-    lines = [line.line for line in Run(storage, name, "minigpt").log_lines("driver")]
+    lines = [line.line for line in log_lines(Run(storage, name, "minigpt"), "driver")]
     assert any(line.endswith(f"publishes on node {HEAD}") for line in lines)
     shown = head.backend.dashboard.ask("GET", f"/api/jobs/{submission_id(name, 'minigpt', 1)}")
     assert shown is not None

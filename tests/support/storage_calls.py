@@ -21,6 +21,7 @@ READS: dict[str, Call] = {
     "get": lambda storage, path: storage.get("k"),
     "get if changed": lambda storage, path: storage.get_if_changed("k", '"another"'),
     "get range": lambda storage, path: storage.get_range("k", 0, 10),
+    "read into": lambda storage, path: storage.read_into("k", 0, memoryview(bytearray(10))),
     "list": lambda storage, path: storage.list(""),
     "sizes": lambda storage, path: storage.sizes("a/"),
     "folders": lambda storage, path: storage.folders(""),
@@ -33,6 +34,7 @@ WRITES: dict[str, Call] = {
     "put": lambda storage, path: storage.put("k", b"x"),
     "put if absent": lambda storage, path: storage.put("k", b"x", if_absent=True),
     "upload": lambda storage, path: storage.upload(path, "k"),
+    "upload memory": lambda storage, path: storage.upload_memory("k", memoryview(b"x")),
     "delete": lambda storage, path: storage.delete("k"),
 }
 

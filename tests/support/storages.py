@@ -45,6 +45,14 @@ class MemoryStorage(Storage):
             self.objects[key] = data
         return _etag(data)
 
+    def upload_memory(self, key: str, data: memoryview) -> None:
+        self.put(key, bytes(data))
+
+    def read_into(self, key: str, start: int, target: memoryview) -> int:
+        data = self.get_range(key, start, len(target))
+        target[: len(data)] = data
+        return len(data)
+
     def folders(self, prefix: str) -> list[str]:
         top, slash, _ = prefix.rpartition("/")
         paths = (key.removeprefix(top + slash).partition("/") for key in self.list(prefix))

@@ -26,6 +26,8 @@ from genmodels.registry import references
 from genmodels.registry.catalogue import shard_of
 from genmodels.registry.store import Registry
 from genmodels.runs.jobs import Jobs, StoredSpec
+from genmodels.runs.log_lines import log_lines
+from genmodels.runs.metric_rows import metric_rows
 from genmodels.runs.queue import read_queue
 from genmodels.runs.records import Heartbeat, Result, State
 from genmodels.runs.store import Run
@@ -38,6 +40,7 @@ from services.http.auth import require_keys
 from tests.support.job_service import Service
 from tests.support.metric_values import series
 from tests.support.published_models import publish, save_checkpoint
+from tests.support.run_parts import write_log, write_metrics
 from tests.support.scripted_cluster import Cluster
 
 LIMIT = 40_000  # document size in these tests, in bytes, so that a huge one is written quickly
@@ -80,7 +83,7 @@ class World:
         running.write_heartbeat(1, Heartbeat(phase="training", step=3))
         running.write_result(1, Result(outcome="stopped", step=3))
         running.send_command("stop", 1, "asked")
-        running.write_metrics(1, [{"step": 1, "loss": 0.5, "seconds": 1.0}])
+        write_metrics(running, 1, [{"step": 1, "loss": 0.5, "seconds": 1.0}])
         save_checkpoint(storage, jobs["bad"], "m", "vae", step=3)
         references.resolve_reference(f"m@{jobs['bad']}:step-3", storage)
         service.queue({"cpus": 1, "gpus": 0}, (jobs["bad"], "n", "waits"))
@@ -563,10 +566,10 @@ def test_spoiled_lines_of_logs_and_metrics_are_left_out(file_storage: Storage) -
         b"7",
     ]
     file_storage.put("runs/job-00000000/m/attempt-1/metrics/00000001.jsonl", b"\n".join([*lines, b'{"step": 4}']))
-    assert [row["step"] for row in run.metrics()] == [1, 4]
+    assert [row["step"] for row in metric_rows(run)] == [1, 4]
     logged = b'{"time": "2026-01-01T10:00Z", "line": "hello"}'
-    file_storage.put(run.log_key(1, "driver", 1), b"\n".join([*lines, logged]))
-    assert [line.line for line in run.log_lines()] == ["hello"]
+    write_log(run, 1, "driver", 1, b"\n".join([*lines, logged]))
+    assert [line.line for line in log_lines(run)] == ["hello"]
 
 
 def test_the_error_of_a_damaged_object_is_pickled_whole() -> None:

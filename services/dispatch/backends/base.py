@@ -92,3 +92,7 @@ class Backend(Protocol):
 
     def capacity(self) -> Capacity | None:
         """Return the capacity of the cluster, or None if the cluster does not answer."""
+
+    def stalled(self) -> str | None:
+        """Return why a background thread of the backend makes no progress; None if all do."""
+        return None

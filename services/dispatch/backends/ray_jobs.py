@@ -11,7 +11,7 @@ from typing import Any
 import httpx
 
 from services.cluster.dashboard import Dashboard
-from services.dispatch.backends.base import LOST, Capacity, Driver, driver_command, submission_id
+from services.dispatch.backends.base import LOST, Backend, Capacity, Driver, driver_command, submission_id
 
 log = logging.getLogger("genmodels.backends")
 
@@ -25,7 +25,7 @@ MESSAGE = 2000  # characters of Ray's own message, which ends with the last line
 ACCEPT_SECONDS = 60.0  # for a driver to be accepted, by a cluster that answers
 
 
-class RayJobsBackend:
+class RayJobsBackend(Backend):
     """Run drivers as Ray Jobs, only through the HTTP API of Ray's dashboard.
 
     So the calling process is no part of the cluster, does not import Ray, and survives the loss of the cluster. No

@@ -18,6 +18,7 @@ from torch import nn
 
 from genmodels import checkpoint
 from genmodels.checkpoint import CONFIG, MANIFEST, WEIGHTS, CheckpointRef, File, Manifest
+from genmodels.checkpoint.manifest import _digest
 from genmodels.errors import CheckpointError, KeyNotFound, StorageError
 from genmodels.family import OptimizerConfig
 from genmodels.nn import optim
@@ -240,7 +241,7 @@ def test_an_older_process_reads_a_newer_manifest(recorded: Recorded) -> None:
 def forge(storage: Storage, prefix: str, document: dict[str, Any]) -> None:
     """Write a manifest with any content, and the matching digest."""
     document = {name: value for name, value in document.items() if name != "digest"}
-    write_document(storage, f"{prefix}/{MANIFEST}", document | {"digest": checkpoint._digest(document)})
+    write_document(storage, f"{prefix}/{MANIFEST}", document | {"digest": _digest(document)})
 
 
 @pytest.mark.parametrize(

@@ -40,6 +40,7 @@ from services.train.publish import publish_run
 from tests.support.asgi_client import ask
 from tests.support.evaluation_data import Bench, shapes
 from tests.support.published_models import LINEAGE, build, publish, write
+from tests.support.run_parts import write_metrics
 from tests.support.storages import MemoryStorage
 from tests.support.tiny_jobs import job, make_data, model
 
@@ -375,7 +376,9 @@ def test_an_evaluation_says_what_training_cost_and_how_it_went(tmp_path: Path) -
     assert training(family, run, CheckpointRef(attempt=1, step=9), LINEAGE) == {
         "parameters": sum(weight.numel() for weight in family.network.parameters()), "steps": 9, "workers": 1
     }  # fmt: skip
-    run.write_metrics(1, [{"step": step, "samples": 4 * step, "seconds": step / 2, course: step} for step in range(20)])
+    write_metrics(
+        run, 1, [{"step": step, "samples": 4 * step, "seconds": step / 2, course: step} for step in range(20)]
+    )
     notes = training(family, run, CheckpointRef(attempt=1, step=15), LINEAGE)
     assert (notes["images_seen"], notes["training_seconds"]) == (60, 9.5)
     assert notes[f"{course}_over_time"] == [0.5, 2.5, 4.5, 6.5, 8.5, 10.5, 12.5, 14.5]
@@ -387,7 +390,7 @@ def test_of_a_text_model_tokens_are_told_and_the_last_loss(tmp_path: Path) -> No
     run, family = Run(MemoryStorage(), "tiny-00000000", spec.name), build("minigpt")[0]
     assert isinstance(family, TextFamily)
     run.start_attempt(1, None, 1)
-    run.write_metrics(1, [{"step": 4, "samples": 8, "seconds": 1.0, "loss": 2.5}])
+    write_metrics(run, 1, [{"step": 4, "samples": 8, "seconds": 1.0, "loss": 2.5}])
     notes = training(family, run, CheckpointRef(attempt=1, step=4), LINEAGE)
     assert (notes["tokens_seen"], notes["training_loss"]) == (8 * family.block_size, 2.5)
 

@@ -17,7 +17,7 @@ from typing import Any
 
 import pytest
 
-from genmodels.data import uploads
+from genmodels.data import added, uploads
 from genmodels.data.sources import cache_folder
 from genmodels.engine.alias_watcher import AliasWatcher
 from genmodels.engine.model_cache import ModelCache
@@ -27,7 +27,8 @@ from genmodels.registry import references
 from genmodels.registry.removal import dataset_contents, delete_dataset, delete_model, model_contents
 from genmodels.registry.store import Registry
 from genmodels.registry.versions import Version
-from genmodels.runs.jobs import Jobs, index_runs
+from genmodels.runs.job_index import index_runs
+from genmodels.runs.jobs import Jobs
 from genmodels.runs.records import Change, State, Status
 from genmodels.runs.store import Run
 from genmodels.spec.parse import dump, parse_spec
@@ -36,6 +37,7 @@ from genmodels.storage import Storage, lease, write_document
 from genmodels.storage.documents import now
 from genmodels.threads import Rounds
 from tests.support.published_models import publish
+from tests.support.run_parts import write_log
 from tests.support.storages import LINEAGE, MemoryStorage, PausedStorage, Wrapped, save
 
 LONG_AGO = "2020-01-01T00:00:00.000+00:00"
@@ -64,7 +66,7 @@ def trained(storage: Storage, job: str, model: str, state: State = "succeeded") 
     run.start_attempt(2, parent, 1)
     save(run, 2, 2, parent)
     run.write_sample(2, 2, "samples.png", b"private")
-    storage.put(run.log_key(2, "driver", 1), b"")
+    write_log(run, 2, "driver", 1, b"")
     change = Change(state=state, time=LONG_AGO, reason="")
     run.write_status(Status(state=state, attempt=2, history=[change]), run.status()[1])
     return run
@@ -427,13 +429,13 @@ def test_a_dataset_is_removed_whole_and_says_what_was_trained_on_it(storage: Sto
     assert storage.list("datasets/photos/") == ["datasets/photos/gc-lease.json"]
     assert storage.list("evaluation-cache/") == ["evaluation-cache/ngrams-3-ffffffffffffffff"]
     assert list((cache_folder() / "datasets").glob("[0-9a-f]*")) == []
-    assert [dataset.name for dataset in uploads.catalog(storage)] == ["others"]
+    assert [dataset.name for dataset in added.catalog(storage)] == ["others"]
     assert Registry(storage).resolve("first").lineage == LINEAGE
     with pytest.raises(DataError, match="no dataset 'photos'"):
         delete_dataset(storage, "photos")
-    added, new = uploads.add(storage, "photos", text(tmp_path))
+    again, new = uploads.add(storage, "photos", text(tmp_path))
     assert new
-    assert uploads.load("photos", None, storage).digest == added.digest
+    assert uploads.load("photos", None, storage).digest == again.digest
 
 
 def test_of_two_deletions_of_a_dataset_at_once_the_second_finds_none(

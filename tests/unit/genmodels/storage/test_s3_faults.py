@@ -16,7 +16,7 @@ import boto3
 import pytest
 
 from genmodels.errors import Conflict, StorageError, StorageUnavailable
-from genmodels.storage import Storage, open_storage, read_document, s3, write_document
+from genmodels.storage import Storage, multipart, open_storage, read_document, s3, write_document
 from tests.support.fault_proxy import FaultProxy
 from tests.support.s3_server import S3Server
 
@@ -172,6 +172,8 @@ def test_outage(
         lambda: faulty.exists("k"),
         lambda: faulty.delete("k"),
         lambda: faulty.upload(path, "k"),
+        lambda: faulty.upload_memory("k", memoryview(b"x")),
+        lambda: faulty.read_into("k", 0, memoryview(bytearray(1))),
         lambda: faulty.download("k", path),
         lambda: write_document(faulty, "k", {}, if_absent=True),
     ]
@@ -201,6 +203,49 @@ def test_upload_survives_lost_answers(faulty: Storage, s3_storage: Storage, prox
     proxy.fail("404 NoSuchUpload", times=1, method="POST", path="uploadId=")  # how some stores answer the second end
     faulty.upload(large, "again")
     assert s3_storage.get("again")[0] == large.read_bytes()
+
+
+@pytest.fixture
+def small_parts(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(multipart, "PART_BYTES", 5 * 2**20)  # the least that S3 allows
+
+
+def test_an_upload_from_memory_survives_lost_answers(
+    faulty: Storage, s3_storage: Storage, proxy: FaultProxy, large: Path, small_parts: None
+) -> None:
+    data = large.read_bytes()
+    proxy.fail("drop-answer", times=1, method="PUT", path="partNumber=2")
+    faulty.upload_memory("large", memoryview(data))
+    assert proxy.count("PUT", "drop-answer") == 1
+    assert proxy.count("PUT") == 5  # only the lost part is sent again
+    proxy.fail("drop-answer", times=1, method="POST", path="uploadId=")
+    faulty.upload_memory("lost end", memoryview(data))
+    proxy.fail("404 NoSuchUpload", times=1, method="POST", path="uploadId=")
+    faulty.upload_memory("again", memoryview(data))
+    for key in ("large", "lost end", "again"):
+        assert s3_storage.get(key)[0] == data, key
+
+
+def test_a_failed_upload_from_memory_leaves_no_parts(
+    faulty: Storage, s3_storage: Storage, proxy: FaultProxy, large: Path, small_parts: None, one_try: None
+) -> None:
+    s3_storage.put("large", b"before")
+    proxy.fail("503", method="PUT", path="partNumber=3")
+    with pytest.raises(StorageUnavailable, match="large: upload: the store failed"):
+        faulty.upload_memory("large", memoryview(large.read_bytes()))
+    assert s3_storage.get("large")[0] == b"before"
+    inner: Any = s3_storage
+    client, bucket = inner._storage._client, inner._storage._bucket
+    assert "Uploads" not in client.list_multipart_uploads(Bucket=bucket)
+
+
+def test_reading_into_memory_survives_broken_answers(faulty: Storage, s3_storage: Storage, proxy: FaultProxy) -> None:
+    data = random.Random(0).randbytes(3_000_000)
+    s3_storage.put("k", data)
+    target = bytearray(2_000_000)
+    proxy.fail("cut-answer", times=2, method="GET")
+    assert faulty.read_into("k", 500_000, memoryview(target)) == len(target)
+    assert target == data[500_000:2_500_000]
 
 
 def test_download_is_whole_or_absent(
@@ -246,6 +291,8 @@ def every_call(storage: Storage, path: Path) -> list[Callable[[], Any]]:
         lambda: storage.exists("k"),
         lambda: storage.delete("k"),
         lambda: storage.upload(path, "k"),
+        lambda: storage.upload_memory("k", memoryview(b"x")),
+        lambda: storage.read_into("k", 0, memoryview(bytearray(1))),
         lambda: storage.download("k", path),
         lambda: write_document(storage, "k", {}),
     ]

@@ -20,7 +20,15 @@ from typing import Any
 import pytest
 
 from genmodels.errors import Conflict, DamagedObject, KeyNotFound, StorageError, StorageUnavailable
-from genmodels.storage import Storage, decode_floats, encode_floats, open_storage, read_document, write_document
+from genmodels.storage import (
+    Storage,
+    decode_floats,
+    encode_floats,
+    multipart,
+    open_storage,
+    read_document,
+    write_document,
+)
 from genmodels.storage import base as base_module
 from genmodels.storage import folder as folder_module
 
@@ -51,6 +59,21 @@ def test_round_trip(storage: Storage) -> None:
         etag = storage.put(key, data)
         assert storage.get(key) == (data, etag)
         assert storage.exists(key)
+
+
+@pytest.mark.parametrize("size", [0, 1, 5 * 2**20, 12 * 2**20 + 3])
+def test_memory_is_uploaded_and_read_back(storage: Storage, monkeypatch: pytest.MonkeyPatch, size: int) -> None:
+    monkeypatch.setattr(multipart, "PART_BYTES", 5 * 2**20)
+    data = random.Random(size).randbytes(size)
+    storage.upload_memory("a/b", memoryview(data))
+    assert storage.get("a/b")[0] == data
+    for start, length in ((0, size), (size // 2, size), (size, 10), (size + 10, 10)):
+        target = bytearray(length)
+        count = storage.read_into("a/b", start, memoryview(target))
+        assert count == max(0, min(length, size - start))
+        assert target[:count] == data[start : start + count]
+    with pytest.raises(KeyNotFound):
+        storage.read_into("a/c", 0, memoryview(bytearray(1)))
 
 
 def test_overwriting_changes_the_etag(storage: Storage) -> None:
