@@ -55,7 +55,10 @@ def test_a_real_attempt(head: RayHead, tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_codes_of_ray_jobs(head: RayHead, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert head.backend.capacity() == Capacity(2, 0)
+    capacity = head.backend.capacity()
+    assert capacity
+    assert (capacity.cpus, capacity.gpus) == (2, 0)
+    assert capacity.drivers, "Ray tells how much memory its nodes have"
     assert RayJobsBackend(head.dashboard, 8, 2).capacity() == Capacity(2, 0, max_cpus=8, max_gpus=2)
     assert head.backend.find("j", "unknown", 1).poll() == LOST
     mark = f"genmodels-test-{uuid.uuid4()}"
@@ -80,5 +83,6 @@ def test_ray_tells_when_its_head_and_a_driver_began(head: RayHead, monkeypatch: 
     assert shown is not None
     running = {**shown.json(), "status": "RUNNING"}
     assert not head.backend.is_lost(running)
+    assert head.backend.is_lost({**running, "driver_node_id": "another"})
     before = time.time() - 24 * 3600
-    assert head.backend.is_lost({**running, "start_time": before * 1000})
+    assert head.backend.is_lost({**running, "driver_node_id": None, "start_time": before * 1000})
