@@ -120,7 +120,7 @@ def _serve_options(pool: Pool) -> dict[str, Any]:
         options["max_surge_percent"] = 0  # there may be no second GPU: an old host stops before a new one starts
     if pool.min_replicas == pool.max_replicas:
         return options | {"num_replicas": pool.min_replicas}
-    look_back = min(30.0, pool.idle_seconds / 2)  # Serve scales by the mean over this time
+    look_back = min(30.0, max(11.0, pool.idle_seconds / 2))  # Serve scales by the mean over so long, more than 10 s
     return options | {
         "autoscaling_config": {
             "min_replicas": pool.min_replicas,
