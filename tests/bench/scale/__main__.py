@@ -20,6 +20,7 @@ from tests.support.s3_server import S3Server
 SIZES = (10, 100, 1_000, 10_000)
 # The figures, each with the sizes that it is measured at
 FIGURES: dict[str, tuple[Callable[[S3Server, int], Iterator[Row]], tuple[int, ...]]] = {
+    "catalogue": (registry.measure_catalogue, SIZES),
     "dispatch": (dispatch.measure, (10, 100, 1_000)),
     "curve": (history.measure_curve, (100, 1_000, history.DAY)),
     "lists": (history.measure_lists, SIZES),
