@@ -58,9 +58,10 @@ class Placement:
 
     @property
     def torch_device(self) -> torch.device:
+        """Return the device; that of a GPU has an index, as its tensors have."""
         import torch
 
-        return torch.device(self.device)
+        return torch.device("cuda:0" if self.device == "cuda" else self.device)
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -102,7 +103,7 @@ class Placement:
 
         if not torch.cuda.is_available():
             raise SpecError(f"device: got {self.device!r}, and this machine has no GPU that torch can use; write cpu")
-        index = torch.device(self.device).index or 0
+        index = self.torch_device.index
         if index >= (count := torch.cuda.device_count()):
             raise SpecError(f"device: got {self.device!r}, and this machine has {count} GPUs; the first is cuda:0")
         free, total = torch.cuda.mem_get_info(index)
