@@ -5,6 +5,7 @@ Nothing is imported from torch at the top, so that settings are checked quickly 
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Literal
@@ -86,6 +87,17 @@ class Placement:
         if memory is not None and memory > total:
             raise SpecError(f"memory: got {gibibytes(memory)}, and {self.device} has {gibibytes(total)}; write less")
         return int(free * DEVICE_SHARE) if memory is None else memory
+
+    def prepare(self) -> None:
+        """Set torch so that equal inputs give equal bits on the device, and float32 is not rounded to TF32."""
+        if self.on_gpu:
+            import torch
+
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else cuBLAS may choose by stream
+            torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+            torch.backends.cudnn.deterministic = True  # a transposed convolution may add in any order
+            torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+            torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
 
     def check_device(self) -> None:
         """Compute on the device, and raise its error if it no longer works; a device that hangs makes this call hang.

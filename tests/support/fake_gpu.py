@@ -57,7 +57,9 @@ class GpuTensor(Tensor):
         self.numbers[_index(index)] = _numbers_of(value)
 
     @classmethod
-    def __torch_dispatch__(cls, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, function: Any, types: Any, args: Any = (), kwargs: Any = None
+    ) -> Any:
         raise AssertionError(f"{function} outside of the fake GPU")
 
 

@@ -13,7 +13,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from genmodels.nn.cuda_graphs import Function
-from tests.support.fake_gpu import GpuTensor
 
 
 class _Recording(TorchDispatchMode):
@@ -53,9 +52,5 @@ def recorded_graph(function: Function, example: Tensor) -> Function:
 def _write(new: Any, old: Any) -> None:
     """Write results over those of the recording, where the later operations read them."""
     for source, target in zip(tree_leaves(new), tree_leaves(old), strict=True):
-        if isinstance(source, Tensor) and _address(source) != _address(target):
+        if isinstance(source, Tensor) and source.data_ptr() != target.data_ptr():
             target.copy_(source)
-
-
-def _address(tensor: Tensor) -> int:
-    return (tensor.numbers if isinstance(tensor, GpuTensor) else tensor).data_ptr()

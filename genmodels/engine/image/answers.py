@@ -147,7 +147,7 @@ def _decode_base64(model: ImageModel, value: str, param: str) -> np.ndarray:
 
 
 def _endpoint(model: ImageModel, value: Any, param: str, options: Any) -> Tensor:
-    """Return the latent (latent_dim,) of a seed, a latent, or an image, on the host: it is small, and so is its path."""
+    """Return the latent (latent_dim,) of a seed, a latent, or an image, on the host: it and its path are small."""
     if isinstance(value, int) and not isinstance(value, bool):
         if not 0 <= value < 2**63:
             raise _field_error(param, f"got {show(value)}, a seed is from 0 to 2^63 - 1")

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from genmodels.engine.device_errors import request_error
 from genmodels.engine.text.metrics import TextMetrics
 from genmodels.engine.text.sequence import Sequence
 from genmodels.errors import RequestError
@@ -232,6 +233,6 @@ def _copied_to_host(rows: list[Tensor | None]) -> list[Tensor | None]:
 
 def _notify_finished(sequence: Sequence, error: Exception | None) -> None:
     try:
-        sequence.on_finish(error)
+        sequence.on_finish(error and request_error(error))
     except Exception as failure:  # the event loop of the caller is closed
         logger.warning("the caller of a text could not be notified of its end: %s", type(failure).__name__)

@@ -20,8 +20,8 @@ class Sequence:
             from, on the host; returns False to finish the sequence.
         on_finish: called once, at the end; its argument is the error if there was one.
         on_prompt_logits: called for each part of the prompt with the position of its first token in the prompt, and
-            the logits (n, vocab_size) after each of its tokens, on the host. The parts cover all tokens of the prompt that fit into
-            the network's window, possibly except the last token.
+            the logits (n, vocab_size) after each of its tokens, on the host. The parts cover all tokens of the prompt
+            that fit into the network's window, possibly except the last token.
     """
 
     def __init__(

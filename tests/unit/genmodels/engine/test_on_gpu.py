@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,18 +10,18 @@ import pytest
 import torch
 from torch import Tensor
 
+from genmodels.data.images import pixels_of
 from genmodels.engine.image import answers
-from genmodels.engine.image.requests import VERB_REQUESTS, GenerateRequest
+from genmodels.engine.image.requests import VERB_REQUESTS, GenerateRequest, ImageRequest
 from genmodels.engine.loader import load_folder
 from genmodels.engine.text.completion import complete
 from genmodels.engine.text.request import CompletionRequest
 from genmodels.engine.warmup import warm_up
 from genmodels.models import minigpt
 from genmodels.registry.probe import finite_probe, verify_probe, write_probe
-from genmodels.sizing.placement import Placement
+from genmodels.sizing.placement import DEFAULT_PLACEMENT, Placement
 from tests.support.fake_gpu import FakeGpu, fake_gpu
 from tests.support.published_models import CONFIGS, build, write
-from tests.support.recorded_graph import recorded_graph
 
 GPU = Placement("cuda")
 IMAGE_FAMILIES = sorted(CONFIGS.keys() - {"minigpt"})
@@ -44,7 +43,7 @@ SAMPLING: list[dict[str, Any]] = [
 
 @pytest.fixture
 def gpu(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeGpu]:
-    monkeypatch.setattr(minigpt, "cuda_graph", recorded_graph)
+    monkeypatch.setattr(minigpt, "cuda_graph", lambda function, example: function)
     with fake_gpu() as gpu:
         yield gpu
 
@@ -58,14 +57,19 @@ def folder(tmp_path: Path, request: pytest.FixtureRequest) -> Path:
 def fields_of(verb: str, name: str) -> dict[str, Any]:
     if name != "gan":
         return FIELDS[verb]
-    return FIELDS[verb] | ({"latents": [[0.1] * 8] * 2} if verb == "decode" else {"end": 2} if "end" in FIELDS[verb] else {})
+    return FIELDS[verb] | {"decode": {"latents": [[0.1] * 8] * 2}, "interpolate": {"end": 2}}.get(verb, {})
+
+
+def on(folder: Path, placement: Placement = DEFAULT_PLACEMENT) -> Any:
+    return load_folder(folder, "m@1", placement)
 
 
 @pytest.mark.parametrize("folder", IMAGE_FAMILIES, indirect=True)
 def test_images_are_made_on_the_gpu_and_copied_back_once_as_bytes(folder: Path, gpu: FakeGpu) -> None:
-    on_cpu, on_gpu = load_folder(folder, "m@1"), load_folder(folder, "m@1", GPU)
+    on_cpu, on_gpu = on(folder), on(folder, GPU)
     name = on_gpu.family.family_name()
-    verbs = {request.verb: request for request in (GenerateRequest, *VERB_REQUESTS)}
+    requests: tuple[type[ImageRequest], ...] = (GenerateRequest, *VERB_REQUESTS)
+    verbs = {request.verb: request for request in requests}
     for verb in sorted(on_gpu.family.verbs):
         request = verbs[verb].model_validate(fields_of(verb, name))
         gpu.forget()
@@ -80,12 +84,11 @@ def test_images_are_made_on_the_gpu_and_copied_back_once_as_bytes(folder: Path, 
 @pytest.mark.parametrize("folder", ["minigpt"], indirect=True)
 @pytest.mark.parametrize("options", SAMPLING, ids=str)
 def test_a_step_copies_its_tokens_and_no_more(folder: Path, gpu: FakeGpu, options: dict[str, Any]) -> None:
-    on_cpu, on_gpu = load_folder(folder, "m@1"), load_folder(folder, "m@1", GPU)
+    on_cpu, on_gpu = on(folder), on(folder, GPU)
     for more, copies in (({}, 1), ({"logprobs": 2}, 2)):
-        fields = {"prompt": ["ABC", "Hello"], "n": 3, "max_tokens": 30, "seed": 1, **options, **more}
+        fields = {"prompt": ["ABC", "Hello"], "n": 2, "max_tokens": 12, "seed": 1, **options, **more}
         request = CompletionRequest.model_validate(fields)
-        on_gpu.batcher  # type: ignore[attr-defined]  # noqa: B018  # made at the first access
-        steps = on_gpu.batcher.step  # type: ignore[attr-defined]
+        steps = on_gpu.batcher.step
 
         def step(steps: Any = steps, copies: int = copies) -> bool:
             gpu.forget()
@@ -94,17 +97,17 @@ def test_a_step_copies_its_tokens_and_no_more(folder: Path, gpu: FakeGpu, option
             assert gpu.reads == []
             return busy
 
-        on_gpu.batcher.step = step  # type: ignore[attr-defined]
+        on_gpu.batcher.step = step
         texts = [(delta.index, delta.text) for delta in complete(on_gpu, request)]
-        on_gpu.batcher.step = steps  # type: ignore[attr-defined]
+        on_gpu.batcher.step = steps
         assert texts == [(delta.index, delta.text) for delta in complete(on_cpu, request)]
 
 
 @pytest.mark.parametrize("folder", ["minigpt"], indirect=True)
 def test_the_prompt_is_scored_with_one_copy_for_each_part(folder: Path, gpu: FakeGpu) -> None:
-    on_cpu, on_gpu = load_folder(folder, "m@1"), load_folder(folder, "m@1", GPU)
+    on_cpu, on_gpu = on(folder), on(folder, GPU)
     request = CompletionRequest.model_validate({"prompt": "Hello", "echo": True, "max_tokens": 0, "logprobs": 1})
-    on_gpu.batcher  # type: ignore[attr-defined]  # noqa: B018
+    on_gpu.batcher  # noqa: B018
     gpu.forget()
     deltas = list(complete(on_gpu, request))
     assert (len(gpu.to_host), gpu.reads) == (1, [])
@@ -113,36 +116,34 @@ def test_the_prompt_is_scored_with_one_copy_for_each_part(folder: Path, gpu: Fak
 
 @pytest.mark.parametrize("folder", sorted(CONFIGS), indirect=True)
 def test_a_model_is_verified_and_warmed_up_on_the_gpu(folder: Path, gpu: FakeGpu) -> None:
-    write_probe(load_folder(folder, "m@1").family, folder)
-    model = load_folder(folder, "m@1", GPU)
+    write_probe(on(folder).family, folder)
+    model = on(folder, GPU)
     assert {output.device.type for output in model.family.probe().values()} == {"cuda"}
     finite_probe(model.family)
     gpu.forget()
     verify_probe(model.family, folder)
     assert len(gpu.to_host) == len(model.family.probe())
-    assert warm_up(model) == warm_up(load_folder(folder, "m@1"))
+    assert warm_up(model) == warm_up(on(folder))
 
 
 @pytest.mark.parametrize("folder", ["vae"], indirect=True)
 def test_the_fake_finds_a_forgotten_device(folder: Path, gpu: FakeGpu) -> None:
-    model = load_folder(folder, "m@1", GPU)
+    model = on(folder, GPU)
     decode = model.family.decode
 
     def forgetful(latents: Tensor, request: Any) -> Tensor:
         return decode(latents + torch.zeros(latents.shape[1]), request)
 
-    model.family.decode = forgetful  # type: ignore[method-assign]
+    model.family.decode = forgetful
     with pytest.raises(RuntimeError, match=r"a tensor \(4,\) is on the CPU, others on the GPU"):
         answers.answer(model, GenerateRequest())
     moved = next(model.family.network.parameters()).detach()
     with pytest.raises(AssertionError, match="a mask as an index is copied to the host"):
         moved[moved > 0]
     assert bool((moved == moved).all())
-    assert gpu.reads == ["_local_scalar_dense"] or gpu.reads == ["is_nonzero"]
+    assert len(gpu.reads) == 1
 
 
 def test_pictures_round_as_before() -> None:
-    from genmodels.data.images import pixels_of
-
     values = torch.linspace(-0.1, 1.1, 3 * 7 * 11).view(3, 1, 7, 11)
     assert (answers._pixels(values, "latents") == pixels_of(values.numpy())).all()
