@@ -34,14 +34,14 @@ def parse_spec(
     Args:
         source: name of the document in messages, e.g. its file name.
         base: folder of a relative `data.path`; without it the path must be absolute.
-        datasets: added datasets that the spec may name, from `data.uploads.kinds`.
+        datasets: added datasets that the spec may name, e.g. `data.added.Kinds`.
         paths: whether the spec may name files; False for a spec from the network.
 
     Raises:
         SpecError: with a line `source:line: path: got ..., expected ...` for each problem.
     """
     document = yaml.read(data, source)
-    context = {"base": base, "datasets": datasets or {}, "paths": paths}
+    context = {"base": base, "datasets": {} if datasets is None else datasets, "paths": paths}
     for outline in (True, False):  # problems that need no torch are reported first
         spec = _validate(document, source, {**context, "outline": outline})
     return spec

@@ -93,12 +93,12 @@ def read_job(spec: Path, url: str | None) -> tuple[JobSpec, str, Storage]:
     Raises:
         SpecError: the file cannot be read, or is not a valid spec.
     """
-    from genmodels.data import uploads
+    from genmodels.data import added
     from genmodels.spec.parse import parse_spec
 
     data, source = read_document(spec)
     opened = storage(url)
-    return parse_spec(data, source, spec.absolute().parent, uploads.kinds(opened)), source, opened
+    return parse_spec(data, source, spec.absolute().parent, added.Kinds(opened)), source, opened
 
 
 def client(api: str) -> Client:

@@ -11,7 +11,7 @@ import logging
 import os
 import re
 from pathlib import Path
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, Self
 
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
@@ -20,6 +20,7 @@ from genmodels.schema import yaml
 from genmodels.schema.base import Section
 from genmodels.schema.field_errors import FieldError, field_error, field_errors, format_errors, show
 from genmodels.sizing.memory import HOST_MEMORY, SERVED_ROWS
+from genmodels.sizing.placement import MAX_ROWS, DType, Placement
 from genmodels.spec.names import Label, Reference
 
 VARIABLE = "GENMODELS_POOLS"
@@ -53,13 +54,13 @@ class Pool(Section):
     cpus: float = Field(
         0.0, ge=0, le=1024, description="CPUs of the Ray cluster that each host reserves; 0: it shares them with others"
     )
-    dtype: Literal["float32", "bfloat16"] = Field("float32", description="number format of weights and computations")
+    dtype: DType = Field("float32", description="number format of weights and computations")
     memory: Annotated[int, BeforeValidator(_bytes)] = Field(
         HOST_MEMORY,
         ge=2**20,
         description="memory for models in each host, in bytes or e.g. 2 GiB; a larger model is refused at submission",
     )
-    slots: int = Field(SERVED_ROWS, ge=1, le=1024, description="texts that one model of a host generates at once")
+    slots: int = Field(SERVED_ROWS, ge=1, le=MAX_ROWS, description="texts that one model of a host generates at once")
     workers: int = Field(4, ge=1, le=64, description="image requests that a host computes at the same time")
     torch_threads: int = Field(1, ge=1, le=256, description="threads of each computation on CPUs")
     min_replicas: int = Field(
@@ -99,6 +100,11 @@ class Pool(Section):
         if self.min_replicas > self.max_replicas:
             text = f"got {self.max_replicas}, expected at least min_replicas ({self.min_replicas}); swap the two"
             raise field_errors([FieldError(("max_replicas",), text)])
+        try:
+            Placement(self.device, self.dtype, self.slots)
+        except SpecError as error:
+            field, _, text = str(error).partition(": ")
+            raise field_errors([FieldError((field,), text)]) from None
         return self
 
 

@@ -375,13 +375,15 @@ def endpoint(storage_url: str) -> Iterator[str]:
         from services.cluster.ports import HOST
     from services.cluster.ray_start import serve_http_options
     from services.gateway.app import build
+    from services.gateway.pool_config import Pool, Pools
 
     cluster = ray_cluster.__wrapped__()  # type: ignore[attr-defined]  # the fixture without pytest
     next(cluster)
     try:
         port = free_ports(1)
         serve.start(http_options=serve_http_options(HOST, port), logging_config={"log_level": "ERROR"})
-        serve.run(build(storage_url, auth=False, torch_threads=THREADS), name="genmodels", route_prefix="/")
+        pools = Pools(pools=[Pool(name="default", torch_threads=THREADS)])
+        serve.run(build(storage_url, auth=False, pools=pools), name="genmodels", route_prefix="/")
         yield f"http://127.0.0.1:{port}"
         serve.shutdown()
     finally:
