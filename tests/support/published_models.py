@@ -21,6 +21,7 @@ from genmodels.runs.job_index import index_runs
 from genmodels.runs.store import Run
 from genmodels.storage import Storage, open_storage
 from genmodels.storage.documents import now
+from tests.support.storages import upload
 
 VOCABULARY = "\n !,.?ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 IMAGES = ImageInfo(channels=1, height=16, width=16)
@@ -53,8 +54,9 @@ def build(
 def write(folder: Path, family: Family[Any, Any], assets: dict[str, bytes]) -> None:
     (folder / "assets").mkdir()
     save_file(family.network.state_dict(), folder / checkpoint.WEIGHTS)
-    checkpoint.write_config(folder, family)
-    checkpoint.write_assets(folder, assets)
+    (folder / checkpoint.CONFIG).write_bytes(checkpoint.config_bytes(family))
+    for name, data in assets.items():
+        (folder / "assets" / name).write_bytes(data)
 
 
 def loaded(name: str, folder: Path, **config: Any) -> LoadedModel:
@@ -120,4 +122,4 @@ def save_checkpoint(
             step=step, samples=step, metrics={"val_loss": 2.5}, lineage=LINEAGE, files=checkpoint.describe_files(folder)
         )
         prefix = run.checkpoint_prefix(CheckpointRef(attempt=attempt, step=step))
-        checkpoint.upload(storage, prefix, folder, manifest, lambda: run.fence(attempt))
+        upload(storage, prefix, folder, manifest, lambda: run.fence(attempt))

@@ -41,7 +41,7 @@ from tests.support.asgi_client import ask
 from tests.support.evaluation_data import Bench, shapes
 from tests.support.published_models import LINEAGE, build, publish, write
 from tests.support.run_parts import write_metrics
-from tests.support.storages import MemoryStorage
+from tests.support.storages import MemoryStorage, upload
 from tests.support.tiny_jobs import job, make_data, model
 
 BENCH = Bench()
@@ -312,7 +312,7 @@ def saved(spec: ModelSpec, steps: int = 2) -> Run:
             files = checkpoint.describe_files(folder)
             manifest = Manifest(step=step, samples=step, metrics={"val_loss": 9.0 - step}, lineage=lineage, files=files)
             prefix = run.checkpoint_prefix(CheckpointRef(attempt=1, step=step))
-            checkpoint.upload(storage, prefix, folder, manifest, lambda: None)
+            upload(storage, prefix, folder, manifest, lambda: None)
     return run
 
 
