@@ -20,10 +20,11 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
+from genmodels.engine.device_errors import load_error
 from genmodels.engine.loader import footprint, load
 from genmodels.engine.model import LoadedModel
 from genmodels.engine.warmup import warm_up
-from genmodels.errors import CheckpointError, GenmodelsError, RequestError, UnexpectedFailure, contained
+from genmodels.errors import CheckpointError, GenmodelsError, RequestError, UnexpectedFailure
 from genmodels.metrics import LOAD_SECONDS, LOADED_BYTES
 from genmodels.registry.references import ResolvedModel
 from genmodels.sizing.memory import Footprint
@@ -166,7 +167,7 @@ class ModelCache:
         try:
             self._load(resolved)
         except BaseException as raised:
-            error = contained(raised) if isinstance(raised, Exception) else raised
+            error = load_error(raised, self._placement.device) if isinstance(raised, Exception) else raised
             if isinstance(error, (CheckpointError, UnexpectedFailure)):
                 logger.debug("%s was not loaded", resolved.name, exc_info=raised)
                 self._remember_failure(resolved.name, error)

@@ -90,6 +90,7 @@ class ModelHost:
     ) -> None:
         self._placement = Placement(device, dtype, slots)
         budget = self._placement.budget(memory)
+        self._placement.prepare()
         torch.set_num_threads(torch_threads)
         self._workers, self._lookups, loaders = (  # names are resolved while all workers compute or all loaders wait
             ThreadPoolExecutor(count, name, initializer=torch.set_num_threads, initargs=(torch_threads,))
