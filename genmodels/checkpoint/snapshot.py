@@ -11,6 +11,8 @@ from genmodels.checkpoint.tensor_file import TensorFile
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from genmodels.checkpoint.parts import Layout
+
 
 @dataclass(frozen=True)
 class Snapshot:
@@ -20,6 +22,7 @@ class Snapshot:
     samples: int
     metrics: dict[str, float]
     files: dict[str, TensorFile]  # `model.safetensors` (averaged if the spec asks for it) and those of `state/`
+    layout: Layout | None = None  # of the part that this rank saves, if the ranks share the state
 
 
 class SnapshotMemory:
@@ -43,6 +46,16 @@ class SnapshotMemory:
 
             torch.cuda.synchronize()
         return self._files
+
+    def allocate(
+        self, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
+    ) -> TensorFile:
+        """Return one file to fill, of the shapes of these tensors."""
+        file = self._files.get(name)
+        if not file or not file.fits(tensors, metadata):
+            file = TensorFile.like(tensors, self._pinned, metadata)
+        self._files[name] = file
+        return file
 
     def _file(self, name: str, tensors: Mapping[str, Tensor]) -> TensorFile:
         file = self._files.pop(name, None)

@@ -29,9 +29,11 @@ from genmodels.evals.images import evenly_spaced
 from genmodels.family import Batch, Family
 from genmodels.runs.records import Phase
 from genmodels.spec.sections import ModelSpec, TrainConfig
+from genmodels.training import shared_state
 from genmodels.training.group import Group
 from genmodels.training.resume import Parent, optimizer_file, restore, weights_file
 from genmodels.training.role_trainer import RoleTrainer
+from genmodels.training.sharding import gathered, is_sharded, local, shard_weights
 
 log = logging.getLogger(__name__)
 
@@ -40,13 +42,18 @@ COMPILING_STEPS = 3  # with `compile`: the first step compiles, and the next one
 PREVIEW_EXAMPLES = 64
 
 
-class Recorder(Protocol):
+class Saver(Protocol):
+    """The destination of snapshots."""
+
+    def save(self, step: int, take: Callable[[], Snapshot]) -> None: ...
+
+
+class Recorder(Saver, Protocol):
     """The destination of the loop's output, and the source of stop requests. Only rank 0 has one."""
 
     def report_progress(self, phase: Phase, step: int, loss: float | None = None) -> None: ...
     def log(self, row: dict[str, Any]) -> None: ...
     def sample(self, step: int, name: str, data: bytes) -> None: ...
-    def save(self, step: int, take: Callable[[], Snapshot]) -> None: ...
     def should_stop(self) -> bool: ...
 
 
@@ -58,6 +65,7 @@ def train(
     group: Group,
     recorder: Recorder | None,
     parent: Parent | None = None,
+    part_recorder: Saver | None = None,
 ) -> bool:
     """Train until `max_steps`, or until the recorder is asked to stop.
 
@@ -67,6 +75,7 @@ def train(
             evaluated, shown and saved for serving. Without `train.ema` it has the trained weights.
         recorder: on rank 0; None elsewhere.
         parent: the checkpoint to continue from.
+        part_recorder: on the other ranks, if each of them saves a part of a checkpoint.
 
     Returns:
         True at `max_steps`; False if it stopped before, with a checkpoint at the step where it stopped.
@@ -80,15 +89,19 @@ def train(
     family.to(group.device)
     averaged.to(group.device)
     averaged.network.requires_grad_(False)
-    trainers = [RoleTrainer(role, config, group) for role in family.roles(config)]
+    averaged.network.load_state_dict(family.network.state_dict())
+    roles, sharded = family.roles(config), is_sharded(config)
+    trainers = [RoleTrainer(role, config, group, alone=len(roles) == 1) for role in roles]
+    if sharded:
+        shard_weights(averaged.network, group.device, by_layer=False)
     split, validation = (dataset.split(name, family.sequence_length) for name in ("train", "val"))
     _check_enough(split, validation, config, group)
 
     step = samples = 0
-    averaged.network.load_state_dict(family.network.state_dict())
     if parent:
-        restore(parent, trainers, averaged, group)
+        _restore(parent, trainers, family, averaged, group, config)
         step, samples = parent.manifest.step, parent.manifest.samples
+    saver: Saver | None = recorder or part_recorder
     memory = SnapshotMemory(parent.files if parent else None, pinned=group.device.type == "cuda")
 
     total, window, started = config.max_steps * config.batch_size, MetricWindow(), time.perf_counter()
@@ -106,7 +119,8 @@ def train(
         # ---------------- one optimizer step: each role in turn changes its own weights ----------------
         for index, trainer in enumerate(trainers):
             trainer.set_lr_scale(lr_scale)
-            losses = trainer.backward(batches, progress, _seed(config.seed, step, index, group.rank))
+            with gathered(*(other.loss for other in trainers if other is not trainer)):
+                losses = trainer.backward(batches, progress, _seed(config.seed, step, index, group.rank))
             values = losses | {"gradient_norm": trainer.clip_gradients()}
             _check_finite(step, trainer.name, values)
             trainer.update()
@@ -125,9 +139,10 @@ def train(
         evaluating = last or (not stopping and (saving or step % config.eval_every == 0))
         row: dict[str, Any] = {}
         if evaluating:
-            row |= evaluate(averaged, validation, group, recorder, step)
-            if recorder:
-                _save_previews(averaged, dataset, validation, recorder, step, config.seed)
+            with gathered(averaged.network):
+                row |= evaluate(averaged, validation, group, recorder, step)
+                if recorder:
+                    _save_previews(averaged, dataset, validation, recorder, step, config.seed)
         if evaluating or saving or step % config.log_every == 0:
             row |= window.row() | {"learning_rate": lr_scale * config.learning_rate, "samples": samples}
             row |= {"epoch": samples / len(split), "seconds": time.perf_counter() - started}
@@ -137,9 +152,24 @@ def train(
                 log.info("step %d of %d: %s", step, config.max_steps, _log_text(row))
             window = MetricWindow()
         if saving and recorder:
-            metrics = {name: value for name, value in row.items() if name in averaged.metric_names}
             recorder.report_progress("saving", step, loss)
-            recorder.save(step, partial(_snapshot, memory, step, samples, metrics, trainers, averaged))
+        if saving and saver:
+            metrics = {name: value for name, value in row.items() if name in averaged.metric_names}
+            take = partial(_snapshot, memory, step, samples, metrics, trainers, averaged)
+            if sharded:
+                average = config.ema is not None
+                take = partial(
+                    shared_state.snapshot,
+                    memory,
+                    step,
+                    samples,
+                    metrics,
+                    trainers,
+                    averaged.network,
+                    group,
+                    with_average=average,
+                )
+            saver.save(step, take)
     return step == config.max_steps
 
 
@@ -247,9 +277,10 @@ def _update_average(averaged: nn.Module, trained: nn.Module, decay: float | None
     The decay rises from 2/11 to `decay`, so that the average forgets the initial weights.
     """
     weight = 1.0 if decay is None else 1 - min(decay, (1 + step) / (10 + step))
-    torch._foreach_lerp_(list(averaged.parameters()), list(trained.parameters()), weight)
-    for mine, theirs in zip(averaged.buffers(), trained.buffers(), strict=True):
-        mine.copy_(theirs)
+    mine, theirs = ([local(parameter) for parameter in network.parameters()] for network in (averaged, trained))
+    torch._foreach_lerp_(mine, theirs, weight)
+    for kept, current in zip(averaged.buffers(), trained.buffers(), strict=True):
+        kept.copy_(current)
 
 
 def _snapshot(
@@ -266,6 +297,22 @@ def _snapshot(
         for i, optimizer in enumerate(trainer.optimizers):
             content[optimizer_file(trainer.name, i)] = optimizer_tensors(optimizer.state_dict())
     return Snapshot(step, samples, metrics, memory.fill(content))
+
+
+def _restore(
+    parent: Parent,
+    trainers: list[RoleTrainer],
+    family: Family[Any, Any],
+    averaged: Family[Any, Any],
+    group: Group,
+    config: TrainConfig,
+) -> None:
+    if not is_sharded(config):
+        return restore(parent, trainers, averaged, group)
+    shared_state.restore(parent, trainers, averaged.network if config.ema is not None else None, group)
+    if config.ema is None:
+        _update_average(averaged.network, family.network, None, 0)
+    return None
 
 
 def _save_previews(
