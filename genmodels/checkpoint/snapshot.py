@@ -38,8 +38,7 @@ class SnapshotMemory:
 
     def fill(self, content: Mapping[str, Mapping[str, Tensor]]) -> dict[str, TensorFile]:
         """Copy tensors by file and name, and return the files: the same objects as at the last call."""
-        self._files = {name: self._file(name, tensors) for name, tensors in content.items()}
-        for name, file in self._files.items():
+        for name, file in self.allocate(content).items():
             file.copy(content[name])
         if self._pinned:  # the copies run on the GPU's own time
             import torch
@@ -48,18 +47,20 @@ class SnapshotMemory:
         return self._files
 
     def allocate(
-        self, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None
-    ) -> TensorFile:
-        """Return one file to fill, of the shapes of these tensors."""
-        file = self._files.get(name)
-        if not file or not file.fits(tensors, metadata):
-            file = TensorFile.like(tensors, self._pinned, metadata)
-        self._files[name] = file
-        return file
+        self, content: Mapping[str, Mapping[str, Tensor]], metadata: Mapping[str, Mapping[str, str]] | None = None
+    ) -> dict[str, TensorFile]:
+        """Return files of these names, dtypes and shapes; their values are those of an earlier snapshot, or nothing.
 
-    def _file(self, name: str, tensors: Mapping[str, Tensor]) -> TensorFile:
+        Args:
+            metadata: by file, further text for its header.
+        """
+        texts = metadata or {}
+        self._files = {name: self._file(name, tensors, texts.get(name)) for name, tensors in content.items()}
+        return self._files
+
+    def _file(self, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None) -> TensorFile:
         file = self._files.pop(name, None)
-        return file if file and file.fits(tensors) else TensorFile.like(tensors, self._pinned)
+        return file if file and file.fits(tensors, metadata) else TensorFile.like(tensors, self._pinned, metadata)
 
 
 def optimizer_tensors(state: Mapping[str, Any]) -> dict[str, Tensor]:

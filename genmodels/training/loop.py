@@ -29,11 +29,11 @@ from genmodels.evals.images import evenly_spaced
 from genmodels.family import Batch, Family
 from genmodels.runs.records import Phase
 from genmodels.spec.sections import ModelSpec, TrainConfig
-from genmodels.training import shared_state
 from genmodels.training.group import Group
 from genmodels.training.resume import Parent, optimizer_file, restore, weights_file
 from genmodels.training.role_trainer import RoleTrainer
 from genmodels.training.sharding import gathered, is_sharded, local, shard_weights
+from genmodels.training.shared_state import SharedState
 
 log = logging.getLogger(__name__)
 
@@ -90,17 +90,24 @@ def train(
     averaged.to(group.device)
     averaged.network.requires_grad_(False)
     averaged.network.load_state_dict(family.network.state_dict())
-    roles, sharded = family.roles(config), is_sharded(config)
+    roles = family.roles(config)
     trainers = [RoleTrainer(role, config, group, alone=len(roles) == 1) for role in roles]
-    if sharded:
+    shared = None
+    if is_sharded(config):
         shard_weights(averaged.network, group.device, by_layer=False)
+        shared = SharedState(trainers, averaged.network, group, has_average=config.ema is not None)
     split, validation = (dataset.split(name, family.sequence_length) for name in ("train", "val"))
     _check_enough(split, validation, config, group)
 
     step = samples = 0
     if parent:
-        _restore(parent, trainers, family, averaged, group, config)
+        if shared:
+            shared.restore(parent)
+        else:
+            restore(parent, trainers, averaged, group)
         step, samples = parent.manifest.step, parent.manifest.samples
+        if config.ema is None:
+            _update_average(averaged.network, family.network, None, step)
     saver: Saver | None = recorder or part_recorder
     memory = SnapshotMemory(parent.files if parent else None, pinned=group.device.type == "cuda")
 
@@ -155,21 +162,8 @@ def train(
             recorder.report_progress("saving", step, loss)
         if saving and saver:
             metrics = {name: value for name, value in row.items() if name in averaged.metric_names}
-            take = partial(_snapshot, memory, step, samples, metrics, trainers, averaged)
-            if sharded:
-                average = config.ema is not None
-                take = partial(
-                    shared_state.snapshot,
-                    memory,
-                    step,
-                    samples,
-                    metrics,
-                    trainers,
-                    averaged.network,
-                    group,
-                    with_average=average,
-                )
-            saver.save(step, take)
+            take = shared.snapshot if shared else partial(_snapshot, trainers, averaged)
+            saver.save(step, partial(take, memory, step, samples, metrics))
     return step == config.max_steps
 
 
@@ -284,12 +278,12 @@ def _update_average(averaged: nn.Module, trained: nn.Module, decay: float | None
 
 
 def _snapshot(
+    trainers: list[RoleTrainer],
+    averaged: Family[Any, Any],
     memory: SnapshotMemory,
     step: int,
     samples: int,
     metrics: dict[str, float],
-    trainers: list[RoleTrainer],
-    averaged: Family[Any, Any],
 ) -> Snapshot:
     content = {WEIGHTS: averaged.network.state_dict()}
     for trainer in trainers:
@@ -297,22 +291,6 @@ def _snapshot(
         for i, optimizer in enumerate(trainer.optimizers):
             content[optimizer_file(trainer.name, i)] = optimizer_tensors(optimizer.state_dict())
     return Snapshot(step, samples, metrics, memory.fill(content))
-
-
-def _restore(
-    parent: Parent,
-    trainers: list[RoleTrainer],
-    family: Family[Any, Any],
-    averaged: Family[Any, Any],
-    group: Group,
-    config: TrainConfig,
-) -> None:
-    if not is_sharded(config):
-        return restore(parent, trainers, averaged, group)
-    shared_state.restore(parent, trainers, averaged.network if config.ema is not None else None, group)
-    if config.ema is None:
-        _update_average(averaged.network, family.network, None, 0)
-    return None
 
 
 def _save_previews(

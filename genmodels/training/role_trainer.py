@@ -32,8 +32,8 @@ class RoleTrainer:
         """
         self.name, self.loss, self.optimizers = role.name, role.loss, role.optimizers
         self.scalars = shard_role(role, group.device, alone=alone) if is_sharded(config) else []
-        plain = {scalar.plain for scalar in self.scalars}
-        self.parameters = [p for p in role.loss.parameters() if p.requires_grad and p not in plain]
+        plain = {id(scalar.plain) for scalar in self.scalars}
+        self.parameters = [p for p in role.loss.parameters() if p.requires_grad and id(p) not in plain]
         self.parameters += [scalar.shared for scalar in self.scalars]
         self.peak_lrs = [[part["lr"] for part in optimizer.param_groups] for optimizer in role.optimizers]
         self.config, self.group = config, group

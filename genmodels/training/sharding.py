@@ -10,7 +10,7 @@ gradient, and the optimizer changes it through a DTensor that shares its memory.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -33,7 +33,7 @@ class Scalar(NamedTuple):
 
 
 def is_sharded(config: TrainConfig) -> bool:
-    """Return whether the ranks share the weights; a process without a process group has nobody to share with."""
+    """Return whether the ranks share the weights; a process without a process group shares with no other."""
     return config.strategy == "fsdp2" and dist.is_initialized()
 
 
@@ -103,12 +103,6 @@ def gathered(*modules: nn.Module) -> Iterator[None]:
 def local(tensor: Tensor) -> Tensor:
     """Return this rank's part of a tensor, on the same memory."""
     return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def whole_copies(tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
-    """Yield name and whole tensor, one after the other, so that one is in memory at a time. All ranks must call it."""
-    for name, tensor in tensors.items():
-        yield name, tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def _layers(module: nn.Module) -> Iterator[nn.Module]:

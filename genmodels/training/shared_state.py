@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -23,61 +24,57 @@ from genmodels.errors import CheckpointError
 from genmodels.training.group import Group
 from genmodels.training.resume import Parent, optimizer_file, weights_file
 from genmodels.training.role_trainer import RoleTrainer
+from genmodels.training.sharding import local
 
 
-def snapshot(
-    memory: SnapshotMemory,
-    step: int,
-    samples: int,
-    metrics: dict[str, float],
-    trainers: Sequence[RoleTrainer],
-    averaged: nn.Module,
-    group: Group,
-    *,
-    with_average: bool,
-) -> Snapshot:
-    """Copy this rank's rows, and on rank 0 the whole serving weights, tensor by tensor. All ranks must call it.
+@dataclass(frozen=True)
+class SharedState:
+    """The weights and optimizer states of roles, and the averaged weights, of which each rank holds some rows."""
 
-    Args:
-        with_average: the averaged weights differ from the trained ones.
-    """
-    rows = dict(_named(WEIGHTS, averaged.state_dict())) if with_average else {}
-    for trainer in trainers:
-        rows |= _named(weights_file(trainer.name), trainer.loss.state_dict())
-        for i, optimizer in enumerate(trainer.optimizers):
-            rows |= _named(optimizer_file(trainer.name, i), optimizer_tensors(optimizer.state_dict()))
-    layout = lay_out(rows, group.rank)
-    files = {layout.name: memory.allocate(layout.name, layout.tensors, layout.metadata)}
-    files[layout.name].copy(layout.tensors)
-    weights = averaged.state_dict()
-    if group.rank == 0:
-        files[WEIGHTS] = memory.allocate(WEIGHTS, weights)
-    for name in sorted(weights):
-        whole = weights[name].full_tensor() if isinstance(weights[name], DTensor) else weights[name]
-        if group.rank == 0:
-            files[WEIGHTS].tensors[name].copy_(whole)
-    if group.device.type == "cuda":  # the copies run on the GPU's own time
-        torch.cuda.synchronize()
-    return Snapshot(step, samples, metrics, files, layout)
+    trainers: Sequence[RoleTrainer]
+    averaged: nn.Module
+    group: Group
+    has_average: bool  # the averaged weights differ from the trained ones
 
+    def snapshot(self, memory: SnapshotMemory, step: int, samples: int, metrics: dict[str, float]) -> Snapshot:
+        """Copy this rank's rows, and on rank 0 the whole serving weights, tensor by tensor. All ranks must call it."""
+        serving = self.averaged.state_dict()
+        rows = dict(_named(WEIGHTS, serving)) if self.has_average else {}
+        for trainer in self.trainers:
+            rows |= _named(weights_file(trainer.name), trainer.loss.state_dict())
+            for i, optimizer in enumerate(trainer.optimizers):
+                rows |= _named(optimizer_file(trainer.name, i), optimizer_tensors(optimizer.state_dict()))
+        layout = lay_out(rows, self.group.rank)
+        content = {layout.name: layout.tensors} | ({WEIGHTS: serving} if self.group.rank == 0 else {})
+        files = memory.allocate(content, {layout.name: layout.metadata})
+        files[layout.name].copy(layout.tensors)
+        for name in sorted(serving):
+            whole = serving[name].full_tensor() if isinstance(serving[name], DTensor) else serving[name]
+            if self.group.rank == 0:
+                files[WEIGHTS].tensors[name].copy_(whole)
+        if self.group.device.type == "cuda":  # the copies run on the GPU's own time
+            torch.cuda.synchronize()
+        return Snapshot(step, samples, metrics, files, layout)
 
-def restore(parent: Parent, trainers: Sequence[RoleTrainer], averaged: nn.Module | None, group: Group) -> None:
-    """Set weights and optimizers, on every rank, to those of a checkpoint with parts or without.
+    def restore(self, parent: Parent) -> None:
+        """Set weights and optimizers to those of a checkpoint with parts or without, and free what was read of it.
 
-    Args:
-        averaged: the averaged weights, if they differ from the trained ones.
-    """
-    state = parent.parts or _Received(parent.files, group)
-    if averaged is not None:
-        state.load(dict(_named(WEIGHTS, averaged.state_dict())))
-    for trainer in trainers:
-        state.load(dict(_named(weights_file(trainer.name), trainer.loss.state_dict())))
-        for i, optimizer in enumerate(trainer.optimizers):
-            file = optimizer_file(trainer.name, i)
-            prefix = tensor_name(file, "")
-            empty = _empty(optimizer, [name.removeprefix(prefix) for name in state.shapes if name.startswith(prefix)])
-            state.load(dict(_named(file, empty)))
-            load_optimizer(optimizer, empty)
+        If the averaged weights do not differ from the trained ones, they are left as they are.
+        """
+        stored = parent.parts or _Received(parent.files, self.group)
+        if self.has_average:
+            stored.load(dict(_named(WEIGHTS, self.averaged.state_dict())))
+        for trainer in self.trainers:
+            stored.load(dict(_named(weights_file(trainer.name), trainer.loss.state_dict())))
+            for i, optimizer in enumerate(trainer.optimizers):
+                file = optimizer_file(trainer.name, i)
+                first = tensor_name(file, "")
+                names = [name.removeprefix(first) for name in stored.shapes if name.startswith(first)]
+                empty = _empty(optimizer, names)
+                stored.load(dict(_named(file, empty)))
+                load_optimizer(optimizer, empty)
+        for files in (parent.files, parent.parts.files if parent.parts else {}):
+            files.clear()
 
 
 class _Received:
@@ -98,7 +95,7 @@ class _Received:
             whole = torch.empty(target.shape, dtype=target.dtype, device=self._group.device)
             self._group.receive(whole, self._tensors.get(name))
             with torch.no_grad():
-                _own_rows(target).copy_(_own_rows(_like(whole, target)))
+                local(target).copy_(local(_like(whole, target)))
 
 
 def _named(file: str, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:
@@ -120,7 +117,3 @@ def _like(whole: Tensor, target: Tensor) -> Tensor:
     if not isinstance(target, DTensor):
         return whole
     return distribute_tensor(whole, target.device_mesh, target.placements, src_data_rank=None)
-
-
-def _own_rows(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor

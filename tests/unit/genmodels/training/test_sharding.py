@@ -9,8 +9,9 @@ from typing import Any
 import pytest
 import torch
 import torch.distributed as dist
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
+from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
+from torch.distributed.checkpoint.state_dict_loader import load
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -18,12 +19,16 @@ from torch.testing._internal.distributed.fake_pg import FakeStore
 from genmodels import checkpoint
 from genmodels.checkpoint import WEIGHTS, CheckpointRef, File, Lineage, Manifest
 from genmodels.checkpoint.parts import INDEX, PARTS, StoredState, assemble, share, tensor_name
+from genmodels.data import open_dataset
 from genmodels.errors import SpecError
 from genmodels.models import names
+from genmodels.preflight import parameters
 from genmodels.runs.store import Run
 from genmodels.storage import open_storage
-from genmodels.training.attempt import run_attempt
+from genmodels.training.attempt import build, run_attempt
 from genmodels.training.group import Group
+from genmodels.training.role_trainer import RoleTrainer
+from genmodels.training.sharding import local
 from services.local.platform import submit
 from tests.support.plain_workers import WorkerGroup
 from tests.support.storages import Wrapped
@@ -154,7 +159,7 @@ def test_a_checkpoint_has_one_part_for_each_worker_and_no_pickle(runs: Runs, tra
     expected = weights(run)
     read = {name: torch.empty_like(tensor) for name, tensor in expected.items()}
     with pytest.warns(UserWarning, match="single process"):
-        dcp.load(read, storage_reader=dcp.HuggingFaceStorageReader(str(tmp_path)))
+        load(read, storage_reader=HuggingFaceStorageReader(str(tmp_path)))
     assert all(torch.equal(read[name], tensor) for name, tensor in expected.items())
 
 
@@ -254,6 +259,29 @@ def rows_of(tensor: Tensor, rank: int, world_size: int) -> Tensor:
     """Return the rows that `fully_shard` gives to a rank."""
     at_most = -(-len(tensor) // world_size) if tensor.ndim else 0
     return tensor[rank * at_most : (rank + 1) * at_most] if tensor.ndim else tensor
+
+
+@pytest.mark.parametrize("place", [(0, 2), (3, 10), (7, 200)], indirect=True)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_worker_holds_its_share(place: tuple[int, int], family: str, tmp_path: Path) -> None:
+    """Of weights, gradients and moments: as estimated before a run, but for rows that cannot be divided."""
+    _, world_size = place
+    spec = job("x", model(make_data(tmp_path), family, strategy="fsdp2")).models[0]
+    built = build(spec, dataset := open_dataset(spec.data))
+    roles = built.roles(spec.train)
+    shapes = [parameter.shape for role in roles for parameter in role.loss.parameters()]
+    trainers = [RoleTrainer(role, spec.train, Group(*place), alone=len(roles) == 1) for role in roles]
+    for parameter in (shared := [p for trainer in trainers for p in trainer.parameters]):
+        parameter.grad = torch.zeros_like(parameter)
+    for trainer in trainers:
+        trainer.update()
+    states = [value for t in trainers for o in t.optimizers for state in o.state.values() for value in state.values()]
+    held = sum(local(tensor).numel() for tensor in [*shared, *shared, *(state for state in states if state.ndim)])
+    assert held <= 4 * sum(-(-shape[0] // world_size) * shape[1:].numel() for shape in shapes)
+    if world_size == 2:
+        size = parameters.count(type(built), spec.model, dataset.info, spec.train)
+        averaged = size.served / world_size + size.served  # this rank's rows, and all of it for an evaluation
+        assert held == pytest.approx(parameters.held(size, spec.train, world_size) - averaged, rel=0.05)
 
 
 @pytest.mark.parametrize("world_size", [1, 10, 200])
