@@ -22,6 +22,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from genmodels.errors import SpecError
 from genmodels.schema.base import Section
 from genmodels.sizing.memory import Footprint, network_bytes
+from genmodels.sizing.placement import DEFAULT_PLACEMENT, Placement
 
 if TYPE_CHECKING:
     import numpy as np
@@ -194,20 +195,22 @@ class Family(ABC, Generic[ConfigT, RequestT]):
         return None
 
     @classmethod
-    def footprint(cls, config: ConfigT, data: ImageInfo | TextInfo) -> Footprint:
+    def footprint(
+        cls, config: ConfigT, data: ImageInfo | TextInfo, placement: Placement = DEFAULT_PLACEMENT
+    ) -> Footprint:
         """Compute the memory that such a model needs for serving, without building it.
 
         Default: the memory of its networks. Override it if serving needs more.
         """
-        return Footprint(network_bytes(cls, config, data))
+        return Footprint(network_bytes(cls, config, data, placement.number_bytes))
 
-    def to(self, device: torch.device) -> None:
-        """Move every network, in place."""
+    def to(self, device: torch.device, dtype: torch.dtype | None = None) -> None:
+        """Move every network, in place; with `dtype`, change the dtype of its weights."""
         from torch import nn
 
         for value in vars(self).values():
             if isinstance(value, nn.Module):
-                value.to(device)
+                value.to(device, dtype)
 
     @abstractmethod
     def roles(self, optimizer: OptimizerConfig) -> list[Role]:
@@ -252,6 +255,11 @@ class Family(ABC, Generic[ConfigT, RequestT]):
 
     @property
     @abstractmethod
+    def sizes(self) -> dict[str, int | str]:
+        """Return the sizes that `GET /v1/models` shows, by the name of the API's field."""
+
+    @property
+    @abstractmethod
     def verbs(self) -> frozenset[str]:
         """Return the requests that the model answers.
 
@@ -282,6 +290,12 @@ class ImageFamily(Family[ConfigT, RequestT]):
     @property
     @abstractmethod
     def latent_dim(self) -> int: ...
+
+    @property
+    def sizes(self) -> dict[str, int | str]:
+        size = f"{self.data.width}x{self.data.height}"
+        sizes: dict[str, int | str] = {"size": size, "channels": self.data.channels, "latent_dim": self.latent_dim}
+        return {**sizes, "num_classes": self.num_classes} if self.num_classes else sizes
 
     @abstractmethod
     def sample_latents(self, n: int, seed: int, request: RequestT) -> Tensor:
@@ -371,6 +385,10 @@ class TextFamily(Family[ConfigT, RequestT]):
     @property
     def sequence_length(self) -> int:
         return self.block_size
+
+    @property
+    def sizes(self) -> dict[str, int | str]:
+        return {"block_size": self.block_size, "vocab_size": self.data.vocab_size}
 
     @abstractmethod
     def logits(self, tokens: Tensor) -> Tensor:

@@ -165,8 +165,9 @@ STORAGE_ERRORS = _counter(
 # `kind`: `Document.object_kind`. An object that stays damaged is counted at each read.
 DAMAGED = _counter("damaged_objects_total", "Reads of damaged objects in storage, by kind of object.", ("kind",))
 
-# Background threads that run as long as their process. `thread`: "alias-watcher" (of model hosts) or "dispatch" (of
-# the job service); failures also of "lease", "commands", "copy-log", "ship-log", "decode" and "export".
+# Background threads that run as long as their process. `thread`: "alias-watcher" (of model hosts), "dispatch" or
+# "kube-watch" (of the job service); failures also of "lease", "commands", "copy-log", "ship-log", "decode" and
+# "export".
 THREAD_PROGRESS = _gauge(
     "thread_progress_timestamp_seconds",
     "Unix time at which a background thread last completed a round or one object of a round, in seconds.",
@@ -183,6 +184,14 @@ REQUESTS = _counter(
 )
 REQUEST_SECONDS = _histogram(
     "request_seconds", "Time from the request to the end of its answer, in seconds.", (*VERSION_LABELS, "route")
+)
+# Pools that were scaled to zero: counted by the gateway, which lets few requests wait for the first host.
+POOL_WAITING = _gauge("pool_waiting_requests", "Requests that wait for the first host of a pool.", ("pool",), "livesum")
+POOL_WAIT_SECONDS = _histogram(
+    "pool_wait_seconds",
+    "Time that a request has waited for the first host of a pool, in seconds.",
+    ("pool",),
+    _LONG_SECONDS,
 )
 
 # Model hosts.

@@ -79,9 +79,11 @@ class DataConfig(Section):
     @classmethod
     def _is_known(cls, name: str | None, info: ValidationInfo) -> str | None:
         context = info.context or {}
-        known = [*DATASETS, *context.get("datasets", {})]
-        if name is None or name in known or (context.get("stored") and re.fullmatch(uploads.NAME, name)):
+        added = context.get("datasets", {})
+        is_stored = context.get("stored") and name and re.fullmatch(uploads.NAME, name)
+        if name is None or is_stored or name in DATASETS or name in added:
             return name
+        known = [*DATASETS, *added]
         near = difflib.get_close_matches(name[:100], known, n=1, cutoff=0.5)
         hint = f", did you mean {near[0]}?" if near else "."
         listed = ", ".join(known[:30]) + (", ..." if len(known) > 30 else "")

@@ -7,6 +7,7 @@ import re
 import shlex
 from pathlib import Path
 
+HAS_NUL = "is not a text file: it has NUL bytes"
 SAMPLE_BYTES = 2**20  # from the start; enough to recognise an encoding
 
 # First bytes of packed files, and the command that unpacks each.
@@ -58,7 +59,7 @@ def other_than_text(content: bytes, path: Path) -> str | None:
     if encoding:
         return f"is text in {encoding}; save it as UTF-8: {_iconv(encoding, file)}"
     if b"\0" in content:
-        return "is not a text file: it has NUL bytes"
+        return HAS_NUL
     return None
 
 

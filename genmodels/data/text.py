@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import codecs
 import hashlib
+import io
 import json
 import re
 import stat
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Literal, Protocol
 
 import numpy as np
 
-from genmodels.data.encoding import not_utf8, other_than_text
+from genmodels.data.encoding import HAS_NUL, SAMPLE_BYTES, not_utf8, other_than_text
 from genmodels.data.files import shown
+from genmodels.data.tokens import hold
 from genmodels.errors import DataError, RequestError
 from genmodels.family import TextInfo
 
@@ -91,6 +95,11 @@ class CharTokenizer:
         return len(self.vocab)
 
     @property
+    def dtype(self) -> np.dtype[np.unsignedinteger]:
+        """Return the smallest type of unsigned integers that has room for all token ids."""
+        return np.min_scalar_type(self.vocab_size - 1)
+
+    @property
     def example_prompt(self) -> str:
         if set(EXAMPLE) <= self._ids.keys():
             return EXAMPLE
@@ -118,7 +127,7 @@ class CharTokenizer:
     def encode_array(self, text: str) -> np.ndarray:
         """Return the token ids of a text with known characters, as the smallest unsigned integers: (len(text),)."""
         codes = np.array([ord(character) for character in self.vocab])
-        ids = np.zeros(codes.max() + 1, np.min_scalar_type(self.vocab_size - 1))
+        ids = np.zeros(codes.max() + 1, self.dtype)
         ids[codes] = np.arange(self.vocab_size)
         tokens = np.empty(len(text), ids.dtype)
         for part in _parts(text):
@@ -132,17 +141,42 @@ class CharTokenizer:
         return json.dumps({"type": "char", "vocab": self.vocab}, ensure_ascii=False).encode()
 
 
-class TextData:
-    """Hold a text: the first nine tenths are for training, the last tenth for validation."""
+Pieces = Callable[[], Iterable[str]]  # yields a text piece by piece, anew at each call
 
-    def __init__(self, text: str, notes: list[str] | None = None) -> None:
-        self.tokenizer = CharTokenizer.from_text(text)
-        self.info = TextInfo(vocab_size=self.tokenizer.vocab_size)
-        self.digest = _digest(text)
-        self.notes = notes or []
-        tokens = self.tokenizer.encode_array(text)
-        border = len(tokens) * 9 // 10
-        self.train, self.val = tokens[:border], tokens[border:]
+
+@dataclass(frozen=True)
+class TextFacts:
+    """Hold what one reading of a text shows."""
+
+    characters: int
+    vocab: str
+    digest: str
+
+    @classmethod
+    def of(cls, pieces: Pieces) -> TextFacts:
+        count, characters, digest = 0, set[str](), hashlib.sha256()
+        for piece in pieces():
+            count += len(piece)
+            characters.update(piece)
+            for part in _parts(piece):
+                digest.update(piece[part].encode())
+        return cls(count, "".join(sorted(characters)), digest.hexdigest())
+
+
+class TextData:
+    """A text: the first nine tenths are for training, the last tenth for validation."""
+
+    def __init__(self, text: str | Pieces, notes: list[str] | None = None, facts: TextFacts | None = None) -> None:
+        """Args:
+        text: the text, or the function that yields it: a large text is never in memory as a whole.
+        facts: of the text, if they are known.
+        """
+        pieces: Pieces = (lambda: [text]) if isinstance(text, str) else text
+        facts = facts or TextFacts.of(pieces)
+        self.digest, self.notes = facts.digest, notes or []
+        self._use(
+            tokenizer := CharTokenizer(facts.vocab), facts.characters, lambda: map(tokenizer.encode_array, pieces())
+        )
 
     def set_tokenizer(self, tokenizer: CharTokenizer) -> None:
         """Use the token ids of another tokenizer, that of the model from which training starts.
@@ -153,9 +187,15 @@ class TextData:
         if tokenizer.vocab == self.tokenizer.vocab:
             return
         check_vocabulary(self.tokenizer.vocab, tokenizer)
-        ids = tokenizer.encode_array(self.tokenizer.vocab)
-        self.train, self.val = ids[self.train], ids[self.val]
+        ids, old = tokenizer.encode_array(self.tokenizer.vocab), self._tokens
+        self._use(tokenizer, len(old), lambda: (ids[old[part]] for part in _parts(old)))
+
+    def _use(self, tokenizer: CharTokenizer, count: int, parts: Callable[[], Iterable[np.ndarray]]) -> None:
         self.tokenizer, self.info = tokenizer, TextInfo(vocab_size=tokenizer.vocab_size)
+        vocabulary = hashlib.sha256(tokenizer.vocab.encode()).hexdigest()
+        self._tokens = hold(f"{self.digest}-{vocabulary[:16]}", count, tokenizer.dtype, parts)
+        border = count * 9 // 10
+        self.train, self.val = self._tokens[:border], self._tokens[border:]
 
     def assets(self) -> dict[str, bytes]:
         """Return the files to store in a checkpoint: the tokenizer."""
@@ -193,33 +233,54 @@ def read_text(path: Path) -> TextData:
             raise DataError(
                 f"data.path: {shown(path)} has {status.st_size:,} bytes, the limit is {MAX_BYTES:,} (1 GiB)"
             )
-        content = path.read_bytes()
+        with path.open("rb") as file:
+            head = file.read(SAMPLE_BYTES)
     except OSError as error:
         raise DataError(f"data.path: {shown(path)} cannot be read: {error.strerror}") from error
-    if other := other_than_text(content, path):
+    if other := other_than_text(head, path):
         raise DataError(f"data.path: {shown(path)} {other}")
-    try:
-        text = content.decode().replace(BYTE_ORDER_MARK, "")
-    except UnicodeDecodeError as error:
-        raise DataError(f"data.path: {shown(path)} {not_utf8(error, path)}") from None
-    del content  # the limit is 1 GiB, so each copy counts
-    text = unix_line_ends(text)
-    if len(text) < MIN_CHARACTERS:
+    pieces = partial(_read_pieces, path)
+    facts = TextFacts.of(pieces)
+    if facts.characters < MIN_CHARACTERS:
         raise DataError(
-            f"data.path: {shown(path)} has {_characters(len(text))}, too few to train on; add text, at least "
+            f"data.path: {shown(path)} has {_characters(facts.characters)}, too few to train on; add text, at least "
             f"{MIN_CHARACTERS:,} are needed"
         )
-    data = TextData(text)
-    if data.info.vocab_size < MIN_DIFFERENT:
+    if len(facts.vocab) < MIN_DIFFERENT:
         raise DataError(
-            f"data.path: {shown(path)} repeats one character ({text[0]!r}), so there is nothing to learn; a text needs "
-            f"at least {MIN_DIFFERENT} different characters"
+            f"data.path: {shown(path)} repeats one character ({facts.vocab!r}), so there is nothing to learn; a text "
+            f"needs at least {MIN_DIFFERENT} different characters"
         )
+    data = TextData(pieces, facts=facts)
     data.notes.append(
-        f"{shown(path.name)}: {_characters(len(text))}, {data.info.vocab_size} different ones; "
+        f"{shown(path.name)}: {_characters(facts.characters)}, {data.info.vocab_size} different ones; "
         f"the last {len(data.val):,} are for validation"
     )
     return data
+
+
+def _read_pieces(path: Path) -> Iterator[str]:
+    """Yield a text of the user with Unix line ends and without byte order marks. Raises DataError."""
+    decoder = io.IncrementalNewlineDecoder(codecs.getincrementaldecoder("utf-8")(), translate=True)
+    try:
+        with path.open("rb") as file:
+            while content := file.read(PART):
+                if b"\0" in content:
+                    raise DataError(f"data.path: {shown(path)} {HAS_NUL}")
+                yield decoder.decode(content).replace(BYTE_ORDER_MARK, "")
+        yield decoder.decode(b"", final=True).replace(BYTE_ORDER_MARK, "")
+    except UnicodeDecodeError:
+        raise DataError(f"data.path: {shown(path)} {_why_not_utf8(path)}") from None
+    except OSError as error:
+        raise DataError(f"data.path: {shown(path)} cannot be read: {error.strerror}") from error
+
+
+def _why_not_utf8(path: Path) -> str:
+    try:
+        path.read_bytes().decode()
+    except UnicodeDecodeError as error:
+        return not_utf8(error, path)
+    return "changed while it was read; start again"
 
 
 def check_vocabulary(vocabulary: str, tokenizer: CharTokenizer) -> None:
@@ -293,16 +354,9 @@ class ValWindows:
         }
 
 
-def _parts(text: str) -> Iterator[slice]:
-    """Yield the parts of a text in which it is converted: UTF-32 takes four bytes per character, so not all at once."""
+def _parts(text: str | np.ndarray) -> Iterator[slice]:
+    """Yield the parts in which a text is converted: UTF-32 takes four bytes per character, so not all at once."""
     return (slice(start, start + PART) for start in range(0, len(text), PART))
-
-
-def _digest(text: str) -> str:
-    digest = hashlib.sha256()
-    for part in _parts(text):
-        digest.update(text[part].encode())
-    return digest.hexdigest()
 
 
 def _mix(number: np.ndarray) -> np.ndarray:

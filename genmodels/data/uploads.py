@@ -17,8 +17,10 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import re
 import tempfile
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
@@ -30,6 +32,7 @@ from pydantic import Field
 from genmodels.data.files import shown
 from genmodels.data.images import ImageData, Pictures, read_folder, train_val_split
 from genmodels.data.sources import DATASETS, cache_folder
+from genmodels.data.stored_images import IN_MEMORY, Images, StoredImages
 from genmodels.data.text import TextData, read_text
 from genmodels.data.unpack import is_zip, unpack
 from genmodels.errors import Conflict, DamagedObject, DataError, DatasetExists, KeyNotFound
@@ -115,7 +118,7 @@ def add(
             raise DataError(f"{shown(error.filename or path)} cannot be read: {error.strerror}") from error
         before = None
         with contextlib.suppress(DamagedObject):  # adding it again repairs it
-            before = _current(storage, name)
+            before = current(storage, name)
         if before and before.kind != dataset.kind:
             raise DataError(
                 f"{name!r} is a dataset of {before.kind}s, but this one has {dataset.kind}s: choose another name"
@@ -128,7 +131,7 @@ def add(
         while True:
             write_document(storage, f"datasets/{name}/current.json", {"sha256": dataset.sha256, "time": _now()})
             gc_lease(storage, name).wait_until_free()
-            if _current(storage, name) and storage.exists(dataset.key):
+            if current(storage, name) and storage.exists(dataset.key):
                 return find(storage, name, dataset.sha256), True
             _put(storage, dataset, file)  # it was deleted in the meantime, completely or partly
 
@@ -167,24 +170,6 @@ def contents(storage: Storage, name: str) -> list[StoredDataset]:
     return [dataset for dataset in described if dataset]
 
 
-def catalog(storage: Storage) -> list[StoredDataset]:
-    """Return the current content of each added dataset, by name, without damaged ones."""
-    datasets = []
-    for name in sorted(kinds(storage)):
-        with contextlib.suppress(DamagedObject):
-            datasets.append(_current(storage, name))
-    return [dataset for dataset in datasets if dataset]
-
-
-def kinds(storage: Storage) -> dict[str, Kind]:
-    """Return the kind of each added dataset by name, with one listing: enough to check a spec."""
-    keys = storage.list("datasets/")
-    files = (re.fullmatch(r"datasets/([^/]+)/[0-9a-f]{64}/([^/]+)", key) for key in keys)
-    by_file = {file: kind for kind, file in FILES.items()}
-    by_name = {match[1]: by_file[match[2]] for match in files if match and match[2] in by_file}
-    return {name: kind for name, kind in by_name.items() if f"datasets/{name}/current.json" in keys}
-
-
 def find(storage: Storage, name: str, sha256: str | None = None) -> StoredDataset:
     """Return a content of an added dataset; without `sha256` the current one.
 
@@ -193,7 +178,7 @@ def find(storage: Storage, name: str, sha256: str | None = None) -> StoredDatase
     """
     if not re.fullmatch(NAME, name) or (sha256 and not re.fullmatch("[0-9a-f]{64}", sha256)):
         raise DataError(f"no dataset {name!r}: a name has lower-case letters, digits and dashes")
-    dataset = _described(storage, name, sha256) if sha256 else _current(storage, name)
+    dataset = _described(storage, name, sha256) if sha256 else current(storage, name)
     if dataset:
         return dataset
     what = f"dataset {name!r}" + (f" has no content {sha256[:12]}..." if sha256 else " is not in the storage")
@@ -236,7 +221,7 @@ def _convert(
         raise DataError(f"{shown(path)} does not exist: name a text file, a folder of pictures, or a zip of them")
     if path.is_dir() or (path.is_file() and is_zip(path)):
         folder, skipped = (path, None) if path.is_dir() else unpack(path, scratch / UNPACKED)
-        pictures = read_folder(folder, image_size or IMAGE_SIZE, channels, skipped)
+        pictures = read_folder(folder, image_size or IMAGE_SIZE, channels, skipped, in_memory=True)
         file = scratch / FILES["image"]
         _write_pictures(pictures, file)
         data = train_val_split(pictures)
@@ -269,7 +254,7 @@ def _convert(
 def _write_pictures(pictures: Pictures, path: Path) -> None:
     from safetensors.numpy import save_file
 
-    tensors = {"images": pictures.images} | ({} if pictures.labels is None else {"labels": pictures.labels})
+    tensors = {"images": pictures.images[:]} | ({} if pictures.labels is None else {"labels": pictures.labels})
     # One entry: with several, their order in the file is not fixed, and so neither is the sha256.
     save_file(tensors, path, {"class_names": json.dumps(pictures.class_names)})
 
@@ -278,14 +263,24 @@ def _read_pictures(path: Path, name: str) -> Pictures:
     from safetensors import safe_open
 
     with safe_open(path, "numpy") as file:
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  no mapping
+        labels = file.get_tensor("labels") if "labels" in file.keys() else None  # noqa: SIM118  no mapping
         class_names: list[str] = json.loads(file.metadata()["class_names"])
-    images: np.ndarray = tensors["images"]
-    count, channels, height, width = images.shape
+        count, channels, height, width = shape = file.get_slice("images").get_shape()
+        images: Images = StoredImages(_mapped(path, shape).__getitem__, np.arange(count), (channels, height, width))
+        if math.prod(shape) <= IN_MEMORY:
+            images = images[:]
     note = f"{name}: {count:,} pictures as {'grey' if channels == 1 else 'RGB'} {width} x {height}"
     if class_names:
         note += f", {len(class_names)} classes"
-    return Pictures(images, tensors.get("labels"), class_names, [note])
+    return Pictures(images, labels, class_names, [note])
+
+
+def _mapped(path: Path, shape: Sequence[int]) -> np.ndarray:
+    """Map the images of a file into memory: uint8 (n, C, H, W)."""
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        begin, _ = json.loads(file.read(size))["images"]["data_offsets"]
+    return np.memmap(path, np.uint8, "r", 8 + size + begin, tuple(shape)).view(np.ndarray)
 
 
 def _fetch(storage: Storage, dataset: StoredDataset, folder: Path) -> Path:
@@ -318,12 +313,13 @@ def _cached(folder: Path, sha256: str) -> Path | None:
     return next((path for path in paths if path.is_file() and _sha256(path) == sha256), None)
 
 
-def _current(storage: Storage, name: str) -> StoredDataset | None:
+def current(storage: Storage, name: str) -> StoredDataset | None:
+    """Return the current content of a dataset. Raises DamagedObject."""
     try:
-        current, _ = load_document(storage, f"datasets/{name}/current.json", Current)
+        meaning, _ = load_document(storage, f"datasets/{name}/current.json", Current)
     except KeyNotFound:
         return None
-    return _described(storage, name, current.sha256)
+    return _described(storage, name, meaning.sha256)
 
 
 def _described(storage: Storage, name: str, sha256: str) -> StoredDataset | None:

@@ -8,6 +8,7 @@ from typing import Any
 
 from genmodels import checkpoint
 from genmodels.data.text import load_tokenizer
+from genmodels.engine.image.batcher import DynamicBatcher
 from genmodels.engine.image.model import ImageModel
 from genmodels.engine.model import LoadedModel
 from genmodels.engine.text.model import TextModel
@@ -16,14 +17,15 @@ from genmodels.family import Family, ImageFamily, TextFamily
 from genmodels.registry.probe import finite_probe, verify_probe
 from genmodels.registry.references import ResolvedModel
 from genmodels.sizing.memory import Footprint
+from genmodels.sizing.placement import DEFAULT_PLACEMENT, Placement
 from genmodels.storage import Storage
 
 TOKENIZER = "tokenizer.json"
 MAX_CONFIG = 2**20  # bytes
 
 
-def footprint(storage: Storage, resolved: ResolvedModel) -> Footprint:
-    """Compute the memory that a model will take; reads only its `config.json`.
+def footprint(storage: Storage, resolved: ResolvedModel, placement: Placement) -> Footprint:
+    """Compute the memory that a model will take on its device; reads only its `config.json`.
 
     Raises:
         CheckpointError: `config.json` is missing or damaged.
@@ -36,11 +38,11 @@ def footprint(storage: Storage, resolved: ResolvedModel) -> Footprint:
     with checkpoint.scratch_folder() as scratch:
         checkpoint.download(storage, resolved.keys, {checkpoint.CONFIG: file}, Path(scratch))
         outline = checkpoint.read_outline(Path(scratch))
-    return outline.footprint(outline.config, outline.data)
+    return outline.footprint(outline.config, outline.data, placement)
 
 
-def load(storage: Storage, resolved: ResolvedModel) -> LoadedModel:
-    """Download a model, verify every byte, build it, and check its outputs.
+def load(storage: Storage, resolved: ResolvedModel, placement: Placement = DEFAULT_PLACEMENT) -> LoadedModel:
+    """Download a model, verify every byte, build it on its device, and check its outputs there.
 
     The outputs of a version must be those of its publication. A checkpoint has no published outputs: its outputs must
     be finite.
@@ -51,7 +53,7 @@ def load(storage: Storage, resolved: ResolvedModel) -> LoadedModel:
     with checkpoint.scratch_folder() as scratch:
         folder = Path(scratch)
         resolved.fetch(storage, folder)
-        model = load_folder(folder, resolved.name)
+        model = load_folder(folder, resolved.name, placement)
         if resolved.version is not None:
             verify_probe(model.family, folder)
         else:
@@ -59,22 +61,23 @@ def load(storage: Storage, resolved: ResolvedModel) -> LoadedModel:
     return model
 
 
-def load_folder(folder: Path, name: str) -> LoadedModel:
-    """Build the model of a checkpoint's folder. The caller has verified the files.
+def load_folder(folder: Path, name: str, placement: Placement = DEFAULT_PLACEMENT) -> LoadedModel:
+    """Build the model of a checkpoint's folder on its device. The caller has verified the files.
 
     Raises:
         CheckpointError: config, weights, assets and code do not fit together.
     """
     family = checkpoint.load_family(folder)
-    return _BUILDERS[family.kind](name, family, folder)
+    family.to(placement.torch_device, placement.torch_dtype)
+    return _BUILDERS[family.kind](name, family, folder, placement)
 
 
-def _image_model(name: str, family: Family[Any, Any], _: Path) -> ImageModel:
+def _image_model(name: str, family: Family[Any, Any], _: Path, placement: Placement) -> ImageModel:
     assert isinstance(family, ImageFamily)
-    return ImageModel(name, family)
+    return ImageModel(name, family, DynamicBatcher(placement))
 
 
-def _text_model(name: str, family: Family[Any, Any], folder: Path) -> TextModel:
+def _text_model(name: str, family: Family[Any, Any], folder: Path, placement: Placement) -> TextModel:
     assert isinstance(family, TextFamily)
     content = checkpoint.read_assets(folder).get(TOKENIZER)
     if content is None:
@@ -86,10 +89,10 @@ def _text_model(name: str, family: Family[Any, Any], folder: Path) -> TextModel:
     size, expected = tokenizer.vocab_size, family.data.vocab_size
     if size != expected:
         raise CheckpointError(f"assets/{TOKENIZER}: has {size} tokens, the model has {expected}")
-    return TextModel(name, family, tokenizer)
+    return TextModel(name, family, tokenizer, placement.rows)
 
 
-_BUILDERS: dict[str, Callable[[str, Family[Any, Any], Path], LoadedModel]] = {
+_BUILDERS: dict[str, Callable[[str, Family[Any, Any], Path, Placement], LoadedModel]] = {
     ImageFamily.kind: _image_model,
     TextFamily.kind: _text_model,
 }

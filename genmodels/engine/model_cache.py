@@ -18,6 +18,7 @@ from genmodels.errors import CheckpointError, GenmodelsError, RequestError, Unex
 from genmodels.metrics import LOAD_SECONDS, LOADED_BYTES
 from genmodels.registry.references import ResolvedModel
 from genmodels.sizing.memory import Footprint
+from genmodels.sizing.placement import DEFAULT_PLACEMENT, Placement
 from genmodels.storage import Storage
 
 FAILURE_TTL_SECONDS = 60.0  # a model that failed to load is not tried again for so long
@@ -41,10 +42,17 @@ class ModelCache:
     Args:
         budget: bytes.
         start: called once with each loaded model, before its first request.
+        placement: of the models; the budget is of its device's memory.
     """
 
-    def __init__(self, storage: Storage, budget: int, start: Callable[[LoadedModel], None]) -> None:
-        self._storage, self._budget, self._start = storage, budget, start
+    def __init__(
+        self,
+        storage: Storage,
+        budget: int,
+        start: Callable[[LoadedModel], None],
+        placement: Placement = DEFAULT_PLACEMENT,
+    ) -> None:
+        self._storage, self._budget, self._start, self._placement = storage, budget, start, placement
         self._entries: OrderedDict[str, _CacheEntry] = OrderedDict()  # the least recently used first
         self._loading: dict[str, Future[None]] = {}
         self._reserved = 0  # bytes of the models that are being loaded
@@ -124,7 +132,7 @@ class ModelCache:
         size = self._footprint(resolved)
         peak = max(size.total, size.weights + resolved.size)  # files are read while the networks are in memory
         with self._reserve(min(peak, self._budget)):
-            model = load(self._storage, resolved)
+            model = load(self._storage, resolved, self._placement)
             warm_up(model)
             LOAD_SECONDS.labels(resolved.family).observe(time.monotonic() - started)
             model.enable_metrics()
@@ -137,7 +145,7 @@ class ModelCache:
         """Return the memory that a model will take, and check it against the budget before anything is loaded."""
         if resolved.size > self._budget:
             raise _too_large(resolved.size, self._budget)
-        size = footprint(self._storage, resolved)
+        size = footprint(self._storage, resolved, self._placement)
         if size.total > self._budget:
             raise _too_large(size.total, self._budget)
         return size

@@ -33,6 +33,7 @@ from genmodels.nn.networks import check_shape, image_sizes, inference, pass_byte
 from genmodels.nn.optim import make_optimizers
 from genmodels.schema.base import Section
 from genmodels.sizing.memory import Footprint, network_bytes
+from genmodels.sizing.placement import DEFAULT_PLACEMENT, Placement
 
 if TYPE_CHECKING:
     from genmodels.family import Batch, Interpolation
@@ -109,9 +110,12 @@ class GAN(ImageFamily[GANConfig, GANRequest]):
         return Generator(self.config, self.latent_dim, self.data.shape)
 
     @classmethod
-    def footprint(cls, config: GANConfig, data: ImageInfo | TextInfo) -> Footprint:
+    def footprint(
+        cls, config: GANConfig, data: ImageInfo | TextInfo, placement: Placement = DEFAULT_PLACEMENT
+    ) -> Footprint:
         assert isinstance(data, ImageInfo)
-        return Footprint(network_bytes(cls, config, data), working=pass_bytes(data.shape, config.width))
+        working = pass_bytes(data.shape, config.width, placement.rows)
+        return Footprint(network_bytes(cls, config, data, placement.number_bytes), working=working)
 
     def roles(self, optimizer: OptimizerConfig) -> list[Role]:
         judging = DiscriminatorLoss(self.discriminator, self.network, self.config)

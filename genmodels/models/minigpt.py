@@ -38,7 +38,8 @@ from genmodels.nn.networks import inference
 from genmodels.nn.optim import make_optimizers
 from genmodels.nn.sampling import Sampler, SamplingOptions, choose
 from genmodels.schema.base import Section
-from genmodels.sizing.memory import FLOAT, SERVED_ROWS, Footprint, network_bytes
+from genmodels.sizing.memory import FLOAT, Footprint, network_bytes
+from genmodels.sizing.placement import DEFAULT_PLACEMENT, Placement
 
 if TYPE_CHECKING:
     from genmodels.family import Batch
@@ -93,9 +94,12 @@ class MiniGPT(TextFamily[MiniGPTConfig, SamplingOptions]):
         return Transformer(self.config, self.data.vocab_size)
 
     @classmethod
-    def footprint(cls, config: MiniGPTConfig, data: ImageInfo | TextInfo) -> Footprint:
+    def footprint(
+        cls, config: MiniGPTConfig, data: ImageInfo | TextInfo, placement: Placement = DEFAULT_PLACEMENT
+    ) -> Footprint:
         assert isinstance(data, TextInfo)
-        return Footprint(network_bytes(cls, config, data), *MiniGPTDecoder.footprint(config, data.vocab_size))
+        decoder = MiniGPTDecoder.footprint(config, data.vocab_size, placement)
+        return Footprint(network_bytes(cls, config, data, placement.number_bytes), *decoder)
 
     @property
     def block_size(self) -> int:
@@ -275,11 +279,11 @@ class MiniGPTDecoder:
     chunk = 32  # tokens of one prefill
 
     @classmethod
-    def footprint(cls, config: MiniGPTConfig, vocab_size: int) -> tuple[int, int]:
-        """Return the bytes that a decoder of `SERVED_ROWS` slots keeps, and the bytes that a pass needs in addition."""
-        width, kept, rows = config.n_embd, _rounded_up(config.block_size + 1), max(SERVED_ROWS, cls.chunk)
+    def footprint(cls, config: MiniGPTConfig, vocab_size: int, placement: Placement) -> tuple[int, int]:
+        """Return the bytes that a decoder keeps, and the bytes that a pass needs in addition."""
+        width, kept, rows = config.n_embd, _rounded_up(config.block_size + 1), max(placement.rows, cls.chunk)
         hidden, inputs = hidden_size(config), 2 if config.mlp == "swiglu" else 1
-        layer = 4 * width**2 + (inputs + 1) * hidden * width + 2 * SERVED_ROWS * kept * width  # keys and values
+        layer = 4 * width**2 + (inputs + 1) * hidden * width + 2 * placement.rows * kept * width  # keys and values
         biases = inputs * hidden + (5 if config.norm == "layer" else 2) * width if config.bias else 0
         positions = kept * (width if config.positions == "learned" else width // config.n_head)
         head = vocab_size * (width + config.bias)
@@ -288,7 +292,7 @@ class MiniGPTDecoder:
         passing = attention + rows * (3 * inputs * hidden + 8 * width + 16 * vocab_size)
         making = 3 * width * max(3 * width, inputs * hidden, vocab_size)  # a matrix, and what it is made from
         working = max(passing, making)
-        return FLOAT * (tables + config.n_layer * (layer + biases)), FLOAT * working
+        return placement.number_bytes * (tables + config.n_layer * (layer + biases)), FLOAT * working
 
     @torch.inference_mode()
     def __init__(self, network: Transformer, block_size: int, slots: int) -> None:

@@ -20,6 +20,7 @@ from genmodels.family import ConfigT, ImageFamily, ImageInfo, Interpolation, Req
 from genmodels.nn.networks import EncoderDecoder, check_shape, inference, pass_bytes, placed
 from genmodels.schema.base import Section
 from genmodels.sizing.memory import FLOAT, Footprint, network_bytes
+from genmodels.sizing.placement import DEFAULT_PLACEMENT, Placement
 
 DENSITY_FILE = "density.safetensors"
 MAX_FIT = 4096  # latents; more of them hardly change the density, and a fit must take seconds
@@ -146,12 +147,14 @@ class DensityFamily(ImageFamily[ConfigT, RequestT]):
         check_shape(cls.family_name(), _settings(config).latent_dim, data)
 
     @classmethod
-    def footprint(cls, config: ConfigT, data: ImageInfo | TextInfo) -> Footprint:
+    def footprint(
+        cls, config: ConfigT, data: ImageInfo | TextInfo, placement: Placement = DEFAULT_PLACEMENT
+    ) -> Footprint:
         assert isinstance(data, ImageInfo)
         settings = _settings(config)
         density = density_bytes(settings.density_components, settings.latent_dim)
-        working = pass_bytes(data.shape, settings.width) + 2 * density  # a density draws in float64
-        return Footprint(network_bytes(cls, config, data), kept=density, working=working)
+        working = pass_bytes(data.shape, settings.width, placement.rows) + 2 * density  # a density draws in float64
+        return Footprint(network_bytes(cls, config, data, placement.number_bytes), kept=density, working=working)
 
     @property
     def latent_dim(self) -> int:

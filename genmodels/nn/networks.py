@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from genmodels.errors import SpecError
 from genmodels.family import ImageInfo, TextInfo
-from genmodels.sizing.memory import FLOAT, SERVED_ROWS
+from genmodels.sizing.memory import FLOAT
 
 MIN_SIDE = 8  # pixels; smaller images are not halved
 MAPS_AT_ONCE = 5  # feature maps of one size that a residual block holds at once
@@ -125,10 +125,10 @@ class EncoderDecoder(nn.Module):
     decoder: ImageDecoder
 
 
-def pass_bytes(shape: tuple[int, int, int], width: int) -> int:
-    """Return the maximum number of bytes of feature maps while a served model encodes or decodes images."""
+def pass_bytes(shape: tuple[int, int, int], width: int, rows: int) -> int:
+    """Return the maximum number of bytes of feature maps while a served model encodes or decodes `rows` images."""
     maps = [channels * math.prod(size) for size, channels in zip(*_ladder(shape, width), strict=True)]
-    return FLOAT * SERVED_ROWS * (sum(maps) + MAPS_AT_ONCE * max(maps))
+    return FLOAT * rows * (sum(maps) + MAPS_AT_ONCE * max(maps))
 
 
 class ResidualBlock(nn.Module):

@@ -38,6 +38,7 @@ def check_job(
     open_data: bool = False,
     only: Collection[str] | None = None,
     capacity: Mapping[str, int] | None = None,
+    pools: Mapping[str, int] | None = None,
     planned: bool = False,
 ) -> Checked:
     """Return the job with a batch size that fits, if the spec gives none.
@@ -46,6 +47,7 @@ def check_job(
         open_data: open all data and the source of `init_from`, for a job that trains at once; else open only paths.
         only: the models to train; problems of others are not reported.
         capacity: the largest `cpus` and `gpus` of the cluster, if known.
+        pools: the bytes of models that a host keeps in memory, by pool of hosts, if known.
         planned: the caller makes a plan, which reports what does not fit the cluster or a model host.
 
     Raises:
@@ -56,10 +58,11 @@ def check_job(
     for place, spec in enumerate(job.models):
         wanted = only is None or spec.name in only
         try:
+            budget = servable.budget(spec, pools)
             facts = _facts(spec.data, storage, open_data and wanted, known)
             spec, notes = _check_model(spec, facts, storage, with_weights=open_data and wanted)
             if not planned:
-                servable.check(spec, facts.info)
+                servable.check(spec, facts.info, budget)
             checked.facts[spec.name] = facts
             checked.notes[spec.name] = [*facts.notes, *notes, *([] if planned else _devices(spec, capacity))]
         except (SpecError, DataError) as error:

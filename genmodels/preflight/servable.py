@@ -2,11 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 from genmodels import models
 from genmodels.errors import SpecError
 from genmodels.family import DataInfo, TextInfo
+from genmodels.schema.field_errors import nearest
 from genmodels.sizing.memory import HOST_MEMORY, gibibytes, too_large
 from genmodels.spec.sections import ModelSpec
+
+
+def budget(spec: ModelSpec, pools: Mapping[str, int] | None) -> int:
+    """Return the bytes of models that a host of the model's pool keeps in memory.
+
+    Args:
+        pools: those bytes by pool; None: the pools are not known.
+
+    Raises:
+        SpecError: there is no such pool; the message lists the pools.
+    """
+    pool = spec.serve.pool
+    if pools is None:
+        return HOST_MEMORY
+    if pool not in pools:
+        raise SpecError(f"serve.pool: got {pool!r}, expected one of {', '.join(pools)}{nearest(pool, pools)}")
+    return pools[pool]
 
 
 def check(spec: ModelSpec, data: DataInfo, budget: int = HOST_MEMORY) -> None:

@@ -17,6 +17,7 @@ from genmodels.data import open_dataset
 from genmodels.errors import DataError
 from genmodels.family import EvaluationData, EvaluationResult, Family, Note
 from genmodels.registry import evaluations, init_from
+from genmodels.runs.metric_rows import metric_rows, training_seconds
 from genmodels.runs.store import Run
 from genmodels.spec.sections import ModelSpec
 
@@ -79,7 +80,7 @@ def training(family: Family[Any, Any], run: Run, ref: CheckpointRef, lineage: Li
     """
     last: Mapping[str, Any] = {}
     courses = {name: array("d") for name in family.tracked_metrics}
-    for row in takewhile(lambda row: row["step"] <= ref.step, run.metrics()):
+    for row in takewhile(lambda row: row["step"] <= ref.step, metric_rows(run)):
         last = row if "samples" in row else last
         for name in courses.keys() & row.keys():
             courses[name].append(row[name])
@@ -87,7 +88,7 @@ def training(family: Family[Any, Any], run: Run, ref: CheckpointRef, lineage: Li
     notes |= {"steps": ref.step, "workers": lineage.world_size}
     if last:
         notes[f"{family.unit}_seen"] = last["samples"] * (family.sequence_length or 1)
-        notes["training_seconds"] = round(run.training_seconds(), 1)
+        notes["training_seconds"] = round(training_seconds(run), 1)
         if "loss" in last:
             notes["training_loss"] = round(last["loss"], 4)
     return notes | {f"{name}_over_time": _course(values) for name, values in courses.items() if values}

@@ -30,8 +30,10 @@ from genmodels.errors import (
 )
 from genmodels.registry import references
 from genmodels.registry.gate import best
-from genmodels.registry.store import Registry, Version
-from genmodels.runs.jobs import JOB_ID, Jobs
+from genmodels.registry.store import Registry
+from genmodels.registry.versions import Version
+from genmodels.runs.job_index import JOB_ID
+from genmodels.runs.jobs import Jobs
 from genmodels.runs.records import ENDED
 from genmodels.runs.store import Run
 from genmodels.spec.names import LABEL

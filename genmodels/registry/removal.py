@@ -23,11 +23,12 @@ from genmodels.data.sources import cache_folder
 from genmodels.errors import DataError, GenmodelsError, ModelNotFound, StorageError
 from genmodels.registry.gc import AT_ONCE, BATCH, alone, remove_blobs
 from genmodels.registry.store import Registry
-from genmodels.runs.jobs import Jobs, run_jobs
+from genmodels.runs.dataset_users import dataset_users
+from genmodels.runs.job_index import run_jobs
+from genmodels.runs.jobs import Jobs
 from genmodels.runs.records import ACTIVE, ENDED
 from genmodels.runs.store import Run
 from genmodels.spec.names import LABEL
-from genmodels.spec.sections import JobSpec, ModelSpec
 from genmodels.storage import Storage
 
 
@@ -147,7 +148,7 @@ def dataset_contents(storage: Storage, name: str) -> DatasetContents:
         DataError: nothing is stored of the dataset.
     """
     sizes = _dataset_sizes(storage, name)
-    users = _users(storage, name)
+    users = dataset_users(storage, name)
     registry, versions = Registry(storage), []
     for model in sorted({spec.name for _, spec in users}):
         jobs = {job for job, spec in users if spec.name == model}
@@ -239,23 +240,6 @@ def _is_open(run: Run, open_jobs: set[str]) -> bool:
     """Return whether a run has not ended; without a dispatcher (`genmodels run`), whether it is active."""
     state = run.status()[0].state
     return state not in ENDED if run.job in open_jobs else state in ACTIVE
-
-
-def _users(storage: Storage, name: str) -> list[tuple[str, ModelSpec]]:
-    """Return the models of all jobs that name a dataset."""
-
-    def read(job: str) -> JobSpec | None:
-        try:
-            return Jobs(storage).spec(job)
-        except StorageError:
-            raise
-        except GenmodelsError:
-            return None
-
-    with ThreadPoolExecutor(AT_ONCE) as threads:
-        names = storage.folders("jobs/")
-        specs = zip(names, threads.map(read, names), strict=True)
-        return [(job, model) for job, spec in specs if spec for model in spec.models if model.data.dataset == name]
 
 
 def _remove_run(run: Run) -> None:

@@ -1,9 +1,8 @@
-"""Read and write a job's objects: its spec, and the index of open and ended jobs.
+"""Read and write a job's objects: its spec, and the index of open and ended jobs; `job_index.py` has other indexes.
 
 idempotency/<sha256 of caller and key>.json     job id and digest of the body; put-if-absent, first
 open/<job>                                      index: put before the spec, gone when every run has ended
 ended/<time>-<job>                              index; the time counts down, so a listing begins with the newest
-models/<model>/runs/<time>-<job>                which jobs train a model, likewise
 jobs/<job>/spec.json                            put-if-absent, last: from then on the job exists
 jobs/<job>/index.json                           its place in the index, from its first end on; compare-and-swap
 """
@@ -16,9 +15,8 @@ import json
 import re
 import secrets
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
-from datetime import datetime
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -32,6 +30,7 @@ from genmodels.errors import (
     KeyNotFound,
     SpecError,
 )
+from genmodels.runs.job_index import JOB_ID, TIMED_NAME, countdown, index_job, run_keys, spec_key, user_keys
 from genmodels.runs.records import ACTIVE, State
 from genmodels.runs.store import Run
 from genmodels.spec.names import LABEL
@@ -40,12 +39,9 @@ from genmodels.spec.sections import JobSpec, ModelSpec
 from genmodels.storage import Document, Storage, Time, list_names, load_document, write_document
 from genmodels.storage.documents import damaged, now
 
-JOB_ID = r"[a-z0-9]([a-z0-9-]{0,70}[a-z0-9])?"
 JobId = Annotated[str, Field(pattern=f"^{JOB_ID}$")]
 ModelName = Annotated[str, Field(pattern=LABEL)]
-ENDED_NAME = rf"\d{{13}}-{JOB_ID}"
 CURSOR = r"\d{13}-\d{1,6}"
-END_OF_TIME = 10**13  # milliseconds; times count down from here
 AT_ONCE = 8  # requests to the store
 
 
@@ -133,9 +129,9 @@ class Jobs:
             idempotency=name,
         )
         self._put(_open_key(entry.job), entry)
-        index_runs(self.storage, entry.job, entry.models, entry.submitted)
+        index_job(self.storage, entry.job, spec, entry.submitted)
         with contextlib.suppress(Conflict):  # our own write, whose answer was lost, or another's with the same key
-            self.storage.put(_spec_key(entry.job), dump(spec), if_absent=True)
+            self.storage.put(spec_key(entry.job), dump(spec), if_absent=True)
         if not self.storage.exists(_open_key(entry.job)):  # clean-up took this for a submission that never ended
             self._put(_open_key(entry.job), entry)
         return entry.job, first is mine
@@ -145,11 +141,11 @@ class Jobs:
         return self.exists(job) or (re.fullmatch(JOB_ID, job) is not None and self.storage.exists(_index_key(job)))
 
     def exists(self, job: str) -> bool:
-        return re.fullmatch(JOB_ID, job) is not None and self.storage.exists(_spec_key(job))
+        return re.fullmatch(JOB_ID, job) is not None and self.storage.exists(spec_key(job))
 
     def spec(self, job: str) -> JobSpec:
         """Return the spec as it was submitted. Raises JobNotFound or DamagedObject."""
-        key = _spec_key(_checked(job))
+        key = spec_key(_checked(job))
         try:
             data, etag = self.storage.get(key)
         except KeyNotFound:
@@ -197,7 +193,7 @@ class Jobs:
         with ThreadPoolExecutor(AT_ONCE) as threads:
             while len(entries) < limit:
                 page_size = limit - len(entries) + skipped
-                names = list_names(self.storage, "ended/", ENDED_NAME, after=start, limit=page_size)
+                names = list_names(self.storage, "ended/", TIMED_NAME, after=start, limit=page_size)
                 for name, entry in zip(names[skipped:], threads.map(self._read_ended, names[skipped:]), strict=True):
                     time = name.partition("-")[0]
                     in_millisecond[time] += 1
@@ -286,23 +282,35 @@ class Jobs:
         if entry.idempotency:
             body = Submission(job=job, digest="", submitted=entry.submitted, deleted=True)
             write_document(self.storage, _submission_key(entry.idempotency), body.model_dump(mode="json"))
-        self.storage.delete(_spec_key(job))
-        listed = [*_run_keys(job, entry.models, entry.submitted), _ended_key(entry), _open_key(job)]
+        listed = [
+            *run_keys(job, entry.models, entry.submitted),
+            *self._user_keys(job),
+            _ended_key(entry),
+            _open_key(job),
+        ]
+        self.storage.delete(spec_key(job))
         with ThreadPoolExecutor(AT_ONCE) as threads:
             list(threads.map(self.storage.delete, [*listed, *self.storage.list(f"runs/{job}/")]))
         self.storage.delete(_index_key(job))  # last, so that a second call can complete the deletion
 
     def _delete_own(self, job: str) -> None:
         """Remove a job of `genmodels run`, which is in no index."""
-        models = [model.name for model in self.spec(job).models]
+        spec = self.spec(job)
+        models = [model.name for model in spec.models]
         for model in models:
             if Run(self.storage, job, model).status()[0].state in ACTIVE:
                 raise GenmodelsError(f"job {job} has not ended; end its `genmodels run` first")
         listed = [key for model in models for key in self.storage.list(f"models/{model}/runs/")]
         with ThreadPoolExecutor(AT_ONCE) as threads:
             own = [key for key in listed if key.partition("/runs/")[2].partition("-")[2] == job]
+            own += user_keys(job, spec)
             list(threads.map(self.storage.delete, [*own, *self.storage.list(f"runs/{job}/")]))
-        self.storage.delete(_spec_key(job))  # last, so that a second call can complete the deletion
+        self.storage.delete(spec_key(job))  # last, so that a second call can complete the deletion
+
+    def _user_keys(self, job: str) -> list[str]:
+        with contextlib.suppress(JobNotFound, DamagedObject):  # an entry that stays names no job
+            return user_keys(job, self.spec(job))
+        return []
 
     def _new_id(self, name: str) -> str:
         while True:
@@ -352,33 +360,6 @@ class Jobs:
         write_document(self.storage, key, entry.model_dump(mode="json"))
 
 
-def index_runs(storage: Storage, job: str, models: Iterable[str], submitted: str) -> None:
-    """Record for `newest_run` that a job trains these models."""
-    for key in _run_keys(job, models, submitted):
-        storage.put(key, b"")
-
-
-def run_jobs(storage: Storage, model: str) -> list[str]:
-    """Return the jobs that train a model, the newest first, possibly also jobs that do not exist yet or any more."""
-    prefix = f"models/{model}/runs/"
-    return [key.removeprefix(prefix).partition("-")[2] for key in storage.list(prefix)]
-
-
-def newest_run(storage: Storage, model: str) -> str | None:
-    """Return the newest job that trains a model."""
-    last = ""
-    while names := list_names(storage, f"models/{model}/runs/", ENDED_NAME, after=last, limit=AT_ONCE):
-        last = names[-1]
-        jobs = (name.partition("-")[2] for name in names)
-        if job := next((job for job in jobs if storage.exists(_spec_key(job))), None):  # a complete submission
-            return job
-    return None
-
-
-def _spec_key(job: str) -> str:
-    return f"jobs/{job}/spec.json"
-
-
 def _index_key(job: str) -> str:
     return f"jobs/{job}/index.json"
 
@@ -388,19 +369,11 @@ def _open_key(job: str) -> str:
 
 
 def _ended_key(entry: EndedEntry) -> str:
-    return f"ended/{_countdown(entry.ended)}-{entry.job}"
+    return f"ended/{countdown(entry.ended)}-{entry.job}"
 
 
 def _submission_key(name: str) -> str:
     return f"idempotency/{name}.json"
-
-
-def _run_keys(job: str, models: Iterable[str], submitted: str) -> list[str]:
-    return [f"models/{model}/runs/{_countdown(submitted)}-{job}" for model in models]
-
-
-def _countdown(time: str) -> str:
-    return f"{END_OF_TIME - round(datetime.fromisoformat(time).timestamp() * 1000):013d}"
 
 
 def _opened(entry: EndedEntry) -> Entry:

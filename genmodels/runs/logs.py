@@ -21,7 +21,9 @@ from collections.abc import Callable, Iterator
 from types import TracebackType
 from typing import Self
 
-from genmodels.errors import Conflict, KeyNotFound, StorageError
+from genmodels.errors import StorageError
+from genmodels.runs.log_lines import new_log_folder
+from genmodels.runs.parts import PartWriter
 from genmodels.runs.store import Run
 from genmodels.storage.documents import now
 from genmodels.threads import Rounds
@@ -41,12 +43,12 @@ class Spool:
     """Output on its way to storage, as lines with their times. Bounded and thread-safe."""
 
     def __init__(self, run: Run, attempt: int, source: str) -> None:
-        self.run, self.attempt, self.source = run, attempt, source
         self.rows: deque[bytes] = deque()
         self.size = self.dropped = 0
         self.rest = b""  # a line that has not ended
         self.part = b""  # that is being stored: the same bytes under the same key until the store has them
-        self.number = 1
+        self.parts = PartWriter(run.storage, new_log_folder(run, attempt, source))
+        self.stored = 0  # bytes
         self.filling, self.shipping = threading.Lock(), threading.Lock()
 
     def add(self, data: bytes, ended: bool = False) -> None:
@@ -66,7 +68,10 @@ class Spool:
         """Store what was added; return True if everything is stored."""
         with self.shipping, contextlib.suppress(StorageError):  # the next round tries again
             while self._next_part():
-                self._store()
+                self.parts.write(self.stored + len(self.part), self.part)
+                self.stored, self.part = self.stored + len(self.part), b""
+            with contextlib.suppress(StorageError):  # a later round merges them
+                self.parts.merge()
             return True
         return False
 
@@ -91,24 +96,6 @@ class Spool:
                 self.size -= size
                 self.part += b"".join(rows)
         return self.part
-
-    def _store(self) -> None:
-        """Put the part under the next free number: an earlier process of this attempt may have used some numbers."""
-        while self.part:
-            key = self.run.log_key(self.attempt, self.source, self.number)
-            try:
-                self.run.storage.put(key, self.part, if_absent=True)
-                stored = True
-            except Conflict:
-                stored = self._is_stored(key)  # if only the answer was lost
-            self.number += 1
-            self.part = b"" if stored else self.part
-
-    def _is_stored(self, key: str) -> bool:
-        try:
-            return self.run.storage.get(key)[0] == self.part
-        except KeyNotFound:
-            return False
 
 
 class LogShipper:

@@ -6,9 +6,9 @@
                                   /heartbeat.json   the driver until rank 0 runs, then rank 0, then the driver again
                                   /result.json      the driver, at the end
                                   /checkpoints/step-00000500/...   rank 0
-                                  /metrics/00000001.jsonl          rank 0; immutable parts, named by their first step
+                                  /metrics/<parts>                 rank 0; merged while it grows (`parts.py`)
                                   /samples/00000500/...            rank 0
-                                  /logs/<source>/00000001.jsonl    the driver and each rank; immutable parts
+                                  /logs/<source>/<process>/<parts> the driver and each rank, likewise
 
 A run's history is a chain: the highest attempt that has a `start.json`, and through each one's parent checkpoint the
 attempts before it. A process that was paused and wakes may still write, but outside the chain, where it is not read.
@@ -163,16 +163,6 @@ class ChainLink:
 
     def goes_beyond(self, step: int) -> bool:
         return self.until is None or step < self.until
-
-
-@dataclass(frozen=True)
-class MetricPart:
-    """Some rows of one attempt. The object never changes, except that a put which is tried again may have more rows."""
-
-    link: ChainLink
-    key: str
-    first: int  # step of the first row
-    size: int  # in bytes
 
 
 @dataclass(frozen=True)

@@ -1,16 +1,15 @@
-"""Read and write the objects of one run: attempts, checkpoints, metrics, samples, logs, commands and status."""
+"""Read and write the objects of one run: attempts, checkpoints, samples, commands and status.
+
+Its metrics are in `metric_rows.py`, its logs in `log_lines.py`.
+"""
 
 from __future__ import annotations
 
 import contextlib
-import heapq
-import json
-import logging
-import math
 import re
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from genmodels import checkpoint
 from genmodels.checkpoint import CheckpointRef, Manifest
@@ -21,26 +20,17 @@ from genmodels.runs.records import (
     ChainLink,
     Command,
     Heartbeat,
-    LogLine,
-    MetricPart,
     Result,
     Status,
 )
 from genmodels.storage import (
     Document,
     Storage,
-    decode_floats,
-    encode_floats,
     list_names,
     load_document,
     write_document,
 )
-from genmodels.storage.documents import DocumentT, now, read_lines
-
-PART = r"(\d{8})\.jsonl"  # of logs and of metrics
-
-
-log = logging.getLogger(__name__)
+from genmodels.storage.documents import DocumentT, now
 
 
 class Run:
@@ -143,59 +133,7 @@ class Run:
                 keys.append(f"{self.prefix}/{name}")
         return keys
 
-    # Metrics and samples
-
-    def write_metrics(self, attempt: int, rows: list[dict[str, Any]]) -> None:
-        """Add an immutable part. Each row has a `step`; non-finite numbers are stored as text."""
-        key = self._key(attempt, f"metrics/{rows[0]['step']:08d}.jsonl")
-        self.storage.put(key, "".join(json.dumps(encode_floats(row)) + "\n" for row in rows).encode())
-
-    def metrics(self) -> Iterator[dict[str, Any]]:
-        """Yield the rows of the whole chain; each attempt's rows end at the step where the next attempt began."""
-        for part in self.metric_parts():
-            yield from (decode_floats(row) for _, row in self.read_part(part))
-
-    def metric_lines(self, after: int = 0) -> Iterator[bytes]:
-        """Yield the same rows as they are stored, each a JSON object.
-
-        Args:
-            after: only rows of later steps.
-        """
-        for part in self.metric_parts(after):
-            yield from (line for line, _ in self.read_part(part, after))
-
-    def metric_parts(self, after: int = -1) -> Iterator[MetricPart]:
-        """Yield the parts of the chain that can have rows of steps above `after`, in order.
-
-        A part is named by its first step, so the name of the next part bounds its last step.
-        """
-        for link in self.chain():
-            if not link.goes_beyond(after):
-                continue
-            parts = self._metric_parts(link)
-            ends = [*(part.first for part in parts[1:]), math.inf]
-            for part, end in zip(parts, ends, strict=False):
-                if link.holds(part.first) and end > after + 1:
-                    yield part
-
-    def read_part(self, part: MetricPart, after: int = -1) -> Iterator[tuple[bytes, dict[str, Any]]]:
-        """Yield the rows of a part that are of the chain and of steps above `after`, each as stored and parsed."""
-        for line, row in read_lines(self.storage, part.key, "metrics", {"step": int}):
-            if row["step"] > after and part.link.holds(row["step"]):
-                yield line, row
-
-    def training_seconds(self) -> float:
-        """Return the seconds that steps and evaluations took in the chain; steps that were trained again count once.
-
-        The seconds of an attempt only grow, so its last part is enough.
-        """
-        seconds: dict[int, float] = {}  # by attempt
-        for part in reversed(list(self.metric_parts())):
-            if part.link.attempt not in seconds:
-                times = (row.get("seconds") for _, row in self.read_part(part))
-                last = max((time for time in times if isinstance(time, (int, float))), default=None)
-                seconds |= {} if last is None else {part.link.attempt: last}
-        return sum(seconds.values())
+    # Samples
 
     def write_sample(self, attempt: int, step: int, name: str, data: bytes) -> None:
         self.storage.put(self._key(attempt, f"samples/{step:08d}/{name}"), data)
@@ -209,37 +147,6 @@ class Run:
                 if match and link.holds(int(match[1])):
                     samples.append((int(match[1]), f"{self.prefix}/{name}"))
         return samples
-
-    # Logs
-
-    def log_key(self, attempt: int, source: str, number: int) -> str:
-        """Return the key of part `number` (from 1 on) of a process's log: lines of JSON, `{"time", "line"}` each."""
-        return self._key(attempt, f"logs/{source}/{number:08d}.jsonl")
-
-    def log_lines(self, source: str | None = None, cursor: dict[str, str] | None = None) -> Iterator[LogLine]:
-        """Yield what the processes of this run printed, attempt by attempt, by time, up to the start of the next one.
-
-        Attempts outside the chain are included: why a worker group never started is in its driver's log.
-
-        Args:
-            source: "driver" or a rank; None: all of them.
-            cursor: pass an empty one at first; it then holds what was read. With the same cursor the next call yields
-                only later lines: so a caller follows a log.
-        """
-        cursor = {} if cursor is None else cursor
-        taken_over: str | None = None  # time at which the next attempt started
-        spans: list[tuple[int, str | None]] = []
-        for attempt in reversed(self.attempts()):
-            spans.insert(0, (attempt, taken_over))
-            with contextlib.suppress(DamagedObject):  # then the lines of two attempts may mix
-                start = self.attempt_start(attempt)
-                taken_over = start.time if start else taken_over
-        for attempt, until in spans:
-            sources = [source] if source else self.storage.folders(self._key(attempt, "logs/"))
-            streams = (self._log(attempt, name, cursor) for name in sources)
-            for line in heapq.merge(*streams, key=lambda line: line.time):
-                if until is None or line.time < until:
-                    yield line
 
     # Heartbeats, results, commands, status
 
@@ -338,24 +245,11 @@ class Run:
     def _command_key(self, seq: int) -> str:
         return f"{self.prefix}/commands/{seq:08d}.json"
 
-    def _log(self, attempt: int, source: str, cursor: dict[str, str]) -> Iterator[LogLine]:
-        folder = self._key(attempt, f"logs/{source}/")
-        for name in list_names(self.storage, folder, PART, after=cursor.get(folder, "")):
-            for _, row in read_lines(self.storage, folder + name, "log", {"time": str, "line": str}):
-                yield LogLine(attempt, source, row["time"], row["line"])
-            cursor[folder] = name
-
     def _saved(self, attempt: int) -> list[int]:
         """Return the steps of the checkpoints that have a manifest, ascending."""
         pattern = re.compile(rf"attempt-{attempt}/checkpoints/step-(\d+)/{re.escape(checkpoint.MANIFEST)}")
         matches = map(pattern.fullmatch, self._names(f"attempt-{attempt}/checkpoints/"))
         return sorted(int(match[1]) for match in matches if match)
-
-    def _metric_parts(self, link: ChainLink) -> list[MetricPart]:
-        folder = self._key(link.attempt, "metrics/")
-        sizes = self.storage.sizes(folder).items()
-        named = ((re.fullmatch(PART, key.removeprefix(folder)), key, size) for key, size in sizes)
-        return [MetricPart(link, key, int(name[1]), size) for name, key, size in named if name]
 
     def _key(self, attempt: int, name: str) -> str:
         return f"{self.prefix}/attempt-{attempt}/{name}"

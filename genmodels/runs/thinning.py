@@ -7,11 +7,14 @@ import threading
 import time
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Sequence
-from functools import reduce
+from dataclasses import dataclass, field
 from itertools import count
 from typing import Any, TypeVar
 
-from genmodels.runs.records import MetricPart
+from genmodels.errors import KeyNotFound
+from genmodels.runs.metric_rows import MetricPart, metric_parts, parts_again, read_part
+from genmodels.runs.parts import Part
+from genmodels.runs.records import ChainLink
 from genmodels.runs.store import Run
 from genmodels.storage import decode_floats
 
@@ -79,14 +82,24 @@ class ThinnedHistories:
         return read
 
 
+@dataclass
+class _Done:
+    """What was read of a run: rows, up to which step, of which attempts; and the part that was read last."""
+
+    rows: _Rows
+    last: int
+    chain: list[ChainLink] = field(default_factory=list)
+    newest: Part | None = None
+
+
 class _History:
-    """The rows of a run that were read, which parts they come from, and the parts that are still to be read."""
+    """The rows of a run that were read, and the parts that are still to be read."""
 
     def __init__(self, run: Run, most: int, after: int) -> None:
         self.bytes = ENTRY_BYTES
         self._run, self._most, self._after = run, most, after
         self._lock = threading.Lock()
-        self._rows, self._read, self._hash = _Rows(most), 0, _hash(())
+        self._done = _Done(_Rows(most), after)
         self._unread: deque[MetricPart] | None = None  # None: not known
 
     def read(self, refresh: bool) -> list[bytes] | None:
@@ -100,34 +113,40 @@ class _History:
                 self._unread = self._find_unread()
             until = time.monotonic() + SLICE_SECONDS
             while self._unread:
-                self._add(self._unread[0])
-                self._unread.popleft()
+                part = self._unread[0]
+                try:
+                    self._add(part)
+                except KeyNotFound:
+                    self._unread = deque(parts_again(self._run, part))
+                    continue
+                self._done.newest = self._unread.popleft().part
                 if self._unread and time.monotonic() > until:
                     return None
-            return self._rows.lines()
+            return self._done.rows.lines()
 
     def _find_unread(self) -> deque[MetricPart]:
-        parts = list(self._run.metric_parts(self._after))
-        if _hash(parts[: self._read]) != self._hash:  # a new attempt cuts the history, or a part has more rows
-            self._forget()
-        return deque(parts[self._read :])
+        chain = self._run.chain()
+        if not self._continues(chain):  # a new attempt cuts what was read
+            self._done = _Done(_Rows(self._most), self._after)
+        self._done.chain = chain
+        parts = deque(metric_parts(self._run, self._done.last, chain))
+        if parts and parts[0].part == self._done.newest:  # the last part of an earlier release: its end is not known
+            parts.popleft()
+        return parts
+
+    def _continues(self, chain: list[ChainLink]) -> bool:
+        """Return whether all rows that were read belong to this chain."""
+        before, last = self._done.chain, self._done.last
+        return len(chain) >= len(before) and all(
+            old.attempt == new.attempt and (old.until == new.until or new.holds(last))
+            for old, new in zip(before, chain, strict=False)
+        )
 
     def _add(self, part: MetricPart) -> None:
-        try:
-            for line, _ in self._run.read_part(part, self._after):
-                self._rows.add(line)
-        except BaseException:  # some rows of the part were added
-            self._forget()
-            raise
-        self._read, self._hash = self._read + 1, hash((self._hash, part))
-        self.bytes = ENTRY_BYTES + self._rows.bytes()
-
-    def _forget(self) -> None:
-        self._rows, self._read, self._hash, self._unread = _Rows(self._most), 0, _hash(()), None
-
-
-def _hash(parts: Iterable[MetricPart]) -> int:
-    return reduce(lambda before, part: hash((before, part)), parts, 0)
+        for line, row in read_part(self._run, part, self._done.last):
+            self._done.rows.add(line)
+            self._done.last = row["step"]
+        self.bytes = ENTRY_BYTES + self._done.rows.bytes()
 
 
 class _Rows:

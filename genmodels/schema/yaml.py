@@ -11,13 +11,14 @@ from __future__ import annotations
 import math
 import pathlib
 import re
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, NoReturn
 
 import yaml
 
 from genmodels.errors import SpecError
+from genmodels.schema.field_errors import FieldError
 
 MAX_BYTES = 64 * 1024
 MAX_DEPTH = 32
@@ -27,14 +28,42 @@ Path = tuple[str | int, ...]
 
 
 @dataclass(frozen=True)
+class Kind:
+    """Name a kind of document in messages."""
+
+    name: str
+    first: str  # the key that it begins with
+    example: str  # a path of one
+
+
+JOB_SPEC = Kind("job spec", "name", "jobs/quickstart.yaml")
+
+
+@dataclass(frozen=True)
 class Document:
     """Hold the content of a document, and the line at which each of its values begins (1 is the first)."""
 
     value: dict[str, Any]
     lines: dict[Path, int]
 
+    def line(self, loc: Path) -> int:
+        """Return the line of a field; if the document lacks it, the line of the nearest section above."""
+        ways_up = (loc[:n] for n in range(len(loc), -1, -1))
+        return next(self.lines[loc] for loc in ways_up if loc in self.lines)
 
-def read_file(path: pathlib.Path) -> bytes:
+    def error(self, source: str, problems: Iterable[FieldError], count: int) -> SpecError:
+        """Return an error with a line `source:line: path: text` for each problem.
+
+        Args:
+            count: of all problems, of which `problems` may be the first.
+        """
+        lines = sorted((self.line(problem.loc), f"{problem}") for problem in problems)
+        messages = [f"{source}:{line}: {text}" for line, text in lines]
+        more = count - len(messages)
+        return SpecError(*messages, *([f"{source}: and {more} more"] if more else []))
+
+
+def read_file(path: pathlib.Path, kind: Kind = JOB_SPEC) -> bytes:
     """Return the bytes of a file of the user; read at most MAX_BYTES + 1 of them.
 
     Raises:
@@ -44,31 +73,32 @@ def read_file(path: pathlib.Path) -> bytes:
         with path.open("rb") as file:
             return file.read(MAX_BYTES + 1)
     except FileNotFoundError:
-        raise SpecError(f"{path}: no such file; write the path of a job spec, e.g. jobs/quickstart.yaml") from None
+        raise SpecError(f"{path}: no such file; write the path of a {kind.name}, e.g. {kind.example}") from None
     except IsADirectoryError:
-        raise SpecError(f"{path}: a directory; write the path of a job spec in it") from None
+        raise SpecError(f"{path}: a directory; write the path of a {kind.name} in it") from None
     except OSError as error:
         raise SpecError(f"{path}: cannot be read: {error.strerror}") from None
 
 
-def check_size(data: bytes, source: str, max_bytes: int = MAX_BYTES) -> None:
+def check_size(data: bytes, source: str, max_bytes: int = MAX_BYTES, kind: Kind = JOB_SPEC) -> None:
     """Raise a SpecError if the document is larger than `max_bytes`."""
     if len(data) > max_bytes:
         _fail(
             source,
             None,
-            f"larger than {max_bytes // 1024} KiB, which no job spec needs; check that it is the right file",
+            f"larger than {max_bytes // 1024} KiB, which no {kind.name} needs; check that it is the right file",
         )
 
 
-def read(data: bytes, source: str, max_bytes: int = MAX_BYTES) -> Document:
+def read(data: bytes, source: str, max_bytes: int = MAX_BYTES, kind: Kind = JOB_SPEC) -> Document:
     """Read one document whose top level is a mapping.
 
     Raises:
         SpecError: with one line `source:line: what is wrong; remedy` for each error.
     """
-    text = _text(data, source, max_bytes)
-    reader = _Reader(source)
+    check_size(data, source, max_bytes, kind)
+    text = _text(data, source)
+    reader = _Reader(source, kind)
     try:
         value = reader.document(yaml.parse(text, Loader=_Loader))  # never the C loader: 200 KB of "[" crash it
     except yaml.reader.ReaderError as error:
@@ -124,8 +154,7 @@ def _bounded(digits: str, base: int) -> int:
     return number
 
 
-def _text(data: bytes, source: str, max_bytes: int) -> str:
-    check_size(data, source, max_bytes)
+def _text(data: bytes, source: str) -> str:
     if data.startswith((b"\xff\xfe", b"\xfe\xff")):
         _fail(source, None, "written in UTF-16; save it as UTF-8")
     if b"\0" in data:
@@ -169,13 +198,14 @@ class _Reader:
     """Build values from parser events. Collect errors in `problems` if reading can continue, else raise them."""
 
     source: str
+    kind: Kind
     problems: list[str] = field(default_factory=list)
     lines: dict[Path, int] = field(default_factory=dict)
 
     def document(self, events: Iterator[yaml.Event]) -> dict[str, Any]:
         next(events)  # the stream's start
         if isinstance(next(events), yaml.StreamEndEvent):
-            _fail(self.source, None, "empty; write a job spec, beginning with `name:`")
+            _fail(self.source, None, f"empty; write a {self.kind.name}, beginning with `{self.kind.first}:`")
         top = next(events)
         value: Any = self._node(top, events, ())
         next(events)  # the document's end
@@ -183,12 +213,13 @@ class _Reader:
         if not isinstance(after, yaml.StreamEndEvent):
             _fail(self.source, _line(after), "a second document begins here; keep one per file")
         if not isinstance(value, dict) and not self.problems:
-            _fail(self.source, _line(top), "expected a mapping with the keys of a job spec, beginning with `name:`")
+            keys = f"the keys of a {self.kind.name}, beginning with `{self.kind.first}:`"
+            _fail(self.source, _line(top), f"expected a mapping with {keys}")
         return value
 
     def _node(self, event: yaml.Event, events: Iterator[yaml.Event], path: Path) -> Any:
         if len(path) > MAX_DEPTH:
-            _fail(self.source, _line(event), f"nested more than {MAX_DEPTH} deep, which no job spec needs")
+            _fail(self.source, _line(event), f"nested more than {MAX_DEPTH} deep, which no {self.kind.name} needs")
         self.lines[path] = _line(event)
         if isinstance(event, yaml.AliasEvent):
             self._note(event, f"the alias *{event.anchor:.40} is not allowed; write the value out")

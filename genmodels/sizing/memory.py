@@ -22,7 +22,7 @@ class Footprint:
 
     weights: int  # of all networks
     kept: int = 0  # further memory while it is loaded: keys and values, rearranged weights, a density
-    working: int = 0  # during a forward pass of `SERVED_ROWS` rows
+    working: int = 0  # during a forward pass; in each dtype some of it is float32, and all is counted as such
 
     @property
     def total(self) -> int:
@@ -53,22 +53,22 @@ def too_large(
     return name, f"got {getattr(config, name)}: {takes}; {remedy}"
 
 
-def network_bytes(family: Any, config: BaseModel, data: BaseModel) -> int:
-    """Return the bytes of all networks of `family(config, data)`.
+def network_bytes(family: Any, config: BaseModel, data: BaseModel, number_bytes: int = FLOAT) -> int:
+    """Return the bytes of all networks of `family(config, data)`, with `number_bytes` for each number.
 
     They are linear in the number of equal blocks, so two shallow models without memory give those of any depth.
     """
     if family.repeated is None:
-        return _bytes_of(family, config.model_dump_json(), data)
+        return number_bytes * _numbers_of(family, config.model_dump_json(), data)
     one, two = (
-        _bytes_of(family, config.model_copy(update={family.repeated: depth}).model_dump_json(), data)
+        _numbers_of(family, config.model_copy(update={family.repeated: depth}).model_dump_json(), data)
         for depth in (1, 2)
     )
-    return one + (getattr(config, family.repeated) - 1) * (two - one)
+    return number_bytes * (one + (getattr(config, family.repeated) - 1) * (two - one))
 
 
 @lru_cache(1024)
-def _bytes_of(family: Any, config: str, data: BaseModel) -> int:
+def _numbers_of(family: Any, config: str, data: BaseModel) -> int:
     from torch import nn
 
     from genmodels.sizing.outline import shapes_only
@@ -76,7 +76,7 @@ def _bytes_of(family: Any, config: str, data: BaseModel) -> int:
     with shapes_only():
         built = family(family.Config.model_validate_json(config), data)
     networks = [value for value in vars(built).values() if isinstance(value, nn.Module)]
-    return sum(tensor.nbytes for network in networks for tensor in network.state_dict().values())
+    return sum(tensor.numel() for network in networks for tensor in network.state_dict().values())
 
 
 def gibibytes(size: int) -> str:

@@ -16,7 +16,7 @@ from genmodels.data import uploads
 from genmodels.errors import SpecError
 from genmodels.schema import yaml
 from genmodels.schema.base import Section
-from genmodels.schema.field_errors import FieldError, format_errors
+from genmodels.schema.field_errors import format_errors
 from genmodels.spec.sections import JobSpec, ModelSpec, sections_with_key
 from genmodels.storage.documents import parse_object
 
@@ -34,14 +34,14 @@ def parse_spec(
     Args:
         source: name of the document in messages, e.g. its file name.
         base: folder of a relative `data.path`; without it the path must be absolute.
-        datasets: added datasets that the spec may name, from `data.uploads.kinds`.
+        datasets: added datasets that the spec may name, e.g. `data.added.Kinds`.
         paths: whether the spec may name files; False for a spec from the network.
 
     Raises:
         SpecError: with a line `source:line: path: got ..., expected ...` for each problem.
     """
     document = yaml.read(data, source)
-    context = {"base": base, "datasets": datasets or {}, "paths": paths}
+    context = {"base": base, "datasets": {} if datasets is None else datasets, "paths": paths}
     for outline in (True, False):  # problems that need no torch are reported first
         spec = _validate(document, source, {**context, "outline": outline})
     return spec
@@ -92,19 +92,8 @@ def _validate(document: yaml.Document, source: str, context: dict[str, Any]) -> 
             document.value, context=context, extra="ignore" if context.get("stored") else None
         )
     except ValidationError as error:
-        problems, more = (
-            format_errors(error, JobSpec, lambda loc: sections_with_key(loc, document.value)),
-            error.error_count(),
-        )
-    lines = sorted((_line(document, problem), f"{problem}") for problem in problems)
-    messages = [f"{source}:{line}: {text}" for line, text in lines]
-    raise SpecError(*messages, *([f"{source}: and {more - len(messages)} more"] if more > len(messages) else []))
-
-
-def _line(document: yaml.Document, problem: FieldError) -> int:
-    """Return the line of a field; if the document lacks it, the line of the nearest section above."""
-    ways_up = (problem.loc[:n] for n in range(len(problem.loc), -1, -1))
-    return next(document.lines[loc] for loc in ways_up if loc in document.lines)
+        problems = format_errors(error, JobSpec, lambda loc: sections_with_key(loc, document.value))
+        raise document.error(source, problems, error.error_count()) from None
 
 
 def _sha256(section: Section) -> str:

@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import os
 import re
+from collections import ChainMap
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal, Self, TypeVar
 
 from pydantic import (
@@ -52,8 +54,9 @@ def _is_stored(info: ValidationInfo) -> bool:
     return bool((info.context or {}).get("stored"))
 
 
-def _added(info: ValidationInfo) -> dict[str, uploads.Kind]:
-    return dict((info.context or {}).get("datasets", {}))
+def _kinds(info: ValidationInfo) -> Mapping[str, uploads.Kind]:
+    """Return the kinds of built-in and added datasets; a look-up lists no datasets."""
+    return ChainMap({name: source.kind for name, source in DATASETS.items()}, (info.context or {}).get("datasets", {}))
 
 
 def _raised(section: SectionT, problems: list[FieldError]) -> SectionT:
@@ -280,8 +283,7 @@ class ModelSpec(Section):
         problems = cross_field_errors.batch_size(train.batch_size, train.accumulation_steps, bounds)
         if not _is_outline(info):
             family = models.load(self.family)
-            kinds = {name: source.kind for name, source in DATASETS.items()} | _added(info)
-            problems += cross_field_errors.dataset_kind(self.data.dataset, family, kinds)
+            problems += cross_field_errors.dataset_kind(self.data.dataset, family, _kinds(info))
             problems += cross_field_errors.gate_metric(gate.metric, family) if gate else []
         return _raised(self, problems)
 

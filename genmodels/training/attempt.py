@@ -20,7 +20,6 @@ from genmodels.checkpoint import Lineage
 from genmodels.data import Dataset, open_dataset
 from genmodels.evals.images import evenly_spaced
 from genmodels.family import Batch, Family
-from genmodels.preflight import servable
 from genmodels.registry import init_from
 from genmodels.runs.control import CommandWatcher, HangWatcher
 from genmodels.runs.jobs import Jobs
@@ -147,11 +146,10 @@ def build(spec: ModelSpec, dataset: Dataset) -> Family[Any, Any]:
     """Build a fresh model for a dataset.
 
     Raises:
-        SpecError: the family cannot work on the dataset, or no host can serve such a model.
+        SpecError: the family cannot work on the dataset.
     """
     cls = models.load(spec.family)
     cls.check(spec.model, dataset.info)
-    servable.check(spec, dataset.info)
     return cls(spec.model, dataset.info)
 
 

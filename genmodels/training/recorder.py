@@ -24,6 +24,7 @@ from genmodels.errors import StorageUnavailable, TrainingDiverged
 from genmodels.family import Batch, Family
 from genmodels.metrics import CHECKPOINT_BYTES, CHECKPOINT_FAILURES, CHECKPOINT_SECONDS, CHECKPOINT_STALL_SECONDS
 from genmodels.registry import gate, references
+from genmodels.runs.metric_rows import MetricWriter
 from genmodels.runs.records import Heartbeat, Phase
 from genmodels.runs.store import Run
 from genmodels.spec.sections import ModelSpec
@@ -35,7 +36,7 @@ from genmodels.training.group import SideGroup
 HEARTBEAT_SECONDS = 1.0
 MAX_HEARTBEAT_SECONDS = 5.0  # of an attempt that has gone on for AGE_RATIO times as long; a new phase is told at once
 AGE_RATIO = 60
-METRICS_SECONDS = 5.0
+METRICS_SECONDS, MAX_METRICS_SECONDS = 5.0, 10.0  # likewise
 MEDIAN_OF = 101  # steps
 MAX_ROWS, MAX_PICTURES = 10_000, 64  # that wait for the store
 
@@ -75,6 +76,7 @@ class RunRecorder:
         self.heartbeat = Heartbeat(phase="starting", max_steps=spec.train.max_steps)
         tokens = scratch.sequence_length
         self.gauges = TrainingGauges(run, spec, lineage.world_size, tokens, step_flops)
+        self.metrics = MetricWriter(run, attempt, lineage.parent.step if lineage.parent else 0)
         self.rows: list[dict[str, Any]] = []
         self.pictures: list[tuple[int, str, bytes]] = []
         self.flushing = threading.Lock()
@@ -191,7 +193,9 @@ class RunRecorder:
                 if latest is not written and (is_news or now >= due):
                     written = self._write_heartbeat()
                     due = now + min(MAX_HEARTBEAT_SECONDS, (now - began) / AGE_RATIO)
-                if time.monotonic() - flushed >= METRICS_SECONDS:
+                if time.monotonic() - flushed >= max(
+                    METRICS_SECONDS, min(MAX_METRICS_SECONDS, (now - began) / AGE_RATIO)
+                ):
                     self._flush()
                     flushed = time.monotonic()
                     self._waits("heartbeat")
@@ -212,9 +216,8 @@ class RunRecorder:
             while self.pictures:
                 self.run.write_sample(self.attempt, *self.pictures[0])
                 del self.pictures[0]
-            if rows := self.rows[:]:
-                self.run.write_metrics(self.attempt, rows)
-                del self.rows[: len(rows)]
+            del self.rows[: self.metrics.write(self.rows[:])]
+            self.metrics.merge()
 
     def _upload(self) -> None:
         while (waiting := self.snapshots.get()) is not None:

@@ -11,7 +11,7 @@ import typer
 
 from services.cli.catalog import open_catalog
 from services.cli.keys import keys_app
-from services.cli.options import AsJson, MaybeApi, StorageUrl, Yes, confirm, storage
+from services.cli.options import AsJson, MaybeApi, PoolsFile, StorageUrl, Yes, confirm, storage, use_pools
 from services.console.output import console, print_json
 
 app = typer.Typer()
@@ -36,8 +36,10 @@ def up(
         Path | None,
         typer.Option(help="Folder for the platform's own logs; default: .genmodels/logs.", show_default=False),
     ] = None,
+    pools: PoolsFile = None,
 ) -> None:
     """Run the whole platform on this machine until Ctrl-C. It serves only this machine."""
+    use_pools(pools)
     from services.local.up import Options
     from services.local.up import up as run
 

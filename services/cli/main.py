@@ -16,7 +16,7 @@ try:
     from genmodels import __version__
     from genmodels.errors import GenmodelsError, SpecError
     from services.cli import admin, delete, jobs, models
-    from services.cli.options import SpecFile, StorageUrl, read_job
+    from services.cli.options import PoolsFile, SpecFile, StorageUrl, read_job, use_pools
     from services.cluster.environment import isolate_process
 except KeyboardInterrupt:  # Ctrl-C before `main` can handle it
     sys.exit(130)
@@ -124,8 +124,10 @@ def run(
     pictures: Annotated[Path, typer.Option(help="Folder for the models' pictures and training curves.")] = Path(
         "samples"
     ),
+    pools: PoolsFile = None,
 ) -> None:
     """Train, publish and serve all models of a job on this machine."""
+    use_pools(pools)
     job, _, store = read_job(spec, storage_url)
     from services.local.run import quick_run
 
@@ -139,13 +141,16 @@ def validate(
         bool, typer.Option("--smoke", help="Also train two steps, load the result and send one request to it.")
     ] = False,
     storage_url: StorageUrl = None,
+    pools: PoolsFile = None,
 ) -> None:
-    """Check a job spec."""
+    """Check a job spec. The pools that it names are checked only against a given file of pools."""
+    use_pools(pools)
     job, source, store = read_job(spec, storage_url)
     from genmodels.preflight.check import check_job
+    from services.gateway.pool_config import read_pools
 
     try:
-        checked = check_job(job, store)
+        checked = check_job(job, store, pools=read_pools().memory if pools else None)
     except SpecError as error:
         raise SpecError(*(f"{source}: {problem}" for problem in error.problems)) from None
     job = checked.job

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -27,6 +28,16 @@ StorageUrl = Annotated[
         metavar="URL",
         envvar="GENMODELS_STORAGE",
         help="file:///folder or s3://bucket/prefix; default: .genmodels in the current folder.",
+        show_default=False,
+    ),
+]
+PoolsFile = Annotated[
+    Path | None,
+    typer.Option(
+        "--pools",
+        metavar="FILE",
+        envvar="GENMODELS_POOLS",
+        help="The pools of model hosts; default: one pool, named default.",
         show_default=False,
     ),
 ]
@@ -82,12 +93,12 @@ def read_job(spec: Path, url: str | None) -> tuple[JobSpec, str, Storage]:
     Raises:
         SpecError: the file cannot be read, or is not a valid spec.
     """
-    from genmodels.data import uploads
+    from genmodels.data import added
     from genmodels.spec.parse import parse_spec
 
     data, source = read_document(spec)
     opened = storage(url)
-    return parse_spec(data, source, spec.absolute().parent, uploads.kinds(opened)), source, opened
+    return parse_spec(data, source, spec.absolute().parent, added.Kinds(opened)), source, opened
 
 
 def client(api: str) -> Client:
@@ -144,3 +155,9 @@ def confirm(question: str, yes: bool, option: str = "--yes") -> bool:
 def _from_environment(context: typer.Context) -> bool:
     source = context.get_parameter_source("api")
     return source is not None and source.name == "ENVIRONMENT"
+
+
+def use_pools(path: Path | None) -> None:
+    """Let this process and those that it starts, some of them in other folders, read this file of pools."""
+    if path:
+        os.environ["GENMODELS_POOLS"] = str(path.absolute())

@@ -12,8 +12,9 @@ import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from typing import TypeVar
 
 from genmodels.errors import (
     DamagedObject,
@@ -42,6 +43,9 @@ MAX_READERS = 16  # jobs or runs that are read at once
 MAX_SILENCES = 5  # looks at a run for which the store does not answer; then the other runs continue without it
 RETRY_SECONDS = 15.0  # between two looks at a job that could not be read
 
+ThingT = TypeVar("ThingT")
+ResultT = TypeVar("ResultT")
+
 log = logging.getLogger("genmodels.dispatch")
 
 
@@ -52,7 +56,9 @@ class Dispatcher:
         self.storage, self.backend, self.lease = storage, backend, lease or Lease(storage)
         self.jobs = Jobs(storage)
         self.queue = RunQueue(self.jobs, backend)
+        self._threads = ThreadPoolExecutor(MAX_READERS, "dispatch")
         self._runs: dict[str, ManagedRun] = {}  # by job/model
+        self._notified: list[tuple[str, str, str]] = []  # notifications of this round
         self._holds_lease: Callable[[], bool] = lambda: True
         self._unreadable: dict[str, float] = {}  # jobs that cannot be read completely, and when to read them again
         self._logged_errors: dict[str, str] = {}  # by job or run
@@ -75,6 +81,10 @@ class Dispatcher:
         except GenmodelsError as error:
             log.warning("the lease was not released, so the next dispatcher waits until it expires: %s", error)
 
+    def stalled(self) -> str | None:
+        """Return why nothing is dispatched, or nothing is known of the runs, for long; None if all is well."""
+        return self.rounds.stalled() or self.backend.stalled()
+
     def dispatch_once(self, lease_term: int) -> None:
         """Look at everything once.
 
@@ -87,6 +97,7 @@ class Dispatcher:
             self._look()
             for run in list(self._runs.values()):
                 self._step(run)
+            self._delete_notifications()
             self._close_jobs()
             self.queue.schedule(self._runs, self._step, self._holds_lease)
             self._log_recovery()
@@ -109,8 +120,7 @@ class Dispatcher:
 
         The status of an ended run is read when the run is resumed: see `Lease.outgrow`.
         """
-        with ThreadPoolExecutor(MAX_READERS) as threads:
-            return max((term for terms in threads.map(self._terms, self.jobs.open()) for term in terms), default=0)
+        return max((term for terms in self._for_each(self._terms, self.jobs.open()) for term in terms), default=0)
 
     def _terms(self, job: str) -> list[int]:
         terms: list[int] = []
@@ -157,13 +167,9 @@ class Dispatcher:
     def _adopt_jobs(self, lease_term: int) -> None:
         """Take over the runs of jobs that are new, or could not be read before."""
         known = {run.job for run in self._runs.values()} - self._unreadable.keys()
-        due = time.monotonic()
-        new = [job for job in self.jobs.open() if job not in known and self._unreadable.get(job, due) <= due]
-        if not new:
-            return
-        with ThreadPoolExecutor(MAX_READERS) as threads:
-            for runs in threads.map(lambda job: self._adopt_job(job, lease_term), new):
-                self._runs |= runs
+        new = [job for job in self.jobs.open() if job not in known and self._is_readable(job)]
+        for runs in self._for_each(lambda job: self._adopt_job(job, lease_term), new):
+            self._runs |= runs
 
     def _adopt_job(self, job: str, lease_term: int) -> dict[str, ManagedRun]:
         """Take over the runs of a job, except runs that are managed already or cannot be read."""
@@ -193,8 +199,7 @@ class Dispatcher:
         try:
             supervisor = Supervisor(run, self.backend, *run.status())
             supervisor.stamp(lease_term)
-            # Read here, where jobs are read in parallel; later commands come with a notification.
-            supervisor.commands_pending = run.has_command(supervisor.status.last_command + 1)
+            supervisor.commands_pending = False  # a command that was not applied still has its notification
             return supervisor
         except (LeaseLost, StorageUnavailable):
             raise
@@ -204,18 +209,31 @@ class Dispatcher:
 
     def _read_notifications(self, lease_term: int) -> None:
         """Note which runs have new commands."""
-        for job, model, notification in notifications(self.storage):
+        self._notified = notifications(self.storage)
+        for job, model, _ in self._notified:
             try:
-                if f"{job}/{model}" not in self._runs and self.jobs.exists(job):
+                if f"{job}/{model}" not in self._runs and self._is_readable(job) and self.jobs.exists(job):
                     with contextlib.suppress(JobNotFound):  # a job of `genmodels run`, or deleted just now
                         self.jobs.reopen(job)  # an ended job: a command may resume a run of it
                         self._runs |= self._adopt_job(job, lease_term)
             except DamagedObject as error:  # the command is applied when the job can be read again
                 self._mark_unreadable(job, job, error)
-            # First: a command that is sent meanwhile has a notification of its own.
-            delete_notification(self.storage, job, model, notification)
             if run := self._runs.get(f"{job}/{model}"):
                 run.supervisor.commands_pending = True
+
+    def _delete_notifications(self) -> None:
+        """Delete the notifications whose commands are applied; a dispatcher that takes over reads the others.
+
+        A command that was sent meanwhile has a notification of its own.
+        """
+        for job, model, notification in self._notified:
+            run = self._runs.get(f"{job}/{model}")
+            if not run.supervisor.commands_pending if run else job not in self._unreadable:
+                delete_notification(self.storage, job, model, notification)
+
+    def _is_readable(self, job: str) -> bool:
+        """Return False while the next look at a job that could not be read is not due."""
+        return self._unreadable.get(job, 0.0) <= time.monotonic()
 
     def _look(self) -> None:
         """Read what the steps of all runs decide by, many at once: only the writes are made one after the other.
@@ -238,8 +256,7 @@ class Dispatcher:
         rest = len(active) / READS_A_SECOND
         for supervisor in active:
             supervisor.rest_seconds = rest if rest > POLL_SECONDS else 0.0
-        with ThreadPoolExecutor(MAX_READERS) as threads:
-            list(threads.map(look, active))
+        self._for_each(look, active)
 
     def _step(self, run: ManagedRun, start_with: int = 0) -> None:
         """Do one step of a run.
@@ -286,6 +303,13 @@ class Dispatcher:
             return
         for each in supervisors:
             del self._runs[each.run.name]
+
+    def _for_each(self, do: Callable[[ThingT], ResultT], things: Iterable[ThingT]) -> list[ResultT]:
+        """Do it for all, many at once. After an error begin no more, wait for those that run, and raise it."""
+        futures = [self._threads.submit(do, thing) for thing in things]
+        waiting = wait(futures, return_when=FIRST_EXCEPTION).not_done
+        wait([future for future in waiting if not future.cancel()])
+        return [future.result() for future in futures if not future.cancelled()]
 
     # Errors and outages
 

@@ -52,7 +52,8 @@ class Supervisor:
         self._unsettled: tuple[Status, str] | None = None  # a write that may or may not have happened, and its nonce
         self._monitor: AttemptMonitor | None = None
         self._ahead: list[Heartbeat | None] = []  # the heartbeat that `look` has read for the next step
-        self._next_read = self._rest = 0.0  # when the heartbeat is due, and the seconds from the read before until then
+        self._next_read: float | None = None  # when the heartbeat is due
+        self._rest = 0.0  # seconds from the read before until then
         self._own_attempt = 0  # number of the attempt that this supervisor starts; it finds other attempts started
         self._outcome: str | None = None  # of an attempt whose end is not in storage yet
         self._ready_at = 0.0
@@ -209,8 +210,10 @@ class Supervisor:
 
     def _is_due(self) -> bool:
         """Return True if the heartbeat must be read now: of a run that simply trains it may be some seconds old."""
-        rests = self.status.state == "running" and self.heartbeat is not None and not self.stopping
-        return not rests or time.monotonic() >= self._next_read
+        now = time.monotonic()
+        if self._next_read is None:  # after a take-over not all runs are due at once
+            self._next_read = now + random.uniform(0.0, self.rest_seconds)
+        return self.status.state != "running" or self.stopping or now >= self._next_read
 
     def _apply_heartbeat(self, heartbeat: Heartbeat | None) -> None:
         """Change the state to what the heartbeat shows."""

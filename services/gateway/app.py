@@ -1,6 +1,10 @@
-"""The Ray Serve application: an HTTP gateway, and a pool of model hosts behind it.
+"""What Ray Serve runs: an HTTP gateway, and pools of model hosts behind it, each a Serve deployment.
 
-The application does not depend on the models: hosts watch the registry, and nothing is redeployed for a new model.
+Nothing here depends on the models: hosts watch the registry, and nothing is redeployed for a new model.
+
+Under `services.gateway.deploy` the gateway and each pool are Serve applications of their own, because Serve restarts
+all replicas of an application whose arguments change. `genmodels run` and Kubernetes have all in one application; there
+a changed file of the pools starts new processes or a new cluster anyway.
 """
 
 from __future__ import annotations
@@ -18,6 +22,7 @@ from ray._common.tls_utils import add_port_to_grpc_server
 from ray.exceptions import RayError, RayTaskError
 from ray.serve import Application
 from ray.serve._private import replica
+from ray.serve.config import RequestRouterConfig
 from ray.serve.exceptions import BackPressureError, DeploymentUnavailableError
 from ray.serve.handle import DeploymentHandle
 from ray.util import get_node_ip_address
@@ -31,11 +36,13 @@ from genmodels.engine.text.completion import Vocabulary
 from genmodels.engine.text.request import CompletionRequest
 from genmodels.errors import GenmodelsError, RequestError
 from genmodels.keys import Keys
-from genmodels.sizing.memory import HOST_MEMORY
 from genmodels.storage import open_storage
 from services.gateway.catalog import CatalogEntry
-from services.gateway.deploy import POOL
+from services.gateway.deploy import pool_application
 from services.gateway.model_host import CompletionStarted, ModelHost
+from services.gateway.pool_config import DEFAULT, RESERVED, Pool, Pools, read_pools
+from services.gateway.pool_routing import PoolRouting
+from services.gateway.router import PlacementRouter
 from services.gateway.routes import create_app
 from services.http.middleware import LOOPBACK, PROXY_REQUESTS
 
@@ -52,26 +59,21 @@ _COMMON: dict[str, Any] = {
 }
 
 
-def build(
-    storage_url: str, *, auth: bool, memory: int = HOST_MEMORY, workers: int = 4, torch_threads: int = 1
-) -> Application:
+def build(storage_url: str, *, auth: bool, pools: Pools | None = None) -> Application:
     """Build the application, to be run with `serve.run(build(url, auth=True), name="genmodels", route_prefix="/")`.
 
     Args:
         storage_url: the storage with the registry and the keys; the same for all processes.
         auth: require keys. Without keys, only loopback host names are accepted.
-        memory: bytes of models that a host keeps in memory.
-        workers: image requests that a host computes at the same time.
-        torch_threads: of each computation.
+        pools: default: those of `read_pools()`.
     """
-    host = Host.bind(  # type: ignore[attr-defined]
-        storage_url, memory=memory, workers=workers, torch_threads=torch_threads
-    )
-    return Gateway.bind(host, storage_url if auth else None)  # type: ignore[attr-defined]
+    pools = pools or read_pools()
+    pooled = {pool.name: pool_hosts(storage_url, pool) for pool in pools.pools}
+    return Gateway.options(user_config=pools.model_dump(mode="json")).bind(storage_url, auth, pooled)  # type: ignore[attr-defined]
 
 
 def application(arguments: dict[str, Any]) -> Application:
-    """Build the application, called by Serve on the cluster.
+    """Build the whole application, called by Serve on the cluster.
 
     Args:
         arguments: those of `build`. The default of `storage_url` is GENMODELS_STORAGE of the cluster's nodes.
@@ -85,23 +87,87 @@ def application(arguments: dict[str, Any]) -> Application:
     return build(**{**arguments, "storage_url": storage_url})
 
 
-@serve.deployment(name=POOL, max_ongoing_requests=32, max_queued_requests=64, **_COMMON)
+def gateway(arguments: dict[str, Any]) -> Application:
+    """Build the gateway alone, called by Serve; the pools are applications of their own and come as `user_config`."""
+    return Gateway.bind(arguments["storage_url"], arguments["auth"], {})  # type: ignore[attr-defined]
+
+
+def hosts(arguments: dict[str, Any]) -> Application:
+    """Build the hosts of one pool alone, called by Serve."""
+    return pool_hosts(arguments["storage_url"], Pool.model_validate(arguments["pool"]))
+
+
+def pool_hosts(storage_url: str, pool: Pool) -> Application:
+    """Build the deployment of the hosts of one pool."""
+    deployment = Host.options(**_serve_options(pool))  # type: ignore[attr-defined]
+    names = ("memory", "workers", "torch_threads", "device", "dtype", "slots")
+    return deployment.bind(storage_url, **{name: getattr(pool, name) for name in names})
+
+
+def _serve_options(pool: Pool) -> dict[str, Any]:
+    """Return Serve's options for the deployment of a pool."""
+    at_once = max(pool.slots, pool.workers)  # requests that a host computes at the same time
+    options: dict[str, Any] = {
+        "name": pool.name,
+        "ray_actor_options": {"num_cpus": pool.cpus, "num_gpus": pool.gpus},
+        "max_ongoing_requests": 2 * at_once,
+        "max_queued_requests": max(4 * at_once, pool.max_waiting),
+        "graceful_shutdown_timeout_s": pool.stop_seconds,
+    }
+    if pool.replicas_per_node:
+        options["max_replicas_per_node"] = pool.replicas_per_node
+    if pool.gpus:
+        options["max_surge_percent"] = 0  # there may be no second GPU: an old host stops before a new one starts
+    if pool.min_replicas == pool.max_replicas:
+        return options | {"num_replicas": pool.min_replicas}
+    look_back = min(30.0, pool.idle_seconds / 2)  # Serve scales by the mean over this time
+    return options | {
+        "autoscaling_config": {
+            "min_replicas": pool.min_replicas,
+            "max_replicas": pool.max_replicas,
+            "target_ongoing_requests": at_once,
+            "look_back_period_s": look_back,
+            "downscale_to_zero_delay_s": pool.idle_seconds - look_back,
+        }
+    }
+
+
+@serve.deployment(
+    name=DEFAULT,
+    request_router_config=RequestRouterConfig(request_router_class=PlacementRouter),  # type: ignore[arg-type]
+    **_COMMON,
+)
 class Host(ModelHost):
-    def __init__(self, storage_url: str, **options: int) -> None:
+    def __init__(self, storage_url: str, **options: Any) -> None:
         _stay_on_this_machine()
         super().__init__(storage_url, **options)
 
 
-@serve.deployment(name="gateway", max_ongoing_requests=PROXY_REQUESTS + 32, max_queued_requests=256, **_COMMON)
+@serve.deployment(name=RESERVED, max_ongoing_requests=PROXY_REQUESTS + 32, max_queued_requests=256, **_COMMON)
 @serve.ingress()
 class Gateway:
-    def __init__(self, host: DeploymentHandle[Any], keys_url: str | None) -> None:
+    """Answer HTTP requests with the hosts of all pools.
+
+    Args:
+        hosts: the pools in the gateway's own application; others are applications named by `pool_application`.
+    """
+
+    def __init__(self, storage_url: str, auth: bool, hosts: dict[str, DeploymentHandle[Any]]) -> None:
         _stay_on_this_machine()
-        self.pool = HandlePool(host)
-        self.keys = Keys(open_storage(keys_url, in_use=True)) if keys_url else None
+        self.hosts = hosts
+        self.pools = PoolRouting(lambda name: DEFAULT, self._connect)
+        self.keys = Keys(open_storage(storage_url, in_use=True)) if auth else None
 
     def __serve_build_asgi_app__(self) -> FastAPI:
-        return create_app(self.pool, hosts=None if self.keys else LOOPBACK, keys=self.keys)
+        return create_app(self.pools, hosts=None if self.keys else LOOPBACK, keys=self.keys)
+
+    async def reconfigure(self, pools: dict[str, Any]) -> None:
+        """Set the pools: Serve calls this at the start and when they change, without a restart."""
+        self.pools.configure(Pools.model_validate(pools))
+
+    def _connect(self, pool: str) -> HandlePool:
+        handle = self.hosts.get(pool)  # the application of another pool may not exist yet
+        return HandlePool(handle or serve.get_deployment_handle(pool, pool_application(pool), _check_exists=False))
 
 
 class HandlePool:
@@ -125,32 +191,46 @@ class HandlePool:
                 self._problem = await asyncio.wait_for(self._handle.health.remote(), HEALTH_SECONDS)
         return self._problem
 
+    def is_running(self) -> bool:
+        """Return whether a host runs, as Serve's controller has told this process; Serve has no public call for it."""
+        router = getattr(self._handle._router, "_asyncio_router", None)
+        return bool(router and router.request_router and router.request_router.curr_replicas)
+
+    async def wake(self) -> None:
+        """Return when a host answers: Serve starts one for a call that waits.
+
+        Raises:
+            RequestError: the hosts cannot be reached.
+        """
+        if isinstance(answer := await _answer(self._handle, "health"), RequestError):
+            raise answer
+
     async def models(self) -> list[CatalogEntry] | RequestError:
-        return await self._ask("models")
+        return await _answer(self._handle, "models")
 
     async def model(self, name: str) -> CatalogEntry | RequestError:
-        return await self._ask("model", name)
+        return await self._ask_about("model", name)
 
     async def contract(self, name: str) -> Contract | RequestError:
-        return await self._ask("contract", name)
+        return await self._ask_about("contract", name)
 
     async def answer(self, name: str, request: ImageRequest) -> ImageAnswer | RequestError:
-        return await self._ask("answer", name, request)
+        return await self._ask_about("answer", name, request)
 
     async def vocabulary(self, name: str) -> Vocabulary | RequestError:
-        return await self._ask("vocabulary", name)
+        return await self._ask_about("vocabulary", name)
 
     async def history(self, name: str, points: int) -> History | RequestError:
-        return await self._ask("history", name, points)
+        return await self._ask_about("history", name, points)
 
     async def sample(self, name: str, step: int, file: str) -> bytes | RequestError:
-        return await self._ask("sample", name, step, file)
+        return await self._ask_about("sample", name, step, file)
 
     async def complete(
         self, name: str, request: CompletionRequest
     ) -> AsyncGenerator[CompletionStarted | TextDelta | RequestError, None]:
         try:
-            items: Any = self._stream.complete.remote(name, request)
+            items: Any = _placed(self._stream, name).complete.remote(name, request)
             async for item in items:
                 yield item
         except GeneratorExit:  # the client has disconnected between two items; Serve cancels nothing in this case
@@ -159,11 +239,20 @@ class HandlePool:
         except (RayError, BackPressureError, DeploymentUnavailableError) as error:
             yield _request_error(error)
 
-    async def _ask(self, method: str, *arguments: Any) -> Any:
-        try:
-            return await getattr(self._handle, method).remote(*arguments)
-        except (RayError, BackPressureError, DeploymentUnavailableError) as error:
-            return _request_error(error)
+    async def _ask_about(self, method: str, name: str, *arguments: Any) -> Any:
+        return await _answer(_placed(self._handle, name), method, name, *arguments)
+
+
+def _placed(handle: DeploymentHandle[Any], name: str) -> DeploymentHandle[Any]:
+    """Return a handle whose calls go to the replica for a model; all versions of a model have the same one."""
+    return handle.options(multiplexed_model_id=name.partition("@")[0])
+
+
+async def _answer(handle: DeploymentHandle[Any], method: str, *arguments: Any) -> Any:
+    try:
+        return await getattr(handle, method).remote(*arguments)
+    except (RayError, BackPressureError, DeploymentUnavailableError) as error:
+        return _request_error(error)
 
 
 def _stay_on_this_machine() -> None:

@@ -32,7 +32,8 @@ from genmodels.engine.text.request import CompletionRequest
 from genmodels.errors import GenmodelsError, RequestError, StorageUnavailable
 from genmodels.registry.store import Registry
 from genmodels.runs.thinning import ThinnedHistories
-from genmodels.sizing.memory import HOST_MEMORY
+from genmodels.sizing.memory import SERVED_ROWS
+from genmodels.sizing.placement import DType, Placement
 from genmodels.storage import open_storage
 from genmodels.threads import Rounds
 from services.gateway.catalog import Catalog, CatalogEntry
@@ -59,17 +60,35 @@ class ModelHost:
     """Answer requests to all versions of the registry and to checkpoints of runs.
 
     Args:
-        memory: bytes of models; the least recently used model is unloaded first.
+        memory: bytes of models; the least recently used model is unloaded first. Default: see `Placement.budget`.
         workers: image requests that are computed at the same time; requests to one model share batches.
         torch_threads: of each computation.
+        device: `cpu`, `cuda` or `cuda:<index>`, where the models compute.
+        dtype: of the models there: `float32`, `bfloat16` or, on a GPU, `float16`.
+        slots: texts in one decoding step, or images in one forward pass, of each model.
+
+    Raises:
+        SpecError: this machine has no such device, or the device no such dtype or not so much memory.
     """
 
     def __init__(
-        self, storage_url: str, *, memory: int = HOST_MEMORY, workers: int = 4, torch_threads: int = 1
+        self,
+        storage_url: str,
+        *,
+        memory: int | None = None,
+        workers: int = 4,
+        torch_threads: int = 1,
+        device: str = "cpu",
+        dtype: DType = "float32",
+        slots: int = SERVED_ROWS,
     ) -> None:
+        self._placement = Placement(device, dtype, slots)
+        budget = self._placement.budget(memory)
         torch.set_num_threads(torch_threads)
         self._registry = Registry(open_storage(storage_url, in_use=True))
-        self._cache = ModelCache(self._registry.storage, memory, lambda model: model.start(torch_threads))
+        self._cache = ModelCache(
+            self._registry.storage, budget, lambda model: model.start(torch_threads), self._placement
+        )
         self._rounds = Rounds("alias-watcher", logger, lasting=True)
         self._watcher = AliasWatcher(self._registry.storage, self._cache, self._rounds)
         self._evaluation_metrics = EvaluationMetrics(self._registry)
@@ -98,9 +117,13 @@ class ModelHost:
         return self._rounds.stalled()
 
     def check_health(self) -> None:
-        """Raise RuntimeError, so that Serve replaces this replica, if the registry's thread hangs or has ended."""
+        """Raise RuntimeError, so that Serve replaces this replica.
+
+        That is where only a new process helps: the registry's thread hangs or has ended, or the device is lost.
+        """
         if self._rounds.stuck():
             raise RuntimeError(self._rounds.stalled())
+        self._placement.check_device()
 
     async def models(self) -> list[CatalogEntry] | RequestError:
         try:

@@ -145,7 +145,7 @@ def _serve(options: argparse.Namespace) -> int:
         keys=keys,
         hosts=None if keys else LOOPBACK,
         closing=lambda: server.should_exit,
-        stalled=dispatcher.rounds.stalled,
+        stalled=dispatcher.stalled,
         endpoint=options.endpoint or None,
     )
     app.openapi()  # imports the families now, so that no request waits for it

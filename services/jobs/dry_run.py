@@ -21,12 +21,17 @@ BYTES_PER_VALUE = 4  # weights and optimizer states are kept in float32
 
 
 def report(
-    job: JobSpec, storage: Storage, capacity: Mapping[str, int] | None, gone: Callable[[], bool] = lambda: False
+    job: JobSpec,
+    storage: Storage,
+    capacity: Mapping[str, int] | None,
+    pools: Mapping[str, int] | None = None,
+    gone: Callable[[], bool] = lambda: False,
 ) -> JobDryRun:
     """Report what a job would run.
 
     Args:
         capacity: the largest number of `cpus` and `gpus` of the cluster; None: not known yet.
+        pools: the bytes of models that a host keeps in memory, by pool of hosts, if known.
         gone: return whether the client has disconnected.
 
     Raises:
@@ -37,11 +42,17 @@ def report(
     for place, spec in enumerate(job.models):
         if gone():
             raise RequestError("the client has disconnected", status=499)
-        reports.append(_model(place, spec, storage, capacity))
+        reports.append(_model(place, spec, storage, capacity, pools))
     return JobDryRun(name=job.name, priority=job.priority, models=reports)
 
 
-def _model(place: int, spec: ModelSpec, storage: Storage, capacity: Mapping[str, int] | None) -> ModelDryRun:
+def _model(
+    place: int,
+    spec: ModelSpec,
+    storage: Storage,
+    capacity: Mapping[str, int] | None,
+    pools: Mapping[str, int] | None,
+) -> ModelDryRun:
     scaling = spec.scaling
     report = ModelDryRun(
         model=spec.name,
@@ -64,7 +75,7 @@ def _model(place: int, spec: ModelSpec, storage: Storage, capacity: Mapping[str,
         family.check(spec.model, facts.info)
     except SpecError as error:
         raise SpecError(f"models[{place}].{error}") from None
-    _add_sizes(report, spec, family, facts)
+    _add_sizes(report, spec, family, facts, servable.budget(spec, pools))
     return report
 
 
@@ -81,14 +92,14 @@ def _check_capacity(report: ModelDryRun, capacity: Mapping[str, int] | None) -> 
         )
 
 
-def _add_sizes(report: ModelDryRun, spec: ModelSpec, cls: type[Family[Any, Any]], facts: Facts) -> None:
+def _add_sizes(report: ModelDryRun, spec: ModelSpec, cls: type[Family[Any, Any]], facts: Facts, budget: int) -> None:
     size = parameters.count(cls, spec.model, facts.info, spec.train)
     report.parameters = size.trained
     twice = size.served if spec.train.strategy == "fsdp2" and spec.train.ema is not None else 0  # whole, and in parts
     report.checkpoint_bytes = BYTES_PER_VALUE * (size.saved + twice)
     report.worker_bytes = BYTES_PER_VALUE * parameters.held(size, spec.train, spec.world_sizes[0])
     report.serving_bytes = cls.footprint(spec.model, facts.info).total
-    too_large = servable.refusal(spec, facts.info)
+    too_large = servable.refusal(spec, facts.info, budget)
     report.servable = too_large is None
     if too_large:
         report.notes.append(too_large)

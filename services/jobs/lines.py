@@ -7,19 +7,20 @@ import re
 from collections.abc import Iterable, Iterator
 from itertools import islice
 
+from genmodels.runs.log_lines import Cursor, log_lines
 from genmodels.runs.store import Run
 
 LINES_AT_ONCE = 1000
 
 
-def log_lines(run: Run, source: str | None, cursor: dict[str, str]) -> Iterator[tuple[str, str]]:
+def shown_lines(run: Run, source: str | None, cursor: Cursor) -> Iterator[tuple[str, str]]:
     """Yield (time, line as it is shown) of each new line; control characters are replaced by "?".
 
     Args:
         source: "driver" or a rank; None: all.
         cursor: how far each source was read; updated.
     """
-    for line in run.log_lines(source, cursor):
+    for line in log_lines(run, source, cursor):
         text = re.sub(r"[^\t\x20-\x7e\xa0-\U0010ffff]", "?", line.line)
         yield line.time, f"{line.time} {run.model}/{line.source} {text}\n"
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from genmodels.data import DATASETS, uploads
+from genmodels.data import DATASETS, added
 from genmodels.errors import DamagedObject, ModelNotFound
 from genmodels.registry.store import Registry
 from genmodels.storage import Storage, encode_floats
@@ -31,4 +31,4 @@ def dataset_views(storage: Storage) -> list[dict[str, Any]]:
         {"name": source.name, "kind": source.kind, "what": source.what, "built_in": True}
         for source in DATASETS.values()
     ]
-    return [*built_in, *({**added.model_dump(mode="json"), "built_in": False} for added in uploads.catalog(storage))]
+    return [*built_in, *({**dataset.model_dump(mode="json"), "built_in": False} for dataset in added.catalog(storage))]

@@ -10,11 +10,13 @@ from dataclasses import dataclass
 from heapq import merge
 from typing import Literal
 
-from genmodels.data import uploads
+from genmodels.data import added
 from genmodels.errors import DamagedObject, RequestError, SpecError
 from genmodels.preflight.check import Checked, check_job
 from genmodels.registry.references import resolve_references
 from genmodels.runs.jobs import Entry, Jobs
+from genmodels.runs.log_lines import Cursor
+from genmodels.runs.metric_rows import metric_lines
 from genmodels.runs.queue import notify
 from genmodels.runs.records import ENDED, Status
 from genmodels.runs.store import Run
@@ -23,9 +25,10 @@ from genmodels.schema.field_errors import nearest, show
 from genmodels.spec.parse import parse_spec
 from genmodels.spec.sections import JobSpec
 from genmodels.storage import Storage
+from services.gateway.pool_config import WatchedPools
 from services.http.auth import Caller
 from services.jobs import dry_run
-from services.jobs.lines import json_document, log_lines, pack
+from services.jobs.lines import json_document, pack, shown_lines
 from services.jobs.schemas import CancelBody, JobDryRun, JobView, LogQuery, MetricsQuery, ResumeBody
 from services.jobs.views import Views
 
@@ -47,6 +50,7 @@ class JobOperations:
     def __init__(self, storage: Storage, endpoint: str | None = None) -> None:
         self.storage, self.jobs = storage, Jobs(storage)
         self.views = Views(storage, endpoint)
+        self._pools = WatchedPools()
         self._histories = ThinnedHistories()
 
     def dry_run(self, body: bytes, caller: Caller, gone: Callable[[], bool]) -> JobDryRun:
@@ -57,7 +61,7 @@ class JobOperations:
         """
         with _spec_errors():
             checked, capacity = self._check(body, caller, dry_run=True)
-            report = dry_run.report(checked.job, self.storage, capacity, gone)
+            report = dry_run.report(checked.job, self.storage, capacity, self._pools.read().memory, gone)
         for model in report.models:
             model.notes += checked.notes[model.model]
         return report
@@ -126,7 +130,7 @@ class JobOperations:
         (model,) = _choose_names(names, None if query.model is None else [query.model])
         run = Run(self.storage, job, model)
         if query.points is None:
-            return lambda: json_document(model, run.metric_lines(query.after))
+            return lambda: json_document(model, metric_lines(run, query.after))
         read_rows = self._histories.reader(run, query.points, query.after)
         return lambda: None if (rows := read_rows()) is None else json_document(model, rows)
 
@@ -136,25 +140,25 @@ class JobOperations:
         chosen = _choose_names([model.name for model in models], query.model or None)
         _check_source(query.source, max(m.scaling.max_workers for m in models if m.name in chosen))
         runs = [Run(self.storage, job, model) for model in chosen]
-        cursors: list[dict[str, str]] = [{} for _ in runs]
+        cursors: list[Cursor] = [{} for _ in runs]
 
         def read_new() -> tuple[Iterator[bytes], bool]:
             ended = all(map(_has_ended, runs))  # read first, so that the last lines are not missed
-            streams = (log_lines(run, query.source, cursor) for run, cursor in zip(runs, cursors, strict=True))
+            streams = (shown_lines(run, query.source, cursor) for run, cursor in zip(runs, cursors, strict=True))
             return pack(text for _, text in merge(*streams)), ended
 
         return read_new
 
     def _check(self, body: bytes, caller: Caller, *, dry_run: bool) -> tuple[Checked, dict[str, int] | None]:
         """Parse and check a spec; return it with the cluster's capacity, which may be unknown."""
-        kinds = uploads.kinds(self.storage).items()
-        datasets = {name: kind for name, kind in kinds if caller.may_use_dataset(name)}
+        datasets = added.Kinds(self.storage, caller.may_use_dataset)
         spec = parse_spec(body, "spec", datasets=datasets, paths=False)
         caller.require(model.name for model in spec.models)
         caller.require(filter(None, (model.train.init_from for model in spec.models)))
         capacity = self.views.queue().capacity
         spec = resolve_references(spec, self.storage, pin=False)
-        return check_job(spec, self.storage, capacity=capacity, planned=dry_run), capacity
+        pools = self._pools.read().memory
+        return check_job(spec, self.storage, capacity=capacity, pools=pools, planned=dry_run), capacity
 
     def _choose_runs(self, job: str, models: list[str] | None, caller: Caller) -> _Chosen:
         """Read a job, and the status of the named runs, by default all. A request reads nothing else of the job."""

@@ -11,7 +11,7 @@ from types import TracebackType
 
 from genmodels.errors import Conflict
 from genmodels.registry.references import resolve_datasets, resolve_init_from
-from genmodels.runs.jobs import index_runs
+from genmodels.runs.job_index import index_job
 from genmodels.spec.parse import dump, job_id
 from genmodels.spec.sections import JobSpec
 from genmodels.storage import Storage
@@ -22,7 +22,8 @@ from services.cluster.processes import removed_if_killed
 from services.cluster.ray_start import local_environment, serve_http_options
 from services.dispatch.backends.base import Capacity
 from services.dispatch.backends.local_process import SubprocessBackend
-from services.gateway.deploy import APPLICATION, POOL
+from services.gateway.deploy import APPLICATION
+from services.gateway.pool_config import RESERVED
 
 
 class LocalPlatform:
@@ -97,7 +98,8 @@ def _end_serving() -> None:
 
     with contextlib.suppress(Exception):  # a broken Ray ends all its processes at once
         for actor in ray.util.list_named_actors(all_namespaces=True):
-            if actor["name"].startswith(f"SERVE_REPLICA::{APPLICATION}#{POOL}#"):
+            replica, _, name = actor["name"].partition(f"SERVE_REPLICA::{APPLICATION}#")
+            if not replica and name and not name.startswith(f"{RESERVED}#"):
                 ray.kill(ray.get_actor(actor["name"], namespace=actor["namespace"]))
         serve.delete(APPLICATION)
 
@@ -113,7 +115,7 @@ def submit(storage: Storage, spec: JobSpec) -> str:
     key = f"jobs/{job}/spec.json"
     if not storage.exists(key):
         data = dump(resolve_init_from(spec, storage))
-        index_runs(storage, job, [model.name for model in spec.models], now())
+        index_job(storage, job, spec, now())
         with contextlib.suppress(Conflict):  # another process has stored the same job
             storage.put(key, data, if_absent=True)
     return job

@@ -33,6 +33,7 @@ from services.console.curl import curl
 from services.console.output import console
 from services.console.progress import TrainingView, clock, summary
 from services.dispatch.single_run import run_to_completion
+from services.gateway.pool_config import read_pools
 from services.http.auth import require_keys
 from services.local.platform import LocalPlatform, submit
 from services.local.run_lock import RunLock
@@ -141,7 +142,7 @@ def _run(
 
 def _check(job: JobSpec, chosen: list[str], storage: Storage, screen: Console) -> tuple[JobSpec, dict[str, int]]:
     """Check all models before anything starts; return the job, and the number of validation examples by model."""
-    checked = check_job(job, storage, open_data=True, only=chosen)
+    checked = check_job(job, storage, open_data=True, only=chosen, pools=read_pools().memory)
     gpus = max((spec.world_sizes[0] for spec in _choose(job, chosen) if spec.scaling.use_gpu), default=0)
     if gpus > (there := _gpus() if gpus else 0):
         raise SpecError(f"scaling.use_gpu: needs {gpus} GPUs, and this machine has {there}; write use_gpu: false")

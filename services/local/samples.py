@@ -18,6 +18,7 @@ from genmodels.data import ImageData, TextData, decode_image, grid, open_dataset
 from genmodels.errors import GenmodelsError
 from genmodels.evals.images import evenly_spaced
 from genmodels.family import ImageInfo
+from genmodels.runs.metric_rows import metric_lines
 from genmodels.runs.store import Run
 from genmodels.runs.thinning import decoded, thinned_rows
 from genmodels.spec.sections import ModelSpec
@@ -42,7 +43,7 @@ class SampleWriter:
             name: the model's name at the endpoint.
         """
         with warned(self.console, "curves"):
-            if curves := draw(spec, decoded(thinned_rows(run.metric_lines(), CURVE_ROWS))):
+            if curves := draw(spec, decoded(thinned_rows(metric_lines(run), CURVE_ROWS))):
                 self._keep(spec, "curves", curves)
         with warned(self.console, "samples"):
             model = self._get(f"/v1/models/{name}")

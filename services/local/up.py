@@ -32,8 +32,10 @@ from services.cluster.ports import HOST, check_port, free_ports, is_free
 from services.cluster.processes import ManagedProcess, PrintLine
 from services.cluster.ray_start import local_environment, ray_start_command
 from services.cluster.signals import count_signals
+from services.dispatch.backends.base import DRIVER_MEMORY
 from services.dispatch.backends.ray_jobs import RayJobsBackend
 from services.dispatch.drain import drain
+from services.gateway.pool_config import read_pools
 from services.jobs.app import check_access
 from services.node import exporter
 
@@ -68,10 +70,12 @@ def up(storage: Storage, options: Options, print_line: PrintLine | None = None) 
     """Run the platform until SIGINT or SIGTERM. Running attempts save first, and continue at the next `up`.
 
     Raises:
-        GenmodelsError: there is no valid key, a port is taken, or the limit of open files is too low.
+        GenmodelsError: the file of the pools is damaged, there is no valid key, a port is taken, or the limit of open
+            files is too low.
     """
     print_line = print_line or _print
     raise_file_limit()
+    read_pools()
     check_access(storage, HOST, not options.auth)
     begin_writing(storage)
     _check_ports({"--port": options.port, "--api-port": options.api_port, "--metrics-port": options.metrics_port})
@@ -157,6 +161,7 @@ def _processes(storage: Storage, options: Options, folder: Path, ports: RayPorts
 
 
 def _ray_command(options: Options, folder: Path, ports: RayPorts) -> list[str]:
+    num_cpus = options.num_cpus or os.cpu_count() or 1
     return ray_start_command(
         HOST,
         head=True,
@@ -165,7 +170,8 @@ def _ray_command(options: Options, folder: Path, ports: RayPorts) -> list[str]:
         dashboard_agent_listen_port=ports.agent,
         dashboard_host=HOST,
         dashboard_port=ports.dashboard,
-        num_cpus=options.num_cpus or os.cpu_count() or 1,
+        num_cpus=num_cpus,
+        memory=num_cpus * DRIVER_MEMORY,  # of Ray's tasks only drivers ask for memory, and each run has a worker
         temp_dir=folder / "ray",
     )
 

@@ -20,6 +20,7 @@ from typing import Any
 from genmodels.metrics import GATES
 from genmodels.runs.jobs import Jobs
 from genmodels.runs.logs import LogShipper
+from genmodels.runs.metric_rows import training_seconds
 from genmodels.runs.records import Result
 from genmodels.runs.store import Run
 from genmodels.spec.sections import ModelSpec
@@ -156,7 +157,7 @@ def _stopped(run: Run) -> Result:
 
 
 def _seconds(run: Run, attempt: int, began: float) -> dict[str, float]:
-    training, startup = run.training_seconds(), 0.0
+    training, startup = training_seconds(run), 0.0
     start = run.attempt_start(attempt)
     if start:
         startup = max(0.0, datetime.fromisoformat(start.time).timestamp() - began)

@@ -32,7 +32,6 @@ from rich.table import Table
 from torch import Tensor
 
 from genmodels.engine.image import answers
-from genmodels.engine.image.batcher import CHUNK
 from genmodels.engine.image.model import ImageModel
 from genmodels.engine.image.requests import GenerateRequest
 from genmodels.engine.loader import load
@@ -44,6 +43,7 @@ from genmodels.family import ImageInfo
 from genmodels.models.minigpt import MiniGPT
 from genmodels.registry.references import resolve_model
 from genmodels.registry.store import Registry
+from genmodels.sizing.memory import SERVED_ROWS
 from genmodels.storage import Storage, open_storage
 from services.cluster.ports import free_ports
 from tests.support.published_models import publish
@@ -337,7 +337,7 @@ def bare(model: ImageModel, times: int = 10) -> float:
     latents = family.sample_latents(PICTURES, 1, options)
     started = time.perf_counter()
     for _ in range(times):
-        for rows in latents.split(CHUNK):
+        for rows in latents.split(SERVED_ROWS):
             family.decode(rows, options)
     return times * PICTURES / (time.perf_counter() - started)
 
@@ -375,13 +375,15 @@ def endpoint(storage_url: str) -> Iterator[str]:
         from services.cluster.ports import HOST
     from services.cluster.ray_start import serve_http_options
     from services.gateway.app import build
+    from services.gateway.pool_config import Pool, Pools
 
     cluster = ray_cluster.__wrapped__()  # type: ignore[attr-defined]  # the fixture without pytest
     next(cluster)
     try:
         port = free_ports(1)
         serve.start(http_options=serve_http_options(HOST, port), logging_config={"log_level": "ERROR"})
-        serve.run(build(storage_url, auth=False, torch_threads=THREADS), name="genmodels", route_prefix="/")
+        pools = Pools(pools=[Pool(name="default", torch_threads=THREADS)])
+        serve.run(build(storage_url, auth=False, pools=pools), name="genmodels", route_prefix="/")
         yield f"http://127.0.0.1:{port}"
         serve.shutdown()
     finally:

@@ -21,7 +21,6 @@ from genmodels.data.images import png
 from genmodels.engine.history import MAX_ROWS, MAX_STEPS, reader
 from genmodels.family import EvaluationMetric, EvaluationResult
 from genmodels.keys import Keys
-from genmodels.registry import evaluations
 from genmodels.registry.store import Registry
 from genmodels.runs.store import Run
 from genmodels.runs.thinning import ThinnedHistories, thinned
@@ -34,6 +33,7 @@ from tests.support.asgi_client import ask, refused
 from tests.support.asgi_server import served
 from tests.support.browser import CHROMIUM, Page, browser
 from tests.support.published_models import IMAGES, publish
+from tests.support.run_parts import write_metrics
 
 JOB = "test-00000000"
 STEPS = range(10, 210, 10)
@@ -50,7 +50,7 @@ def train(storage: Storage, model: str, text: bool = False) -> None:
     for row in rows[4::5]:
         row |= {"val_loss": row["loss"] + 0.2, "val_psnr": 12 + row["step"] / 40}
     rows[2]["grad_norm"] = float("nan")
-    run.write_metrics(1, rows)
+    write_metrics(run, 1, rows)
     for step in STEPS[4::5]:
         if text:
             run.write_sample(1, step, "sample.txt", f"What is learnt at step {step}.\n".encode())
@@ -73,7 +73,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Storage:
         publish(storage, "classes", "gan", conditional=True)
     measure = EvaluationMetric(value=23.125, unit="dB", baselines={"PCA, 20 components": 19.25})
     result = EvaluationResult(metrics={"psnr": measure}, notes={"images_seen": 640, "noise_std": [0.3, 0.15]})
-    evaluations.record(Registry(storage), version, result, thorough=False, seconds=1, publication=True)
+    Registry(storage).record_evaluation(version, result, thorough=False, seconds=1, publication=True)
     train(storage, "shapes")
     train(storage, "play", text=True)
     return storage
@@ -164,11 +164,11 @@ def test_a_history_follows_the_chain_and_is_bounded(file_storage: Storage) -> No
     run = Run(file_storage, JOB, "long")
     run.start_attempt(1, None, 1)
     rows = [{"step": step, "loss": 1.0} | ({"val_loss": 2.0} if step % 100 == 0 else {}) for step in range(1, 5001)]
-    run.write_metrics(1, rows)
+    write_metrics(run, 1, rows)
     for step in range(1, 301):
         run.write_sample(1, step, "samples.png", b"first")
     run.start_attempt(2, CheckpointRef(attempt=1, step=4000), 1)
-    run.write_metrics(2, [{"step": 4001, "loss": 7.0}])
+    write_metrics(run, 2, [{"step": 4001, "loss": 7.0}])
     history = reader(file_storage, ThinnedHistories(), version)()
     assert len(history.rows) == MAX_ROWS
     assert [row["step"] for row in history.rows if "val_loss" in row] == list(range(100, 4001, 100))

@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from genmodels import models
+from genmodels.runs.metric_rows import metric_rows
 from genmodels.runs.store import Run
 from genmodels.spec.json_schema import json_schema
 from genmodels.spec.parse import parse_spec
@@ -51,7 +52,7 @@ def test_a_family_is_one_file(flow: None, tmp_path: Path) -> None:
     run = Run(storage, job, "squares")
 
     assert run_attempt(storage, job, "squares", 1, Group())
-    losses = [row["val_loss"] for row in run.metrics() if "val_loss" in row]
+    losses = [row["val_loss"] for row in metric_rows(run) if "val_loss" in row]
     assert len(losses) == 3
     assert losses[-1] < losses[0]
     assert {key.rpartition("/")[2] for _, key in run.samples()} == {"samples.png"}

@@ -25,6 +25,7 @@ from services.jobs.views import job_state
 from tests.support.asgi_client import refused
 from tests.support.asgi_server import served
 from tests.support.job_service import YAML, Service, spec
+from tests.support.run_parts import write_metrics
 from tests.support.storages import FailingStorage, MemoryStorage, in_threads
 
 
@@ -129,6 +130,23 @@ def test_a_hundred_submissions_with_one_key_are_one_job(file_storage: Storage) -
     assert sorted({status for status, _ in answers}) == [200, 201]
     assert len({job for _, job in answers}) == 1
     assert service.jobs.open() == [answers[0][1]]
+
+
+def test_a_pool_that_does_not_exist_is_refused(
+    service: Service, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Expect that a changed file of the pools counts at once, and that a dry run says the same."""
+    (tmp_path / "pools.yaml").write_text("pools: [{name: default}]")
+    monkeypatch.setenv("GENMODELS_POOLS", str(tmp_path / "pools.yaml"))
+    body = spec()
+    body["models"][0]["serve"] = {"pool": "gpu"}
+    for query in ("", "?dry_run=true"):
+        error = refused(service.post(body, query), 400)
+        assert (error["param"], error["code"]) == ("models[0].serve.pool", "invalid_spec")
+        assert error["message"] == "models[0].serve.pool: got 'gpu', expected one of default"
+    assert service.jobs.open() == []
+    (tmp_path / "pools.yaml").write_text("pools: [{name: default}, {name: gpu, gpus: 1}]")
+    assert service.post(body).status_code == 201
 
 
 @pytest.mark.parametrize(
@@ -512,7 +530,7 @@ def test_metrics_are_rows_of_the_chain(service: Service) -> None:
     job = service.submit("a", "b")
     run = Run(service.storage, job, "a")
     run.start_attempt(1, None, 1)
-    run.write_metrics(1, [{"step": 10, "loss": 2.0}, {"step": 20, "loss": math.nan}])
+    write_metrics(run, 1, [{"step": 10, "loss": 2.0}, {"step": 20, "loss": math.nan}])
     body = service("GET", f"/v1/jobs/{job}/metrics?model=a").json()
     assert body == {"model": "a", "data": [{"step": 10, "loss": 2.0}, {"step": 20, "loss": "nan"}]}
     later = service("GET", f"/v1/jobs/{job}/metrics?model=a&after=10").json()

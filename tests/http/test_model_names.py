@@ -12,7 +12,7 @@ import pytest
 import yaml
 from fastapi.routing import APIRoute
 
-from genmodels.data import DATASETS, uploads
+from genmodels.data import DATASETS, added
 from genmodels.keys import Keys
 from genmodels.runs.jobs import Jobs
 from genmodels.spec.parse import parse_spec
@@ -188,7 +188,7 @@ def test_a_deletion_that_is_refused_names_no_others_job(file_storage: Storage) -
     text, pictures = document["models"]
     text |= {"model": {"family": "minigpt"}, "data": {"dataset": "mine-text"}}
     pictures["train"] = {"init_from": "mine-vae@1"}
-    kinds = uploads.kinds(file_storage)
+    kinds = added.Kinds(file_storage)
     Jobs(file_storage).submit(parse_spec(yaml.safe_dump(document).encode(), "spec", datasets=kinds))
     keys = Keys(file_storage)
     headers = {"authorization": f"Bearer {keys.create('a', ('admin',), ('mine-',))[1]}"}

@@ -24,6 +24,7 @@ from services.jobs.app import create_app as create_job_app
 from tests.support.asgi_server import served
 from tests.support.job_service import Service
 from tests.support.published_models import publish
+from tests.support.run_parts import write_metrics
 
 
 @pytest.fixture(autouse=True)
@@ -72,7 +73,7 @@ def test_metrics_are_sent_no_further(
     job = service.submit("a")
     run = Run(file_storage, job, "a")
     run.start_attempt(1, None, 1)
-    run.write_metrics(1, [{"step": step, "loss": 1.0} for step in range(1, 5000)])
+    write_metrics(run, 1, [{"step": step, "loss": 1.0} for step in range(1, 5000)])
     app = create_job_app(file_storage, keys=Keys(file_storage), hosts=None)
     with served(app) as url, httpx.stream("GET", f"{url}/v1/jobs/{job}/metrics", headers=key[1], timeout=20) as stream:
         parts = stream.iter_raw()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import importlib
 import importlib.util
-import inspect
 import os
 import re
 import signal
@@ -24,6 +23,7 @@ from genmodels.metrics import DIRECTORY
 from services.cluster.ray_start import local_environment
 from services.dispatch.backends.base import submission_id
 from services.gateway import deploy
+from services.gateway.pool_config import VARIABLE, read_pools
 from services.jobs import app
 from services.node import exporter
 from tests.support.manifests import (
@@ -114,7 +114,7 @@ def test_every_setting_is_one_that_is_read(name: str, monkeypatch: pytest.Monkey
 
 
 @every_build
-def test_the_serve_config_is_the_one_of_the_code(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_serve_config_is_the_one_of_the_code(name: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # importing Ray Serve defines settings in ways that pydantic warns of
         from ray.serve import Application
@@ -127,26 +127,28 @@ def test_the_serve_config_is_the_one_of_the_code(name: str, monkeypatch: pytest.
     monkeypatch.setenv("GENMODELS_STORAGE", storage := settings(manifests, "genmodels-platform")["GENMODELS_STORAGE"])
     config = yaml.safe_load(service["spec"]["serveConfigV2"])
     schema = ServeDeploySchema.model_validate(config)
-    values = {"storage_url": storage, "host": "0.0.0.0", "port": 8000, "auth": True}
-    declared = deploy.declaration(**{key: values[key] for key in inspect.signature(deploy.declaration).parameters})
-    (application,), (expected,) = config["applications"], declared["applications"]
-    overrides = application.pop("deployments")
-    assert expected["args"].pop("storage_url") == storage, "the pods' environment says it"
-    assert application == expected
+    declared = deploy.declaration(storage, "0.0.0.0", 8000, True, read_pools())
+    (application,), expected = config["applications"], declared["applications"][0]
+    (override,) = application.pop("deployments")
+    assert application == {
+        "name": expected["name"],
+        "route_prefix": expected["route_prefix"],
+        "import_path": f"{app.application.__module__}:{app.application.__name__}",
+        "args": {"auth": True},  # the pods' environment says the storage and the pools
+    }
     assert config["logging_config"] == declared["logging_config"]
     assert config["http_options"] == declared["http_options"] | {"host": "0.0.0.0"}
-    module, _, function = application["import_path"].partition(":")
-    build_application = getattr(importlib.import_module(module), function)
-    assert isinstance(build_application(application["args"]), Application)
+    monkeypatch.setenv(VARIABLE, str(_pools_file(manifests, tmp_path)))
+    assert isinstance(app.application(application["args"]), Application)
     monkeypatch.delenv("GENMODELS_STORAGE")
     with pytest.raises(GenmodelsError, match="GENMODELS_STORAGE is not set"):
-        build_application(application["args"])
+        app.application(application["args"])
     gateway: Any = app.Gateway  # a Serve deployment; mypy sees the class
-    assert [override["name"] for override in overrides] == [gateway.name, deploy.POOL]
+    assert override["name"] == gateway.name
     # One gateway and one host fit a worker, and neither fits the head.
     (hosts,) = cluster_of(service)["workerGroupSpecs"]
     cpus = float(hosts["template"]["spec"]["containers"][0]["resources"]["limits"]["cpu"])
-    needed = [override["ray_actor_options"]["num_cpus"] for override in overrides]
+    needed = [override["ray_actor_options"]["num_cpus"], *(pool.cpus for pool in read_pools().pools)]
     assert min(needed) > 0
     assert sum(needed) <= cpus
     assert head_of(service)["rayStartParams"]["num-cpus"] == "0"
@@ -154,18 +156,37 @@ def test_the_serve_config_is_the_one_of_the_code(name: str, monkeypatch: pytest.
 
 
 @every_build
-def test_a_drain_leaves_time_for_another_pod_to_start(name: str) -> None:
+def test_endpoint_and_job_service_read_the_same_pools(name: str) -> None:
+    manifests, readers = build(name), []
+    for pod in pods(manifests):
+        for container in pod.containers:
+            variables = {variable["name"]: variable.get("value") for variable in container.get("env", ())}
+            if path := variables.get(VARIABLE):
+                readers.append(pod.of)
+                mounts = {mount["mountPath"]: mount["name"] for mount in container["volumeMounts"]}
+                volumes = {volume["name"]: volume for volume in pod.spec["volumes"]}
+                config_map = volumes[mounts[os.path.dirname(path)]]["configMap"]["name"]
+                assert settings(manifests, "genmodels-pools").keys() == {os.path.basename(path)}
+                assert config_map.startswith("genmodels-pools-"), "a changed file is a new name, which rolls out"
+                assert only(manifests, "ConfigMap", config_map)
+    assert readers == ["Deployment/genmodels-jobs", "RayService/genmodels/head", "RayService/genmodels/hosts"]
+
+
+@every_build
+def test_a_drain_leaves_time_for_another_pod_to_start(name: str, tmp_path: Path) -> None:
     """Serve stops a replica of a draining node graceful_shutdown_timeout_s before the deadline, moved or not."""
     from ray._private import ray_constants
 
-    service = only(build(name), "RayService")
+    manifests = build(name)
+    service = only(manifests, "RayService")
     config = yaml.safe_load(service["spec"]["serveConfigV2"])
+    pools = read_pools(_pools_file(manifests, tmp_path)).pools
     (hosts,) = cluster_of(service)["workerGroupSpecs"]
     pod = hosts["template"]["spec"]
     drain = float(_environment(pod["containers"][0])[DRAIN])
     assert hasattr(ray_constants, DRAIN), "Ray reads it"
-    for deployment in config["applications"][0]["deployments"]:
-        graceful = deployment["graceful_shutdown_timeout_s"]
+    (gateway,) = config["applications"][0]["deployments"]
+    for graceful in (gateway["graceful_shutdown_timeout_s"], *(pool.stop_seconds for pool in pools)):
         assert config["http_options"]["request_timeout_s"] < graceful
         assert drain - graceful >= START_SECONDS
     assert pod["terminationGracePeriodSeconds"] > drain
@@ -243,6 +264,7 @@ def test_what_the_dispatcher_makes_of_the_template_fits_the_schema(use_gpu: bool
 def test_the_job_service_has_the_rights_that_it_uses() -> None:
     code = (ROOT / "services/dispatch/backends/kube_api.py").read_text()
     used = {(what, verb) for verb, what in re.findall(r"\b([a-z]+)_namespaced_(\w+?)(?:_status)?\b", code)}
+    used |= {("custom_object", "watch")} if "watch=True" in code else set()
     rules = only(build("base"), "Role")["rules"]
     granted = {(resource, verb) for rule in rules for resource in rule["resources"] for verb in rule["verbs"]}
     names = {"custom_object": "rayjobs", "pod": "pods"}
@@ -318,3 +340,9 @@ def _parsed(module: str, arguments: list[str], monkeypatch: pytest.MonkeyPatch) 
 
 def _environment(container: Manifest) -> dict[str, str]:
     return {variable["name"]: variable["value"] for variable in container.get("env", ())}
+
+
+def _pools_file(manifests: list[Manifest], folder: Path) -> Path:
+    """Write the file of the pools that the pods have."""
+    (folder / "pools.yaml").write_text(settings(manifests, "genmodels-pools")["pools.yaml"])
+    return folder / "pools.yaml"

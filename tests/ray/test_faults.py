@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from genmodels.checkpoint import CheckpointRef
+from genmodels.runs.metric_rows import metric_rows
 from genmodels.runs.store import Run
 from tests.support.platform_processes import CPUS, Stack, check_history, parents, tiny_model
 from tests.support.ray_node import until
@@ -219,7 +220,7 @@ def test_an_elastic_run_loses_a_node_and_gets_one_back(stack: Stack) -> None:
     last = run.checkpoints()[-1]
     assert (last.attempt, run.manifest(last).lineage.world_size) == (larger, most)
     assert status.reason == f"cancelled by key 'tests'; a resume continues from step {last.step}"
-    samples = [row["samples"] for row in run.metrics()]
+    samples = [row["samples"] for row in metric_rows(run)]
     assert samples == [12 * step for step in range(1, last.step + 1)]
 
 

@@ -12,6 +12,8 @@ from typing import Any
 import pytest
 
 from genmodels.runs.jobs import Jobs
+from genmodels.runs.log_lines import log_lines
+from genmodels.runs.metric_rows import metric_rows
 from genmodels.runs.store import Run
 from genmodels.storage import open_storage
 from services.dispatch.backends import ray_jobs
@@ -54,7 +56,7 @@ def test_a_cluster_of_its_own(
     assert result is not None
     assert (result.outcome, result.version) == ("succeeded", 1), result.message
 
-    assert any(line.line.endswith(f"publishes on node {OTHER}") for line in run.log_lines("driver"))
+    assert any(line.line.endswith(f"publishes on node {OTHER}") for line in log_lines(run, "driver"))
 
     long = 10**6
     run, _ = start(head, tmp_path, "preempted", 2, max_steps=long, save_every=long, eval_every=long)
@@ -65,7 +67,7 @@ def test_a_cluster_of_its_own(
     assert result is not None
     assert result.outcome == "stopped", result.message
     (saved,) = run.checkpoints()
-    assert [row["step"] for row in run.metrics()] == [*range(1, saved.step + 1)], "each step that was made is saved"
+    assert [row["step"] for row in metric_rows(run)] == [*range(1, saved.step + 1)], "each step that was made is saved"
 
 
 def end_pod(node: RayNode, run: Run) -> int:

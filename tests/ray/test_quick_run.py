@@ -19,6 +19,7 @@ import yaml
 
 from genmodels.checkpoint import CheckpointRef
 from genmodels.registry.store import Registry
+from genmodels.runs.metric_rows import metric_rows
 from genmodels.runs.store import Run
 from genmodels.spec.parse import job_id
 from genmodels.storage import open_storage
@@ -94,7 +95,7 @@ def test_killed_interrupted_and_run_again(workplace: Path) -> None:
         assert picture.read_bytes().startswith(b"\x89PNG")
         assert str(Path("samples") / job / picture.name) in printed
     assert run.status()[0].state == "succeeded"
-    assert [row["step"] for row in run.metrics()] == sorted({row["step"] for row in run.metrics()})
+    assert [row["step"] for row in metric_rows(run)] == sorted({row["step"] for row in metric_rows(run)})
 
     # Killed, interrupted and resumed under Ray, or undisturbed in plain processes: the same bits.
     calm = open_storage((workplace / "calm").as_uri())

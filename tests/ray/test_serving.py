@@ -22,6 +22,7 @@ import pytest
 from genmodels.keys import Keys
 from genmodels.storage import Storage
 from services.gateway.model_host import ModelHost
+from services.gateway.pool_config import Pool, Pools
 from services.gateway.routes import create_app
 from services.http.middleware import MAX_BODY
 from tests.support.asgi_client import JSON, PICTURE, ask, refused
@@ -148,7 +149,7 @@ def test_what_serve_says_of_a_pool_becomes_an_answer(ray_cluster: str, error: st
     class Handle:
         """Act as a handle whose methods all fail."""
 
-        def options(self, stream: bool) -> Handle:
+        def options(self, **_: Any) -> Handle:
             return self
 
         def __getattr__(self, name: str) -> Any:
@@ -334,7 +335,7 @@ def test_a_replica_that_has_to_go_finishes_what_is_in_flight(endpoint: str, toke
             first = next(lines)
             rolling = threading.Thread(
                 target=serve.run,
-                args=(build(models.url, auth=True, workers=3),),
+                args=(build(models.url, auth=True, pools=Pools(pools=[Pool(name="default", workers=3)])),),
                 kwargs={"name": "genmodels", "route_prefix": "/"},
             )
             rolling.start()

@@ -382,14 +382,16 @@ def endpoint(ray_cluster: str, models: Storage) -> Iterator[str]:
 
     from services.cluster.ports import HOST
     from services.cluster.ray_start import serve_http_options
-    from services.gateway.app import Gateway, Host
+    from services.gateway.app import Gateway, pool_hosts
+    from services.gateway.pool_config import Pool, Pools
 
     port = free_ports(1)
     serve.start(http_options=serve_http_options(HOST, port), logging_config={"log_level": "ERROR"})
     gateway: Any = Gateway
-    host: Any = Host
-    hosts = host.options(num_replicas=2).bind(models.url)
-    serve.run(gateway.options(num_replicas=2).bind(hosts, models.url), name="genmodels", route_prefix="/")
+    pool = Pool(name="default", min_replicas=2, max_replicas=2)
+    gateway = gateway.options(num_replicas=2, user_config=Pools(pools=[pool]).model_dump(mode="json"))
+    hosts = {pool.name: pool_hosts(models.url, pool)}
+    serve.run(gateway.bind(models.url, True, hosts), name="genmodels", route_prefix="/")
     yield f"http://127.0.0.1:{port}"
     serve.shutdown()
 

@@ -34,6 +34,9 @@ class CountingStorage(Wrapped):
             with self._mutex:
                 self.at_once -= 1
 
+    def get_range(self, key: str, start: int, size: int) -> bytes:
+        return self._do("get_range", key, start, size)
+
     def forget(self) -> None:
         self.counts.clear()
         self.most = 0

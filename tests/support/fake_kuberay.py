@@ -51,6 +51,7 @@ class Operator:
     def preempt(self, name: str) -> None:
         with self.api.lock:
             self.api.jobs[name]["spec"]["suspend"] = True
+            self.api.touch(self.api.jobs[name])
 
     def lose_head(self, name: str) -> None:
         """Evict the head pod; KubeRay makes a new one, which does not know the driver, and submits the driver there."""

@@ -1,15 +1,17 @@
 """Serve a Kubernetes API with RayJobs and pods over real HTTP.
 
 It checks new objects against the schema of the RayJob CRD (KubeRay 1.7.0), and does what an API server does with
-names, labels, the status subresource, finalizers, foreground deletion, pages of a list, tokens and roles.
+names, labels, the status subresource, finalizers, foreground deletion, pages of a list, watches, tokens and roles.
 """
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import json
 import re
 import threading
+import time
 import uuid
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
@@ -26,7 +28,7 @@ SCHEMA = ROOT / "tests/k8s/schemas" / "ray.io_v1_RayJob.json"
 PATH = re.compile(
     rf"/(?:apis/ray\.io/v1|api/v1)/namespaces/{NAMESPACE}/(?P<resource>rayjobs|pods)(?:/(?P<name>[^/]+))?"
 )
-ROLE = {("rayjobs", verb) for verb in ("get", "create", "list", "delete")} | {("pods", "list")}
+ROLE = {("rayjobs", verb) for verb in ("get", "create", "list", "watch", "delete")} | {("pods", "list")}
 Object = dict[str, Any]
 
 
@@ -48,6 +50,8 @@ class KubeApi:
         away: whether connections are closed without an answer.
         damaged: the body of all responses, in place of the answer.
         lost: whether the response to the next request is lost after the request was carried out.
+        silent: whether watches send nothing more, and do not end.
+        oldest: a watch from a version before this one is refused with status 410.
         requests: "VERB resource" of every request that came.
     """
 
@@ -56,11 +60,14 @@ class KubeApi:
         self.pods: dict[str, Object] = {}
         self.role = set(ROLE)
         self.ill: list[int] = []
-        self.away = self.lost = self.expired = False
+        self.away = self.lost = self.expired = self.silent = False
         self.damaged: bytes | None = None
         self.requests: list[str] = []
-        self.version = 0
+        self.version = self.oldest = 0
+        self.events: list[tuple[int, str, Object]] = []  # version, type and object of each change of a RayJob
+        self.dropped = 0  # times that all watches were cut off
         self.lock = threading.RLock()
+        self.changed = threading.Condition(self.lock)
         self.valid = jsonschema.Draft202012Validator(json.loads(SCHEMA.read_text()))
         api = self
 
@@ -84,6 +91,7 @@ class KubeApi:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.drop_watches()
         self.server.shutdown()
         self.server.server_close()
 
@@ -111,6 +119,9 @@ class KubeApi:
                 return
             try:
                 code, answer = self._answer(request, body)
+                if "stream" in answer and self.damaged is None:
+                    answer["stream"]()
+                    return
             except Refused as refused:
                 code, answer = refused.code, refused.body
             if self.lost:
@@ -133,6 +144,7 @@ class KubeApi:
             raise Refused(404, "NotFound", "the server could not find the requested resource")
         resource, name = match["resource"], match["name"]
         verb = {"POST": "create", "DELETE": "delete", "GET": "get" if name else "list"}[request.command]
+        verb = "watch" if "watch" in query else verb
         self.requests.append(f"{verb} {resource}")
         if self.ill:
             raise Refused(self.ill.pop(0), "TooManyRequests", "the server is ill")
@@ -143,6 +155,10 @@ class KubeApi:
         if verb == "create":
             assert body is not None
             return 201, self._create(body)
+        if verb == "watch":
+            if int(query["resourceVersion"]) < self.oldest:
+                raise Refused(410, "Expired", f"too old resource version: {query['resourceVersion']} ({self.oldest})")
+            return 200, {"stream": lambda: self._stream(request, query)}
         if verb == "list":
             return 200, self._list(self.jobs if resource == "rayjobs" else self.pods, query)
         if name not in self.jobs:
@@ -168,12 +184,11 @@ class KubeApi:
         return job
 
     def _list(self, objects: dict[str, Object], query: dict[str, str]) -> Object:
-        labels = [each.partition("=") for each in query.get("labelSelector", "").split(",") if each]
         phases = re.findall(r"status\.phase(!?=)(\w+)", query.get("fieldSelector", ""))
         items = [
             each
             for _, each in sorted(objects.items())
-            if all(_has_label(each, key, value if sign else None) for key, sign, value in labels)
+            if _is_selected(each, query)
             and all((each["status"]["phase"] == phase) == (sign == "=") for sign, phase in phases)
         ]
         begin, limit = int(query.get("continue") or 0), int(query.get("limit") or len(items) or 1)
@@ -183,11 +198,44 @@ class KubeApi:
         meta = {"resourceVersion": str(self.version), "continue": more}
         return {"kind": "List", "apiVersion": "v1", "metadata": meta, "items": items[begin : begin + limit]}
 
+    # Watches
+
+    def _stream(self, request: BaseHTTPRequestHandler, query: dict[str, str]) -> None:
+        """Send all changes after a version as they happen, a bookmark, and the end after `timeoutSeconds`."""
+        request.send_response(200)
+        request.send_header("content-type", "application/json")
+        request.send_header("transfer-encoding", "chunked")
+        request.end_headers()
+        version, dropped = int(query["resourceVersion"]), self.dropped
+        end = time.monotonic() + int(query["timeoutSeconds"])
+        while not self.away and self.dropped == dropped:
+            if not self.silent:
+                lines = [_event(kind, job, at, query) for at, kind, job in self.events if at > version]
+                version = max(version, self.version)
+                over = time.monotonic() >= end
+                lines += [_event("BOOKMARK", {}, version, query)] if over else []
+                _send(request, lines, over)
+                if over:
+                    return
+            self.changed.wait(0.05)
+        request.close_connection = True  # in the middle of the answer
+
+    def drop_watches(self) -> None:
+        with self.changed:
+            self.dropped += 1
+            self.changed.notify_all()
+
+    def _publish(self, kind: str, job: Object) -> None:
+        self.version += 1
+        job["metadata"]["resourceVersion"] = str(self.version)
+        self.events.append((self.version, kind, copy.deepcopy(job)))
+        self.changed.notify_all()
+
     # The actions of a controller
 
     def touch(self, job: Object) -> None:
-        self.version += 1
-        job["metadata"]["resourceVersion"] = str(self.version)
+        with self.changed:
+            self._publish("MODIFIED" if "resourceVersion" in job["metadata"] else "ADDED", job)
 
     def delete(self, name: str, policy: str = "Background") -> None:
         meta = self.jobs[name]["metadata"]
@@ -204,7 +252,8 @@ class KubeApi:
             finalizers.remove("foregroundDeletion")
         self.touch(self.jobs[name])
         if "deletionTimestamp" in meta and not finalizers:
-            del self.jobs[name]
+            with self.changed:
+                self._publish("DELETED", self.jobs.pop(name))
 
     def pods_of(self, name: str) -> list[str]:
         return [pod for pod, each in self.pods.items() if each["metadata"]["labels"].get("genmodels/rayjob") == name]
@@ -213,6 +262,25 @@ class KubeApi:
         job = self.jobs[name]
         job["status"] = {**job.get("status", {}), **status}
         self.touch(job)
+
+
+def _is_selected(each: Object, query: dict[str, str]) -> bool:
+    labels = [label.partition("=") for label in query.get("labelSelector", "").split(",") if label]
+    return all(_has_label(each, key, value if sign else None) for key, sign, value in labels)
+
+
+def _event(kind: str, job: Object, version: int, query: dict[str, str]) -> bytes:
+    """Return a line of a watch; a change of an object that the watch does not select is a bookmark."""
+    if kind == "BOOKMARK" or not _is_selected(job, query):
+        kind, job = "BOOKMARK", {"kind": "RayJob", "metadata": {"resourceVersion": str(version)}}
+    return json.dumps({"type": kind, "object": job}).encode() + b"\n"
+
+
+def _send(request: BaseHTTPRequestHandler, lines: list[bytes], last: bool) -> None:
+    chunks = [b"%x\r\n%s\r\n" % (len(line), line) for line in lines] + ([b"0\r\n\r\n"] if last else [])
+    with contextlib.suppress(OSError):  # the client is gone
+        request.wfile.write(b"".join(chunks))
+        request.wfile.flush()
 
 
 def _has_label(each: Object, key: str, value: str | None) -> bool:

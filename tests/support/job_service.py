@@ -17,6 +17,7 @@ from genmodels.runs.store import Run
 from genmodels.storage import Storage
 from services.jobs.app import create_app
 from tests.support.asgi_client import ask
+from tests.support.run_parts import write_log
 
 YAML = {"content-type": "application/yaml"}
 
@@ -81,4 +82,4 @@ class Service:
         lines = [{"time": time, "line": line} for time, line in rows]
         data = "".join(json.dumps(line) + "\n" for line in lines).encode()
         run = Run(self.storage, job, model)
-        self.storage.put(run.log_key(attempt, source, number), data)
+        write_log(run, attempt, source, number, data)

@@ -12,7 +12,7 @@ import yaml
 
 from genmodels.runs.store import Run
 from genmodels.storage import Storage
-from services.dispatch.backends import kube_api
+from services.dispatch.backends import kube_api, kube_watch
 from services.dispatch.backends.base import Capacity
 from services.dispatch.backends.kuberay import KubeRayBackend
 from services.dispatch.backends.rayjob import KubeOptions
@@ -20,6 +20,7 @@ from services.dispatch.dispatcher import Dispatcher
 from tests.support.fake_kuberay import Operator
 from tests.support.fake_kubernetes import KubeApi
 from tests.support.paths import ROOT
+from tests.support.ray_node import until
 from tests.support.scripted_cluster import state
 from tests.support.scripted_drivers import Driver, Script, succeeds
 
@@ -44,8 +45,11 @@ STATUSES: dict[str, Any] = yaml.safe_load((ROOT / "tests/k8s/fixtures/pod_status
 
 @pytest.fixture
 def api(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[KubeApi]:
-    monkeypatch.setattr(kube_api, "LIST_SECONDS", 0.0)
-    monkeypatch.setattr(kube_api, "SILENCE_SECONDS", 0.0)
+    watches: list[kube_watch.JobWatch] = []
+    monkeypatch.setattr(kube_api, "JobWatch", lambda *calls: watches.append(kube_watch.JobWatch(*calls)) or watches[-1])
+    for wait in ("REOPEN_SECONDS", "MIN_BACKOFF", "MAX_BACKOFF"):
+        monkeypatch.setattr(kube_watch, wait, 0.01)
+    monkeypatch.setattr(kube_api, "REST_SECONDS", 0.0)
     monkeypatch.setattr(kube_api, "PODS_SECONDS", 0.0)
     monkeypatch.setattr(kube_api, "TIMEOUT", (2.0, 20.0))
     (tmp_path / "template.yaml").write_text(yaml.safe_dump(TEMPLATE))
@@ -53,6 +57,8 @@ def api(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[KubeApi]:
         monkeypatch.setenv("KUBECONFIG", str(api.kubeconfig(tmp_path)))
         monkeypatch.delenv("KUBERNETES_SERVICE_HOST", raising=False)
         yield api
+        for watch in watches:
+            watch.stop.set()
 
 
 class Platform:
@@ -78,6 +84,7 @@ class Platform:
         self.backend = KubeRayBackend(self.storage, self.options, self.most)
         self.dispatcher = Dispatcher(self.storage, self.backend)
         self.lease_term = getattr(self, "lease_term", 0) + 1
+        self.catch_up()
 
     def driver(self, job: dict[str, Any]) -> Any:
         name, attempt = (
@@ -90,8 +97,24 @@ class Platform:
 
     def reconcile(self, rounds: int = 1) -> None:
         for _ in range(rounds):
+            self.catch_up()
             self.dispatcher.dispatch_once(self.lease_term)
             self.operator.reconcile()
+        self.catch_up()
+
+    def poll(self, driver: Any) -> int | None:
+        self.catch_up()
+        code: int | None = driver.poll()
+        return code
+
+    def catch_up(self) -> None:
+        """Wait until the dispatcher's watch has brought all changes, or has failed."""
+        watch = self.backend.api.watch
+
+        def is_current() -> bool:
+            return watch.jobs() is not None and watch.version == str(self.api.version)
+
+        until(lambda: is_current() or watch.failures > 0, "it catches up", 30, 0.002)
 
     def until(self, model: str, wanted: str, job: str, attempt: int = 1) -> Any:
         """Reconcile until the run is in this state, in this attempt or a later one."""

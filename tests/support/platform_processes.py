@@ -27,6 +27,8 @@ from genmodels.data import uploads
 from genmodels.keys import Keys
 from genmodels.registry.store import Registry
 from genmodels.runs.jobs import Jobs
+from genmodels.runs.log_lines import log_lines
+from genmodels.runs.metric_rows import metric_rows
 from genmodels.runs.queue import read_queue
 from genmodels.runs.records import ENDED, Heartbeat, State, Status
 from genmodels.runs.store import Run
@@ -243,7 +245,7 @@ class Stack:
 
     def tell(self, run: Run) -> str:
         """Describe a run that did not do what it should."""
-        lines = [f"{line.attempt}/{line.source} {line.line}" for line in run.log_lines()]
+        lines = [f"{line.attempt}/{line.source} {line.line}" for line in log_lines(run)]
         return "\n".join(
             [
                 *lines[-40:],
@@ -332,7 +334,7 @@ class Stack:
         check_history(status)
         if attempts is not None:
             assert status.attempt == attempts, [f"{change.state}: {change.reason}" for change in status.history]
-        steps = [row["step"] for row in run.metrics()]
+        steps = [row["step"] for row in metric_rows(run)]
         assert steps == list(range(1, spec.train.max_steps + 1)), f"{len(steps)} rows, first {steps[:3]}"
         last = run.checkpoints()[-1]
         assert last.step == spec.train.max_steps

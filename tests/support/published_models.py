@@ -15,8 +15,9 @@ from genmodels.data.text import CharTokenizer
 from genmodels.engine.loader import load_folder
 from genmodels.engine.model import LoadedModel
 from genmodels.family import Family, ImageInfo, TextInfo
-from genmodels.registry.store import Registry, Version
-from genmodels.runs.jobs import index_runs
+from genmodels.registry.store import Registry
+from genmodels.registry.versions import Version
+from genmodels.runs.job_index import index_runs
 from genmodels.runs.store import Run
 from genmodels.storage import Storage, open_storage
 from genmodels.storage.documents import now

@@ -16,7 +16,7 @@ from genmodels.runs.store import Run
 from genmodels.spec.sections import JobSpec
 from genmodels.storage import Storage
 from services.dispatch import queue, retry_policy
-from services.dispatch.backends.base import LOST, Capacity
+from services.dispatch.backends.base import LOST, Backend, Capacity
 from services.dispatch.dispatcher import Dispatcher
 from tests.support.scripted_drivers import Driver, Script, dies, ends, obedient, succeeds
 from tests.support.storages import save
@@ -36,7 +36,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return make_data(tmp_path_factory.mktemp("data"))
 
 
-class Cluster:
+class Cluster(Backend):
     """Act as a backend that outlives dispatchers. Attempt n of a model follows script n; the last script repeats."""
 
     def __init__(self, storage: Storage, cpus: int = 4, **scripts: list[Script]) -> None:

@@ -23,9 +23,11 @@ from genmodels.family import EvaluationResult
 from genmodels.keys import Keys
 from genmodels.metrics import DAMAGED
 from genmodels.registry import references
-from genmodels.registry.evaluations import record
+from genmodels.registry.catalogue import shard_of
 from genmodels.registry.store import Registry
 from genmodels.runs.jobs import Jobs, StoredSpec
+from genmodels.runs.log_lines import log_lines
+from genmodels.runs.metric_rows import metric_rows
 from genmodels.runs.queue import read_queue
 from genmodels.runs.records import Heartbeat, Result, State
 from genmodels.runs.store import Run
@@ -38,6 +40,7 @@ from services.http.auth import require_keys
 from tests.support.job_service import Service
 from tests.support.metric_values import series
 from tests.support.published_models import publish, save_checkpoint
+from tests.support.run_parts import write_log, write_metrics
 from tests.support.scripted_cluster import Cluster
 
 LIMIT = 40_000  # document size in these tests, in bytes, so that a huge one is written quickly
@@ -57,7 +60,8 @@ class World:
         _, self_token = Keys(storage).create("other", ("submit",))
         for name in ("bad", "good"):
             version = publish(storage, name, "vae", step=1)
-            record(Registry(storage), version, EvaluationResult(), thorough=False, seconds=1.0)
+            Registry(storage).catalogue.ensure()
+            Registry(storage).record_evaluation(version, EvaluationResult(), thorough=False, seconds=1.0)
             (data / f"{name}.txt").write_text(f"the text of {name}\n" * 400)
             uploads.add(storage, f"{name}-text", data / f"{name}.txt")
         (evaluation,) = storage.list("models/bad/evaluations/")
@@ -79,7 +83,7 @@ class World:
         running.write_heartbeat(1, Heartbeat(phase="training", step=3))
         running.write_result(1, Result(outcome="stopped", step=3))
         running.send_command("stop", 1, "asked")
-        running.write_metrics(1, [{"step": 1, "loss": 0.5, "seconds": 1.0}])
+        write_metrics(running, 1, [{"step": 1, "loss": 0.5, "seconds": 1.0}])
         save_checkpoint(storage, jobs["bad"], "m", "vae", step=3)
         references.resolve_reference(f"m@{jobs['bad']}:step-3", storage)
         service.queue({"cpus": 1, "gpus": 0}, (jobs["bad"], "n", "waits"))
@@ -106,6 +110,9 @@ class World:
             "Manifest": f"{attempt}/checkpoints/step-00000003/manifest.json",
             "Version": "models/bad/versions/00000001.json",
             "Alias": "models/bad/aliases/production.json",
+            "Published": "models/bad/published/test-00000000.attempt-1.step-1.json",
+            "Shard": f"catalogue/{shard_of('bad')}.json",
+            "Head": "catalogue/head.json",
             "Evaluation": evaluation,
             "Current": "datasets/bad-text/current.json",
             "StoredDataset": f"datasets/bad-text/{sha256}/dataset.json",
@@ -559,10 +566,10 @@ def test_spoiled_lines_of_logs_and_metrics_are_left_out(file_storage: Storage) -
         b"7",
     ]
     file_storage.put("runs/job-00000000/m/attempt-1/metrics/00000001.jsonl", b"\n".join([*lines, b'{"step": 4}']))
-    assert [row["step"] for row in run.metrics()] == [1, 4]
+    assert [row["step"] for row in metric_rows(run)] == [1, 4]
     logged = b'{"time": "2026-01-01T10:00Z", "line": "hello"}'
-    file_storage.put(run.log_key(1, "driver", 1), b"\n".join([*lines, logged]))
-    assert [line.line for line in run.log_lines()] == ["hello"]
+    write_log(run, 1, "driver", 1, b"\n".join([*lines, logged]))
+    assert [line.line for line in log_lines(run)] == ["hello"]
 
 
 def test_the_error_of_a_damaged_object_is_pickled_whole() -> None:

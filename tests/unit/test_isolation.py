@@ -83,10 +83,10 @@ def failing(monkeypatch: pytest.MonkeyPatch) -> dict[str, Exception]:
     raised: dict[str, Exception] = {}
     real = loader.load
 
-    def load(storage: Storage, ref: Any) -> Any:
+    def load(storage: Storage, ref: Any, *rest: Any) -> Any:
         if ref.name in raised:
             raise raised[ref.name]
-        return real(storage, ref)
+        return real(storage, ref, *rest)
 
     monkeypatch.setattr(model_cache, "load", load)
     monkeypatch.setattr(model_cache, "RETRY_SECONDS", 0.0)
@@ -270,7 +270,7 @@ def test_an_outage_of_the_store_makes_no_host_unwell(
 def test_a_job_service_whose_dispatcher_stands_still_is_not_well(clock: Callable[[float], None]) -> None:
     storage = MemoryStorage()
     dispatcher = Dispatcher(storage, Cluster(storage))
-    app = create_jobs(storage, keys=None, hosts=None, stalled=dispatcher.rounds.stalled)
+    app = create_jobs(storage, keys=None, hosts=None, stalled=dispatcher.stalled)
     assert ask(app, "GET", "/healthz").json() == {"status": "ok"}
     clock(threads.STALLED_SECONDS + 1)
     assert "'dispatch' has made no progress" in refused(ask(app, "GET", "/healthz"), 503)["message"]

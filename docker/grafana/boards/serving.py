@@ -179,6 +179,27 @@ def serving() -> Json:
             width=24,
         ),
     ]
-    rows = {"Now": now, "Requests": requests, "Texts": texts, "Images": images, "Versions": versions}
+    pools = [
+        curves(
+            "Waiting for a pool",
+            "Requests that wait for the first host of a pool that was scaled to zero.",
+            ("sum by (pool) (genmodels_pool_waiting_requests)", "{{pool}}"),
+            limits=(0, None),
+        ),
+        curves(
+            "Wait for a pool",
+            "Time that requests have waited for the first host of a pool; median and 95th percentile of all so far.",
+            *quantiles("genmodels_pool_wait_seconds", "", (0.5, 0.95), by="pool", ever=True),
+            unit="s",
+        ),
+    ]
+    rows = {
+        "Now": now,
+        "Requests": requests,
+        "Texts": texts,
+        "Images": images,
+        "Versions": versions,
+        "Pools": pools,
+    }
     variables = [choice("model", "Model", "label_values(genmodels_requests_total, model)")]
     return dashboard("serving", "Serving", "Requests to the models and their responses.", variables, rows)

@@ -11,9 +11,8 @@ import torch
 from torch import Tensor
 
 from genmodels.engine.image.metrics import ImageMetrics
-from genmodels.sizing.memory import SERVED_ROWS
-
-CHUNK = SERVED_ROWS  # rows in every batch
+from genmodels.nn.transfer import to_device
+from genmodels.sizing.placement import DEFAULT_PLACEMENT, Placement
 
 
 @dataclass(eq=False)
@@ -35,12 +34,14 @@ class _Call:
 class DynamicBatcher:
     """Run batches through one model's networks; thread-safe.
 
-    Every batch has `CHUNK` rows, padded at the end. Matrix products of different heights round differently; with one
-    height a row's result depends neither on the number of rows of its request nor on the other rows in the batch.
-    Each request gets one batch at a time, in turn, so that a large request does not delay small ones.
+    Every batch has as many rows as the placement says, padded at the end. Matrix products of different heights round
+    differently; with one height a row's result depends neither on the number of rows of its request nor on the other
+    rows in the batch. Each request gets one batch at a time, in turn, so that a large request does not delay small
+    ones.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, placement: Placement = DEFAULT_PLACEMENT) -> None:
+        self._device, self._rows = placement.torch_device, placement.rows
         self._waiting: deque[_Call] = deque()
         self._changed = threading.Lock()
         self._turn = threading.Lock()  # the thread that holds it computes one batch for all waiting calls
@@ -52,7 +53,7 @@ class DynamicBatcher:
         Args:
             key: calls with equal keys may share a batch; the `function` of any of them is then used for all.
         """
-        call = _Call(key, function, rows)
+        call = _Call(key, function, to_device(rows, self._device))
         with self._changed:
             self._waiting.append(call)
             self._update_metrics()
@@ -73,7 +74,7 @@ class DynamicBatcher:
     def _compute(self, parts: list[tuple[_Call, int, int]]) -> None:
         try:
             rows = torch.cat([call.rows[start:end] for call, start, end in parts])
-            padding = rows.new_zeros(CHUNK - len(rows), *rows.shape[1:])
+            padding = rows.new_zeros(self._rows - len(rows), *rows.shape[1:])
             outputs = parts[0][0].function(torch.cat((rows, padding)))
         except Exception as error:
             if len(parts) == 1:
@@ -95,7 +96,7 @@ class DynamicBatcher:
 
     def _schedule(self) -> list[tuple[_Call, int, int]]:
         """Return the next batch as (call, first row, last row + 1): the longest waiting call and others of its key."""
-        free, parts, skipped = CHUNK, [], deque[_Call]()
+        free, parts, skipped = self._rows, [], deque[_Call]()
         unfinished = []
         with self._changed:
             key = self._waiting[0].key

@@ -16,6 +16,7 @@ from genmodels.engine.model import LoadedModel
 from genmodels.engine.text.batcher import ContinuousBatcher
 from genmodels.engine.text.metrics import TextMetrics
 from genmodels.family import TextFamily
+from genmodels.sizing.memory import SERVED_ROWS
 from genmodels.threads import Rounds
 
 RETRY_SECONDS = 1.0  # after an error of the decoding thread
@@ -27,18 +28,15 @@ logger = logging.getLogger("genmodels.serving")
 class TextModel(LoadedModel):
     family: TextFamily[Any, Any]
     tokenizer: Tokenizer
+    slots: int = SERVED_ROWS
 
     @cached_property
     def batcher(self) -> ContinuousBatcher:
         """Return the batcher that all requests share; the first call builds it."""
-        return ContinuousBatcher(self.family)
+        return ContinuousBatcher(self.family, self.slots)
 
     def describe(self) -> dict[str, int | str]:
-        return {
-            "block_size": self.family.block_size,
-            "vocab_size": self.tokenizer.vocab_size,
-            "example_prompt": self.tokenizer.example_prompt,
-        }
+        return self.family.sizes | {"example_prompt": self.tokenizer.example_prompt}
 
     def start(self, torch_threads: int) -> None:
         """Start the decoding thread, which ends after `close`."""

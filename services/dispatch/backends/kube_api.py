@@ -1,7 +1,7 @@
 """Send the dispatcher's few requests to Kubernetes by the official client: RayJobs, and their pods.
 
-The requests need a Role with get, create, list and delete for `rayjobs.ray.io` and list for `pods`, in one namespace.
-No request raises if the API server is unreachable or refuses: an unknown value is None.
+The requests need a Role with get, create, list, watch and delete for `rayjobs.ray.io` and list for `pods`, in one
+namespace. No request raises if the API server is unreachable or refuses: an unknown value is None.
 """
 
 from __future__ import annotations
@@ -9,13 +9,15 @@ from __future__ import annotations
 import json
 import logging
 import os
+import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from genmodels.errors import GenmodelsError
+from services.dispatch.backends.kube_watch import SILENCE_SECONDS, WATCH_SECONDS, JobWatch, NoAnswer
 from services.dispatch.backends.pods import Pod
 from services.dispatch.backends.rayjob import API_VERSION, MANAGED_BY, RayJob
 from services.dispatch.backends.rayjob_pods import POD_LABEL
@@ -23,12 +25,12 @@ from services.dispatch.backends.rayjob_pods import POD_LABEL
 TIMEOUT = (2.0, 5.0)  # seconds to connect, and for an answer
 RETRIES = 2  # after an answer with a status in RETRIED; the wait is that of its Retry-After
 RETRIED = (429, 500, 502, 503, 504)
-SILENCE_SECONDS = 2.0  # from an unanswered request to the next request
-LIST_SECONDS = 0.8  # lifetime of a cached list: all runs of a round share one
-PODS_SECONDS = 5.0  # the same, of the pods that have not started
+REST_SECONDS = 2.0  # from an unanswered request to the next request
+PODS_SECONDS = 5.0  # lifetime of the list of the pods that have not started: all runs share it
 PAGE = 200  # objects in an answer
 NAMESPACE = Path("/var/run/secrets/kubernetes.io/serviceaccount/namespace")
 RESOURCE = tuple(API_VERSION.split("/"))  # group and version
+SELECTOR = ",".join(f"{key}={value}" for key, value in MANAGED_BY.items())
 
 log = logging.getLogger("genmodels.kube")
 
@@ -51,18 +53,15 @@ class KubeApi:
         self.namespace = namespace or own
         self._rayjobs = (*RESOURCE, self.namespace, "rayjobs")
         self.custom, self.core = client.CustomObjectsApi(api), client.CoreV1Api(api)
-        self._listed: tuple[float, dict[str, RayJob] | None] = (-LIST_SECONDS, None)
+        self.watch = JobWatch(self._list_jobs, self._open_watch)
         self._pending: tuple[float, dict[str, list[Pod]]] = (-PODS_SECONDS, {})
         self._silent_until = 0.0
         self._logged: set[tuple[str, int]] = set()  # failures already in the log: (verb and resource, status)
+        self._logging = threading.Lock()  # the watch has a thread of its own
 
     def jobs(self) -> dict[str, RayJob] | None:
-        """Return all RayJobs of the platform by name, at most a second old."""
-        listed_at, jobs = self._listed
-        if time.monotonic() - listed_at >= LIST_SECONDS:
-            jobs = self._list_jobs()
-            self._listed = time.monotonic(), jobs
-        return jobs
+        """Return all RayJobs of the platform by name, as the watch knows them; None if they are unknown."""
+        return self.watch.jobs()
 
     def get(self, name: str) -> tuple[int, Any]:
         """Return the answer's status, and the RayJob or the error's message."""
@@ -70,14 +69,12 @@ class KubeApi:
 
     def create(self, job: RayJob) -> tuple[int, str]:
         """Create a RayJob; return the answer's status (0: no answer, 409: it exists already) and message."""
-        self._forget()
         call = self.custom.create_namespaced_custom_object
         status, message = self._ask("create", "rayjobs", call, *self._rayjobs, job)
         return status, message if isinstance(message, str) else ""
 
     def delete(self, name: str) -> None:
         """Request the deletion of a RayJob; it exists until its cluster and its pods are gone (foreground)."""
-        self._forget()
         call = self.custom.delete_namespaced_custom_object
         self._ask("delete", "rayjobs", call, *self._rayjobs, name, propagation_policy="Foreground")
 
@@ -104,31 +101,38 @@ class KubeApi:
         call = self.core.list_namespaced_pod
         query = {"label_selector": labels, "field_selector": fields}
         as_sent = {"_preload_content": False}  # JSON; the client's models check much
-        pods = self._list("pods", lambda **page: _json(call(self.namespace, **query, **as_sent, **page)))
-        return None if pods is None else [pod for pod in pods if _is_of_kuberay(pod)]
+        status, pods, _ = self._list("pods", lambda **page: _json(call(self.namespace, **query, **as_sent, **page)))
+        return [pod for pod in pods if _is_of_kuberay(pod)] if status == 200 else None
 
-    def _list_jobs(self) -> dict[str, RayJob] | None:
-        selector = ",".join(f"{key}={value}" for key, value in MANAGED_BY.items())
+    def _list_jobs(self) -> tuple[list[RayJob], str]:
         call = self.custom.list_namespaced_custom_object
-        jobs = self._list("rayjobs", partial(call, *self._rayjobs, label_selector=selector))
-        return None if jobs is None else {job["metadata"]["name"]: job for job in jobs}
+        status, jobs, version = self._list("rayjobs", partial(call, *self._rayjobs, label_selector=SELECTOR))
+        if status != 200:
+            raise NoAnswer(status)
+        return jobs, version
 
-    def _list(self, resource: str, call: Callable[..., Any]) -> list[Any] | None:
-        """List page by page; None if a page fails (410: the list took too long; the next call starts again)."""
+    def _open_watch(self, version: str) -> Iterator[bytes]:
+        call = partial(self.custom.list_namespaced_custom_object, *self._rayjobs, label_selector=SELECTOR, watch=True)
+        query = {"resource_version": version, "allow_watch_bookmarks": True, "timeout_seconds": WATCH_SECONDS}
+        raw = {"_preload_content": False, "_request_timeout": (TIMEOUT[0], SILENCE_SECONDS)}
+        status, answer = self._ask("watch", "rayjobs", lambda **more: {"lines": call(**query, **more)}, **raw)
+        if status != 200:
+            raise NoAnswer(status)
+        return _lines(answer["lines"])
+
+    def _list(self, resource: str, call: Callable[..., Any]) -> tuple[int, list[Any], str]:
+        """List page by page; return the status (410: the list took too long), the objects and the list's version."""
         items: list[Any] = []
         next_page = ""
         while True:
             status, page = self._ask("list", resource, call, limit=PAGE, _continue=next_page)
             if status != 200 or not isinstance(page.get("items"), list):
-                return None
+                return (0 if status == 200 else status), [], ""
             items += page["items"]
-            next_page = (page.get("metadata") or {}).get("continue") or ""
+            metadata = page.get("metadata") or {}
+            next_page = metadata.get("continue") or ""
             if not next_page:
-                return items
-
-    def _forget(self) -> None:
-        """Drop the cached list, which is out of date."""
-        self._listed = (-LIST_SECONDS, None)
+                return 200, items, metadata.get("resourceVersion") or ""
 
     def _ask(self, verb: str, resource: str, call: Callable[..., Any], *what: Any, **query: Any) -> tuple[int, Any]:
         """Return the status, and the answer or the error's message; status 0 without an answer.
@@ -142,7 +146,7 @@ class KubeApi:
             return 0, ""
         status, answer = 200, None
         try:
-            answer = call(*what, **query, _request_timeout=TIMEOUT)
+            answer = call(*what, **{"_request_timeout": TIMEOUT, **query})
             if not isinstance(answer, dict):
                 status, answer = 0, "the answer is no JSON object"
         except ApiException as error:
@@ -150,8 +154,9 @@ class KubeApi:
         except (HTTPError, OSError, ValueError) as error:
             status, answer = 0, str(error)
         if status == 0:
-            self._silent_until = time.monotonic() + SILENCE_SECONDS
-        self._log_failure(verb, resource, status, answer)
+            self._silent_until = time.monotonic() + REST_SECONDS
+        with self._logging:
+            self._log_failure(verb, resource, status, answer)
         return status, answer
 
     def _log_failure(self, verb: str, resource: str, status: int, answer: Any) -> None:
@@ -203,6 +208,20 @@ def _connect() -> tuple[Any, str]:
     )
     logging.getLogger("urllib3").setLevel(logging.ERROR)  # else each retry leaves a line in the log
     return client.ApiClient(configuration), namespace
+
+
+def _lines(response: Any) -> Iterator[bytes]:
+    """Return the lines of an answer as they come; a lost connection only ends them."""
+    from urllib3.exceptions import HTTPError, ReadTimeoutError
+
+    try:
+        yield from response
+    except ReadTimeoutError:
+        log.warning("a watch of the RayJobs was silent for %.0f s: it is opened again", SILENCE_SECONDS)
+    except (HTTPError, OSError) as error:
+        log.debug("a watch of the RayJobs ended: %s", error)
+    finally:
+        response.close()
 
 
 def _json(response: Any) -> Any:

@@ -53,7 +53,7 @@ from genmodels.errors import GenmodelsError
 from genmodels.runs.jobs import Jobs
 from genmodels.runs.store import Run
 from genmodels.storage import Storage
-from services.dispatch.backends.base import LOST, PREEMPTED, REFUSED, Capacity, Driver, submission_id
+from services.dispatch.backends.base import LOST, PREEMPTED, REFUSED, Backend, Capacity, Driver, submission_id
 from services.dispatch.backends.kube_api import KubeApi
 from services.dispatch.backends.messages import short
 from services.dispatch.backends.pods import find_obstacle, is_partly_placed
@@ -76,7 +76,7 @@ LOG = 2000  # characters of this message in the log; it ends with the last lines
 log = logging.getLogger("genmodels.kuberay")
 
 
-class KubeRayBackend:
+class KubeRayBackend(Backend):
     """Drivers as RayJobs. No call raises for an unreachable API server: an unknown value is None.
 
     Raises:
@@ -119,6 +119,9 @@ class KubeRayBackend:
             return None
         self._sweep(jobs)
         return self.most
+
+    def stalled(self) -> str | None:
+        return self.api.watch.stalled()
 
     def is_partly_placed(self, job: RayJob) -> bool:
         """Tell whether some pods of a RayJob have nodes and others have none."""
@@ -168,7 +171,7 @@ class _RayJob(Driver):
     def poll(self) -> int | None:
         if not self.ended and (jobs := self.api.jobs()) is not None:
             job = jobs.get(self.name)
-            self.ended = self._is_missing() if job is None else self._check(job)
+            self.ended = self._check(job) if job else self._check_missing()
         return self.code if self.ended else None
 
     def kill(self) -> None:
@@ -257,9 +260,16 @@ class _RayJob(Driver):
         self.never_began = self.never_began or self.run.attempt_start(self.attempt) is None
         return not self.never_began
 
-    def _is_missing(self) -> bool:
+    def _check_missing(self) -> bool:
+        """Handle a RayJob that the watch does not know: it may be newer than what the watch has brought."""
         if self.fill is not None:
             return self._create()
+        if self.gone_since is None:
+            status, job = self.api.get(self.name)
+            if status == 200:
+                return self._check(job)
+            if status != 404:
+                return False
         if not self.deleting:
             self._end_by_deleting(LOST, "its RayJob was deleted" if self.existed else "its RayJob is gone", ask=False)
         self.gone_since = self.gone_since or time.monotonic()

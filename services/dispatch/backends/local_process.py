@@ -9,10 +9,10 @@ import subprocess
 from pathlib import Path
 
 from services.cluster.environment import python
-from services.dispatch.backends.base import LOST, Capacity, Driver, driver_command
+from services.dispatch.backends.base import LOST, Backend, Capacity, Driver, driver_command
 
 
-class SubprocessBackend:
+class SubprocessBackend(Backend):
     """Drivers as processes of this machine, in sessions of their own: a Ctrl-C in the terminal is not theirs.
 
     Each has a reaper, so that no driver outlives this process.

@@ -14,7 +14,7 @@ from starlette.requests import ClientDisconnect
 
 from genmodels.engine.history import History
 from genmodels.keys import Keys
-from genmodels.runs import thinning
+from genmodels.runs import metric_rows, thinning
 from genmodels.runs.store import Run
 from genmodels.storage import Storage
 from services.gateway import history as gateway_history
@@ -26,12 +26,13 @@ from services.jobs.app import create_app
 from tests.support.asgi_server import served
 from tests.support.job_service import Service
 from tests.support.published_models import publish
+from tests.support.run_parts import write_metrics
 
 PARTS = 8
 
 
 class Gate:
-    """Replace `Run.read_part`: each call is counted, and waits for `let`."""
+    """Replace `read_part`: each call is counted, and waits for `let`."""
 
     def __init__(self, read_part: Callable[..., Iterator[Any]]) -> None:
         self.begun, self.let, self._read_part = 0, threading.Event(), read_part
@@ -52,8 +53,9 @@ async def until(condition: Callable[[], bool]) -> None:
 @pytest.fixture
 def gate(monkeypatch: pytest.MonkeyPatch) -> Gate:
     """Let one call read one part."""
-    gate = Gate(Run.read_part)
-    monkeypatch.setattr(Run, "read_part", lambda *arguments: gate(*arguments))
+    gate = Gate(metric_rows.read_part)
+    for module in (metric_rows, thinning):
+        monkeypatch.setattr(module, "read_part", gate)
     monkeypatch.setattr(thinning, "SLICE_SECONDS", -1.0)
     return gate
 
@@ -62,7 +64,7 @@ def long_run(storage: Storage, job: str, model: str) -> None:
     run = Run(storage, job, model)
     run.start_attempt(1, None, 1)
     for first in range(1, 10 * PARTS, 10):
-        run.write_metrics(1, [{"step": step, "loss": 1.0} for step in range(first, first + 10)])
+        write_metrics(run, 1, [{"step": step, "loss": 1.0} for step in range(first, first + 10)])
 
 
 @pytest.mark.parametrize("query", ["?points=10", ""])

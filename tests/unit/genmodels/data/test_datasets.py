@@ -14,7 +14,6 @@ import random
 import subprocess
 import sys
 import threading
-import tracemalloc
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -40,7 +39,6 @@ from genmodels.data import (
     shard,
 )
 from genmodels.data.sources import File, Source, plays, read
-from genmodels.data.text import PART, read_text
 from genmodels.errors import DataError, RequestError
 from genmodels.family import ImageInfo, TextInfo
 from tests.support.paths import ROOT
@@ -179,18 +177,6 @@ def test_paths_that_are_not_there_or_not_files(tmp_path: Path, monkeypatch: pyte
     (tmp_path / "large.txt").write_text("a" * 101)
     with pytest.raises(DataError, match="has 101 bytes, the limit is 100"):
         open_dataset(DataConfig(path=str(tmp_path / "large.txt")))
-
-
-def test_a_large_text_is_held_at_most_twice(tmp_path: Path) -> None:
-    (tmp_path / "large.txt").write_bytes(b"To be, or not to be.\n" * 400_000)
-    size = (tmp_path / "large.txt").stat().st_size
-    tracemalloc.start()
-    try:
-        read_text(tmp_path / "large.txt")
-        _, peak = tracemalloc.get_traced_memory()
-    finally:
-        tracemalloc.stop()
-    assert peak < 2.2 * size + 9 * PART  # and one part as UTF-32 and as an index
 
 
 def test_a_tokenizer_comes_back_from_its_file_and_names_unknown_characters() -> None:

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from genmodels.data import DataConfig, ImageData, TextData, open_dataset, resolve_data, unpack, uploads
+from genmodels.data import DataConfig, ImageData, TextData, added, open_dataset, resolve_data, unpack, uploads
 from genmodels.errors import DataError, DatasetExists
 from genmodels.family import ImageInfo, TextInfo
 from genmodels.storage import Storage, open_storage
@@ -88,8 +88,8 @@ def test_a_text_is_stored_as_it_was_and_read_as_if_it_were_local(storage: Storag
     assert data.digest == local.digest
     assert np.array_equal(data.train, local.train)
     assert data.notes == ["my-play: 3,060 characters, 28 different ones; the last 306 are for validation"]
-    assert uploads.catalog(storage) == [dataset]
-    assert uploads.kinds(storage) == {"my-play": "text"}
+    assert added.catalog(storage) == [dataset]
+    assert added.Kinds(storage) == {"my-play": "text"}
 
 
 def test_pictures_are_converted_once_and_are_those_of_the_folder(storage: Storage, photos: Path) -> None:
@@ -142,13 +142,13 @@ def test_the_same_again_writes_nothing_and_another_content_leaves_pins_alone(pla
     assert uploads.add(storage, "mine", play, replace=True) == (first, True)  # the name means the first content
     assert storage.log[-1][0] == "datasets/mine/current.json"
     assert [key for key, _ in storage.log].count(f"datasets/mine/{first.sha256}/text.txt") == 1
-    assert uploads.catalog(storage) == [first]
+    assert added.catalog(storage) == [first]
 
 
 def test_many_add_the_same_at_once(file_storage: Storage, play: Path) -> None:
     results = in_threads(6, lambda i: uploads.add(file_storage, "mine", play))
     assert {dataset.sha256 for dataset, _ in results} == {hashlib.sha256(PLAY.encode()).hexdigest()}
-    assert len(uploads.catalog(file_storage)) == 1
+    assert len(added.catalog(file_storage)) == 1
 
 
 def test_what_is_in_the_cache_needs_no_storage_and_is_checked(play: Path, cache: Path) -> None:

@@ -21,6 +21,7 @@ from genmodels.preflight import check
 from genmodels.preflight.check import check_job
 from genmodels.registry.evaluations import Evaluation
 from genmodels.runs.records import Result, Status
+from genmodels.sizing.memory import HOST_MEMORY
 from genmodels.spec.parse import parse_spec
 from genmodels.spec.sections import JobSpec, ModelSpec
 from genmodels.storage import Storage
@@ -336,3 +337,24 @@ def test_an_evaluation_on_few_examples_says_so(examples: int | None, shown: str,
     table = evaluation_table(evaluation)
     assert next(iter(table.columns[1].cells)) == shown
     assert ("computed from 5 validation examples: more digits are not significant" in str(table.caption)) == message
+
+
+# ---- pools
+
+
+def test_a_pool_that_does_not_exist_is_refused_with_the_list_of_pools(folder: Path) -> None:
+    entries = [photos("a", serve={"pool": "gpus"}), photos("b"), photos("c", serve={"pool": "x"})]
+    pools = {"default": HOST_MEMORY, "gpu": HOST_MEMORY}
+    for planned in (False, True):
+        assert problems(job(folder, *entries), pools=pools, planned=planned) == [
+            "models[0].serve.pool: got 'gpus', expected one of default, gpu; did you mean 'gpu'?",
+            "models[2].serve.pool: got 'x', expected one of default, gpu",
+        ]
+    check_job(job(folder, *entries), MemoryStorage())  # the pools are not known
+
+
+def test_the_memory_of_its_pool_bounds_a_model(folder: Path) -> None:
+    entries = [photos("a", serve={"pool": "small"}), photos("b", serve={"pool": "large"})]
+    (problem,) = problems(job(folder, *entries), pools={"default": HOST_MEMORY, "small": 2**20, "large": HOST_MEMORY})
+    assert problem.startswith("models[0].model.")
+    assert "of memory to serve, and a model host has 0.0 GiB" in problem

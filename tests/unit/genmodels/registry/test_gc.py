@@ -22,8 +22,10 @@ from genmodels.registry import gc as gc_module
 from genmodels.registry import references
 from genmodels.registry.gc import gc
 from genmodels.registry.removal import delete_version
-from genmodels.registry.store import Registry, Version
+from genmodels.registry.store import Registry
+from genmodels.registry.versions import Version
 from genmodels.runs.jobs import Entry, Jobs
+from genmodels.runs.metric_rows import metric_rows
 from genmodels.runs.records import Change, State, Status
 from genmodels.runs.store import Run
 from genmodels.spec.parse import dump, parse_spec
@@ -31,6 +33,7 @@ from genmodels.storage import Storage, write_document
 from genmodels.storage import lease as lease_module
 from genmodels.storage.documents import now
 from tests.support.published_models import build, write
+from tests.support.run_parts import write_metrics
 from tests.support.storages import LINEAGE, FailingStorage, MemoryStorage, PausedStorage, Wrapped, save
 
 LONG_AGO = "2020-01-01T00:00:00.000+00:00"
@@ -113,7 +116,7 @@ def test_the_newest_and_the_best_stay(storage: Storage) -> None:
     for step, loss in [(1, 3.0), (2, 1.0), (3, 2.0), (4, float("nan"))]:
         save(run, 1, step, val_loss=loss)
     late = unfinished(run, 1, 5)
-    run.write_metrics(1, [{"step": 1}])
+    write_metrics(run, 1, [{"step": 1}])
     ended(run)
     plan = gc(storage)
     assert [item.bytes for item in plan.items if item.why == "an upload that never ended"] == [1000]
@@ -126,7 +129,7 @@ def test_the_newest_and_the_best_stay(storage: Storage) -> None:
     assert [ref.step for ref in run.checkpoints()] == [2, 4]
     assert len(storage.list(f"{run.prefix}/attempt-1/checkpoints/")) == 4
     assert not storage.exists(late)
-    assert len(list(run.metrics())) == 1
+    assert len(list(metric_rows(run))) == 1
 
 
 @pytest.mark.parametrize(("state", "kept"), [("succeeded", [3]), ("failed", [2, 3]), ("cancelled", [2, 3])])

@@ -12,12 +12,14 @@ import yaml
 
 from genmodels import checkpoint, models
 from genmodels.checkpoint import CheckpointRef, load_tensors
-from genmodels.data import uploads
+from genmodels.data import added, uploads
 from genmodels.errors import SpecError
 from genmodels.preflight.check import check_job
 from genmodels.registry import references
-from genmodels.registry.store import Registry, Version
+from genmodels.registry.store import Registry
+from genmodels.registry.versions import Version
 from genmodels.runs.jobs import Jobs
+from genmodels.runs.metric_rows import metric_rows
 from genmodels.runs.store import Run
 from genmodels.spec.parse import parse_spec
 from genmodels.storage import Storage
@@ -94,7 +96,7 @@ def test_the_step_the_schedule_and_the_optimizer_begin_anew(data: Path, storage:
     source = trained(storage, "source", model(data, "minigpt", max_steps=20, learning_rate=1e-2))
     published(storage, source, CheckpointRef(attempt=1, step=20))
     run = trained(storage, "more", model(data, "minigpt", "more", init_from="minigpt@1"))
-    rows, before = list(run.metrics()), list(source.metrics())
+    rows, before = list(metric_rows(run)), list(metric_rows(source))
     assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
     assert rows[0]["samples"] == 12
     assert rows[0]["learning_rate"] == before[0]["learning_rate"] / 10
@@ -247,9 +249,9 @@ def test_an_added_dataset_is_pinned_at_submit(
     entry = model(data, "minigpt") | {"data": {"dataset": "mine"}}
     body = yaml.safe_dump({"name": "mine", "models": [entry]}).encode()
     with pytest.raises(SpecError, match="unknown dataset 'mine'"):
-        parse_spec(body, "job.yaml", datasets=uploads.kinds(storage))
+        parse_spec(body, "job.yaml", datasets=added.Kinds(storage))
     first, _ = uploads.add(storage, "mine", data / "play.txt")
-    spec = parse_spec(body, "job.yaml", datasets=uploads.kinds(storage))
+    spec = parse_spec(body, "job.yaml", datasets=added.Kinds(storage))
     name = submit(storage, spec)
     (tmp_path / "tale.txt").write_text("Once upon a time there was a mouse.\n" * 100)
     second, _ = uploads.add(storage, "mine", tmp_path / "tale.txt", replace=True)

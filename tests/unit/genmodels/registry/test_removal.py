@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import logging
+import re
 import threading
 import time
 from collections.abc import Callable
@@ -16,16 +17,18 @@ from typing import Any
 
 import pytest
 
-from genmodels.data import uploads
+from genmodels.data import added, uploads
 from genmodels.data.sources import cache_folder
 from genmodels.engine.alias_watcher import AliasWatcher
 from genmodels.engine.model_cache import ModelCache
 from genmodels.errors import DataError, GenmodelsError, JobNotFound, ModelNotFound
 from genmodels.family import EvaluationResult
-from genmodels.registry import evaluations, references
+from genmodels.registry import references
 from genmodels.registry.removal import dataset_contents, delete_dataset, delete_model, model_contents
-from genmodels.registry.store import Registry, Version
-from genmodels.runs.jobs import Jobs, index_runs
+from genmodels.registry.store import Registry
+from genmodels.registry.versions import Version
+from genmodels.runs.job_index import index_runs
+from genmodels.runs.jobs import Jobs
 from genmodels.runs.records import Change, State, Status
 from genmodels.runs.store import Run
 from genmodels.spec.parse import dump, parse_spec
@@ -34,6 +37,7 @@ from genmodels.storage import Storage, lease, write_document
 from genmodels.storage.documents import now
 from genmodels.threads import Rounds
 from tests.support.published_models import publish
+from tests.support.run_parts import write_log
 from tests.support.storages import LINEAGE, MemoryStorage, PausedStorage, Wrapped, save
 
 LONG_AGO = "2020-01-01T00:00:00.000+00:00"
@@ -62,7 +66,7 @@ def trained(storage: Storage, job: str, model: str, state: State = "succeeded") 
     run.start_attempt(2, parent, 1)
     save(run, 2, 2, parent)
     run.write_sample(2, 2, "samples.png", b"private")
-    storage.put(run.log_key(2, "driver", 1), b"")
+    write_log(run, 2, "driver", 1, b"")
     change = Change(state=state, time=LONG_AGO, reason="")
     run.write_status(Status(state=state, attempt=2, history=[change]), run.status()[1])
     return run
@@ -75,7 +79,7 @@ def own_job(storage: Storage, *models: str, job: str = OWN, state: State = "succ
 
 
 def evaluated(storage: Storage, version: Version) -> None:
-    evaluations.record(Registry(storage), version, EvaluationResult(), thorough=False, seconds=1, publication=True)
+    Registry(storage).record_evaluation(version, EvaluationResult(), thorough=False, seconds=1, publication=True)
 
 
 @pytest.fixture(scope="module")
@@ -96,7 +100,7 @@ def copy(storage: MemoryStorage) -> MemoryStorage:
     return copied
 
 
-class Died(Exception):
+class Died(BaseException):
     pass
 
 
@@ -161,14 +165,18 @@ class Concurrent:
 
 
 def others(storage: MemoryStorage, what: str) -> dict[str, bytes]:
-    """Return all objects except those of a model or a dataset."""
-    return {key: data for key, data in storage.objects.items() if f"/{what}/" not in key}
+    """Return all objects except those of a model or a dataset, and except the catalogue, which is derived."""
+    return {
+        key: data
+        for key, data in storage.objects.items()
+        if f"/{what}/" not in key and not key.startswith("catalogue/")
+    }
 
 
 def traces(storage: MemoryStorage, what: str) -> list[str]:
-    """Return the remaining objects of it, except leases and the numbers that are not reused."""
-    result = [key for key in storage.objects if f"/{what}/" in key]
-    return [key for key in result if "/deleted/" not in key and not key.endswith(("gc-lease.json", "status.json"))]
+    """Return the remaining objects of it, except leases, claims, and the numbers that are not reused."""
+    result = [key for key in storage.objects if f"/{what}/" in key and not re.search("/(deleted|published)/", key)]
+    return [key for key in result if not key.endswith(("gc-lease.json", "status.json"))]
 
 
 # ---- models
@@ -203,7 +211,8 @@ def test_the_storage_of_a_folder_and_of_s3_alike(storage: Storage) -> None:
     own_job(storage, "first")
     evaluated(storage, publish(storage, "first", "vae"))
     delete_model(storage, "first", with_runs=True)
-    assert storage.list("models/first/") == ["models/first/deleted/00000001", "models/first/gc-lease.json"]
+    left = ["deleted/00000001", "gc-lease.json", "published/test-00000000.attempt-1.step-1.json"]
+    assert storage.list("models/first/") == [f"models/first/{name}" for name in left]
     assert storage.list("runs/") == [f"runs/{OWN}/first/status.json"]
 
 
@@ -420,13 +429,13 @@ def test_a_dataset_is_removed_whole_and_says_what_was_trained_on_it(storage: Sto
     assert storage.list("datasets/photos/") == ["datasets/photos/gc-lease.json"]
     assert storage.list("evaluation-cache/") == ["evaluation-cache/ngrams-3-ffffffffffffffff"]
     assert list((cache_folder() / "datasets").glob("[0-9a-f]*")) == []
-    assert [dataset.name for dataset in uploads.catalog(storage)] == ["others"]
+    assert [dataset.name for dataset in added.catalog(storage)] == ["others"]
     assert Registry(storage).resolve("first").lineage == LINEAGE
     with pytest.raises(DataError, match="no dataset 'photos'"):
         delete_dataset(storage, "photos")
-    added, new = uploads.add(storage, "photos", text(tmp_path))
+    again, new = uploads.add(storage, "photos", text(tmp_path))
     assert new
-    assert uploads.load("photos", None, storage).digest == added.digest
+    assert uploads.load("photos", None, storage).digest == again.digest
 
 
 def test_of_two_deletions_of_a_dataset_at_once_the_second_finds_none(

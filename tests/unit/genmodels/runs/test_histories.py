@@ -12,9 +12,11 @@ import pytest
 from genmodels.checkpoint import CheckpointRef
 from genmodels.errors import StorageUnavailable
 from genmodels.runs import thinning
+from genmodels.runs.metric_rows import metric_lines, metric_rows, training_seconds
 from genmodels.runs.store import Run
 from genmodels.runs.thinning import ThinnedHistories, thinned_rows
 from genmodels.storage import documents
+from tests.support.run_parts import write_metrics
 from tests.support.storages import MemoryStorage, Wrapped
 
 ROWS, PARTS = 100, 30  # rows of a part, parts of a run
@@ -43,7 +45,7 @@ class Counted(Wrapped):
 
 def write(run: Run, attempt: int, first: int, count: int = ROWS, **values: float) -> None:
     rows = [{"step": step, "loss": 1.0 * attempt, "seconds": step / 10} for step in range(first, first + count)]
-    run.write_metrics(attempt, [row | values for row in rows])
+    write_metrics(run, attempt, [row | values for row in rows])
 
 
 @pytest.fixture
@@ -69,28 +71,28 @@ def run(counted: Counted) -> Run:
 @pytest.mark.parametrize(
     ("after", "read"),
     [
-        (PARTS * ROWS - 10, ["2/metrics/00002901.jsonl"]),
-        (PARTS * ROWS - ROWS, ["2/metrics/00002901.jsonl"]),
-        (PARTS * ROWS - ROWS - 1, ["2/metrics/00002801.jsonl", "2/metrics/00002901.jsonl"]),
-        (PARTS * ROWS, ["2/metrics/00002901.jsonl"]),
-        (10**9, ["2/metrics/00002901.jsonl"]),
+        (PARTS * ROWS - 10, ["2/metrics/00002900-00003000.jsonl"]),
+        (PARTS * ROWS - ROWS, ["2/metrics/00002900-00003000.jsonl"]),
+        (PARTS * ROWS - ROWS - 1, ["2/metrics/00002800-00002900.jsonl", "2/metrics/00002900-00003000.jsonl"]),
+        (PARTS * ROWS, []),
+        (10**9, []),
     ],
 )
 def test_later_rows_cost_their_own_parts(run: Run, counted: Counted, after: int, read: list[str]) -> None:
     """An attempt that ended before is not even listed."""
-    rows = [json.loads(line)["step"] for line in run.metric_lines(after)]
+    rows = [json.loads(line)["step"] for line in metric_lines(run, after)]
     assert rows == list(range(after + 1, PARTS * ROWS + 1))
     assert (counted.read, counted.listed) == (read, ["2/metrics/"])
 
 
 def test_rows_after_the_end_of_an_attempt_are_not_read(run: Run, counted: Counted) -> None:
-    assert len(list(run.metrics())) == PARTS * ROWS
+    assert len(list(metric_rows(run))) == PARTS * ROWS
     assert len(counted.read) == len(set(counted.read)) == PARTS
 
 
 def test_seconds_of_training_cost_one_part_of_each_attempt(run: Run, counted: Counted) -> None:
-    assert run.training_seconds() == CUT / 10 + PARTS * ROWS / 10
-    assert counted.read == ["2/metrics/00002901.jsonl", "1/metrics/00001901.jsonl"]
+    assert training_seconds(run) == CUT / 10 + PARTS * ROWS / 10
+    assert counted.read == ["2/metrics/00002900-00003000.jsonl", "1/metrics/00001900-00002000.jsonl"]
 
 
 # Reading again
@@ -103,7 +105,7 @@ def read(histories: ThinnedHistories, run: Run, most: int = 50, after: int = 0) 
 
 
 def from_the_start(run: Run, most: int = 50, after: int = 0) -> list[bytes]:
-    return thinned_rows(run.metric_lines(after), most)
+    return thinned_rows(metric_lines(run, after), most)
 
 
 def test_a_later_reader_reads_only_new_parts(run: Run, counted: Counted) -> None:
@@ -116,7 +118,7 @@ def test_a_later_reader_reads_only_new_parts(run: Run, counted: Counted) -> None
     assert counted.read == []
     write(run, 2, PARTS * ROWS + 1, val_loss=0.5)
     assert read(histories, run)[-1] == from_the_start(Run(counted.inner, "job-00000000", "long"))[-1]
-    assert counted.read == ["2/metrics/00003001.jsonl"]
+    assert counted.read == ["2/metrics/00003000-00003100.jsonl"]
 
 
 def a_new_attempt(run: Run) -> None:
@@ -145,7 +147,7 @@ def test_a_changed_history_is_read_anew(run: Run, change: Callable[[Run], None],
 
 def test_a_failed_read_leaves_nothing_behind(run: Run, counted: Counted) -> None:
     histories = ThinnedHistories()
-    counted.away_at = "00001401"
+    counted.away_at = "00001400-"
     with pytest.raises(StorageUnavailable):
         read(histories, run)
     counted.away_at = ""
@@ -191,7 +193,7 @@ def test_a_long_part_is_not_held(monkeypatch: pytest.MonkeyPatch) -> None:
     assert sum(map(len, storage.objects.values())) > 2_000_000
     tracemalloc.start()
     try:
-        assert sum(1 for _ in run.metric_lines()) == 50_000
+        assert sum(1 for _ in metric_lines(run)) == 50_000
         assert len(read(ThinnedHistories(), run)) == 50
         assert tracemalloc.get_traced_memory()[1] < 2**20
     finally:

@@ -14,12 +14,14 @@ from typing import Any
 import pytest
 
 from genmodels.errors import GenmodelsError, IdempotencyConflict, JobNotFound, SpecError, StorageUnavailable
-from genmodels.runs.jobs import EndedEntry, Entry, Jobs, index_runs, newest_run
+from genmodels.runs.job_index import index_runs, newest_run
+from genmodels.runs.jobs import EndedEntry, Entry, Jobs
 from genmodels.runs.queue import delete_notification, notifications, notify
 from genmodels.runs.store import Run
 from genmodels.spec.parse import digest, dump, parse_spec
 from genmodels.spec.sections import JobSpec
 from genmodels.storage import Storage
+from tests.support.run_parts import write_metrics
 from tests.support.storages import FailingStorage, MemoryStorage, PausedStorage, RecordingStorage, Wrapped, in_threads
 
 SUBMITTED = "2026-03-01T12:00:00.000+00:00"
@@ -468,7 +470,7 @@ def test_delete(storage: Storage) -> None:
     job, _ = jobs.submit(SPEC, idempotency_key="k")
     kept, _ = jobs.submit(SPEC)
     run = Run(storage, job, "vae-digits")
-    run.write_metrics(1, [{"step": 1}])
+    write_metrics(run, 1, [{"step": 1}])
     run.write_status(run.status()[0].to("succeeded", "done"), None)
     storage.put("models/vae-digits/versions/00000001.json", b"{}")
     with pytest.raises(GenmodelsError, match="has not ended; cancel it first"):
@@ -495,7 +497,7 @@ def test_a_second_delete_completes_one_that_died() -> None:
         nonlocal job
         store = MemoryStorage()
         job, _ = Jobs(store).submit(SPEC, idempotency_key="k")
-        Run(store, job, "vae-digits").write_metrics(1, [{"step": 1}])
+        write_metrics(Run(store, job, "vae-digits"), 1, [{"step": 1}])
         end(store, job)
         return store
 

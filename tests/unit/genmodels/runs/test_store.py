@@ -11,16 +11,20 @@ from hypothesis import strategies as st
 
 from genmodels.checkpoint import MANIFEST, CheckpointRef
 from genmodels.errors import CheckpointError, Conflict, StorageUnavailable, Superseded
+from genmodels.runs.log_lines import log_lines
+from genmodels.runs.metric_rows import metric_rows, training_seconds
 from genmodels.runs.records import AttemptStart, ChainLink, GateResult, Heartbeat, Result, Status
 from genmodels.runs.store import Run
 from genmodels.storage import Storage, write_document
 from genmodels.storage.retry import retry_until_available
+from tests.support.run_parts import write_log as write_part
+from tests.support.run_parts import write_metrics
 from tests.support.storages import FailingStorage, MemoryStorage, Wrapped, in_threads, save
 
 
 def rows(run: Run, attempt: int, first: int, last: int) -> None:
     steps = range(first, last + 1)
-    run.write_metrics(attempt, [{"step": step, "by": attempt, "seconds": float(step)} for step in steps])
+    write_metrics(run, attempt, [{"step": step, "by": attempt, "seconds": float(step)} for step in steps])
 
 
 # ---- the chain
@@ -28,7 +32,7 @@ def rows(run: Run, attempt: int, first: int, last: int) -> None:
 
 def test_what_a_superseded_attempt_writes_later_is_no_part_of_the_history(storage: Storage) -> None:
     run = Run(storage, "job-00000000", "model")
-    assert (run.checkpoints(), list(run.metrics()), run.samples(), run.chain()) == ([], [], [], [])
+    assert (run.checkpoints(), list(metric_rows(run)), run.samples(), run.chain()) == ([], [], [], [])
     run.start_attempt(1, None, 2)
     for step in (3, 6):
         save(run, 1, step)
@@ -60,7 +64,7 @@ def test_what_a_superseded_attempt_writes_later_is_no_part_of_the_history(storag
     ]
     assert run.checkpoints() == [CheckpointRef(attempt=1, step=3), one, CheckpointRef(attempt=2, step=9)]
     assert [ref for ref, _ in run.manifests()] == run.checkpoints()
-    assert [(row["step"], row["by"]) for row in run.metrics()] == [
+    assert [(row["step"], row["by"]) for row in metric_rows(run)] == [
         *((step, 1) for step in range(1, 7)),
         *((step, 2) for step in range(7, 10)),
         (10, 3),
@@ -83,7 +87,7 @@ def test_an_attempt_that_did_not_go_on_from_the_one_before_leaves_it_out() -> No
     rows(run, 3, 4, 5)
     assert [(link.attempt, link.until) for link in run.chain()] == [(1, 3), (3, None)]
     assert run.checkpoints() == [CheckpointRef(attempt=1, step=3)]
-    assert [(row["by"], row["step"]) for row in run.metrics()] == [(3, 4), (3, 5)]
+    assert [(row["by"], row["step"]) for row in metric_rows(run)] == [(3, 4), (3, 5)]
 
 
 def test_numbers_of_two_digits_are_not_mistaken(storage: Storage) -> None:
@@ -95,7 +99,7 @@ def test_numbers_of_two_digits_are_not_mistaken(storage: Storage) -> None:
     rows(run, 1, 1, 1)
     assert run.started() == list(range(1, 13))
     assert run.checkpoints() == [CheckpointRef(attempt=12, step=1)]
-    assert [row["by"] for row in run.metrics()] == [12]
+    assert [row["by"] for row in metric_rows(run)] == [12]
     assert (other.started(), other.checkpoints()) == ([], [])
 
 
@@ -128,7 +132,7 @@ def test_history_is_what_its_own_attempts_did(attempts: list[tuple[int, int, int
         save(unfenced, attempt, step)
         rows(run, attempt, step, step)
     assert [(ref.attempt, ref.step) for ref in run.checkpoints()] == expected
-    assert [(row["by"], row["step"]) for row in run.metrics()] == expected
+    assert [(row["by"], row["step"]) for row in metric_rows(run)] == expected
 
 
 @pytest.mark.parametrize("parent", [1, 2])
@@ -154,7 +158,7 @@ def test_a_history_with_a_hole_is_an_error() -> None:
 
 def write_log(run: Run, attempt: int, source: str, number: int, *rows: tuple[str, str]) -> None:
     lines = [json.dumps({"time": time, "line": line}) + "\n" for time, line in rows]
-    run.storage.put(run.log_key(attempt, source, number), "".join(lines).encode())
+    write_part(run, attempt, source, number, "".join(lines).encode())
 
 
 def started(run: Run, attempt: int, time: str) -> None:
@@ -165,7 +169,7 @@ def started(run: Run, attempt: int, time: str) -> None:
 
 def test_logs_are_merged_by_time_and_cut_where_a_later_attempt_took_over(storage: Storage) -> None:
     run = Run(storage, "j", "m")
-    assert list(run.log_lines()) == []
+    assert list(log_lines(run)) == []
     write_log(
         run,
         1,
@@ -194,7 +198,7 @@ def test_logs_are_merged_by_time_and_cut_where_a_later_attempt_took_over(storage
         ("2026-01-01T10:30Z", "later"),
     )
     write_log(run, 2, "driver", 2, ("2026-01-01T10:21Z", "late too"))
-    assert [(line.attempt, line.source, line.line) for line in run.log_lines()] == [
+    assert [(line.attempt, line.source, line.line) for line in log_lines(run)] == [
         (1, "driver", "driver 1 begins"),
         (1, "0", "rank 0"),
         (1, "1", "rank 1"),
@@ -208,13 +212,13 @@ def test_logs_are_merged_by_time_and_cut_where_a_later_attempt_took_over(storage
         (3, "driver", "driver 3 begins"),
         (3, "0", "rank 0 of 3"),
     ]
-    assert [line.line for line in run.log_lines("1")] == [
+    assert [line.line for line in log_lines(run, "1")] == [
         "rank 1",
         "rank 1 at last",
         "paused until now; attempt 2 has not started",
         "just in time",
     ]
-    assert list(run.log_lines("7")) == []
+    assert list(log_lines(run, "7")) == []
 
 
 def test_a_log_is_followed_with_a_cursor(storage: Storage) -> None:
@@ -222,7 +226,7 @@ def test_a_log_is_followed_with_a_cursor(storage: Storage) -> None:
     cursor: dict[str, str] = {}
 
     def new(source: str | None = None) -> list[str]:
-        return [line.line for line in run.log_lines(source, cursor)]
+        return [line.line for line in log_lines(run, source, cursor)]
 
     assert new() == []
     write_log(run, 1, "driver", 1, ("2026-01-01T10:00Z", "a"))
@@ -237,7 +241,7 @@ def test_a_log_is_followed_with_a_cursor(storage: Storage) -> None:
     write_log(run, 2, "0", 1, ("2026-01-01T10:06Z", "g"))
     assert new() == ["f", "g"]
     assert new() == []
-    assert [line.line for line in run.log_lines("driver", {})] == ["a"]
+    assert [line.line for line in log_lines(run, "driver", {})] == ["a"]
 
 
 def test_many_parts_of_logs_and_metrics_do_not_slow_the_fence() -> None:
@@ -392,10 +396,10 @@ def test_figures_that_are_not_finite_survive(storage: Storage) -> None:
     run = Run(storage, "j", "m")
     run.start_attempt(1, None, 1)
     row = {"step": 1, "loss": math.nan, "up": math.inf, "down": -math.inf, "val_loss": 0.1 + 0.2, "seconds": 1.0}
-    run.write_metrics(1, [row])
-    for line in storage.get("runs/j/m/attempt-1/metrics/00000001.jsonl")[0].decode().splitlines():
+    write_metrics(run, 1, [row])
+    for line in storage.get("runs/j/m/attempt-1/metrics/00000000-00000001.jsonl")[0].decode().splitlines():
         json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
-    (stored,) = run.metrics()
+    (stored,) = metric_rows(run)
     assert math.isnan(stored.pop("loss"))
     assert stored == {key: value for key, value in row.items() if key != "loss"}
 
@@ -454,15 +458,15 @@ def test_an_older_process_reads_what_a_newer_one_wrote() -> None:
 def test_training_seconds_are_those_of_the_steps_that_count() -> None:
     """Attempt 1 is cut at step 2 of 4; attempt 2 counts its own seconds, more than attempt 1 ended with."""
     run = Run(MemoryStorage(), "j", "m")
-    assert run.training_seconds() == 0
+    assert training_seconds(run) == 0
     run.start_attempt(1, None, 1)
-    run.write_metrics(1, [{"step": step, "seconds": step * 1.0} for step in (1, 2, 3, 4)])
-    assert run.training_seconds() == 4.0
+    write_metrics(run, 1, [{"step": step, "seconds": step * 1.0} for step in (1, 2, 3, 4)])
+    assert training_seconds(run) == 4.0
     run.start_attempt(2, CheckpointRef(attempt=1, step=2), 1)
-    run.write_metrics(2, [{"step": 3, "seconds": 7.0}, {"step": 4, "seconds": 8.5}])
-    assert run.training_seconds() == 2.0 + 8.5
+    write_metrics(run, 2, [{"step": 3, "seconds": 7.0}, {"step": 4, "seconds": 8.5}])
+    assert training_seconds(run) == 2.0 + 8.5
     run.start_attempt(3, CheckpointRef(attempt=2, step=3), 1)
-    assert run.training_seconds() == 2.0 + 7.0
+    assert training_seconds(run) == 2.0 + 7.0
 
 
 # ---- leftovers

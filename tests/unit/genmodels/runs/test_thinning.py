@@ -11,6 +11,7 @@ from itertools import pairwise
 import pytest
 
 from genmodels.checkpoint import CheckpointRef
+from genmodels.runs.metric_rows import metric_lines, metric_rows
 from genmodels.runs.store import Run
 from genmodels.runs.thinning import thinned_rows
 from genmodels.storage import Storage
@@ -20,6 +21,7 @@ from services.jobs.lines import LINES_AT_ONCE
 from tests.support.asgi_client import ask
 from tests.support.job_service import Service
 from tests.support.published_models import publish
+from tests.support.run_parts import write_metrics
 
 PARTS = 30
 
@@ -69,9 +71,9 @@ def long(file_storage: Storage) -> tuple[Service, str, Run]:
     for first in range(1, PARTS * size, size):
         attempt = 1 if first <= 20 * size else 2
         if first == 20 * size + 1:
-            run.write_metrics(1, [{"step": step, "loss": 9.0} for step in range(first, first + 10)])  # superseded
+            write_metrics(run, 1, [{"step": step, "loss": 9.0} for step in range(first, first + 10)])  # superseded
             run.start_attempt(2, CheckpointRef(attempt=1, step=20 * size), 1)
-        run.write_metrics(attempt, [{"step": step, "loss": float(attempt)} for step in range(first, first + size)])
+        write_metrics(run, attempt, [{"step": step, "loss": float(attempt)} for step in range(first, first + size)])
     return service, job, run
 
 
@@ -79,7 +81,7 @@ def long(file_storage: Storage) -> tuple[Service, str, Run]:
 def test_all_rows_come_in_order_from_any_step(long: tuple[Service, str, Run], after: int) -> None:
     service, job, run = long
     rows = service("GET", f"/v1/jobs/{job}/metrics?after={after}").json()["data"]
-    assert rows == [row for row in run.metrics() if row["step"] > after]
+    assert rows == [row for row in metric_rows(run) if row["step"] > after]
     assert [row["step"] for row in rows] == list(range(after + 1, 30_001))
     assert {row["loss"] for row in rows} <= {1.0, 2.0}
 
@@ -103,12 +105,12 @@ def test_metrics_are_read_as_they_are_sent(long: tuple[Service, str, Run], monke
     read = []
     get = run.storage.get_range
     monkeypatch.setattr(run.storage, "get_range", lambda key, *range: read.append(key) or get(key, *range))
-    rows = run.metric_lines()
+    rows = metric_lines(run)
     for _ in range(LINES_AT_ONCE):
         next(rows)
     assert len(read) == 1
     read.clear()
-    assert len(list(run.metric_lines(29_500))) == 500
+    assert len(list(metric_lines(run, 29_500))) == 500
     assert len(read) == 1
 
 
@@ -116,7 +118,7 @@ def test_the_gateway_returns_the_requested_number_of_rows(file_storage: Storage)
     version = publish(file_storage, "long", "vae")
     run = Run(file_storage, version.job, "long")
     run.start_attempt(1, None, 1)
-    run.write_metrics(1, [{"step": step, "loss": float("nan")} for step in range(1, 5001)])
+    write_metrics(run, 1, [{"step": step, "loss": float("nan")} for step in range(1, 5001)])
     app = create_app(ModelHost(file_storage.url))
     for query, count in (("", 1000), ("?points=10", 10), ("?points=250", 250)):
         rows = ask(app, "GET", f"/v1/models/long/history{query}").json()["data"]

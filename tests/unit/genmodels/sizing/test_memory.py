@@ -276,7 +276,7 @@ def test_room_is_made_before_a_model_is_read(tmp_path: Path, monkeypatch: pytest
     host = ModelHost(storage.url, memory=int(1.5 * size_of(block_size=1000)))
     there: list[list[str]] = []
     monkeypatch.setattr(
-        model_cache, "load", lambda storage, result: there.append(list(host._cache._entries)) or load(storage, result)
+        model_cache, "load", lambda *arguments: there.append(list(host._cache._entries)) or load(*arguments)
     )
     app = create_app(host)
     for name in ("a@1", "b@1", "a@1"):

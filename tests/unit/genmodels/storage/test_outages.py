@@ -20,6 +20,7 @@ import pytest
 
 from genmodels.errors import StorageError, StorageUnavailable
 from genmodels.keys import Keys
+from genmodels.runs.metric_rows import metric_rows
 from genmodels.runs.store import Run
 from genmodels.storage import Storage, begin_writing, open_storage
 from genmodels.storage.base import Refused
@@ -411,7 +412,7 @@ def test_a_real_run_outlasts_refusals_at_the_start_in_training_and_in_publishing
     assert (status.state, status.attempt) == ("succeeded", 1), status.history
     assert result is not None
     assert (result.step, counts["starting"], counts["training"], counts["publishing"]) == (400, 1, 1, 1)
-    assert [row["step"] for row in Run(s3_storage, name, "minigpt").metrics() if "loss" in row] == [*range(1, 401)]
+    assert [row["step"] for row in metric_rows(Run(s3_storage, name, "minigpt")) if "loss" in row] == [*range(1, 401)]
     assert DENIED in shown
 
 

@@ -10,6 +10,7 @@ import pytest
 
 from genmodels.checkpoint import CheckpointRef
 from genmodels.data import batch_indices, open_dataset
+from genmodels.runs.metric_rows import metric_rows
 from genmodels.runs.store import Run
 from genmodels.spec.sections import ModelSpec
 from genmodels.storage import Storage, open_storage
@@ -64,7 +65,7 @@ def test_from_one_worker_to_two_and_back(tmp_path: Path, monkeypatch: pytest.Mon
     # Equal to the one that kept its size, but for the order in which gradients are added.
     final, expected = run.manifest(last).metrics["val_loss"], undisturbed.manifest(CheckpointRef(attempt=1, step=STEPS))
     assert final == pytest.approx(expected.metrics["val_loss"], rel=1e-4)
-    losses, calm_losses = ([row["loss"] for row in each.metrics()] for each in (run, undisturbed))
+    losses, calm_losses = ([row["loss"] for row in metric_rows(each)] for each in (run, undisturbed))
     assert np.allclose(losses, calm_losses, rtol=1e-3)
     # And with an unchanged size it is equal to the bit.
     left = Run(storage, same, "minigpt").manifest(CheckpointRef(attempt=2, step=STEPS))
@@ -93,7 +94,7 @@ def assert_seen_once(spec: ModelSpec, seen: Path, name: str, sizes: dict[int, in
 
 
 def assert_rows_go_on(spec: ModelSpec, run: Run) -> None:
-    rows, train = list(run.metrics()), spec.train
+    rows, train = list(metric_rows(run)), spec.train
     assert [row["step"] for row in rows] == list(range(1, STEPS + 1))
     assert [row["samples"] for row in rows] == [step * BATCH for step in range(1, STEPS + 1)]
     rates = [schedule(train, step) * train.learning_rate for step in range(1, STEPS + 1)]

@@ -16,6 +16,7 @@ from genmodels.checkpoint import CheckpointRef, load_family
 from genmodels.data import open_dataset
 from genmodels.errors import DataError, SpecError, TrainingDiverged
 from genmodels.family import ImageFamily, TextFamily
+from genmodels.runs.metric_rows import metric_rows
 from genmodels.runs.records import Phase
 from genmodels.runs.store import Run
 from genmodels.spec.sections import TrainConfig
@@ -51,7 +52,7 @@ def test_every_family_learns_and_leaves_a_checkpoint_that_answers(
     assert run_attempt(folder, name, family, 1, Group())
     run = Run(folder, name, family)
     (ref,) = run.checkpoints()
-    rows = list(run.metrics())
+    rows = list(metric_rows(run))
     assert ref.step == 60
     assert [row["step"] for row in rows] == list(range(1, 61))
     metric = models.load(family).metric_names[0]
@@ -92,7 +93,7 @@ def test_an_attempt_on_either_storage(data: Path, storage: Storage) -> None:
     assert [ref.step for ref in run.checkpoints()] == [3, 6, 9]
     assert run_attempt(storage, name, "minigpt", 2, Group())
     assert [(link.attempt, link.until) for link in run.chain()] == [(1, 9), (2, None)]
-    assert [row["step"] for row in run.metrics()] == list(range(1, 10))
+    assert [row["step"] for row in metric_rows(run)] == list(range(1, 10))
     heartbeat = run.heartbeat(1)
     assert heartbeat is not None
     assert heartbeat.step == 9
@@ -166,7 +167,7 @@ def test_accumulation_takes_the_same_step(data: Path, folder: Storage) -> None:
         entry["model"]["dropout"] = 0.0
         name = submit(folder, job("accumulate", entry))
         run_attempt(folder, name, entry["name"], 1, Group())
-        losses[passes] = [row["loss"] for row in Run(folder, name, entry["name"]).metrics()]
+        losses[passes] = [row["loss"] for row in metric_rows(Run(folder, name, entry["name"]))]
     assert losses[1] == pytest.approx(losses[4], rel=1e-4)
 
 
@@ -225,7 +226,7 @@ def test_the_log_says_how_it_goes(data: Path, folder: Storage, caplog: pytest.Lo
         assert run_attempt(folder, name, "minigpt", 1, Group())
         assert run_attempt(folder, name, "minigpt", 2, Group())
     output = [record.message for record in caplog.records if record.name.startswith("genmodels")]
-    (three, six) = (row for row in Run(folder, name, "minigpt").metrics() if row["step"] in (3, 6))
+    (three, six) = (row for row in metric_rows(Run(folder, name, "minigpt")) if row["step"] in (3, 6))
     assert output[0] == "attempt 1, rank 0 of 1: begins"
     for line, row in zip(output[1:3], (three, six), strict=True):
         shown = (f"{name} {row[name]:.4g}" for name in ("val_loss", "val_bits_per_char", "loss"))

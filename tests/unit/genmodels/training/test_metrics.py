@@ -18,6 +18,7 @@ from genmodels.errors import Conflict, KeyNotFound, StorageError, StorageUnavail
 from genmodels.family import TextFamily
 from genmodels.registry.store import Registry
 from genmodels.runs.jobs import Jobs
+from genmodels.runs.metric_rows import metric_rows
 from genmodels.runs.records import Status
 from genmodels.runs.store import Run
 from genmodels.spec.sections import TrainConfig
@@ -74,7 +75,7 @@ def test_gauges_say_what_storage_says(family: str, data: Path, monkeypatch: pyte
         result = {labels: number for labels, number in series(metric).items() if name in labels}
         return {tuple(word for word in labels if word not in (name, family)): n for labels, n in result.items()}
 
-    heartbeat, row = run.heartbeat(1), list(run.metrics())[-1]
+    heartbeat, row = run.heartbeat(1), list(metric_rows(run))[-1]
     assert heartbeat
     assert shown(metrics.TRAINING_STEP) == {(): heartbeat.step} == {(): 6}
     assert shown(metrics.TRAINING_MAX_STEPS) == {(): heartbeat.max_steps}

@@ -16,6 +16,7 @@ from genmodels import metrics, models
 from genmodels.checkpoint import MANIFEST, WEIGHTS, CheckpointRef, Snapshot, SnapshotMemory
 from genmodels.errors import StorageError, StorageUnavailable, Superseded, TrainingDiverged
 from genmodels.registry.references import resolve_reference
+from genmodels.runs.metric_rows import metric_rows
 from genmodels.runs.store import Run
 from genmodels.spec.sections import ModelSpec
 from genmodels.storage import Storage
@@ -113,7 +114,7 @@ def test_everything_arrives(make: Any) -> None:
         "state/model.optimizer-0.safetensors",
         "state/model.safetensors",
     ]
-    assert [row["step"] for row in run.metrics()] == [1, 2]
+    assert [row["step"] for row in metric_rows(run)] == [1, 2]
     assert run.samples() == [(2, "runs/job/vae/attempt-1/samples/00000002/samples.png")]
     heartbeat = run.heartbeat(1)
     assert heartbeat is not None
@@ -179,7 +180,7 @@ def test_what_a_manifest_commits_has_its_metrics(make: Any, monkeypatch: pytest.
         save(rank0, 3)
     keys = [key for key, _ in storage.log]
     committed = next(i for i, key in enumerate(keys) if key.endswith(MANIFEST))
-    assert "runs/job/vae/attempt-1/metrics/00000001.jsonl" in keys[:committed]
+    assert "runs/job/vae/attempt-1/metrics/00000000-00000003.jsonl" in keys[:committed]
     assert "runs/job/vae/attempt-1/samples/00000003/a.png" in keys[:committed]
 
 
@@ -204,7 +205,7 @@ def test_an_outage_loses_nothing_and_holds_no_step_up(make: Any) -> None:
         storage.away = False
         until(lambda: manifests(storage))
     run = Run(storage, "job", "vae")
-    assert [row["step"] for row in run.metrics()] == list(range(1, 51))
+    assert [row["step"] for row in metric_rows(run)] == list(range(1, 51))
     assert [(step, storage.get(key)[0]) for step, key in run.samples()] == [(s, b"%d" % s) for s in range(10, 51, 10)]
     assert [manifest.step for _, manifest in run.manifests()] == [50]
 
@@ -232,7 +233,7 @@ def test_an_outage_that_begins_with_the_last_save_is_waited_for(make: Any) -> No
     timer.join()
     run = Run(storage, "job", "vae")
     assert [ref.step for ref in run.checkpoints()] == [1]
-    assert [row["step"] for row in run.metrics()] == [1]
+    assert [row["step"] for row in metric_rows(run)] == [1]
     assert storage.refused
 
 
@@ -305,7 +306,7 @@ def test_what_waits_for_the_store_is_bounded(make: Any, monkeypatch: pytest.Monk
         storage.away = False
         writer.join()
     run = Run(storage, "job", "vae")
-    assert [row["step"] for row in run.metrics()] + [step for step, _ in run.samples()] == list(range(1, 21))
+    assert [row["step"] for row in metric_rows(run)] + [step for step, _ in run.samples()] == list(range(1, 21))
 
 
 # ---- superseded, failed, asked to leave
@@ -397,7 +398,7 @@ def test_what_was_saved_arrives_when_training_fails(make: Any) -> None:
         train()
     run = Run(storage, "job", "vae")
     assert [ref.step for ref in run.checkpoints()] == [7]
-    assert list(run.metrics()) == [{"step": 7, "loss": 1e30}]
+    assert list(metric_rows(run)) == [{"step": 7, "loss": 1e30}]
 
 
 def test_a_store_that_refuses_ends_the_attempt(make: Any) -> None:
@@ -415,7 +416,7 @@ def test_a_store_that_refuses_ends_the_attempt(make: Any) -> None:
 
     with pytest.raises(StorageError, match="not allowed"):
         train()
-    assert [row["step"] for row in Run(storage, "job", "vae").metrics()] == [1]
+    assert [row["step"] for row in metric_rows(Run(storage, "job", "vae"))] == [1]
 
 
 def test_ctrl_c_does_not_wait_for_uploads(make: Any) -> None:

@@ -32,6 +32,7 @@ from services.jobs.app import create_app
 from tests.support.asgi_server import served
 from tests.support.cli_runner import type_in
 from tests.support.cli_service import SPEC, Command, submitted
+from tests.support.run_parts import write_log
 
 
 def to(run: Run, state: State, reason: str, **facts: int) -> None:
@@ -284,7 +285,7 @@ def test_cancel_and_resume_leave_commands(api: str, command: Command, store: Sto
 
 def put_log(run: Run, attempt: int, source: str, part: int, *lines: str) -> None:
     rows = "".join(json.dumps({"time": now(), "line": line}) + "\n" for line in lines)
-    run.storage.put(run.log_key(attempt, source, part), rows.encode())
+    write_log(run, attempt, source, part, rows.encode())
 
 
 def test_logs(api: str, command: Command, store: Storage, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -203,6 +203,8 @@ def test_who_wakes_late_takes_no_newer_notification(data: Path) -> None:
     old.dispatch_once(1)
     notify(inner, name, "a")
     storage.armed = True
+    old.dispatch_once(1)
+    assert len(notifications(inner)) == 1, "that of the command"
     with pytest.raises(LeaseLost):
         old.dispatch_once(1)
     play(new, 2, name)

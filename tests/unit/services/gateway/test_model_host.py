@@ -57,7 +57,9 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Return the names of the loaded models, in order."""
     names: list[str] = []
     monkeypatch.setattr(
-        model_cache, "load", lambda storage, resolved: names.append(resolved.name) or load(storage, resolved)
+        model_cache,
+        "load",
+        lambda storage, resolved, *rest: names.append(resolved.name) or load(storage, resolved, *rest),
     )
     return names
 
@@ -370,10 +372,10 @@ def test_a_client_that_leaves_does_not_end_the_load_for_others(
     host = ModelHost(storage.url)
     begun, go_on = threading.Event(), threading.Event()
 
-    def slow(storage: Storage, result: Any) -> Any:
+    def slow(*arguments: Any) -> Any:
         begun.set()
         go_on.wait(10)
-        return load(storage, result)
+        return load(*arguments)
 
     monkeypatch.setattr(model_cache, "load", slow)
 

@@ -67,7 +67,9 @@ def printed(console: Console) -> list[str]:
 
 @pytest.mark.parametrize("broken", ["endpoint", "answer", "folder", "data", "metrics"])
 @pytest.mark.parametrize("family", ["vae", "minigpt"])
-def test_what_cannot_be_shown_costs_a_line(broken: str, family: str, file_storage: Storage, tmp_path: Path) -> None:
+def test_what_cannot_be_shown_costs_a_line(
+    broken: str, family: str, file_storage: Storage, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     spec = job("test", model(make_data(tmp_path), family, "m")).models[0]
     if broken == "folder":
         (tmp_path / "samples").write_text("a file")
@@ -88,7 +90,8 @@ def test_what_cannot_be_shown_costs_a_line(broken: str, family: str, file_storag
 
     run = Run(file_storage, "test", "m")
     rows = [{"step": step, "loss": 1.0 / step} for step in (1, 2, 3)]
-    run.metric_lines = lambda: 1 / 0 if broken == "metrics" else [json.dumps(row).encode() for row in rows]
+    lines = [json.dumps(row).encode() for row in rows]
+    monkeypatch.setattr("services.local.samples.metric_lines", lambda run: 1 / 0 if broken == "metrics" else lines)
     console = screen()
     with httpx.Client(base_url="http://127.0.0.1:1", transport=httpx.MockTransport(answer)) as client:
         SampleWriter(client, console, tmp_path / "samples").write(spec, "m", run)

@@ -37,6 +37,7 @@ from genmodels.errors import (
 )
 from genmodels.registry.store import Registry
 from genmodels.runs.control import KILLED
+from genmodels.runs.log_lines import log_lines
 from genmodels.runs.records import Heartbeat, Result
 from genmodels.runs.store import Run
 from genmodels.spec.sections import ModelSpec
@@ -50,6 +51,7 @@ from services.train.publish import publish_run
 from tests.support import storages
 from tests.support.paths import ROOT
 from tests.support.published_models import build, write
+from tests.support.run_parts import write_metrics
 from tests.support.storages import LINEAGE, MemoryStorage, upload
 from tests.support.tiny_jobs import job, make_data, model
 
@@ -357,7 +359,7 @@ def test_seconds_are_of_the_chain_and_of_this_start() -> None:
     run = Run(MemoryStorage(), "j", "m")
     assert _seconds(run, 1, 100.0) == {"training_seconds": 0.0, "startup_seconds": 0.0}
     start = run.start_attempt(1, None, 1)
-    run.write_metrics(1, [{"step": 1, "seconds": 2.5}])
+    write_metrics(run, 1, [{"step": 1, "seconds": 2.5}])
     began = datetime.fromisoformat(start.time).timestamp() - 14.0
     assert _seconds(run, 1, began) == {"training_seconds": 2.5, "startup_seconds": pytest.approx(14.0)}
     assert _seconds(run, 1, began + 60)["startup_seconds"] == 0.0, "the clocks of two machines differ"
@@ -577,7 +579,7 @@ def drive(tmp_path: Path, data: Path, body: str, *options: str, signals: int | N
 
 
 def log(run: Run) -> list[str]:
-    return [line.line for line in run.log_lines("driver")]
+    return [line.line for line in log_lines(run, "driver")]
 
 
 @pytest.mark.slow

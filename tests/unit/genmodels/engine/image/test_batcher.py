@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from genmodels.engine.image import answers
 from genmodels.engine.image.answers import ImageAnswer
-from genmodels.engine.image.batcher import CHUNK, DynamicBatcher
+from genmodels.engine.image.batcher import DynamicBatcher
 from genmodels.engine.image.model import ImageModel
 from genmodels.engine.image.requests import (
     MAX_FLOAT32,
@@ -28,6 +28,7 @@ from genmodels.engine.image.requests import (
     ReconstructRequest,
 )
 from genmodels.errors import RequestError
+from genmodels.sizing.memory import SERVED_ROWS
 from tests.support.published_models import loaded
 from tests.support.schema_bounds import any_value
 
@@ -79,21 +80,21 @@ def test_waiting_calls_share_a_batch_and_get_their_own_rows() -> None:
         assert first.result().tolist() == [[0.0]]
         for i, other in enumerate(others):
             assert torch.equal(other.result(), rows(100 * i, 3) * 2)
-    assert [len(part) for part in gate.batches] == [CHUNK, CHUNK]
+    assert [len(part) for part in gate.batches] == [SERVED_ROWS, SERVED_ROWS]
 
 
 def test_a_large_request_takes_turns_with_small_ones() -> None:
     batcher, gate = DynamicBatcher(), Gate()
     with ThreadPoolExecutor(8) as pool:
-        large = pool.submit(batcher.apply, "k", gate, rows(0, 4 * CHUNK))
+        large = pool.submit(batcher.apply, "k", gate, rows(0, 4 * SERVED_ROWS))
         gate.entered.wait(10)
         small = pool.submit(batcher.apply, "k", gate, rows(1000, 2))
         waiting(batcher, 2)
         gate.open.set()
         assert torch.equal(small.result(), rows(1000, 2) * 2)
-        assert torch.equal(large.result(), rows(0, 4 * CHUNK) * 2)
+        assert torch.equal(large.result(), rows(0, 4 * SERVED_ROWS) * 2)
     index = next(i for i, part in enumerate(gate.batches) if 1000 in part)
-    assert index == 2 - 1 or len(gate.batches[index]) == CHUNK
+    assert index == 2 - 1 or len(gate.batches[index]) == SERVED_ROWS
     assert index <= 2
 
 
@@ -106,7 +107,7 @@ def test_other_options_are_another_batch() -> None:
     assert torch.equal(batcher.apply("good", lambda x: x + 1, rows(0, 3)), rows(1, 3))
     for _ in range(2):
         with pytest.raises(RequestError, match="no such label"):
-            batcher.apply("bad", fail, rows(0, CHUNK + 1))
+            batcher.apply("bad", fail, rows(0, SERVED_ROWS + 1))
     assert torch.equal(batcher.apply("good", lambda x: x + 1, rows(0, 3)), rows(1, 3))
     assert not batcher._waiting
 
@@ -124,7 +125,9 @@ def test_a_row_that_fails_fails_its_own_request(monkeypatch: pytest.MonkeyPatch)
     with ThreadPoolExecutor(8) as pool:
         first = pool.submit(batcher.apply, "gate", gate, rows(0, 1))
         gate.entered.wait(10)
-        parts = [torch.full((count, 1), float(value)) for value, count in ((2, 3), (5, 2), (4, CHUNK), (7, 20), (6, 1))]
+        parts = [
+            torch.full((count, 1), float(value)) for value, count in ((2, 3), (5, 2), (4, SERVED_ROWS), (7, 20), (6, 1))
+        ]
         futures = []
         for part in parts:
             futures.append(pool.submit(batcher.apply, "k", odd_fail, part))
@@ -137,7 +140,7 @@ def test_a_row_that_fails_fails_its_own_request(monkeypatch: pytest.MonkeyPatch)
                     one.result(10)
             else:
                 assert torch.equal(one.result(10), part * 2)
-    assert set(computed) == {CHUNK}  # including rows that were retried alone
+    assert set(computed) == {SERVED_ROWS}  # including rows that were retried alone
     assert not batcher._waiting
 
 

@@ -139,10 +139,11 @@ def test_an_outage_of_the_api_server_changes_nothing(
     platform.until("a", "running", name)
     other = submit(storage, data, "later", "b")
     api.away = True
+    until(lambda: platform.backend.capacity() is None, "the watch is lost", 10)
     platform.reconcile(5)
-    assert platform.backend.capacity() is None
     assert (state(storage, name, "a").state, state(storage, other, "b").state) == ("running", "queued")
-    assert sum("list rayjobs" in line for line in caplog.messages) == 1
+    until(lambda: platform.backend.api.watch.failures > 2, "it is opened again and again", 10)
+    assert sum("watch rayjobs" in line for line in caplog.messages) == 1
     api.away = False
     platform.until("b", "succeeded", other)
     assert len(platform.operator.started) == 2
@@ -179,23 +180,23 @@ def test_what_becomes_of_a_rayjob(
     name = submission_id(job, "a", 1)
     for _ in range(2):
         platform.operator.reconcile()
-    assert driver.poll() is None
+    assert platform.poll(driver) is None
     platform.operator.clings = True
     api.status(name, **{"jobDeploymentStatus": "Failed"} | status)
     ended = status.get("jobStatus") in ("SUCCEEDED", "STOPPED", "FAILED") or status.get("rayClusterName") == ""
-    polled = driver.poll()
+    polled = platform.poll(driver)
     if not ended:  # its driver may still run: first all its pods must go
         assert polled is None
         platform.operator.reconcile()
         assert api.pods
-        assert driver.poll() is None
+        assert platform.poll(driver) is None
         platform.operator.clings = False
         platform.operator.reconcile()
-        polled = driver.poll()
+        polled = platform.poll(driver)
         assert name not in api.jobs
     assert polled == code
     assert reason in driver.reason
-    assert platform.backend.find(job, "a", 1).poll() == (code if ended else LOST), "also for a later dispatcher"
+    assert platform.poll(platform.backend.find(job, "a", 1)) == (code if ended else LOST), "also for a later dispatcher"
 
 
 def test_a_deadline_starts_the_next_attempt_after_the_first_has_gone(api: KubeApi, tmp_path: Path, data: Path) -> None:
@@ -330,9 +331,9 @@ def test_preempted_while_no_dispatcher_looked(api: KubeApi, tmp_path: Path, data
         platform.operator.reconcile()
     platform.restart()
     driver = platform.backend.find(name, "a", 1)
-    assert driver.poll() is None
+    assert platform.poll(driver) is None
     platform.operator.reconcile()
-    assert driver.poll() == PREEMPTED
+    assert platform.poll(driver) == PREEMPTED
     platform.operator.admits = True
     assert platform.until("a", "succeeded", name).attempt == 2
 
@@ -393,40 +394,15 @@ def test_a_token_that_is_not_known(
 
 
 def test_a_failed_answer_of_the_api_server_is_retried_at_once(api: KubeApi, tmp_path: Path) -> None:
-    platform = Platform(api, tmp_path, MemoryStorage())
     api.ill = [429, 503]
+    platform = Platform(api, tmp_path, MemoryStorage())
     assert platform.backend.capacity() == Capacity(0, 0, unlimited=True)
-    assert len(api.requests) == 3
+    assert api.requests == [*["list rayjobs"] * 3, "watch rayjobs"]
+    assert platform.backend.api.watch.failures == 0
     api.ill = [500] * 3
-    assert platform.backend.capacity() is None
-    assert platform.backend.capacity() is not None
-
-
-def test_a_list_comes_in_pages(api: KubeApi, tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kube_api, "PAGE", 2)
-    storage = MemoryStorage()
-    platform = Platform(api, tmp_path, storage)
-    submit(storage, data, "many", *"abcde")
-    platform.dispatcher.dispatch_once(1)
-    jobs = platform.backend.api.jobs()
-    assert jobs is not None
-    assert len(jobs) == 5
-    api.expired = True
-    assert platform.backend.api.jobs() is None, "410: the next call starts the list again"
-
-
-def test_all_runs_of_a_round_share_one_list(
-    api: KubeApi, tmp_path: Path, data: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    storage = MemoryStorage()
-    platform = Platform(api, tmp_path, storage, **{name: [obedient] for name in "abcde"})
-    submit(storage, data, "many", *"abcde")
-    platform.reconcile(5)
-    monkeypatch.setattr(kube_api, "LIST_SECONDS", 60.0)
-    platform.backend.api._forget()
-    api.requests.clear()
-    platform.dispatcher.dispatch_once(1)
-    assert api.requests == ["list rayjobs"]
+    platform.restart()
+    until(lambda: platform.backend.capacity() is not None, "it is listed again after a failure", 10)
+    assert api.requests.count("list rayjobs") == 7
 
 
 def test_without_the_client_one_line_says_so(monkeypatch: pytest.MonkeyPatch) -> None:

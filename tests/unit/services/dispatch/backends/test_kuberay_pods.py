@@ -11,6 +11,7 @@ from services.dispatch.backends import kube_api
 from services.dispatch.backends.base import submission_id
 from tests.support.fake_kubernetes import KubeApi
 from tests.support.kubernetes_platform import STATUSES, Platform, api
+from tests.support.ray_node import until
 from tests.support.scripted_cluster import data, in_no_time, send_command, state, submit
 from tests.support.storages import MemoryStorage
 
@@ -132,7 +133,8 @@ def test_an_answer_that_is_no_list_changes_nothing(api: KubeApi, tmp_path: Path,
     platform.reconcile(5)
     before = platform.reasons(name, "a")
     api.damaged = answer.encode("latin-1")
-    assert platform.backend.api.jobs() is None
+    api.drop_watches()
+    until(lambda: platform.backend.api.jobs() is None, "the watch fails", 10)
     assert platform.backend.api.has_pods("r-0") is None
     assert platform.backend.api.pending_pods("r-0") == []
     platform.dispatcher.dispatch_once(platform.lease_term)

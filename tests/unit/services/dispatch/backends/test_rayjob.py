@@ -22,6 +22,7 @@ from tests.support.fake_kubernetes import KubeApi
 from tests.support.kuberay_pods import build_pods
 from tests.support.kubernetes_platform import POD, TEMPLATE, Platform, api, change_template
 from tests.support.paths import ROOT
+from tests.support.ray_node import until
 from tests.support.scripted_cluster import data, in_no_time, spec, state, submit
 from tests.support.scripted_drivers import obedient
 from tests.support.storages import MemoryStorage
@@ -292,7 +293,7 @@ def test_the_backend_is_a_setting(api: KubeApi, tmp_path: Path, monkeypatch: pyt
     words = [f"--kube-template={tmp_path / 'template.yaml'}", "--max-cpus=8", "--max-gpus=2"]
     backend = jobs_service._backend(options(*words), MemoryStorage())
     assert isinstance(backend, KubeRayBackend)
-    assert backend.capacity() == Capacity(8, 2)
+    until(lambda: backend.capacity() == Capacity(8, 2), "it knows the cluster", 10)
     monkeypatch.setenv("GENMODELS_BACKEND", "docker")
     with pytest.raises(GenmodelsError, match="GENMODELS_BACKEND must be ray-jobs or kuberay"):
         jobs_service._backend(jobs_service._parser().parse_args(["--storage", "memory://"]), MemoryStorage())

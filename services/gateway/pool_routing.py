@@ -1,0 +1,126 @@
+"""Send each request to the pool of model hosts that its model's version names."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, Callable
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from genmodels.engine.history import History
+from genmodels.engine.image.answers import ImageAnswer
+from genmodels.engine.image.requests import ImageRequest
+from genmodels.engine.model import Contract
+from genmodels.engine.text.choices import TextDelta
+from genmodels.engine.text.completion import Vocabulary
+from genmodels.engine.text.request import CompletionRequest
+from genmodels.errors import RequestError
+from services.gateway import pool_config
+from services.gateway.catalog import CatalogEntry
+from services.gateway.cold_start import ColdStart
+from services.gateway.model_host import CompletionStarted
+from services.gateway.pool import Pool
+from services.gateway.pool_config import DEFAULT
+
+
+class Hosts(Pool, Protocol):
+    """A pool whose hosts may all have stopped."""
+
+    def is_running(self) -> bool: ...
+    async def wake(self) -> None: ...  # return when a host answers
+
+
+@dataclass(frozen=True)
+class _Member:
+    config: pool_config.Pool
+    hosts: Hosts
+    cold_start: ColdStart
+
+
+class PoolRouting:
+    """Act as one pool in front of all configured ones. All methods are for one event loop.
+
+    Args:
+        pool_of: return the pool of the version behind a name.
+        connect: return the hosts of a configured pool.
+    """
+
+    def __init__(self, pool_of: Callable[[str], str], connect: Callable[[str], Hosts]) -> None:
+        self._pool_of, self._connect = pool_of, connect
+        self._members: dict[str, _Member] = {}
+
+    def configure(self, pools: pool_config.Pools) -> None:
+        """Set the pools. A pool that has not changed keeps its connection and the requests that wait."""
+        self._members = {pool.name: self._member(pool) for pool in pools.pools}
+
+    async def health(self) -> str | None:
+        """Return why a host is unhealthy, or None. A pool that may scale to zero is not asked: that would wake it."""
+        asked = [member.hosts.health() for member in self._members.values() if member.config.min_replicas]
+        return next(filter(None, await asyncio.gather(*asked)), None)
+
+    async def models(self) -> list[CatalogEntry] | RequestError:
+        return await self._ask(DEFAULT, "models")
+
+    async def model(self, name: str) -> CatalogEntry | RequestError:
+        return await self._ask_about("model", name)
+
+    async def contract(self, name: str) -> Contract | RequestError:
+        return await self._ask_about("contract", name)
+
+    async def answer(self, name: str, request: ImageRequest) -> ImageAnswer | RequestError:
+        return await self._ask_about("answer", name, request)
+
+    async def vocabulary(self, name: str) -> Vocabulary | RequestError:
+        return await self._ask_about("vocabulary", name)
+
+    async def history(self, name: str, points: int) -> History | RequestError:
+        return await self._ask_about("history", name, points)
+
+    async def sample(self, name: str, step: int, file: str) -> bytes | RequestError:
+        return await self._ask_about("sample", name, step, file)
+
+    async def complete(
+        self, name: str, request: CompletionRequest
+    ) -> AsyncGenerator[CompletionStarted | TextDelta | RequestError, None]:
+        try:
+            hosts = await self._started(self._pool_of(name))
+        except RequestError as error:
+            yield error
+            return
+        items = hosts.complete(name, request)
+        try:
+            async for item in items:
+                yield item
+        finally:  # a client that disconnects between two items ends this generator alone
+            await items.aclose()
+
+    async def _ask_about(self, method: str, name: str, *arguments: Any) -> Any:
+        return await self._ask(self._pool_of(name), method, name, *arguments)
+
+    async def _ask(self, pool: str, method: str, *arguments: Any) -> Any:
+        try:
+            hosts = await self._started(pool)
+        except RequestError as error:
+            return error
+        return await getattr(hosts, method)(*arguments)
+
+    async def _started(self, pool: str) -> Hosts:
+        """Return the hosts of a pool; wait for the first one if the pool has none.
+
+        Raises:
+            RequestError: there is no such pool, or no host has started.
+        """
+        member = self._members.get(pool)
+        if member is None:
+            message = f"this model is for the pool {pool!r}, which the endpoint does not have"
+            remedy = "add it to the file of the pools, or train the model with another serve.pool"
+            raise RequestError(f"{message}; {remedy}", param="model", status=503, code="pool_missing")
+        await member.cold_start.wait()
+        return member.hosts
+
+    def _member(self, pool: pool_config.Pool) -> _Member:
+        known = self._members.get(pool.name)
+        if known and known.config == pool:
+            return known
+        hosts = known.hosts if known else self._connect(pool.name)
+        return _Member(pool, hosts, ColdStart(pool, hosts.is_running, hosts.wake))
