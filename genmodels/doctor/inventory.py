@@ -63,6 +63,7 @@ _OTHERS = (
     rf"dispatcher/notifications/{JOB_ID}/{_LABEL}/[0-9a-f]+",
     rf"datasets/{_LABEL}/[0-9a-f]{{64}}/[^/]+",
     r"evaluation-cache/.+",
+    rf"gc/({JOB_ID}/{_LABEL}/[0-9a-f]{{16}}|\.complete)",
     rf"dataset-users/({_LABEL}/{JOB_ID}|\.complete)",
 )
 FOLDERS = (
@@ -77,6 +78,7 @@ FOLDERS = (
     "datasets",
     "dataset-users",
     "evaluation-cache",
+    "gc",
 )
 
 

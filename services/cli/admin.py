@@ -63,6 +63,8 @@ def gc(
         garbage = catalog.garbage()
         if not garbage.items:
             print("there is nothing to remove")
+            if not dry_run:
+                garbage.remove()  # it notes which runs need no further look
             return
         summary = f"{len(garbage.items)} items, {amount(sum(item['bytes'] for item in garbage.items))}"
         console().print(garbage_table(garbage.items))
