@@ -129,7 +129,7 @@ def test_the_spec_comes_last_and_the_index_before_it() -> None:
     store = RecordingStorage()
     job, _ = Jobs(store).submit(spec("shapes", "a", "b"), idempotency_key="k")
     folders = [key.split("/")[0] for key, _ in store.log]
-    assert folders == ["idempotency", "open", "models", "models", "jobs"]
+    assert folders == ["idempotency", "open", "models", "models", "gc", "gc", "jobs"]
     assert store.log[-1] == (f"jobs/{job}/spec.json", dump(spec("shapes", "a", "b")))
 
 
