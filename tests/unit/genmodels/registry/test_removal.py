@@ -168,8 +168,8 @@ def others(storage: MemoryStorage, what: str) -> dict[str, bytes]:
 
 
 def traces(storage: MemoryStorage, what: str) -> list[str]:
-    """Return the remaining objects of it, except leases and the numbers that are not reused."""
-    result = [key for key in storage.objects if f"/{what}/" in key]
+    """Return the remaining objects of it, except leases, marks for clean-up and the numbers that are not reused."""
+    result = [key for key in storage.objects if f"/{what}/" in key and not key.startswith("gc/")]
     return [key for key in result if "/deleted/" not in key and not key.endswith(("gc-lease.json", "status.json"))]
 
 
