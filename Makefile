@@ -12,7 +12,7 @@ RESULTS ?= quickstart autoencoder denoising vae gan minigpt study study-improved
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check install --progress-bar on -c constraints.txt
 
-.PHONY: setup setup-dev demo check test test-long test-k8s results bench-serving lint format docs chart \
+.PHONY: setup setup-dev demo check test test-long test-k8s results bench-serving bench-scale lint format docs chart \
         secrets image sbom test-compose test-cluster clean
 
 setup: $(VENV)/.ready
@@ -76,6 +76,10 @@ results: setup
 		$(BIN)/genmodels run jobs/$$spec.yaml $$(printf ' --only %s' $$models) --no-auth --exit || exit 1; \
 		for model in $$models; do $(BIN)/genmodels evaluate $$model || exit 1; done; \
 	done
+
+# What the control plane costs with N models, runs and jobs, on a real S3 server: about 10 minutes on 2 cores.
+bench-scale: setup-dev
+	$(BIN)/python -m tests.bench.scale $(ARGS)
 
 bench-serving: setup-dev
 	@$(PIP) -e '.[bench]'

@@ -255,6 +255,11 @@ class Family(ABC, Generic[ConfigT, RequestT]):
 
     @property
     @abstractmethod
+    def sizes(self) -> dict[str, int | str]:
+        """Return the sizes that `GET /v1/models` shows, by the name of the API's field."""
+
+    @property
+    @abstractmethod
     def verbs(self) -> frozenset[str]:
         """Return the requests that the model answers.
 
@@ -285,6 +290,12 @@ class ImageFamily(Family[ConfigT, RequestT]):
     @property
     @abstractmethod
     def latent_dim(self) -> int: ...
+
+    @property
+    def sizes(self) -> dict[str, int | str]:
+        size = f"{self.data.width}x{self.data.height}"
+        sizes: dict[str, int | str] = {"size": size, "channels": self.data.channels, "latent_dim": self.latent_dim}
+        return {**sizes, "num_classes": self.num_classes} if self.num_classes else sizes
 
     @abstractmethod
     def sample_latents(self, n: int, seed: int, request: RequestT) -> Tensor:
@@ -374,6 +385,10 @@ class TextFamily(Family[ConfigT, RequestT]):
     @property
     def sequence_length(self) -> int:
         return self.block_size
+
+    @property
+    def sizes(self) -> dict[str, int | str]:
+        return {"block_size": self.block_size, "vocab_size": self.data.vocab_size}
 
     @abstractmethod
     def logits(self, tokens: Tensor) -> Tensor:

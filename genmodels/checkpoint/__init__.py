@@ -24,17 +24,18 @@ the rest is JSON.
 from __future__ import annotations
 
 from genmodels.checkpoint.files import (
+    complete,
     describe_files,
     download,
     fetch,
+    read_file,
+    read_tensors,
     scratch_folder,
     sha256_of,
-    upload,
-    write_assets,
-    write_config,
-    write_files,
+    upload_file,
 )
 from genmodels.checkpoint.loading import (
+    config_bytes,
     load_family,
     load_tensors,
     parse_config,
@@ -55,7 +56,8 @@ from genmodels.checkpoint.manifest import (
     serving_files,
     write_manifest,
 )
-from genmodels.checkpoint.snapshot import Snapshot, load_optimizer, optimizer_tensors
+from genmodels.checkpoint.snapshot import Snapshot, SnapshotMemory, load_optimizer, optimizer_tensors
+from genmodels.checkpoint.tensor_file import TensorFile
 
 __all__ = [
     "CONFIG",
@@ -67,6 +69,10 @@ __all__ = [
     "Manifest",
     "Metrics",
     "Snapshot",
+    "SnapshotMemory",
+    "TensorFile",
+    "complete",
+    "config_bytes",
     "describe_files",
     "download",
     "fetch",
@@ -77,14 +83,13 @@ __all__ = [
     "parse_config",
     "read_assets",
     "read_config",
+    "read_file",
     "read_manifest",
     "read_outline",
+    "read_tensors",
     "scratch_folder",
     "serving_files",
     "sha256_of",
-    "upload",
-    "write_assets",
-    "write_config",
-    "write_files",
+    "upload_file",
     "write_manifest",
 ]

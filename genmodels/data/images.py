@@ -5,11 +5,13 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import math
 import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal
 
@@ -18,6 +20,7 @@ from PIL import Image, ImageOps
 
 from genmodels.data.decode import FORMATS, check_pixels, decode, is_grey, reason
 from genmodels.data.files import SUFFIXES, find_pictures, shown, skipped_note
+from genmodels.data.stored_images import IN_MEMORY, Images, StoredImages, blocks, select
 from genmodels.errors import DataError, RequestError
 from genmodels.family import ImageInfo
 
@@ -41,7 +44,8 @@ class ImageData:
         self._splits: dict[str, ImageSplit] = {"train": train, "val": val}
         digest = hashlib.sha256(json.dumps([train.images.shape, val.images.shape, class_names]).encode())
         for split in (train, val):
-            digest.update(np.ascontiguousarray(split.images).data)
+            for block in blocks(split.images):
+                digest.update(np.ascontiguousarray(block).data)
             if split.labels is not None:
                 digest.update(split.labels.astype("<i8").data)
         self.digest = digest.hexdigest()
@@ -57,7 +61,8 @@ class ImageData:
     def arrays(self, name: Literal["train", "val"]) -> dict[str, np.ndarray]:
         """Return all of `train` or `val` as stored: `images` uint8, and `labels` if there are classes."""
         split = self._splits[name]
-        return {"images": split.images} | ({} if split.labels is None else {"labels": split.labels})
+        images: Any = split.images  # of a large dataset: what indexes like an array
+        return {"images": images} | ({} if split.labels is None else {"labels": split.labels})
 
     def split(self, name: Literal["train", "val"], block_size: int | None = None) -> ImageSplit:
         """Return the images of `train` or `val`; `block_size` is for texts and has no effect."""
@@ -68,7 +73,7 @@ class ImageData:
 class ImageSplit:
     """Hold images, uint8 (n, C, H, W), and classes, int64 (n,)."""
 
-    images: np.ndarray
+    images: Images
     labels: np.ndarray | None = None
 
     def __len__(self) -> int:
@@ -102,22 +107,30 @@ def from_csv(content: bytes, class_names: Sequence[str]) -> ImageData:
 class Pictures:
     """Hold pictures of one size before the split: uint8 (n, C, side, side), classes int64 (n,) or None."""
 
-    images: np.ndarray
+    images: Images
     labels: np.ndarray | None
     class_names: list[str]
     notes: list[str]  # for the user: what was done to the pictures
 
 
 def read_folder(
-    folder: Path, image_size: int, channels: int | None, skipped: Mapping[str, int] | None = None
+    folder: Path,
+    image_size: int,
+    channels: int | None,
+    skipped: Mapping[str, int] | None = None,
+    *,
+    in_memory: bool = False,
 ) -> Pictures:
     """Read the pictures in a folder and its subfolders, scaled and centre-cropped to a square.
+
+    Above `IN_MEMORY` bytes they are decoded each time when they are used.
 
     The folders of the first level are the classes if there are at least two and no picture is outside of them.
     `channels` None: 1 if every picture is stored in grey, else 3.
 
     Args:
         skipped: how many files of each kind were skipped before, for the notes.
+        in_memory: decode all of them now, to write them to one file.
 
     Raises:
         DataError: no or too few pictures, or pictures that cannot be read (the message names them).
@@ -140,13 +153,15 @@ def read_folder(
         headers = _all_readable(paths, list(pool.map(_header, paths)))
         if channels is None:
             channels = 1 if all(header.is_grey for header in headers) else 3
-        if (needed := len(paths) * channels * image_size**2) > MAX_BYTES:
+        shape = (channels, image_size, image_size)
+        if (needed := len(paths) * math.prod(shape)) > MAX_BYTES and in_memory:
             raise DataError(
                 f"data.path: {len(paths):,} pictures at image_size {image_size} need {needed:,} bytes, "
                 f"at most {MAX_BYTES:,} (4 GiB) fit: lower data.image_size"
             )
-        squares = np.empty((len(paths), channels, image_size, image_size), np.uint8)
-        _all_readable(paths, list(pool.map(_fill, paths, squares)))
+    squares: Images = StoredImages(partial(_decode, paths, shape), np.arange(len(paths)), shape)
+    if in_memory or needed <= IN_MEMORY:
+        squares = squares[:]
     classes, labels = _classes(folder, paths)
     colours = "grey" if channels == 1 else "RGB"
     notes = [f"{shown(folder.resolve().name)}: {len(paths):,} pictures as {colours} {image_size} x {image_size}"]
@@ -170,14 +185,16 @@ def train_val_split(pictures: Pictures) -> ImageData:
     So the split depends only on the pictures: copies of a picture stay in one part, and added pictures move few others.
     """
     images, labels = pictures.images, pictures.labels
-    digests = [hashlib.sha256(image).digest() for image in images]
+    digests = [hashlib.sha256(image).digest() for block in blocks(images) for image in block]
     groups = np.zeros(len(images), np.int64) if labels is None else labels
     val: list[int] = []
     for group in np.unique(groups):
         members = sorted(np.flatnonzero(groups == group).tolist(), key=lambda place: digests[place])
         val += members[: max(1, len(members) // 10) if len(members) > 1 else 0]
     is_val = np.isin(np.arange(len(images)), val)
-    train, held = (ImageSplit(images[part], None if labels is None else labels[part]) for part in (~is_val, is_val))
+    train, held = (
+        ImageSplit(select(images, part), None if labels is None else labels[part]) for part in (~is_val, is_val)
+    )
     return ImageData(train, held, pictures.class_names, pictures.notes)
 
 
@@ -236,7 +253,8 @@ def grid(images: np.ndarray, columns: int | None = None, padding: int = 8) -> np
     factor = max(1, -(-TILE // max(height, width)))
     tiles = images.repeat(factor, axis=2).repeat(factor, axis=3)
     height, width = tiles.shape[2] + padding, tiles.shape[3] + padding
-    canvas = np.ones((channels, rows * height + padding, columns * width + padding), images.dtype)
+    white = 255 if images.dtype == np.uint8 else 1
+    canvas = np.full((channels, rows * height + padding, columns * width + padding), white, images.dtype)
     for place, tile in enumerate(tiles):
         top, left = padding + place // columns * height, padding + place % columns * width
         canvas[:, top : top + tile.shape[1], left : left + tile.shape[2]] = tile
@@ -279,6 +297,14 @@ def _header(path: Path) -> _Header | str:
             return _Header(is_grey(image), size, bool(getattr(image, "is_animated", False)))
     except Exception as error:  # Pillow raises many types of errors on damaged files
         return reason(error)
+
+
+def _decode(paths: Sequence[Path], shape: tuple[int, int, int], rows: np.ndarray) -> np.ndarray:
+    """Decode some of the pictures: integers (m,) -> uint8 (m, C, side, side). Raises DataError."""
+    chosen, squares = [paths[row] for row in rows], np.empty((len(rows), *shape), np.uint8)
+    with ThreadPoolExecutor(os.cpu_count()) as pool:
+        _all_readable(chosen, list(pool.map(_fill, chosen, squares)))
+    return squares
 
 
 def _fill(path: Path, target: np.ndarray) -> str | None:

@@ -17,8 +17,10 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
+import math
 import re
 import tempfile
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
@@ -30,6 +32,7 @@ from pydantic import Field
 from genmodels.data.files import shown
 from genmodels.data.images import ImageData, Pictures, read_folder, train_val_split
 from genmodels.data.sources import DATASETS, cache_folder
+from genmodels.data.stored_images import IN_MEMORY, Images, StoredImages
 from genmodels.data.text import TextData, read_text
 from genmodels.data.unpack import is_zip, unpack
 from genmodels.errors import Conflict, DamagedObject, DataError, DatasetExists, KeyNotFound
@@ -218,7 +221,7 @@ def _convert(
         raise DataError(f"{shown(path)} does not exist: name a text file, a folder of pictures, or a zip of them")
     if path.is_dir() or (path.is_file() and is_zip(path)):
         folder, skipped = (path, None) if path.is_dir() else unpack(path, scratch / UNPACKED)
-        pictures = read_folder(folder, image_size or IMAGE_SIZE, channels, skipped)
+        pictures = read_folder(folder, image_size or IMAGE_SIZE, channels, skipped, in_memory=True)
         file = scratch / FILES["image"]
         _write_pictures(pictures, file)
         data = train_val_split(pictures)
@@ -251,7 +254,7 @@ def _convert(
 def _write_pictures(pictures: Pictures, path: Path) -> None:
     from safetensors.numpy import save_file
 
-    tensors = {"images": pictures.images} | ({} if pictures.labels is None else {"labels": pictures.labels})
+    tensors = {"images": pictures.images[:]} | ({} if pictures.labels is None else {"labels": pictures.labels})
     # One entry: with several, their order in the file is not fixed, and so neither is the sha256.
     save_file(tensors, path, {"class_names": json.dumps(pictures.class_names)})
 
@@ -260,14 +263,24 @@ def _read_pictures(path: Path, name: str) -> Pictures:
     from safetensors import safe_open
 
     with safe_open(path, "numpy") as file:
-        tensors = {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118  no mapping
+        labels = file.get_tensor("labels") if "labels" in file.keys() else None  # noqa: SIM118  no mapping
         class_names: list[str] = json.loads(file.metadata()["class_names"])
-    images: np.ndarray = tensors["images"]
-    count, channels, height, width = images.shape
+        count, channels, height, width = shape = file.get_slice("images").get_shape()
+        images: Images = StoredImages(_mapped(path, shape).__getitem__, np.arange(count), (channels, height, width))
+        if math.prod(shape) <= IN_MEMORY:
+            images = images[:]
     note = f"{name}: {count:,} pictures as {'grey' if channels == 1 else 'RGB'} {width} x {height}"
     if class_names:
         note += f", {len(class_names)} classes"
-    return Pictures(images, tensors.get("labels"), class_names, [note])
+    return Pictures(images, labels, class_names, [note])
+
+
+def _mapped(path: Path, shape: Sequence[int]) -> np.ndarray:
+    """Map the images of a file into memory: uint8 (n, C, H, W)."""
+    with path.open("rb") as file:
+        size = int.from_bytes(file.read(8), "little")
+        begin, _ = json.loads(file.read(size))["images"]["data_offsets"]
+    return np.memmap(path, np.uint8, "r", 8 + size + begin, tuple(shape)).view(np.ndarray)
 
 
 def _fetch(storage: Storage, dataset: StoredDataset, folder: Path) -> Path:

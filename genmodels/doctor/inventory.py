@@ -15,9 +15,12 @@ from genmodels.checkpoint import MANIFEST, Manifest, read_manifest
 from genmodels.data.uploads import Current, StoredDataset
 from genmodels.errors import CheckpointError, DamagedObject, JobNotFound, KeyNotFound, StorageError, contained
 from genmodels.keys import Key
+from genmodels.registry.catalogue import Head, Shard
 from genmodels.registry.evaluations import EVALUATED, Evaluation
+from genmodels.registry.publications import Published
 from genmodels.registry.references import Pin
-from genmodels.registry.store import Alias, Registry, Version
+from genmodels.registry.store import Registry
+from genmodels.registry.versions import Alias, Version
 from genmodels.runs.job_index import JOB_ID, TIMED_NAME
 from genmodels.runs.jobs import EndedEntry, Entry, Index, Jobs, StoredSpec, Submission
 from genmodels.runs.parts import PART
@@ -52,15 +55,19 @@ DOCUMENTS: tuple[tuple[str, type[Document]], ...] = (
     (rf"runs/{JOB_ID}/{_LABEL}/attempt-\d+/checkpoints/step-\d+/{re.escape(MANIFEST)}", Manifest),
     (rf"models/{_MODEL}/versions/(?P<version>\d{{8}})\.json", Version),
     (rf"models/{_LABEL}/aliases/{_LABEL}\.json", Alias),
+    (rf"models/{_LABEL}/published/{JOB_ID}\.attempt-\d+\.step-\d+\.json", Published),
+    (r"catalogue/\d\d\.json", Shard),
+    (r"catalogue/head\.json", Head),
     (rf"models/{_MODEL}/evaluations/(?P<version>\d{{8}})/{EVALUATED}", Evaluation),
     (rf"datasets/{_LABEL}/current\.json", Current),
     (rf"datasets/(?P<name>{_LABEL})/(?P<sha256>[0-9a-f]{{64}})/dataset\.json", StoredDataset),
 )
 _OTHERS = (
-    rf"models/{_LABEL}/(blobs/[0-9a-f]{{64}}|deleted/\d{{8}}|runs/{TIMED_NAME})",
+    rf"models/{_LABEL}/(blobs/[0-9a-f]{{64}}|deleted/\d{{8}}|published/complete|runs/{TIMED_NAME})",
     rf"runs/{JOB_ID}/{_LABEL}/attempt-\d+/(checkpoints|samples)/.+",
     rf"runs/{JOB_ID}/{_LABEL}/attempt-\d+/(metrics|logs/[^/]+(/\d{{13}}-[0-9a-f]{{8}})?)/{PART}",
     rf"dispatcher/notifications/{JOB_ID}/{_LABEL}/[0-9a-f]+",
+    rf"catalogue/pending/({_LABEL}-[0-9a-f]{{16}}|head|\d\d)",
     rf"datasets/{_LABEL}/[0-9a-f]{{64}}/[^/]+",
     r"evaluation-cache/.+",
     rf"gc/({JOB_ID}/{_LABEL}/[0-9a-f]{{16}}|\.complete)",
@@ -75,6 +82,7 @@ FOLDERS = (
     "dispatcher",
     "runs",
     "models",
+    "catalogue",
     "datasets",
     "dataset-users",
     "evaluation-cache",

@@ -11,10 +11,11 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
 
+from genmodels.engine.device_errors import load_error
 from genmodels.engine.loader import footprint, load
 from genmodels.engine.model import LoadedModel
 from genmodels.engine.warmup import warm_up
-from genmodels.errors import CheckpointError, GenmodelsError, RequestError, UnexpectedFailure, contained
+from genmodels.errors import CheckpointError, GenmodelsError, RequestError, UnexpectedFailure
 from genmodels.metrics import LOAD_SECONDS, LOADED_BYTES
 from genmodels.registry.references import ResolvedModel
 from genmodels.sizing.memory import Footprint
@@ -113,7 +114,7 @@ class ModelCache:
         try:
             self._load(resolved)
         except BaseException as raised:
-            error = contained(raised) if isinstance(raised, Exception) else raised
+            error = load_error(raised, self._placement.device) if isinstance(raised, Exception) else raised
             if isinstance(error, (CheckpointError, UnexpectedFailure)):
                 logger.debug("%s was not loaded", resolved.name, exc_info=raised)
                 seconds = FAILURE_TTL_SECONDS if isinstance(error, CheckpointError) else RETRY_SECONDS

@@ -7,16 +7,17 @@ evaluation-cache/<name>                          results that evaluations on one
 from __future__ import annotations
 
 import contextlib
+import itertools
 import secrets
 from collections.abc import Callable
 
 from pydantic import Field
 
 from genmodels import __version__
-from genmodels.errors import Conflict, DamagedObject, KeyNotFound, ModelNotFound
+from genmodels.errors import Conflict, DamagedObject, KeyNotFound
 from genmodels.family import EvaluationMetric, EvaluationResult, Note
-from genmodels.registry.store import Registry, Version
-from genmodels.storage import Document, Storage, Time, list_names, load_document, write_document
+from genmodels.registry.versions import Version, VersionReader
+from genmodels.storage import Document, Storage, Time, list_names, load_document
 from genmodels.storage.documents import now
 
 PUBLICATION = "publication"
@@ -39,22 +40,12 @@ class Evaluation(Document):
     notes: dict[str, Note] = Field(default_factory=dict)
 
 
-def record(
-    registry: Registry,
-    version: Version,
-    findings: EvaluationResult,
-    *,
-    thorough: bool,
-    seconds: float,
-    publication: bool = False,
+def new_evaluation(
+    version: Version, result: EvaluationResult, *, thorough: bool, seconds: float, publication: bool
 ) -> Evaluation:
-    """Store the result of an evaluation of a version on its own data. The first result at publication stays.
-
-    Raises:
-        ModelNotFound: the version was deleted during the evaluation.
-    """
+    """Return the result of an evaluation as it is stored."""
     created = now()
-    evaluation = Evaluation(
+    return Evaluation(
         model=version.model,
         version=version.version,
         id=PUBLICATION if publication else f"{created[:19].replace(':', '').replace('-', '')}-{secrets.token_hex(2)}",
@@ -63,20 +54,11 @@ def record(
         data_digest=version.lineage.data_digest,
         thorough=thorough,
         seconds=seconds,
-        **dict(findings),
+        **dict(result),
     )
-    key = f"{registry.evaluations_prefix(version.model, version.version)}{evaluation.id}.json"
-    with contextlib.suppress(Conflict):
-        write_document(registry.storage, key, evaluation.model_dump(mode="json"), if_absent=True)
-    try:
-        registry.version(version.model, version.version)
-    except ModelNotFound:  # the process that deleted it may have listed evaluations before this write
-        registry.storage.delete(key)
-        raise
-    return evaluation
 
 
-def evaluations(registry: Registry, model: str, version: int) -> list[Evaluation]:
+def evaluations(registry: VersionReader, model: str, version: int) -> list[Evaluation]:
     """Return all evaluations of a version that can be read, the oldest first."""
     prefix, results = registry.evaluations_prefix(model, version), []
     for name in list_names(registry.storage, prefix, EVALUATED):
@@ -85,10 +67,24 @@ def evaluations(registry: Registry, model: str, version: int) -> list[Evaluation
     return sorted(results, key=lambda evaluation: evaluation.created)
 
 
-def newest(registry: Registry, model: str, version: int) -> Evaluation | None:
+def newest(registry: VersionReader, model: str, version: int) -> Evaluation | None:
     """Return the newest evaluation of a version that can be read."""
-    results = evaluations(registry, model, version)
-    return results[-1] if results else None
+    prefix = registry.evaluations_prefix(model, version)
+    names = sorted(list_names(registry.storage, prefix, EVALUATED), key=_second, reverse=True)
+    for _, same_second in itertools.groupby(names, _second):  # not all are read: there may be many
+        results = []
+        for name in same_second:
+            with contextlib.suppress(KeyNotFound, DamagedObject):  # KeyNotFound: deleted just now
+                key = prefix + name
+                results.append(load_document(registry.storage, key, Evaluation, model=model, version=version)[0])
+        if results:
+            return max(results, key=lambda evaluation: evaluation.created)
+    return None
+
+
+def _second(name: str) -> str:
+    """Return the time in the name of an evaluation; "" for the one at publication, which is the oldest."""
+    return "" if name.startswith(PUBLICATION) else name[:15]
 
 
 def cached(storage: Storage, name: str, make: Callable[[], bytes]) -> bytes:

@@ -21,7 +21,8 @@ from dataclasses import dataclass
 from genmodels.checkpoint import CheckpointRef
 from genmodels.errors import DamagedObject, JobNotFound, ModelNotFound
 from genmodels.registry.gc_checkpoints import SPARED_SECONDS, Item, age, remove_checkpoint, run_garbage
-from genmodels.registry.store import Registry, Version
+from genmodels.registry.store import Registry
+from genmodels.registry.versions import Version
 from genmodels.runs.gc_marks import COMPLETE, RunId, mark, read_marks
 from genmodels.runs.job_index import JOB_ID
 from genmodels.runs.jobs import Jobs

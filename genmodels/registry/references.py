@@ -30,7 +30,8 @@ from genmodels.errors import (
     ModelNotFound,
     SpecError,
 )
-from genmodels.registry.store import Registry, Version
+from genmodels.registry.store import Registry
+from genmodels.registry.versions import Version
 from genmodels.runs.job_index import newest_run
 from genmodels.runs.store import Run
 from genmodels.spec.names import CHECKPOINT_REFERENCE

@@ -1,6 +1,7 @@
 """Publish versions, move aliases, and resolve both: the registry of models.
 
     models/<model>/blobs/<sha256>               files of versions, each stored once
+    models/<model>/published/                   which number a run's checkpoint takes (`publications.py`)
     models/<model>/versions/00000003.json       put-if-absent; at most one for each run and step
     models/<model>/aliases/<alias>.json         target and history; compare-and-swap
     models/<model>/evaluations/00000003/        evaluations of a version (`evaluations.py`); deleted with it
@@ -20,148 +21,63 @@ the deletion.
 from __future__ import annotations
 
 import contextlib
-import re
 from pathlib import Path
 
-from pydantic import Field, TypeAdapter, ValidationError
+from pydantic import TypeAdapter, ValidationError
 
 from genmodels import checkpoint
-from genmodels.checkpoint import CheckpointRef, File, Lineage, Manifest, Metrics
+from genmodels.checkpoint import CheckpointRef, File, Manifest
 from genmodels.errors import CheckpointError, Conflict, DamagedObject, KeyNotFound, ModelNotFound, SpecError
+from genmodels.family import EvaluationResult
 from genmodels.metrics import PROMOTED, PUBLISHED
+from genmodels.registry.catalogue import Catalogue
+from genmodels.registry.evaluations import Evaluation, new_evaluation
 from genmodels.registry.probe import PROBE, write_probe
-from genmodels.runs.jobs import JobId
+from genmodels.registry.publications import Claim
+from genmodels.registry.serving import describe_serving
+from genmodels.registry.versions import (
+    Alias,
+    Move,
+    Version,
+    VersionReader,
+    alias_key,
+    blob_key,
+    deleted_key,
+    version_key,
+)
 from genmodels.runs.records import GateResult
 from genmodels.runs.store import Run
-from genmodels.spec.names import LABEL
 from genmodels.spec.names import Alias as AliasName
-from genmodels.storage import Document, Storage, Time, list_names, load_document, write_document
+from genmodels.storage import Storage, list_names, load_document, write_document
 from genmodels.storage.documents import now
 from genmodels.storage.lease import Lease
 
-NUMBERED, NAMED = r"\d{8}\.json", LABEL.removesuffix("$") + r"\.json"
 GC_SECONDS = 120.0  # after which a process that deletes counts as dead
 
 
-class Version(Document):
-    object_kind = "version"
-    remedy = "restore it from a backup, or delete it and publish again: genmodels resume JOB, or a new job"
+class Registry(VersionReader):
+    """Read and change versions and aliases; the catalogue follows each change."""
 
-    model: str
-    version: int
-    family: str
-    job: JobId
-    checkpoint: CheckpointRef  # that it was published from
-    metrics: Metrics
-    gate: GateResult | None
-    lineage: Lineage
-    created: Time
-    files: dict[str, File]
-
-    @property
-    def name(self) -> str:
-        return f"{self.model}@{self.version}"
-
-
-class Move(Document):
-    version: int = Field(ge=1)
-    time: str
-    reason: str
-
-
-class Alias(Document):
-    object_kind = "alias"
-    remedy = "set it anew: genmodels promote MODEL@VERSION ALIAS"
-
-    version: int = Field(ge=1)
-    history: list[Move] = Field(default_factory=list)
-
-
-class Registry:
     def __init__(self, storage: Storage) -> None:
-        self.storage = storage
-
-    def models(self) -> list[str]:
-        """Return the names of models that have a version."""
-        names = self.storage.folders("models/")  # not the keys in them: there are many blobs and runs
-        named = (name for name in names if re.fullmatch(LABEL, name))
-        return [name for name in named if list_names(self.storage, f"models/{name}/versions/", NUMBERED, limit=1)]
-
-    def versions(self, model: str) -> list[int]:
-        """Return the numbers of the versions, including damaged ones, ascending."""
-        return [int(Path(name).stem) for name in list_names(self.storage, f"models/{model}/versions/", NUMBERED)]
-
-    def all_versions(self, model: str) -> list[Version]:
-        """Return all versions that can be read, the oldest first."""
-        versions = []
-        for number in self.versions(model):
-            with contextlib.suppress(ModelNotFound, DamagedObject):  # ModelNotFound: deleted just now
-                versions.append(self.version(model, number))
-        return versions
-
-    def version(self, model: str, number: int) -> Version:
-        """Read a version.
-
-        Raises:
-            ModelNotFound: the version does not exist.
-            DamagedObject: the document of the version is damaged.
-        """
-        try:
-            return load_document(self.storage, _version_key(model, number), Version, model=model, version=number)[0]
-        except KeyNotFound:
-            raise ModelNotFound(self._describe_missing(model, f"version {number}")) from None
-
-    def alias_names(self, model: str) -> list[str]:
-        """Return the names of the aliases of a model, including damaged ones."""
-        return [Path(name).stem for name in list_names(self.storage, f"models/{model}/aliases/", NAMED)]
-
-    def alias(self, model: str, name: str) -> Alias:
-        """Read an alias.
-
-        Raises:
-            ModelNotFound: the alias does not exist.
-            DamagedObject: the document of the alias is damaged.
-        """
-        try:
-            return load_document(self.storage, _alias_key(model, name), Alias)[0]
-        except KeyNotFound:
-            raise ModelNotFound(self._describe_missing(model, f"alias {name!r}")) from None
-
-    def aliases(self, model: str) -> dict[str, Alias]:
-        """Return all aliases that can be read, by name."""
-        aliases = {}
-        for name in self.alias_names(model):
-            with contextlib.suppress(ModelNotFound, DamagedObject):
-                aliases[name] = self.alias(model, name)
-        return aliases
-
-    def resolve(self, name: str) -> Version:
-        """Return the version that a reference names: `m` (its alias production), `m@alias`, `m@3`, or `m@latest`.
-
-        Raises:
-            ModelNotFound: no such model, alias or version; the message lists what exists.
-            DamagedObject: the alias or the version is damaged.
-        """
-        model, _, reference = name.partition("@")
-        if not re.fullmatch(LABEL, model):
-            raise ModelNotFound(f"no model {model!r}: a name has lower-case letters, digits and dashes")
-        if "@" in name and not re.fullmatch(LABEL, reference):
-            raise ModelNotFound(f"{name!r}: write an alias, a version number, or `latest` after @")
-        if reference.isdecimal():
-            return self.version(model, int(reference))
-        if reference == "latest":
-            return self._latest(model)
-        return self.version(model, self.alias(model, reference or "production").version)
+        super().__init__(storage)
+        self.catalogue = Catalogue(storage)
 
     def publish(
-        self, run: Run, ref: CheckpointRef, manifest: Manifest, folder: Path, gate: GateResult | None
+        self,
+        run: Run,
+        ref: CheckpointRef,
+        manifest: Manifest,
+        folder: Path,
+        gate: GateResult | None,
+        pool: str = "default",
     ) -> Version:
         """Publish a checkpoint as a version of its model; the same run and step again give the same version.
 
         Args:
             folder: the files of the checkpoint, verified.
+            pool: of model hosts, that the version is meant for.
         """
-        version = self._publish(run, ref, manifest, folder, gate)
+        version = self._publish(run, ref, manifest, folder, gate, pool)
         self.gc_lease(run.model).wait_until_free()
         there = set(self.storage.list(f"models/{run.model}/blobs/"))
         for name, key in self.keys(version).items():
@@ -182,11 +98,133 @@ class Registry:
         """
         check_alias(alias)
         version = self.version(model, number)
+        with self.catalogue.following(model):
+            return self._promote(version, alias, reason, forward_only)
+
+    def remove_alias(self, model: str, alias: str) -> None:
+        """Remove an alias with its history. The version that it names stays.
+
+        Raises:
+            ModelNotFound: the alias does not exist.
+        """
+        check_alias(alias)
+        if not self.storage.exists(alias_key(model, alias)):
+            raise ModelNotFound(self._describe_missing(model, f"alias {alias!r}"))
+        with self.catalogue.following(model):
+            self.storage.delete(alias_key(model, alias))
+
+    def record_evaluation(
+        self,
+        version: Version,
+        result: EvaluationResult,
+        *,
+        thorough: bool,
+        seconds: float,
+        publication: bool = False,
+    ) -> Evaluation:
+        """Store the result of an evaluation of a version on its own data. The first result at publication stays.
+
+        Raises:
+            ModelNotFound: the version was deleted during the evaluation.
+        """
+        evaluation = new_evaluation(version, result, thorough=thorough, seconds=seconds, publication=publication)
+        key = f"{self.evaluations_prefix(version.model, version.version)}{evaluation.id}.json"
+        with self.catalogue.following(version.model):
+            with contextlib.suppress(Conflict):
+                write_document(self.storage, key, evaluation.model_dump(mode="json"), if_absent=True)
+            try:
+                self.version(version.model, version.version)
+            except ModelNotFound:  # the process that deleted it may have listed evaluations before this write
+                self.storage.delete(key)
+                raise
+        return evaluation
+
+    def gc_lease(self, model: str) -> Lease:
+        """Return the lease for deleting versions or blobs of a model."""
+        return Lease(self.storage, GC_SECONDS, f"models/{model}/gc-lease.json")
+
+    def fetch(self, version: Version, folder: Path) -> None:
+        """Download the files of a version into an empty folder and verify every byte."""
+        checkpoint.download(self.storage, self.keys(version), version.files, folder)
+
+    def delete_record(self, model: str, number: int) -> None:
+        """Remove the document and the evaluations of a version.
+
+        `removal.delete_version` calls it after it has checked that no alias names the version.
+        """
+        # The mark that reserves the number comes first: a process that publishes reads the versions before the marks.
+        with self.catalogue.following(model, removed=True):
+            self.storage.put(deleted_key(model, number), b"")
+            self.storage.delete(version_key(model, number))
+            for key in self.storage.list(self.evaluations_prefix(model, number)):
+                self.storage.delete(key)
+
+    def _publish(
+        self, run: Run, ref: CheckpointRef, manifest: Manifest, folder: Path, gate: GateResult | None, pool: str
+    ) -> Version:
+        """Upload the files and write the version, unless the checkpoint is already published."""
+        claim = Claim(self, run.model, run.job, ref)
+        if known := claim.version():
+            return known
+        family = checkpoint.load_family(folder)
+        write_probe(family, folder)
+        files = checkpoint.serving_files(checkpoint.describe_files(folder))
+        for name, file in files.items():
+            key = blob_key(run.model, file.sha256)
+            if not self.storage.exists(key):
+                self.storage.upload(folder / name, key)
+        unnumbered = Version(
+            model=run.model,
+            version=0,
+            family=family.family_name(),
+            job=run.job,
+            checkpoint=ref,
+            metrics=manifest.metrics,
+            gate=gate,
+            lineage=manifest.lineage,
+            created=now(),
+            files=files,
+            serving=describe_serving(family, folder),
+            pool=pool,
+        )
+        while True:
+            number = claim.take(lambda: self._free_number(run.model))
+            if isinstance(number, Version):
+                return number
+            version = unnumbered.model_copy(update={"version": number})
+            with self.catalogue.following(run.model):
+                if self._write(version):
+                    PUBLISHED.labels(version.family).inc()
+                    return version
+
+    def _write(self, version: Version) -> bool:
+        """Write the document of a version; return False if another version has or had this number."""
+        key = version_key(version.model, version.version)
+        try:
+            write_document(self.storage, key, version.model_dump(mode="json"), if_absent=True)
+        except Conflict:
+            return False  # another process took the number, maybe to publish the same checkpoint
+        if not self.storage.exists(deleted_key(version.model, version.version)):
+            return True
+        self.storage.delete(key)  # another version had this number, and was deleted in the meantime
+        return False
+
+    def _free_number(self, model: str) -> int:
+        """Return a number that no version has had."""
+        latest = self.catalogue.latest(model)
+        numbers = self.versions(model, after=latest)  # including damaged ones: their numbers are taken
+        # Read the marks after the versions: a mark is written before its version is deleted.
+        after = f"{latest:08d}" if latest else ""
+        marks = list_names(self.storage, f"models/{model}/deleted/", r"\d{8}", after=after)
+        return max([latest, *numbers, *map(int, marks)]) + 1
+
+    def _promote(self, version: Version, alias: str, reason: str, forward_only: bool) -> Alias:
+        model, number = version.model, version.version
         while True:
             current: Alias | None = None
             etag: str | None = None
             try:
-                current, etag = load_document(self.storage, _alias_key(model, alias), Alias)
+                current, etag = load_document(self.storage, alias_key(model, alias), Alias)
             except KeyNotFound:
                 pass
             except DamagedObject as error:
@@ -200,7 +238,7 @@ class Registry:
             moved = Alias(version=number, history=[*history, Move(version=number, time=now(), reason=reason)])
             body = moved.model_dump(mode="json")
             try:
-                etag = write_document(self.storage, _alias_key(model, alias), body, if_absent=not etag, if_match=etag)
+                etag = write_document(self.storage, alias_key(model, alias), body, if_absent=not etag, if_match=etag)
             except Conflict:
                 continue  # another process moved it: read it again
             self.gc_lease(model).wait_until_free()
@@ -212,94 +250,6 @@ class Registry:
             PROMOTED.labels(version.family).inc()
             return moved
 
-    def remove_alias(self, model: str, alias: str) -> None:
-        """Remove an alias with its history. The version that it names stays.
-
-        Raises:
-            ModelNotFound: the alias does not exist.
-        """
-        check_alias(alias)
-        if not self.storage.exists(_alias_key(model, alias)):
-            raise ModelNotFound(self._describe_missing(model, f"alias {alias!r}"))
-        self.storage.delete(_alias_key(model, alias))
-
-    def gc_lease(self, model: str) -> Lease:
-        """Return the lease for deleting versions or blobs of a model."""
-        return Lease(self.storage, GC_SECONDS, f"models/{model}/gc-lease.json")
-
-    def fetch(self, version: Version, folder: Path) -> None:
-        """Download the files of a version into an empty folder and verify every byte."""
-        checkpoint.download(self.storage, self.keys(version), version.files, folder)
-
-    def keys(self, version: Version) -> dict[str, str]:
-        """Return the storage key of each file of a version."""
-        return {name: _blob_key(version.model, file.sha256) for name, file in version.files.items()}
-
-    def evaluations_prefix(self, model: str, number: int) -> str:
-        return f"models/{model}/evaluations/{number:08d}/"
-
-    def delete_record(self, model: str, number: int) -> None:
-        """Remove the document and the evaluations of a version.
-
-        `removal.delete_version` calls it after it has checked that no alias names the version.
-        """
-        # The mark that reserves the number comes first: a process that publishes reads the versions before the marks.
-        self.storage.put(_deleted_key(model, number), b"")
-        self.storage.delete(_version_key(model, number))
-        for key in self.storage.list(self.evaluations_prefix(model, number)):
-            self.storage.delete(key)
-
-    def _publish(
-        self, run: Run, ref: CheckpointRef, manifest: Manifest, folder: Path, gate: GateResult | None
-    ) -> Version:
-        """Upload the files and write the version, unless the checkpoint is already published."""
-        model = run.model
-        known, number = self._find_published(run, ref)
-        if known:
-            return known
-        family = checkpoint.load_family(folder)
-        write_probe(family, folder)
-        files = checkpoint.serving_files(checkpoint.describe_files(folder))
-        for name, file in files.items():
-            key = _blob_key(model, file.sha256)
-            if not self.storage.exists(key):
-                self.storage.upload(folder / name, key)
-        while True:
-            version = Version(
-                model=model,
-                version=number,
-                family=family.family_name(),
-                job=run.job,
-                checkpoint=ref,
-                metrics=manifest.metrics,
-                gate=gate,
-                lineage=manifest.lineage,
-                created=now(),
-                files=files,
-            )
-            document = version.model_dump(mode="json")
-            try:
-                write_document(self.storage, _version_key(model, number), document, if_absent=True)
-                if not self.storage.exists(_deleted_key(model, number)):
-                    PUBLISHED.labels(version.family).inc()
-                    return version
-                # Another version had this number, and was deleted in the meantime.
-                self.storage.delete(_version_key(model, number))
-            except Conflict:
-                pass  # another process took the number, maybe to publish the same checkpoint
-            known, number = self._find_published(run, ref)
-            if known:
-                return known
-
-    def _find_published(self, run: Run, ref: CheckpointRef) -> tuple[Version | None, int]:
-        """Return the version published from a checkpoint, None if there is none, and the next free number."""
-        versions = self.all_versions(run.model)
-        known = next((version for version in versions if (version.job, version.checkpoint) == (run.job, ref)), None)
-        numbers = self.versions(run.model)  # including damaged ones: their numbers are taken
-        # Read the marks after the versions: a mark is written before its version is deleted.
-        numbers += map(int, list_names(self.storage, f"models/{run.model}/deleted/", r"\d{8}"))
-        return known, max(numbers, default=0) + 1
-
     def _restore(self, folder: Path, name: str, file: File, key: str) -> None:
         if name == PROBE and not (folder / PROBE).exists():
             write_probe(checkpoint.load_family(folder), folder)
@@ -310,26 +260,12 @@ class Registry:
 
     def _take_back(self, model: str, alias: str, before: Alias | None, etag: str) -> None:
         """Undo a move to a version that was just deleted, unless another process has moved the alias again."""
-        key = _alias_key(model, alias)
+        key = alias_key(model, alias)
         with contextlib.suppress(Conflict, KeyNotFound):
             if before:
                 write_document(self.storage, key, before.model_dump(mode="json"), if_match=etag)
             elif self.storage.get(key)[1] == etag:
                 self.storage.delete(key)
-
-    def _latest(self, model: str) -> Version:
-        numbers = self.versions(model)
-        if not numbers:
-            raise ModelNotFound(self._describe_missing(model, "version"))
-        return self.version(model, numbers[-1])
-
-    def _describe_missing(self, model: str, missing: str) -> str:
-        numbers = self.versions(model)
-        if not numbers:
-            # Name no other model: an API key may be limited to some models, and lists show only those.
-            return f"no model {model!r}; `genmodels models` or GET /v1/models lists all models"
-        aliases = ", ".join(self.alias_names(model)) or "none"
-        return f"model {model!r} has no {missing}; aliases: {aliases}; versions: {', '.join(map(str, numbers))}"
 
 
 def check_alias(alias: str) -> None:
@@ -338,19 +274,3 @@ def check_alias(alias: str) -> None:
         TypeAdapter(AliasName).validate_python(alias, strict=True)
     except ValidationError as error:
         raise SpecError(f"alias: {error.errors()[0]['msg']}") from None
-
-
-def _version_key(model: str, number: int) -> str:
-    return f"models/{model}/versions/{number:08d}.json"
-
-
-def _deleted_key(model: str, number: int) -> str:
-    return f"models/{model}/deleted/{number:08d}"
-
-
-def _alias_key(model: str, alias: str) -> str:
-    return f"models/{model}/aliases/{alias}.json"
-
-
-def _blob_key(model: str, sha256: str) -> str:
-    return f"models/{model}/blobs/{sha256}"

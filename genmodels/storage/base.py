@@ -42,6 +42,19 @@ class Storage(ABC):
             DamagedObject: the object is larger than MAX_GET_BYTES.
         """
 
+    def get_if_changed(self, key: str, etag: str | None) -> tuple[bytes, str] | None:
+        """Return an object and its etag; None if it still has the given etag.
+
+        This default reads the object: the etag of a local folder is the hash of the content, since times of files are
+        too coarse, and a file that is polled is small.
+
+        Raises:
+            KeyNotFound: no object has this key.
+            DamagedObject: the object is larger than MAX_GET_BYTES.
+        """
+        answer = self.get(key)
+        return None if answer[1] == etag else answer
+
     @abstractmethod
     def get_range(self, key: str, start: int, size: int) -> bytes:
         """Return at most `size` bytes of an object, from the byte `start` on; fewer only at the end of the object.

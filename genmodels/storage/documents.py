@@ -112,16 +112,22 @@ def load_document(storage: Storage, key: str, kind: type[DocumentT], **identity:
         DamagedObject: the object is not a document of this kind.
     """
     data, etag = _read(storage, key, kind)
-    try:
-        document = kind.model_validate(parse_object(data))
-    except ValidationError as error:
-        raise damaged(key, _first_error(error), kind, etag) from None
-    except ValueError as error:
-        raise damaged(key, str(error), kind, etag) from None
+    document = _validate(key, data, etag, kind)
     for name, value in identity.items():
         if getattr(document, name) != value:
             raise damaged(key, f"{name} should be {value!r}: it is a copy of another object", kind, etag)
     return document, etag
+
+
+def load_if_changed(
+    storage: Storage, key: str, kind: type[DocumentT], etag: str | None
+) -> tuple[DocumentT, str] | None:
+    """Read a document as `load_document` does; return None if it still has the given etag."""
+    try:
+        answer = storage.get_if_changed(key, etag)
+    except DamagedObject as error:
+        raise damaged(key, error.what, kind, error.etag) from None
+    return (_validate(key, *answer, kind), answer[1]) if answer else None
 
 
 def read_document(storage: Storage, key: str) -> tuple[dict[str, Any], str]:
@@ -181,6 +187,15 @@ def _parse_row(line: bytes) -> dict[str, Any] | None:
     if type(row) is not dict or not _FLAT.issuperset(map(type, row.values())):
         return None
     return row if all(_fits(value) for value in row.values() if type(value) is int) else None
+
+
+def _validate(key: str, data: bytes, etag: str, kind: type[DocumentT]) -> DocumentT:
+    try:
+        return kind.model_validate(parse_object(data))
+    except ValidationError as error:
+        raise damaged(key, _first_error(error), kind, etag) from None
+    except ValueError as error:
+        raise damaged(key, str(error), kind, etag) from None
 
 
 def _read(storage: Storage, key: str, kind: type[Document]) -> tuple[bytes, str]:

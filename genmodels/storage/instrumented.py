@@ -32,6 +32,10 @@ class MeasuredStorage(Storage):
         with self._operation("get"):
             return self._storage.get(key)
 
+    def get_if_changed(self, key: str, etag: str | None) -> tuple[bytes, str] | None:
+        with self._operation("get"):
+            return self._storage.get_if_changed(key, etag)
+
     def get_range(self, key: str, start: int, size: int) -> bytes:
         with self._operation("get"):
             return self._storage.get_range(key, start, size)

@@ -54,17 +54,14 @@ class S3Storage(Storage):
         self._making = threading.Lock()
 
     def get(self, key: str) -> tuple[bytes, str]:
-        name = self._name(key)
+        return self._get(key)
 
-        @retry_passing  # boto itself does not retry if an answer breaks off
-        def fetch() -> tuple[bytes, str]:
-            with self._errors("get", key):
-                answer = self._client.get_object(Bucket=self._bucket, Key=name)
-                with closing(answer["Body"]) as body:
-                    check_size(key, answer["ContentLength"], answer["ETag"])
-                    return body.read(), answer["ETag"]
-
-        return fetch()
+    def get_if_changed(self, key: str, etag: str | None) -> tuple[bytes, str] | None:
+        try:
+            answer = self._get(key, **({"IfNoneMatch": etag} if etag else {}))
+        except _NotModified:
+            return None
+        return None if answer[1] == etag else answer  # from a store that does not know the condition
 
     def get_range(self, key: str, start: int, size: int) -> bytes:
         name = self._name(key)
@@ -206,6 +203,19 @@ class S3Storage(Storage):
         date = answer["ResponseMetadata"]["HTTPHeaders"].get("date")
         return parsedate_to_datetime(date).timestamp() if date else None
 
+    def _get(self, key: str, **condition: str) -> tuple[bytes, str]:
+        name = self._name(key)
+
+        @retry_passing  # boto itself does not retry if an answer breaks off
+        def fetch() -> tuple[bytes, str]:
+            with self._errors("get", key):
+                answer = self._client.get_object(Bucket=self._bucket, Key=name, **condition)
+                with closing(answer["Body"]) as body:
+                    check_size(key, answer["ContentLength"], answer["ETag"])
+                    return body.read(), answer["ETag"]
+
+        return fetch()
+
     def _objects(self, prefix: str, **options: Any) -> Iterator[tuple[str, int]]:
         """Yield keys and sizes, in the order of the store."""
         for page in self._pages(prefix, **options):
@@ -275,6 +285,8 @@ def _answer_error(where: str, status: int, code: str) -> StorageError:
         return PassingFailure(f"{where}: the upload is gone")
     if status == 404:
         return KeyNotFound(f"{where}: no such object")
+    if status == 304:
+        return _NotModified(f"{where}: the object has not changed")
     if status == 412:
         return Conflict(f"{where}: the object exists already, or has changed since it was read")
     if status == 409:
@@ -290,6 +302,10 @@ def _answer_error(where: str, status: int, code: str) -> StorageError:
     if status in (400, 405, 411, 413, 414):  # the request is wrong; a retry does not help
         return StorageError(f"{where}: refused ({status} {code})")
     return Refused(f"{where}: refused ({status} {code}); check AWS_ENDPOINT_URL and AWS_DEFAULT_REGION", _DENIED)
+
+
+class _NotModified(StorageError):
+    """Report that an object still has the etag of a conditional read."""
 
 
 class _OtherServerError(Exception):
@@ -316,6 +332,8 @@ def _check_answer(operation_model: Any, response_dict: dict[str, Any], **_: Any)
             known = b"MultipartUploadResult" in body or b"<Error" in body
         if operation == "DeleteObject":
             known = not body.strip()
+    elif status == 304:  # the answer to a conditional read, which names the content again
+        known = "etag" in headers
     elif status == 404:
         known = _OF_A_KEY.search(body) is not None
     elif status in (400, 405, 411, 412, 413, 414):  # final for S3; of the others each is an outage

@@ -37,6 +37,28 @@ class Group:
         self._note_exchange()
         return result
 
+    def receive(self, tensor: Tensor, source: Tensor | None) -> None:
+        """Set a tensor to the value of `source` on rank 0, on every rank; the other ranks have no `source`."""
+        with torch.no_grad():
+            if source is not None:
+                tensor.copy_(source)
+            if dist.is_initialized():
+                whole = tensor.contiguous()  # the tensor itself, if it is contiguous
+                dist.broadcast(whole.view(-1).view(torch.uint8), src=0)
+                self._note_exchange()
+                if not tensor.is_contiguous():
+                    tensor.copy_(whole)
+
+    def receive_bytes(self, data: bytes) -> bytes:
+        """Return the bytes that rank 0 has, on every rank."""
+        if not dist.is_initialized():
+            return data
+        size = torch.tensor([len(data)], device=self.device)
+        dist.broadcast(size, src=0)
+        shared = torch.empty(int(size.item()), dtype=torch.uint8, device=self.device)
+        self.receive(shared, torch.frombuffer(bytearray(data), dtype=torch.uint8) if self.rank == 0 and data else None)
+        return shared.cpu().numpy().tobytes()
+
     def still_seconds(self) -> float:
         """Return for how long there was no collective, less the time between the two before. Other threads may ask."""
         return time.monotonic() - self._exchanged - self._usual

@@ -14,15 +14,15 @@ import logging
 import math
 import time
 import warnings
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from genmodels.checkpoint import WEIGHTS, Manifest, Snapshot, load_optimizer, load_tensors, optimizer_tensors
+from genmodels.checkpoint import WEIGHTS, Snapshot, SnapshotMemory, optimizer_tensors
 from genmodels.data import Dataset, Split, batch_indices, shard
 from genmodels.errors import DataError, TrainingDiverged
 from genmodels.evals.images import evenly_spaced
@@ -30,6 +30,7 @@ from genmodels.family import Batch, Family
 from genmodels.runs.records import Phase
 from genmodels.spec.sections import ModelSpec, TrainConfig
 from genmodels.training.group import Group
+from genmodels.training.resume import Parent, optimizer_file, restore, weights_file
 from genmodels.training.role_trainer import RoleTrainer
 
 log = logging.getLogger(__name__)
@@ -45,7 +46,7 @@ class Recorder(Protocol):
     def report_progress(self, phase: Phase, step: int, loss: float | None = None) -> None: ...
     def log(self, row: dict[str, Any]) -> None: ...
     def sample(self, step: int, name: str, data: bytes) -> None: ...
-    def save(self, snapshot: Snapshot) -> None: ...
+    def save(self, step: int, take: Callable[[], Snapshot]) -> None: ...
     def should_stop(self) -> bool: ...
 
 
@@ -56,7 +57,7 @@ def train(
     dataset: Dataset,
     group: Group,
     recorder: Recorder | None,
-    resume: tuple[Path, Manifest] | None = None,
+    parent: Parent | None = None,
 ) -> bool:
     """Train until `max_steps`, or until the recorder is asked to stop.
 
@@ -65,7 +66,7 @@ def train(
         averaged: another instance of the same config, for the moving average (EMA) of the trained weights: these are
             evaluated, shown and saved for serving. Without `train.ema` it has the trained weights.
         recorder: on rank 0; None elsewhere.
-        resume: a verified checkpoint's folder and manifest.
+        parent: the checkpoint to continue from.
 
     Returns:
         True at `max_steps`; False if it stopped before, with a checkpoint at the step where it stopped.
@@ -85,10 +86,10 @@ def train(
 
     step = samples = 0
     averaged.network.load_state_dict(family.network.state_dict())
-    if resume:
-        folder, manifest = resume
-        _restore(folder, trainers, averaged)
-        step, samples = manifest.step, manifest.samples
+    if parent:
+        restore(parent, trainers, averaged, group)
+        step, samples = parent.manifest.step, parent.manifest.samples
+    memory = SnapshotMemory(parent.files if parent else None, pinned=group.device.type == "cuda")
 
     total, window, started = config.max_steps * config.batch_size, MetricWindow(), time.perf_counter()
     stopping, first = False, step + 1
@@ -138,7 +139,7 @@ def train(
         if saving and recorder:
             metrics = {name: value for name, value in row.items() if name in averaged.metric_names}
             recorder.report_progress("saving", step, loss)
-            recorder.save(_snapshot(step, samples, metrics, trainers, averaged))
+            recorder.save(step, partial(_snapshot, memory, step, samples, metrics, trainers, averaged))
     return step == config.max_steps
 
 
@@ -252,32 +253,19 @@ def _update_average(averaged: nn.Module, trained: nn.Module, decay: float | None
 
 
 def _snapshot(
-    step: int, samples: int, metrics: dict[str, float], trainers: list[RoleTrainer], averaged: Family[Any, Any]
+    memory: SnapshotMemory,
+    step: int,
+    samples: int,
+    metrics: dict[str, float],
+    trainers: list[RoleTrainer],
+    averaged: Family[Any, Any],
 ) -> Snapshot:
-    return Snapshot(
-        step=step,
-        samples=samples,
-        metrics=metrics,
-        serving_weights=_copy(averaged.network.state_dict()),
-        roles={trainer.name: _copy(trainer.loss.state_dict()) for trainer in trainers},
-        optimizers={
-            trainer.name: [optimizer_tensors(o.state_dict()) for o in trainer.optimizers] for trainer in trainers
-        },
-    )
-
-
-def _copy(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {
-        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
-    }
-
-
-def _restore(folder: Path, trainers: list[RoleTrainer], averaged: Family[Any, Any]) -> None:
-    averaged.network.load_state_dict(load_tensors(folder / WEIGHTS))
+    content = {WEIGHTS: averaged.network.state_dict()}
     for trainer in trainers:
-        trainer.loss.load_state_dict(load_tensors(folder / "state" / f"{trainer.name}.safetensors"))
+        content[weights_file(trainer.name)] = trainer.loss.state_dict()
         for i, optimizer in enumerate(trainer.optimizers):
-            load_optimizer(optimizer, load_tensors(folder / "state" / f"{trainer.name}.optimizer-{i}.safetensors"))
+            content[optimizer_file(trainer.name, i)] = optimizer_tensors(optimizer.state_dict())
+    return Snapshot(step, samples, metrics, memory.fill(content))
 
 
 def _save_previews(

@@ -20,7 +20,7 @@ from services.cli.upload import open_upload
 from services.console.output import console
 
 if TYPE_CHECKING:
-    from genmodels.registry.store import Version
+    from genmodels.registry.versions import Version
     from genmodels.storage import Storage
     from services.client.jobs import Client
 

@@ -18,7 +18,7 @@ from services.cli.options import AsJson, MaybeApi, StorageUrl, storage
 from services.console.output import console, print_json
 
 if TYPE_CHECKING:
-    from genmodels.registry.store import Version
+    from genmodels.registry.versions import Version
 
 app = typer.Typer()
 PANEL = "What is stored"
@@ -97,7 +97,6 @@ def evaluate(
     import time
 
     from genmodels.checkpoint import scratch_folder
-    from genmodels.registry import evaluations
     from genmodels.registry.evaluate import evaluate as evaluate_version
     from genmodels.registry.store import Registry
     from genmodels.runs.jobs import Jobs
@@ -117,7 +116,7 @@ def evaluate(
         result = evaluate_version(
             Run(store, target.job, target.model), target.checkpoint, spec, target.lineage, Path(name), thorough=thorough
         )
-    evaluation = evaluations.record(registry, target, result, thorough=thorough, seconds=time.monotonic() - began)
+    evaluation = registry.record_evaluation(target, result, thorough=thorough, seconds=time.monotonic() - began)
     if as_json:
         print_json(encode_floats(evaluation.model_dump(mode="json")))
     else:

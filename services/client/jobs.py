@@ -19,7 +19,7 @@ from urllib.parse import quote
 
 from genmodels.checkpoint import sha256_of
 from genmodels.errors import CheckpointError, GenmodelsError, ModelNotFound
-from genmodels.registry.store import Version
+from genmodels.registry.versions import Version
 from genmodels.runs.records import ENDED
 from genmodels.storage.base import check_key
 from services.client.http import Json, Transport, Unreachable

@@ -8,10 +8,11 @@ wait, and takes the resources that remain.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from services.dispatch.backends.base import Capacity
+from services.dispatch.backends.base import DRIVER_MEMORY, Capacity
 
 MAX_BACKFILLED = 4  # later runs that pass a blocked run before resources are reserved for it
 
@@ -63,17 +64,19 @@ class _Free:
 
     cpus: int
     gpus: int
+    drivers: float = math.inf  # a run that starts takes one, a run that grows takes no other
 
-    def fits(self, workers: int, use_gpu: bool) -> bool:
-        return workers <= self.cpus and (not use_gpu or workers <= self.gpus)
+    def fits(self, workers: int, use_gpu: bool, drivers: int = 1) -> bool:
+        return workers <= self.cpus and (not use_gpu or workers <= self.gpus) and drivers <= self.drivers
 
-    def take(self, workers: int, use_gpu: bool) -> None:
+    def take(self, workers: int, use_gpu: bool, drivers: int = 1) -> None:
         self.cpus -= workers
         self.gpus -= workers if use_gpu else 0
+        self.drivers -= drivers
 
 
 def plan(queued: Sequence[Queued], running: Sequence[Running], capacity: Capacity) -> Plan:
-    """Return what to do now; each worker takes one CPU, and one GPU if the run uses GPUs.
+    """Return what to do now; each worker takes one CPU, and one GPU if the run uses GPUs; each run has one driver.
 
     With unlimited capacity all runs start at once with the fewest workers, in their order; no run makes room or grows.
     """
@@ -84,7 +87,8 @@ def plan(queued: Sequence[Queued], running: Sequence[Running], capacity: Capacit
             result.starts += [] if run.hold_reason else [(run.key, run.sizes[0])]
         return result
     most = Capacity(max(capacity.cpus, capacity.max_cpus), max(capacity.gpus, capacity.max_gpus))
-    there, able = _Free(capacity.cpus, capacity.gpus), _Free(most.cpus, most.gpus)
+    drivers = math.inf if capacity.drivers is None else capacity.drivers
+    there, able = _Free(capacity.cpus, capacity.gpus, drivers), _Free(most.cpus, most.gpus, drivers)
     for other in running:
         there.take(other.workers, other.use_gpu)
         able.take(other.workers, other.use_gpu)
@@ -110,6 +114,8 @@ def plan(queued: Sequence[Queued], running: Sequence[Running], capacity: Capacit
         else:
             waiting_for_room = True
             reason = f"needs {_amount(fewest, run.use_gpu)}, free: {_has(able)}"
+            if able.drivers < 1:
+                reason = f"waits for memory for its driver; {_drivers_fit(drivers)}"
             makers = room.make(run, able)
             if makers is not None:
                 result.preemptions += [(other.key, _why(run, other)) for other in makers]
@@ -139,7 +145,7 @@ def _stranded(running: Sequence[Running], able: _Free) -> list[Running]:
     """
     free, stranded = _Free(able.cpus, able.gpus), []
     for run in sorted(running, key=lambda run: (run.stopping, run.since), reverse=True):
-        if run.stopping or (not run.placed and not free.fits(0, run.use_gpu)):
+        if run.stopping or (not run.placed and not free.fits(0, run.use_gpu, 0)):
             free.take(-run.workers, run.use_gpu)
             stranded += [] if run.stopping else [run]
     return stranded
@@ -170,13 +176,13 @@ class _Room:
         if fewest >= self._too_large.get(run.use_gpu, fewest + 1):
             return None
         freed = self._freed_for(run.priority)
-        free = _Free(able.cpus + freed.cpus, able.gpus + freed.gpus)
+        free = _Free(able.cpus + freed.cpus, able.gpus + freed.gpus, able.drivers + freed.drivers)
         makers: list[Running] = []
         for other in self._staying:
             if free.fits(fewest, run.use_gpu) or other.priority > run.priority:
                 break
             if _gives_way(other, run):
-                free.take(-_gain(other, run.priority), other.use_gpu)
+                _set_free(other, run.priority, free)
                 makers.append(other)
         if not free.fits(fewest, run.use_gpu):
             self._too_large[run.use_gpu] = fewest
@@ -186,27 +192,28 @@ class _Room:
 
     def _freed_for(self, priority: int) -> _Free:
         if priority not in self._freed:
-            self._freed = {priority: _Free(0, 0)}  # no run of a higher priority asks any more
+            self._freed = {priority: _Free(0, 0, 0)}  # no run of a higher priority asks any more
             for other in self._going:
-                self._freed[priority].take(-_gain(other, priority), other.use_gpu)
+                _set_free(other, priority, self._freed[priority])
         return self._freed[priority]
 
     def _stop(self, makers: list[Running], freed: _Free, priority: int) -> None:
         if not makers:
             return
         for other in makers:
-            freed.take(-_gain(other, priority), other.use_gpu)
+            _set_free(other, priority, freed)
         self.stopping |= {other.key for other in makers}
         self._going += makers
         self._staying = [other for other in self._staying if other.key not in self.stopping]
 
 
-def _gain(other: Running, priority: int) -> int:
-    """Return the workers that `other` sets free for a run of this priority.
+def _set_free(other: Running, priority: int, free: _Free) -> None:
+    """Add to `free` what `other` sets free for a run of this priority.
 
     A run that is no less important starts again at once, with its fewest.
     """
-    return other.workers - (other.sizes[0] if other.priority >= priority and not other.stopping else 0)
+    returns = other.priority >= priority and not other.stopping
+    free.take(-(other.workers - (other.sizes[0] if returns else 0)), other.use_gpu, 0 if returns else -1)
 
 
 def _gives_way(other: Running, run: Queued) -> bool:
@@ -242,11 +249,15 @@ def _enlarged(sizes: Sequence[int], taken: int, use_gpu: bool, there: _Free, abl
         more = size - taken
         if more <= 0:
             break
-        if there.fits(more, use_gpu) and able.fits(more, use_gpu):
-            there.take(more, use_gpu)
-            able.take(more, use_gpu)
+        if there.fits(more, use_gpu, 0) and able.fits(more, use_gpu, 0):
+            there.take(more, use_gpu, 0)
+            able.take(more, use_gpu, 0)
             return size
     return taken
+
+
+def _drivers_fit(drivers: float) -> str:
+    return f"{drivers:.0f} driver{' fits' if drivers == 1 else 's fit'} the nodes, {DRIVER_MEMORY // 2**20} MiB each"
 
 
 def _amount(workers: int, use_gpu: bool) -> str:

@@ -84,6 +84,7 @@ class ModelHost:
     ) -> None:
         self._placement = Placement(device, dtype, slots)
         budget = self._placement.budget(memory)
+        self._placement.prepare()
         torch.set_num_threads(torch_threads)
         self._registry = Registry(open_storage(storage_url, in_use=True))
         self._cache = ModelCache(

@@ -23,7 +23,8 @@ from genmodels.data import uploads as stored
 from genmodels.errors import DataError, DatasetExists, ModelNotFound, RequestError
 from genmodels.registry import gc, removal
 from genmodels.registry.evaluations import evaluations
-from genmodels.registry.store import Registry, Version
+from genmodels.registry.store import Registry
+from genmodels.registry.versions import Version
 from genmodels.spec.names import LABEL
 from genmodels.storage import Storage, encode_floats
 from services.http.app import documented, read_body

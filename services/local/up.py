@@ -32,6 +32,7 @@ from services.cluster.ports import HOST, check_port, free_ports, is_free
 from services.cluster.processes import ManagedProcess, PrintLine
 from services.cluster.ray_start import local_environment, ray_start_command
 from services.cluster.signals import count_signals
+from services.dispatch.backends.base import DRIVER_MEMORY
 from services.dispatch.backends.ray_jobs import RayJobsBackend
 from services.dispatch.drain import drain
 from services.gateway.pool_config import read_pools
@@ -160,6 +161,7 @@ def _processes(storage: Storage, options: Options, folder: Path, ports: RayPorts
 
 
 def _ray_command(options: Options, folder: Path, ports: RayPorts) -> list[str]:
+    num_cpus = options.num_cpus or os.cpu_count() or 1
     return ray_start_command(
         HOST,
         head=True,
@@ -168,7 +170,8 @@ def _ray_command(options: Options, folder: Path, ports: RayPorts) -> list[str]:
         dashboard_agent_listen_port=ports.agent,
         dashboard_host=HOST,
         dashboard_port=ports.dashboard,
-        num_cpus=options.num_cpus or os.cpu_count() or 1,
+        num_cpus=num_cpus,
+        memory=num_cpus * DRIVER_MEMORY,  # of Ray's tasks only drivers ask for memory, and each run has a worker
         temp_dir=folder / "ray",
     )
 

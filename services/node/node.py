@@ -24,6 +24,7 @@ from services.cluster import dashboard
 from services.cluster.dashboard import Dashboard
 from services.cluster.descriptors import raise_file_limit
 from services.cluster.environment import isolate_process, python, ray_command
+from services.cluster.memory import memory_limit
 from services.cluster.processes import ManagedProcess
 from services.cluster.ray_start import cluster_environment, ray_start_command
 from services.cluster.settings import settings
@@ -37,6 +38,9 @@ OBJECT_STORE_BYTES = 256 * 2**20  # small: neither datasets nor weights pass thr
 RESOLVE_SECONDS = 120.0  # for the head's name to resolve; after that the container ends and is restarted
 POLL_SECONDS = 0.2
 STOP_SECONDS = 10.0
+# Of a node's memory, what drivers may take. The rest of the head is for Ray and perhaps a model host, the rest of a
+# worker for training.
+DRIVERS_SHARE = {"head": 0.5, "worker": 0.125}
 TRAIN_WORKER = "RayTrainWorker"  # class of the actors in which Ray Train's workers run
 
 
@@ -116,6 +120,7 @@ def environment(role: str, dashboard_url: str) -> dict[str, str]:
 def command(role: str, head: str, address: str, num_cpus: int | None) -> list[str]:
     flags: dict[str, int | str | None] = {
         "object_store_memory": OBJECT_STORE_BYTES,
+        "memory": int(memory_limit() * DRIVERS_SHARE[role]),
         "metrics_export_port": RAY_METRICS_PORT,
         "num_cpus": num_cpus,
     }
@@ -130,7 +135,7 @@ def print_line(line: str) -> None:
 
 
 def _cordon(head: str, address: str) -> list[str]:
-    """Have Ray start nothing more on this node, and return the runs (job/model) that train on it."""
+    """Have Ray start nothing more on this node, and return the runs (job/model) that train or have a driver on it."""
     ray = Dashboard()
     nodes = _listed(ray, "/api/v0/nodes?detail=1&limit=10000&timeout=4")
     here = [node["node_id"] for node in nodes if node["node_ip"] == address and node["state"] == "ALIVE"]
@@ -143,7 +148,8 @@ def _cordon(head: str, address: str) -> list[str]:
     drivers = {a["job_id"] for a in actors if a["node_id"] == here[0] and TRAIN_WORKER in a["class_name"]}
     jobs = ray.ask("GET", "/api/jobs/")
     submissions = jobs.json() if jobs is not None and jobs.status_code == 200 else []
-    return [f"{job['metadata']['job']}/{job['metadata']['model']}" for job in submissions if job["job_id"] in drivers]
+    here_too = (job for job in submissions if job["job_id"] in drivers or job.get("driver_node_id") == here[0])
+    return [f"{job['metadata']['job']}/{job['metadata']['model']}" for job in here_too if job.get("metadata")]
 
 
 def _listed(ray: Dashboard, path: str) -> list[dict[str, str]]:

@@ -19,8 +19,8 @@ from genmodels.errors import (
     StorageUnavailable,
 )
 from genmodels.family import EvaluationResult
-from genmodels.registry import evaluations, probe
 from genmodels.registry import gate as gates
+from genmodels.registry import probe
 from genmodels.registry.evaluate import evaluate
 from genmodels.registry.store import Registry
 from genmodels.runs.records import Heartbeat, Result
@@ -71,9 +71,9 @@ def publish_run(run: Run, spec: ModelSpec, attempt: int) -> Result:
             if gate and not gate.passed:
                 return _refused(facts)
             store = Registry(run.storage)
-            version = store.publish(run, ref, manifest, folder, gate)
+            version = store.publish(run, ref, manifest, folder, gate, spec.serve.pool)
         if evaluation.metrics:
-            evaluations.record(store, version, evaluation, thorough=False, seconds=seconds, publication=True)
+            store.record_evaluation(version, evaluation, thorough=False, seconds=seconds, publication=True)
         store.promote(run.model, spec.serve.alias, version.version, f"published by job {run.job}", forward_only=True)
         return Result(outcome="succeeded", version=version.version, message=f"published as {version.name}", **facts)
     raise CheckpointError(f"{run.prefix}: no checkpoint is complete")

@@ -21,7 +21,6 @@ from genmodels.data.images import png
 from genmodels.engine.history import MAX_ROWS, MAX_STEPS, reader
 from genmodels.family import EvaluationMetric, EvaluationResult
 from genmodels.keys import Keys
-from genmodels.registry import evaluations
 from genmodels.registry.store import Registry
 from genmodels.runs.store import Run
 from genmodels.runs.thinning import ThinnedHistories, thinned
@@ -74,7 +73,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Storage:
         publish(storage, "classes", "gan", conditional=True)
     measure = EvaluationMetric(value=23.125, unit="dB", baselines={"PCA, 20 components": 19.25})
     result = EvaluationResult(metrics={"psnr": measure}, notes={"images_seen": 640, "noise_std": [0.3, 0.15]})
-    evaluations.record(Registry(storage), version, result, thorough=False, seconds=1, publication=True)
+    Registry(storage).record_evaluation(version, result, thorough=False, seconds=1, publication=True)
     train(storage, "shapes")
     train(storage, "play", text=True)
     return storage

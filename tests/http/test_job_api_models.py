@@ -29,7 +29,6 @@ from genmodels.errors import GenmodelsError
 from genmodels.family import EvaluationMetric, EvaluationResult
 from genmodels.keys import Keys
 from genmodels.metrics import ATTEMPTS, DIRECTORY
-from genmodels.registry import evaluations
 from genmodels.registry.store import Registry
 from genmodels.runs.jobs import Jobs
 from genmodels.storage import Storage, open_storage
@@ -160,7 +159,7 @@ def test_a_version_is_pulled_file_by_file(storage: Storage, tmp_path: Path) -> N
     result = EvaluationResult(
         metrics={"nll": EvaluationMetric(value=98.5, unit="nats"), "odd": EvaluationMetric(value=float("inf"))}
     )
-    evaluations.record(Registry(storage), version, result, thorough=False, seconds=1, publication=True)
+    Registry(storage).record_evaluation(version, result, thorough=False, seconds=1, publication=True)
     (evaluation,) = service("GET", "/v1/models/clothes/versions/1").json()["evaluations"]
     assert evaluation["metrics"]["nll"] == {"value": 98.5, "unit": "nats", "baselines": {}}
     assert (evaluation["id"], evaluation["metrics"]["odd"]["value"]) == ("publication", "inf")

@@ -8,6 +8,7 @@ import time
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -16,11 +17,11 @@ from genmodels.runs.log_lines import log_lines
 from genmodels.runs.store import Run
 from genmodels.storage import open_storage
 from services.dispatch.backends import ray_jobs
-from services.dispatch.backends.base import LOST, Capacity, driver_command, submission_id
+from services.dispatch.backends.base import DRIVER_MEMORY, LOST, Capacity, driver_command, submission_id
 from services.dispatch.backends.ray_jobs import RayJobsBackend
 from tests.support.driver_commands import command, end_of
 from tests.support.live_processes import processes
-from tests.support.ray_node import HEAD, RayHead, until
+from tests.support.ray_node import HEAD, JoinedNode, RayHead, until
 from tests.support.tiny_jobs import job, make_data, model
 
 
@@ -55,7 +56,10 @@ def test_a_real_attempt(head: RayHead, tmp_path: Path, monkeypatch: pytest.Monke
 
 
 def test_codes_of_ray_jobs(head: RayHead, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert head.backend.capacity() == Capacity(2, 0)
+    capacity = head.backend.capacity()
+    assert capacity
+    assert (capacity.cpus, capacity.gpus) == (2, 0)
+    assert capacity.drivers, "Ray tells how much memory its nodes have"
     assert RayJobsBackend(head.dashboard, 8, 2).capacity() == Capacity(2, 0, max_cpus=8, max_gpus=2)
     assert head.backend.find("j", "unknown", 1).poll() == LOST
     mark = f"genmodels-test-{uuid.uuid4()}"
@@ -80,5 +84,32 @@ def test_ray_tells_when_its_head_and_a_driver_began(head: RayHead, monkeypatch: 
     assert shown is not None
     running = {**shown.json(), "status": "RUNNING"}
     assert not head.backend.is_lost(running)
+    assert head.backend.is_lost({**running, "driver_node_id": "another"})
     before = time.time() - 24 * 3600
-    assert head.backend.is_lost({**running, "start_time": before * 1000})
+    assert head.backend.is_lost({**running, "driver_node_id": None, "start_time": before * 1000})
+
+
+@pytest.mark.long
+def test_drivers_go_where_memory_is_and_the_next_one_waits(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The head has room for one driver, another node for one more."""
+    monkeypatch.setattr(ray_jobs, "PENDING_SECONDS", 10.0)
+    command(monkeypatch, "sleep", "1000")
+    room = int(DRIVER_MEMORY * 1.5)
+    with RayHead(tmp_path / "head.log", 0, memory=room) as head, JoinedNode(tmp_path / "n.log", head, 1, memory=room):
+        until(lambda: (capacity := head.backend.capacity()) and capacity.drivers == 2, "the node joins")
+        drivers = [head.backend.start("file:///s", "j", f"m{i}", 1, 1) for i in range(3)]
+        names = [submission_id("j", f"m{i}", 1) for i in range(3)]
+
+        def shown() -> list[dict[str, Any]]:
+            answers = [head.backend.dashboard.ask("GET", f"/api/jobs/{name}") for name in names]
+            return [answer.json() for answer in answers if answer]
+
+        def states() -> list[str]:
+            return sorted(job["status"] for job in shown())
+
+        until(lambda: states() == ["PENDING", "RUNNING", "RUNNING"], "two have a place")
+        assert len({job["driver_node_id"] for job in shown() if job["status"] == "RUNNING"}) == 2
+        waiting = next(i for i, job in enumerate(shown()) if job["status"] == "PENDING")
+        until(lambda: drivers[waiting].poll() is None and "768 MiB" in drivers[waiting].waiting, "it says why")
+        drivers[(waiting + 1) % 3].kill()
+        until(lambda: states() == ["RUNNING", "RUNNING", "STOPPED"], "it takes the place")

@@ -15,11 +15,13 @@ from genmodels.data.text import CharTokenizer
 from genmodels.engine.loader import load_folder
 from genmodels.engine.model import LoadedModel
 from genmodels.family import Family, ImageInfo, TextInfo
-from genmodels.registry.store import Registry, Version
+from genmodels.registry.store import Registry
+from genmodels.registry.versions import Version
 from genmodels.runs.job_index import index_runs
 from genmodels.runs.store import Run
 from genmodels.storage import Storage, open_storage
 from genmodels.storage.documents import now
+from tests.support.storages import upload
 
 VOCABULARY = "\n !,.?ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 IMAGES = ImageInfo(channels=1, height=16, width=16)
@@ -52,8 +54,9 @@ def build(
 def write(folder: Path, family: Family[Any, Any], assets: dict[str, bytes]) -> None:
     (folder / "assets").mkdir()
     save_file(family.network.state_dict(), folder / checkpoint.WEIGHTS)
-    checkpoint.write_config(folder, family)
-    checkpoint.write_assets(folder, assets)
+    (folder / checkpoint.CONFIG).write_bytes(checkpoint.config_bytes(family))
+    for name, data in assets.items():
+        (folder / "assets" / name).write_bytes(data)
 
 
 def loaded(name: str, folder: Path, **config: Any) -> LoadedModel:
@@ -63,7 +66,14 @@ def loaded(name: str, folder: Path, **config: Any) -> LoadedModel:
 
 
 def publish(
-    storage: Storage, model: str, family: str, *, step: int = 1, alias: str | None = "production", **config: Any
+    storage: Storage,
+    model: str,
+    family: str,
+    *,
+    step: int = 1,
+    alias: str | None = "production",
+    pool: str = "default",
+    **config: Any,
 ) -> Version:
     """Publish a version to the registry; another `step` gives other weights."""
     registry = Registry(storage)
@@ -75,7 +85,7 @@ def publish(
             step=step, samples=step, metrics={"val_loss": 1.5, "odd": float("nan")}, lineage=LINEAGE, files=files
         )
         version = registry.publish(
-            Run(storage, "test-00000000", model), CheckpointRef(attempt=1, step=step), manifest, folder, None
+            Run(storage, "test-00000000", model), CheckpointRef(attempt=1, step=step), manifest, folder, None, pool
         )
     if alias:
         registry.promote(model, alias, version.version, "test")
@@ -112,4 +122,4 @@ def save_checkpoint(
             step=step, samples=step, metrics={"val_loss": 2.5}, lineage=LINEAGE, files=checkpoint.describe_files(folder)
         )
         prefix = run.checkpoint_prefix(CheckpointRef(attempt=attempt, step=step))
-        checkpoint.upload(storage, prefix, folder, manifest, lambda: run.fence(attempt))
+        upload(storage, prefix, folder, manifest, lambda: run.fence(attempt))

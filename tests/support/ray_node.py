@@ -69,7 +69,7 @@ class RayNode:
 class RayHead(RayNode):
     """Run the head of a cluster: a loopback address, free ports, the token of this process's environment."""
 
-    def __init__(self, log: Path, num_cpus: int) -> None:
+    def __init__(self, log: Path, num_cpus: int, **more: Any) -> None:
         self.folder = tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True)
         first = free_ports(4)
         self.gcs, self.dashboard = f"{HEAD}:{first}", f"http://{HEAD}:{first + 3}"
@@ -82,7 +82,7 @@ class RayHead(RayNode):
             "num-cpus": num_cpus,
             "temp-dir": self.folder.name,
         }
-        super().__init__(log, {"node-ip-address": HEAD, **flags})
+        super().__init__(log, {"node-ip-address": HEAD, **flags, **more})
 
     def __enter__(self) -> RayHead:
         self.backend = RayJobsBackend(self.dashboard)
@@ -97,10 +97,10 @@ class RayHead(RayNode):
 class JoinedNode(RayNode):
     """Run another node of a cluster, on this machine under its own address."""
 
-    def __init__(self, log: Path, head: RayHead, num_cpus: int, address: str = OTHER) -> None:
+    def __init__(self, log: Path, head: RayHead, num_cpus: int, address: str = OTHER, **more: Any) -> None:
         self.head, self.cpus = head, num_cpus
         flags = {"address": head.gcs, "node-ip-address": address, "num-cpus": num_cpus}
-        super().__init__(log, flags | {"dashboard-agent-listen-port": free_ports(1)})
+        super().__init__(log, flags | more | {"dashboard-agent-listen-port": free_ports(1)})
 
     def __enter__(self) -> JoinedNode:
         return self

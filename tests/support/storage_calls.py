@@ -19,6 +19,7 @@ Call = Callable[[Storage, Path], Any]
 
 READS: dict[str, Call] = {
     "get": lambda storage, path: storage.get("k"),
+    "get if changed": lambda storage, path: storage.get_if_changed("k", '"another"'),
     "get range": lambda storage, path: storage.get_range("k", 0, 10),
     "read into": lambda storage, path: storage.read_into("k", 0, memoryview(bytearray(10))),
     "list": lambda storage, path: storage.list(""),

@@ -23,7 +23,7 @@ from genmodels.family import EvaluationResult
 from genmodels.keys import Keys
 from genmodels.metrics import DAMAGED
 from genmodels.registry import references
-from genmodels.registry.evaluations import record
+from genmodels.registry.catalogue import shard_of
 from genmodels.registry.store import Registry
 from genmodels.runs.jobs import Jobs, StoredSpec
 from genmodels.runs.log_lines import log_lines
@@ -60,7 +60,8 @@ class World:
         _, self_token = Keys(storage).create("other", ("submit",))
         for name in ("bad", "good"):
             version = publish(storage, name, "vae", step=1)
-            record(Registry(storage), version, EvaluationResult(), thorough=False, seconds=1.0)
+            Registry(storage).catalogue.ensure()
+            Registry(storage).record_evaluation(version, EvaluationResult(), thorough=False, seconds=1.0)
             (data / f"{name}.txt").write_text(f"the text of {name}\n" * 400)
             uploads.add(storage, f"{name}-text", data / f"{name}.txt")
         (evaluation,) = storage.list("models/bad/evaluations/")
@@ -109,6 +110,9 @@ class World:
             "Manifest": f"{attempt}/checkpoints/step-00000003/manifest.json",
             "Version": "models/bad/versions/00000001.json",
             "Alias": "models/bad/aliases/production.json",
+            "Published": "models/bad/published/test-00000000.attempt-1.step-1.json",
+            "Shard": f"catalogue/{shard_of('bad')}.json",
+            "Head": "catalogue/head.json",
             "Evaluation": evaluation,
             "Current": "datasets/bad-text/current.json",
             "StoredDataset": f"datasets/bad-text/{sha256}/dataset.json",

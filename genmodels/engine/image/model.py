@@ -18,13 +18,7 @@ class ImageModel(LoadedModel):
     batcher: DynamicBatcher = field(default_factory=DynamicBatcher)  # shared by all requests
 
     def describe(self) -> dict[str, int | str]:
-        info = self.family.data
-        sizes: dict[str, int | str] = {
-            "size": f"{info.width}x{info.height}",
-            "channels": info.channels,
-            "latent_dim": self.family.latent_dim,
-        }
-        return {**sizes, "num_classes": self.family.num_classes} if self.family.num_classes else sizes
+        return self.family.sizes
 
     def enable_metrics(self) -> None:
         self.batcher.metrics = ImageMetrics(self.labels)

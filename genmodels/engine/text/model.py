@@ -36,11 +36,7 @@ class TextModel(LoadedModel):
         return ContinuousBatcher(self.family, self.slots)
 
     def describe(self) -> dict[str, int | str]:
-        return {
-            "block_size": self.family.block_size,
-            "vocab_size": self.tokenizer.vocab_size,
-            "example_prompt": self.tokenizer.example_prompt,
-        }
+        return self.family.sizes | {"example_prompt": self.tokenizer.example_prompt}
 
     def start(self, torch_threads: int) -> None:
         """Start the decoding thread, which ends after `close`."""

@@ -1,4 +1,8 @@
-"""Run drivers as Ray Jobs, through the HTTP API of Ray's dashboard."""
+"""Run drivers as Ray Jobs, through the HTTP API of Ray's dashboard.
+
+A driver asks for DRIVER_MEMORY, so Ray starts it on any node that has so much memory left: the head first, then the
+others. Ray keeps a driver without a place as PENDING. That is rare: the dispatcher starts only as many as fit.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +15,15 @@ from typing import Any
 import httpx
 
 from services.cluster.dashboard import Dashboard
-from services.dispatch.backends.base import LOST, Backend, Capacity, Driver, driver_command, submission_id
+from services.dispatch.backends.base import (
+    DRIVER_MEMORY,
+    LOST,
+    Backend,
+    Capacity,
+    Driver,
+    driver_command,
+    submission_id,
+)
 
 log = logging.getLogger("genmodels.backends")
 
@@ -23,6 +35,9 @@ MESSAGE = 2000  # characters of Ray's own message, which ends with the last line
 
 
 ACCEPT_SECONDS = 60.0  # for a driver to be accepted, by a cluster that answers
+
+
+PENDING_SECONDS = 30.0  # a driver that has a place starts sooner
 
 
 class RayJobsBackend(Backend):
@@ -40,6 +55,7 @@ class RayJobsBackend(Backend):
         self.dashboard = Dashboard(address)
         self.max_cpus, self.max_gpus = max_cpus, max_gpus
         self._head_began = 0  # ms since 1970, at the last `capacity`
+        self._alive: set[str] = set()  # ids of nodes, at the last `capacity`
 
     def start(self, storage_url: str, job: str, model: str, attempt: int, workers: int) -> Driver:
         """Submit a driver. If no answer comes, `poll` submits it again."""
@@ -48,6 +64,7 @@ class RayJobsBackend(Backend):
             "submission_id": submission_id(job, model, attempt),
             "metadata": {"job": job, "model": model, "attempt": str(attempt)},
             "entrypoint_num_cpus": 0,
+            "entrypoint_memory": DRIVER_MEMORY,
         }
         return _RayJob(self, submission_id(job, model, attempt), submission)
 
@@ -55,11 +72,15 @@ class RayJobsBackend(Backend):
         return _RayJob(self, submission_id(job, model, attempt))
 
     def is_lost(self, job: dict[str, Any]) -> bool:
-        """Tell whether a Ray Job was lost with its head, where drivers run. `job`: as the dashboard shows it.
+        """Tell whether a Ray Job was lost with its node. `job`: as the dashboard shows it.
 
-        A head that keeps its state on disk still shows the drivers of the previous head as running.
+        A head that keeps its state on disk still shows the drivers on the previous head as running.
         """
-        return bool(job["status"] in ("PENDING", "RUNNING") and (job.get("start_time") or 0) < self._head_began)
+        if job["status"] not in ("PENDING", "RUNNING"):
+            return False
+        if node := job.get("driver_node_id"):
+            return bool(self._alive) and node not in self._alive
+        return bool((job.get("start_time") or 0) < self._head_began)
 
     def capacity(self) -> Capacity | None:
         answer = self.dashboard.ask("GET", "/api/v0/nodes?detail=1&limit=10000&timeout=4")
@@ -69,13 +90,16 @@ class RayJobsBackend(Backend):
             nodes: list[dict[str, Any]] = answer.json()["data"]["result"]["result"]
             alive = [node for node in nodes if node["state"] == "ALIVE"]
             there = [node["resources_total"] for node in alive]
+            self._alive = {node["node_id"] for node in alive}
             self._head_began = max((node["start_time_ms"] for node in alive if node["is_head_node"]), default=0)
         except (ValueError, KeyError, TypeError):  # another server answers at this address
             return None
         if not there:
             return None  # the head is still starting
         cpus, gpus = (int(sum(resources.get(name, 0) for resources in there)) for name in ("CPU", "GPU"))
-        return Capacity(cpus, gpus, max_cpus=self.max_cpus, max_gpus=self.max_gpus)
+        drivers = sum(int(resources.get("memory", 0) // DRIVER_MEMORY) for resources in there)
+        may_grow = self.max_cpus > cpus or self.max_gpus > gpus
+        return Capacity(cpus, gpus, self.max_cpus, self.max_gpus, drivers=None if may_grow else drivers)
 
 
 class _RayJob(Driver):
@@ -87,6 +111,7 @@ class _RayJob(Driver):
         self.code: int | None = None
         self.answer: httpx.Response | None = None  # that `look` got for the next `poll`
         self.stopping = False
+        self.pending_since = time.monotonic()
         self._submit()
 
     def look(self) -> None:
@@ -104,6 +129,10 @@ class _RayJob(Driver):
             return self.code
         self.submission = None
         job = answer.json()
+        is_pending = job["status"] == "PENDING" and time.monotonic() - self.pending_since > PENDING_SECONDS
+        self.waiting = (
+            f"waits for a node with {DRIVER_MEMORY // 2**20} MiB of memory for its driver" if is_pending else ""
+        )
         match job["status"]:
             case "SUCCEEDED":
                 self.code = 0

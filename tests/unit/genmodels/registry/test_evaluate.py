@@ -41,7 +41,7 @@ from tests.support.asgi_client import ask
 from tests.support.evaluation_data import Bench, shapes
 from tests.support.published_models import LINEAGE, build, publish, write
 from tests.support.run_parts import write_metrics
-from tests.support.storages import MemoryStorage
+from tests.support.storages import MemoryStorage, upload
 from tests.support.tiny_jobs import job, make_data, model
 
 BENCH = Bench()
@@ -257,14 +257,14 @@ FOUND = EvaluationResult(
 def test_evaluations_are_kept_with_their_version(storage: Storage) -> None:
     version, store = publish(storage, "shapes", "vae"), Registry(storage)
     assert evaluations.newest(store, "shapes", 1) is None
-    first = evaluations.record(store, version, FOUND, thorough=False, seconds=1.5, publication=True)
-    evaluations.record(store, version, EvaluationResult(), thorough=True, seconds=0, publication=True)
+    first = store.record_evaluation(version, FOUND, thorough=False, seconds=1.5, publication=True)
+    store.record_evaluation(version, EvaluationResult(), thorough=True, seconds=0, publication=True)
     assert storage.list("models/shapes/evaluations/") == ["models/shapes/evaluations/00000001/publication.json"]
     (kept,) = evaluations.evaluations(store, "shapes", 1)
     assert (kept.id, kept.notes, kept.data_digest) == ("publication", {"draws": 64}, LINEAGE.data_digest)
     assert kept.metrics["nll"] == FOUND.metrics["nll"]
     assert math.isnan(kept.metrics["odd"].value)
-    second = evaluations.record(store, version, EvaluationResult(), thorough=True, seconds=2)
+    second = store.record_evaluation(version, EvaluationResult(), thorough=True, seconds=2)
     assert [one.id for one in evaluations.evaluations(store, "shapes", 1)] == [first.id, second.id]
     assert evaluations.newest(store, "shapes", 1) == second
 
@@ -272,7 +272,7 @@ def test_evaluations_are_kept_with_their_version(storage: Storage) -> None:
     delete_version(store, "shapes", 1)
     assert storage.list("models/shapes/evaluations/") == []
     with pytest.raises(ModelNotFound):
-        evaluations.record(store, version, FOUND, thorough=True, seconds=1)
+        store.record_evaluation(version, FOUND, thorough=True, seconds=1)
     assert storage.list("models/shapes/evaluations/") == []
 
 
@@ -312,7 +312,7 @@ def saved(spec: ModelSpec, steps: int = 2) -> Run:
             files = checkpoint.describe_files(folder)
             manifest = Manifest(step=step, samples=step, metrics={"val_loss": 9.0 - step}, lineage=lineage, files=files)
             prefix = run.checkpoint_prefix(CheckpointRef(attempt=1, step=step))
-            checkpoint.upload(storage, prefix, folder, manifest, lambda: None)
+            upload(storage, prefix, folder, manifest, lambda: None)
     return run
 
 
@@ -444,7 +444,7 @@ def test_evaluate_on_the_command_line(tiny_spec: ModelSpec, tmp_path: Path) -> N
 def test_the_endpoint_shows_the_newest_evaluation(file_storage: Storage) -> None:
     version = publish(file_storage, "shapes", "vae")
     store = Registry(file_storage)
-    evaluations.record(store, version, FOUND, thorough=False, seconds=1, publication=True)
+    store.record_evaluation(version, FOUND, thorough=False, seconds=1, publication=True)
     host = ModelHost(file_storage.url)
     app = create_app(host)
     shown = ask(app, "GET", "/v1/models/shapes").json()["evaluation"]
@@ -454,8 +454,8 @@ def test_the_endpoint_shows_the_newest_evaluation(file_storage: Storage) -> None
     }
     assert (shown["id"], shown["thorough"], shown["notes"]) == ("publication", False, {"draws": 64})
     assert EVALUATION_METRIC.labels("shapes", "vae", "1", "nll")._value.get() == 98.5
-    evaluations.record(
-        store, version, EvaluationResult(metrics={"nll": EvaluationMetric(value=97)}), thorough=True, seconds=1
+    store.record_evaluation(
+        version, EvaluationResult(metrics={"nll": EvaluationMetric(value=97)}), thorough=True, seconds=1
     )
     assert ask(app, "GET", "/v1/models/shapes@1").json()["evaluation"]["metrics"]["nll"]["value"] == 97
 

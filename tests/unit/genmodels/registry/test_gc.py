@@ -22,7 +22,8 @@ from genmodels.registry import gc as gc_module
 from genmodels.registry import gc_checkpoints, references
 from genmodels.registry.gc import gc
 from genmodels.registry.removal import delete_version
-from genmodels.registry.store import Registry, Version
+from genmodels.registry.store import Registry
+from genmodels.registry.versions import Version
 from genmodels.runs.jobs import Entry, Jobs
 from genmodels.runs.metric_rows import metric_rows
 from genmodels.runs.records import Change, State, Status

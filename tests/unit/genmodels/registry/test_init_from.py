@@ -16,7 +16,8 @@ from genmodels.data import added, uploads
 from genmodels.errors import SpecError
 from genmodels.preflight.check import check_job
 from genmodels.registry import references
-from genmodels.registry.store import Registry, Version
+from genmodels.registry.store import Registry
+from genmodels.registry.versions import Version
 from genmodels.runs.jobs import Jobs
 from genmodels.runs.metric_rows import metric_rows
 from genmodels.runs.store import Run

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 import logging
+import re
 import threading
 import time
 from collections.abc import Callable
@@ -22,9 +23,10 @@ from genmodels.engine.alias_watcher import AliasWatcher
 from genmodels.engine.model_cache import ModelCache
 from genmodels.errors import DataError, GenmodelsError, JobNotFound, ModelNotFound
 from genmodels.family import EvaluationResult
-from genmodels.registry import evaluations, references
+from genmodels.registry import references
 from genmodels.registry.removal import dataset_contents, delete_dataset, delete_model, model_contents
-from genmodels.registry.store import Registry, Version
+from genmodels.registry.store import Registry
+from genmodels.registry.versions import Version
 from genmodels.runs.job_index import index_runs
 from genmodels.runs.jobs import Jobs
 from genmodels.runs.records import Change, State, Status
@@ -77,7 +79,7 @@ def own_job(storage: Storage, *models: str, job: str = OWN, state: State = "succ
 
 
 def evaluated(storage: Storage, version: Version) -> None:
-    evaluations.record(Registry(storage), version, EvaluationResult(), thorough=False, seconds=1, publication=True)
+    Registry(storage).record_evaluation(version, EvaluationResult(), thorough=False, seconds=1, publication=True)
 
 
 @pytest.fixture(scope="module")
@@ -98,7 +100,7 @@ def copy(storage: MemoryStorage) -> MemoryStorage:
     return copied
 
 
-class Died(Exception):
+class Died(BaseException):
     pass
 
 
@@ -163,14 +165,19 @@ class Concurrent:
 
 
 def others(storage: MemoryStorage, what: str) -> dict[str, bytes]:
-    """Return all objects except those of a model or a dataset."""
-    return {key: data for key, data in storage.objects.items() if f"/{what}/" not in key}
+    """Return all objects except those of a model or a dataset, and except the catalogue, which is derived."""
+    return {
+        key: data
+        for key, data in storage.objects.items()
+        if f"/{what}/" not in key and not key.startswith("catalogue/")
+    }
 
 
 def traces(storage: MemoryStorage, what: str) -> list[str]:
-    """Return the remaining objects of it, except leases, marks for clean-up and the numbers that are not reused."""
+    """Return what remains of it, except leases, claims, marks for clean-up, and numbers that are not reused."""
     result = [key for key in storage.objects if f"/{what}/" in key and not key.startswith("gc/")]
-    return [key for key in result if "/deleted/" not in key and not key.endswith(("gc-lease.json", "status.json"))]
+    result = [key for key in result if not re.search("/(deleted|published)/", key)]
+    return [key for key in result if not key.endswith(("gc-lease.json", "status.json"))]
 
 
 # ---- models
@@ -205,7 +212,8 @@ def test_the_storage_of_a_folder_and_of_s3_alike(storage: Storage) -> None:
     own_job(storage, "first")
     evaluated(storage, publish(storage, "first", "vae"))
     delete_model(storage, "first", with_runs=True)
-    assert storage.list("models/first/") == ["models/first/deleted/00000001", "models/first/gc-lease.json"]
+    left = ["deleted/00000001", "gc-lease.json", "published/test-00000000.attempt-1.step-1.json"]
+    assert storage.list("models/first/") == [f"models/first/{name}" for name in left]
     assert storage.list("runs/") == [f"runs/{OWN}/first/status.json"]
 
 

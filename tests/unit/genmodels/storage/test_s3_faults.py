@@ -40,6 +40,30 @@ def one_try(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("AWS_MAX_ATTEMPTS", "1")
 
 
+# ---- conditional reads
+
+
+@pytest.mark.parametrize("ignored", [False, True])
+def test_a_conditional_read_sends_a_body_only_if_the_object_changed(s3_storage: Storage, ignored: bool) -> None:
+    """Some stores ignore the condition, and send the object: the result is the same, with more bytes."""
+    inner: Any = s3_storage
+    statuses: list[int] = []
+
+    def without_condition(params: dict[str, Any], **_: Any) -> None:
+        params["headers"].pop("If-None-Match", None)
+
+    events = inner._storage._client.meta.events
+    events.register("after-call.s3.GetObject", lambda http_response, **_: statuses.append(http_response.status_code))
+    if ignored:
+        events.register("before-call.s3.GetObject", without_condition)
+    etag = s3_storage.put("k", b"one")
+    assert s3_storage.get_if_changed("k", None) == (b"one", etag)
+    assert s3_storage.get_if_changed("k", etag) is None
+    second = s3_storage.put("k", b"two")
+    assert s3_storage.get_if_changed("k", etag) == (b"two", second)
+    assert statuses == [200, 200 if ignored else 304, 200]
+
+
 # ---- the answer was lost
 
 

@@ -83,6 +83,18 @@ def test_overwriting_changes_the_etag(storage: Storage) -> None:
     assert storage.get("k") == (b"two", second)
 
 
+def test_an_unchanged_object_is_not_sent_again(storage: Storage) -> None:
+    etag = storage.put("k", b"one")
+    assert storage.get_if_changed("k", None) == (b"one", etag)
+    assert storage.get_if_changed("k", etag) is None
+    second = storage.put("k", b"two")
+    assert storage.get_if_changed("k", etag) == (b"two", second)
+    storage.delete("k")
+    for known in (None, etag):
+        with pytest.raises(KeyNotFound):
+            storage.get_if_changed("k", known)
+
+
 def test_what_is_missing(storage: Storage, tmp_path: Path) -> None:
     storage.put("folder/key", b"")
     for key in ("nothing", "folder", "folder/other", "folder/key/below"):

@@ -13,7 +13,7 @@ import pytest
 
 from genmodels.checkpoint import CheckpointRef, File, Lineage
 from genmodels.errors import CheckpointError, GenmodelsError, JobNotFound, ModelNotFound, SpecError, StorageError
-from genmodels.registry.store import Version
+from genmodels.registry.versions import Version
 from services.client import http
 from services.client import jobs as client_module
 from services.client.http import Unauthorized, Unreachable

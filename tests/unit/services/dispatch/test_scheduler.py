@@ -48,6 +48,21 @@ def test_a_group_starts_whole_or_not_at_all() -> None:
     assert (planned.starts, planned.reasons) == ([], [("a", "needs 4 CPUs, free: 3 CPUs")])
 
 
+def test_no_more_runs_start_than_drivers_fit() -> None:
+    queue = [waits("low", at="0"), waits("first", at="1", priority=1), waits("second", at="2", priority=1)]
+    planned = decide(queue, [runs("there", 1, sizes=[1, 2], growable=True)], cpus=9, drivers=3)
+    assert planned.starts == [("first", 1), ("second", 1)]
+    assert planned.reasons == [("low", "waits for memory for its driver; 3 drivers fit the nodes, 768 MiB each")]
+    assert (planned.preemptions, planned.grows) == ([], []), "a run that grows would lose its place"
+
+
+def test_a_less_important_run_makes_room_for_a_driver() -> None:
+    planned = decide([waits("urgent", priority=9)], [runs("low", 4), runs("same", 1, priority=9)], cpus=8, drivers=2)
+    assert (planned.starts, planned.preemptions) == ([], [("low", "preempted by a run of priority 9")])
+    planned = decide([waits("equal")], [runs("large", 4, sizes=[1, 4])], cpus=8, drivers=1)
+    assert (planned.starts, planned.preemptions) == ([], []), "it would start again at once, with its driver"
+
+
 def test_a_run_that_never_fits_gives_its_reason_and_blocks_no_other() -> None:
     planned = decide([waits("huge", 8, at="0", backfilled=100), waits("small", at="1")], cpus=4)
     assert (planned.starts, planned.backfilled) == ([("small", 1)], [])
@@ -170,9 +185,10 @@ SIZES = st.lists(st.integers(1, 6), min_size=1, max_size=3, unique=True).map(sor
     active=st.lists(st.tuples(SIZES, st.integers(-1, 1), st.booleans()), max_size=4),
     cpus=st.integers(0, 12),
     gpus=st.integers(0, 4),
+    drivers=st.none() | st.integers(0, 6),
 )
 def test_runs_never_exceed_the_capacity_and_each_has_a_start_or_a_reason(
-    queue: Any, active: Any, cpus: int, gpus: int
+    queue: Any, active: Any, cpus: int, gpus: int, drivers: int | None
 ) -> None:
     queued = [
         waits(f"q{i}", sizes, priority, str(i), use_gpu=gpu, backfilled=backfilled)
@@ -181,7 +197,7 @@ def test_runs_never_exceed_the_capacity_and_each_has_a_start_or_a_reason(
     running = [
         runs(f"r{i}", sizes[0], priority, str(i), sizes, use_gpu=gpu) for i, (sizes, priority, gpu) in enumerate(active)
     ]
-    planned = plan(queued, running, Capacity(cpus, gpus))
+    planned = plan(queued, running, Capacity(cpus, gpus, drivers=drivers))
     by_key = {run.key: run for run in queued}
     starts = dict(planned.starts)
     assert sorted([*starts, *dict(planned.reasons)]) == sorted(by_key)
@@ -189,6 +205,7 @@ def test_runs_never_exceed_the_capacity_and_each_has_a_start_or_a_reason(
     used = sum(run.workers for run in running)
     if starts:
         assert used + sum(starts.values()) <= cpus
+        assert drivers is None or len(running) + len(starts) <= drivers
     gpus_used = sum(run.workers for run in running if run.use_gpu)
     if any(by_key[key].use_gpu for key in starts):
         assert gpus_used + sum(workers for key, workers in starts.items() if by_key[key].use_gpu) <= gpus
@@ -249,7 +266,7 @@ def test_the_work_of_a_plan_grows_with_the_runs_not_with_their_square(
 
         return count
 
-    for name in ("_gain", "_gives_way"):
+    for name in ("_set_free", "_gives_way"):
         monkeypatch.setattr(scheduler, name, counted(getattr(scheduler, name)))
 
     def cost(number: int) -> int:

@@ -41,9 +41,12 @@ def test_a_head_that_cannot_be_found(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_ray_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(node, "memory_limit", lambda: 6 * 2**30)
     head = node.command("head", "ray-head", "10.0.0.2", 0)
     assert {"--head", "--block", "--num-cpus=0", "--dashboard-host=10.0.0.2", "--node-ip-address=10.0.0.2"} <= set(head)
+    assert f"--memory={3 * 2**30}" in head, "four drivers"
     worker = node.command("worker", "ray-head", "10.0.0.3", None)
+    assert f"--memory={3 * 2**28}" in worker, "one driver: the rest is for training"
     assert "--address=ray-head:6379" in worker
     assert not [word for word in worker if word.startswith(("--head", "--num-cpus", "--dashboard"))]
 

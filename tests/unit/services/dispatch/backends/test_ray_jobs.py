@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import signal
 import socket
 import time
@@ -14,7 +15,7 @@ import pytest
 from services.cluster import dashboard
 from services.cluster.dashboard import Dashboard
 from services.dispatch.backends import ray_jobs
-from services.dispatch.backends.base import LOST, Capacity, submission_id
+from services.dispatch.backends.base import DRIVER_MEMORY, LOST, Capacity, submission_id
 from services.dispatch.backends.ray_jobs import RayJobsBackend
 
 
@@ -42,6 +43,7 @@ class Ray:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.requests: list[str] = []
         self.answers: dict[str, tuple[int, Any] | None] = {}
+        self.bodies: dict[str, Any] = {}  # of the last requests
         monkeypatch.setattr(dashboard, "SILENCE_SECONDS", 0.0)
         self.backend = RayJobsBackend("http://ray")
         self.backend.dashboard.client = httpx.Client(base_url="http://ray", transport=httpx.MockTransport(self.answer))
@@ -50,6 +52,7 @@ class Ray:
     def answer(self, request: httpx.Request) -> httpx.Response:
         target = f"{request.method} {request.url.path}".replace(self.path, "JOB")
         self.requests.append(target)
+        self.bodies[target] = json.loads(request.content or b"null")
         answer = self.answers.get(target)
         if answer is None:
             raise httpx.ReadTimeout("no answer")
@@ -129,7 +132,50 @@ def test_no_node_yet_is_no_cluster(monkeypatch: pytest.MonkeyPatch) -> None:
     ray.answers["GET /api/v0/nodes"] = 200, nodes()
     assert ray.backend.capacity() is None
     ray.answers["GET /api/v0/nodes"] = 200, nodes("ALIVE", "DEAD", "ALIVE")
-    assert ray.backend.capacity() == Capacity(8, 2)
+    assert ray.backend.capacity() == Capacity(8, 2, drivers=6)
+
+
+def test_a_node_has_room_for_whole_drivers_only(monkeypatch: pytest.MonkeyPatch) -> None:
+    ray = Ray(monkeypatch)
+    small = node("ALIVE", head=False) | {"resources_total": {"CPU": 4.0, "memory": DRIVER_MEMORY * 1.9}}
+    without = node("ALIVE", head=False) | {"resources_total": {"CPU": 4.0}}
+    ray.answers["GET /api/v0/nodes"] = 200, listed(node("ALIVE"), small, without)
+    assert ray.backend.capacity() == Capacity(12, 1, drivers=4)
+    ray.backend.max_cpus = 64
+    assert ray.backend.capacity() == Capacity(12, 1, max_cpus=64), "an autoscaler adds nodes for drivers, too"
+
+
+def test_a_driver_asks_for_the_memory_that_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:
+    ray = Ray(monkeypatch)
+    ray.backend.start("file:///s", "j", "m", 1, 1)
+    assert ray.bodies["POST /api/jobs/"]["entrypoint_memory"] == DRIVER_MEMORY
+    assert ray.bodies["POST /api/jobs/"]["entrypoint_num_cpus"] == 0
+
+
+def test_a_driver_without_a_place_says_what_it_waits_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    ray = Ray(monkeypatch)
+    ray.answers["GET JOB"] = 200, {"status": "PENDING"}
+    driver = ray.backend.find("j", "m", 1)
+    assert (driver.poll(), driver.waiting) == (None, ""), "it has only just been sent"
+    monkeypatch.setattr(ray_jobs, "PENDING_SECONDS", -1.0)
+    assert (driver.poll(), driver.waiting) == (None, "waits for a node with 768 MiB of memory for its driver")
+    ray.answers["GET JOB"] = 200, {"status": "RUNNING"}
+    assert (driver.poll(), driver.waiting) == (None, "")
+
+
+def test_a_driver_of_a_lost_node_is_lost_and_one_of_another_node_outlives_the_head(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    ray = Ray(monkeypatch)
+    worker = node("ALIVE", head=False) | {"node_id": "worker"}
+    ray.answers["GET JOB"] = 200, {"status": "RUNNING", "start_time": 2_000, "driver_node_id": "worker"}
+    assert ray.backend.find("j", "m", 1).poll() is None, "the nodes are not listed yet"
+    ray.answers["GET /api/v0/nodes"] = 200, listed(node("ALIVE", began=3_000), worker)
+    assert ray.backend.capacity()
+    assert ray.backend.find("j", "m", 1).poll() is None
+    ray.answers["GET /api/v0/nodes"] = 200, listed(node("ALIVE", began=3_000), worker | {"state": "DEAD"})
+    assert ray.backend.capacity()
+    assert ray.backend.find("j", "m", 1).poll() == LOST
 
 
 @pytest.mark.parametrize("status", ["PENDING", "RUNNING"])
@@ -163,8 +209,8 @@ def test_the_token_is_the_one_that_ray_uses(tmp_path: Path, monkeypatch: pytest.
 
 def node(state: str, began: int = 1_000, head: bool = True) -> dict[str, Any]:
     """Return a node as the dashboard lists it."""
-    has = {"CPU": 4.0, "GPU": 1.0}
-    return {"state": state, "resources_total": has, "start_time_ms": began, "is_head_node": head}
+    has = {"CPU": 4.0, "GPU": 1.0, "memory": 3.5 * DRIVER_MEMORY}
+    return {"node_id": "n", "state": state, "resources_total": has, "start_time_ms": began, "is_head_node": head}
 
 
 def listed(*nodes: dict[str, Any]) -> dict[str, Any]:
