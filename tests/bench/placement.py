@@ -28,7 +28,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from genmodels.registry.catalogue import CatalogueReader
 from prometheus_client import CollectorRegistry
 from prometheus_client.multiprocess import MultiProcessCollector
 from rich.console import Console
@@ -38,6 +37,7 @@ from rich.table import Table
 from genmodels.engine.image.requests import GenerateRequest
 from genmodels.errors import RequestError
 from genmodels.metrics import DIRECTORY, LOAD_SECONDS
+from genmodels.registry.catalogue import CatalogueReader
 from genmodels.storage import Storage, open_storage
 from services.gateway.model_host import ModelHost
 from services.gateway.replica_order import replicas_in_order
