@@ -119,15 +119,23 @@ class Catalogue:
         return sum(len(shard.models) for shard in shards.values())
 
     def rebuild_shard(self, name: str) -> None:
-        """Write one shard from versions and aliases."""
-        self._publish({name: self._rebuild_shard(name, self._names()[name]).generation})
+        """Write one shard from versions and aliases, and the whole catalogue if its head is damaged too."""
+        shard = self._rebuild_shard(name, self._names()[name])
+        try:
+            self._publish({name: shard.generation})
+        except DamagedObject:
+            self.rebuild()
 
     def latest(self, model: str) -> int:
         """Return the number of the latest version that the catalogue has; 0 if it has none, or cannot be read."""
-        with suppress(DamagedObject, KeyNotFound):
+        with suppress(DamagedObject, StorageError):
             entry = load_document(self.storage, _key(shard_of(model)), Shard)[0].models.get(model)
             return entry.latest if entry else 0
         return 0
+
+    def models_of(self, name: str) -> list[str]:
+        """Return the models of a shard, those in it and those that should be. Raises DamagedObject."""
+        return sorted({*self._names()[name], *self._shard(name, None)[0].models})
 
     def ensure(self) -> None:
         """Build the catalogue if the storage has none."""

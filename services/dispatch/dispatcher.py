@@ -25,6 +25,7 @@ from genmodels.errors import (
     StorageUnavailable,
     contained,
 )
+from genmodels.registry.catalogue_keeper import CatalogueKeeper
 from genmodels.runs.jobs import Jobs
 from genmodels.runs.queue import delete_notification, notifications
 from genmodels.runs.records import ENDED
@@ -38,6 +39,7 @@ from services.dispatch.queue import ManagedRun, RunQueue
 from services.dispatch.supervisor import Supervisor
 
 POLL_SECONDS = 1.0
+REST_SECONDS = 2.0  # between two looks while there is no run
 READS_A_SECOND = 100  # of heartbeats: with more runs, a run that simply trains is read less often
 MAX_READERS = 16  # jobs or runs that are read at once
 MAX_SILENCES = 5  # looks at a run for which the store does not answer; then the other runs continue without it
@@ -138,11 +140,13 @@ class Dispatcher:
         over = threading.Event()
         renewer = threading.Thread(target=self._renew, args=(over,), name="lease", daemon=True)
         renewer.start()
+        keeper = CatalogueKeeper(self.storage)  # in a thread of its own: to build a large catalogue takes minutes
+        threading.Thread(target=keeper.run, args=(over,), name="catalogue", daemon=True).start()
         try:
             while not stop.is_set() and not over.is_set() and self.lease.held():
                 with self.rounds.round(LeaseLost):
                     self.dispatch_once(lease_term)
-                stop.wait(POLL_SECONDS)
+                stop.wait(POLL_SECONDS if self._runs else REST_SECONDS)
         except LeaseLost as lost:
             self.lease.outgrow(lost.lease_term)
             log.warning("%s", lost)

@@ -134,6 +134,10 @@ class DryRunQuery(Strict):
     dry_run: bool = Field(False, description="only report what would be removed")
 
 
+class GcQuery(DryRunQuery):
+    all: bool = Field(False, description="read all runs and versions, not only those that have changed")
+
+
 class DeleteModelQuery(DryRunQuery):
     with_runs: bool = Field(False, description="also delete the checkpoints, samples and logs of its runs")
 

@@ -46,7 +46,10 @@ class RunningDriver(Driver):
 
 def measure(server: S3Server, n: int) -> Iterator[Row]:
     storage, requests = opened(server, f"dispatch-{n}")
-    in_parallel(begin_training, submit(storage, n))
+    with requests.counted() as counts:
+        runs = submit(storage, n)
+    yield Row("submission, requests for each run", n, counts.total() / n, "")
+    in_parallel(begin_training, runs)
     dispatcher = Dispatcher(storage, Busy())
     with requests.counted() as counts:
         seconds = timed(lambda: dispatcher.dispatch_once(1))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -9,15 +10,17 @@ from typing import Any
 
 import pytest
 
+from genmodels.errors import KeyNotFound, StorageUnavailable
 from genmodels.family import EvaluationMetric, EvaluationResult
-from genmodels.registry.catalogue import PENDING, Catalogue, CatalogueReader
+from genmodels.registry.catalogue import HEAD, PENDING, SHARDS, Catalogue, CatalogueReader, shard_of
+from genmodels.registry.catalogue_keeper import LOOKS_BEFORE_DELETION, LOOKS_BEFORE_REPAIR, CatalogueKeeper
 from genmodels.registry.removal import delete_model, delete_version
 from genmodels.registry.store import Registry
 from genmodels.registry.versions import Version
 from genmodels.storage import Storage
 from tests.support.counting_storage import CountingStorage
 from tests.support.published_models import publish
-from tests.support.storages import MemoryStorage, Wrapped
+from tests.support.storages import FailingStorage, MemoryStorage, PausedStorage, Wrapped, in_threads
 
 SIZES = {"size": "16x16", "channels": 1, "latent_dim": 4}
 
@@ -214,3 +217,197 @@ def copy(storage: MemoryStorage) -> MemoryStorage:
     result = MemoryStorage()
     result.objects = dict(storage.objects)
     return result
+
+
+CHANGES: dict[str, Callable[[Storage], Any]] = {
+    "publish": lambda storage: publish(storage, "m", "vae", step=2),
+    "promote": lambda storage: Registry(storage).promote("m", "next", 1, "test"),
+    "remove": lambda storage: Registry(storage).remove_alias("m", "production"),
+    "delete": lambda storage: delete_model(storage, "m"),
+}
+
+
+@pytest.mark.parametrize("after", [False, True])
+@pytest.mark.parametrize("name", [*CHANGES])
+def test_a_writer_that_dies_at_any_write_is_followed_by_the_keeper(name: str, after: bool) -> None:
+    base = MemoryStorage()
+    publish(base, "m", "vae")
+    read(base)
+    for moment in itertools.count(1):
+        storage = copy(base)
+        dying = Dying(storage, moment, after)
+        try:
+            CHANGES[name](dying)
+        except Died:
+            keeper = CatalogueKeeper(storage)
+            for _ in range(LOOKS_BEFORE_REPAIR):
+                keeper.look()
+            assert agrees(storage), moment
+            continue
+        assert agrees(storage)
+        assert storage.list(PENDING) == []
+        if dying.writes < moment:
+            assert moment > 5
+            return
+
+
+def test_the_intent_of_a_writer_that_was_paused_stays_for_minutes(fill: Callable[..., None]) -> None:
+    storage = MemoryStorage()
+    fill(storage, "m")
+    keeper = CatalogueKeeper(storage)
+    with Catalogue(storage).following("m"):
+        for _ in range(LOOKS_BEFORE_DELETION - 1):
+            keeper.look()
+        assert len(storage.list(PENDING)) == 1
+        keeper.look()
+        assert storage.list(PENDING) == []
+    with pytest.raises(KeyNotFound), Catalogue(storage).following("m"):
+        raise KeyNotFound("the body fails")
+    assert len(storage.list(PENDING)) == 1
+
+
+@pytest.mark.parametrize("only", ["catalogue/", "catalogue/pending", HEAD, f"catalogue/{shard_of('m')}"])
+def test_a_change_never_fails_because_of_the_catalogue(only: str, caplog: pytest.LogCaptureFixture) -> None:
+    storage = FailingStorage(MemoryStorage(), only)
+    publish(storage, "m", "vae")
+    reader = read(storage)
+    storage.away = True
+    assert publish(storage, "m", "vae", step=2).version == 2
+    assert Registry(storage).alias("m", "production").version == 2
+    assert "the catalogue shows a change of model 'm' later" in caplog.text
+    storage.away = False
+    keeper = CatalogueKeeper(storage)
+    for _ in range(LOOKS_BEFORE_REPAIR):
+        keeper.look()
+    for _ in range(100 if only == "catalogue/" else 0):  # without an intent, the sweep notices
+        keeper.sweep()
+    reader.refresh()
+    entry = reader.get("m")
+    assert entry is not None
+    assert (entry.latest, entry.aliases) == (2, {"production": 2})
+
+
+def test_a_reader_keeps_its_entries_through_an_outage(fill: Callable[..., None]) -> None:
+    storage = FailingStorage(MemoryStorage())
+    fill(storage, "first", "second")
+    reader = read(storage)
+    Registry(storage).promote("first", "next", 1, "test")
+    Registry(storage).promote("second", "next", 1, "test")
+    storage.away = True
+    with pytest.raises(StorageUnavailable):
+        reader.refresh()
+    assert reader.models() == ["first", "second"]
+    storage.away, storage.only = False, f"catalogue/{shard_of('second')}"
+    storage.away = True  # the answers end between two shards
+    with pytest.raises(StorageUnavailable):
+        reader.refresh()
+    storage.away = False
+    assert reader.refresh() == {"first", "second"}
+    assert reader.aliases() == {
+        f"{model}@{alias}": 1 for model in ("first", "second") for alias in ("next", "production")
+    }
+
+
+def missing(storage: Storage, key: str) -> None:
+    storage.delete(key)
+
+
+def damaged(storage: Storage, key: str) -> None:
+    storage.put(key, b"Dear diary")
+
+
+@pytest.mark.parametrize("spoil", [missing, damaged])
+@pytest.mark.parametrize("key", [HEAD, f"catalogue/{shard_of('m')}.json"])
+def test_damage_is_logged_once_and_mended_while_readers_go_on(
+    fill: Callable[..., None], caplog: pytest.LogCaptureFixture, key: str, spoil: Callable[[Storage, str], None]
+) -> None:
+    storage = MemoryStorage()
+    fill(storage, "m", "other")
+    reader = read(storage)
+    spoil(storage, key)
+    Registry(storage).promote("m", "next", 1, "test")  # a writer that sees the damage, too
+    if key != HEAD:
+        Catalogue(storage)._publish({shard_of("m"): "a new generation"})
+    caplog.clear()
+    for _ in range(3):
+        reader.refresh()
+    assert [record.name for record in caplog.records if "old entries stay" in record.message] == ["genmodels.registry"]
+    assert reader.models() == ["m", "other"]
+    assert reader.aliases()["m@production"] == 1
+    keeper = CatalogueKeeper(storage)
+    for _ in range(LOOKS_BEFORE_REPAIR):
+        keeper.look()
+    reader.refresh()
+    assert reader.aliases()["m@next"] == 1
+    assert agrees(storage)
+
+
+@pytest.mark.parametrize("spoil", [missing, damaged])
+@pytest.mark.parametrize("key", [HEAD, f"catalogue/{shard_of('m')}.json"])
+def test_a_reader_that_has_no_entries_builds_what_is_damaged(
+    fill: Callable[..., None], key: str, spoil: Callable[[Storage, str], None]
+) -> None:
+    storage = MemoryStorage()
+    fill(storage, "m", "other")
+    read(storage)
+    spoil(storage, key)
+    assert read(storage).models() == ["m", "other"]
+
+
+def test_the_sweep_notices_what_was_changed_by_hand(fill: Callable[..., None]) -> None:
+    storage = MemoryStorage()
+    fill(storage, "gone", "moved", "spoiled", "stays")
+    reader = read(storage)
+    for key in storage.list("models/gone/"):
+        storage.delete(key)
+    fill(storage, "moved", "new", version=2)
+    storage.put(f"catalogue/{shard_of('spoiled')}.json", b"")
+    keeper = CatalogueKeeper(storage)
+    for _ in range(len(SHARDS) + 5):
+        keeper.sweep()
+    reader.refresh()
+    assert reader.models() == ["moved", "new", "spoiled", "stays"]
+    assert reader.aliases()["moved@production"] == 2
+    assert agrees(storage)
+
+
+def test_a_change_at_any_moment_of_the_building_is_in_it(template: Version, fill: Callable[..., None]) -> None:
+    base = MemoryStorage()
+    fill(base, "a", "b", "m")
+
+    def change(storage: MemoryStorage) -> None:
+        Registry(storage).promote("m", "next", 1, "test")
+        with Registry(storage).catalogue.following("new"):
+            fill(storage, "new")
+        Registry(storage).remove_alias("a", "production")
+
+    for moment in itertools.count(1):
+        storage = copy(base)
+        paused = PausedStorage(storage, moment, lambda: change(storage))  # noqa: B023
+        Catalogue(paused).rebuild()
+        if paused.operations < moment:
+            assert moment > 20
+            return
+        reader = read(storage)
+        expected = {"b@production": 1, "m@next": 1, "m@production": 1, "new@production": 1}
+        assert reader.aliases() == expected, moment
+        assert agrees(storage), moment
+
+
+def test_concurrent_writers_and_builders_lose_nothing(s3_storage: Storage, fill: Callable[..., None]) -> None:
+    models = [f"model-{i}" for i in range(6)]
+    fill(s3_storage, *models)
+
+    def work(i: int) -> None:
+        if i >= len(models):
+            Catalogue(s3_storage).rebuild()
+            return
+        for alias in ("one", "two"):
+            Registry(s3_storage).promote(models[i], alias, 1, "test")
+        Registry(s3_storage).remove_alias(models[i], "one")
+
+    assert in_threads(len(models) + 2, work) == [None] * 8
+    reader = read(s3_storage)
+    assert reader.aliases() == {f"{model}@{alias}": 1 for model in models for alias in ("production", "two")}
+    assert s3_storage.list(PENDING) == []
+    assert reader.refresh() == set()
