@@ -175,8 +175,9 @@ def others(storage: MemoryStorage, what: str) -> dict[str, bytes]:
 
 
 def traces(storage: MemoryStorage, what: str) -> list[str]:
-    """Return the remaining objects of it, except leases, claims, and the numbers that are not reused."""
-    result = [key for key in storage.objects if f"/{what}/" in key and not re.search("/(deleted|published)/", key)]
+    """Return what remains of it, except leases, claims, marks for clean-up, and numbers that are not reused."""
+    result = [key for key in storage.objects if f"/{what}/" in key and not key.startswith("gc/")]
+    result = [key for key in result if not re.search("/(deleted|published)/", key)]
     return [key for key in result if not key.endswith(("gc-lease.json", "status.json"))]
 
 
