@@ -71,8 +71,8 @@ def up(storage: Storage, options: Options, print_line: PrintLine | None = None) 
     """Run the platform until SIGINT or SIGTERM. Running attempts save first, and continue at the next `up`.
 
     Raises:
-        GenmodelsError: the file of the pools is damaged or asks for GPUs that are not here, there is no valid key, a port
-            is taken, or the limit of open files is too low.
+        GenmodelsError: the file of the pools is damaged or asks for GPUs that are not here, there is no valid key, a
+            port is taken, or the limit of open files is too low.
     """
     print_line = print_line or _print
     raise_file_limit()
