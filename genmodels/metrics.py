@@ -223,7 +223,12 @@ KV_SLOTS = _gauge(
     "livesum",
 )
 LOADED_BYTES = _gauge("loaded_bytes", "Memory that a loaded version takes, in bytes.", VERSION_LABELS, "livesum")
-ACTIVE = _gauge("version_active", "Model hosts on which an alias points at this version.", VERSION_LABELS, "livesum")
+ACTIVE = _gauge(
+    "version_active",
+    "Model hosts that have this version in memory and answer requests to an alias with it.",
+    VERSION_LABELS,
+    "livesum",
+)
 EVALUATION_METRIC = _gauge(
     "version_evaluation_metric",
     "Result of the newest evaluation of a served version, by name of the metric.",
