@@ -114,6 +114,8 @@ def test_a_replica_can_pin_the_newest_models_in_production(storage: Storage, loa
     publish(storage, "newest", "vae")
     host = ModelHost(storage.url, pin=2)
     assert sorted(loads) == ["newest@1", "play@1"]
+    ModelHost(storage.url, pin=2, pool="gpu")
+    assert len(loads) == 2, "all models are of the pool default"
     publish(storage, "newer", "autoencoder")
     for _ in range(2):
         watch(host)
