@@ -65,6 +65,7 @@ class ModelDryRun(BaseModel):
     epochs: float | None = None
     parameters: int | None = None  # of all networks of the model
     checkpoint_bytes: int | None = None  # of one checkpoint: raw and served weights, optimizers
+    worker_bytes: int | None = None  # what each of the fewest workers holds: weights, average, gradients, optimizers
     serving_bytes: int | None = None  # memory of a model host for it
     servable: bool | None = None  # whether a model host has that memory; else a note says what to change
     checkpoints_kept: int

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator
 import pytest
 from rich.console import Console
 
-from tests.bench.scale import clean_up, dispatch, history, registry
+from tests.bench.scale import dispatch, history, registry
 from tests.bench.scale.rows import Row, table
 from tests.support.s3_server import S3Server
 
@@ -25,7 +25,7 @@ FIGURES: dict[str, tuple[Callable[[S3Server, int], Iterator[Row]], tuple[int, ..
     "dispatch": (dispatch.measure, (10, 100, 1_000)),
     "curve": (history.measure_curve, (100, 1_000, history.DAY)),
     "lists": (history.measure_lists, SIZES),
-    "gc": (clean_up.measure, (10, 100)),
+    "gc": (history.measure_gc, (10, 100, 1_000)),
     "publish": (registry.measure_publish, (10, 100, 1_000)),
 }
 
