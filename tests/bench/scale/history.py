@@ -12,6 +12,7 @@ from genmodels.runs.thinning import ThinnedHistories
 from genmodels.storage import write_document
 from services.jobs.views import Views
 from tests.bench.scale.rows import Row, in_parallel, opened, timed
+from tests.support.counting_storage import CountingStorage
 from tests.support.s3_server import S3Server
 
 DAY = 17_280  # parts of metrics: one each 5 s
@@ -23,14 +24,17 @@ PAGE_REQUESTS = 30  # of a page of 20 jobs
 def measure_curve(server: S3Server, n: int) -> Iterator[Row]:
     """Open the curve of a run with so many parts, and learn how long it has trained."""
     storage, requests = opened(server, f"curve-{n}")
+    recorded = CountingStorage()  # the recorder writes the day here, and its objects are copied
+    begun = Run(recorded, "job", "m")
+    begun.start_attempt(1, None, 1)
+    writer = MetricWriter(begun, 1)
+    for step in range(1, n + 1):
+        writer.write([{"step": step, "loss": 1.0, "val_loss": 1.0, "seconds": step * 5.0}])
+        writer.merge()
+    for verb in ("put", "delete"):
+        yield Row(f"metrics, {verb} requests for each part written", n, recorded.counts[f"{verb} runs"] / n, "")
+    in_parallel(lambda key: storage.put(key, recorded.get(key)[0]), recorded.list("runs/"))
     run = Run(storage, "job", "m")
-    run.start_attempt(1, None, 1)
-    writer = MetricWriter(run, 1)
-    with requests.counted() as counts:
-        for step in range(1, n + 1):
-            writer.write([{"step": step, "loss": 1.0, "val_loss": 1.0, "seconds": step * 5.0}])
-            writer.merge()
-    yield Row("metrics, requests for each part written", n, counts.total() / n, "")
 
     def read() -> None:
         lines = ThinnedHistories().reader(run, POINTS)
