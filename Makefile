@@ -86,7 +86,7 @@ bench-serving: setup-dev
 	$(BIN)/python -m tests.bench.serving
 
 bench-placement: setup-dev
-	$(BIN)/python -m tests.bench.placement
+	$(BIN)/python -m tests.bench.placement $(ARGS)
 
 lint: setup-dev
 	$(BIN)/ruff check .

@@ -37,7 +37,7 @@ MAX_FAILURES = 1024  # remembered
 MIN_STAY, MAX_STAY = 0.5, 30.0  # seconds that a new model stays: its requests must come in, and others must not starve
 ROOM_SECONDS = 60.0  # that a load waits for room
 MAX_LOADING = 64  # models that load or wait for it; a client may name more
-MEMORY_FULL, MEMORY_KEPT = "memory_full", "memory_kept"  # codes of errors: no room now; none beside the kept models
+MEMORY_FULL, MEMORY_KEPT = "memory_full", "memory_kept"  # codes of errors: no room now; none next to kept models
 
 logger = logging.getLogger("genmodels.serving")
 

@@ -22,14 +22,15 @@ class Pins:
 
     Args:
         pin: a number of models takes at most half of the budget: requests to all other models need the rest.
+        pool: the newest models are those of this pool.
         budget: bytes of the cache.
     """
 
     def __init__(
-        self, catalogue: CatalogueReader, watcher: AliasWatcher, cache: ModelCache, pin: Pin, budget: int
+        self, catalogue: CatalogueReader, watcher: AliasWatcher, cache: ModelCache, pin: Pin, pool: str, budget: int
     ) -> None:
         self._catalogue, self._watcher, self._cache = catalogue, watcher, cache
-        self._pin, self._budget = pin, budget
+        self._pin, self._pool, self._budget = pin, pool, budget
         self._names: list[str] | None = None
         self._kept: dict[str, contextlib.ExitStack] = {}  # by exact name
         self.loads: dict[str, Future[None]] = {}  # in progress, by exact name
@@ -66,7 +67,8 @@ class Pins:
     def _in_production(self) -> list[tuple[VersionSummary, str]]:
         entries = filter(None, map(self._catalogue.get, self._catalogue.models()))
         numbered = ((entry, entry.aliases.get("production")) for entry in entries)
-        return [(entry.versions[number], entry.model) for entry, number in numbered if number in entry.versions]
+        known = ((entry.versions[number], entry.model) for entry, number in numbered if number in entry.versions)
+        return [(summary, model) for summary, model in known if summary.pool == self._pool]
 
     def _resolve(self, name: str) -> ResolvedModel | None:
         """Return the model behind a pinned name; None if there is none, which is reported."""

@@ -102,7 +102,7 @@ def pool_hosts(storage_url: str, pool: Pool) -> Application:
     """Build the deployment of the hosts of one pool."""
     deployment = Host.options(**_serve_options(pool))  # type: ignore[attr-defined]
     names = ("memory", "workers", "torch_threads", "device", "dtype", "slots", "pin")
-    return deployment.bind(storage_url, **{name: getattr(pool, name) for name in names})
+    return deployment.bind(storage_url, pool=pool.name, **{name: getattr(pool, name) for name in names})
 
 
 def _serve_options(pool: Pool) -> dict[str, Any]:

@@ -42,6 +42,7 @@ from genmodels.threads import Rounds
 from services.gateway.catalog import Catalog, CatalogEntry
 from services.gateway.deltas import DeltaQueue
 from services.gateway.models import Models, as_request_error, in_thread
+from services.gateway.pool_config import DEFAULT
 
 WATCH_SECONDS = 1.0  # between two reads of the catalogue
 LOADERS = 4  # models that load at the same time
@@ -71,6 +72,7 @@ class ModelHost:
         dtype: of the models there: `float32`, `bfloat16` or, on a GPU, `float16`.
         slots: texts in one decoding step, or images in one forward pass, of each model.
         pin: models that are loaded before the first request and stay in memory: their names, or how many of the newest.
+        pool: its name; the newest models are those of this pool.
 
     Raises:
         SpecError: this machine has no such device, or the device no such dtype or not so much memory.
@@ -87,6 +89,7 @@ class ModelHost:
         dtype: DType = "float32",
         slots: int = SERVED_ROWS,
         pin: Pin = 0,
+        pool: str = DEFAULT,
     ) -> None:
         self._placement = Placement(device, dtype, slots)
         budget = self._placement.budget(memory)
@@ -98,11 +101,11 @@ class ModelHost:
         )
         self._registry = Registry(open_storage(storage_url, in_use=True))
         storage = self._registry.storage
-        self._catalogue = catalogue = CatalogueReader(storage)
+        self.catalogue = catalogue = CatalogueReader(storage)
         self._cache = ModelCache(storage, budget, lambda model: model.start(torch_threads), loaders, self._placement)
         self._rounds = Rounds("alias-watcher", logger, lasting=True)
         self._watcher = AliasWatcher(storage, catalogue, self._cache, self._rounds)
-        self._pins = Pins(catalogue, self._watcher, self._cache, pin, budget)
+        self._pins = Pins(catalogue, self._watcher, self._cache, pin, pool, budget)
         self._evaluation_metrics = EvaluationMetrics(catalogue)
         self._history_readers = ThreadPoolExecutor(2, "history")  # the history of a long run takes long to read
         self._histories = ThinnedHistories()

@@ -1,6 +1,6 @@
 """Measure where requests find their models: 1,000 models on 4 replicas that hold 100 each. `make bench-placement`.
 
-    python -m tests.bench.placement [--serve]
+    python -m tests.bench.placement [--serve] [--requests 3000]
 
 The popularity of models follows Zipf's law. Each replica is a process with a real model host, which downloads, verifies
 and warms up what requests name. The gateway's placement is compared with Serve's default (the less busy one of two
@@ -23,6 +23,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from itertools import islice
 from multiprocessing.connection import Connection
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,7 @@ from tests.support.published_models import publish_copies
 
 MODELS, REPLICAS, HOLDS = 1000, 4, 100
 EXPONENT = 1.0  # of Zipf's law: the model of rank r gets a share proportional to r ** -EXPONENT
-REQUESTS, CLIENTS = 3000, 8  # as many requests before, which are not measured
+CLIENTS = 8
 REQUEST = GenerateRequest(seed=1)
 
 Choose = Callable[[str, dict[str, int]], str]  # a replica, by the model and the requests in progress
@@ -70,7 +71,9 @@ class Figures:
 def main() -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--serve", action="store_true", help="run the replicas and the routers in Ray Serve")
-    ways = serve_ways if parser.parse_args().serve else plain_ways
+    parser.add_argument("--requests", type=int, default=3000, help="as many come before, and are not measured")
+    options = parser.parse_args()
+    ways, requests = serve_ways if options.serve else plain_ways, options.requests
     popularity = np.arange(1, MODELS + 1) ** -EXPONENT
     popularity /= popularity.sum()
     with tempfile.TemporaryDirectory() as folder:
@@ -79,29 +82,29 @@ def main() -> None:
         os.environ[DIRECTORY] = folder
         table = Table("placement", "hit rate", "p50", "p99", "requests/s", "loads/s")
         for title, way in ways(storage.url, memory_for(storage, HOLDS)).items():
-            order = iter(random.Random(1).choices(names, popularity, k=2 * REQUESTS))
+            order = iter(random.Random(1).choices(names, popularity, k=2 * requests))
             with way() as ask:
-                table.add_row(title, *asyncio.run(measure(ask, order, folder, title)).row())
+                table.add_row(title, *asyncio.run(measure(ask, order, requests, title)).row())
     best = popularity[: REPLICAS * HOLDS].sum()
     table.add_row("the best possible", f"{best:.1%}", "", "", "", "")
     console.print(
         f"{platform.machine()}, {os.cpu_count()} cores; {MODELS} models, {REPLICAS} replicas that hold {HOLDS} each, "
-        f"{REQUESTS} requests of {CLIENTS} clients, Zipf's law with exponent {EXPONENT}"
+        f"{requests} requests of {CLIENTS} clients, Zipf's law with exponent {EXPONENT}"
     )
     console.print(table)
 
 
-async def measure(ask: Ask, order: Iterator[str], folder: str, title: str) -> Figures:
-    await work(ask, order, title, Figures())
-    figures, loads, started = Figures(), loads_of(folder), time.monotonic()
-    await work(ask, order, title, figures)
-    figures.duration, figures.loads = time.monotonic() - started, loads_of(folder) - loads
+async def measure(ask: Ask, order: Iterator[str], requests: int, title: str) -> Figures:
+    await work(ask, list(islice(order, requests)), title, Figures())
+    figures, loads, started = Figures(), loads_so_far(), time.monotonic()
+    await work(ask, list(islice(order, requests)), title, figures)
+    figures.duration, figures.loads = time.monotonic() - started, loads_so_far() - loads
     return figures
 
 
-async def work(ask: Ask, order: Iterator[str], title: str, figures: Figures) -> None:
-    """Send REQUESTS requests, of CLIENTS clients that each wait for their answers."""
-    requests = iter(track([next(order) for _ in range(REQUESTS)], title, console=console, transient=True))
+async def work(ask: Ask, names: list[str], title: str, figures: Figures) -> None:
+    """Send requests of CLIENTS clients, which each wait for an answer before the next request."""
+    requests = iter(track(names, title, console=console, transient=True))
 
     async def client() -> None:
         for name in requests:
@@ -113,10 +116,10 @@ async def work(ask: Ask, order: Iterator[str], title: str, figures: Figures) -> 
     await asyncio.gather(*(client() for _ in range(CLIENTS)))
 
 
-def loads_of(folder: str) -> float:
+def loads_so_far() -> float:
     """Return how many models all processes have loaded."""
     registry = CollectorRegistry()
-    MultiProcessCollector(registry, folder)
+    MultiProcessCollector(registry, os.environ[DIRECTORY])
     (name,) = {f"{family.name}_count" for family in LOAD_SECONDS.collect()}
     return sum(sample.value for family in registry.collect() for sample in family.samples if sample.name == name)
 
