@@ -15,6 +15,7 @@ Files of the directory:
     config.json            family, its config, and the shape of the data: enough to build the networks
     assets/                tokenizer, fitted density: what serving needs in addition to the weights
     state/<role>.safetensors, state/<role>.optimizer-<i>.safetensors       raw weights and optimizers, to resume
+    state/part-<rank>.safetensors, state/index.json        instead of these, if the ranks share the state: see `parts`
     manifest.json          every file with size and sha256, step, metrics, lineage, and its own digest; written last
 
 `model.safetensors`, `config.json` and `assets/` are the serving files. Nothing is unpickled: tensors are safetensors,

@@ -11,6 +11,8 @@ from genmodels.checkpoint.tensor_file import TensorFile
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from genmodels.checkpoint.parts import Layout
+
 
 @dataclass(frozen=True)
 class Snapshot:
@@ -20,6 +22,7 @@ class Snapshot:
     samples: int
     metrics: dict[str, float]
     files: dict[str, TensorFile]  # `model.safetensors` (averaged if the spec asks for it) and those of `state/`
+    layout: Layout | None = None  # of the part that this rank saves, if the ranks share the state
 
 
 class SnapshotMemory:
@@ -35,8 +38,7 @@ class SnapshotMemory:
 
     def fill(self, content: Mapping[str, Mapping[str, Tensor]]) -> dict[str, TensorFile]:
         """Copy tensors by file and name, and return the files: the same objects as at the last call."""
-        self._files = {name: self._file(name, tensors) for name, tensors in content.items()}
-        for name, file in self._files.items():
+        for name, file in self.allocate(content).items():
             file.copy(content[name])
         if self._pinned:  # the copies run on the GPU's own time
             import torch
@@ -44,9 +46,21 @@ class SnapshotMemory:
             torch.cuda.synchronize()
         return self._files
 
-    def _file(self, name: str, tensors: Mapping[str, Tensor]) -> TensorFile:
+    def allocate(
+        self, content: Mapping[str, Mapping[str, Tensor]], metadata: Mapping[str, Mapping[str, str]] | None = None
+    ) -> dict[str, TensorFile]:
+        """Return files of these names, dtypes and shapes; their values are those of an earlier snapshot, or nothing.
+
+        Args:
+            metadata: by file, further text for its header.
+        """
+        texts = metadata or {}
+        self._files = {name: self._file(name, tensors, texts.get(name)) for name, tensors in content.items()}
+        return self._files
+
+    def _file(self, name: str, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None) -> TensorFile:
         file = self._files.pop(name, None)
-        return file if file and file.fits(tensors) else TensorFile.like(tensors, self._pinned)
+        return file if file and file.fits(tensors, metadata) else TensorFile.like(tensors, self._pinned, metadata)
 
 
 def optimizer_tensors(state: Mapping[str, Any]) -> dict[str, Tensor]:

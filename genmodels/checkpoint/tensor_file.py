@@ -55,15 +55,18 @@ class TensorFile:
             raise _damaged("its size or alignment is wrong") from None
 
     @classmethod
-    def like(cls, tensors: Mapping[str, Tensor], pinned: bool = False) -> TensorFile:
+    def like(
+        cls, tensors: Mapping[str, Tensor], pinned: bool = False, metadata: Mapping[str, str] | None = None
+    ) -> TensorFile:
         """Allocate the file of these tensors, without their values.
 
         Args:
+            metadata: further text for the header.
             pinned: lock the pages in memory, from which a GPU copies faster.
         """
         import torch
 
-        header = make_header(tensors)
+        header = make_header(tensors, metadata)
         size = len(header) + sum(tensor.nbytes for tensor in tensors.values())
         memory = torch.empty(size, dtype=torch.uint8, pin_memory=pinned)
         memory[: len(header)] = torch.frombuffer(bytearray(header), dtype=torch.uint8)
@@ -74,9 +77,9 @@ class TensorFile:
         """Return the bytes of the file, without a copy."""
         return self.memory.numpy().data
 
-    def fits(self, tensors: Mapping[str, Tensor]) -> bool:
+    def fits(self, tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> bool:
         """Return whether the file has these names, dtypes and shapes."""
-        return self.header == make_header(tensors)
+        return self.header == make_header(tensors, metadata)
 
     def copy(self, tensors: Mapping[str, Tensor]) -> None:
         """Copy the values of tensors, of any device, into the file."""
@@ -87,9 +90,9 @@ class TensorFile:
             torch._foreach_copy_([self.tensors[name] for name in names], [tensors[name] for name in names], True)
 
 
-def make_header(tensors: Mapping[str, Tensor]) -> bytes:
+def make_header(tensors: Mapping[str, Tensor], metadata: Mapping[str, str] | None = None) -> bytes:
     """Return the header of a file, the same bytes as safetensors writes."""
-    at, entries = 0, dict[str, Any]()
+    at, entries = 0, dict[str, Any](__metadata__=dict(metadata)) if metadata else dict[str, Any]()
     for name in sorted(tensors, key=lambda name: (-RANKS[str(tensors[name].dtype)], name)):
         tensor = tensors[name]
         offsets = [at, at := at + tensor.nbytes]

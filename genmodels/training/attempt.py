@@ -31,10 +31,12 @@ from genmodels.spec.sections import ModelSpec
 from genmodels.storage import Storage
 from genmodels.storage.disk import disk_outages
 from genmodels.training import flops
-from genmodels.training.group import Group
+from genmodels.training.group import Group, SideGroup
 from genmodels.training.loop import examples, train
+from genmodels.training.part_recorder import PartRecorder
 from genmodels.training.recorder import RunRecorder
 from genmodels.training.resume import Parent, claim
+from genmodels.training.sharding import is_sharded
 
 log = logging.getLogger(__name__)
 
@@ -80,14 +82,19 @@ def run_attempt(
     if group.rank == 0:  # from here on rank 0 writes the heartbeats, not the driver
         run.write_heartbeat(attempt, Heartbeat(phase="starting", max_steps=spec.train.max_steps, progress_count=1))
     dataset = open_dataset(spec.data, storage)
-    parent = claim(run, attempt, group)
+    sharded = is_sharded(spec.train)
+    parent = claim(run, attempt, group, sharded=sharded)
     begins = (
         f"continues from step {parent.checkpoint.step} of attempt {parent.checkpoint.attempt}" if parent else "begins"
     )
     log.info("attempt %d, rank %d of %d: %s", attempt, group.rank, group.world_size, begins)
     family, averaged = _build_both(spec, dataset, run, group, parent)
-    if group.rank > 0:
+    side_group = SideGroup() if sharded else None
+    if group.rank > 0 and side_group is None:
         return train(spec, family, averaged, dataset, group, None, parent)
+    if group.rank > 0 and side_group is not None:
+        with PartRecorder(run, attempt, side_group) as part_recorder:
+            return train(spec, family, averaged, dataset, group, None, parent, part_recorder)
     scratch = _without_weights(build(spec, dataset))
     lineage = Lineage(
         spec_digest=model_digest(spec),
@@ -107,6 +114,7 @@ def run_attempt(
         lineage,
         stop_event,
         step_flops,
+        side_group,
     ) as recorder:
         return train(spec, family, averaged, dataset, group, recorder, parent)
 

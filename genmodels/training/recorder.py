@@ -13,13 +13,14 @@ import statistics
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sized
+from collections.abc import Callable, Iterable, Mapping, Sized
 from functools import partial
 from typing import Any, TypeVar
 
 from genmodels import checkpoint
-from genmodels.checkpoint import CheckpointRef, Lineage, Manifest, Snapshot
-from genmodels.errors import StorageUnavailable
+from genmodels.checkpoint import CheckpointRef, File, Lineage, Manifest, Snapshot
+from genmodels.checkpoint.parts import INDEX, Layout, joined
+from genmodels.errors import StorageUnavailable, TrainingDiverged
 from genmodels.family import Batch, Family
 from genmodels.metrics import CHECKPOINT_BYTES, CHECKPOINT_FAILURES, CHECKPOINT_SECONDS, CHECKPOINT_STALL_SECONDS
 from genmodels.registry import gate, references
@@ -30,6 +31,7 @@ from genmodels.spec.sections import ModelSpec
 from genmodels.storage.retry import retry_until_available
 from genmodels.training.flops import StepFlops
 from genmodels.training.gauges import TrainingGauges
+from genmodels.training.group import SideGroup
 
 HEARTBEAT_SECONDS = 1.0
 MAX_HEARTBEAT_SECONDS = 5.0  # of an attempt that has gone on for AGE_RATIO times as long; a new phase is told at once
@@ -58,6 +60,7 @@ class RunRecorder:
         lineage: Lineage,
         stop_event: threading.Event | None = None,
         step_flops: StepFlops | None = None,
+        side_group: SideGroup | None = None,
     ) -> None:
         """Args:
         scratch: another instance of the model, which the upload thread fits with a snapshot's weights.
@@ -65,9 +68,11 @@ class RunRecorder:
         fit_batches: training batches for `Family.fit`, the same each time.
         stop_event: set to make the attempt save and end.
         step_flops: operations of a step, for the gauges; None if they are not known.
+        side_group: the ranks that each save a part of a checkpoint; None if this rank saves all of it.
         """
         self.run, self.attempt, self.spec, self.lineage = run, attempt, spec, lineage
         self.scratch, self.assets, self.fit_batches = scratch, assets, fit_batches
+        self.side_group = side_group
         self.heartbeat = Heartbeat(phase="starting", max_steps=spec.train.max_steps)
         tokens = scratch.sequence_length
         self.gauges = TrainingGauges(run, spec, lineage.world_size, tokens, step_flops)
@@ -97,7 +102,9 @@ class RunRecorder:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None or issubclass(kind, Exception):
+        # A part of a checkpoint is complete with those of the other ranks. All of them stop at a divergence; after
+        # another error they may be gone.
+        if kind is None or issubclass(kind, Exception if self.side_group is None else TrainingDiverged):
             self._drain()
         self.closing.set()
         self.heartbeat_writer.join()
@@ -231,6 +238,8 @@ class RunRecorder:
         for name, data in self._contents(snapshot).items():
             upload = partial(checkpoint.upload_file, self.run.storage, f"{prefix}/{name}", data)
             files[name] = self._persist(upload, failures.inc)
+        if self.side_group and snapshot.layout:
+            files |= self._join_parts(self.side_group, snapshot, snapshot.layout, files)
         manifest = Manifest(
             step=snapshot.step, samples=snapshot.samples, metrics=snapshot.metrics, lineage=self.lineage, files=files
         )
@@ -238,6 +247,17 @@ class RunRecorder:
         complete = partial(checkpoint.complete, self.run.storage, prefix, manifest, self._fence)
         self._persist(complete, failures.inc)
         return sum(file.size for file in files.values())
+
+    def _join_parts(
+        self, group: SideGroup, snapshot: Snapshot, layout: Layout, files: Mapping[str, File]
+    ) -> dict[str, File]:
+        """Wait for the parts of the other ranks, and upload the index; return these files."""
+        prefix = self.run.checkpoint_prefix(CheckpointRef(attempt=self.attempt, step=snapshot.step))
+        mine = layout.described(snapshot.files[layout.name], files[layout.name])
+        index = joined(group.gather(mine.model_dump_json().encode()))
+        data = memoryview(index.model_dump_json().encode())
+        file = self._persist(partial(checkpoint.upload_file, self.run.storage, f"{prefix}/{INDEX}", data))
+        return {part.name: part.file for part in index.parts} | {INDEX: file}
 
     def _contents(self, snapshot: Snapshot) -> dict[str, memoryview]:
         """Return the bytes of each file of a checkpoint, without a copy of its tensors."""

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from genmodels import checkpoint
 from genmodels.checkpoint import WEIGHTS, CheckpointRef, Manifest, TensorFile, load_optimizer
+from genmodels.checkpoint.parts import INDEX, StoredState, assemble, share
 from genmodels.checkpoint.tensor_file import read_entries
 from genmodels.errors import CheckpointError
 from genmodels.family import Family
@@ -35,10 +36,17 @@ class Parent:
     manifest: Manifest
     tokenizer: bytes | None  # of a text
     files: dict[str, TensorFile] = field(default_factory=dict)
+    parts: StoredState | None = None  # on each rank, of a checkpoint in parts, if the ranks share the state
 
 
-def claim(run: Run, attempt: int, group: Group) -> Parent | None:
-    """Return the checkpoint to continue from: rank 0 picks it and writes `start.json`, the other ranks read that."""
+def claim(run: Run, attempt: int, group: Group, *, sharded: bool) -> Parent | None:
+    """Return the checkpoint to continue from: rank 0 picks it and writes `start.json`, the other ranks read that.
+
+    Args:
+        sharded: the ranks share the state, so that each reads its part of it.
+    """
+    if sharded:
+        return _claim_together(run, attempt, group)
     parent = None
     if group.rank == 0:
         parent = newest_complete(run, pinned=group.device.type == "cuda")
@@ -52,6 +60,37 @@ def claim(run: Run, attempt: int, group: Group) -> Parent | None:
         return None
     manifest = run.manifest(ref)
     return Parent(ref, manifest, _tokenizer(run, ref, manifest))
+
+
+def _claim_together(run: Run, attempt: int, group: Group) -> Parent | None:
+    """Return the newest checkpoint of which each rank can read what it has to verify."""
+    refs = run.checkpoints() if group.rank == 0 else []
+    parent = None
+    while ref := _from_rank_0(refs.pop() if refs else None, group):
+        try:
+            parent = _read_share(run, ref, group)
+        except CheckpointError:  # damaged, or deleted meanwhile: take the checkpoint before it
+            parent = None
+        if group.all(parent is not None):
+            break
+    if group.rank == 0:
+        run.start_attempt(attempt, parent.checkpoint if parent else None, group.world_size)
+    dist.barrier()
+    return parent
+
+
+def _from_rank_0(ref: CheckpointRef | None, group: Group) -> CheckpointRef | None:
+    data = group.receive_bytes(ref.model_dump_json().encode() if ref else b"")
+    return CheckpointRef.model_validate_json(data) if data else None
+
+
+def _read_share(run: Run, ref: CheckpointRef, group: Group) -> Parent:
+    manifest, pinned = run.manifest(ref), group.device.type == "cuda"
+    if INDEX in manifest.files:
+        names = share(manifest, group.rank, group.world_size)
+        parts = StoredState.read(run.storage, run.checkpoint_prefix(ref), manifest, names, pinned)
+        return Parent(ref, manifest, _tokenizer(run, ref, manifest), parts=parts)
+    return _read(run, ref, pinned) if group.rank == 0 else Parent(ref, manifest, _tokenizer(run, ref, manifest))
 
 
 def newest_complete(run: Run, pinned: bool = False) -> Parent | None:
@@ -85,10 +124,13 @@ def optimizer_file(role: str, index: int) -> str:
 
 def _read(run: Run, ref: CheckpointRef, pinned: bool) -> Parent:
     manifest, prefix = run.manifest(ref), run.checkpoint_prefix(ref)
-    tensors = [name for name in manifest.files if name == WEIGHTS or name.startswith("state/")]
+    in_parts = INDEX in manifest.files
+    tensors = [name for name in manifest.files if name == WEIGHTS or (name.startswith("state/") and not in_parts)]
     files = {
         name: checkpoint.read_tensors(run.storage, f"{prefix}/{name}", manifest.files[name], pinned) for name in tensors
     }
+    if in_parts:
+        files |= assemble(run.storage, prefix, manifest, pinned)
     return Parent(ref, manifest, _tokenizer(run, ref, manifest), files)
 
 

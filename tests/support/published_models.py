@@ -15,11 +15,12 @@ from genmodels.data.text import CharTokenizer
 from genmodels.engine.loader import load_folder
 from genmodels.engine.model import LoadedModel
 from genmodels.family import Family, ImageInfo, TextInfo
+from genmodels.registry.catalogue import Catalogue
 from genmodels.registry.store import Registry
-from genmodels.registry.versions import Version
+from genmodels.registry.versions import Alias, Move, Version, VersionReader, alias_key, version_key
 from genmodels.runs.job_index import index_runs
 from genmodels.runs.store import Run
-from genmodels.storage import Storage, open_storage
+from genmodels.storage import Storage, open_storage, write_document
 from genmodels.storage.documents import now
 from tests.support.storages import upload
 
@@ -66,7 +67,14 @@ def loaded(name: str, folder: Path, **config: Any) -> LoadedModel:
 
 
 def publish(
-    storage: Storage, model: str, family: str, *, step: int = 1, alias: str | None = "production", **config: Any
+    storage: Storage,
+    model: str,
+    family: str,
+    *,
+    step: int = 1,
+    alias: str | None = "production",
+    pool: str = "default",
+    **config: Any,
 ) -> Version:
     """Publish a version to the registry; another `step` gives other weights."""
     registry = Registry(storage)
@@ -78,11 +86,28 @@ def publish(
             step=step, samples=step, metrics={"val_loss": 1.5, "odd": float("nan")}, lineage=LINEAGE, files=files
         )
         version = registry.publish(
-            Run(storage, "test-00000000", model), CheckpointRef(attempt=1, step=step), manifest, folder, None
+            Run(storage, "test-00000000", model), CheckpointRef(attempt=1, step=step), manifest, folder, None, pool
         )
     if alias:
         registry.promote(model, alias, version.version, "test")
     return version
+
+
+def publish_copies(storage: Storage, count: int, family: str = "vae") -> list[str]:
+    """Publish one tiny model under so many names, far faster than one by one; return the names."""
+    version, truth = publish(storage, "copy-0", family), VersionReader(storage)
+    blobs = {name: storage.get(key)[0] for name, key in truth.keys(version).items()}
+    names = [f"copy-{i}" for i in range(count)]
+    for name in names[1:]:
+        copy = version.model_copy(update={"model": name})
+        for file, key in truth.keys(copy).items():
+            storage.put(key, blobs[file])
+        write_document(storage, version_key(name, version.version), copy.model_dump(mode="json"))
+        move = Move(version=version.version, time=now(), reason="test")
+        alias = Alias(version=version.version, history=[move])
+        write_document(storage, alias_key(name, "production"), alias.model_dump(mode="json"))
+    Catalogue(storage).rebuild()
+    return names
 
 
 def publish_examples(folder: Path) -> Storage:

@@ -63,10 +63,12 @@ class MemoryStorage(Storage):
             return sorted(key for key in self.objects if key.startswith(prefix) and key > after)[:limit]
 
     def sizes(self, prefix: str) -> dict[str, int]:
-        return {key: len(self.objects[key]) for key in self.list(prefix)}
+        with self.lock:
+            return {key: len(data) for key, data in sorted(self.objects.items()) if key.startswith(prefix)}
 
     def delete(self, key: str) -> None:
-        self.objects.pop(key, None)
+        with self.lock:
+            self.objects.pop(key, None)
 
     def exists(self, key: str) -> bool:
         return key in self.objects

@@ -25,6 +25,7 @@ FIGURES: dict[str, tuple[Callable[[S3Server, int], Iterator[Row]], tuple[int, ..
     "dispatch": (dispatch.measure, (10, 100, 1_000)),
     "curve": (history.measure_curve, (100, 1_000, history.DAY)),
     "lists": (history.measure_lists, SIZES),
+    "gc": (history.measure_gc, (10, 100, 1_000)),
     "publish": (registry.measure_publish, (10, 100, 1_000)),
 }
 

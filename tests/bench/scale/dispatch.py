@@ -51,9 +51,11 @@ def measure(server: S3Server, n: int) -> Iterator[Row]:
     yield Row("submission, requests for each run", n, counts.total() / n, "")
     in_parallel(begin_training, runs)
     dispatcher = Dispatcher(storage, Busy())
+    cpu = time.process_time()
     with requests.counted() as counts:
         seconds = timed(lambda: dispatcher.dispatch_once(1))
     yield Row("take-over of N running runs", n, seconds, "s", TAKE_OVER_SECONDS)
+    yield Row("take-over, CPU time of the dispatcher", n, time.process_time() - cpu, "s")
     yield Row("take-over, requests for each run", n, counts.total() / n, "")
     ticks = []
     with requests.counted() as counts:

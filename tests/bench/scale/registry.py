@@ -7,6 +7,7 @@ from collections.abc import Iterator
 from genmodels.registry.catalogue import HEAD, SHARDS, CatalogueReader, Head, Shard, shard_of
 from genmodels.registry.store import Registry
 from genmodels.storage import Storage, write_document
+from services.gateway.model_host import ModelHost
 from tests.bench.scale.rows import Row, in_parallel, opened, timed
 from tests.support.published_models import publish
 from tests.support.s3_server import S3Server
@@ -14,6 +15,7 @@ from tests.support.s3_server import S3Server
 PUBLISH_REQUESTS = 40
 REST_REQUESTS = 2.0  # a second, of a reader of the catalogue
 SERVED_SECONDS = 2.0  # from an alias that moves to a reader that knows it
+READY_SECONDS = 30.0  # of a new replica
 LOOKS = 20
 LOOK_SECONDS = 1.0  # between two looks of a reader
 
@@ -36,6 +38,7 @@ def measure_catalogue(server: S3Server, n: int) -> Iterator[Row]:
     yield Row(
         "reader of the catalogue at rest, requests", n, counts.total() / LOOKS / LOOK_SECONDS, "/s", REST_REQUESTS
     )
+    yield Row("model host, ready for requests", n, timed(lambda: ModelHost(storage.url)), "s", READY_SECONDS)
     seconds = timed(lambda: Registry(storage).promote("model-0", "production", 2, "bench"))
     seconds += timed(lambda: reader.refresh())
     entry = reader.get("model-0")

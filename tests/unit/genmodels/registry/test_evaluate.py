@@ -445,7 +445,7 @@ def test_the_endpoint_shows_the_newest_evaluation(file_storage: Storage) -> None
     version = publish(file_storage, "shapes", "vae")
     store = Registry(file_storage)
     store.record_evaluation(version, FOUND, thorough=False, seconds=1, publication=True)
-    host = ModelHost(file_storage.url)
+    host = ModelHost(file_storage.url, pin=["shapes"])
     app = create_app(host)
     shown = ask(app, "GET", "/v1/models/shapes").json()["evaluation"]
     assert shown["metrics"] == {
@@ -457,6 +457,8 @@ def test_the_endpoint_shows_the_newest_evaluation(file_storage: Storage) -> None
     store.record_evaluation(
         version, EvaluationResult(metrics={"nll": EvaluationMetric(value=97)}), thorough=True, seconds=1
     )
+    host.watch()
+    assert EVALUATION_METRIC.labels("shapes", "vae", "1", "nll")._value.get() == 97
     assert ask(app, "GET", "/v1/models/shapes@1").json()["evaluation"]["metrics"]["nll"]["value"] == 97
 
 
