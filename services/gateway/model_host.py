@@ -101,7 +101,7 @@ class ModelHost:
         )
         self._registry = Registry(open_storage(storage_url, in_use=True))
         storage = self._registry.storage
-        self._catalogue = catalogue = CatalogueReader(storage)
+        self.catalogue = catalogue = CatalogueReader(storage)
         self._cache = ModelCache(storage, budget, lambda model: model.start(torch_threads), loaders, self._placement)
         self._rounds = Rounds("alias-watcher", logger, lasting=True)
         self._watcher = AliasWatcher(storage, catalogue, self._cache, self._rounds)

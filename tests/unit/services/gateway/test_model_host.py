@@ -120,7 +120,7 @@ def test_a_replica_can_pin_the_newest_models_in_production(storage: Storage, loa
     for _ in range(2):
         watch(host)
     assert sorted(host._pins._kept) == ["newer@1", "newest@1"]
-    half = host._catalogue.get("newest").versions[1].serving.memory * 2 + 1
+    half = host.catalogue.get("newest").versions[1].serving.memory * 2 + 1
     assert [*ModelHost(storage.url, pin=2, memory=half)._pins._names] == ["newer@production"]
 
 
