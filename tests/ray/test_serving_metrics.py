@@ -116,7 +116,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Storage:
 
 @pytest.fixture(scope="module")
 def host(models: Storage) -> ModelHost:
-    return ModelHost(models.url)
+    return ModelHost(models.url, pin=3)
 
 
 @pytest.fixture(scope="module")
@@ -312,11 +312,13 @@ def test_versions_come_and_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert only(grown(start, here()), *counted) == {}, "the probe of a version is not counted as a request"
     assert grown(start, here())["version_load_seconds_count", "minigpt"] == 1
     publish(storage, "come", "minigpt", step=2)
-    watch(host)
+    for _ in range(2):  # the version is swapped after the first one
+        watch(host)
     stays(gauges, of("2"))  # the engine of the version before ends first
     assert here()["versions_swapped_total", "minigpt", "come", "2"] == 1
     Registry(storage).promote("come", "production", 1, "back")
-    watch(host)
+    for _ in range(2):
+        watch(host)
     stays(gauges, of("1"))
     assert host._cache._entries
 
