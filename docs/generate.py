@@ -29,6 +29,7 @@ from genmodels.spec.json_schema import json_schema
 from genmodels.storage import open_storage
 from services.cli import main as cli
 from services.gateway import routes
+from services.gateway.pool_config import Pool
 from services.jobs import app
 
 PAGES = Path(__file__).parent
@@ -82,6 +83,11 @@ def spec_fields() -> str:
     return "\n\n".join(parts)
 
 
+def pool_fields() -> str:
+    schema = Pool.model_json_schema()
+    return fields(schema, schema)
+
+
 def family_tables() -> str:
     """Return the settings, metrics, evaluation metrics, verbs and request options of each family."""
     return "\n\n".join(_family(name) for name in models.names())
@@ -112,6 +118,7 @@ def example_family() -> str:
 BLOCKS: dict[str, Callable[[], str]] = {
     "metrics": metric_table,
     "spec": spec_fields,
+    "pools": pool_fields,
     "families": family_tables,
     "commands": command_list,
     "job-routes": job_routes,

@@ -40,6 +40,7 @@ class VersionSummary(Document):
     created: Time
     job: JobId
     checkpoint: CheckpointRef
+    pool: str = "default"
     evaluation: EvaluationSummary | None = None
 
 
@@ -140,6 +141,7 @@ def _summarize(truth: VersionReader, model: str, number: int) -> VersionSummary:
         created=version.created,
         job=version.job,
         checkpoint=version.checkpoint,
+        pool=version.pool,
     )
 
 

@@ -63,14 +63,21 @@ class Registry(VersionReader):
         self.catalogue = Catalogue(storage)
 
     def publish(
-        self, run: Run, ref: CheckpointRef, manifest: Manifest, folder: Path, gate: GateResult | None
+        self,
+        run: Run,
+        ref: CheckpointRef,
+        manifest: Manifest,
+        folder: Path,
+        gate: GateResult | None,
+        pool: str = "default",
     ) -> Version:
         """Publish a checkpoint as a version of its model; the same run and step again give the same version.
 
         Args:
             folder: the files of the checkpoint, verified.
+            pool: of model hosts, that the version is meant for.
         """
-        version = self._publish(run, ref, manifest, folder, gate)
+        version = self._publish(run, ref, manifest, folder, gate, pool)
         self.gc_lease(run.model).wait_until_free()
         there = set(self.storage.list(f"models/{run.model}/blobs/"))
         for name, key in self.keys(version).items():
@@ -153,7 +160,7 @@ class Registry(VersionReader):
                 self.storage.delete(key)
 
     def _publish(
-        self, run: Run, ref: CheckpointRef, manifest: Manifest, folder: Path, gate: GateResult | None
+        self, run: Run, ref: CheckpointRef, manifest: Manifest, folder: Path, gate: GateResult | None, pool: str
     ) -> Version:
         """Upload the files and write the version, unless the checkpoint is already published."""
         claim = Claim(self, run.model, run.job, ref)
@@ -178,6 +185,7 @@ class Registry(VersionReader):
             created=now(),
             files=files,
             serving=describe_serving(family, folder),
+            pool=pool,
         )
         while True:
             number = claim.take(lambda: self._free_number(run.model))

@@ -34,6 +34,7 @@ class Version(Document):
     created: Time
     files: dict[str, File]
     serving: Serving | None = None  # None: published by a release that did not store it
+    pool: str = "default"  # of model hosts, that it is meant for
 
     @property
     def name(self) -> str:

@@ -23,7 +23,7 @@ import yaml
 K8S = Path(__file__).resolve().parents[1]
 COMPONENTS = tuple(yaml.safe_load((K8S / "chart" / "values.yaml").read_text())["components"])
 NAMESPACE = "genmodels"
-DIGEST = re.compile(r"(genmodels-platform)-[a-z0-9]{10}")
+DIGEST = re.compile(r"(genmodels-(platform|pools))-[a-z0-9]{10}")
 
 Object = dict[str, Any]
 Forms = dict[str, str]  # a component, or "" for base: the text of an object in that build
@@ -40,6 +40,7 @@ PLACES = {
     },
     "Namespace": {"metadata.name": ".Release.Namespace"},
     "ConfigMap/genmodels-platform": {"data": "platform"},
+    "ConfigMap/genmodels-pools": {"data": '(include "pools-data" .)'},
     "RayService/genmodels": {
         f"{CLUSTER}.headGroupSpec.{RESOURCES}": "sizes.servingHead",
         f"{CLUSTER}.workerGroupSpecs.0.{RESOURCES}": "sizes.host",
@@ -115,7 +116,7 @@ def template(name: str, built: Object) -> str:
         return f"HELM{len(expressions) - 1}X"
 
     for place, value in {**PLACES.get(built["kind"], {}), **PLACES.get(name, {})}.items():
-        _put(built, place.split("."), token(value if value.startswith(".") else f"toJson .Values.{value}"))
+        _put(built, place.split("."), token(value if value[0] in ".(" else f"toJson .Values.{value}"))
     texts = TEXTS.get(name, {})
     text = yaml.safe_dump(_named(built, token), sort_keys=False, width=sys.maxsize, allow_unicode=True)
     text = text.replace("{{", '{{ "{{" }}')
@@ -158,8 +159,8 @@ def _named(node: Any, token: Any, key: str = "") -> Any:
         return token(".Release.Namespace")
     if key == "image" and (repository := IMAGES.get(node.partition(":")[0])):
         return f"{token(f'.Values.image.{repository}')}:{token('.Values.image.tag')}"
-    if isinstance(node, str) and DIGEST.fullmatch(node):
-        return token('include "platform-name" .')
+    if isinstance(node, str) and (match := DIGEST.fullmatch(node)):
+        return token(f'include "{match[2]}-name" .')
     return node
 
 

@@ -44,6 +44,7 @@ from services.gateway.pool_config import DEFAULT, RESERVED, Pool, Pools, read_po
 from services.gateway.pool_routing import PoolRouting
 from services.gateway.router import PlacementRouter
 from services.gateway.routes import create_app
+from services.gateway.watched_catalogue import WatchedCatalogue
 from services.http.middleware import LOOPBACK, PROXY_REQUESTS
 
 HEALTH_SECONDS = 2.0
@@ -120,7 +121,7 @@ def _serve_options(pool: Pool) -> dict[str, Any]:
         options["max_surge_percent"] = 0  # there may be no second GPU: an old host stops before a new one starts
     if pool.min_replicas == pool.max_replicas:
         return options | {"num_replicas": pool.min_replicas}
-    look_back = min(30.0, pool.idle_seconds / 2)  # Serve scales by the mean over this time
+    look_back = min(30.0, max(11.0, pool.idle_seconds / 2))  # Serve scales by the mean over so long, more than 10 s
     return options | {
         "autoscaling_config": {
             "min_replicas": pool.min_replicas,
@@ -155,8 +156,10 @@ class Gateway:
     def __init__(self, storage_url: str, auth: bool, hosts: dict[str, DeploymentHandle[Any]]) -> None:
         _stay_on_this_machine()
         self.hosts = hosts
-        self.pools = PoolRouting(lambda name: DEFAULT, self._connect)
-        self.keys = Keys(open_storage(storage_url, in_use=True)) if auth else None
+        storage = open_storage(storage_url, in_use=True)
+        self.catalogue = WatchedCatalogue(storage)
+        self.pools = PoolRouting(self.catalogue, self._connect)
+        self.keys = Keys(storage) if auth else None
 
     def __serve_build_asgi_app__(self) -> FastAPI:
         return create_app(self.pools, hosts=None if self.keys else LOOPBACK, keys=self.keys)

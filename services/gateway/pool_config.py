@@ -72,7 +72,7 @@ class Pool(Section):
     )
     pin: list[Reference] = Field([], max_length=1000, description="models that each host loads before it gets requests")
     idle_seconds: float = Field(
-        300.0, ge=1, le=86_400, description="with min_replicas 0: time without requests before the last host stops"
+        300.0, ge=15, le=86_400, description="with min_replicas 0: time without requests before the last host stops"
     )
     wait_seconds: float = Field(
         60.0, gt=0, le=300, description="with min_replicas 0: longest time that a request waits for the first host"

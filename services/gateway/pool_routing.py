@@ -30,6 +30,13 @@ class Hosts(Pool, Protocol):
     async def wake(self) -> None: ...  # return when a host answers
 
 
+class Models(Protocol):
+    """What is known of the models."""
+
+    def pool_of(self, name: str) -> str: ...  # of the version behind a name
+    def stalled(self) -> str | None: ...  # why that may be out of date
+
+
 @dataclass(frozen=True)
 class _Member:
     config: pool_config.Pool
@@ -41,12 +48,11 @@ class PoolRouting:
     """Act as one pool in front of all configured ones. All methods are for one event loop.
 
     Args:
-        pool_of: return the pool of the version behind a name.
         connect: return the hosts of a configured pool.
     """
 
-    def __init__(self, pool_of: Callable[[str], str], connect: Callable[[str], Hosts]) -> None:
-        self._pool_of, self._connect = pool_of, connect
+    def __init__(self, models: Models, connect: Callable[[str], Hosts]) -> None:
+        self._models, self._connect = models, connect
         self._members: dict[str, _Member] = {}
 
     def configure(self, pools: pool_config.Pools) -> None:
@@ -54,7 +60,12 @@ class PoolRouting:
         self._members = {pool.name: self._member(pool) for pool in pools.pools}
 
     async def health(self) -> str | None:
-        """Return why a host is unhealthy, or None. A pool that may scale to zero is not asked: that would wake it."""
+        """Return why the gateway or a host is unhealthy, or None.
+
+        The hosts of a pool that may scale to zero are not asked: a call would wake the pool, or keep it from stopping.
+        """
+        if stalled := self._models.stalled():
+            return stalled
         asked = [member.hosts.health() for member in self._members.values() if member.config.min_replicas]
         return next(filter(None, await asyncio.gather(*asked)), None)
 
@@ -83,7 +94,7 @@ class PoolRouting:
         self, name: str, request: CompletionRequest
     ) -> AsyncGenerator[CompletionStarted | TextDelta | RequestError, None]:
         try:
-            hosts = await self._started(self._pool_of(name))
+            hosts = await self._started(self._models.pool_of(name))
         except RequestError as error:
             yield error
             return
@@ -95,7 +106,7 @@ class PoolRouting:
             await items.aclose()
 
     async def _ask_about(self, method: str, name: str, *arguments: Any) -> Any:
-        return await self._ask(self._pool_of(name), method, name, *arguments)
+        return await self._ask(self._models.pool_of(name), method, name, *arguments)
 
     async def _ask(self, pool: str, method: str, *arguments: Any) -> Any:
         try:

@@ -71,7 +71,7 @@ def publish_run(run: Run, spec: ModelSpec, attempt: int) -> Result:
             if gate and not gate.passed:
                 return _refused(facts)
             store = Registry(run.storage)
-            version = store.publish(run, ref, manifest, folder, gate)
+            version = store.publish(run, ref, manifest, folder, gate, spec.serve.pool)
         if evaluation.metrics:
             store.record_evaluation(version, evaluation, thorough=False, seconds=seconds, publication=True)
         store.promote(run.model, spec.serve.alias, version.version, f"published by job {run.job}", forward_only=True)

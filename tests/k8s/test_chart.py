@@ -16,7 +16,7 @@ import pytest
 import yaml
 from jsonschema import Draft7Validator
 
-from tests.support.manifests import K8S, Manifest, build, build_with, kubectl, problems
+from tests.support.manifests import K8S, Manifest, build, build_with, kubectl, problems, settings
 
 TOOLS = Path(sys.prefix) / "k8s-tools" / "bin"
 HELM = shutil.which("helm", path=os.pathsep.join([os.environ["PATH"], str(TOOLS)]))
@@ -101,8 +101,15 @@ def test_the_schema_knows_each_value() -> None:
     Draft7Validator.check_schema(SCHEMA)
     Draft7Validator(SCHEMA).validate(DEFAULTS)
     assert SCHEMA["properties"].keys() == {*DEFAULTS, "global"}  # Helm adds the last
-    for name in DEFAULTS.keys() - {"createNamespace", "platform"}:
+    for name in DEFAULTS.keys() - {"createNamespace", "platform", "pools"}:
         assert SCHEMA["properties"][name]["properties"].keys() == DEFAULTS[name].keys(), name
+
+
+def test_its_pools_are_those_of_the_base() -> None:
+    pools = DEFAULTS["pools"]
+    for name, value in DEFAULTS["hosts"].items():
+        pools = pools.replace(f"{{{{ .Values.hosts.{name} }}}}", str(value))
+    assert pools == (K8S / "base" / "pools.yaml").read_text()
 
 
 def with_value(place: str, value: object) -> dict[str, Any]:
@@ -197,6 +204,8 @@ def test_sizes_and_numbers_of_hosts_reach_their_places(chart: Path) -> None:
     for deployment in yaml.safe_load(service["serveConfigV2"])["applications"][0]["deployments"]:
         scaling = deployment["autoscaling_config"]
         assert (scaling["min_replicas"], scaling["max_replicas"]) == (4, 9)
+    (pool,) = yaml.safe_load(settings(list(manifests.values()), "genmodels-pools")["pools.yaml"])["pools"]
+    assert (pool["min_replicas"], pool["max_replicas"]) == (4, 9)
     job = manifests["RayJob", "genmodels-template"]["spec"]["rayClusterSpec"]
     for cluster in (service["rayClusterConfig"], job):
         for group in (cluster["headGroupSpec"], *cluster["workerGroupSpecs"]):

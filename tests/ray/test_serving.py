@@ -12,6 +12,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -26,15 +27,18 @@ from services.gateway.pool_config import Pool, Pools
 from services.gateway.routes import create_app
 from services.http.middleware import MAX_BODY
 from tests.support.asgi_client import JSON, PICTURE, ask, refused
-from tests.support.published_models import publish_examples
+from tests.support.published_models import publish, publish_examples
 
 BODY = {"model": "m", "prompt": "x"}
+POOLS = Pools(pools=[Pool(name="default"), Pool(name="spare", min_replicas=0, idle_seconds=15)])
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> Storage:
     """Make a registry with a text model, a VAE of two versions, and a model without the alias production."""
-    return publish_examples(tmp_path_factory.mktemp("models"))
+    storage = publish_examples(tmp_path_factory.mktemp("models"))
+    publish(storage, "rare", "vae", pool="spare")
+    return storage
 
 
 @pytest.fixture(scope="module")
@@ -60,7 +64,7 @@ def endpoint(ray_cluster: str, models: Storage) -> Iterator[str]:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     serve.start(http_options=serve_http_options(HOST, port), logging_config={"log_level": "ERROR"})
-    serve.run(build(models.url, auth=True), name="genmodels", route_prefix="/")
+    serve.run(build(models.url, auth=True, pools=POOLS), name="genmodels", route_prefix="/")
     yield f"http://127.0.0.1:{port}"
     serve.shutdown()
 
@@ -72,7 +76,7 @@ def client(endpoint: str, token: str) -> Iterator[openai.OpenAI]:
 
 
 def test_the_openai_client_lists_models(client: openai.OpenAI) -> None:
-    assert {model.id for model in client.models.list()} == {"play", "shapes", "clean@1"}
+    assert {model.id for model in client.models.list()} == {"play", "shapes", "clean@1", "rare"}
     assert client.models.retrieve("shapes@next").model_dump()["version"] == 2
 
 
@@ -238,18 +242,19 @@ LONG = {"model": "play", "prompt": "To be", "max_tokens": 4000, "seed": 1, "stre
 
 def replica(deployment: str) -> int:
     """Return the process of a deployment's replica in this cluster."""
+    return until(lambda: running(deployment), f"a replica of {deployment}")
+
+
+def running(deployment: str) -> int | None:
+    """Return the process of a deployment's replica in this cluster; None if there is none."""
     title = f"ray::ServeReplica:genmodels:{deployment}".encode()
-
-    def running() -> int | None:
-        parents, titled = {}, []
-        for folder in Path("/proc").glob("[0-9]*"):
-            with contextlib.suppress(OSError):
-                parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
-                if (folder / "cmdline").read_bytes().startswith(title):
-                    titled.append(int(folder.name))
-        return next((pid for pid in titled if os.getpid() in ancestors(pid, parents)), None)
-
-    return until(running, f"a replica of {deployment}")
+    parents, titled = {}, []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with contextlib.suppress(OSError):
+            parents[int(folder.name)] = int((folder / "stat").read_text().rpartition(")")[2].split()[1])
+            if (folder / "cmdline").read_bytes().startswith(title):
+                titled.append(int(folder.name))
+    return next((pid for pid in titled if os.getpid() in ancestors(pid, parents)), None)
 
 
 def test_replicas_listen_on_this_machine_alone(endpoint: str) -> None:
@@ -279,6 +284,26 @@ def until(look: Callable[[], Any], what: str, seconds: float = 60) -> Any:
         assert time.monotonic() < deadline, f"not in {seconds} s: {what}"
         time.sleep(0.05)
     return value
+
+
+def test_a_pool_scales_from_zero_and_back_to_zero(endpoint: str, token: str) -> None:
+    """Send requests at once to a pool without a host: one waits and is answered, the others may try again."""
+    headers = {"authorization": f"Bearer {token}"}
+    with httpx.Client(base_url=endpoint, headers=headers, timeout=60) as client, ThreadPoolExecutor(4) as threads:
+        assert running("spare") is None
+        body = {"model": "rare", "prompt": "", "n": 1, "seed": 4}
+        answers = list(threads.map(lambda _: client.post("/v1/images/generations", json=body), range(4)))
+        assert sorted(answer.status_code for answer in answers) == [200, 429, 429, 429]
+        for answer in answers:
+            if answer.status_code == 429:
+                assert (refused(answer, 429)["code"], answer.headers["retry-after"]) == ("pool_starting", "5")
+        assert running("spare")
+        assert client.post("/v1/images/generations", json=body).status_code == 200
+        until(lambda: running("spare") is None, "the pool is not used, and has no host")
+        for _ in range(3):
+            assert client.get("/healthz").json() == {"status": "ok"}
+        assert {model["id"] for model in client.get("/v1/models").json()["data"]} >= {"rare"}
+        assert running("spare") is None
 
 
 def data(lines: Iterator[str]) -> Iterator[str]:

@@ -41,8 +41,8 @@ def test_everything_is_killed_in_turn(tmp_path: Path) -> None:
         until(lambda: platform.metric("training_checkpoint_step", name), "the exporter sees the run")
         assert platform.metric("training_mfu_ratio", name)
         saved = until(lambda: platform.metric("checkpoint_seconds_count", "vae"), "its checkpoints are counted")
+        until(lambda: len(platform.find("ServeReplica")) == 2, "gateway and host run")
         replicas = platform.find("ServeReplica")
-        assert len(replicas) == 2
 
         # Services end and restart; what runs in Ray continues.
         for part, module in (("exporter", "node.exporter"), ("gateway", "gateway.deploy"), ("jobs", "jobs")):
@@ -51,6 +51,13 @@ def test_everything_is_killed_in_turn(tmp_path: Path) -> None:
             platform.comes_back(part)
         assert platform.find("ServeReplica") == replicas
         assert run.started() == [1]
+
+        # A changed file of the pools starts and stops the hosts of its pool; no other replica restarts.
+        platform.pools.write_text("pools: [{name: default}, {name: more}]")
+        until(lambda: len(platform.find("ServeReplica")) == 3, "the new pool has a host")
+        assert {*replicas} < {*platform.find("ServeReplica")}
+        platform.pools.write_text("pools: [{name: default}]")
+        until(lambda: platform.find("ServeReplica") == replicas, "the host of the old pool is gone")
 
         # Everything in Ray ends with the head; the next head finds the work in the storage.
         steps = len(run.checkpoints())
@@ -115,6 +122,9 @@ class Platform:
             "--num-cpus",
             "2",
         ]
+        self.pools = folder / "pools.yaml"
+        self.pools.write_text("pools: [{name: default}]")
+        command += ["--pools", str(self.pools)]
         ports = ["--port", str(first), "--api-port", str(first + 1), "--metrics-port", str(first + 2)]
         environment = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")}
         with self.log.open("wb") as output:

@@ -64,7 +64,14 @@ def loaded(name: str, folder: Path, **config: Any) -> LoadedModel:
 
 
 def publish(
-    storage: Storage, model: str, family: str, *, step: int = 1, alias: str | None = "production", **config: Any
+    storage: Storage,
+    model: str,
+    family: str,
+    *,
+    step: int = 1,
+    alias: str | None = "production",
+    pool: str = "default",
+    **config: Any,
 ) -> Version:
     """Publish a version to the registry; another `step` gives other weights."""
     registry = Registry(storage)
@@ -76,7 +83,7 @@ def publish(
             step=step, samples=step, metrics={"val_loss": 1.5, "odd": float("nan")}, lineage=LINEAGE, files=files
         )
         version = registry.publish(
-            Run(storage, "test-00000000", model), CheckpointRef(attempt=1, step=step), manifest, folder, None
+            Run(storage, "test-00000000", model), CheckpointRef(attempt=1, step=step), manifest, folder, None, pool
         )
     if alias:
         registry.promote(model, alias, version.version, "test")

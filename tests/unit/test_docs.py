@@ -19,6 +19,7 @@ from genmodels.data import DATASETS
 from genmodels.registry.store import Registry
 from genmodels.spec.parse import parse_spec
 from genmodels.storage import open_storage
+from services.gateway.pool_config import read_pools
 from tests.support import published_models
 from tests.support.paths import ROOT
 from tests.support.spec_files import read_spec
@@ -137,13 +138,19 @@ SPECS = [
     pytest.param(page.name, block, id=f"{page.stem}-{number}")
     for page in PAGES
     for number, block in enumerate(blocks(page, "yaml"))
-    if not block.startswith(("apiVersion:", "patches:"))  # kustomize's own; tests/k8s builds it
+    if not block.startswith(("apiVersion:", "patches:", "pools:"))  # kustomize's own; tests/k8s builds it
 ]
 
 
 @pytest.mark.parametrize(("page", "block"), SPECS)
 def test_specs_shown_are_valid(page: str, block: str) -> None:
     parse_spec(block.encode(), page, ROOT)
+
+
+def test_the_pools_shown_are_valid(tmp_path: Path) -> None:
+    (block,) = blocks(DOCS / "pools.md", "yaml")
+    (tmp_path / "pools.yaml").write_text(block)
+    assert [pool.name for pool in read_pools(tmp_path / "pools.yaml").pools] == ["default", "gpu"]
 
 
 @pytest.mark.parametrize("line", (DOCS / "cli.md").read_text().partition(RUN)[2].partition("```")[0].splitlines())

@@ -65,12 +65,25 @@ class FakeHosts:
             self.closed += 1
 
 
+class FakeModels:
+    """Act as the catalogue."""
+
+    problem: str | None = None
+
+    def pool_of(self, name: str) -> str:
+        return NAMES.get(name, "default")
+
+    def stalled(self) -> str | None:
+        return self.problem
+
+
 class Endpoint:
     """A routing to `default`, with a host, and `gpu`, which has none yet."""
 
     def __init__(self, gpu: Pool = ZERO) -> None:
         self.hosts: dict[str, Any] = {"default": FakeHosts("default"), "gpu": FakeHosts("gpu", running=False)}
-        self.routing = PoolRouting(lambda name: NAMES.get(name, "default"), self.hosts.__getitem__)
+        self.models = FakeModels()
+        self.routing = PoolRouting(self.models, self.hosts.__getitem__)
         self.routing.configure(Pools(pools=[Pool(name="default"), gpu]))
 
     async def refused(self, call: Awaitable[Any]) -> RequestError:
@@ -178,6 +191,8 @@ def test_readiness_wakes_no_pool() -> None:
         endpoint.hosts["default"].problem = "stalled"
         assert await endpoint.routing.health() == "stalled"
         assert endpoint.hosts["gpu"].asked == []
+        endpoint.models.problem = "the catalogue is old"
+        assert await endpoint.routing.health() == "the catalogue is old"
 
     run(test)
 
