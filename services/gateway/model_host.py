@@ -30,6 +30,7 @@ from genmodels.engine.text.choices import TextDelta
 from genmodels.engine.text.completion import Vocabulary
 from genmodels.engine.text.request import CompletionRequest
 from genmodels.errors import GenmodelsError, RequestError, StorageUnavailable
+from genmodels.registry.catalogue import CatalogueReader
 from genmodels.registry.store import Registry
 from genmodels.runs.thinning import ThinnedHistories
 from genmodels.sizing.memory import SERVED_ROWS
@@ -86,6 +87,7 @@ class ModelHost:
         budget = self._placement.budget(memory)
         torch.set_num_threads(torch_threads)
         self._registry = Registry(open_storage(storage_url, in_use=True))
+        self.catalogue = CatalogueReader(self._registry.storage)
         self._cache = ModelCache(
             self._registry.storage, budget, lambda model: model.start(torch_threads), self._placement
         )
@@ -107,6 +109,7 @@ class ModelHost:
         """Read the registry once, and load new versions. An error of one model does not affect the others."""
         with self._rounds.round():
             try:
+                self.catalogue.refresh()
                 self._watcher.refresh()
                 self._evaluation_metrics.update(self._watcher.serving())
             except StorageUnavailable as error:  # the current versions keep serving
@@ -124,12 +127,6 @@ class ModelHost:
         if self._rounds.stuck():
             raise RuntimeError(self._rounds.stalled())
         self._placement.check_device()
-
-    async def models(self) -> list[CatalogEntry] | RequestError:
-        try:
-            return await self._catalog.list()
-        except GenmodelsError as error:
-            return as_request_error(error)
 
     async def model(self, name: str) -> CatalogEntry | RequestError:
         try:
