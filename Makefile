@@ -12,8 +12,8 @@ RESULTS ?= quickstart autoencoder denoising vae gan minigpt study study-improved
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check install --progress-bar on -c constraints.txt
 
-.PHONY: setup setup-dev demo check test test-long test-k8s results bench-serving bench-scale lint format docs chart \
-        secrets image sbom test-compose test-cluster clean
+.PHONY: setup setup-dev demo check test test-long test-k8s results bench-serving bench-scale bench-placement lint format \
+        docs chart secrets image sbom test-compose test-cluster clean
 
 setup: $(VENV)/.ready
 setup-dev: $(VENV)/.ready-dev
@@ -84,6 +84,9 @@ bench-scale: setup-dev
 bench-serving: setup-dev
 	@$(PIP) -e '.[bench]'
 	$(BIN)/python -m tests.bench.serving
+
+bench-placement: setup-dev
+	$(BIN)/python -m tests.bench.placement $(ARGS)
 
 lint: setup-dev
 	$(BIN)/ruff check .

@@ -165,9 +165,9 @@ STORAGE_ERRORS = _counter(
 # `kind`: `Document.object_kind`. An object that stays damaged is counted at each read.
 DAMAGED = _counter("damaged_objects_total", "Reads of damaged objects in storage, by kind of object.", ("kind",))
 
-# Background threads that run as long as their process. `thread`: "alias-watcher" (of model hosts), "catalogue" (of the
-# gateway), "dispatch" or "kube-watch" (of the job service); failures also of "lease", "catalogue" (of the job service),
-# "commands", "copy-log", "ship-log", "decode" and "export".
+# Background threads that run as long as their process. `thread`: "alias-watcher" (of model hosts), "catalogue-reader"
+# (of the gateway), "dispatch" or "kube-watch" (of the job service); failures also of "lease", "catalogue", "commands",
+# "copy-log", "ship-log", "decode" and "export".
 THREAD_PROGRESS = _gauge(
     "thread_progress_timestamp_seconds",
     "Unix time at which a background thread last completed a round or one object of a round, in seconds.",
@@ -223,7 +223,12 @@ KV_SLOTS = _gauge(
     "livesum",
 )
 LOADED_BYTES = _gauge("loaded_bytes", "Memory that a loaded version takes, in bytes.", VERSION_LABELS, "livesum")
-ACTIVE = _gauge("version_active", "Model hosts on which an alias points at this version.", VERSION_LABELS, "livesum")
+ACTIVE = _gauge(
+    "version_active",
+    "Model hosts that have this version in memory and answer requests to an alias with it.",
+    VERSION_LABELS,
+    "livesum",
+)
 EVALUATION_METRIC = _gauge(
     "version_evaluation_metric",
     "Result of the newest evaluation of a served version, by name of the metric.",

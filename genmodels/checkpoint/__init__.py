@@ -15,6 +15,7 @@ Files of the directory:
     config.json            family, its config, and the shape of the data: enough to build the networks
     assets/                tokenizer, fitted density: what serving needs in addition to the weights
     state/<role>.safetensors, state/<role>.optimizer-<i>.safetensors       raw weights and optimizers, to resume
+    state/part-<rank>.safetensors, state/index.json        instead of these, if the ranks share the state: see `parts`
     manifest.json          every file with size and sha256, step, metrics, lineage, and its own digest; written last
 
 `model.safetensors`, `config.json` and `assets/` are the serving files. Nothing is unpickled: tensors are safetensors,
@@ -24,17 +25,18 @@ the rest is JSON.
 from __future__ import annotations
 
 from genmodels.checkpoint.files import (
+    complete,
     describe_files,
     download,
     fetch,
+    read_file,
+    read_tensors,
     scratch_folder,
     sha256_of,
-    upload,
-    write_assets,
-    write_config,
-    write_files,
+    upload_file,
 )
 from genmodels.checkpoint.loading import (
+    config_bytes,
     load_family,
     load_tensors,
     parse_config,
@@ -55,7 +57,8 @@ from genmodels.checkpoint.manifest import (
     serving_files,
     write_manifest,
 )
-from genmodels.checkpoint.snapshot import Snapshot, load_optimizer, optimizer_tensors
+from genmodels.checkpoint.snapshot import Snapshot, SnapshotMemory, load_optimizer, optimizer_tensors
+from genmodels.checkpoint.tensor_file import TensorFile
 
 __all__ = [
     "CONFIG",
@@ -67,6 +70,10 @@ __all__ = [
     "Manifest",
     "Metrics",
     "Snapshot",
+    "SnapshotMemory",
+    "TensorFile",
+    "complete",
+    "config_bytes",
     "describe_files",
     "download",
     "fetch",
@@ -77,14 +84,13 @@ __all__ = [
     "parse_config",
     "read_assets",
     "read_config",
+    "read_file",
     "read_manifest",
     "read_outline",
+    "read_tensors",
     "scratch_folder",
     "serving_files",
     "sha256_of",
-    "upload",
-    "write_assets",
-    "write_config",
-    "write_files",
+    "upload_file",
     "write_manifest",
 ]

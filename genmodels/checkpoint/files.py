@@ -1,47 +1,22 @@
-"""Write, upload, download and verify the files of a checkpoint."""
+"""Upload, download and verify the files of a checkpoint."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
-from genmodels.checkpoint.manifest import CONFIG, WEIGHTS, File, Manifest, read_manifest, write_manifest
-from genmodels.checkpoint.snapshot import Snapshot
+from genmodels.checkpoint.manifest import File, Manifest, read_manifest, write_manifest
+from genmodels.checkpoint.tensor_file import TensorFile
 from genmodels.errors import CheckpointError, KeyNotFound, StorageError
-from genmodels.family import Family
 from genmodels.storage import Storage
 from genmodels.storage.base import check_key
 from genmodels.storage.disk import disk_outages
 
-
-def write_files(folder: Path, family: Family[Any, Any], snapshot: Snapshot) -> None:
-    """Write all files of a checkpoint except the manifest and the assets."""
-    from safetensors.torch import save_file
-
-    (folder / "state").mkdir(parents=True, exist_ok=True)
-    (folder / "assets").mkdir(exist_ok=True)
-    save_file(snapshot.serving_weights, folder / WEIGHTS)
-    write_config(folder, family)
-    for role, weights in snapshot.roles.items():
-        save_file(weights, folder / "state" / f"{role}.safetensors")
-        for i, tensors in enumerate(snapshot.optimizers[role]):
-            save_file(tensors, folder / "state" / f"{role}.optimizer-{i}.safetensors")
-
-
-def write_config(folder: Path, family: Family[Any, Any]) -> None:
-    config, data = family.config.model_dump(mode="json"), family.data.model_dump(mode="json")
-    document = {"family": family.family_name(), "config": config, "data": data}
-    (folder / CONFIG).write_text(json.dumps(document, indent=2, sort_keys=True) + "\n")
-
-
-def write_assets(folder: Path, assets: Mapping[str, bytes]) -> None:
-    for name, data in assets.items():
-        (folder / "assets" / name).write_bytes(data)
+PART_BYTES, PARALLEL_PARTS = 16 * 2**20, 4  # of the reads of one file
 
 
 def describe_files(folder: Path) -> dict[str, File]:
@@ -57,12 +32,60 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def upload(storage: Storage, prefix: str, folder: Path, manifest: Manifest, fence: Callable[[], None]) -> None:
-    """Upload the files of a checkpoint, check the fence, then write the manifest, which completes the checkpoint."""
-    for name in manifest.files:
-        storage.upload(folder / name, f"{prefix}/{name}")
+def upload_file(storage: Storage, key: str, data: memoryview) -> File:
+    """Upload a file that lies in memory, and describe it; its digest is computed during the upload."""
+    with ThreadPoolExecutor(1, thread_name_prefix="sha256") as pool:
+        digest = pool.submit(lambda: hashlib.sha256(data).hexdigest())
+        storage.upload_memory(key, data)
+        return File(size=len(data), sha256=digest.result())
+
+
+def complete(storage: Storage, prefix: str, manifest: Manifest, fence: Callable[[], None]) -> None:
+    """Check the fence, then write the manifest: all files must be in storage, and the checkpoint is complete."""
     fence()
     write_manifest(storage, prefix, manifest)
+
+
+def read_file(storage: Storage, key: str, expected: File) -> bytes:
+    """Read a small file and verify its size and sha256.
+
+    Raises:
+        CheckpointError: the file is missing or damaged.
+    """
+    return bytes(_read_verified(storage, key, expected, memoryview(bytearray(expected.size))))
+
+
+def read_tensors(storage: Storage, key: str, expected: File, pinned: bool = False) -> TensorFile:
+    """Read a safetensors file into memory, in parallel parts, and verify its size and sha256.
+
+    Raises:
+        CheckpointError: the file is missing or damaged.
+    """
+    import torch
+
+    memory = torch.empty(expected.size, dtype=torch.uint8, pin_memory=pinned)
+    _read_verified(storage, key, expected, memory.numpy().data)
+    try:
+        return TensorFile(memory)
+    except CheckpointError as error:
+        raise CheckpointError(f"{key}: {error}") from None
+
+
+def _read_verified(storage: Storage, key: str, expected: File, view: memoryview) -> memoryview:
+    with ThreadPoolExecutor(PARALLEL_PARTS, thread_name_prefix="read") as pool:
+        parts = [view[first : first + PART_BYTES] for first in range(0, len(view), PART_BYTES)]
+        reads = [pool.submit(storage.read_into, key, i * PART_BYTES, part) for i, part in enumerate(parts)]
+        digest = hashlib.sha256()
+        try:
+            for part, read in zip(parts, reads, strict=True):
+                digest.update(part[: read.result()])
+        except KeyNotFound:
+            raise CheckpointError(f"{key}: missing") from None
+        finally:
+            pool.shutdown(cancel_futures=True)
+    if digest.hexdigest() != expected.sha256:
+        raise _differs(key)
+    return view
 
 
 def download(storage: Storage, keys: Mapping[str, str], files: Mapping[str, File], folder: Path) -> None:
@@ -87,7 +110,7 @@ def download(storage: Storage, keys: Mapping[str, str], files: Mapping[str, File
         except KeyNotFound:
             raise CheckpointError(f"{keys[name]}: missing") from None
         if path.stat().st_size != expected.size or sha256_of(path) != expected.sha256:
-            raise CheckpointError(f"{keys[name]}: damaged (size or sha256 differs from the manifest)")
+            raise _differs(keys[name])
 
 
 def fetch(storage: Storage, prefix: str, folder: Path) -> Manifest:
@@ -110,3 +133,7 @@ def scratch_folder() -> Iterator[str]:
     """
     with disk_outages(), tempfile.TemporaryDirectory(prefix="genmodels-", ignore_cleanup_errors=True) as name:
         yield name
+
+
+def _differs(key: str) -> CheckpointError:
+    return CheckpointError(f"{key}: damaged (size or sha256 differs from the manifest)")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -74,6 +75,13 @@ def read_outline(folder: Path) -> Family[Any, Any]:
             return cls(config, data)
     except (OSError, KeyError, TypeError, ValueError, ArithmeticError, RuntimeError, SpecError) as error:
         raise CheckpointError(f"{CONFIG}: {' '.join(str(error).split())[:1000]}") from error
+
+
+def config_bytes(family: Family[Any, Any]) -> bytes:
+    """Return the `config.json` of a model."""
+    config, data = family.config.model_dump(mode="json"), family.data.model_dump(mode="json")
+    document = {"family": family.family_name(), "config": config, "data": data}
+    return (json.dumps(document, indent=2, sort_keys=True) + "\n").encode()
 
 
 def read_config(folder: Path) -> dict[str, Any]:

@@ -253,7 +253,8 @@ def grid(images: np.ndarray, columns: int | None = None, padding: int = 8) -> np
     factor = max(1, -(-TILE // max(height, width)))
     tiles = images.repeat(factor, axis=2).repeat(factor, axis=3)
     height, width = tiles.shape[2] + padding, tiles.shape[3] + padding
-    canvas = np.ones((channels, rows * height + padding, columns * width + padding), images.dtype)
+    white = 255 if images.dtype == np.uint8 else 1
+    canvas = np.full((channels, rows * height + padding, columns * width + padding), white, images.dtype)
     for place, tile in enumerate(tiles):
         top, left = padding + place // columns * height, padding + place % columns * width
         canvas[:, top : top + tile.shape[1], left : left + tile.shape[2]] = tile

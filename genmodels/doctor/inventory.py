@@ -70,6 +70,7 @@ _OTHERS = (
     rf"catalogue/pending/({_LABEL}-[0-9a-f]{{16}}|head|\d\d)",
     rf"datasets/{_LABEL}/[0-9a-f]{{64}}/[^/]+",
     r"evaluation-cache/.+",
+    rf"gc/({JOB_ID}/{_LABEL}/[0-9a-f]{{16}}|\.complete)",
     rf"dataset-users/({_LABEL}/{JOB_ID}|\.complete)",
 )
 FOLDERS = (
@@ -85,6 +86,7 @@ FOLDERS = (
     "datasets",
     "dataset-users",
     "evaluation-cache",
+    "gc",
 )
 
 

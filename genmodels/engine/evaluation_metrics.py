@@ -2,36 +2,29 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterable
 
 from genmodels.metrics import EVALUATION_METRIC
-from genmodels.registry.evaluations import newest
+from genmodels.registry.catalogue import CatalogueReader
 from genmodels.registry.references import ResolvedModel
-from genmodels.registry.store import Registry
-
-REFRESH_SECONDS = 60.0  # a version's evaluations are read again after so long
 
 
 class EvaluationMetrics:
     """Set the gauges of evaluations. Not thread-safe."""
 
-    def __init__(self, registry: Registry) -> None:
-        self._registry = registry
-        self._read: dict[str, float] = {}  # monotonic time by version
+    def __init__(self, catalogue: CatalogueReader) -> None:
+        self._catalogue = catalogue
+        self._shown: dict[str, str] = {}  # id of the evaluation by version
 
     def update(self, models: Iterable[ResolvedModel]) -> None:
-        """Set the gauges to the newest evaluation of each version; they may be REFRESH_SECONDS old.
-
-        Raises:
-            StorageUnavailable: the gauges keep their values.
-        """
-        now = time.monotonic()
+        """Set the gauges to the newest evaluation of each version that the catalogue has."""
         for model in models:
-            read = self._read.get(model.name)
-            if model.version is None or (read is not None and now - read < REFRESH_SECONDS):
+            entry = self._catalogue.get(model.model)
+            summary = entry.versions.get(model.version) if entry and model.version else None
+            evaluation = summary.evaluation if summary else None
+            if evaluation is None or self._shown.get(model.name) == evaluation.id:
                 continue
-            evaluation = newest(self._registry, model.model, model.version)
-            self._read[model.name] = now
-            for name, metric in evaluation.metrics.items() if evaluation else ():
-                EVALUATION_METRIC.labels(model.model, model.family, str(model.version), name).set(metric.value)
+            self._shown[model.name] = evaluation.id
+            for name, value in evaluation.metrics.items():
+                number = float("nan") if value is None else value
+                EVALUATION_METRIC.labels(model.model, model.family, str(model.version), name).set(number)

@@ -201,8 +201,9 @@ class GAN(ImageFamily[GANConfig, GANRequest]):
         """
         label = self._label(request)
         if label is not None:
-            noise, labels = latents[:, : self.config.latent_dim], torch.full((len(latents),), label)
-            latents = with_classes(noise, labels.to(latents.device), self.num_classes)
+            noise = latents[:, : self.config.latent_dim]
+            labels = torch.full((len(latents),), label, device=latents.device)
+            latents = with_classes(noise, labels, self.num_classes)
         with inference(self.network):
             return self.network(placed(latents, self.network)).clamp(0, 1)
 

@@ -12,9 +12,12 @@ SwiGLU: Shazeer 2020, https://arxiv.org/abs/2002.05202
 
 from __future__ import annotations
 
+import bisect
+import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Literal, cast
 
 import torch
@@ -34,9 +37,11 @@ from genmodels.family import (
     TextInfo,
     slide_window,
 )
+from genmodels.nn.cuda_graphs import Capture, cuda_graph
 from genmodels.nn.networks import inference
 from genmodels.nn.optim import make_optimizers
 from genmodels.nn.sampling import Sampler, SamplingOptions, choose
+from genmodels.nn.transfer import to_device
 from genmodels.schema.base import Section
 from genmodels.sizing.memory import FLOAT, Footprint, network_bytes
 from genmodels.sizing.placement import DEFAULT_PLACEMENT, Placement
@@ -265,6 +270,8 @@ class MLP(nn.Module):
 class MiniGPTDecoder:
     """A copy of a network's weights, arranged for decoding, with the keys and values of a fixed number of sequences.
 
+    It computes on the device and in the dtype of the weights; norms, rotations and the residual stream are float32.
+
     The bits of an answer must not depend on the other requests. A matrix product of another height may round
     differently. So each product with weights has `chunk` rows, or `slots` rows, or a smaller height that gives equal
     bits in a trial when the decoder is made (with MKL the multiples of 4: one sequence then takes 0.7 of the time).
@@ -274,6 +281,13 @@ class MiniGPTDecoder:
     of 5 to 15 numbers), it is computed for all slots and all positions. It does not use the fused kernel, whose result
     depends on a sequence's place in the batch (seen on CPU with queries of length 1). Padding tokens write to a
     position of their own after the window, which no real token sees.
+
+    On a GPU the shapes are static: heights and lengths double from one to the next, attention has the height of the
+    products, and the step of each pair is captured as a CUDA graph.
+
+    Args:
+        static: use the static shapes. Default: only on a GPU.
+        capture: makes the graph of a function; None: no graphs. Default: `cuda_graph` on a GPU.
     """
 
     chunk = 32  # tokens of one prefill
@@ -285,20 +299,29 @@ class MiniGPTDecoder:
         hidden, inputs = hidden_size(config), 2 if config.mlp == "swiglu" else 1
         layer = 4 * width**2 + (inputs + 1) * hidden * width + 2 * placement.rows * kept * width  # keys and values
         biases = inputs * hidden + (5 if config.norm == "layer" else 2) * width if config.bias else 0
-        positions = kept * (width if config.positions == "learned" else width // config.n_head)
         head = vocab_size * (width + config.bias)
-        tables = vocab_size * width + positions + head
+        tables = vocab_size * width + head
         attention = 3 * rows * config.n_head * kept  # mask, scores, probabilities
         passing = attention + rows * (3 * inputs * hidden + 8 * width + 16 * vocab_size)
         making = 3 * width * max(3 * width, inputs * hidden, vocab_size)  # a matrix, and what it is made from
         working = max(passing, making)
-        return placement.number_bytes * (tables + config.n_layer * (layer + biases)), FLOAT * working
+        rotations = FLOAT * kept * width // config.n_head
+        positions = placement.number_bytes * kept * width if config.positions == "learned" else rotations
+        return placement.number_bytes * (tables + config.n_layer * (layer + biases)) + positions, FLOAT * working
 
     @torch.inference_mode()
-    def __init__(self, network: Transformer, block_size: int, slots: int) -> None:
-        embedding, head = network.token_embedding.weight.float(), network.head
+    def __init__(
+        self,
+        network: Transformer,
+        block_size: int,
+        slots: int,
+        *,
+        static: bool | None = None,
+        capture: Capture | None = None,
+    ) -> None:
+        embedding, head = network.token_embedding.weight, network.head
         device, kept = embedding.device, _rounded_up(block_size + 1)
-        self._padding, self._device = block_size, device
+        self._padding, self._device, self._slots = block_size, device, slots
         self._n_head = cast(Block, network.blocks[0]).attention.n_head
         self._embedding = embedding.clone()
         self._positions, self._rotations = None, None
@@ -306,15 +329,17 @@ class MiniGPTDecoder:
             cosine, sine = rotations(torch.arange(kept, device=device), network.head_size)
             self._rotations = torch.complex(cosine, sine)[:, None, None]
         else:
-            self._positions = F.pad(network.position_embedding.weight.float(), (0, 0, 0, kept - block_size))
+            self._positions = F.pad(network.position_embedding.weight, (0, 0, 0, kept - block_size))
         rotary = self._rotations is not None
         self._layers = [_DecoderLayer(cast(Block, block), slots, kept, rotary=rotary) for block in network.blocks]
         self._head = _Projection(
             network.norm, embedding if head is None else head.weight, None if head is None else head.bias
         )
-        self._slots, self._kept = slots, kept
-        self._attends_to_all = not self._layers[0].has_equal_lengths(_lengths(kept))
-        self._heights = [slots] if self._attends_to_all else self._equal_heights(slots)
+        on_gpu = device.type == "cuda"
+        self._choose_shapes(kept, static=on_gpu if static is None else static)
+        self._replays: dict[tuple[int, _Attended], Callable[[Tensor], Tensor]] = {}
+        if capture or on_gpu:
+            self._replays = self._captured(capture or cuda_graph)
 
     @torch.inference_mode()
     def prefill(self, slot: int, tokens: Sequence[int], start: int) -> Tensor:
@@ -323,7 +348,7 @@ class MiniGPTDecoder:
             self._forget(slot)
         missing, end = self.chunk - len(tokens), start + len(tokens)
         positions = [*range(start, end), *[self._padding] * missing]
-        attended = _Attended(slot, 1, self.chunk, _rounded_up(end))
+        attended = _Attended(slot, 1, self.chunk, _at_least(end, self._prefill_lengths))
         return self._run([*tokens, *[0] * missing], positions, attended)[: len(tokens)]
 
     def step(self, tokens: Sequence[int | None], positions: Sequence[int]) -> Tensor:
@@ -336,25 +361,55 @@ class MiniGPTDecoder:
             if positions[slot] == 0:
                 self._forget(slot)
         places = [self._padding if token is None else at for token, at in zip(tokens, positions, strict=True)]
-        attended = _Attended(0, used[-1] + 1, 1, _rounded_up(max(positions[slot] for slot in used) + 1))
-        if self._attends_to_all:
-            attended = _Attended(0, self._slots, 1, self._kept)
-        height = next(height for height in self._heights if height > used[-1])
+        length = _at_least(max(positions[slot] for slot in used) + 1, self._lengths)
+        attended = _Attended(0, _at_least(used[-1] + 1, self._counts), 1, length)
+        height = _at_least(used[-1] + 1, self._heights)
         logits = self._run([token or 0 for token in tokens[:height]], places[:height], attended)
         return F.pad(logits, (0, 0, 0, self._slots - height))
 
-    def _equal_heights(self, slots: int) -> list[int]:
-        """Return, ascending, the numbers of rows with which a step gives the same bits as with all rows.
+    def _choose_shapes(self, kept: int, *, static: bool) -> None:
+        """Choose the heights of a step, and the numbers of slots and positions of its attention, by trials."""
+        slots = self._slots
+        self._prefill_lengths = _doubled(32, kept) if static else range(32, kept + 1, 32)
+        self._lengths: Sequence[int] = self._prefill_lengths
+        self._counts: Sequence[int] = _doubled(4, slots) if static else range(1, slots + 1)
+        lengths = self._lengths if static else _lengths(kept)
+        counts = self._counts if static else sorted({1, min(2, slots), min(3, slots), slots})
+        if not self._layers[0].has_equal_attention(counts, lengths):
+            self._lengths, self._counts, self._heights = [kept], [slots], [slots]
+            return
+        self._heights = self._equal_heights(self._counts if static else range(4, slots, 4))
+        if static:
+            self._counts = self._heights
 
-        They are found by trial, because they depend on the matrix library.
+    def _equal_heights(self, heights: Sequence[int]) -> list[int]:
+        """Return, ascending, the heights with which a step gives the same bits as with all rows, and `slots`.
+
+        They are determined by trial, because they depend on the matrix library.
         """
+        slots = self._slots
         tokens = [token % len(self._embedding) for token in range(slots)]
 
         def logits(height: int) -> Tensor:
-            return self._run(tokens[:height], [0] * height, _Attended(0, height, 1, _rounded_up(1)))
+            attended = _Attended(0, height, 1, self._lengths[0])
+            return self._run(tokens[:height], [0] * height, attended)
 
+        self._replays = {}
         full = logits(slots)
-        return [*(height for height in range(4, slots, 4) if torch.equal(logits(height), full[:height])), slots]
+        return [*(height for height in heights if height < slots and torch.equal(logits(height), full[:height])), slots]
+
+    def _captured(self, capture: Capture) -> dict[tuple[int, _Attended], Callable[[Tensor], Tensor]]:
+        """Capture the step of each static shape, once, before the first request."""
+        replays = {}
+        for height, length in itertools.product(self._heights, self._lengths):
+            attended = _Attended(0, height, 1, length)
+            tokens = torch.arange(height).remainder(len(self._embedding))
+            example = torch.stack((tokens, torch.full((height,), min(length, self._padding) - 1)))
+            step = partial(self._logits, attended=attended)
+            replays[height, attended] = capture(step, to_device(example, self._device))
+        for slot in range(self._slots):
+            self._forget(slot)
+        return replays
 
     @torch.inference_mode()
     def _forget(self, slot: int) -> None:
@@ -364,17 +419,23 @@ class MiniGPTDecoder:
     @torch.inference_mode()
     def _run(self, tokens: list[int], positions: list[int], attended: _Attended) -> Tensor:
         """Return the logits after each token: (rows, vocab_size)."""
-        ids, places = torch.tensor([tokens, positions], device=self._device)
-        x, rotation = self._embedding[ids], None
+        inputs = to_device(torch.tensor([tokens, positions]), self._device)
+        replay = self._replays.get((len(tokens), attended))
+        return replay(inputs) if replay else self._logits(inputs, attended)
+
+    def _logits(self, inputs: Tensor, attended: _Attended) -> Tensor:
+        """Compute the logits after each token from tokens and positions: (2, rows) -> (rows, vocab_size), float32."""
+        ids, places = inputs
+        x, rotation = self._embedding[ids].float(), None
         if self._rotations is not None:
             rotation = self._rotations[places]
         elif self._positions is not None:
             x = x + self._positions[places]
         places = places[: attended.count * attended.t]
-        mask = _mask(places, attended, self._n_head)
+        mask = _mask(places, attended, self._n_head, self._embedding.dtype)
         for layer in self._layers:
             x = layer.forward(x, rotation, places, mask, attended)
-        return self._head(x).cpu()
+        return self._head(x).float()
 
 
 @dataclass(frozen=True)
@@ -407,7 +468,7 @@ class _DecoderLayer:
         )
         self._kind, self._down = mlp.kind, _Linear(mlp.output.weight, mlp.output.bias)
         n_head, _, head_size = self._shape
-        self._kept = torch.zeros(slots, n_head, kept, 2, head_size, device=weights.device)
+        self._kept = weights.new_zeros(slots, n_head, kept, 2, head_size)
 
     def forget(self, slot: int) -> None:
         """Clear a slot for another sequence: a number that is not finite would spoil it even if it is masked."""
@@ -423,7 +484,7 @@ class _DecoderLayer:
     ) -> Tensor:
         n_head, _, head_size = self._shape
         projected = projected.unflatten(-1, self._shape)  # (rows, n_head, 3, head_size)
-        turned = projected[:, :, :2]
+        turned = projected[:, :, :2].float()
         if self._qk_norm:
             turned = _rms_norm(turned, torch.finfo(torch.float32).eps)
         if rotation is not None:
@@ -441,25 +502,27 @@ class _DecoderLayer:
         return F.pad(attention.transpose(1, 2).reshape(rows, -1), (0, 0, 0, len(projected) - rows))
 
     @torch.inference_mode()
-    def has_equal_lengths(self, lengths: Sequence[int]) -> bool:
+    def has_equal_attention(self, counts: Sequence[int], lengths: Sequence[int]) -> bool:
         """Try whether a token's attention is the same to the bit, however many slots and masked positions it covers.
 
         Args:
+            counts: of slots, ascending.
             lengths: ascending.
         """
-        slots, n_head, _, _, head_size = self._kept.shape
+        _, n_head, _, _, head_size = self._kept.shape
         fill = torch.arange(head_size * lengths[-1] * 2, device=self._kept.device, dtype=torch.float32)
-        self._kept[:] = fill.mul_(0.7).sin_().view(lengths[-1], 2, head_size)
+        self._kept[:] = 0
+        self._kept[:, :, : lengths[-1]] = fill.mul_(0.7).sin_().view(lengths[-1], 2, head_size)
 
         def attend(count: int, length: int, visible: int) -> Tensor:
             places = torch.full((count,), visible - 1, device=self._kept.device)
-            mask = _mask(places, _Attended(0, count, 1, length), n_head)
+            mask = _mask(places, _Attended(0, count, 1, length), n_head, self._kept.dtype)
             keys, values = self._kept[:count, :, :length].flatten(0, 1).unbind(2)
             query = self._kept[:count, :, 0, 0].reshape(count * n_head, 1, head_size)
             return _weigh(query, keys, values, mask).view(count, n_head, head_size)
 
         def is_equal(shortest: int, visible: int) -> bool:
-            alone, counts = attend(1, shortest, visible), sorted({1, min(2, slots), min(3, slots), slots})
+            alone = attend(counts[0], shortest, visible)[:1]
             shapes = [(count, length) for count in counts for length in lengths if length >= shortest]
             return all(torch.equal(attend(*shape, visible), alone.expand(shape[0], -1, -1)) for shape in shapes)
 
@@ -474,22 +537,22 @@ def _weigh(query: Tensor, keys: Tensor, values: Tensor, mask: Tensor) -> Tensor:
     return torch.bmm(scores.softmax(-1), values)
 
 
-def _mask(places: Tensor, attended: _Attended, n_head: int) -> Tensor:
+def _mask(places: Tensor, attended: _Attended, n_head: int, dtype: torch.dtype) -> Tensor:
     """Return what is added to scores, (count * n_head, t, length): a token sees its own and earlier positions."""
     later = torch.arange(attended.length, device=places.device) > places[:, None]
-    mask = torch.zeros(later.shape, device=places.device).masked_fill_(later, -torch.inf)
+    mask = torch.zeros(later.shape, device=places.device, dtype=dtype).masked_fill_(later, -torch.inf)
     mask = mask.view(attended.count, 1, attended.t, attended.length).expand(-1, n_head, -1, -1)
     return mask.reshape(-1, attended.t, attended.length)
 
 
 class _Linear:
-    """A copy of a linear layer, in float32 and without a module's cost."""
+    """A copy of a linear layer, without a module's cost."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None) -> None:
-        self.weight, self._bias = weight.float().clone(), None if bias is None else bias.float().clone()
+        self.weight, self._bias = weight.clone(), None if bias is None else bias.clone()
 
     def __call__(self, x: Tensor) -> Tensor:
-        return F.linear(x, self.weight, self._bias)
+        return F.linear(x.to(self.weight.dtype), self.weight, self._bias)
 
 
 class _Projection(_Linear):
@@ -499,10 +562,11 @@ class _Projection(_Linear):
         assert isinstance(norm, nn.LayerNorm | nn.RMSNorm)
         self._centred = isinstance(norm, nn.LayerNorm)
         self._eps = torch.finfo(torch.float32).eps if norm.eps is None else norm.eps
+        dtype, weight = weight.dtype, weight.float()  # the product is rounded once
         if isinstance(norm, nn.LayerNorm) and norm.bias is not None:
-            shift = weight @ norm.bias
+            shift = weight @ norm.bias.float()
             bias = shift if bias is None else bias + shift
-        super().__init__(weight * norm.weight, bias)
+        super().__init__((weight * norm.weight).to(dtype), None if bias is None else bias.to(dtype))
 
     def __call__(self, x: Tensor) -> Tensor:
         normal = F.layer_norm(x, x.shape[-1:], eps=self._eps) if self._centred else _rms_norm(x, self._eps)
@@ -530,6 +594,20 @@ def hidden_size(config: MiniGPTConfig) -> int:
 def _rounded_up(length: int) -> int:
     """Round up to a multiple of 32: attention over such lengths gives equal bits, over other lengths it does not."""
     return -(-length // 32) * 32
+
+
+def _doubled(first: int, last: int) -> list[int]:
+    """Return first, 2 * first, 4 * first, ... up to `last`, which is included."""
+    sizes = [last]
+    while first < last:
+        sizes.insert(-1, first)
+        first *= 2
+    return sizes
+
+
+def _at_least(wanted: int, sizes: Sequence[int]) -> int:
+    """Return the smallest of ascending sizes that is not below `wanted`."""
+    return sizes[bisect.bisect_left(sizes, wanted)]
 
 
 def _lengths(kept: int) -> list[int]:

@@ -15,10 +15,12 @@ from collections.abc import Collection, Sequence
 from typing import Annotated, Any
 
 import torch
+import torch.nn.functional as F
 from pydantic import Field, field_validator
 from torch import Tensor
 
 from genmodels.errors import RequestError
+from genmodels.nn.transfer import to_device
 from genmodels.schema.base import Section
 from genmodels.schema.field_errors import field_error, show
 
@@ -78,7 +80,8 @@ class Sampler:
         _check_tokens("prompt", prompt, vocab_size)
         _check_tokens("logit_bias", options.logit_bias, vocab_size)
         self.options, self.seed, self.count = options, seed, 0
-        self._bias = None
+        self._device = torch.device("cpu")  # of the tensors below: from the first token on, that of the logits
+        self._bias: Tensor | None = None
         if options.logit_bias:
             self._bias = torch.zeros(vocab_size, dtype=torch.float64)
             self._bias[list(options.logit_bias)] = torch.tensor(list(options.logit_bias.values()), dtype=torch.float64)
@@ -92,6 +95,8 @@ class Sampler:
 
     def adjust(self, logits: Tensor) -> Tensor:
         """Apply penalties and biases to logits (vocab_size,), float64."""
+        if logits.device != self._device:
+            self._move_to(logits.device)
         options = self.options
         if self._penalises:
             repeated = torch.where(logits > 0, logits / options.repetition_penalty, logits * options.repetition_penalty)
@@ -112,6 +117,13 @@ class Sampler:
             self._read[token] = True
             self._written[token] += 1
 
+    def _move_to(self, device: torch.device) -> None:
+        self._device = device
+        if self._bias is not None:
+            self._bias = to_device(self._bias, device)
+        if self._penalises:
+            self._read, self._written = to_device(self._read, device), to_device(self._written, device)
+
 
 def choose(logits: Tensor, samplers: Sequence[Sampler]) -> list[int]:
     """Draw the next token of each of n answers and let its sampler accept it: logits (n, vocab_size).
@@ -129,23 +141,29 @@ def choose(logits: Tensor, samplers: Sequence[Sampler]) -> list[int]:
     return tokens
 
 
-def draw(logits: Tensor, samplers: Sequence[Sampler]) -> list[int | Exception]:
+def draw(logits: Tensor, samplers: Sequence[Sampler], rows: int | None = None) -> list[int | Exception]:
     """Draw the next token of each of n answers, or return the error of a row: logits (n, vocab_size).
 
-    A row's token does not depend on the other rows. No sampler changes: a second call gives the same tokens. Each token
-    is checked here, so that `Sampler.accept` cannot fail.
+    All is computed on the device of the logits, and then the tokens are copied to the host at once. A row's token does
+    not depend on the other rows. No sampler changes: a second call gives the same tokens. Each token is checked here,
+    so that `Sampler.accept` cannot fail.
+
+    Args:
+        rows: the largest n. A GPU computes with so many rows each time, because it adds up in an order that depends on
+            their number.
     """
-    adjusted = [_adjusted(row, sampler) for row, sampler in zip(logits.cpu().double(), samplers, strict=True)]
-    void = torch.full(logits.shape[1:], math.nan, dtype=torch.float64)
-    rows = torch.stack([void if isinstance(row, Exception) else row for row in adjusted])
-    sound, drawn = rows.isfinite().all(-1).tolist(), _drawn(rows, samplers)
-    tokens: list[int | Exception] = []
-    for row, finite, token in zip(adjusted, sound, drawn, strict=True):
-        if isinstance(row, Exception):
-            tokens.append(row)
-        else:
-            tokens.append(token if finite and token < len(row) else not_finite())
-    return tokens
+    size = logits.shape[-1]
+    adjusted = [_adjusted(row, sampler) for row, sampler in zip(logits.double(), samplers, strict=True)]
+    void = logits.new_full((size,), math.nan, dtype=torch.float64)
+    stacked = torch.stack([void if isinstance(row, Exception) else row for row in adjusted])
+    spare = (rows or 0) - len(samplers) if logits.device.type == "cuda" else 0
+    drawn = _drawn(F.pad(stacked, (0, 0, 0, spare)) if spare > 0 else stacked, samplers)[: len(samplers)]
+    sound = stacked.isfinite().all(-1) & (drawn < size)
+    tokens = torch.where(sound, drawn, -1).cpu().tolist()
+    return [
+        row if isinstance(row, Exception) else token if token >= 0 else not_finite()
+        for row, token in zip(adjusted, tokens, strict=True)
+    ]
 
 
 def not_finite() -> RequestError:
@@ -161,33 +179,35 @@ def _adjusted(logits: Tensor, sampler: Sampler) -> Tensor | Exception:
         return error
 
 
-def _drawn(rows: Tensor, samplers: Sequence[Sampler]) -> list[int]:
-    """Return the token of each row (n, vocab_size); any number for a row that is not finite."""
-    best = rows.argmax(-1).tolist()
-    temperature = torch.tensor([[sampler.options.temperature or 1.0] for sampler in samplers], dtype=torch.float64)
-    probabilities = ((rows - rows.amax(-1, keepdim=True)) / temperature).softmax(-1)
-    probabilities = _dropped(probabilities, [sampler.options for sampler in samplers])
+def _drawn(rows: Tensor, samplers: Sequence[Sampler]) -> Tensor:
+    """Return the token of each row (n, vocab_size) -> (n,); any number for a row that is not finite or has no sampler.
+
+    The settings of all rows are one tensor, for one copy to the device.
+    """
+    size, options = rows.shape[-1], [sampler.options for sampler in samplers]
+    settings = [
+        (uniform(sampler.seed, sampler.count), one.temperature, one.top_k or size, one.top_p, one.min_p)
+        for sampler, one in zip(samplers, options, strict=True)
+    ]
+    settings += [(0.0, 0.0, size, 1.0, 0.0)] * (len(rows) - len(samplers))
+    columns = to_device(torch.tensor(settings, dtype=torch.float64), rows.device).split(1, dim=-1)
+    draws, temperature, top_k, top_p, min_p = columns
+    greedy = temperature == 0
+    probabilities = ((rows - rows.amax(-1, keepdim=True)) / temperature.masked_fill(greedy, 1.0)).softmax(-1)
+    if any(one.top_k is not None or one.top_p < 1 or one.min_p > 0 for one in options):
+        probabilities = _dropped(probabilities, top_k, top_p, min_p)
     # add up in the order of ids: then rounding that swaps two equally probable tokens hardly changes the sums
     cumulative = probabilities.cumsum(-1)
-    draws = torch.tensor([[uniform(sampler.seed, sampler.count)] for sampler in samplers], dtype=torch.float64)
-    drawn = torch.searchsorted(cumulative, draws * cumulative[:, -1:], right=True)[:, 0].tolist()
-    return [
-        greedy if sampler.options.temperature == 0 else sampled
-        for sampler, greedy, sampled in zip(samplers, best, drawn, strict=True)
-    ]
+    sampled = torch.searchsorted(cumulative, draws * cumulative[:, -1:], right=True)
+    return torch.where(greedy, rows.argmax(-1, keepdim=True), sampled)[:, 0]
 
 
-def _dropped(probabilities: Tensor, options: Sequence[SamplingOptions]) -> Tensor:
-    """Set the tokens that the options exclude to 0: (n, vocab_size); the sum is then below 1."""
-    if all(one.top_k is None and one.top_p == 1 and one.min_p == 0 for one in options):
-        return probabilities
-    size = probabilities.shape[-1]
-    top_k = torch.tensor([[one.top_k or size] for one in options])
-    top_p = torch.tensor([[one.top_p] for one in options], dtype=torch.float64)
-    min_p = torch.tensor([[one.min_p] for one in options], dtype=torch.float64)
+def _dropped(probabilities: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:
+    """Set the tokens that the options (n, 1) exclude to 0: (n, vocab_size); the sum is then below 1."""
     descending, order = probabilities.sort(dim=-1, descending=True, stable=True)
     mass_before = descending.cumsum(-1) - descending
-    dropped = (torch.arange(size) >= top_k) | (descending < min_p * descending[:, :1])
+    ranks = torch.arange(probabilities.shape[-1], device=probabilities.device)
+    dropped = (ranks >= top_k) | (descending < min_p * descending[:, :1])
     dropped |= (mass_before >= top_p) & (top_p < 1)
     return probabilities.scatter(-1, order, descending.masked_fill(dropped, 0.0))
 

@@ -6,12 +6,14 @@ that field, so two shallow models, built on the meta device without memory for w
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any
 
 from genmodels.family import Family, ImageInfo, OptimizerConfig, TextInfo
 from genmodels.schema.base import Section
+from genmodels.spec.sections import TrainConfig
 
 CACHE_SIZE = 1024  # counts of shallow models
 
@@ -20,7 +22,18 @@ CACHE_SIZE = 1024  # counts of shallow models
 class Parameters:
     trained: int  # of all networks
     saved: int  # numbers in a checkpoint: raw weights, serving weights, moments of the optimizers
+    served: int  # of the network that is served, which has an average
     window: int | None = None  # tokens in one training window of a text
+
+
+def held(size: Parameters, train: TrainConfig, workers: int) -> int:
+    """Return the numbers that one worker holds between two steps: weights, average, gradients, moments.
+
+    With `strategy: fsdp2` the workers share them. Only the averaged weights are gathered as a whole, for evaluations
+    and on rank 0 for each checkpoint: they fit a model host.
+    """
+    state = size.saved + size.trained
+    return state if train.strategy == "ddp" or workers == 1 else math.ceil(state / workers) + size.served
 
 
 def count(
@@ -37,6 +50,7 @@ def count(
     return Parameters(
         one.trained + more * (two.trained - one.trained),
         one.saved + more * (two.saved - one.saved),
+        one.served + more * (two.served - one.served),
         one.window,
     )
 
@@ -60,4 +74,4 @@ def _built(
     weights = sum(tensor.numel() for role in roles for tensor in role.loss.state_dict().values())
     serving = sum(tensor.numel() for tensor in family.network.state_dict().values())
     trained = sum(parameter.numel() for role in roles for parameter in role.loss.parameters())
-    return Parameters(trained, weights + serving + moments, family.sequence_length)
+    return Parameters(trained, weights + serving + moments, serving, family.sequence_length)

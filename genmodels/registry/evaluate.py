@@ -56,7 +56,7 @@ def evaluate(
             f"data: the content has changed since {spec.name} was trained on it, so the model cannot be evaluated; "
             "restore that content, or train the model again"
         )
-    init_from.adopt_tokenizer(dataset, folder)
+    init_from.adopt_tokenizer(dataset, checkpoint.read_assets(folder).get("tokenizer.json"))
     report_progress()
     result = family.evaluate(
         EvaluationData(

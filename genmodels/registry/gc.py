@@ -13,49 +13,29 @@ from __future__ import annotations
 import re
 import time
 from collections import defaultdict
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from datetime import datetime
 
-from genmodels.checkpoint import MANIFEST, CheckpointRef
-from genmodels.errors import (
-    DamagedObject,
-    GenmodelsError,
-    JobNotFound,
-    KeyNotFound,
-    ModelNotFound,
-    StorageError,
-)
-from genmodels.registry import references
-from genmodels.registry.gate import best
+from genmodels.checkpoint import CheckpointRef
+from genmodels.errors import DamagedObject, JobNotFound, ModelNotFound
+from genmodels.registry.gc_checkpoints import SPARED_SECONDS, Item, age, remove_checkpoint, run_garbage
 from genmodels.registry.store import Registry
 from genmodels.registry.versions import Version
+from genmodels.runs.gc_marks import COMPLETE, RunId, mark, read_marks
 from genmodels.runs.job_index import JOB_ID
 from genmodels.runs.jobs import Jobs
-from genmodels.runs.records import ENDED
 from genmodels.runs.store import Run
 from genmodels.spec.names import LABEL
-from genmodels.spec.sections import Gate
 from genmodels.storage import Storage
 from genmodels.storage.lease import Lease
 
-SPARED_SECONDS = 3600.0
 DELETING_SECONDS = (
     15.0  # for each time the lease is held: the last request ends before registry.GC_SECONDS, even on a slow store
 )
 BATCH = 200  # blobs for each time the lease is held
 AT_ONCE = 8  # concurrent requests to the store
-
-UNFINISHED = "an upload that never ended"
-
-
-@dataclass(frozen=True)
-class Item:
-    key: str  # an object, or a folder, which ends in "/"
-    bytes: int
-    why: str
 
 
 @dataclass(frozen=True)
@@ -64,6 +44,8 @@ class Plan:
 
     storage: Storage
     items: list[Item]
+    finished: dict[RunId, list[str]]  # runs that need no further look when the items are removed, with their marks
+    unmarked: list[RunId] | None  # runs to mark, if all runs were read; None: only marked runs were read
 
     def carry_out(self) -> None:
         """Remove the items, except items that are now in use.
@@ -81,33 +63,66 @@ class Plan:
                 blobs.setdefault(name, []).append(item.key)
             else:
                 checkpoints.append(item)
-        for model, keys in blobs.items():
-            for i in range(0, len(keys), BATCH):
-                remove_blobs(Registry(self.storage), model, keys[i : i + BATCH])
+        left_models = {model for model, keys in blobs.items() if not self._remove_blobs(model, keys)}
         with ThreadPoolExecutor(AT_ONCE) as threads:
-            list(threads.map(lambda item: _remove_checkpoint(self.storage, item), checkpoints))
+            removed = threads.map(lambda item: remove_checkpoint(self.storage, item), checkpoints)
+            left = {_run_of(item) for item, done in zip(checkpoints, removed, strict=True) if not done}
+        left |= {run for run in self.finished if run[1] in left_models}
+        self._update_marks(left)
+
+    def _remove_blobs(self, model: str, keys: list[str]) -> bool:
+        batches = [keys[i : i + BATCH] for i in range(0, len(keys), BATCH)]
+        done = [remove_blobs(Registry(self.storage), model, batch) for batch in batches]
+        return all(done)
+
+    def _update_marks(self, left: set[RunId]) -> None:
+        """Remove the marks of the runs that are finished, but for the runs of which something is left."""
+        with ThreadPoolExecutor(AT_ONCE) as threads:
+            if self.unmarked is not None:
+                unmarked = [*self.unmarked, *(run for run in left if not self.finished.get(run))]
+                list(threads.map(lambda run: mark(self.storage, run[0], [run[1]]), unmarked))
+                self.storage.put(COMPLETE, b"")
+            keys = [key for run, keys in self.finished.items() if run not in left for key in keys]
+            list(threads.map(self.storage.delete, keys))
 
 
-def gc(storage: Storage) -> Plan:
-    """List files of no version, checkpoints that an ended run does not need, and submissions that never ended."""
+def gc(storage: Storage, *, everything: bool = False) -> Plan:
+    """List files of no version, checkpoints that an ended run does not need, and submissions that never ended.
+
+    It reads the open jobs, the runs that are marked (`gc_marks.py`), and the versions of their models. On a storage of
+    an earlier release, which has no marks, it reads all runs and versions, as often as no plan is carried out.
+
+    Args:
+        everything: read all runs and versions. This also finds what a process left that died between a change and its
+            mark, and what a paused process of a superseded attempt wrote after its run was finished.
+    """
     jobs, store = Jobs(storage), Registry(storage)
+    marks = read_marks(storage)  # before what they stand for
+    everything = everything or not storage.exists(COMPLETE)
     is_open = jobs.open()
-    models = [name for name in storage.folders("models/") if re.fullmatch(LABEL, name)]
     with ThreadPoolExecutor(AT_ONCE) as threads:
-        by_job = threads.map(lambda job: _publishing(jobs, job, models), is_open)
+        runs = _all_runs(jobs, is_open, threads) if everything else set(marks)
+        models = _all_models(storage) if everything else sorted({model for _, model in runs})
+        by_job = threads.map(lambda job: _publishing(jobs, job, models), is_open if models else [])
         busy = {model for models_of_job in by_job for model in models_of_job}
-        published: defaultdict[tuple[str, str], set[CheckpointRef]] = defaultdict(set)
-        whole = dict(zip(models, threads.map(lambda model: _versions(store, model), models), strict=True))
-        for version in (version for versions in whole.values() for version in versions or ()):
-            published[version.job, version.model].add(version.checkpoint)
-        spared = {model for model, versions in whole.items() if versions is None}
-        ended = sorted({job for job in storage.folders("runs/") if re.fullmatch(JOB_ID, job)} - set(is_open))
+        versions = dict(zip(models, threads.map(lambda model: _versions(store, model), models), strict=True))
+        damaged = {model for model, known in versions.items() if known is None}
+        published = _published(versions)
+        closed = _by_job(runs, is_open)
+        groups = threads.map(lambda job: run_garbage(jobs, job, closed[job], published, damaged), closed)
+        garbage = [run for group in groups for run in group]
         items = [
             *threads.map(lambda job: _submission(jobs, job), is_open),
-            *threads.map(lambda model: _blobs(store, model), [model for model in models if model not in busy | spared]),
-            *threads.map(lambda job: _checkpoints(jobs, job, published, spared), ended),
+            *threads.map(lambda model: _blobs(store, model), [name for name in models if name not in busy | damaged]),
+            *(run.items for run in garbage),
         ]
-    return Plan(storage, [item for group in items for item in group])
+    finished = {(run.job, run.model) for run in garbage if run.finished and run.model not in busy | damaged}
+    return Plan(
+        storage,
+        [item for group in items for item in group],
+        {run: marks.get(run, []) for run in sorted(finished)},
+        sorted(runs - finished - set(marks)) if everything else None,
+    )
 
 
 @contextmanager
@@ -124,6 +139,49 @@ def alone(lease: Lease) -> Iterator[float]:
         lease.release()
 
 
+def _all_models(storage: Storage) -> list[str]:
+    return [name for name in storage.folders("models/") if re.fullmatch(LABEL, name)]
+
+
+def _all_runs(jobs: Jobs, is_open: list[str], threads: ThreadPoolExecutor) -> set[RunId]:
+    """Return all runs that have stored anything, and those of open jobs."""
+    storage = jobs.storage
+    stored = [job for job in storage.folders("runs/") if re.fullmatch(JOB_ID, job)]
+    models = threads.map(lambda job: storage.folders(f"runs/{job}/"), stored)
+    runs = {(job, model) for job, names in zip(stored, models, strict=True) for model in names}
+    for job, names in zip(is_open, threads.map(lambda job: _models_of(jobs, job), is_open), strict=True):
+        runs |= {(job, model) for model in names}
+    return runs
+
+
+def _models_of(jobs: Jobs, job: str) -> list[str]:
+    with suppress(JobNotFound, DamagedObject):
+        return jobs.entry(job).models
+    return []
+
+
+def _by_job(runs: set[RunId], is_open: list[str]) -> dict[str, list[str]]:
+    """Return the models of each closed job."""
+    closed: defaultdict[str, list[str]] = defaultdict(list)
+    for job, model in sorted(runs):
+        if job not in is_open:
+            closed[job].append(model)
+    return dict(closed)
+
+
+def _published(versions: Mapping[str, list[Version] | None]) -> Mapping[RunId, set[CheckpointRef]]:
+    """Return the checkpoints that versions were published from, by run."""
+    published: defaultdict[RunId, set[CheckpointRef]] = defaultdict(set)
+    for version in (version for known in versions.values() for version in known or ()):
+        published[version.job, version.model].add(version.checkpoint)
+    return published
+
+
+def _run_of(item: Item) -> RunId:
+    _, job, model, *_ = item.key.split("/")
+    return job, model
+
+
 # Submissions
 
 
@@ -132,7 +190,7 @@ def _submission(jobs: Jobs, job: str) -> list[Item]:
         entry = jobs.entry(job)
     except (JobNotFound, DamagedObject):
         return []
-    if _age(entry.submitted) < SPARED_SECONDS or jobs.exists(job):
+    if age(entry.submitted) < SPARED_SECONDS or jobs.exists(job):
         return []
     return [Item(f"open/{job}", 0, "a submission that never ended")]
 
@@ -148,17 +206,24 @@ def _blobs(registry: Registry, model: str) -> list[Item]:
     return [Item(key, size, "a file of no version") for key, size in sizes.items() if key not in named]
 
 
-def remove_blobs(registry: Registry, model: str, keys: list[str]) -> None:
-    """Delete blobs of a model that no version names, as many as the time of the lease allows."""
+def remove_blobs(registry: Registry, model: str, keys: list[str]) -> bool:
+    """Delete blobs of a model that no version names, as many as the time of the lease allows.
+
+    Returns:
+        False if some are left for the next `gc`.
+    """
     with alone(registry.gc_lease(model)) as until:
         # A process that publishes now has either written its version, which is read here, or checks its files after
         # the lease is released, and uploads the missing ones again.
         named = _named(registry, model)
         if named is None:
-            return
+            return False
         for key in keys:
-            if key not in named and time.monotonic() < until:  # the next `gc` finds the rest
+            if time.monotonic() >= until:
+                return False
+            if key not in named:
                 registry.storage.delete(key)
+    return True
 
 
 def _named(registry: Registry, model: str) -> set[str] | None:
@@ -201,99 +266,3 @@ def _may_publish(run: Run) -> bool:
         return run.status()[0].state == "publishing"
     except DamagedObject:
         return True
-
-
-# Checkpoints
-
-
-def _checkpoints(
-    jobs: Jobs, job: str, published: Mapping[tuple[str, str], set[CheckpointRef]], spared: Collection[str]
-) -> list[Item]:
-    """Return the checkpoints of a closed job that can be deleted.
-
-    Args:
-        published: by job and model, the checkpoints that versions were published from.
-        spared: models whose published checkpoints are not known.
-    """
-    items = []
-    try:
-        for model in jobs.spec(job).models:
-            run = Run(jobs.storage, job, model.name)
-            if model.name not in spared and _has_long_ended(run):
-                items += _unneeded(run, model.serve.gate, published.get((job, model.name), set()))
-    except StorageError:
-        raise
-    except GenmodelsError:  # damaged, of a newer release, or deleted just now: keep everything
-        return []
-    return items
-
-
-def _has_long_ended(run: Run) -> bool:
-    try:
-        status, _ = run.status()
-    except DamagedObject:
-        return False
-    return status.state in ENDED and bool(status.history) and _age(status.history[-1].time) >= SPARED_SECONDS
-
-
-def _unneeded(run: Run, gate: Gate | None, named: set[CheckpointRef]) -> list[Item]:
-    """Return all checkpoints except the newest, the best, the pinned ones and the ones in `named`."""
-    chain, readable = run.checkpoints(), list(run.manifests())
-    newest = (
-        1 if run.status()[0].state == "succeeded" else 2
-    )  # a run that is resumed may need the one before, if the newest is damaged
-    keep = named | {ref for ref, _ in readable[-newest:]} | set(references.pinned_checkpoints(run))
-    if readable:
-        keep.add(best(gate, readable)[0])
-    keep |= set(chain) - {ref for ref, _ in readable}  # damaged, or unreadable for a moment: keep
-    items = []
-    for folder, (ref, sizes) in _folders(run).items():
-        if f"{folder}{MANIFEST}" not in sizes:
-            why = UNFINISHED
-        elif ref in keep:
-            continue
-        elif ref in chain:
-            why = "neither the newest nor the best of a run that has ended"
-        else:
-            why = "written by an attempt after a newer attempt had started"
-        items.append(Item(folder, sum(sizes.values()), why))
-    return items
-
-
-def _folders(run: Run) -> dict[str, tuple[CheckpointRef, dict[str, int]]]:
-    """Return every checkpoint directory of a run: its key, its reference, and the sizes of its files."""
-    folders: dict[str, tuple[CheckpointRef, dict[str, int]]] = {}
-    for attempt in run.attempts():
-        for key, size in run.storage.sizes(f"{run.prefix}/attempt-{attempt}/checkpoints/").items():
-            match = re.match(r".*/checkpoints/step-(\d+)/", key)
-            if match:
-                ref = CheckpointRef(attempt=attempt, step=int(match[1]))
-                folders.setdefault(match[0], (ref, {}))[1][key] = size
-    return folders
-
-
-def _remove_checkpoint(storage: Storage, item: Item) -> None:
-    """Remove a checkpoint: the manifest first, so that no process starts to read a checkpoint that is being deleted."""
-    _, job, model, *_ = item.key.split("/")
-    run, manifest = Run(storage, job, model), f"{item.key}{MANIFEST}"
-    if storage.exists(f"open/{job}") or not _has_long_ended(run):
-        return  # resumed meanwhile
-    try:
-        data, _ = storage.get(manifest)
-    except KeyNotFound:
-        data = b""
-    if data and item.why == UNFINISHED:
-        return  # the upload has ended after all
-    storage.delete(manifest)
-    # A process that pins it now has either written its pin, which is read here, or looks for the manifest afterwards,
-    # and sees that it is deleted.
-    if data and any(f"{run.checkpoint_prefix(ref)}/" == item.key for ref in references.pinned_checkpoints(run)):
-        storage.put(manifest, data, if_absent=True)
-        return
-    for key in storage.list(item.key):
-        storage.delete(key)
-
-
-def _age(moment: str) -> float:
-    """Return the seconds since a moment."""
-    return time.time() - datetime.fromisoformat(moment).timestamp()

@@ -22,9 +22,15 @@ from genmodels.registry.references import ResolvedModel, resolve_model, resolve_
 from genmodels.spec.sections import ModelSpec
 from genmodels.storage import Storage
 
+TOKENIZER = "assets/tokenizer.json"
+SMALL = (checkpoint.CONFIG, TOKENIZER)  # the files without weights
 
-def fetch(spec: ModelSpec, storage: Storage, folder: Path) -> Path | None:
+
+def fetch(spec: ModelSpec, storage: Storage, folder: Path, *, with_weights: bool = True) -> Path | None:
     """Download what `train.init_from` names into a new folder and verify it; None if the spec has no `init_from`.
+
+    Args:
+        with_weights: False where the weights come from another worker.
 
     Raises:
         SpecError: the checkpoint is deleted, damaged, or of another family; only another `init_from` helps.
@@ -35,7 +41,8 @@ def fetch(spec: ModelSpec, storage: Storage, folder: Path) -> Path | None:
     reference = resolve_reference(spec.train.init_from, storage)
     try:
         source = resolve_model(storage, reference)
-        source.fetch(storage, folder)
+        files = {name: file for name, file in source.files.items() if with_weights or name in SMALL}
+        checkpoint.download(storage, source.keys, files, folder)
     except (CheckpointError, ModelNotFound) as error:
         raise SpecError(f"train.init_from: {reference}: {error}") from None
     _check_family(source, spec)
@@ -65,8 +72,7 @@ def check(
         folder = Path(name)
         try:
             source = resolve_model(storage, reference)
-            small = {checkpoint.CONFIG, "assets/tokenizer.json"}
-            files = {name: file for name, file in source.files.items() if with_weights or name in small}
+            files = {name: file for name, file in source.files.items() if with_weights or name in SMALL}
             checkpoint.download(storage, source.keys, files, folder)
             stored = checkpoint.read_config(folder)
             theirs = {"config": stored["config"], "data": stored["data"]}
@@ -74,7 +80,7 @@ def check(
             raise SpecError(f"train.init_from: {reference}: {error}") from None
         _check_family(source, spec)
         if info.kind == "text":
-            tokenizer = _tokenizer(folder)
+            tokenizer = _tokenizer((folder / TOKENIZER).read_bytes())
             try:
                 check_vocabulary(vocabulary or "", tokenizer)
             except DataError as error:
@@ -105,8 +111,11 @@ def _shapes(family: str, document: str) -> dict[str, tuple[int, ...]]:
     return {name: tuple(tensor.shape) for name, tensor in network.state_dict().items()}
 
 
-def adopt_tokenizer(dataset: Dataset, folder: Path) -> None:
-    """Tokenize a text with the tokenizer of the model in a folder; does nothing for pictures.
+def adopt_tokenizer(dataset: Dataset, tokenizer: bytes | None) -> None:
+    """Tokenize a text with the tokenizer of another model; does nothing for pictures.
+
+    Args:
+        tokenizer: the content of its file; None only for a model of pictures.
 
     Raises:
         SpecError: the text has characters that are not in the model's vocabulary.
@@ -114,13 +123,13 @@ def adopt_tokenizer(dataset: Dataset, folder: Path) -> None:
     if not isinstance(dataset, TextData):
         return
     try:
-        dataset.set_tokenizer(_tokenizer(folder))
+        dataset.set_tokenizer(_tokenizer(tokenizer or b""))
     except DataError as error:
         raise _unknown_characters(error) from None
 
 
-def _tokenizer(folder: Path) -> CharTokenizer:
-    tokenizer = load_tokenizer(checkpoint.read_assets(folder)["tokenizer.json"])
+def _tokenizer(content: bytes) -> CharTokenizer:
+    tokenizer = load_tokenizer(content)
     assert isinstance(tokenizer, CharTokenizer)  # the only kind that exists
     return tokenizer
 

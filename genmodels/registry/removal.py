@@ -15,15 +15,17 @@ import shutil
 import time
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 from genmodels.checkpoint import MANIFEST
 from genmodels.data import uploads
 from genmodels.data.sources import cache_folder
-from genmodels.errors import DataError, GenmodelsError, ModelNotFound, StorageError
+from genmodels.errors import DamagedObject, DataError, GenmodelsError, ModelNotFound, StorageError
 from genmodels.registry.gc import AT_ONCE, BATCH, alone, remove_blobs
 from genmodels.registry.store import Registry
 from genmodels.runs.dataset_users import dataset_users
+from genmodels.runs.gc_marks import marked
 from genmodels.runs.job_index import run_jobs
 from genmodels.runs.jobs import Jobs
 from genmodels.runs.records import ACTIVE, ENDED
@@ -75,7 +77,8 @@ def delete_version(registry: Registry, model: str, number: int) -> None:
             if registry.alias(model, alias).version == number:  # a damaged alias may name it, and raises
                 remedy = f"point it at another version first: genmodels promote {model}@VERSION {alias}"
                 raise GenmodelsError(f"alias {alias!r} names {version.name}; {remedy}")
-        registry.delete_record(model, number)
+        with marked(registry.storage, version.job, model):  # its files, and its checkpoint, may not be needed any more
+            registry.delete_record(model, number)
 
 
 def model_contents(storage: Storage, model: str) -> ModelContents:
@@ -204,7 +207,15 @@ def _delete_versions(registry: Registry, model: str, numbers: list[int]) -> None
     with alone(registry.gc_lease(model)) as until:
         for number in numbers:
             if time.monotonic() < until:
-                registry.delete_record(model, number)
+                with _marked_run(registry, model, number):
+                    registry.delete_record(model, number)
+
+
+def _marked_run(registry: Registry, model: str, number: int) -> AbstractContextManager[None]:
+    try:
+        return marked(registry.storage, registry.version(model, number).job, model)
+    except (ModelNotFound, DamagedObject):  # it does not tell which run it was published from
+        return nullcontext()
 
 
 def _dataset_sizes(storage: Storage, name: str) -> dict[str, int]:

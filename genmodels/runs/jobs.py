@@ -30,6 +30,7 @@ from genmodels.errors import (
     KeyNotFound,
     SpecError,
 )
+from genmodels.runs.gc_marks import mark
 from genmodels.runs.job_index import JOB_ID, TIMED_NAME, countdown, index_job, run_keys, spec_key, user_keys
 from genmodels.runs.records import ACTIVE, State
 from genmodels.runs.store import Run
@@ -130,6 +131,7 @@ class Jobs:
         )
         self._put(_open_key(entry.job), entry)
         index_job(self.storage, entry.job, spec, entry.submitted)
+        mark(self.storage, entry.job, entry.models)  # clean-up leaves an open job alone, and keeps its marks
         with contextlib.suppress(Conflict):  # our own write, whose answer was lost, or another's with the same key
             self.storage.put(spec_key(entry.job), dump(spec), if_absent=True)
         if not self.storage.exists(_open_key(entry.job)):  # clean-up took this for a submission that never ended
@@ -239,6 +241,7 @@ class Jobs:
             if index is None or index.state == "deleted":
                 raise _not_found(job)
             self._put(_open_key(job), _opened(index.entry))
+            mark(self.storage, job, index.entry.models)
             if index.state == "ended":
                 try:
                     self._swap(index.model_copy(update={"state": "open"}), etag)

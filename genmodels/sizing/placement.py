@@ -5,6 +5,7 @@ Nothing is imported from torch at the top, so that settings are checked quickly 
 
 from __future__ import annotations
 
+import os
 import re
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final, Literal
@@ -58,9 +59,10 @@ class Placement:
 
     @property
     def torch_device(self) -> torch.device:
+        """Return the device; that of a GPU has an index, as its tensors have."""
         import torch
 
-        return torch.device(self.device)
+        return torch.device("cuda:0" if self.device == "cuda" else self.device)
 
     @property
     def torch_dtype(self) -> torch.dtype:
@@ -86,6 +88,17 @@ class Placement:
             raise SpecError(f"memory: got {gibibytes(memory)}, and {self.device} has {gibibytes(total)}; write less")
         return int(free * DEVICE_SHARE) if memory is None else memory
 
+    def prepare(self) -> None:
+        """Set torch so that equal inputs give equal bits on the device, and float32 is not rounded to TF32."""
+        if self.on_gpu:
+            import torch
+
+            os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # else cuBLAS may choose by stream
+            torch.backends.cudnn.allow_tf32 = torch.backends.cuda.matmul.allow_tf32 = False
+            torch.backends.cudnn.deterministic = True  # a transposed convolution may add in any order
+            torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
+            torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
+
     def check_device(self) -> None:
         """Compute on the device, and raise its error if it no longer works; a device that hangs makes this call hang.
 
@@ -102,7 +115,7 @@ class Placement:
 
         if not torch.cuda.is_available():
             raise SpecError(f"device: got {self.device!r}, and this machine has no GPU that torch can use; write cpu")
-        index = torch.device(self.device).index or 0
+        index = self.torch_device.index
         if index >= (count := torch.cuda.device_count()):
             raise SpecError(f"device: got {self.device!r}, and this machine has {count} GPUs; the first is cuda:0")
         free, total = torch.cuda.mem_get_info(index)

@@ -22,6 +22,13 @@ def warmup_steps(steps: int, max_steps: int) -> list[FieldError]:
     return [FieldError(("warmup_steps",), f"got {steps}, expected {need}")]
 
 
+def compiled_shards(strategy: str, *, compile: bool) -> list[FieldError]:
+    """Return an error if a model is to be compiled whose weights are gathered layer by layer."""
+    if strategy != "fsdp2" or not compile:
+        return []
+    return [FieldError(("compile",), "got true, but strategy fsdp2 cannot be compiled; write false, or strategy: ddp")]
+
+
 def worker_range(smallest: int, largest: int) -> list[FieldError]:
     """Return an error if the bounds of an elastic run are in the wrong order."""
     if smallest <= largest:

@@ -93,16 +93,22 @@ class TrainConfig(OptimizerConfig):
     init_from: Reference | None = Field(
         None, description="start with the served weights of a version or a checkpoint, e.g. vae-digits@3"
     )
+    strategy: Literal["ddp", "fsdp2"] = Field(
+        "ddp",
+        description="ddp: each worker holds the whole model; fsdp2: the workers share weights, gradients and optimizer "
+        "states (torch's fully_shard), and each writes its own part of a checkpoint",
+    )
     precision: Literal["fp32", "bf16"] = Field("fp32", description="bf16 uses autocast; the weights stay in float32")
     compile: bool = Field(
         False, description="use torch.compile; without a C++ compiler the run logs one warning and continues uncompiled"
     )
 
     @model_validator(mode="after")
-    def _warms_up_in_time(self, info: ValidationInfo) -> Self:
+    def _settings_agree(self, info: ValidationInfo) -> Self:
         if _is_stored(info):
             return self
-        return _raised(self, cross_field_errors.warmup_steps(self.warmup_steps, self.max_steps))
+        problems = cross_field_errors.warmup_steps(self.warmup_steps, self.max_steps)
+        return _raised(self, problems + cross_field_errors.compiled_shards(self.strategy, compile=self.compile))
 
 
 Workers = Annotated[int, Field(ge=1, le=cross_field_errors.MAX_WORKERS)]

@@ -8,18 +8,16 @@ from __future__ import annotations
 import logging
 import threading
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-import torch.distributed as dist
+from torch import nn
 
 from genmodels import __version__, checkpoint, metrics, models
-from genmodels.checkpoint import CheckpointRef, Lineage, Manifest
+from genmodels.checkpoint import Lineage
 from genmodels.data import Dataset, open_dataset
-from genmodels.errors import CheckpointError
 from genmodels.evals.images import evenly_spaced
 from genmodels.family import Batch, Family
 from genmodels.registry import init_from
@@ -33,9 +31,12 @@ from genmodels.spec.sections import ModelSpec
 from genmodels.storage import Storage
 from genmodels.storage.disk import disk_outages
 from genmodels.training import flops
-from genmodels.training.group import Group
+from genmodels.training.group import Group, SideGroup
 from genmodels.training.loop import examples, train
+from genmodels.training.part_recorder import PartRecorder
 from genmodels.training.recorder import RunRecorder
+from genmodels.training.resume import Parent, claim
+from genmodels.training.sharding import is_sharded
 
 log = logging.getLogger(__name__)
 
@@ -81,44 +82,64 @@ def run_attempt(
     if group.rank == 0:  # from here on rank 0 writes the heartbeats, not the driver
         run.write_heartbeat(attempt, Heartbeat(phase="starting", max_steps=spec.train.max_steps, progress_count=1))
     dataset = open_dataset(spec.data, storage)
+    sharded = is_sharded(spec.train)
+    parent = claim(run, attempt, group, sharded=sharded)
+    begins = (
+        f"continues from step {parent.checkpoint.step} of attempt {parent.checkpoint.attempt}" if parent else "begins"
+    )
+    log.info("attempt %d, rank %d of %d: %s", attempt, group.rank, group.world_size, begins)
+    family, averaged = _build_both(spec, dataset, run, group, parent)
+    side_group = SideGroup() if sharded else None
+    if group.rank > 0 and side_group is None:
+        return train(spec, family, averaged, dataset, group, None, parent)
+    if group.rank > 0 and side_group is not None:
+        with PartRecorder(run, attempt, side_group) as part_recorder:
+            return train(spec, family, averaged, dataset, group, None, parent, part_recorder)
+    scratch = _without_weights(build(spec, dataset))
+    lineage = Lineage(
+        spec_digest=model_digest(spec),
+        data_digest=dataset.digest,
+        code_version=__version__,
+        world_size=group.world_size,
+        parent=parent.checkpoint if parent else None,
+    )
+    step_flops = _step_flops(spec, scratch, dataset, group.device) if metrics.exported() else None
+    with RunRecorder(
+        run,
+        attempt,
+        spec,
+        scratch,
+        dataset.assets(),
+        lambda: fit_batches(dataset, scratch),
+        lineage,
+        stop_event,
+        step_flops,
+        side_group,
+    ) as recorder:
+        return train(spec, family, averaged, dataset, group, recorder, parent)
+
+
+def _build_both(
+    spec: ModelSpec, dataset: Dataset, run: Run, group: Group, parent: Parent | None
+) -> tuple[Family[Any, Any], Family[Any, Any]]:
+    """Build the model to train and its average; rank 0 reads the weights that `train.init_from` names.
+
+    The dataset takes the tokenizer of the model that training continues or starts from.
+    """
     with checkpoint.scratch_folder() as name:
-        parent = _claim(run, attempt, group, Path(name))
-        resume = (parent.folder, parent.manifest) if parent else None
-        source = parent.folder if parent else init_from.fetch(spec, storage, Path(name, "initial"))
-        if source:
-            init_from.adopt_tokenizer(dataset, source)
+        source = None
+        if parent:
+            init_from.adopt_tokenizer(dataset, parent.tokenizer)
+        elif source := init_from.fetch(spec, run.storage, Path(name, "source"), with_weights=group.rank == 0):
+            init_from.adopt_tokenizer(dataset, checkpoint.read_assets(source).get("tokenizer.json"))
         torch.manual_seed(spec.train.seed)
-        family, averaged, scratch = (build(spec, dataset) for _ in range(3))
-        if source and not parent:
-            init_from.load(family, source)
-        begins = (
-            f"continues from step {parent.checkpoint.step} of attempt {parent.checkpoint.attempt}"
-            if parent
-            else "begins"
-        )
-        log.info("attempt %d, rank %d of %d: %s", attempt, group.rank, group.world_size, begins)
-        if group.rank > 0:
-            return train(spec, family, averaged, dataset, group, None, resume)
-        lineage = Lineage(
-            spec_digest=model_digest(spec),
-            data_digest=dataset.digest,
-            code_version=__version__,
-            world_size=group.world_size,
-            parent=parent.checkpoint if parent else None,
-        )
-        step_flops = _step_flops(spec, scratch, dataset, group.device) if metrics.exported() else None
-        with RunRecorder(
-            run,
-            attempt,
-            spec,
-            scratch,
-            dataset.assets(),
-            lambda: fit_batches(dataset, scratch),
-            lineage,
-            stop_event,
-            step_flops,
-        ) as recorder:
-            return train(spec, family, averaged, dataset, group, recorder, resume)
+        family, averaged = (build(spec, dataset) for _ in range(2))
+        if source:
+            if group.rank == 0:
+                init_from.load(family, source)
+            for tensor in family.network.state_dict().values():
+                group.receive(tensor, None)
+    return family, averaged
 
 
 def build(spec: ModelSpec, dataset: Dataset) -> Family[Any, Any]:
@@ -130,6 +151,14 @@ def build(spec: ModelSpec, dataset: Dataset) -> Family[Any, Any]:
     cls = models.load(spec.family)
     cls.check(spec.model, dataset.info)
     return cls(spec.model, dataset.info)
+
+
+def _without_weights(family: Family[Any, Any]) -> Family[Any, Any]:
+    """Free the weights of a model that gets others before it is used: those of each snapshot, which are not copied."""
+    for value in vars(family).values():
+        if isinstance(value, nn.Module):
+            value.load_state_dict({name: one.to("meta") for name, one in value.state_dict().items()}, assign=True)
+    return family
 
 
 def fit_batches(dataset: Dataset, family: Family[Any, Any]) -> Iterator[Batch]:
@@ -148,41 +177,3 @@ def _step_flops(
     index = np.arange(config.batch_size // config.accumulation_steps) % len(split)
     batch = examples(split, index, torch.device("cpu"))
     return flops.estimate(family, batch, config, device)
-
-
-@dataclass(frozen=True)
-class Parent:
-    """The checkpoint that an attempt continues from, fetched and verified."""
-
-    checkpoint: CheckpointRef
-    folder: Path
-    manifest: Manifest
-
-
-def _claim(run: Run, attempt: int, group: Group, folder: Path) -> Parent | None:
-    """Return the checkpoint to continue from: rank 0 picks it and writes `start.json`, the other ranks read that."""
-    parent = None
-    if group.rank == 0:
-        parent = _newest_complete(run, folder)
-        run.start_attempt(attempt, parent.checkpoint if parent else None, group.world_size)
-    if dist.is_initialized():
-        dist.barrier()
-    if group.rank == 0:
-        return parent
-    ref = run.chain()[-1].parent
-    return _fetch(run, ref, folder) if ref else None
-
-
-def _newest_complete(run: Run, folder: Path) -> Parent | None:
-    for ref in reversed(run.checkpoints()):
-        try:
-            return _fetch(run, ref, folder)
-        except CheckpointError:
-            continue  # damaged, or deleted meanwhile: take the checkpoint before it
-    return None
-
-
-def _fetch(run: Run, ref: CheckpointRef, folder: Path) -> Parent:
-    target = folder / f"{ref.attempt}-{ref.step}"
-    target.mkdir()
-    return Parent(ref, target, checkpoint.fetch(run.storage, run.checkpoint_prefix(ref), target))

@@ -14,15 +14,15 @@ import logging
 import math
 import time
 import warnings
-from collections.abc import Iterator, Mapping
-from pathlib import Path
+from collections.abc import Callable, Iterator, Mapping
+from functools import partial
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from genmodels.checkpoint import WEIGHTS, Manifest, Snapshot, load_optimizer, load_tensors, optimizer_tensors
+from genmodels.checkpoint import WEIGHTS, Snapshot, SnapshotMemory, optimizer_tensors
 from genmodels.data import Dataset, Split, batch_indices, shard
 from genmodels.errors import DataError, TrainingDiverged
 from genmodels.evals.images import evenly_spaced
@@ -30,7 +30,10 @@ from genmodels.family import Batch, Family
 from genmodels.runs.records import Phase
 from genmodels.spec.sections import ModelSpec, TrainConfig
 from genmodels.training.group import Group
+from genmodels.training.resume import Parent, optimizer_file, restore, weights_file
 from genmodels.training.role_trainer import RoleTrainer
+from genmodels.training.sharding import gathered, is_sharded, local, shard_weights
+from genmodels.training.shared_state import SharedState
 
 log = logging.getLogger(__name__)
 
@@ -39,13 +42,18 @@ COMPILING_STEPS = 3  # with `compile`: the first step compiles, and the next one
 PREVIEW_EXAMPLES = 64
 
 
-class Recorder(Protocol):
+class Saver(Protocol):
+    """The destination of snapshots."""
+
+    def save(self, step: int, take: Callable[[], Snapshot]) -> None: ...
+
+
+class Recorder(Saver, Protocol):
     """The destination of the loop's output, and the source of stop requests. Only rank 0 has one."""
 
     def report_progress(self, phase: Phase, step: int, loss: float | None = None) -> None: ...
     def log(self, row: dict[str, Any]) -> None: ...
     def sample(self, step: int, name: str, data: bytes) -> None: ...
-    def save(self, snapshot: Snapshot) -> None: ...
     def should_stop(self) -> bool: ...
 
 
@@ -56,7 +64,8 @@ def train(
     dataset: Dataset,
     group: Group,
     recorder: Recorder | None,
-    resume: tuple[Path, Manifest] | None = None,
+    parent: Parent | None = None,
+    part_recorder: Saver | None = None,
 ) -> bool:
     """Train until `max_steps`, or until the recorder is asked to stop.
 
@@ -65,7 +74,8 @@ def train(
         averaged: another instance of the same config, for the moving average (EMA) of the trained weights: these are
             evaluated, shown and saved for serving. Without `train.ema` it has the trained weights.
         recorder: on rank 0; None elsewhere.
-        resume: a verified checkpoint's folder and manifest.
+        parent: the checkpoint to continue from.
+        part_recorder: on the other ranks, if each of them saves a part of a checkpoint.
 
     Returns:
         True at `max_steps`; False if it stopped before, with a checkpoint at the step where it stopped.
@@ -79,16 +89,27 @@ def train(
     family.to(group.device)
     averaged.to(group.device)
     averaged.network.requires_grad_(False)
-    trainers = [RoleTrainer(role, config, group) for role in family.roles(config)]
+    averaged.network.load_state_dict(family.network.state_dict())
+    roles = family.roles(config)
+    trainers = [RoleTrainer(role, config, group, alone=len(roles) == 1) for role in roles]
+    shared = None
+    if is_sharded(config):
+        shard_weights(averaged.network, group.device, by_layer=False)
+        shared = SharedState(trainers, averaged.network, group, has_average=config.ema is not None)
     split, validation = (dataset.split(name, family.sequence_length) for name in ("train", "val"))
     _check_enough(split, validation, config, group)
 
     step = samples = 0
-    averaged.network.load_state_dict(family.network.state_dict())
-    if resume:
-        folder, manifest = resume
-        _restore(folder, trainers, averaged)
-        step, samples = manifest.step, manifest.samples
+    if parent:
+        if shared:
+            shared.restore(parent)
+        else:
+            restore(parent, trainers, averaged, group)
+        step, samples = parent.manifest.step, parent.manifest.samples
+        if config.ema is None:
+            _update_average(averaged.network, family.network, None, step)
+    saver: Saver | None = recorder or part_recorder
+    memory = SnapshotMemory(parent.files if parent else None, pinned=group.device.type == "cuda")
 
     total, window, started = config.max_steps * config.batch_size, MetricWindow(), time.perf_counter()
     stopping, first = False, step + 1
@@ -105,7 +126,8 @@ def train(
         # ---------------- one optimizer step: each role in turn changes its own weights ----------------
         for index, trainer in enumerate(trainers):
             trainer.set_lr_scale(lr_scale)
-            losses = trainer.backward(batches, progress, _seed(config.seed, step, index, group.rank))
+            with gathered(*(other.loss for other in trainers if other is not trainer)):
+                losses = trainer.backward(batches, progress, _seed(config.seed, step, index, group.rank))
             values = losses | {"gradient_norm": trainer.clip_gradients()}
             _check_finite(step, trainer.name, values)
             trainer.update()
@@ -124,9 +146,10 @@ def train(
         evaluating = last or (not stopping and (saving or step % config.eval_every == 0))
         row: dict[str, Any] = {}
         if evaluating:
-            row |= evaluate(averaged, validation, group, recorder, step)
-            if recorder:
-                _save_previews(averaged, dataset, validation, recorder, step, config.seed)
+            with gathered(averaged.network):
+                row |= evaluate(averaged, validation, group, recorder, step)
+                if recorder:
+                    _save_previews(averaged, dataset, validation, recorder, step, config.seed)
         if evaluating or saving or step % config.log_every == 0:
             row |= window.row() | {"learning_rate": lr_scale * config.learning_rate, "samples": samples}
             row |= {"epoch": samples / len(split), "seconds": time.perf_counter() - started}
@@ -136,9 +159,11 @@ def train(
                 log.info("step %d of %d: %s", step, config.max_steps, _log_text(row))
             window = MetricWindow()
         if saving and recorder:
-            metrics = {name: value for name, value in row.items() if name in averaged.metric_names}
             recorder.report_progress("saving", step, loss)
-            recorder.save(_snapshot(step, samples, metrics, trainers, averaged))
+        if saving and saver:
+            metrics = {name: value for name, value in row.items() if name in averaged.metric_names}
+            take = shared.snapshot if shared else partial(_snapshot, trainers, averaged)
+            saver.save(step, partial(take, memory, step, samples, metrics))
     return step == config.max_steps
 
 
@@ -246,38 +271,26 @@ def _update_average(averaged: nn.Module, trained: nn.Module, decay: float | None
     The decay rises from 2/11 to `decay`, so that the average forgets the initial weights.
     """
     weight = 1.0 if decay is None else 1 - min(decay, (1 + step) / (10 + step))
-    torch._foreach_lerp_(list(averaged.parameters()), list(trained.parameters()), weight)
-    for mine, theirs in zip(averaged.buffers(), trained.buffers(), strict=True):
-        mine.copy_(theirs)
+    mine, theirs = ([local(parameter) for parameter in network.parameters()] for network in (averaged, trained))
+    torch._foreach_lerp_(mine, theirs, weight)
+    for kept, current in zip(averaged.buffers(), trained.buffers(), strict=True):
+        kept.copy_(current)
 
 
 def _snapshot(
-    step: int, samples: int, metrics: dict[str, float], trainers: list[RoleTrainer], averaged: Family[Any, Any]
+    trainers: list[RoleTrainer],
+    averaged: Family[Any, Any],
+    memory: SnapshotMemory,
+    step: int,
+    samples: int,
+    metrics: dict[str, float],
 ) -> Snapshot:
-    return Snapshot(
-        step=step,
-        samples=samples,
-        metrics=metrics,
-        serving_weights=_copy(averaged.network.state_dict()),
-        roles={trainer.name: _copy(trainer.loss.state_dict()) for trainer in trainers},
-        optimizers={
-            trainer.name: [optimizer_tensors(o.state_dict()) for o in trainer.optimizers] for trainer in trainers
-        },
-    )
-
-
-def _copy(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {
-        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
-    }
-
-
-def _restore(folder: Path, trainers: list[RoleTrainer], averaged: Family[Any, Any]) -> None:
-    averaged.network.load_state_dict(load_tensors(folder / WEIGHTS))
+    content = {WEIGHTS: averaged.network.state_dict()}
     for trainer in trainers:
-        trainer.loss.load_state_dict(load_tensors(folder / "state" / f"{trainer.name}.safetensors"))
+        content[weights_file(trainer.name)] = trainer.loss.state_dict()
         for i, optimizer in enumerate(trainer.optimizers):
-            load_optimizer(optimizer, load_tensors(folder / "state" / f"{trainer.name}.optimizer-{i}.safetensors"))
+            content[optimizer_file(trainer.name, i)] = optimizer_tensors(optimizer.state_dict())
+    return Snapshot(step, samples, metrics, memory.fill(content))
 
 
 def _save_previews(

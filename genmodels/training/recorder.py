@@ -1,9 +1,9 @@
 """Write heartbeats, metrics, previews and checkpoints on rank 0 while it trains, in threads of their own.
 
-Two threads, so that a slow or absent store delays no step. One writes heartbeats, metrics and previews. The other takes
-one snapshot at a time from a queue of length one and uploads it, manifest last. If too much waits already, the next
-save, row or preview waits too: memory stays bounded. During an outage of the store, or of the disk on which a snapshot
-is prepared, a write is retried until the outage ends; meanwhile the heartbeat gives the reason for the wait.
+Two threads, so that a slow or absent store delays no step. One writes heartbeats, metrics and previews. The other
+uploads the snapshot, manifest last, from the memory into which it was copied. There is one such memory: a save waits
+until the one before is in storage. Rows and previews wait if too many wait already: memory stays bounded. During an
+outage of the store a write is retried until the outage ends; meanwhile the heartbeat gives the reason for the wait.
 """
 
 from __future__ import annotations
@@ -13,14 +13,14 @@ import statistics
 import threading
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sized
+from collections.abc import Callable, Iterable, Mapping, Sized
 from functools import partial
-from pathlib import Path
 from typing import Any, TypeVar
 
 from genmodels import checkpoint
-from genmodels.checkpoint import CheckpointRef, Lineage, Manifest, Snapshot
-from genmodels.errors import StorageUnavailable
+from genmodels.checkpoint import CheckpointRef, File, Lineage, Manifest, Snapshot
+from genmodels.checkpoint.parts import INDEX, Layout, joined
+from genmodels.errors import StorageUnavailable, TrainingDiverged
 from genmodels.family import Batch, Family
 from genmodels.metrics import CHECKPOINT_BYTES, CHECKPOINT_FAILURES, CHECKPOINT_SECONDS, CHECKPOINT_STALL_SECONDS
 from genmodels.registry import gate, references
@@ -31,6 +31,7 @@ from genmodels.spec.sections import ModelSpec
 from genmodels.storage.retry import retry_until_available
 from genmodels.training.flops import StepFlops
 from genmodels.training.gauges import TrainingGauges
+from genmodels.training.group import SideGroup
 
 HEARTBEAT_SECONDS = 1.0
 MAX_HEARTBEAT_SECONDS = 5.0  # of an attempt that has gone on for AGE_RATIO times as long; a new phase is told at once
@@ -59,6 +60,7 @@ class RunRecorder:
         lineage: Lineage,
         stop_event: threading.Event | None = None,
         step_flops: StepFlops | None = None,
+        side_group: SideGroup | None = None,
     ) -> None:
         """Args:
         scratch: another instance of the model, which the upload thread fits with a snapshot's weights.
@@ -66,9 +68,11 @@ class RunRecorder:
         fit_batches: training batches for `Family.fit`, the same each time.
         stop_event: set to make the attempt save and end.
         step_flops: operations of a step, for the gauges; None if they are not known.
+        side_group: the ranks that each save a part of a checkpoint; None if this rank saves all of it.
         """
         self.run, self.attempt, self.spec, self.lineage = run, attempt, spec, lineage
         self.scratch, self.assets, self.fit_batches = scratch, assets, fit_batches
+        self.side_group = side_group
         self.heartbeat = Heartbeat(phase="starting", max_steps=spec.train.max_steps)
         tokens = scratch.sequence_length
         self.gauges = TrainingGauges(run, spec, lineage.world_size, tokens, step_flops)
@@ -80,7 +84,9 @@ class RunRecorder:
         self.error: BaseException | None = None
         self.reasons: dict[str, str] = {}  # why a thread waits, by its name
         self.closing = threading.Event()
-        self.snapshots: queue.Queue[tuple[Snapshot, float] | None] = queue.Queue(maxsize=1)  # and when it was begun
+        self.snapshots: queue.Queue[tuple[Snapshot, float] | None] = queue.Queue()  # and when it was begun
+        self.saved = threading.Event()  # the latest snapshot is in storage: its memory may be filled again
+        self.saved.set()
         self.pace: tuple[float, int] | None = None  # when this attempt's first step ended, and its number
         self.progressed_at: float | None = None
         self.durations: deque[float] = deque(maxlen=MEDIAN_OF)  # of the latest steps
@@ -96,7 +102,9 @@ class RunRecorder:
         return self
 
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None or issubclass(kind, Exception):
+        # A part of a checkpoint is complete with those of the other ranks. All of them stop at a divergence; after
+        # another error they may be gone.
+        if kind is None or issubclass(kind, Exception if self.side_group is None else TrainingDiverged):
             self._drain()
         self.closing.set()
         self.heartbeat_writer.join()
@@ -136,14 +144,14 @@ class RunRecorder:
         self.pictures.append((step, name, data))
         self._wait_for_room(self.pictures, MAX_PICTURES, step)
 
-    def save(self, snapshot: Snapshot) -> None:
-        began = self.progressed_at or time.monotonic()  # before the snapshot was taken, too
-        while True:
-            try:
-                self.snapshots.put((snapshot, began), timeout=0.5)
-                break
-            except queue.Full:
-                self.report_progress("waiting for storage", snapshot.step)
+    def save(self, step: int, take: Callable[[], Snapshot]) -> None:
+        """Upload a snapshot in the background. It is taken as soon as the one before is in storage."""
+        began = self.progressed_at or time.monotonic()
+        while not self.saved.wait(0.5):
+            self.report_progress("waiting for storage", step)
+        snapshot = take()
+        self.saved.clear()
+        self.snapshots.put((snapshot, began))
         CHECKPOINT_STALL_SECONDS.labels(self.spec.family).observe(time.monotonic() - began)
 
     def should_stop(self) -> bool:
@@ -163,14 +171,10 @@ class RunRecorder:
 
     def _drain(self) -> None:
         """Wait for the upload of saved snapshots, also after a failure: the weights before a NaN are worth keeping."""
+        self.snapshots.put(None)
         while self.uploader.is_alive():
-            try:
-                self.snapshots.put(None, timeout=0.5)
-            except queue.Full:
-                continue
-            while self.uploader.is_alive():
-                self.uploader.join(HEARTBEAT_SECONDS)
-                self._show()
+            self.uploader.join(HEARTBEAT_SECONDS)
+            self._show()
 
     def _guard(self, work: Callable[[], None]) -> None:
         try:
@@ -218,7 +222,8 @@ class RunRecorder:
     def _upload(self) -> None:
         while (waiting := self.snapshots.get()) is not None:
             snapshot, began = waiting
-            size = self._persist(partial(self._upload_one, snapshot))  # an outage of the disk is retried, too
+            size = self._upload_one(snapshot)
+            self.saved.set()
             self.gauges.saved(snapshot.step)
             CHECKPOINT_SECONDS.labels(self.spec.family).observe(time.monotonic() - began)
             CHECKPOINT_BYTES.labels(self.spec.family).inc(size)
@@ -227,26 +232,42 @@ class RunRecorder:
 
     def _upload_one(self, snapshot: Snapshot) -> int:
         """Upload one checkpoint; return its size in bytes."""
-        with checkpoint.scratch_folder() as name:
-            folder = Path(name)
-            checkpoint.write_files(folder, self.scratch, snapshot)
-            self.scratch.network.load_state_dict(snapshot.serving_weights)
-            self.scratch.fit(self.fit_batches(), self.spec.train.seed)
-            checkpoint.write_assets(folder, self.scratch.assets() | self.assets)
-            manifest = Manifest(
-                step=snapshot.step,
-                samples=snapshot.samples,
-                metrics=snapshot.metrics,
-                lineage=self.lineage,
-                files=checkpoint.describe_files(folder),
-            )
-            self._persist(self._flush)  # a run that resumes from this checkpoint has the metrics up to it
-            prefix = self.run.checkpoint_prefix(CheckpointRef(attempt=self.attempt, step=snapshot.step))
-            failures = CHECKPOINT_FAILURES.labels(self.spec.family)
-            self._persist(
-                lambda: checkpoint.upload(self.run.storage, prefix, folder, manifest, self._fence), failures.inc
-            )
-        return sum(file.size for file in manifest.files.values())
+        prefix = self.run.checkpoint_prefix(CheckpointRef(attempt=self.attempt, step=snapshot.step))
+        failures = CHECKPOINT_FAILURES.labels(self.spec.family)
+        files = {}
+        for name, data in self._contents(snapshot).items():
+            upload = partial(checkpoint.upload_file, self.run.storage, f"{prefix}/{name}", data)
+            files[name] = self._persist(upload, failures.inc)
+        if self.side_group and snapshot.layout:
+            files |= self._join_parts(self.side_group, snapshot, snapshot.layout, files)
+        manifest = Manifest(
+            step=snapshot.step, samples=snapshot.samples, metrics=snapshot.metrics, lineage=self.lineage, files=files
+        )
+        self._persist(self._flush)  # a run that resumes from this checkpoint has the metrics up to it
+        complete = partial(checkpoint.complete, self.run.storage, prefix, manifest, self._fence)
+        self._persist(complete, failures.inc)
+        return sum(file.size for file in files.values())
+
+    def _join_parts(
+        self, group: SideGroup, snapshot: Snapshot, layout: Layout, files: Mapping[str, File]
+    ) -> dict[str, File]:
+        """Wait for the parts of the other ranks, and upload the index; return these files."""
+        prefix = self.run.checkpoint_prefix(CheckpointRef(attempt=self.attempt, step=snapshot.step))
+        mine = layout.described(snapshot.files[layout.name], files[layout.name])
+        index = joined(group.gather(mine.model_dump_json().encode()))
+        data = memoryview(index.model_dump_json().encode())
+        file = self._persist(partial(checkpoint.upload_file, self.run.storage, f"{prefix}/{INDEX}", data))
+        return {part.name: part.file for part in index.parts} | {INDEX: file}
+
+    def _contents(self, snapshot: Snapshot) -> dict[str, memoryview]:
+        """Return the bytes of each file of a checkpoint, without a copy of its tensors."""
+        network = self.scratch.network
+        network.load_state_dict(snapshot.files[checkpoint.WEIGHTS].tensors, assign=True)  # the memory of the snapshot
+        self.scratch.fit(self.fit_batches(), self.spec.train.seed)
+        assets = {f"assets/{name}": data for name, data in (self.scratch.assets() | self.assets).items()}
+        small = {checkpoint.CONFIG: checkpoint.config_bytes(self.scratch), **assets}
+        tensors = {name: file.data for name, file in snapshot.files.items()}
+        return tensors | {name: memoryview(data) for name, data in small.items()}
 
     def _fence(self) -> None:
         self.run.fence(self.attempt)

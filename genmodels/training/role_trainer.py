@@ -12,30 +12,38 @@ from collections.abc import Sequence
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
 from genmodels.family import Batch, Role
 from genmodels.spec.sections import TrainConfig
 from genmodels.training.group import Group
+from genmodels.training.sharding import average, is_sharded, shard_role
 
 log = logging.getLogger(__name__)
 
 
 class RoleTrainer:
-    """A role's loss module behind DistributedDataParallel, and its optimizers with their peak learning rates."""
+    """A role's loss module behind `train.strategy`, and its optimizers with their peak learning rates."""
 
-    def __init__(self, role: Role, config: TrainConfig, group: Group) -> None:
+    def __init__(self, role: Role, config: TrainConfig, group: Group, *, alone: bool) -> None:
+        """Args:
+        alone: the family has no other role.
+        """
         self.name, self.loss, self.optimizers = role.name, role.loss, role.optimizers
-        self.parameters = [p for p in role.loss.parameters() if p.requires_grad]
+        self.scalars = shard_role(role, group.device, alone=alone) if is_sharded(config) else []
+        plain = {id(scalar.plain) for scalar in self.scalars}
+        self.parameters = [p for p in role.loss.parameters() if p.requires_grad and id(p) not in plain]
+        self.parameters += [scalar.shared for scalar in self.scalars]
         self.peak_lrs = [[part["lr"] for part in optimizer.param_groups] for optimizer in role.optimizers]
         self.config, self.group = config, group
         if config.compile:
             _compile(role)
         # DDP rebuilds its gradient buckets after the first step unless it looks for unused parameters; a resumed run
         # would then add gradients in another order and differ in its last bits from an uninterrupted run.
-        self.call: nn.Module = (
-            DistributedDataParallel(role.loss, find_unused_parameters=True) if dist.is_initialized() else role.loss
-        )
+        self.call: nn.Module = role.loss
+        if dist.is_initialized() and not is_sharded(config):
+            self.call = DistributedDataParallel(role.loss, find_unused_parameters=True)
 
     def set_lr_scale(self, lr_scale: float) -> None:
         """Set each learning rate to `lr_scale` times its peak."""
@@ -69,12 +77,14 @@ class RoleTrainer:
             parts = torch.stack([losses[name].detach().float() for name in names])
             sums = parts if sums is None else sums + parts
         assert sums is not None
+        average(self.scalars)
         means = self.group.sum(sums / len(batches) / self.group.world_size).tolist()
         return dict(zip(names, means, strict=True))
 
     def clip_gradients(self) -> float:
         """Scale the gradients down to the norm `train.clip_norm` where it is set; return their norm before."""
-        return nn.utils.clip_grad_norm_(self.parameters, self.config.clip_norm or math.inf).item()
+        norm = nn.utils.clip_grad_norm_(self.parameters, self.config.clip_norm or math.inf)
+        return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()
 
     def update(self) -> None:
         """Let the optimizers change the weights."""

@@ -56,17 +56,26 @@ def up(
 def gc(
     context: typer.Context,
     dry_run: Annotated[bool, typer.Option("--dry-run", help="Only list what would be removed.")] = False,
+    everything: Annotated[
+        bool, typer.Option("--all", help="Read all runs and versions, not only those that have changed.")
+    ] = False,
     yes: Yes = False,
     storage_url: StorageUrl = None,
     api: MaybeApi = None,
 ) -> None:
-    """Remove unreferenced objects from the storage. It lists them first, and asks for confirmation."""
+    """Remove unreferenced objects from the storage. It lists them first, and asks for confirmation.
+
+    It reads the runs that have changed since the last clean-up; the first clean-up reads all runs. `--all` also finds
+    what a process has left that died in the middle of a change.
+    """
     from services.console.tables import amount, garbage_table
 
     with open_catalog(context, api, storage_url) as catalog:
-        garbage = catalog.garbage()
+        garbage = catalog.garbage(everything=everything)
         if not garbage.items:
             print("there is nothing to remove")
+            if not dry_run:
+                garbage.remove()  # it notes which runs need no further look
             return
         summary = f"{len(garbage.items)} items, {amount(sum(item['bytes'] for item in garbage.items))}"
         console().print(garbage_table(garbage.items))

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -94,7 +95,7 @@ class Catalog(Protocol):
 
     def delete_dataset(self, name: str) -> None: ...
 
-    def garbage(self) -> Garbage:
+    def garbage(self, *, everything: bool) -> Garbage:
         """Find the objects that nothing references."""
 
 
@@ -183,10 +184,10 @@ class StorageCatalog:
 
         delete_dataset(self.storage, name)
 
-    def garbage(self) -> Garbage:
+    def garbage(self, *, everything: bool) -> Garbage:
         from genmodels.registry import gc
 
-        plan = gc.gc(self.storage)
+        plan = gc.gc(self.storage, everything=everything)
         items = [{"key": item.key, "bytes": item.bytes, "why": item.why} for item in plan.items]
         return Garbage(items, plan.carry_out)
 
@@ -235,5 +236,6 @@ class ServiceCatalog:
     def delete_dataset(self, name: str) -> None:
         self.client.delete_dataset(name)
 
-    def garbage(self) -> Garbage:
-        return Garbage(self.client.gc(dry_run=True)["items"], lambda: self.client.gc(dry_run=False))
+    def garbage(self, *, everything: bool) -> Garbage:
+        remove = partial(self.client.gc, dry_run=False, everything=everything)
+        return Garbage(self.client.gc(dry_run=True, everything=everything)["items"], remove)

@@ -192,8 +192,9 @@ class Client:
             self._http.download(f"/v1/models/{_name(model)}/versions/{number}/files/assets/{path.name}", path)
             return load_tokenizer(path.read_bytes()).example_prompt
 
-    def gc(self, *, dry_run: bool) -> Json:
-        return self._http.json("POST", "/v1/gc", params={"dry_run": str(dry_run).lower()}, seconds=WORK_SECONDS)
+    def gc(self, *, dry_run: bool, everything: bool = False) -> Json:
+        params = {"dry_run": str(dry_run).lower(), "all": str(everything).lower()}
+        return self._http.json("POST", "/v1/gc", params=params, seconds=WORK_SECONDS)
 
     # Datasets
 

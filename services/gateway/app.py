@@ -42,7 +42,7 @@ from services.gateway.deploy import pool_application
 from services.gateway.model_host import CompletionStarted, ModelHost
 from services.gateway.pool_config import DEFAULT, RESERVED, Pool, Pools, read_pools
 from services.gateway.pool_routing import PoolRouting
-from services.gateway.router import PlacementRouter
+from services.gateway.router import ModelRouter
 from services.gateway.routes import create_app
 from services.gateway.watched_catalogue import WatchedCatalogue
 from services.http.middleware import LOOPBACK, PROXY_REQUESTS
@@ -101,8 +101,8 @@ def hosts(arguments: dict[str, Any]) -> Application:
 def pool_hosts(storage_url: str, pool: Pool) -> Application:
     """Build the deployment of the hosts of one pool."""
     deployment = Host.options(**_serve_options(pool))  # type: ignore[attr-defined]
-    names = ("memory", "workers", "torch_threads", "device", "dtype", "slots")
-    return deployment.bind(storage_url, **{name: getattr(pool, name) for name in names})
+    names = ("memory", "workers", "torch_threads", "device", "dtype", "slots", "pin")
+    return deployment.bind(storage_url, pool=pool.name, **{name: getattr(pool, name) for name in names})
 
 
 def _serve_options(pool: Pool) -> dict[str, Any]:
@@ -135,7 +135,7 @@ def _serve_options(pool: Pool) -> dict[str, Any]:
 
 @serve.deployment(
     name=DEFAULT,
-    request_router_config=RequestRouterConfig(request_router_class=PlacementRouter),  # type: ignore[arg-type]
+    request_router_config=RequestRouterConfig(request_router_class=ModelRouter),  # type: ignore[arg-type]
     **_COMMON,
 )
 class Host(ModelHost):

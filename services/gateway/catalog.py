@@ -10,7 +10,8 @@ from datetime import datetime
 
 from genmodels.engine.alias_watcher import AliasWatcher, Refused
 from genmodels.engine.model import LoadedModel
-from genmodels.errors import GenmodelsError, StorageUnavailable
+from genmodels.errors import CheckpointError, GenmodelsError, StorageUnavailable
+from genmodels.registry.catalogue import CatalogueReader
 from genmodels.registry.evaluations import Evaluation, newest
 from genmodels.registry.references import ResolvedModel
 from genmodels.registry.store import Registry
@@ -54,8 +55,10 @@ class Catalog:
         watcher: AliasWatcher,
         models: Models,
         threads: ThreadPoolExecutor,
+        catalogue: CatalogueReader,
     ) -> None:
         self._registry, self._watcher, self._models, self._threads = registry, watcher, models, threads
+        self._catalogue = catalogue
         self._entries: dict[str, CatalogEntry] = {}  # what only a loaded model tells of itself, by exact name
         self._evaluations: dict[str, Evaluation | None] = {}  # the last ones that were read, by exact name
         self._aliases: dict[str, dict[str, int]] = {}  # the last ones that were read, by model
@@ -83,7 +86,11 @@ class Catalog:
         """Describe a model; what a loaded model tells of itself is kept after it is unloaded."""
         resolved = self._watcher.cached(name) or resolved  # the version that answers may be older than the alias
         refused = self._watcher.refusals(name.partition("@")[0])
-        known = self._entries.get(resolved.name)
+        reason = next((other.reason for other in refused.values() if other.resolved == resolved), None)
+        if reason:
+            problem = as_request_error(CheckpointError(reason)).message
+            return CatalogEntry(name, resolved, aliases, problem=problem, refused=refused)
+        known = self._entries.get(resolved.name) or self._from_catalogue(resolved)
         if known is None:
             try:
                 async with self._models.acquire(name) as model:
@@ -92,6 +99,15 @@ class Catalog:
                 problem = as_request_error(error).message
                 return CatalogEntry(name, resolved, aliases, problem=problem, refused=refused)
         return CatalogEntry(name, resolved, aliases, known.kind, known.verbs, known.sizes, refused=refused)
+
+    def _from_catalogue(self, resolved: ResolvedModel) -> CatalogEntry | None:
+        """Describe a version that the catalogue has, so that it need not be loaded."""
+        entry = self._catalogue.get(resolved.model)
+        summary = entry.versions.get(resolved.version) if entry and resolved.version else None
+        if summary is None:
+            return None
+        serving = summary.serving
+        return CatalogEntry(resolved.name, resolved, {}, serving.kind, tuple(serving.verbs), serving.sizes)
 
 
 def _entry(resolved: ResolvedModel, model: LoadedModel) -> CatalogEntry:

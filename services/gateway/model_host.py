@@ -1,6 +1,7 @@
-"""A model host: keep the registry's models in memory and answer requests to them.
+"""A model host: load models for requests, keep them in memory, and answer requests to them.
 
-A host watches the registry, so new versions and moved aliases need no notification and no restart of a replica.
+A host follows the registry's catalogue, so new versions and moved aliases need no notification and no restart of a
+replica. At its start it reads the catalogue and loads pinned models only, whatever the number of models is.
 Errors of requests are returned as values: Serve would log an exception with its traceback.
 """
 
@@ -11,7 +12,7 @@ import threading
 import time
 import weakref
 from collections.abc import AsyncGenerator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, wait
 from dataclasses import dataclass
 
 import torch
@@ -25,6 +26,7 @@ from genmodels.engine.image.answers import ImageAnswer
 from genmodels.engine.image.requests import ImageRequest
 from genmodels.engine.model import Contract
 from genmodels.engine.model_cache import ModelCache
+from genmodels.engine.pins import Pin, Pins
 from genmodels.engine.text import completion as text
 from genmodels.engine.text.choices import TextDelta
 from genmodels.engine.text.completion import Vocabulary
@@ -40,8 +42,10 @@ from genmodels.threads import Rounds
 from services.gateway.catalog import Catalog, CatalogEntry
 from services.gateway.deltas import DeltaQueue
 from services.gateway.models import Models, as_request_error, in_thread
+from services.gateway.pool_config import DEFAULT
 
-WATCH_SECONDS = 1.0  # between two reads of the registry
+WATCH_SECONDS = 1.0  # between two reads of the catalogue
+LOADERS = 4  # models that load at the same time
 COLLECT_SECONDS = 0.05  # of text that is sent as one delta: a hop between processes takes about the time of a token
 
 logger = logging.getLogger("ray.serve")
@@ -61,12 +65,14 @@ class ModelHost:
     """Answer requests to all versions of the registry and to checkpoints of runs.
 
     Args:
-        memory: bytes of models; the least recently used model is unloaded first. Default: see `Placement.budget`.
+        memory: bytes of models; the least requested model is unloaded first. Default: see `Placement.budget`.
         workers: image requests that are computed at the same time; requests to one model share batches.
         torch_threads: of each computation.
         device: `cpu`, `cuda` or `cuda:<index>`, where the models compute.
         dtype: of the models there: `float32`, `bfloat16` or, on a GPU, `float16`.
         slots: texts in one decoding step, or images in one forward pass, of each model.
+        pin: models that are loaded before the first request and stay in memory: their names, or how many of the newest.
+        pool: its name; the newest models are those of this pool.
 
     Raises:
         SpecError: this machine has no such device, or the device no such dtype or not so much memory.
@@ -82,35 +88,40 @@ class ModelHost:
         device: str = "cpu",
         dtype: DType = "float32",
         slots: int = SERVED_ROWS,
+        pin: Pin = 0,
+        pool: str = DEFAULT,
     ) -> None:
         self._placement = Placement(device, dtype, slots)
         budget = self._placement.budget(memory)
+        self._placement.prepare()
         torch.set_num_threads(torch_threads)
-        self._registry = Registry(open_storage(storage_url, in_use=True))
-        self.catalogue = CatalogueReader(self._registry.storage)
-        self._cache = ModelCache(
-            self._registry.storage, budget, lambda model: model.start(torch_threads), self._placement
-        )
-        self._rounds = Rounds("alias-watcher", logger, lasting=True)
-        self._watcher = AliasWatcher(self._registry.storage, self._cache, self._rounds)
-        self._evaluation_metrics = EvaluationMetrics(self._registry)
-        self._workers, self._lookups = (  # of its own: names are resolved while all workers compute
+        self._workers, self._lookups, loaders = (  # names are resolved while all workers compute or all loaders wait
             ThreadPoolExecutor(count, name, initializer=torch.set_num_threads, initargs=(torch_threads,))
-            for count, name in ((workers, "model"), (4, "registry"))
+            for count, name in ((workers, "model"), (4, "registry"), (LOADERS, "load"))
         )
+        self._registry = Registry(open_storage(storage_url, in_use=True))
+        storage = self._registry.storage
+        self.catalogue = catalogue = CatalogueReader(storage)
+        self._cache = ModelCache(storage, budget, lambda model: model.start(torch_threads), loaders, self._placement)
+        self._rounds = Rounds("alias-watcher", logger, lasting=True)
+        self._watcher = AliasWatcher(storage, catalogue, self._cache, self._rounds)
+        self._pins = Pins(catalogue, self._watcher, self._cache, pin, pool, budget)
+        self._evaluation_metrics = EvaluationMetrics(catalogue)
         self._history_readers = ThreadPoolExecutor(2, "history")  # the history of a long run takes long to read
         self._histories = ThinnedHistories()
-        self._models = Models(self._watcher, self._cache, self._lookups)
-        self._catalog = Catalog(self._registry, self._watcher, self._models, self._lookups)
-        self.watch()  # before a new replica gets requests, the models of all aliases are in memory
+        self._models = Models(self._watcher, self._cache, self._lookups, 3 * max(slots, workers) // 2)
+        self._catalog = Catalog(self._registry, self._watcher, self._models, self._lookups, catalogue)
+        self.watch()
+        while loads := list(self._pins.loads.values()):
+            wait(loads)
+        self.watch()  # the pinned models are kept from now on
         threading.Thread(target=_watch, args=(weakref.ref(self),), name="alias-watcher", daemon=True).start()
 
     def watch(self) -> None:
-        """Read the registry once, and load new versions. An error of one model does not affect the others."""
+        """Read the catalogue, and start to load what it needs. An error of one model does not affect the others."""
         with self._rounds.round():
             try:
-                self.catalogue.refresh()
-                self._watcher.refresh()
+                self._pins.refresh(self._watcher.refresh())
                 self._evaluation_metrics.update(self._watcher.serving())
             except StorageUnavailable as error:  # the current versions keep serving
                 logger.warning("the registry cannot be read: %s", error)

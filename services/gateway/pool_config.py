@@ -15,6 +15,7 @@ from typing import Annotated, Any, Self
 
 from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
+from genmodels.engine.requests import ByForm
 from genmodels.errors import SpecError
 from genmodels.schema import yaml
 from genmodels.schema.base import Section
@@ -70,7 +71,13 @@ class Pool(Section):
     replicas_per_node: int | None = Field(
         None, ge=1, le=100, description="largest number of hosts on one node of the cluster; without it no limit"
     )
-    pin: list[Reference] = Field([], max_length=1000, description="models that each host loads before it gets requests")
+    pin: Annotated[
+        Annotated[int, Field(ge=0, le=1000)] | Annotated[list[Reference], Field(max_length=1000)], ByForm()
+    ] = Field(
+        0,
+        description="models that each host loads before it gets requests, and keeps in memory: their names, or how "
+        "many of the newest ones in production, which take at most half of the memory",
+    )
     idle_seconds: float = Field(
         300.0, ge=15, le=86_400, description="with min_replicas 0: time without requests before the last host stops"
     )

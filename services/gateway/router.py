@@ -12,10 +12,10 @@ import random
 
 from ray.serve.request_router import FIFOMixin, MultiplexMixin, PendingRequest, RequestRouter, RunningReplica
 
-from services.gateway.placement import replicas_in_order
+from services.gateway.replica_order import replicas_in_order
 
 
-class PlacementRouter(FIFOMixin, MultiplexMixin, RequestRouter):
+class ModelRouter(FIFOMixin, MultiplexMixin, RequestRouter):
     """Try the replicas in the order of `replicas_in_order`; for a request without a model, one of two at random.
 
     The mixins match a replica that was chosen for a model to the oldest request for this model. Serve's default

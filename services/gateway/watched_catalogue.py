@@ -23,9 +23,9 @@ class WatchedCatalogue:
 
     def __init__(self, storage: Storage) -> None:
         self.reader = CatalogueReader(storage)
-        self._rounds = Rounds("catalogue", logger, lasting=True)
+        self._rounds = Rounds("catalogue-reader", logger, lasting=True)
         self._read()  # before the first request
-        threading.Thread(target=self._watch, name="catalogue", daemon=True).start()
+        threading.Thread(target=self._watch, name="catalogue-reader", daemon=True).start()
 
     def pool_of(self, name: str) -> str:
         """Return the pool of the version behind a name.

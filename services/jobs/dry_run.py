@@ -95,7 +95,9 @@ def _check_capacity(report: ModelDryRun, capacity: Mapping[str, int] | None) -> 
 def _add_sizes(report: ModelDryRun, spec: ModelSpec, cls: type[Family[Any, Any]], facts: Facts, budget: int) -> None:
     size = parameters.count(cls, spec.model, facts.info, spec.train)
     report.parameters = size.trained
-    report.checkpoint_bytes = BYTES_PER_VALUE * size.saved
+    twice = size.served if spec.train.strategy == "fsdp2" and spec.train.ema is not None else 0  # whole, and in parts
+    report.checkpoint_bytes = BYTES_PER_VALUE * (size.saved + twice)
+    report.worker_bytes = BYTES_PER_VALUE * parameters.held(size, spec.train, spec.world_sizes[0])
     report.serving_bytes = cls.footprint(spec.model, facts.info).total
     too_large = servable.refusal(spec, facts.info, budget)
     report.servable = too_large is None

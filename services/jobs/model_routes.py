@@ -34,7 +34,7 @@ from services.http.middleware import StreamedRoute
 from services.http.rate_limits import Slots
 from services.http.responses import Json
 from services.jobs.model_views import dataset_views, model_view
-from services.jobs.schemas import AliasBody, DatasetQuery, DeleteModelQuery, DryRunQuery
+from services.jobs.schemas import AliasBody, DatasetQuery, DeleteModelQuery, DryRunQuery, GcQuery
 from services.jobs.upload_slots import UploadSlots
 
 UPLOADS = StreamedRoute("PUT", "/v1/datasets/", BodyLimit(stored.MAX_STREAM_BYTES, seconds=30.0, rate=64 * 2**10))
@@ -114,10 +114,10 @@ def add_model_routes(app: FastAPI, guard: KeyAuth, storage: Storage) -> None:
         return Json(asdict(removal.delete_model(storage, model, with_runs=query.with_runs, may_name=may_name)))
 
     @app.post("/v1/gc")
-    def collect_garbage(query: Annotated[DryRunQuery, Query()], caller: Caller = admin) -> Response:
+    def collect_garbage(query: Annotated[GcQuery, Query()], caller: Caller = admin) -> Response:
         """Remove unreferenced objects: blobs of deleted versions, and remains of interrupted uploads."""
         caller.require_all_models()
-        plan = gc.gc(storage)
+        plan = gc.gc(storage, everything=query.all)
         if not query.dry_run:
             plan.carry_out()
         items = [{"key": item.key, "bytes": item.bytes, "why": item.why} for item in plan.items]

@@ -65,6 +65,7 @@ class ModelDryRun(BaseModel):
     epochs: float | None = None
     parameters: int | None = None  # of all networks of the model
     checkpoint_bytes: int | None = None  # of one checkpoint: raw and served weights, optimizers
+    worker_bytes: int | None = None  # what each of the fewest workers holds: weights, average, gradients, optimizers
     serving_bytes: int | None = None  # memory of a model host for it
     servable: bool | None = None  # whether a model host has that memory; else a note says what to change
     checkpoints_kept: int
@@ -131,6 +132,10 @@ class AliasBody(Body):
 
 class DryRunQuery(Strict):
     dry_run: bool = Field(False, description="only report what would be removed")
+
+
+class GcQuery(DryRunQuery):
+    all: bool = Field(False, description="read all runs and versions, not only those that have changed")
 
 
 class DeleteModelQuery(DryRunQuery):

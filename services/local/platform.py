@@ -11,6 +11,7 @@ from types import TracebackType
 
 from genmodels.errors import Conflict
 from genmodels.registry.references import resolve_datasets, resolve_init_from
+from genmodels.runs.gc_marks import mark
 from genmodels.runs.job_index import index_job
 from genmodels.spec.parse import dump, job_id
 from genmodels.spec.sections import JobSpec
@@ -118,4 +119,5 @@ def submit(storage: Storage, spec: JobSpec) -> str:
         index_job(storage, job, spec, now())
         with contextlib.suppress(Conflict):  # another process has stored the same job
             storage.put(key, data, if_absent=True)
+    mark(storage, job, [model.name for model in spec.models])  # each time: the same file continues ended runs
     return job

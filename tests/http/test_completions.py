@@ -289,7 +289,7 @@ def test_a_full_pool_is_429_with_retry_after() -> None:
 
 
 def test_a_client_that_leaves_frees_its_slot_within_a_step(models: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
-    host = ModelHost(models.url, workers=1)
+    host = ModelHost(models.url, workers=1, pin=["play"])
     batcher = host._cache._entries["play@1"].model.batcher  # type: ignore[attr-defined]
     step, allowed = batcher.step, threading.Semaphore(0)
 
@@ -320,7 +320,7 @@ def test_a_client_that_leaves_frees_its_slot_within_a_step(models: Storage, monk
 def test_a_connection_that_closes_frees_its_slots(
     models: Storage, monkeypatch: pytest.MonkeyPatch, stream: bool
 ) -> None:
-    host = ModelHost(models.url)
+    host = ModelHost(models.url, pin=["play"])
     batcher = host._cache._entries["play@1"].model.batcher  # type: ignore[attr-defined]
     step, steps = batcher.step, []
 

@@ -53,7 +53,7 @@ def storage(tmp_path_factory: pytest.TempPathFactory) -> Storage:
 
 @pytest.fixture(scope="module")
 def host(storage: Storage) -> ModelHost:
-    return ModelHost(storage.url)
+    return ModelHost(storage.url, pin=["play"])
 
 
 @pytest.fixture(scope="module")

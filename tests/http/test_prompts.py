@@ -34,7 +34,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> Storage:
 
 @pytest.fixture(scope="module")
 def host(models: Storage) -> ModelHost:
-    return ModelHost(models.url)
+    return ModelHost(models.url, pin=["play"])
 
 
 @pytest.fixture(scope="module")
@@ -205,7 +205,7 @@ def test_any_prompts_in_any_company_have_the_answers_that_they_have_alone(
 
 
 def test_a_client_that_leaves_ends_the_texts_of_all_its_prompts(models: Storage) -> None:
-    host = ModelHost(models.url)
+    host = ModelHost(models.url, pin=["play"])
     batcher = host._cache._entries["play@1"].model.batcher  # type: ignore[attr-defined]
     request = CompletionRequest.model_validate({"prompt": PROMPTS * 5, "n": 2, "max_tokens": 400})
 

@@ -44,6 +44,7 @@ from tests.support.asgi_client import PICTURE, ask
 from tests.support.asgi_server import served
 from tests.support.published_models import publish, save_checkpoint
 from tests.support.scripted_pool import ScriptedPool
+from tests.support.watched_hosts import watch
 
 CANARY = "canaryqzx"
 LONG = {"prompt": "To be", "max_tokens": 4000, "stream": True}
@@ -293,7 +294,7 @@ def test_versions_come_and_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     storage = open_storage(tmp_path.as_uri())
     publish(storage, "come", "minigpt")
     start = here()
-    host = ModelHost(storage.url)
+    host = ModelHost(storage.url, pin=["come"])
 
     def gauges() -> Series:
         gauges = only(here(), "version_active", "loaded_bytes", "kv_slots")
@@ -311,11 +312,11 @@ def test_versions_come_and_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     assert only(grown(start, here()), *counted) == {}, "the probe of a version is not counted as a request"
     assert grown(start, here())["version_load_seconds_count", "minigpt"] == 1
     publish(storage, "come", "minigpt", step=2)
-    host.watch()
+    watch(host)
     stays(gauges, of("2"))  # the engine of the version before ends first
     assert here()["versions_swapped_total", "minigpt", "come", "2"] == 1
     Registry(storage).promote("come", "production", 1, "back")
-    host.watch()
+    watch(host)
     stays(gauges, of("1"))
     assert host._cache._entries
 

@@ -29,7 +29,7 @@ VALUES = {
     "passed": ("true", "false"),
     "operation": ("get", "put"),
     "kind": ("prompt", "completion"),
-    "thread": ("alias-watcher", "catalogue", "dispatch", "kube-watch"),
+    "thread": ("alias-watcher", "catalogue-reader", "dispatch", "kube-watch"),
     "route": ("/v1/completions", "/v1/images/generations"),
     "code": ("200", "429", "503"),
     "verb": ("generate", "encode"),

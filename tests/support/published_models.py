@@ -15,12 +15,14 @@ from genmodels.data.text import CharTokenizer
 from genmodels.engine.loader import load_folder
 from genmodels.engine.model import LoadedModel
 from genmodels.family import Family, ImageInfo, TextInfo
+from genmodels.registry.catalogue import Catalogue
 from genmodels.registry.store import Registry
-from genmodels.registry.versions import Version
+from genmodels.registry.versions import Alias, Move, Version, VersionReader, alias_key, version_key
 from genmodels.runs.job_index import index_runs
 from genmodels.runs.store import Run
-from genmodels.storage import Storage, open_storage
+from genmodels.storage import Storage, open_storage, write_document
 from genmodels.storage.documents import now
+from tests.support.storages import upload
 
 VOCABULARY = "\n !,.?ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 IMAGES = ImageInfo(channels=1, height=16, width=16)
@@ -53,8 +55,9 @@ def build(
 def write(folder: Path, family: Family[Any, Any], assets: dict[str, bytes]) -> None:
     (folder / "assets").mkdir()
     save_file(family.network.state_dict(), folder / checkpoint.WEIGHTS)
-    checkpoint.write_config(folder, family)
-    checkpoint.write_assets(folder, assets)
+    (folder / checkpoint.CONFIG).write_bytes(checkpoint.config_bytes(family))
+    for name, data in assets.items():
+        (folder / "assets" / name).write_bytes(data)
 
 
 def loaded(name: str, folder: Path, **config: Any) -> LoadedModel:
@@ -90,6 +93,23 @@ def publish(
     return version
 
 
+def publish_copies(storage: Storage, count: int, family: str = "vae") -> list[str]:
+    """Publish one tiny model under so many names, far faster than one by one; return the names."""
+    version, truth = publish(storage, "copy-0", family), VersionReader(storage)
+    blobs = {name: storage.get(key)[0] for name, key in truth.keys(version).items()}
+    names = [f"copy-{i}" for i in range(count)]
+    for name in names[1:]:
+        copy = version.model_copy(update={"model": name})
+        for file, key in truth.keys(copy).items():
+            storage.put(key, blobs[file])
+        write_document(storage, version_key(name, version.version), copy.model_dump(mode="json"))
+        move = Move(version=version.version, time=now(), reason="test")
+        alias = Alias(version=version.version, history=[move])
+        write_document(storage, alias_key(name, "production"), alias.model_dump(mode="json"))
+    Catalogue(storage).rebuild()
+    return names
+
+
 def publish_examples(folder: Path) -> Storage:
     """Make a registry with a text model, a VAE of two versions, and a model without the alias production."""
     storage = open_storage(folder.as_uri())
@@ -120,4 +140,4 @@ def save_checkpoint(
             step=step, samples=step, metrics={"val_loss": 2.5}, lineage=LINEAGE, files=checkpoint.describe_files(folder)
         )
         prefix = run.checkpoint_prefix(CheckpointRef(attempt=attempt, step=step))
-        checkpoint.upload(storage, prefix, folder, manifest, lambda: run.fence(attempt))
+        upload(storage, prefix, folder, manifest, lambda: run.fence(attempt))

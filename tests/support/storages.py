@@ -63,10 +63,12 @@ class MemoryStorage(Storage):
             return sorted(key for key in self.objects if key.startswith(prefix) and key > after)[:limit]
 
     def sizes(self, prefix: str) -> dict[str, int]:
-        return {key: len(self.objects[key]) for key in self.list(prefix)}
+        with self.lock:
+            return {key: len(data) for key, data in sorted(self.objects.items()) if key.startswith(prefix)}
 
     def delete(self, key: str) -> None:
-        self.objects.pop(key, None)
+        with self.lock:
+            self.objects.pop(key, None)
 
     def exists(self, key: str) -> bool:
         return key in self.objects
@@ -190,8 +192,15 @@ def save(run: Run, attempt: int, step: int, parent: CheckpointRef | None = None,
             lineage=LINEAGE.model_copy(update={"parent": parent}),
             files=checkpoint.describe_files(folder),
         )
-        checkpoint.upload(run.storage, run.checkpoint_prefix(ref), folder, manifest, lambda: run.fence(attempt))
+        upload(run.storage, run.checkpoint_prefix(ref), folder, manifest, lambda: run.fence(attempt))
     return ref
+
+
+def upload(storage: Storage, prefix: str, folder: Path, manifest: Manifest, fence: Callable[[], None]) -> None:
+    """Upload the files of a folder as a checkpoint."""
+    for name in manifest.files:
+        storage.upload(folder / name, f"{prefix}/{name}")
+    checkpoint.complete(storage, prefix, manifest, fence)
 
 
 def in_threads(n: int, work: Callable[[int], Any]) -> list[Any]:

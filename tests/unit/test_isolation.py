@@ -41,6 +41,7 @@ from tests.support.published_models import publish
 from tests.support.ray_node import until
 from tests.support.scripted_cluster import Cluster
 from tests.support.storages import FailingStorage, MemoryStorage
+from tests.support.watched_hosts import watch
 
 GENERATE = {"n": 1, "seed": 1}
 LOG = logging.getLogger("test")
@@ -109,13 +110,13 @@ def answered_by(app: Any, name: str) -> str:
 def test_whatever_a_load_raises_is_that_models_refusal(
     good_and_bad: Storage, failing: dict[str, Exception], kind: str
 ) -> None:
-    host = ModelHost(good_and_bad.url)
+    host = ModelHost(good_and_bad.url, pin=8)
     app = create_app(host)
     failing["bad@2"] = FAILURES[kind]()
     for name in ("bad", "good"):  # bad comes first
         publish(good_and_bad, name, "vae", step=2)
     for _ in range(2):
-        host.watch()
+        watch(host)
     assert (answered_by(app, "bad"), answered_by(app, "good")) == ("bad@1", "good@2")
     (refusal,) = shown(app, "bad")["refused"]
     assert (refusal["alias"], refusal["version"]) == ("production", 2)
@@ -125,7 +126,7 @@ def test_whatever_a_load_raises_is_that_models_refusal(
     assert refused(response, 503)["code"] == "version_damaged"
     assert "refused" not in shown(app, "good")
     del failing["bad@2"]
-    host.watch()
+    watch(host)
     assert answered_by(app, "bad") == "bad@2"
     assert "refused" not in shown(app, "bad")
 
@@ -135,7 +136,7 @@ def test_a_new_replica_starts_whatever_a_model_does(
     good_and_bad: Storage, failing: dict[str, Exception], kind: str
 ) -> None:
     failing["bad@1"] = FAILURES[kind]()
-    app = create_app(ModelHost(good_and_bad.url))
+    app = create_app(ModelHost(good_and_bad.url, pin=8))
     assert answered_by(app, "good") == "good@1"
     answer = ask(app, "GET", "/v1/models/bad")
     assert answer.status_code == 503 or answer.json()["problem"]
@@ -170,23 +171,23 @@ FILES: dict[str, tuple[str, bytes]] = {
 
 @pytest.mark.parametrize("case", FILES)
 def test_whatever_a_versions_files_are_the_other_models_move_on(good_and_bad: Storage, case: str) -> None:
-    host = ModelHost(good_and_bad.url)
+    host = ModelHost(good_and_bad.url, pin=8)
     app = create_app(host)
     for name in ("bad", "good"):
         publish(good_and_bad, name, "vae", step=2)
     replace_file(good_and_bad, "bad", 2, *FILES[case])
-    host.watch()
+    watch(host)
     assert answered_by(app, "good") == "good@2"
     assert answered_by(app, "bad") == "bad@1"
     assert shown(app, "bad")["refused"][0]["version"] == 2
-    assert answered_by(create_app(ModelHost(good_and_bad.url)), "good") == "good@2"
+    assert answered_by(create_app(ModelHost(good_and_bad.url, pin=8)), "good") == "good@2"
 
 
 def test_a_disk_without_inodes_at_a_swap_is_told_and_the_swap_comes_after(
     good_and_bad: Storage, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(model_cache, "RETRY_SECONDS", 0.0)
-    host = ModelHost(good_and_bad.url)
+    host = ModelHost(good_and_bad.url, pin=8)
     app = create_app(host)
     publish(good_and_bad, "good", "vae", step=2)
 
@@ -195,10 +196,10 @@ def test_a_disk_without_inodes_at_a_swap_is_told_and_the_swap_comes_after(
 
     with monkeypatch.context() as patch:
         patch.setattr(checkpoint, "scratch_folder", full)
-        host.watch()
+        watch(host)
         assert answered_by(app, "good") == "good@1"
         assert "No space left on device" in shown(app, "good")["refused"][0]["reason"]
-    host.watch()
+    watch(host)
     assert answered_by(app, "good") == "good@2"
 
 
@@ -229,7 +230,7 @@ def clock(monkeypatch: pytest.MonkeyPatch) -> Callable[[float], None]:
 def test_a_host_whose_rounds_do_not_complete_is_not_well(
     good_and_bad: Storage, clock: Callable[[float], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    host = ModelHost(good_and_bad.url)
+    host = ModelHost(good_and_bad.url, pin=8)
     app = create_app(host)
     stamped = value(THREAD_PROGRESS, "alias-watcher")
     assert stamped > 0
@@ -238,7 +239,7 @@ def test_a_host_whose_rounds_do_not_complete_is_not_well(
     assert "'alias-watcher' has made no progress" in error["message"]
     with pytest.raises(RuntimeError, match="no progress"):
         host.check_health()
-    host.watch()
+    watch(host)
     assert ask(app, "GET", "/healthz").json() == {"status": "ok"}
     host.check_health()
     clock(threads.STALLED_SECONDS + 1)
@@ -248,7 +249,7 @@ def test_a_host_whose_rounds_do_not_complete_is_not_well(
 
     monkeypatch.setattr(host._watcher, "refresh", broken)
     failures = value(THREAD_FAILURES, "alias-watcher")
-    host.watch()
+    watch(host)
     assert "broken" in refused(ask(app, "GET", "/healthz"), 503)["message"]
     host.check_health()  # a new process would fail too: this process still answers
     assert value(THREAD_FAILURES, "alias-watcher") == failures + 1
@@ -258,14 +259,14 @@ def test_a_host_whose_rounds_do_not_complete_is_not_well(
 def test_an_outage_of_the_store_makes_no_host_unwell(
     good_and_bad: Storage, clock: Callable[[float], None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    host = ModelHost(good_and_bad.url)
+    host = ModelHost(good_and_bad.url, pin=8)
 
     def away() -> None:
         raise StorageUnavailable("no answer")
 
     monkeypatch.setattr(host._watcher, "refresh", away)
     clock(threads.STALLED_SECONDS + 1)
-    host.watch()
+    watch(host)
     assert ask(create_app(host), "GET", "/healthz").status_code == 200
     host.check_health()
 

@@ -138,7 +138,7 @@ def serving() -> Json:
     versions = [
         curves(
             "Active versions",
-            "Number of model hosts where an alias points to the version.",
+            "Number of model hosts that have the version in memory for an alias.",
             (f"sum by (model, version) (genmodels_version_active{{{model}}})", "{{model}}@{{version}}"),
             limits=(0, None),
         ),

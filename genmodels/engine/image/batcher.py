@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from genmodels.engine.device_errors import request_error
 from genmodels.engine.image.metrics import ImageMetrics
 from genmodels.nn.transfer import to_device
 from genmodels.sizing.placement import DEFAULT_PLACEMENT, Placement
@@ -89,7 +90,7 @@ class DynamicBatcher:
             offset += end - start
 
     def _fail(self, call: _Call, error: Exception) -> None:
-        call.error = error
+        call.error = request_error(error)
         with self._changed:
             self._waiting = deque(other for other in self._waiting if other is not call)
             self._update_metrics()

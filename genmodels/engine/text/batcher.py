@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from genmodels.engine.device_errors import request_error
 from genmodels.engine.text.metrics import TextMetrics
 from genmodels.engine.text.sequence import Sequence
 from genmodels.errors import RequestError
@@ -119,7 +120,7 @@ class ContinuousBatcher:
                 logits = self._decoder.prefill(slot, chunk, start)
                 if sequence.on_prompt_logits and sequence.sampler.count == 0:
                     cut = sequence.num_prompt_tokens - len(sequence.window)  # tokens before the window
-                    sequence.on_prompt_logits(cut + start, logits)
+                    sequence.on_prompt_logits(cut + start, logits.cpu())
             except Exception as error:
                 self._finish(slot, sequence, error)
                 continue
@@ -175,13 +176,14 @@ class ContinuousBatcher:
                 active.append((slot, sequence, logits))
         if not active:
             return
-        tokens = draw(torch.stack([logits for *_, logits in active]), [seq.sampler for _, seq, _ in active])
-        rows = zip(active, tokens, strict=True)
-        continued = [seq for (slot, seq, logits), token in rows if self._append(slot, seq, token, logits)]
+        tokens = draw(torch.stack([logits for *_, logits in active]), [seq.sampler for _, seq, _ in active], self.slots)
+        on_host = _copied_to_host([row if seq.wants_logits else None for _, seq, row in active])
+        rows = zip(active, tokens, on_host, strict=True)
+        continued = [seq for (slot, seq, _), token, row in rows if self._append(slot, seq, token, row)]
         if self.metrics:
             self.metrics.add_tokens(continued)
 
-    def _append(self, slot: int, sequence: Sequence, token: int | Exception, logits: Tensor) -> bool:
+    def _append(self, slot: int, sequence: Sequence, token: int | Exception, logits: Tensor | None) -> bool:
         """Append a token to its sequence; return False if the sequence ended with an error."""
         if isinstance(token, Exception):
             self._finish(slot, sequence, token)
@@ -220,8 +222,17 @@ class ContinuousBatcher:
         self._update_metrics()
 
 
+def _copied_to_host(rows: list[Tensor | None]) -> list[Tensor | None]:
+    """Return the rows on the host; all are copied at once."""
+    wanted = [row for row in rows if row is not None]
+    if not wanted:
+        return rows
+    copies = iter(torch.stack(wanted).cpu())
+    return [None if row is None else next(copies) for row in rows]
+
+
 def _notify_finished(sequence: Sequence, error: Exception | None) -> None:
     try:
-        sequence.on_finish(error)
+        sequence.on_finish(error and request_error(error))
     except Exception as failure:  # the event loop of the caller is closed
         logger.warning("the caller of a text could not be notified of its end: %s", type(failure).__name__)

@@ -114,7 +114,12 @@ class _Candidate:
         self._pending: deque[TokenLogprob] = deque()  # tokens whose text may still be removed
         self._sent_length = self._listed_length = 0  # characters
         self.sequence = Sequence(
-            prompt, sampler, self._on_token, self._on_finish, self._on_prompt_logits if lists_prompt else None
+            prompt,
+            sampler,
+            self._on_token,
+            self._on_finish,
+            self._on_prompt_logits if lists_prompt else None,
+            wants_logits=self._ranked or self._num_logprobs is not None,
         )
 
     @property
@@ -127,8 +132,8 @@ class _Candidate:
         self._num_listed += len(tokens)
         self._list(self._logprobs(logits[: len(tokens)], tokens))
 
-    def _on_token(self, token: int, logits: Tensor) -> bool:
-        if self._ranked or self._num_logprobs is not None:
+    def _on_token(self, token: int, logits: Tensor | None) -> bool:
+        if logits is not None:
             self._list_without_logits(len(self._prompt))
             logprobs = self._logprobs(logits[None], [token])
             self._sum, self._count = self._sum + (logprobs[0].logprob or 0.0), self._count + 1

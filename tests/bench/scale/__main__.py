@@ -7,6 +7,7 @@ the machine. The bounds of seconds are for 2 quiet cores that also run the S3 se
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Callable, Iterator
 
@@ -24,6 +25,7 @@ FIGURES: dict[str, tuple[Callable[[S3Server, int], Iterator[Row]], tuple[int, ..
     "dispatch": (dispatch.measure, (10, 100, 1_000)),
     "curve": (history.measure_curve, (100, 1_000, history.DAY)),
     "lists": (history.measure_lists, SIZES),
+    "gc": (history.measure_gc, (10, 100, 1_000)),
     "publish": (registry.measure_publish, (10, 100, 1_000)),
 }
 
@@ -34,17 +36,16 @@ def main() -> int:
     parser.add_argument("--max", type=int, default=max(*SIZES, history.DAY), help="the largest N; default: %(default)s")
     parser.add_argument("--only", choices=FIGURES, nargs="+", default=list(FIGURES), help="these figures only")
     options = parser.parse_args()
-    console, rows = Console(), list[Row]()
+    console, rows = Console(width=120), list[Row]()
+    console.print(f"{os.cpu_count()} cores, with a load of {os.getloadavg()[0]:.1f} before the start")
     with S3Server() as server, pytest.MonkeyPatch.context() as patch:
         for name, value in server.environment.items():
             patch.setenv(name, value)
         for name in options.only:
             measure, sizes = FIGURES[name]
-            for n in sizes:
-                if n <= options.max:
-                    with console.status(f"{name}, N = {n:,}"):
-                        rows += measure(server, n)
-    console.print(table(rows))
+            measured = [row for n in sizes if n <= options.max for row in measure(server, n)]
+            console.print(table(measured))
+            rows += measured
     return int(any(row.verdict == "over" for row in rows))
 
 

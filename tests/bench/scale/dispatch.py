@@ -46,11 +46,16 @@ class RunningDriver(Driver):
 
 def measure(server: S3Server, n: int) -> Iterator[Row]:
     storage, requests = opened(server, f"dispatch-{n}")
-    in_parallel(begin_training, submit(storage, n))
+    with requests.counted() as counts:
+        runs = submit(storage, n)
+    yield Row("submission, requests for each run", n, counts.total() / n, "")
+    in_parallel(begin_training, runs)
     dispatcher = Dispatcher(storage, Busy())
+    cpu = time.process_time()
     with requests.counted() as counts:
         seconds = timed(lambda: dispatcher.dispatch_once(1))
     yield Row("take-over of N running runs", n, seconds, "s", TAKE_OVER_SECONDS)
+    yield Row("take-over, CPU time of the dispatcher", n, time.process_time() - cpu, "s")
     yield Row("take-over, requests for each run", n, counts.total() / n, "")
     ticks = []
     with requests.counted() as counts:

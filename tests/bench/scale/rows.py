@@ -81,10 +81,13 @@ def timed(do: Callable[[], object]) -> float:
 
 
 def table(rows: Iterable[Row]) -> Table:
+    """Show each figure for all N together."""
     shown = Table("what", "N", "measured", "bound", "")
     for column in (1, 2, 3):
         shown.columns[column].justify = "right"
-    for row in rows:
+    rows = list(rows)
+    whats = list(dict.fromkeys(row.what for row in rows))
+    for row in sorted(rows, key=lambda row: (whats.index(row.what), row.n)):
         bound = "" if row.bound is None else f"{row.bound:g} {row.unit}"
         shown.add_row(row.what, f"{row.n:,}", f"{row.value:,.3g} {row.unit}", bound, row.verdict)
     return shown

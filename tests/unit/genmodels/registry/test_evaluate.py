@@ -41,7 +41,7 @@ from tests.support.asgi_client import ask
 from tests.support.evaluation_data import Bench, shapes
 from tests.support.published_models import LINEAGE, build, publish, write
 from tests.support.run_parts import write_metrics
-from tests.support.storages import MemoryStorage
+from tests.support.storages import MemoryStorage, upload
 from tests.support.tiny_jobs import job, make_data, model
 
 BENCH = Bench()
@@ -312,7 +312,7 @@ def saved(spec: ModelSpec, steps: int = 2) -> Run:
             files = checkpoint.describe_files(folder)
             manifest = Manifest(step=step, samples=step, metrics={"val_loss": 9.0 - step}, lineage=lineage, files=files)
             prefix = run.checkpoint_prefix(CheckpointRef(attempt=1, step=step))
-            checkpoint.upload(storage, prefix, folder, manifest, lambda: None)
+            upload(storage, prefix, folder, manifest, lambda: None)
     return run
 
 
@@ -445,7 +445,7 @@ def test_the_endpoint_shows_the_newest_evaluation(file_storage: Storage) -> None
     version = publish(file_storage, "shapes", "vae")
     store = Registry(file_storage)
     store.record_evaluation(version, FOUND, thorough=False, seconds=1, publication=True)
-    host = ModelHost(file_storage.url)
+    host = ModelHost(file_storage.url, pin=["shapes"])
     app = create_app(host)
     shown = ask(app, "GET", "/v1/models/shapes").json()["evaluation"]
     assert shown["metrics"] == {
@@ -457,6 +457,8 @@ def test_the_endpoint_shows_the_newest_evaluation(file_storage: Storage) -> None
     store.record_evaluation(
         version, EvaluationResult(metrics={"nll": EvaluationMetric(value=97)}), thorough=True, seconds=1
     )
+    host.watch()
+    assert EVALUATION_METRIC.labels("shapes", "vae", "1", "nll")._value.get() == 97
     assert ask(app, "GET", "/v1/models/shapes@1").json()["evaluation"]["metrics"]["nll"]["value"] == 97
 
 

@@ -19,7 +19,7 @@ from genmodels import checkpoint
 from genmodels.checkpoint import MANIFEST, CheckpointRef, Manifest
 from genmodels.errors import GenmodelsError, ModelNotFound, SpecError, StorageUnavailable
 from genmodels.registry import gc as gc_module
-from genmodels.registry import references
+from genmodels.registry import gc_checkpoints, references
 from genmodels.registry.gc import gc
 from genmodels.registry.removal import delete_version
 from genmodels.registry.store import Registry
@@ -211,9 +211,9 @@ def test_open_jobs_and_young_runs_are_spared(state: State) -> None:
         unfinished(run, 1, 4)
     ended(running, state)
     ended(young, state, now())
-    before = dict(storage.objects)
+    before = {key for key in storage.objects if not key.startswith("gc/")}
     assert collect(storage) == []
-    assert storage.objects == before
+    assert {key for key in storage.objects if not key.startswith("gc/")} == before
 
 
 def test_one_that_nobody_touched_is_spared() -> None:
@@ -270,7 +270,7 @@ def test_pinned_at_any_moment_of_its_removal() -> None:
                 pinned.append(references.resolve_reference(f"model@{JOB}:step-1", inner))
 
         store = PausedStorage(inner, moment, meanwhile)
-        gc_module._remove_checkpoint(store, item)
+        gc_checkpoints.remove_checkpoint(store, item)
         if store.operations < moment:
             break
         assert inner.list(item.key) == (whole if pinned else []), moment

@@ -24,6 +24,7 @@ from genmodels.engine.model_cache import ModelCache
 from genmodels.errors import DataError, GenmodelsError, JobNotFound, ModelNotFound
 from genmodels.family import EvaluationResult
 from genmodels.registry import references
+from genmodels.registry.catalogue import CatalogueReader
 from genmodels.registry.removal import dataset_contents, delete_dataset, delete_model, model_contents
 from genmodels.registry.store import Registry
 from genmodels.registry.versions import Version
@@ -174,8 +175,9 @@ def others(storage: MemoryStorage, what: str) -> dict[str, bytes]:
 
 
 def traces(storage: MemoryStorage, what: str) -> list[str]:
-    """Return the remaining objects of it, except leases, claims, and the numbers that are not reused."""
-    result = [key for key in storage.objects if f"/{what}/" in key and not re.search("/(deleted|published)/", key)]
+    """Return what remains of it, except leases, claims, marks for clean-up, and numbers that are not reused."""
+    result = [key for key in storage.objects if f"/{what}/" in key and not key.startswith("gc/")]
+    result = [key for key in result if not re.search("/(deleted|published)/", key)]
     return [key for key in result if not key.endswith(("gc-lease.json", "status.json"))]
 
 
@@ -332,12 +334,16 @@ def test_a_built_in_dataset_cannot_be_deleted() -> None:
 
 def test_a_served_model_that_is_deleted_is_gone_at_the_next_look(base: MemoryStorage) -> None:
     storage = copy(base)
-    watcher = AliasWatcher(
-        storage, ModelCache(storage, 2**30, lambda model: None), Rounds("alias-watcher", logging.getLogger("test"))
-    )
-    watcher.refresh()
-    assert watcher.resolve("first").version == 2
-    second = watcher.resolve("second")
+    with ThreadPoolExecutor(1) as loaders:
+        cache = ModelCache(storage, 2**30, lambda model: None, loaders)
+        rounds = Rounds("alias-watcher", logging.getLogger("test"))
+        watcher = AliasWatcher(storage, CatalogueReader(storage), cache, rounds)
+        watcher.refresh()
+        first, second = watcher.resolve("first"), watcher.resolve("second")
+        for name, resolved in (("first", first), ("second", second)):
+            cache.load(resolved).result()
+            watcher.loaded(name, resolved)
+    assert first.version == 2
     delete_model(storage, "first", with_runs=True)
     watcher.refresh()
     for name in ("first", "first@staging", "first@2", "first@live"):

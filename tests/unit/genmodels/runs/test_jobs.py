@@ -129,7 +129,7 @@ def test_the_spec_comes_last_and_the_index_before_it() -> None:
     store = RecordingStorage()
     job, _ = Jobs(store).submit(spec("shapes", "a", "b"), idempotency_key="k")
     folders = [key.split("/")[0] for key, _ in store.log]
-    assert folders == ["idempotency", "open", "models", "models", "jobs"]
+    assert folders == ["idempotency", "open", "models", "models", "gc", "gc", "jobs"]
     assert store.log[-1] == (f"jobs/{job}/spec.json", dump(spec("shapes", "a", "b")))
 
 
@@ -219,7 +219,7 @@ def test_a_second_submission_completes_one_that_died() -> None:
             assert store.list("jobs/") == [f"jobs/{job}/spec.json"]
         assert submit(store) == (job, False)
         deaths += 1
-    assert deaths == 8  # before and after each of four writes
+    assert deaths == 10  # before and after each of five writes
 
 
 def test_a_submission_that_never_ended_is_no_job() -> None:
@@ -450,7 +450,7 @@ def test_closed_while_it_is_reopened() -> None:
         assert (is_open, is_ended) in [([job], []), ([], [job])], moment
         assert isinstance(Jobs(inner).entry(job), EndedEntry) == bool(is_ended)
         outcomes.append(bool(is_open))
-    assert outcomes == [True, True, True, False, False]
+    assert outcomes == [True, True, True, True, False, False]
 
 
 def test_resumed_by_many_at_once(storage: Storage) -> None:
@@ -477,7 +477,7 @@ def test_delete(storage: Storage) -> None:
         jobs.delete(job)
     end(storage, job)
     jobs.delete(job)
-    assert [key for key in storage.list("") if job in key] == []
+    assert [key for key in storage.list("") if job in key and not key.startswith("gc/")] == []
     assert storage.exists("models/vae-digits/versions/00000001.json")
     assert not jobs.exists(job)
     for ask in (jobs.entry, jobs.spec, jobs.reopen, jobs.delete):
@@ -504,7 +504,7 @@ def test_a_second_delete_completes_one_that_died() -> None:
     for store in each_death(make, lambda store: Jobs(store).delete(job)):
         if store.list(f"jobs/{job}/"):  # except after the last change
             Jobs(store).delete(job)
-        assert [key for key in store.list("") if not key.startswith("idempotency/")] == []
+        assert [key for key in store.list("") if not key.startswith(("idempotency/", "gc/"))] == []
 
 
 def test_a_job_that_is_resumed_is_not_deleted() -> None:
@@ -577,7 +577,7 @@ def test_ten_thousand_ended_jobs_slow_nothing() -> None:
         work()
         return dict(store.count)
 
-    assert operations(lambda: jobs.submit(SPEC, idempotency_key="k")) == {"exists": 2, "put": 4}
+    assert operations(lambda: jobs.submit(SPEC, idempotency_key="k")) == {"exists": 2, "put": 5}
     assert operations(lambda: jobs.submit(SPEC, idempotency_key="k")) == {"exists": 2, "put": 1, "get": 2}
     (job,) = jobs.open()
     assert operations(jobs.open) == {"list": 1}
@@ -585,7 +585,7 @@ def test_ten_thousand_ended_jobs_slow_nothing() -> None:
     assert operations(lambda: jobs.entry(job)) == {"get": 1}
     assert operations(lambda: end(inner, job)) == {}
     assert operations(lambda: jobs.entry(job)) == {"get": 2}
-    assert operations(lambda: jobs.reopen(job)) == {"get": 2, "put": 2, "delete": 1}
+    assert operations(lambda: jobs.reopen(job)) == {"get": 2, "put": 3, "delete": 1}
     assert operations(lambda: jobs.close(job, LATER, {})) == {"get": 3, "put": 2, "delete": 2}
     assert operations(lambda: newest_run(store, "vae-digits")) == {"list": 1, "exists": 1}
     assert jobs.ended(limit=1)[0][1].job == job

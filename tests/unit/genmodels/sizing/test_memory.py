@@ -44,6 +44,7 @@ from services.gateway.routes import create_app
 from tests.support.asgi_client import ask
 from tests.support.published_models import build, publish
 from tests.support.tiny_jobs import job, make_data, model
+from tests.support.watched_hosts import watch
 
 PICTURES = [ImageInfo(channels=1, height=28, width=28), ImageInfo(channels=3, height=33, width=48, num_classes=7)]
 MODELS: list[tuple[str, dict[str, Any], Any]] = [
@@ -252,12 +253,12 @@ def test_what_is_too_large_or_not_what_its_weights_are_is_refused_before_it_take
     monkeypatch.setattr(model_host, "_watch", lambda _: None)
     storage = open_storage(tmp_path.as_uri())
     publish(storage, "play", "minigpt")
-    host = ModelHost(storage.url, memory=100 * 2**20)
+    host = ModelHost(storage.url, memory=100 * 2**20, pin=["play"])
     version_with(storage, "play", 2, **claims)
     for part in (MiniGPTDecoder, Sampler):  # neither is made
         monkeypatch.setattr(part, "__init__", lambda *_, **__: 1 / 0)
     with Peak() as watched:
-        host.watch()
+        watch(host)
     assert watched.most < 2**20
     (refused,) = host._watcher.refused.values()
     assert re.search(r"of memory, and the budget is|model\.safetensors: |config\.json: ", refused.reason)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import errno
-import os
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -13,10 +11,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from safetensors import SafetensorError
 
 from genmodels import metrics, models
-from genmodels.checkpoint import MANIFEST, CheckpointRef, Snapshot
+from genmodels.checkpoint import MANIFEST, WEIGHTS, CheckpointRef, Snapshot, SnapshotMemory
 from genmodels.errors import StorageError, StorageUnavailable, Superseded, TrainingDiverged
 from genmodels.registry.references import resolve_reference
 from genmodels.runs.metric_rows import metric_rows
@@ -68,14 +65,17 @@ def snapshot(step: int, val_loss: float | None = None) -> Snapshot:
     """Return a snapshot: weights differ from step to step, and the loss falls unless it is given."""
     family, _ = build("vae", seed=step, density_components=1)
     weights = family.network.state_dict()
-    return Snapshot(
-        step=step,
-        samples=step * 12,
-        metrics={"val_loss": 1 / step if val_loss is None else val_loss},
-        serving_weights=weights,
-        roles={"model": {name: tensor + 1 for name, tensor in weights.items()}},
-        optimizers={"model": [{"0.step": torch.tensor(float(step))}]},
-    )
+    content = {
+        WEIGHTS: weights,
+        "state/model.safetensors": {name: tensor + 1 for name, tensor in weights.items()},
+        "state/model.optimizer-0.safetensors": {"0.step": torch.tensor(float(step))},
+    }
+    metrics = {"val_loss": 1 / step if val_loss is None else val_loss}
+    return Snapshot(step, step * 12, metrics, SnapshotMemory().fill(content))
+
+
+def save(rank0: RunRecorder, step: int, val_loss: float | None = None) -> None:
+    rank0.save(step, lambda: snapshot(step, val_loss))
 
 
 def until(condition: Callable[[], object]) -> None:
@@ -100,7 +100,7 @@ def test_everything_arrives(make: Any) -> None:
             rank0.log({"step": step, "loss": 0.5, "seconds": step * 1.0})
         rank0.sample(2, "samples.png", b"png")
         rank0.report_progress("saving", 2)
-        rank0.save(snapshot(2, 1.25))
+        save(rank0, 2, 1.25)
     run = Run(storage, "job", "vae")
     (result,) = run.manifests()
     ref, manifest = result
@@ -177,7 +177,7 @@ def test_what_a_manifest_commits_has_its_metrics(make: Any, monkeypatch: pytest.
         for step in (1, 2, 3):
             rank0.log({"step": step})
         rank0.sample(3, "a.png", b"")
-        rank0.save(snapshot(3))
+        save(rank0, 3)
     keys = [key for key, _ in storage.log]
     committed = next(i for i, key in enumerate(keys) if key.endswith(MANIFEST))
     assert "runs/job/vae/attempt-1/metrics/00000000-00000003.jsonl" in keys[:committed]
@@ -196,7 +196,7 @@ def test_an_outage_loses_nothing_and_holds_no_step_up(make: Any) -> None:
             rank0.log({"step": step, "loss": 1.0})
             if step % 10 == 0:
                 rank0.sample(step, "a.png", b"%d" % step)
-        rank0.save(snapshot(50))
+        save(rank0, 50)
         until(lambda: rank0.waiting == "the storage does not answer")
         assert (rank0.heartbeat.phase, rank0.heartbeat.step) == ("training", 50)
         until(lambda: storage.refused > 20)
@@ -208,47 +208,6 @@ def test_an_outage_loses_nothing_and_holds_no_step_up(make: Any) -> None:
     assert [row["step"] for row in metric_rows(run)] == list(range(1, 51))
     assert [(step, storage.get(key)[0]) for step, key in run.samples()] == [(s, b"%d" % s) for s in range(10, 51, 10)]
     assert [manifest.step for _, manifest in run.manifests()] == [50]
-
-
-DISK_FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-
-@pytest.mark.parametrize(
-    ("where", "error"),
-    [
-        ("genmodels.checkpoint.files.tempfile.TemporaryDirectory", DISK_FULL),
-        ("genmodels.checkpoint.write_files", DISK_FULL),
-        ("safetensors.torch.save_file", SafetensorError("I/O error: No space left on device (os error 28)")),
-        ("genmodels.checkpoint.files.write_config", OSError(errno.EDQUOT, os.strerror(errno.EDQUOT))),
-        ("genmodels.checkpoint.write_assets", OSError(errno.EIO, os.strerror(errno.EIO))),
-        ("genmodels.checkpoint.files.sha256_of", OSError(errno.EMFILE, os.strerror(errno.EMFILE))),
-    ],
-)
-def test_a_full_scratch_disk_is_waited_for_and_said(
-    make: Any, monkeypatch: pytest.MonkeyPatch, where: str, error: Exception
-) -> None:
-    storage = MemoryStorage()
-    with make(storage) as rank0:
-        with monkeypatch.context() as patch:
-
-            def fail(*_: Any, **__: Any) -> None:
-                raise error
-
-            patch.setattr(where, fail)
-            rank0.report_progress("training", 5, 1.0)
-            rank0.save(snapshot(5))
-            until(
-                lambda: (
-                    (heartbeat := rank0.run.heartbeat(1)) and heartbeat.waiting.startswith("the disk of this machine")
-                )
-            )
-            rank0.report_progress("training", 6, 1.0)  # the steps go on
-            until(
-                lambda: (heartbeat := rank0.run.heartbeat(1)) and (heartbeat.step, heartbeat.phase) == (6, "training")
-            )
-        until(lambda: manifests(storage))
-        until(lambda: (heartbeat := rank0.run.heartbeat(1)) and not heartbeat.waiting)
-    assert [manifest.step for _, manifest in Run(storage, "job", "vae").manifests()] == [5]
 
 
 def test_what_waits_has_no_time_left(make: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -267,7 +226,7 @@ def test_an_outage_that_begins_with_the_last_save_is_waited_for(make: Any) -> No
     storage = FailingStorage()
     with make(storage) as rank0:
         rank0.log({"step": 1})
-        rank0.save(snapshot(1))
+        save(rank0, 1)
         storage.away = True
         timer = threading.Timer(0.3, setattr, (storage, "away", False))
         timer.start()
@@ -285,7 +244,7 @@ def test_checkpoints_are_counted_and_tries_that_the_store_did_not_take(make: Any
     storage = FailingStorage(only=MANIFEST)
     storage.away = True
     with make(storage) as rank0:
-        rank0.save(snapshot(1))
+        save(rank0, 1)
         until(lambda: storage.refused >= 3)
         assert value(metrics.CHECKPOINT_SECONDS, "vae") == saved
         storage.away = False
@@ -296,25 +255,35 @@ def test_checkpoints_are_counted_and_tries_that_the_store_did_not_take(make: Any
     assert value(metrics.CHECKPOINT_BYTES, "vae") == size + sum(file.size for file in manifest.files.values())
 
 
-def test_saves_wait_once_two_are_on_their_way(make: Any) -> None:
-    """One snapshot is uploaded, one waits in the queue; a third makes its caller wait, and heartbeats continue."""
-    storage = FailingStorage(only="/checkpoints/")
+def test_a_save_waits_for_the_one_before(make: Any) -> None:
+    """There is memory for one snapshot: the next one is taken when the upload is done; heartbeats continue."""
+    storage, taken = FailingStorage(only="/checkpoints/"), list[int]()
     with make(storage) as rank0:
         storage.away = True
-        rank0.save(snapshot(1))
-        until(lambda: rank0.snapshots.empty())
-        rank0.save(snapshot(2))
-        third = threading.Thread(target=rank0.save, args=(snapshot(3),))
-        third.start()
-        until(lambda: rank0.heartbeat.phase == "waiting for storage" and rank0.heartbeat.step == 3)
+        save(rank0, 1)
+        second = threading.Thread(target=rank0.save, args=(2, lambda: taken.append(2) or snapshot(2)))
+        second.start()
+        until(lambda: rank0.heartbeat.phase == "waiting for storage" and rank0.heartbeat.step == 2)
         count = rank0.heartbeat.progress_count
         until(lambda: rank0.heartbeat.progress_count > count + 2)
-        assert third.is_alive()
-        assert rank0.snapshots.qsize() == 1
+        assert second.is_alive()
+        assert taken == []
         until(lambda: (heartbeat := rank0.run.heartbeat(1)) and heartbeat.phase == "waiting for storage")
         storage.away = False
-        third.join()
-    assert [ref.step for ref in Run(storage, "job", "vae").checkpoints()] == [2, 3]  # 1 was cleaned away
+        second.join()
+    assert [ref.step for ref in Run(storage, "job", "vae").checkpoints()] == [1, 2]
+
+
+def test_an_outage_in_the_middle_sends_no_file_twice(make: Any) -> None:
+    log = RecordingStorage()
+    storage = FailingStorage(log, only="state/model.optimizer")
+    with make(storage) as rank0:
+        storage.away = True
+        save(rank0, 1)
+        until(lambda: storage.refused > 3)
+        storage.away = False
+    sent = [key for key, _ in log.log if "/checkpoints/" in key]
+    assert len(sent) == len(set(sent)) == 7
 
 
 @pytest.mark.parametrize(
@@ -348,10 +317,10 @@ def test_a_superseded_attempt_writes_no_manifest_and_hears_of_it(make: Any) -> N
 
     def train() -> None:
         with make(storage) as rank0:
-            rank0.save(snapshot(1))
+            save(rank0, 1)
             until(lambda: manifests(storage))
             Run(storage, "job", "vae").start_attempt(2, CheckpointRef(attempt=1, step=1), 1)
-            rank0.save(snapshot(2))
+            save(rank0, 2)
             until(lambda: rank0.error)
             rank0.report_progress("training", 3)
             pytest.fail("the next call did not raise")
@@ -367,7 +336,7 @@ def test_a_superseded_attempt_hears_of_it_at_the_latest_when_it_ends(make: Any) 
     def train() -> None:
         with make(storage) as rank0:
             Run(storage, "job", "vae").start_attempt(2, None, 1)
-            rank0.save(snapshot(1))
+            save(rank0, 1)
 
     with pytest.raises(Superseded):
         train()
@@ -380,14 +349,11 @@ def test_a_superseded_attempt_is_not_left_waiting_for_room(make: Any) -> None:
     def train() -> None:
         with make(storage) as rank0:
             storage.away = True
-            rank0.save(snapshot(1))
-            until(lambda: rank0.snapshots.empty())
-            rank0.save(snapshot(2))
+            save(rank0, 1)
             Run(storage, "job", "vae").start_attempt(2, None, 1)
             threading.Timer(0.1, setattr, (storage, "away", False)).start()
-            rank0.save(snapshot(3))
-            rank0.save(snapshot(4))
-            rank0.save(snapshot(5))
+            save(rank0, 2)
+            save(rank0, 3)
 
     with pytest.raises(Superseded):
         train()
@@ -409,7 +375,7 @@ def test_a_superseded_attempt_deletes_nothing(make: Any) -> None:
     def train() -> None:
         with make(storage) as rank0:
             for step in (1, 2, 3):
-                rank0.save(snapshot(step))
+                save(rank0, step)
 
     with pytest.raises(Superseded):
         train()
@@ -424,7 +390,7 @@ def test_what_was_saved_arrives_when_training_fails(make: Any) -> None:
         with make(storage) as rank0:
             storage.away = True
             rank0.log({"step": 7, "loss": 1e30})
-            rank0.save(snapshot(7))
+            save(rank0, 7)
             threading.Timer(0.1, setattr, (storage, "away", False)).start()
             raise TrainingDiverged(8, "loss = nan")
 
@@ -446,7 +412,7 @@ def test_a_store_that_refuses_ends_the_attempt(make: Any) -> None:
     def train() -> None:
         with make(storage) as rank0:
             rank0.log({"step": 1})
-            rank0.save(snapshot(1))
+            save(rank0, 1)
 
     with pytest.raises(StorageError, match="not allowed"):
         train()
@@ -460,7 +426,7 @@ def test_ctrl_c_does_not_wait_for_uploads(make: Any) -> None:
     def train() -> None:
         with rank0:
             storage.away = True
-            rank0.save(snapshot(1))
+            save(rank0, 1)
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -487,7 +453,7 @@ def test_clean_up_keeps_the_newest_and_the_best(make: Any) -> None:
     kept = {1: [1], 2: [1, 2], 3: [2, 3], 4: [2, 3, 4], 5: [2, 4, 5], 6: [5, 6], 7: [6, 7], 8: [6, 7, 8]}
     with make(storage) as rank0:
         for step, loss in losses.items():
-            rank0.save(snapshot(step, loss))
+            save(rank0, step, loss)
             until(lambda step=step: idle(rank0, step))
             assert [ref.step for ref in run.checkpoints()] == kept[step]
             # the files of what went are there for one save more, and then gone
@@ -505,7 +471,7 @@ def test_clean_up_keeps_what_others_start_from(make: Any) -> None:
     run = Run(storage, "job", "vae")
     with make(storage) as rank0:
         for step in range(1, 6):
-            rank0.save(snapshot(step, 9.0 - step))
+            save(rank0, step, 9.0 - step)
             until(lambda step=step: idle(rank0, step))
             if step == 1:
                 assert resolve_reference("vae@job:step-1", storage) == "vae@job:step-1"
@@ -538,12 +504,12 @@ def test_an_outage_in_a_clean_up_does_not_hurry_it(make: Any) -> None:
             update={"checkpoints": rank0.spec.checkpoints.model_copy(update={"num_to_keep": 9})}
         )
         for step in (1, 2, 3):
-            rank0.save(snapshot(step))
+            save(rank0, step)
             until(lambda step=step: idle(rank0, step))
         rank0.spec = rank0.spec.model_copy(
             update={"checkpoints": rank0.spec.checkpoints.model_copy(update={"num_to_keep": 2})}
         )
-        rank0.save(snapshot(4))
+        save(rank0, 4)
     assert storage.refusals == 1
     deleted = [key for key, data in storage.log if data is None]
     assert deleted == [f"{run.checkpoint_prefix(CheckpointRef(attempt=1, step=step))}/{MANIFEST}" for step in (1, 2)]
@@ -554,7 +520,7 @@ def test_without_a_gate_the_newest_are_kept(make: Any) -> None:
     with make(storage) as rank0:
         rank0.spec = rank0.spec.model_copy(update={"serve": rank0.spec.serve.model_copy(update={"gate": None})})
         for step in (1, 2, 3, 4):
-            rank0.save(snapshot(step, float(step)))
+            save(rank0, step, float(step))
     assert [ref.step for ref in Run(storage, "job", "vae").checkpoints()] == [3, 4]
 
 

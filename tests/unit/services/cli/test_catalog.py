@@ -201,7 +201,7 @@ class Garbage:
             self.storage.delete(item.key)
 
 
-def collect(storage: Storage) -> Garbage:
+def collect(storage: Storage, everything: bool) -> Garbage:
     whys = {"junk/a": "an upload that never ended", "junk/b": "an upload that never ended", "junk/c": "no version"}
     there = [SimpleNamespace(key=key, bytes=1024**2, why=why) for key, why in whys.items() if storage.exists(key)]
     return Garbage(storage, there)

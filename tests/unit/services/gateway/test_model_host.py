@@ -1,14 +1,16 @@
-"""Test how the model host follows the registry: swaps without failed requests, refused versions, names, memory."""
+"""Test how a model host loads and follows models: swaps without failed requests, refused versions, names, memory."""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import subprocess
 import sys
 import textwrap
 import threading
 import time
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,15 +24,18 @@ from genmodels.engine.text.choices import TextDelta
 from genmodels.engine.text.completion import complete
 from genmodels.engine.text.request import CompletionRequest
 from genmodels.errors import RequestError, StorageUnavailable
-from genmodels.metrics import REFUSED
+from genmodels.metrics import REFUSED, STORAGE_SECONDS
+from genmodels.registry.catalogue import CatalogueReader
 from genmodels.registry.references import resolve_model
 from genmodels.registry.store import Registry
 from genmodels.storage import Storage, open_storage
-from services.gateway import model_host
+from services.gateway import model_host, models
 from services.gateway.model_host import CompletionStarted, ModelHost
 from services.gateway.routes import create_app
 from tests.support.asgi_client import ask, refused
-from tests.support.published_models import publish, save_checkpoint
+from tests.support.metric_values import series
+from tests.support.published_models import publish, publish_copies, save_checkpoint
+from tests.support.watched_hosts import watch
 
 GENERATE = {"prompt": "", "seed": 3}
 
@@ -77,33 +82,90 @@ def entry(app: Any, name: str) -> dict[str, Any]:
     return response.json()
 
 
-def test_a_new_replica_has_all_that_aliases_name_before_it_takes_traffic(storage: Storage, loads: list[str]) -> None:
+def test_a_new_replica_loads_what_is_asked_for(storage: Storage, loads: list[str]) -> None:
     publish(storage, "shapes", "vae", step=2, alias="next")
     publish(storage, "shapes", "vae", step=3, alias=None)
-    host = ModelHost(storage.url)
-    assert loads == ["play@1", "shapes@1", "shapes@2"]
-    app = create_app(host)
-    assert [version_of(app, name) for name in ("shapes", "shapes@next", "shapes@2")] == [
-        "shapes@1",
-        "shapes@2",
-        "shapes@2",
-    ]
-    assert len(loads) == 3
-    assert version_of(app, "shapes@latest") == "shapes@3"
+    app = create_app(ModelHost(storage.url))
+    assert loads == []
+    names = ("shapes", "shapes@next", "shapes@2", "shapes@latest", "shapes@production")
+    assert [version_of(app, name) for name in names] == ["shapes@1", "shapes@2", "shapes@2", "shapes@3", "shapes@1"]
+    assert loads == ["shapes@1", "shapes@2", "shapes@3"]
+
+
+def test_a_new_replica_has_pinned_models_before_it_takes_traffic_and_keeps_them(
+    storage: Storage, loads: list[str]
+) -> None:
+    publish(storage, "shapes", "vae", step=2, alias="next")
+    host = ModelHost(storage.url, pin=["shapes@next", "play", "nothing"])
+    assert sorted(loads) == ["play@1", "shapes@2"]
+    assert (
+        "the registry has no version of the pinned name nothing@production"
+        in host._watcher.refused["nothing@production"].reason
+    )
+    watch(host)
+    assert sorted(host._pins._kept) == ["play@1", "shapes@2"]
+    publish(storage, "shapes", "vae", step=3, alias="next")
+    for _ in range(2):
+        watch(host)
+    assert sorted(host._pins._kept) == sorted(host._cache._entries) == ["play@1", "shapes@3"]
+
+
+def test_a_replica_can_pin_the_newest_models_in_production(storage: Storage, loads: list[str]) -> None:
+    publish(storage, "shapes", "vae", step=2, alias="next")
+    publish(storage, "newest", "vae")
+    host = ModelHost(storage.url, pin=2)
+    assert sorted(loads) == ["newest@1", "play@1"]
+    ModelHost(storage.url, pin=2, pool="gpu")
+    assert len(loads) == 2, "all models are of the pool default"
+    publish(storage, "newer", "autoencoder")
+    for _ in range(2):
+        watch(host)
+    assert sorted(host._pins._kept) == ["newer@1", "newest@1"]
+    half = host.catalogue.get("newest").versions[1].serving.memory * 2 + 1
+    assert [*ModelHost(storage.url, pin=2, memory=half)._pins._names] == ["newer@production"]
 
 
 def test_a_version_takes_over_when_it_is_in_memory_and_the_old_one_goes(storage: Storage) -> None:
     host = ModelHost(storage.url)
     app = create_app(host)
+    assert version_of(app, "shapes") == "shapes@1"
     publish(storage, "shapes", "vae", step=2)
     assert version_of(app, "shapes") == "shapes@1"
-    host.watch()
+    watch(host)
     assert version_of(app, "shapes") == "shapes@2"
     assert "shapes@1" not in host._cache._entries
     Registry(storage).promote("shapes", "production", 1, "rolled back")
-    host.watch()
+    watch(host)
     assert version_of(app, "shapes") == "shapes@1"
     assert entry(app, "shapes")["version"] == 1
+
+
+def test_an_alias_that_moves_while_its_version_is_not_in_memory_loads_nothing(
+    storage: Storage, loads: list[str]
+) -> None:
+    host = ModelHost(storage.url)
+    app = create_app(host)
+    publish(storage, "shapes", "vae", step=2)
+    assert version_of(app, "shapes") == "shapes@1"
+    host._cache.unload_when_idle("shapes@1")
+    watch(host)
+    assert loads == ["shapes@1"]
+    assert version_of(app, "shapes") == "shapes@2"
+
+
+def test_a_version_that_does_not_fit_beside_the_old_one_takes_over_at_its_next_request(storage: Storage) -> None:
+    host = ModelHost(storage.url)
+    app = create_app(host)
+    assert version_of(app, "shapes") == "shapes@1"
+    size = host._cache._entries["shapes@1"].size
+    host = ModelHost(storage.url, memory=size + size // 2)
+    app = create_app(host)
+    assert version_of(app, "shapes") == "shapes@1"
+    publish(storage, "shapes", "vae", step=2)
+    watch(host)
+    assert version_of(app, "shapes") == "shapes@2"
+    assert list(host._cache._entries) == ["shapes@2"]
+    assert host._watcher.refused == {}
 
 
 def test_a_new_model_is_there_at_once(storage: Storage) -> None:
@@ -125,7 +187,7 @@ def test_a_stream_ends_with_the_version_that_began_it(storage: Storage) -> None:
         started = await anext(items)
         assert isinstance(started, CompletionStarted)
         publish(storage, "play", "minigpt", step=2)
-        await asyncio.to_thread(host.watch)
+        await asyncio.to_thread(watch, host)
         assert "play@1" in host._cache._entries
         text = "".join([item.text async for item in items if isinstance(item, TextDelta)])
         assert "play@1" not in host._cache._entries
@@ -169,7 +231,7 @@ def test_twenty_swaps_under_load_fail_no_request_and_cut_no_stream(storage: Stor
         for number in range(20):
             for name in ("shapes", "play"):
                 Registry(storage).promote(name, "production", 1 + (number + 1) % 5, "swap")
-            await asyncio.to_thread(host.watch)
+            await asyncio.to_thread(watch, host)
 
     async def all_of_it() -> list[tuple[str, object]]:
         swapping, requests = asyncio.create_task(swaps()), []
@@ -229,9 +291,10 @@ def test_a_bad_version_is_refused_and_the_old_one_answers_on(
     app = create_app(host)
     counted = REFUSED.labels("shapes", "vae", "2")._value
     before = counted.get()
+    assert version_of(app, "shapes") == "shapes@1"
     reason = spoil(storage)
     for _ in range(3):
-        host.watch()
+        watch(host)
         assert version_of(app, "shapes") == "shapes@1"
     assert loads.count("shapes@2") <= 1
     assert counted.get() == before + 1
@@ -241,17 +304,18 @@ def test_a_bad_version_is_refused_and_the_old_one_answers_on(
     assert (refused_alias["alias"], refused_alias["version"]) == ("production", 2)
     assert reason in refused_alias["reason"]
     publish(storage, "shapes", "vae", step=3)
-    host.watch()
+    watch(host)
     assert version_of(app, "shapes") == "shapes@3"
     assert "refused" not in entry(app, "shapes")
 
 
 def test_a_slow_version_is_refused(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
     host = ModelHost(storage.url)
+    app = create_app(host)
+    assert version_of(app, "shapes") == "shapes@1"
     monkeypatch.setattr(warmup.warm_up, "__defaults__", (0.0,))
     publish(storage, "shapes", "vae", step=2)
-    host.watch()
-    app = create_app(host)
+    watch(host)
     assert version_of(app, "shapes") == "shapes@1"
     assert "too slow" in entry(app, "shapes")["refused"][0]["reason"]
 
@@ -279,13 +343,13 @@ def test_checkpoints_of_a_run_have_names(storage: Storage) -> None:
     assert (shown["version"], shown["metrics"], shown["family"]) == (None, {"val_loss": 2.5}, "vae")
     save_checkpoint(storage, "study-00000001", "shapes", "vae", step=30)
     assert version_of(app, "shapes@live") == second
-    host.watch()
+    watch(host)
     assert version_of(app, "shapes@live") == "shapes@study-00000001:step-30"
     save_checkpoint(storage, "study-00000001", "shapes", "vae", step=40, spoil=True)
-    host.watch()
+    watch(host)
     assert version_of(app, "shapes@live") == "shapes@study-00000001:step-30"
     save_checkpoint(storage, "study-00000002", "shapes", "vae", step=10)
-    host.watch()
+    watch(host)
     assert version_of(app, "shapes@live") == "shapes@study-00000002:step-10"
     assert version_of(app, second) == second
     for name, message in {
@@ -297,23 +361,120 @@ def test_checkpoints_of_a_run_have_names(storage: Storage) -> None:
         assert message in error["message"]
 
 
-def test_the_least_recently_used_goes_first_and_never_one_in_use(storage: Storage) -> None:
+def budget(storage: Storage, models: float) -> int:
+    """Return the memory of so many versions of `shapes`."""
+    catalogue = CatalogueReader(storage)
+    catalogue.refresh()
+    entry = catalogue.get("shapes")
+    assert entry
+    return int(models * entry.versions[1].serving.memory)
+
+
+@pytest.fixture
+def no_stay(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let models go at once after they were loaded."""
+    monkeypatch.setattr(model_cache, "MAX_STAY", 0.0)
+
+
+@pytest.mark.usefixtures("no_stay")
+def test_the_least_requested_goes_first_and_never_one_in_use(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
     for step in range(2, 5):
         publish(storage, "shapes", "vae", step=step, alias=None)
-    size = ModelHost(storage.url)._cache._entries["shapes@1"].size
-    host = ModelHost(storage.url, memory=2 * size + size // 2)
+    host = ModelHost(storage.url, memory=budget(storage, 2.5))
     app = create_app(host)
-    host._cache.unload_when_idle("play@1")
-    for name in ("shapes@2", "shapes@1", "shapes@3"):
+    for name in ("shapes@2", "shapes@1", "shapes@2", "shapes@3"):
         assert version_of(app, name) == name
-    assert list(host._cache._entries) == ["shapes@1", "shapes@3"]
-    with host._cache.acquire("shapes@1"), host._cache.acquire("shapes@3"):
+    assert sorted(host._cache._entries) == ["shapes@2", "shapes@3"], "shapes@1 had one request, shapes@2 two"
+    with host._cache.acquire("shapes@2"), host._cache.acquire("shapes@3"):
+        monkeypatch.setattr(model_cache, "ROOM_SECONDS", 0.1)
         response = ask(app, "POST", "/v1/images/generations", {"model": "shapes@4", **GENERATE})
         assert refused(response, 503)["code"] == "memory_full"
-        assert response.headers["retry-after"]
+        assert response.headers["retry-after"] == "5"
     assert version_of(app, "shapes@4") == "shapes@4"
-    assert list(host._cache._entries) == ["shapes@3", "shapes@4"]
     assert version_of(app, "shapes") == "shapes@1"
+
+
+@pytest.mark.usefixtures("no_stay")
+def test_a_model_that_was_popular_in_the_past_goes_at_last(storage: Storage) -> None:
+    for step in range(2, 4):
+        publish(storage, "shapes", "vae", step=step, alias=None)
+    app = create_app(host := ModelHost(storage.url, memory=budget(storage, 2.5)))
+    for name in ["shapes@1"] * 5 + ["shapes@2", "shapes@3"] * 6:
+        assert version_of(app, name) == name
+    assert sorted(host._cache._entries) == ["shapes@2", "shapes@3"]
+
+
+def test_two_models_that_do_not_fit_together_take_turns_and_fail_no_request(
+    storage: Storage, loads: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The load of one waits until the other has stayed its time, which is longer here than all its requests take."""
+    publish(storage, "shapes", "vae", step=2, alias=None)
+    monkeypatch.setattr(model_cache, "MIN_STAY", 2.0)
+    host = ModelHost(storage.url, memory=budget(storage, 1.5))
+
+    async def both() -> list[Any]:
+        names = ["shapes@1", "shapes@2"] * 10
+        return await asyncio.gather(*(host.answer(name, GenerateRequest(seed=1)) for name in names))
+
+    assert {result.model for result in asyncio.run(both())} == {"shapes@1", "shapes@2"}
+    assert sorted(loads) == ["shapes@1", "shapes@2"]
+
+
+def test_a_request_waits_for_its_model_up_to_a_bound_and_the_load_goes_on(
+    storage: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    go_on = threading.Event()
+    monkeypatch.setattr(model_cache, "load", lambda *arguments: go_on.wait(30) and load(*arguments))
+    monkeypatch.setattr(models, "LOAD_SECONDS", 0.1)
+    app = create_app(host := ModelHost(storage.url))
+    for _ in range(2):
+        response = ask(app, "POST", "/v1/images/generations", {"model": "shapes", **GENERATE})
+        error = refused(response, 503)
+        assert (error["code"], response.headers["retry-after"]) == ("model_loading", "5")
+        assert error["message"] == "shapes@1 is still being loaded; try again in a moment"
+    monkeypatch.setattr(models, "LOAD_SECONDS", 30.0)
+    host._models._max_waiting = 0
+    response = ask(app, "POST", "/v1/images/generations", {"model": "shapes", **GENERATE})
+    assert "too many requests wait" in refused(response, 503)["message"]
+    host._models._max_waiting = 1
+    go_on.set()
+    while "shapes@1" not in host._cache._entries:
+        time.sleep(0.01)
+    assert version_of(app, "shapes") == "shapes@1"
+
+
+@contextlib.contextmanager
+def counted() -> Iterator[Counter[str]]:
+    """Yield a counter that has all operations on storage of this process after the context."""
+    before, operations = series(STORAGE_SECONDS), Counter[str]()
+    yield operations
+    operations.update({key[0]: int(count - before.get(key, 0)) for key, count in series(STORAGE_SECONDS).items()})
+
+
+@pytest.mark.parametrize("count", [10, 200])
+def test_what_a_replica_reads_does_not_grow_with_the_models(tmp_path: Path, count: int) -> None:
+    storage = open_storage(tmp_path.as_uri())
+    first, second, *_ = publish_copies(storage, count)
+    with counted() as start:
+        host = ModelHost(storage.url)
+    assert set(+start) == {"get"}
+    assert start["get"] <= 2 + 64, "the head twice, and the shards"
+    app = create_app(host)
+    assert version_of(app, first) == f"{first}@1"
+    with counted() as at_rest:
+        for _ in range(5):
+            watch(host)
+    assert +at_rest == {"get": 5}
+    publish(storage, first, "vae", step=2)
+    with counted() as moved:
+        watch(host)
+    assert version_of(app, first) == f"{first}@2"
+    assert set(+moved) == {"get", "download"}
+    assert moved["get"] == 3, "the head, a shard, and the version"
+    publish(storage, second, "vae", step=2)
+    with counted() as not_in_memory:
+        watch(host)
+    assert +not_in_memory == {"get": 2}, "the head and a shard"
 
 
 @pytest.mark.slow
@@ -345,8 +506,9 @@ def test_a_host_of_two_threads_answers_the_same_text_many_times(storage: Storage
 
 def test_decoding_ends_when_a_text_model_goes(storage: Storage) -> None:
     others = set(threading.enumerate())
-    host = ModelHost(storage.url)
+    host = ModelHost(storage.url, pin=["play"])
     (decoding,) = {thread for thread in threading.enumerate() if thread.name == "decode play@1"} - others
+    host._pins._kept.pop("play@1").close()
     host._cache.unload_when_idle("play@1")
     decoding.join(10)
     assert not decoding.is_alive()
@@ -397,7 +559,7 @@ def test_through_an_outage_of_the_storage_what_is_known_is_served(
     host = ModelHost(storage.url)
     app = create_app(host)
     publish(storage, "shapes", "vae", step=2, alias=None)
-    assert version_of(app, "shapes@2") == "shapes@2"
+    assert [version_of(app, name) for name in ("shapes", "shapes@2")] == ["shapes@1", "shapes@2"]
     described = ask(app, "GET", "/v1/models/shapes").json()
     assert described["aliases"] == {"production": 1}
 
@@ -406,7 +568,7 @@ def test_through_an_outage_of_the_storage_what_is_known_is_served(
 
     for verb in ("get", "list", "folders", "exists", "download"):
         monkeypatch.setattr(type(storage), verb, down)
-    host.watch()
+    watch(host)
     assert [version_of(app, name) for name in ("shapes", "shapes@2")] == ["shapes@1", "shapes@2"]
     assert ask(app, "GET", "/v1/models/shapes").json() == described
     error = refused(ask(app, "POST", "/v1/images/generations", {"model": "shapes@7", **GENERATE}), 503)
@@ -418,7 +580,7 @@ def test_a_host_that_is_garbage_collected_stops_its_thread(storage: Storage, mon
     monkeypatch.undo()
     monkeypatch.setattr(model_host, "WATCH_SECONDS", 0.01)
     before = {thread for thread in threading.enumerate() if thread.name == "alias-watcher"}
-    host = ModelHost(storage.url)
+    host = ModelHost(storage.url, pin=["shapes"])
     (watching,) = {thread for thread in threading.enumerate() if thread.name == "alias-watcher"} - before
     publish(storage, "shapes", "vae", step=2)
     deadline = time.monotonic() + 10

@@ -33,7 +33,7 @@ def file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def test_the_file_of_the_package_says_the_defaults(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(VARIABLE, raising=False)
-    assert read_pools() == Pools(pools=[Pool(name="default")])
+    assert read_pools() == Pools(pools=[Pool(name="default", pin=4)])
     (pool,) = read_pools().pools
     assert (pool.memory, pool.slots, pool.device) == (HOST_MEMORY, SERVED_ROWS, "cpu")
 
@@ -56,6 +56,7 @@ def test_a_file_of_two_pools(file: Path) -> None:
         ("dtype: fp32", "got 'fp32', expected one of float32, bfloat16, float16"),
         ("slot: 8", "unknown key; did you mean 'slots'?"),
         ("pin: [A b]", "got 'A b', expected a version or a checkpoint: "),
+        ("pin: -1", "got -1, expected a whole number at least 0; write e.g. 0"),
         ("max_replicas: 0", "got 0, expected a whole number at least 1; write e.g. 1"),
     ],
 )

@@ -118,7 +118,7 @@ class Counting:
     def __call__(self, *_: Any) -> Parameters:
         self.begun += 1
         assert self.let.wait(20)
-        return Parameters(1, 1)
+        return Parameters(1, 1, 1)
 
     def until_begun(self, number: int) -> None:
         deadline = time.monotonic() + 20

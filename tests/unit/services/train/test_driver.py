@@ -52,7 +52,7 @@ from tests.support import storages
 from tests.support.paths import ROOT
 from tests.support.published_models import build, write
 from tests.support.run_parts import write_metrics
-from tests.support.storages import LINEAGE, MemoryStorage
+from tests.support.storages import LINEAGE, MemoryStorage, upload
 from tests.support.tiny_jobs import job, make_data, model
 
 GLOO = RuntimeError(
@@ -292,7 +292,7 @@ def save(run: Run, step: int, val_loss: float, seed: int | None = None) -> Check
         write(folder, *build("minigpt", seed=step if seed is None else seed))
         files = checkpoint.describe_files(folder)
         manifest = Manifest(step=step, samples=step, metrics={"val_loss": val_loss}, lineage=LINEAGE, files=files)
-        checkpoint.upload(run.storage, run.checkpoint_prefix(ref), folder, manifest, lambda: None)
+        upload(run.storage, run.checkpoint_prefix(ref), folder, manifest, lambda: None)
     return ref
 
 

@@ -7,7 +7,7 @@ from collections import Counter
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from services.gateway.placement import MAX_IMBALANCE, MIN_BOUND, replicas_in_order
+from services.gateway.replica_order import MAX_IMBALANCE, MIN_BOUND, replicas_in_order
 
 MODELS = [f"model-{i}" for i in range(1000)]
 IDLE = {f"replica-{i}": 0 for i in range(4)}
