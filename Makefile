@@ -12,8 +12,8 @@ RESULTS ?= quickstart autoencoder denoising vae gan minigpt study study-improved
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check install --progress-bar on -c constraints.txt
 
-.PHONY: setup setup-dev demo check test test-long test-k8s results bench-serving bench-scale bench-placement lint format \
-        docs chart secrets image sbom test-compose test-cluster clean
+.PHONY: setup setup-dev demo check test test-long test-k8s results bench-serving bench-scale bench-placement \
+        bench-checkpoint lint format docs chart secrets image sbom test-compose test-cluster clean
 
 setup: $(VENV)/.ready
 setup-dev: $(VENV)/.ready-dev
@@ -80,6 +80,10 @@ results: setup
 # What the control plane costs with N models, runs and jobs, on a real S3 server: about 10 minutes on 2 cores.
 bench-scale: setup-dev
 	$(BIN)/python -m tests.bench.scale $(ARGS)
+
+# What a save and a resume cost with 1 GiB of weights, on a real S3 server: needs 12 GiB of memory and of disk.
+bench-checkpoint: setup-dev
+	$(BIN)/python -m tests.bench.checkpoint $(ARGS)
 
 bench-serving: setup-dev
 	@$(PIP) -e '.[bench]'

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 
-from genmodels.checkpoint.manifest import File, Manifest, read_manifest, write_manifest
+from genmodels.checkpoint.manifest import File, Manifest, read_manifest, serving_files, write_manifest
 from genmodels.checkpoint.tensor_file import TensorFile
 from genmodels.errors import CheckpointError, KeyNotFound, StorageError
 from genmodels.storage import Storage
@@ -122,6 +122,16 @@ def fetch(storage: Storage, prefix: str, folder: Path) -> Manifest:
     manifest = read_manifest(storage, prefix)
     download(storage, {name: f"{prefix}/{name}" for name in manifest.files}, manifest.files, folder)
     return manifest
+
+
+def fetch_serving(storage: Storage, prefix: str, folder: Path) -> None:
+    """Download what serves a checkpoint, without `state/`, and verify every byte.
+
+    Raises:
+        CheckpointError: the checkpoint is incomplete or damaged.
+    """
+    files = serving_files(read_manifest(storage, prefix).files)
+    download(storage, {name: f"{prefix}/{name}" for name in files}, files, folder)
 
 
 @contextmanager

@@ -30,11 +30,17 @@ class Footprint:
 
 
 def too_large(
-    config: ConfigT, measure: Callable[[ConfigT], Footprint], budget: int = HOST_MEMORY
+    config: ConfigT,
+    measure: Callable[[ConfigT], Footprint],
+    budget: int = HOST_MEMORY,
+    purpose: str = "to serve, and a model host has",
 ) -> tuple[str, str] | None:
-    """Return the setting that makes a model too large to serve, and a remedy; None if the model fits.
+    """Return the setting that makes a model too large, and a remedy; None if the model fits.
 
     The setting is the integer that exceeds its default most, if lowering it alone is enough.
+
+    Args:
+        purpose: text between the memory that the model takes and the memory that there is.
 
     Returns:
         The name of the setting, and a text to print after it.
@@ -49,7 +55,7 @@ def too_large(
             break
     else:
         name, remedy = names[0], f"lower it, and {' and '.join(names[1:3])}"
-    takes = f"it takes {gibibytes(size)} of memory to serve, and a model host has {gibibytes(budget)}"
+    takes = f"it takes {gibibytes(size)} of memory {purpose} {gibibytes(budget)}"
     return name, f"got {getattr(config, name)}: {takes}; {remedy}"
 
 

@@ -20,12 +20,14 @@ from genmodels.checkpoint import Lineage
 from genmodels.data import Dataset, open_dataset
 from genmodels.evals.images import evenly_spaced
 from genmodels.family import Batch, Family
+from genmodels.preflight import trainable
 from genmodels.registry import init_from
 from genmodels.runs.control import CommandWatcher, HangWatcher
 from genmodels.runs.jobs import Jobs
 from genmodels.runs.logs import LogShipper
 from genmodels.runs.records import Heartbeat
 from genmodels.runs.store import Run
+from genmodels.sizing.machine import memory_limit
 from genmodels.spec.parse import model_digest
 from genmodels.spec.sections import ModelSpec
 from genmodels.storage import Storage
@@ -83,6 +85,8 @@ def run_attempt(
         run.write_heartbeat(attempt, Heartbeat(phase="starting", max_steps=spec.train.max_steps, progress_count=1))
     dataset = open_dataset(spec.data, storage)
     sharded = is_sharded(spec.train)
+    if group.rank == 0 and not sharded:
+        trainable.check(spec, dataset.info, memory_limit(), on_cpu=group.device.type == "cpu")
     parent = claim(run, attempt, group, sharded=sharded)
     begins = (
         f"continues from step {parent.checkpoint.step} of attempt {parent.checkpoint.attempt}" if parent else "begins"

@@ -88,10 +88,10 @@ class PoolRouting:
         return await self._ask_about("vocabulary", name)
 
     async def history(self, name: str, points: int) -> History | RequestError:
-        return await self._ask_about("history", name, points)
+        return await self._ask(DEFAULT, "history", name, points)  # read from storage: any host can
 
     async def sample(self, name: str, step: int, file: str) -> bytes | RequestError:
-        return await self._ask_about("sample", name, step, file)
+        return await self._ask(DEFAULT, "sample", name, step, file)
 
     async def complete(
         self, name: str, request: CompletionRequest

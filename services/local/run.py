@@ -35,6 +35,7 @@ from services.console.progress import TrainingView, clock, summary
 from services.dispatch.single_run import run_to_completion
 from services.gateway.pool_config import read_pools
 from services.http.auth import require_keys
+from services.local.devices import check_pools, gpus
 from services.local.platform import LocalPlatform, submit
 from services.local.run_lock import RunLock
 from services.local.samples import SampleWriter, warned
@@ -142,20 +143,15 @@ def _run(
 
 def _check(job: JobSpec, chosen: list[str], storage: Storage, screen: Console) -> tuple[JobSpec, dict[str, int]]:
     """Check all models before anything starts; return the job, and the number of validation examples by model."""
-    checked = check_job(job, storage, open_data=True, only=chosen, pools=read_pools().memory)
-    gpus = max((spec.world_sizes[0] for spec in _choose(job, chosen) if spec.scaling.use_gpu), default=0)
-    if gpus > (there := _gpus() if gpus else 0):
-        raise SpecError(f"scaling.use_gpu: needs {gpus} GPUs, and this machine has {there}; write use_gpu: false")
+    check_pools(pools := read_pools())
+    checked = check_job(job, storage, open_data=True, only=chosen, pools=pools.memory)
+    needed = max((spec.world_sizes[0] for spec in _choose(job, chosen) if spec.scaling.use_gpu), default=0)
+    if needed > (there := gpus() if needed else 0):
+        raise SpecError(f"scaling.use_gpu: needs {needed} GPUs, and this machine has {there}; write use_gpu: false")
     for name in chosen:
         for note in checked.notes[name]:
             screen.print(f"{name}: {note}", soft_wrap=True)
     return checked.job, {name: facts.validation for name, facts in checked.facts.items()}
-
-
-def _gpus() -> int:
-    import torch
-
-    return torch.cuda.device_count()
 
 
 def _row(storage: Storage, job: str, spec: ModelSpec) -> Row:

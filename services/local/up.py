@@ -37,6 +37,7 @@ from services.dispatch.backends.ray_jobs import RayJobsBackend
 from services.dispatch.drain import drain
 from services.gateway.pool_config import read_pools
 from services.jobs.app import check_access
+from services.local.devices import check_pools
 from services.node import exporter
 
 POLL_SECONDS = 0.2
@@ -70,12 +71,12 @@ def up(storage: Storage, options: Options, print_line: PrintLine | None = None) 
     """Run the platform until SIGINT or SIGTERM. Running attempts save first, and continue at the next `up`.
 
     Raises:
-        GenmodelsError: the file of the pools is damaged, there is no valid key, a port is taken, or the limit of open
-            files is too low.
+        GenmodelsError: the file of the pools is damaged or asks for GPUs that are not here, there is no valid key, a
+            port is taken, or the limit of open files is too low.
     """
     print_line = print_line or _print
     raise_file_limit()
-    read_pools()
+    check_pools(read_pools())
     check_access(storage, HOST, not options.auth)
     begin_writing(storage)
     _check_ports({"--port": options.port, "--api-port": options.api_port, "--metrics-port": options.metrics_port})

@@ -19,12 +19,12 @@ from pathlib import Path
 
 from genmodels.errors import GenmodelsError
 from genmodels.metrics import DIRECTORY
+from genmodels.sizing.machine import memory_limit
 from genmodels.storage import open_storage
 from services.cluster import dashboard
 from services.cluster.dashboard import Dashboard
 from services.cluster.descriptors import raise_file_limit
 from services.cluster.environment import isolate_process, python, ray_command
-from services.cluster.memory import memory_limit
 from services.cluster.processes import ManagedProcess
 from services.cluster.ray_start import cluster_environment, ray_start_command
 from services.cluster.settings import settings

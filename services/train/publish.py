@@ -56,7 +56,7 @@ def publish_run(run: Run, spec: ModelSpec, attempt: int) -> Result:
         with checkpoint.scratch_folder() as name:
             folder = Path(name)
             try:
-                checkpoint.fetch(run.storage, run.checkpoint_prefix(ref), folder)
+                checkpoint.fetch_serving(run.storage, run.checkpoint_prefix(ref), folder)
             except CheckpointError as error:
                 log.warning("%s; the next best is published", error)
                 candidates.remove((ref, manifest))

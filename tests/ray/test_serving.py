@@ -292,7 +292,8 @@ def test_a_pool_scales_from_zero_and_back_to_zero(endpoint: str, token: str) -> 
     with httpx.Client(base_url=endpoint, headers=headers, timeout=60) as client, ThreadPoolExecutor(4) as threads:
         assert running("spare") is None
         body = {"model": "rare", "prompt": "", "n": 1, "seed": 4}
-        answers = list(threads.map(lambda _: client.post("/v1/images/generations", json=body), range(4)))
+        bodies = [{**body, "model": name} for name in ("rare", "rare@1", "rare@latest", "rare@production")]
+        answers = list(threads.map(lambda body: client.post("/v1/images/generations", json=body), bodies))
         assert sorted(answer.status_code for answer in answers) == [200, 429, 429, 429]
         for answer in answers:
             if answer.status_code == 429:

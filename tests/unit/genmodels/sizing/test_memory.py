@@ -37,7 +37,6 @@ from genmodels.preflight import servable
 from genmodels.registry.store import Registry
 from genmodels.sizing.memory import HOST_MEMORY, SERVED_ROWS, Footprint, too_large
 from genmodels.storage import Storage, open_storage
-from genmodels.training import attempt
 from services.gateway import model_host
 from services.gateway.model_host import ModelHost
 from services.gateway.routes import create_app
@@ -333,7 +332,7 @@ def test_a_vocabulary_at_fault_is_named(tmp_path: Path, vocab_size: int) -> None
         servable.check(spec, TextInfo(vocab_size=65))
 
 
-def test_a_spec_is_judged_by_its_data(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_spec_is_judged_by_its_data(tmp_path: Path) -> None:
     make_data(tmp_path)
     entry = model(tmp_path, "vae")
     entry["model"] |= {"width": 512, "blocks": 8}
@@ -344,9 +343,6 @@ def test_a_spec_is_judged_by_its_data(tmp_path: Path, monkeypatch: pytest.Monkey
         SpecError, match=r"^model\.width: got 512: it takes 24\.\d GiB of memory to serve, .* at most 64"
     ):
         servable.check(small, ImageInfo(channels=3, height=256, width=256))
-    monkeypatch.setattr(models.load("vae"), "__init__", lambda self, config, data: self.check(config, data))
-    with pytest.raises(SpecError, match=r"^model\.width: got 512"):  # no network is built
-        attempt.build(small, type("Data", (), {"info": ImageInfo(channels=3, height=256, width=256)})())
 
 
 def peak(family: Any) -> int:

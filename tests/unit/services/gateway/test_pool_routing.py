@@ -111,13 +111,13 @@ def test_every_call_goes_to_the_pool_of_its_model() -> None:
                 routing.contract(name),
                 routing.vocabulary(name),
                 routing.answer(name, anything),
-                routing.history(name, 9),
-                routing.sample(name, 1, "x"),
             ]
             assert {await call for call in calls} == {f"{name} of {pool}"}
             assert [item async for item in routing.complete(name, anything)] == [
                 f"{name} of {pool}: {n}" for n in range(3)
             ]
+        assert await endpoint.routing.history("big", 9) == "big of default", "curves start no host with a GPU"
+        assert await endpoint.routing.sample("big", 1, "x") == "big of default"
 
     run(test)
 

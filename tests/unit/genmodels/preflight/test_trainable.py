@@ -1,0 +1,62 @@
+"""Test that a model which does not fit the memory of its machine is refused before it trains, with both numbers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from genmodels import models
+from genmodels.errors import SpecError
+from genmodels.family import DataInfo, ImageInfo, TextInfo
+from genmodels.preflight import trainable
+from genmodels.spec.sections import ModelSpec
+from tests.support.tiny_jobs import job, make_data, model
+
+GIB = 2**30
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return make_data(tmp_path_factory.mktemp("data"))
+
+
+def spec_of(data: Path, family: str) -> tuple[ModelSpec, DataInfo]:
+    info: DataInfo = TextInfo(vocab_size=65) if family == "minigpt" else ImageInfo(channels=1, height=16, width=16)
+    return job("tiny", model(data, family)).models[0], info
+
+
+@pytest.mark.parametrize("family", models.names())
+def test_the_memory_is_that_of_all_tensors(data: Path, family: str) -> None:
+    spec, info = spec_of(data, family)
+    built = models.load(family)(spec.model, info)
+    roles = built.roles(spec.train)
+    trained = [p for role in roles for p in role.loss.parameters()]
+    for parameter in trained:
+        parameter.grad = torch.zeros_like(parameter)
+    for role in roles:
+        for optimizer in role.optimizers:
+            optimizer.step()
+    moments = [
+        value
+        for role in roles
+        for optimizer in role.optimizers
+        for state in optimizer.state_dict()["state"].values()
+        for value in state.values()
+    ]
+    weights = [tensor for role in roles for tensor in role.loss.state_dict().values()]
+    saved = sum(tensor.nbytes for tensor in [*built.network.state_dict().values(), *weights, *moments])
+    needed = sum(p.nbytes for p in trained) + 2 * saved
+    assert trainable.footprint(spec, spec.model, info).total == pytest.approx(needed, rel=0.02)
+    assert trainable.footprint(spec, spec.model, info, on_cpu=False).total == pytest.approx(saved, rel=0.02)
+
+
+def test_too_large_a_model_is_refused_with_the_numbers(data: Path) -> None:
+    spec, info = spec_of(data, "minigpt")
+    large = spec.model.model_copy(update={"n_embd": 1024, "n_layer": 24, "n_head": 16})  # 1.1 GiB of weights
+    spec = spec.model_copy(update={"model": large})
+    with pytest.raises(SpecError, match=r"model\.n_\w+: got \d+: it takes 1\d\.\d GiB of memory to train .* has 6\.0"):
+        trainable.check(spec, info, 6 * GIB)
+    trainable.check(spec, info, 12 * GIB)
+    trainable.check(spec, info, 6 * GIB, on_cpu=False)
