@@ -21,6 +21,7 @@ from services.gateway.catalog import CatalogEntry
 from services.gateway.cold_start import ColdStart
 from services.gateway.model_host import CompletionStarted
 from services.gateway.pool import HostCalls
+from services.gateway.pool_config import DEFAULT
 
 
 class Hosts(HostCalls, Protocol):
