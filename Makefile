@@ -12,7 +12,7 @@ RESULTS ?= quickstart autoencoder denoising vae gan minigpt study study-improved
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check install --progress-bar on -c constraints.txt
 
-.PHONY: setup setup-dev demo check test test-long test-k8s results bench-serving bench-scale bench-placement \
+.PHONY: setup setup-dev demo check test test-long test-gpu test-k8s results bench-serving bench-scale bench-placement \
         bench-checkpoint lint format docs chart secrets image sbom test-compose test-cluster clean
 
 setup: $(VENV)/.ready
@@ -63,6 +63,10 @@ chart: setup-dev
 
 test-long: setup-dev
 	$(BIN)/python -m pytest -m long
+
+# The engine on this machine's GPU; without one, what was not run is listed.
+test-gpu: setup-dev
+	$(BIN)/python -m pytest tests/unit/genmodels/engine/test_dtypes.py -rs
 
 # Reproduce every row of the tables of docs/results.md: train a spec's models, then evaluate them. One spec: RESULTS=vae.
 # The study's tests 4 and 5 need a GPU: make results STUDY="1 2 3 4 5"

@@ -154,14 +154,12 @@ def draw(logits: Tensor, samplers: Sequence[Sampler], rows: int | None = None) -
     """
     size = logits.shape[-1]
     adjusted = [_adjusted(row, sampler) for row, sampler in zip(logits.double(), samplers, strict=True)]
-    void = logits.new_full((size,), math.nan, dtype=torch.float64)
-    stacked = torch.stack([void if isinstance(row, Exception) else row for row in adjusted])
+    stacked = torch.stack([_void(logits) if isinstance(row, Exception) else row for row in adjusted])
     spare = (rows or 0) - len(samplers) if logits.device.type == "cuda" else 0
     drawn = _drawn(F.pad(stacked, (0, 0, 0, spare)) if spare > 0 else stacked, samplers)[: len(samplers)]
-    sound = stacked.isfinite().all(-1) & (drawn < size)
-    tokens = torch.where(sound, drawn, -1).cpu().tolist()
+    tokens = torch.where(stacked.isfinite().all(-1), drawn, -1).cpu().tolist()
     return [
-        row if isinstance(row, Exception) else token if token >= 0 else not_finite()
+        row if isinstance(row, Exception) else token if 0 <= token < size else not_finite()
         for row, token in zip(adjusted, tokens, strict=True)
     ]
 
@@ -170,6 +168,11 @@ def not_finite() -> RequestError:
     """Return the error of an answer whose logits are not finite."""
     message = "the model's numbers are no longer finite for this text; try another prompt or version"
     return RequestError(message, status=500, code="not_finite")
+
+
+def _void(logits: Tensor) -> Tensor:
+    """Return a row in the place of one that has an error."""
+    return logits.new_full(logits.shape[1:], math.nan, dtype=torch.float64)
 
 
 def _adjusted(logits: Tensor, sampler: Sampler) -> Tensor | Exception:
@@ -186,20 +189,20 @@ def _drawn(rows: Tensor, samplers: Sequence[Sampler]) -> Tensor:
     """
     size, options = rows.shape[-1], [sampler.options for sampler in samplers]
     settings = [
-        (uniform(sampler.seed, sampler.count), one.temperature, one.top_k or size, one.top_p, one.min_p)
+        (uniform(sampler.seed, sampler.count), one.temperature or 1.0, one.top_k or size, one.top_p, one.min_p)
         for sampler, one in zip(samplers, options, strict=True)
     ]
-    settings += [(0.0, 0.0, size, 1.0, 0.0)] * (len(rows) - len(samplers))
+    settings += [(0.0, 1.0, size, 1.0, 0.0)] * (len(rows) - len(samplers))
     columns = to_device(torch.tensor(settings, dtype=torch.float64), rows.device).split(1, dim=-1)
     draws, temperature, top_k, top_p, min_p = columns
-    greedy = temperature == 0
-    probabilities = ((rows - rows.amax(-1, keepdim=True)) / temperature.masked_fill(greedy, 1.0)).softmax(-1)
+    probabilities = ((rows - rows.amax(-1, keepdim=True)) / temperature).softmax(-1)
     if any(one.top_k is not None or one.top_p < 1 or one.min_p > 0 for one in options):
         probabilities = _dropped(probabilities, top_k, top_p, min_p)
     # add up in the order of ids: then rounding that swaps two equally probable tokens hardly changes the sums
     cumulative = probabilities.cumsum(-1)
-    sampled = torch.searchsorted(cumulative, draws * cumulative[:, -1:], right=True)
-    return torch.where(greedy, rows.argmax(-1, keepdim=True), sampled)[:, 0]
+    drawn = torch.searchsorted(cumulative, draws * cumulative[:, -1:], right=True)[:, 0]
+    greedy = [one.temperature == 0 for one in options] + [False] * (len(rows) - len(samplers))
+    return torch.where(to_device(torch.tensor(greedy), rows.device), rows.argmax(-1), drawn) if any(greedy) else drawn
 
 
 def _dropped(probabilities: Tensor, top_k: Tensor, top_p: Tensor, min_p: Tensor) -> Tensor:

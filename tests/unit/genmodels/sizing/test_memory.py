@@ -36,6 +36,7 @@ from genmodels.nn.sampling import Sampler
 from genmodels.preflight import servable
 from genmodels.registry.store import Registry
 from genmodels.sizing.memory import HOST_MEMORY, SERVED_ROWS, Footprint, too_large
+from genmodels.sizing.placement import Placement
 from genmodels.storage import Storage, open_storage
 from services.gateway import model_host
 from services.gateway.model_host import ModelHost
@@ -153,6 +154,21 @@ def test_what_is_computed_is_what_is_taken(name: str, config: dict[str, Any], da
         assert kept <= footprint.kept <= 1.02 * kept
     taken = peak(family)
     assert taken <= footprint.working <= 8 * taken
+
+
+@pytest.mark.parametrize(
+    ("name", "config", "data"), [MODELS[IDS.index(one)] for one in ("vae-8", "minigpt-17", "minigpt-18")], ids=str
+)
+def test_the_memory_of_another_dtype_and_number_of_slots(name: str, config: dict[str, Any], data: Any) -> None:
+    placement = Placement(dtype="bfloat16", rows=5)
+    family, full = built(name, config, data)
+    family.to(placement.torch_device, placement.torch_dtype)
+    footprint = family.footprint(family.config, family.data, placement)
+    assert held(family) == footprint.weights == full.weights / 2
+    if name == "minigpt":
+        kept = held(family.decoder(placement.rows))  # type: ignore[attr-defined]
+        assert kept <= footprint.kept <= 1.02 * kept
+        assert footprint.kept < full.kept / 2
 
 
 def test_shapes_are_told_without_what_torch_would_load_for_them() -> None:
