@@ -158,6 +158,9 @@ GATES = _counter(
 STORAGE_SECONDS = _histogram(
     "storage_seconds", "Duration of an operation on storage, with its retries, in seconds.", ("operation",)
 )
+STORAGE_BYTES = _counter(
+    "storage_bytes_total", "Bytes of objects read from and written to storage, by operation.", ("operation",)
+)
 STORAGE_ERRORS = _counter(
     "storage_errors_total", "Failed operations on storage, by operation and kind of error.", ("operation", "kind")
 )

@@ -89,7 +89,7 @@ class Catalogue:
         """Write the entry of a model from its versions and aliases; return whether it has changed.
 
         Args:
-            removed: compare all numbers of versions, not only those after the latest known one.
+            removed: versions may have been removed or damaged, so all are read, not only later ones.
 
         Raises:
             DamagedObject: the shard or the head is damaged; `rebuild` mends both.
@@ -98,7 +98,7 @@ class Catalogue:
         while True:
             shard, etag = self._shard(name, head)
             known = shard.models.get(model)
-            entry = read_entry(self._truth, model, known, removed=removed)
+            entry = read_entry(self._truth, model, None if removed else known)
             if entry == known:
                 break
             others = {other: kept for other, kept in shard.models.items() if other != model}

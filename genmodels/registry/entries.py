@@ -79,19 +79,14 @@ class ModelEntry(Document):
         return self.latest if reference == "latest" else self.aliases.get(reference)
 
 
-def read_entry(
-    truth: VersionReader, model: str, known: ModelEntry | None = None, *, removed: bool = True
-) -> ModelEntry | None:
+def read_entry(truth: VersionReader, model: str, known: ModelEntry | None = None) -> ModelEntry | None:
     """Read a model from its versions and aliases; return None if it has no version.
 
     Args:
-        known: an earlier entry. Versions never change, so the document of a version in it is not read again.
-        removed: versions may have been removed since `known`, so all numbers are listed, not only later ones.
+        known: an earlier entry, for a model that only got versions since. Those in it are not read again.
     """
-    if known and not removed:
-        numbers = [*known.numbers, *truth.versions(model, after=known.latest)]
-    else:
-        numbers = truth.versions(model)
+    later = truth.versions(model, after=known.latest if known else 0)
+    numbers = [*known.numbers, *later] if known else later
     if not numbers:
         return None
     aliases, damaged = _read_aliases(truth, model)

@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from genmodels.errors import Conflict, KeyNotFound, StorageError, StorageUnavailable
-from genmodels.metrics import STORAGE_ERRORS, STORAGE_SECONDS
+from genmodels.metrics import STORAGE_BYTES, STORAGE_ERRORS, STORAGE_SECONDS
 from genmodels.storage.base import Refused, Storage
 
 WRITES = ("put", "delete", "upload")
@@ -30,7 +30,9 @@ class MeasuredStorage(Storage):
 
     def get(self, key: str) -> tuple[bytes, str]:
         with self._operation("get"):
-            return self._storage.get(key)
+            data, etag = self._storage.get(key)
+        STORAGE_BYTES.labels("get").inc(len(data))
+        return data, etag
 
     def get_if_changed(self, key: str, etag: str | None) -> tuple[bytes, str] | None:
         with self._operation("get"):
@@ -38,11 +40,15 @@ class MeasuredStorage(Storage):
 
     def get_range(self, key: str, start: int, size: int) -> bytes:
         with self._operation("get"):
-            return self._storage.get_range(key, start, size)
+            data = self._storage.get_range(key, start, size)
+        STORAGE_BYTES.labels("get").inc(len(data))
+        return data
 
     def put(self, key: str, data: bytes, *, if_absent: bool = False, if_match: str | None = None) -> str:
         with self._operation("put"):
-            return self._storage.put(key, data, if_absent=if_absent, if_match=if_match)
+            etag = self._storage.put(key, data, if_absent=if_absent, if_match=if_match)
+        STORAGE_BYTES.labels("put").inc(len(data))
+        return etag
 
     def folders(self, prefix: str) -> list[str]:
         with self._operation("list"):
@@ -67,18 +73,23 @@ class MeasuredStorage(Storage):
     def upload(self, path: Path, key: str) -> None:
         with self._operation("upload"):
             self._storage.upload(path, key)
+        STORAGE_BYTES.labels("upload").inc(path.stat().st_size)
 
     def upload_memory(self, key: str, data: memoryview) -> None:
         with self._operation("upload"):
             self._storage.upload_memory(key, data)
+        STORAGE_BYTES.labels("upload").inc(len(data))
 
     def read_into(self, key: str, start: int, target: memoryview) -> int:
         with self._operation("get"):
-            return self._storage.read_into(key, start, target)
+            count = self._storage.read_into(key, start, target)
+        STORAGE_BYTES.labels("get").inc(count)
+        return count
 
     def download(self, key: str, path: Path) -> None:
         with self._operation("download"):
             self._storage.download(key, path)
+        STORAGE_BYTES.labels("download").inc(path.stat().st_size)
 
     @contextmanager
     def _operation(self, name: str) -> Iterator[None]:

@@ -10,12 +10,16 @@ from typing import Annotated
 import typer
 
 from services.cli.catalog import open_catalog
+from services.cli.catalogue import catalogue_app
 from services.cli.keys import keys_app
 from services.cli.options import AsJson, MaybeApi, PoolsFile, StorageUrl, Yes, confirm, storage, use_pools
 from services.console.output import console, print_json
 
 app = typer.Typer()
 PANEL = "Running it for others"
+app.add_typer(
+    catalogue_app, name="catalogue", help="The index of all models, which lists and hosts read.", rich_help_panel=PANEL
+)
 app.add_typer(keys_app, name="keys", help="Keys to the services: create, list, revoke.", rich_help_panel=PANEL)
 
 

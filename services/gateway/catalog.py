@@ -1,26 +1,21 @@
-"""The catalog of models that `GET /v1/models` shows, built by a model host."""
+"""Describe a model for `GET /v1/models/{model}`, with what only its host knows of it."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime
 
 from genmodels.engine.alias_watcher import AliasWatcher, Refused
 from genmodels.engine.model import LoadedModel
-from genmodels.errors import CheckpointError, DamagedObject, GenmodelsError, ModelNotFound, StorageUnavailable
+from genmodels.errors import CheckpointError, GenmodelsError, StorageUnavailable
 from genmodels.registry.catalogue import CatalogueReader
 from genmodels.registry.evaluations import Evaluation, newest
-from genmodels.registry.references import ResolvedModel, of_version
+from genmodels.registry.references import ResolvedModel
 from genmodels.registry.store import Registry
 from services.gateway.models import Models, as_request_error, in_thread
-
-LIST_TTL_SECONDS = 1.0  # the list of models is read again after so long
-
-_Listed = list[tuple[str, ResolvedModel | DamagedObject, dict[str, int]]]
 
 
 @dataclass(frozen=True)
@@ -28,7 +23,7 @@ class CatalogEntry:
     """A model as `GET /v1/models` shows it."""
 
     id: str
-    resolved: ResolvedModel | None  # None if the name cannot be resolved
+    resolved: ResolvedModel
     aliases: dict[str, int]  # version by alias
     kind: str | None = None
     verbs: tuple[str, ...] = ()
@@ -44,8 +39,7 @@ class CatalogEntry:
     @property
     def created(self) -> int:
         """Return the time of the version's publication, or of the start of a checkpoint's attempt, as Unix time."""
-        created = self.resolved.created if self.resolved else None
-        return int(datetime.fromisoformat(created).timestamp()) if created else 0
+        return int(datetime.fromisoformat(self.resolved.created).timestamp()) if self.resolved.created else 0
 
 
 class Catalog:
@@ -65,24 +59,9 @@ class Catalog:
     ) -> None:
         self._registry, self._watcher, self._models, self._threads = registry, watcher, models, threads
         self._catalogue = catalogue
-        self._listed: tuple[float, _Listed] | None = None  # (monotonic time, list)
         self._entries: dict[str, CatalogEntry] = {}  # what only a loaded model tells of itself, by exact name
         self._evaluations: dict[str, Evaluation | None] = {}  # the last ones that were read, by exact name
         self._aliases: dict[str, dict[str, int]] = {}  # the last ones that were read, by model
-
-    async def list(self) -> list[CatalogEntry]:
-        """Describe all models, each by its bare name, or by its newest version if it has no alias production.
-
-        Raises:
-            StorageUnavailable: storage has not answered since the start.
-        """
-        if self._listed is None or time.monotonic() - self._listed[0] > LIST_TTL_SECONDS:
-            try:
-                self._listed = time.monotonic(), await in_thread(self._threads, self._read_models)
-            except StorageUnavailable:
-                if self._listed is None:
-                    raise
-        return [await self._describe(*listed) for listed in self._listed[1]]
 
     async def get(self, name: str, resolved: ResolvedModel) -> CatalogEntry:
         """Describe one model, with the newest evaluation of its version."""
@@ -103,29 +82,10 @@ class Catalog:
                 self._evaluations[resolved.name] = await read
         return self._evaluations.get(resolved.name)
 
-    def _read_models(self) -> _Listed:
-        """Read (name for requests, its model or the reason why it cannot be read, aliases) of every model."""
-        listed: _Listed = []
-        for model in self._registry.models():
-            aliases = _read_aliases(self._registry, model)
-            has_default = "production" in self._registry.alias_names(model)
-            with contextlib.suppress(ModelNotFound):  # its last version was deleted just now
-                try:
-                    version = self._registry.resolve(model if has_default else f"{model}@latest")
-                    name = model if has_default else version.name
-                    listed.append((name, of_version(self._registry, version), aliases))
-                except DamagedObject as error:
-                    listed.append((model, error, aliases))
-        return listed
-
-    async def _describe(
-        self, name: str, resolved: ResolvedModel | DamagedObject, aliases: dict[str, int]
-    ) -> CatalogEntry:
+    async def _describe(self, name: str, resolved: ResolvedModel, aliases: dict[str, int]) -> CatalogEntry:
         """Describe a model; what a loaded model tells of itself is kept after it is unloaded."""
         resolved = self._watcher.cached(name) or resolved  # the version that answers may be older than the alias
         refused = self._watcher.refusals(name.partition("@")[0])
-        if isinstance(resolved, DamagedObject):
-            return CatalogEntry(name, None, aliases, problem=as_request_error(resolved).message, refused=refused)
         reason = next((other.reason for other in refused.values() if other.resolved == resolved), None)
         if reason:
             problem = as_request_error(CheckpointError(reason)).message

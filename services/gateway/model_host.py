@@ -139,12 +139,6 @@ class ModelHost:
             raise RuntimeError(self._rounds.stalled())
         self._placement.check_device()
 
-    async def models(self) -> list[CatalogEntry] | RequestError:
-        try:
-            return await self._catalog.list()
-        except GenmodelsError as error:
-            return as_request_error(error)
-
     async def model(self, name: str) -> CatalogEntry | RequestError:
         try:
             return await self._catalog.get(name, await self._models.resolve(name))

@@ -13,6 +13,7 @@ from genmodels.engine.text.choices import TextDelta
 from genmodels.engine.text.completion import Vocabulary
 from genmodels.engine.text.request import CompletionRequest
 from genmodels.errors import RequestError
+from genmodels.registry.catalogue import CatalogueReader
 from services.gateway.catalog import CatalogEntry
 from services.gateway.model_host import CompletionStarted
 
@@ -21,11 +22,10 @@ VERSION = "x-genmodels-version"  # the response header with the version that ans
 T = TypeVar("T")
 
 
-class Pool(Protocol):
+class HostCalls(Protocol):
     """Model hosts. Errors of a request are returned as values; see `unwrap`."""
 
     async def health(self) -> str | None: ...
-    async def models(self) -> list[CatalogEntry] | RequestError: ...
     async def model(self, name: str) -> CatalogEntry | RequestError: ...
     async def contract(self, name: str) -> Contract | RequestError: ...
     async def answer(self, name: str, request: ImageRequest) -> ImageAnswer | RequestError: ...
@@ -35,6 +35,13 @@ class Pool(Protocol):
     def complete(
         self, name: str, request: CompletionRequest
     ) -> AsyncGenerator[CompletionStarted | TextDelta | RequestError, None]: ...
+
+
+class Pool(HostCalls, Protocol):
+    """Model hosts, and what is known of all models without them."""
+
+    @property
+    def catalogue(self) -> CatalogueReader: ...
 
 
 def unwrap(value: T | RequestError) -> T:

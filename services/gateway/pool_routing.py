@@ -15,15 +15,16 @@ from genmodels.engine.text.choices import TextDelta
 from genmodels.engine.text.completion import Vocabulary
 from genmodels.engine.text.request import CompletionRequest
 from genmodels.errors import RequestError
+from genmodels.registry.catalogue import CatalogueReader
 from services.gateway import pool_config
 from services.gateway.catalog import CatalogEntry
 from services.gateway.cold_start import ColdStart
 from services.gateway.model_host import CompletionStarted
-from services.gateway.pool import Pool
+from services.gateway.pool import HostCalls
 from services.gateway.pool_config import DEFAULT
 
 
-class Hosts(Pool, Protocol):
+class Hosts(HostCalls, Protocol):
     """A pool whose hosts may all have stopped."""
 
     def is_running(self) -> bool: ...
@@ -32,6 +33,8 @@ class Hosts(Pool, Protocol):
 
 class Models(Protocol):
     """What is known of the models."""
+
+    reader: CatalogueReader
 
     def pool_of(self, name: str) -> str: ...  # of the version behind a name
     def stalled(self) -> str | None: ...  # why that may be out of date
@@ -59,6 +62,10 @@ class PoolRouting:
         """Set the pools. A pool that has not changed keeps its connection and the requests that wait."""
         self._members = {pool.name: self._member(pool) for pool in pools.pools}
 
+    @property
+    def catalogue(self) -> CatalogueReader:
+        return self._models.reader
+
     async def health(self) -> str | None:
         """Return why the gateway or a host is unhealthy, or None.
 
@@ -68,9 +75,6 @@ class PoolRouting:
             return stalled
         asked = [member.hosts.health() for member in self._members.values() if member.config.min_replicas]
         return next(filter(None, await asyncio.gather(*asked)), None)
-
-    async def models(self) -> list[CatalogEntry] | RequestError:
-        return await self._ask(DEFAULT, "models")
 
     async def model(self, name: str) -> CatalogEntry | RequestError:
         return await self._ask_about("model", name)

@@ -11,9 +11,9 @@ from __future__ import annotations
 import base64
 import time
 from collections.abc import Collection, Mapping
-from typing import Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from fastapi import FastAPI, Request, Response
+from fastapi import FastAPI, Query, Request, Response
 from pydantic import Field, field_validator
 
 from genmodels.engine.alias_watcher import Refused
@@ -26,6 +26,7 @@ from services.gateway.catalog import CatalogEntry
 from services.gateway.completions import add_completions
 from services.gateway.contracts import Contracts
 from services.gateway.history import add_history_routes
+from services.gateway.listing import Listing, ModelsQuery
 from services.gateway.playground import add_playground
 from services.gateway.pool import VERSION, Pool, unwrap
 from services.http.app import documented, new_app, read_body
@@ -74,19 +75,25 @@ def create_app(pool: Pool, *, hosts: Collection[str] | None = LOOPBACK, keys: Ke
     app.add_middleware(RequestMetrics)
     generate = KeyAuth(keys, Limits())("generate")
 
+    listing = Listing()
+
     @app.get("/v1/models", summary="List models")
-    async def models(caller: Caller = generate) -> Response:
-        """List the models with family, verbs, version, aliases and metrics."""
-        entries = [entry for entry in unwrap(await pool.models()) if caller.may_use([entry.model])]
-        return Json({"object": "list", "data": [_model(entry) for entry in entries]})
+    async def models(query: Annotated[ModelsQuery, Query()], caller: Caller = generate) -> Response:
+        """List the models with family, verbs, version, aliases and metrics, sorted by name.
+
+        The page after one with `has_more` has `after` equal to its `last_id`. No model is loaded for this.
+        """
+        page = listing.page(pool.catalogue, query, lambda name: caller.may_use([name]))
+        return Response(page, media_type="application/json")
 
     @app.get("/v1/models/{model}", summary="Show a model")
     async def model(model: str, request: Request, caller: Caller = generate) -> Response:
-        """Show a model, and the newest evaluation of its version."""
+        """Show a model, the newest evaluation of its version, and the versions that the host refuses.
+
+        Each alias of a refused version is listed under `refused` with the reason: an older version answers to it.
+        """
         caller.require([model])
         entry = unwrap(await pool.model(model))
-        if entry.resolved is None:
-            return Json(_model(entry))
         tag_version(request, entry.resolved.name, entry.resolved.family)
         return Json(_model(entry), headers={VERSION: entry.resolved.name})
 
@@ -138,12 +145,12 @@ def _model(entry: CatalogEntry) -> dict[str, Any]:
         "object": "model",
         "created": entry.created,
         "owned_by": "genmodels",
-        "family": resolved.family if resolved else None,
+        "family": resolved.family,
         "kind": entry.kind,
         "verbs": entry.verbs,
-        "version": resolved.version if resolved else None,
+        "version": resolved.version,
         "aliases": entry.aliases,
-        "metrics": {name: finite(value) for name, value in resolved.metrics.items()} if resolved else {},
+        "metrics": {name: finite(value) for name, value in resolved.metrics.items()},
         **(entry.sizes or {}),
         **({"evaluation": _evaluation(entry.evaluation)} if entry.evaluation else {}),
         **({"problem": entry.problem} if entry.problem else {}),

@@ -9,6 +9,8 @@ from genmodels.engine.model import Contract
 from genmodels.engine.text.request import CompletionRequest
 from genmodels.errors import RequestError
 from genmodels.nn.sampling import SamplingOptions
+from genmodels.registry.catalogue import CatalogueReader
+from tests.support.storages import MemoryStorage
 
 
 class ScriptedPool:
@@ -16,6 +18,7 @@ class ScriptedPool:
 
     def __init__(self, *items: Any) -> None:
         self.items = items
+        self.catalogue = CatalogueReader(MemoryStorage())
 
     async def contract(self, name: str) -> Contract:
         return Contract("m@1", "minigpt", frozenset({"complete"}), SamplingOptions)

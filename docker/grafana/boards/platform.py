@@ -99,14 +99,21 @@ def platform() -> Json:
             "Storage operations per second.",
             (f"sum by (operation) (rate(genmodels_storage_seconds_count[{RATE}]))", "{{operation}}"),
             unit="ops",
-            width=8,
+            width=6,
+        ),
+        curves(
+            "Bytes",
+            "Bytes of objects read and written per second.",
+            (f"sum by (operation) (rate(genmodels_storage_bytes_total[{RATE}]))", "{{operation}}"),
+            unit="Bps",
+            width=6,
         ),
         curves(
             "Duration of an operation",
             "95th percentile, retries included.",
             *quantiles("genmodels_storage_seconds", "", (0.95,), by="operation"),
             unit="s",
-            width=8,
+            width=6,
         ),
         curves(
             "Errors",
@@ -116,7 +123,7 @@ def platform() -> Json:
                 "{{operation}} {{kind}}",
             ),
             unit="ops",
-            width=8,
+            width=6,
         ),
     ]
     nodes = [

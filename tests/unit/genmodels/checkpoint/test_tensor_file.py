@@ -12,10 +12,12 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-from genmodels import checkpoint
+from genmodels import checkpoint, metrics
 from genmodels.checkpoint import SnapshotMemory, TensorFile, files
 from genmodels.checkpoint.tensor_file import DTYPES
 from genmodels.errors import CheckpointError
+from genmodels.storage.instrumented import MeasuredStorage
+from tests.support.metric_values import value
 from tests.support.storages import MemoryStorage
 
 
@@ -138,3 +140,12 @@ def test_each_byte_is_read_once(small_parts: None) -> None:
     described = checkpoint.upload_file(storage, "k", TensorFile.like(content).data)
     checkpoint.read_tensors(storage, "k", described)
     assert storage.read == described.size
+
+
+def test_bytes_are_counted_by_operation() -> None:
+    storage, content = MeasuredStorage(MemoryStorage()), {"a": torch.rand(5000)}
+    sent, read = (value(metrics.STORAGE_BYTES, operation) for operation in ("upload", "get"))
+    described = checkpoint.upload_file(storage, "k", TensorFile.like(content).data)
+    checkpoint.read_tensors(storage, "k", described)
+    assert value(metrics.STORAGE_BYTES, "upload") == sent + described.size
+    assert value(metrics.STORAGE_BYTES, "get") == read + described.size

@@ -11,9 +11,12 @@ from genmodels.engine.model import Contract
 from genmodels.errors import ModelNotFound, RequestError
 from genmodels.models.vae import VAE
 from genmodels.nn.sampling import SamplingOptions
+from genmodels.registry.catalogue import CatalogueReader
 from services.gateway import contracts
 from services.gateway.routes import create_app
 from tests.support.asgi_client import ask, refused
+from tests.support.published_models import publish
+from tests.support.storages import MemoryStorage
 
 CONTRACTS = {
     "play": Contract("play@1", "minigpt", frozenset({"complete"}), SamplingOptions),
@@ -25,6 +28,7 @@ class Pool:
     """Record the names of the calls that reach the pool."""
 
     def __init__(self) -> None:
+        self.catalogue = CatalogueReader(MemoryStorage())
         self.calls: list[str] = []
         self.error: RequestError | None = None
 
@@ -68,6 +72,30 @@ def test_a_wrong_request_does_not_reach_a_host(
     app: Any, pool: Pool, path: str, body: dict[str, Any], status: int, param: str
 ) -> None:
     assert refused(ask(app, "POST", path, body), status)["param"] == param
+    assert pool.calls == ["contract"]
+
+
+@pytest.mark.parametrize("name", ["shapes", "shapes@next", "shapes@latest", "shapes@3", "shapes@1"])
+def test_the_catalogue_tells_contracts_without_a_call_to_a_host(app: Any, pool: Pool, name: str) -> None:
+    storage = MemoryStorage()
+    for step, alias in ((1, "production"), (2, "next"), (3, None)):
+        publish(storage, "shapes", "gan", step=step, alias=alias)
+    pool.catalogue = CatalogueReader(storage)
+    pool.catalogue.refresh()
+    for body, status in (({"top_k": 1}, 400), ({}, 200)):
+        assert ask(app, "POST", "/v1/images/generations", {"model": name, "prompt": "", **body}).status_code == status
+    error = refused(ask(app, "POST", "/v1/models/shapes/encode", {"images": [[[0.0]]]}), 404)
+    assert error["message"] == "shapes@1 (gan) has no 'encode'; it answers: decode, generate, interpolate"
+    assert pool.calls == ["answer"]
+
+
+def test_an_older_version_is_checked_by_a_host(app: Any, pool: Pool) -> None:
+    storage = MemoryStorage()
+    for step in (1, 2, 3):
+        publish(storage, "shapes", "gan", step=step)
+    pool.catalogue = CatalogueReader(storage)
+    pool.catalogue.refresh()
+    refused(ask(app, "POST", "/v1/images/generations", {"model": "shapes@1", "prompt": ""}), 404)
     assert pool.calls == ["contract"]
 
 

@@ -10,9 +10,11 @@ import pytest
 
 from genmodels.errors import RequestError
 from genmodels.metrics import POOL_WAITING
+from genmodels.registry.catalogue import CatalogueReader
 from services.gateway.pool_config import Pool, Pools
 from services.gateway.pool_routing import PoolRouting
 from tests.support.metric_values import value
+from tests.support.storages import MemoryStorage
 
 ZERO = Pool(name="gpu", min_replicas=0, max_replicas=2, wait_seconds=30, max_waiting=2)
 NAMES = {"big": "gpu", "old": "gone"}
@@ -38,9 +40,6 @@ class FakeHosts:
     async def health(self) -> str | None:
         self.asked.append("health")
         return self.problem
-
-    async def models(self) -> Any:
-        return [self.name]
 
     async def vocabulary(self, name: str) -> Any:
         assert self.is_running(), "a request must not reach a pool without hosts"
@@ -68,6 +67,7 @@ class FakeHosts:
 class FakeModels:
     """Act as the catalogue."""
 
+    reader = CatalogueReader(MemoryStorage())
     problem: str | None = None
 
     def pool_of(self, name: str) -> str:
@@ -116,7 +116,6 @@ def test_every_call_goes_to_the_pool_of_its_model() -> None:
             assert [item async for item in routing.complete(name, anything)] == [
                 f"{name} of {pool}: {n}" for n in range(3)
             ]
-        assert await routing.models() == ["default"]
         assert await endpoint.routing.history("big", 9) == "big of default", "curves start no host with a GPU"
         assert await endpoint.routing.sample("big", 1, "x") == "big of default"
 

@@ -1,0 +1,121 @@
+"""Test the list of models: pages, keys, and what it shows, from the catalogue alone."""
+
+from __future__ import annotations
+
+import json
+from typing import Any
+
+import pytest
+
+from genmodels.keys import Keys
+from genmodels.registry.catalogue import CatalogueReader
+from genmodels.storage import Storage
+from services.gateway import listing
+from services.gateway.routes import create_app
+from tests.support.asgi_client import ask, refused
+from tests.support.counting_storage import CountingStorage
+from tests.support.published_models import publish
+from tests.support.storages import MemoryStorage
+
+
+class Pool:
+    """A pool without hosts: a call to one is an AttributeError."""
+
+    def __init__(self, storage: Storage) -> None:
+        self.catalogue = CatalogueReader(storage)
+        self.catalogue.refresh()
+
+
+@pytest.fixture(scope="module")
+def template() -> MemoryStorage:
+    storage = MemoryStorage()
+    publish(storage, "template", "vae")
+    return storage
+
+
+def fill(storage: Storage, template: MemoryStorage, *models: str) -> None:
+    for model in models:
+        for key, data in template.objects.items():
+            if key.startswith(("models/template/versions/", "models/template/aliases/")):
+                named = data.replace(b'"template"', json.dumps(model).encode())
+                storage.put(key.replace("template", model), named)
+
+
+def listed(app: Any, query: str = "", **options: Any) -> dict[str, Any]:
+    response = ask(app, "GET", f"/v1/models{query}", **options)
+    assert response.status_code == 200, response.text
+    return response.json()
+
+
+def ids(page: dict[str, Any]) -> list[str]:
+    return [model["id"] for model in page["data"]]
+
+
+@pytest.mark.parametrize("n", [10, 200])
+def test_a_list_makes_no_storage_operation_and_calls_no_host(template: MemoryStorage, n: int) -> None:
+    storage = CountingStorage()
+    fill(storage, template, *(f"model-{i:03d}" for i in range(n)))
+    app = create_app(Pool(storage))
+    storage.forget()
+    page = listed(app)
+    assert ids(page) == [f"model-{i:03d}" for i in range(n)]
+    assert (page["object"], page["has_more"]) == ("list", False)
+    assert not storage.counts
+
+
+def test_pages_follow_each_other(template: MemoryStorage) -> None:
+    storage = MemoryStorage()
+    names = [f"model-{i}" for i in range(7)]
+    fill(storage, template, *names)
+    storage.delete("models/model-2/aliases/production.json")
+    app = create_app(Pool(storage))
+    pages, after = [], ""
+    while True:
+        page = listed(app, f"?limit=3&after={after}")
+        pages.append(ids(page))
+        after = page.get("last_id", "")
+        if not page["has_more"]:
+            break
+    names[2] = "model-2@1"
+    assert pages == [names[:3], names[3:6], names[6:]]
+    assert listed(app, "?after=zzz") == {"object": "list", "has_more": False, "data": []}
+    assert refused(ask(app, "GET", "/v1/models?limit=0"), 400)["param"] == "limit"
+    assert refused(ask(app, "GET", "/v1/models?page=2"), 400)["param"] == "page"
+
+
+def test_a_key_sees_its_models_and_full_pages(template: MemoryStorage) -> None:
+    storage = MemoryStorage()
+    fill(storage, template, *(f"{prefix}-{i}" for i in range(4) for prefix in ("mine", "other")))
+    _, token = Keys(storage).create("me", ("generate",), prefixes=("mine-",))
+    app = create_app(Pool(storage), hosts=None, keys=Keys(storage))
+    headers = {"authorization": f"Bearer {token}"}
+    page = listed(app, "?limit=3", headers=headers)
+    assert (ids(page), page["has_more"]) == (["mine-0", "mine-1", "mine-2"], True)
+    page = listed(app, "?limit=3&after=mine-2", headers=headers)
+    assert (ids(page), page["has_more"]) == (["mine-3"], False)
+
+
+def test_a_model_is_shown_anew_when_it_changes_and_a_damaged_one_with_its_problem(template: MemoryStorage) -> None:
+    storage = MemoryStorage()
+    fill(storage, template, "bad", "good", "moves")
+    storage.put("models/bad/versions/00000001.json", b"")
+    pool = Pool(storage)
+    app = create_app(pool)
+    bad, good, moves = listed(app)["data"]
+    assert "models/bad/versions/00000001.json: damaged" in bad["problem"]
+    assert (bad["family"], bad["version"], bad["metrics"]) == (None, None, {})
+    assert "problem" not in good
+    assert moves["version"] == 1
+    publish(storage, "moves", "gan", step=2)
+    pool.catalogue.refresh()
+    moves = listed(app)["data"][2]
+    assert (moves["version"], moves["family"], moves["verbs"]) == (2, "gan", ["decode", "generate", "interpolate"])
+
+
+def test_the_json_of_a_model_is_made_once(template: MemoryStorage, monkeypatch: pytest.MonkeyPatch) -> None:
+    storage, made = MemoryStorage(), []
+    fill(storage, template, "a", "b")
+    app, view = create_app(Pool(storage)), listing.model_view
+    monkeypatch.setattr(listing, "model_view", lambda entry: made.append(entry.model) or view(entry))
+    assert listed(app) == listed(app)
+    assert made == ["a", "b"]
