@@ -391,7 +391,7 @@ def endpoint(ray_cluster: str, models: Storage) -> Iterator[str]:
     port = free_ports(1)
     serve.start(http_options=serve_http_options(HOST, port), logging_config={"log_level": "ERROR"})
     gateway: Any = Gateway
-    pool = Pool(name="default", min_replicas=2, max_replicas=2)
+    pool = Pool(name="default", min_replicas=2, max_replicas=2, pin=3)
     gateway = gateway.options(num_replicas=2, user_config=Pools(pools=[pool]).model_dump(mode="json"))
     hosts = {pool.name: pool_hosts(models.url, pool)}
     serve.run(gateway.bind(models.url, True, hosts), name="genmodels", route_prefix="/")
