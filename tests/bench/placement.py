@@ -231,8 +231,15 @@ def served(url: str, memory: int, router: str) -> Iterator[Ask]:
     try:
         config = RequestRouterConfig(request_router_class=router)
         host = Host.options(num_replicas=REPLICAS, request_router_config=config)  # type: ignore[attr-defined]
-        pool = HandlePool(serve.run(host.bind(url, memory=memory), name="bench", route_prefix=None))
-        yield lambda model: pool.answer(model, REQUEST)
+        handle = serve.run(host.bind(url, memory=memory), name="bench", route_prefix=None)
+        pools: list[HandlePool] = []
+
+        async def ask(model: str) -> Any:
+            if not pools:
+                pools.append(HandlePool(handle))  # in the loop of its requests
+            return await pools[0].answer(model, REQUEST)
+
+        yield ask
     finally:
         serve.shutdown()
         ray.shutdown()
