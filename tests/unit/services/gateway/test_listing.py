@@ -9,6 +9,7 @@ import pytest
 
 from genmodels.keys import Keys
 from genmodels.registry.catalogue import CatalogueReader
+from genmodels.registry.removal import delete_model
 from genmodels.storage import Storage
 from services.gateway import listing
 from services.gateway.routes import create_app
@@ -119,3 +120,15 @@ def test_the_json_of_a_model_is_made_once(template: MemoryStorage, monkeypatch: 
     monkeypatch.setattr(listing, "model_view", lambda entry: made.append(entry.model) or view(entry))
     assert listed(app) == listed(app)
     assert made == ["a", "b"]
+
+
+def test_deleted_models_take_no_memory(template: MemoryStorage) -> None:
+    storage = MemoryStorage()
+    fill(storage, template, "a", "b")
+    pool, shown = Pool(storage), listing.Listing()
+    query = listing.ModelsQuery(limit=1000, after="")
+    shown.page(pool.catalogue, query, lambda _: True)
+    delete_model(storage, "a")
+    pool.catalogue.refresh()
+    shown.page(pool.catalogue, query, lambda _: True)
+    assert list(shown._shown) == ["b"]
