@@ -241,8 +241,7 @@ def served(url: str, memory: int, router: str) -> Iterator[Ask]:
 
         yield ask
     finally:
-        serve.shutdown()
-        ray.shutdown()
+        ray.shutdown()  # with Serve: its own shutdown would use the loop of the requests, which is closed
 
 
 if __name__ == "__main__":
