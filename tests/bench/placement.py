@@ -209,6 +209,9 @@ def answer_all(pipe: Connection, url: str, memory: int) -> None:
 
 
 def serve_ways(url: str, memory: int) -> dict[str, Callable[[], Any]]:
+    from services.cluster.ray_start import local_environment
+
+    os.environ |= local_environment()  # once, before Ray is imported: Ray keeps the first token
     routers = {
         "Serve's default": "ray.serve._private.request_router:PowerOfTwoChoicesRequestRouter",
         "placed": "services.gateway.router:ModelRouter",
@@ -218,9 +221,6 @@ def serve_ways(url: str, memory: int) -> dict[str, Callable[[], Any]]:
 
 @contextmanager
 def served(url: str, memory: int, router: str) -> Iterator[Ask]:
-    from services.cluster.ray_start import local_environment
-
-    os.environ |= local_environment()
     import ray
     from ray import serve
     from ray.serve.config import RequestRouterConfig
@@ -231,11 +231,17 @@ def served(url: str, memory: int, router: str) -> Iterator[Ask]:
     try:
         config = RequestRouterConfig(request_router_class=router)
         host = Host.options(num_replicas=REPLICAS, request_router_config=config)  # type: ignore[attr-defined]
-        pool = HandlePool(serve.run(host.bind(url, memory=memory), name="bench", route_prefix=None))
-        yield lambda model: pool.answer(model, REQUEST)
+        handle = serve.run(host.bind(url, memory=memory), name="bench", route_prefix=None)
+        pools: list[HandlePool] = []
+
+        async def ask(model: str) -> Any:
+            if not pools:
+                pools.append(HandlePool(handle))  # in the loop of its requests
+            return await pools[0].answer(model, REQUEST)
+
+        yield ask
     finally:
-        serve.shutdown()
-        ray.shutdown()
+        ray.shutdown()  # with Serve: its own shutdown would use the loop of the requests, which is closed
 
 
 if __name__ == "__main__":
