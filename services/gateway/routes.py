@@ -26,11 +26,12 @@ from services.gateway.catalog import CatalogEntry
 from services.gateway.completions import add_completions
 from services.gateway.contracts import Contracts
 from services.gateway.history import add_history_routes
-from services.gateway.listing import Listing, ModelsQuery
+from services.gateway.model_views import model_view, shown_name
 from services.gateway.playground import add_playground
 from services.gateway.pool import VERSION, Pool, unwrap
 from services.http.app import documented, new_app, read_body
 from services.http.auth import Caller, KeyAuth
+from services.http.listing import Listing, ModelsQuery
 from services.http.middleware import LOOPBACK
 from services.http.rate_limits import Limits
 from services.http.request_metrics import RequestMetrics, tag_version
@@ -75,7 +76,7 @@ def create_app(pool: Pool, *, hosts: Collection[str] | None = LOOPBACK, keys: Ke
     app.add_middleware(RequestMetrics)
     generate = KeyAuth(keys, Limits())("generate")
 
-    listing = Listing()
+    listing = Listing(model_view, shown_name)
 
     @app.get("/v1/models", summary="List models")
     async def models(query: Annotated[ModelsQuery, Query()], caller: Caller = generate) -> Response:
