@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
+from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -74,15 +75,16 @@ def read_tensors(storage: Storage, key: str, expected: File, pinned: bool = Fals
 def _read_verified(storage: Storage, key: str, expected: File, view: memoryview) -> memoryview:
     with ThreadPoolExecutor(PARALLEL_PARTS, thread_name_prefix="read") as pool:
         parts = [view[first : first + PART_BYTES] for first in range(0, len(view), PART_BYTES)]
-        reads = [pool.submit(storage.read_into, key, i * PART_BYTES, part) for i, part in enumerate(parts)]
+        reads = deque(pool.submit(storage.read_into, key, i * PART_BYTES, part) for i, part in enumerate(parts))
         digest = hashlib.sha256()
         try:
-            for part, read in zip(parts, reads, strict=True):
-                digest.update(part[: read.result()])
+            for part in parts:
+                digest.update(part[: reads.popleft().result()])
         except KeyNotFound:
             raise CheckpointError(f"{key}: missing") from None
         finally:
             pool.shutdown(cancel_futures=True)
+            reads.clear()  # else a future, its error and this frame would keep the memory in a reference cycle
     if digest.hexdigest() != expected.sha256:
         raise _differs(key)
     return view

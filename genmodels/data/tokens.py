@@ -6,6 +6,7 @@ Each process of the machine maps the same file, which is made once for each text
 
 from __future__ import annotations
 
+import io
 import os
 from collections.abc import Callable, Iterable
 from pathlib import Path
@@ -41,26 +42,40 @@ def hold(
     except OSError as error:
         where = "set XDG_CACHE_HOME to another folder"
         raise DataError(f"data: {path.parent} cannot be written ({error.strerror}); {where}") from error
-    assert tokens is not None
+    if tokens is None:
+        raise DataError("data: the text changed while it was read; start again")
     return tokens
 
 
 def _write(path: Path, count: int, dtype: np.dtype[np.unsignedinteger], parts: Iterable[np.ndarray]) -> None:
-    header = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (count,)}
     part_path = path.with_suffix(".part")  # the lock keeps other processes away
-    with disk_outages(), part_path.open("wb") as file:
-        np.lib.format.write_array_header_1_0(file, header)
-        for part in parts:
-            file.write(part.astype(dtype, copy=False).data)
-        file.flush()
-        os.fsync(file.fileno())
-        part_path.replace(path)
+    try:
+        with disk_outages(), part_path.open("wb") as file:
+            file.write(_header(count, dtype))
+            for part in parts:
+                file.write(part.astype(dtype, copy=False).data)
+            file.flush()
+            os.fsync(file.fileno())
+            part_path.replace(path)
+    finally:
+        part_path.unlink(missing_ok=True)  # else a file that was begun would keep a full disk full
 
 
 def _mapped(path: Path, count: int, dtype: np.dtype[np.unsignedinteger]) -> np.ndarray | None:
     """Map a file; None if it is missing, or not what it should be."""
+    header = _header(count, dtype)
     try:
-        tokens = np.load(path, mmap_mode="r")
-    except (FileNotFoundError, EOFError, ValueError):
+        with path.open("rb") as file:
+            begins = file.read(len(header))
+    except FileNotFoundError:
         return None
-    return tokens.view(np.ndarray) if tokens.shape == (count,) and tokens.dtype == dtype else None
+    if begins != header or path.stat().st_size != len(header) + count * dtype.itemsize:
+        return None
+    return np.memmap(path, dtype, "r", len(header), (count,)).view(np.ndarray)
+
+
+def _header(count: int, dtype: np.dtype[np.unsignedinteger]) -> bytes:
+    header = io.BytesIO()
+    fields = {"descr": np.lib.format.dtype_to_descr(dtype), "fortran_order": False, "shape": (count,)}
+    np.lib.format.write_array_header_1_0(header, fields)
+    return header.getvalue()

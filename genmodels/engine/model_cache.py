@@ -138,7 +138,7 @@ class ModelCache:
             if loading := self._loading.get(name):
                 return loading
             if (failure := self._failures.get(name)) and time.monotonic() < failure[0]:
-                return _ended(failure[1])
+                return _ended(_without_frames(failure[1]))
             if len(self._loading) >= MAX_LOADING:
                 message = "too many models are being loaded; try again in a moment"
                 return _ended(RequestError(message, param="model", status=503, code="model_loading", retry_after=5))
@@ -167,9 +167,11 @@ class ModelCache:
         try:
             self._load(resolved)
         except BaseException as raised:
-            error = load_error(raised, self._placement.device) if isinstance(raised, Exception) else raised
-            if isinstance(error, (CheckpointError, UnexpectedFailure)):
+            error = raised
+            if isinstance(raised, Exception):
                 logger.debug("%s was not loaded", resolved.name, exc_info=raised)
+                error = _without_frames(load_error(raised, self._placement.device))
+            if isinstance(error, (CheckpointError, UnexpectedFailure)):
                 self._remember_failure(resolved.name, error)
         with self._room:
             self._loading.pop(resolved.name)
@@ -267,6 +269,12 @@ def _ended(error: GenmodelsError | None) -> Future[None]:
     else:
         future.set_result(None)
     return future
+
+
+def _without_frames(error: GenmodelsError) -> GenmodelsError:
+    """Remove what led to an error: its frames hold the model that failed, and those of each request that gets it."""
+    error.__cause__ = error.__context__ = None
+    return error.with_traceback(None)
 
 
 def _no_room(reason: str, code: str) -> RequestError:

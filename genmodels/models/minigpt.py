@@ -426,7 +426,7 @@ class MiniGPTDecoder:
     def _logits(self, inputs: Tensor, attended: _Attended) -> Tensor:
         """Compute the logits after each token from tokens and positions: (2, rows) -> (rows, vocab_size), float32."""
         ids, places = inputs
-        x, rotation = self._embedding[ids].float(), None
+        x, rotation = _cast(self._embedding[ids], torch.float32), None
         if self._rotations is not None:
             rotation = self._rotations[places]
         elif self._positions is not None:
@@ -435,7 +435,7 @@ class MiniGPTDecoder:
         mask = _mask(places, attended, self._n_head, self._embedding.dtype)
         for layer in self._layers:
             x = layer.forward(x, rotation, places, mask, attended)
-        return self._head(x).float()
+        return _cast(self._head(x), torch.float32)
 
 
 @dataclass(frozen=True)
@@ -484,7 +484,7 @@ class _DecoderLayer:
     ) -> Tensor:
         n_head, _, head_size = self._shape
         projected = projected.unflatten(-1, self._shape)  # (rows, n_head, 3, head_size)
-        turned = projected[:, :, :2].float()
+        turned = _cast(projected[:, :, :2], torch.float32)
         if self._qk_norm:
             turned = _rms_norm(turned, torch.finfo(torch.float32).eps)
         if rotation is not None:
@@ -552,7 +552,7 @@ class _Linear:
         self.weight, self._bias = weight.clone(), None if bias is None else bias.clone()
 
     def __call__(self, x: Tensor) -> Tensor:
-        return F.linear(x.to(self.weight.dtype), self.weight, self._bias)
+        return F.linear(_cast(x, self.weight.dtype), self.weight, self._bias)
 
 
 class _Projection(_Linear):
@@ -571,6 +571,11 @@ class _Projection(_Linear):
     def __call__(self, x: Tensor) -> Tensor:
         normal = F.layer_norm(x, x.shape[-1:], eps=self._eps) if self._centred else _rms_norm(x, self._eps)
         return super().__call__(normal)
+
+
+def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return x in a dtype; in that dtype already, without the cost of a call into torch."""
+    return x if x.dtype == dtype else x.to(dtype)
 
 
 def _rms_norm(x: Tensor, eps: float) -> Tensor:

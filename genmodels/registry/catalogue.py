@@ -274,7 +274,9 @@ class CatalogueReader:
     def _read_head(self) -> tuple[Head, str] | None:
         """Return the head if it has changed. Without one, a reader that has no entries yet builds the catalogue."""
         try:
-            return load_if_changed(self._storage, HEAD, Head, self._head_etag)
+            answer = load_if_changed(self._storage, HEAD, Head, self._head_etag)
+            if self._head_etag is not None or (answer and answer[0].shards):
+                return answer  # else there are no models, or an odd head has lost them
         except (KeyNotFound, DamagedObject) as error:
             if self._head_etag is not None:
                 self._report("head", error)

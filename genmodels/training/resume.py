@@ -73,6 +73,7 @@ def _claim_together(run: Run, attempt: int, group: Group) -> Parent | None:
             parent = None
         if group.all(parent is not None):
             break
+        parent = None  # another rank could not read its part: free the memory before the next one is read
     if group.rank == 0:
         run.start_attempt(attempt, parent.checkpoint if parent else None, group.world_size)
     dist.barrier()

@@ -119,10 +119,14 @@ class StorageCatalog:
         self.storage, self.registry = storage, Registry(storage)
 
     def models(self) -> list[Json]:
+        from genmodels.registry.catalogue import HEAD, CatalogueReader
         from services.jobs.model_views import model_view
 
-        views = (model_view(self.registry, name) for name in self.registry.models())
-        return [view for view in views if view]
+        if not self.storage.exists(HEAD) and not self.registry.models():
+            return []  # without the catalogue that a reader builds: a list writes nothing to an empty storage
+        reader = CatalogueReader(self.storage)
+        reader.refresh()
+        return [model_view(entry) for entry in map(reader.get, reader.models()) if entry]
 
     def resolve(self, name: str) -> Version:
         return self.registry.resolve(name)

@@ -132,7 +132,14 @@ class Client:
 
     def models(self) -> list[Json]:
         """List the published models: `name`, `family`, `versions`, `aliases` and the newest version's `metrics`."""
-        return list(self._http.json("GET", "/v1/models")["data"])
+        query: Json = {}
+        models: list[Json] = []
+        while True:
+            page = self._http.json("GET", "/v1/models", params=query)
+            models += page["data"]
+            if not page["has_more"]:
+                return models
+            query = {"after": page["last_id"]}
 
     def resolve(self, name: str) -> tuple[str, int]:
         """Return the model and version number that a name means: `m` (alias production), `m@alias`, `m@3`, `m@latest`.

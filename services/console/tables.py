@@ -199,8 +199,8 @@ def _of(step: int | None, max_steps: int | None) -> str:
     return f"{'-' if step is None else step}/{'?' if max_steps is None else max_steps}"
 
 
-def _metrics(metrics: Mapping[str, float | str]) -> str:
-    return ", ".join(f"{name} {float(value):.4g}" for name, value in metrics.items())
+def _metrics(metrics: Mapping[str, float | None]) -> str:
+    return ", ".join(f"{name} {'not finite' if value is None else f'{value:.4g}'}" for name, value in metrics.items())
 
 
 def _local(time: str) -> str:

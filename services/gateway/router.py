@@ -1,9 +1,8 @@
 """The request router of model hosts: Serve calls it in the gateway for each request.
 
-Serve's own routing for multiplexed models does not hold up here. Each replica tells Serve's controller which models it
-has, and the controller tells all gateways, so a gateway's list is behind by seconds; a model that is on no list goes
-to the replica with the fewest models, whichever that is at the moment; and `serve.multiplexed` counts models instead of
-bytes, loads one at a time, and unloads a model that is in use.
+Serve's own routing for multiplexed models finds models in memory as often (docs/results.md), but does not fit a host:
+`serve.multiplexed` counts models instead of bytes, loads one model at a time, and unloads a model that is in use. Its
+list of the models on each replica goes through Serve's controller, and is a few tenths of a second behind.
 """
 
 from __future__ import annotations

@@ -26,11 +26,12 @@ from services.gateway.catalog import CatalogEntry
 from services.gateway.completions import add_completions
 from services.gateway.contracts import Contracts
 from services.gateway.history import add_history_routes
-from services.gateway.listing import Listing, ModelsQuery
+from services.gateway.model_views import model_view, shown_name
 from services.gateway.playground import add_playground
 from services.gateway.pool import VERSION, Pool, unwrap
 from services.http.app import documented, new_app, read_body
 from services.http.auth import Caller, KeyAuth
+from services.http.listing import Listing, ModelsQuery
 from services.http.middleware import LOOPBACK
 from services.http.rate_limits import Limits
 from services.http.request_metrics import RequestMetrics, tag_version
@@ -75,7 +76,7 @@ def create_app(pool: Pool, *, hosts: Collection[str] | None = LOOPBACK, keys: Ke
     app.add_middleware(RequestMetrics)
     generate = KeyAuth(keys, Limits())("generate")
 
-    listing = Listing()
+    listing = Listing(model_view, shown_name)
 
     @app.get("/v1/models", summary="List models")
     async def models(query: Annotated[ModelsQuery, Query()], caller: Caller = generate) -> Response:
@@ -91,6 +92,7 @@ def create_app(pool: Pool, *, hosts: Collection[str] | None = LOOPBACK, keys: Ke
         """Show a model, the newest evaluation of its version, and the versions that the host refuses.
 
         Each alias of a refused version is listed under `refused` with the reason: an older version answers to it.
+        A pool without a running host is not woken for this; `refused` is left out then, or if no host answers in 2 s.
         """
         caller.require([model])
         entry = unwrap(await pool.model(model))

@@ -6,7 +6,6 @@ import asyncio
 import contextlib
 import re
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path as FilePath
@@ -30,9 +29,11 @@ from genmodels.storage import Storage, encode_floats
 from services.http.app import documented, read_body
 from services.http.auth import Caller, KeyAuth
 from services.http.bodies import BodyLimit
+from services.http.listing import Listing, ModelsQuery
 from services.http.middleware import StreamedRoute
 from services.http.rate_limits import Slots
 from services.http.responses import Json
+from services.jobs.fresh_catalogue import FreshCatalogue
 from services.jobs.model_views import dataset_views, model_view
 from services.jobs.schemas import AliasBody, DatasetQuery, DeleteModelQuery, DryRunQuery, GcQuery
 from services.jobs.upload_slots import UploadSlots
@@ -44,16 +45,18 @@ DOWNLOADS = (8, 4)
 def add_model_routes(app: FastAPI, guard: KeyAuth, storage: Storage) -> None:
     registry, admin, submit = Registry(storage), guard("admin"), guard("submit")
     reader = guard("submit", "generate")
-    threads = ThreadPoolExecutor(8, "models")
+    catalogue, listing = FreshCatalogue(storage), Listing(model_view, lambda entry: entry.model)
     downloads, uploads = Slots("downloads", *DOWNLOADS), UploadSlots()
     one_conversion = asyncio.Lock()  # each may take gibibytes of memory
 
     @app.get("/v1/models")
-    def list_models(caller: Caller = reader) -> Response:
-        """List published models: their versions and aliases, and the newest version's metrics."""
-        names = [name for name in registry.models() if caller.may_use([name])]
-        views = threads.map(lambda name: model_view(registry, name), names)
-        return Json({"object": "list", "data": [view for view in views if view]})
+    def list_models(query: Annotated[ModelsQuery, Query()], caller: Caller = reader) -> Response:
+        """List published models, sorted by name: their versions and aliases, and the newest version's metrics.
+
+        The page after one with `has_more` has `after` equal to its `last_id`.
+        """
+        page = listing.page(catalogue.read(), query, partial(_may_use, caller))
+        return Response(page, media_type="application/json")
 
     @app.get("/v1/models/{model}/versions/{number}")
     def show_version(model: str, number: Number, caller: Caller = submit) -> Response:

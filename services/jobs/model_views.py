@@ -5,24 +5,23 @@ from __future__ import annotations
 from typing import Any
 
 from genmodels.data import DATASETS, added
-from genmodels.errors import DamagedObject, ModelNotFound
-from genmodels.registry.store import Registry
-from genmodels.storage import Storage, encode_floats
+from genmodels.registry.entries import ModelEntry
+from genmodels.storage import Storage
 
 
-def model_view(registry: Registry, name: str) -> dict[str, Any] | None:
-    """Describe a model by its newest version; None if its last version has just been deleted."""
-    versions = registry.versions(name)
-    aliases = {alias: target.version for alias, target in registry.aliases(name).items()}
-    view = {"name": name, "versions": versions, "aliases": aliases}
-    try:
-        newest = registry.version(name, versions[-1])
-    except (IndexError, ModelNotFound):
-        return None
-    except DamagedObject as error:
-        return {**view, "family": None, "metrics": {}, "created": None, "problem": str(error)}
-    metrics = encode_floats(newest.metrics)
-    return {**view, "family": newest.family, "metrics": metrics, "created": newest.created}
+def model_view(entry: ModelEntry) -> dict[str, Any]:
+    """Describe a model by its newest version, from the catalogue."""
+    newest = entry.versions.get(entry.latest)
+    problem = entry.damaged.get(str(entry.latest)) or entry.problem
+    return {
+        "name": entry.model,
+        "versions": entry.numbers,
+        "aliases": entry.aliases,
+        "family": newest.family if newest else None,
+        "metrics": newest.metrics if newest else {},
+        "created": newest.created if newest else None,
+        **({"problem": problem} if problem else {}),
+    }
 
 
 def dataset_views(storage: Storage) -> list[dict[str, Any]]:

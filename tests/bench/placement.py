@@ -209,6 +209,9 @@ def answer_all(pipe: Connection, url: str, memory: int) -> None:
 
 
 def serve_ways(url: str, memory: int) -> dict[str, Callable[[], Any]]:
+    from services.cluster.ray_start import local_environment
+
+    os.environ |= local_environment()  # once, before Ray is imported: Ray keeps the first token
     routers = {
         "Serve's default": "ray.serve._private.request_router:PowerOfTwoChoicesRequestRouter",
         "placed": "services.gateway.router:ModelRouter",
@@ -218,9 +221,6 @@ def serve_ways(url: str, memory: int) -> dict[str, Callable[[], Any]]:
 
 @contextmanager
 def served(url: str, memory: int, router: str) -> Iterator[Ask]:
-    from services.cluster.ray_start import local_environment
-
-    os.environ |= local_environment()
     import ray
     from ray import serve
     from ray.serve.config import RequestRouterConfig
@@ -241,8 +241,7 @@ def served(url: str, memory: int, router: str) -> Iterator[Ask]:
 
         yield ask
     finally:
-        serve.shutdown()
-        ray.shutdown()
+        ray.shutdown()  # with Serve: its own shutdown would use the loop of the requests, which is closed
 
 
 if __name__ == "__main__":

@@ -135,7 +135,7 @@ def test_only_so_many_follow(file_storage: Storage, monkeypatch: pytest.MonkeyPa
 
 
 def test_models_are_listed_with_versions_and_aliases(service: Service) -> None:
-    assert service("GET", "/v1/models").json() == {"object": "list", "data": []}
+    assert service("GET", "/v1/models").json() == {"object": "list", "has_more": False, "data": []}
     publish(service.storage, "clothes", "vae")
     publish(service.storage, "clothes", "vae", step=2, alias="next")
     (model,) = service("GET", "/v1/models").json()["data"]
@@ -145,7 +145,7 @@ def test_models_are_listed_with_versions_and_aliases(service: Service) -> None:
         "family": "vae",
         "versions": [1, 2],
         "aliases": {"next": 2, "production": 1},
-        "metrics": {"val_loss": 1.5, "odd": "nan"},
+        "metrics": {"val_loss": 1.5, "odd": None},
     }
 
 

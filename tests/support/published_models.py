@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -22,7 +23,7 @@ from genmodels.runs.job_index import index_runs
 from genmodels.runs.store import Run
 from genmodels.storage import Storage, open_storage, write_document
 from genmodels.storage.documents import now
-from tests.support.storages import upload
+from tests.support.storages import MemoryStorage, upload
 
 VOCABULARY = "\n !,.?ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz"
 IMAGES = ImageInfo(channels=1, height=16, width=16)
@@ -141,3 +142,11 @@ def save_checkpoint(
         )
         prefix = run.checkpoint_prefix(CheckpointRef(attempt=attempt, step=step))
         upload(storage, prefix, folder, manifest, lambda: run.fence(attempt))
+
+
+def copy_model(storage: Storage, template: MemoryStorage, *names: str) -> None:
+    """Put copies of the model `template` under other names, without its files; the catalogue does not follow."""
+    for name in names:
+        for key, data in template.objects.items():
+            if key.startswith(("models/template/versions/", "models/template/aliases/")):
+                storage.put(key.replace("template", name), data.replace(b'"template"', json.dumps(name).encode()))

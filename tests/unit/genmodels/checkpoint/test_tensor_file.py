@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import json
 import random
+import weakref
 from typing import Any
 
 import pytest
@@ -13,7 +15,7 @@ import torch
 from torch import Tensor
 
 from genmodels import checkpoint, metrics
-from genmodels.checkpoint import SnapshotMemory, TensorFile, files
+from genmodels.checkpoint import File, SnapshotMemory, TensorFile, files
 from genmodels.checkpoint.tensor_file import DTYPES
 from genmodels.errors import CheckpointError
 from genmodels.storage.instrumented import MeasuredStorage
@@ -124,6 +126,26 @@ def test_no_damaged_file_is_read(small_parts: None, damage: str) -> None:
         storage.objects["k"] = damaged[damage]
     with pytest.raises(CheckpointError, match="k: missing" if damage == "missing" else "k: damaged"):
         checkpoint.read_tensors(storage, "k", described)
+
+
+def test_a_failed_read_keeps_no_memory(small_parts: None, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The read of an older checkpoint follows: it must not need memory for two."""
+    empty, buffers = torch.empty, []
+
+    def remembered(*shape: int, **options: Any) -> torch.Tensor:
+        buffer = empty(*shape, **options)
+        buffers.append(weakref.ref(buffer))
+        return buffer
+
+    monkeypatch.setattr(torch, "empty", remembered)
+    gc.disable()  # a reference cycle would last until the collector comes by
+    try:
+        with pytest.raises(CheckpointError, match="k: missing"):
+            checkpoint.read_tensors(MemoryStorage(), "k", File(size=5000, sha256="0" * 64))
+        (buffer,) = buffers
+        assert buffer() is None
+    finally:
+        gc.enable()
 
 
 class Counting(MemoryStorage):

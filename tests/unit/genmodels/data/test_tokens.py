@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -10,7 +12,8 @@ import numpy as np
 import pytest
 
 from genmodels.data import CharTokenizer, tokens
-from genmodels.data.text import PART, read_text
+from genmodels.data.text import PART, TextData, read_text
+from genmodels.errors import DataError, StorageUnavailable
 
 SIZE = 40_000_000  # bytes of a text above the limit
 MEASURE = """
@@ -81,8 +84,33 @@ def test_the_file_is_made_once_and_again_if_it_is_damaged(
     made = file.stat().st_ino
     read_text(path)
     assert file.stat().st_ino == made
-    for damage in (b"", b"nothing", file.read_bytes()[:-1]):
+    whole = file.read_bytes()
+    for damage in (b"", b"nothing", whole[:-1], b"PK\3\4" + whole[4:], whole.replace(b"(", b"[", 1), whole + b"\0"):
         file.unlink()
         file.write_bytes(damage)
         assert read_text(path).train[:100].tolist() == expected
     assert not list(cache.glob("*.part"))
+
+
+def test_a_full_disk_is_an_outage_and_keeps_no_part_of_a_file(
+    tmp_path: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(tmp_path / "play.txt")
+    monkeypatch.setattr(tokens, "MAX_IN_MEMORY", 1000)
+
+    def full(file: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", full)
+        with pytest.raises(StorageUnavailable, match="the disk of this machine is full"):
+            read_text(path)
+    assert [file.suffix for file in cache.iterdir() if file.suffix != ".lock"] == []
+    assert len(read_text(path).train)
+
+
+def test_a_text_that_is_cut_off_while_it_is_read_is_refused(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(tokens, "MAX_IN_MEMORY", 1000)
+    readings = iter(("To be, or not to be. " * 100, "To be"))
+    with pytest.raises(DataError, match="the text changed while it was read"):
+        TextData(lambda: [next(readings)])

@@ -60,19 +60,20 @@ class Runs:
         with WorkerGroup(world_size, self.storage.url, [(run.job, run.model, attempt) for run in runs]) as group:
             group.succeed(240)
 
-    def copied(self, source: Run, target: Run, damage: str = "") -> Run:
+    def copied(self, source: Run, target: Run, damage: str = "", damaged_step: int = 6) -> Run:
         """Copy an attempt without its last checkpoint, so that the next one resumes at step 3.
 
         Args:
-            damage: copy the last checkpoint too, with another byte in this file.
+            damage: change a byte of this file, in the checkpoint of `damaged_step`, which is copied too.
         """
         prefix = f"runs/{source.job}/{source.model}/attempt-1/"
-        last = source.checkpoint_prefix(CheckpointRef(attempt=1, step=6))
+        first, last = (source.checkpoint_prefix(CheckpointRef(attempt=1, step=step)) for step in (3, 6))
+        damaged = f"{first if damaged_step == 3 else last}/{damage}"
         for key in self.storage.list(prefix):
-            if key.startswith(f"{last}/") and not damage:
+            if key.startswith(f"{last}/") and not (damage and damaged_step == 6):
                 continue
             data = self.storage.get(key)[0]
-            data = data[:-1] + bytes([data[-1] ^ 1]) if key == f"{last}/{damage}" else data
+            data = data[:-1] + bytes([data[-1] ^ 1]) if key == damaged else data
             self.storage.put(key.replace(f"/{source.job}/", f"/{target.job}/", 1), data)
         return target
 
@@ -173,16 +174,20 @@ def test_a_run_resumes_with_another_strategy_or_alone(runs: Runs, trained: Train
     damaged = runs.copied(
         shared, runs.submit("minigpt", "adamw", "fsdp2", "damaged"), damage=f"{PARTS}00001.safetensors"
     )
+    only = runs.copied(
+        shared, runs.submit("minigpt", "adamw", "fsdp2", "only"), damage=f"{PARTS}00001.safetensors", damaged_step=3
+    )
     game = trained["gan", "adamw", "fsdp2"]
     two_roles = runs.copied(game, runs.submit("gan", "adamw", "fsdp2", "two-roles"))
-    runs.train(2, same, to_ddp, from_ddp, damaged, two_roles, attempt=2)
+    runs.train(2, same, to_ddp, from_ddp, damaged, two_roles, only, attempt=2)
     alone = runs.copied(shared, runs.submit("minigpt", "adamw", "fsdp2", "alone"))
     assert run_attempt(runs.storage, alone.job, alone.model, 2, Group())
     for run in (same, to_ddp, from_ddp, damaged, two_roles, alone):
         assert run.chain()[-1].parent == CheckpointRef(attempt=1, step=3), run.job
     for run in (to_ddp, from_ddp, alone):
         assert_close(run, whole, attempt=2)
-    for run, first in ((same, shared), (damaged, shared), (two_roles, game)):
+    assert only.chain()[-1].parent is None  # one rank could not read its part, so all of them begin again
+    for run, first in ((same, shared), (damaged, shared), (two_roles, game), (only, shared)):
         mine, theirs = weights(run, attempt=2), weights(first)
         assert all(torch.equal(mine[name], theirs[name]) for name in theirs)
     assert INDEX not in alone.manifest(CheckpointRef(attempt=2, step=6)).files

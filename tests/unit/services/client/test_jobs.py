@@ -230,7 +230,15 @@ class _Silent:
             pass
 
 
-MODELS = {"data": [{"name": "vae", "family": "vae", "versions": [1, 3], "aliases": {"production": 1}, "metrics": {}}]}
+VAE = {"name": "vae", "family": "vae", "versions": [1, 3], "aliases": {"production": 1}, "metrics": {}}
+MODELS = {"data": [VAE], "has_more": False}
+
+
+def test_all_pages_of_models_are_read(connect: Connect) -> None:
+    pages = [{"data": [{"name": name}], "has_more": name != "c", "last_id": name} for name in "abc"]
+    client, app = connect(*[(200, page) for page in pages])
+    assert [model["name"] for model in client.models()] == ["a", "b", "c"]
+    assert [query for _, _, query, *_ in app.requests] == ["", "after=a", "after=b"]
 
 
 def test_names_of_versions(connect: Connect) -> None:

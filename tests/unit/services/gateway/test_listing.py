@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
 
 import pytest
@@ -11,11 +10,11 @@ from genmodels.keys import Keys
 from genmodels.registry.catalogue import CatalogueReader
 from genmodels.registry.removal import delete_model
 from genmodels.storage import Storage
-from services.gateway import listing
+from services.gateway import model_views, routes
 from services.gateway.routes import create_app
 from tests.support.asgi_client import ask, refused
 from tests.support.counting_storage import CountingStorage
-from tests.support.published_models import publish
+from tests.support.published_models import copy_model, publish
 from tests.support.storages import MemoryStorage
 
 
@@ -34,14 +33,6 @@ def template() -> MemoryStorage:
     return storage
 
 
-def fill(storage: Storage, template: MemoryStorage, *models: str) -> None:
-    for model in models:
-        for key, data in template.objects.items():
-            if key.startswith(("models/template/versions/", "models/template/aliases/")):
-                named = data.replace(b'"template"', json.dumps(model).encode())
-                storage.put(key.replace("template", model), named)
-
-
 def listed(app: Any, query: str = "", **options: Any) -> dict[str, Any]:
     response = ask(app, "GET", f"/v1/models{query}", **options)
     assert response.status_code == 200, response.text
@@ -55,7 +46,7 @@ def ids(page: dict[str, Any]) -> list[str]:
 @pytest.mark.parametrize("n", [10, 200])
 def test_a_list_makes_no_storage_operation_and_calls_no_host(template: MemoryStorage, n: int) -> None:
     storage = CountingStorage()
-    fill(storage, template, *(f"model-{i:03d}" for i in range(n)))
+    copy_model(storage, template, *(f"model-{i:03d}" for i in range(n)))
     app = create_app(Pool(storage))
     storage.forget()
     page = listed(app)
@@ -67,7 +58,7 @@ def test_a_list_makes_no_storage_operation_and_calls_no_host(template: MemorySto
 def test_pages_follow_each_other(template: MemoryStorage) -> None:
     storage = MemoryStorage()
     names = [f"model-{i}" for i in range(7)]
-    fill(storage, template, *names)
+    copy_model(storage, template, *names)
     storage.delete("models/model-2/aliases/production.json")
     app = create_app(Pool(storage))
     pages, after = [], ""
@@ -86,7 +77,7 @@ def test_pages_follow_each_other(template: MemoryStorage) -> None:
 
 def test_a_key_sees_its_models_and_full_pages(template: MemoryStorage) -> None:
     storage = MemoryStorage()
-    fill(storage, template, *(f"{prefix}-{i}" for i in range(4) for prefix in ("mine", "other")))
+    copy_model(storage, template, *(f"{prefix}-{i}" for i in range(4) for prefix in ("mine", "other")))
     _, token = Keys(storage).create("me", ("generate",), prefixes=("mine-",))
     app = create_app(Pool(storage), hosts=None, keys=Keys(storage))
     headers = {"authorization": f"Bearer {token}"}
@@ -98,7 +89,7 @@ def test_a_key_sees_its_models_and_full_pages(template: MemoryStorage) -> None:
 
 def test_a_model_is_shown_anew_when_it_changes_and_a_damaged_one_with_its_problem(template: MemoryStorage) -> None:
     storage = MemoryStorage()
-    fill(storage, template, "bad", "good", "moves")
+    copy_model(storage, template, "bad", "good", "moves")
     storage.put("models/bad/versions/00000001.json", b"")
     pool = Pool(storage)
     app = create_app(pool)
@@ -115,9 +106,10 @@ def test_a_model_is_shown_anew_when_it_changes_and_a_damaged_one_with_its_proble
 
 def test_the_json_of_a_model_is_made_once(template: MemoryStorage, monkeypatch: pytest.MonkeyPatch) -> None:
     storage, made = MemoryStorage(), []
-    fill(storage, template, "a", "b")
-    app, view = create_app(Pool(storage)), listing.model_view
-    monkeypatch.setattr(listing, "model_view", lambda entry: made.append(entry.model) or view(entry))
+    copy_model(storage, template, "a", "b")
+    view = model_views.model_view
+    monkeypatch.setattr(routes, "model_view", lambda entry: made.append(entry.model) or view(entry))
+    app = create_app(Pool(storage))
     assert listed(app) == listed(app)
     assert made == ["a", "b"]
 

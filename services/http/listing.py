@@ -1,11 +1,10 @@
-"""List the models of the catalogue, page by page, without a call to a model host."""
+"""List the models of the catalogue, page by page, without an operation in storage."""
 
 from __future__ import annotations
 
 import json
 from bisect import bisect_right
 from collections.abc import Callable
-from datetime import datetime
 from typing import Any
 
 from pydantic import Field
@@ -23,9 +22,15 @@ class ModelsQuery(Strict):
 
 
 class Listing:
-    """Give pages of the catalogue as JSON. The JSON of a model is made once for each state of the model."""
+    """Give pages of the catalogue as JSON. The JSON of a model is made once for each state of the model.
 
-    def __init__(self) -> None:
+    Args:
+        view: return a model as the list shows it.
+        name: return the name by which the list refers to a model: the model's own, or one of its versions.
+    """
+
+    def __init__(self, view: Callable[[ModelEntry], dict[str, Any]], name: Callable[[ModelEntry], str]) -> None:
+        self._view, self._name = view, name
         self._shown: dict[str, tuple[ModelEntry, bytes]] = {}
 
     def page(self, catalogue: CatalogueReader, query: ModelsQuery, may_use: Callable[[str], bool]) -> bytes:
@@ -46,7 +51,7 @@ class Listing:
             if has_more := len(page) == query.limit:
                 break
             page.append(entry)
-        ends = {"first_id": shown_name(page[0]), "last_id": shown_name(page[-1])} if page else {}
+        ends = {"first_id": self._name(page[0]), "last_id": self._name(page[-1])} if page else {}
         about = json.dumps({"object": "list", **ends, "has_more": has_more}, separators=(",", ":"))
         models = b",".join(map(self._show, page))
         return about[:-1].encode() + b',"data":[' + models + b"]}"
@@ -54,33 +59,6 @@ class Listing:
     def _show(self, entry: ModelEntry) -> bytes:
         shown = self._shown.get(entry.model)
         if shown is None or shown[0] is not entry:
-            data = json.dumps(model_view(entry), allow_nan=False, separators=(",", ":")).encode()
+            data = json.dumps(self._view(entry), allow_nan=False, separators=(",", ":")).encode()
             shown = self._shown[entry.model] = entry, data
         return shown[1]
-
-
-def shown_name(entry: ModelEntry) -> str:
-    """Return the name for requests: the bare one, or the latest version where there is no alias production."""
-    has_default = "production" in entry.aliases or "production" in entry.damaged
-    return entry.model if has_default else f"{entry.model}@{entry.latest}"
-
-
-def model_view(entry: ModelEntry) -> dict[str, Any]:
-    """Return a model as the list shows it."""
-    number = entry.aliases.get("production", entry.latest)
-    summary = None if "production" in entry.damaged else entry.versions.get(number)
-    problem = entry.damaged.get("production") or entry.damaged.get(str(number)) or f"version {number} was deleted"
-    serving = summary.serving if summary else None
-    return {
-        "id": shown_name(entry),
-        "object": "model",
-        "created": int(datetime.fromisoformat(summary.created).timestamp()) if summary else 0,
-        "owned_by": "genmodels",
-        "family": summary.family if summary else None,
-        "kind": serving.kind if serving else None,
-        "verbs": serving.verbs if serving else [],
-        "version": summary.version if summary else None,
-        "aliases": entry.aliases,
-        "metrics": summary.metrics if summary else {},
-        **(serving.sizes if serving else {"problem": f"this model cannot be served: {problem}"}),
-    }
