@@ -8,6 +8,7 @@ import math
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime
+from typing import TypeVar
 
 from genmodels.engine.alias_watcher import AliasWatcher, Refused
 from genmodels.engine.model import LoadedModel
@@ -17,6 +18,10 @@ from genmodels.registry.evaluations import Evaluation, newest
 from genmodels.registry.references import ResolvedModel
 from genmodels.registry.store import Registry
 from services.gateway.models import Models, as_request_error, in_thread
+
+MAX_KEPT = 1024  # versions and checkpoints that are described; clients choose the names
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -74,7 +79,7 @@ class Catalog:
         if resolved.version is not None:
             with contextlib.suppress(StorageUnavailable):
                 read = in_thread(self._threads, newest, self._registry, resolved.model, resolved.version)
-                self._evaluations[resolved.name] = await read
+                _keep(self._evaluations, resolved.name, await read)
         return self._evaluations.get(resolved.name)
 
     async def _describe(self, name: str, resolved: ResolvedModel, aliases: dict[str, int]) -> CatalogEntry:
@@ -89,7 +94,8 @@ class Catalog:
         if known is None:
             try:
                 async with self._models.acquire(name) as model:
-                    known = self._entries[resolved.name] = _entry(resolved, model)
+                    known = _entry(resolved, model)
+                    _keep(self._entries, resolved.name, known)
             except GenmodelsError as error:
                 problem = as_request_error(error).message
                 return CatalogEntry(name, resolved, aliases, problem=problem, refused=refused)
@@ -118,6 +124,13 @@ def from_catalogue(catalogue: CatalogueReader, name: str) -> CatalogEntry | None
     )
     serving = summary.serving
     return CatalogEntry(name, resolved, entry.aliases, serving.kind, tuple(serving.verbs), serving.sizes)
+
+
+def _keep(kept: dict[str, T], name: str, value: T) -> None:
+    kept.pop(name, None)
+    kept[name] = value
+    if len(kept) > MAX_KEPT:
+        del kept[next(iter(kept))]  # the oldest
 
 
 def _entry(resolved: ResolvedModel, model: LoadedModel) -> CatalogEntry:

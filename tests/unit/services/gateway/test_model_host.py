@@ -129,6 +129,20 @@ def test_models_that_change_during_an_outage_are_pinned_after_it(
     assert sorted(host._pins._kept) == ["newest@1"]
 
 
+def test_a_host_remembers_the_descriptions_of_so_many_models(storage: Storage, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("services.gateway.catalog.MAX_KEPT", 2)
+    publish(storage, "shapes", "vae", step=2, alias="next")
+    host = ModelHost(storage.url)
+    app = create_app(host)
+    for step in (1, 2, 3):
+        save_checkpoint(storage, "job-00000000", "shapes", "vae", step=step)
+        assert entry(app, "shapes@live")["kind"] == "image"
+    for name in ("shapes@1", "play", "shapes@2"):
+        entry(app, name)
+    assert list(host._catalog._entries) == [f"shapes@job-00000000:step-{step}" for step in (2, 3)]
+    assert list(host._catalog._evaluations) == ["play@1", "shapes@2"]
+
+
 def test_a_replica_can_pin_the_newest_models_in_production(storage: Storage, loads: list[str]) -> None:
     publish(storage, "shapes", "vae", step=2, alias="next")
     publish(storage, "newest", "vae")
