@@ -1,9 +1,10 @@
-"""Describe a model for `GET /v1/models/{model}`, with what only its host knows of it."""
+"""Describe a model for `GET /v1/models/{model}`: from the catalogue, and with what only its host knows of it."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import math
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from datetime import datetime
@@ -61,18 +62,12 @@ class Catalog:
         self._catalogue = catalogue
         self._entries: dict[str, CatalogEntry] = {}  # what only a loaded model tells of itself, by exact name
         self._evaluations: dict[str, Evaluation | None] = {}  # the last ones that were read, by exact name
-        self._aliases: dict[str, dict[str, int]] = {}  # the last ones that were read, by model
 
     async def get(self, name: str, resolved: ResolvedModel) -> CatalogEntry:
         """Describe one model, with the newest evaluation of its version."""
-        entry = await self._describe(name, resolved, await self._aliases_of(resolved.model))
+        listed = self._catalogue.get(resolved.model)
+        entry = await self._describe(name, resolved, listed.aliases if listed else {})
         return dataclasses.replace(entry, evaluation=await self._evaluation_of(entry.resolved or resolved))
-
-    async def _aliases_of(self, model: str) -> dict[str, int]:
-        """Return a model's aliases; the last known ones if storage does not answer."""
-        with contextlib.suppress(StorageUnavailable):
-            self._aliases[model] = await in_thread(self._threads, _read_aliases, self._registry, model)
-        return self._aliases.get(model, {})
 
     async def _evaluation_of(self, resolved: ResolvedModel) -> Evaluation | None:
         """Return a version's newest evaluation; the last known one if storage does not answer."""
@@ -90,7 +85,7 @@ class Catalog:
         if reason:
             problem = as_request_error(CheckpointError(reason)).message
             return CatalogEntry(name, resolved, aliases, problem=problem, refused=refused)
-        known = self._entries.get(resolved.name) or self._from_catalogue(resolved)
+        known = self._entries.get(resolved.name) or from_catalogue(self._catalogue, resolved.name)
         if known is None:
             try:
                 async with self._models.acquire(name) as model:
@@ -100,20 +95,31 @@ class Catalog:
                 return CatalogEntry(name, resolved, aliases, problem=problem, refused=refused)
         return CatalogEntry(name, resolved, aliases, known.kind, known.verbs, known.sizes, refused=refused)
 
-    def _from_catalogue(self, resolved: ResolvedModel) -> CatalogEntry | None:
-        """Describe a version that the catalogue has, so that it need not be loaded."""
-        entry = self._catalogue.get(resolved.model)
-        summary = entry.versions.get(resolved.version) if entry and resolved.version else None
-        if summary is None:
-            return None
-        serving = summary.serving
-        return CatalogEntry(resolved.name, resolved, {}, serving.kind, tuple(serving.verbs), serving.sizes)
+
+def from_catalogue(catalogue: CatalogueReader, name: str) -> CatalogEntry | None:
+    """Describe the version behind a name without its host; None if the catalogue does not have this version."""
+    model, _, reference = name.partition("@")
+    entry = catalogue.get(model)
+    number = entry.number(reference or "production") if entry else None
+    summary = entry.versions.get(number) if entry and number else None
+    if entry is None or summary is None:
+        return None
+    resolved = ResolvedModel(
+        name=f"{model}@{number}",
+        model=model,
+        version=number,
+        job=summary.job,
+        checkpoint=summary.checkpoint,
+        family=summary.family,
+        created=summary.created,
+        metrics={name: math.nan if value is None else value for name, value in summary.metrics.items()},
+        files={},
+        keys={},
+    )
+    serving = summary.serving
+    return CatalogEntry(name, resolved, entry.aliases, serving.kind, tuple(serving.verbs), serving.sizes)
 
 
 def _entry(resolved: ResolvedModel, model: LoadedModel) -> CatalogEntry:
     family = model.family
     return CatalogEntry(resolved.name, resolved, {}, family.kind, tuple(sorted(family.verbs)), model.describe())
-
-
-def _read_aliases(registry: Registry, model: str) -> dict[str, int]:
-    return {name: alias.version for name, alias in registry.aliases(model).items()}

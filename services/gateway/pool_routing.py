@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import dataclasses
 from collections.abc import AsyncGenerator, Callable
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -16,12 +18,16 @@ from genmodels.engine.text.completion import Vocabulary
 from genmodels.engine.text.request import CompletionRequest
 from genmodels.errors import RequestError
 from genmodels.registry.catalogue import CatalogueReader
+from genmodels.registry.evaluations import Evaluation
 from services.gateway import pool_config
 from services.gateway.catalog import CatalogEntry
 from services.gateway.cold_start import ColdStart
 from services.gateway.model_host import CompletionStarted
 from services.gateway.pool import HostCalls
 from services.gateway.pool_config import DEFAULT
+
+HOST_SECONDS = 2.0  # that a description waits for what only a host knows
+NO_ANSWER = ("host_lost", "too_many_requests", "storage_unavailable")  # codes of errors that say nothing of the model
 
 
 class Hosts(HostCalls, Protocol):
@@ -37,6 +43,8 @@ class Models(Protocol):
     reader: CatalogueReader
 
     def pool_of(self, name: str) -> str: ...  # of the version behind a name
+    def describe(self, name: str) -> CatalogEntry | None: ...  # without host and evaluation
+    def evaluation(self, model: str, version: int) -> Evaluation | None: ...  # read from storage
     def stalled(self) -> str | None: ...  # why that may be out of date
 
 
@@ -77,7 +85,26 @@ class PoolRouting:
         return next(filter(None, await asyncio.gather(*asked)), None)
 
     async def model(self, name: str) -> CatalogEntry | RequestError:
-        return await self._ask_about("model", name)
+        """Describe a model. No pool is woken for a version that the catalogue has.
+
+        What only a host knows is in it if a host runs and answers soon: which versions it refuses, so that an older one
+        answers.
+        """
+        known = self._models.describe(name)
+        version = known.resolved.version if known else None
+        if known is None or version is None:
+            return await self._ask_about("model", name)
+        pool = self._models.pool_of(name)
+        member = self._members.get(pool)
+        if member is None:
+            known = dataclasses.replace(known, problem=_missing(pool).message)
+        elif member.hosts.is_running():
+            with contextlib.suppress(TimeoutError):
+                answer = await asyncio.wait_for(member.hosts.model(name), HOST_SECONDS)
+                if not isinstance(answer, RequestError) or answer.code not in NO_ANSWER:
+                    return answer
+        read = asyncio.to_thread(self._models.evaluation, known.model, version)
+        return dataclasses.replace(known, evaluation=await read)
 
     async def contract(self, name: str) -> Contract | RequestError:
         return await self._ask_about("contract", name)
@@ -127,9 +154,7 @@ class PoolRouting:
         """
         member = self._members.get(pool)
         if member is None:
-            message = f"this model is for the pool {pool!r}, which the endpoint does not have"
-            remedy = "add it to the file of the pools, or train the model with another serve.pool"
-            raise RequestError(f"{message}; {remedy}", param="model", status=503, code="pool_missing")
+            raise _missing(pool)
         await member.cold_start.wait()
         return member.hosts
 
@@ -139,3 +164,9 @@ class PoolRouting:
             return known
         hosts = known.hosts if known else self._connect(pool.name)
         return _Member(pool, hosts, ColdStart(pool, hosts.is_running, hosts.wake))
+
+
+def _missing(pool: str) -> RequestError:
+    message = f"this model is for the pool {pool!r}, which the endpoint does not have"
+    remedy = "add it to the file of the pools, or train the model with another serve.pool"
+    return RequestError(f"{message}; {remedy}", param="model", status=503, code="pool_missing")

@@ -92,6 +92,7 @@ def create_app(pool: Pool, *, hosts: Collection[str] | None = LOOPBACK, keys: Ke
         """Show a model, the newest evaluation of its version, and the versions that the host refuses.
 
         Each alias of a refused version is listed under `refused` with the reason: an older version answers to it.
+        A pool without a running host is not woken for this; `refused` is left out then, or if no host answers in 2 s.
         """
         caller.require([model])
         entry = unwrap(await pool.model(model))

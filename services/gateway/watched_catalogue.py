@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import threading
 import time
@@ -9,8 +10,11 @@ import time
 from genmodels.errors import StorageUnavailable
 from genmodels.registry.catalogue import CatalogueReader
 from genmodels.registry.entries import ModelEntry
+from genmodels.registry.evaluations import Evaluation, newest
+from genmodels.registry.versions import VersionReader
 from genmodels.storage import Storage
 from genmodels.threads import Rounds
+from services.gateway.catalog import CatalogEntry, from_catalogue
 from services.gateway.pool_config import DEFAULT
 
 READ_SECONDS = 1.0  # between two reads of the catalogue
@@ -22,7 +26,7 @@ class WatchedCatalogue:
     """The catalogue as a thread of this process reads it each second; while storage is away, the last one stays."""
 
     def __init__(self, storage: Storage) -> None:
-        self.reader = CatalogueReader(storage)
+        self.reader, self._versions = CatalogueReader(storage), VersionReader(storage)
         self._rounds = Rounds("catalogue-reader", logger, lasting=True)
         self._read()  # before the first request
         threading.Thread(target=self._watch, name="catalogue-reader", daemon=True).start()
@@ -35,6 +39,16 @@ class WatchedCatalogue:
         model, _, reference = name.partition("@")
         entry = self.reader.get(model)
         return _pool(entry, reference or "production") if entry else DEFAULT
+
+    def describe(self, name: str) -> CatalogEntry | None:
+        """Describe a model without its host and its evaluation; None if the catalogue does not have the version."""
+        return from_catalogue(self.reader, name)
+
+    def evaluation(self, model: str, version: int) -> Evaluation | None:
+        """Read the newest evaluation of a version; None if it has none or storage does not answer."""
+        with contextlib.suppress(StorageUnavailable):
+            return newest(self._versions, model, version)
+        return None
 
     def stalled(self) -> str | None:
         """Return why no reading has completed for long; None if all is well."""

@@ -73,6 +73,12 @@ class FakeModels:
     def pool_of(self, name: str) -> str:
         return NAMES.get(name, "default")
 
+    def describe(self, name: str) -> None:
+        """Return None: the catalogue does not have the version."""
+
+    def evaluation(self, model: str, version: int) -> None:
+        raise AssertionError("no evaluation is read for a version that the catalogue does not have")
+
     def stalled(self) -> str | None:
         return self.problem
 
