@@ -208,9 +208,6 @@ class HandlePool:
         if isinstance(answer := await _answer(self._handle, "health"), RequestError):
             raise answer
 
-    async def models(self) -> list[CatalogEntry] | RequestError:
-        return await _answer(self._handle, "models")
-
     async def model(self, name: str) -> CatalogEntry | RequestError:
         return await self._ask_about("model", name)
 
