@@ -67,6 +67,7 @@ class AliasWatcher:
         self._resolved: OrderedDict[str, tuple[float, ResolvedModel]] = OrderedDict()
         self._swaps: set[str] = set()  # names whose new version is being loaded
         self._active: set[Labels] = set()  # versions in memory that aliases point to
+        self._changed: set[str] = set()  # models that no `refresh` has returned yet
         self._lock = threading.Lock()
         self.refused: dict[str, Refused] = {}
 
@@ -131,9 +132,9 @@ class AliasWatcher:
             The models that have changed.
 
         Raises:
-            StorageUnavailable: nothing has changed.
+            StorageUnavailable: the next call returns these models, and does the rest.
         """
-        changed = self._catalogue.refresh()
+        self._changed |= self._catalogue.refresh()
         in_memory = self._cache.names()
         for name, serving in list(self._serving.items()):
             with self._rounds.round(StorageUnavailable):
@@ -142,6 +143,7 @@ class AliasWatcher:
             if name not in self._serving and refused.resolved and self.exact(name) != refused.resolved.name:
                 self.refused.pop(name, None)  # it has moved; the next request tries the new version
         self._count_active(in_memory)
+        changed, self._changed = self._changed, set()
         return changed
 
     def serving(self) -> list[ResolvedModel]:

@@ -19,7 +19,7 @@ from pydantic import Field
 
 from genmodels.checkpoint import CheckpointRef
 from genmodels.errors import Conflict, DamagedObject, KeyNotFound, ModelNotFound
-from genmodels.registry.versions import Version, VersionReader, deleted_key
+from genmodels.registry.versions import Version, VersionReader, deleted_key, version_key
 from genmodels.storage import Document, load_document, write_document
 
 
@@ -64,11 +64,11 @@ class Claim:
         """Return the version with the claimed number, or the number if it is free; None if it cannot be used."""
         if not number:
             return None
+        if not self._storage.exists(version_key(self._model, number)):  # a mark is written before a version is deleted
+            return None if self._storage.exists(deleted_key(self._model, number)) else number
         try:
             version = self._versions.version(self._model, number)
-        except ModelNotFound:  # a mark is written before a version is deleted
-            return None if self._storage.exists(deleted_key(self._model, number)) else number
-        except DamagedObject:
+        except (ModelNotFound, DamagedObject):  # ModelNotFound: deleted just now
             return None
         return version if (version.job, version.checkpoint) == (self._job, self._ref) else None
 

@@ -79,9 +79,8 @@ class Registry(VersionReader):
         """
         version = self._publish(run, ref, manifest, folder, gate, pool)
         self.gc_lease(run.model).wait_until_free()
-        there = set(self.storage.list(f"models/{run.model}/blobs/"))
         for name, key in self.keys(version).items():
-            if key not in there:  # clean-up deleted it before the version was written
+            if not self.storage.exists(key):  # clean-up deleted it before the version was written
                 self._restore(folder, name, version.files[name], key)
         return version
 

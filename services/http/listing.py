@@ -40,6 +40,8 @@ class Listing:
             may_use: return whether the caller may use the model.
         """
         names = catalogue.models()
+        if len(shown := self._shown) > len(names):  # some were deleted
+            self._shown = {name: shown[name] for name in names if name in shown}
         start = bisect_right(names, query.after.partition("@")[0])
         page: list[ModelEntry] = []
         has_more = False

@@ -16,6 +16,7 @@ class CountingStorage(Wrapped):
     def __init__(self) -> None:
         super().__init__()
         self.counts: Counter[str] = Counter()
+        self.listed = 0  # keys
         self.held, self.at_once, self.most = threading.Event(), 0, 0
         self.slow = 0.0
         self.held.set()
@@ -37,6 +38,11 @@ class CountingStorage(Wrapped):
     def get_range(self, key: str, start: int, size: int) -> bytes:
         return self._do("get_range", key, start, size)
 
+    def list(self, prefix: str, *, after: str = "", limit: int | None = None) -> list[str]:
+        keys = super().list(prefix, after=after, limit=limit)
+        self.listed += len(keys)
+        return keys
+
     def forget(self) -> None:
         self.counts.clear()
-        self.most = 0
+        self.most = self.listed = 0

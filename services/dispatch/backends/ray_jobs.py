@@ -78,8 +78,8 @@ class RayJobsBackend(Backend):
         """
         if job["status"] not in ("PENDING", "RUNNING"):
             return False
-        if node := job.get("driver_node_id"):
-            return bool(self._alive) and node not in self._alive
+        if node := job.get("driver_node_id"):  # one that is not known may have joined since the nodes were listed
+            return node not in self._alive and self.capacity() is not None and node not in self._alive
         return bool((job.get("start_time") or 0) < self._head_began)
 
     def capacity(self) -> Capacity | None:

@@ -178,12 +178,14 @@ def test_publishing_costs_the_same_however_many_versions_there_are(
     storage = CountingStorage()
     for number in range(1, n + 1):
         fill(storage, "model", version=number)
+        storage.put(f"models/model/blobs/{number:064x}", b"")
     read(storage)
     publish(storage, "model", "vae", step=2)
     storage.forget()
     assert publish(storage, "model", "vae", step=3).version == n + 2
     reads = storage.counts["get models"]
     assert reads <= 20
+    assert storage.listed <= 10, "no list of all versions or files"
     assert sum(storage.counts.values()) <= 60
 
 

@@ -8,9 +8,11 @@ import pytest
 
 from genmodels.keys import Keys
 from genmodels.registry.catalogue import CatalogueReader
+from genmodels.registry.removal import delete_model
 from genmodels.storage import Storage
 from services.gateway import model_views, routes
 from services.gateway.routes import create_app
+from services.http.listing import Listing, ModelsQuery
 from tests.support.asgi_client import ask, refused
 from tests.support.counting_storage import CountingStorage
 from tests.support.published_models import copy_model, publish
@@ -111,3 +113,15 @@ def test_the_json_of_a_model_is_made_once(template: MemoryStorage, monkeypatch: 
     app = create_app(Pool(storage))
     assert listed(app) == listed(app)
     assert made == ["a", "b"]
+
+
+def test_deleted_models_take_no_memory(template: MemoryStorage) -> None:
+    storage = MemoryStorage()
+    copy_model(storage, template, "a", "b")
+    pool, shown = Pool(storage), Listing(model_views.model_view, model_views.shown_name)
+    query = ModelsQuery(limit=1000, after="")
+    shown.page(pool.catalogue, query, lambda _: True)
+    delete_model(storage, "a")
+    pool.catalogue.refresh()
+    shown.page(pool.catalogue, query, lambda _: True)
+    assert list(shown._shown) == ["b"]

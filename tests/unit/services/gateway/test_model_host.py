@@ -110,6 +110,25 @@ def test_a_new_replica_has_pinned_models_before_it_takes_traffic_and_keeps_them(
     assert sorted(host._pins._kept) == sorted(host._cache._entries) == ["play@1", "shapes@3"]
 
 
+def test_models_that_change_during_an_outage_are_pinned_after_it(
+    storage: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    host = ModelHost(storage.url, pin=1)
+    assert version_of(create_app(host), "shapes") == "shapes@1"
+    publish(storage, "shapes", "vae", step=2)
+    publish(storage, "newest", "vae")
+
+    def fail(*_: object) -> None:
+        raise StorageUnavailable("away")
+
+    with monkeypatch.context() as outage:
+        outage.setattr("genmodels.engine.alias_watcher.resolve_model", fail)
+        watch(host)
+    for _ in range(2):
+        watch(host)
+    assert sorted(host._pins._kept) == ["newest@1"]
+
+
 def test_a_replica_can_pin_the_newest_models_in_production(storage: Storage, loads: list[str]) -> None:
     publish(storage, "shapes", "vae", step=2, alias="next")
     publish(storage, "newest", "vae")

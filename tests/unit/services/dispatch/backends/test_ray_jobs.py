@@ -178,6 +178,18 @@ def test_a_driver_of_a_lost_node_is_lost_and_one_of_another_node_outlives_the_he
     assert ray.backend.find("j", "m", 1).poll() == LOST
 
 
+def test_a_driver_on_a_node_that_has_just_joined_is_not_lost(monkeypatch: pytest.MonkeyPatch) -> None:
+    ray = Ray(monkeypatch)
+    ray.answers["GET /api/v0/nodes"] = 200, listed(node("ALIVE"))
+    assert ray.backend.capacity()
+    ray.answers["GET JOB"] = 200, {"status": "RUNNING", "start_time": 2_000, "driver_node_id": "new"}
+    ray.answers["GET /api/v0/nodes"] = None
+    assert ray.backend.find("j", "m", 1).poll() is None, "whether the node is there is not known"
+    joined = node("ALIVE", began=2_000, head=False) | {"node_id": "new"}
+    ray.answers["GET /api/v0/nodes"] = 200, listed(node("ALIVE"), joined)
+    assert ray.backend.find("j", "m", 1).poll() is None
+
+
 @pytest.mark.parametrize("status", ["PENDING", "RUNNING"])
 def test_a_driver_of_the_previous_head_is_lost(status: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """A head that keeps its state on disk still shows the driver as running."""
