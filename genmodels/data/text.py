@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 import numpy as np
 
@@ -158,8 +158,7 @@ class TextFacts:
         for piece in pieces():
             count += len(piece)
             characters.update(piece)
-            for part in _parts(piece):
-                digest.update(piece[part].encode())
+            _feed(digest, piece)
         return cls(count, "".join(sorted(characters)), digest.hexdigest())
 
 
@@ -174,9 +173,8 @@ class TextData:
         pieces: Pieces = (lambda: [text]) if isinstance(text, str) else text
         facts = facts or TextFacts.of(pieces)
         self.digest, self.notes = facts.digest, notes or []
-        self._use(
-            tokenizer := CharTokenizer(facts.vocab), facts.characters, lambda: map(tokenizer.encode_array, pieces())
-        )
+        tokenizer = CharTokenizer(facts.vocab)
+        self._use(tokenizer, facts.characters, lambda: map(tokenizer.encode_array, _unchanged(pieces, facts)))
 
     def set_tokenizer(self, tokenizer: CharTokenizer) -> None:
         """Use the token ids of another tokenizer, that of the model from which training starts.
@@ -281,6 +279,25 @@ def _why_not_utf8(path: Path) -> str:
     except UnicodeDecodeError as error:
         return not_utf8(error, path)
     return "changed while it was read; start again"
+
+
+def _unchanged(pieces: Pieces, facts: TextFacts) -> Iterator[str]:
+    """Yield a text that was read before: its tokens may be kept under the digest of that reading.
+
+    Raises:
+        DataError: at the end, if it is another text now.
+    """
+    digest = hashlib.sha256()
+    for piece in pieces():
+        _feed(digest, piece)
+        yield piece
+    if digest.hexdigest() != facts.digest:
+        raise DataError("data: the text changed while it was read; start again")
+
+
+def _feed(digest: Any, text: str) -> None:
+    for part in _parts(text):
+        digest.update(text[part].encode())
 
 
 def check_vocabulary(vocabulary: str, tokenizer: CharTokenizer) -> None:

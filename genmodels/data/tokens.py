@@ -42,8 +42,7 @@ def hold(
     except OSError as error:
         where = "set XDG_CACHE_HOME to another folder"
         raise DataError(f"data: {path.parent} cannot be written ({error.strerror}); {where}") from error
-    if tokens is None:
-        raise DataError("data: the text changed while it was read; start again")
+    assert tokens is not None
     return tokens
 
 

@@ -36,7 +36,9 @@ class MeasuredStorage(Storage):
 
     def get_if_changed(self, key: str, etag: str | None) -> tuple[bytes, str] | None:
         with self._operation("get"):
-            return self._storage.get_if_changed(key, etag)
+            answer = self._storage.get_if_changed(key, etag)
+        STORAGE_BYTES.labels("get").inc(len(answer[0]) if answer else 0)
+        return answer
 
     def get_range(self, key: str, start: int, size: int) -> bytes:
         with self._operation("get"):

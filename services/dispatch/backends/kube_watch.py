@@ -122,7 +122,7 @@ class JobWatch:
 
 def _summary(job: RayJob) -> RayJob:
     """Return what the dispatcher reads of a RayJob, without its pod templates."""
-    spec, metadata = job["spec"], job["metadata"]
+    spec, metadata = job.get("spec") or {}, job["metadata"]
     groups = (spec.get("rayClusterSpec") or {}).get("workerGroupSpecs") or ()
     pods = [{"replicas": group.get("replicas", 1)} for group in groups]
     return {

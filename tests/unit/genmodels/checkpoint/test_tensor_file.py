@@ -171,3 +171,6 @@ def test_bytes_are_counted_by_operation() -> None:
     checkpoint.read_tensors(storage, "k", described)
     assert value(metrics.STORAGE_BYTES, "upload") == sent + described.size
     assert value(metrics.STORAGE_BYTES, "get") == read + described.size
+    _, etag = storage.get_if_changed("k", None) or (b"", "")
+    assert storage.get_if_changed("k", etag) is None
+    assert value(metrics.STORAGE_BYTES, "get") == read + 2 * described.size

@@ -109,8 +109,12 @@ def test_a_full_disk_is_an_outage_and_keeps_no_part_of_a_file(
     assert len(read_text(path).train)
 
 
-def test_a_text_that_is_cut_off_while_it_is_read_is_refused(cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("later", ["ab" * 500, "ba" * 1000])
+def test_a_text_that_changes_while_it_is_read_leaves_no_file(
+    cache: Path, monkeypatch: pytest.MonkeyPatch, later: str
+) -> None:
     monkeypatch.setattr(tokens, "MAX_IN_MEMORY", 1000)
-    readings = iter(("To be, or not to be. " * 100, "To be"))
+    readings = iter(("ab" * 1000, later))
     with pytest.raises(DataError, match="the text changed while it was read"):
         TextData(lambda: [next(readings)])
+    assert not list(cache.glob("*.npy"))

@@ -106,6 +106,14 @@ def test_changes_between_two_watches_are_not_missed(api: fake_kubernetes.KubeApi
     assert api.requests.count("list rayjobs") == 1
 
 
+def test_a_rayjob_without_a_spec_harms_no_other(api: fake_kubernetes.KubeApi) -> None:
+    """One that was applied by hand: Kubernetes accepts it."""
+    add(api, "a", "b")
+    del api.jobs["a"]["spec"]
+    client = KubeApi()
+    assert follow(client, api) == ["a", "b"]
+
+
 @pytest.mark.parametrize("as_event", [False, True])
 def test_a_version_that_is_too_old_is_listed_again(api: fake_kubernetes.KubeApi, as_event: bool) -> None:
     add(api, "a", "b")
