@@ -136,6 +136,7 @@ def test_a_host_remembers_the_descriptions_of_so_many_models(storage: Storage, m
     app = create_app(host)
     for step in (1, 2, 3):
         save_checkpoint(storage, "job-00000000", "shapes", "vae", step=step)
+        watch(host)
         assert entry(app, "shapes@live")["kind"] == "image"
     for name in ("shapes@1", "play", "shapes@2"):
         entry(app, name)
