@@ -28,6 +28,8 @@ from services.http.middleware import REQUEST_ID
 from services.http.request_metrics import Count, count_of, tag_version
 from services.http.responses import Json, envelope
 
+EVENT_STREAM = "text/event-stream"
+
 Items = AsyncGenerator[CompletionStarted | TextDelta | RequestError, None]
 
 
@@ -76,7 +78,12 @@ def add_completions(app: FastAPI, pool: Pool, contracts: Contracts, generate: An
             {"object": "vocabulary", "model": vocabulary.model, "data": tokens}, headers={VERSION: vocabulary.model}
         )
 
-    @app.post("/v1/completions", summary="Continue a text", openapi_extra=documented(CompletionBody))
+    @app.post(
+        "/v1/completions",
+        summary="Continue a text",
+        openapi_extra=documented(CompletionBody),
+        responses={200: {"content": {EVENT_STREAM: {}}}},
+    )
     async def create_completion(request: Request, caller: Caller = generate) -> Response:
         """Continue a prompt; return the text in one answer or in a stream of events."""
         body = await read_body(CompletionBody, request)
@@ -143,7 +150,7 @@ class _EventStream(StreamingResponse):
 
     def __init__(self, events: AsyncIterator[str], items: Items, version: str) -> None:
         headers = {VERSION: version, "cache-control": "no-cache"}
-        super().__init__(events, media_type="text/event-stream", headers=headers)
+        super().__init__(events, media_type=EVENT_STREAM, headers=headers)
         self._items = items
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:

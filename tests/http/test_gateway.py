@@ -263,6 +263,9 @@ def test_the_openapi_document_describes_bodies(app: Any) -> None:
     schema = paths["/v1/completions"]["post"]["requestBody"]["content"]["application/json"]["schema"]
     assert set(schema["required"]) == {"model", "prompt"}
     assert "include_usage" in schema["properties"]["stream_options"]["properties"]
+    assert {"application/json", "text/event-stream"} <= set(
+        paths["/v1/completions"]["post"]["responses"]["200"]["content"]
+    )
     assert "$ref" not in json.dumps([paths[path]["post"]["requestBody"] for path in paths if "post" in paths[path]])
 
 
