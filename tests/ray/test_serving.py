@@ -24,7 +24,9 @@ from genmodels.keys import Keys
 from genmodels.storage import Storage
 from services.gateway.model_host import ModelHost
 from services.gateway.pool_config import Pool, Pools
+from services.gateway.pool_routing import PoolRouting
 from services.gateway.routes import create_app
+from services.gateway.watched_catalogue import WatchedCatalogue
 from services.http.middleware import MAX_BODY
 from tests.support.asgi_client import JSON, PICTURE, ask, refused
 from tests.support.published_models import publish, publish_examples
@@ -135,7 +137,9 @@ def test_the_openai_client_understands_that_its_key_is_wrong(endpoint: str) -> N
         ("RayTaskError", 500, "internal_error"),
     ],
 )
-def test_what_serve_says_of_a_pool_becomes_an_answer(ray_cluster: str, error: str, status: int, code: str) -> None:
+def test_what_serve_says_of_a_pool_becomes_an_answer(
+    ray_cluster: str, file_storage: Storage, error: str, status: int, code: str
+) -> None:
     from ray import exceptions
     from ray.serve import exceptions as serve_exceptions
 
@@ -162,7 +166,9 @@ def test_what_serve_says_of_a_pool_becomes_an_answer(ray_cluster: str, error: st
         def remote(self, *arguments: Any) -> Any:
             raise made
 
-    app = create_app(HandlePool(Handle()))
+    pools = PoolRouting(WatchedCatalogue(file_storage), lambda _: HandlePool(Handle()))
+    pools.configure(Pools(pools=[Pool(name="default")]))
+    app = create_app(pools)
     for path, body in (("completions", BODY), ("images/generations", BODY), ("models/m/decode", {"latents": [[0.0]]})):
         error = refused(ask(app, "POST", f"/v1/{path}", body), status)
         assert (error["code"], "internal detail" in error["message"]) == (code, False)
