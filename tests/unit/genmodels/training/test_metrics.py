@@ -53,7 +53,7 @@ def test_every_metric_is_listed_once_and_has_no_other_labels() -> None:
     labels = {label for metric in metrics.ALL for label in metric._labelnames}
     assert labels == {
         "job", "model", "family", "version", "role", "part", "metric", "cause", "state", "passed", "operation", "kind",
-        "route", "code", "verb", "thread",
+        "route", "code", "verb", "thread", "pool",
     }  # fmt: skip
 
 
