@@ -18,15 +18,6 @@ from torch import Tensor
 from genmodels.family import EvaluationData, EvaluationMetric, EvaluationResult, Note, TextFamily, slide_window
 from genmodels.nn.sampling import Sampler, SamplingOptions, choose
 
-EVALUATION_NAMES = (
-    "loss",
-    "second_half_loss",
-    "bits_per_token",
-    "nats_below_bigrams",
-    "nats_below_4grams",
-    "longest_copied",
-    "repetition",
-)
 IGNORED = -1  # target of the padding in the last window of a text
 TABLES = {2: "table of bigrams", 4: "table of 4-grams", 5: "table of 5-grams"}
 COUNTED = 2**23  # maximum number of training tokens for count tables and the search for copies
@@ -37,7 +28,7 @@ REPEATED = 10  # tokens of one repetition
 
 
 def evaluate_text(family: TextFamily[Any, Any], data: EvaluationData) -> EvaluationResult:
-    """Compute the metrics `EVALUATION_NAMES`; those against count tables only if the codes fit (see `ngram_losses`)."""
+    """Compute the evaluation's metrics; those against count tables only if the codes fit (see `ngram_losses`)."""
     train, val = data.train["tokens"][:COUNTED], data.val["tokens"]
     val = val if data.thorough else val[:PUBLISHED]
     halves = _exact_loss(family, data, val)

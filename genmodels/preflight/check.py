@@ -84,7 +84,7 @@ def _facts(config: DataConfig, storage: Storage, open_all: bool, known: dict[str
 
 
 def _check_model(spec: ModelSpec, facts: Facts, storage: Storage, *, with_weights: bool) -> tuple[ModelSpec, list[str]]:
-    family, info = models.load(spec.family), facts.info
+    family, info = models.declaration(spec.family), facts.info
     family.check_kind(info)
     if spec.train.init_from is not None:
         info = init_from.check(spec, storage, info, facts.vocabulary, with_weights=with_weights)

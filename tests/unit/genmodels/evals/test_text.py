@@ -11,9 +11,10 @@ import pytest
 import torch
 
 from genmodels.data import DataConfig, TextData, open_dataset
+from genmodels.declarations.minigpt import MiniGPTConfig
 from genmodels.evals.text import longest_shared, ngram_losses, repetition
 from genmodels.family import OptimizerConfig, TextInfo
-from genmodels.models.minigpt import MiniGPT, MiniGPTConfig
+from genmodels.models.minigpt import MiniGPT
 from genmodels.registry.store import Registry
 from genmodels.runs.store import Run
 from genmodels.storage import open_storage

@@ -20,12 +20,15 @@ from genmodels import checkpoint, models
 from genmodels.checkpoint import CheckpointRef, Manifest
 from genmodels.data import open_dataset
 from genmodels.data.images import ImageData
+from genmodels.declarations.autoencoder import AutoencoderConfig
+from genmodels.declarations.gan import GANConfig
+from genmodels.declarations.vae import VAEConfig
 from genmodels.errors import DataError, ModelNotFound, SpecError
 from genmodels.family import EvaluationMetric, EvaluationResult, Family, OptimizerConfig, TextFamily
 from genmodels.metrics import EVALUATION_METRIC
-from genmodels.models.autoencoder import Autoencoder, AutoencoderConfig
-from genmodels.models.gan import GAN, GANConfig
-from genmodels.models.vae import VAE, VAEConfig
+from genmodels.models.autoencoder import Autoencoder
+from genmodels.models.gan import GAN
+from genmodels.models.vae import VAE
 from genmodels.registry import evaluations
 from genmodels.registry.evaluate import evaluate, training
 from genmodels.registry.gate import check_gate

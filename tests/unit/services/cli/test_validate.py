@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import textwrap
@@ -12,6 +13,7 @@ import pytest
 import genmodels.spec.parse
 from genmodels.errors import DataError
 from tests.support.cli_runner import Run, run, type_in
+from tests.support.paths import ROOT
 
 __all__ = ["run"]
 
@@ -208,3 +210,22 @@ def test_errors_that_the_outline_shows_are_reported_within_a_second_and_without_
     assert loaded == "loaded"
     assert len(done.stderr.splitlines()) == len(mistakes) + 2, done.stderr  # the bomb holds an anchor and two aliases
     assert float(seconds) < 1.5  # all nine together, with what they import
+
+
+@pytest.mark.parametrize(
+    "arguments", [["validate", "jobs/quickstart.yaml"], ["schema"], ["--help"], ["--version"]], ids=" ".join
+)
+def test_a_check_imports_neither_torch_nor_ray(arguments: list[str], tmp_path: Path) -> None:
+    program = f"""
+        import atexit, sys
+        heavy = {{"torch", "ray", "fastapi", "sklearn"}}
+        atexit.register(lambda: print(*sorted(heavy & sys.modules.keys()), file=sys.stderr))
+        from services.cli.main import main
+        sys.argv = ["genmodels", *{arguments}]
+        main()
+    """
+    environment = os.environ | {"GENMODELS_STORAGE": tmp_path.as_uri()}
+    command = [sys.executable, "-c", textwrap.dedent(program)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment, cwd=ROOT)
+    assert (done.returncode, done.stderr) == (0, "\n")
+    assert done.stdout
