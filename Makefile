@@ -91,7 +91,7 @@ bench-checkpoint: setup-dev
 
 bench-serving: setup-dev
 	@$(PIP) -e '.[bench]'
-	$(BIN)/python -m tests.bench.serving
+	$(BIN)/python -m tests.bench.serving $(ARGS)
 
 bench-placement: setup-dev
 	$(BIN)/python -m tests.bench.placement $(ARGS)

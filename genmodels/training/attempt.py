@@ -85,8 +85,8 @@ def run_attempt(
         run.write_heartbeat(attempt, Heartbeat(phase="starting", max_steps=spec.train.max_steps, progress_count=1))
     dataset = open_dataset(spec.data, storage)
     sharded = is_sharded(spec.train)
-    if group.rank == 0 and not sharded:
-        trainable.check(spec, dataset.info, memory_limit(), on_cpu=group.device.type == "cpu")
+    if group.rank == 0:
+        trainable.check(spec, dataset.info, memory_limit(), group.world_size)
     parent = claim(run, attempt, group, sharded=sharded)
     begins = (
         f"continues from step {parent.checkpoint.step} of attempt {parent.checkpoint.attempt}" if parent else "begins"

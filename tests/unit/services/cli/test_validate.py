@@ -35,6 +35,19 @@ def test_a_sound_spec_is_summed_up(run: Run, tmp_path: Path) -> None:
     assert run("validate", "job.yaml") == (0, summed_up, [])
 
 
+def test_a_model_that_this_machine_cannot_train_is_told(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The spec may be for larger machines, so it is not refused."""
+    monkeypatch.setattr("genmodels.sizing.machine.memory_limit", lambda: 2**20)
+    (tmp_path / "job.yaml").write_text(GOOD)
+    (tmp_path / "my.txt").write_text("Call me Ishmael.\n" * 1000)
+    code, out, errors = run("validate", "job.yaml")
+    assert (code, errors) == (0, [])
+    assert "\ntiny: this machine cannot train it: model.n_" in out
+    assert "of memory to train (weights, " in out
+
+
 def test_a_dash_reads_the_spec_from_standard_input(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Errors name the standard input, and paths in the spec are relative to the working folder."""
     (tmp_path / "my.txt").write_text("Call me Ishmael.\n" * 1000)
