@@ -229,13 +229,24 @@ class Family(Declaration, ABC, Generic[ConfigT, RequestT]):
         """
         return Footprint(network_bytes(cls, config, data, placement.number_bytes))
 
-    def to(self, device: torch.device, dtype: torch.dtype | None = None) -> None:
-        """Move every network, in place; with `dtype`, change the dtype of its weights."""
+    def networks(self) -> dict[str, nn.Module]:
+        """Return all networks by their attributes. Each tensor of a model is a parameter or a buffer of a network."""
         from torch import nn
 
-        for value in vars(self).values():
-            if isinstance(value, nn.Module):
-                value.to(device, dtype)
+        return {name: value for name, value in vars(self).items() if isinstance(value, nn.Module)}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the parameters and buffers of all networks, by names that two models of one config share."""
+        return {
+            f"{network}.{name}": tensor
+            for network, module in self.networks().items()
+            for name, tensor in (*module.named_parameters(), *module.named_buffers())
+        }
+
+    def to(self, device: torch.device, dtype: torch.dtype | None = None) -> None:
+        """Move every network, in place; with `dtype`, change the dtype of its weights."""
+        for network in self.networks().values():
+            network.to(device, dtype)
 
     @abstractmethod
     def roles(self, optimizer: OptimizerConfig) -> list[Role]:
