@@ -95,7 +95,7 @@ bench-training: setup-dev
 
 bench-serving: setup-dev
 	@$(PIP) -e '.[bench]'
-	$(BIN)/python -m tests.bench.serving
+	$(BIN)/python -m tests.bench.serving $(ARGS)
 
 bench-placement: setup-dev
 	$(BIN)/python -m tests.bench.placement $(ARGS)

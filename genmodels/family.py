@@ -138,24 +138,19 @@ ConfigT = TypeVar("ConfigT", bound=Section)
 RequestT = TypeVar("RequestT", bound=Section)
 
 
-class Family(ABC, Generic[ConfigT, RequestT]):
-    """One model. `network` is what is served, averaged (EMA) and written to `model.safetensors`."""
+class Declaration:
+    """What a spec of a family is checked against: its settings, its kind of data, and the names of its metrics.
+
+    A family declares them in its own file, or, so that specs are checked without torch, in a file of the same name in
+    `genmodels.declarations`.
+    """
 
     Config: ClassVar[type[Section]]
-    Request: ClassVar[type[Section]]  # options of a request that only this family has
+    kind: ClassVar[str]  # "image" or "text": the datasets that it learns from
     metric_names: ClassVar[tuple[str, ...]]  # the metrics of `eval_metrics`; a gate may name each of them
     evaluation_names: ClassVar[tuple[str, ...]] = ()  # the metrics of `evaluate`; a gate may name each of them
-    tracked_metrics: ClassVar[tuple[str, ...]] = ()  # columns of training rows whose course an evaluation notes
-    kind: ClassVar[str]  # "image" or "text": the datasets that it learns from
-    sample_verb: ClassVar[str]  # the request for a sample, which each model of the kind answers
-    unit: ClassVar[str]  # "images" or "tokens": what training counts
-    repeated: ClassVar[str | None] = (
-        None  # field of Config with a number of equal blocks: see `genmodels.preflight.parameters`
-    )
-
-    config: ConfigT
-    data: ImageInfo | TextInfo
-    network: nn.Module
+    # Settings and data of a model that fits a model host: so does each model whose numbers are not larger.
+    known_to_fit: ClassVar[tuple[Section, ImageInfo | TextInfo] | None] = None
 
     @classmethod
     def family_name(cls) -> str:
@@ -171,9 +166,39 @@ class Family(ABC, Generic[ConfigT, RequestT]):
             )
 
     @classmethod
-    def check(cls, config: ConfigT, data: ImageInfo | TextInfo) -> None:
+    def check(cls, config: Any, data: ImageInfo | TextInfo) -> None:
         """Raise SpecError (naming `model.<field>`) if this config cannot work on data of this kind and shape."""
         cls.check_kind(data)
+
+    @classmethod
+    def surely_fits(cls, config: Section, data: ImageInfo | TextInfo) -> bool:
+        """Tell whether a model host certainly has the memory, without building the model; False: it may have."""
+        if cls.known_to_fit is None:
+            return False
+        pairs = zip((config, data), cls.known_to_fit, strict=True)
+        return all(_not_larger(ours, fitting) for ours, fitting in pairs)
+
+
+def _not_larger(ours: Section, other: Section) -> bool:
+    """Tell whether no integer of a section is larger than the other section's."""
+    numbers = {name: value for name, value in dict(other).items() if type(value) is int}
+    return all((getattr(ours, name) or 0) <= value for name, value in numbers.items())
+
+
+class Family(Declaration, ABC, Generic[ConfigT, RequestT]):
+    """One model. `network` is what is served, averaged (EMA) and written to `model.safetensors`."""
+
+    Request: ClassVar[type[Section]]  # options of a request that only this family has
+    tracked_metrics: ClassVar[tuple[str, ...]] = ()  # columns of training rows whose course an evaluation notes
+    sample_verb: ClassVar[str]  # the request for a sample, which each model of the kind answers
+    unit: ClassVar[str]  # "images" or "tokens": what training counts
+    repeated: ClassVar[str | None] = (
+        None  # field of Config with a number of equal blocks: see `genmodels.preflight.parameters`
+    )
+
+    config: ConfigT
+    data: ImageInfo | TextInfo
+    network: nn.Module
 
     def __init__(self, config: ConfigT, data: ImageInfo | TextInfo) -> None:
         """Build the networks on the CPU, initialised from the global RNG.
@@ -204,13 +229,24 @@ class Family(ABC, Generic[ConfigT, RequestT]):
         """
         return Footprint(network_bytes(cls, config, data, placement.number_bytes))
 
-    def to(self, device: torch.device, dtype: torch.dtype | None = None) -> None:
-        """Move every network, in place; with `dtype`, change the dtype of its weights."""
+    def networks(self) -> dict[str, nn.Module]:
+        """Return all networks by their attributes. Each tensor of a model is a parameter or a buffer of a network."""
         from torch import nn
 
-        for value in vars(self).values():
-            if isinstance(value, nn.Module):
-                value.to(device, dtype)
+        return {name: value for name, value in vars(self).items() if isinstance(value, nn.Module)}
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the parameters and buffers of all networks, by names that two models of one config share."""
+        return {
+            f"{network}.{name}": tensor
+            for network, module in self.networks().items()
+            for name, tensor in (*module.named_parameters(), *module.named_buffers())
+        }
+
+    def to(self, device: torch.device, dtype: torch.dtype | None = None) -> None:
+        """Move every network, in place; with `dtype`, change the dtype of its weights."""
+        for network in self.networks().values():
+            network.to(device, dtype)
 
     @abstractmethod
     def roles(self, optimizer: OptimizerConfig) -> list[Role]:

@@ -17,22 +17,10 @@ REAL = "real against real"
 MAX_IMAGES = 10_000  # images of each kind
 MAX_NEAREST, THOROUGH_NEAREST = 500, 5_000  # images whose nearest training image is searched
 PART = 256  # images drawn at a time
-NAMES = (
-    "frechet",
-    "frechet_ratio",
-    "kid",
-    "precision",
-    "recall",
-    "density",
-    "coverage",
-    "class_ratio",
-    "label_accuracy",
-    "nearest_train",
-)
 
 
 def evaluate(data: EvaluationData, draw: Callable[[int], tuple[Tensor, Tensor | None]]) -> EvaluationResult:
-    """Compute the metrics `NAMES` of a generator, each with the metric of as many real images as its baseline.
+    """Compute the `evaluation_names` of a generator, each with the metric of as many real images as its baseline.
 
     These real images are a part of the training set that the classifier is not trained on, so that they are as new to
     it as the validation images, with which both are compared.

@@ -15,18 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from genmodels.family import EvaluationData, EvaluationMetric, EvaluationResult, Note, TextFamily, slide_window
+from genmodels.family import Decoder, EvaluationData, EvaluationMetric, EvaluationResult, Note, TextFamily, slide_window
 from genmodels.nn.sampling import Sampler, SamplingOptions, choose
+from genmodels.sizing.memory import SERVED_ROWS
 
-EVALUATION_NAMES = (
-    "loss",
-    "second_half_loss",
-    "bits_per_token",
-    "nats_below_bigrams",
-    "nats_below_4grams",
-    "longest_copied",
-    "repetition",
-)
 IGNORED = -1  # target of the padding in the last window of a text
 TABLES = {2: "table of bigrams", 4: "table of 4-grams", 5: "table of 5-grams"}
 COUNTED = 2**23  # maximum number of training tokens for count tables and the search for copies
@@ -37,7 +29,7 @@ REPEATED = 10  # tokens of one repetition
 
 
 def evaluate_text(family: TextFamily[Any, Any], data: EvaluationData) -> EvaluationResult:
-    """Compute the metrics `EVALUATION_NAMES`; those against count tables only if the codes fit (see `ngram_losses`)."""
+    """Compute the evaluation's metrics; those against count tables only if the codes fit (see `ngram_losses`)."""
     train, val = data.train["tokens"][:COUNTED], data.val["tokens"]
     val = val if data.thorough else val[:PUBLISHED]
     halves = _exact_loss(family, data, val)
@@ -69,18 +61,49 @@ def evaluate_text(family: TextFamily[Any, Any], data: EvaluationData) -> Evaluat
 
 
 def write(family: TextFamily[Any, Any], prompts: Sequence[list[int]], length: int, data: EvaluationData) -> np.ndarray:
-    """Return continuations (n, length) of n prompts of equal length, each drawn with its own seed."""
+    """Return continuations (n, length) of n prompts of equal length, each drawn with its own seed.
+
+    As many are written at once as on a model host, with its decoder.
+    """
     options = SamplingOptions(max_tokens=length)
     samplers = [Sampler(options, seed, prompt, family.data.vocab_size) for seed, prompt in enumerate(prompts)]
-    windows, written = [list(prompt) for prompt in prompts], []
+    parts = [slice(first, first + SERVED_ROWS) for first in range(0, len(prompts), SERVED_ROWS)]
+    return np.concatenate([_write_part(family, prompts[part], samplers[part], length, data) for part in parts])
+
+
+def _write_part(
+    family: TextFamily[Any, Any],
+    prompts: Sequence[list[int]],
+    samplers: Sequence[Sampler],
+    length: int,
+    data: EvaluationData,
+) -> np.ndarray:
+    decoder = family.decoder(len(prompts))
+    windows, num_read, written = [list(prompt) for prompt in prompts], 0, []
     for _ in range(length):
         data.report_progress()
-        windows = [slide_window(window, family.block_size) for window in windows]
-        tokens = choose(family.logits(torch.tensor(windows))[:, -1], samplers)
+        slid = [slide_window(window, family.block_size) for window in windows]
+        num_read = num_read if slid[0] is windows[0] else 0  # all windows have one length
+        windows = slid
+        tokens = choose(_last_logits(decoder, windows, num_read, data), samplers)
+        num_read = len(windows[0])
         for window, token in zip(windows, tokens, strict=True):
             window.append(token)
         written.append(tokens)
     return np.array(written).T
+
+
+def _last_logits(decoder: Decoder, windows: Sequence[list[int]], num_read: int, data: EvaluationData) -> Tensor:
+    """Let the decoder read the tokens of each window after the first `num_read`; return the logits after the last."""
+    if len(windows[0]) - num_read == 1:
+        return decoder.step([window[-1] for window in windows], [num_read] * len(windows))
+    rows = []
+    for slot, window in enumerate(windows):
+        for start in range(num_read, len(window), decoder.chunk):
+            data.report_progress()
+            logits = decoder.prefill(slot, window[start : start + decoder.chunk], start)
+        rows.append(logits[-1])
+    return torch.stack(rows)
 
 
 def ngram_losses(train_tokens: np.ndarray, val_tokens: np.ndarray, n: int, vocab_size: int) -> np.ndarray:

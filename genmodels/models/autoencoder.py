@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
+from genmodels.declarations.autoencoder import NOISE_LEVELS, AutoencoderConfig, AutoencoderDeclaration
 from genmodels.errors import RequestError
 from genmodels.evals.filters import best_filter, noisy
 from genmodels.evals.images import components, evenly_spaced, mean_psnr, mean_ssim, pictures
@@ -37,7 +38,6 @@ from genmodels.nn.networks import (
     EncoderDecoder,
     ImageDecoder,
     ImageEncoder,
-    Norm,
     inference,
     placed,
     psnr,
@@ -54,33 +54,6 @@ if TYPE_CHECKING:
 
 EVALUATED = 500  # validation images; a thorough evaluation takes all
 EVALUATED_AT_ONCE = 256
-NOISE_LEVELS = {"denoise_psnr": 1.0, "denoise_psnr_half": 0.5, "denoise_psnr_beyond": 1.5}  # times `noise_std`
-
-
-class AutoencoderConfig(Section):
-    """The `model` section."""
-
-    latent_dim: int = Field(32, ge=1, le=4096, description="numbers in a latent")
-    width: int = Field(
-        16, ge=1, le=512, description="channels at half size; smaller sizes have up to four times as many"
-    )
-    blocks: int = Field(1, ge=0, le=8, description="residual blocks at each size")
-    norm: Norm = Field("group", description="normalisation of the convolutions: GroupNorm, or none")
-    noise_std: float = Field(
-        0.0, ge=0, le=2, description="above 0: also train a denoiser, for noise up to this value (pixels are 0 to 1)"
-    )
-    loss: Literal["bce", "mse"] = Field(
-        "bce", description="loss of a pixel: cross-entropy on its grey value, or squared error"
-    )
-    ssim_weight: float = Field(
-        0.0, ge=0, description="weight of 1 - SSIM of reconstructions, added to the mean loss of a pixel"
-    )
-    latent_penalty: float = Field(
-        3e-4, ge=0, description="weight of the mean squared latent, added to the mean loss of a pixel"
-    )
-    density_components: int = Field(
-        30, ge=1, le=500, description="Gaussians in the density over latents, from which new pictures are drawn"
-    )
 
 
 class AutoencoderRequest(Section):
@@ -89,14 +62,11 @@ class AutoencoderRequest(Section):
     temperature: float = Field(1.0, ge=0, le=2, description="spread around the means of the density's Gaussians")
 
 
-class Autoencoder(DensityFamily[AutoencoderConfig, AutoencoderRequest]):
+class Autoencoder(AutoencoderDeclaration, DensityFamily[AutoencoderConfig, AutoencoderRequest]):
     """An autoencoder, and a denoiser where `noise_std` is above 0."""
 
-    Config = AutoencoderConfig
     Request = AutoencoderRequest
     repeated = "blocks"
-    metric_names = ("val_loss", "val_psnr", "val_denoise_psnr")
-    evaluation_names = ("psnr", "ssim", "pca_gain", *NOISE_LEVELS, "denoise_ssim", "denoise_gain")
 
     network: AutoencoderNetwork
 

@@ -16,7 +16,7 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from functools import partial
 from itertools import pairwise
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
@@ -24,12 +24,13 @@ from pydantic import Field
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from genmodels.errors import RequestError, SpecError
+from genmodels.declarations.gan import GANConfig, GANDeclaration, Loss
+from genmodels.errors import RequestError
 from genmodels.evals import generative
 from genmodels.evals.distances import frechet_distance, moments
 from genmodels.family import EvaluationData, EvaluationResult, ImageFamily, ImageInfo, OptimizerConfig, Role, TextInfo
 from genmodels.nn.latents import interpolate, row_generators, standard_normal
-from genmodels.nn.networks import check_shape, image_sizes, inference, pass_bytes, placed
+from genmodels.nn.networks import image_sizes, inference, pass_bytes, placed
 from genmodels.nn.optim import make_optimizers
 from genmodels.schema.base import Section
 from genmodels.sizing.memory import Footprint, network_bytes
@@ -43,28 +44,6 @@ OVERSHOOT = 0.02  # see Generator
 SLOPE = 0.2  # of leaky ReLUs, below zero
 MEASURE_FEATURES = 64
 MEASURE_SEED = 0
-
-Loss = Literal["relativistic", "non-saturating"]
-
-
-class GANConfig(Section):
-    """The `model` section."""
-
-    latent_dim: int = Field(
-        64, ge=1, le=4096, description="numbers of noise that a picture is made from; classes are added to them"
-    )
-    width: int = Field(
-        16, ge=1, le=512, description="channels at half size; smaller sizes have up to four times as many"
-    )
-    blocks: int = Field(1, ge=0, le=8, description="residual blocks at each size below half")
-    loss: Loss = Field("relativistic", description="adversarial loss: relativistic pairing, or non-saturating")
-    gradient_penalty: float = Field(
-        4.0, ge=0, description="weight (gamma) of the penalties R1 and R2; a low weight is sharper and less stable"
-    )
-    penalty_share: float = Field(
-        0.25, gt=0, le=1, description="share of each batch that the penalties are estimated on; they cost the most time"
-    )
-    conditional: bool = Field(False, description="learn the classes of the dataset, so that a request can name a class")
 
 
 class GANRequest(Section):
@@ -81,25 +60,14 @@ class GANRequest(Section):
     )
 
 
-class GAN(ImageFamily[GANConfig, GANRequest]):
+class GAN(GANDeclaration, ImageFamily[GANConfig, GANRequest]):
     """A GAN, class-conditional where `conditional` is set."""
 
-    Config = GANConfig
     Request = GANRequest
     repeated = "blocks"
-    metric_names = ("val_frechet", "val_frechet_floor")
-    evaluation_names = generative.NAMES
     tracked_metrics = ("discriminator_accuracy_real", "discriminator_accuracy_fake", "val_frechet")
 
     network: Generator
-
-    @classmethod
-    def check(cls, config: GANConfig, data: ImageInfo | TextInfo) -> None:
-        super().check(config, data)
-        check_shape("gan", config.latent_dim, data)
-        assert isinstance(data, ImageInfo)
-        if config.conditional and not data.num_classes:
-            raise SpecError("model.conditional: got true, but the images of data have no classes; write false")
 
     def __init__(self, config: GANConfig, data: ImageInfo | TextInfo) -> None:
         super().__init__(config, data)

@@ -18,15 +18,15 @@ import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Literal, cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 import torch.nn.functional as F
-from pydantic import Field, ValidationInfo, field_validator
 from torch import Tensor, nn
 
+from genmodels.declarations.minigpt import MiniGPTConfig, MiniGPTDeclaration
 from genmodels.errors import RequestError
-from genmodels.evals.text import EVALUATION_NAMES, IGNORED, evaluate_text
+from genmodels.evals.text import IGNORED, evaluate_text
 from genmodels.family import (
     EvaluationData,
     EvaluationResult,
@@ -43,7 +43,6 @@ from genmodels.nn.networks import inference
 from genmodels.nn.optim import make_optimizers
 from genmodels.nn.sampling import Sampler, SamplingOptions, choose
 from genmodels.nn.transfer import to_device
-from genmodels.schema.base import Section
 from genmodels.sizing.memory import FLOAT, Footprint, network_bytes
 from genmodels.sizing.placement import DEFAULT_PLACEMENT, Placement
 
@@ -53,46 +52,11 @@ if TYPE_CHECKING:
 ROTARY_BASE = 10_000.0  # wavelengths of the rotary positions: 2 pi to 2 pi * base, in tokens
 
 
-class MiniGPTConfig(Section):
-    """The `model` section. The defaults are modern; jobs/study.yaml has the plain settings."""
-
-    n_layer: int = Field(4, ge=1, le=128, description="transformer blocks")
-    n_head: int = Field(4, ge=1, le=256, description="attention heads of each block")
-    positions: Literal["learned", "rotary"] = Field("rotary", description="position encoding")
-    n_embd: int = Field(  # after those it is checked against
-        128, ge=1, le=16_384, description="width of the embeddings; a multiple of n_head"
-    )
-    block_size: int = Field(128, ge=2, le=65_536, description="the longest context, in tokens")
-    dropout: float = Field(0.0, ge=0, lt=1, description="share of activations set to zero in training")
-    norm: Literal["layer", "rms"] = Field("rms", description="LayerNorm or RMSNorm")
-    mlp: Literal["relu", "gelu", "swiglu"] = Field("swiglu", description="activation of the feed-forward layers")
-    qk_norm: bool = Field(True, description="normalise queries and keys, so that attention scores stay bounded")
-    tied_head: bool = Field(False, description="the output layer shares the weights of the token embedding")
-    bias: bool = Field(False, description="use biases in norms and in all projections except queries, keys and values")
-
-    @field_validator("n_embd")
-    @classmethod
-    def _heads_share_the_width(cls, n_embd: int, info: ValidationInfo) -> int:
-        n_head = info.data.get("n_head")
-        if n_head is None:  # it is invalid itself, and has its own error
-            return n_embd
-        rotary = info.data.get("positions") == "rotary"
-        unit = 2 * n_head if rotary else n_head
-        if n_embd % unit == 0:
-            return n_embd
-        need = f"a multiple of n_head ({n_head})" + (" whose heads have an even size, for rotary positions" * rotary)
-        near = [size for size in (n_embd // unit * unit, (n_embd // unit + 1) * unit) if size]
-        raise ValueError(f"got {n_embd}, expected {need}; write {' or '.join(map(str, near))}")
-
-
-class MiniGPT(TextFamily[MiniGPTConfig, SamplingOptions]):
+class MiniGPT(MiniGPTDeclaration, TextFamily[MiniGPTConfig, SamplingOptions]):
     """A mini-GPT over the tokens of one dataset."""
 
-    Config = MiniGPTConfig
     Request = SamplingOptions
     repeated = "n_layer"
-    metric_names = ("val_loss", "val_bits_per_char")
-    evaluation_names = EVALUATION_NAMES
 
     network: Transformer
 

@@ -16,8 +16,9 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from genmodels.declarations.image_networks import ImageDeclaration
 from genmodels.family import ConfigT, ImageFamily, ImageInfo, Interpolation, RequestT, TextInfo
-from genmodels.nn.networks import EncoderDecoder, check_shape, inference, pass_bytes, placed
+from genmodels.nn.networks import EncoderDecoder, inference, pass_bytes, placed
 from genmodels.schema.base import Section
 from genmodels.sizing.memory import FLOAT, Footprint, network_bytes
 from genmodels.sizing.placement import DEFAULT_PLACEMENT, Placement
@@ -132,7 +133,7 @@ def density_bytes(n_components: int, dim: int) -> int:
     return FLOAT * _max_components(n_components, MAX_FIT, dim) * (dim**2 + dim + 1)
 
 
-class DensityFamily(ImageFamily[ConfigT, RequestT]):
+class DensityFamily(ImageDeclaration, ImageFamily[ConfigT, RequestT]):
     """An image family with a convolutional encoder and decoder, and a density over latents that `fit` makes.
 
     Its Config has at least the fields `latent_dim`, `width` and `density_components`.
@@ -140,11 +141,6 @@ class DensityFamily(ImageFamily[ConfigT, RequestT]):
 
     network: EncoderDecoder
     density: GaussianMixture | None = None
-
-    @classmethod
-    def check(cls, config: ConfigT, data: ImageInfo | TextInfo) -> None:
-        super().check(config, data)
-        check_shape(cls.family_name(), _settings(config).latent_dim, data)
 
     @classmethod
     def footprint(

@@ -13,20 +13,15 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
-from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from genmodels.errors import SpecError
-from genmodels.family import ImageInfo, TextInfo
+from genmodels.declarations.image_networks import MIN_SIDE, Norm
 from genmodels.sizing.memory import FLOAT
 
-MIN_SIDE = 8  # pixels; smaller images are not halved
 MAPS_AT_ONCE = 5  # feature maps of one size that a residual block holds at once
 SSIM_RADIUS, SSIM_SIGMA = 5, 1.5  # pixels
-
-Norm = Literal["group", "none"]
 
 
 def image_sizes(height: int, width: int) -> list[tuple[int, int]]:
@@ -149,20 +144,6 @@ class ResidualBlock(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return x + self.body(x)
-
-
-def check_shape(family: str, latent_dim: int, data: ImageInfo | TextInfo) -> None:
-    """Raise SpecError where networks of this file cannot work on images of this shape."""
-    assert isinstance(data, ImageInfo)
-    if min(data.height, data.width) < MIN_SIDE:
-        raise SpecError(
-            f"model.family: {family} needs images of at least {MIN_SIDE} x {MIN_SIDE}, "
-            f"but they are {data.height} x {data.width}"
-        )
-    if latent_dim > (numbers := math.prod(data.shape)):
-        raise SpecError(
-            f"model.latent_dim: {latent_dim} is more than the {numbers} numbers of an image; write less, e.g. 32"
-        )
 
 
 @contextmanager

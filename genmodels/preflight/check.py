@@ -16,7 +16,7 @@ from genmodels.data import DataConfig
 from genmodels.data.facts import Facts, facts_of
 from genmodels.data.text import check_block_size
 from genmodels.errors import DataError, SpecError
-from genmodels.preflight import servable
+from genmodels.preflight import servable, trainable
 from genmodels.registry import init_from
 from genmodels.spec.sections import JobSpec, ModelSpec
 from genmodels.storage import Storage
@@ -39,6 +39,7 @@ def check_job(
     only: Collection[str] | None = None,
     capacity: Mapping[str, int] | None = None,
     pools: Mapping[str, int] | None = None,
+    worker_memory: Mapping[str, int] | None = None,
     planned: bool = False,
 ) -> Checked:
     """Return the job with a batch size that fits, if the spec gives none.
@@ -48,6 +49,7 @@ def check_job(
         only: the models to train; problems of others are not reported.
         capacity: the largest `cpus` and `gpus` of the cluster, if known.
         pools: the bytes of models that a host keeps in memory, by pool of hosts, if known.
+        worker_memory: the bytes of a machine on which a worker trains, by `cpus` (without a GPU) and `gpus`, if known.
         planned: the caller makes a plan, which reports what does not fit the cluster or a model host.
 
     Raises:
@@ -63,6 +65,7 @@ def check_job(
             spec, notes = _check_model(spec, facts, storage, with_weights=open_data and wanted)
             if not planned:
                 servable.check(spec, facts.info, budget)
+                trainable.check(spec, facts.info, trainable.memory_for(spec, worker_memory), spec.world_sizes[0])
             checked.facts[spec.name] = facts
             checked.notes[spec.name] = [*facts.notes, *notes, *([] if planned else _devices(spec, capacity))]
         except (SpecError, DataError) as error:
@@ -84,7 +87,7 @@ def _facts(config: DataConfig, storage: Storage, open_all: bool, known: dict[str
 
 
 def _check_model(spec: ModelSpec, facts: Facts, storage: Storage, *, with_weights: bool) -> tuple[ModelSpec, list[str]]:
-    family, info = models.load(spec.family), facts.info
+    family, info = models.declaration(spec.family), facts.info
     family.check_kind(info)
     if spec.train.init_from is not None:
         info = init_from.check(spec, storage, info, facts.vocabulary, with_weights=with_weights)

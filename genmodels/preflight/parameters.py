@@ -32,8 +32,12 @@ def held(size: Parameters, train: TrainConfig, workers: int) -> int:
     With `strategy: fsdp2` the workers share them. Only the averaged weights are gathered as a whole, for evaluations
     and on rank 0 for each checkpoint: they fit a model host.
     """
-    state = size.saved + size.trained
-    return state if train.strategy == "ddp" or workers == 1 else math.ceil(state / workers) + size.served
+    return _shared(size.saved + size.trained, size, train, workers)
+
+
+def snapshot(size: Parameters, train: TrainConfig, workers: int) -> int:
+    """Return the numbers that the first worker copies for a checkpoint: all, or its rows and the serving weights."""
+    return _shared(size.saved, size, train, workers)
 
 
 def count(
@@ -55,14 +59,19 @@ def count(
     )
 
 
+def _shared(numbers: int, size: Parameters, train: TrainConfig, workers: int) -> int:
+    return numbers if train.strategy == "ddp" or workers == 1 else math.ceil(numbers / workers) + size.served
+
+
 @lru_cache(CACHE_SIZE)
 def _built(
     cls: type[Family[Any, Any]], config: str, data: ImageInfo | TextInfo, optimizer: OptimizerConfig
 ) -> Parameters:
-    import torch
     from torch.optim import Muon
 
-    with torch.device("meta"):  # shapes without memory
+    from genmodels.sizing.outline import shapes_only
+
+    with shapes_only():
         family = cls(cls.Config.model_validate_json(config), data)
         roles = family.roles(optimizer)
     moments = sum(

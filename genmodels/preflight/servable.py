@@ -41,6 +41,8 @@ def check(spec: ModelSpec, data: DataInfo, budget: int = HOST_MEMORY) -> None:
 
 def refusal(spec: ModelSpec, data: DataInfo, budget: int = HOST_MEMORY) -> str | None:
     """Return why no host can serve a model; None if a host can."""
+    if budget >= HOST_MEMORY and models.declaration(spec.family).surely_fits(spec.model, data):
+        return None
     family = models.load(spec.family)
     try:
         excess = too_large(spec.model, lambda config: family.footprint(config, data), budget)

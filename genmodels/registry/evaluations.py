@@ -1,13 +1,15 @@
 """Store the results of evaluations with the version that they evaluate.
 
 models/<model>/evaluations/00000003/<id>.json    id: `publication`, or the time of the evaluation; put-if-absent
-evaluation-cache/<name>                          results that evaluations on one dataset share (`EvaluationData.cached`)
+evaluation-cache/<name>.checked                  sha256, in hex, and what evaluations on one dataset share (`cached`)
 """
 
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import itertools
+import logging
 import secrets
 from collections.abc import Callable
 
@@ -20,7 +22,10 @@ from genmodels.registry.versions import Version, VersionReader
 from genmodels.storage import Document, Storage, Time, list_names, load_document
 from genmodels.storage.documents import now
 
+log = logging.getLogger(__name__)
+
 PUBLICATION = "publication"
+DIGEST_BYTES = 64
 EVALUATED = r"(publication|\d{8}T\d{6}-[0-9a-f]{4})\.json"
 
 
@@ -88,13 +93,30 @@ def _second(name: str) -> str:
 
 
 def cached(storage: Storage, name: str, make: Callable[[], bytes]) -> bytes:
-    """Return the bytes stored under a name; make and store them if missing. The first of several writers counts."""
-    key = f"evaluation-cache/{name}"
+    """Return the bytes stored under a name; make and store them if they are missing or damaged.
+
+    The first of several writers counts.
+    """
+    key, etag = f"evaluation-cache/{name}.checked", None
     with contextlib.suppress(KeyNotFound):
-        return storage.get(key)[0]
+        stored, etag = storage.get(key)
+        if (data := _checked(stored)) is not None:
+            return data
+        log.warning("%s is damaged; it is made again", key)
     data = make()
     try:
-        storage.put(key, data, if_absent=True)
+        storage.put(key, _digest(data) + data, if_absent=etag is None, if_match=etag)
     except Conflict:
-        return storage.get(key)[0]
+        theirs = _checked(storage.get(key)[0])
+        return data if theirs is None else theirs
     return data
+
+
+def _checked(stored: bytes) -> bytes | None:
+    """Return what was stored without its digest; None if it is damaged."""
+    data = stored[DIGEST_BYTES:]
+    return data if stored[:DIGEST_BYTES] == _digest(data) else None
+
+
+def _digest(data: bytes) -> bytes:
+    return hashlib.sha256(data).hexdigest().encode()

@@ -31,6 +31,7 @@ class Queue(Document):
 
     time: str = ""
     capacity: dict[str, int] | None = None  # cpus and gpus; None: unknown or unlimited
+    worker_memory: dict[str, int] = Field(default_factory=dict)  # see `services.dispatch.backends.base.Capacity`
     queue: list[QueuedRun] = Field(default_factory=list)
 
 

@@ -75,14 +75,11 @@ def network_bytes(family: Any, config: BaseModel, data: BaseModel, number_bytes:
 
 @lru_cache(1024)
 def _numbers_of(family: Any, config: str, data: BaseModel) -> int:
-    from torch import nn
-
     from genmodels.sizing.outline import shapes_only
 
     with shapes_only():
         built = family(family.Config.model_validate_json(config), data)
-    networks = [value for value in vars(built).values() if isinstance(value, nn.Module)]
-    return sum(tensor.numel() for network in networks for tensor in network.state_dict().values())
+    return sum(tensor.numel() for network in built.networks().values() for tensor in network.state_dict().values())
 
 
 def gibibytes(size: int) -> str:

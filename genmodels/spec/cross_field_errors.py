@@ -6,9 +6,8 @@ All errors of one field (type, bounds, unknown key, missing key) are worded in `
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
-from genmodels.family import Family
+from genmodels.family import Declaration
 from genmodels.schema.field_errors import FieldError, nearest, show
 
 MAX_WORKERS = 1024
@@ -63,7 +62,7 @@ def batch_size(size: int, accumulation_steps: int, workers: int | tuple[int, int
     ]
 
 
-def dataset_kind(dataset: str | None, family: type[Family[Any, Any]], kinds: Mapping[str, str]) -> list[FieldError]:
+def dataset_kind(dataset: str | None, family: type[Declaration], kinds: Mapping[str, str]) -> list[FieldError]:
     """Return an error if the family cannot learn from the dataset; the kind of a path is checked when it is opened.
 
     Args:
@@ -77,7 +76,7 @@ def dataset_kind(dataset: str | None, family: type[Family[Any, Any]], kinds: Map
     return [FieldError(("data", "dataset"), f"{problem}; write one of {fitting}")]
 
 
-def gate_metric(metric: str, family: type[Family[Any, Any]]) -> list[FieldError]:
+def gate_metric(metric: str, family: type[Declaration]) -> list[FieldError]:
     """Return an error if the family has no such metric."""
     metrics = family.metric_names + family.evaluation_names
     if metric in metrics:

@@ -9,12 +9,11 @@ from genmodels.spec.sections import JobSpec
 
 
 def json_schema() -> dict[str, Any]:
-    """Return the JSON Schema (draft 2020-12) of job specs, for editors. Imports all families."""
+    """Return the JSON Schema (draft 2020-12) of job specs, for editors."""
     schema = JobSpec.model_json_schema()
     choices = []
     for name in models.names():
-        family = models.load(name)
-        choice = family.Config.model_json_schema(ref_template=f"#/$defs/{name}.{{model}}")
+        choice = models.declaration(name).Config.model_json_schema(ref_template=f"#/$defs/{name}.{{model}}")
         schema["$defs"].update({f"{name}.{key}": value for key, value in choice.pop("$defs", {}).items()})
         choice["title"] = name
         choice["properties"] = {"family": {"const": name}, **choice.get("properties", {})}

@@ -4,8 +4,8 @@
 lenient, for specs in storage: it ignores unknown keys, so that an older process can read newer specs.
 
 The sections do not depend on each other, and the settings of a family (`model`) are in the file of the family; this
-module combines them, and `cross_field_errors` words the problems that need more than one of them. It imports families,
-and torch with them, only for a valid outline.
+module combines them, and `cross_field_errors` words the problems that need more than one of them. It imports the
+declarations of families, and torch with a family that has no file for them, only for a valid outline.
 """
 
 from __future__ import annotations
@@ -246,7 +246,7 @@ class ModelSpec(Section):
             raise field_errors([FieldError(("family",), models.unknown_family(family))])
         if _is_outline(info):
             return Section()
-        config = models.load(family).Config
+        config = models.declaration(family).Config
         try:
             return config.model_validate(settings, extra="ignore" if _is_stored(info) else None)
         except ValidationError as error:
@@ -282,7 +282,7 @@ class ModelSpec(Section):
         bounds = workers if isinstance(workers, int) else (workers.min, workers.max)
         problems = cross_field_errors.batch_size(train.batch_size, train.accumulation_steps, bounds)
         if not _is_outline(info):
-            family = models.load(self.family)
+            family = models.declaration(self.family)
             problems += cross_field_errors.dataset_kind(self.data.dataset, family, _kinds(info))
             problems += cross_field_errors.gate_metric(gate.metric, family) if gate else []
         return _raised(self, problems)
@@ -327,4 +327,4 @@ def _family_config(loc: Loc, document: dict[str, Any] | None) -> type[Section] |
         family = document["models"][loc[1]]["model"]["family"]  # type: ignore[index]
     except (LookupError, TypeError):
         return None
-    return models.load(family).Config if family in models.names() else None
+    return models.declaration(family).Config if family in models.names() else None

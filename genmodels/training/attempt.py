@@ -13,7 +13,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 
 from genmodels import __version__, checkpoint, metrics, models
 from genmodels.checkpoint import Lineage
@@ -28,6 +27,7 @@ from genmodels.runs.logs import LogShipper
 from genmodels.runs.records import Heartbeat
 from genmodels.runs.store import Run
 from genmodels.sizing.machine import memory_limit
+from genmodels.sizing.outline import shapes_only
 from genmodels.spec.parse import model_digest
 from genmodels.spec.sections import ModelSpec
 from genmodels.storage import Storage
@@ -85,21 +85,24 @@ def run_attempt(
         run.write_heartbeat(attempt, Heartbeat(phase="starting", max_steps=spec.train.max_steps, progress_count=1))
     dataset = open_dataset(spec.data, storage)
     sharded = is_sharded(spec.train)
-    if group.rank == 0 and not sharded:
-        trainable.check(spec, dataset.info, memory_limit(), on_cpu=group.device.type == "cpu")
+    if group.rank == 0:
+        trainable.check(spec, dataset.info, memory_limit(), group.world_size)
     parent = claim(run, attempt, group, sharded=sharded)
     begins = (
         f"continues from step {parent.checkpoint.step} of attempt {parent.checkpoint.attempt}" if parent else "begins"
     )
     log.info("attempt %d, rank %d of %d: %s", attempt, group.rank, group.world_size, begins)
-    family, averaged = _build_both(spec, dataset, run, group, parent)
+    with checkpoint.scratch_folder() as folder:
+        source = _adopt_tokenizer(spec, dataset, run, group, parent, Path(folder))
+        scratch = _without_weights(build(spec, dataset)) if group.rank == 0 else None  # freed before the next is built
+        family, averaged, initial = _build_models(spec, dataset, group, source)
     side_group = SideGroup() if sharded else None
-    if group.rank > 0 and side_group is None:
+    if scratch is None and side_group is None:
         return train(spec, family, averaged, dataset, group, None, parent)
-    if group.rank > 0 and side_group is not None:
+    if scratch is None:
+        assert side_group is not None
         with PartRecorder(run, attempt, side_group) as part_recorder:
             return train(spec, family, averaged, dataset, group, None, parent, part_recorder)
-    scratch = _without_weights(build(spec, dataset))
     lineage = Lineage(
         spec_digest=model_digest(spec),
         data_digest=dataset.digest,
@@ -120,30 +123,48 @@ def run_attempt(
         step_flops,
         side_group,
     ) as recorder:
-        return train(spec, family, averaged, dataset, group, recorder, parent)
+        return train(spec, family, averaged, dataset, group, recorder, parent, initial=initial)
 
 
-def _build_both(
-    spec: ModelSpec, dataset: Dataset, run: Run, group: Group, parent: Parent | None
-) -> tuple[Family[Any, Any], Family[Any, Any]]:
-    """Build the model to train and its average; rank 0 reads the weights that `train.init_from` names.
+def _adopt_tokenizer(
+    spec: ModelSpec, dataset: Dataset, run: Run, group: Group, parent: Parent | None, folder: Path
+) -> Path | None:
+    """Give the dataset the tokenizer of the model that training continues or starts from.
 
-    The dataset takes the tokenizer of the model that training continues or starts from.
+    Returns:
+        The folder with the model that `train.init_from` names, of which only rank 0 has the weights.
     """
-    with checkpoint.scratch_folder() as name:
-        source = None
-        if parent:
-            init_from.adopt_tokenizer(dataset, parent.tokenizer)
-        elif source := init_from.fetch(spec, run.storage, Path(name, "source"), with_weights=group.rank == 0):
-            init_from.adopt_tokenizer(dataset, checkpoint.read_assets(source).get("tokenizer.json"))
-        torch.manual_seed(spec.train.seed)
-        family, averaged = (build(spec, dataset) for _ in range(2))
-        if source:
-            if group.rank == 0:
-                init_from.load(family, source)
-            for tensor in family.network.state_dict().values():
-                group.receive(tensor, None)
-    return family, averaged
+    if parent:
+        init_from.adopt_tokenizer(dataset, parent.tokenizer)
+        return None
+    source = init_from.fetch(spec, run.storage, folder / "source", with_weights=group.rank == 0)
+    if source:
+        init_from.adopt_tokenizer(dataset, checkpoint.read_assets(source).get("tokenizer.json"))
+    return source
+
+
+def _build_models(
+    spec: ModelSpec, dataset: Dataset, group: Group, source: Path | None
+) -> tuple[Family[Any, Any], Family[Any, Any], Family[Any, Any] | None]:
+    """Build the model to train and its average, and load the weights that `train.init_from` names.
+
+    Where the ranks share the weights, both have no memory yet, and rank 0 builds the only whole model, the third.
+    """
+    torch.manual_seed(spec.train.seed)
+    if is_sharded(spec.train):
+        initial = build(spec, dataset) if group.rank == 0 else None
+        if initial and source:
+            init_from.load(initial, source)
+        torch.manual_seed(spec.train.seed)  # the ranks must agree on what a family may draw later
+        with shapes_only():
+            return build(spec, dataset), build(spec, dataset), initial
+    family, averaged = (build(spec, dataset) for _ in range(2))
+    if source:
+        if group.rank == 0:
+            init_from.load(family, source)
+        for tensor in family.network.state_dict().values():
+            group.receive(tensor, None)
+    return family, averaged, None
 
 
 def build(spec: ModelSpec, dataset: Dataset) -> Family[Any, Any]:
@@ -159,9 +180,8 @@ def build(spec: ModelSpec, dataset: Dataset) -> Family[Any, Any]:
 
 def _without_weights(family: Family[Any, Any]) -> Family[Any, Any]:
     """Free the weights of a model that gets others before it is used: those of each snapshot, which are not copied."""
-    for value in vars(family).values():
-        if isinstance(value, nn.Module):
-            value.load_state_dict({name: one.to("meta") for name, one in value.state_dict().items()}, assign=True)
+    for network in family.networks().values():
+        network.load_state_dict({name: one.to("meta") for name, one in network.state_dict().items()}, assign=True)
     return family
 
 

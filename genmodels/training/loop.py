@@ -32,7 +32,7 @@ from genmodels.spec.sections import ModelSpec, TrainConfig
 from genmodels.training.group import Group
 from genmodels.training.resume import Parent, optimizer_file, restore, weights_file
 from genmodels.training.role_trainer import RoleTrainer
-from genmodels.training.sharding import gathered, is_sharded, local, shard_weights
+from genmodels.training.sharding import gathered, is_sharded, local
 from genmodels.training.shared_state import SharedState
 
 log = logging.getLogger(__name__)
@@ -66,6 +66,7 @@ def train(
     recorder: Recorder | None,
     parent: Parent | None = None,
     part_recorder: Saver | None = None,
+    initial: Family[Any, Any] | None = None,
 ) -> bool:
     """Train until `max_steps`, or until the recorder is asked to stop.
 
@@ -76,6 +77,8 @@ def train(
         recorder: on rank 0; None elsewhere.
         parent: the checkpoint to continue from.
         part_recorder: on the other ranks, if each of them saves a part of a checkpoint.
+        initial: on rank 0, if the ranks share the weights: a whole model with the initial weights, which is freed.
+            `family` and `averaged` then have no memory yet.
 
     Returns:
         True at `max_steps`; False if it stopped before, with a checkpoint at the step where it stopped.
@@ -86,16 +89,16 @@ def train(
     # DDP warns when every parameter was used; `find_unused_parameters` is set for another reason (see RoleTrainer).
     warnings.filterwarnings("ignore", message="find_unused_parameters=True was specified")
     config = spec.train
-    family.to(group.device)
-    averaged.to(group.device)
     averaged.network.requires_grad_(False)
-    averaged.network.load_state_dict(family.network.state_dict())
+    if not is_sharded(config):
+        family.to(group.device)
+        averaged.to(group.device)
+        averaged.network.load_state_dict(family.network.state_dict())
     roles = family.roles(config)
     trainers = [RoleTrainer(role, config, group, alone=len(roles) == 1) for role in roles]
     shared = None
     if is_sharded(config):
-        shard_weights(averaged.network, group.device, by_layer=False)
-        shared = SharedState(trainers, averaged.network, group, has_average=config.ema is not None)
+        shared = SharedState.begin(trainers, family, averaged, initial, group, has_average=config.ema is not None)
     split, validation = (dataset.split(name, family.sequence_length) for name in ("train", "val"))
     _check_enough(split, validation, config, group)
 

@@ -40,6 +40,8 @@ def is_sharded(config: TrainConfig) -> bool:
 def shard_weights(module: nn.Module, device: torch.device, *, by_layer: bool) -> DeviceMesh:
     """Leave to each rank its part of the parameters of a module; return the mesh of all ranks.
 
+    Of a module that was built without memory, each rank allocates its part alone.
+
     Args:
         by_layer: gather the entries of each ModuleList only while they are called.
     """
@@ -48,7 +50,15 @@ def shard_weights(module: nn.Module, device: torch.device, *, by_layer: bool) ->
     for layer in _layers(module) if by_layer else ():
         fully_shard(layer, mesh=mesh, ignored_params=scalars)
     fully_shard(module, mesh=mesh, ignored_params=scalars)
+    take_memory(module, device)
     return mesh
+
+
+def take_memory(module: nn.Module, device: torch.device) -> None:
+    """Allocate the tensors of a module that was built without memory; their contents are undefined."""
+    if any(tensor.is_meta for tensor in (*module.parameters(), *module.buffers())):
+        # PyTorch keeps the identity of a distributed parameter, so that one which two layers share stays one.
+        module._apply(lambda tensor: torch.empty_like(tensor, device=device) if tensor.is_meta else tensor)
 
 
 def shard_role(role: Role, device: torch.device, *, alone: bool) -> list[Scalar]:
@@ -66,7 +76,7 @@ def shard_role(role: Role, device: torch.device, *, alone: bool) -> list[Scalar]
     parts = dict(role.loss.named_parameters())
     scalars = [Scalar(p, nn.Parameter(_replicated(p.data, mesh))) for p in parts.values() if p.ndim == 0]
     shared = {id(scalar.plain): scalar.shared for scalar in scalars}
-    new = {id(parameter): shared.get(id(parameter), parts[name]) for name, parameter in whole.items()}
+    new = {id(parameter): shared.get(id(parts[name]), parts[name]) for name, parameter in whole.items()}
     for optimizer in role.optimizers:
         for group in optimizer.param_groups:
             group["params"] = [new[id(parameter)] for parameter in group["params"]]
@@ -98,6 +108,11 @@ def gathered(*modules: nn.Module) -> Iterator[None]:
     finally:
         for part in parts:
             part.reshard()
+
+
+def has_parts(module: nn.Module) -> bool:
+    """Return whether the ranks share the weights of a module."""
+    return any(isinstance(parameter, DTensor) for parameter in module.parameters())
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,10 +22,11 @@ from genmodels.checkpoint import (
 )
 from genmodels.checkpoint.parts import lay_out, tensor_name
 from genmodels.errors import CheckpointError
+from genmodels.family import Family
 from genmodels.training.group import Group
 from genmodels.training.resume import Parent, optimizer_file, weights_file
 from genmodels.training.role_trainer import RoleTrainer
-from genmodels.training.sharding import local
+from genmodels.training.sharding import has_parts, local, shard_weights, take_memory
 
 
 @dataclass(frozen=True)
@@ -35,6 +37,37 @@ class SharedState:
     averaged: nn.Module
     group: Group
     has_average: bool  # the averaged weights differ from the trained ones
+
+    @staticmethod
+    def begin(
+        trainers: Sequence[RoleTrainer],
+        family: Family[Any, Any],
+        averaged: Family[Any, Any],
+        initial: Family[Any, Any] | None,
+        group: Group,
+        has_average: bool,
+    ) -> SharedState:
+        """Share two models that were built without memory, and set both to `initial`, a whole model that rank 0 has.
+
+        Rank 0 sends it tensor by tensor: no other rank ever holds it as a whole.
+
+        Args:
+            trainers: of the roles of `family`, which share its weights already.
+        """
+        for network in family.networks().values():
+            take_memory(network, group.device)
+        whole = initial.tensors() if initial else {}
+        for name, tensor in family.tensors().items():
+            _receive_rows(tensor, whole.get(name), group)
+        if initial:
+            initial.to(torch.device("meta"))  # frees its memory: the caller still refers to it
+        shard_weights(averaged.network, group.device, by_layer=False)
+        for name, network in averaged.networks().items():
+            source = family.networks()[name]
+            if network is averaged.network or not has_parts(source):  # other trained networks have no average
+                take_memory(network, group.device)
+                _copy(network, source)
+        return SharedState(trainers, averaged.network, group, has_average)
 
     def snapshot(self, memory: SnapshotMemory, step: int, samples: int, metrics: dict[str, float]) -> Snapshot:
         """Copy this rank's rows, and on rank 0 the whole serving weights, tensor by tensor. All ranks must call it."""
@@ -87,15 +120,31 @@ class _Received:
         self.shapes: dict[str, list[int]] = json.loads(group.receive_bytes(shapes.encode()))
 
     def load(self, targets: Mapping[str, Tensor]) -> None:
-        """Copy tensors into others: into a distributed tensor only the rows that this rank holds."""
+        """Copy tensors into others, see `_receive_rows`."""
         for name in sorted(targets):
-            target = targets[name]
-            if self.shapes.get(name) != list(target.shape):
+            if self.shapes.get(name) != list(targets[name].shape):
                 raise CheckpointError(f"the checkpoint is of another model or release: {name} differs")
-            whole = torch.empty(target.shape, dtype=target.dtype, device=self._group.device)
-            self._group.receive(whole, self._tensors.get(name))
-            with torch.no_grad():
-                local(target).copy_(local(_like(whole, target)))
+            _receive_rows(targets[name], self._tensors.get(name), self._group)
+
+
+@torch.no_grad()
+def _copy(target: nn.Module, source: nn.Module) -> None:
+    """Set the tensors of a module to those of an equal one; of distributed tensors a rank copies its own rows."""
+    for mine, theirs in zip(_tensors(target), _tensors(source), strict=True):
+        local(mine).copy_(local(theirs))
+
+
+def _tensors(module: nn.Module) -> Iterator[Tensor]:
+    yield from module.parameters()
+    yield from module.buffers()
+
+
+def _receive_rows(target: Tensor, source: Tensor | None, group: Group) -> None:
+    """Copy a tensor that rank 0 has to all ranks: into a distributed tensor only the rows that a rank holds."""
+    whole = torch.empty(target.shape, dtype=target.dtype, device=group.device)
+    group.receive(whole, source)
+    with torch.no_grad():
+        local(target).copy_(local(_like(whole, target)))
 
 
 def _named(file: str, tensors: Mapping[str, Tensor]) -> Iterator[tuple[str, Tensor]]:

@@ -146,7 +146,9 @@ def validate(
     """Check a job spec. The pools that it names are checked only against a given file of pools."""
     use_pools(pools)
     job, source, store = read_job(spec, storage_url)
+    from genmodels.preflight import trainable
     from genmodels.preflight.check import check_job
+    from genmodels.sizing.machine import memory_limit
     from services.gateway.pool_config import read_pools
 
     try:
@@ -159,6 +161,9 @@ def validate(
     for name, notes in checked.notes.items():
         for note in notes:
             print(f"{name}: {note}")
+    for model in job.models:
+        if problem := trainable.refusal(model, checked.facts[model.name].info, memory_limit(), model.world_sizes[0]):
+            print(f"{model.name}: this machine cannot train it: {problem}")
     if smoke:
         from services.local.smoke import smoke as try_out
 

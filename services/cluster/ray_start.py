@@ -5,8 +5,11 @@ from __future__ import annotations
 import secrets
 from pathlib import Path
 
+from genmodels.sizing.machine import memory_limit
 from services.cluster.environment import ray_command
 from services.cluster.settings import settings
+
+MEMORY_LABEL = "genmodels/memory"  # of a node: the bytes that its processes may have together
 
 # Must be in the environment before Ray starts, wherever a part of Serve may run. Over gRPC, and without a second thread
 # in each process, 16 streams get 2.6 times the tokens (`make bench-serving` on 2 cores).
@@ -35,6 +38,7 @@ def ray_start_command(node_address: str, *, head: bool, **flags: str | int | Pat
         "min_worker_port": 0,  # any free one
         "max_worker_port": 0,
         "include_log_monitor": "false",  # logs go to storage
+        "labels": f"{MEMORY_LABEL}={memory_limit()}",  # a submission is checked with it
         **flags,
     }
     given = (f"--{name.replace('_', '-')}={value}" for name, value in options.items() if value is not None)

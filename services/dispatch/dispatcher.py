@@ -140,13 +140,12 @@ class Dispatcher:
         over = threading.Event()
         renewer = threading.Thread(target=self._renew, args=(over,), name="lease", daemon=True)
         renewer.start()
-        keeper = CatalogueKeeper(self.storage)  # in a thread of its own: to build a large catalogue takes minutes
-        threading.Thread(target=keeper.run, args=(over,), name="catalogue", daemon=True).start()
         try:
-            while not stop.is_set() and not over.is_set() and self.lease.held():
-                with self.rounds.round(LeaseLost):
-                    self.dispatch_once(lease_term)
-                stop.wait(POLL_SECONDS if self._runs else REST_SECONDS)
+            with CatalogueKeeper(self.storage).running():
+                while not stop.is_set() and not over.is_set() and self.lease.held():
+                    with self.rounds.round(LeaseLost):
+                        self.dispatch_once(lease_term)
+                    stop.wait(POLL_SECONDS if self._runs else REST_SECONDS)
         except LeaseLost as lost:
             self.lease.outgrow(lost.lease_term)
             log.warning("%s", lost)

@@ -142,8 +142,15 @@ class RunQueue:
         total = None
         if capacity and not capacity.unlimited:
             total = {"cpus": max(capacity.cpus, capacity.max_cpus), "gpus": max(capacity.gpus, capacity.max_gpus)}
+        memory = _worker_memory(capacity) if capacity else {}
         written, content = self._written
-        is_due = content != (total, queue) or time.monotonic() - written >= REWRITE_SECONDS
+        is_due = content != (total, memory, queue) or time.monotonic() - written >= REWRITE_SECONDS
         if is_due and holds_lease():
-            write_queue(self.jobs.storage, Queue(time=now(), capacity=total, queue=queue))
-            self._written = time.monotonic(), (total, queue)
+            write_queue(self.jobs.storage, Queue(time=now(), capacity=total, worker_memory=memory, queue=queue))
+            self._written = time.monotonic(), (total, memory, queue)
+
+
+def _worker_memory(capacity: Capacity) -> dict[str, int]:
+    """Return the known bytes of a machine for workers, by `cpus` and `gpus` like the capacity itself."""
+    memory = {"cpus": capacity.memory, "gpus": capacity.gpu_memory}
+    return {device: size for device, size in memory.items() if size is not None}

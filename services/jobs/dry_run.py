@@ -12,7 +12,7 @@ from genmodels import models
 from genmodels.data.facts import Facts, facts_of
 from genmodels.errors import DataError, RequestError, SpecError
 from genmodels.family import Family
-from genmodels.preflight import parameters, servable
+from genmodels.preflight import parameters, servable, trainable
 from genmodels.spec.sections import JobSpec, ModelSpec
 from genmodels.storage import Storage
 from services.jobs.schemas import JobDryRun, ModelDryRun
@@ -25,6 +25,7 @@ def report(
     storage: Storage,
     capacity: Mapping[str, int] | None,
     pools: Mapping[str, int] | None = None,
+    worker_memory: Mapping[str, int] | None = None,
     gone: Callable[[], bool] = lambda: False,
 ) -> JobDryRun:
     """Report what a job would run.
@@ -32,6 +33,7 @@ def report(
     Args:
         capacity: the largest number of `cpus` and `gpus` of the cluster; None: not known yet.
         pools: the bytes of models that a host keeps in memory, by pool of hosts, if known.
+        worker_memory: the bytes of a machine on which a worker trains, by `cpus` (without a GPU) and `gpus`, if known.
         gone: return whether the client has disconnected.
 
     Raises:
@@ -42,7 +44,7 @@ def report(
     for place, spec in enumerate(job.models):
         if gone():
             raise RequestError("the client has disconnected", status=499)
-        reports.append(_model(place, spec, storage, capacity, pools))
+        reports.append(_model(place, spec, storage, capacity, pools, worker_memory))
     return JobDryRun(name=job.name, priority=job.priority, models=reports)
 
 
@@ -52,6 +54,7 @@ def _model(
     storage: Storage,
     capacity: Mapping[str, int] | None,
     pools: Mapping[str, int] | None,
+    worker_memory: Mapping[str, int] | None,
 ) -> ModelDryRun:
     scaling = spec.scaling
     report = ModelDryRun(
@@ -76,6 +79,10 @@ def _model(
     except SpecError as error:
         raise SpecError(f"models[{place}].{error}") from None
     _add_sizes(report, spec, family, facts, servable.budget(spec, pools))
+    memory = trainable.memory_for(spec, worker_memory)
+    if problem := trainable.refusal(spec, facts.info, memory, spec.world_sizes[0]):
+        report.fits = False
+        report.notes.append(problem)
     return report
 
 

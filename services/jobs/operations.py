@@ -17,7 +17,7 @@ from genmodels.registry.references import resolve_references
 from genmodels.runs.jobs import Entry, Jobs
 from genmodels.runs.log_lines import Cursor
 from genmodels.runs.metric_rows import metric_lines
-from genmodels.runs.queue import notify
+from genmodels.runs.queue import Queue, notify
 from genmodels.runs.records import ENDED, Status
 from genmodels.runs.store import Run
 from genmodels.runs.thinning import ThinnedHistories
@@ -60,8 +60,9 @@ class JobOperations:
             gone: return whether the client has disconnected.
         """
         with _spec_errors():
-            checked, capacity = self._check(body, caller, dry_run=True)
-            report = dry_run.report(checked.job, self.storage, capacity, self._pools.read().memory, gone)
+            checked, queue = self._check(body, caller, dry_run=True)
+            pools = self._pools.read().memory
+            report = dry_run.report(checked.job, self.storage, queue.capacity, pools, queue.worker_memory, gone)
         for model in report.models:
             model.notes += checked.notes[model.model]
         return report
@@ -149,16 +150,24 @@ class JobOperations:
 
         return read_new
 
-    def _check(self, body: bytes, caller: Caller, *, dry_run: bool) -> tuple[Checked, dict[str, int] | None]:
-        """Parse and check a spec; return it with the cluster's capacity, which may be unknown."""
+    def _check(self, body: bytes, caller: Caller, *, dry_run: bool) -> tuple[Checked, Queue]:
+        """Parse and check a spec; return it with what the dispatcher has written of the cluster."""
         datasets = added.Kinds(self.storage, caller.may_use_dataset)
         spec = parse_spec(body, "spec", datasets=datasets, paths=False)
         caller.require(model.name for model in spec.models)
         caller.require(filter(None, (model.train.init_from for model in spec.models)))
-        capacity = self.views.queue().capacity
+        queue = self.views.queue()
         spec = resolve_references(spec, self.storage, pin=False)
         pools = self._pools.read().memory
-        return check_job(spec, self.storage, capacity=capacity, pools=pools, planned=dry_run), capacity
+        checked = check_job(
+            spec,
+            self.storage,
+            capacity=queue.capacity,
+            pools=pools,
+            worker_memory=queue.worker_memory,
+            planned=dry_run,
+        )
+        return checked, queue
 
     def _choose_runs(self, job: str, models: list[str] | None, caller: Caller) -> _Chosen:
         """Read a job, and the status of the named runs, by default all. A request reads nothing else of the job."""

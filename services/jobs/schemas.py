@@ -69,7 +69,7 @@ class ModelDryRun(BaseModel):
     serving_bytes: int | None = None  # memory of a model host for it
     servable: bool | None = None  # whether a model host has that memory; else a note says what to change
     checkpoints_kept: int
-    fits: bool | None = None  # whether the smallest worker group fits the cluster at its largest
+    fits: bool | None = None  # whether the smallest worker group fits the cluster at its largest, and its machines
     notes: list[str] = []
 
 

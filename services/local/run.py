@@ -21,6 +21,7 @@ from genmodels.preflight.check import check_job
 from genmodels.registry.references import resolve_datasets
 from genmodels.runs.records import Result, Status
 from genmodels.runs.store import Run
+from genmodels.sizing.machine import memory_limit
 from genmodels.spec.parse import job_id
 from genmodels.spec.sections import JobSpec, ModelSpec
 from genmodels.storage import Storage, begin_writing
@@ -144,7 +145,8 @@ def _run(
 def _check(job: JobSpec, chosen: list[str], storage: Storage, screen: Console) -> tuple[JobSpec, dict[str, int]]:
     """Check all models before anything starts; return the job, and the number of validation examples by model."""
     check_pools(pools := read_pools())
-    checked = check_job(job, storage, open_data=True, only=chosen, pools=pools.memory)
+    memory = dict.fromkeys(("cpus", "gpus"), memory_limit())
+    checked = check_job(job, storage, open_data=True, only=chosen, pools=pools.memory, worker_memory=memory)
     needed = max((spec.world_sizes[0] for spec in _choose(job, chosen) if spec.scaling.use_gpu), default=0)
     if needed > (there := gpus() if needed else 0):
         raise SpecError(f"scaling.use_gpu: needs {needed} GPUs, and this machine has {there}; write use_gpu: false")

@@ -25,6 +25,7 @@ from torch import Tensor
 from genmodels import checkpoint
 from genmodels.checkpoint import SnapshotMemory
 from genmodels.storage import Storage, multipart, open_storage
+from tests.bench.rounds import machine
 from tests.support.memory import reset_peak, resident
 from tests.support.s3_server import S3Server
 
@@ -39,18 +40,24 @@ def main() -> None:
     size = int(parser.parse_args().gigabytes * 2**30)
     with S3Server() as server:
         os.environ.update(server.environment)
-        storage = open_storage(f"s3://{server.bucket}/bench")
-        weights = {f"layers.{i}": torch.rand(LAYER) for i in range(max(1, size // (4 * LAYER)))}
-        unit = sum(tensor.nbytes for tensor in weights.values())
-        memory = SnapshotMemory()
-        report("weights P", f"{unit / 2**30:.2f} GiB")
-        report("copy of 4 P, first save", f"{seconds(lambda: memory.fill(content(weights))):.2f} s")
-        report("copy of 4 P, later saves", f"{seconds(lambda: memory.fill(content(weights))):.2f} s")
-        files = memory.fill(content(weights))
-        measure_save(storage, files, unit)
-        measure_speed(storage, server, files["model.safetensors"].data)
-        measure_steps(storage, files["model.safetensors"].data)
-        measure_resume(storage, files["model.safetensors"].data, unit)
+        measure(server, size // (4 * LAYER))
+
+
+def measure(server: S3Server, layers: int, layer: int = LAYER, quiet_seconds: float = 2.0) -> None:
+    """Print the figures of a model of `layers` tensors with `layer` numbers each."""
+    report("machine", machine())
+    storage = open_storage(f"s3://{server.bucket}/bench")
+    weights = {f"layers.{i}": torch.rand(layer) for i in range(max(1, layers))}
+    unit = sum(tensor.nbytes for tensor in weights.values())
+    memory = SnapshotMemory()
+    report("weights P", f"{unit / 2**30:.2f} GiB")
+    report("copy of 4 P, first save", f"{seconds(lambda: memory.fill(content(weights))):.2f} s")
+    report("copy of 4 P, later saves", f"{seconds(lambda: memory.fill(content(weights))):.2f} s")
+    files = memory.fill(content(weights))
+    measure_save(storage, files, unit)
+    measure_speed(storage, server, files["model.safetensors"].data)
+    measure_steps(storage, files["model.safetensors"].data, quiet_seconds)
+    measure_resume(storage, files["model.safetensors"].data, unit)
 
 
 def content(weights: dict[str, Tensor]) -> dict[str, dict[str, Tensor]]:
@@ -99,11 +106,11 @@ class _Readable:
         return block
 
 
-def measure_steps(storage: Storage, data: memoryview) -> None:
+def measure_steps(storage: Storage, data: memoryview, quiet_seconds: float) -> None:
     """Compare steps of about 16 ms without a save, during a save, and during as much work outside of Python."""
     quiet, during, outside = [], [], []
     for _ in range(ROUNDS):
-        quiet += steps(lambda: time.sleep(2.0))
+        quiet += steps(lambda: time.sleep(quiet_seconds))
         during += steps(lambda: checkpoint.upload_file(storage, "steps", data))
         outside += steps(lambda: _hash_twice(data))
     base = statistics.median(quiet)

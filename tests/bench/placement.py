@@ -15,11 +15,10 @@ import asyncio
 import logging
 import multiprocessing
 import os
-import platform
 import random
 import tempfile
 import time
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
@@ -42,9 +41,9 @@ from genmodels.registry.catalogue import CatalogueReader
 from genmodels.storage import Storage, open_storage
 from services.gateway.model_host import ModelHost
 from services.gateway.replica_order import replicas_in_order
+from tests.bench.rounds import machine
 from tests.support.published_models import publish_copies
 
-MODELS, REPLICAS, HOLDS = 1000, 4, 100
 EXPONENT = 1.0  # of Zipf's law: the model of rank r gets a share proportional to r ** -EXPONENT
 CLIENTS = 8
 REQUEST = GenerateRequest(seed=1)
@@ -68,28 +67,31 @@ class Figures:
         return f"{hits:.1%}", f"{p50:.0f} ms", f"{p99:.0f} ms", *(f"{rate:.1f}" for rate in rates)
 
 
-def main() -> None:
+def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser()
     parser.add_argument("--serve", action="store_true", help="run the replicas and the routers in Ray Serve")
     parser.add_argument("--requests", type=int, default=3000, help="as many come before, and are not measured")
-    options = parser.parse_args()
+    parser.add_argument("--models", type=int, default=1000)
+    parser.add_argument("--replicas", type=int, default=4)
+    parser.add_argument("--holds", type=int, default=100, help="models that fit into the memory of a replica")
+    options = parser.parse_args(arguments)
     ways, requests = serve_ways if options.serve else plain_ways, options.requests
-    popularity = np.arange(1, MODELS + 1) ** -EXPONENT
+    popularity = np.arange(1, options.models + 1) ** -EXPONENT
     popularity /= popularity.sum()
     with tempfile.TemporaryDirectory() as folder:
         storage = open_storage((Path(folder) / "storage").as_uri())
-        names = publish_copies(storage, MODELS)
+        names = publish_copies(storage, options.models)
         os.environ[DIRECTORY] = folder
         table = Table("placement", "hit rate", "p50", "p99", "requests/s", "loads/s")
-        for title, way in ways(storage.url, memory_for(storage, HOLDS)).items():
+        for title, way in ways(storage.url, memory_for(storage, options.holds), options.replicas).items():
             order = iter(random.Random(1).choices(names, popularity, k=2 * requests))
             with way() as ask:
                 table.add_row(title, *asyncio.run(measure(ask, order, requests, title)).row())
-    best = popularity[: REPLICAS * HOLDS].sum()
+    best = popularity[: options.replicas * options.holds].sum()
     table.add_row("the best possible", f"{best:.1%}", "", "", "", "")
     console.print(
-        f"{platform.machine()}, {os.cpu_count()} cores; {MODELS} models, {REPLICAS} replicas that hold {HOLDS} each, "
-        f"{requests} requests of {CLIENTS} clients, Zipf's law with exponent {EXPONENT}"
+        f"{machine()}; {options.models} models, {options.replicas} replicas that hold {options.holds} each, {requests} "
+        f" requests of {CLIENTS} clients, Zipf's law with exponent {EXPONENT}"
     )
     console.print(table)
 
@@ -135,18 +137,20 @@ def memory_for(storage: Storage, models: int) -> int:
 # Plain processes
 
 
-def plain_ways(url: str, memory: int) -> dict[str, Callable[[], Any]]:
+def plain_ways(url: str, memory: int, replicas: int) -> dict[str, Callable[[], Any]]:
     chooses: dict[str, Choose] = {
-        "random": lambda _, in_progress: min(random.sample(list(in_progress), 2), key=in_progress.__getitem__),
+        "random": lambda _, in_progress: min(
+            random.sample(list(in_progress), min(2, len(in_progress))), key=in_progress.__getitem__
+        ),
         "placed": lambda model, in_progress: replicas_in_order(model, in_progress)[0],
     }
-    return {title: partial(plain, url, memory, choose) for title, choose in chooses.items()}
+    return {title: partial(plain, url, memory, replicas, choose) for title, choose in chooses.items()}
 
 
 @contextmanager
-def plain(url: str, memory: int, choose: Choose) -> Iterator[Ask]:
+def plain(url: str, memory: int, count: int, choose: Choose) -> Iterator[Ask]:
     with ExitStack() as stack:
-        replicas = {f"replica-{i}": stack.enter_context(Replica(url, memory)) for i in range(REPLICAS)}
+        replicas = {f"replica-{i}": stack.enter_context(Replica(url, memory)) for i in range(count)}
         in_progress = dict.fromkeys(replicas, 0)
 
         async def ask(model: str) -> Any:
@@ -208,7 +212,7 @@ def answer_all(pipe: Connection, url: str, memory: int) -> None:
 # Ray Serve
 
 
-def serve_ways(url: str, memory: int) -> dict[str, Callable[[], Any]]:
+def serve_ways(url: str, memory: int, replicas: int) -> dict[str, Callable[[], Any]]:
     from services.cluster.ray_start import local_environment
 
     os.environ |= local_environment()  # once, before Ray is imported: Ray keeps the first token
@@ -216,11 +220,11 @@ def serve_ways(url: str, memory: int) -> dict[str, Callable[[], Any]]:
         "Serve's default": "ray.serve._private.request_router:PowerOfTwoChoicesRequestRouter",
         "placed": "services.gateway.router:ModelRouter",
     }
-    return {title: partial(served, url, memory, router) for title, router in routers.items()}
+    return {title: partial(served, url, memory, replicas, router) for title, router in routers.items()}
 
 
 @contextmanager
-def served(url: str, memory: int, router: str) -> Iterator[Ask]:
+def served(url: str, memory: int, count: int, router: str) -> Iterator[Ask]:
     import ray
     from ray import serve
     from ray.serve.config import RequestRouterConfig
@@ -230,7 +234,7 @@ def served(url: str, memory: int, router: str) -> Iterator[Ask]:
     ray.init("local", num_cpus=1, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
     try:
         config = RequestRouterConfig(request_router_class=router)
-        host = Host.options(num_replicas=REPLICAS, request_router_config=config)  # type: ignore[attr-defined]
+        host = Host.options(num_replicas=count, request_router_config=config)  # type: ignore[attr-defined]
         handle = serve.run(host.bind(url, memory=memory), name="bench", route_prefix=None)
         pools: list[HandlePool] = []
 

@@ -15,7 +15,7 @@ import pytest
 import yaml
 
 from genmodels.keys import Keys
-from genmodels.runs.queue import notifications
+from genmodels.runs.queue import Queue, notifications, write_queue
 from genmodels.runs.records import State
 from genmodels.runs.store import Run
 from genmodels.spec.parse import parse_spec
@@ -338,6 +338,24 @@ def test_what_no_host_can_serve_is_not_submitted(service: Service, model: dict[s
     assert re.match(rf"{re.escape(path)}: got \d+: it takes [\d,.]+ GiB of memory to serve, and a", error["message"])
     assert service.storage.list("jobs") == []
     assert service.post(spec("x", "fine")).status_code == 201
+
+
+def test_what_no_worker_can_train_is_not_submitted(service: Service) -> None:
+    """The workers' memory is known from the dispatcher; without it the attempt itself refuses the model."""
+    document = spec("x", "fine", "large")
+    document["models"][1] |= {"model": {"family": "minigpt", "n_embd": 1024}, "data": {"dataset": "shakespeare"}}
+    write_queue(service.storage, Queue(worker_memory={"cpus": 2**29}))
+    error = refused(service.post(document), 400)
+    assert (error["param"], error["code"]) == ("models[1].model.n_embd", "invalid_spec")
+    assert re.search(
+        r"it takes 1\.\d GiB of memory to train .*, and a worker has 0\.5 GiB; write at most", error["message"]
+    )
+    assert service.storage.list("jobs") == []
+    fine, large = service.post(document, "?dry_run=true").json()["models"]
+    assert (fine["fits"], large["fits"]) == (None, False)
+    assert error["message"].removeprefix("models[1].") in large["notes"]
+    write_queue(service.storage, Queue())
+    assert service.post(document).status_code == 201
 
 
 # Lists

@@ -6,6 +6,7 @@ import logging
 import os
 import warnings
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import prometheus_client  # noqa: F401  it looks at the environment once, and this process writes no files
@@ -28,9 +29,9 @@ def metrics_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("metrics")
 
 
-@pytest.fixture(scope="session")
-def ray_cluster(metrics_folder: Path) -> Iterator[str]:
-    """Yield the address of a cluster with 4 logical CPUs."""
+@contextmanager
+def own_cluster(metrics_folder: Path) -> Iterator[str]:
+    """Run a cluster with 4 logical CPUs; its processes write their counters into a folder."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # importing Ray defines settings in ways that pydantic warns of
         import ray
@@ -46,5 +47,14 @@ def ray_cluster(metrics_folder: Path) -> Iterator[str]:
             logging_level=logging.ERROR,
             _node_ip_address="127.0.0.1",
         )
-    yield str(ray.get_runtime_context().gcs_address)
-    ray.shutdown()
+    try:
+        yield str(ray.get_runtime_context().gcs_address)
+    finally:
+        ray.shutdown()
+
+
+@pytest.fixture(scope="session")
+def ray_cluster(metrics_folder: Path) -> Iterator[str]:
+    """Yield the address of the cluster of all tests."""
+    with own_cluster(metrics_folder) as address:
+        yield address

@@ -55,6 +55,7 @@ class Capacity:
 
     `unlimited`: there is always room, or Kueue or an autoscaler of nodes makes room.
     `drivers`: for which the nodes have memory; None: no limit.
+    `memory`, `gpu_memory`: bytes of the largest machine or pod for workers, without and with GPUs; None: not known.
     """
 
     cpus: int
@@ -63,6 +64,8 @@ class Capacity:
     max_gpus: int = 0
     unlimited: bool = False
     drivers: int | None = None
+    memory: int | None = None
+    gpu_memory: int | None = None
 
 
 class Driver(Protocol):

@@ -47,6 +47,7 @@ import logging
 import signal
 import time
 from collections.abc import Callable
+from dataclasses import replace
 from functools import partial
 
 from genmodels.errors import GenmodelsError
@@ -70,6 +71,7 @@ from services.dispatch.backends.rayjob_status import (
 )
 
 KEEP_SECONDS = 300.0  # an ended RayJob stays for inspection
+TEMPLATE_SECONDS = 60.0  # after which the template is read again, also without a start: for the memory of workers
 GONE_SECONDS = 300.0  # for the pods of a deleted RayJob: the pods of a lost node may stay for ever
 REFUSAL = 1000  # characters of the API server's message in a reason: it names each wrong field
 LOG = 2000  # characters of this message in the log; it ends with the last lines of the driver's log
@@ -91,6 +93,7 @@ class KubeRayBackend(Backend):
         self.api = KubeApi(options.namespace)
         self.most = Capacity(0, 0, unlimited=True) if options.queue or not most.cpus else most
         self.give_way_seconds = options.give_way_seconds
+        self._template_read = -TEMPLATE_SECONDS
         self._ended: dict[str, float] = {}  # RayJob -> time at which its end was first seen
 
     def start(self, storage_url: str, job: str, model: str, attempt: int, workers: int) -> Driver:
@@ -103,22 +106,18 @@ class KubeRayBackend(Backend):
 
     def create(self, fill: Callable[[], RayJob]) -> tuple[int, str]:
         """Create a RayJob from the current template; return the answer's status and message, as of the API server."""
-        if name := self.template.options.template_object:
-            status, answer = self.api.get(name)
-            if status != 200:
-                return status, answer
-            try:
-                self.template.use(answer)
-            except GenmodelsError as error:
-                return 422, str(error)
-        return self.api.create(fill())
+        status, message = self._read_template()
+        return self.api.create(fill()) if status == 200 else (status, message)
 
     def capacity(self) -> Capacity | None:
         jobs = self.api.jobs()
         if jobs is None:
             return None
         self._sweep(jobs)
-        return self.most
+        if time.monotonic() - self._template_read >= TEMPLATE_SECONDS:
+            self._read_template()
+        memory, gpu_memory = map(self.template.worker_memory, (False, True))
+        return replace(self.most, memory=memory, gpu_memory=gpu_memory)
 
     def stalled(self) -> str | None:
         return self.api.watch.stalled()
@@ -135,6 +134,20 @@ class KubeRayBackend(Backend):
         jobs = (self.api.jobs() or {}).values()
         earlier = (each for each in jobs if created(each) < created(job) and state_of(each) == "Initializing")
         return any(map(self.is_partly_placed, earlier))
+
+    def _read_template(self) -> tuple[int, str]:
+        """Read the template, if it is an object; return the answer's status and message, as of the API server."""
+        self._template_read = time.monotonic()
+        if not (name := self.template.options.template_object):
+            return 200, ""
+        status, answer = self.api.get(name)
+        if status != 200:
+            return status, answer
+        try:
+            self.template.use(answer)
+        except GenmodelsError as error:
+            return 422, str(error)
+        return 200, ""
 
     def _sweep(self, jobs: dict[str, RayJob]) -> None:
         """Delete the RayJobs that ended KEEP_SECONDS ago; their results were read long before."""

@@ -15,6 +15,7 @@ from typing import Any
 import httpx
 
 from services.cluster.dashboard import Dashboard
+from services.cluster.ray_start import MEMORY_LABEL
 from services.dispatch.backends.base import (
     DRIVER_MEMORY,
     LOST,
@@ -90,6 +91,7 @@ class RayJobsBackend(Backend):
             nodes: list[dict[str, Any]] = answer.json()["data"]["result"]["result"]
             alive = [node for node in nodes if node["state"] == "ALIVE"]
             there = [node["resources_total"] for node in alive]
+            memory, gpu_memory = (_largest_memory(alive, resource) for resource in ("CPU", "GPU"))
             self._alive = {node["node_id"] for node in alive}
             self._head_began = max((node["start_time_ms"] for node in alive if node["is_head_node"]), default=0)
         except (ValueError, KeyError, TypeError):  # another server answers at this address
@@ -99,7 +101,16 @@ class RayJobsBackend(Backend):
         cpus, gpus = (int(sum(resources.get(name, 0) for resources in there)) for name in ("CPU", "GPU"))
         drivers = sum(int(resources.get("memory", 0) // DRIVER_MEMORY) for resources in there)
         may_grow = self.max_cpus > cpus or self.max_gpus > gpus
-        return Capacity(cpus, gpus, self.max_cpus, self.max_gpus, drivers=None if may_grow else drivers)
+        if may_grow:  # by nodes of a size that is not known
+            return Capacity(cpus, gpus, self.max_cpus, self.max_gpus)
+        return Capacity(cpus, gpus, self.max_cpus, self.max_gpus, drivers=drivers, memory=memory, gpu_memory=gpu_memory)
+
+
+def _largest_memory(nodes: list[dict[str, Any]], resource: str) -> int | None:
+    """Return the most bytes of memory that a node with such a resource has; None if one of them does not tell."""
+    having = [node for node in nodes if node["resources_total"].get(resource)]
+    known = [int(label) for node in having if (label := (node.get("labels") or {}).get(MEMORY_LABEL))]
+    return max(known) if known and len(known) == len(having) else None
 
 
 class _RayJob(Driver):

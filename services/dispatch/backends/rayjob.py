@@ -5,7 +5,7 @@ suspended, so that the operator makes no cluster of it, and is read again at eac
 The template sets the pods of a run: images, CPUs, memory, volumes, service account, tolerations,
 `preRunningDeadlineSeconds`. It must have `spec.rayClusterSpec` with a head group and a worker group `workers`. It may
 have a second group `gpu-workers`, which runs with `use_gpu` then use. In both groups only the resources of the first
-container count as the worker's.
+container count as the worker's; its memory limit is that with which a submission is checked.
 
 These fields are filled in and override the template:
 
@@ -59,7 +59,7 @@ import yaml
 from genmodels.errors import GenmodelsError
 from genmodels.spec.sections import ModelSpec
 from services.dispatch.backends.base import driver_command, pre_stop_command, submission_id
-from services.dispatch.backends.rayjob_pods import WORKERS, in_image, save_first, size_cluster
+from services.dispatch.backends.rayjob_pods import WORKERS, in_image, save_first, size_cluster, worker_memory
 
 RayJob = dict[str, Any]  # the custom resource, as the API has it
 
@@ -171,6 +171,11 @@ class Template:
         job = _without_nulls(job)
         _check(job, f"the RayJob {self.options.template_object}")
         self.job = {"metadata": {"labels": dict(PART_OF)}, "spec": job["spec"]}
+
+    def worker_memory(self, use_gpu: bool) -> int | None:
+        """Return the bytes of memory of a worker's pod; None if they are not known."""
+        cluster = (self.job.get("spec") or {}).get("rayClusterSpec")
+        return worker_memory(cluster, use_gpu) if cluster and not self.options.cluster else None
 
     def fill(self, storage_url: str, job: str, spec: ModelSpec, attempt: int, workers: int, priority: int) -> RayJob:
         """Return the RayJob of one attempt."""

@@ -14,8 +14,7 @@ SIGTERM_SECONDS = 20  # of the grace period (half of one below 40), for Ray's pr
 
 def size_cluster(cluster: dict[str, Any], name: str, workers: int, use_gpu: bool) -> None:
     """Reduce the cluster to one worker group, with as many pods as the workers need."""
-    groups = {group["groupName"]: group for group in cluster["workerGroupSpecs"]}
-    group = groups.get(GPU_WORKERS, groups[WORKERS]) if use_gpu else groups[WORKERS]
+    group = _group(cluster, use_gpu)
     count, workers_of_pod = _share_gpus(group, workers) if use_gpu else (workers, 1)
     group |= {"replicas": count, "minReplicas": count, "maxReplicas": count}
     cluster["workerGroupSpecs"] = [group]
@@ -29,6 +28,23 @@ def size_cluster(cluster: dict[str, Any], name: str, workers: int, use_gpu: bool
             parameters["num-cpus"] = cpus
         metadata = pods["template"].setdefault("metadata", {})
         metadata["labels"] = {**(metadata.get("labels") or {}), POD_LABEL: name}
+
+
+def worker_memory(cluster: dict[str, Any], use_gpu: bool) -> int | None:
+    """Return the bytes of memory of a worker's pod: the limit of its first container; None: it has no limit."""
+    from kubernetes.utils.quantity import parse_quantity
+
+    resources = _group(cluster, use_gpu)["template"]["spec"]["containers"][0].get("resources") or {}
+    try:
+        return int(parse_quantity((resources.get("limits") or {})["memory"]))
+    except (KeyError, ValueError):  # no limit; or not a quantity, which Kubernetes refuses at the start of a run
+        return None
+
+
+def _group(cluster: dict[str, Any], use_gpu: bool) -> dict[str, Any]:
+    """Return the group of workers that a run uses."""
+    groups: dict[str, dict[str, Any]] = {group["groupName"]: group for group in cluster["workerGroupSpecs"]}
+    return groups.get(GPU_WORKERS, groups[WORKERS]) if use_gpu else groups[WORKERS]
 
 
 def _share_gpus(group: dict[str, Any], workers: int) -> tuple[int, int]:

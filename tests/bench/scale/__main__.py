@@ -7,13 +7,13 @@ the machine. The bounds of seconds are for 2 quiet cores that also run the S3 se
 from __future__ import annotations
 
 import argparse
-import os
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import pytest
 from rich.console import Console
 
+from tests.bench.rounds import machine
 from tests.bench.scale import dispatch, history, registry
 from tests.bench.scale.rows import Row, table
 from tests.support.s3_server import S3Server
@@ -36,17 +36,23 @@ def main() -> int:
     parser.add_argument("--max", type=int, default=max(*SIZES, history.DAY), help="the largest N; default: %(default)s")
     parser.add_argument("--only", choices=FIGURES, nargs="+", default=list(FIGURES), help="these figures only")
     options = parser.parse_args()
-    console, rows = Console(width=120), list[Row]()
-    console.print(f"{os.cpu_count()} cores, with a load of {os.getloadavg()[0]:.1f} before the start")
     with S3Server() as server, pytest.MonkeyPatch.context() as patch:
         for name, value in server.environment.items():
             patch.setenv(name, value)
-        for name in options.only:
-            measure, sizes = FIGURES[name]
-            measured = [row for n in sizes if n <= options.max for row in measure(server, n)]
-            console.print(table(measured))
-            rows += measured
+        rows = measure(server, options.only, options.max)
     return int(any(row.verdict == "over" for row in rows))
+
+
+def measure(server: S3Server, names: Iterable[str], most: int) -> list[Row]:
+    """Print figures and return them; `most` is the largest N."""
+    console, rows = Console(width=120), list[Row]()
+    console.print(machine())
+    for name in names:
+        measure_one, sizes = FIGURES[name]
+        measured = [row for n in sizes if n <= most for row in measure_one(server, n)]
+        console.print(table(measured))
+        rows += measured
+    return rows
 
 
 if __name__ == "__main__":

@@ -6,8 +6,6 @@ All candidates take turns on one machine, with one thread each; what counts are 
 from __future__ import annotations
 
 import argparse
-import os
-import platform
 import tempfile
 from datetime import UTC, datetime
 from pathlib import Path
@@ -18,13 +16,14 @@ import torch
 
 from genmodels.data import open_dataset
 from genmodels.storage import open_storage
+from tests.bench.rounds import machine
 from tests.bench.training import workers
 from tests.bench.training.loops import RECIPES, SIZES, compare, model_spec
 
 DATA = {"dataset": "tiny-shakespeare"}
 
 
-def main() -> None:
+def main(arguments: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description="Measure the speed of training, in ratios.")
     parser.add_argument("--rounds", type=int, default=5, help="turns of each candidate; default: %(default)s")
     parser.add_argument("--steps", type=int, default=40, help="of each turn; default: %(default)s")
@@ -33,11 +32,10 @@ def main() -> None:
     parser.add_argument("--data", type=Path, help="a text file; default: the dataset tiny-shakespeare")
     parser.add_argument("--without-ray", action="store_true", help="do not start a Ray cluster")
     parser.add_argument("--only", choices=("loop", "workers"), help="one half of the measurements")
-    options = parser.parse_args()
+    options = parser.parse_args(arguments)
     torch.set_num_threads(1)
     data: dict[str, Any] = {"path": str(options.data.resolve())} if options.data else DATA
-    now = datetime.now(UTC).date()
-    print(f"{now}, {os.cpu_count()} cores, {processor()}, load {os.getloadavg()[0]:.1f} before the start")
+    print(f"{datetime.now(UTC).date()}: {machine()}")
     if options.only != "workers":
         compare_loops(data, options)
     if options.only != "loop":
@@ -69,15 +67,6 @@ def _start_ray(environment: pytest.MonkeyPatch) -> None:
 
     ray.init(address="local", num_cpus=4, include_dashboard=False, log_to_driver=False, _node_ip_address="127.0.0.1")
     environment.setenv("RAY_ADDRESS", ray.get_runtime_context().gcs_address)
-
-
-def processor() -> str:
-    """Return the name of the processor."""
-    try:
-        lines = Path("/proc/cpuinfo").read_text().splitlines()
-    except OSError:
-        return platform.processor() or platform.machine()
-    return next((line.partition(": ")[2] for line in lines if line.startswith("model name")), platform.machine())
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -19,6 +20,7 @@ from genmodels.spec.sections import JobSpec, ModelSpec
 from genmodels.training.attempt import build
 from genmodels.training.group import Group
 from genmodels.training.loop import train
+from tests.bench.rounds import interleaved, ratio
 from tests.bench.training.reference import GPT2, Trainer
 
 SKIPPED = 5  # first steps of a round: memory is new to them
@@ -120,15 +122,15 @@ def compare(
 ) -> Iterator[str]:
     """Yield one row for each candidate: milliseconds of a step, and speed over the reference's with its spread."""
     takers = candidates(size, dataset, data, compiled)
-    medians: dict[str, list[float]] = {name: [] for name in takers}
-    for _ in range(rounds):
-        for name, take in takers.items():
-            medians[name].append(statistics.median(take(steps + SKIPPED)[SKIPPED:]))
-    base, *_ = medians.values()
-    for name, times in medians.items():
-        ratios = sorted(theirs / mine for theirs, mine in zip(base, times, strict=True))
-        spread = f"{ratios[0]:.2f} to {ratios[-1]:.2f}"
-        yield f"{size!s:20} {name:28} {1000 * min(times):8.1f} ms  {statistics.median(ratios):5.2f} x  ({spread})"
+    reference = next(iter(takers))
+
+    def median_step(take: Callable[[int], list[float]]) -> float:
+        return statistics.median(take(steps + SKIPPED)[SKIPPED:])
+
+    times = interleaved({name: partial(median_step, take) for name, take in takers.items()}, rounds)
+    for name, seconds in times.items():
+        speed = ratio(times[reference], seconds)
+        yield f"{size!s:20} {name:28} {1000 * min(seconds):8.1f} ms   {speed}"
 
 
 def _tokens(dataset: Dataset) -> np.ndarray:

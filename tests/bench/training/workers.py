@@ -12,6 +12,7 @@ from genmodels.runs.metric_rows import metric_rows
 from genmodels.runs.store import Run
 from genmodels.storage import Storage
 from services.local.platform import submit
+from tests.bench.rounds import ratio
 from tests.bench.training.loops import Size, job_spec
 from tests.support.plain_workers import WorkerGroup
 
@@ -59,17 +60,12 @@ def measure(storage: Storage, data: dict[str, Any], rounds: int, steps: int, *, 
     for way in ways:
         one, two = medians[way, 1], medians[way, 2]
         yield f"{way}, 1 worker: {1000 * statistics.median(one):.1f} ms a step"
-        yield f"{way}, 2 workers against 1: {_ratios(one, two)} x the samples a second"
+        yield f"{way}, 2 workers against 1: {ratio(one, two)} x the samples a second"
         yield f"{way}, the step after a save: {1000 * statistics.median(stalls[way]):+.1f} ms"
     if with_ray:
-        yield f"Ray Train's share of the speed of plain processes: {_ratios(*(medians[way, 1] for way in ways))}"
+        yield f"Ray Train's share of the speed of plain processes: {ratio(*(medians[way, 1] for way in ways))}"
 
 
 def _after_a_save(steps: int) -> range:
     """Return the steps whose duration includes a snapshot and the begin of an upload."""
     return range(steps // SAVES + 1, steps, steps // SAVES)
-
-
-def _ratios(slow: list[float], fast: list[float]) -> str:
-    ratios = sorted(one / two for one, two in zip(slow, fast, strict=True))
-    return f"{statistics.median(ratios):.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"

@@ -9,6 +9,7 @@ from scipy.linalg import sqrtm
 from sklearn.metrics.pairwise import euclidean_distances, polynomial_kernel
 from torch import Tensor
 
+from genmodels.declarations.gan import GANDeclaration
 from genmodels.evals import classifier, distances, filters, generative
 from genmodels.evals.distances import frechet_distance, kernel_distance, moments, nearest, neighbours
 from genmodels.evals.images import components, evenly_spaced, mean_psnr, mean_ssim, pictures
@@ -136,7 +137,7 @@ def drawn(images: Tensor, labels: np.ndarray | None = None):
 
 def measured(images: Tensor, labels: np.ndarray | None = None) -> dict[str, float]:
     result = generative.evaluate(BENCH.evaluation_data(SHAPES), drawn(images, labels))
-    assert set(result.metrics) <= set(generative.NAMES)
+    assert set(result.metrics) <= set(GANDeclaration.evaluation_names)
     return {name: metric.value for name, metric in result.metrics.items()}
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -11,11 +12,14 @@ import pytest
 import torch
 
 from genmodels.data import DataConfig, TextData, open_dataset
-from genmodels.evals.text import longest_shared, ngram_losses, repetition
+from genmodels.declarations.minigpt import MiniGPTConfig
+from genmodels.evals.text import longest_shared, ngram_losses, repetition, write
 from genmodels.family import OptimizerConfig, TextInfo
-from genmodels.models.minigpt import MiniGPT, MiniGPTConfig
+from genmodels.models.minigpt import MiniGPT, MiniGPTDecoder
+from genmodels.nn.sampling import SamplingOptions
 from genmodels.registry.store import Registry
 from genmodels.runs.store import Run
+from genmodels.sizing.memory import SERVED_ROWS
 from genmodels.storage import open_storage
 from genmodels.training.attempt import run_attempt
 from genmodels.training.group import Group
@@ -105,6 +109,43 @@ def test_a_short_val_has_losses_and_no_samples() -> None:
     metrics = trained(data, 5).evaluate(Bench().evaluation_data(data)).metrics
     assert "loss" in metrics
     assert "repetition" not in metrics
+
+
+@pytest.mark.parametrize("prompt", [4, 16, 21])
+def test_samples_are_those_of_the_plain_reference(prompt: int) -> None:
+    """Also when the window has moved on, and for more samples than a host has rows."""
+    data = TextData(story(1500, 0))
+    family, bench = trained(data, 10), Bench()
+    prompts = [data.val[at : at + prompt].tolist() for at in range(SERVED_ROWS + 2)]
+    samples = write(family, prompts, 40, bench.evaluation_data(data))
+    options = SamplingOptions(max_tokens=40)
+    assert samples.tolist() == [list(family.generate(one, seed, options)) for seed, one in enumerate(prompts)]
+
+
+def test_a_sample_reads_each_token_once() -> None:
+    """The cost of a sample is a step for each token, and a window only where the window moves on."""
+    data = TextData(story(1500, 0))
+    family = trained(data, 0)
+    decoder = CountingDecoder(family.decoder(2))
+    family.decoder = lambda slots: decoder
+    write(family, [data.val[:4].tolist(), data.val[4:8].tolist()], 40, Bench().evaluation_data(data))
+    # 4 + 12 tokens fill the window of 16; from then on each 9th token reads 8 tokens anew
+    assert decoder.prefilled == [4, 4, *[8] * 6]
+    assert decoder.steps == 40 - 4
+
+
+class CountingDecoder:
+    def __init__(self, decoder: MiniGPTDecoder) -> None:
+        self.decoder, self.chunk = decoder, decoder.chunk
+        self.steps, self.prefilled = 0, list[int]()
+
+    def step(self, tokens: Sequence[int | None], positions: Sequence[int]) -> torch.Tensor:
+        self.steps += 1
+        return self.decoder.step(tokens, positions)
+
+    def prefill(self, slot: int, tokens: Sequence[int], start: int) -> torch.Tensor:
+        self.prefilled.append(len(tokens))
+        return self.decoder.prefill(slot, tokens, start)
 
 
 # count tables

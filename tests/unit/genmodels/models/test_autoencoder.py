@@ -8,10 +8,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from genmodels.declarations.autoencoder import AutoencoderConfig
 from genmodels.errors import RequestError, SpecError
 from genmodels.evals.images import mean_ssim
 from genmodels.family import ImageInfo, OptimizerConfig, TextInfo
-from genmodels.models.autoencoder import Autoencoder, AutoencoderConfig, AutoencoderRequest
+from genmodels.models.autoencoder import Autoencoder, AutoencoderRequest
 from genmodels.nn.networks import ImageDecoder, ImageEncoder, image_sizes, inference, psnr, ssim
 from tests.support.image_training import blobs, train
 

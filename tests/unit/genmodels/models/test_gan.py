@@ -13,11 +13,12 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch.nn.parallel import DistributedDataParallel
 
+from genmodels.declarations.gan import GANConfig
 from genmodels.errors import RequestError, SpecError
 from genmodels.evals.distances import frechet_distance, moments
 from genmodels.family import ImageInfo, OptimizerConfig, TextInfo
 from genmodels.models import gan
-from genmodels.models.gan import GAN, GANConfig, GANRequest, discriminator_loss, gradient_penalty
+from genmodels.models.gan import GAN, GANRequest, discriminator_loss, gradient_penalty
 
 SHAPES = [(1, 28, 28), (3, 32, 32), (1, 64, 64), (3, 40, 24), (1, 13, 9)]
 REQUEST = GANRequest()

@@ -9,9 +9,10 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
+from genmodels.declarations.minigpt import MiniGPTConfig
 from genmodels.errors import RequestError, SpecError
 from genmodels.family import ImageInfo, OptimizerConfig, TextInfo
-from genmodels.models.minigpt import MiniGPT, MiniGPTConfig
+from genmodels.models.minigpt import MiniGPT
 from genmodels.nn.optim import make_optimizers
 from genmodels.nn.sampling import SamplingOptions
 from genmodels.spec.sections import ModelSpec

@@ -9,9 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch.distributions import Bernoulli, Independent, Normal, kl
 
+from genmodels.declarations.vae import VAEConfig
 from genmodels.errors import RequestError, SpecError
 from genmodels.family import ImageInfo, OptimizerConfig, TextInfo
-from genmodels.models.vae import VAE, VAEConfig, VAERequest, kl_divergence, kl_weight
+from genmodels.models.vae import VAE, VAERequest, kl_divergence, kl_weight
 from genmodels.nn.networks import psnr
 from tests.support.image_training import blobs, train
 

@@ -353,6 +353,17 @@ def test_a_pool_that_does_not_exist_is_refused_with_the_list_of_pools(folder: Pa
     check_job(job(folder, *entries), MemoryStorage())  # the pools are not known
 
 
+def test_a_model_that_no_worker_can_train_is_refused_where_their_memory_is_known(folder: Path) -> None:
+    entries = [photos("a"), photos("b", scaling={"use_gpu": True})]
+    for memory in (None, {}, {"cpus": 2**30, "gpus": 2**30}):
+        check_job(job(folder, *entries), MemoryStorage(), worker_memory=memory)
+    (problem,) = problems(job(folder, *entries), worker_memory={"cpus": 2**20, "gpus": 2**30})
+    assert problem.startswith("models[0].model.")
+    assert "of memory to train" in problem
+    assert "and a worker has 0.0 GiB; write at most" in problem
+    check_job(job(folder, *entries), MemoryStorage(), worker_memory={"cpus": 2**20}, planned=True)
+
+
 def test_the_memory_of_its_pool_bounds_a_model(folder: Path) -> None:
     entries = [photos("a", serve={"pool": "small"}), photos("b", serve={"pool": "large"})]
     (problem,) = problems(job(folder, *entries), pools={"default": HOST_MEMORY, "small": 2**20, "large": HOST_MEMORY})

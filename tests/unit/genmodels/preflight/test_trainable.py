@@ -10,7 +10,7 @@ import torch
 from genmodels import models
 from genmodels.errors import SpecError
 from genmodels.family import DataInfo, ImageInfo, TextInfo
-from genmodels.preflight import trainable
+from genmodels.preflight import parameters, trainable
 from genmodels.spec.sections import ModelSpec
 from tests.support.tiny_jobs import job, make_data, model
 
@@ -49,14 +49,32 @@ def test_the_memory_is_that_of_all_tensors(data: Path, family: str) -> None:
     saved = sum(tensor.nbytes for tensor in [*built.network.state_dict().values(), *weights, *moments])
     needed = sum(p.nbytes for p in trained) + 2 * saved
     assert trainable.footprint(spec, spec.model, info).total == pytest.approx(needed, rel=0.02)
-    assert trainable.footprint(spec, spec.model, info, on_cpu=False).total == pytest.approx(saved, rel=0.02)
+    spec = spec.model_copy(update={"scaling": spec.scaling.model_copy(update={"use_gpu": True})})
+    assert trainable.footprint(spec, spec.model, info).total == pytest.approx(saved, rel=0.02)
 
 
 def test_too_large_a_model_is_refused_with_the_numbers(data: Path) -> None:
     spec, info = spec_of(data, "minigpt")
     large = spec.model.model_copy(update={"n_embd": 1024, "n_layer": 24, "n_head": 16})  # 1.1 GiB of weights
     spec = spec.model_copy(update={"model": large})
-    with pytest.raises(SpecError, match=r"model\.n_\w+: got \d+: it takes 1\d\.\d GiB of memory to train .* has 6\.0"):
-        trainable.check(spec, info, 6 * GIB)
-    trainable.check(spec, info, 12 * GIB)
-    trainable.check(spec, info, 6 * GIB, on_cpu=False)
+    refused = r"model\.n_\w+: got \d+: it takes 1\d\.\d GiB of memory to train .* has 6\.0 GiB; write at most \d+$"
+    with pytest.raises(SpecError, match=refused):
+        trainable.check(spec, info, 6 * GIB, workers=1)
+    trainable.check(spec, info, 12 * GIB, workers=1)
+    trainable.check(spec, info, None, workers=1)
+    on_gpu = spec.model_copy(update={"scaling": spec.scaling.model_copy(update={"use_gpu": True})})
+    trainable.check(on_gpu, info, 6 * GIB, workers=1)
+
+
+def test_workers_that_share_a_model_need_less_each(data: Path) -> None:
+    spec, info = spec_of(data, "minigpt")
+    large = spec.model.model_copy(update={"n_embd": 1024, "n_layer": 24, "n_head": 16})
+    train = spec.train.model_copy(update={"strategy": "fsdp2"})
+    spec = spec.model_copy(update={"model": large, "train": train})
+    with pytest.raises(SpecError, match=r"has 6\.0 GiB; write at most \d+; or raise scaling\.num_workers"):
+        trainable.check(spec, info, 6 * GIB, workers=1)
+    trainable.check(spec, info, 6 * GIB, workers=4)
+    needed = [trainable.footprint(spec, large, info, workers).total for workers in (1, 2, 4, 64)]
+    assert needed == sorted(needed, reverse=True)
+    served = 4 * parameters.count(models.load("minigpt"), large, info, spec.train).served
+    assert needed[-1] == pytest.approx(2 * served, rel=0.1), "whole at an evaluation, and in a snapshot"

@@ -6,6 +6,7 @@ import json
 import math
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,15 @@ from genmodels import checkpoint, models
 from genmodels.checkpoint import CheckpointRef, Manifest
 from genmodels.data import open_dataset
 from genmodels.data.images import ImageData
+from genmodels.declarations.autoencoder import AutoencoderConfig
+from genmodels.declarations.gan import GANConfig
+from genmodels.declarations.vae import VAEConfig
 from genmodels.errors import DataError, ModelNotFound, SpecError
 from genmodels.family import EvaluationMetric, EvaluationResult, Family, OptimizerConfig, TextFamily
 from genmodels.metrics import EVALUATION_METRIC
-from genmodels.models.autoencoder import Autoencoder, AutoencoderConfig
-from genmodels.models.gan import GAN, GANConfig
-from genmodels.models.vae import VAE, VAEConfig
+from genmodels.models.autoencoder import Autoencoder
+from genmodels.models.gan import GAN
+from genmodels.models.vae import VAE
 from genmodels.registry import evaluations
 from genmodels.registry.evaluate import evaluate, training
 from genmodels.registry.gate import check_gate
@@ -283,6 +287,34 @@ def test_what_several_make_is_one_s(storage: Storage) -> None:
 
     assert evaluations.cached(storage, "table.json", slow) == b"the other's"
     assert evaluations.cached(storage, "table.json", pytest.fail) == b"the other's"
+
+
+KEY = "evaluation-cache/table.json.checked"
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda stored: b"",
+        lambda stored: stored[:-1],
+        lambda stored: stored + b" ",
+        lambda stored: stored[:-1] + b"X",
+        lambda stored: b"0" + stored[1:],
+        lambda stored: stored[64:],
+    ],
+    ids=["empty", "cut", "longer", "flipped", "other digest", "no digest"],
+)
+def test_what_is_damaged_is_made_again(storage: Storage, damage: Callable[[bytes], bytes]) -> None:
+    assert evaluations.cached(storage, "table.json", lambda: b"[1, 2]") == b"[1, 2]"
+    storage.put(KEY, damage(storage.get(KEY)[0]))
+    assert evaluations.cached(storage, "table.json", lambda: b"[1, 2]") == b"[1, 2]"
+    assert evaluations.cached(storage, "table.json", pytest.fail) == b"[1, 2]"
+
+
+def test_what_a_release_before_kept_unchecked_is_made_again(storage: Storage) -> None:
+    storage.put("evaluation-cache/table.json", b"[1, 2")
+    assert evaluations.cached(storage, "table.json", lambda: b"[1, 2]") == b"[1, 2]"
+    assert storage.get("evaluation-cache/table.json")[0] == b"[1, 2"  # that release may still run
 
 
 # ---- at publication

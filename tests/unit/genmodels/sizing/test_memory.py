@@ -23,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from genmodels import models
 from genmodels.data.text import CharTokenizer
+from genmodels.declarations.minigpt import MiniGPTConfig
 from genmodels.engine import model_cache
 from genmodels.engine.loader import load
 from genmodels.engine.text.completion import complete
@@ -30,7 +31,7 @@ from genmodels.engine.text.model import TextModel
 from genmodels.engine.text.request import CompletionRequest
 from genmodels.errors import SpecError
 from genmodels.family import Family, ImageInfo, OptimizerConfig, TextInfo
-from genmodels.models.minigpt import MiniGPT, MiniGPTConfig, MiniGPTDecoder
+from genmodels.models.minigpt import MiniGPT, MiniGPTDecoder
 from genmodels.nn.latents import GaussianMixture, density_bytes
 from genmodels.nn.sampling import Sampler
 from genmodels.preflight import servable

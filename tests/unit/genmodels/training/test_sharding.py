@@ -25,10 +25,11 @@ from genmodels.models import names
 from genmodels.preflight import parameters
 from genmodels.runs.store import Run
 from genmodels.storage import open_storage
-from genmodels.training.attempt import build, run_attempt
+from genmodels.training.attempt import _build_models, build, run_attempt
 from genmodels.training.group import Group
 from genmodels.training.role_trainer import RoleTrainer
 from genmodels.training.sharding import local
+from genmodels.training.shared_state import SharedState
 from services.local.platform import submit
 from tests.support.plain_workers import WorkerGroup
 from tests.support.storages import Wrapped
@@ -266,16 +267,24 @@ def rows_of(tensor: Tensor, rank: int, world_size: int) -> Tensor:
     return tensor[rank * at_most : (rank + 1) * at_most] if tensor.ndim else tensor
 
 
-@pytest.mark.parametrize("place", [(0, 2), (3, 10), (7, 200)], indirect=True)
+@pytest.mark.parametrize("place", [(1, 2), (3, 10), (7, 200)], indirect=True)
 @pytest.mark.parametrize("family", FAMILIES)
 def test_a_worker_holds_its_share(place: tuple[int, int], family: str, tmp_path: Path) -> None:
     """Of weights, gradients and moments: as estimated before a run, but for rows that cannot be divided."""
     _, world_size = place
     spec = job("x", model(make_data(tmp_path), family, strategy="fsdp2")).models[0]
-    built = build(spec, dataset := open_dataset(spec.data))
+    group, dataset = Group(*place), open_dataset(spec.data)
+    built, averaged, initial = _build_models(spec, dataset, group, None)
+    assert initial is None, "rank 0 alone builds a whole model"
+    assert all(tensor.is_meta for each in (built, averaged) for tensor in each.tensors().values())
     roles = built.roles(spec.train)
     shapes = [parameter.shape for role in roles for parameter in role.loss.parameters()]
-    trainers = [RoleTrainer(role, spec.train, Group(*place), alone=len(roles) == 1) for role in roles]
+    trainers = [RoleTrainer(role, spec.train, group, alone=len(roles) == 1) for role in roles]
+    SharedState.begin(trainers, built, averaged, None, group, has_average=True)
+    kept = sum(local(p).numel() for p in averaged.network.parameters())
+    assert kept <= sum(
+        -(-p.shape[0] // world_size) * p.shape[1:].numel() for p in averaged.network.parameters() if p.ndim
+    )
     for parameter in (shared := [p for trainer in trainers for p in trainer.parameters]):
         parameter.grad = torch.zeros_like(parameter)
     for trainer in trainers:
@@ -287,6 +296,32 @@ def test_a_worker_holds_its_share(place: tuple[int, int], family: str, tmp_path:
         size = parameters.count(type(built), spec.model, dataset.info, spec.train)
         averaged = size.served / world_size + size.served  # this rank's rows, and all of it for an evaluation
         assert held == pytest.approx(parameters.held(size, spec.train, world_size) - averaged, rel=0.05)
+
+
+@pytest.mark.parametrize("place", [(0, 1)], indirect=True)
+@pytest.mark.parametrize("family", FAMILIES)
+def test_rank_0_builds_the_only_whole_model_and_frees_it(place: tuple[int, int], family: str, tmp_path: Path) -> None:
+    """The shared models get the bits that every worker of ddp builds."""
+    entry = model(make_data(tmp_path), family, strategy="fsdp2")
+    if family == "vae":
+        entry["model"]["likelihood"] = "gaussian"  # has a parameter without dimensions
+    spec, group = job("x", entry).models[0], Group(*place)
+    dataset = open_dataset(spec.data)
+    built, averaged, initial = _build_models(spec, dataset, group, None)
+    assert initial is not None
+    torch.manual_seed(spec.train.seed)
+    expected = build(spec, dataset).tensors()
+    roles = built.roles(spec.train)
+    trainers = [RoleTrainer(role, spec.train, group, alone=len(roles) == 1) for role in roles]
+    SharedState.begin(trainers, built, averaged, initial, group, has_average=True)
+    assert all(tensor.is_meta for tensor in initial.tensors().values())
+    for each in (built, averaged):
+        held = {name: local(tensor) for name, tensor in each.tensors().items() if not tensor.is_meta}
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in held.items())
+        left = {name.partition(".")[0] for name in expected.keys() - held.keys()}
+        assert left == ({"discriminator"} if each is averaged and family == "gan" else set()), "it has no average"
+    changed = {id(p) for t in trainers for o in t.optimizers for part in o.param_groups for p in part["params"]}
+    assert changed == {id(parameter) for trainer in trainers for parameter in trainer.parameters}
 
 
 @pytest.mark.parametrize("world_size", [1, 10, 200])

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import textwrap
@@ -12,6 +13,7 @@ import pytest
 import genmodels.spec.parse
 from genmodels.errors import DataError
 from tests.support.cli_runner import Run, run, type_in
+from tests.support.paths import ROOT
 
 __all__ = ["run"]
 
@@ -31,6 +33,19 @@ def test_a_sound_spec_is_summed_up(run: Run, tmp_path: Path) -> None:
     note = "my.txt: 17,000 characters, 11 different ones; the last 1,700 are for validation"
     summed_up = f"ok: job.yaml: job study, 2 models (minigpt, minigpt)\ntiny: {note}\nsmall: {note}\n"
     assert run("validate", "job.yaml") == (0, summed_up, [])
+
+
+def test_a_model_that_this_machine_cannot_train_is_told(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The spec may be for larger machines, so it is not refused."""
+    monkeypatch.setattr("genmodels.sizing.machine.memory_limit", lambda: 2**20)
+    (tmp_path / "job.yaml").write_text(GOOD)
+    (tmp_path / "my.txt").write_text("Call me Ishmael.\n" * 1000)
+    code, out, errors = run("validate", "job.yaml")
+    assert (code, errors) == (0, [])
+    assert "\ntiny: this machine cannot train it: model.n_" in out
+    assert "of memory to train (weights, " in out
 
 
 def test_a_dash_reads_the_spec_from_standard_input(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -208,3 +223,22 @@ def test_errors_that_the_outline_shows_are_reported_within_a_second_and_without_
     assert loaded == "loaded"
     assert len(done.stderr.splitlines()) == len(mistakes) + 2, done.stderr  # the bomb holds an anchor and two aliases
     assert float(seconds) < 1.5  # all nine together, with what they import
+
+
+@pytest.mark.parametrize(
+    "arguments", [["validate", "jobs/quickstart.yaml"], ["schema"], ["--help"], ["--version"]], ids=" ".join
+)
+def test_a_check_imports_neither_torch_nor_ray(arguments: list[str], tmp_path: Path) -> None:
+    program = f"""
+        import atexit, sys
+        heavy = {{"torch", "ray", "fastapi", "sklearn"}}
+        atexit.register(lambda: print(*sorted(heavy & sys.modules.keys()), file=sys.stderr))
+        from services.cli.main import main
+        sys.argv = ["genmodels", *{arguments}]
+        main()
+    """
+    environment = os.environ | {"GENMODELS_STORAGE": tmp_path.as_uri()}
+    command = [sys.executable, "-c", textwrap.dedent(program)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment, cwd=ROOT)
+    assert (done.returncode, done.stderr) == (0, "\n")
+    assert done.stdout

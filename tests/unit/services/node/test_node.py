@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 
 from genmodels.errors import GenmodelsError
+from services.cluster import ray_start
 from services.node import node
 from tests.support.ray_node import until
 
@@ -41,10 +42,12 @@ def test_a_head_that_cannot_be_found(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_what_ray_is_told(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(node, "memory_limit", lambda: 6 * 2**30)
+    for module in (node, ray_start):
+        monkeypatch.setattr(module, "memory_limit", lambda: 6 * 2**30)
     head = node.command("head", "ray-head", "10.0.0.2", 0)
     assert {"--head", "--block", "--num-cpus=0", "--dashboard-host=10.0.0.2", "--node-ip-address=10.0.0.2"} <= set(head)
     assert f"--memory={3 * 2**30}" in head, "four drivers"
+    assert f"--labels={ray_start.MEMORY_LABEL}={6 * 2**30}" in head
     worker = node.command("worker", "ray-head", "10.0.0.3", None)
     assert f"--memory={3 * 2**28}" in worker, "one driver: the rest is for training"
     assert "--address=ray-head:6379" in worker

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from genmodels.data.text import CharTokenizer
+from genmodels.declarations.minigpt import MiniGPTConfig
 from genmodels.engine.text.batcher import ContinuousBatcher
 from genmodels.engine.text.choices import TextDelta, choice_seed
 from genmodels.engine.text.completion import complete
@@ -24,7 +25,7 @@ from genmodels.engine.text.request import CompletionRequest
 from genmodels.engine.text.sequence import Sequence
 from genmodels.errors import RequestError
 from genmodels.family import TextInfo
-from genmodels.models.minigpt import MiniGPT, MiniGPTConfig, _Linear
+from genmodels.models.minigpt import MiniGPT, _Linear
 from genmodels.nn.sampling import Sampler, SamplingOptions
 from tests.support.schema_bounds import any_value
 

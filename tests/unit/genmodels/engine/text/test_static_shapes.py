@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from genmodels.declarations.minigpt import MiniGPTConfig
 from genmodels.family import TextInfo
-from genmodels.models.minigpt import MiniGPT, MiniGPTConfig, MiniGPTDecoder
+from genmodels.models.minigpt import MiniGPT, MiniGPTDecoder
 from genmodels.nn import cuda_graphs
 from genmodels.nn.cuda_graphs import Function, cuda_graph
 from tests.support.recorded_graph import recorded_graph

@@ -14,6 +14,7 @@ import pytest
 
 from services.cluster import dashboard
 from services.cluster.dashboard import Dashboard
+from services.cluster.ray_start import MEMORY_LABEL
 from services.dispatch.backends import ray_jobs
 from services.dispatch.backends.base import DRIVER_MEMORY, LOST, Capacity, submission_id
 from services.dispatch.backends.ray_jobs import RayJobsBackend
@@ -143,6 +144,28 @@ def test_a_node_has_room_for_whole_drivers_only(monkeypatch: pytest.MonkeyPatch)
     assert ray.backend.capacity() == Capacity(12, 1, drivers=4)
     ray.backend.max_cpus = 64
     assert ray.backend.capacity() == Capacity(12, 1, max_cpus=64), "an autoscaler adds nodes for drivers, too"
+
+
+def test_the_memory_of_workers_is_that_of_the_largest_node_that_has_them(monkeypatch: pytest.MonkeyPatch) -> None:
+    def of(memory: int | None, **resources: float) -> dict[str, Any]:
+        labels = {} if memory is None else {MEMORY_LABEL: str(memory)}
+        return node("ALIVE", head=False) | {"resources_total": resources, "labels": labels}
+
+    ray = Ray(monkeypatch)
+    head = node("ALIVE") | {"resources_total": {"memory": 1.0}, "labels": {MEMORY_LABEL: "99"}}
+    for nodes, memory, gpu_memory in (
+        ([], None, None),
+        ([of(6, CPU=2.0), of(8, CPU=2.0)], 8, None),
+        ([of(6, CPU=2.0, GPU=1.0), of(8, CPU=2.0)], 8, 6),
+        ([of(6, CPU=2.0), of(None, CPU=2.0)], None, None),  # a node of another release may have more
+    ):
+        ray.answers["GET /api/v0/nodes"] = 200, listed(head, *nodes)
+        capacity = ray.backend.capacity()
+        assert capacity is not None
+        assert (capacity.memory, capacity.gpu_memory) == (memory, gpu_memory)
+    ray.backend.max_cpus = 64
+    ray.answers["GET /api/v0/nodes"] = 200, listed(head, of(6, CPU=2.0))
+    assert ray.backend.capacity() == Capacity(2, 0, max_cpus=64), "an autoscaler may add larger nodes"
 
 
 def test_a_driver_asks_for_the_memory_that_it_takes(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -12,7 +12,9 @@ import pytest
 import yaml
 
 from genmodels.errors import GenmodelsError
+from genmodels.runs.queue import read_queue
 from genmodels.spec.sections import JobSpec
+from services.dispatch.backends import kuberay
 from services.dispatch.backends.base import Capacity, submission_id
 from services.dispatch.backends.kuberay import KubeRayBackend
 from services.dispatch.backends.rayjob import KubeOptions, Template, label
@@ -96,6 +98,29 @@ def test_a_template_object_that_cannot_be_used_ends_the_run(
     platform = Platform(api, "genmodels-template", storage)
     job = submit(storage, data, "n", "m")
     assert reason in platform.until("m", "failed", job).reason
+
+
+@pytest.mark.parametrize(
+    ("limits", "memory"),
+    [({"memory": "4Gi"}, 4 * 2**30), ({"memory": "6G"}, 6 * 10**9), ({"memory": 512}, 512), ({}, None)],
+)
+def test_the_memory_of_workers_is_the_limit_of_their_pod(
+    api: KubeApi, limits: dict[str, Any], memory: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    template = copy.deepcopy(OBJECT)
+    (group,) = template["spec"]["rayClusterSpec"]["workerGroupSpecs"]
+    group["template"]["spec"]["containers"][0]["resources"] = {"limits": limits}
+    api._create(template)
+    platform = Platform(api, "genmodels-template", MemoryStorage())
+    platform.reconcile()
+    expected = {} if memory is None else {"cpus": memory, "gpus": memory}
+    assert read_queue(platform.storage).worker_memory == expected, "known before any run has started"
+    group["template"]["spec"]["containers"][0]["resources"] = {"limits": {"memory": "9Gi"}}
+    api.jobs["genmodels-template"]["spec"] = template["spec"]
+    monkeypatch.setattr(kuberay, "TEMPLATE_SECONDS", 0.0)
+    capacity = platform.backend.capacity()
+    assert capacity is not None
+    assert capacity.memory == 9 * 2**30, "an applied change is read without a start"
 
 
 def test_a_start_waits_for_an_api_server_that_does_not_answer(api: KubeApi, data: Path) -> None:
