@@ -1,6 +1,8 @@
 """List every query of the dashboards, and send each to a running Prometheus.
 
-python -m tests.support.dashboard_panels http://127.0.0.1:9090 [--gpu] [--pools]      after a demo job: which panels show nothing?
+After a demo job: which panels show nothing?
+
+    python -m tests.support.dashboard_panels http://127.0.0.1:9090 [--gpu] [--pools]
 """
 
 from __future__ import annotations
