@@ -51,7 +51,7 @@ class WarmGroup:
     ) -> None:
         """Train one attempt, in the group of the attempt before if it has the same shape."""
         shape = Shape(storage_url, workers, spec.scaling.use_gpu)
-        if self._group is None or self._group.shape != shape:
+        if self._group is None or self._group.shape != shape or not self._group.is_alive:
             self._end()
             connect(watch)
             self._group = _Group(shape)
@@ -75,12 +75,16 @@ class _Group:
         self._thread = threading.Thread(target=self._fit, name="worker-group", daemon=True)
         self._thread.start()
 
+    @property
+    def is_alive(self) -> bool:
+        return self._thread.is_alive()
+
     def train(self, turn: Turn) -> None:
         import ray
 
         done = self._queue.give.remote(turn)
         while not ray.wait([done], timeout=LOOK_SECONDS)[0]:
-            if not self._thread.is_alive():
+            if not self.is_alive:
                 raise self._error or RuntimeError("the worker group has ended")
         ray.get(done)
 

@@ -12,11 +12,13 @@ from genmodels.checkpoint import CheckpointRef
 from genmodels.runs.log_lines import log_lines
 from genmodels.runs.records import Result
 from genmodels.runs.store import Run
+from genmodels.spec.sections import TrainConfig
 from genmodels.storage import open_storage
 from services.dispatch.backends import local_process
 from services.dispatch.backends.local_process import SubprocessBackend
 from services.dispatch.single_run import run_to_completion
 from services.local.platform import submit
+from services.train import warm_group
 from services.train.turn_queue import Turn, TurnQueue
 from services.train.turns import ended_well
 from tests.support.paths import ROOT
@@ -119,3 +121,47 @@ def test_the_bits_of_a_model_do_not_depend_on_the_models_before_it(tmp_path: Pat
         manifests = [Run(storage, name, family).manifest(CheckpointRef(attempt=1, step=3)) for family in families]
         files.append([{name: file.sha256 for name, file in manifest.files.items()} for manifest in manifests])
     assert files[0] == files[1]
+
+
+class FakeGroup:
+    """A worker group that notes what becomes of it."""
+
+    def __init__(self, shape: warm_group.Shape) -> None:
+        self.shape, self.is_alive, self.turns = shape, True, list[str]()
+        EVENTS.append(f"{shape.workers} workers start")
+
+    def train(self, turn: Turn) -> None:
+        EVENTS.append(turn.model)
+
+    def end(self) -> None:
+        EVENTS.append("end")
+
+
+EVENTS = list[str]()
+
+
+def test_a_group_is_kept_for_models_of_its_shape(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A group that has died, another shape, and whatever might change the bits of the next model, need a new one."""
+    EVENTS.clear()
+    monkeypatch.setattr(warm_group, "_Group", FakeGroup)
+    monkeypatch.setattr(warm_group, "connect", lambda watch: None)
+    data = make_data(tmp_path)
+    names = ("a", "b", "two", "compiled", "c", "sharded", "d", "e")
+    specs = {name: job("j", model(data, "minigpt", name)).models[0] for name in names}
+    specs["compiled"] = specs["compiled"].model_copy(update={"train": TrainConfig(compile=True)})
+    specs["sharded"] = specs["sharded"].model_copy(update={"train": TrainConfig(strategy="fsdp2")})
+    with warm_group.WarmGroup() as group:
+        for name in names:
+            workers = 2 if name in ("two", "sharded") else 1
+            if name == "e" and group._group:
+                group._group.is_alive = False
+            group.train("file:///s", "j", specs[name], 1, workers, None)
+    assert [
+        *("1 workers start", "a", "b", "end"),
+        *("2 workers start", "two", "end"),
+        *("1 workers start", "compiled", "end"),
+        *("1 workers start", "c", "end"),
+        *("2 workers start", "sharded", "end"),
+        *("1 workers start", "d", "end"),
+        *("1 workers start", "e", "end"),
+    ] == EVENTS
