@@ -16,6 +16,7 @@ from services.cluster.environment import ROOT, python
 from services.cluster.reaper import PASS
 from services.dispatch.backends.base import LOST, Backend, Capacity, Driver, turns_command
 
+END_SECONDS = 30.0  # that an idle driver has to give its workers back and end
 IDLE_SECONDS = 60.0  # that a driver without an attempt is kept, with its worker group and the memory of both
 
 
@@ -151,6 +152,13 @@ class _Process:
         if self._waits:
             self._end_waiting()
             self._channel.close()
+            threading.Thread(target=self._see_end, daemon=True).start()
+
+    def _see_end(self) -> None:
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            self._popen.wait(END_SECONDS)
+        self._close()  # the reaper now kills what is left
+        self._popen.wait()
 
     def _wait(self) -> None:
         self._waits = True
