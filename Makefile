@@ -12,7 +12,7 @@ RESULTS ?= quickstart autoencoder denoising vae gan minigpt study study-improved
 BIN := $(VENV)/bin
 PIP := $(BIN)/pip --disable-pip-version-check install --progress-bar on -c constraints.txt
 
-.PHONY: setup setup-dev demo check test test-long test-gpu test-k8s results bench-serving bench-scale bench-placement \
+.PHONY: setup setup-dev demo check test test-long test-gpu test-k8s results bench-serving bench-training bench-scale bench-placement \
         bench-checkpoint lint format docs chart secrets image sbom test-compose test-cluster clean
 
 setup: $(VENV)/.ready
@@ -88,6 +88,10 @@ bench-scale: setup-dev
 # What a save and a resume cost with 1 GiB of weights, on a real S3 server: needs 12 GiB of memory and of disk.
 bench-checkpoint: setup-dev
 	$(BIN)/python -m tests.bench.checkpoint $(ARGS)
+
+# The speed of training against nanoGPT's loop, of Ray Train and of a second worker: about 20 minutes on 2 cores.
+bench-training: setup-dev
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.bench.training $(ARGS)
 
 bench-serving: setup-dev
 	@$(PIP) -e '.[bench]'

@@ -32,6 +32,7 @@ from genmodels.threads import Rounds
 
 CACHE_TTL_SECONDS = 1.0  # for names that are not in the catalogue
 MAX_CACHED = 4096  # names of models that were resolved
+MAX_UNANSWERED = 3  # names for which storage does not answer in one round; the others then wait for the next round
 WATCH_SECONDS = 600.0  # a checkpoint's name such as `live` is watched for so long after its last request
 
 logger = logging.getLogger("genmodels.serving")
@@ -65,6 +66,7 @@ class AliasWatcher:
         self._requested: dict[str, float] = {}  # time of the last request, by the mutable name of a checkpoint
         # (monotonic time until which it holds without the catalogue, model), by name: the exact one of the catalogue's
         self._resolved: OrderedDict[str, tuple[float, ResolvedModel]] = OrderedDict()
+        self._unanswered: set[str] = set()  # names for which storage did not answer in the last round
         self._swaps: set[str] = set()  # names whose new version is being loaded
         self._active: set[Labels] = set()  # versions in memory that aliases point to
         self._changed: set[str] = set()  # models that no `refresh` has returned yet
@@ -118,6 +120,10 @@ class AliasWatcher:
         """Report that the model behind a name cannot be served."""
         self._refuse(with_default_alias(name), error, resolved)
 
+    def unanswered(self, name: str) -> None:
+        """Report that storage does not answer for a name."""
+        self.failed(name, None, GenmodelsError("storage does not answer for it; what is in memory keeps serving"))
+
     def exact(self, name: str) -> str | None:
         """Return the name of the version behind a name, as in `shapes@3`; None if the catalogue does not have it."""
         model, _, reference = with_default_alias(name).partition("@")
@@ -132,13 +138,11 @@ class AliasWatcher:
             The models that have changed.
 
         Raises:
-            StorageUnavailable: the next call returns these models, and does the rest.
+            StorageUnavailable: the catalogue cannot be read; the next call returns these models, and does the rest.
         """
         self._changed |= self._catalogue.refresh()
         in_memory = self._cache.names()
-        for name, serving in list(self._serving.items()):
-            with self._rounds.round(StorageUnavailable):
-                self._update(name, serving, in_memory)
+        self._update_all(in_memory)
         for name, refused in list(self.refused.items()):
             if name not in self._serving and refused.resolved and self.exact(name) != refused.resolved.name:
                 self.refused.pop(name, None)  # it has moved; the next request tries the new version
@@ -154,6 +158,20 @@ class AliasWatcher:
         """Return the refused versions of a model, by alias."""
         names = [name for name in list(self.refused) if _is_alias(name) and name.partition("@")[0] == model]
         return {name.partition("@")[2]: refused for name in names if (refused := self.refused.get(name))}
+
+    def _update_all(self, in_memory: set[str]) -> None:
+        """Update all names; those without an answer in the last round come last, so that they hold up no others."""
+        unanswered = set()
+        for name, serving in sorted(self._serving.items(), key=lambda item: item[0] in self._unanswered):
+            with self._rounds.round():
+                try:
+                    self._update(name, serving, in_memory)
+                except StorageUnavailable:
+                    unanswered.add(name)
+                    self.unanswered(name)
+            if len(unanswered) == MAX_UNANSWERED:
+                break
+        self._unanswered = unanswered
 
     def _update(self, name: str, serving: ResolvedModel, in_memory: set[str]) -> None:
         """Compare the model that answers to a name with the model that the name refers to now."""
@@ -179,7 +197,7 @@ class AliasWatcher:
 
     def _checkpoint(self, name: str) -> ResolvedModel:
         """Return the checkpoint that a name refers to now. Raises ModelNotFound if it is gone or not in use."""
-        if self._requested[name] < time.monotonic() - WATCH_SECONDS:
+        if self._requested.get(name, -math.inf) < time.monotonic() - WATCH_SECONDS:
             raise ModelNotFound(f"{name} is not requested any more")
         return resolve_model(self._storage, name)
 

@@ -41,15 +41,21 @@ class Pins:
         Args:
             changed: models that have changed in the catalogue since the last call.
 
-        Raises:
-            StorageUnavailable: the models that were kept are still kept.
+        While storage does not answer for a name, all models that were kept are still kept.
         """
         if self._names is None or changed:
             self._names = (
                 self._newest(self._pin) if isinstance(self._pin, int) else list(map(with_default_alias, self._pin))
             )
-        pinned = {name: resolved for name in self._names if (resolved := self._resolve(name))}
-        for exact in set(self._kept) - {resolved.name for resolved in pinned.values()}:
+        pinned, is_complete = {}, True
+        for name in self._names:
+            try:
+                if resolved := self._resolve(name):
+                    pinned[name] = resolved
+            except StorageUnavailable:
+                self._watcher.unanswered(name)
+                is_complete = False
+        for exact in set(self._kept) - {resolved.name for resolved in pinned.values()} if is_complete else ():
             self._kept.pop(exact).close()
         for name, resolved in pinned.items():
             self._keep(name, resolved)

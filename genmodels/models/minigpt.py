@@ -38,6 +38,7 @@ from genmodels.family import (
     slide_window,
 )
 from genmodels.nn.cuda_graphs import Capture, cuda_graph
+from genmodels.nn.fused import rms_norm, rotate, swiglu
 from genmodels.nn.networks import inference
 from genmodels.nn.optim import make_optimizers
 from genmodels.nn.sampling import Sampler, SamplingOptions, choose
@@ -139,7 +140,7 @@ class Transformer(nn.Module):
         self.blocks = nn.ModuleList(Block(config) for _ in range(config.n_layer))
         self.norm = _norm(config)
         self.head = None if config.tied_head else nn.Linear(config.n_embd, vocab_size, bias=config.bias)
-        self.head_size = config.n_embd // config.n_head
+        self.n_head, self.head_size = config.n_head, config.n_embd // config.n_head
         self._initialise(config.n_layer)
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -147,13 +148,14 @@ class Transformer(nn.Module):
         x = self.token_embedding(tokens)
         rotation = None
         if self.position_embedding is None:
-            rotation = rotations(positions, self.head_size)
+            rotation = rotations(positions, self.head_size)[:, None, None].expand(-1, 2, self.n_head, -1).contiguous()
         else:
             x = x + self.position_embedding(positions)
         for block in self.blocks:
             x = block(x, rotation)
-        x = self.norm(x)
-        return F.linear(x, self.token_embedding.weight) if self.head is None else self.head(x)
+        if self.head is None:
+            return project(x, self.norm, self.token_embedding.weight, None)
+        return project(x, self.norm, self.head.weight, self.head.bias)
 
     def _initialise(self, n_layer: int) -> None:
         """Initialise as GPT-2: normal 0.02, with output layers scaled so that the residual stream keeps its size."""
@@ -176,8 +178,8 @@ class Block(nn.Module):
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, rotation: Tensor | None) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), rotation)
-        return x + self.mlp(self.mlp_norm(x))
+        x = x + self.attention(x, self.attention_norm, rotation)
+        return x + self.mlp(x, self.mlp_norm)
 
 
 class Attention(nn.Module):
@@ -191,23 +193,33 @@ class Attention(nn.Module):
         self.value = nn.Linear(width, width, bias=False)
         self.output = nn.Linear(width, width, bias=config.bias)
         self.n_head = config.n_head
-        self.qk_norm = config.qk_norm
+        self.qk_norm, self.rotary = config.qk_norm, config.positions == "rotary"
         self.dropout = config.dropout
 
-    def forward(self, x: Tensor, rotation: Tensor | None) -> Tensor:
-        query, key, value = (self._heads(project(x)) for project in (self.query, self.key, self.value))
-        if self.qk_norm:
-            query, key = (F.rms_norm(part, part.shape[-1:]) for part in (query, key))
+    def forward(self, x: Tensor, norm: nn.Module, rotation: Tensor | None) -> Tensor:
+        projected = project(x, norm, self._query_key_value(), None).unflatten(-1, (3, self.n_head, -1))
+        turned, value = projected[:, :, :2], projected[:, :, 2]
         if rotation is not None:
-            query, key = rotate(query, rotation), rotate(key, rotation)
+            turned = rotate(turned, rotation, normalise=self.qk_norm)
+        elif self.qk_norm:
+            turned = rms_norm(turned)
+        query, key = turned.unbind(2)
+        query, key, value = (part.transpose(1, 2) for part in (query, key, value))  # (n, n_head, t, head_size)
         dropout = self.dropout if self.training else 0.0
         y = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, is_causal=True)
         y = self.output(y.transpose(1, 2).flatten(2))
         return F.dropout(y, self.dropout, self.training)
 
-    def _heads(self, x: Tensor) -> Tensor:
-        """Split the heads: (n, t, n_embd) -> (n, n_head, t, head_size)."""
-        return x.unflatten(-1, (self.n_head, -1)).transpose(1, 2)
+    def _query_key_value(self) -> Tensor:
+        """Return the weights of the three projections as those of one, (3 * n_embd, n_embd).
+
+        With rotary positions, the numbers of queries and keys that turn together become neighbours: in both alike, so
+        that scores are the same.
+        """
+        weights = [self.query.weight, self.key.weight, self.value.weight]
+        if self.rotary:
+            weights[:2] = [neighbours(weight, self.n_head) for weight in weights[:2]]
+        return torch.cat(weights)
 
 
 class MLP(nn.Module):
@@ -222,12 +234,13 @@ class MLP(nn.Module):
         self.output = nn.Linear(hidden, config.n_embd, bias=config.bias)
         self.dropout = config.dropout
 
-    def forward(self, x: Tensor) -> Tensor:
-        hidden = self.input(x)
-        if self.gate is not None:
-            hidden = F.silu(self.gate(x)) * hidden
-        else:
+    def forward(self, x: Tensor, norm: nn.Module) -> Tensor:
+        if self.gate is None:
+            hidden = project(x, norm, self.input.weight, self.input.bias)
             hidden = F.relu(hidden) if self.kind == "relu" else F.gelu(hidden)
+        else:
+            bias = None if self.gate.bias is None else torch.cat((self.gate.bias, self.input.bias))
+            hidden = swiglu(project(x, norm, torch.cat((self.gate.weight, self.input.weight)), bias))
         return F.dropout(self.output(hidden), self.dropout, self.training)
 
 
@@ -290,8 +303,7 @@ class MiniGPTDecoder:
         self._embedding = embedding.clone()
         self._positions, self._rotations = None, None
         if network.position_embedding is None:
-            cosine, sine = rotations(torch.arange(kept, device=device), network.head_size)
-            self._rotations = torch.complex(cosine, sine)[:, None, None]
+            self._rotations = rotations(torch.arange(kept, device=device), network.head_size)[:, None, None]
         else:
             self._positions = F.pad(network.position_embedding.weight, (0, 0, 0, kept - block_size))
         rotary = self._rotations is not None
@@ -584,18 +596,23 @@ def _lengths(kept: int) -> list[int]:
     return [*(length for length in (32, 64, 96, 160, 256) if length < kept), kept]
 
 
+def project(x: Tensor, norm: nn.Module, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """Compute a norm and the linear layer after it: (..., n_embd) -> (..., rows of the weights)."""
+    if isinstance(norm, nn.RMSNorm):  # its gains go to the weights, which are smaller than the activations
+        return F.linear(rms_norm(x), weight * norm.weight, bias)
+    return F.linear(norm(x), weight, bias)
+
+
 def rotations(positions: Tensor, head_size: int) -> Tensor:
-    """Return cosines and sines of the angles of rotary positions, float32: (..., t) -> (2, ..., t, head_size / 2)."""
+    """Return the rotations of rotary positions as complex numbers: (..., t) -> (..., t, head_size / 2)."""
     exponents = torch.arange(head_size // 2, device=positions.device, dtype=torch.float32) / (head_size // 2)
     angles = positions.float()[..., None] * ROTARY_BASE**-exponents
-    return torch.stack((angles.cos(), angles.sin()))
+    return torch.polar(torch.ones_like(angles), angles)
 
 
-def rotate(x: Tensor, rotation: Tensor) -> Tensor:
-    """Turn each pair (i, i + head_size / 2) of (..., t, head_size) by its angle: scores depend on distances only."""
-    cosine, sine = rotation
-    first, second = x.float().chunk(2, dim=-1)  # in bf16 distant positions would be equal
-    return torch.cat((first * cosine - second * sine, first * sine + second * cosine), dim=-1).to(x.dtype)
+def neighbours(weight: Tensor, n_head: int) -> Tensor:
+    """Order the rows of each head of a projection so that numbers i and i + head_size / 2 become neighbours."""
+    return weight.unflatten(0, (n_head, 2, -1)).transpose(1, 2).flatten(0, 2)
 
 
 def _cross_entropy(logits: Tensor, targets: Tensor, reduction: str = "mean") -> Tensor:

@@ -10,9 +10,10 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from torch import nn
-from torch.optim import AdamW, Muon, Optimizer
+from torch.optim import AdamW, Optimizer
 
 from genmodels.family import OptimizerConfig
+from genmodels.nn.muon import Muon
 
 
 def make_optimizers(module: nn.Module, config: OptimizerConfig, outputs: Iterable[nn.Module] = ()) -> list[Optimizer]:

@@ -1,4 +1,6 @@
-"""Repair the catalogue while this process holds the dispatcher's lease, at a rate that does not depend on its size.
+"""Repair the catalogue, at a rate that does not depend on its size: as the holder of the dispatcher's lease does.
+
+So does `genmodels run`, which has no dispatcher. Several keepers at once do no harm: each change is conditional.
 
 Each LOOK_SECONDS one list finds the intents of writers that died, and what readers have reported. Each SWEEP_SECONDS
 one model is compared with its versions and aliases, shard by shard, so that objects which were changed by hand are
@@ -8,10 +10,12 @@ faster.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import re
 import threading
+from collections.abc import Iterator
 
 from genmodels.errors import DamagedObject
 from genmodels.registry.catalogue import HEAD, PENDING, SHARDS, Catalogue, shard_of
@@ -47,6 +51,16 @@ class CatalogueKeeper:
                     self.sweep()
             if over.wait(LOOK_SECONDS):
                 return
+
+    @contextlib.contextmanager
+    def running(self) -> Iterator[None]:
+        """Keep the catalogue in a thread of its own: to build a large one takes minutes."""
+        over = threading.Event()
+        threading.Thread(target=self.run, args=(over,), name="catalogue", daemon=True).start()
+        try:
+            yield
+        finally:
+            over.set()
 
     def look(self) -> None:
         """Build the catalogue if there is none, then repair what writers have left and readers have reported."""

@@ -17,7 +17,7 @@ SAVE_TIMEOUT = timedelta(hours=1)
 
 @dataclass
 class Group:
-    """One worker of `world_size`. With one worker there is no process group, and a collective does nothing."""
+    """One worker of `world_size`. With one worker a collective does nothing, even in a process group of one."""
 
     rank: int = 0
     world_size: int = 1
@@ -27,7 +27,7 @@ class Group:
 
     def sum(self, tensor: Tensor) -> Tensor:
         """Add up a tensor over all ranks, in place."""
-        if dist.is_initialized():
+        if self.world_size > 1:
             dist.all_reduce(tensor)
             self._note_exchange()
         return tensor
@@ -38,7 +38,7 @@ class Group:
 
     def from_rank_0(self, flag: bool) -> bool:
         """Return the flag of rank 0 on every rank."""
-        if not dist.is_initialized():
+        if self.world_size == 1:
             return flag
         shared = torch.tensor([flag], dtype=torch.uint8, device=self.device)
         dist.broadcast(shared, src=0)
@@ -51,7 +51,7 @@ class Group:
         with torch.no_grad():
             if source is not None:
                 tensor.copy_(source)
-            if dist.is_initialized():
+            if self.world_size > 1:
                 whole = tensor.contiguous()  # the tensor itself, if it is contiguous
                 dist.broadcast(whole.view(-1).view(torch.uint8), src=0)
                 self._note_exchange()
@@ -60,7 +60,7 @@ class Group:
 
     def receive_bytes(self, data: bytes) -> bytes:
         """Return the bytes that rank 0 has, on every rank."""
-        if not dist.is_initialized():
+        if self.world_size == 1:
             return data
         size = torch.tensor([len(data)], device=self.device)
         dist.broadcast(size, src=0)

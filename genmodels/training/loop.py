@@ -135,7 +135,8 @@ def train(
             _check_finite(step, trainer.name, values)
             trainer.update()
             window.add(values if len(trainers) == 1 else {f"{trainer.name}_{name}": values[name] for name in values})
-        _update_average(averaged.network, family.network, config.ema, step)
+        if config.ema is not None:
+            _update_average(averaged.network, family.network, config.ema, step)
         # ------------------------------------------------------------------------------------------------
 
         samples += config.batch_size
@@ -148,6 +149,8 @@ def train(
         saving = last or stopping or step % config.save_every == 0
         evaluating = last or (not stopping and (saving or step % config.eval_every == 0))
         row: dict[str, Any] = {}
+        if config.ema is None and (evaluating or saving):
+            _update_average(averaged.network, family.network, None, step)
         if evaluating:
             with gathered(averaged.network):
                 row |= evaluate(averaged, validation, group, recorder, step)

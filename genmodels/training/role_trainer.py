@@ -10,7 +10,6 @@ import shutil
 from collections.abc import Sequence
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
@@ -42,7 +41,7 @@ class RoleTrainer:
         # DDP rebuilds its gradient buckets after the first step unless it looks for unused parameters; a resumed run
         # would then add gradients in another order and differ in its last bits from an uninterrupted run.
         self.call: nn.Module = role.loss
-        if dist.is_initialized() and not is_sharded(config):
+        if group.world_size > 1 and not is_sharded(config):
             self.call = DistributedDataParallel(role.loss, find_unused_parameters=True)
 
     def set_lr_scale(self, lr_scale: float) -> None:
@@ -68,7 +67,7 @@ class RoleTrainer:
         sums: Tensor | None = None
         names: list[str] = []
         for i, batch in enumerate(batches):
-            torch.manual_seed(seed + i)
+            _seed(seed + i, self.group.device)
             with self._no_sync() if i < len(batches) - 1 else contextlib.nullcontext():
                 with torch.autocast(self.group.device.type, torch.bfloat16, enabled=self.config.precision == "bf16"):
                     losses = self.call(batch, progress)
@@ -93,6 +92,13 @@ class RoleTrainer:
 
     def _no_sync(self) -> contextlib.AbstractContextManager[None]:
         return self.call.no_sync() if isinstance(self.call, DistributedDataParallel) else contextlib.nullcontext()
+
+
+def _seed(seed: int, device: torch.device) -> None:
+    """Seed the generators that a loss can use; `torch.manual_seed` also looks for devices of any other kind."""
+    torch.default_generator.manual_seed(seed)
+    if device.type == "cuda":
+        torch.cuda.manual_seed(seed)
 
 
 def _compile(role: Role) -> None:

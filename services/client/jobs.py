@@ -150,10 +150,8 @@ class Client:
         model, _, reference = name.partition("@")
         if reference.isdecimal():
             return model, int(reference)
-        models = {model["name"]: model for model in self.models()}
-        if model not in models:
-            raise ModelNotFound(f"no model {model!r}; published models: {', '.join(models) or 'none yet'}")
-        versions, aliases = models[model]["versions"], models[model]["aliases"]
+        shown = self._http.json("GET", f"/v1/models/{_name(model)}")
+        versions, aliases = shown["versions"], shown["aliases"]
         number = versions[-1] if reference == "latest" else aliases.get(reference or "production")
         if number is None:
             there = f"aliases: {', '.join(aliases) or 'none'}; versions: {', '.join(map(str, versions))}"

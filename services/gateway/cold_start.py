@@ -10,6 +10,8 @@ from genmodels.errors import RequestError
 from genmodels.metrics import POOL_WAIT_SECONDS, POOL_WAITING
 from services.gateway.pool_config import Pool
 
+SETTLE_SECONDS = 5.0  # in which a new gateway learns from Serve which hosts run
+POLL_SECONDS = 0.05  # in that time
 RETRY_SECONDS = 5  # after which another client should try again: a host takes some seconds to start
 
 
@@ -24,8 +26,13 @@ class ColdStart:
     def __init__(self, pool: Pool, is_running: Callable[[], bool], wake: Callable[[], Awaitable[None]]) -> None:
         self._pool, self._is_running, self._wake = pool, is_running, wake
         self._waiting = 0
+        self._settles = time.monotonic() + SETTLE_SECONDS
         if not pool.min_replicas:
             POOL_WAITING.labels(pool.name).set(0)
+
+    def is_needed(self) -> bool:
+        """Return whether a request has to wait: no host is known to run."""
+        return not (self._pool.min_replicas or self._is_running())
 
     async def wait(self) -> None:
         """Return as soon as a host runs, at once if one runs already.
@@ -33,7 +40,9 @@ class ColdStart:
         Raises:
             RequestError: too many requests wait already, or no host has started in time.
         """
-        if self._pool.min_replicas or self._is_running():
+        while self._waiting >= self._pool.max_waiting and self.is_needed() and time.monotonic() < self._settles:
+            await asyncio.sleep(POLL_SECONDS)
+        if not self.is_needed():
             return
         if self._waiting >= self._pool.max_waiting:
             raise self._refusal("another request waits for it", status=429)

@@ -44,6 +44,7 @@ class Models(Protocol):
 
     def pool_of(self, name: str) -> str: ...  # of the version behind a name
     def describe(self, name: str) -> CatalogEntry | None: ...  # without host and evaluation
+    def check(self, name: str) -> None: ...  # raise ModelNotFound if there is no such model; may read storage
     def evaluation(self, model: str, version: int) -> Evaluation | None: ...  # read from storage
     def stalled(self) -> str | None: ...  # why that may be out of date
 
@@ -125,7 +126,7 @@ class PoolRouting:
         self, name: str, request: CompletionRequest
     ) -> AsyncGenerator[CompletionStarted | TextDelta | RequestError, None]:
         try:
-            hosts = await self._started(self._models.pool_of(name))
+            hosts = await self._started(self._models.pool_of(name), name)
         except RequestError as error:
             yield error
             return
@@ -139,22 +140,24 @@ class PoolRouting:
     async def _ask_about(self, method: str, name: str, *arguments: Any) -> Any:
         return await self._ask(self._models.pool_of(name), method, name, *arguments)
 
-    async def _ask(self, pool: str, method: str, *arguments: Any) -> Any:
+    async def _ask(self, pool: str, method: str, name: str, *arguments: Any) -> Any:
         try:
-            hosts = await self._started(pool)
+            hosts = await self._started(pool, name)
         except RequestError as error:
             return error
-        return await getattr(hosts, method)(*arguments)
+        return await getattr(hosts, method)(name, *arguments)
 
-    async def _started(self, pool: str) -> Hosts:
+    async def _started(self, pool: str, name: str) -> Hosts:
         """Return the hosts of a pool; wait for the first one if the pool has none.
 
         Raises:
-            RequestError: there is no such pool, or no host has started.
+            RequestError: there is no such pool, no host has started, or none is started because there is no such model.
         """
         member = self._members.get(pool)
         if member is None:
             raise _missing(pool)
+        if member.cold_start.is_needed():
+            await asyncio.to_thread(self._models.check, name)
         await member.cold_start.wait()
         return member.hosts
 

@@ -7,10 +7,11 @@ import logging
 import threading
 import time
 
-from genmodels.errors import StorageUnavailable
+from genmodels.errors import GenmodelsError, ModelNotFound, StorageUnavailable
 from genmodels.registry.catalogue import CatalogueReader
 from genmodels.registry.entries import ModelEntry
 from genmodels.registry.evaluations import Evaluation, newest
+from genmodels.registry.references import resolve_model
 from genmodels.registry.versions import VersionReader
 from genmodels.storage import Storage
 from genmodels.threads import Rounds
@@ -26,7 +27,7 @@ class WatchedCatalogue:
     """The catalogue as a thread of this process reads it each second; while storage is away, the last one stays."""
 
     def __init__(self, storage: Storage) -> None:
-        self.reader, self._versions = CatalogueReader(storage), VersionReader(storage)
+        self._storage, self.reader, self._versions = storage, CatalogueReader(storage), VersionReader(storage)
         self._rounds = Rounds("catalogue-reader", logger, lasting=True)
         self._read()  # before the first request
         threading.Thread(target=self._watch, name="catalogue-reader", daemon=True).start()
@@ -43,6 +44,17 @@ class WatchedCatalogue:
     def describe(self, name: str) -> CatalogEntry | None:
         """Describe a model without its host and its evaluation; None if the catalogue does not have the version."""
         return from_catalogue(self.reader, name)
+
+    def check(self, name: str) -> None:
+        """Raise ModelNotFound if there is no such model. Storage is read only for what the catalogue does not have."""
+        if self.describe(name):
+            return
+        try:
+            resolve_model(self._storage, name)
+        except ModelNotFound:
+            raise
+        except GenmodelsError:  # damaged, or storage does not answer: a host reports that
+            return
 
     def evaluation(self, model: str, version: int) -> Evaluation | None:
         """Read the newest evaluation of a version; None if it has none or storage does not answer."""

@@ -58,6 +58,14 @@ def add_model_routes(app: FastAPI, guard: KeyAuth, storage: Storage) -> None:
         page = listing.page(catalogue.read(), query, partial(_may_use, caller))
         return Response(page, media_type="application/json")
 
+    @app.get("/v1/models/{model}")
+    def show_model(model: str, caller: Caller = reader) -> Response:
+        """Show a model as the list does: its versions and aliases, and the newest version's metrics."""
+        _need(caller, model)
+        if (entry := catalogue.read().get(model)) is None:
+            raise ModelNotFound(f"no model {model!r}; `genmodels models` or GET /v1/models lists all models")
+        return Json(model_view(entry))
+
     @app.get("/v1/models/{model}/versions/{number}")
     def show_version(model: str, number: Number, caller: Caller = submit) -> Response:
         """Show a version: its lineage, metrics, evaluations, and files with size and sha256."""

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import TracebackType
 
 from genmodels.errors import Conflict
+from genmodels.registry.catalogue_keeper import CatalogueKeeper
 from genmodels.registry.references import resolve_datasets, resolve_init_from
 from genmodels.runs.gc_marks import mark
 from genmodels.runs.job_index import index_job
@@ -37,6 +38,7 @@ class LocalPlatform:
         self._serves = False
 
     def __enter__(self) -> LocalPlatform:
+        self._end.enter_context(CatalogueKeeper(self.storage).running())
         return self
 
     def start(self) -> None:

@@ -28,6 +28,7 @@ from genmodels.storage import Storage, open_storage
 from services.gateway.model_host import ModelHost
 from services.gateway.playground import FOLDER, TYPES
 from services.gateway.routes import create_app
+from services.http.listing import Listing, ModelsQuery
 from tests.support import published_models
 from tests.support.asgi_client import ask, refused
 from tests.support.asgi_server import served
@@ -236,6 +237,21 @@ def test_without_keys_none_is_asked_for_and_all_models_are_there(site: Site) -> 
     assert site.page.js("document.querySelector('#key').hidden")
     options = site.page.js("[...document.querySelectorAll('[name=model] option')].map(option => option.value)")
     assert sorted(options) == ["classes", "clean", "forger", "play", "shapes"]
+
+
+def test_all_pages_of_models_are_there(site: Site, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = Listing.page
+    pages: list[str] = []
+
+    def page(self: Listing, catalogue: Any, query: ModelsQuery, may_use: Any) -> bytes:
+        pages.append(query.after)
+        return whole(self, catalogue, query.model_copy(update={"limit": 2}), may_use)
+
+    monkeypatch.setattr(Listing, "page", page)
+    site.open("shapes/images")  # on the last page
+    options = site.page.js("[...document.querySelectorAll('[name=model] option')].map(option => option.value)")
+    assert options == ["classes", "clean", "forger", "play", "shapes"]
+    assert pages == ["", "clean@1", "play"]
 
 
 def test_text_streams_and_equals_the_answer_of_its_seed(site: Site) -> None:

@@ -231,7 +231,8 @@ class Proof:
         return f"{mine.completions} texts of {mine.tokens} tokens, {mine.pictures} pictures"
 
     def panels_have_data(self) -> str:
-        queries = [query for query in dashboard_panels.queries() if not query.needs_gpu]
+        queries = dashboard_panels.queries()
+        queries = [query for query in queries if not (query.needs_gpu or query.needs_empty_pool)]
         empty = dashboard_panels.silent(self.stack.prometheus, queries, history=3600, patience=120)
         assert not empty, "these show nothing:\n" + "\n".join(map(str, empty))
         return f"{len(queries)} queries"

@@ -78,6 +78,7 @@ RULES: dict[str, dict[str, Rule]] = {
         "POST /v1/jobs/{job}/resume": Rule(("submit",)),
         "DELETE /v1/jobs/{job}": Rule(("admin",)),
         "GET /v1/models": Rule(("submit", "generate"), limited="nothing"),
+        "GET /v1/models/{model}": Rule(("submit", "generate")),
         "GET /v1/models/{model}/versions/{number}": Rule(("submit",)),
         "GET /v1/models/{model}/versions/{number}/files/{name}": Rule(("submit",)),
         "DELETE /v1/models/{model}/versions/{number}": Rule(("admin",)),

@@ -149,6 +149,16 @@ def test_models_are_listed_with_versions_and_aliases(service: Service) -> None:
     }
 
 
+def test_one_model_is_shown_as_in_the_list(service: Service) -> None:
+    for name in ("clothes", "digits"):
+        publish(service.storage, name, "vae")
+    assert service("GET", "/v1/models/digits").json() == service("GET", "/v1/models").json()["data"][1]
+    for name in ("nothing", "Clothes", "%2e%2e"):
+        error = refused(service("GET", f"/v1/models/{name}"), 404)
+        assert error["code"] == "model_not_found"
+        assert "clothes" not in error["message"], "a key may be limited to some models"
+
+
 def test_a_version_is_pulled_file_by_file(storage: Storage, tmp_path: Path) -> None:
     service = Service(storage)
     version = publish(storage, "clothes", "vae")

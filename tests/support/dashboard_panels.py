@@ -1,6 +1,8 @@
 """List every query of the dashboards, and send each to a running Prometheus.
 
-python -m tests.support.dashboard_panels http://127.0.0.1:9090 [--gpu]      after a demo job: which panels show nothing?
+After a demo job: which panels show nothing?
+
+    python -m tests.support.dashboard_panels http://127.0.0.1:9090 [--gpu] [--pools]
 """
 
 from __future__ import annotations
@@ -30,6 +32,11 @@ class Query:
     @property
     def needs_gpu(self) -> bool:
         return "GPU" in self.panel
+
+    @property
+    def needs_empty_pool(self) -> bool:
+        """Return whether only a pool that was scaled to zero gives values."""
+        return "for a pool" in self.panel
 
     def __str__(self) -> str:
         return f"{self.dashboard}, {self.panel}: {self.expr}"
@@ -83,10 +90,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Ask a Prometheus for every panel of the dashboards.")
     parser.add_argument("url")
     parser.add_argument("--gpu", action="store_true", help="also for what only GPUs have")
+    parser.add_argument("--pools", action="store_true", help="also for what only pools that scale to zero have")
     parser.add_argument("--history", type=float, default=1800.0, help="seconds that the job may be ago")
     parser.add_argument("--patience", type=float, default=60.0)
     options = parser.parse_args()
     selected = [query for query in queries() if options.gpu or not query.needs_gpu]
+    selected = [query for query in selected if options.pools or not query.needs_empty_pool]
     empty = silent(options.url, selected, history=options.history, patience=options.patience)
     for query in empty:
         print(f"shows nothing: {query}")

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from rich.console import Console
 
 from genmodels.engine.loader import load
@@ -21,9 +24,13 @@ from tests.bench.scale import __main__ as scale
 from tests.bench.serving import __main__ as serving
 from tests.bench.serving import bare
 from tests.bench.serving.sizes import Sizes
+from tests.bench.training import __main__ as training
+from tests.bench.training import loops
+from tests.bench.training.reference import GPT2, Trainer
 from tests.support.asgi_server import served
 from tests.support.paths import ROOT
 from tests.support.s3_server import S3Server
+from tests.support.tiny_jobs import make_data
 
 TINY = Sizes(
     rounds=1,
@@ -39,7 +46,7 @@ TINY = Sizes(
     swaps=1,
     swap_seconds=0.1,
 )
-ENTERED = {"checkpoint", "placement", "scale", "serving"}
+ENTERED = {"checkpoint", "placement", "scale", "serving", "training"}
 
 
 @contextmanager
@@ -97,6 +104,24 @@ def test_the_bench_of_a_checkpoint(server: S3Server, capsys: pytest.CaptureFixtu
 def test_the_bench_of_scale(server: S3Server, figure: str) -> None:
     sizes = scale.FIGURES[figure][1]
     assert scale.measure(server, [figure], min(sizes))
+
+
+@pytest.mark.slow
+def test_the_bench_of_training(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    data = ["--data", str(make_data(tmp_path) / "play.txt")]
+    training.main(["--rounds", "1", "--steps", "1", "--sizes", "1", "--only", "loop", *data])
+    rows = capsys.readouterr().out.splitlines()[2:]
+    assert [row for row in rows if not re.search(r"\d ms +\d+\.\d\d \(", row)] == []
+    assert len(rows) == 1 + len(loops.RECIPES)
+
+
+def test_the_reference_of_training_learns() -> None:
+    torch.manual_seed(0)
+    text = np.arange(2000, dtype=np.uint16) % 11
+    trainer = Trainer(text, GPT2(11, 16, 1, 2, 8), 8, 16)
+    first = trainer.model(*trainer.batch).item()
+    trainer.steps(60)
+    assert trainer.model(*trainer.batch).item() < 0.98 * first
 
 
 def test_every_bench_is_entered_here() -> None:

@@ -131,6 +131,43 @@ def test_whatever_a_load_raises_is_that_models_refusal(
     assert "refused" not in shown(app, "bad")
 
 
+def test_an_object_that_storage_never_returns_holds_up_no_other_model(
+    good_and_bad: Storage, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Three other models cannot be read either: with so many, a round ends, and the next one begins with the rest."""
+    ill = ["bad", "bad-a", "bad-b"]
+    for name in ill[1:]:
+        publish(good_and_bad, name, "vae", step=1)
+    host = ModelHost(good_and_bad.url, pin=[*ill, "good"])
+    app = create_app(host)
+    host._watcher._storage = storage = FailingStorage(good_and_bad, "models/bad")
+    storage.away = True
+    for name in (*ill, "good"):  # "good" comes last
+        publish(good_and_bad, name, "vae", step=2)
+    for _ in range(3):
+        watch(host)
+    assert [answered_by(app, name) for name in (*ill, "good")] == ["bad@1", "bad-a@1", "bad-b@1", "good@2"]
+    assert "storage does not answer for it" in shown(app, "bad")["refused"][0]["reason"]
+    told = [message for message in caplog.messages if message.startswith("bad@production: ")]
+    assert len(told) == 1, "once, not in each round"
+    storage.away = False
+    watch(host)
+    assert answered_by(app, "bad") == "bad@2"
+    assert "refused" not in shown(app, "bad")
+
+
+def test_a_checkpoint_whose_last_request_is_not_known_is_looked_up_again(good_and_bad: Storage) -> None:
+    """A request may load it at the very moment at which the watcher forgets it."""
+    host = ModelHost(good_and_bad.url, pin=0)
+    watcher = host._watcher
+    watcher.loaded("good@live", watcher.resolve("good"))  # as if `live` were the same files
+    assert [model.model for model in watcher.serving()] == ["good"]
+    watcher._requested.clear()
+    watcher.refresh()
+    assert watcher.refused == {}
+    assert watcher.serving() == []
+
+
 @pytest.mark.parametrize("kind", FAILURES)
 def test_a_new_replica_starts_whatever_a_model_does(
     good_and_bad: Storage, failing: dict[str, Exception], kind: str

@@ -40,8 +40,7 @@ let chosen = 0; // number of choices: a late answer must not replace a later cho
 const shown = new Set(); // panels that have shown the current model
 
 async function start() {
-  const listed = await json("v1/models");
-  models = listed.data;
+  models = await listed();
   $("#key").hidden = true;
   $("#forget").hidden = !key.get();
   $("#none").hidden = models.length > 0;
@@ -50,6 +49,16 @@ async function start() {
     ...models.map((model) => el("option", { value: base(model.id), textContent: `${base(model.id)} · ${model.family}` })),
   );
   if (models.length) await openLinked();
+}
+
+/** Return all models, however many pages they take. */
+async function listed() {
+  const all = [];
+  for (let page = {}; ; ) {
+    page = await json(`v1/models${page.last_id ? `?after=${encodeURIComponent(page.last_id)}` : ""}`);
+    all.push(...page.data);
+    if (!page.has_more) return all;
+  }
 }
 
 /** Open the model and panel of the address, e.g. #shapes@3/latent; default: the first model. */
@@ -65,15 +74,15 @@ async function openLinked() {
 async function open(tab = selected()?.getAttribute("aria-controls")) {
   const model = chooser.elements.model.value;
   const version = chooser.elements.version.value.trim().replace(/^@/, "");
-  const listed = models.find(({ id }) => base(id) === model);
-  suggest(listed);
+  const about = models.find(({ id }) => base(id) === model);
+  suggest(about);
   const turn = ++chosen;
   current = null;
   shown.clear();
   $("#tabs").hidden = true;
   for (const id of Object.keys(panels)) document.getElementById(id).hidden = true;
   $("#about").replaceChildren();
-  const name = version ? `${model}@${version}` : listed.id;
+  const name = version ? `${model}@${version}` : about.id;
   const described = await json(modelPath(name));
   if (turn !== chosen) return;
   current = { ...described, name };

@@ -12,7 +12,7 @@ from torch import Tensor
 from genmodels.declarations.minigpt import MiniGPTConfig
 from genmodels.errors import RequestError, SpecError
 from genmodels.family import ImageInfo, OptimizerConfig, TextInfo
-from genmodels.models.minigpt import MiniGPT, rotate, rotations
+from genmodels.models.minigpt import MiniGPT
 from genmodels.nn.optim import make_optimizers
 from genmodels.nn.sampling import SamplingOptions
 from genmodels.spec.sections import ModelSpec
@@ -152,19 +152,6 @@ def test_positions_count() -> None:
         family = lively(positions=positions, n_layer=1)
         one, other = family.logits(torch.tensor([[1, 2, 3, 4], [2, 1, 3, 4]]))[:, -1]
         assert not torch.allclose(one, other, atol=1e-3)
-
-
-def test_rotary_scores_depend_on_distance_alone() -> None:
-    query, key = torch.randn(2, 1, 16)
-    far = rotations(torch.arange(2000), 16)
-
-    def score(at: int, of: int) -> float:
-        return float((rotate(query, far[:, at : at + 1]) * rotate(key, far[:, of : of + 1])).sum())
-
-    assert score(7, 3) == pytest.approx(score(1007, 1003), abs=1e-3)
-    assert score(3, 3) == pytest.approx(float((query * key).sum()), abs=1e-4)
-    assert abs(score(7, 3) - score(3, 7)) > 1e-2  # the direction counts
-    assert rotate(query.bfloat16(), far[:, 5:6]).dtype == torch.bfloat16
 
 
 def test_swiglu_has_as_many_weights_as_the_other_mlps() -> None:

@@ -231,7 +231,6 @@ class _Silent:
 
 
 VAE = {"name": "vae", "family": "vae", "versions": [1, 3], "aliases": {"production": 1}, "metrics": {}}
-MODELS = {"data": [VAE], "has_more": False}
 
 
 def test_all_pages_of_models_are_read(connect: Connect) -> None:
@@ -242,14 +241,15 @@ def test_all_pages_of_models_are_read(connect: Connect) -> None:
 
 
 def test_names_of_versions(connect: Connect) -> None:
-    client, _ = connect(*[(200, MODELS)] * 5)
+    client, app = connect(*[(200, VAE)] * 4, (404, error("no model 'gan'; ...", "model_not_found")))
     assert client.resolve("vae@7") == ("vae", 7)
     assert client.resolve("vae") == client.resolve("vae@production") == ("vae", 1)
     assert client.resolve("vae@latest") == ("vae", 3)
     with pytest.raises(ModelNotFound, match="no alias 'staging'; aliases: production; versions: 1, 3"):
         client.resolve("vae@staging")
-    with pytest.raises(ModelNotFound, match="no model 'gan'; published models: vae"):
+    with pytest.raises(ModelNotFound, match="no model 'gan'; "):
         client.resolve("gan")
+    assert {path for _, path, *_ in app.requests} == {"/v1/models/vae", "/v1/models/gan"}, "no list of all models"
 
 
 def _version(**files: bytes) -> Version:

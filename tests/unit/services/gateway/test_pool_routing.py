@@ -8,9 +8,10 @@ from typing import Any
 
 import pytest
 
-from genmodels.errors import RequestError
+from genmodels.errors import ModelNotFound, RequestError
 from genmodels.metrics import POOL_WAITING
 from genmodels.registry.catalogue import CatalogueReader
+from services.gateway import cold_start
 from services.gateway.pool_config import Pool, Pools
 from services.gateway.pool_routing import PoolRouting
 from tests.support.metric_values import value
@@ -18,6 +19,12 @@ from tests.support.storages import MemoryStorage
 
 ZERO = Pool(name="gpu", min_replicas=0, max_replicas=2, wait_seconds=30, max_waiting=2)
 NAMES = {"big": "gpu", "old": "gone"}
+
+
+@pytest.fixture(autouse=True)
+def settled(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a gateway know from the beginning which hosts run."""
+    monkeypatch.setattr(cold_start, "SETTLE_SECONDS", 0.0)
 
 
 class FakeHosts:
@@ -75,6 +82,10 @@ class FakeModels:
 
     def describe(self, name: str) -> None:
         """Return None: the catalogue does not have the version."""
+
+    def check(self, name: str) -> None:
+        if name == "none":
+            raise ModelNotFound("no model 'none'")
 
     def evaluation(self, model: str, version: int) -> None:
         raise AssertionError("no evaluation is read for a version that the catalogue does not have")
@@ -151,6 +162,43 @@ def test_some_requests_wait_for_the_first_host_and_others_are_refused() -> None:
         assert value(POOL_WAITING, "gpu") == 0
         assert [await endpoint.routing.vocabulary("big") for _ in range(9)] == ["big of gpu"] * 9
         assert endpoint.hosts["gpu"].asked == ["wake", "wake"]
+
+    run(test)
+
+
+def test_a_gateway_that_has_just_started_refuses_no_request_to_a_pool_that_runs(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Serve tells a new gateway a moment later which hosts run."""
+    monkeypatch.setattr(cold_start, "SETTLE_SECONDS", 60.0)
+
+    async def test(endpoint: Endpoint) -> None:
+        waiting = [asyncio.ensure_future(endpoint.routing.vocabulary("big")) for _ in range(9)]
+        while value(POOL_WAITING, "gpu") < 2:
+            await asyncio.sleep(0)
+        endpoint.hosts["gpu"].running.set()
+        assert [await call for call in waiting] == ["big of gpu"] * 9
+
+    run(test)
+
+
+def test_a_name_without_a_model_wakes_no_pool() -> None:
+    async def test(endpoint: Endpoint) -> None:
+        hosts = endpoint.hosts["default"] = FakeHosts("default", running=False)
+        endpoint.routing = PoolRouting(endpoint.models, endpoint.hosts.__getitem__)
+        endpoint.routing.configure(Pools(pools=[ZERO.model_copy(update={"name": "default"})]))
+        anything: Any = None
+        for call in (
+            endpoint.routing.model("none"),
+            endpoint.routing.contract("none"),
+            endpoint.routing.answer("none", anything),
+            endpoint.routing.history("none", 9),
+            endpoint.routing.sample("none", 1, "x"),
+        ):
+            assert isinstance(await endpoint.refused(call), ModelNotFound)
+        (item,) = [item async for item in endpoint.routing.complete("none", anything)]
+        assert isinstance(item, ModelNotFound)
+        assert hosts.asked == []
 
     run(test)
 

@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import pytest
 
+from genmodels.errors import ModelNotFound
 from genmodels.registry.store import Registry
 from genmodels.storage import Storage
 from services.gateway import watched_catalogue
 from services.gateway.watched_catalogue import WatchedCatalogue
+from tests.support.counting_storage import CountingStorage
 from tests.support.published_models import publish
 from tests.support.ray_node import until
+from tests.support.storages import FailingStorage
 
 
 @pytest.fixture(autouse=True)
@@ -37,6 +40,27 @@ def test_the_pool_of_a_name_is_that_of_its_version(file_storage: Storage) -> Non
         *["gpu"] * 4,
         "default",
     ]
+
+
+def test_what_the_catalogue_does_not_have_is_looked_up_in_storage() -> None:
+    """So a name without a model starts no host, and an older version or a checkpoint of a run does."""
+    storage = CountingStorage()
+    for step in (1, 2):
+        publish(storage, "m", "vae", step=step)
+    catalogue = WatchedCatalogue(storage)
+    storage.forget()
+    for name in ("m", "m@production", "m@2", "m@latest"):
+        catalogue.check(name)
+    assert [name for name in storage.counts if not name.endswith(" catalogue")] == []
+    catalogue.check("m@1")
+    for name in ("other", "m@none", "m@3", "other@live", "No Model", "../m", "a@b@c"):
+        with pytest.raises(ModelNotFound):
+            catalogue.check(name)
+    storage.put("models/ill/aliases/production.json", b"damaged")
+    catalogue.check("ill")
+    catalogue._storage = away = FailingStorage(storage)
+    away.away = True
+    catalogue.check("other")
 
 
 def test_a_promotion_to_another_pool_is_learnt_without_a_restart(file_storage: Storage) -> None:

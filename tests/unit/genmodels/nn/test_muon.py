@@ -1,0 +1,63 @@
+"""Our Muon against torch's, which takes one matrix at a time in bfloat16."""
+
+from __future__ import annotations
+
+import torch
+
+from genmodels.nn.muon import Muon, orthogonalise
+
+SHAPES = [(8, 8), (8, 8), (20, 8), (8, 20), (8, 20), (1, 6)]
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+
+
+def trained(cls: type[torch.optim.Muon], steps: int = 5) -> tuple[list[torch.Tensor], torch.optim.Optimizer]:
+    numbers = torch.Generator().manual_seed(0)
+    matrices = [torch.nn.Parameter(torch.randn(shape, generator=numbers)) for shape in SHAPES]
+    optimizer = cls(matrices, lr=0.02, weight_decay=0.1)
+    for _ in range(steps):
+        for matrix in matrices[:-1]:  # the last one has no gradient
+            matrix.grad = torch.randn(matrix.shape, generator=numbers)
+        optimizer.step()
+    return [matrix.detach() for matrix in matrices], optimizer
+
+
+def test_it_takes_torchs_steps_and_keeps_torchs_state() -> None:
+    (ours, mine), (theirs, other) = trained(Muon), trained(torch.optim.Muon)
+    for one, two in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(one, two, rtol=0.01, atol=0.005)  # bfloat16 has three digits
+    assert torch.equal(ours[-1], theirs[-1])
+    a, b = mine.state_dict(), other.state_dict()
+    assert a["param_groups"] == b["param_groups"]
+    assert a["state"].keys() == b["state"].keys()
+    for number, state in a["state"].items():
+        torch.testing.assert_close(state, b["state"][number])
+
+
+def test_matrices_do_not_change_each_other() -> None:
+    numbers = torch.Generator().manual_seed(1)
+    matrices = torch.randn(3, 6, 9, generator=numbers)
+    together = orthogonalise(matrices, COEFFICIENTS, 5, 1e-7)
+    alone = torch.cat([orthogonalise(matrix[None], COEFFICIENTS, 5, 1e-7) for matrix in matrices])
+    torch.testing.assert_close(together, alone, rtol=1e-5, atol=1e-6)
+    values = torch.linalg.svdvals(together)
+    assert values.min() > 0.5
+    assert values.max() < 1.3
+
+
+def test_a_gradient_of_zeros_changes_nothing_but_decays() -> None:
+    matrix = torch.nn.Parameter(torch.ones(4, 4))
+    matrix.grad = torch.zeros(4, 4)
+    Muon([matrix], lr=0.5, weight_decay=0.1).step()
+    torch.testing.assert_close(matrix.detach(), torch.full((4, 4), 0.95))
+
+
+def test_a_closure_computes_the_loss() -> None:
+    matrix = torch.nn.Parameter(torch.eye(4))
+
+    def closure() -> float:
+        loss = matrix.square().sum()
+        loss.backward()
+        return loss.item()
+
+    assert Muon([matrix], lr=0.1).step(closure) == 4.0
+    assert not torch.equal(matrix.detach(), torch.eye(4))
