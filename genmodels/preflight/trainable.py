@@ -63,6 +63,8 @@ def footprint(spec: ModelSpec, config: Section, data: DataInfo, workers: int = 1
     count = parameters.count(models.load(spec.family), config, data, spec.train)
     snapshot = parameters.snapshot(count, spec.train, workers)
     training = parameters.held(count, spec.train, workers) * on_cpu + snapshot
+    if spec.train.strategy == "ddp" or workers == 1:
+        return Footprint(FLOAT * training)
     shares = count.saved + (count.trained + count.served) * on_cpu  # a checkpoint that was read, weights, average
     initial = count.trained + math.ceil(shares / workers)
     return Footprint(FLOAT * max(training, initial))
