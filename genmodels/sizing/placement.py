@@ -94,7 +94,7 @@ class Placement:
     def for_texts(self, memory: Callable[[Placement], int]) -> Placement:
         """Return the placement of a text model: with more rows a step costs less for each text.
 
-        The rows depend on the model's settings alone, so that all hosts of a pool give the same bits.
+        The rows depend on the model's settings and `small` alone, so that hosts of equal memory give the same bits.
 
         Args:
             memory: returns the bytes that the model takes.

@@ -99,7 +99,7 @@ def test_a_new_replica_loads_what_is_asked_for(storage: Storage, loads: list[str
 def test_the_slots_of_a_text_model(storage: Storage, options: dict[str, Any], expected: int) -> None:
     """Count them in the memory too: a model that is small for its host has more than one that fills it."""
     host = ModelHost(storage.url, pin=["play"], **options)
-    loaded = host._cache._entries["play@1"]
+    loaded: Any = host._cache._entries["play@1"]
     assert loaded.model.batcher.slots == expected
     family = loaded.model.family
     assert loaded.size == family.footprint(family.config, family.data, Placement(rows=expected)).total
