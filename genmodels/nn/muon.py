@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable
+from functools import cache
 from typing import Any, overload
 
 import torch
@@ -16,7 +17,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 
 
 class Muon(torch.optim.Muon):
-    """Take torch's Muon step with few calls: torch takes one matrix at a time, and in bfloat16 also on a CPU.
+    """Take torch's Muon step with few calls: torch takes one matrix at a time, and in bfloat16 on every processor.
 
     The settings and the stored state are those of `torch.optim.Muon`. A matrix that the ranks share is orthogonalised
     as a whole on each rank, so that the result does not depend on how many ranks share it.
@@ -75,15 +76,24 @@ class Muon(torch.optim.Muon):
 def orthogonalise(matrices: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
     """Bring all singular values near 1, by Newton-Schulz iterations: (n, rows, columns), rows <= columns -> the same.
 
-    The iterations are bfloat16 on a GPU; a CPU computes in float32, because few CPUs are faster in bfloat16.
+    The iterations are bfloat16 where that is fast, else float32: three digits are enough.
     """
     a, b, c = coefficients
-    x = matrices.bfloat16() if matrices.is_cuda else matrices
+    x = matrices.to(_fast_dtype(matrices.device.type))
     x = x / torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True).clamp(min=eps)
     for _ in range(steps):
         gram = x @ x.mT
         x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
     return x.to(matrices.dtype)
+
+
+@cache
+def _fast_dtype(device: str) -> torch.dtype:
+    """Return the dtype for iterations on a kind of device. A CPU without instructions for bfloat16 is slow in it."""
+    capabilities = torch.cpu.get_capabilities()
+    if device == "cpu" and not (capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")):
+        return torch.float32
+    return torch.bfloat16
 
 
 def _whole(tensor: Tensor) -> Tensor:
