@@ -35,6 +35,8 @@ DELETING_SECONDS = (
     15.0  # for each time the lease is held: the last request ends before registry.GC_SECONDS, even on a slow store
 )
 BATCH = 200  # blobs for each time the lease is held
+UPLOAD_SECONDS = 86_400.0  # after which an upload in parts cannot be in progress any more
+LARGE = ("runs/", "models/", "datasets/")  # where large objects are; other keys may be those of other programs
 AT_ONCE = 8  # concurrent requests to the store
 
 
@@ -57,7 +59,9 @@ class Plan:
         checkpoints = []
         for item in self.items:
             where, name, *_ = item.key.split("/")
-            if where == "open":
+            if item.upload:
+                self.storage.abort_upload(item.upload)
+            elif where == "open":
                 Jobs(self.storage).forget(name)
             elif where == "models":
                 blobs.setdefault(name, []).append(item.key)
@@ -87,7 +91,7 @@ class Plan:
 
 
 def gc(storage: Storage, *, everything: bool = False) -> Plan:
-    """List files of no version, checkpoints that an ended run does not need, and submissions that never ended.
+    """List files of no version, checkpoints that no ended run needs, and uploads and submissions that never ended.
 
     It reads the open jobs, the runs that are marked (`gc_marks.py`), and the versions of their models. On a storage of
     an earlier release, which has no marks, it reads all runs and versions, as often as no plan is carried out.
@@ -115,6 +119,7 @@ def gc(storage: Storage, *, everything: bool = False) -> Plan:
             *threads.map(lambda job: _submission(jobs, job), is_open),
             *threads.map(lambda model: _blobs(store, model), [name for name in models if name not in busy | damaged]),
             *(run.items for run in garbage),
+            _uploads(storage),
         ]
     finished = {(run.job, run.model) for run in garbage if run.finished and run.model not in busy | damaged}
     return Plan(
@@ -180,6 +185,16 @@ def _published(versions: Mapping[str, list[Version] | None]) -> Mapping[RunId, s
 def _run_of(item: Item) -> RunId:
     _, job, model, *_ = item.key.split("/")
     return job, model
+
+
+# Uploads in parts
+
+
+def _uploads(storage: Storage) -> list[Item]:
+    """Return the parts that a process left that ended during an upload, or whose request to remove them failed too."""
+    uploads = storage.partial_uploads(UPLOAD_SECONDS)
+    ours = [upload for upload in uploads if upload.key.startswith(LARGE)]
+    return [Item(upload.key, upload.bytes, "parts of an upload that never ended", upload) for upload in ours]
 
 
 # Submissions

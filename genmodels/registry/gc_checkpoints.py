@@ -17,6 +17,7 @@ from genmodels.runs.records import ENDED
 from genmodels.runs.store import Run
 from genmodels.spec.sections import Gate
 from genmodels.storage import Storage
+from genmodels.storage.base import PartialUpload
 
 SPARED_SECONDS = 3600.0
 UNFINISHED = "an upload that never ended"
@@ -27,6 +28,7 @@ class Item:
     key: str  # an object, or a folder, which ends in "/"
     bytes: int
     why: str
+    upload: PartialUpload | None = None  # its parts are the item; the object itself may exist
 
 
 @dataclass(frozen=True)

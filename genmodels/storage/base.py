@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 import secrets
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from genmodels.errors import DamagedObject, StorageError
@@ -19,6 +20,15 @@ CONDITIONS_NEEDED = (
 )
 MAX_GET_BYTES = 256 * 2**20  # largest object that is read into memory; larger ones are downloaded
 UNPRINTABLE = re.compile("[\x00-\x1f\x7f\ud800-\udfff]")
+
+
+@dataclass(frozen=True)
+class PartialUpload:
+    """An upload in parts that has not ended: its parts take room, and no list of objects shows them."""
+
+    key: str
+    id: str
+    bytes: int  # of the parts that have arrived
 
 
 class Storage(ABC):
@@ -135,6 +145,17 @@ class Storage(ABC):
     @abstractmethod
     def download(self, key: str, path: Path) -> None:
         """Download an object of any size to a file, which appears only when complete. Raises KeyNotFound."""
+
+    def partial_uploads(self, seconds: float) -> Sequence[PartialUpload]:
+        """Return the uploads in parts that began so many seconds ago and have not ended.
+
+        None in a store that has no such uploads, or does not list them to this process.
+        """
+        return []
+
+    def abort_upload(self, upload: PartialUpload) -> None:
+        """Remove the parts of an upload; it may have ended meanwhile."""
+        return
 
     def clock(self) -> float | None:
         """Return the time of the store, in seconds since 1970; None if the store does not report it."""

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
 from genmodels.errors import Conflict, KeyNotFound, StorageError, StorageUnavailable
 from genmodels.metrics import STORAGE_BYTES, STORAGE_ERRORS, STORAGE_SECONDS
-from genmodels.storage.base import Refused, Storage
+from genmodels.storage.base import PartialUpload, Refused, Storage
 
 WRITES = ("put", "delete", "upload")
 
@@ -92,6 +92,14 @@ class MeasuredStorage(Storage):
         with self._operation("download"):
             self._storage.download(key, path)
         STORAGE_BYTES.labels("download").inc(path.stat().st_size)
+
+    def partial_uploads(self, seconds: float) -> Sequence[PartialUpload]:
+        with self._operation("list"):
+            return self._storage.partial_uploads(seconds)
+
+    def abort_upload(self, upload: PartialUpload) -> None:
+        with self._operation("delete"):
+            self._storage.abort_upload(upload)
 
     @contextmanager
     def _operation(self, name: str) -> Iterator[None]:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import re
 import threading
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import closing, contextmanager, suppress
 from email.utils import parsedate_to_datetime
 from functools import partial
 from itertools import islice
@@ -22,6 +24,7 @@ from genmodels.storage import multipart
 from genmodels.storage.base import (
     CONDITIONS_NEEDED,
     RESERVED,
+    PartialUpload,
     Refused,
     Storage,
     appears_whole,
@@ -41,6 +44,8 @@ _DENIED = "the storage refuses access"
 _OF_A_KEY = re.compile(b"<Code>NoSuch(Key|Version|Bucket|Upload)</Code>")  # what S3 says with a status 404
 _TAGGED = ("GetObject", "PutObject", "UploadPart")  # operations whose answer has an ETag
 _CREDENTIALS = "check AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY, AWS_SESSION_TOKEN, AWS_ENDPOINT_URL in the environment"
+
+logger = logging.getLogger("genmodels.storage")
 
 
 class S3Storage(Storage):
@@ -197,6 +202,26 @@ class S3Storage(Storage):
 
         fetch()
 
+    def partial_uploads(self, seconds: float) -> Sequence[PartialUpload]:
+        before = time.time() - seconds
+        try:
+            with self._errors("list uploads", ""):
+                pages = self._client.get_paginator("list_multipart_uploads")
+                pages = pages.paginate(Bucket=self._bucket, Prefix=self._prefix)
+                uploads = [upload for page in pages for upload in page.get("Uploads", ())]
+        except StorageUnavailable:
+            raise
+        except StorageError as error:  # e.g. this process may not list them; the store itself may remove old parts
+            logger.info("uploads that have not ended are not listed: %s", error)
+            return []
+        old = [upload for upload in uploads if upload["Initiated"].timestamp() < before]
+        return [self._partial_upload(upload) for upload in old]
+
+    def abort_upload(self, upload: PartialUpload) -> None:
+        name = self._name(upload.key)
+        with suppress(PassingFailure), self._errors("abort upload", upload.key):  # PassingFailure: it has ended
+            self._client.abort_multipart_upload(Bucket=self._bucket, Key=name, UploadId=upload.id)
+
     def clock(self) -> float | None:
         with self._errors("clock", ""):
             answer = self._client.list_objects_v2(Bucket=self._bucket, Prefix=self._prefix, MaxKeys=1)
@@ -215,6 +240,13 @@ class S3Storage(Storage):
                     return body.read(), answer["ETag"]
 
         return fetch()
+
+    def _partial_upload(self, upload: dict[str, Any]) -> PartialUpload:
+        size, target = 0, {"Bucket": self._bucket, "Key": upload["Key"], "UploadId": upload["UploadId"]}
+        with suppress(PassingFailure), self._errors("list parts", upload["Key"]):  # PassingFailure: it has ended
+            pages = self._client.get_paginator("list_parts").paginate(**target)
+            size = sum(part["Size"] for page in pages for part in page.get("Parts", ()))
+        return PartialUpload(upload["Key"].removeprefix(self._prefix), upload["UploadId"], size)
 
     def _objects(self, prefix: str, **options: Any) -> Iterator[tuple[str, int]]:
         """Yield keys and sizes, in the order of the store."""
@@ -330,6 +362,8 @@ def _check_answer(operation_model: Any, response_dict: dict[str, Any], **_: Any)
             known = b"<ListBucketResult" in body
         if operation in ("CreateMultipartUpload", "CompleteMultipartUpload"):  # the latter reports an error as 200
             known = b"MultipartUploadResult" in body or b"<Error" in body
+        if operation in ("ListMultipartUploads", "ListParts"):
+            known = f"<{operation}Result".encode() in body
         if operation == "DeleteObject":
             known = not body.strip()
     elif status == 304:  # the answer to a conditional read, which names the content again

@@ -40,7 +40,7 @@ from services.dispatch.supervisor import Supervisor
 
 POLL_SECONDS = 1.0
 REST_SECONDS = 2.0  # between two looks while there is no run
-READS_A_SECOND = 100  # of heartbeats: with more runs, a run that simply trains is read less often
+READS_A_SECOND = 100  # of heartbeats, and in a round: with more runs, a run that simply trains is read less often
 MAX_READERS = 16  # jobs or runs that are read at once
 MAX_SILENCES = 5  # looks at a run for which the store does not answer; then the other runs continue without it
 RETRY_SECONDS = 15.0  # between two looks at a job that could not be read
@@ -256,10 +256,23 @@ class Dispatcher:
                 log.debug("%s cannot be read: %s", supervisor.run.name, error)
 
         active = [run.supervisor for run in self._runs.values() if run.supervisor.active]
+        self._bound_reads(active)
+        self._for_each(look, active)
+
+    def _bound_reads(self, active: list[Supervisor]) -> None:
+        """Let a round read the heartbeats of few runs that simply train: of those that are due for longest.
+
+        So a round ends soon, however many became due during the round before.
+        """
         rest = len(active) / READS_A_SECOND
         for supervisor in active:
             supervisor.rest_seconds = rest if rest > POLL_SECONDS else 0.0
-        self._for_each(look, active)
+            supervisor.postponed = False
+        if len(active) <= READS_A_SECOND:
+            return
+        waiting = [(due, place) for place, supervisor in enumerate(active) if (due := supervisor.next_read) is not None]
+        for _, place in sorted(waiting)[READS_A_SECOND:]:
+            active[place].postponed = True
 
     def _step(self, run: ManagedRun, start_with: int = 0) -> None:
         """Do one step of a run.

@@ -36,6 +36,7 @@ class Supervisor:
         heartbeat: the latest of the attempt.
         commands_pending: True if the next step is to read new commands.
         rest_seconds: between two reads of the heartbeat of a run that simply trains; 0: each step reads it.
+        postponed: True if this read is not to take place now, although it is due: enough others do.
     """
 
     def __init__(
@@ -48,7 +49,7 @@ class Supervisor:
     ) -> None:
         self.run, self.backend, self.status, self.etag, self.watch = run, backend, status, etag, watch
         self.heartbeat: Heartbeat | None = None
-        self.commands_pending, self.rest_seconds = False, 0.0
+        self.commands_pending, self.rest_seconds, self.postponed = False, 0.0, False
         self._unsettled: tuple[Status, str] | None = None  # a write that may or may not have happened, and its nonce
         self._monitor: AttemptMonitor | None = None
         self._ahead: list[Heartbeat | None] = []  # the heartbeat that `look` has read for the next step
@@ -208,12 +209,19 @@ class Supervisor:
             reason += f"; {monitor.driver.problem}" if monitor.driver.problem else ""
             monitor.request_stop(self.run.send_command("kill", self.status.attempt, reason))
 
+    @property
+    def next_read(self) -> float | None:
+        """Return when the heartbeat of a run that simply trains is due; None: each step reads the heartbeat."""
+        if self.status.state != "running" or self.stopping:
+            return None
+        if self._next_read is None:  # after a take-over not all runs are due at once
+            self._next_read = time.monotonic() + random.uniform(0.0, self.rest_seconds)
+        return self._next_read
+
     def _is_due(self) -> bool:
         """Return True if the heartbeat must be read now: of a run that simply trains it may be some seconds old."""
-        now = time.monotonic()
-        if self._next_read is None:  # after a take-over not all runs are due at once
-            self._next_read = now + random.uniform(0.0, self.rest_seconds)
-        return self.status.state != "running" or self.stopping or now >= self._next_read
+        due = self.next_read
+        return due is None or (time.monotonic() >= due and not self.postponed)
 
     def _apply_heartbeat(self, heartbeat: Heartbeat | None) -> None:
         """Change the state to what the heartbeat shows."""

@@ -16,6 +16,7 @@ from genmodels.runs.jobs import Jobs
 from genmodels.runs.log_lines import log_lines
 from genmodels.runs.store import Run
 from genmodels.storage import open_storage
+from services.cluster.ray_start import MEMORY_LABEL
 from services.dispatch.backends import ray_jobs
 from services.dispatch.backends.base import DRIVER_MEMORY, LOST, Capacity, driver_command, submission_id
 from services.dispatch.backends.ray_jobs import RayJobsBackend
@@ -24,10 +25,13 @@ from tests.support.live_processes import processes
 from tests.support.ray_node import HEAD, JoinedNode, RayHead, until
 from tests.support.tiny_jobs import job, make_data, model
 
+MEMORY = 5 * 2**30
+
 
 @pytest.fixture(scope="module")
 def head(tmp_path_factory: pytest.TempPathFactory) -> Iterator[RayHead]:
-    with RayHead(tmp_path_factory.mktemp("ray") / "head.log", num_cpus=2) as head:
+    labels = f"{MEMORY_LABEL}={MEMORY}"
+    with RayHead(tmp_path_factory.mktemp("ray") / "head.log", num_cpus=2, labels=labels) as head:
         yield head
 
 
@@ -60,6 +64,7 @@ def test_codes_of_ray_jobs(head: RayHead, monkeypatch: pytest.MonkeyPatch) -> No
     assert capacity
     assert (capacity.cpus, capacity.gpus) == (2, 0)
     assert capacity.drivers, "Ray tells how much memory its nodes have"
+    assert capacity.memory == MEMORY, "as `ray start` was told by `ray_start_command`"
     assert RayJobsBackend(head.dashboard, 8, 2).capacity() == Capacity(2, 0, max_cpus=8, max_gpus=2)
     assert head.backend.find("j", "unknown", 1).poll() == LOST
     mark = f"genmodels-test-{uuid.uuid4()}"

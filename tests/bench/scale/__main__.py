@@ -1,7 +1,8 @@
 """Measure what the control plane costs when there is much of it, on a real S3 server: `make bench-scale`.
 
 Each figure is printed for N = 10, 100, 1,000 and 10,000 things, with its bound. A number of requests does not depend on
-the machine. The bounds of seconds are for 2 quiet cores that also run the S3 server (SeaweedFS).
+the machine. The bounds of seconds are for 2 quiet cores that also run the S3 server (SeaweedFS). What a checkpoint of
+1 GiB costs is measured by `make bench-checkpoint`.
 """
 
 from __future__ import annotations

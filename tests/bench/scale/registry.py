@@ -2,13 +2,19 @@
 
 from __future__ import annotations
 
+import statistics
 from collections.abc import Iterator
+
+import httpx
 
 from genmodels.registry.catalogue import HEAD, SHARDS, CatalogueReader, Head, Shard, shard_of
 from genmodels.registry.store import Registry
 from genmodels.storage import Storage, write_document
 from services.gateway.model_host import ModelHost
+from services.http.middleware import LOOPBACK
+from services.jobs.app import create_app
 from tests.bench.scale.rows import Row, in_parallel, opened, timed
+from tests.support.asgi_server import served
 from tests.support.published_models import publish
 from tests.support.s3_server import S3Server
 
@@ -16,6 +22,7 @@ PUBLISH_REQUESTS = 40
 REST_REQUESTS = 2.0  # a second, of a reader of the catalogue
 SERVED_SECONDS = 2.0  # from an alias that moves to a reader that knows it
 READY_SECONDS = 30.0  # of a new replica
+LIST_MS = 50.0  # the median
 LOOKS = 20
 LOOK_SECONDS = 1.0  # between two looks of a reader
 
@@ -38,6 +45,7 @@ def measure_catalogue(server: S3Server, n: int) -> Iterator[Row]:
     yield Row(
         "reader of the catalogue at rest, requests", n, counts.total() / LOOKS / LOOK_SECONDS, "/s", REST_REQUESTS
     )
+    yield from list_requests(storage, n)
     yield Row("model host, ready for requests", n, timed(lambda: ModelHost(storage.url)), "s", READY_SECONDS)
     seconds = timed(lambda: Registry(storage).promote("model-0", "production", 2, "bench"))
     seconds += timed(lambda: reader.refresh())
@@ -48,6 +56,21 @@ def measure_catalogue(server: S3Server, n: int) -> Iterator[Row]:
     with requests.counted() as counts:
         publish(storage, "model-0", "vae", step=3, alias=None)
     yield Row("publish a version among N models, requests", n, counts.total(), "", PUBLISH_REQUESTS)
+
+
+def list_requests(storage: Storage, n: int) -> Iterator[Row]:
+    """Ask a job service for pages of its models."""
+    app = create_app(storage, keys=None, hosts=LOOPBACK)
+    with served(app) as url, httpx.Client(base_url=url) as client:
+
+        def ask(path: str) -> float:
+            return timed(lambda: client.get(path).raise_for_status())
+
+        yield Row("GET /v1/models, the first request", n, 1000 * ask("/v1/models"), "ms")
+        listed = statistics.median(ask("/v1/models?limit=100") for _ in range(LOOKS))
+        yield Row("GET /v1/models, a page of 100", n, 1000 * listed, "ms", LIST_MS)
+        one = statistics.median(ask("/v1/models/model-0") for _ in range(LOOKS))
+        yield Row("GET /v1/models/model-0", n, 1000 * one, "ms", LIST_MS)
 
 
 def multiply(storage: Storage, n: int) -> None:

@@ -579,3 +579,37 @@ def test_moved_on_while_it_is_taken_back(folder: Path) -> None:
     with pytest.raises(ModelNotFound):
         Registry(Meanwhile(inner)).promote("model", "production", 2, "")
     assert Registry(inner).resolve("model").version == 1
+
+
+# ---- uploads in parts
+
+
+def test_parts_of_an_upload_that_never_ended_are_removed_after_a_day(
+    s3_storage: Storage, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One list finds all, and each costs a list of its parts and a deletion; uploads of other programs stay."""
+    inner: Any = s3_storage
+    client, bucket, prefix = inner._storage._client, inner._storage._bucket, inner._storage._prefix
+    operations: list[str] = []
+    for key in ("models/m/blobs/b", "runs/j/m/w", "datasets/d/f", "backup/of-another-program"):
+        target = {"Bucket": bucket, "Key": prefix + key}
+        begun = client.create_multipart_upload(**target)["UploadId"]
+        client.upload_part(**target, UploadId=begun, PartNumber=1, Body=b"x" * 100)
+    s3_storage.put("datasets/d/f", b"another process has stored it meanwhile")
+    assert [item for item in gc(s3_storage).items if item.upload] == [], "they may be in progress"
+    monkeypatch.setattr(gc_module, "UPLOAD_SECONDS", -1.0)
+    client.meta.events.register(
+        "before-call.s3.*",
+        lambda model, **_: operations.append(model.name) if "Upload" in model.name or "Parts" in model.name else None,
+    )
+    plan = gc(s3_storage)
+    items = sorted((item.key, item.bytes, item.why) for item in plan.items if item.upload)
+    why = "parts of an upload that never ended"
+    assert items == [("datasets/d/f", 100, why), ("models/m/blobs/b", 100, why), ("runs/j/m/w", 100, why)]
+    plan.carry_out()
+    assert sorted(operations) == ["AbortMultipartUpload"] * 3 + ["ListMultipartUploads"] + ["ListParts"] * 4
+    assert [item for item in gc(s3_storage).items if item.upload] == []
+    (other,) = s3_storage.partial_uploads(-1.0)
+    assert other.key == "backup/of-another-program"
+    s3_storage.abort_upload(other)
+    assert s3_storage.exists("datasets/d/f")

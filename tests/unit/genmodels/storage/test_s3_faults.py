@@ -239,6 +239,31 @@ def test_a_failed_upload_from_memory_leaves_no_parts(
     assert "Uploads" not in client.list_multipart_uploads(Bucket=bucket)
 
 
+def test_parts_that_could_not_be_removed_are_removed_later(
+    faulty: Storage, s3_storage: Storage, proxy: FaultProxy, large: Path, small_parts: None, one_try: None
+) -> None:
+    proxy.fail("503", method="PUT", path="partNumber=3")
+    proxy.fail("503", method="DELETE")
+    with pytest.raises(StorageUnavailable):
+        faulty.upload_memory("runs/j/m/large", memoryview(large.read_bytes()))
+    proxy.heal()
+    assert s3_storage.partial_uploads(3600.0) == [], "it may be in progress"
+    (upload,) = s3_storage.partial_uploads(-1.0)
+    assert upload.key == "runs/j/m/large"
+    assert upload.bytes >= 5 * 2**20
+    for _ in range(2):  # the second time it is gone
+        s3_storage.abort_upload(upload)
+        assert s3_storage.partial_uploads(-1.0) == []
+
+
+@pytest.mark.parametrize("answer", ["403 AccessDenied", "501 NotImplemented"])
+def test_a_store_that_does_not_list_uploads_has_none(faulty: Storage, proxy: FaultProxy, answer: str) -> None:
+    faulty.list("")
+    proxy.fail(answer, method="GET", path="uploads")
+    assert faulty.partial_uploads(0.0) == []
+    assert proxy.count("GET", answer) == 1
+
+
 def test_reading_into_memory_survives_broken_answers(faulty: Storage, s3_storage: Storage, proxy: FaultProxy) -> None:
     data = random.Random(0).randbytes(3_000_000)
     s3_storage.put("k", data)
