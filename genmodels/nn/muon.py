@@ -6,14 +6,17 @@ Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/
 from __future__ import annotations
 
 import math
+import sys
 from collections import defaultdict
 from collections.abc import Callable
 from functools import cache
-from typing import Any, overload
+from typing import TYPE_CHECKING, Any, TypeGuard, overload
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, distribute_tensor
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 
 class Muon(torch.optim.Muon):
@@ -98,7 +101,7 @@ def _fast_dtype(device: str) -> torch.dtype:
 
 def _whole(tensor: Tensor) -> Tensor:
     """Return all of a tensor of which each rank may have a part."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if _is_shared(tensor) else tensor
 
 
 def _wide(matrix: Tensor) -> Tensor:
@@ -108,6 +111,14 @@ def _wide(matrix: Tensor) -> Tensor:
 
 def _like(update: Tensor, matrix: Tensor) -> Tensor:
     """Return this rank's part of an update, if the ranks share the matrix."""
-    if not isinstance(matrix, DTensor):
+    if not _is_shared(matrix):
         return update
+    from torch.distributed.tensor import distribute_tensor
+
     return distribute_tensor(update, matrix.device_mesh, matrix.placements, src_data_rank=None)
+
+
+def _is_shared(tensor: Tensor) -> TypeGuard[DTensor]:
+    """Return whether a tensor is a DTensor. Its module is slow to load: it is loaded already where there is one."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)
