@@ -1,11 +1,11 @@
 """Run a command and leave none of its processes behind, however the command or its parent ends.
 
-    python -m services.cluster.reaper [--remove=FOLDER] COMMAND ...
+    python -m services.cluster.reaper [--remove=FOLDER] [--pass=NUMBER] COMMAND ...
 
 Ray's processes outlive their parents for up to minutes, and hold ports. So the reaper leads a session of its own, and
 kills the whole session in two cases: the command ends, or the reaper's standard input ends because the parent, which
 held the other end, was killed. In the second case the reaper also removes the folder that its parent can no longer
-remove.
+remove. NUMBER is a file descriptor that the command inherits.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ import threading
 import time
 from pathlib import Path
 
-REMOVE = "--remove="
+REMOVE, PASS = "--remove=", "--pass="
 REMOVE_SECONDS = 5.0  # for other reapers to end processes that still write to the folder
 
 
@@ -36,7 +36,10 @@ def kill_session(session: int) -> None:
 def main() -> None:
     arguments = sys.argv[1:]
     folder = arguments.pop(0).removeprefix(REMOVE) if arguments[0].startswith(REMOVE) else None
-    command = subprocess.Popen(arguments, stdin=subprocess.DEVNULL)
+    passed = [int(arguments.pop(0).removeprefix(PASS))] if arguments[0].startswith(PASS) else []
+    command = subprocess.Popen(arguments, stdin=subprocess.DEVNULL, pass_fds=passed)
+    for number in passed:
+        os.close(number)  # so that the other end of a socket learns of the end of the command
     signal.signal(signal.SIGTERM, lambda *_: command.terminate())
     input_ended = threading.Event()
     watcher = threading.Thread(target=_end_with_input, args=[input_ended, folder], daemon=True)

@@ -202,14 +202,17 @@ def _served_name(spec: ModelSpec) -> str:
 def _train(chosen: list[ModelSpec], name: str, platform: LocalPlatform, screen: Console) -> list[Row]:
     backend, view = platform.backend(), TrainingView(screen)
     rows: list[Row] = []
-    for spec in chosen:
-        with view.follow(spec) as watch:
-            workers = max([n for n in spec.world_sizes if n <= platform.num_cpus] or spec.world_sizes[:1])
-            rows.append((spec, *run_to_completion(platform.storage, backend, name, spec.name, workers, watch)))
-        _, status, _ = rows[-1]
-        if status.state != "succeeded":
-            reason = f": {status.reason}; log: {platform.logs}"
-            screen.print(Text(f"{spec.name}: {status.state}", "red"), Text(reason), sep="")
+    try:
+        for spec in chosen:
+            with view.follow(spec) as watch:
+                workers = max([n for n in spec.world_sizes if n <= platform.num_cpus] or spec.world_sizes[:1])
+                rows.append((spec, *run_to_completion(platform.storage, backend, name, spec.name, workers, watch)))
+            _, status, _ = rows[-1]
+            if status.state != "succeeded":
+                reason = f": {status.reason}; log: {platform.logs}"
+                screen.print(Text(f"{spec.name}: {status.state}", "red"), Text(reason), sep="")
+    finally:
+        backend.end_idle()  # what follows may need its memory
     return rows
 
 

@@ -14,8 +14,9 @@ import os
 import tempfile
 import time
 import traceback
+from collections.abc import Callable
 from datetime import datetime
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from genmodels.metrics import GATES
 from genmodels.runs.jobs import Jobs
@@ -35,6 +36,9 @@ from services.train.control import DriverWatch
 from services.train.failures import classify_failure
 from services.train.publish import publish_when_available
 
+if TYPE_CHECKING:
+    from ray.train.torch import TorchTrainer
+
 log = logging.getLogger("genmodels")
 
 # Timeout of a collective. It is long, for an outage of the store may last; the dispatcher detects a hanging worker.
@@ -42,16 +46,23 @@ COLLECTIVE_SECONDS = 24 * 3600
 
 
 def drive(
-    storage_url: str, job: str, model: str, attempt: int, workers: int | None = None, on_worker: bool = False
+    storage_url: str,
+    job: str,
+    model: str,
+    attempt: int,
+    workers: int | None = None,
+    on_worker: bool = False,
+    train: Callable[..., None] | None = None,
 ) -> Result:
     """Train, check the gate and publish. Each end is a `Result`, in storage before this returns.
 
     An attempt that was taken over writes no result, because the newer attempt reports on the run. Call this in the main
-    thread of a process of its own: the output of the process goes to storage as well.
+    thread of a process: the output of the process goes to storage as well.
 
     Args:
         workers: size of the group; default: the smallest that the spec allows.
         on_worker: publish on a node of the workers, not in this process.
+        train: train the attempt, with the arguments of `_train`; default: in a worker group of its own.
     """
     began = time.time()
     storage = open_storage(storage_url, in_use=True)
@@ -64,7 +75,7 @@ def drive(
             if not retry_until_available(lambda: _complete(run, spec)):
                 watch.training(spec.train.max_steps)
                 try:
-                    _train(storage_url, job, spec, attempt, workers or spec.world_sizes[0], watch)
+                    (train or _train)(storage_url, job, spec, attempt, workers or spec.world_sizes[0], watch)
                 finally:
                     watch.trained()
             if not retry_until_available(lambda: _complete(run, spec)):
@@ -89,44 +100,70 @@ def drive(
 
 
 def worker(config: dict[str, Any]) -> None:
-    """Run one Ray Train worker; Ray has made the process group."""
+    """Run one Ray Train worker."""
+    work(open_storage(config["storage"], in_use=True), config["job"], config["model"], config["attempt"], ray_group())
+
+
+def ray_group() -> Group:
+    """Return this worker's place in its group; Ray has made the process group."""
     import ray.train
     import ray.train.torch
 
     context = ray.train.get_context()
-    device = ray.train.torch.get_device()
-    group = Group(context.get_world_rank(), context.get_world_size(), device)
-    work(open_storage(config["storage"], in_use=True), config["job"], config["model"], config["attempt"], group)
+    return Group(context.get_world_rank(), context.get_world_size(), ray.train.torch.get_device())
 
 
-def _train(storage_url: str, job: str, spec: ModelSpec, attempt: int, workers: int, watch: DriverWatch) -> None:
+def connect(watch: DriverWatch) -> None:
+    """Connect this process to Ray, if it is not connected."""
     # Detect a dead worker within a second, do not wait for a hanging worker, give up on a group that cannot be placed.
     os.environ.setdefault("RAY_TRAIN_HEALTH_CHECK_INTERVAL_S", "0.5")
     os.environ.setdefault("TORCH_PROCESS_GROUP_SHUTDOWN_TIMEOUT_S", "5")  # 30 by default
     os.environ.setdefault("RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S", str(settings().start_timeout_seconds))
     import ray
+
+    if not ray.is_initialized():
+        # Each worker ships its own output to storage, so Ray need not send it to the driver.
+        ray.init(address=os.environ["RAY_ADDRESS"], log_to_driver=False, logging_level=logging.WARNING)
+    watch.catch_sigterm()
+
+
+def trainer(
+    function: Callable[[dict[str, Any]], None],
+    config: dict[str, Any],
+    workers: int,
+    scratch: str,
+    name: str,
+    *,
+    use_gpu: bool,
+) -> TorchTrainer:
+    """Return a trainer whose workers call a function. It retries and keeps nothing."""
     from ray.train import FailureConfig, RunConfig, ScalingConfig
     from ray.train.torch import TorchConfig, TorchTrainer
 
-    scaling = spec.scaling
     # Ray retries nothing and keeps nothing: the recorder writes the checkpoints, the dispatcher retries.
     no_retries = FailureConfig(max_failures=0, max_preemption_failures=0, controller_failure_limit=0)  # type: ignore[call-arg]
+    return TorchTrainer(
+        function,
+        train_loop_config=config,
+        torch_config=TorchConfig("nccl" if use_gpu else "gloo", timeout_s=COLLECTIVE_SECONDS),
+        scaling_config=ScalingConfig(
+            num_workers=workers,
+            use_gpu=use_gpu,
+            resources_per_worker={"CPU": 1, "GPU": 1} if use_gpu else {"CPU": 1},
+        ),
+        run_config=RunConfig(name=name, storage_path=scratch, failure_config=no_retries),
+    )
+
+
+def _train(storage_url: str, job: str, spec: ModelSpec, attempt: int, workers: int, watch: DriverWatch) -> None:
+    """Train an attempt in a worker group of its own."""
+    config = {"storage": storage_url, "job": job, "model": spec.name, "attempt": attempt}
+    connect(watch)
+    import ray
+
     with tempfile.TemporaryDirectory(prefix="ray-train-", ignore_cleanup_errors=True) as scratch:
-        # Each worker ships its own output to storage, so Ray need not send it to the driver.
-        ray.init(address=os.environ["RAY_ADDRESS"], log_to_driver=False, logging_level=logging.WARNING)
-        watch.catch_sigterm()
         try:
-            TorchTrainer(
-                worker,
-                train_loop_config={"storage": storage_url, "job": job, "model": spec.name, "attempt": attempt},
-                torch_config=TorchConfig("nccl" if scaling.use_gpu else "gloo", timeout_s=COLLECTIVE_SECONDS),
-                scaling_config=ScalingConfig(
-                    num_workers=workers,
-                    use_gpu=scaling.use_gpu,
-                    resources_per_worker={"CPU": 1, "GPU": 1} if scaling.use_gpu else {"CPU": 1},
-                ),
-                run_config=RunConfig(name=f"attempt-{attempt}", storage_path=scratch, failure_config=no_retries),
-            ).fit()
+            trainer(worker, config, workers, scratch, f"attempt-{attempt}", use_gpu=spec.scaling.use_gpu).fit()
         finally:
             ray.shutdown()
 

@@ -18,5 +18,5 @@ def end_of(driver: Driver, seconds: float = 60.0) -> int:
 
 def command(monkeypatch: pytest.MonkeyPatch, *words: str) -> None:
     """Make drivers run this command instead."""
-    for backend in (local_process, ray_jobs):
-        monkeypatch.setattr(backend, "driver_command", lambda *_: list(words))
+    monkeypatch.setattr(local_process, "turns_command", lambda *_: list(words))
+    monkeypatch.setattr(ray_jobs, "driver_command", lambda *_: list(words))

@@ -23,6 +23,11 @@ def driver_command(storage_url: str, job: str, model: str, attempt: int, workers
     return python("train", *_attempt(storage_url, job, model, attempt), "--workers", str(workers))
 
 
+def turns_command(channel: int) -> list[str]:
+    """Return the command of a driver that takes attempts in turn, from a socket that it inherits."""
+    return python("train.turns", str(channel))
+
+
 def pre_stop_command(storage_url: str, job: str, model: str, attempt: int) -> list[str]:
     """Return the command with which an attempt saves before its pod ends, without its `--seconds`."""
     return python("train.pre_stop", *_attempt(storage_url, job, model, attempt))

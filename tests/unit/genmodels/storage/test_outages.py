@@ -374,14 +374,12 @@ class PlainDrivers(SubprocessBackend):
 
     def start(self, storage_url: str, job: str, model: str, attempt: int, workers: int) -> Any:
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr("services.dispatch.backends.local_process.driver_command", _plain_command)
+            patch.setattr("services.dispatch.backends.local_process.turns_command", _plain_turns)
             return super().start(storage_url, job, model, attempt, workers)
 
 
-def _plain_command(storage_url: str, job: str, model: str, attempt: int, workers: int) -> list[str]:
-    options = {"storage": storage_url, "job": job, "model": model, "attempt": attempt, "workers": workers}
-    words = [word for name, value in options.items() for word in (f"--{name}", str(value))]
-    return [sys.executable, "-m", "tests.support.plain_driver", *words]
+def _plain_turns(channel: int) -> list[str]:
+    return [sys.executable, "-m", "tests.support.plain_turns", str(channel)]
 
 
 @pytest.mark.long
