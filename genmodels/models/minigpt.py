@@ -38,7 +38,7 @@ from genmodels.family import (
     slide_window,
 )
 from genmodels.nn.cuda_graphs import Capture, cuda_graph
-from genmodels.nn.fused import rms_norm, rotate, swiglu
+from genmodels.nn.fused import rms_norm, split_heads, swiglu
 from genmodels.nn.networks import inference
 from genmodels.nn.optim import make_optimizers
 from genmodels.nn.sampling import Sampler, SamplingOptions, choose
@@ -198,12 +198,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, norm: nn.Module, rotation: Tensor | None) -> Tensor:
         projected = project(x, norm, self._query_key_value(), None).unflatten(-1, (3, self.n_head, -1))
-        turned, value = projected[:, :, :2], projected[:, :, 2]
-        if rotation is not None:
-            turned = rotate(turned, rotation, normalise=self.qk_norm)
-        elif self.qk_norm:
-            turned = rms_norm(turned)
-        query, key = turned.unbind(2)
+        query, key, value = split_heads(projected, rotation, normalise=self.qk_norm)
         query, key, value = (part.transpose(1, 2) for part in (query, key, value))  # (n, n_head, t, head_size)
         dropout = self.dropout if self.training else 0.0
         y = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, is_causal=True)
