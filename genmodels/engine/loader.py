@@ -69,6 +69,7 @@ def load_folder(folder: Path, name: str, placement: Placement = DEFAULT_PLACEMEN
     """
     family = checkpoint.load_family(folder)
     family.to(placement.torch_device, placement.torch_dtype)
+    family.network.eval()
     return _BUILDERS[family.kind](name, family, folder, placement)
 
 
