@@ -100,7 +100,9 @@ def test_the_bench_of_a_checkpoint(server: S3Server, capsys: pytest.CaptureFixtu
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("figure", scale.FIGURES)
+@pytest.mark.parametrize(
+    "figure", [pytest.param(name, marks=[pytest.mark.long] * (name == "dispatch")) for name in scale.FIGURES]
+)
 def test_the_bench_of_scale(server: S3Server, figure: str) -> None:
     sizes = scale.FIGURES[figure][1]
     assert scale.measure(server, [figure], min(sizes))
