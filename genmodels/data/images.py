@@ -20,6 +20,7 @@ from PIL import Image, ImageOps
 
 from genmodels.data.decode import FORMATS, check_pixels, decode, is_grey, reason
 from genmodels.data.files import SUFFIXES, find_pictures, shown, skipped_note
+from genmodels.data.png_files import encode_png
 from genmodels.data.stored_images import IN_MEMORY, Images, StoredImages, blocks, select
 from genmodels.errors import DataError, RequestError
 from genmodels.family import ImageInfo
@@ -231,10 +232,9 @@ def png(image: np.ndarray, scale: int = 1) -> bytes:
     """
     planes = image[None] if image.ndim == 2 else image
     pixels = planes if planes.dtype == np.uint8 else pixels_of(planes)
-    pixels = pixels.repeat(scale, axis=1).repeat(scale, axis=2).transpose(1, 2, 0)
-    out = io.BytesIO()
-    Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels).save(out, "PNG")
-    return out.getvalue()
+    if scale > 1:
+        pixels = pixels.repeat(scale, axis=1).repeat(scale, axis=2)
+    return encode_png(pixels.transpose(1, 2, 0))
 
 
 def pixels_of(images: np.ndarray) -> np.ndarray:

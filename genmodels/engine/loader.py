@@ -38,7 +38,7 @@ def footprint(storage: Storage, resolved: ResolvedModel, placement: Placement) -
     with checkpoint.scratch_folder() as scratch:
         checkpoint.download(storage, resolved.keys, {checkpoint.CONFIG: file}, Path(scratch))
         outline = checkpoint.read_outline(Path(scratch))
-    return outline.footprint(outline.config, outline.data, placement)
+    return outline.footprint(outline.config, outline.data, _placement_of(outline, placement))
 
 
 def load(storage: Storage, resolved: ResolvedModel, placement: Placement = DEFAULT_PLACEMENT) -> LoadedModel:
@@ -69,6 +69,7 @@ def load_folder(folder: Path, name: str, placement: Placement = DEFAULT_PLACEMEN
     """
     family = checkpoint.load_family(folder)
     family.to(placement.torch_device, placement.torch_dtype)
+    family.network.eval()
     return _BUILDERS[family.kind](name, family, folder, placement)
 
 
@@ -89,7 +90,13 @@ def _text_model(name: str, family: Family[Any, Any], folder: Path, placement: Pl
     size, expected = tokenizer.vocab_size, family.data.vocab_size
     if size != expected:
         raise CheckpointError(f"assets/{TOKENIZER}: has {size} tokens, the model has {expected}")
-    return TextModel(name, family, tokenizer, placement.rows)
+    return TextModel(name, family, tokenizer, _placement_of(family, placement).rows)
+
+
+def _placement_of(family: Family[Any, Any], placement: Placement) -> Placement:
+    if family.kind != TextFamily.kind:
+        return placement
+    return placement.for_texts(lambda larger: family.footprint(family.config, family.data, larger).total)
 
 
 _BUILDERS: dict[str, Callable[[str, Family[Any, Any], Path, Placement], LoadedModel]] = {

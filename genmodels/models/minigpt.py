@@ -38,7 +38,7 @@ from genmodels.family import (
     slide_window,
 )
 from genmodels.nn.cuda_graphs import Capture, cuda_graph
-from genmodels.nn.fused import rms_norm, rotate, swiglu
+from genmodels.nn.fused import rms_norm, split_heads, swiglu
 from genmodels.nn.networks import inference
 from genmodels.nn.optim import make_optimizers
 from genmodels.nn.sampling import Sampler, SamplingOptions, choose
@@ -198,12 +198,7 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, norm: nn.Module, rotation: Tensor | None) -> Tensor:
         projected = project(x, norm, self._query_key_value(), None).unflatten(-1, (3, self.n_head, -1))
-        turned, value = projected[:, :, :2], projected[:, :, 2]
-        if rotation is not None:
-            turned = rotate(turned, rotation, normalise=self.qk_norm)
-        elif self.qk_norm:
-            turned = rms_norm(turned)
-        query, key = turned.unbind(2)
+        query, key, value = split_heads(projected, rotation, normalise=self.qk_norm)
         query, key, value = (part.transpose(1, 2) for part in (query, key, value))  # (n, n_head, t, head_size)
         dropout = self.dropout if self.training else 0.0
         y = F.scaled_dot_product_attention(query, key, value, dropout_p=dropout, is_causal=True)
@@ -444,7 +439,7 @@ class _DecoderLayer:
         )
         self._kind, self._down = mlp.kind, _Linear(mlp.output.weight, mlp.output.bias)
         n_head, _, head_size = self._shape
-        self._kept = weights.new_zeros(slots, n_head, kept, 2, head_size)
+        self._kept = weights.new_zeros(slots, n_head, 2, kept, head_size)  # each sequence's keys lie together
 
     def forget(self, slot: int) -> None:
         """Clear a slot for another sequence: a number that is not finite would spoil it even if it is masked."""
@@ -471,8 +466,8 @@ class _DecoderLayer:
         new = projected[:rows].view(count, t, *projected.shape[1:])
         sequences = self._kept[attended.first : attended.first + count]
         owners = torch.arange(count, device=places.device)[:, None]
-        sequences[owners, :, places.view(count, t)] = new[:, :, :, 1:]
-        keys, values = sequences[:, :, :length].flatten(0, 1).unbind(2)
+        sequences[owners, :, :, places.view(count, t)] = new[:, :, :, 1:]
+        keys, values = sequences[:, :, :, :length].flatten(0, 1).unbind(1)
         query = new[:, :, :, 0].transpose(1, 2).reshape(count * n_head, t, head_size)
         attention = _weigh(query, keys, values, mask).view(count, n_head, t, head_size)
         return F.pad(attention.transpose(1, 2).reshape(rows, -1), (0, 0, 0, len(projected) - rows))
@@ -488,12 +483,12 @@ class _DecoderLayer:
         _, n_head, _, _, head_size = self._kept.shape
         fill = torch.arange(head_size * lengths[-1] * 2, device=self._kept.device, dtype=torch.float32)
         self._kept[:] = 0
-        self._kept[:, :, : lengths[-1]] = fill.mul_(0.7).sin_().view(lengths[-1], 2, head_size)
+        self._kept[:, :, :, : lengths[-1]] = fill.mul_(0.7).sin_().view(lengths[-1], 2, head_size).transpose(0, 1)
 
         def attend(count: int, length: int, visible: int) -> Tensor:
             places = torch.full((count,), visible - 1, device=self._kept.device)
             mask = _mask(places, _Attended(0, count, 1, length), n_head, self._kept.dtype)
-            keys, values = self._kept[:count, :, :length].flatten(0, 1).unbind(2)
+            keys, values = self._kept[:count, :, :, :length].flatten(0, 1).unbind(1)
             query = self._kept[:count, :, 0, 0].reshape(count * n_head, 1, head_size)
             return _weigh(query, keys, values, mask).view(count, n_head, head_size)
 

@@ -22,17 +22,24 @@ def rms_norm(x: Tensor) -> Tensor:
     return _RMSNorm.apply(x)
 
 
-def rotate(x: Tensor, rotation: Tensor, *, normalise: bool) -> Tensor:
-    """Turn adjacent pairs of numbers by the angles of their positions, after an RMS norm over the last dimension.
+def split_heads(x: Tensor, rotation: Tensor | None, *, normalise: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """Return queries, keys and values, each (n, t, n_head, 2 * m), of a projection (n, t, 3, n_head, 2 * m).
 
     Args:
-        x: (..., 2 * n).
-        rotation: complex numbers of modulus 1, of a shape that expands to (..., n).
-        normalise: False leaves out the norm.
+        rotation: for rotary positions (Su et al. 2021): complex numbers of modulus 1, (t, 2, n_head, m), by which
+            adjacent pairs of numbers of queries and keys are turned.
+        normalise: take an RMS norm of each query and key first (Henry et al. 2020).
     """
-    if torch.compiler.is_compiling():
-        return _turn_real(rms_norm(x) if normalise else x, rotation)
-    return _Rotate.apply(x, rotation, normalise)
+    if rotation is None and not normalise:
+        query, key, value = x.unbind(2)
+        return query, key, value
+    if not torch.compiler.is_compiling():
+        return _SplitHeads.apply(x, rotation, normalise)
+    turned = rms_norm(x[:, :, :2]) if normalise else x[:, :, :2]
+    if rotation is not None:
+        turned = _turn_real(turned, rotation)
+    query, key = turned.unbind(2)
+    return query, key, x[:, :, 2]
 
 
 def swiglu(x: Tensor) -> Tensor:
@@ -56,24 +63,31 @@ class _RMSNorm(torch.autograd.Function):
         return _norm_gradient(gradient.float(), y, scale).to(gradient.dtype)
 
 
-class _Rotate(torch.autograd.Function):
+class _SplitHeads(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, rotation: Tensor, normalise: bool) -> Tensor:
-        y, scale = _normalised(x.float()) if normalise else (x.float(), None)
-        y = _turn(y, rotation)  # in bfloat16 distant positions would be equal
+    def forward(ctx: Any, x: Tensor, rotation: Tensor | None, normalise: bool) -> tuple[Tensor, Tensor, Tensor]:
+        turned, scale = x[:, :, :2].float(), None  # in bfloat16 distant positions would be equal
         if normalise:
-            ctx.save_for_backward(rotation, y, scale)
-        else:
-            ctx.save_for_backward(rotation)
-        return y.to(x.dtype)
+            turned, scale = _normalised(turned)
+        if rotation is not None:
+            turned = _turn(turned, rotation)
+        ctx.save_for_backward(rotation, turned if normalise else None, scale)
+        query, key = turned.to(x.dtype).unbind(2)
+        return query, key, x[:, :, 2]
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
-        rotation, *normalised = ctx.saved_tensors
-        result = gradient.float()
-        if normalised:
-            result = _norm_gradient(result, *normalised)  # turned vectors have the same products
-        return _turn(result, rotation.conj()).to(gradient.dtype), None, None
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor, None, None]:
+        rotation, turned, scale = ctx.saved_tensors
+        result = torch.stack(gradients, dim=2)
+        part = result[:, :, :2].float()  # in float32 it is the same memory, which changes in place
+        if scale is not None:
+            _norm_gradient(part, turned, scale, out=part)  # turned vectors have the same products
+        if rotation is not None:
+            pairs = torch.view_as_complex(part.unflatten(-1, (-1, 2)))
+            pairs.mul_(rotation.conj())
+        if result.dtype != torch.float32:
+            result[:, :, :2] = part
+        return result, None, None
 
 
 class _SwiGLU(torch.autograd.Function):
@@ -102,10 +116,10 @@ def _normalised(x: Tensor) -> tuple[Tensor, Tensor]:
     return x * scale, scale
 
 
-def _norm_gradient(gradient: Tensor, y: Tensor, scale: Tensor) -> Tensor:
+def _norm_gradient(gradient: Tensor, y: Tensor, scale: Tensor, out: Tensor | None = None) -> Tensor:
     """Return the gradient of x from that of y = x * scale, where the scale follows from x."""
     along = (gradient * y).mean(dim=-1, keepdim=True)
-    return torch.addcmul(gradient, y, along, value=-1).mul_(scale)
+    return torch.addcmul(gradient, y, along, value=-1, out=out).mul_(scale)
 
 
 def _turn(x: Tensor, rotation: Tensor) -> Tensor:

@@ -105,11 +105,15 @@ class GaussianMixture:
     def sample(self, n: int, seed: int, temperature: float = 1.0) -> Tensor:
         """Draw (n, d) float32; `temperature` scales the spread within each component, 0 gives component means."""
         edges = self.weights.double().cumsum(0).numpy()
-        means, scales = self.means.double().numpy(), self.scales.double().numpy()
-        rows = np.empty((n, means.shape[1]), dtype=np.float32)
+        components: dict[int, tuple[np.ndarray, np.ndarray]] = {}  # those that are drawn, in float64
+        dim = self.means.shape[1]
+        rows = np.empty((n, dim), dtype=np.float32)
         for row, generator in zip(rows, row_generators(n, seed), strict=True):
             k = min(int(np.searchsorted(edges, generator.random() * edges[-1], side="right")), len(edges) - 1)
-            row[:] = means[k] + scales[k] @ generator.standard_normal(means.shape[1]) * temperature
+            if k not in components:
+                components[k] = self.means[k].double().numpy(), self.scales[k].double().numpy()
+            mean, scale = components[k]
+            row[:] = mean + scale @ generator.standard_normal(dim) * temperature
         return torch.from_numpy(rows)
 
     def to_bytes(self) -> bytes:

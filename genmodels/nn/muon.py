@@ -6,17 +6,21 @@ Jordan et al. 2024, https://kellerjordan.github.io/posts/muon/
 from __future__ import annotations
 
 import math
+import sys
 from collections import defaultdict
 from collections.abc import Callable
-from typing import Any, overload
+from functools import cache
+from typing import TYPE_CHECKING, Any, TypeGuard, overload
 
 import torch
 from torch import Tensor
-from torch.distributed.tensor import DTensor, distribute_tensor
+
+if TYPE_CHECKING:
+    from torch.distributed.tensor import DTensor
 
 
 class Muon(torch.optim.Muon):
-    """Take torch's Muon step with few calls: torch takes one matrix at a time, and in bfloat16 also on a CPU.
+    """Take torch's Muon step with few calls: torch takes one matrix at a time, and in bfloat16 on every processor.
 
     The settings and the stored state are those of `torch.optim.Muon`. A matrix that the ranks share is orthogonalised
     as a whole on each rank, so that the result does not depend on how many ranks share it.
@@ -75,10 +79,10 @@ class Muon(torch.optim.Muon):
 def orthogonalise(matrices: Tensor, coefficients: tuple[float, float, float], steps: int, eps: float) -> Tensor:
     """Bring all singular values near 1, by Newton-Schulz iterations: (n, rows, columns), rows <= columns -> the same.
 
-    The iterations are bfloat16 on a GPU; a CPU computes in float32, because few CPUs are faster in bfloat16.
+    The iterations are bfloat16 where that is fast, else float32: three digits are enough.
     """
     a, b, c = coefficients
-    x = matrices.bfloat16() if matrices.is_cuda else matrices
+    x = matrices.to(_fast_dtype(matrices.device.type))
     x = x / torch.linalg.vector_norm(x, dim=(1, 2), keepdim=True).clamp(min=eps)
     for _ in range(steps):
         gram = x @ x.mT
@@ -86,9 +90,18 @@ def orthogonalise(matrices: Tensor, coefficients: tuple[float, float, float], st
     return x.to(matrices.dtype)
 
 
+@cache
+def _fast_dtype(device: str) -> torch.dtype:
+    """Return the dtype for iterations on a kind of device. A CPU without instructions for bfloat16 is slow in it."""
+    capabilities = torch.cpu.get_capabilities()
+    if device == "cpu" and not (capabilities.get("avx512_bf16") or capabilities.get("amx_bf16")):
+        return torch.float32
+    return torch.bfloat16
+
+
 def _whole(tensor: Tensor) -> Tensor:
     """Return all of a tensor of which each rank may have a part."""
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+    return tensor.full_tensor() if _is_shared(tensor) else tensor
 
 
 def _wide(matrix: Tensor) -> Tensor:
@@ -98,6 +111,14 @@ def _wide(matrix: Tensor) -> Tensor:
 
 def _like(update: Tensor, matrix: Tensor) -> Tensor:
     """Return this rank's part of an update, if the ranks share the matrix."""
-    if not isinstance(matrix, DTensor):
+    if not _is_shared(matrix):
         return update
+    from torch.distributed.tensor import distribute_tensor
+
     return distribute_tensor(update, matrix.device_mesh, matrix.placements, src_data_rank=None)
+
+
+def _is_shared(tensor: Tensor) -> TypeGuard[DTensor]:
+    """Return whether a tensor is a DTensor. Its module is slow to load: it is loaded already where there is one."""
+    module = sys.modules.get("torch.distributed.tensor")
+    return module is not None and isinstance(tensor, module.DTensor)

@@ -93,6 +93,11 @@ class Sampler:
             self._read[list(prompt)] = True
             self._written = torch.zeros(vocab_size, dtype=torch.float64)
 
+    @property
+    def adjusts(self) -> bool:
+        """Return whether `adjust` changes anything."""
+        return self._penalises or self._bias is not None
+
     def adjust(self, logits: Tensor) -> Tensor:
         """Apply penalties and biases to logits (vocab_size,), float64."""
         if logits.device != self._device:
@@ -153,14 +158,15 @@ def draw(logits: Tensor, samplers: Sequence[Sampler], rows: int | None = None) -
             their number.
     """
     size = logits.shape[-1]
-    adjusted = [_adjusted(row, sampler) for row, sampler in zip(logits.double(), samplers, strict=True)]
-    stacked = torch.stack([_void(logits) if isinstance(row, Exception) else row for row in adjusted])
+    stacked, errors = logits.double(), dict[int, Exception]()
+    if any(sampler.adjusts for sampler in samplers):
+        stacked, errors = _all_adjusted(stacked, samplers)
     spare = (rows or 0) - len(samplers) if logits.device.type == "cuda" else 0
     drawn = _drawn(F.pad(stacked, (0, 0, 0, spare)) if spare > 0 else stacked, samplers)[: len(samplers)]
     tokens = torch.where(stacked.isfinite().all(-1), drawn, -1).cpu().tolist()
     return [
-        row if isinstance(row, Exception) else token if 0 <= token < size else not_finite()
-        for row, token in zip(adjusted, tokens, strict=True)
+        errors[row] if row in errors else token if 0 <= token < size else not_finite()
+        for row, token in enumerate(tokens)
     ]
 
 
@@ -170,16 +176,16 @@ def not_finite() -> RequestError:
     return RequestError(message, status=500, code="not_finite")
 
 
-def _void(logits: Tensor) -> Tensor:
-    """Return a row in the place of one that has an error."""
-    return logits.new_full(logits.shape[1:], math.nan, dtype=torch.float64)
-
-
-def _adjusted(logits: Tensor, sampler: Sampler) -> Tensor | Exception:
-    try:
-        return sampler.adjust(logits)
-    except Exception as error:
-        return error
+def _all_adjusted(logits: Tensor, samplers: Sequence[Sampler]) -> tuple[Tensor, dict[int, Exception]]:
+    """Return the adjusted rows, and the errors by row; a row with an error is NaN."""
+    rows, errors = [], {}
+    for row, (own, sampler) in enumerate(zip(logits, samplers, strict=True)):
+        try:
+            rows.append(sampler.adjust(own))
+        except Exception as error:
+            rows.append(torch.full_like(own, math.nan))
+            errors[row] = error
+    return torch.stack(rows), errors
 
 
 def _drawn(rows: Tensor, samplers: Sequence[Sampler]) -> Tensor:

@@ -14,7 +14,7 @@ from genmodels.errors import SpecError
 from genmodels.family import DataInfo
 from genmodels.preflight import parameters
 from genmodels.schema.base import Section
-from genmodels.sizing.memory import FLOAT, Footprint, too_large
+from genmodels.sizing.memory import FLOAT, HOST_MEMORY, Footprint, too_large
 from genmodels.spec.sections import ModelSpec
 
 PURPOSE = "to train (weights, gradients, optimizer, average, and the snapshot of a checkpoint), and a worker has"
@@ -39,7 +39,9 @@ def refusal(spec: ModelSpec, data: DataInfo, memory: int | None, workers: int) -
         memory: bytes of the machine or container in which the first worker runs, if known.
         workers: the size of the worker group.
     """
-    if memory is None:
+    if memory is None or (
+        memory >= HOST_MEMORY and models.declaration(spec.family).surely_fits(spec.model, data)
+    ):  # no model that is known to fit a host takes more to train, either
         return None
     excess = too_large(spec.model, lambda config: footprint(spec, config, data, workers), memory, PURPOSE)
     if not excess:

@@ -11,6 +11,7 @@ from pydantic import BaseModel, ValidationError
 
 HOST_MEMORY = 2 * 2**30  # bytes of models that one model host keeps in memory
 SERVED_ROWS = 16  # rows of a forward pass on a model host: texts in one step, or images
+MORE_TEXTS = (64, 32)  # texts in one step of a model that takes little memory with them
 FLOAT = 4  # bytes of a float32
 
 ConfigT = TypeVar("ConfigT", bound=BaseModel)

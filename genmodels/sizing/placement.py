@@ -7,11 +7,12 @@ from __future__ import annotations
 
 import os
 import re
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Final, Literal
 
 from genmodels.errors import SpecError
-from genmodels.sizing.memory import HOST_MEMORY, SERVED_ROWS, gibibytes
+from genmodels.sizing.memory import HOST_MEMORY, MORE_TEXTS, SERVED_ROWS, gibibytes
 
 if TYPE_CHECKING:
     import torch
@@ -30,6 +31,7 @@ class Placement:
     Args:
         device: `cpu`, `cuda` or `cuda:<index>`.
         rows: rows of a forward pass: texts in one decoding step, or images.
+        small: bytes; a text model that takes no more with MORE_TEXTS rows gets so many.
 
     Raises:
         SpecError: a value is unknown, or the device has no such dtype; names the option.
@@ -38,6 +40,7 @@ class Placement:
     device: str = "cpu"
     dtype: DType = "float32"
     rows: int = SERVED_ROWS
+    small: int = 0
 
     def __post_init__(self) -> None:
         if not re.fullmatch(r"cpu|cuda(:\d{1,3})?", self.device):
@@ -87,6 +90,17 @@ class Placement:
         if memory is not None and memory > total:
             raise SpecError(f"memory: got {gibibytes(memory)}, and {self.device} has {gibibytes(total)}; write less")
         return int(free * DEVICE_SHARE) if memory is None else memory
+
+    def for_texts(self, memory: Callable[[Placement], int]) -> Placement:
+        """Return the placement of a text model: with more rows a step costs less for each text.
+
+        The rows depend on the model's settings and `small` alone, so that hosts of equal memory give the same bits.
+
+        Args:
+            memory: returns the bytes that the model takes.
+        """
+        larger = (replace(self, rows=rows) for rows in MORE_TEXTS if rows > self.rows)
+        return next((placement for placement in larger if memory(placement) <= self.small), self)
 
     def prepare(self) -> None:
         """Set torch so that equal inputs give equal bits on the device, and float32 is not rounded to TF32."""

@@ -36,6 +36,7 @@ from genmodels.engine.text.completion import Vocabulary
 from genmodels.engine.text.request import CompletionRequest
 from genmodels.errors import GenmodelsError, RequestError
 from genmodels.keys import Keys
+from genmodels.sizing.memory import MORE_TEXTS, SERVED_ROWS
 from genmodels.storage import open_storage
 from services.gateway.catalog import CatalogEntry
 from services.gateway.deploy import pool_application
@@ -107,12 +108,13 @@ def pool_hosts(storage_url: str, pool: Pool) -> Application:
 
 def _serve_options(pool: Pool) -> dict[str, Any]:
     """Return Serve's options for the deployment of a pool."""
-    at_once = max(pool.slots, pool.workers)  # requests that a host computes at the same time
+    at_once = max(pool.slots or SERVED_ROWS, pool.workers)  # requests that a host computes at the same time
+    most = max(pool.slots or max(MORE_TEXTS), at_once)  # requests to a small text model
     options: dict[str, Any] = {
         "name": pool.name,
         "ray_actor_options": {"num_cpus": pool.cpus, "num_gpus": pool.gpus},
-        "max_ongoing_requests": 2 * at_once,
-        "max_queued_requests": max(4 * at_once, pool.max_waiting),
+        "max_ongoing_requests": 2 * most,
+        "max_queued_requests": max(4 * most, pool.max_waiting),
         "graceful_shutdown_timeout_s": pool.stop_seconds,
     }
     if pool.replicas_per_node:

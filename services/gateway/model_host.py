@@ -13,7 +13,7 @@ import time
 import weakref
 from collections.abc import AsyncGenerator
 from concurrent.futures import ThreadPoolExecutor, wait
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -45,6 +45,7 @@ from services.gateway.models import Models, as_request_error, in_thread
 from services.gateway.pool_config import DEFAULT
 
 WATCH_SECONDS = 1.0  # between two reads of the catalogue
+SMALL_SHARE = 32  # parts of the memory, of which a model with more slots takes one: many models stay in memory
 LOADERS = 4  # models that load at the same time
 COLLECT_SECONDS = 0.05  # of text that is sent as one delta: a hop between processes takes about the time of a token
 
@@ -70,7 +71,8 @@ class ModelHost:
         torch_threads: of each computation.
         device: `cpu`, `cuda` or `cuda:<index>`, where the models compute.
         dtype: of the models there: `float32`, `bfloat16` or, on a GPU, `float16`.
-        slots: texts in one decoding step, or images in one forward pass, of each model.
+        slots: texts in one decoding step, or images in one forward pass, of each model. Default: 16, and for a text
+            model up to 64, if it then takes at most SMALL_SHARE of the memory.
         pin: models that are loaded before the first request and stay in memory: their names, or how many of the newest.
         pool: its name; the newest models are those of this pool.
 
@@ -87,12 +89,14 @@ class ModelHost:
         torch_threads: int = 1,
         device: str = "cpu",
         dtype: DType = "float32",
-        slots: int = SERVED_ROWS,
+        slots: int | None = None,
         pin: Pin = 0,
         pool: str = DEFAULT,
     ) -> None:
-        self._placement = Placement(device, dtype, slots)
+        self._placement = Placement(device, dtype, slots or SERVED_ROWS)
         budget = self._placement.budget(memory)
+        if slots is None:
+            self._placement = replace(self._placement, small=budget // SMALL_SHARE)
         self._placement.prepare()
         torch.set_num_threads(torch_threads)
         self._workers, self._lookups, loaders = (  # names are resolved while all workers compute or all loaders wait
@@ -109,7 +113,7 @@ class ModelHost:
         self._evaluation_metrics = EvaluationMetrics(catalogue)
         self._history_readers = ThreadPoolExecutor(2, "history")  # the history of a long run takes long to read
         self._histories = ThinnedHistories()
-        self._models = Models(self._watcher, self._cache, self._lookups, 3 * max(slots, workers) // 2)
+        self._models = Models(self._watcher, self._cache, self._lookups, 3 * max(slots or SERVED_ROWS, workers) // 2)
         self._catalog = Catalog(self._registry, self._watcher, self._models, self._lookups, catalogue)
         self.watch()
         while loads := list(self._pins.loads.values()):

@@ -61,7 +61,13 @@ class Pool(Section):
         ge=2**20,
         description="memory for models in each host, in bytes or e.g. 2 GiB; a larger model is refused at submission",
     )
-    slots: int = Field(SERVED_ROWS, ge=1, le=MAX_ROWS, description="texts that one model of a host generates at once")
+    slots: int | None = Field(
+        None,
+        ge=1,
+        le=MAX_ROWS,
+        description="texts that one model of a host generates at once. Default: 64, 32 or 16, the most with which the "
+        "model takes at most 1/32 of the memory, and 16 for a larger model",
+    )
     workers: int = Field(4, ge=1, le=64, description="image requests that a host computes at the same time")
     torch_threads: int = Field(1, ge=1, le=256, description="threads of each computation on CPUs")
     min_replicas: int = Field(
@@ -108,7 +114,7 @@ class Pool(Section):
             text = f"got {self.max_replicas}, expected at least min_replicas ({self.min_replicas}); swap the two"
             raise field_errors([FieldError(("max_replicas",), text)])
         try:
-            Placement(self.device, self.dtype, self.slots)
+            Placement(self.device, self.dtype, self.slots or SERVED_ROWS)
         except SpecError as error:
             field, _, text = str(error).partition(": ")
             raise field_errors([FieldError((field,), text)]) from None

@@ -159,7 +159,7 @@ def test_twenty_times_too_much(host: ModelHost, url: str, monkeypatch: pytest.Mo
     bodies = [{**BODY, "seed": seed, "max_tokens": 1 + seed % 12} for seed in range(20)]
     right = [httpx.post(f"{url}/v1/completions", json=body).json()["choices"] for body in bodies]
     monkeypatch.setattr(batcher(host), "_max_waiting", 4)
-    assert len(batcher(host)._slots) == 16
+    assert len(batcher(host)._slots) == 64
 
     async def flood() -> list[tuple[int, httpx.Response]]:
         limits = httpx.Limits(max_connections=400)

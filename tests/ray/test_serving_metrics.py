@@ -277,7 +277,7 @@ def test_clients_that_leave_are_499_and_hold_no_slot(host: ModelHost, app: Any, 
         stays(counted, requests_total(expected))
     made = here()["tokens_total", "minigpt", "completion", "left", "1"]
     assert read <= made < 20_000  # a character is a token; generation stops for clients that have disconnected
-    assert here()["kv_slots", "minigpt", "left", "total", "1"] == 16
+    assert here()["kv_slots", "minigpt", "left", "total", "1"] == 64
 
 
 def texts(stream: httpx.Response) -> Iterator[str]:
@@ -305,7 +305,7 @@ def test_versions_come_and_go(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     def of(version: str) -> Series:
         labels = ("minigpt", "come", version)
         slots = ("kv_slots", "minigpt", "come", "total", version)
-        return {("version_active", *labels): 1, ("loaded_bytes", *labels): size, slots: 16}
+        return {("version_active", *labels): 1, ("loaded_bytes", *labels): size, slots: 64}
 
     assert gauges() == of("1")
     counted = ("tokens_total", "batch_size_count", "time_to_first_token_seconds_count", "images_total")
@@ -335,14 +335,14 @@ def test_all_checkpoints_of_a_model_are_one(tmp_path: Path, monkeypatch: pytest.
     samples = {key: value for key, value in here().items() if "drafts" in key}
     assert {key[-1] for key in samples} == {"checkpoint"}
     assert samples["requests_total", "200", "minigpt", "drafts", "/v1/completions", "checkpoint"] == 2
-    assert samples["kv_slots", "minigpt", "drafts", "total", "checkpoint"] == 2 * 16
+    assert samples["kv_slots", "minigpt", "drafts", "total", "checkpoint"] == 2 * 64
     assert samples["loaded_bytes", "minigpt", "drafts", "checkpoint"] == sum(
         held.size for held in host._cache._entries.values()
     )
     assert not only(samples, "version_active"), "no alias means a checkpoint"
     host._cache.unload_when_idle("drafts@study-00000001:step-10")
     left = ("kv_slots", "minigpt", "drafts", "total", "checkpoint")
-    stays(lambda: here()[left], 16)
+    stays(lambda: here()[left], 64)
 
 
 # Serve
@@ -524,7 +524,7 @@ def test_all_processes_together_count_what_their_clients_count(
     check()
     assert {code for _, code, _ in client.requests} == {"200", "400", "401", "404", "413", "429", "499"}
     gauges: Series = {("version_active", FAMILIES[name], name, "1"): 2 for name in ("play", "left", "shapes")}
-    gauges |= {("kv_slots", "minigpt", name, "total", "1"): 2 * 16 for name in ("play", "left")}
+    gauges |= {("kv_slots", "minigpt", name, "total", "1"): 2 * 64 for name in ("play", "left")}
 
     def levels() -> Series:
         return only(series(scraped(exporter)), "version_active", "kv_slots", "waiting_requests")

@@ -148,8 +148,8 @@ def test_an_object_that_storage_never_returns_holds_up_no_other_model(
         watch(host)
     assert [answered_by(app, name) for name in (*ill, "good")] == ["bad@1", "bad-a@1", "bad-b@1", "good@2"]
     assert "storage does not answer for it" in shown(app, "bad")["refused"][0]["reason"]
-    told = [message for message in caplog.messages if message.startswith("bad@production: ")]
-    assert len(told) == 1, "once, not in each round"
+    warnings = [message for message in caplog.messages if message.startswith("bad@production: ")]
+    assert len(warnings) == 1, "once, not in each round"
     storage.away = False
     watch(host)
     assert answered_by(app, "bad") == "bad@2"

@@ -152,7 +152,8 @@ class ContinuousBatcher:
             return []
         for _, sequence in batch:
             sequence.num_computed_tokens += 1
-        return [(slot, sequence, logits[slot]) for slot, sequence in batch]
+        rows = logits.unbind()
+        return [(slot, sequence, rows[slot]) for slot, sequence in batch]
 
     def _running(self) -> list[tuple[int, Sequence]]:
         return [(slot, sequence) for slot, sequence in enumerate(self._slots) if sequence is not None]

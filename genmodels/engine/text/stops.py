@@ -18,6 +18,8 @@ class StopStrings:
 
     def feed(self, text: str) -> str:
         """Add `text` and return the text that may be shown now."""
+        if not self._stops:
+            return text
         self._held += text
         matches = [(start + len(stop), start) for stop in self._stops if (start := self._held.find(stop)) >= 0]
         if matches:

@@ -67,7 +67,7 @@ def measure(sizes: Sizes, endpoint: Server, bare_server: Server, only: list[str]
 
 
 def measure_text(sizes: Sizes, storage: Storage, url: str, bare_url: str) -> None:
-    model = load(storage, resolve_model(storage, "play"))
+    model = load(storage, resolve_model(storage, "play"), text.OF_A_HOST)
     assert isinstance(model, TextModel)
     assert isinstance(model.family, MiniGPT)
     ways: dict[str, Callable[[int, int, int], float]] = {

@@ -24,6 +24,7 @@ from genmodels.registry.references import resolve_model
 from genmodels.storage import open_storage
 from services.gateway.deltas import DeltaQueue
 from services.gateway.model_host import COLLECT_SECONDS
+from tests.bench.serving.text import OF_A_HOST
 
 THREADS = 1
 NICENESS = 15  # as Ray gives its workers
@@ -64,7 +65,7 @@ def main() -> None:
     torch.set_num_threads(THREADS)
     storage_url, port = sys.argv[1:]
     storage = open_storage(storage_url)
-    model = load(storage, resolve_model(storage, "play"))
+    model = load(storage, resolve_model(storage, "play"), OF_A_HOST)
     assert isinstance(model, TextModel)
     model.start(THREADS)
     uvicorn.run(create_app(model), host="127.0.0.1", port=int(port), log_level="critical")

@@ -14,6 +14,9 @@ from genmodels.engine.text.choices import TextDelta
 from genmodels.engine.text.model import TextModel
 from genmodels.engine.text.request import CompletionRequest
 from genmodels.models.minigpt import MiniGPT
+from genmodels.sizing.memory import HOST_MEMORY
+from genmodels.sizing.placement import Placement
+from services.gateway.model_host import SMALL_SHARE
 
 try:
     import transformers
@@ -32,6 +35,7 @@ GPT2: dict[str, Any] = {  # GPT-2's architecture, as large as the model of jobs/
     "tied_head": True,
     "bias": True,
 }
+OF_A_HOST = Placement(small=HOST_MEMORY // SMALL_SHARE)  # as many slots as a model host gives the model
 PROMPT = 16  # characters; transformers' GPT-2 cannot continue beyond block_size
 SIXTEEN = "O Romeo, Romeo! "
 

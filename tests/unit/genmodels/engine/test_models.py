@@ -453,3 +453,14 @@ def pictures(n: int) -> np.ndarray:
 def test_each_token_is_a_delta() -> None:
     deltas = iter(completion.complete(scripted("abc"), CompletionRequest(prompt="x", stop="cd", max_tokens=3)))
     assert [(delta.text, delta.tokens) for delta in deltas] == [("a", 1), ("b", 1), ("", 1), ("c", 0)]
+
+
+@pytest.mark.parametrize("name", IMAGE_FAMILIES)
+def test_a_request_switches_no_module_between_training_and_evaluation(
+    name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each switch visits every module of a network, for each batch of each request."""
+    model, switched = loaded(name, tmp_path), list[bool]()
+    monkeypatch.setattr(torch.nn.Module, "train", lambda module, mode=True: switched.append(mode))
+    answers.answer(model, GenerateRequest(n=3, seed=1))
+    assert switched == []

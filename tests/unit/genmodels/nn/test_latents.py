@@ -140,3 +140,17 @@ def test_lerp_goes_straight_and_slerp_along_the_circle() -> None:
 def test_slerp_without_an_angle_goes_straight(end: torch.Tensor) -> None:
     start = torch.ones(2)
     assert torch.equal(slerp(start, end, 4), lerp(start, end, 4))
+
+
+def test_a_sample_converts_only_the_components_that_it_draws(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A conversion of the whole density took longer than all draws of a request."""
+    draw = torch.Generator().manual_seed(0)
+    scales = torch.rand(32, 8, 8, generator=draw).tril()
+    density = GaussianMixture(torch.full((32,), 1 / 32), torch.rand(32, 8, generator=draw), scales)
+    converted: list[int] = []
+    double = torch.Tensor.double
+    monkeypatch.setattr(torch.Tensor, "double", lambda tensor: converted.append(tensor.numel()) or double(tensor))
+    rows = density.sample(3, 1)
+    assert sum(converted) <= 32 + 3 * (8 + 8 * 8)
+    monkeypatch.undo()
+    assert torch.equal(density.sample(1, 1), rows[:1])

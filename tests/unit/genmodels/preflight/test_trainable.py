@@ -11,6 +11,7 @@ from genmodels import models
 from genmodels.errors import SpecError
 from genmodels.family import DataInfo, ImageInfo, TextInfo
 from genmodels.preflight import parameters, trainable
+from genmodels.sizing.memory import HOST_MEMORY
 from genmodels.spec.sections import ModelSpec
 from tests.support.tiny_jobs import job, make_data, model
 
@@ -51,6 +52,19 @@ def test_the_memory_is_that_of_all_tensors(data: Path, family: str) -> None:
     assert trainable.footprint(spec, spec.model, info).total == pytest.approx(needed, rel=0.02)
     spec = spec.model_copy(update={"scaling": spec.scaling.model_copy(update={"use_gpu": True})})
     assert trainable.footprint(spec, spec.model, info).total == pytest.approx(saved, rel=0.02)
+
+
+@pytest.mark.parametrize("family", models.names())
+def test_what_is_known_to_fit_a_host_also_fits_a_worker_of_that_memory(data: Path, family: str) -> None:
+    """So most specs are checked without torch."""
+    declared = models.declaration(family)
+    assert declared.known_to_fit is not None
+    config, info = declared.known_to_fit
+    spec = spec_of(data, family)[0].model_copy(update={"model": config})
+    for strategy, workers in (("ddp", 1), ("fsdp2", 2), ("fsdp2", 64)):
+        train = spec.train.model_copy(update={"strategy": strategy})
+        needed = trainable.footprint(spec.model_copy(update={"train": train}), config, info, workers).total
+        assert needed * 1.2 <= HOST_MEMORY, strategy
 
 
 def test_too_large_a_model_is_refused_with_the_numbers(data: Path) -> None:

@@ -56,3 +56,13 @@ def test_a_host_for_a_missing_gpu_is_refused_before_it_reads_the_registry(monkey
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     with pytest.raises(SpecError, match=r"^device: got 'cuda', and this machine has no GPU that torch can use"):
         ModelHost("file:///no/such/folder", device="cuda")
+
+
+def test_a_text_model_gets_more_rows_while_it_is_small() -> None:
+    def memory(placement: Placement) -> int:
+        return 10 * placement.rows
+
+    rows = {small: Placement(small=small).for_texts(memory).rows for small in (0, 319, 320, 639, 640, 10**9)}
+    assert rows == {0: 16, 319: 16, 320: 32, 639: 32, 640: 64, 10**9: 64}
+    assert Placement(rows=40, small=10**9).for_texts(memory).rows == 64
+    assert Placement(rows=100, small=10**9).for_texts(memory).rows == 100

@@ -39,7 +39,7 @@ FAMILIES = names()
 QUICK = [("gan", "adamw"), ("minigpt", "adamw")]
 LONG = [("autoencoder", "adamw"), ("vae", "adamw"), ("minigpt", "muon"), ("gan", "muon")]
 SETTINGS: dict[str, Any] = {"clip_norm": 1.0, "accumulation_steps": 2, "batch_size": 24}
-TOLERANCE = {"adamw": 6e-5, "muon": 6e-4}  # a step changes a number by up to 1e-3 and 0.02
+TOLERANCE = {"adamw": 6e-5, "muon": 6e-3}  # a step changes a number by up to 1e-3 and 0.02; Muon may round to bfloat16
 
 
 class Runs:

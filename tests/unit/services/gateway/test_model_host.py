@@ -28,6 +28,7 @@ from genmodels.metrics import REFUSED, STORAGE_SECONDS
 from genmodels.registry.catalogue import CatalogueReader
 from genmodels.registry.references import resolve_model
 from genmodels.registry.store import Registry
+from genmodels.sizing.placement import Placement
 from genmodels.storage import Storage, open_storage
 from services.gateway import model_host, models
 from services.gateway.model_host import CompletionStarted, ModelHost
@@ -90,6 +91,18 @@ def test_a_new_replica_loads_what_is_asked_for(storage: Storage, loads: list[str
     names = ("shapes", "shapes@next", "shapes@2", "shapes@latest", "shapes@production")
     assert [version_of(app, name) for name in names] == ["shapes@1", "shapes@2", "shapes@2", "shapes@3", "shapes@1"]
     assert loads == ["shapes@1", "shapes@2", "shapes@3"]
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"), [({}, 64), ({"memory": 2**20}, 16), ({"slots": 4}, 4), ({"slots": 100}, 100)], ids=str
+)
+def test_the_slots_of_a_text_model(storage: Storage, options: dict[str, Any], expected: int) -> None:
+    """Count them in the memory too: a model that is small for its host has more than one that fills it."""
+    host = ModelHost(storage.url, pin=["play"], **options)
+    loaded: Any = host._cache._entries["play@1"]
+    assert loaded.model.batcher.slots == expected
+    family = loaded.model.family
+    assert loaded.size == family.footprint(family.config, family.data, Placement(rows=expected)).total
 
 
 def test_a_new_replica_has_pinned_models_before_it_takes_traffic_and_keeps_them(

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from genmodels.errors import SpecError
-from genmodels.sizing.memory import HOST_MEMORY, SERVED_ROWS
+from genmodels.sizing.memory import HOST_MEMORY
 from services.gateway.pool_config import VARIABLE, Pool, Pools, WatchedPools, read_pools
 
 GPU = """\
@@ -35,7 +35,7 @@ def test_the_file_of_the_package_says_the_defaults(monkeypatch: pytest.MonkeyPat
     monkeypatch.delenv(VARIABLE, raising=False)
     assert read_pools() == Pools(pools=[Pool(name="default", pin=4)])
     (pool,) = read_pools().pools
-    assert (pool.memory, pool.slots, pool.device) == (HOST_MEMORY, SERVED_ROWS, "cpu")
+    assert (pool.memory, pool.slots, pool.device) == (HOST_MEMORY, None, "cpu")
 
 
 def test_a_file_of_two_pools(file: Path) -> None:
@@ -51,7 +51,7 @@ def test_a_file_of_two_pools(file: Path) -> None:
     [
         ("memory: 2 apples", "got '2 apples', expected a number of bytes, or e.g. 2 GiB or 512 MiB"),
         ("gpus: 2", "got 2, expected a number at most 1.0; write e.g. 0.0"),
-        ("slots: many", "got 'many', expected a whole number; write e.g. 16"),
+        ("slots: many", "got 'many', expected a whole number; write e.g. 100"),
         ("dtype: float16", "got 'float16'; on cpu write float32 or bfloat16"),
         ("dtype: fp32", "got 'fp32', expected one of float32, bfloat16, float16"),
         ("slot: 8", "unknown key; did you mean 'slots'?"),
