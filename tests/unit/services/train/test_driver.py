@@ -45,7 +45,7 @@ from genmodels.storage import open_storage
 from services.local.platform import submit
 from services.train import control, failures
 from services.train.control import DriverWatch
-from services.train.driver import _seconds
+from services.train.driver import _seconds, connect
 from services.train.failures import classify_failure
 from services.train.publish import publish_run
 from tests.support import storages
@@ -228,6 +228,20 @@ def test_ray_still_has_the_names_that_failures_are_classified_by() -> None:
     known = {name for module in modules for name in vars(module)}
     assert known >= failures.LOST_PROCESS | failures.NEVER_PLACED
     assert classify_failure(WorkerGroupError("failed", {0: GLOO, 1: DIVERGED})).cause == "diverged"
+
+
+def test_ray_still_has_the_settings_of_a_worker_group(monkeypatch: pytest.MonkeyPatch, watch: DriverWatch) -> None:
+    import ray
+    from ray.train.v2._internal import constants
+
+    names = {value for name, value in vars(constants).items() if name.endswith("_ENV_VAR")}
+    monkeypatch.setattr(os, "environ", {"RAY_ADDRESS": "127.0.0.1:1"})
+    monkeypatch.setattr(ray, "init", lambda **options: None)
+    monkeypatch.setattr(watch, "catch_sigterm", lambda: None)
+    connect(watch)
+    settings = {name for name in os.environ if name.startswith("RAY_TRAIN_")}
+    assert len(settings) == 3
+    assert settings <= names
 
 
 def test_errors_that_ray_wrapped_in_each_other() -> None:
