@@ -9,6 +9,7 @@ import json
 import random
 import socket
 import struct
+import threading
 import time
 import zlib
 from collections.abc import Iterator
@@ -124,7 +125,16 @@ def test_limits_over_http(storage: Storage, host: ModelHost) -> None:
     assert ask(app, "POST", "/v1/completions", BODY, headers={"authorization": f"Bearer {second}"}).status_code == 200
 
 
-def test_a_stream_counts_until_its_last_byte_or_its_client_has_left(storage: Storage, host: ModelHost) -> None:
+def test_a_stream_counts_until_its_last_byte_or_its_client_has_left(
+    storage: Storage, host: ModelHost, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    step, has_left = batcher(host).step, threading.Event()
+
+    def slow_step() -> bool:
+        has_left.wait(0.01)  # else the whole text may be written before the next request arrives
+        return step()
+
+    monkeypatch.setattr(batcher(host), "step", slow_step)
     keys = Keys(storage)
     _, token = keys.create("narrow", ("generate",), concurrency=1)
     long = {**BODY, "max_tokens": 4000, "stream": True}
@@ -135,6 +145,7 @@ def test_a_stream_counts_until_its_last_byte_or_its_client_has_left(storage: Sto
             async with client.stream("POST", "/v1/completions", json=long) as stream:
                 await anext(stream.aiter_lines())
                 codes = [(await client.post("/v1/completions", json=BODY)).status_code]
+            has_left.set()
             deadline = time.monotonic() + 10
             while (code := (await client.post("/v1/completions", json=BODY)).status_code) == 429:
                 assert time.monotonic() < deadline
