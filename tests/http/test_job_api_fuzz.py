@@ -26,7 +26,7 @@ from tests.support.storages import MemoryStorage
 
 SECONDS = 1.0  # CPU time of this process; other processes of the machine do not count
 ROUNDS = [40, pytest.param(1000, marks=pytest.mark.long)]
-OPERATIONS = 21
+OPERATIONS = 22
 
 
 @pytest.fixture(scope="module")
