@@ -84,6 +84,7 @@ def run_attempt(
     if group.rank == 0:  # from here on rank 0 writes the heartbeats, not the driver
         run.write_heartbeat(attempt, Heartbeat(phase="starting", max_steps=spec.train.max_steps, progress_count=1))
     dataset = open_dataset(spec.data, storage)
+    models.load(spec.family).check(spec.model, dataset.info)
     sharded = is_sharded(spec.train)
     if group.rank == 0:
         trainable.check(spec, dataset.info, memory_limit(), group.world_size)
