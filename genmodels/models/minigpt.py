@@ -38,7 +38,7 @@ from genmodels.family import (
     slide_window,
 )
 from genmodels.nn.cuda_graphs import Capture, cuda_graph
-from genmodels.nn.fused import rms_norm, split_heads, swiglu
+from genmodels.nn.fused import normalised, rms_norm, split_heads, swiglu, turn
 from genmodels.nn.networks import inference
 from genmodels.nn.optim import make_optimizers
 from genmodels.nn.sampling import Sampler, SamplingOptions, choose
@@ -197,7 +197,7 @@ class Attention(nn.Module):
         self.dropout = config.dropout
 
     def forward(self, x: Tensor, norm: nn.Module, rotation: Tensor | None) -> Tensor:
-        projected = project(x, norm, self._query_key_value(), None).unflatten(-1, (3, self.n_head, -1))
+        projected = project(x, norm, self.query_key_value(), None).unflatten(-1, (3, self.n_head, -1))
         query, key, value = split_heads(projected, rotation, normalise=self.qk_norm)
         query, key, value = (part.transpose(1, 2) for part in (query, key, value))  # (n, n_head, t, head_size)
         dropout = self.dropout if self.training else 0.0
@@ -205,7 +205,7 @@ class Attention(nn.Module):
         y = self.output(y.transpose(1, 2).flatten(2))
         return F.dropout(y, self.dropout, self.training)
 
-    def _query_key_value(self) -> Tensor:
+    def query_key_value(self) -> Tensor:
         """Return the weights of the three projections as those of one, (3 * n_embd, n_embd).
 
         With rotary positions, the numbers of queries and keys that turn together become neighbours: in both alike, so
@@ -301,8 +301,7 @@ class MiniGPTDecoder:
             self._rotations = rotations(torch.arange(kept, device=device), network.head_size)[:, None, None]
         else:
             self._positions = F.pad(network.position_embedding.weight, (0, 0, 0, kept - block_size))
-        rotary = self._rotations is not None
-        self._layers = [_DecoderLayer(cast(Block, block), slots, kept, rotary=rotary) for block in network.blocks]
+        self._layers = [_DecoderLayer(cast(Block, block), slots, kept) for block in network.blocks]
         self._head = _Projection(
             network.norm, embedding if head is None else head.weight, None if head is None else head.bias
         )
@@ -422,14 +421,10 @@ class _Attended:
 class _DecoderLayer:
     """One block, with its keys and values of all sequences."""
 
-    def __init__(self, block: Block, slots: int, kept: int, *, rotary: bool) -> None:
+    def __init__(self, block: Block, slots: int, kept: int) -> None:
         attention, mlp = block.attention, block.mlp
-        weights = torch.stack([part.weight for part in (attention.query, attention.key, attention.value)])
-        weights = weights.unflatten(1, (attention.n_head, -1)).transpose(0, 1)  # (n_head, 3, head_size, n_embd)
-        self._shape = weights.shape[:3]
-        if rotary:  # each pair that turns stands side by side: in queries and keys alike, so that scores are the same
-            pairs = torch.arange(self._shape[2], device=weights.device).view(2, -1).T.flatten()
-            weights = torch.cat((weights[:, :2, pairs], weights[:, 2:]), dim=1)
+        weights = attention.query_key_value().unflatten(0, (3, attention.n_head, -1)).transpose(0, 1)
+        self._shape = weights.shape[:3]  # n_head, 3, head_size
         self._query_key_value = _Projection(block.attention_norm, weights.flatten(0, 2), None)
         self._qk_norm, self._output = attention.qk_norm, _Linear(attention.output.weight, attention.output.bias)
         inputs = [mlp.input] if mlp.gate is None else [mlp.gate, mlp.input]
@@ -457,9 +452,9 @@ class _DecoderLayer:
         projected = projected.unflatten(-1, self._shape)  # (rows, n_head, 3, head_size)
         turned = _cast(projected[:, :, :2], torch.float32)
         if self._qk_norm:
-            turned = _rms_norm(turned, torch.finfo(torch.float32).eps)
+            turned, _ = normalised(turned)
         if rotation is not None:
-            turned = torch.view_as_real(torch.view_as_complex(turned.unflatten(-1, (-1, 2))) * rotation).flatten(-2)
+            turned = turn(turned, rotation)
         if self._qk_norm or rotation is not None:
             projected[:, :, :2] = turned
         count, t, length, rows = attended.count, attended.t, attended.length, len(places)
@@ -531,8 +526,7 @@ class _Projection(_Linear):
 
     def __init__(self, norm: nn.Module, weight: Tensor, bias: Tensor | None) -> None:
         assert isinstance(norm, nn.LayerNorm | nn.RMSNorm)
-        self._centred = isinstance(norm, nn.LayerNorm)
-        self._eps = torch.finfo(torch.float32).eps if norm.eps is None else norm.eps
+        self._eps = norm.eps if isinstance(norm, nn.LayerNorm) else None  # None: an RMS norm
         dtype, weight = weight.dtype, weight.float()  # the product is rounded once
         if isinstance(norm, nn.LayerNorm) and norm.bias is not None:
             shift = weight @ norm.bias.float()
@@ -540,19 +534,13 @@ class _Projection(_Linear):
         super().__init__((weight * norm.weight).to(dtype), None if bias is None else bias.to(dtype))
 
     def __call__(self, x: Tensor) -> Tensor:
-        normal = F.layer_norm(x, x.shape[-1:], eps=self._eps) if self._centred else _rms_norm(x, self._eps)
+        normal = normalised(x)[0] if self._eps is None else F.layer_norm(x, x.shape[-1:], eps=self._eps)
         return super().__call__(normal)
 
 
 def _cast(x: Tensor, dtype: torch.dtype) -> Tensor:
     """Return x in a dtype; in that dtype already, without the cost of a call into torch."""
     return x if x.dtype == dtype else x.to(dtype)
-
-
-def _rms_norm(x: Tensor, eps: float) -> Tensor:
-    """Compute F.rms_norm in half its time on a CPU."""
-    squares = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_()
-    return x * squares.div_(x.shape[-1]).add_(eps).rsqrt_()
 
 
 def _activate(hidden: Tensor, kind: str) -> Tensor:

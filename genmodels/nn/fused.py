@@ -53,7 +53,7 @@ def swiglu(x: Tensor) -> Tensor:
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor) -> Tensor:
-        y, scale = _normalised(x.float())
+        y, scale = normalised(x.float())
         ctx.save_for_backward(y, scale)
         return y.to(x.dtype)
 
@@ -68,9 +68,9 @@ class _SplitHeads(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, rotation: Tensor | None, normalise: bool) -> tuple[Tensor, Tensor, Tensor]:
         turned, scale = x[:, :, :2].float(), None  # in bfloat16 distant positions would be equal
         if normalise:
-            turned, scale = _normalised(turned)
+            turned, scale = normalised(turned)
         if rotation is not None:
-            turned = _turn(turned, rotation)
+            turned = turn(turned, rotation)
         ctx.save_for_backward(rotation, turned if normalise else None, scale)
         query, key = turned.to(x.dtype).unbind(2)
         return query, key, x[:, :, 2]
@@ -109,7 +109,7 @@ class _SwiGLU(torch.autograd.Function):
         return result
 
 
-def _normalised(x: Tensor) -> tuple[Tensor, Tensor]:
+def normalised(x: Tensor) -> tuple[Tensor, Tensor]:
     """Return x over its root mean square, and the factor (..., 1)."""
     squares = torch.linalg.vector_norm(x, dim=-1, keepdim=True).square_()
     scale = squares.div_(x.shape[-1]).add_(EPSILON).rsqrt_()
@@ -122,7 +122,7 @@ def _norm_gradient(gradient: Tensor, y: Tensor, scale: Tensor, out: Tensor | Non
     return torch.addcmul(gradient, y, along, value=-1, out=out).mul_(scale)
 
 
-def _turn(x: Tensor, rotation: Tensor) -> Tensor:
+def turn(x: Tensor, rotation: Tensor) -> Tensor:
     """Multiply adjacent pairs, as complex numbers, with the rotations."""
     return torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (-1, 2))) * rotation).flatten(-2)
 
