@@ -42,18 +42,12 @@ class SubprocessBackend(Backend):
     def start(self, storage_url: str, job: str, model: str, attempt: int, workers: int) -> Driver:
         self.logs.mkdir(parents=True, exist_ok=True)
         log = self.log(model, attempt)
+        environment, code = {**os.environ, **self.environment}, _code()
+        turn = {"storage_url": storage_url, "job": job, "model": model, "attempt": attempt, "workers": workers}
         with self._lock:
-            process = self._idle_process() or _Process(self._environment(), _code(), self.folder, log, self.end_idle)
-            process.give(
-                {
-                    "storage_url": storage_url,
-                    "job": job,
-                    "model": model,
-                    "attempt": attempt,
-                    "workers": workers,
-                    "log": str(log),
-                }
-            )
+            process = self._idle_process(environment, code)
+            process = process or _Process(environment, code, self.folder, log, self.end_idle)
+            process.give(turn | {"log": str(log)})
             self._turns[job, model, attempt] = driver = _Turn(process)
         return driver
 
@@ -72,11 +66,11 @@ class SubprocessBackend(Backend):
             for process in self._processes():
                 process.end_if_idle()
 
-    def _idle_process(self) -> _Process | None:
+    def _idle_process(self, environment: Mapping[str, str], code: int) -> _Process | None:
         """Return a driver that can take an attempt; end the idle drivers that cannot."""
         chosen = None
         for process in self._processes():
-            fits = (process.environment, process.code) == (self._environment(), _code())
+            fits = (process.environment, process.code) == (environment, code)
             if process.is_idle and fits and chosen is None:
                 chosen = process
             else:
@@ -85,9 +79,6 @@ class SubprocessBackend(Backend):
 
     def _processes(self) -> set[_Process]:
         return {turn.process for turn in self._turns.values()}
-
-    def _environment(self) -> dict[str, str]:
-        return {**os.environ, **self.environment}
 
 
 class _Process:
